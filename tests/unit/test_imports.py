@@ -1,0 +1,201 @@
+"""The import directions of docs/architecture.md and the fences around third-party libraries.
+
+Read from the syntax tree, so imports inside functions and under TYPE_CHECKING count as well.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "src" / "twotower"
+
+COMMON = {"config", "masks", "errors"}  # what every package may import
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "config": {"errors"},
+    "masks": {"errors"},
+    "diffusion": COMMON,
+    "measure": COMMON,
+    "tokenizer": COMMON,
+    "corpus": COMMON,
+    "kernels": COMMON | {"measure"},
+    "layers": COMMON | {"kernels"},
+    "model": COMMON | {"layers", "kernels"},
+    "checkpoint": COMMON | {"model", "kernels"},
+    "engine": COMMON | {"model", "diffusion", "tokenizer"},
+    "train": COMMON | {"model", "diffusion", "checkpoint", "tokenizer", "corpus"},
+    "evaluate": COMMON | {"engine", "model", "diffusion", "tokenizer", "corpus"},
+    "serve": COMMON | {"engine", "tokenizer"},
+}
+TOP = {"__init__", "__main__", "cli"}  # these import all; nothing imports them
+
+# Third-party library -> the only modules (path prefixes) that may import it.
+FENCES: dict[str, tuple[str, ...]] = {
+    "safetensors": ("checkpoint",),
+    "huggingface_hub": ("checkpoint",),
+    "tokenizers": ("tokenizer",),
+    "tyro": ("cli",),
+    "rich": ("cli", "train.progress"),
+    "num2words": ("corpus",),
+    "babel": ("corpus",),
+    "tensorboard": ("train",),
+    "triton": ("kernels",),
+    "mamba_ssm": ("kernels",),
+    "causal_conv1d": ("kernels",),
+    "flash_attn": ("kernels",),
+}
+OPTIONAL = {
+    "num2words",
+    "babel",
+    "tensorboard",
+    "triton",
+    "mamba_ssm",
+    "causal_conv1d",
+    "flash_attn",
+}
+UNFENCED = {"torch", "numpy"}
+
+
+class Import(NamedTuple):
+    line: int
+    name: str  # absolute dotted name, "twotower.model.state"
+    in_function: bool
+
+
+def absolute(node: ast.ImportFrom, module: str) -> str:
+    """The dotted name that a from-import starts at; `module` is "engine.options" or "__init__"."""
+    if node.level == 0:
+        return node.module or ""
+    parts = ["twotower", *module.split(".")][: -node.level]
+    return ".".join([*parts, *(node.module or "").split(".")]).rstrip(".")
+
+
+def names_of(node: ast.AST, module: str) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = absolute(node, module)
+        return [f"{base}.{alias.name}" for alias in node.names]
+    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        called = ast.unparse(node.func).split(".")[-1]
+        if called in {"import_module", "__import__"} and isinstance(node.args[0].value, str):
+            return [node.args[0].value]
+    return []
+
+
+def imports(node: ast.AST, module: str, in_function: bool = False) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        for name in names_of(child, module):
+            yield Import(child.lineno, name, in_function)
+        is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        yield from imports(child, module, in_function or is_function)
+
+
+def our_fault(unit: str, name: str) -> str | None:
+    parts = name.split(".")
+    known = set(ALLOWED) | TOP
+    target = parts[1] if len(parts) > 1 and parts[1] in known else "__init__"
+    if unit in TOP or target == unit or target in ALLOWED[unit]:
+        return None
+    return f"{unit} may not import {target}"
+
+
+def foreign_fault(module: str, found: Import) -> str | None:
+    library = found.name.split(".")[0]
+    if found.name.startswith("torch.utils.tensorboard"):
+        library = "tensorboard"  # torch only wraps it
+    if library in sys.stdlib_module_names:
+        return None
+    if library in UNFENCED:
+        is_tensor_in_serve = library == "torch" and module.split(".")[0] == "serve"
+        return "serve sees records, never a tensor" if is_tensor_in_serve else None
+    if library not in FENCES:
+        return f"{library} is not a dependency of twotower; declare it here and in pyproject.toml"
+    if not any(f"{module}.".startswith(f"{place}.") for place in FENCES[library]):
+        return f"{library} only in {', '.join(FENCES[library])}"
+    if library in OPTIONAL and not found.in_function:
+        return f"{library} is optional: import it inside the function that needs it"
+    return None
+
+
+def faults(source: str, module: str) -> list[str]:
+    """Every forbidden import of one module, `module` being its dotted path under twotower."""
+    unit = module.split(".")[0]
+    if unit not in ALLOWED and unit not in TOP:
+        return [f"{unit} has no place in the import table; add it here and in docs/architecture.md"]
+    found = []
+    for item in imports(ast.parse(source), module):
+        ours = item.name.split(".")[0] == "twotower"
+        fault = our_fault(unit, item.name) if ours else foreign_fault(module, item)
+        if fault:
+            found.append(f"line {item.line}: {fault}")
+    return found
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def test_source_follows_import_directions() -> None:
+    """Guards against a layer that quietly reaches up or sideways and cannot be used alone again."""
+    paths = sorted(PACKAGE.rglob("*.py"))
+    assert paths, f"no source files under {PACKAGE}"
+    found = [
+        f"{path}: {fault}"
+        for path in paths
+        for fault in faults(path.read_text(encoding="utf-8"), module_of(path))
+    ]
+    assert not found, "\n".join(found)
+
+
+BAD = [
+    ("layers.attention", "from twotower.model.state import KV"),
+    ("layers.attention", "from ..model import state"),
+    ("layers.attention", "def f():\n    from .. import engine"),
+    ("layers.__init__", "from ..engine import options"),
+    ("diffusion.commit", "import twotower.model"),
+    (
+        "diffusion.commit",
+        "def f():\n    import importlib\n    importlib.import_module('twotower.cli')",
+    ),
+    ("engine.block_loop", "from twotower import load_model"),
+    ("engine.block_loop", "from twotower.checkpoint.load import load_model"),
+    ("serve.app", "import twotower.model"),
+    ("serve.app", "import torch"),
+    ("errors", "from .config import ModelConfig"),
+    ("model.layer", "from safetensors.torch import load_file"),
+    ("engine.options", "import tyro"),
+    ("train.loop", "from rich.progress import Progress"),
+    ("train.loop", "from torch.utils.tensorboard import SummaryWriter"),
+    ("corpus.numbers", "from num2words import num2words"),
+    ("corpus.numbers", "def f():\n    import pandas"),
+    ("utils.things", "import math"),
+]
+GOOD = [
+    ("engine.block_loop", "from ..model.two_tower import TwoTower\nfrom . import options"),
+    (
+        "engine.block_loop",
+        "import math\nimport torch.nn.functional as F\nfrom twotower import masks",
+    ),
+    ("train.progress", "from rich.progress import Progress"),
+    ("train.log", "def f():\n    from torch.utils.tensorboard import SummaryWriter"),
+    ("corpus.numbers", "def f():\n    from num2words import num2words"),
+    ("tokenizer", "from tokenizers import Tokenizer"),
+    ("__init__", "from .engine import generate\nfrom .checkpoint.load import load_model"),
+    ("cli.demo", "import twotower\nfrom twotower.train.loop import train"),
+]
+
+
+@pytest.mark.parametrize(("module", "source"), BAD)
+def test_a_forbidden_import_is_found(module: str, source: str) -> None:
+    """Guards the checker itself: a rule that cannot fail protects nothing."""
+    assert len(faults(source, module)) == 1
+
+
+@pytest.mark.parametrize(("module", "source"), GOOD)
+def test_an_allowed_import_passes(module: str, source: str) -> None:
+    assert faults(source, module) == []
