@@ -1,0 +1,38 @@
+"""What a document is, and which split its semantic key belongs to."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Literal
+
+Split = Literal["train", "test"]
+NUM_SPLIT_BUCKETS = 16  # one bucket of keys is the test split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One prompt with its reference completion; `answer` is JSON-able and is what a checker needs."""
+
+    category: str
+    prompt: str
+    completion: str
+    key: str
+    answer: dict[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A document before its split is known; `answer` is only computed for the drafts that are kept."""
+
+    key: str
+    prompt: str
+    completion: str
+    answer: Callable[[], dict[str, object]]
+
+
+@lru_cache(maxsize=1 << 16)
+def split_of(category: str, key: str) -> Split:
+    """Return the split that owns this key: a stable hash, the same in every process and version."""
+    digest = blake2b(f"{category}:{key}".encode(), digest_size=4).digest()
+    return "test" if int.from_bytes(digest, "big") % NUM_SPLIT_BUCKETS == 0 else "train"
