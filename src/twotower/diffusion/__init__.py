@@ -1,0 +1,37 @@
+"""Masked diffusion as pure functions on tensors: noise, losses, token choice, the block loop."""
+
+from twotower.diffusion.denoise_block import Denoise, Step, denoise_block
+from twotower.diffusion.loss import elbo_weight, masked_cross_entropy, token_cross_entropy
+from twotower.diffusion.noise import SCHEDULES, Schedule, alpha, alpha_prime, corrupt
+from twotower.diffusion.options import BlockSampler, Remask, SamplerKind
+from twotower.diffusion.sampling import (
+    SamplingParams,
+    choose,
+    draw_noise,
+    filter_logits,
+    gumbel,
+    uniform,
+)
+
+__all__ = [
+    "SCHEDULES",
+    "BlockSampler",
+    "Denoise",
+    "Remask",
+    "SamplerKind",
+    "SamplingParams",
+    "Schedule",
+    "Step",
+    "alpha",
+    "alpha_prime",
+    "choose",
+    "corrupt",
+    "denoise_block",
+    "draw_noise",
+    "elbo_weight",
+    "filter_logits",
+    "gumbel",
+    "masked_cross_entropy",
+    "token_cross_entropy",
+    "uniform",
+]

@@ -1,0 +1,159 @@
+"""The reverse process for one block: a loop of denoiser passes, yielded step by step.
+
+Decides which rows need a pass, the t they get, and which predictions become tokens.
+Knows no model, cache or tokenizer: the caller passes a denoise function, extends the
+context by the finished block, and drops rows that ended.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twotower.diffusion.commit import Predictions, choose_commits
+from twotower.diffusion.noise import alpha, grid_time
+from twotower.diffusion.options import BlockSampler, RowOptions, SamplerKind, collate
+from twotower.diffusion.sampling import choose, draw_noise
+
+# tokens (R, T), t (R,) float32, rows (R,) int64 ascending, of the batch -> logits (R, T, V)
+Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of denoise_block; every tensor is a snapshot that later steps do not change.
+
+    To draw a step: is_masked says which cells are still open, tokens what the others hold
+    (open cells hold the mask token), confidence how sure the newest prediction was; a cell
+    is new if the previous Step (or the block) had it masked. A row absent from rows made
+    no pass in this step; it is finished once none of its cells is masked.
+    """
+
+    index: int  # step number, from 0
+    rows: Tensor  # (R,) int64 ascending, rows that made a denoiser pass in this step
+    t: Tensor  # (B,) float32, t of this step; 0 for rows already finished
+    tokens: Tensor  # (B, T) int64 after the step
+    is_masked: Tensor  # (B, T) bool after the step
+    confidence: Tensor  # (B, T) float32 probability of each last prediction; 1 for given tokens
+    nfe: Tensor  # (B,) int64, passes each row has made so far
+
+
+def denoise_block(
+    denoise: Denoise,
+    block: Tensor,
+    sampler: BlockSampler | Sequence[BlockSampler],
+    generators: Sequence[torch.Generator] = (),
+) -> Iterator[Step]:
+    """Fill the masked positions of block (B, T) int64, yielding a Step per step.
+
+    sampler: one for all rows, or one per row; rows may differ in steps, threshold,
+    temperature, top_k and top_p only. generators: one CPU generator per row, needed if
+    anything is random. Committed tokens never change; a block without masked positions
+    yields nothing. Raises ValueError on options that do not fit together.
+    """
+    shared, options = collate(sampler, block.shape[0], block.device)
+    _check_generators(shared, options, len(generators))
+    tokens = block
+    is_masked = block == shared.mask_token_id
+    confidence = (~is_masked).float()
+    nfe = torch.zeros(block.shape[0], dtype=torch.int64, device=block.device)
+    rows = is_masked.any(-1).nonzero().flatten()  # rows that need a new pass
+    kept_rows, kept_logits = rows[:0], None  # unfinished rows that reuse their last pass
+    step = 0
+    while len(rows) + len(kept_rows) > 0:
+        now = torch.cat([rows, kept_rows])
+        t = torch.zeros_like(nfe, dtype=torch.float32)
+        t[now] = _TIMES[shared.kind](shared, is_masked[now], step, options.steps[now])
+        logits = _logits(denoise, shared, tokens, t, rows, kept_logits)
+        row_generators = [generators[row] for row in now.tolist()] if generators else ()
+        found = _predict(step, logits, is_masked[now], options.select(now), row_generators)
+        commit = choose_commits(shared, found)
+
+        nfe = nfe.index_add(0, rows, torch.ones_like(rows))
+        tokens = tokens.index_copy(0, now, torch.where(commit, found.tokens, tokens[now]))
+        newest = torch.where(found.is_masked, found.confidence, confidence[now])
+        confidence = confidence.index_copy(0, now, newest)
+        still_masked = found.is_masked & ~commit
+        is_masked = is_masked.index_copy(0, now, still_masked)
+        yield Step(
+            index=step,
+            rows=rows,
+            t=t,
+            tokens=tokens,
+            is_masked=is_masked,
+            confidence=confidence,
+            nfe=nfe,
+        )
+        is_open = still_masked.any(-1)
+        is_kept = is_open & ~commit.any(-1) & shared.reuse_unchanged
+        rows, kept_rows = now[is_open & ~is_kept].sort().values, now[is_kept]
+        kept_logits = logits[is_kept] if len(kept_rows) > 0 else None
+        step += 1
+
+
+def _check_generators(sampler: BlockSampler, options: RowOptions, num_given: int) -> None:
+    num_rows = len(options.steps)
+    is_sampled = bool((torch.as_tensor(options.params.temperature) > 0).any())
+    is_random = is_sampled or sampler.is_random
+    if num_given not in ({num_rows} if is_random else {0, num_rows}):
+        raise ValueError(
+            f"generators: {num_given} given for {num_rows} rows; pass one per row "
+            "(none only at temperature 0 without random re-masking)"
+        )
+
+
+def _logits(
+    denoise: Denoise,
+    sampler: BlockSampler,
+    tokens: Tensor,
+    t: Tensor,
+    rows: Tensor,
+    kept_logits: Tensor | None,
+) -> Tensor:
+    """Logits of rows (a new pass), then those kept, with the mask token banned, float32."""
+    if len(rows) == 0:
+        assert kept_logits is not None
+        return kept_logits
+    logits = denoise(tokens[rows], t[rows], rows).float()
+    banned = torch.tensor([sampler.mask_token_id], device=logits.device)
+    logits = logits.index_fill(-1, banned, float("-inf"))
+    return logits if kept_logits is None else torch.cat([logits, kept_logits])
+
+
+def _predict(
+    step: int,
+    logits: Tensor,
+    is_masked: Tensor,
+    options: RowOptions,
+    generators: Sequence[torch.Generator],
+) -> Predictions:
+    """Choose a token for every position; its confidence is the unscaled probability."""
+    params = options.params
+    noise = draw_noise(logits, params.temperature, generators) if generators else None
+    tokens = choose(logits, params, noise)
+    probs = logits.softmax(-1)
+    return Predictions(
+        step=step,
+        options=options,
+        generators=generators,
+        is_masked=is_masked,
+        probs=probs,
+        tokens=tokens,
+        confidence=probs.gather(-1, tokens[..., None]).squeeze(-1),
+    )
+
+
+def _masked_fraction(sampler: BlockSampler, is_masked: Tensor, step: int, steps: Tensor) -> Tensor:
+    return is_masked.float().mean(-1)
+
+
+def _scheduled_t(sampler: BlockSampler, is_masked: Tensor, step: int, steps: Tensor) -> Tensor:
+    return (1.0 - alpha(sampler.schedule, grid_time(step, steps))).float()
+
+
+_TIMES: dict[SamplerKind, Callable[[BlockSampler, Tensor, int, Tensor], Tensor]] = {
+    "confidence": _masked_fraction,
+    "predict-and-noise": _scheduled_t,
+    "posterior": _scheduled_t,
+}
