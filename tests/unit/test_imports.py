@@ -90,7 +90,7 @@ def names_of(node: ast.AST, module: str) -> list[str]:
 def imports(node: ast.AST, module: str, in_function: bool = False) -> Iterator[Import]:
     for child in ast.iter_child_nodes(node):
         for name in names_of(child, module):
-            yield Import(child.lineno, name, in_function)
+            yield Import(getattr(child, "lineno", 0), name, in_function)
         is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         yield from imports(child, module, in_function or is_function)
 
