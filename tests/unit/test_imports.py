@@ -63,7 +63,7 @@ UNFENCED = {"torch", "numpy"}
 class Import(NamedTuple):
     line: int
     name: str  # absolute dotted name, "twotower.model.state"
-    in_function: bool
+    is_deferred: bool  # inside a function or under TYPE_CHECKING: not run on import
 
 
 def absolute(node: ast.ImportFrom, module: str) -> str:
@@ -87,12 +87,14 @@ def names_of(node: ast.AST, module: str) -> list[str]:
     return []
 
 
-def imports(node: ast.AST, module: str, in_function: bool = False) -> Iterator[Import]:
+def imports(node: ast.AST, module: str, deferred: bool = False) -> Iterator[Import]:
     for child in ast.iter_child_nodes(node):
         for name in names_of(child, module):
-            yield Import(getattr(child, "lineno", 0), name, in_function)
-        is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        yield from imports(child, module, in_function or is_function)
+            yield Import(getattr(child, "lineno", 0), name, deferred)
+        defers = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or (
+            isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")
+        )
+        yield from imports(child, module, deferred or defers)
 
 
 def our_fault(unit: str, name: str) -> str | None:
@@ -117,7 +119,7 @@ def foreign_fault(module: str, found: Import) -> str | None:
         return f"{library} is not a dependency of twotower; declare it here and in pyproject.toml"
     if not any(f"{module}.".startswith(f"{place}.") for place in FENCES[library]):
         return f"{library} only in {', '.join(FENCES[library])}"
-    if library in OPTIONAL and not found.in_function:
+    if library in OPTIONAL and not found.is_deferred:
         return f"{library} is optional: import it inside the function that needs it"
     return None
 
@@ -184,6 +186,7 @@ GOOD = [
     ("train.progress", "from rich.progress import Progress"),
     ("train.log", "def f():\n    from torch.utils.tensorboard import SummaryWriter"),
     ("corpus.numbers", "def f():\n    from num2words import num2words"),
+    ("corpus.numbers", "if TYPE_CHECKING:\n    from babel import Locale"),
     ("tokenizer", "from tokenizers import Tokenizer"),
     ("__init__", "from .engine import generate\nfrom .checkpoint.load import load_model"),
     ("cli.demo", "import twotower\nfrom twotower.train.loop import train"),
