@@ -24,7 +24,7 @@ def apply_step(step: Step) -> int:
 
 
 def write_step(step: Step) -> str:
-    """Write a step with its result; the middle form adds tens and ones apart where both are there."""
+    """Write a step with its result, adding tens and ones apart where there are both."""
     left, operator, right = step
     result = apply_step(step)
     head = f"{left} {operator} {right} ="

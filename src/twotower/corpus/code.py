@@ -11,12 +11,13 @@ from random import Random
 
 from twotower.corpus.code_families import FAMILIES, NAMES_OF, Argument, Family
 from twotower.corpus.document import Draft
+from twotower.corpus.vocabulary import word_list
 
 LETTERS = "abcdefghiklmnoprstuvw"
 MARKS = (",", ", ", "-", " ", ";", ":", "/", "_", ".", "+", "|", " - ")
-TAGS = tuple(
+TAGS = word_list(
     "cat dog tea pen cup map key box red blue gold milk rice salt corn fish bird tree lake hill "
-    "end new old big top one two six ten day".split()
+    "end new old big top one two six ten day"
 )
 
 
@@ -89,19 +90,20 @@ def draw_function(rng: Random) -> Function:
 
 
 def arguments_for(argument: Argument, constants: tuple[str, ...]) -> list[list[object]]:
-    """Return four argument lists that reach both sides of every constant of the function."""
+    """Return argument lists that reach both sides of every constant of the function."""
     edges = [int(value) for value in constants if value.isdigit()] or [10]
     tags = [value for value in constants if not value.isdigit()] or ["a"]
     low, high = edges[0], edges[-1]
     near = [low - 1, low, low + 1, high + 5]
     strings = ["", "level", f"{tags[0]}bc{tags[0]}", "one, two - three/four"]
+    texts: list[list[object]] = [[text] for text in strings[:3]]
     cases: dict[Argument, list[list[object]]] = {
-        "numbers": [[[]], [near], [[3, high, 2 * low, -4, 7]], [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]],
+        "numbers": [[[]], [near], [[3, high, 2 * low, -4, 7]], [list(range(1, 11))], [[low + 1]]],
         "words": [[[]], [strings], [["tea", tags[0] + "x", "a" * (low + 1)]], [["pear", "fig"]]],
-        "text": [[text] for text in strings[:3]] + [["abcde" * (low // 5 + 1)]],
+        "text": [*texts, ["abcde" * (low // 5 + 1)]],
         "number": [[0], [low], [low + 1], [high + 5]],
         "pair": [[0, 1], [low, low], [high + 1, low + 2], [3, high * 2]],
-        "table": [[{}], [{tags[0]: low, "b": low + 1}], [{"x": 1, "y": high + 1}], [{"c": 12}]],
+        "table": [[{}], [{tags[0]: low + 1, "b": low}], [{"x": 1, "y": high + 1}], [{"c": 12}]],
     }
     return cases[argument]
 
@@ -121,7 +123,7 @@ def _expected(
     return tests
 
 
-def tests_of(function: Function, source: str, name: str) -> list[dict[str, str]]:
+def make_tests(function: Function, source: str, name: str) -> list[dict[str, str]]:
     """Run `source`; each test holds Python literals, as {"args": "[[1, 2]]", "expected": "3"}.
 
     Literals, not JSON values: JSON would turn the integer keys of a returned dict into strings.
@@ -138,7 +140,7 @@ def draw(rng: Random) -> Draft:
         return {
             "name": function.name,
             "source": source,
-            "tests": tests_of(function, source, function.name),
+            "tests": make_tests(function, source, function.name),
         }
 
     return Draft(

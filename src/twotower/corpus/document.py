@@ -12,7 +12,7 @@ NUM_SPLIT_BUCKETS = 16  # one bucket of keys is the test split
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One prompt with its reference completion; `answer` is JSON-able and is what a checker needs."""
+    """A prompt with its reference completion; `answer` is JSON-able: what a checker needs."""
 
     category: str
     prompt: str
@@ -23,7 +23,7 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """A document before its split is known; `answer` is only computed for the drafts that are kept."""
+    """A document before its split is known; `answer` is computed for kept drafts only."""
 
     key: str
     prompt: str

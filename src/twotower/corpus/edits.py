@@ -7,17 +7,19 @@ the instruction names, and the function.
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
-from twotower.corpus.code import TAGS, Function, draw_constants, draw_function, tests_of
-from twotower.corpus.code_families import NAMES_OF
+from twotower.corpus.code import TAGS, Function, draw_constants, draw_function, make_tests
+from twotower.corpus.code_families import FAMILIES, NAMES_OF
 from twotower.corpus.document import Draft, split_of
+from twotower.corpus.vocabulary import word_list
 
 Edit = tuple[str, str, str]  # instruction, edited source, name of the edited function
 NEW_NAMES = tuple(
     f"{verb}_{noun}"
-    for verb in "get make find check run do select compute".split()
-    for noun in "result items value list answer data output it".split()
+    for verb in word_list("get make find check run do select compute")
+    for noun in word_list("result items value list answer data output it")
 )
 COMPARISONS = (">", "<", ">=", "<=", "==", "!=")
 NEW_ARGUMENTS = ("limit", "step", "mode", "depth", "scale", "offset", "start", "key")
@@ -35,19 +37,10 @@ def _rename_argument(function: Function, rng: Random) -> Edit | None:
     old, new = function.variables.split(", "), rng.choice(choices).split(", ")
     if set(old) & set(new):
         return None
-    changed = _replace(function, variables=", ".join([new[0], *old[1:]]))
+    changed = replace(function, variables=", ".join([new[0], *old[1:]]))
+    if split_of("code", changed.key) == "test":
+        return None
     return f"Rename {old[0]} to {new[0]}.", changed.source, function.name
-
-
-def _replace(
-    function: Function, variables: str | None = None, constants: tuple[str, ...] | None = None
-) -> Function:
-    return Function(
-        family=function.family,
-        name=function.name,
-        variables=variables or function.variables,
-        constants=constants or function.constants,
-    )
 
 
 def _change_constant(function: Function, rng: Random) -> Edit | None:
@@ -57,7 +50,7 @@ def _change_constant(function: Function, rng: Random) -> Edit | None:
     new = draw_constants(function.family, rng)[place]
     old = function.constants[place]
     constants = (*function.constants[:place], new, *function.constants[place + 1 :])
-    changed = _replace(function, constants=constants)
+    changed = replace(function, constants=constants)
     numeric = old.isdigit()
     written, wanted = (old, new) if numeric else (f'"{old}"', f'"{new}"')
     pattern = rf"\b{old}\b" if numeric else re.escape(written)
@@ -70,12 +63,25 @@ def _change_constant(function: Function, rng: Random) -> Edit | None:
     return f"Change {written} to {wanted}.", changed.source, function.name
 
 
+def _is_held_out(function: Function, body: str) -> bool:
+    """Tell whether another operator made this body the answer to a held-out code item."""
+    for family in FAMILIES:
+        if family.argument == function.family.argument:
+            other = replace(function, family=family)
+            if other.body == body and split_of("code", other.key) == "test":
+                return True
+    return False
+
+
 def _change_operator(function: Function, rng: Random) -> Edit | None:
     found = re.findall(r" ([<>]=?|[!=]=) ", function.body)
     if len(found) != 1:
         return None
     new = rng.choice([sign for sign in COMPARISONS if sign != found[0]])
-    source = function.source.replace(f" {found[0]} ", f" {new} ")
+    body = function.body.replace(f" {found[0]} ", f" {new} ")
+    if _is_held_out(function, body):
+        return None
+    source = f"{function.head}\n{body}"
     return f"Change {found[0]} to {new}.", source, function.name
 
 
@@ -86,7 +92,10 @@ def _change_arithmetic(function: Function, rng: Random) -> Edit | None:
     if len(found) != 1 or function.body.count(f" {found[0]} ") != 1:
         return None
     new = rng.choice([sign for sign in "+-*" if sign != found[0]])
-    source = function.source.replace(f" {found[0]} ", f" {new} ")
+    body = function.body.replace(f" {found[0]} ", f" {new} ")
+    if _is_held_out(function, body):
+        return None
+    source = f"{function.head}\n{body}"
     return f"Change {found[0]} to {new}.", source, function.name
 
 
@@ -193,7 +202,7 @@ def draw(rng: Random) -> Draft:
             "kind": kind,
             "name": name,
             "source": source,
-            "tests": tests_of(function, source, name),
+            "tests": make_tests(function, source, name),
         }
 
     return Draft(

@@ -7,17 +7,19 @@ three million parameters to learn by heart.
 from dataclasses import dataclass
 from functools import lru_cache
 
-COUNTRIES = tuple(
+from twotower.corpus.vocabulary import word_list
+
+COUNTRIES = word_list(
     "AR AT AU BE BR CA CL CN CO CU CZ DE DK EG ES FI FR GB GR HR HU ID IE IN IQ IR IS IT JP KE "
     "KR LB LY MA MN MX MY NG NL NO NP NZ PE PH PK PL PT RO RS RU SA SE SI SK SN SY TH TN TR TZ UA "
-    "US UY VE VN YE ZM".split()
+    "US UY VE VN YE ZM"
 )
 WITH_ARTICLE = ("GB", "NL", "PH", "US")
 # CLDR's list of official languages is partial or disputed for these, so no fact is made of them.
 UNCERTAIN_LANGUAGES = ("AU", "IN", "MX", "NO", "NZ", "PE", "PH", "TN", "US", "NG", "IQ")
-LANGUAGES = tuple(
+LANGUAGES = word_list(
     "af sq ar hy az eu be bg ca zh hr cs da nl en et fi fr ka de el he hi hu is id ga it ja ko la "
-    "lv lt mk mt mn ne no fa pl pt ro ru sr sk sl so es sw sv th tr uk ur vi cy zu".split()
+    "lv lt mk mt mn ne no fa pl pt ro ru sr sk sl so es sw sv th tr uk ur vi cy zu"
 )
 
 

@@ -85,7 +85,7 @@ def draw(rng: Random) -> Draft:
     if rng.random() < 0.6:
         language = rng.choice(tuple(LANGUAGES))
         number = rng.randrange(100) if rng.random() < 0.65 else rng.randrange(100, NUM_NUMBERS)
-        atomic = number <= 20 or number % 10 == 0 and number <= 100
+        atomic = number <= 20 or (number % 10 == 0 and number <= 100)
         word = number_word(number, language)
         return _draft("number", form, str(number), language, word, atomic)
     language = rng.choice(NAME_LANGUAGES)
