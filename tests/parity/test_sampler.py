@@ -115,14 +115,18 @@ def reuse_for_whole_batch(denoise: Denoise) -> Denoise:
     return cached
 
 
-@pytest.mark.parametrize("gain", [1.2, 4.0])
-def test_reuse_depends_on_the_row_alone(gain: float) -> None:
+@pytest.mark.parametrize(
+    ("gain", "schedule", "nfe"),
+    [(1.2, "linear", [1, 1, 1]), (2.0, "cosine", [2, 2, 1]), (6.0, "cosine", [2, 2, 2])],
+)
+def test_reuse_depends_on_the_row_alone(gain: float, schedule: str, nfe: list[int]) -> None:
     """Guards against rows coupled by reuse: the recording repeats a pass of an unchanged row
     when a neighbour changed. Ours must equal the recorded rule applied to each row alone."""
     fake = fake_denoiser(gain)
-    args = {"sampling_strategy": "posterior", "num_steps": 6}
+    args = {"sampling_strategy": "posterior", "num_steps": 6, "noise_schedule": schedule}
     block = torch.tensor(RECORD["init_ids"]["mixed"])
     together = list(denoise_block(lambda x, t, _: fake(x, t), block, recorded_sampler(args)))[-1]
+    assert together.nfe.tolist() == nfe
     sampler = recorded_sampler(args, reuse_unchanged=False)
     for row in range(len(block)):
         calls: list[Tensor] = []

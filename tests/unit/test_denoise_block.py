@@ -1,0 +1,198 @@
+import dataclasses
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from twotower.diffusion import BlockSampler, Step, denoise_block
+
+MASK, VOCAB, LENGTH = 3, 9, 6
+KINDS = ("confidence", "posterior", "predict-and-noise")
+
+
+def denoise(tokens: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+    """A pure function of each row's tokens and t; the mask token is the raw argmax."""
+    place = torch.arange(1, LENGTH + 1)
+    seen = (place * (tokens + 1)).sum(-1)[:, None, None] + 7 * place[:, None]
+    word = torch.arange(VOCAB)
+    logits = 2 * torch.sin(seen * (word + 1) * 0.37 + t[:, None, None])
+    logits[..., MASK] = 50.0
+    return logits
+
+
+def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+samplers = st.builds(
+    BlockSampler,
+    kind=st.sampled_from(KINDS),
+    steps=st.integers(1, 8),
+    confidence_threshold=st.sampled_from([0.0, 0.3, 0.6, 2.0]),
+    schedule=st.sampled_from(["linear", "cosine", "exponential"]),
+    remask=st.sampled_from(["confidence", "margin", "random"]),
+    adaptive=st.booleans(),
+    reuse_unchanged=st.booleans(),
+    temperature=st.sampled_from([0.0, 0.8]),
+    top_k=st.sampled_from([0, 2]),
+    top_p=st.sampled_from([1.0, 0.7]),
+)
+blocks = st.lists(
+    st.lists(st.sampled_from([MASK, MASK, 1, 4]), min_size=LENGTH, max_size=LENGTH),
+    min_size=1,
+    max_size=4,
+).map(torch.tensor)
+
+
+def run(
+    block: Tensor, sampler: BlockSampler | Sequence[BlockSampler], seeds: Sequence[int] = ()
+) -> list[Step]:
+    return list(denoise_block(denoise, block, sampler, seeded(seeds or range(len(block)))))
+
+
+@given(block=blocks, sampler=samplers)
+def test_every_step_moves_towards_a_full_block(block: Tensor, sampler: BlockSampler) -> None:
+    """Guards the promises a streamed trace relies on: tokens once shown stay, the mask token is
+    never predicted, passes are bounded and counted, and the last step leaves nothing open."""
+    steps = run(block, sampler)
+    tokens, is_masked = block, block == MASK
+    nfe = torch.zeros(len(block), dtype=torch.int64)
+    for index, step in enumerate(steps):
+        assert step.index == index < sampler.steps
+        assert torch.equal(step.is_masked, step.tokens == MASK)
+        assert not (step.is_masked & ~is_masked).any()
+        assert torch.equal(step.tokens[~is_masked], tokens[~is_masked])
+        assert is_masked[step.rows].any(-1).all()  # no pass for a finished row
+        nfe[step.rows] += 1
+        assert torch.equal(step.nfe, nfe)
+        assert bool(((step.confidence > 0) & (step.confidence <= 1)).all())
+        if sampler.kind == "confidence":
+            open_rows = is_masked.any(-1)
+            fraction = is_masked.float().mean(-1)
+            assert torch.equal(step.t, fraction)
+            assert bool((step.is_masked.sum(-1) < is_masked.sum(-1))[open_rows].all())
+        tokens, is_masked = step.tokens, step.is_masked
+    assert not is_masked.any()
+    assert int(nfe.max()) <= sampler.steps
+    assert bool((step.confidence == 1)[block != MASK].all()) if steps else True
+
+
+@given(block=blocks, sampler=samplers, data=st.data())
+def test_a_row_is_the_same_alone_batched_and_permuted(
+    block: Tensor, sampler: BlockSampler, data: st.DataObject
+) -> None:
+    """Guards batched serving: steps, threshold, temperature, top-k, top-p, generator and reuse
+    are the row's own, so its tokens and passes must not depend on who else is in the batch."""
+    choice = st.sampled_from([0.0, 0.5, 1.2])
+    per_row = [
+        dataclasses.replace(
+            sampler,
+            steps=data.draw(st.integers(1, 8)),
+            temperature=data.draw(choice),
+            confidence_threshold=data.draw(choice),
+            top_k=data.draw(st.integers(0, 3)),
+        )
+        for _ in block
+    ]
+    order = data.draw(st.permutations(range(len(block))))
+    steps = run(block, per_row)
+    permuted = run(block[list(order)], [per_row[row] for row in order], order)
+    for row in range(len(block)):
+        alone = run(block[row : row + 1], per_row[row], [row])
+        place = order.index(row)
+        for index, step in enumerate(alone):
+            assert torch.equal(step.tokens[0], steps[index].tokens[row])
+            assert torch.equal(step.tokens[0], permuted[index].tokens[place])
+            assert torch.equal(step.confidence[0], steps[index].confidence[row])
+            assert step.t[0] == steps[index].t[row]
+            assert step.nfe[0] == steps[index].nfe[row] == permuted[index].nfe[place]
+        assert all(
+            torch.equal(step.tokens[row], steps[-1].tokens[row]) for step in steps[len(alone) :]
+        )
+
+
+def test_confidence_is_unscaled_and_without_the_mask_token() -> None:
+    """Guards the threshold's meaning: it must not move with temperature, top-k or the ban."""
+    block = torch.full((1, LENGTH), MASK)
+    logits = denoise(block, torch.ones(1), torch.zeros(1))
+    keep = [v for v in range(VOCAB) if v != MASK]
+    probs = torch.zeros_like(logits)
+    probs[..., keep] = logits[..., keep].softmax(-1)
+    for temperature, top_k in ((0.0, 0), (0.2, 0), (3.0, 0), (1.0, 2)):
+        sampler = BlockSampler(steps=1, temperature=temperature, top_k=top_k)
+        (step,) = run(block, sampler)
+        expected = probs.gather(-1, step.tokens[..., None]).squeeze(-1)
+        torch.testing.assert_close(step.confidence, expected)
+
+
+def test_temperature_zero_needs_no_generators_and_no_luck() -> None:
+    block = torch.full((2, LENGTH), MASK)
+    (step,) = denoise_block(denoise, block, BlockSampler(steps=1))
+    logits = denoise(block, torch.ones(2), torch.zeros(2))
+    logits[..., MASK] = -1e9
+    assert torch.equal(step.tokens, logits.argmax(-1))
+
+
+def test_posterior_keeps_tokens_masked_with_the_schedule() -> None:
+    """Guards the sampled posterior: after step k of n a fraction 1 - k/n is still masked."""
+    block = torch.full((400, LENGTH), MASK)
+    steps = run(block, BlockSampler(kind="posterior", steps=4, temperature=1.0))
+    for index, step in enumerate(steps[:3]):
+        share = step.is_masked.float().mean().item()
+        assert share == pytest.approx(1 - (index + 1) / 4, abs=0.03)
+
+
+def test_full_block_makes_no_pass() -> None:
+    def fail(tokens: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        raise AssertionError("a finished block was denoised")
+
+    assert list(denoise_block(fail, torch.ones(2, LENGTH).long(), BlockSampler())) == []
+
+
+def test_the_callers_block_is_left_alone() -> None:
+    block = torch.full((2, LENGTH), MASK)
+    steps = run(block, BlockSampler(steps=3))
+    assert bool((block == MASK).all())
+    assert len({step.tokens.data_ptr() for step in steps}) == len(steps)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("kind", "best", "kind = 'best': choose one of confidence, posterior, predict-and-noise"),
+        ("schedule", "sine", "schedule = 'sine'"),
+        ("remask", "all", "remask = 'all': choose one of confidence, margin, random"),
+        ("steps", 0, "steps = 0: must be >= 1"),
+        ("confidence_threshold", -0.1, "confidence_threshold = -0.1: must be >= 0"),
+        ("confidence_threshold", float("nan"), "confidence_threshold = nan"),
+        ("temperature", -1.0, "temperature = -1"),
+        ("top_k", -1, "top_k = -1"),
+        ("top_p", 0.0, "top_p = 0"),
+        ("mask_token_id", -1, "mask_token_id = -1"),
+    ],
+)
+def test_bad_options(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        BlockSampler(**{field: value})  # type: ignore[arg-type] # the error under test
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "num_generators", "message"),
+    [
+        (BlockSampler(temperature=1.0), 0, "generators: 0 given for 2 rows"),
+        (BlockSampler(temperature=1.0), 1, "generators: 1 given for 2 rows"),
+        (BlockSampler(kind="predict-and-noise", remask="random"), 0, "generators: 0 given"),
+        ([BlockSampler()] * 3, 2, "sampler: 3 given for 2 rows"),
+        ([BlockSampler(), BlockSampler(kind="posterior")], 2, "kind = confidence, posterior"),
+    ],
+)
+def test_options_that_do_not_fit(
+    sampler: BlockSampler | list[BlockSampler], num_generators: int, message: str
+) -> None:
+    block = torch.full((2, LENGTH), MASK)
+    with pytest.raises(ValueError, match=message):
+        next(denoise_block(denoise, block, sampler, seeded(range(num_generators))))
