@@ -1,0 +1,71 @@
+"""Weights before the first step: random for a new backbone, copies of the backbone for a
+denoiser.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from twotower.config import ModelConfig
+from twotower.layers.mamba2 import Mamba2
+from twotower.model.two_tower import TwoTower
+
+# Matrices whose output is added to the residual stream: scaled down by its number of summands.
+_RESIDUAL = ("o_proj", "out_proj", "down_proj")
+
+
+@torch.no_grad()
+def randomise(model: TwoTower, seed: int) -> None:
+    """Fill all matrices from N(0, initializer_range) and the scan's parameters as Mamba-2 does.
+
+    The same seed gives the same weights. Norms, biases and D keep their constructors' values.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or "scale_shift_tables" in name:
+            continue
+        std = config.initializer_range
+        if config.rescale_prenorm_residual and name.split(".")[-2] in _RESIDUAL:
+            std /= math.sqrt(config.num_hidden_layers)
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    for module in model.modules():
+        if isinstance(module, Mamba2):
+            _randomise_scan(module, config, generator)
+
+
+def _randomise_scan(mixer: Mamba2, config: ModelConfig, generator: torch.Generator) -> None:
+    """Step sizes log-uniform in [time_step_min, time_step_max], decay rates uniform in [1, 16]."""
+    low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+    uniform = torch.rand(mixer.num_heads, generator=generator)
+    step = (low + uniform * (high - low)).exp().clamp(min=config.time_step_floor)
+    mixer.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
+    mixer.A_log.copy_((1 + 15 * torch.rand(mixer.num_heads, generator=generator)).log())
+    # A depthwise filter has only conv_kernel inputs: N(0, 0.02) would silence it.
+    bound = 1 / math.sqrt(config.conv_kernel)
+    mixer.conv1d.weight.copy_(
+        (2 * torch.rand(mixer.conv1d.weight.shape, generator=generator) - 1) * bound
+    )
+    if mixer.conv1d.bias is not None:
+        nn.init.zeros_(mixer.conv1d.bias)
+
+
+@torch.no_grad()
+def copy_context_to_denoiser(model: TwoTower, seed: int) -> None:
+    """Start the denoiser equal to the context tower, unconditioned: gate 1, shift and scale 0.
+
+    The timestep embedder is random, so that its gradient is not zero once t_block has moved.
+    """
+    assert model.denoiser_tower is not None
+    model.denoiser_tower.load_state_dict(model.context_tower.state_dict())
+    model.lm_head.load_state_dict(model.context_lm_head.state_dict())
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.t_embedder.parameters():
+        values = torch.randn(parameter.shape, generator=generator) * model.config.initializer_range
+        parameter.copy_(values if parameter.ndim > 1 else torch.zeros_like(parameter))
+    for parameter in model.t_block.parameters():
+        nn.init.zeros_(parameter)
+    for table in model.scale_shift_tables:
+        table.zero_()
+        table[2] = 1.0  # rows: shift, scale, gate

@@ -1,0 +1,41 @@
+"""Named model sizes for training from scratch; the vocabulary comes from the data's tokenizer."""
+
+from twotower.config import ModelConfig
+
+_PRESETS: dict[str, dict[str, object]] = {
+    # For tests: seconds on one core.
+    "tiny": {
+        "hybrid_override_pattern": "M*-",
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "n_groups": 1,
+        "intermediate_size": 64,
+    },
+    # The first shipped model: about 2.5M parameters a tower. Many attention layers, because copying
+    # names and numbers from the prompt is what a small model learns last.
+    "small": {
+        "hybrid_override_pattern": "M*-M*-M*-M*-",
+        "hidden_size": 192,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "mamba_num_heads": 12,
+        "mamba_head_dim": 32,
+        "ssm_state_size": 32,
+        "n_groups": 1,
+        "intermediate_size": 512,
+    },
+}
+PRESET_NAMES = tuple(_PRESETS)
+
+
+def preset_config(name: str, vocab_size: int) -> ModelConfig:
+    """The configuration called `name` for a vocabulary; ValueError for an unknown name."""
+    if name not in _PRESETS:
+        raise ValueError(f"preset: {name!r} is unknown; use one of {', '.join(PRESET_NAMES)}")
+    return ModelConfig.from_dict(_PRESETS[name] | {"vocab_size": vocab_size})
