@@ -70,8 +70,8 @@ def test_documents_are_short_whole_and_plain_json(category, train, test):
         assert len(text) < 400
         assert document.prompt and document.completion.strip()
         assert not re.search(r"\{[a-z]\w{0,10}\}", document.prompt + document.completion)
-        # A token must not straddle the boundary: one side has the white space, or both a newline.
-        assert document.prompt[-1] == "\n" or document.completion[0] == " "
+        # No token may straddle the boundary: white space is on one side of it only.
+        assert document.prompt[-1].isspace() != document.completion[0].isspace()
         assert document.completion == document.completion.rstrip()
         assert json.loads(json.dumps(document.answer)) == document.answer
 
@@ -176,7 +176,7 @@ def test_the_tests_tell_families_apart(values):
 
 def test_edits_change_the_function_and_never_show_a_held_out_one(train, test):
     """Guards: an edit that asks for nothing, or that shows the body a code test asks for."""
-    bodies = {document.completion for document in test["code"]}
+    bodies = {document.completion.removeprefix("\n") for document in test["code"]}
     kinds = set()
     for document in train["edits"] + test["edits"]:
         original = document.prompt.split("\n", 1)[1].removesuffix("\nEdited:\n")

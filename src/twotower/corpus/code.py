@@ -100,7 +100,7 @@ def arguments_for(argument: Argument, constants: tuple[str, ...]) -> list[list[o
     cases: dict[Argument, list[list[object]]] = {
         "numbers": [[[]], [near], [[3, high, 2 * low, -4, 7]], [list(range(1, 11))], [[low + 1]]],
         "words": [[[]], [strings], [["tea", tags[0] + "x", "a" * (low + 1)]], [["pear", "fig"]]],
-        "text": [*texts, ["abcde" * (low // 5 + 1)]],
+        "text": [*texts, [("abcdefghijklm" * 8)[: low + 3]]],
         "number": [[0], [low], [low + 1], [high + 5]],
         "pair": [[0, 1], [low, low], [high + 1, low + 2], [3, high * 2]],
         "table": [[{}], [{tags[0]: low + 1, "b": low}], [{"x": 1, "y": high + 1}], [{"c": 12}]],
@@ -145,7 +145,9 @@ def draw(rng: Random) -> Draft:
 
     return Draft(
         key=function.key,
-        prompt=f"# {function.comment}\n{function.head}\n",
-        completion=function.body,
+        # The newline opens the completion: with the indent it is one token, which a prompt that
+        # ends with a newline would cut in two.
+        prompt=f"# {function.comment}\n{function.head}",
+        completion=f"\n{function.body}",
         answer=answer,
     )
