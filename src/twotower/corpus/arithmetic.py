@@ -36,7 +36,8 @@ def write_step(step: Step) -> str:
         return f"{head} {result}."
     sign = 1 if operator == "+" else -1
     ones = left % 10 + sign * (right % 10)
-    return f"{head} {result - ones} {'+' if ones >= 0 else '-'} {abs(ones)} = {result}."
+    split = f"{result - ones} {'+' if ones >= 0 else '-'} {abs(ones)}"
+    return f"{head} {result}." if head == f"{split} =" else f"{head} {split} = {result}."
 
 
 def key_of(steps: list[Step]) -> str:
