@@ -1,0 +1,255 @@
+"""The model's configuration: released field names, parsed and validated in one place.
+
+Decides what a `config.json` means and which values this implementation supports; files are read by
+`checkpoint`. Source: system.md section 1.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+MAMBA, ATTENTION, MOE, MLP = "M", "*", "E", "-"
+LAYER_KINDS = {
+    MAMBA: "Mamba-2",
+    ATTENTION: "attention",
+    MOE: "mixture of experts",
+    MLP: "dense MLP",
+}
+_SUPPORTED = {"mamba_hidden_act": "silu", "mlp_hidden_act": "relu2"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes and constants of one tower; both towers of a model share them. Field names are the released ones.
+
+    Raises ValueError (one line) for a missing, contradictory or unsupported value.
+    """
+
+    hybrid_override_pattern: str
+    hidden_size: int
+    vocab_size: int
+    num_hidden_layers: int
+    # attention
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    attention_bias: bool = False
+    # Mamba-2
+    mamba_num_heads: int = 64
+    mamba_head_dim: int = 64
+    ssm_state_size: int = 128
+    n_groups: int = 8
+    conv_kernel: int = 4
+    use_conv_bias: bool = True
+    use_bias: bool = False
+    mamba_hidden_act: str = "silu"
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    chunk_size: int = 128
+    # dense MLP
+    intermediate_size: int = 4096
+    mlp_bias: bool = False
+    mlp_hidden_act: str = "relu2"
+    # mixture of experts
+    n_routed_experts: int = 8
+    n_shared_experts: int = 1
+    moe_intermediate_size: int = 1024
+    moe_shared_expert_intermediate_size: int = 2048
+    num_experts_per_tok: int = 2
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    # the rest
+    layer_norm_epsilon: float = 1e-5
+    residual_in_fp32: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    rescale_prenorm_residual: bool = True
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+    pad_token_id: int | None = 0
+    mask_token_id: int = 3
+    block_size: int = 16
+
+    def __post_init__(self) -> None:
+        for check in (_check_pattern, _check_sizes, _check_divisions, _check_supported, _check_ids):
+            check(self)
+
+    @property
+    def mamba_width(self) -> int:
+        """Channels of a Mamba layer's x: H * P."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels that pass the causal convolution: C = H * P + 2 * G * N."""
+        return self.mamba_width + 2 * self.n_groups * self.ssm_state_size
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every id that ends a row; empty when the configuration names none."""
+        eos = self.eos_token_id
+        return () if eos is None else (eos,) if isinstance(eos, int) else eos
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> "ModelConfig":
+        """Build from the content of a `config.json`; fields that do not concern the model are passed over."""
+        values = _accept_synonyms(dict(values))
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        required = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
+        if missing := [name for name in required if values.get(name) is None]:
+            raise ValueError(
+                f"config.json: missing field {', '.join(missing)}; add it with the model's value"
+            )
+        given = {n: v for n, v in values.items() if n in fields and (v is not None or _nullable(n))}
+        return cls(**{name: _typed(name, value) for name, value in given.items()})  # type: ignore[arg-type]  # checked by _typed
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "ModelConfig":
+        """Read `config.json` (or the folder that holds it)."""
+        path = Path(path)
+        file = path / "config.json" if path.is_dir() else path
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file; a checkpoint folder holds a config.json")
+        try:
+            values = json.loads(file.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: not valid JSON ({error}); restore the file") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{file}: must hold a JSON object; restore the file")
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
+
+    def to_dict(self) -> dict[str, object]:
+        """The fields under their released names, ready for `config.json`."""
+        return {**dataclasses.asdict(self), "eos_token_id": _jsonable(self.eos_token_id)}
+
+    @classmethod
+    def nano_30b(cls) -> "ModelConfig":
+        """The released model: Nemotron-3-Nano-30B-A3B (facts.md, 'The backbone at full size')."""
+        return cls(
+            hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+            hidden_size=2688, vocab_size=131072, num_hidden_layers=52,
+            num_attention_heads=32, num_key_value_heads=2, head_dim=128,
+            mamba_num_heads=64, mamba_head_dim=64, ssm_state_size=128, n_groups=8, chunk_size=128,
+            intermediate_size=1856, n_routed_experts=128, num_experts_per_tok=6, n_shared_experts=1,
+            moe_intermediate_size=1856, moe_shared_expert_intermediate_size=3712,
+            routed_scaling_factor=2.5,
+        )  # fmt: skip
+
+
+def _jsonable(eos: int | tuple[int, ...] | None) -> int | list[int] | None:
+    return list(eos) if isinstance(eos, tuple) else eos
+
+
+def _nullable(name: str) -> bool:
+    return name in ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _accept_synonyms(values: dict[str, object]) -> dict[str, object]:
+    """Fill in what other writers of the same architecture call differently."""
+    kinds = values.get("layers_block_type")
+    if values.get("hybrid_override_pattern") is None and isinstance(kinds, list):
+        symbols = {"mamba": MAMBA, "attention": ATTENTION, "moe": MOE, "mlp": MLP}
+        values["hybrid_override_pattern"] = "".join(symbols.get(kind, "?") for kind in kinds)
+    if isinstance(pattern := values.get("hybrid_override_pattern"), str):
+        values.setdefault("num_hidden_layers", len(pattern))
+    limit = values.get("time_step_limit")
+    if isinstance(limit, (list, tuple)) and (
+        len(limit) != 2 or float(limit[0]) > 0.0 or float(limit[1]) < 1e30
+    ):
+        raise ValueError(
+            f"config.json: time_step_limit={list(limit)} is not supported; only [0, Infinity]"
+        )
+    if values.get("sliding_window") is not None:
+        raise ValueError(
+            f"config.json: sliding_window={values['sliding_window']} is not supported; only null"
+        )
+    return values
+
+
+def _typed(name: str, value: object) -> object:
+    """Check a JSON value against the field's type; ints pass as floats, lists of ids become tuples."""
+    kind = ModelConfig.__annotations__[name]
+    if name == "eos_token_id" and isinstance(value, list) and all(type(v) is int for v in value):
+        return tuple(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if isinstance(kind, type) and type(value) is not kind:
+        raise ValueError(f"config.json: {name}={value!r} must be of type {kind.__name__}")
+    if not isinstance(kind, type) and value is not None and type(value) is not int:
+        raise ValueError(f"config.json: {name}={value!r} must be a token id or null")
+    return value
+
+
+def _check_pattern(c: ModelConfig) -> None:
+    pattern = c.hybrid_override_pattern
+    if unknown := sorted(set(pattern) - set(LAYER_KINDS)):
+        raise ValueError(
+            f"config.json: hybrid_override_pattern={pattern!r} has unknown symbol {unknown[0]!r}; "
+            f"allowed are {' '.join(LAYER_KINDS)}"
+        )
+    if len(pattern) != c.num_hidden_layers or not pattern:
+        raise ValueError(
+            f"config.json: hybrid_override_pattern has {len(pattern)} symbols but num_hidden_layers="
+            f"{c.num_hidden_layers}; they must be equal and at least 1"
+        )
+
+
+def _check_sizes(c: ModelConfig) -> None:
+    for field in dataclasses.fields(c):
+        value = getattr(c, field.name)
+        if type(value) is int and not field.name.endswith("token_id") and value < 1:
+            raise ValueError(f"config.json: {field.name}={value} must be at least 1")
+    for name in ("layer_norm_epsilon", "time_step_min", "time_step_max", "initializer_range"):
+        if not getattr(c, name) > 0:
+            raise ValueError(f"config.json: {name}={getattr(c, name)} must be above 0")
+
+
+def _check_divisions(c: ModelConfig) -> None:
+    for whole, part in (
+        ("num_attention_heads", "num_key_value_heads"),
+        ("mamba_num_heads", "n_groups"),
+        ("n_routed_experts", "n_group"),
+    ):
+        if getattr(c, whole) % getattr(c, part):
+            raise ValueError(
+                f"config.json: {whole}={getattr(c, whole)} must be a multiple of {part}={getattr(c, part)}"
+            )
+    if MOE not in c.hybrid_override_pattern:
+        return
+    for name, most in (
+        ("topk_group", c.n_group),
+        ("num_experts_per_tok", c.topk_group * (c.n_routed_experts // c.n_group)),
+    ):
+        if getattr(c, name) > most:
+            raise ValueError(f"config.json: {name}={getattr(c, name)} must be at most {most}")
+
+
+def _check_supported(c: ModelConfig) -> None:
+    for name, value in _SUPPORTED.items():
+        if getattr(c, name) != value:
+            raise ValueError(
+                f"config.json: {name}={getattr(c, name)!r} is not supported; only {value!r}"
+            )
+    if c.mlp_bias and MOE in c.hybrid_override_pattern:
+        raise ValueError("config.json: mlp_bias=true with E layers is not supported; only false")
+
+
+def _check_ids(c: ModelConfig) -> None:
+    ids = {
+        "mask_token_id": c.mask_token_id,
+        "bos_token_id": c.bos_token_id,
+        "pad_token_id": c.pad_token_id,
+    }
+    for name, value in [*ids.items(), *(("eos_token_id", eos) for eos in c.eos_token_ids)]:
+        if value is not None and not 0 <= value < c.vocab_size:
+            raise ValueError(
+                f"config.json: {name}={value} is outside the vocabulary; allowed are 0 to {c.vocab_size - 1}"
+            )

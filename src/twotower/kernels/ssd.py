@@ -1,0 +1,120 @@
+"""The Mamba-2 recurrence as matrix products (state-space duality), differentiable, any device.
+
+    S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T,    y_t = S_t C_t        (per head; system.md section 2)
+
+The sequence is cut into tiles; within a tile the recurrence is a masked product, between tiles only the
+state travels. The tile size is a matter of speed alone: `states_every` and L may be anything from 1 up.
+"""
+
+import torch
+from torch import Tensor
+
+TILE = 64  # longest tile: the products grow with its square, the number of states with its inverse
+
+
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial: Tensor | None,
+    states_every: int,
+) -> tuple[Tensor, Tensor]:
+    """Run the recurrence over L tokens in float32.
+
+    x (B, L, H, P); dt (B, L, H) after softplus; A (H,) < 0; B, C (B, L, G, N); initial (B, H, P, N) or
+    None for zeros. Returns y (B, L, H, P) and the states after every `states_every` tokens
+    (B, L/states_every, H, P, N), both float32. A token with dt = 0 leaves the state as it is.
+    Raises ValueError if states_every does not divide L. Source: arXiv 2405.21060 section 6.
+    """
+    num_rows, length, num_heads, head_dim = x.shape
+    if states_every < 1 or length % states_every:
+        raise ValueError(f"states_every={states_every} must divide the {length} tokens of the call")
+    with torch.autocast(x.device.type, enabled=False):
+        x, dt, A, B, C = (value.float() for value in (x, dt, A, B, C))
+        if initial is None:
+            initial = x.new_zeros(num_rows, num_heads, head_dim, B.shape[-1])
+        if length == 1:
+            return _step(x, dt, A, B, C, initial.float())
+        return _tiled(x, dt, A, B, C, initial.float(), states_every)
+
+
+def _step(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token: the recurrence as written."""
+    num_rows, _, num_heads, head_dim = x.shape
+    num_groups, state_size = B.shape[2:]
+    decay = (dt * A).exp().view(num_rows, num_heads, 1, 1)
+    heads_x = (x * dt.unsqueeze(-1)).view(num_rows, num_groups, -1, 1)  # (B, G, H/G*P, 1)
+    added = heads_x * B.view(num_rows, num_groups, 1, state_size)
+    state = initial * decay + added.view(num_rows, num_heads, head_dim, state_size)
+    flat = state.view(num_rows, num_groups, -1, state_size)
+    y = flat @ C.view(num_rows, num_groups, state_size, 1)
+    return y.view(x.shape), state.unsqueeze(1)
+
+
+def _tiled(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor, states_every: int
+) -> tuple[Tensor, Tensor]:
+    length = x.shape[1]
+    tiles_per_state = -(-states_every // TILE)
+    tile = -(-states_every // tiles_per_state)
+    x, dt, B, C = (_to_tiles(v, states_every, tiles_per_state, tile) for v in (x, dt, B, C))
+    y, states = _scan_tiles(x, dt, A, B, C, initial)
+    y = y.unflatten(1, (-1, tiles_per_state)).flatten(2, 3)[:, :, :states_every]
+    return y.flatten(1, 2)[:, :length], states[:, tiles_per_state - 1 :: tiles_per_state]
+
+
+def _to_tiles(value: Tensor, states_every: int, tiles_per_state: int, tile: int) -> Tensor:
+    """(B, L, ...) -> (B, tiles, tile, ...); each stretch of states_every tokens is padded with zeros."""
+    value = value.unflatten(1, (-1, states_every))
+    if padding := tiles_per_state * tile - states_every:
+        value = torch.cat(
+            [value, value.new_zeros(*value.shape[:2], padding, *value.shape[3:])], dim=2
+        )
+    return value.flatten(1, 2).unflatten(1, (-1, tile))
+
+
+def _scan_tiles(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x (B, n, Q, H, P), dt (B, n, Q, H), B, C (B, n, Q, G, N) -> y like x, states (B, n, H, P, N)."""
+    num_rows, num_tiles, tile, num_heads, head_dim = x.shape
+    num_groups = B.shape[3]
+    log_decay = (
+        (dt * A).cumsum(2).transpose(2, 3)
+    )  # (B, n, H, Q): from the tile's start through token i
+    x = x * dt.unsqueeze(-1)
+    B, C = B.transpose(2, 3), C.transpose(2, 3)  # (B, n, G, Q, N)
+
+    within = _decayed_products(log_decay, B, C) @ x.transpose(2, 3)  # (B, n, H, Q, P)
+    to_end = (log_decay[..., -1:] - log_decay).exp().transpose(2, 3).unsqueeze(-1)
+    by_group = (x * to_end).unflatten(3, (num_groups, -1)).flatten(4).transpose(2, 3)
+    added = (B.mT @ by_group).unflatten(4, (-1, head_dim))  # (B, n, G, N, H/G, P)
+    added = added.permute(0, 1, 2, 4, 5, 3).flatten(2, 3)  # (B, n, H, P, N)
+
+    before, states = _pass_states(added, log_decay[..., -1].exp(), initial)
+    carried = before.unflatten(2, (num_groups, -1)).flatten(3, 4)  # (B, n, G, H/G*P, N)
+    carried = (C @ carried.mT).unflatten(4, (-1, head_dim)).transpose(3, 4).flatten(2, 3)
+    y = within + carried * log_decay.exp().unsqueeze(-1)  # (B, n, H, Q, P)
+    return y.transpose(2, 3), states
+
+
+def _decayed_products(log_decay: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """(C_i . B_j) exp(sum of dt A over j < k <= i) for j <= i, else 0: (B, n, H, Q, Q)."""
+    tile, num_groups = B.shape[3], B.shape[2]
+    future = torch.ones(tile, tile, dtype=torch.bool, device=B.device).triu(1)
+    # -inf before exp: the exponent of a future token is positive and would overflow to inf * 0.
+    span = (log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2)).masked_fill(future, float("-inf"))
+    decay = span.exp().unflatten(2, (num_groups, -1))  # (B, n, G, H/G, Q, Q)
+    return (decay * (C @ B.mT).unsqueeze(3)).flatten(2, 3)
+
+
+def _pass_states(added: Tensor, decay: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+    """The state before and after each tile: added (B, n, H, P, N), decay (B, n, H) -> two of added's shape."""
+    states = [initial]
+    for tile in range(added.shape[1]):
+        states.append(states[-1] * decay[:, tile, :, None, None] + added[:, tile])
+    return torch.stack(states[:-1], dim=1), torch.stack(states[1:], dim=1)

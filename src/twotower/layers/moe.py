@@ -1,0 +1,77 @@
+"""Mixture of experts: sigmoid router with bias correction and groups, stacked experts, a shared expert."""
+
+import torch
+from torch import Tensor, nn
+
+from twotower.config import ModelConfig
+from twotower.kernels import ops
+from twotower.layers.mlp import MLP
+
+
+class Router(nn.Module):
+    """Choose M of E experts for each token. Source: system.md section 2, MoE."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.zeros(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (tokens, D) -> chosen experts (tokens, M) int64 and their weights (tokens, M) float32."""
+        c = self.config
+        # float64, as the released model: borderline choices differ in float32.
+        with torch.autocast(x.device.type, enabled=False):
+            scores = torch.sigmoid(x.double() @ self.weight.double().T)
+        choice = scores + self.e_score_correction_bias.double()
+        if c.n_group > 1:
+            choice = self._keep_best_groups(choice)
+        chosen = choice.topk(c.num_experts_per_tok, dim=-1).indices
+        weights = scores.gather(1, chosen)
+        if c.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return chosen, (weights * c.routed_scaling_factor).float()
+
+    def _keep_best_groups(self, choice: Tensor) -> Tensor:
+        """Set the scores of all but the `topk_group` best groups to 0: (tokens, E) -> (tokens, E)."""
+        groups = choice.unflatten(1, (self.config.n_group, -1))
+        best_two = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
+        kept = best_two.topk(self.config.topk_group, dim=-1).indices
+        mask = torch.zeros_like(best_two, dtype=torch.bool).scatter_(1, kept, True)
+        return groups.masked_fill(~mask.unsqueeze(-1), 0.0).flatten(1)
+
+
+class Experts(nn.Module):
+    """E relu2 MLPs, stacked: up_proj (E, F, D), down_proj (E, D, F)."""
+
+    def __init__(self, num_experts: int, width: int, inner_width: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.empty(num_experts, inner_width, width))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, width, inner_width))
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """x (tokens, D), chosen and weights (tokens, M) -> weighted sum of the chosen experts (tokens, D)."""
+        num_experts, per_token = len(self.up_proj), chosen.shape[1]
+        order = chosen.flatten().argsort(stable=True)  # pairs (token, choice), sorted by expert
+        counts = torch.bincount(chosen.flatten(), minlength=num_experts).tolist()
+        token = order // per_token
+        y = ops.grouped_mlp(x[token], self.up_proj, self.down_proj, counts)
+        weighted = y.float() * weights.flatten()[order].unsqueeze(-1)
+        return torch.zeros_like(x, dtype=torch.float32).index_add_(0, token, weighted).to(x.dtype)
+
+
+class MoE(nn.Module):
+    """Routed experts plus one shared expert that is always on."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.gate = Router(config)
+        self.experts = Experts(config.n_routed_experts, width, config.moe_intermediate_size)
+        self.shared_experts = MLP(width, config.moe_shared_expert_intermediate_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        return self.experts(tokens, *self.gate(tokens)).view_as(x) + self.shared_experts(x)

@@ -1,0 +1,31 @@
+"""Root-mean-square norms with a learned weight."""
+
+import torch
+from torch import Tensor, nn
+
+from twotower.kernels import ops
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32; keeps x's dtype."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class GatedRMSNorm(nn.Module):
+    """The norm at the end of a Mamba-2 mixer: y * silu(gate), normed per group of channels."""
+
+    def __init__(self, width: int, num_groups: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.num_groups = num_groups
+        self.eps = eps
+
+    def forward(self, y: Tensor, gate: Tensor) -> Tensor:
+        return ops.gated_rms_norm(y, gate, self.weight, self.num_groups, self.eps)

@@ -1,0 +1,45 @@
+"""Who may attend to whom: boolean masks, True = may attend.
+
+Every mask that the towers use is built here, and None stands for "no mask needed". Keys are always the
+past first, then this call's own tokens; attention has no positions, so padding may stand anywhere.
+"""
+
+import torch
+from torch import Tensor
+
+
+def causal(num_queries: int, num_past: int, device: torch.device | None = None) -> Tensor | None:
+    """Every query sees all of the past and itself and earlier tokens: (L, S + L), or None for L = 1."""
+    if num_queries == 1:
+        return None
+    query = torch.arange(num_queries, device=device).unsqueeze(1) + num_past
+    return torch.arange(num_past + num_queries, device=device) <= query
+
+
+def past_of_rows(lengths: Tensor, num_past: int) -> Tensor:
+    """Which of the S stored past keys belong to each row: lengths (B,) -> (B, 1, 1, S)."""
+    return (torch.arange(num_past, device=lengths.device) < lengths.unsqueeze(1))[:, None, None]
+
+
+def causal_rows(num_queries: int, lengths: Tensor, num_past: int) -> Tensor:
+    """`causal` for rows whose past differs in length: lengths (B,) -> (B, 1, L, S + L)."""
+    past = past_of_rows(lengths, num_past).expand(-1, -1, num_queries, -1)
+    own = torch.ones(num_queries, num_queries, dtype=torch.bool, device=lengths.device).tril()
+    return torch.cat([past, own.expand(len(lengths), 1, -1, -1)], dim=-1)
+
+
+def full_rows(num_queries: int, lengths: Tensor, num_past: int) -> Tensor:
+    """A block that sees its row's past and all of itself: lengths (B,) -> (B, 1, 1, S + T)."""
+    past = past_of_rows(lengths, num_past)
+    own = torch.ones(len(lengths), 1, 1, num_queries, dtype=torch.bool, device=lengths.device)
+    return torch.cat([past, own], dim=-1)
+
+
+def block_causal(num_blocks: int, block_size: int, device: torch.device | None = None) -> Tensor:
+    """Noisy block k sees clean blocks before k and itself: (K*T, 2*K*T), columns clean then noisy.
+
+    Source: system.md section 5.
+    """
+    block = torch.arange(num_blocks * block_size, device=device) // block_size
+    clean = block.unsqueeze(0) < block.unsqueeze(1)
+    return torch.cat([clean, block.unsqueeze(0) == block.unsqueeze(1)], dim=1)

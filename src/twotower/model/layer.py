@@ -1,0 +1,50 @@
+"""One layer of a tower: norm, mixer, residual, and where adaLN stands in between."""
+
+from torch import Tensor, nn
+
+from twotower.config import ATTENTION, MAMBA, MOE, ModelConfig
+from twotower.layers.adaln import Modulation
+from twotower.layers.attention import Attention
+from twotower.layers.mamba2 import Mamba2
+from twotower.layers.mlp import MLP
+from twotower.layers.moe import MoE
+from twotower.layers.norms import RMSNorm
+
+
+def make_mixer(kind: str, config: ModelConfig) -> nn.Module:
+    """The mixer for a symbol of the layer pattern."""
+    if kind == MAMBA:
+        return Mamba2(config)
+    if kind == ATTENTION:
+        return Attention(config)
+    if kind == MOE:
+        return MoE(config)
+    return MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
+
+
+class Layer(nn.Module):
+    """h + gate * mixer(norm(h)): a tower calls `enter`, its mixer with the state at hand, then `leave`."""
+
+    def __init__(self, kind: str, config: ModelConfig) -> None:
+        super().__init__()
+        self.kind = kind
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = make_mixer(kind, config)
+
+    def enter(self, h: Tensor, modulation: Modulation | None = None) -> Tensor:
+        """The mixer's input (..., D) in the weights' dtype.
+
+        Mamba and attention modulate, then norm; MoE and MLP norm, then modulate: a fact of the released
+        weights (system.md section 3, 'Order').
+        """
+        h = h.to(self.norm.weight.dtype)
+        if modulation is None:
+            return self.norm(h)
+        shift, scale, _ = modulation
+        if self.kind in (MAMBA, ATTENTION):
+            return self.norm(h * (1 + scale) + shift)
+        return self.norm(h) * (1 + scale) + shift
+
+    def leave(self, h: Tensor, y: Tensor, modulation: Modulation | None = None) -> Tensor:
+        """The residual: h (..., D) plus the mixer's output, gated when modulated; keeps h's dtype."""
+        return h + (y if modulation is None else modulation.gate * y).to(h.dtype)

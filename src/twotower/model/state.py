@@ -1,0 +1,170 @@
+"""The context tower's state: the cache it writes and the view that the denoiser reads.
+
+`ContextCache` is the only mutable object of the model; `ContextView` is frozen and is all that a
+denoiser can get, so nothing of an unfinished block ever reaches the cache.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twotower.config import ATTENTION, MAMBA, ModelConfig
+from twotower.layers.attention import KV
+from twotower.layers.mamba2 import MambaState
+
+LayerState = KV | MambaState | None
+
+
+@dataclass(frozen=True)
+class ContextView:
+    """What the denoiser may read of the context, layer by layer.
+
+    `layers[i]`: KV of S tokens (B, S, Hk, A); MambaState at the start of each of K blocks, conv
+    (B, K, C, W-1), ssm (B, K, H, P, N), K = 1 in generation; None for a layer without state.
+    `lengths` (B,) on the CPU, or None when every row has all S tokens.
+    """
+
+    layers: tuple[LayerState, ...]
+    lengths: Tensor | None
+    num_past: int
+
+    def to(self, device: torch.device | str) -> "ContextView":
+        """The same view on another device; itself when it is there already."""
+        layers = tuple(
+            None if state is None else type(state)(*(part.to(device) for part in state))
+            for state in self.layers
+        )
+        return ContextView(layers, self.lengths, self.num_past)
+
+    def select(self, rows: Tensor) -> "ContextView":
+        """The view of some rows: rows (R,) int64."""
+        lengths = None if self.lengths is None else self.lengths[rows.cpu()]
+        return ContextView(_select(self.layers, rows), lengths, self.num_past)
+
+
+class ContextCache:
+    """State of the context tower after `lengths[b]` committed tokens of each row b.
+
+    `layers[i]` is what layer i keeps: KV (B, S, Hk, A), S the longest row, MambaState conv (B, C, W-1)
+    and ssm (B, H, P, N), or None. `last_hidden` (B, D) is the tower's output at each row's last token,
+    None before the first. Keys are kept in buffers that grow by doubling.
+    """
+
+    def __init__(
+        self, config: ModelConfig, num_rows: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.lengths = torch.zeros(
+            num_rows, dtype=torch.int64
+        )  # on the CPU: it steers control flow
+        self.last_hidden: Tensor | None = None
+        self._states = [
+            _empty_state(kind, config, num_rows, device, dtype)
+            for kind in config.hybrid_override_pattern
+        ]
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.lengths)
+
+    @property
+    def num_past(self) -> int:
+        """S: tokens of the longest row."""
+        return int(self.lengths.max()) if len(self.lengths) else 0
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all rows hold the same number of tokens, so that no mask is needed."""
+        return bool((self.lengths == self.num_past).all())
+
+    @property
+    def layers(self) -> tuple[LayerState, ...]:
+        """What each layer keeps; keys and values are cut to the longest row, without a copy."""
+        num_past = self.num_past
+        return tuple(
+            KV(state.k[:, :num_past], state.v[:, :num_past]) if isinstance(state, KV) else state
+            for state in self._states
+        )
+
+    def view(self) -> ContextView:
+        """A frozen view: later `extend` calls do not change it."""
+        layers = tuple(
+            MambaState(state.conv.unsqueeze(1), state.ssm.unsqueeze(1))
+            if isinstance(state, MambaState)
+            else state
+            for state in self.layers
+        )
+        return ContextView(layers, None if self.is_uniform else self.lengths, self.num_past)
+
+    def append(self, states: list[LayerState], hidden: Tensor, counts: Tensor) -> None:
+        """Commit what the tower returned for counts[b] >= 0 tokens of each row; hidden (B, L, D)."""
+        for index, new in enumerate(states):
+            old = self._states[index]
+            if isinstance(new, KV) and isinstance(old, KV):
+                self._states[index] = KV(self._write(old.k, new.k), self._write(old.v, new.v))
+            elif isinstance(new, MambaState):
+                self._states[index] = MambaState(new.conv[:, -1], new.ssm[:, -1])
+        last = (counts - 1).clamp(min=0).to(hidden.device)
+        newest = hidden[torch.arange(self.num_rows, device=hidden.device), last]
+        if self.last_hidden is not None:
+            newest = torch.where(
+                (counts > 0).to(hidden.device).unsqueeze(1), newest, self.last_hidden
+            )
+        self.last_hidden = newest
+        self.lengths = self.lengths + counts
+
+    def select(self, rows: Tensor) -> "ContextCache":
+        """A new cache with copies of some rows: rows (R,) int64."""
+        chosen = object.__new__(ContextCache)
+        chosen.lengths = self.lengths[rows.cpu()]
+        chosen.last_hidden = (
+            None if self.last_hidden is None else self.last_hidden[rows.to(self.last_hidden.device)]
+        )
+        chosen._states = list(_select(tuple(self._states), rows))
+        return chosen
+
+    def _write(self, buffer: Tensor, new: Tensor) -> Tensor:
+        """Put new (B, L, Hk, A) behind each row's last token; returns the buffer, a larger one if needed."""
+        num_past, length = self.num_past, new.shape[1]
+        if num_past + length > buffer.shape[1]:
+            grown = buffer.new_empty(
+                len(buffer), max(num_past + length, 2 * buffer.shape[1]), *buffer.shape[2:]
+            )
+            grown[:, :num_past] = buffer[:, :num_past]
+            buffer = grown
+        if self.is_uniform:
+            buffer[:, num_past : num_past + length] = new
+            return buffer
+        # Tokens beyond a row's count land behind its length: hidden by the mask, overwritten by the next.
+        position = self.lengths.to(new.device).unsqueeze(1) + torch.arange(
+            length, device=new.device
+        )
+        buffer[torch.arange(len(buffer), device=new.device).unsqueeze(1), position] = new.to(
+            buffer.dtype
+        )
+        return buffer
+
+
+def _select(layers: tuple[LayerState, ...], rows: Tensor) -> tuple[LayerState, ...]:
+    return tuple(
+        None if state is None else type(state)(*(part[rows.to(part.device)] for part in state))
+        for state in layers
+    )
+
+
+def _empty_state(
+    kind: str, c: ModelConfig, num_rows: int, device: torch.device, dtype: torch.dtype
+) -> LayerState:
+    if kind == ATTENTION:
+        shape = (num_rows, 0, c.num_key_value_heads, c.head_dim)
+        return KV(
+            torch.empty(shape, device=device, dtype=dtype),
+            torch.empty(shape, device=device, dtype=dtype),
+        )
+    if kind != MAMBA:
+        return None
+    return MambaState(
+        torch.zeros(num_rows, c.conv_channels, c.conv_kernel - 1, device=device, dtype=dtype),
+        torch.zeros(num_rows, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size, device=device),
+    )

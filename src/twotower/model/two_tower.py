@@ -1,0 +1,194 @@
+"""Both towers with their heads and the time conditioning: the operations that decoding and training call.
+
+Holds no generation loop, sampler, loss or checkpoint code.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from twotower import masks
+from twotower.config import ModelConfig
+from twotower.layers.adaln import Modulation, TimestepEmbedder
+from twotower.layers.mamba2 import MambaState
+from twotower.model.context_tower import ContextTower
+from twotower.model.denoiser_tower import DenoiserTower
+from twotower.model.state import ContextCache, ContextView, LayerState
+
+PREFILL_CHUNK = (
+    512  # tokens of a prompt read at a time: bounds the attention scores at chunk x prompt
+)
+
+
+class TwoTower(nn.Module):
+    """A frozen context tower that commits text and a denoiser tower that fills masked blocks.
+
+    Parameter names are the released ones, but for the stacked experts. With towers="context" there is
+    no denoiser (`denoiser_tower` is None): AR decoding and backbone training need no more.
+    """
+
+    def __init__(self, config: ModelConfig, towers: Literal["both", "context"] = "both") -> None:
+        super().__init__()
+        self.config = config
+        width, vocab = config.hidden_size, config.vocab_size
+        self.context_tower = ContextTower(config)
+        self.context_lm_head = nn.Linear(width, vocab, bias=False)
+        self.denoiser_tower: DenoiserTower | None = None
+        if towers == "both":
+            self.denoiser_tower = DenoiserTower(config)
+            self.lm_head = nn.Linear(width, vocab, bias=False)
+            self.t_embedder = TimestepEmbedder(width)
+            self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+            self.scale_shift_tables = nn.ParameterList(
+                torch.zeros(3, width) for _ in range(config.num_hidden_layers)
+            )
+        self.tie_heads()
+
+    def tie_heads(self) -> None:
+        """Let the heads share the embeddings' weights where the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.context_lm_head.weight = self.context_tower.embeddings.weight
+            if self.denoiser_tower is not None:
+                self.lm_head.weight = self.denoiser_tower.embeddings.weight
+
+    @property
+    def context_device(self) -> torch.device:
+        """Where the context tower lives."""
+        return self.context_lm_head.weight.device
+
+    @property
+    def denoiser_device(self) -> torch.device:
+        """Where the denoiser tower lives; the context's device when there is none."""
+        return self.context_device if self.denoiser_tower is None else self.lm_head.weight.device
+
+    def context_logits(self, ids: Tensor) -> Tensor:
+        """Next-token logits of the context tower: ids (B, L) int64 -> (B, L, V) float32, causal."""
+        ids = self._checked(ids, "ids").to(self.context_device)
+        length = ids.shape[1]
+        hidden, _ = self.context_tower(ids, None, masks.causal(length, 0, ids.device), None, length)
+        return _head(self.context_lm_head, hidden)
+
+    def empty_cache(self, num_rows: int) -> ContextCache:
+        """A cache before the first token."""
+        weight = self.context_tower.embeddings.weight
+        return ContextCache(self.config, num_rows, weight.device, weight.dtype)
+
+    @torch.no_grad()
+    def prefill(
+        self, ids: Tensor, lengths: Tensor | None = None, chunk_size: int = PREFILL_CHUNK
+    ) -> ContextCache:
+        """Read prompts ids (B, L), right-padded when `lengths` (B,) are given, chunk by chunk."""
+        ids = self._checked(ids, "ids")
+        if lengths is not None and not (
+            1 <= int(lengths.min()) and int(lengths.max()) <= ids.shape[1]
+        ):
+            raise ValueError(f"lengths={lengths.tolist()} must lie between 1 and {ids.shape[1]}")
+        cache = self.empty_cache(len(ids))
+        for start in range(0, ids.shape[1], chunk_size):
+            chunk = ids[:, start : start + chunk_size]
+            counts = None if lengths is None else (lengths.cpu() - start).clamp(0, chunk.shape[1])
+            self.extend(cache, chunk, counts)
+        return cache
+
+    @torch.no_grad()
+    def extend(self, cache: ContextCache, tokens: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Commit tokens (B, n >= 1) to the cache; counts (B,) in 0..n when rows commit fewer.
+
+        Returns the tower's output (B, n, D); `context_head` makes logits of it.
+        """
+        tokens = self._checked(tokens, "tokens").to(self.context_device)
+        if len(tokens) != cache.num_rows:
+            raise ValueError(f"tokens have {len(tokens)} rows but the cache has {cache.num_rows}")
+        if counts is not None and bool((counts == tokens.shape[1]).all()):
+            counts = None
+        return self.context_tower.extend(cache, tokens, counts)
+
+    def context_head(self, hidden: Tensor) -> Tensor:
+        """The context tower's logits: hidden (..., D) -> (..., V) float32."""
+        return _head(self.context_lm_head, hidden)
+
+    @torch.no_grad()
+    def next_logits(self, cache: ContextCache) -> Tensor:
+        """Context-head logits after each row's last committed token: (B, V) float32."""
+        if cache.last_hidden is None:
+            raise ValueError("the cache is empty; prefill a prompt of at least one token first")
+        return _head(self.context_lm_head, cache.last_hidden)
+
+    @torch.no_grad()
+    def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
+        """One denoiser pass: block (B, T) of ids with masks, t (B,) masked fraction or None -> (B, T, V) float32.
+
+        The view is only read. t = None switches time conditioning off.
+        """
+        block = self._checked(block, "block").to(self.denoiser_device)
+        view = view.to(self.denoiser_device)
+        mask = None
+        if view.lengths is not None:
+            mask = masks.full_rows(block.shape[1], view.lengths.to(block.device), view.num_past)
+        modulations = None if t is None else self._modulations(t.unsqueeze(-1))
+        hidden = self._denoiser()(block.unsqueeze(1), view, mask, modulations)
+        return _head(self.lm_head, hidden.squeeze(1))
+
+    def training_logits(
+        self, clean: Tensor, noisy: Tensor, t: Tensor | None, block_size: int
+    ) -> Tensor:
+        """Denoiser logits of all blocks at once: clean, noisy (B, K*T) -> (B, K*T, V) float32.
+
+        t (B,) per row, (B, K) per block, or None. Gradients reach the context tower only where its
+        parameters require them. Source: system.md section 5.
+        """
+        num_rows, length = self._checked(clean, "clean").shape
+        if length % block_size or noisy.shape != clean.shape:
+            raise ValueError(
+                f"clean {tuple(clean.shape)} and noisy {tuple(noisy.shape)} must be equal in shape and a "
+                f"multiple of block_size={block_size} long"
+            )
+        frozen = not any(p.requires_grad for p in self.context_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            mask = masks.causal(length, 0, clean.device)
+            _, states = self.context_tower(clean, None, mask, None, block_size)
+        view = ContextView(tuple(_shift_one_block(state) for state in states), None, length)
+        view = view.to(self.denoiser_device)
+        num_blocks = length // block_size
+        if t is not None:
+            t = (t if t.dim() == 2 else t.unsqueeze(-1)).to(self.denoiser_device)
+        blocks = noisy.view(num_rows, num_blocks, block_size).to(self.denoiser_device)
+        mask = masks.block_causal(num_blocks, block_size, blocks.device)
+        hidden = self._denoiser()(blocks, view, mask, None if t is None else self._modulations(t))
+        return _head(self.lm_head, hidden.flatten(1, 2))
+
+    def _modulations(self, t: Tensor) -> list[Modulation]:
+        """t (B, K) or (B, 1) -> for each layer shift, scale, gate (B, K, 1, D)."""
+        m = self.t_block(self.t_embedder(t.to(self.denoiser_device)))
+        m = m.unflatten(-1, (3, 1, -1))  # (B, K, 3, 1, D)
+        return [
+            Modulation(*(m + table.unsqueeze(1)).unbind(2)) for table in self.scale_shift_tables
+        ]
+
+    def _denoiser(self) -> DenoiserTower:
+        if self.denoiser_tower is None:
+            raise ValueError(
+                "this model has no denoiser tower; load it with towers='both', or use mode='ar'"
+            )
+        return self.denoiser_tower
+
+    def _checked(self, ids: Tensor, name: str) -> Tensor:
+        if ids.dim() != 2 or ids.shape[1] < 1 or ids.dtype != torch.int64:
+            raise ValueError(
+                f"{name} has shape {tuple(ids.shape)} and dtype {ids.dtype}; must be (rows, tokens >= 1) int64"
+            )
+        return ids
+
+
+def _head(head: nn.Module, hidden: Tensor) -> Tensor:
+    logits: Tensor = head(hidden)
+    return logits.float()
+
+
+def _shift_one_block(state: LayerState) -> LayerState:
+    """States at the end of each block -> states at its start: block 0 starts from zeros."""
+    if not isinstance(state, MambaState):
+        return state
+    return MambaState(*(F.pad(part[:, :-1], (0, 0) * (part.dim() - 2) + (1, 0)) for part in state))
