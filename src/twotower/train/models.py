@@ -7,7 +7,7 @@ from twotower.config import ModelConfig
 from twotower.model.two_tower import TwoTower
 from twotower.tokenizer import load_tokenizer
 from twotower.train.data import Shard
-from twotower.train.initialise import randomise
+from twotower.model.initialise import randomise
 from twotower.train.options import Recipe, TrainOptions
 from twotower.train.presets import preset_config
 from twotower.train.run_folder import Snapshot, model_config
