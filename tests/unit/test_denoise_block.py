@@ -1,5 +1,6 @@
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -136,6 +137,26 @@ def test_temperature_zero_needs_no_generators_and_no_luck() -> None:
     assert torch.equal(step.tokens, logits.argmax(-1))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_greedy_row_ignores_its_generator(kind: Any) -> None:
+    """Guards mixed batches: a neighbour that samples must not turn a greedy row random."""
+    block = torch.full((2, LENGTH), MASK)
+    greedy = BlockSampler(kind=kind, steps=5)
+    mixed = run(block, [greedy, dataclasses.replace(greedy, temperature=1.0)])
+    alone = list(denoise_block(denoise, block[:1], greedy))
+    assert [step.tokens[0].tolist() for step in mixed][: len(alone)] == [
+        step.tokens[0].tolist() for step in alone
+    ]
+
+
+def test_posterior_ends_without_masks() -> None:
+    """Guards the end of the grid: at t = 1e-5 staying masked can be likelier than any token."""
+    block = torch.full((1, 2), MASK)
+    sampler = BlockSampler(kind="posterior", steps=1)
+    (step,) = denoise_block(lambda x, t, rows: torch.zeros(1, 2, 200_000), block, sampler)
+    assert not step.is_masked.any()
+
+
 def test_posterior_keeps_tokens_masked_with_the_schedule() -> None:
     """Guards the sampled posterior: after step k of n a fraction 1 - k/n is still masked."""
     block = torch.full((400, LENGTH), MASK)
@@ -143,6 +164,7 @@ def test_posterior_keeps_tokens_masked_with_the_schedule() -> None:
     for index, step in enumerate(steps[:3]):
         share = step.is_masked.float().mean().item()
         assert share == pytest.approx(1 - (index + 1) / 4, abs=0.03)
+        assert bool((step.rows.diff() > 0).all())  # callers may index their cache with them
 
 
 def test_full_block_makes_no_pass() -> None:

@@ -52,6 +52,7 @@ def test_support(top_k: int, top_p: float, expected: list[int]) -> None:
 def test_top_k_keeps_exactly_k_of_equal_logits() -> None:
     """Guards against quantised logits: a cut by value would keep every tie."""
     assert support(filter_logits(torch.zeros(1, 6), top_k=2)) == [[0, 1]]
+    assert support(filter_logits(torch.zeros(1, 5000), top_k=3)) == [[0, 1, 2]]
 
 
 def test_temperature_comes_before_top_p() -> None:
@@ -126,6 +127,14 @@ def test_greedy_rows_draw_nothing() -> None:
     assert noise is not None and bool((noise[0] == 0).all()) and bool((noise[1] != 0).all())
     assert torch.equal(generators[0].get_state(), before[0])
     assert not torch.equal(generators[1].get_state(), before[1])
+
+
+def test_greedy_rows_ignore_noise() -> None:
+    logits = torch.randn(2, 500, 9)
+    noise = gumbel((500, 9), seeded(0, 1))
+    tokens = choose(logits, SamplingParams(temperature=torch.tensor([0.0, 1.0])), noise)
+    is_greedy = tokens == logits.argmax(-1)
+    assert is_greedy[0].all() and not is_greedy[1].all()
 
 
 def test_uniform_is_per_row() -> None:

@@ -117,7 +117,7 @@ def _commit_remasked(sampler: BlockSampler, found: Predictions) -> Tensor:
     else:
         t_next = grid_time(found.step + 1, found.options.steps)
         keep = (1.0 - alpha(sampler.schedule, t_next)) * found.is_masked.shape[-1]
-        counts = count_scheduled(num_masked, keep.masked_fill(found.steps_left == 1, 0.0))
+        counts = count_scheduled(num_masked, keep)  # at the end of the grid keep rounds to 0
     return select_commits(_REMASK_SCORES[sampler.remask](found), found.is_masked, counts)
 
 
