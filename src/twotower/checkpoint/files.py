@@ -1,0 +1,121 @@
+"""Where a checkpoint's files are and what their headers say, without reading a weight."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.md", "*.model", "LICENSE*"]
+
+
+class Entry(NamedTuple):
+    """One tensor of a file under its name there; dtype in safetensors' spelling ("BF16")."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def resolve(path: str | Path) -> Path:
+    """The folder of a checkpoint: a local folder, or a hub id "owner/name", which is downloaded.
+
+    ValueError (one line) if there is neither.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{path}: is a file; give the folder that holds config.json")
+    replaced = set_aside(folder)
+    if replaced.is_dir():  # a save was killed between its two renames
+        return replaced
+    if _HUB_ID.fullmatch(str(path)):
+        return _download(str(path))
+    raise ValueError(f"{path}: no such folder; give a checkpoint folder or a hub id owner/name")
+
+
+def set_aside(folder: Path) -> Path:
+    """Where a checkpoint waits for the moment in which a new one takes its place."""
+    return folder.parent / f".{folder.name}.old"
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"{hub_id}: no such folder here, and the hub did not deliver it "
+            f"({type(error).__name__}: {reason}); give a checkpoint folder or connect to the network"
+        ) from None
+
+
+def read_json(file: Path) -> dict[str, object]:
+    """A JSON object; ValueError (one line) for anything else."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error}); restore the file") from None
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror}); restore the file") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: must hold a JSON object; restore the file")
+    return values
+
+
+def read_entries(folder: Path) -> dict[str, Entry]:
+    """Every tensor of a checkpoint folder from its files' headers, by the name in the file."""
+    if (folder / SINGLE_FILE).is_file():
+        return _header(folder / SINGLE_FILE)
+    if not (folder / INDEX_FILE).is_file():
+        raise ValueError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; add the weights")
+    weight_map = _weight_map(folder / INDEX_FILE)
+    entries: dict[str, Entry] = {}
+    for shard in sorted(set(weight_map.values())):
+        found = _header(folder / shard)
+        entries |= {name: e for name, e in found.items() if weight_map.get(name, shard) == shard}
+    return entries
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: has no weight_map; restore the file")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ValueError(f"{index}: {shard!r} is not a file name; restore the file")
+        if not (index.parent / shard).is_file():
+            raise ValueError(f"{index}: names {shard}, which is missing; restore the shard")
+    return weight_map
+
+
+def _header(file: Path) -> dict[str, Entry]:
+    try:
+        with safe_open(file, framework="pt") as shard:
+            return {name: _entry(file, name, shard.get_slice(name)) for name in shard.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{file}: truncated or not a safetensors file ({reason}); fetch it again"
+        ) from None
+
+
+def _entry(file: Path, name: str, view: "object") -> Entry:
+    return Entry(file, name, tuple(view.get_shape()), view.get_dtype())  # type: ignore[attr-defined]  # untyped

@@ -1,0 +1,90 @@
+"""Tensor names of the files against parameter names of the model: the only place that knows both.
+
+Three spellings of a checkpoint are recognised by their names: the released two towers, the
+released single-tower backbone (`backbone.*`, which `transformers` 5 writes too), and the module
+names of `transformers` (`model.*`). All are translated to the released two-tower names first; from
+there only the stacked experts differ from the model's own. Source: system.md section 3.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal, NamedTuple
+
+Layout = Literal["two-tower", "backbone", "transformers"]
+
+CONTEXT_PARTS = ("context_tower.", "context_lm_head.")
+DENOISER_PARTS = (
+    "denoiser_tower.",
+    "lm_head.",
+    "t_embedder.",
+    "t_block.",
+    "scale_shift_tables.",
+)
+HEADS = {
+    "context_lm_head.weight": "context_tower.embeddings.weight",
+    "lm_head.weight": "denoiser_tower.embeddings.weight",
+}
+_TOWER_PREFIX = {"backbone": "backbone.", "transformers": "model."}
+_STACKED = re.compile(r"(.*\.mixer\.experts)\.(up_proj|down_proj)")
+_ROUTER = (".mixer.gate.weight", ".mixer.gate.e_score_correction_bias")
+
+
+class Slot(NamedTuple):
+    """Where one released tensor belongs: a parameter, or one expert's slice of a stacked one."""
+
+    parameter: str
+    expert: int | None
+    shape: tuple[int, ...]
+
+
+def is_router(name: str) -> bool:
+    """Whether a tensor belongs to a router: those stay float32, whatever the model's dtype."""
+    return name.endswith(_ROUTER)
+
+
+def layout_of(names: Iterable[str]) -> Layout | None:
+    """The layout that a checkpoint's tensor names show, or None for another kind of model."""
+    found = set(names)
+    if any(name.startswith(("context_tower.", "denoiser_tower.")) for name in found):
+        return "two-tower"
+    for layout in ("backbone", "transformers"):
+        if any(name.startswith(_TOWER_PREFIX[layout]) for name in found):
+            return layout
+    return None
+
+
+def released_name(name: str, layout: Layout) -> str | None:
+    """A file's tensor name in two-tower spelling; None if the model has no use for the tensor."""
+    if layout == "two-tower":
+        return name
+    if name.startswith("mtp."):  # multi-token prediction, beside the backbone in some releases
+        return None
+    if name == "lm_head.weight":
+        return "context_lm_head.weight"
+    prefix = _TOWER_PREFIX[layout]
+    return f"context_tower.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
+
+
+def backbone_name(name: str) -> str:
+    """A context tensor's name in the backbone layout."""
+    if name == "context_lm_head.weight":
+        return "lm_head.weight"
+    return f"backbone.{name.removeprefix('context_tower.')}"
+
+
+def released_slots(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:
+    """Every released tensor of a model, given its parameters' and buffers' shapes."""
+    slots: dict[str, Slot] = {}
+    for name, shape in shapes.items():
+        if match := _STACKED.fullmatch(name):
+            for expert in range(shape[0]):
+                released = f"{match[1]}.{expert}.{match[2]}.weight"
+                slots[released] = Slot(name, expert, shape[1:])
+        else:
+            slots[name] = Slot(name, None, shape)
+    return slots
+
+
+def is_stacked(name: str) -> bool:
+    """Whether a name is that of a layer's experts in one tensor, as `transformers` keeps them."""
+    return _STACKED.fullmatch(name) is not None
