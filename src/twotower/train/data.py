@@ -36,6 +36,7 @@ class ShardMeta:
     """What `meta.json` says about a shard."""
 
     vocab_size: int
+    bos_id: int
     num_tokens: int
     num_documents: int
     dtype: str
@@ -80,8 +81,9 @@ class Rows:
                 "sequence_length="
                 f"{sequence_length}; at least {2 * sequence_length} are needed: prepare more"
             )
+        self._total = total
         self.num_held_out = max(1, int(total * HELD_OUT))
-        self.num_training = total - self.num_held_out
+        self.num_training = max(1, total - self.num_held_out - 1)  # a moved row may end in the next
 
     @cached_property
     def fingerprint(self) -> str:
@@ -98,16 +100,14 @@ class Rows:
     def held_out(self, start: int, count: int) -> Tensor:
         """Held-out rows in file order, fewer than `count` at the end; (<= count, L) int64."""
         stop = min(start + count, self.num_held_out)
-        return self._read([self.num_training + i for i in range(start, stop)])
+        return self._read([self._total - self.num_held_out + i for i in range(start, stop)])
 
     def _shuffled(self, index: int) -> int:
         epoch, offset = divmod(index, self.num_training)
         return int(_epoch_order(self.num_training, self.seed, epoch)[offset])
 
     def _read(self, indices: list[int]) -> Tensor:
-        length = self.sequence_length
-        slices = [self.shard.tokens[i * length : (i + 1) * length] for i in indices]
-        rows = np.stack(slices).astype(np.int64)
+        rows = np.stack([self._row(i) for i in indices]).astype(np.int64)
         if rows.max() >= self.shard.meta.vocab_size:
             raise ValueError(
                 f"data: {self.shard.folder} has token {rows.max()} in rows {indices}, outside its "
@@ -115,6 +115,19 @@ class Rows:
                 f"of {self.shard.meta.vocab_size}; prepare the data again"
             )
         return torch.from_numpy(rows)
+
+    def _row(self, index: int) -> TokenArray:
+        """Window `index`, moved to the first document that begins in it.
+
+        A prompt is read from its <bos> with nothing before it: a model that never trained on rows
+        which begin there meets that state for the first time when it generates.
+        """
+        length, tokens = self.sequence_length, self.shard.tokens
+        start = index * length
+        begins = np.flatnonzero(tokens[start : start + length] == self.shard.meta.bos_id)
+        if len(begins):
+            start = min(start + int(begins[0]), len(tokens) - length)
+        return tokens[start : start + length]
 
 
 @lru_cache(maxsize=2)  # a batch may straddle two epochs

@@ -181,8 +181,10 @@ def _write_shard(
         raise ValueError(
             f"input: {options.input} holds no text; give a file with at least one document"
         )
+    assert tokenizer.bos_id is not None
     ShardMeta(
         vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id,
         num_tokens=writer.num_tokens,
         num_documents=writer.num_documents,
         dtype=writer.dtype,
