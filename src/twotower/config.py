@@ -1,11 +1,13 @@
 """The model's configuration: released field names, parsed and validated in one place.
 
-Decides what a `config.json` means and which values this implementation supports; files are read by
-`checkpoint`. Source: system.md section 1.
+Decides what a `config.json` means, also in the spelling of `transformers` 5, and which values this
+implementation supports. Source: system.md section 1.
 """
 
 import dataclasses
 import json
+import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +20,53 @@ LAYER_KINDS = {
     MLP: "dense MLP",
 }
 _SUPPORTED = {"mamba_hidden_act": "silu", "mlp_hidden_act": "relu2"}
+# Sizes that a file must give for each kind of layer: a default would load and compute nonsense.
+_SIZES = {
+    MAMBA: ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel"),
+    ATTENTION: ("num_attention_heads", "num_key_value_heads", "head_dim"),
+    MOE: (
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "moe_shared_expert_intermediate_size",
+    ),
+    MLP: ("intermediate_size",),
+}
+_DIVISIONS = {
+    MAMBA: ("mamba_num_heads", "n_groups"),
+    ATTENTION: ("num_attention_heads", "num_key_value_heads"),
+    MOE: ("n_routed_experts", "n_group"),
+}
+_MOST = 2**24  # of any size: far above every model, and a typing error stays an error message
+_BLOCK_TYPES = {
+    "linear_attention": MAMBA,
+    "mamba": MAMBA,
+    "full_attention": ATTENTION,
+    "attention": ATTENTION,
+    "moe": MOE,
+    "mlp": MLP,
+}
+# What other writers of the same architecture call differently.
+_SYNONYMS = {
+    "layer_types": "layers_block_type",
+    "num_local_experts": "n_routed_experts",
+    "norm_eps": "layer_norm_epsilon",
+    "rms_norm_eps": "layer_norm_epsilon",
+    "mamba_proj_bias": "use_bias",
+    "mamba_n_groups": "n_groups",
+    "mamba_d_conv": "conv_kernel",
+    "mamba_conv_bias": "use_conv_bias",
+    "mamba_chunk_size": "chunk_size",
+    "mamba_dt_min": "time_step_min",
+    "mamba_dt_max": "time_step_max",
+    "mamba_dt_limit": "time_step_limit",
+    "mamba_dt_init_floor": "time_step_floor",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes and constants of one tower; both towers of a model share them. Field names are the released ones.
+    """Sizes and constants of one tower; both towers share them. Field names are the released ones.
 
     Raises ValueError (one line) for a missing, contradictory or unsupported value.
     """
@@ -97,16 +141,20 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> "ModelConfig":
-        """Build from the content of a `config.json`; fields that do not concern the model are passed over."""
-        values = _accept_synonyms(dict(values))
+        """Build from the content of a `config.json`; fields without meaning here are skipped."""
+        values = _with_pattern(_accept_synonyms(values))
+        _refuse_unsupported(values)
         fields = {field.name: field for field in dataclasses.fields(cls)}
         required = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
+        for kind, sizes in _SIZES.items():
+            required += sizes if kind in str(values.get("hybrid_override_pattern")) else ()
         if missing := [name for name in required if values.get(name) is None]:
             raise ValueError(
                 f"config.json: missing field {', '.join(missing)}; add it with the model's value"
             )
         given = {n: v for n, v in values.items() if n in fields and (v is not None or _nullable(n))}
-        return cls(**{name: _typed(name, value) for name, value in given.items()})  # type: ignore[arg-type]  # checked by _typed
+        typed = {name: _typed(name, value) for name, value in given.items()}
+        return cls(**typed)  # type: ignore[arg-type]  # _typed has checked each
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":
@@ -116,13 +164,7 @@ class ModelConfig:
         if not file.is_file():
             raise ValueError(f"{file}: no such file; a checkpoint folder holds a config.json")
         try:
-            values = json.loads(file.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: not valid JSON ({error}); restore the file") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{file}: must hold a JSON object; restore the file")
-        try:
-            return cls.from_dict(values)
+            return cls.from_dict(read_json(file))
         except ValueError as error:
             raise ValueError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
 
@@ -144,6 +186,19 @@ class ModelConfig:
         )  # fmt: skip
 
 
+def read_json(file: Path) -> dict[str, object]:
+    """A file's JSON object; ValueError (one line) for anything else."""
+    try:
+        values = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror}); restore the file") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error}); restore the file") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: must hold a JSON object; restore the file")
+    return values
+
+
 def _jsonable(eos: int | tuple[int, ...] | None) -> int | list[int] | None:
     return list(eos) if isinstance(eos, tuple) else eos
 
@@ -152,75 +207,110 @@ def _nullable(name: str) -> bool:
     return name in ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def _accept_synonyms(values: dict[str, object]) -> dict[str, object]:
-    """Fill in what other writers of the same architecture call differently."""
+def _accept_synonyms(values: Mapping[str, object]) -> dict[str, object]:
+    """The same values, with the released names filled in from other writers' names."""
+    found = dict(values)
+    for other, name in _SYNONYMS.items():
+        if found.get(name) is None and found.get(other) is not None:
+            found[name] = found[other]
+    return found
+
+
+def _with_pattern(values: dict[str, object]) -> dict[str, object]:
+    """The same values, with the pattern made of a list of block types, and its length."""
     kinds = values.get("layers_block_type")
     if values.get("hybrid_override_pattern") is None and isinstance(kinds, list):
-        symbols = {"mamba": MAMBA, "attention": ATTENTION, "moe": MOE, "mlp": MLP}
-        values["hybrid_override_pattern"] = "".join(symbols.get(kind, "?") for kind in kinds)
-    if isinstance(pattern := values.get("hybrid_override_pattern"), str):
-        values.setdefault("num_hidden_layers", len(pattern))
-    limit = values.get("time_step_limit")
-    if isinstance(limit, (list, tuple)) and (
-        len(limit) != 2 or float(limit[0]) > 0.0 or float(limit[1]) < 1e30
-    ):
-        raise ValueError(
-            f"config.json: time_step_limit={list(limit)} is not supported; only [0, Infinity]"
-        )
-    if values.get("sliding_window") is not None:
-        raise ValueError(
-            f"config.json: sliding_window={values['sliding_window']} is not supported; only null"
-        )
+        unknown = [k for k in kinds if not isinstance(k, str) or k not in _BLOCK_TYPES]
+        if unknown:
+            raise ValueError(
+                f"config.json: layers_block_type has unknown entry {reprlib.repr(unknown[0])}; "
+                f"allowed are {', '.join(_BLOCK_TYPES)}"
+            )
+        values["hybrid_override_pattern"] = "".join(_BLOCK_TYPES[kind] for kind in kinds)
+    pattern = values.get("hybrid_override_pattern")
+    if isinstance(pattern, str) and values.get("num_hidden_layers") is None:
+        values["num_hidden_layers"] = len(pattern)
     return values
 
 
+def _refuse_unsupported(values: Mapping[str, object]) -> None:
+    """ValueError for fields that change the model and have no counterpart here."""
+    for name in ("sliding_window", "moe_latent_size"):
+        if values.get(name) is not None:
+            raise ValueError(
+                f"config.json: {name}={reprlib.repr(values[name])} is not supported; only null"
+            )
+    limit = values.get("time_step_limit")
+    if limit is not None and not _is_unlimited(limit):
+        raise ValueError(
+            f"config.json: time_step_limit={reprlib.repr(limit)} is not supported; "
+            "only [0, Infinity]"
+        )
+
+
+def _is_unlimited(limit: object) -> bool:
+    """Whether a step-size limit is (0, inf); `transformers` 5 writes {"__float__": "Infinity"}."""
+    if not isinstance(limit, list | tuple) or len(limit) != 2:
+        return False
+    low, high = (v.get("__float__") if isinstance(v, dict) else v for v in limit)
+    if isinstance(high, int | float):
+        high = math.inf if high >= 1e30 else high
+    return low in (0, "0.0") and high in (math.inf, "Infinity", "inf")
+
+
 def _typed(name: str, value: object) -> object:
-    """Check a JSON value against the field's type; ints pass as floats, lists of ids become tuples."""
+    """Check a JSON value's type; ints pass as floats, lists of ids become tuples."""
     kind = ModelConfig.__annotations__[name]
     if name == "eos_token_id" and isinstance(value, list) and all(type(v) is int for v in value):
         return tuple(value)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= _MOST:
         return float(value)
+    shown = f"config.json: {name}={reprlib.repr(value)}"
     if isinstance(kind, type) and type(value) is not kind:
-        raise ValueError(f"config.json: {name}={value!r} must be of type {kind.__name__}")
+        raise ValueError(f"{shown} must be of type {kind.__name__}")
     if not isinstance(kind, type) and value is not None and type(value) is not int:
-        raise ValueError(f"config.json: {name}={value!r} must be a token id or null")
+        raise ValueError(f"{shown} must be a token id or null")
     return value
 
 
 def _check_pattern(c: ModelConfig) -> None:
     pattern = c.hybrid_override_pattern
-    if unknown := sorted(set(pattern) - set(LAYER_KINDS)):
+    if unknown := [symbol for symbol in pattern if symbol not in LAYER_KINDS]:
         raise ValueError(
-            f"config.json: hybrid_override_pattern={pattern!r} has unknown symbol {unknown[0]!r}; "
-            f"allowed are {' '.join(LAYER_KINDS)}"
+            f"config.json: hybrid_override_pattern has unknown symbol {unknown[0]!r} at layer "
+            f"{pattern.index(unknown[0])}; allowed are {' '.join(LAYER_KINDS)}"
         )
     if len(pattern) != c.num_hidden_layers or not pattern:
         raise ValueError(
-            f"config.json: hybrid_override_pattern has {len(pattern)} symbols but num_hidden_layers="
-            f"{c.num_hidden_layers}; they must be equal and at least 1"
+            f"config.json: hybrid_override_pattern has {len(pattern)} symbols but "
+            f"num_hidden_layers={c.num_hidden_layers}; they must be equal and at least 1"
         )
 
 
 def _check_sizes(c: ModelConfig) -> None:
-    for field in dataclasses.fields(c):
-        value = getattr(c, field.name)
-        if type(value) is int and not field.name.endswith("token_id") and value < 1:
-            raise ValueError(f"config.json: {field.name}={value} must be at least 1")
+    names = ["hidden_size", "vocab_size", "block_size", "chunk_size"]
+    for kind, sizes in _SIZES.items():
+        names += sizes if kind in c.hybrid_override_pattern else ()
+    for name in names:
+        if not 1 <= getattr(c, name) <= _MOST:
+            shown = reprlib.repr(getattr(c, name))
+            raise ValueError(f"config.json: {name}={shown} must be between 1 and {_MOST}")
     for name in ("layer_norm_epsilon", "time_step_min", "time_step_max", "initializer_range"):
-        if not getattr(c, name) > 0:
-            raise ValueError(f"config.json: {name}={getattr(c, name)} must be above 0")
+        if not 0 < getattr(c, name) < math.inf:
+            raise ValueError(f"config.json: {name}={getattr(c, name)} must be a number above 0")
+    for name in ("time_step_floor", "routed_scaling_factor"):
+        if not math.isfinite(getattr(c, name)):
+            raise ValueError(f"config.json: {name}={getattr(c, name)} must be a finite number")
 
 
 def _check_divisions(c: ModelConfig) -> None:
-    for whole, part in (
-        ("num_attention_heads", "num_key_value_heads"),
-        ("mamba_num_heads", "n_groups"),
-        ("n_routed_experts", "n_group"),
-    ):
-        if getattr(c, whole) % getattr(c, part):
+    for kind, (whole, part) in _DIVISIONS.items():
+        if kind not in c.hybrid_override_pattern:
+            continue
+        if getattr(c, part) < 1 or getattr(c, whole) % getattr(c, part):
             raise ValueError(
-                f"config.json: {whole}={getattr(c, whole)} must be a multiple of {part}={getattr(c, part)}"
+                f"config.json: {whole}={getattr(c, whole)} must be a multiple of "
+                f"{part}={reprlib.repr(getattr(c, part))}"
             )
     if MOE not in c.hybrid_override_pattern:
         return
@@ -228,15 +318,17 @@ def _check_divisions(c: ModelConfig) -> None:
         ("topk_group", c.n_group),
         ("num_experts_per_tok", c.topk_group * (c.n_routed_experts // c.n_group)),
     ):
-        if getattr(c, name) > most:
-            raise ValueError(f"config.json: {name}={getattr(c, name)} must be at most {most}")
+        if not 1 <= getattr(c, name) <= most:
+            shown = reprlib.repr(getattr(c, name))
+            raise ValueError(f"config.json: {name}={shown} must be between 1 and {most}")
 
 
 def _check_supported(c: ModelConfig) -> None:
     for name, value in _SUPPORTED.items():
         if getattr(c, name) != value:
             raise ValueError(
-                f"config.json: {name}={getattr(c, name)!r} is not supported; only {value!r}"
+                f"config.json: {name}={reprlib.repr(getattr(c, name))} is not supported; "
+                f"only {value!r}"
             )
     if c.mlp_bias and MOE in c.hybrid_override_pattern:
         raise ValueError("config.json: mlp_bias=true with E layers is not supported; only false")
@@ -251,5 +343,6 @@ def _check_ids(c: ModelConfig) -> None:
     for name, value in [*ids.items(), *(("eos_token_id", eos) for eos in c.eos_token_ids)]:
         if value is not None and not 0 <= value < c.vocab_size:
             raise ValueError(
-                f"config.json: {name}={value} is outside the vocabulary; allowed are 0 to {c.vocab_size - 1}"
+                f"config.json: {name}={reprlib.repr(value)} is outside the vocabulary; "
+                f"allowed are 0 to {c.vocab_size - 1}"
             )

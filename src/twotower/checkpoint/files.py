@@ -1,6 +1,5 @@
 """Where a checkpoint's files are and what their headers say, without reading a weight."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from twotower.config import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -62,22 +63,9 @@ def _download(hub_id: str) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(
-            f"{hub_id}: no such folder here, and the hub did not deliver it "
-            f"({type(error).__name__}: {reason}); give a checkpoint folder or connect to the network"
+            f"{hub_id}: no such folder here, and the hub did not give it "
+            f"({type(error).__name__}: {reason}); give a folder or connect to the network"
         ) from None
-
-
-def read_json(file: Path) -> dict[str, object]:
-    """A JSON object; ValueError (one line) for anything else."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); restore the file") from None
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({error.strerror}); restore the file") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: must hold a JSON object; restore the file")
-    return values
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:
