@@ -20,7 +20,6 @@ from twotower.checkpoint import names
 from twotower.checkpoint.files import DTYPES, Entry, read_entries, resolve
 from twotower.checkpoint.names import Layout, Slot
 from twotower.config import ModelConfig
-from twotower.layers.moe import Router
 from twotower.model.initialise import copy_context_to_denoiser
 from twotower.model.two_tower import TwoTower
 
@@ -45,16 +44,16 @@ def load_model(
     """
     folder = resolve(path)
     config = ModelConfig.from_file(folder)
-    entries, layout = _read_layout(folder)
+    entries, layout = read_layout(folder)
     if config.tie_word_embeddings:
         config, entries = _with_heads(config, entries)
-    model = _build(config, "both" if towers == "both" and layout == "two-tower" else "context")
-    plan = _plan(folder, model, entries)
+    model = build_empty(config, "both" if towers == "both" and layout == "two-tower" else "context")
+    plan = plan_tensors(folder, model, entries)
     dtypes = _tower_dtypes(entries, dtype, denoiser_dtype)
     devices = (_device(context_device), _device(denoiser_device))
     with torch.no_grad():
         if towers == "both" and layout != "two-tower":
-            model = _build(config, "both")
+            model = build_empty(config, "both")
         _materialise(model, dtypes, devices)
         _fill(model, plan)
         if towers == "both" and layout != "two-tower":
@@ -63,7 +62,7 @@ def load_model(
     return model.eval()
 
 
-def _read_layout(folder: Path) -> tuple[dict[str, Entry], Layout]:
+def read_layout(folder: Path) -> tuple[dict[str, Entry], Layout]:
     """The tensors under their two-tower names, and the layout they were found in."""
     found = read_entries(folder)
     layout = names.layout_of(found)
@@ -79,7 +78,7 @@ def _read_layout(folder: Path) -> tuple[dict[str, Entry], Layout]:
     return entries, layout
 
 
-def _build(config: ModelConfig, towers: Towers) -> TwoTower:
+def build_empty(config: ModelConfig, towers: Towers) -> TwoTower:
     with torch.device("meta"):
         return TwoTower(config, towers)
 
@@ -87,7 +86,7 @@ def _build(config: ModelConfig, towers: Towers) -> TwoTower:
 Plan = dict[str, tuple[Entry, Slot]]
 
 
-def _plan(folder: Path, model: TwoTower, entries: Mapping[str, Entry]) -> Plan:
+def plan_tensors(folder: Path, model: TwoTower, entries: Mapping[str, Entry]) -> Plan:
     """Which tensor goes where; one ValueError for all that are missing, unexpected or misshapen."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     slots = names.released_slots(shapes)
@@ -157,8 +156,8 @@ def _materialise(
     for name, part in model.named_children():
         side = int(f"{name}.".startswith(names.DENOISER_PARTS))
         part.to(dtypes[side])
-        for module in part.modules():
-            if isinstance(module, Router):
+        for module_name, module in part.named_modules():
+            if module_name.endswith(names.ROUTER_MODULE):
                 module.to(torch.float32)
         try:
             part.to_empty(device=devices[side])
@@ -203,10 +202,11 @@ def _with_heads(
 
     `transformers` writes such heads: it never ties this architecture, whatever its config says.
     """
-    tied = {head: entries[source] for head, source in names.HEADS.items() if source in entries}
-    entries = tied | entries
-    for head, source in tied.items():
-        a, b = _read(entries[head]), _read(source)
+    entries = names.with_tied_heads(entries)
+    for head, source in names.HEADS.items():
+        if head not in entries or source not in entries:
+            continue
+        a, b = _read(entries[head]), _read(entries[source])
         if a.shape != b.shape or not torch.equal(a, b):
             _log.warning("config.json ties the head, but %s has values of its own: kept", head)
             return dataclasses.replace(config, tie_word_embeddings=False), entries

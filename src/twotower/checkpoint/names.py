@@ -8,8 +8,9 @@ there only the stacked experts differ from the model's own. Source: system.md se
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
+T = TypeVar("T")
 Layout = Literal["two-tower", "backbone", "transformers"]
 
 CONTEXT_PARTS = ("context_tower.", "context_lm_head.")
@@ -26,7 +27,8 @@ HEADS = {
 }
 _TOWER_PREFIX = {"backbone": "backbone.", "transformers": "model."}
 _STACKED = re.compile(r"(.*\.mixer\.experts)\.(up_proj|down_proj)")
-_ROUTER = (".mixer.gate.weight", ".mixer.gate.e_score_correction_bias")
+ROUTER_MODULE = ".mixer.gate"  # its tensors stay float32, whatever the model's dtype
+_ROUTER = (f"{ROUTER_MODULE}.weight", f"{ROUTER_MODULE}.e_score_correction_bias")
 
 
 class Slot(NamedTuple):
@@ -83,6 +85,12 @@ def released_slots(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:
         else:
             slots[name] = Slot(name, None, shape)
     return slots
+
+
+def with_tied_heads(entries: Mapping[str, T]) -> dict[str, T]:
+    """The entries of a tied checkpoint, with heads that it leaves out taken from the embeddings."""
+    heads = {head: entries[source] for head, source in HEADS.items() if source in entries}
+    return heads | dict(entries)
 
 
 def is_stacked(name: str) -> bool:

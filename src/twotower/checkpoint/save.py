@@ -218,7 +218,7 @@ def _chunks(start: bytes, pieces: list[Piece]) -> Iterator[bytes | memoryview]:
     yield start
     for piece in pieces:
         flat = piece.tensor.detach().to("cpu", piece.dtype).contiguous().flatten()
-        yield memoryview(flat.view(torch.uint8).numpy())
+        yield flat.view(torch.uint8).numpy().data
 
 
 def _write(file: Path, chunks: Iterable[bytes | memoryview]) -> None:

@@ -1,0 +1,100 @@
+"""A checkpoint into another layout: two towers, a backbone, or what `transformers` 5 loads."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from twotower.checkpoint.files import INDEX_FILE, resolve
+from twotower.checkpoint.load import load_model
+from twotower.checkpoint.save import (
+    MAX_SHARD_BYTES,
+    backbone_pieces,
+    released_config,
+    save_backbone,
+    save_model,
+    write_checkpoint,
+)
+from twotower.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig, read_json
+from twotower.model.two_tower import TwoTower
+
+Target = Literal["released", "backbone", "transformers"]
+GENERATION_FILE = "generation_config.json"
+_BLOCK_TYPES = {MAMBA: "linear_attention", ATTENTION: "full_attention", MOE: "moe", MLP: "mlp"}
+# transformers clamps the step size from below at `time_step_min`, meant for initialisation only.
+# Zero would be exact, but its initialisation takes a logarithm; no step comes near this value.
+_NO_CLAMP = 1e-30
+
+
+def export_transformers(
+    model: TwoTower,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write the context tower so that `transformers` 5 loads it as NemotronHForCausalLM.
+
+    ValueError (one line) for what it cannot represent. Its prefill clamps step sizes to at least
+    `time_step_min`, so config.json holds 1e-30 there. Source: docs/numerics.md.
+    """
+    if model.config.attention_bias:
+        raise ValueError("attention_bias=true cannot be exported: transformers 5 has no such bias")
+    pieces = backbone_pieces(model, dtype)
+    main = next(piece.dtype for piece in pieces if piece.name.endswith("embeddings.weight"))
+    config = transformers_config(model.config, main)
+    write_checkpoint(path, pieces, config, extra_files, max_shard_bytes)
+
+
+def transformers_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, object]:
+    """config.json in the spelling of `transformers` 5."""
+    values = released_config(config, dtype, "NemotronHForCausalLM")
+    for name in ("hybrid_override_pattern", "num_hidden_layers", "torch_dtype", "norm_eps"):
+        del values[name]
+    return {
+        **values,
+        "dtype": str(dtype).removeprefix("torch."),
+        "layers_block_type": [_BLOCK_TYPES[kind] for kind in config.hybrid_override_pattern],
+        "time_step_min": _NO_CLAMP,
+    }
+
+
+def convert(
+    source: str | Path, target: str | Path, to: Target, dtype: torch.dtype | None = None
+) -> None:
+    """Read a checkpoint of any known layout and write another; dtype None keeps its own.
+
+    Files beside the weights (tokenizer, generation defaults, model card) come along.
+    """
+    folder = resolve(source)
+    if Path(target).resolve() == folder.resolve():
+        raise ValueError(f"{target}: is the source itself; choose another folder")
+    model = load_model(folder, dtype=dtype, towers="both" if to == "released" else "context")
+    write = {
+        "released": save_model,
+        "backbone": save_backbone,
+        "transformers": export_transformers,
+    }[to]
+    write(model, target, extra_files=_companions(folder))
+
+
+def _companions(folder: Path) -> dict[str, bytes]:
+    """The plain files of a checkpoint that are neither weights nor its configuration."""
+    return {
+        file.name: file.read_bytes()
+        for file in sorted(folder.iterdir())
+        if file.is_file()
+        and file.suffix not in (".safetensors", ".bin", ".pt", ".py")
+        and file.name not in ("config.json", INDEX_FILE)
+    }
+
+
+def generation_defaults(path: str | Path) -> dict[str, object]:
+    """A checkpoint's own defaults, from generation_config.json; empty when it has none.
+
+    ValueError (one line) for a file that is not a JSON object.
+    """
+    file = resolve(path) / GENERATION_FILE
+    return read_json(file) if file.exists() else {}

@@ -1,0 +1,221 @@
+"""What a checkpoint is, from config.json and the headers of its files; no weight is read.
+
+Counts come from the model itself, built without memory, so they cannot drift from the code.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from twotower.checkpoint import names
+from twotower.checkpoint.files import DTYPES, INDEX_FILE, SINGLE_FILE, Entry, resolve
+from twotower.checkpoint.load import build_empty, plan_tensors, read_layout
+from twotower.config import ATTENTION, LAYER_KINDS, MAMBA, ModelConfig
+from twotower.model.two_tower import TwoTower
+
+Tower = Literal["context", "denoiser"]
+PRESETS = {"nano-30b": ModelConfig.nano_30b}
+KINDS = (
+    "embeddings",
+    "mamba",
+    "attention",
+    "moe routed",
+    "moe shared",
+    "moe router",
+    "mlp",
+    "norms",
+    "head",
+    "time conditioning",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerRecord:
+    """Parameters of one tower with its head; `active` are those that one token passes through."""
+
+    parameters: dict[str, int]
+    total: int
+    active: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilesRecord:
+    """What the headers of the weight files say: bytes on disk, elements by dtype."""
+
+    layout: str
+    files: int
+    num_bytes: int
+    tensors: int
+    elements_by_dtype: dict[str, int]
+    problem: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """Architecture, parameters and memory of a checkpoint; memory in bytes.
+
+    `weight_bytes` by dtype: routers always float32; int8 means matrices in one byte, vectors in
+    bfloat16. `kv_bytes_per_token` and `state_bytes_per_row` are one row's context cache.
+    """
+
+    source: str
+    config: ModelConfig
+    layers: dict[str, int]
+    towers: dict[Tower, TowerRecord]
+    total: int
+    expert_share: float
+    weight_bytes: dict[str, int]
+    kv_bytes_per_token: dict[str, int]
+    state_bytes_per_row: dict[str, int]
+    files: FilesRecord | None
+
+
+def describe(path: str | Path) -> Description:
+    """Describe a checkpoint folder, hub id, or config.json alone (then without files).
+
+    ValueError (one line) if there is no such checkpoint or a file is damaged.
+    """
+    if Path(path).is_file():
+        return describe_config(ModelConfig.from_file(path), str(path))
+    folder = resolve(path)
+    config = ModelConfig.from_file(folder)
+    if not (folder / SINGLE_FILE).exists() and not (folder / INDEX_FILE).exists():
+        return describe_config(config, str(folder))
+    entries, layout = read_layout(folder)
+    towers: Literal["both", "context"] = "both" if layout == "two-tower" else "context"
+    if config.tie_word_embeddings:
+        entries = names.with_tied_heads(entries)
+    model = build_empty(config, towers)
+    files = _describe_files(folder, model, entries, layout)
+    return _describe_model(model, str(folder), files)
+
+
+def describe_preset(name: str) -> Description:
+    """Describe a model that is known by name; ValueError for an unknown one."""
+    if name not in PRESETS:
+        raise ValueError(f"preset={name!r} is unknown; known are {', '.join(PRESETS)}")
+    return describe_config(PRESETS[name](), name)
+
+
+def describe_config(config: ModelConfig, source: str) -> Description:
+    """Describe the two-tower model of a configuration."""
+    return _describe_model(build_empty(config, "both"), source, None)
+
+
+def _describe_files(
+    folder: Path, model: TwoTower, entries: dict[str, Entry], layout: str
+) -> FilesRecord:
+    problem = None
+    try:
+        plan_tensors(folder, model, entries)
+    except ValueError as error:
+        problem = str(error)
+    elements: Counter[str] = Counter()
+    for entry in entries.values():
+        elements[entry.dtype] += torch.Size(entry.shape).numel()
+    files = {entry.file for entry in entries.values()}
+    return FilesRecord(
+        layout=layout,
+        files=len(files),
+        num_bytes=sum(file.stat().st_size for file in files),
+        tensors=len(entries),
+        elements_by_dtype=dict(elements),
+        problem=problem,
+    )
+
+
+def _describe_model(model: TwoTower, source: str, files: FilesRecord | None) -> Description:
+    config = model.config
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())  # tied heads count once
+    sides: dict[Tower, dict[str, Tensor]] = {"context": {}, "denoiser": {}}
+    for name, tensor in tensors.items():
+        sides["context" if name.startswith(names.CONTEXT_PARTS) else "denoiser"][name] = tensor
+    towers = {side: _count(part, config) for side, part in sides.items() if part}
+    total = sum(tower.total for tower in towers.values())
+    in_experts = sum(
+        count
+        for tower in towers.values()
+        for kind, count in tower.parameters.items()
+        if kind.startswith("moe")
+    )
+    return Description(
+        source=source,
+        config=config,
+        layers={
+            LAYER_KINDS[kind]: config.hybrid_override_pattern.count(kind)
+            for kind in LAYER_KINDS
+            if kind in config.hybrid_override_pattern
+        },
+        towers=towers,
+        total=total,
+        expert_share=in_experts / total,
+        weight_bytes=_weight_bytes(tensors.items()),
+        kv_bytes_per_token=_by_dtype(_kv_elements(config), 0),
+        state_bytes_per_row=_by_dtype(*_state_elements(config)),
+        files=files,
+    )
+
+
+def _count(tensors: dict[str, Tensor], config: ModelConfig) -> TowerRecord:
+    counts: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        counts[_kind(name, config)] += tensor.numel()
+    total = counts.total()
+    routed = counts["moe routed"]
+    idle = routed - routed * config.num_experts_per_tok // config.n_routed_experts if routed else 0
+    parameters = {kind: counts[kind] for kind in KINDS if counts[kind]}
+    return TowerRecord(parameters=parameters, total=total, active=total - idle)
+
+
+def _kind(name: str, config: ModelConfig) -> str:
+    """Which of KINDS a tensor belongs to."""
+    parts = name.split(".")
+    if parts[0].endswith("lm_head"):
+        return "head"
+    if not parts[0].endswith("_tower"):
+        return "time conditioning"
+    if parts[1] != "layers":
+        return "embeddings" if parts[1] == "embeddings" else "norms"
+    if parts[3] == "norm":
+        return "norms"
+    moe = {"experts": "moe routed", "shared_experts": "moe shared", "gate": "moe router"}
+    if parts[4] in moe:
+        return moe[parts[4]]
+    kind = config.hybrid_override_pattern[int(parts[2])]
+    return {MAMBA: "mamba", ATTENTION: "attention"}.get(kind, "mlp")
+
+
+def _weight_bytes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+    sizes = {"float32": 0, "bfloat16": 0, "int8": 0}
+    for name, tensor in tensors:
+        router = names.is_router(name)
+        sizes["float32"] += 4 * tensor.numel()
+        sizes["bfloat16"] += (4 if router else 2) * tensor.numel()
+        sizes["int8"] += (4 if router else 1 if tensor.dim() > 1 else 2) * tensor.numel()
+    return sizes
+
+
+def _kv_elements(config: ModelConfig) -> int:
+    """Keys and values of one token in all attention layers."""
+    layers = config.hybrid_override_pattern.count(ATTENTION)
+    return layers * 2 * config.num_key_value_heads * config.head_dim
+
+
+def _state_elements(config: ModelConfig) -> tuple[int, int]:
+    """One row's conv inputs, in the model's dtype, and SSM states, always float32."""
+    layers = config.hybrid_override_pattern.count(MAMBA)
+    conv = layers * config.conv_channels * (config.conv_kernel - 1)
+    return conv, layers * config.mamba_width * config.ssm_state_size
+
+
+def _by_dtype(elements: int, wide: int) -> dict[str, int]:
+    """Bytes of `elements` in each dtype plus `wide` elements that stay float32."""
+    return {
+        str(dtype).removeprefix("torch."): elements * dtype.itemsize + 4 * wide
+        for dtype in (DTYPES["F32"], DTYPES["BF16"])
+    }

@@ -1,0 +1,141 @@
+"""`twotower inspect`: what a checkpoint is, from its configuration and file headers alone."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from twotower.checkpoint.inspect import (
+    KINDS,
+    PRESETS,
+    Description,
+    FilesRecord,
+    describe,
+    describe_preset,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """Print architecture, parameters by kind and memory by dtype, without reading the weights."""
+
+    path: Annotated[str | None, tyro.conf.Positional] = None
+    """Checkpoint folder, hub id owner/name, or a config.json."""
+    preset: str | None = None
+    """A model known by name, instead of a path: nano-30b."""
+    json: bool = False
+    """One JSON object on stdout instead of tables."""
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.preset is None):
+            raise ValueError("inspect needs either a PATH or --preset NAME; give exactly one")
+
+
+def run(options: InspectOptions) -> int:
+    """Print the description; returns the exit status. Errors of the user arrive as ValueError."""
+    if options.preset is not None:
+        record = describe_preset(options.preset)
+    else:
+        assert options.path is not None
+        known = options.path in PRESETS and not Path(options.path).exists()
+        record = describe_preset(options.path) if known else describe(options.path)
+    if options.json:
+        print(json.dumps(as_json(record), indent=2))
+    else:
+        _print(record, Console())
+    return 0
+
+
+def as_json(record: Description) -> dict[str, object]:
+    """The record as plain JSON values."""
+    return {**dataclasses.asdict(record), "config": record.config.to_dict()}
+
+
+def _print(record: Description, console: Console) -> None:
+    config = record.config
+    console.print(f"[bold]{escape(record.source)}[/]", highlight=False, soft_wrap=True)
+    rows = {
+        "layers": f"{config.num_hidden_layers}: "
+        + ", ".join(f"{count} {kind}" for kind, count in record.layers.items()),
+        "pattern": config.hybrid_override_pattern,
+        "width, vocabulary": f"{config.hidden_size}, {config.vocab_size}",
+        "block size, mask token": f"{config.block_size}, {config.mask_token_id}",
+        "parameters": _parameters(record),
+    }
+    if record.files is not None:
+        rows |= _file_rows(record.files)
+    console.print(_grid(rows))
+    console.print(_parameter_table(record))
+    console.print(_memory_table(record))
+
+
+def _parameters(record: Description) -> str:
+    towers = record.towers.values()
+    each = ", ".join(f"{_short(t.total)} ({_short(t.active)} active per token)" for t in towers)
+    return f"{_short(record.total)} in all; by tower {each}; {record.expert_share:.1%} in experts"
+
+
+def _file_rows(files: FilesRecord) -> dict[str, str]:
+    dtypes = ", ".join(f"{_short(n)} in {dtype}" for dtype, n in files.elements_by_dtype.items())
+    rows = {
+        "files": f"{files.files} ({_bytes(files.num_bytes)}), {files.tensors} tensors, "
+        f"{files.layout} layout; {dtypes}"
+    }
+    return rows | ({"problem": f"[red]{escape(files.problem)}[/]"} if files.problem else {})
+
+
+def _grid(rows: dict[str, str]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        grid.add_row(f"[dim]{name}[/]", value)
+    return grid
+
+
+def _parameter_table(record: Description) -> Table:
+    table = Table(title="parameters", title_justify="left")
+    table.add_column("kind")
+    for tower in record.towers:
+        table.add_column(tower, justify="right")
+    counts = [tower.parameters for tower in record.towers.values()]
+    for kind in KINDS:
+        if any(kind in count for count in counts):
+            table.add_row(kind, *(f"{count[kind]:,}" if kind in count else "-" for count in counts))
+    table.add_section()
+    table.add_row("total", *(f"{tower.total:,}" for tower in record.towers.values()))
+    table.add_row("active per token", *(f"{tower.active:,}" for tower in record.towers.values()))
+    return table
+
+
+def _memory_table(record: Description) -> Table:
+    table = Table(title="memory", title_justify="left")
+    table.add_column("dtype")
+    for name in ("weights", "KV per token", "Mamba state per row"):
+        table.add_column(name, justify="right")
+    for dtype, size in record.weight_bytes.items():
+        kv, state = record.kv_bytes_per_token.get(dtype), record.state_bytes_per_row.get(dtype)
+        table.add_row(dtype, _bytes(size), _bytes(kv), _bytes(state))
+    return table
+
+
+def _short(count: int) -> str:
+    """A count for people: 31.6B, 2.5M, 812."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)
+
+
+def _bytes(size: int | None) -> str:
+    """Binary units, as memory is sold; '-' for none."""
+    if size is None:
+        return "-"
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} B"
