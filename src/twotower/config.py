@@ -134,6 +134,12 @@ class ModelConfig:
         return self.mamba_width + 2 * self.n_groups * self.ssm_state_size
 
     @property
+    def kv_elements(self) -> int:
+        """Numbers that one token adds to the KV cache, over all attention layers."""
+        layers = self.hybrid_override_pattern.count(ATTENTION)
+        return 2 * layers * self.num_key_value_heads * self.head_dim
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Every id that ends a row; empty when the configuration names none."""
         eos = self.eos_token_id

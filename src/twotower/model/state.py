@@ -28,6 +28,7 @@ class ContextView:
     layers: tuple[LayerState, ...]
     lengths: Tensor | None
     num_past: int
+    num_rows: int
 
     def to(self, device: torch.device | str) -> "ContextView":
         """The same view on another device; itself when it is there already."""
@@ -35,12 +36,12 @@ class ContextView:
             None if state is None else type(state)(*(part.to(device) for part in state))
             for state in self.layers
         )
-        return ContextView(layers, self.lengths, self.num_past)
+        return ContextView(layers, self.lengths, self.num_past, self.num_rows)
 
     def select(self, rows: Tensor) -> "ContextView":
         """The view of some rows: rows (R,) int64."""
         lengths = None if self.lengths is None else self.lengths[rows.cpu()]
-        return ContextView(_select(self.layers, rows), lengths, self.num_past)
+        return ContextView(_select(self.layers, rows), lengths, self.num_past, len(rows))
 
 
 class ContextCache:
@@ -95,7 +96,8 @@ class ContextCache:
             else state
             for state in self.layers
         )
-        return ContextView(layers, None if self.is_uniform else self.lengths, self.num_past)
+        lengths = None if self.is_uniform else self.lengths
+        return ContextView(layers, lengths, self.num_past, self.num_rows)
 
     def append(self, states: list[LayerState], hidden: Tensor, counts: Tensor) -> None:
         """Commit what the tower returned for counts[b] >= 0 tokens of each row; hidden (B, L, D)."""
@@ -128,7 +130,8 @@ class ContextCache:
         """Put new (B, L, Hk, A) behind each row's last token; returns the buffer, a larger one if needed."""
         num_past, length = self.num_past, new.shape[1]
         if num_past + length > buffer.shape[1]:
-            grown = buffer.new_empty(
+            # Zeros, not empty: a masked key has weight 0, but 0 times stray NaN is NaN.
+            grown = buffer.new_zeros(
                 len(buffer), max(num_past + length, 2 * buffer.shape[1]), *buffer.shape[2:]
             )
             grown[:, :num_past] = buffer[:, :num_past]

@@ -3,6 +3,7 @@
 Holds no generation loop, sampler, loss or checkpoint code.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -32,6 +33,7 @@ class TwoTower(nn.Module):
     def __init__(self, config: ModelConfig, towers: Literal["both", "context"] = "both") -> None:
         super().__init__()
         self.config = config
+        self.generation_defaults: Mapping[str, object] = {}  # what a checkpoint prefers
         width, vocab = config.hidden_size, config.vocab_size
         self.context_tower = ContextTower(config)
         self.context_lm_head = nn.Linear(width, vocab, bias=False)
@@ -82,9 +84,9 @@ class TwoTower(nn.Module):
         """Read prompts ids (B, L), right-padded when `lengths` (B,) are given, chunk by chunk."""
         ids = self._checked(ids, "ids")
         if lengths is not None and not (
-            1 <= int(lengths.min()) and int(lengths.max()) <= ids.shape[1]
+            0 <= int(lengths.min()) and int(lengths.max()) <= ids.shape[1]
         ):
-            raise ValueError(f"lengths={lengths.tolist()} must lie between 1 and {ids.shape[1]}")
+            raise ValueError(f"lengths={lengths.tolist()} must lie between 0 and {ids.shape[1]}")
         cache = self.empty_cache(len(ids))
         for start in range(0, ids.shape[1], chunk_size):
             chunk = ids[:, start : start + chunk_size]
@@ -149,7 +151,9 @@ class TwoTower(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             mask = masks.causal(length, 0, clean.device)
             _, states = self.context_tower(clean, None, mask, None, block_size)
-        view = ContextView(tuple(_shift_one_block(state) for state in states), None, length)
+        view = ContextView(
+            tuple(_shift_one_block(state) for state in states), None, length, num_rows
+        )
         view = view.to(self.denoiser_device)
         num_blocks = length // block_size
         if t is not None:

@@ -1,0 +1,54 @@
+"""What decoding tells its caller, as small records in the order in which things happen."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["length", "eos", "stop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTaken:
+    """One denoiser step on one row's block: the state after it. Lists have block_size entries."""
+
+    row: int  # number of the prompt
+    block_index: int  # from 0
+    step: int  # from 0
+    t: float  # masked fraction that the denoiser was told
+    tokens: list[int]  # masked positions hold the mask token
+    is_masked: list[bool]
+    confidence: list[float]  # probability of each position's newest prediction; 1 if given
+    nfe: int  # denoiser passes of the row so far
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensCommitted:
+    """Tokens that became part of a row's text: a block, or one token in the token-by-token modes."""
+
+    row: int
+    block_index: int  # in token-by-token modes, the number of the token
+    tokens: list[int]  # after cutting at EOS, a stop string or the length
+    text: str  # what can be shown now: whole characters only; "" without a tokenizer
+    nfe: int
+    context_forwards: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """The result of one prompt."""
+
+    tokens: list[int]  # new tokens; an EOS that ended the row is the last
+    text: str | None  # without special tokens and stop string; None without a tokenizer
+    nfe: int  # denoiser passes
+    context_forwards: int  # context tower passes: the prefill and each extension
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A row's last event."""
+
+    row: int
+    completion: Completion
+
+
+Event = StepTaken | TokensCommitted | Finished

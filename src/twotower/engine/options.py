@@ -1,0 +1,168 @@
+"""What a request may ask of decoding, validated, with the checkpoint's own defaults behind it."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from twotower.diffusion import BlockSampler, Remask, SamplerKind, Schedule
+
+Mode = Literal["diffusion", "posterior", "predict-and-noise", "ar", "mock-ar"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+_SAMPLERS: dict[str, SamplerKind] = {
+    "diffusion": "confidence",
+    "posterior": "posterior",
+    "predict-and-noise": "predict-and-noise",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """How to decode one prompt. A checkpoint's `generation_config.json` may set other defaults; a
+    field that is given here wins. Source: system.md section 4.
+    """
+
+    mode: Mode = "diffusion"
+    """diffusion: commit confident tokens of a block, pass after pass. posterior,
+    predict-and-noise: the other block samplers. ar: the context tower alone, token by token.
+    mock-ar: the denoiser, token by token."""
+    max_new_tokens: int = 128
+    """Most tokens to write; the last block is cut to it."""
+    block_size: int = 16
+    """Tokens per block. More than the model was trained on ruins the text."""
+    steps_per_block: int = 16
+    """Most denoiser passes per block."""
+    confidence_threshold: float = 0.8
+    """diffusion: predictions more probable than this are committed at once."""
+    temperature: float = 0.0
+    """0 takes the most probable token; above it, samples."""
+    top_k: int | None = None
+    """Sample among the k most probable tokens only."""
+    top_p: float | None = None
+    """Sample among the most probable tokens that make up this probability only."""
+    seed: int = 0
+    """Seed of the row's own randomness: a row's text does not depend on its neighbours."""
+    eos_token_id: int | tuple[int, ...] | Literal["config"] | None = "config"
+    """Token that ends a row; "config" takes the checkpoint's, None never ends."""
+    stop: str | tuple[str, ...] | None = None
+    """Text that ends a row; it is not part of the returned text. Needs a tokenizer."""
+    schedule: Schedule = "linear"
+    """posterior, predict-and-noise: how the masked share falls over the steps."""
+    remask: Remask = "confidence"
+    """predict-and-noise: what returns to the mask: least confident, least margin, or random."""
+    adaptive: bool = False
+    """predict-and-noise: commit one token a step at first, equal shares later."""
+
+    # Which fields the caller named: only the others take a checkpoint's defaults.
+    def __new__(cls, **given: object) -> "GenerateOptions":
+        options = super().__new__(cls)
+        object.__setattr__(options, "given", frozenset(given))
+        return options
+
+    def __post_init__(self) -> None:
+        if isinstance(self.eos_token_id, list):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        if isinstance(self.stop, list):
+            object.__setattr__(self, "stop", tuple(self.stop))
+        for name, kind in _KINDS.items():
+            _check_kind(name, getattr(self, name), kind)
+        for name, allowed in (
+            ("mode", MODES),
+            ("schedule", get_args(Schedule)),
+            ("remask", get_args(Remask)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}"
+                )
+        for name, lowest in (("max_new_tokens", 1), ("block_size", 1), ("steps_per_block", 1)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {lowest}")
+        _check_range("confidence_threshold", self.confidence_threshold, 0.0, 1.0)
+        _check_range("temperature", self.temperature, 0.0, math.inf)
+        _check_range("seed", self.seed, 0, 2**63 - 1)
+        if self.top_k is not None:
+            _check_range("top_k", self.top_k, 1, math.inf)
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if not all(self.stop_strings):
+            raise ValueError("stop has an empty string; leave it out")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings as a tuple, empty when there are none."""
+        return (
+            () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
+        )
+
+    @property
+    def is_block_mode(self) -> bool:
+        """Whether the mode fills blocks with denoiser passes."""
+        return self.mode in _SAMPLERS
+
+    def with_defaults(self, defaults: Mapping[str, object]) -> "GenerateOptions":
+        """These options with a checkpoint's values for every field that was not given.
+
+        Fields that are not ours are passed over; ValueError names the file for a bad value.
+        """
+        given: frozenset[str] = self.given  # type: ignore[attr-defined]  # set by __new__
+        names = {field.name for field in dataclasses.fields(self)}
+        taken = {n: v for n, v in defaults.items() if n in names - given and v is not None}
+        if defaults.get("do_sample") is False:
+            taken.pop("temperature", None)
+        if not taken:
+            return self
+        values = {n: getattr(self, n) for n in given} | {n: _plain(v) for n, v in taken.items()}
+        try:
+            return GenerateOptions(**values)  # type: ignore[arg-type]  # checked by __post_init__
+        except ValueError as error:
+            raise ValueError(f"generation_config.json: {error}") from None
+
+    def block_sampler(self, mask_token_id: int) -> BlockSampler:
+        """The sampler of a block mode."""
+        return BlockSampler(
+            kind=_SAMPLERS[self.mode],
+            steps=self.steps_per_block,
+            confidence_threshold=self.confidence_threshold,
+            schedule=self.schedule,
+            remask=self.remask,
+            adaptive=self.adaptive,
+            temperature=self.temperature,
+            top_k=self.top_k or 0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            mask_token_id=mask_token_id,
+        )
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "max_new_tokens": (int,),
+    "block_size": (int,),
+    "steps_per_block": (int,),
+    "confidence_threshold": (int, float),
+    "temperature": (int, float),
+    "top_k": (int, type(None)),
+    "top_p": (int, float, type(None)),
+    "seed": (int,),
+    "eos_token_id": (int, tuple, str, type(None)),
+    "stop": (str, tuple, type(None)),
+    "adaptive": (bool,),
+}
+
+
+def _check_kind(name: str, value: object, kinds: tuple[type, ...]) -> None:
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f"{name}={value!r} must be of type {wanted}")
+    if name == "eos_token_id" and isinstance(value, str) and value != "config":
+        raise ValueError(f"eos_token_id={value!r} must be a token id, 'config' or None")
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high or math.isinf(value):
+        allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+        raise ValueError(f"{name}={value} must be {allowed}")
+
+
+def _plain(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
