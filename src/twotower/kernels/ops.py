@@ -33,19 +33,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Depthwise causal convolution and silu in float32.
+    """Depthwise causal convolution and silu in float32; the result has x's dtype.
 
-    x (B, W-1+L, C) with its past in front -> (B, L, C) float32; weight (C, 1, W), the last tap is the
+    x (B, W-1+L, C) with its past in front -> (B, L, C); weight (C, 1, W), the last tap is the
     current token; bias (C,) or None.
     """
     length = x.shape[1] - weight.shape[-1] + 1
     taps = weight.squeeze(1).t().float()  # (W, C)
-    x = x.float()  # adding the taps up in bfloat16 would round W times
+    wide = x.float()  # adding the taps up in bfloat16 would round W times
     # Shifted products: the library's depthwise convolution wants (B, C, L) and is slower here.
-    y = x[:, :length] * taps[0]
+    y = wide[:, :length] * taps[0]
     for tap in range(1, len(taps)):
-        y = y + x[:, tap : tap + length] * taps[tap]
-    return F.silu(y if bias is None else y + bias.float())
+        y = y + wide[:, tap : tap + length] * taps[tap]
+    return F.silu(y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def grouped_mlp(x: Tensor, up: Tensor, down: Tensor, counts: list[int]) -> Tensor:

@@ -66,7 +66,8 @@ class Mamba2(nn.Module):
         seed = None if past is None else past.ssm
         A = -self.A_log.float().exp()
         y, ssm = ssd.ssd_scan(heads, dt, A, B, C, seed, states_every)
-        y = y + heads * self.D.float().unsqueeze(-1)
+        # Rounded here, before the norm, and after the convolution: where the released code rounds.
+        y = (y + heads * self.D.float().unsqueeze(-1)).to(x.dtype)
         return self.out_proj(self.norm(y.flatten(2), z)), MambaState(conv, ssm)
 
     def _with_past(
