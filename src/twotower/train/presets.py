@@ -14,6 +14,7 @@ _PRESETS: dict[str, dict[str, object]] = {
         "mamba_head_dim": 16,
         "ssm_state_size": 16,
         "n_groups": 1,
+        "conv_kernel": 4,
         "intermediate_size": 64,
     },
     # The first shipped model: about 2.5M parameters a tower. Many attention layers, because copying
@@ -28,6 +29,7 @@ _PRESETS: dict[str, dict[str, object]] = {
         "mamba_head_dim": 32,
         "ssm_state_size": 32,
         "n_groups": 1,
+        "conv_kernel": 4,
         "intermediate_size": 512,
     },
 }
