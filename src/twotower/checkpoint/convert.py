@@ -11,11 +11,12 @@ from twotower.checkpoint.load import load_model
 from twotower.checkpoint.save import (
     MAX_SHARD_BYTES,
     backbone_pieces,
+    main_dtype,
     released_config,
     save_backbone,
     save_model,
-    write_checkpoint,
 )
+from twotower.checkpoint.write import write_checkpoint
 from twotower.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig, read_json
 from twotower.model.two_tower import TwoTower
 
@@ -43,8 +44,7 @@ def export_transformers(
     if model.config.attention_bias:
         raise ValueError("attention_bias=true cannot be exported: transformers 5 has no such bias")
     pieces = backbone_pieces(model, dtype)
-    main = next(piece.dtype for piece in pieces if piece.name.endswith("embeddings.weight"))
-    config = transformers_config(model.config, main)
+    config = transformers_config(model.config, main_dtype(pieces))
     write_checkpoint(path, pieces, config, extra_files, max_shard_bytes)
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from twotower.checkpoint import names
+from twotower.checkpoint.empty import build_empty
 from twotower.checkpoint.files import DTYPES, INDEX_FILE, SINGLE_FILE, Entry, resolve
-from twotower.checkpoint.load import build_empty, plan_tensors, read_layout
+from twotower.checkpoint.load import plan_tensors, read_layout
 from twotower.config import ATTENTION, LAYER_KINDS, MAMBA, ModelConfig
 from twotower.model.two_tower import TwoTower
 

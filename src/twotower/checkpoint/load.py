@@ -1,6 +1,6 @@
 """Checkpoint files into a model: built without memory, then filled tensor by tensor.
 
-Peak memory is the model plus the pages of one shard. Decides what is missing, unexpected or
+Peak memory is the model plus a portion of one file. Decides what is missing, unexpected or
 damaged; what the names mean is `names`' business, where the files are is `files`'.
 """
 
@@ -10,21 +10,21 @@ import math
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from twotower.checkpoint import names
+from twotower.checkpoint.empty import Towers, allocate, build_empty
 from twotower.checkpoint.files import DTYPES, Entry, read_entries, resolve
 from twotower.checkpoint.names import Layout, Slot
 from twotower.config import ModelConfig
 from twotower.model.initialise import copy_context_to_denoiser
 from twotower.model.two_tower import TwoTower
 
-Towers = Literal["both", "context"]
 _LISTED = 8  # tensors that an error names
+_PORTION = 2**25  # elements read from a file before it is opened anew
 _log = logging.getLogger(__name__)
 
 
@@ -54,7 +54,7 @@ def load_model(
     with torch.no_grad():
         if towers == "both" and layout != "two-tower":
             model = build_empty(config, "both")
-        _materialise(model, dtypes, devices)
+        allocate(model, dtypes, devices)
         _fill(model, plan)
         if towers == "both" and layout != "two-tower":
             copy_context_to_denoiser(model, seed=0)
@@ -76,11 +76,6 @@ def read_layout(folder: Path) -> tuple[dict[str, Entry], Layout]:
         if (released := names.released_name(name, layout)) is not None:
             entries[released] = entry._replace(name=name)
     return entries, layout
-
-
-def build_empty(config: ModelConfig, towers: Towers) -> TwoTower:
-    with torch.device("meta"):
-        return TwoTower(config, towers)
 
 
 Plan = dict[str, tuple[Entry, Slot]]
@@ -147,29 +142,6 @@ def _device(name: torch.device | str) -> torch.device:
     return device
 
 
-def _materialise(
-    model: TwoTower,
-    dtypes: tuple[torch.dtype, torch.dtype],
-    devices: tuple[torch.device, torch.device],
-) -> None:
-    """Give every parameter and buffer memory on its device, without values."""
-    for name, part in model.named_children():
-        side = int(f"{name}.".startswith(names.DENOISER_PARTS))
-        part.to(dtypes[side])
-        for module_name, module in part.named_modules():
-            if module_name.endswith(names.ROUTER_MODULE):
-                module.to(torch.float32)
-        try:
-            part.to_empty(device=devices[side])
-        except (RuntimeError, MemoryError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"{name} does not fit into the memory of {devices[side]} ({reason}); use a smaller "
-                "dtype, another device, or the context tower alone"
-            ) from None
-    model.tie_heads()
-
-
 def _fill(model: TwoTower, plan: Plan) -> None:
     """Copy every tensor to its place, shard by shard, and check that it is finite there."""
     targets = model.state_dict()
@@ -187,12 +159,29 @@ def _fill(model: TwoTower, plan: Plan) -> None:
 
 
 def _stream(plan: Plan) -> Iterator[tuple[str, Tensor, Slot]]:
-    """Tensors in the order of the shards; one shard is open at a time."""
-    by_file = sorted(plan.items(), key=lambda item: str(item[1][0].file))
-    for file, group in groupby(by_file, key=lambda item: item[1][0].file):
+    """Tensors in the order of the shards. Pages that were read stay in memory while a file is open,
+    so it is opened anew for every portion.
+    """
+    for file, group in _portions(plan):
         with safe_open(file, framework="pt") as shard:
-            for name, (entry, slot) in group:
+            for name in group:
+                entry, slot = plan[name]
                 yield name, shard.get_tensor(entry.name), slot
+
+
+def _portions(plan: Plan) -> Iterator[tuple[Path, list[str]]]:
+    """Names of one file each, of about `_PORTION` elements."""
+    by_file = sorted(plan, key=lambda name: str(plan[name][0].file))
+    for file, group in groupby(by_file, key=lambda name: plan[name][0].file):
+        portion: list[str] = []
+        size = 0
+        for name in group:
+            portion.append(name)
+            size += math.prod(plan[name][0].shape)
+            if size >= _PORTION:
+                yield file, portion
+                portion, size = [], 0
+        yield file, portion
 
 
 def _with_heads(

@@ -27,8 +27,7 @@ HEADS = {
 }
 _TOWER_PREFIX = {"backbone": "backbone.", "transformers": "model."}
 _STACKED = re.compile(r"(.*\.mixer\.experts)\.(up_proj|down_proj)")
-ROUTER_MODULE = ".mixer.gate"  # its tensors stay float32, whatever the model's dtype
-_ROUTER = (f"{ROUTER_MODULE}.weight", f"{ROUTER_MODULE}.e_score_correction_bias")
+_ROUTER = (".mixer.gate.weight", ".mixer.gate.e_score_correction_bias")
 
 
 class Slot(NamedTuple):

@@ -1,26 +1,19 @@
-"""A model into checkpoint files: the released two-tower layout, or one tower as a backbone.
+"""A model in the released two-tower layout, or its context tower as a backbone.
 
-Everything is written into a sibling folder, which then takes the old one's place: a full disk or a
-kill leaves the old checkpoint whole. Files beside the weights in the old folder are kept.
+Decides names, dtypes and config.json; how they get onto the disk is `write`'s business.
 """
 
-import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from twotower.checkpoint import names
-from twotower.checkpoint.files import DTYPES, INDEX_FILE, SINGLE_FILE, set_aside
+from twotower.checkpoint.write import Piece, write_checkpoint
 from twotower.config import ModelConfig
 from twotower.model.two_tower import TwoTower
 
 MAX_SHARD_BYTES = 5_000_000_000
-_SPELLING = {dtype: name for name, dtype in DTYPES.items()}
 # What other readers of the released layout look for; nothing here changes the model.
 _RELEASED_EXTRAS: dict[str, object] = {
     "model_type": "nemotron_h",
@@ -30,19 +23,6 @@ _RELEASED_EXTRAS: dict[str, object] = {
     "sliding_window": None,
     "use_cache": True,
 }
-
-
-class Piece(NamedTuple):
-    """One tensor to write; the values stay where they are until their turn."""
-
-    name: str
-    tensor: Tensor
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        """Size in the file."""
-        return self.tensor.numel() * self.dtype.itemsize
 
 
 def save_model(
@@ -61,7 +41,7 @@ def save_model(
     if model.denoiser_tower is None:
         raise ValueError("this model has no denoiser tower; save it with save_backbone")
     pieces = list(released_pieces(model, dtype))
-    config = released_config(model.config, _main_dtype(pieces), "NemotronHTwoTowerForCausalLM")
+    config = released_config(model.config, main_dtype(pieces), "NemotronHTwoTowerForCausalLM")
     write_checkpoint(path, pieces, config, extra_files, max_shard_bytes)
 
 
@@ -75,7 +55,7 @@ def save_backbone(
 ) -> None:
     """Write the context tower as a single-tower backbone; the rest as in `save_model`."""
     pieces = backbone_pieces(model, dtype)
-    config = released_config(model.config, _main_dtype(pieces), "NemotronHForCausalLM")
+    config = released_config(model.config, main_dtype(pieces), "NemotronHForCausalLM")
     write_checkpoint(path, pieces, config, extra_files, max_shard_bytes)
 
 
@@ -113,147 +93,6 @@ def released_config(
     }
 
 
-def _main_dtype(pieces: Iterable[Piece]) -> torch.dtype:
+def main_dtype(pieces: Iterable[Piece]) -> torch.dtype:
+    """The dtype that config.json states: the embeddings'."""
     return next(piece.dtype for piece in pieces if piece.name.endswith("embeddings.weight"))
-
-
-def write_checkpoint(
-    path: str | Path,
-    pieces: list[Piece],
-    config: Mapping[str, object],
-    extra_files: Mapping[str, bytes] | None,
-    max_shard_bytes: int,
-) -> None:
-    """Write weights, config.json and extra files aside, then put them in the old folder's place."""
-    folder = Path(path).resolve()
-    extra = {**(extra_files or {}), "config.json": _json(config)}
-    _check(folder, pieces, extra, max_shard_bytes)
-    aside = folder.parent / f".{folder.name}.new"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _restore(folder)
-        shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
-        aside.mkdir()
-        _write_weights(aside, pieces, max_shard_bytes)
-        for name, content in extra.items():
-            _write(aside / name, [content])
-        _keep_others(folder, aside)
-        _swap(folder, aside)
-    except OSError as error:
-        raise ValueError(
-            f"{folder}: cannot be saved ({error.strerror or error}); what was there is unchanged; "
-            "free some space or choose another place"
-        ) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _check(
-    folder: Path, pieces: list[Piece], extra: Mapping[str, bytes], max_shard_bytes: int
-) -> None:
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes={max_shard_bytes} must be at least 1")
-    for name in extra:
-        if Path(name).name != name or name.endswith(".safetensors") or name == INDEX_FILE:
-            raise ValueError(f"extra_files: {name!r} must be a plain file name, not of weights")
-    for piece in pieces:
-        if piece.dtype not in _SPELLING:
-            raise ValueError(f"dtype={piece.dtype} cannot be saved; use one of {list(_SPELLING)}")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file; choose another place")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
-        raise ValueError(f"{folder}: is not empty and not a checkpoint; choose another folder")
-
-
-def _json(values: Mapping[str, object]) -> bytes:
-    return (json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def _write_weights(folder: Path, pieces: list[Piece], max_shard_bytes: int) -> None:
-    shards = _split(pieces, max_shard_bytes)
-    if len(shards) == 1:
-        _write_shard(folder / SINGLE_FILE, shards[0])
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(folder / file, shard)
-        weight_map |= {piece.name: file for piece in shard}
-    total = sum(piece.num_bytes for piece in pieces)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write(folder / INDEX_FILE, [_json(index)])
-
-
-def _split(pieces: list[Piece], max_shard_bytes: int) -> list[list[Piece]]:
-    """Consecutive groups of at most `max_shard_bytes`, or of one tensor that is larger."""
-    shards: list[list[Piece]] = [[]]
-    size = 0
-    for piece in pieces:
-        if shards[-1] and size + piece.num_bytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(piece)
-        size += piece.num_bytes
-    return shards
-
-
-def _write_shard(file: Path, pieces: list[Piece]) -> None:
-    """A safetensors file, one tensor in memory at a time; the library's writer wants them all."""
-    pieces = sorted(pieces, key=lambda piece: (-piece.dtype.itemsize, piece.name))  # aligned
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for piece in pieces:
-        header[piece.name] = {
-            "dtype": _SPELLING[piece.dtype],
-            "shape": list(piece.tensor.shape),
-            "data_offsets": [offset, offset + piece.num_bytes],
-        }
-        offset += piece.num_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    _write(file, _chunks(len(text).to_bytes(8, "little") + text, pieces))
-
-
-def _chunks(start: bytes, pieces: list[Piece]) -> Iterator[bytes | memoryview]:
-    yield start
-    for piece in pieces:
-        flat = piece.tensor.detach().to("cpu", piece.dtype).contiguous().flatten()
-        yield flat.view(torch.uint8).numpy().data
-
-
-def _write(file: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    with file.open("wb") as stream:
-        for chunk in chunks:
-            stream.write(chunk)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _keep_others(old: Path, new: Path) -> None:
-    """Carry over what is neither weights nor written anew: tokenizer, model card, notes."""
-    for item in old.iterdir() if old.is_dir() else ():
-        if item.suffix == ".safetensors" or item.name == INDEX_FILE or (new / item.name).exists():
-            continue
-        if item.is_dir():
-            shutil.copytree(item, new / item.name, symlinks=True)
-        else:
-            shutil.copy2(item, new / item.name, follow_symlinks=False)
-
-
-def _restore(folder: Path) -> None:
-    """Undo the first of the two renames of a save that was killed between them."""
-    if set_aside(folder).is_dir() and not folder.exists():
-        set_aside(folder).rename(folder)
-
-
-def _swap(folder: Path, new: Path) -> None:
-    old = set_aside(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        _restore(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,65 @@
+"""A model without values: on the meta device for its shapes, then in the memory of its devices."""
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from twotower.checkpoint import names
+from twotower.config import ModelConfig
+from twotower.model.two_tower import TwoTower
+
+Towers = Literal["both", "context"]
+
+
+def build_empty(config: ModelConfig, towers: Towers) -> TwoTower:
+    """The model's shapes without memory or values."""
+    with torch.device("meta"), _NoInitialisation():
+        return TwoTower(config, towers)
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Skips torch.nn.init: on the meta device it has no effect but loads the compiler, a second."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def allocate(
+    model: TwoTower,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    devices: tuple[torch.device, torch.device],
+) -> None:
+    """Give every parameter and buffer memory on its device, without values."""
+    for name, part in model.named_children():
+        side = int(f"{name}.".startswith(names.DENOISER_PARTS))
+        try:
+            for module_name, module in part.named_modules(prefix=name):
+                _allocate_own(module, f"{module_name}.", dtypes[side], devices[side])
+        except (RuntimeError, MemoryError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{name} does not fit into the memory of {devices[side]} ({reason}); use a smaller "
+                "dtype, another device, or the context tower alone"
+            ) from None
+    model.tie_heads()
+
+
+def _allocate_own(module: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device) -> None:
+    for name, old in [
+        *module.named_parameters(recurse=False),
+        *module.named_buffers(recurse=False),
+    ]:
+        kept = torch.float32 if names.is_router(prefix + name) else dtype
+        values = torch.empty(old.shape, dtype=kept, device=device)
+        setattr(module, name, nn.Parameter(values) if isinstance(old, nn.Parameter) else values)

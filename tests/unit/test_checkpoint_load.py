@@ -1,0 +1,275 @@
+"""Loading: every layout and dtype gives the same model, every damaged checkpoint one clear line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from twotower.checkpoint import generation_defaults, load_model, resolve, save_model
+from twotower.config import ModelConfig
+from twotower.model.initialise import randomise
+from twotower.model.two_tower import TwoTower
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+Edit = Callable[[dict[str, Tensor]], object]
+
+
+def edited(folder: Path, edit: Edit, case: str = "case_03", **config: object) -> Path:
+    """A copy of a recorded checkpoint with changed tensors and configuration."""
+    folder.mkdir(exist_ok=True)
+    tensors = load_file(GOLDEN / case / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    values = json.loads((GOLDEN / case / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | config))
+    return folder
+
+
+def as_backbone(tensors: dict[str, Tensor], prefix: str = "backbone.") -> None:
+    found = dict(tensors)
+    tensors.clear()
+    tensors["lm_head.weight"] = found["context_lm_head.weight"]
+    for name, tensor in found.items():
+        if name.startswith("context_tower."):
+            tensors[name.replace("context_tower.", prefix)] = tensor
+
+
+def message(path: Path) -> str:
+    with pytest.raises(ValueError) as error:
+        load_model(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def same(a: TwoTower, b: TwoTower, prefix: str = "") -> bool:
+    x, y = a.state_dict(), b.state_dict()
+    keys = [name for name in x if name.startswith(prefix)]
+    return bool(keys) and all(torch.equal(x[n], y[n]) and x[n].dtype == y[n].dtype for n in keys)
+
+
+def test_every_parameter_holds_the_files_value() -> None:
+    """Guards against tensors left uninitialised: memory that happens to be zero looks trained."""
+    model = load_model(GOLDEN / "case_03", dtype=None)
+    assert not model.training
+    tensors = load_file(GOLDEN / "case_03" / "model.safetensors")
+    for name, value in model.state_dict().items():
+        assert value.device.type == "cpu"
+        if ".experts." in name:
+            stem, projection = name.rsplit(".", 1)
+            found = torch.stack([tensors[f"{stem}.{e}.{projection}.weight"] for e in range(8)])
+        else:
+            found = tensors[name]
+        assert torch.equal(value, found.to(value.dtype)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_everything_but_routers_takes_the_dtype(dtype: torch.dtype) -> None:
+    """Guards against routers in bfloat16: other experts are chosen and only quality shows it."""
+    model = load_model(GOLDEN / "case_03", dtype=dtype)
+    for name, value in model.state_dict().items():
+        assert value.dtype == (torch.float32 if ".gate." in name else dtype), name
+
+
+def test_each_tower_may_have_its_own_dtype() -> None:
+    model = load_model(GOLDEN / "case_03", dtype=torch.float32, denoiser_dtype=torch.bfloat16)
+    assert model.context_lm_head.weight.dtype == torch.float32
+    assert model.t_block[1].weight.dtype == model.lm_head.weight.dtype == torch.bfloat16
+    ids = torch.tensor([[1, 5, 9]])
+    logits = model.denoise(ids, model.prefill(ids).view(), torch.tensor([0.5]))
+    assert torch.isfinite(logits).all()
+
+
+def test_the_context_alone_reads_no_denoiser(tmp_path: Path) -> None:
+    """Guards against AR decoding that needs twice its memory, or a denoiser that is not there."""
+    whole = load_model(GOLDEN / "case_03")
+    alone = load_model(GOLDEN / "case_03", towers="context")
+    assert alone.denoiser_tower is None and same(alone, whole)
+    parts = ("denoiser_tower", "lm_head", "t_", "scale")
+    cut = edited(tmp_path, lambda t: [t.pop(n) for n in list(t) if n.startswith(parts)])
+    assert same(load_model(cut, towers="context"), alone)
+    assert "missing: " in message(cut)
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "model."])
+def test_a_backbone_fills_both_towers_and_starts_unconditioned(tmp_path: Path, prefix: str) -> None:
+    """Guards against an initial gate of 0 or a shift: training would start from another model."""
+    path = edited(tmp_path, lambda tensors: as_backbone(tensors, prefix))
+    model, released = load_model(path), load_model(GOLDEN / "case_03")
+    assert same(model, released, "context")
+    state = model.state_dict()
+    for name in [n for n in state if n.startswith("denoiser_tower.")]:
+        assert torch.equal(state[name], state[name.replace("denoiser_", "context_")]), name
+    assert torch.equal(model.lm_head.weight, model.context_lm_head.weight)
+    ids = torch.tensor([[1, 5, 9, 3, 3]])
+    view = model.prefill(ids).view()
+    conditioned = model.denoise(ids, view, torch.tensor([0.7]))
+    assert torch.equal(conditioned, model.denoise(ids, view, None))
+
+
+def test_stacked_experts_are_accepted(tmp_path: Path) -> None:
+    def stack(tensors: dict[str, Tensor]) -> None:
+        stem = "context_tower.layers.0.mixer.experts"
+        for projection in ("up_proj", "down_proj"):
+            parts = [tensors.pop(f"{stem}.{e}.{projection}.weight") for e in range(8)]
+            tensors[f"{stem}.{projection}"] = torch.stack(parts)
+
+    assert same(load_model(edited(tmp_path, stack)), load_model(GOLDEN / "case_03"))
+
+
+def test_tied_heads_may_be_left_out_and_stay_tied(tmp_path: Path) -> None:
+    """Guards against two copies that drift apart in training."""
+
+    def drop_heads(tensors: dict[str, Tensor]) -> None:
+        del tensors["lm_head.weight"], tensors["context_lm_head.weight"]
+
+    model = load_model(edited(tmp_path, drop_heads, tie_word_embeddings=True))
+    assert model.context_lm_head.weight is model.context_tower.embeddings.weight
+    assert model.denoiser_tower is not None
+    assert model.lm_head.weight is model.denoiser_tower.embeddings.weight
+    assert torch.isfinite(model.context_logits(torch.tensor([[1, 2]]))).all()
+
+
+def test_a_head_of_its_own_is_kept_though_the_configuration_ties_it(tmp_path: Path) -> None:
+    """transformers writes such files: its model of this architecture never ties the head."""
+    model = load_model(edited(tmp_path, lambda tensors: None, tie_word_embeddings=True))
+    assert not model.config.tie_word_embeddings
+    assert same(model, load_model(GOLDEN / "case_03"))
+
+
+def test_tensor_faults_are_one_line_that_lists_them(tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        del tensors["lm_head.weight"]
+        tensors["extra.weight"] = torch.ones(2)
+        tensors["t_block.1.bias"] = torch.ones(5)
+        for i in range(5):
+            del tensors[f"scale_shift_tables.{i}"]
+            tensors[f"context_tower.layers.{i}.norm.scale"] = torch.ones(1)
+
+    text = message(edited(tmp_path, spoil))
+    assert "6 missing: lm_head.weight, scale_shift_tables.0" in text
+    assert "6 unexpected: " in text and "extra.weight" in text
+    assert "1 misshapen: t_block.1.bias [5] instead of [192]" in text
+
+
+def test_long_lists_are_cut(tmp_path: Path) -> None:
+    path = edited(tmp_path, lambda tensors: None, n_routed_experts=16)
+    text = message(path)
+    assert "32 missing: " in text and "and 24 more" in text and len(text) < 1500
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
+    """Guards against NaN logits, whose argmax is an ordinary token."""
+    name = "denoiser_tower.layers.0.mixer.experts.3.up_proj.weight"
+    path = edited(tmp_path, lambda tensors: tensors[name][4, 5].fill_(value))
+    assert f"{name} holds NaN or infinite values" in message(path)
+
+
+def test_integer_weights_are_refused(tmp_path: Path) -> None:
+    path = edited(tmp_path, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].int()}))
+    assert "not in F64, F32, BF16, F16: lm_head.weight (I32)" in message(path)
+
+
+def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+    path = edited(tmp_path, lambda t: (t.clear(), t.update({"h.0.weight": torch.ones(2)})))
+    assert "'h.0.weight' are of another model" in message(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda f: f.write_bytes(f.read_bytes()[:-100]), "truncated or not a safetensors file"),
+        (lambda f: f.write_bytes(b"no weights"), "truncated or not a safetensors file"),
+        (lambda f: f.write_bytes(b""), "truncated or not a safetensors file"),
+        (lambda f: f.unlink(), "model-00002-of-00003.safetensors, which is missing"),
+    ],
+)
+def test_a_damaged_shard_is_named(
+    tmp_path: Path, damage: Callable[[Path], object], expected: str
+) -> None:
+    for file in (GOLDEN / "case_02").glob("[cm]*"):
+        shutil.copyfile(file, tmp_path / file.name)
+    damage(tmp_path / "model-00002-of-00003.safetensors")
+    text = message(tmp_path)
+    assert expected in text and "00002" in text
+
+
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        ("{", "not valid JSON"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "is not a file name"),
+        ('{"weight_map": {"a": 3}}', "is not a file name"),
+    ],
+)
+def test_a_bad_index_is_one_clear_line(tmp_path: Path, index: str, expected: str) -> None:
+    shutil.copyfile(GOLDEN / "case_02/config.json", tmp_path / "config.json")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    assert expected in message(tmp_path)
+
+
+def test_places_without_a_checkpoint_are_one_clear_line(tmp_path: Path) -> None:
+    assert "no such file" in message(tmp_path)
+    shutil.copyfile(GOLDEN / "case_03/config.json", tmp_path / "config.json")
+    assert "holds neither" in message(tmp_path)
+    assert "is a file" in message(tmp_path / "config.json")
+    assert "no such folder" in message(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"^nobody/nothing: .*the hub did not give it"):
+        resolve("nobody/nothing")
+
+
+def test_bad_arguments_are_one_clear_line() -> None:
+    with pytest.raises(ValueError, match=r"dtype=torch\.int8 is not supported"):
+        load_model(GOLDEN / "case_03", dtype=torch.int8)
+    with pytest.raises(ValueError, match="device='gpu' is unknown"):
+        load_model(GOLDEN / "case_03", context_device="gpu")
+    with pytest.raises(ValueError, match="is not on this machine"):
+        load_model(GOLDEN / "case_03", denoiser_device="cuda:99")
+
+
+def test_generation_defaults(tmp_path: Path) -> None:
+    assert generation_defaults(tmp_path) == {}
+    (tmp_path / "generation_config.json").write_text('{"confidence_threshold": 0.7}')
+    assert generation_defaults(tmp_path) == {"confidence_threshold": 0.7}
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        generation_defaults(tmp_path)
+
+
+MEMORY_PROBE = """
+import sys, torch
+from twotower.checkpoint import load_model
+
+def peak_bytes():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+load_model(sys.argv[2])  # what only the first load needs
+before = peak_bytes()
+model = load_model(sys.argv[1], dtype=None)
+print(peak_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_peak_memory_is_the_model_plus_one_shard(tmp_path: Path) -> None:
+    """Guards against a second whole copy: a model that just fits could not be loaded."""
+    values = ModelConfig.from_file(GOLDEN / "case_03").to_dict()
+    config = ModelConfig.from_dict(values | {"hidden_size": 512, "vocab_size": 16384})
+    model = TwoTower(config)
+    randomise(model, 0)
+    save_model(model, tmp_path / "big", max_shard_bytes=16_000_000, dtype=torch.bfloat16)
+    size = sum(file.stat().st_size for file in (tmp_path / "big").glob("*.safetensors"))
+    command = [sys.executable, "-c", MEMORY_PROBE, str(tmp_path / "big"), str(GOLDEN / "case_03")]
+    growth = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    largest = max(file.stat().st_size for file in (tmp_path / "big").glob("*.safetensors"))
+    assert size > 60_000_000
+    assert growth < size + largest + 25_000_000, (growth, size, largest)
