@@ -46,7 +46,7 @@ def load_model(
     config = ModelConfig.from_file(folder)
     entries, layout = read_layout(folder)
     if config.tie_word_embeddings:
-        config, entries = _with_heads(config, entries)
+        config, entries = _with_heads(config, entries, towers)
     model = build_empty(config, "both" if towers == "both" and layout == "two-tower" else "context")
     plan = plan_tensors(folder, model, entries)
     dtypes = _tower_dtypes(entries, dtype, denoiser_dtype)
@@ -89,8 +89,8 @@ def plan_tensors(folder: Path, model: TwoTower, entries: Mapping[str, Entry]) ->
         slots = {n: slot for n, slot in slots.items() if slot.parameter != name}
         slots[name] = Slot(name, None, shapes[name])
     missing = [name for name in slots if name not in entries]
-    skipped = () if model.denoiser_tower is not None else names.DENOISER_PARTS
-    unexpected = [n for n in entries if n not in slots and not n.startswith(skipped or " ")]
+    skipped = names.DENOISER_PARTS if model.denoiser_tower is None else ()
+    unexpected = [n for n in entries if n not in slots and not n.startswith(skipped)]
     plan = {n: (entries[n], slot) for n, slot in slots.items() if n in entries}
     misshapen = [
         f"{name} {list(entry.shape)} instead of {list(slot.shape)}"
@@ -185,7 +185,7 @@ def _portions(plan: Plan) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _with_heads(
-    config: ModelConfig, entries: dict[str, Entry]
+    config: ModelConfig, entries: dict[str, Entry], towers: Towers
 ) -> tuple[ModelConfig, dict[str, Entry]]:
     """Complete a tied checkpoint's heads; untied if one has values of its own.
 
@@ -193,7 +193,8 @@ def _with_heads(
     """
     entries = names.with_tied_heads(entries)
     for head, source in names.HEADS.items():
-        if head not in entries or source not in entries:
+        needed = towers == "both" or head.startswith(names.CONTEXT_PARTS)
+        if not needed or head not in entries or source not in entries:
             continue
         a, b = _read(entries[head]), _read(entries[source])
         if a.shape != b.shape or not torch.equal(a, b):
