@@ -1,10 +1,10 @@
 """Token shards on disk and the order in which training reads them.
 
 A shard is a folder: `tokens.bin` (little-endian uint16 or uint32, one stream of tokens),
-`meta.json` (what it is, with checksums) and the tokenizer's files. Rows are consecutive,
-non-overlapping slices of `sequence_length` tokens; the last 1 % of them are held out for
-validation. Decides the order: row i of a run is a function of (seed, i) alone, so a position is one
-number and resuming needs no other state. `train.prepare` writes shards.
+`meta.json` (what it is, with checksums) and the tokenizer's files; `train.prepare` writes it. A row
+is a window of `sequence_length` tokens, moved to the first document that begins in it. The last 1 %
+of the windows are held out for validation. Decides the order: row i of a run is a function of
+(seed, i) alone, so a position is one number and resuming needs no other state.
 """
 
 from __future__ import annotations
@@ -70,20 +70,20 @@ class Rows:
     """
 
     def __init__(self, shard: Shard, sequence_length: int, seed: int) -> None:
-        """ValueError if the shard has too few tokens for one training row and one held-out row."""
+        """ValueError if the shard is too short for one training row and one held-out row."""
         self.shard = shard
         self.sequence_length = sequence_length
         self.seed = seed
         total = shard.num_rows(sequence_length)
-        if total < 2:
+        if total < 3:
             raise ValueError(
-                f"data: {shard.folder} holds {len(shard.tokens)} tokens, too few for "
-                "sequence_length="
-                f"{sequence_length}; at least {2 * sequence_length} are needed: prepare more"
+                f"data: {shard.folder} holds {len(shard.tokens)} tokens, too few for rows of "
+                f"sequence_length={sequence_length}; prepare at least {3 * sequence_length}"
             )
         self._total = total
         self.num_held_out = max(1, int(total * HELD_OUT))
-        self.num_training = max(1, total - self.num_held_out - 1)  # a moved row may end in the next
+        # One window lies between: a row that is moved to a document ends in the next window.
+        self.num_training = total - self.num_held_out - 1
 
     @cached_property
     def fingerprint(self) -> str:

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Literal
 
+from twotower.checkpoint import load_model, save_backbone, save_model
 from twotower.config import ModelConfig
+from twotower.model.initialise import randomise
 from twotower.model.two_tower import TwoTower
 from twotower.tokenizer import load_tokenizer
 from twotower.train.data import Shard
-from twotower.model.initialise import randomise
 from twotower.train.options import Recipe, TrainOptions
 from twotower.train.presets import preset_config
 from twotower.train.run_folder import Snapshot, model_config
@@ -51,15 +52,11 @@ def new_config(options: TrainOptions, vocab_size: int) -> ModelConfig:
 
 def export(model: TwoTower, path: Path, recipe: Recipe, shard: Shard) -> None:
     """Write the trained model with its tokenizer: the backbone layout, or both towers."""
-    from twotower.checkpoint import save_backbone, save_model
-
     save = save_backbone if recipe == "backbone" else save_model
     save(model, path, extra_files=load_tokenizer(shard.folder).files())
 
 
 def _load_initial(path: Path, recipe: Recipe) -> TwoTower:
-    from twotower.checkpoint import load_model
-
     return load_model(path, towers=_towers(recipe))
 
 

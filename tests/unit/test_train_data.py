@@ -1,0 +1,131 @@
+"""Token shards: order of rows, held-out rows, damage."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tiny_training import make_shard
+from twotower.train.data import Rows, Shard, choose_dtype
+
+
+@pytest.fixture
+def shard_folder(tmp_path: Path) -> Path:
+    return make_shard(tmp_path / "shard")
+
+
+def naive_rows(folder: Path, length: int) -> list[list[int]]:
+    """Every window, moved to its first <bos>; one at the end of the stream stays inside it."""
+    stream = np.fromfile(folder / "tokens.bin", dtype="<u2").tolist()
+    rows = []
+    for start in range(0, len(stream) - length + 1, length):
+        begins = [i for i in range(start, start + length) if stream[i] == 1]
+        start = min(begins[0] if begins else start, len(stream) - length)
+        rows.append(stream[start : start + length])
+    return rows
+
+
+def test_every_epoch_visits_each_training_row_once(shard_folder: Path) -> None:
+    """Silent failure: rows are repeated or never seen, or epochs repeat one order."""
+    rows = Rows(Shard(shard_folder), 32, seed=5)
+    count = rows.num_training
+    first, second = rows.training(0, count), rows.training(count, count)
+    expected = sorted(naive_rows(shard_folder, 32)[:count])
+    assert sorted(first.tolist()) == expected == sorted(second.tolist())
+    assert not torch.equal(first, second)
+
+
+def test_rows_begin_with_a_document_where_one_begins(shard_folder: Path) -> None:
+    """Silent failure: the model never trains on the state in which every prompt starts."""
+    rows = Rows(Shard(shard_folder), 32, seed=5).training(0, 50)  # documents are shorter than rows
+    assert (rows[:, 0] == 1).all()
+    inside = Rows(Shard(shard_folder), 4, seed=5)  # most windows lie inside a document
+    starts = inside.training(0, inside.num_training)[:, 0] == 1
+    assert starts.any() and not starts.all()
+
+
+def test_order_is_a_function_of_seed_and_position(shard_folder: Path) -> None:
+    """Silent failure: a resumed run reads other rows than the unbroken one."""
+    whole = Rows(Shard(shard_folder), 32, seed=5).training(0, 500)  # beyond one epoch
+    again = Rows(Shard(shard_folder), 32, seed=5)
+    assert torch.equal(torch.cat([again.training(start, 50) for start in range(0, 500, 50)]), whole)
+    assert not torch.equal(Rows(Shard(shard_folder), 32, seed=6).training(0, 500), whole)
+
+
+def test_held_out_rows_are_never_trained_on(tmp_path: Path) -> None:
+    """Silent failure: the validation loss is measured on training rows."""
+    folder = make_shard(tmp_path / "shard", count=2000)
+    rows = Rows(Shard(folder), 16, seed=0)
+    windows = naive_rows(folder, 16)
+    held_out = windows[-rows.num_held_out :]
+    assert rows.num_held_out == len(windows) // 100 > 1
+    assert rows.held_out(0, 10_000).tolist() == held_out
+    assert rows.held_out(1, 2).tolist() == held_out[1:3]
+    # The furthest that a training row can reach is the end of the window after its own.
+    indices = {rows._shuffled(i) for i in range(rows.num_training)}
+    assert indices == set(range(len(windows) - rows.num_held_out - 1))
+
+
+def test_fingerprint_changes_with_what_changes_the_order(shard_folder: Path) -> None:
+    shard = Shard(shard_folder)
+    prints = {Rows(shard, n, s).fingerprint for n, s in [(32, 0), (16, 0), (32, 1)]}
+    assert len(prints) == 3
+    assert Rows(Shard(shard_folder), 32, 0).fingerprint in prints
+
+
+def test_too_short_a_shard_is_refused(shard_folder: Path) -> None:
+    with pytest.raises(ValueError, match="too few for rows of sequence_length=100000"):
+        Rows(Shard(shard_folder), 100_000, 0)
+
+
+def _cut(folder: Path) -> None:
+    file = folder / "tokens.bin"
+    file.write_bytes(file.read_bytes()[:-2])
+
+
+def _flip(folder: Path) -> None:
+    file = folder / "tokens.bin"
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def _set_meta(folder: Path, **changes: object) -> None:
+    file = folder / "meta.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+DAMAGE = {
+    "no meta": (lambda f: (f / "meta.json").unlink(), "not a token shard"),
+    "broken meta": (lambda f: (f / "meta.json").write_text("{"), "damaged"),
+    "meta of nothing": (lambda f: (f / "meta.json").write_text("{}"), "damaged"),
+    "later format": (lambda f: _set_meta(f, format=9), "format 9"),
+    "other dtype": (lambda f: _set_meta(f, dtype="int8"), "int8"),
+    "no tokens": (lambda f: (f / "tokens.bin").unlink(), "missing or empty"),
+    "empty tokens": (lambda f: (f / "tokens.bin").write_bytes(b""), "missing or empty"),
+    "cut": (_cut, "bytes where"),
+    "corrupt": (_flip, "checksum"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_shards_are_one_clear_line(shard_folder: Path, kind: str) -> None:
+    """Silent failure: training on garbage, or a traceback out of numpy."""
+    harm, words = DAMAGE[kind]
+    harm(shard_folder)
+    with pytest.raises(ValueError, match=words) as caught:
+        Shard(shard_folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_tokens_outside_the_vocabulary_are_refused(shard_folder: Path) -> None:
+    """A shard whose vocab_size is wrong would index past the embeddings."""
+    _set_meta(shard_folder, vocab_size=20)
+    with pytest.raises(ValueError, match="outside its vocabulary of 20"):
+        Rows(Shard(shard_folder), 32, 0).training(0, 4)
+
+
+def test_wide_vocabularies_get_wide_tokens() -> None:
+    assert [choose_dtype(size) for size in (270, 65536, 65537)] == ["uint16", "uint16", "uint32"]

@@ -1,0 +1,175 @@
+"""Training options: validation, TOML, the learning-rate schedule, the groups of the optimiser."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from twotower.cli.train import arguments_from_toml
+from twotower.model.two_tower import TwoTower
+from twotower.train.options import TrainOptions, read_toml
+from twotower.train.presets import PRESET_NAMES, preset_config
+from twotower.train.schedule import is_decayed, learning_rate, make_optimizer
+
+
+def options(**values: object) -> TrainOptions:
+    return TrainOptions.from_dict({"recipe": "backbone"} | values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"recipe": "both"},
+        {"steps": 0},
+        {"batch_size": 0},
+        {"accumulate": 0},
+        {"sequence_length": 1},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"learning_rate": math.inf},
+        {"decay": 1.5},
+        {"decay": math.nan},
+        {"final_lr_ratio": -0.1},
+        {"decay_shape": "cubic"},
+        {"dtype": "float8"},
+        {"betas": [0.9, 1.0]},
+        {"weight_decay": -1.0},
+        {"grad_clip": math.nan},
+        {"seed": -1},
+        {"threads": 0},
+        {"keep_checkpoints": 0},
+        {"block_size": 16},  # without effect on a backbone
+    ],
+)
+def test_bad_values_are_one_line_that_names_the_field(values: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(values))) as caught:
+        options(**values)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_one_source_of_the_model() -> None:
+    with pytest.raises(ValueError, match=r"init.*preset"):
+        options(init="a", preset="tiny")
+    with pytest.raises(ValueError, match="needs the checkpoint folder of a trained backbone"):
+        options(recipe="denoiser")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"learning_rat": 0.1}, "learning_rate"),
+        ({"setps": 5}, "steps"),
+        ({"steps": "many"}, "steps: 'many' is of type str; use int"),
+        ({"steps": 2.5}, "steps"),
+        ({"steps": True}, "steps"),
+        ({"compile": 1}, "compile"),
+        ({"betas": [0.9]}, "betas"),
+        ({"init": 5}, "init"),
+    ],
+)
+def test_unknown_names_and_wrong_types_are_refused(values: dict[str, object], words: str) -> None:
+    """Silent failure: a misspelt option is ignored and the default trains for hours."""
+    with pytest.raises(ValueError, match=words):
+        options(**values)
+
+
+def test_options_survive_json() -> None:
+    chosen = options(recipe="denoiser", init="runs/a", betas=[0.8, 0.9], learning_rate=1, out="x")
+    stored = json.loads(json.dumps(chosen.to_dict()))
+    assert TrainOptions.from_dict(stored) == chosen
+    assert chosen.init == Path("runs/a")
+    assert chosen.learning_rate == 1.0
+    assert chosen.run_folder == Path("x")
+    assert options().run_folder == Path("runs/backbone")
+    assert options(batch_size=3, accumulate=2, sequence_length=10).tokens_per_step == 60
+
+
+def test_toml_becomes_flags(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'recipe = "backbone"\nlearning-rate = 0.01\nbetas = [0.8, 0.9]\n'
+        "compile = true\nresume = false\n"
+    )
+    assert arguments_from_toml(file) == [
+        *["--recipe", "backbone", "--learning-rate", "0.01"],
+        *["--betas", "0.8", "0.9", "--compile", "--no-resume"],
+    ]
+    assert TrainOptions.from_dict(read_toml(file)).learning_rate == 0.01
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("learning_rat = 1", "learning_rate"), ("steps = ", "not TOML"), (None, "cannot read")],
+)
+def test_bad_toml(tmp_path: Path, text: str | None, words: str) -> None:
+    file = tmp_path / "run.toml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ValueError, match=words):
+        arguments_from_toml(file)
+
+
+def rates(**values: object) -> list[float]:
+    chosen = options(learning_rate=1.0, **values)
+    return [learning_rate(step, chosen) for step in range(chosen.steps)]
+
+
+def test_schedule_warms_up_stays_and_decays() -> None:
+    expected = [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 0.775, 0.55, 0.325, 0.1]
+    assert rates(steps=10, warmup=4, decay=0.4, final_lr_ratio=0.1) == pytest.approx(expected)
+
+
+def test_sqrt_decay_falls_faster_first() -> None:
+    expected = [1.0, 1 - math.sqrt(0.25), 1 - math.sqrt(0.5), 1 - math.sqrt(0.75), 0.0]
+    assert rates(steps=5, warmup=0, decay=0.8, decay_shape="sqrt") == pytest.approx(expected)
+
+
+def test_schedule_without_warmup_and_decay_is_constant() -> None:
+    assert rates(steps=5, warmup=0, decay=0.0) == [1.0] * 5
+
+
+def test_schedule_is_never_above_the_peak_nor_negative() -> None:
+    for decay in (0.0, 0.1, 0.5, 1.0):
+        assert all(0.0 <= rate <= 1.0 for rate in rates(steps=7, warmup=5, decay=decay))
+
+
+def test_weight_decay_reaches_matrices_only() -> None:
+    """Silent failure: norms, decay rates or the adaLN gates are pulled towards zero."""
+    model = TwoTower(preset_config("tiny", 270))
+    decayed = {n for n, p in model.named_parameters() if is_decayed(n, p, decay_embeddings=False)}
+    names = {name for name, _ in model.named_parameters()}
+    assert {n for n in decayed if n.startswith("context_tower.")} == {
+        "context_tower.layers.0.mixer.in_proj.weight",
+        "context_tower.layers.0.mixer.conv1d.weight",
+        "context_tower.layers.0.mixer.out_proj.weight",
+        *(f"context_tower.layers.1.mixer.{p}_proj.weight" for p in "qkvo"),
+        "context_tower.layers.2.mixer.up_proj.weight",
+        "context_tower.layers.2.mixer.down_proj.weight",
+    }
+    assert "lm_head.weight" in decayed
+    assert "scale_shift_tables.0" in names - decayed
+    embeddings = "denoiser_tower.embeddings.weight"
+    assert embeddings in names - decayed
+    assert is_decayed(embeddings, nn.Parameter(model.lm_head.weight), decay_embeddings=True)
+
+
+def test_optimiser_holds_each_trainable_parameter_once() -> None:
+    model = TwoTower(preset_config("tiny", 270))
+    model.context_tower.requires_grad_(False)
+    optimizer = make_optimizer(model, options(weight_decay=0.3))
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert {id(p) for p in held} == {id(p) for p in trainable}
+    assert len(held) == len(trainable)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+
+
+def test_presets() -> None:
+    for name in PRESET_NAMES:
+        assert preset_config(name, 500).vocab_size == 500
+    model = TwoTower(preset_config("small", 1024), "context")
+    assert 2.0e6 < sum(p.numel() for p in model.parameters()) < 3.0e6
+    with pytest.raises(ValueError, match="tiny, small"):
+        preset_config("huge", 500)
