@@ -201,6 +201,16 @@ def test_a_damaged_shard_is_named(
     assert expected in text and "00002" in text
 
 
+def test_the_index_decides_between_two_shards(tmp_path: Path) -> None:
+    """Guards against a leftover of an older save inside a shard."""
+    for file in (GOLDEN / "case_02").glob("[cm]*"):
+        shutil.copyfile(file, tmp_path / file.name)
+    last = tmp_path / "model-00003-of-00003.safetensors"
+    stale = {"context_tower.norm_f.weight": torch.zeros(48)}
+    save_file(load_file(last) | stale, last)
+    assert same(load_model(tmp_path), load_model(GOLDEN / "case_02"))
+
+
 @pytest.mark.parametrize(
     ("index", "expected"),
     [

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from twotower.checkpoint import load_model, save_backbone, save_model
+from twotower.checkpoint.write import Piece, write_checkpoint
 from twotower.config import ModelConfig
 from twotower.model.two_tower import TwoTower
 
@@ -83,6 +85,19 @@ def test_shards_with_an_index(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.state_dict().values())
     assert index["weight_map"].keys() == headers(GOLDEN / "case_01").keys()
     assert_same(load_model(tmp_path / "out"), model)
+
+
+def test_values_are_aligned_in_the_file(tmp_path: Path) -> None:
+    """Guards readers that map the file and view it: an odd count of bfloat16 comes before float32."""
+    narrow, wide = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0])
+    pieces = [Piece("a", narrow, torch.bfloat16), Piece("b", wide, torch.float32)]
+    write_checkpoint(tmp_path / "out", pieces, {}, None, 10**9)
+    data = (tmp_path / "out/model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert length % 8 == 0 and header["b"]["data_offsets"][0] % 4 == 0
+    loaded = load_file(tmp_path / "out/model.safetensors")
+    assert torch.equal(loaded["a"], narrow.bfloat16()) and torch.equal(loaded["b"], wide)
 
 
 def test_fewer_shards_leave_none_of_the_old_ones(tmp_path: Path) -> None:
