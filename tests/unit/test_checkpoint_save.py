@@ -88,7 +88,7 @@ def test_shards_with_an_index(tmp_path: Path) -> None:
 
 
 def test_values_are_aligned_in_the_file(tmp_path: Path) -> None:
-    """Guards readers that map the file and view it: an odd count of bfloat16 comes before float32."""
+    """Guards readers that map the file: an odd count of bfloat16 values before float32 ones."""
     narrow, wide = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0])
     pieces = [Piece("a", narrow, torch.bfloat16), Piece("b", wide, torch.float32)]
     write_checkpoint(tmp_path / "out", pieces, {}, None, 10**9)
