@@ -47,7 +47,7 @@ def _next_block(
     before = [row.nfe for row in rows]
     denoise = _Denoise(model, cache.view())
     for step in denoise_block(denoise, tokens, samplers, generators):
-        for index in step.rows.tolist():
+        for index in step.t.nonzero().flatten().tolist():  # also rows that reuse their last pass
             rows[index].nfe = before[index] + int(step.nfe[index])
             yield _step_taken(rows[index], step, index)
         tokens = step.tokens
