@@ -1,0 +1,151 @@
+"""Every configuration keeps the promises: one state by any route, training equals generation."""
+
+import pytest
+import torch
+
+from tiny_models import fresh_model, masked_like, prompts_of, random_ids, tiny_config, tiny_model
+from twotower import GenerateOptions, TwoTower, generate
+from twotower.engine import MODES
+from twotower.layers.attention import KV
+from twotower.layers.mamba2 import MambaState
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "plain": {},
+    "fp32 residual": {"residual_in_fp32": True},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "use_bias": True, "mlp_bias": True,
+               "hybrid_override_pattern": "M*-M"},
+    "no conv bias": {"use_conv_bias": False},
+    "expert groups": {"n_routed_experts": 8, "n_group": 4, "topk_group": 2,
+                      "num_experts_per_tok": 3, "norm_topk_prob": False},
+    "scaled experts": {"routed_scaling_factor": 2.5, "num_experts_per_tok": 1},
+    "one group": {"n_groups": 1, "num_key_value_heads": 1},
+    "a group per head": {"n_groups": 4, "num_key_value_heads": 4},
+    "conv of 1": {"conv_kernel": 1},
+    "conv of 6": {"conv_kernel": 6},
+    "mamba alone": {"hybrid_override_pattern": "MM"},
+    "attention alone": {"hybrid_override_pattern": "**"},
+    "no state": {"hybrid_override_pattern": "-E"},
+    "heads wider than the model": {"head_dim": 12, "mamba_head_dim": 16},
+}  # fmt: skip
+every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# bfloat16 has 8 bits: through several layers, logits of size 5 move by some hundredths
+CLOSE = {
+    torch.float32: {"rtol": 0.0, "atol": 3e-4},
+    torch.bfloat16: {"rtol": 0.1, "atol": 0.5},
+}
+
+
+@every_variant
+@every_dtype
+def test_one_state_by_any_route(changes: dict[str, object], dtype: torch.dtype) -> None:
+    """Guards rarely used switches: a bias or a group that one path forgets (prefill, extension,
+    single token, batch of unequal rows) is invisible in the default configuration."""
+    model = tiny_model(dtype=dtype, **changes)
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        expected = model.context_logits(ids)
+    cache = model.prefill(ids, torch.tensor([6, 3]), chunk_size=4)
+    torch.testing.assert_close(model.next_logits(cache)[0], expected[0, 5], **CLOSE[dtype])
+    torch.testing.assert_close(model.next_logits(cache)[1], expected[1, 2], **CLOSE[dtype])
+    model.extend(cache, torch.stack([ids[0, 6:8], ids[1, 3:5]]))
+    model.extend(cache, torch.stack([ids[0, 8:9], ids[1, 5:6]]))
+    assert cache.lengths.tolist() == [9, 6]
+    torch.testing.assert_close(model.next_logits(cache)[0], expected[0, 8], **CLOSE[dtype])
+    torch.testing.assert_close(model.next_logits(cache)[1], expected[1, 5], **CLOSE[dtype])
+
+
+@every_variant
+@every_dtype
+def test_training_equals_generation(changes: dict[str, object], dtype: torch.dtype) -> None:
+    model = tiny_model(dtype=dtype, **changes)
+    clean = random_ids(2, 8)
+    noisy, t = masked_like(clean), torch.tensor([0.5, 1.0])
+    with torch.no_grad():
+        at_once = model.training_logits(clean, noisy, t, 4)
+    alone = model.denoise(noisy[:, 4:], model.prefill(clean[:, :4]).view(), t)
+    assert at_once.dtype == alone.dtype == torch.float32
+    torch.testing.assert_close(at_once[:, 4:], alone, **CLOSE[dtype])
+
+
+@every_variant
+def test_bfloat16_is_the_same_model(changes: dict[str, object]) -> None:
+    """Guards against a wrong cast: bfloat16 must be float32 with coarser numbers."""
+    wide, narrow = (tiny_model(dtype=d, **changes) for d in (torch.float32, torch.bfloat16))
+    ids = random_ids(2, 8)
+    with torch.no_grad():
+        a, b = wide.context_logits(ids), narrow.context_logits(ids)
+    assert b.dtype == torch.float32
+    error = float((a - b).square().mean().sqrt() / a.square().mean().sqrt())
+    assert error < 0.1, error
+
+
+@pytest.mark.parametrize("mode", MODES)
+@every_dtype
+@pytest.mark.parametrize("name", ["plain", "fp32 residual", "mamba alone", "attention alone"])
+def test_every_mode_runs(name: str, dtype: torch.dtype, mode: str) -> None:
+    model = tiny_model(dtype=dtype, **VARIANTS[name])
+    o = GenerateOptions(mode=mode, max_new_tokens=6, block_size=4, temperature=0.5)  # type: ignore[arg-type]
+    found = generate(model, prompts_of([1, 6]), o)
+    assert [len(row.tokens) for row in found] == [6, 6]
+    if mode not in ("ar", "mock-ar"):  # those follow the raw logits, as the official code does
+        assert all(token != model.config.mask_token_id for row in found for token in row.tokens)
+
+
+@every_dtype
+@pytest.mark.parametrize("name", ["plain", "fp32 residual"])
+def test_dtypes_of_states_and_logits(name: str, dtype: torch.dtype) -> None:
+    """Guards the SSM state's precision: in bfloat16 it would forget small additions."""
+    model = tiny_model(dtype=dtype, **VARIANTS[name])
+    cache = model.prefill(random_ids(1, 5))
+    kv, mamba = cache.layers[1], cache.layers[0]
+    assert isinstance(kv, KV) and isinstance(mamba, MambaState)
+    assert (kv.k.dtype, kv.v.dtype, mamba.conv.dtype) == (dtype, dtype, dtype)
+    assert mamba.ssm.dtype == torch.float32
+    block = masked_like(random_ids(1, 4))
+    assert model.denoise(block, cache.view(), torch.tensor([0.5])).dtype == torch.float32
+    assert model.next_logits(cache).dtype == torch.float32
+
+
+def test_the_fp32_residual_matters_in_bfloat16() -> None:
+    """Guards an option that is accepted and ignored: sums kept in float32 lie closer to it."""
+    ids = random_ids(4, 8)
+
+    def error(**changes: object) -> float:
+        with torch.no_grad():
+            exact = tiny_model(**changes).context_logits(ids)
+            ours = tiny_model(dtype=torch.bfloat16, **changes).context_logits(ids)
+        return float((exact - ours).square().mean())
+
+    pattern = "M*E-" * 4
+    kept = error(hybrid_override_pattern=pattern, residual_in_fp32=True)
+    rounded = error(hybrid_override_pattern=pattern)
+    assert 0 < kept < rounded
+
+
+def test_tied_heads_are_the_embeddings() -> None:
+    """Guards tying: two names, one tensor per tower, never shared between the towers."""
+    model = fresh_model(tie_word_embeddings=True)
+    assert model.denoiser_tower is not None
+    assert model.context_lm_head.weight is model.context_tower.embeddings.weight
+    assert model.lm_head.weight is model.denoiser_tower.embeddings.weight
+    assert model.lm_head.weight is not model.context_lm_head.weight
+    free = fresh_model()
+    assert free.context_lm_head.weight is not free.context_tower.embeddings.weight
+
+
+def test_the_context_tower_alone() -> None:
+    """Guards AR decoding with half the memory: no denoiser, the same text, a clear refusal."""
+    both = tiny_model()
+    half = TwoTower(tiny_config(), towers="context").eval()
+    half.load_state_dict(
+        {name: v for name, v in both.state_dict().items() if name.startswith("context_")}
+    )
+    o = GenerateOptions(mode="ar", max_new_tokens=8, eos_token_id=None)
+    assert generate(half, [[5, 6]], o) == generate(both, [[5, 6]], o)
+    assert half.denoiser_device == half.context_device
+    with pytest.raises(ValueError, match="needs the denoiser tower"):
+        generate(half, [[5, 6]], GenerateOptions(mode="diffusion"))
+    with pytest.raises(ValueError, match="no denoiser tower"):
+        half.denoise(random_ids(1, 4), half.empty_cache(1).view(), None)
