@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "layers": COMMON | {"kernels"},
     "model": COMMON | {"layers", "kernels"},
     "checkpoint": COMMON | {"model", "kernels"},
-    "engine": COMMON | {"model", "diffusion", "tokenizer"},
+    "engine": COMMON | {"model", "diffusion", "tokenizer", "measure"},
     "train": COMMON | {"model", "diffusion", "checkpoint", "tokenizer", "corpus"},
     "evaluate": COMMON | {"engine", "model", "diffusion", "tokenizer", "corpus"},
     "serve": COMMON | {"engine", "tokenizer"},

@@ -1,7 +1,7 @@
 """Checkpoints: reading, writing, converting and describing them."""
 
-from twotower.checkpoint.convert import convert, export_transformers, generation_defaults
-from twotower.checkpoint.files import resolve
+from twotower.checkpoint.convert import convert, export_transformers
+from twotower.checkpoint.files import generation_defaults, resolve
 from twotower.checkpoint.inspect import describe
 from twotower.checkpoint.load import load_model
 from twotower.checkpoint.save import save_backbone, save_model

@@ -17,11 +17,10 @@ from twotower.checkpoint.save import (
     save_model,
 )
 from twotower.checkpoint.write import write_checkpoint
-from twotower.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig, read_json
+from twotower.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig
 from twotower.model.two_tower import TwoTower
 
 Target = Literal["released", "backbone", "transformers"]
-GENERATION_FILE = "generation_config.json"
 _BLOCK_TYPES = {MAMBA: "linear_attention", ATTENTION: "full_attention", MOE: "moe", MLP: "mlp"}
 # transformers clamps the step size from below at `time_step_min`, meant for initialisation only.
 # Zero would be exact, but its initialisation takes a logarithm; no step comes near this value.
@@ -89,12 +88,3 @@ def _companions(folder: Path) -> dict[str, bytes]:
         and file.suffix not in (".safetensors", ".bin", ".pt", ".py")
         and file.name not in ("config.json", INDEX_FILE)
     }
-
-
-def generation_defaults(path: str | Path) -> dict[str, object]:
-    """A checkpoint's own defaults, from generation_config.json; empty when it has none.
-
-    ValueError (one line) for a file that is not a JSON object.
-    """
-    file = resolve(path) / GENERATION_FILE
-    return read_json(file) if file.exists() else {}

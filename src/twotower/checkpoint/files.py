@@ -12,6 +12,7 @@ from twotower.config import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -107,3 +108,12 @@ def _header(file: Path) -> dict[str, Entry]:
 
 def _entry(file: Path, name: str, view: "object") -> Entry:
     return Entry(file, name, tuple(view.get_shape()), view.get_dtype())  # type: ignore[attr-defined]  # untyped
+
+
+def generation_defaults(path: str | Path) -> dict[str, object]:
+    """A checkpoint's own defaults, from generation_config.json; empty when it has none.
+
+    ValueError (one line) for a file that is not a JSON object.
+    """
+    file = resolve(path) / GENERATION_FILE
+    return read_json(file) if file.exists() else {}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from twotower.checkpoint import names
 from twotower.checkpoint.empty import Towers, allocate, build_empty
-from twotower.checkpoint.files import DTYPES, Entry, read_entries, resolve
+from twotower.checkpoint.files import DTYPES, Entry, generation_defaults, read_entries, resolve
 from twotower.checkpoint.names import Layout, Slot
 from twotower.config import ModelConfig
 from twotower.model.initialise import copy_context_to_denoiser
@@ -43,7 +43,7 @@ def load_model(
     ValueError (one line) for a damaged checkpoint, or one of another model.
     """
     folder = resolve(path)
-    config = ModelConfig.from_file(folder)
+    config, defaults = ModelConfig.from_file(folder), generation_defaults(folder)
     entries, layout = read_layout(folder)
     if config.tie_word_embeddings:
         config, entries = _with_heads(config, entries, towers)
@@ -58,6 +58,7 @@ def load_model(
         _fill(model, plan)
         if towers == "both" and layout != "two-tower":
             copy_context_to_denoiser(model, seed=0)
+    model.generation_defaults = defaults
     _log.info("%s: layout=%s towers=%s dtype=%s", folder, layout, towers, dtypes[0])
     return model.eval()
 
