@@ -1,0 +1,128 @@
+"""Two decodings of one prompt: timed without drawing, then side by side in one table."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from twotower.cli.loading import Loaded
+from twotower.engine import Completion, Event, Finished, GenerateOptions, stream
+
+_WIDE = 72  # columns of a terminal that has room between the table's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One mode's result; `seconds` is the median over the timed runs, prefill included."""
+
+    completion: Completion
+    events: list[Event]
+    seconds: float
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens."""
+        return len(self.completion.tokens)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens per second."""
+        return self.num_tokens / self.seconds
+
+    @property
+    def tokens_per_nfe(self) -> float | None:
+        """Tokens per denoiser pass; None where there was none (AR)."""
+        return self.num_tokens / self.completion.nfe if self.completion.nfe else None
+
+    @property
+    def passes(self) -> int:
+        """Forwards of either tower."""
+        return self.completion.nfe + self.completion.context_forwards
+
+    def as_json(self) -> dict[str, object]:
+        """The figures as plain JSON values."""
+        return {
+            "tokens_per_s": self.tokens_per_s,
+            "nfe": self.completion.nfe,
+            "context_forwards": self.completion.context_forwards,
+            "tokens_per_nfe": self.tokens_per_nfe,
+            "text": self.completion.text,
+            "tokens": self.completion.tokens,
+            "seconds": self.seconds,
+            "finish_reason": self.completion.finish_reason,
+        }
+
+
+def measure(
+    loaded: Loaded, prompt: str, modes: Mapping[str, GenerateOptions], repeats: int
+) -> dict[str, Measured]:
+    """Decode the prompt in every mode: once untimed, then `repeats` times in turn."""
+    events: dict[str, list[Event]] = {}
+    seconds: dict[str, list[float]] = {mode: [] for mode in modes}
+    for number in range(repeats + 1):
+        for mode, options in modes.items():
+            start = time.perf_counter()
+            events[mode] = list(stream(loaded.model, [prompt], options, loaded.tokenizer))
+            if number:
+                seconds[mode].append(time.perf_counter() - start)
+    return {
+        mode: Measured(
+            completion=_completion(events[mode]),
+            events=events[mode],
+            seconds=median(seconds[mode]),
+        )
+        for mode in modes
+    }
+
+
+def _completion(events: list[Event]) -> Completion:
+    last = events[-1]
+    assert isinstance(last, Finished)
+    return last.completion
+
+
+def print_comparison(console: Console, results: Mapping[str, Measured]) -> None:
+    """The table of both modes and what it says in words."""
+    ar, diffusion = results["ar"], results["diffusion"]
+    is_same = ar.completion.text == diffusion.completion.text
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1 if console.width > _WIDE else 0))
+    table.add_column("mode", vertical="bottom")
+    for name in ("tokens/s", "NFE", "tokens\n/NFE", "context\nforwards", "seconds"):
+        table.add_column(name, justify="right", vertical="bottom")
+    table.add_column("text", vertical="bottom")
+    for mode, result in (("diffusion", diffusion), ("ar", ar)):
+        rate = result.tokens_per_nfe
+        table.add_row(
+            mode,
+            f"{result.tokens_per_s:.0f}",
+            str(result.completion.nfe),
+            "-" if rate is None else f"{rate:.2f}",
+            str(result.completion.context_forwards),
+            f"{result.seconds:.2f}",
+            "same" if is_same else "differs",
+        )
+    console.print(table)
+    console.print(Text(summary(ar, diffusion)))
+
+
+def summary(ar: Measured, diffusion: Measured) -> str:
+    """What was measured, in plain words; says so when diffusion is the slower one."""
+    ratio = diffusion.tokens_per_s / ar.tokens_per_s
+    is_same = ar.completion.text == diffusion.completion.text
+    speed = (
+        f"{ratio:.1f} times as fast as" if ratio >= 1.0 else f"slower than AR, at {ratio:.0%} of"
+    )
+    owner = "AR" if ratio >= 1.0 else "its speed"
+    return (
+        f"Diffusion was {speed} {owner} here: {_passes(diffusion)}, against {_passes(ar)}. "
+        f"The texts are {'the same' if is_same else 'different'}."
+    )
+
+
+def _passes(result: Measured) -> str:
+    return f"{result.passes} passes of {1000 * result.seconds / result.passes:.1f} ms"

@@ -1,0 +1,117 @@
+"""`twotower demo`: one prompt decoded block by block and token by token, then the two compared.
+
+Times are taken first, without drawing; what is shown afterwards is a recording, slowed down so
+that people can follow it.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.text import Text
+
+from twotower.cli.comparison import Measured, measure, print_comparison
+from twotower.cli.loading import Loaded, Placement, load
+from twotower.cli.replay import TITLES, Scene, block_frames, play, token_frames
+from twotower.cli.text import printable
+from twotower.engine import GenerateOptions
+
+Sample = Literal["arithmetic", "code", "edits", "tools", "facts"]
+# Held-out documents of the built-in corpus: their keys are not in its training split.
+SAMPLES: dict[Sample, str] = {
+    "arithmetic": "Q: Zoe has 70 buttons. She buys 10 more and loses 15. "
+    "How many buttons does Zoe have now?\nA:",
+    "code": "# Return the items of numbers that are at most 73.\ndef at_most(numbers):",
+    "edits": "Edit: Rename data to values.\ndef find(data):\n    if 8 in data:\n"
+    "        return data.index(8)\n    return -1\nEdited:\n",
+    "tools": "Tools:\ntranslate(text: string, language: string)\n"
+    "book_flight(from: string, to: string, date: string)\n"
+    "User: Book a flight from Lima to Madrid on 2025-07-23.\nCall:",
+    "facts": "Question: What money do people use in Vietnam?\nAnswer:",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """Watch the model fill blocks of text, then write on from the same prompt token by token; a
+    table compares the two. Needs no arguments and no network.
+    """
+
+    sample: Sample = "edits"
+    """Held-out prompt to complete."""
+    prompt: str | None = None
+    """A prompt of your own instead."""
+    model: Annotated[
+        str | None,
+        tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: the shipped model)"),
+    ] = None
+    """Checkpoint folder or hub id owner/name, with both towers and a tokenizer."""
+    max_new_tokens: int = 96
+    """Most tokens to write."""
+    repeats: int = 3
+    """Timed runs of each mode, after one that is not timed; the median counts."""
+    pace: float = 1.0
+    """Speed of the view in a terminal: 2 is twice as fast. The figures do not depend on it."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """One JSON object on stdout instead of text."""
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ValueError(f"repeats={self.repeats} must be at least 1")
+        if not 0.0 < self.pace < float("inf"):
+            raise ValueError(f"pace={self.pace} must be above 0")
+
+
+def run(options: DemoOptions) -> int:
+    """Run the demo; returns the exit status. Errors of the user arrive as ValueError."""
+    prompt = SAMPLES[options.sample] if options.prompt is None else options.prompt
+    modes = {
+        "diffusion": GenerateOptions(mode="diffusion", max_new_tokens=options.max_new_tokens),
+        "ar": GenerateOptions(mode="ar", max_new_tokens=options.max_new_tokens),
+    }
+    with Console(stderr=True).status("decoding, to take the times ..."):
+        loaded = load(options.model, modes["diffusion"], Placement())
+        results = measure(loaded, prompt, modes, options.repeats)
+    if options.json:
+        print(json.dumps(_record(loaded.name, prompt, results), indent=2))
+        return 0
+    console = Console(highlight=False)
+    if sys.stdout.isatty() and not console.is_dumb_terminal:
+        _show(console, loaded, prompt, results, options.pace)
+    else:
+        _print(console, prompt, results)
+    print_comparison(console, results)
+    return 0
+
+
+def _show(
+    console: Console, loaded: Loaded, prompt: str, results: Mapping[str, Measured], pace: float
+) -> None:
+    assert loaded.tokenizer is not None
+    has_colour = console.color_system is not None and not console.no_color
+    scene = Scene(prompt, loaded.tokenizer, console.width, has_colour)
+    play(console, block_frames(scene, results["diffusion"].events), pace)
+    play(console, token_frames(scene, results["ar"].events), pace)
+
+
+def _print(console: Console, prompt: str, results: Mapping[str, Measured]) -> None:
+    """Prompt and texts without motion."""
+    texts = {mode: result.completion.text or "" for mode, result in results.items()}
+    for title, text in [("Prompt", prompt), *((TITLES[mode], texts[mode]) for mode in texts)]:
+        console.print(Text(title, style="bold"))
+        console.print(Text(printable(text)), soft_wrap=True)
+        console.print()
+
+
+def _record(model: str, prompt: str, results: Mapping[str, Measured]) -> dict[str, object]:
+    texts = {result.completion.text for result in results.values()}
+    return {
+        "model": model,
+        "prompt": prompt,
+        "modes": {mode: result.as_json() for mode, result in results.items()},
+        "same_text": len(texts) == 1,
+    }

@@ -1,0 +1,200 @@
+"""`twotower generate`: complete prompts, in any mode, as text, JSON and a trace of every step."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+import tyro
+
+from twotower.cli.flags import field_docs, optional_flags
+from twotower.cli.loading import DType, Loaded, Placement, load
+from twotower.cli.prompts import Prompt, read_prompts
+from twotower.cli.text import printable
+from twotower.engine import Completion, Event, Finished, GenerateOptions, TokensCommitted, stream
+
+if TYPE_CHECKING:
+    Decoding = dict[str, object]
+else:
+    # `stop` is repeatable, which tyro cannot combine with "not given".
+    Decoding = optional_flags(GenerateOptions, leave_out=("stop",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateArguments:
+    """Complete prompts and print the new text.
+
+    Decoding options that are not given take the checkpoint's own defaults
+    (generation_config.json), and where it has none, those shown.
+    """
+
+    prompts: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="[PROMPT ...]", help_behavior_hint=""),
+    ] = ()
+    """Prompts; - reads one from stdin, and so does giving none. Put -- before one that starts
+    with a dash."""
+    input: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """File of prompts: .jsonl has one object a line, {"prompt": text or token ids}; any other
+    file is one prompt, without its last line break."""
+    model: Annotated[
+        str | None,
+        tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: the shipped model)"),
+    ] = None
+    """Checkpoint folder or hub id owner/name."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """One JSON object on stdout instead of text."""
+    trace: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write every event as a line of JSON while it happens: StepTaken, TokensCommitted,
+    Finished."""
+    dtype: DType = "float32"
+    """Precision of the weights in memory."""
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "cpu"
+    """Where the model runs: cpu, cuda, cuda:1 ..."""
+    denoiser_device: Annotated[
+        str | None,
+        tyro.conf.arg(metavar="DEVICE", help_behavior_hint="(default: same as --device)"),
+    ] = None
+    """Where the denoiser tower runs, if elsewhere."""
+    stop: Annotated[
+        tuple[str, ...],
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(metavar="TEXT", help=field_docs(GenerateOptions)["stop"]),
+    ] = ()
+    decoding: Annotated[Decoding, tyro.conf.arg(name="")]
+    """How to decode."""
+
+    def generate_options(self) -> GenerateOptions:
+        """Options of which only the given flags count as given."""
+        stop = {"stop": self.stop} if self.stop else {}
+        given: dict[str, object] = {**self.decoding, **stop}
+        return GenerateOptions(**given)  # type: ignore[arg-type]  # checked by __post_init__
+
+    def placement(self) -> Placement:
+        """Precision and devices."""
+        return Placement(
+            dtype=self.dtype,
+            context_device=self.device,
+            denoiser_device=self.denoiser_device or self.device,
+        )
+
+
+def run(options: GenerateArguments) -> int:
+    """Generate; returns the exit status. Errors of the user arrive as ValueError."""
+    decoding = options.generate_options()
+    prompts = read_prompts(options.prompts, options.input)
+    with _open_trace(options.trace) as trace:
+        loaded = load(options.model, decoding, options.placement())
+        start = time.perf_counter()
+        events = stream(loaded.model, prompts, decoding, loaded.tokenizer)
+        events = _traced(events, trace, options.trace)
+        is_live = len(prompts) == 1 and not options.json and sys.stdout.isatty()
+        completions = _finished(_shown(events) if is_live else events)
+        seconds = time.perf_counter() - start
+    if options.json:
+        print(json.dumps(_record(options, loaded, prompts, completions, seconds), indent=2))
+    elif is_live:
+        _print_figures(completions[0], seconds)
+    else:
+        _print_texts(completions)
+    return 0
+
+
+def per_pass(completion: Completion) -> float | None:
+    """Tokens per denoiser pass; None where there was none (AR)."""
+    return len(completion.tokens) / completion.nfe if completion.nfe else None
+
+
+@contextlib.contextmanager
+def _open_trace(file: Path | None) -> Iterator[TextIO | None]:
+    if file is None:
+        yield None
+        return
+    try:
+        stream = file.open("w", encoding="utf-8", buffering=1)  # line by line
+    except OSError as error:
+        raise ValueError(f"trace: cannot write {file} ({error.strerror})") from None
+    with stream:
+        yield stream
+
+
+def _traced(events: Iterable[Event], trace: TextIO | None, file: Path | None) -> Iterator[Event]:
+    for event in events:
+        if trace is not None:
+            line = json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)})
+            try:
+                trace.write(line + "\n")
+            except OSError as error:
+                raise ValueError(f"trace: cannot write {file} ({error.strerror})") from None
+        yield event
+
+
+def _shown(events: Iterable[Event]) -> Iterator[Event]:
+    """Print what is committed at once."""
+    for event in events:
+        if isinstance(event, TokensCommitted):
+            print(printable(event.text), end="", flush=True)
+        yield event
+
+
+def _finished(events: Iterable[Event]) -> list[Completion]:
+    """The completions in the prompts' order."""
+    results = {event.row: event.completion for event in events if isinstance(event, Finished)}
+    return [results[row] for row in sorted(results)]
+
+
+def _print_figures(completion: Completion, seconds: float) -> None:
+    """Finish a streamed text: its last line break, and the cost on stderr."""
+    tokens, rate = len(completion.tokens), per_pass(completion)
+    print(" ".join(map(str, completion.tokens)) if completion.text is None else "")
+    parts = [
+        f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.0f} tokens/s)",
+        f"NFE {completion.nfe}" + ("" if rate is None else f" ({rate:.1f} tokens each)"),
+        f"context forwards {completion.context_forwards}",
+        f"ended by {completion.finish_reason}",
+    ]
+    print(", ".join(parts), file=sys.stderr)
+
+
+def _print_texts(completions: Sequence[Completion]) -> None:
+    """The new text alone; with several prompts, a line before each says whose it is."""
+    for number, completion in enumerate(completions, 1):
+        if len(completions) > 1:
+            print(f"==> prompt {number} <==")
+        text = completion.text
+        print(" ".join(map(str, completion.tokens)) if text is None else text)
+
+
+def _record(
+    options: GenerateArguments,
+    loaded: Loaded,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    seconds: float,
+) -> dict[str, object]:
+    decoding = options.generate_options().with_defaults(loaded.model.generation_defaults)
+    results = [
+        {
+            "prompt": prompt,
+            "text": completion.text,
+            "tokens": completion.tokens,
+            "nfe": completion.nfe,
+            "context_forwards": completion.context_forwards,
+            "tokens_per_nfe": per_pass(completion),
+            "finish_reason": completion.finish_reason,
+        }
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    return {
+        "model": loaded.name,
+        "options": dataclasses.asdict(decoding) | dataclasses.asdict(options.placement()),
+        "results": results,
+        "seconds": seconds,
+        "tokens_per_s": sum(len(c.tokens) for c in completions) / seconds,
+    }

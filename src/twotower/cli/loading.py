@@ -1,0 +1,64 @@
+"""A model with what decoding needs beside it, from a path or from inside the package."""
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from twotower.checkpoint import generation_defaults, load_model, resolve
+from twotower.engine import GenerateOptions
+from twotower.model import TwoTower
+from twotower.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """In which precision and on which devices a model is to be."""
+
+    dtype: DType = "float32"
+    context_device: str = "cpu"
+    denoiser_device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model, its tokenizer (None if it has none), and how it was named."""
+
+    name: str
+    model: TwoTower
+    tokenizer: Tokenizer | None
+
+
+def shipped_model() -> Path:
+    """Folder of the model inside the package; ValueError (one line) if there is none."""
+    folder = Path(str(resources.files("twotower") / "assets"))
+    if not (folder / "config.json").is_file():
+        raise ValueError("this installation has no model inside; give one with --model PATH")
+    return folder
+
+
+def load(path: str | None, options: GenerateOptions, placement: Placement) -> Loaded:
+    """The model at `path` (the shipped one when None), with the towers that `options` need.
+
+    AR decoding loads the context tower alone. ValueError (one line) for anything unusable.
+    """
+    folder = shipped_model() if path is None else resolve(path)
+    defaults = generation_defaults(folder)
+    mode = options.with_defaults(defaults).mode
+    model = load_model(
+        folder,
+        dtype={"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
+            placement.dtype
+        ],
+        context_device=placement.context_device,
+        denoiser_device=placement.denoiser_device,
+        towers="context" if mode == "ar" else "both",
+    )
+    model.generation_defaults = defaults
+    has_tokenizer = (folder / TOKENIZER_FILE).exists()
+    tokenizer = load_tokenizer(folder) if has_tokenizer else None
+    return Loaded(name="shipped" if path is None else path, model=model, tokenizer=tokenizer)

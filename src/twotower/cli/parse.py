@@ -1,0 +1,101 @@
+"""Arguments into an options dataclass, with every refusal as one ValueError of one line."""
+
+import contextlib
+import dataclasses
+import inspect
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
+
+from twotower.cli.flags import field_docs
+
+T = TypeVar("T")
+_METAVARS = {Path: "PATH", str: "TEXT", int: "INT", float: "FLOAT"}
+_RULES = "\u2500-"  # how tyro draws a line between the sections of a message
+_FRAMES = "\u2502|"
+
+
+def parse(
+    options_class: type[T], verb: str, arguments: Sequence[str], description: str | None = None
+) -> T:
+    """Options of a verb from its flags; `-h` prints help and raises SystemExit.
+
+    ValueError (one line) for a wrong flag or value, or what the options' own checks say.
+    """
+    prog = f"twotower {verb}"
+    refusal = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(refusal):
+            flags: object = tyro.cli(
+                _flags_of(options_class),
+                prog=prog,
+                description=description or inspect.getdoc(options_class),
+                args=arguments,
+            )
+    except SystemExit as stop:
+        if stop.code in (None, 0):
+            raise
+        raise ValueError(f"{_unframe(refusal.getvalue())}; see {prog} -h") from None
+    return options_class(**vars(flags))
+
+
+def _flags_of(options_class: type) -> type:
+    """The same fields without the checks: tyro would frame their one line, and it keeps the line
+    breaks of a docstring that is indented.
+    """
+    assert dataclasses.is_dataclass(options_class)
+    hints, docs = get_type_hints(options_class, include_extras=True), field_docs(options_class)
+    fields = []
+    for field in dataclasses.fields(options_class):
+        hint, *own = (
+            get_args(hints[field.name])
+            if get_origin(hints[field.name]) is Annotated
+            else (hints[field.name],)
+        )
+        is_optional = NoneType in get_args(hint) and field.default is None
+        shown = tyro.conf.arg(
+            help=docs.get(field.name),
+            metavar=_metavar(field, hint, tyro.conf.Positional in own),
+            help_behavior_hint="" if is_optional else None,
+        )
+        default: Any = dataclasses.field(
+            default=field.default, default_factory=field.default_factory
+        )
+        # The field's own settings come last: they win.
+        fields.append((field.name, Annotated[(hint, shown, *own)], default))
+    return dataclasses.make_dataclass("Flags", fields, kw_only=True)
+
+
+def _metavar(field: "dataclasses.Field[object]", hint: object, is_positional: bool) -> str | None:
+    """What stands for the value in help; None leaves it to tyro."""
+    if is_positional:
+        name = field.name.upper()
+        return name if field.default is dataclasses.MISSING else f"[{name}]"
+    kinds = set(get_args(hint)) - {NoneType} or {hint}
+    return _METAVARS.get(kinds.pop()) if len(kinds) == 1 else None
+
+
+def _unframe(box: str) -> str:
+    """The message of a framed tyro error, with the flag that it thinks was meant."""
+    sections: list[list[str]] = [[]]
+    for line in box.splitlines()[1:-1]:
+        text = line.strip().strip(_FRAMES).rstrip()
+        if text and not text.strip(f" {_RULES}"):
+            sections.append([])
+        elif text:
+            sections[-1].append(text)
+    message = " ".join(" ".join(sections[0]).split()).split(" Got errors:")[0]
+    if message.startswith("Missing from"):  # the names, without their help, which is indented more
+        indents = [len(line) - len(line.lstrip()) for line in sections[0][1:]]
+        lines = zip(sections[0][1:], indents, strict=True)
+        names = [line.strip() for line, indent in lines if indent == min(indents)]
+        message = f"missing: {', '.join(names)}"
+    for section in sections[1:]:
+        if section and section[0].strip().startswith("Perhaps you meant"):
+            message += f"; perhaps you meant {section[1].strip()}"
+    message = message.removeprefix("Error parsing ").rstrip(".")
+    return message[:1].lower() + message[1:]

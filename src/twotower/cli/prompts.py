@@ -1,0 +1,82 @@
+"""Where prompts come from: arguments, a file, or stdin."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+Prompt = str | list[int]
+STDIN = "-"
+
+
+def read_prompts(arguments: Sequence[str], file: Path | None) -> list[Prompt]:
+    """Prompts in order: the arguments ("-" reads stdin), then the file's, else stdin's.
+
+    A .jsonl file holds one object a line, {"prompt": text or list of token ids}; any other file,
+    and stdin, is one prompt whose last line break is dropped. ValueError (one line) for none at
+    all, for what cannot be read, and for text that is not UTF-8.
+    """
+    if list(arguments).count(STDIN) > 1:
+        raise ValueError("'-' is given twice; stdin can be read only once")
+    prompts: list[Prompt] = [
+        _read_stdin() if argument == STDIN else _checked(argument, f"prompt {number}")
+        for number, argument in enumerate(arguments, 1)
+    ]
+    if file is not None:
+        prompts += _read_file(file)
+    if not prompts:
+        if sys.stdin.isatty():
+            raise ValueError("no prompt; give one as an argument, with --input FILE, or on stdin")
+        prompts.append(_read_stdin())
+    return prompts
+
+
+def _read_stdin() -> str:
+    return _decoded(sys.stdin.buffer.read(), "stdin").removesuffix("\n")
+
+
+def _read_file(file: Path) -> list[Prompt]:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"input: cannot read {file} ({error.strerror})") from None
+    text = _decoded(content, f"input: {file}")
+    if file.suffix != ".jsonl":
+        return [text.removesuffix("\n")]
+    lines = [
+        _parse_line(line, f"input: {file} line {number}")
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    ]
+    if not lines:
+        raise ValueError(f"input: {file} holds no prompt; write one object a line")
+    return lines
+
+
+def _parse_line(line: str, where: str) -> Prompt:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON ({error}); write one object a line") from None
+    prompt = record.get("prompt") if isinstance(record, dict) else None
+    if isinstance(prompt, str):
+        return _checked(prompt, where)
+    if isinstance(prompt, list) and all(type(token) is int for token in prompt):
+        return prompt
+    raise ValueError(f'{where} has no "prompt" that is text or a list of token ids; add one')
+
+
+def _decoded(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 text (byte {error.start}); convert it") from None
+
+
+def _checked(text: str, where: str) -> str:
+    """Text without lone surrogates, which is what undecodable bytes of an argument become."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} is not UTF-8 text; convert it") from None
+    return text
