@@ -1,0 +1,160 @@
+"""The cache's bookkeeping: shapes, growing buffers, counts, views; values are in property tests."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from tiny_models import random_ids, tiny_config, tiny_model
+from twotower import ContextCache
+from twotower.layers.attention import KV
+from twotower.layers.mamba2 import MambaState
+
+MODEL = tiny_model()
+DEVICE = torch.device("cpu")
+
+
+def attention_cache(num_rows: int) -> ContextCache:
+    """A cache of one attention layer with one head of size 1: a key is a number."""
+    config = tiny_config(
+        hybrid_override_pattern="*", num_attention_heads=1, num_key_value_heads=1, head_dim=1
+    )
+    return ContextCache(config, num_rows, DEVICE, torch.float32)
+
+
+def append(cache: ContextCache, values: list[list[float]], counts: list[int] | None = None) -> None:
+    """Commit keys (rows, tokens); values are minus the keys, the hidden state is the key."""
+    keys = torch.tensor(values)[..., None, None]
+    n = torch.tensor([keys.shape[1]] * len(keys) if counts is None else counts)
+    cache.append([KV(keys, -keys)], keys[..., 0], n)
+
+
+def keys(cache: ContextCache) -> Tensor:
+    (state,) = cache.layers
+    assert isinstance(state, KV)
+    assert torch.equal(state.v, -state.k)
+    return state.k[..., 0, 0]
+
+
+def test_shapes_and_dtypes() -> None:
+    cache = MODEL.prefill(random_ids(2, 5))
+    c = MODEL.config
+    mamba, attention, moe, mlp = cache.layers[:4]
+    assert moe is None and mlp is None
+    assert isinstance(attention, KV) and isinstance(mamba, MambaState)
+    assert attention.k.shape == attention.v.shape == (2, 5, 2, 8)
+    assert mamba.conv.shape == (2, c.conv_channels, c.conv_kernel - 1)
+    assert mamba.ssm.shape == (2, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
+    assert (cache.num_rows, cache.num_past, cache.is_uniform) == (2, 5, True)
+    assert cache.lengths.device.type == "cpu"
+
+
+def test_an_empty_cache() -> None:
+    cache = MODEL.empty_cache(3)
+    assert (cache.num_rows, cache.num_past, cache.is_uniform) == (3, 0, True)
+    assert cache.last_hidden is None
+    for state in cache.layers:
+        if isinstance(state, KV):
+            assert state.k.shape[1] == 0
+        elif state is not None:
+            assert not any(bool(part.any()) for part in state)
+
+
+def test_buffers_grow_by_doubling_and_keep_their_content() -> None:
+    """Guards the cost of decoding: growing by one token at a time copies the text every token."""
+    cache = attention_cache(1)
+    sizes = []
+    for token in range(1, 10):
+        append(cache, [[float(token)]])
+        (state,) = cache._states
+        assert isinstance(state, KV)
+        sizes.append(state.k.shape[1])
+        assert keys(cache).tolist() == [[float(n) for n in range(1, token + 1)]]
+    assert sizes == [1, 2, 4, 4, 8, 8, 8, 8, 16]
+
+
+def test_rows_commit_different_numbers_of_tokens() -> None:
+    """Guards positions: what a row did not commit is overwritten by its next token."""
+    cache = attention_cache(3)
+    append(cache, [[1, 2], [3, 99], [98, 97]], [2, 1, 0])
+    assert cache.lengths.tolist() == [2, 1, 0]
+    assert not cache.is_uniform
+    assert cache.last_hidden is not None
+    assert cache.last_hidden[:2, 0].tolist() == [2.0, 3.0]
+    append(cache, [[4, 96], [5, 6], [7, 8]], [1, 2, 2])
+    assert cache.lengths.tolist() == [3, 3, 2]
+    found = [row[:n] for row, n in zip(keys(cache).tolist(), cache.lengths.tolist(), strict=True)]
+    assert found == [[1, 2, 4], [3, 5, 6], [7, 8]]
+    assert cache.last_hidden[:, 0].tolist() == [4.0, 6.0, 8.0]
+    append(cache, [[95], [94], [9]], [0, 0, 1])
+    assert cache.is_uniform
+    assert keys(cache).tolist() == [[1, 2, 4], [3, 5, 6], [7, 8, 9]]
+    assert cache.last_hidden[:, 0].tolist() == [4.0, 6.0, 9.0], "rows without a token keep theirs"
+
+
+def test_select_copies() -> None:
+    cache = attention_cache(3)
+    append(cache, [[1, 2], [3, 4], [5, 6]], [2, 1, 2])
+    few = cache.select(torch.tensor([2, 1]))
+    assert few.lengths.tolist() == [2, 1]
+    append(few, [[7], [8]])
+    assert keys(few).tolist()[0] == [5, 6, 7]
+    assert keys(few).tolist()[1][:2] == [3, 8]
+    assert few.last_hidden is not None
+    assert few.last_hidden[:, 0].tolist() == [7.0, 8.0]
+    assert cache.lengths.tolist() == [2, 1, 2]
+    assert keys(cache).tolist()[2] == [5, 6]
+    assert attention_cache(2).select(torch.tensor([1])).last_hidden is None
+
+
+def test_a_view_is_frozen_and_names_lengths_only_where_rows_differ() -> None:
+    view = MODEL.prefill(random_ids(2, 5)).view()
+    assert view.lengths is None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        view.num_past = 0  # type: ignore[misc]
+    ragged = MODEL.prefill(random_ids(2, 5), torch.tensor([5, 2])).view()
+    assert ragged.lengths is not None
+    assert ragged.lengths.tolist() == [5, 2]
+    one = ragged.select(torch.tensor([1]))
+    assert one.lengths is not None
+    assert (one.lengths.tolist(), one.num_rows, one.num_past) == ([2], 1, 5)
+    state = one.layers[0]
+    assert isinstance(state, MambaState)
+    assert state.ssm.shape[:2] == (1, 1), "rows, blocks"
+
+
+def test_a_view_moves_between_devices() -> None:
+    """Guards towers on two devices; the meta device stands for the second."""
+    view = MODEL.prefill(random_ids(1, 3)).view()
+    moved = view.to("meta")
+    states = [state for state in moved.layers if state is not None]
+    assert states
+    assert all(part.device.type == "meta" for state in states for part in state)
+    same = view.to("cpu")
+    assert all(
+        a is b
+        for x, y in zip(view.layers, same.layers, strict=True)
+        if x is not None and y is not None
+        for a, b in zip(x, y, strict=True)
+    ), "no copy where nothing moves"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: MODEL.prefill(random_ids(2, 3), torch.tensor([1, 4])), "between 0 and 3"),
+        (lambda: MODEL.prefill(random_ids(2, 3)[0]), "must be"),
+        (lambda: MODEL.prefill(random_ids(2, 3).int()), "int64"),
+        (lambda: MODEL.context_logits(random_ids(2, 3)[:, :0]), "tokens >= 1"),
+        (
+            lambda: MODEL.extend(MODEL.empty_cache(3), random_ids(2, 1)),
+            "2 rows but the cache has 3",
+        ),
+    ],
+)
+def test_wrong_arguments_are_one_line(call: object, message: str) -> None:
+    assert callable(call)
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
