@@ -1,0 +1,86 @@
+"""How much memory does loading take at its peak, compared with the checkpoint's size?
+
+Limit: the weights themselves in the wanted dtype. A checkpoint of random weights is written, then
+loaded by a fresh process, whose growth in peak resident memory is measured (Linux: VmHWM). The last
+line is one JSON object.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from twotower.checkpoint import save_model
+from twotower.config import ModelConfig
+from twotower.model import TwoTower
+from twotower.model.initialise import randomise
+
+CHILD = """
+import sys, torch, twotower
+def peak():
+    line = next(l for l in open("/proc/self/status") if l.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+before = peak()
+dtype = {"keep": None, "float32": torch.float32}[sys.argv[2]]
+model = twotower.load_model(sys.argv[1], dtype=dtype, towers=sys.argv[3])
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+print(peak() - before, size)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden-size", type=int, default=1024)
+    parser.add_argument("--shard-mb", type=int, default=64)
+    args = parser.parse_args()
+    config = ModelConfig.from_dict(
+        {
+            "hybrid_override_pattern": "M-*-" * 3,
+            "hidden_size": args.hidden_size,
+            "vocab_size": 8192,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+            "mamba_num_heads": 32,
+            "mamba_head_dim": 64,
+            "ssm_state_size": 64,
+            "n_groups": 1,
+            "conv_kernel": 4,
+            "intermediate_size": 4 * args.hidden_size,
+        }
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        model = TwoTower(config)
+        randomise(model, seed=0)
+        save_model(model, path, dtype=torch.bfloat16, max_shard_bytes=args.shard_mb * 2**20)
+        del model
+        file_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        rows = [
+            measure(path, dtype, towers)
+            for dtype in ("keep", "float32")
+            for towers in ("both", "context")
+        ]
+    print(f"checkpoint: {file_bytes / 1e6:.0f} MB in bfloat16, shards of {args.shard_mb} MiB")
+    for row in rows:
+        print(
+            f"dtype={row['dtype']:8s} towers={row['towers']:8s} "
+            f"model {row['model_bytes'] / 1e6:6.0f} MB, peak +{row['peak_bytes'] / 1e6:6.0f} MB"
+        )
+    print(json.dumps({"checkpoint_bytes": file_bytes, "shard_mb": args.shard_mb, "loads": rows}))
+
+
+def measure(path: Path, dtype: str, towers: str) -> dict[str, object]:
+    """One load in a fresh process."""
+    command = [sys.executable, "-c", CHILD, str(path), dtype, towers]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    peak, size = map(int, output.split())
+    return {"dtype": dtype, "towers": towers, "model_bytes": size, "peak_bytes": peak}
+
+
+if __name__ == "__main__":
+    main()
