@@ -16,6 +16,7 @@ from rich.text import Text
 
 from twotower.cli.comparison import Measured, measure, print_comparison
 from twotower.cli.loading import Loaded, Placement, load
+from twotower.cli.prompts import require_utf8
 from twotower.cli.replay import TITLES, Scene, block_frames, play, token_frames
 from twotower.cli.text import printable
 from twotower.engine import GenerateOptions
@@ -68,7 +69,9 @@ class DemoOptions:
 
 def run(options: DemoOptions) -> int:
     """Run the demo; returns the exit status. Errors of the user arrive as ValueError."""
-    prompt = SAMPLES[options.sample] if options.prompt is None else options.prompt
+    prompt = SAMPLES[options.sample]
+    if options.prompt is not None:
+        prompt = require_utf8(options.prompt, "prompt")
     modes = {
         "diffusion": GenerateOptions(mode="diffusion", max_new_tokens=options.max_new_tokens),
         "ar": GenerateOptions(mode="ar", max_new_tokens=options.max_new_tokens),

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import tyro
 
@@ -93,7 +93,7 @@ def run(options: GenerateArguments) -> int:
         loaded = load(options.model, decoding, options.placement())
         start = time.perf_counter()
         events = stream(loaded.model, prompts, decoding, loaded.tokenizer)
-        events = _traced(events, trace, options.trace)
+        events = events if trace is None else _traced(events, trace)
         is_live = len(prompts) == 1 and not options.json and sys.stdout.isatty()
         completions = _finished(_shown(events) if is_live else events)
         seconds = time.perf_counter() - start
@@ -112,26 +112,25 @@ def per_pass(completion: Completion) -> float | None:
 
 
 @contextlib.contextmanager
-def _open_trace(file: Path | None) -> Iterator[TextIO | None]:
+def _open_trace(file: Path | None) -> Iterator[BinaryIO | None]:
     if file is None:
         yield None
         return
     try:
-        stream = file.open("w", encoding="utf-8", buffering=1)  # line by line
+        trace = file.open("wb", buffering=0)  # nothing waits: a killed run leaves whole lines
     except OSError as error:
         raise ValueError(f"trace: cannot write {file} ({error.strerror})") from None
-    with stream:
-        yield stream
+    with trace:
+        yield trace
 
 
-def _traced(events: Iterable[Event], trace: TextIO | None, file: Path | None) -> Iterator[Event]:
+def _traced(events: Iterable[Event], trace: BinaryIO) -> Iterator[Event]:
     for event in events:
-        if trace is not None:
-            line = json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)})
-            try:
-                trace.write(line + "\n")
-            except OSError as error:
-                raise ValueError(f"trace: cannot write {file} ({error.strerror})") from None
+        line = json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)})
+        try:
+            trace.write(f"{line}\n".encode())
+        except OSError as error:
+            raise ValueError(f"trace: cannot write {trace.name} ({error.strerror})") from None
         yield event
 
 
@@ -164,7 +163,7 @@ def _print_figures(completion: Completion, seconds: float) -> None:
 
 def _print_texts(completions: Sequence[Completion]) -> None:
     """The new text alone; with several prompts, a line before each says whose it is."""
-    for number, completion in enumerate(completions, 1):
+    for number, completion in enumerate(completions):
         if len(completions) > 1:
             print(f"==> prompt {number} <==")
         text = completion.text

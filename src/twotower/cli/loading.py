@@ -47,8 +47,7 @@ def load(path: str | None, options: GenerateOptions, placement: Placement) -> Lo
     AR decoding loads the context tower alone. ValueError (one line) for anything unusable.
     """
     folder = shipped_model() if path is None else resolve(path)
-    defaults = generation_defaults(folder)
-    mode = options.with_defaults(defaults).mode
+    mode = options.with_defaults(generation_defaults(folder)).mode
     model = load_model(
         folder,
         dtype={"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
@@ -58,7 +57,6 @@ def load(path: str | None, options: GenerateOptions, placement: Placement) -> Lo
         denoiser_device=placement.denoiser_device,
         towers="context" if mode == "ar" else "both",
     )
-    model.generation_defaults = defaults
     has_tokenizer = (folder / TOKENIZER_FILE).exists()
     tokenizer = load_tokenizer(folder) if has_tokenizer else None
     return Loaded(name="shipped" if path is None else path, model=model, tokenizer=tokenizer)

@@ -6,6 +6,7 @@ does not wait for torch.
 """
 
 import importlib
+import io
 import logging
 import os
 import sys
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (sys.argv's when None); returns the exit status and raises nothing."""
     args = list(sys.argv[1:] if arguments is None else arguments)
     is_debug = args[:1] == ["--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what a terminal cannot show is no error
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
@@ -15,8 +16,8 @@ from twotower.cli.flags import field_docs
 
 T = TypeVar("T")
 _METAVARS = {Path: "PATH", str: "TEXT", int: "INT", float: "FLOAT"}
-_RULES = "\u2500-"  # how tyro draws a line between the sections of a message
-_FRAMES = "\u2502|"
+_RULES = " -\u2500\u2570\u256f"  # what lines between and below a message are made of
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def parse(
@@ -80,22 +81,31 @@ def _metavar(field: "dataclasses.Field[object]", hint: object, is_positional: bo
 
 
 def _unframe(box: str) -> str:
-    """The message of a framed tyro error, with the flag that it thinks was meant."""
+    """The message of a framed tyro error, with the flag that it thinks was meant.
+
+    The frame is of lines or of blanks and may have colours, depending on where stdout goes.
+    """
     sections: list[list[str]] = [[]]
-    for line in box.splitlines()[1:-1]:
-        text = line.strip().strip(_FRAMES).rstrip()
-        if text and not text.strip(f" {_RULES}"):
+    for line in box.splitlines()[1:]:  # without the title
+        text = _COLOUR.sub("", line).replace("\u2502", " ").rstrip()
+        if not text.strip(_RULES):
             sections.append([])
-        elif text:
+        else:
             sections[-1].append(text)
-    message = " ".join(" ".join(sections[0]).split()).split(" Got errors:")[0]
-    if message.startswith("Missing from"):  # the names, without their help, which is indented more
-        indents = [len(line) - len(line.lstrip()) for line in sections[0][1:]]
-        lines = zip(sections[0][1:], indents, strict=True)
-        names = [line.strip() for line, indent in lines if indent == min(indents)]
-        message = f"missing: {', '.join(names)}"
-    for section in sections[1:]:
-        if section and section[0].strip().startswith("Perhaps you meant"):
-            message += f"; perhaps you meant {section[1].strip()}"
-    message = message.removeprefix("Error parsing ").rstrip(".")
-    return message[:1].lower() + message[1:]
+    message, *hints = [section for section in sections if section] or [["wrong arguments"]]
+    said = " ".join(" ".join(message).split()).split(" Got errors:")[0].rstrip(".")
+    if said.startswith("Missing from"):
+        said = f"missing: {', '.join(_least_indented(message[1:]))}"
+    for hint in hints:
+        if hint[0].strip().startswith("Perhaps you meant"):
+            said += f"; perhaps you meant {hint[1].strip()}"
+    said = said.removeprefix("Error parsing ")
+    return said[:1].lower() + said[1:]
+
+
+def _least_indented(lines: list[str]) -> list[str]:
+    """The names in a list whose explanations are indented more."""
+    indents = [len(line) - len(line.lstrip()) for line in lines]
+    return [
+        line.strip() for line, indent in zip(lines, indents, strict=True) if indent == min(indents)
+    ]

@@ -19,8 +19,8 @@ def read_prompts(arguments: Sequence[str], file: Path | None) -> list[Prompt]:
     if list(arguments).count(STDIN) > 1:
         raise ValueError("'-' is given twice; stdin can be read only once")
     prompts: list[Prompt] = [
-        _read_stdin() if argument == STDIN else _checked(argument, f"prompt {number}")
-        for number, argument in enumerate(arguments, 1)
+        _read_stdin() if argument == STDIN else require_utf8(argument, f"prompt {number}")
+        for number, argument in enumerate(arguments)
     ]
     if file is not None:
         prompts += _read_file(file)
@@ -60,7 +60,7 @@ def _parse_line(line: str, where: str) -> Prompt:
         raise ValueError(f"{where} is not JSON ({error}); write one object a line") from None
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if isinstance(prompt, str):
-        return _checked(prompt, where)
+        return require_utf8(prompt, where)
     if isinstance(prompt, list) and all(type(token) is int for token in prompt):
         return prompt
     raise ValueError(f'{where} has no "prompt" that is text or a list of token ids; add one')
@@ -73,8 +73,8 @@ def _decoded(content: bytes, where: str) -> str:
         raise ValueError(f"{where} is not UTF-8 text (byte {error.start}); convert it") from None
 
 
-def _checked(text: str, where: str) -> str:
-    """Text without lone surrogates, which is what undecodable bytes of an argument become."""
+def require_utf8(text: str, where: str) -> str:
+    """The text; ValueError for lone surrogates, which undecodable bytes of an argument become."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

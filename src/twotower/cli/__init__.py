@@ -1,0 +1,1 @@
+"""The `twotower` command, one file per verb; `main` finds and runs them."""

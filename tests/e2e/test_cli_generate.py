@@ -1,0 +1,289 @@
+"""`twotower generate`: where prompts come from, what is printed, and what is refused."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import twotower
+from tiny_checkpoint import make_checkpoint
+from twotower.cli import loading
+from twotower.cli.main import main
+from twotower.cli.text import printable
+
+FEW = ["--max-new-tokens", "6", "--eos-token-id", "none"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("cli") / "model"))
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
+    status = main(["generate", *arguments, "--json"])
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    record: dict[str, object] = json.loads(out)
+    return record
+
+
+def give_stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "posterior", "ar", "mock-ar"])
+def test_json_holds_what_the_library_returns(
+    mode: str, checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against a flag that does not reach the engine."""
+    flags = ["--mode", mode, "--temperature", "0.7", "--top-k", "9", "--seed", "5", *FEW]
+    record = run_json(capsys, "abc", "a", "--model", checkpoint, *flags)
+    options = twotower.GenerateOptions(
+        mode=mode, temperature=0.7, top_k=9, seed=5, max_new_tokens=6, eos_token_id=None
+    )
+    model, tokenizer = twotower.load_model(checkpoint), twotower.load_tokenizer(checkpoint)
+    expected = twotower.generate(model, ["abc", "a"], options, tokenizer)
+    assert record["model"] == checkpoint
+    assert record["results"] == [
+        {
+            "prompt": prompt,
+            "text": out.text,
+            "tokens": out.tokens,
+            "nfe": out.nfe,
+            "context_forwards": out.context_forwards,
+            "tokens_per_nfe": 6 / out.nfe if out.nfe else None,
+            "finish_reason": "length",
+        }
+        for prompt, out in zip(["abc", "a"], expected, strict=True)
+    ]
+    rate, seconds = record["tokens_per_s"], record["seconds"]
+    assert isinstance(rate, float) and isinstance(seconds, float)
+    assert rate * seconds == pytest.approx(12)
+
+
+def test_only_given_flags_override_the_checkpoints_defaults(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against library defaults that arrive as if the user had typed them."""
+    folder = make_checkpoint(tmp_path / "m", max_new_tokens=5, temperature=0.5, steps_per_block=3)
+    record = run_json(capsys, "a", "--model", str(folder), "--temperature", "0", "--top-k", "none")
+    options = record["options"]
+    assert isinstance(options, dict)
+    assert options["max_new_tokens"] == 5 and options["steps_per_block"] == 3
+    assert options["temperature"] == 0.0 and options["top_k"] is None
+
+
+@pytest.mark.parametrize(("mode", "towers"), [("ar", "context"), ("diffusion", "both")])
+def test_ar_loads_the_context_tower_alone(
+    mode: str,
+    towers: str,
+    checkpoint: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Guards against AR that needs twice the memory."""
+    asked = []
+
+    def load_model(*arguments: object, **named: object) -> twotower.TwoTower:
+        asked.append(named["towers"])
+        return twotower.load_model(*arguments, **named)  # type: ignore[arg-type]  # as they came
+
+    monkeypatch.setattr(loading, "load_model", load_model)
+    assert main(["generate", "a", "--model", checkpoint, "--mode", mode, *FEW]) == 0
+    assert asked == [towers]
+
+
+def test_the_trace_agrees_with_the_result(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against events that are missing from the file or of another run."""
+    file = tmp_path / "trace.jsonl"
+    record = run_json(capsys, "abc", "a", "--model", checkpoint, "--trace", str(file), *FEW)
+    results = record["results"]
+    assert isinstance(results, list)
+    events = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {event["event"] for event in events} == {"StepTaken", "TokensCommitted", "Finished"}
+    for row, result in enumerate(results):
+        own = [event for event in events if event["row"] == row]
+        steps = [event for event in own if event["event"] == "StepTaken"]
+        commits = [event for event in own if event["event"] == "TokensCommitted"]
+        assert [t for event in commits for t in event["tokens"]] == result["tokens"]
+        assert "".join(event["text"] for event in commits) == result["text"]
+        assert steps[-1]["nfe"] == result["nfe"] and not any(steps[-1]["is_masked"])
+        assert own[-1]["completion"].items() <= result.items()
+
+
+def test_prompts_from_stdin_a_file_and_jsonl_are_the_same(
+    checkpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Guards against a line break of the file that becomes part of the prompt."""
+    text, lines = tmp_path / "prompt.txt", tmp_path / "prompts.jsonl"
+    text.write_text("ab\nc\n")
+    lines.write_text('{"prompt": "ab\\nc"}\n\n{"prompt": [1, 5, 9]}\n')
+    flags = ["--model", checkpoint, *FEW]
+    wanted = run_json(capsys, "ab\nc", *flags)["results"]
+    assert run_json(capsys, "--input", str(text), *flags)["results"] == wanted
+    for dash in ([], ["-"]):
+        give_stdin(monkeypatch, b"ab\nc\n")
+        assert run_json(capsys, *dash, *flags)["results"] == wanted
+    first, second = run_json(capsys, "--input", str(lines), *flags)["results"]  # type: ignore[misc]
+    assert [first] == wanted and second["prompt"] == [1, 5, 9]
+
+
+def test_plain_text_is_the_new_text_alone(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", checkpoint, *FEW]
+    results = run_json(capsys, "abc", "a", *flags)["results"]
+    assert isinstance(results, list)
+    first, second = (result["text"] for result in results)
+    assert main(["generate", "abc", *flags]) == 0
+    assert capsys.readouterr() == (f"{first}\n", "")
+    assert main(["generate", "abc", "a", *flags]) == 0
+    assert capsys.readouterr().out == f"==> prompt 0 <==\n{first}\n==> prompt 1 <==\n{second}\n"
+
+
+def test_a_terminal_sees_the_text_as_it_is_committed(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", checkpoint, *FEW]
+    wanted = run_json(capsys, "abc", *flags)["results"][0]  # type: ignore[index]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["generate", "abc", *flags]) == 0
+    out, err = capsys.readouterr()
+    assert out == printable(wanted["text"]) + "\n"
+    assert (
+        err.startswith("6 tokens in ") and f"NFE {wanted['nfe']} " in err and err.count("\n") == 1
+    )
+
+
+def test_stop_may_be_repeated(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against a second --stop that replaces the first."""
+    flags = ["--model", checkpoint, "--mode", "ar", *FEW]
+    text = run_json(capsys, "abc", *flags)["results"][0]["text"]  # type: ignore[index]
+    for stops in (["zz", text[1]], [text[1], "zz"]):
+        given = [part for stop in stops for part in ("--stop", stop)]
+        result = run_json(capsys, "abc", *flags, *given)["results"][0]  # type: ignore[index]
+        assert result["finish_reason"] == "stop"
+        assert result["text"] == text[: text.index(text[1])]
+
+
+def test_a_model_without_tokenizer_takes_and_gives_ids(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_checkpoint(tmp_path / "m")
+    (folder / "tokenizer.json").unlink()
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": [1, 5, 9]}\n')
+    flags = ["--input", str(prompts), "--model", str(folder), *FEW]
+    result = run_json(capsys, *flags)["results"][0]  # type: ignore[index]
+    assert result["text"] is None
+    assert main(["generate", *flags]) == 0
+    assert capsys.readouterr().out == " ".join(map(str, result["tokens"])) + "\n"
+
+
+def test_a_block_larger_than_the_trained_one_warns_in_one_line(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "a", "--model", checkpoint, "--block-size", "9", *FEW]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: block_size=9 is larger than the 4 the model was trained with; "
+        "expect the text to collapse"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([""], "prompt 0 is empty"),
+        (["a", ""], "prompt 1 is empty"),
+        (["\udcff"], "prompt 0 is not UTF-8 text"),
+        (["a", "--block-size", "0"], "block_size=0"),
+        (["a", "--confidence-threshold", "1.5"], "confidence_threshold=1.5"),
+        (["a", "--temperature", "-1"], "temperature=-1.0"),
+        (["a", "--trace", "{tmp}/no/such/trace"], "trace: cannot write"),
+        (["a", "--trace", "/dev/full"], "trace: cannot write /dev/full (No space left"),
+        (["a", "--model", "{tmp}/no/model"], "no such folder"),
+        (["a", "--device", "abacus"], "device='abacus' is unknown"),
+        (["--input", "{tmp}/none"], "input: cannot read"),
+        (["--input", "{tmp}"], "input: cannot read"),
+        (["--input", "{tmp}/latin.txt"], "latin.txt is not UTF-8 text (byte 1)"),
+        (["--input", "{tmp}/nothing.jsonl"], "holds no prompt"),
+        (["--input", "{tmp}/text.jsonl"], "line 1 is not JSON"),
+        (["--input", "{tmp}/other.jsonl"], 'line 2 has no "prompt"'),
+        (["--input", "{tmp}/vocabulary.jsonl"], "token 41 outside the vocabulary; use 0 to 40"),
+        (["--input", "{tmp}/mask.jsonl"], "has the mask token 3"),
+        (["--input", "{tmp}/empty.jsonl"], "prompt 0 is empty"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    arguments: list[str],
+    said: str,
+    checkpoint: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Guards against tracebacks, and against input that is quietly repaired."""
+    for name, content in {
+        "latin.txt": b"a\xe9",
+        "nothing.jsonl": b"\n",
+        "text.jsonl": b"abc\n",
+        "other.jsonl": b'{"prompt": "a"}\n{"text": "a"}\n',
+        "vocabulary.jsonl": b'{"prompt": [1, 41]}\n',
+        "mask.jsonl": b'{"prompt": [1, 3]}\n',
+        "empty.jsonl": b'{"prompt": []}\n',
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    model = [] if "--model" in arguments else ["--model", checkpoint]
+    given = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    assert main(["generate", *given, *model]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: ") and said in err
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("truncate", "truncated or not a safetensors file"),
+        ("config", "config.json"),
+        ("no weights", "add the weights"),
+        ("tokenizer", "tokenizer"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line_and_status_2(
+    damage: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_checkpoint(tmp_path / "m")
+    weights = folder / "model.safetensors"
+    if damage == "truncate":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif damage == "no weights":
+        weights.unlink()
+    else:
+        (folder / f"{damage}.json").write_text('{"hidden_size": 3}')
+    assert main(["generate", "a", "--model", str(folder)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and said in err
+
+
+def test_no_prompt_at_a_terminal(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against a command that waits for input without a word."""
+    give_stdin(monkeypatch, b"")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert main(["generate", "--model", checkpoint]) == 2
+    assert capsys.readouterr().err.startswith("error: no prompt; give one")
+
+
+def test_an_installation_without_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loading.resources, "files", lambda package: tmp_path)
+    assert main(["generate", "a"]) == 2
+    assert "give one with --model PATH" in capsys.readouterr().err

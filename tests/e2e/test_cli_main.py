@@ -1,0 +1,195 @@
+"""The `twotower` command as a whole: verbs, flags, exit statuses, one line for what is wrong."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import tyro
+
+from twotower.cli import inspect
+from twotower.cli.inspect import InspectOptions
+from twotower.cli.main import VERBS, main, train_arguments
+from twotower.cli.parse import parse
+from twotower.engine import GenerateOptions
+from twotower.train.options import TrainOptions
+
+SOURCE = Path(__file__).parents[2] / "src"
+
+
+def only_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What stands on stderr, which is one line, with nothing on stdout."""
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith("\n") and err.count("\n") == 1, (out, err)
+    return err
+
+
+def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-h"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {verb} " in out for verb in VERBS)
+    assert main([]) == 0 and capsys.readouterr().out == out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against a verb in the list that cannot be run."""
+    assert main([verb, "-h"]) == 0
+    assert f"usage: twotower {verb}" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("twotower 0.")
+
+
+def test_generate_has_a_flag_with_the_default_of_every_option(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a second copy of a default that drifts from the library's."""
+    monkeypatch.setenv("COLUMNS", "400")
+    assert main(["generate", "-h"]) == 0
+    out = capsys.readouterr().out.replace("\u2502", " ").replace("--adaptive, --no-", "--")
+    helps = dict(re.findall(r" --([\w-]+) (.*?)(?= --\w|$)", " ".join(out.split())))
+    for field in dataclasses.fields(GenerateOptions):
+        shown = "(repeatable)" if field.name == "stop" else f"(default: {field.default})"
+        assert shown.replace("None", "none") in helps[field.name.replace("_", "-")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["demoo"], "'demoo' is no verb"),
+        (["--verbose"], "'--verbose' is no verb"),
+        (
+            ["generate", "--tpo-k", "3"],
+            "unrecognized options: --tpo-k, 3; perhaps you meant --top-k",
+        ),
+        (["generate", "--top-k", "x"], "--top-k: 'x' is not INT|none"),
+        (["generate", "--max-new-tokens", "x"], "--max-new-tokens"),
+        (["generate", "--mode", "magic"], "invalid choice 'magic' for argument '--mode'"),
+        (["generate", "--seed"], "missing value for argument '--seed'"),
+        (["convert"], "missing: SOURCE, TARGET; see twotower convert -h"),
+        (["train"], "missing: --recipe"),
+        (["train", "--options"], "--options needs a TOML file"),
+        (["train", "backbone", "--steps", "0"], "steps: 0 is too small"),
+        (["inspect"], "inspect needs either a PATH or --preset NAME"),
+        (["demo", "--repeats", "0"], "repeats=0"),
+        (["demo", "--pace", "0"], "pace=0"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_status_2(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    line = only_line(capsys)
+    assert line.startswith("error: ") and said in line
+
+
+@pytest.mark.parametrize("frame", ["lines", "blanks"])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["convert"], "missing: SOURCE, TARGET; see twotower convert -h"),
+        (
+            ["demo", "--pase", "2"],
+            "unrecognized options: --pase, 2; perhaps you meant --pace FLOAT",
+        ),
+        (["demo", "--pace", "x"], "--pace: could not convert string to float: 'x'"),
+    ],
+)
+def test_a_refusal_reads_the_same_in_a_terminal(
+    arguments: list[str],
+    said: str,
+    frame: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Guards against pieces of a frame, or colours, in the one line: tyro draws what stdout can."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(tyro._fmtlib, "_FORCE_UTF8_BOXES", frame == "lines")
+    assert main(arguments) == 2
+    assert only_line(capsys).startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (ValueError("two\n  lines"), 2, "two lines"),
+        (ImportError("babel is not installed"), 2, "babel is not installed"),
+        (OSError(28, "No space left on device", "there"), 2, "there: No space left on device"),
+        (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
+        (AssertionError(), 1, "AssertionError"),
+    ],
+)
+def test_an_error_is_one_line_with_its_status(
+    error: Exception,
+    status: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Guards against a traceback, and against a defect of ours that looks like the user's error."""
+
+    def run(options: InspectOptions) -> int:
+        raise error
+
+    monkeypatch.setattr(inspect, "run", run)
+    assert main(["inspect", "there"]) == status
+    assert said in only_line(capsys)
+    with pytest.raises(type(error)):
+        main(["--debug", "inspect", "there"])
+
+
+def test_ctrl_c_is_quiet(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(options: InspectOptions) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspect, "run", run)
+    assert main(["inspect", "there"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_warning_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(options: InspectOptions) -> int:
+        warnings.warn("beware\nof this", stacklevel=2)
+        return 0
+
+    monkeypatch.setattr(inspect, "run", run)
+    assert main(["inspect", "there"]) == 0
+    assert only_line(capsys) == "warning: beware of this\n"
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """Guards against a traceback in `twotower ... | head`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "twotower.cli.main", "-h"],
+        env=os.environ | {"PYTHONPATH": str(SOURCE)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+
+
+def test_train_takes_a_recipe_and_a_file_whose_options_flags_override(tmp_path: Path) -> None:
+    """Guards against a flag that the file silently overrules, or a file that is never read."""
+    file = tmp_path / "options.toml"
+    file.write_text("steps = 7\nbatch_size = 3\ncompile = true\nbetas = [0.8, 0.9]\n")
+    for spelling in (["--options", str(file)], [f"--options={file}"]):
+        arguments = train_arguments(["backbone", *spelling, "--steps", "9"])
+        options = parse(TrainOptions, "train", arguments)
+        assert options == TrainOptions(
+            recipe="backbone", steps=9, batch_size=3, compile=True, betas=(0.8, 0.9)
+        )
