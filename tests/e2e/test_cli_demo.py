@@ -112,6 +112,10 @@ def test_confidence_has_colours_only_where_there_are_colours() -> None:
     with_colour = [render(f, 60, colour=True) for f in block_frames(scene(colour=True), events)]
     assert any(re.search(r"\x1b\[[\d;]*4[1236]m", picture) for picture in with_colour)
     assert "confidence:" in with_colour[0]
+    steps = [event for event in events if isinstance(event, twotower.StepTaken)]
+    new = [len(re.findall(r"\x1b\[1;4;30;4\dm", p)) for p in with_colour if "step " in p]
+    left = [16 - sum(step.is_masked) for step in steps]
+    assert new == [n - (left[i - 1] if steps[i].step else 0) for i, n in enumerate(left)]
     without = [render(f, 60) for f in block_frames(scene(), events)]
     assert not any("\x1b" in picture for picture in without)
 
