@@ -1,22 +1,24 @@
 """twotower: two-tower block diffusion language models that people can run, train and serve."""
 
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from twotower import tokenizer as _tokenizer
-from twotower.checkpoint import load_model, resolve
-from twotower.config import ModelConfig
-from twotower.engine import (
-    Completion,
-    Event,
-    Finished,
-    GenerateOptions,
-    StepTaken,
-    TokensCommitted,
-    generate,
-    stream,
-)
-from twotower.model import ContextCache, ContextView, TwoTower
-from twotower.tokenizer import Tokenizer
+if TYPE_CHECKING:
+    from twotower.checkpoint import load_model
+    from twotower.config import ModelConfig
+    from twotower.engine import (
+        Completion,
+        Event,
+        Finished,
+        GenerateOptions,
+        StepTaken,
+        TokensCommitted,
+        generate,
+        stream,
+    )
+    from twotower.model import ContextCache, ContextView, TwoTower
+    from twotower.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
@@ -38,7 +40,30 @@ __all__ = [
     "stream",
 ]
 
+_HOMES = {
+    "checkpoint": ("load_model",),
+    "config": ("ModelConfig",),
+    "engine": (
+        "Completion", "Event", "Finished", "GenerateOptions", "StepTaken", "TokensCommitted",
+        "generate", "stream",
+    ),
+    "model": ("ContextCache", "ContextView", "TwoTower"),
+    "tokenizer": ("Tokenizer",),
+}  # fmt: skip
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used: `twotower -h` should not wait for torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'twotower' has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f"twotower.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def load_tokenizer(path: "str | Path") -> "Tokenizer":
     """The tokenizer of a checkpoint folder or hub id, or a tokenizer.json; ValueError (one line)."""
-    return _tokenizer.load_tokenizer(path if Path(path).is_file() else resolve(path))
+    from twotower import checkpoint, tokenizer
+
+    return tokenizer.load_tokenizer(path if Path(path).is_file() else checkpoint.resolve(path))

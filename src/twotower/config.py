@@ -169,8 +169,9 @@ class ModelConfig:
         file = path / "config.json" if path.is_dir() else path
         if not file.is_file():
             raise ValueError(f"{file}: no such file; a checkpoint folder holds a config.json")
+        values = read_json(file)
         try:
-            return cls.from_dict(read_json(file))
+            return cls.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
 

@@ -88,9 +88,10 @@ def _make_rows(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}; "
             "load the tokenizer of the same checkpoint"
         )
+    defaults = {"block_size": model.config.block_size, **model.generation_defaults}
     rows = []
     for index, (prompt, option) in enumerate(zip(prompts, options, strict=True)):
-        option = option.with_defaults(model.generation_defaults)
+        option = option.with_defaults(defaults)
         _check_options(model, option, tokenizer)
         ids = _prompt_ids(model, index, prompt, tokenizer)
         rows.append(Row(index, ids, option, _eos(model, option), tokenizer))

@@ -30,7 +30,7 @@ class GenerateOptions:
     max_new_tokens: int = 128
     """Most tokens to write; the last block is cut to it."""
     block_size: int = 16
-    """Tokens per block. More than the model was trained on ruins the text."""
+    """Tokens per block; what the model was trained on unless given. More ruins the text."""
     steps_per_block: int = 16
     """Most denoiser passes per block."""
     confidence_threshold: float = 0.8
