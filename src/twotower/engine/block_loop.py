@@ -73,14 +73,10 @@ class _Denoise:
     def __init__(self, model: TwoTower, view: ContextView) -> None:
         self._model = model
         self._all = self._view = view.to(model.denoiser_device)
-        self._rows: list[int] | None = None  # of the current view; None for all
+        self._rows = list(range(view.num_rows))
 
     def __call__(self, tokens: Tensor, t: Tensor, rows: Tensor) -> Tensor:
         wanted = rows.tolist()
-        if (
-            self._rows is None
-            and len(wanted) < self._all.num_rows
-            or self._rows not in (None, wanted)
-        ):
+        if wanted != self._rows:
             self._rows, self._view = wanted, self._all.select(rows)
         return require_finite(self._model.denoise(tokens, self._view, t))

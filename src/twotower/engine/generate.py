@@ -11,7 +11,6 @@ from twotower.engine.token_loop import ar_loop, mock_ar_loop
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 
-
 Prompt = str | Sequence[int]
 Loop = Callable[[TwoTower, list[Row]], Iterator[Event]]
 

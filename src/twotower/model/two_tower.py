@@ -84,7 +84,7 @@ class TwoTower(nn.Module):
         """Read prompts ids (B, L), right-padded when `lengths` (B,) are given, chunk by chunk."""
         ids = self._checked(ids, "ids")
         if lengths is not None and not (
-            0 <= int(lengths.min()) and int(lengths.max()) <= ids.shape[1]
+            int(lengths.min()) >= 0 and int(lengths.max()) <= ids.shape[1]
         ):
             raise ValueError(f"lengths={lengths.tolist()} must lie between 0 and {ids.shape[1]}")
         cache = self.empty_cache(len(ids))
