@@ -1,1 +1,1 @@
-"""Operations on tensors that a faster library could replace; knows no module and no configuration."""
+"""Tensor operations that a faster library could replace; knows no module and no configuration."""

@@ -18,7 +18,7 @@ def gated_rms_norm(y: Tensor, gate: Tensor, weight: Tensor, num_groups: int, eps
     y, gate (B, L, H*P); the mean of squares is taken over H*P/G channels. The gate comes before the
     norm (system.md section 2, Mamba-2).
     """
-    gated = (y.float() * F.silu(gate.float())).unflatten(-1, (num_groups, -1))
+    gated: Tensor = (y.float() * F.silu(gate.float())).unflatten(-1, (num_groups, -1))
     scale = (gated.square().mean(-1, keepdim=True) + eps).rsqrt()
     return ((gated * scale).flatten(-2) * weight.float()).to(gate.dtype)
 
@@ -51,7 +51,8 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def grouped_mlp(x: Tensor, up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
     """relu2 MLPs of several experts on tokens sorted by expert.
 
-    x (tokens, D); up (E, F, D); down (E, D, F); counts: tokens of each expert, in order. -> (tokens, D)
+    x (tokens, D); up (E, F, D); down (E, D, F); counts: tokens of each expert, in order.
+    Returns (tokens, D).
     """
     pieces = torch.split(x, counts)
     return torch.cat(

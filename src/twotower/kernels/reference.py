@@ -1,4 +1,4 @@
-"""Slow loops that follow the equations word by word: the truth for tests, never chosen to run a model."""
+"""Slow loops that follow the equations word by word: the truth for tests, never run in models."""
 
 import torch
 from torch import Tensor

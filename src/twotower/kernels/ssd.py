@@ -1,9 +1,10 @@
 """The Mamba-2 recurrence as matrix products (state-space duality), differentiable, any device.
 
-    S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T,    y_t = S_t C_t        (per head; system.md section 2)
+    S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T,    y_t = S_t C_t    (per head; system.md section 2)
 
-The sequence is cut into tiles; within a tile the recurrence is a masked product, between tiles only the
-state travels. The tile size is a matter of speed alone: `states_every` and L may be anything from 1 up.
+The sequence is cut into tiles; within a tile the recurrence is a masked product, between tiles
+only the state travels. The tile size is a matter of speed alone: `states_every` and L may be
+anything from 1 up.
 """
 
 import torch
@@ -23,9 +24,10 @@ def ssd_scan(
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence over L tokens in float32.
 
-    x (B, L, H, P); dt (B, L, H) after softplus; A (H,) < 0; B, C (B, L, G, N); initial (B, H, P, N) or
-    None for zeros. Returns y (B, L, H, P) and the states after every `states_every` tokens
-    (B, L/states_every, H, P, N), both float32. A token with dt = 0 leaves the state as it is.
+    x (B, L, H, P); dt (B, L, H) after softplus; A (H,) < 0; B, C (B, L, G, N); initial
+    (B, H, P, N) or None for zeros. Returns y (B, L, H, P) and the states after every
+    `states_every` tokens (B, L/states_every, H, P, N), both float32. A token with dt = 0 leaves
+    the state as it is.
     Raises ValueError if states_every does not divide L. Source: arXiv 2405.21060 section 6.
     """
     num_rows, length, num_heads, head_dim = x.shape
@@ -68,24 +70,26 @@ def _tiled(
 
 
 def _to_tiles(value: Tensor, states_every: int, tiles_per_state: int, tile: int) -> Tensor:
-    """(B, L, ...) -> (B, tiles, tile, ...); each stretch of states_every tokens is padded with zeros."""
+    """(B, L, ...) -> (B, tiles, tile, ...); zeros pad each stretch of states_every tokens."""
     value = value.unflatten(1, (-1, states_every))
     if padding := tiles_per_state * tile - states_every:
         value = torch.cat(
             [value, value.new_zeros(*value.shape[:2], padding, *value.shape[3:])], dim=2
         )
-    return value.flatten(1, 2).unflatten(1, (-1, tile))
+    tiles: Tensor = value.flatten(1, 2).unflatten(1, (-1, tile))
+    return tiles
 
 
 def _scan_tiles(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """x (B, n, Q, H, P), dt (B, n, Q, H), B, C (B, n, Q, G, N) -> y like x, states (B, n, H, P, N)."""
-    num_rows, num_tiles, tile, num_heads, head_dim = x.shape
-    num_groups = B.shape[3]
-    log_decay = (
-        (dt * A).cumsum(2).transpose(2, 3)
-    )  # (B, n, H, Q): from the tile's start through token i
+    """x (B, n, Q, H, P), dt (B, n, Q, H), B, C (B, n, Q, G, N) -> y like x, states after tiles.
+
+    The states are (B, n, H, P, N).
+    """
+    num_groups, head_dim = B.shape[3], x.shape[4]
+    # (B, n, H, Q): from the tile's start through token i
+    log_decay = (dt * A).cumsum(2).transpose(2, 3)
     x = x * dt.unsqueeze(-1)
     B, C = B.transpose(2, 3), C.transpose(2, 3)  # (B, n, G, Q, N)
 
@@ -108,12 +112,15 @@ def _decayed_products(log_decay: Tensor, B: Tensor, C: Tensor) -> Tensor:
     future = torch.ones(tile, tile, dtype=torch.bool, device=B.device).triu(1)
     # -inf before exp: the exponent of a future token is positive and would overflow to inf * 0.
     span = (log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2)).masked_fill(future, float("-inf"))
-    decay = span.exp().unflatten(2, (num_groups, -1))  # (B, n, G, H/G, Q, Q)
+    decay: Tensor = span.exp().unflatten(2, (num_groups, -1))  # (B, n, G, H/G, Q, Q)
     return (decay * (C @ B.mT).unsqueeze(3)).flatten(2, 3)
 
 
 def _pass_states(added: Tensor, decay: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-    """The state before and after each tile: added (B, n, H, P, N), decay (B, n, H) -> two of added's shape."""
+    """The state before and after each tile, both of added's shape.
+
+    added (B, n, H, P, N), decay (B, n, H), initial (B, H, P, N).
+    """
     states = [initial]
     for tile in range(added.shape[1]):
         states.append(states[-1] * decay[:, tile, :, None, None] + added[:, tile])
