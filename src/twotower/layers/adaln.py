@@ -1,4 +1,7 @@
-"""Time conditioning by one vector and a table per layer (adaLN-single). Source: system.md section 3."""
+"""Time conditioning by one vector and a table per layer (adaLN-single).
+
+Source: system.md section 3.
+"""
 
 import math
 from typing import NamedTuple
@@ -18,10 +21,10 @@ class Modulation(NamedTuple):
 
 
 def time_features(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sinusoidal features of t (...,) in [0, 1]: [cos, sin] of 1000 t times 128 frequencies, (..., 256).
+    """Sinusoidal features of t (...,) in [0, 1]: cos and sin of 1000 t times 128 frequencies.
 
-    t and 1000 t are rounded to `dtype` first: in bfloat16 625 becomes 624, and the released weights were
-    trained so. Angles, cos and sin are float32.
+    Returns (..., 256), cos first. t and 1000 t are rounded to `dtype` before: in bfloat16 625
+    becomes 624, and the released weights were trained so. Angles, cos and sin are float32.
     """
     half = NUM_FEATURES // 2
     exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
@@ -38,5 +41,6 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(NUM_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        embedding: Tensor = self.mlp(time_features(t, self.mlp[0].weight.dtype))
+        dtype = next(self.mlp.parameters()).dtype
+        embedding: Tensor = self.mlp(time_features(t, dtype))
         return embedding

@@ -12,9 +12,9 @@ from twotower.layers.norms import GatedRMSNorm
 
 
 class MambaState(NamedTuple):
-    """What a Mamba layer knows of its past: conv (..., C, W-1) last inputs, ssm (..., H, P, N) float32.
+    """What a Mamba layer knows of its past: the convolution's last inputs and the scan's state.
 
-    The leading dimensions are the rows, or rows and blocks.
+    conv (..., C, W-1), ssm (..., H, P, N) float32; leading: the rows, or rows and blocks.
     """
 
     conv: Tensor
@@ -22,7 +22,7 @@ class MambaState(NamedTuple):
 
 
 class Mamba2(nn.Module):
-    """Mix L tokens, seeded with the state before them. Any split of a sequence gives the same result."""
+    """Mix L tokens, seeded with the state before them; any split of a sequence gives the same."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -45,10 +45,11 @@ class Mamba2(nn.Module):
     def forward(
         self, x: Tensor, past: MambaState | None, counts: Tensor | None, states_every: int
     ) -> tuple[Tensor, MambaState]:
-        """x (B, L, D); past with leading (B,) or None for zeros; counts (B,): valid tokens of each row.
+        """x (B, L, D); past with leading (B,), None for zeros; counts (B,): valid tokens per row.
 
-        Returns y (B, L, D) and the states after every `states_every` tokens, leading (B, L/states_every).
-        With counts, `states_every` is L and the state is the one after each row's last valid token.
+        Returns y (B, L, D) and the states after every `states_every` tokens, with leading
+        (B, L/states_every). With counts, `states_every` is L and the state is the one after each
+        row's last valid token.
         """
         length = x.shape[1]
         z, xbc, dt = self.in_proj(x).split(
@@ -73,7 +74,10 @@ class Mamba2(nn.Module):
     def _with_past(
         self, xbc: Tensor, past: MambaState | None, counts: Tensor | None, states_every: int
     ) -> tuple[Tensor, Tensor]:
-        """Put the last W-1 inputs in front: (B, W-1+L, C); and the conv states (B, L/states_every, C, W-1)."""
+        """xbc with the last W-1 inputs in front, (B, W-1+L, C), and the new conv states.
+
+        The states are (B, L/states_every, C, W-1).
+        """
         num_rows, length, channels = xbc.shape
         kept = self.conv_width - 1
         before = xbc.new_zeros(num_rows, kept, channels) if past is None else past.conv.mT

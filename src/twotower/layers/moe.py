@@ -1,4 +1,7 @@
-"""Mixture of experts: sigmoid router with bias correction and groups, stacked experts, a shared expert."""
+"""Mixture of experts: stacked experts and a shared one.
+
+The router is a sigmoid with bias correction and groups.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +23,7 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (tokens, D) -> chosen experts (tokens, M) int64 and their weights (tokens, M) float32."""
+        """x (tokens, D) -> chosen experts, int64, and their weights, float32, both (tokens, M)."""
         c = self.config
         # float64, as the released model: borderline choices differ in float32.
         with torch.autocast(x.device.type, enabled=False):
@@ -35,8 +38,8 @@ class Router(nn.Module):
         return chosen, (weights * c.routed_scaling_factor).float()
 
     def _keep_best_groups(self, choice: Tensor) -> Tensor:
-        """Set the scores of all but the `topk_group` best groups to 0: (tokens, E) -> (tokens, E)."""
-        groups = choice.unflatten(1, (self.config.n_group, -1))
+        """Scores (tokens, E) with those of all but the `topk_group` best groups set to 0."""
+        groups: Tensor = choice.unflatten(1, (self.config.n_group, -1))
         best_two = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
         kept = best_two.topk(self.config.topk_group, dim=-1).indices
         mask = torch.zeros_like(best_two, dtype=torch.bool).scatter_(1, kept, True)
@@ -52,7 +55,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, width, inner_width))
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """x (tokens, D), chosen and weights (tokens, M) -> weighted sum of the chosen experts (tokens, D)."""
+        """Weighted sum of the chosen experts (tokens, D): x (tokens, D), the others (tokens, M)."""
         num_experts, per_token = len(self.up_proj), chosen.shape[1]
         order = chosen.flatten().argsort(stable=True)  # pairs (token, choice), sorted by expert
         counts = torch.bincount(chosen.flatten(), minlength=num_experts).tolist()
@@ -74,4 +77,6 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
-        return self.experts(tokens, *self.gate(tokens)).view_as(x) + self.shared_experts(x)
+        routed: Tensor = self.experts(tokens, *self.gate(tokens))
+        shared: Tensor = self.shared_experts(x)
+        return routed.view_as(x) + shared
