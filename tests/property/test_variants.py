@@ -149,3 +149,39 @@ def test_the_context_tower_alone() -> None:
         generate(half, [[5, 6]], GenerateOptions(mode="diffusion"))
     with pytest.raises(ValueError, match="no denoiser tower"):
         half.denoise(random_ids(1, 4), half.empty_cache(1).view(), None)
+
+
+@every_dtype
+def test_towers_of_different_dtypes(dtype: torch.dtype) -> None:
+    """Guards split placement: one tower's state is cast where the other reads it."""
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    model = fresh_model(dtype=dtype)
+    for name, module in model.named_children():
+        if not name.startswith("context_"):
+            module.to(other)
+    clean = random_ids(2, 8)
+    noisy, t = masked_like(clean), torch.tensor([0.5, 1.0])
+    exact = tiny_model().denoise(noisy[:, 4:], tiny_model().prefill(clean[:, :4]).view(), t)
+    ours = model.denoise(noisy[:, 4:], model.prefill(clean[:, :4]).view(), t)
+    error = float((ours - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+    assert error < 0.1, error
+    for mode in MODES:
+        o = GenerateOptions(mode=mode, max_new_tokens=5, block_size=4, eos_token_id=None)
+        assert len(generate(model, [[5, 6]], o)[0].tokens) == 5
+
+
+def test_autocast_training_is_the_same_model() -> None:
+    """Guards mixed-precision training: float32 weights under bfloat16 autocast, with gradients."""
+    model = fresh_model()
+    clean = random_ids(2, 8)
+    noisy, t = masked_like(clean), torch.tensor([0.5, 1.0])
+    exact = model.training_logits(clean, noisy, t, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = model.training_logits(clean, noisy, t, 4)
+    assert ours.dtype == torch.float32
+    error = float((ours - exact).detach().square().mean().sqrt() / exact.detach().std())
+    assert 0 < error < 0.1, error
+    a, b = (
+        torch.autograd.grad(x.square().mean(), [model.lm_head.weight])[0] for x in (ours, exact)
+    )
+    assert float((a - b).norm() / b.norm()) < 0.1
