@@ -1,26 +1,17 @@
 """The context tower: the causal backbone. It alone writes state."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from twotower import masks
-from twotower.config import ModelConfig
 from twotower.layers.attention import KV, Attention
 from twotower.layers.mamba2 import Mamba2, MambaState
-from twotower.layers.norms import RMSNorm
-from twotower.model.layer import Layer
 from twotower.model.state import ContextCache, LayerState
+from twotower.model.tower import Tower
 
 
-class ContextTower(nn.Module):
-    """Embeddings, layers, final norm."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(kind, config) for kind in config.hybrid_override_pattern)
-        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+class ContextTower(Tower):
+    """The causal tower: each layer starts from its own past and hands on its new state."""
 
     def forward(
         self,
@@ -32,11 +23,11 @@ class ContextTower(nn.Module):
     ) -> tuple[Tensor, list[LayerState]]:
         """ids (B, L) after a past -> hidden (B, L, D), normed, and each layer's new state.
 
-        past and new state: KV of S or L tokens, MambaState with leading (B,) or (B, L/states_every).
+        Past, new state: KV of S, L tokens; MambaState with leading (B,), (B, L/states_every).
         """
-        h = embed(self.embeddings, ids, self.config)
+        h = self.embed(ids)
         states: list[LayerState] = []
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.each_layer()):
             u = layer.enter(h)
             before = None if past is None else past[index]
             state: LayerState = None
@@ -50,27 +41,22 @@ class ContextTower(nn.Module):
                 y = layer.mixer(u)
             h = layer.leave(h, y)
             states.append(state)
-        return self.norm_f(h.to(self.norm_f.weight.dtype)), states
+        return self.finish(h), states
 
     def extend(self, cache: ContextCache, ids: Tensor, counts: Tensor | None) -> Tensor:
-        """Read ids (B, L) after the cache and commit them; counts (B,) valid tokens per row, None for all.
+        """Read ids (B, L) after the cache and commit them; returns hidden (B, L, D), normed.
 
-        Returns hidden (B, L, D), normed.
+        counts (B,): valid tokens of each row, or None when all are.
         """
         num_rows, length = ids.shape
         if cache.is_uniform:
             mask = masks.causal(length, cache.num_past, ids.device)
         else:
             mask = masks.causal_rows(length, cache.lengths.to(ids.device), cache.num_past)
+        hidden: Tensor
         on_device = None if counts is None else counts.to(ids.device)
         hidden, states = self(ids, cache.layers, mask, on_device, length)
         cache.append(
             states, hidden, torch.full((num_rows,), length) if counts is None else counts.cpu()
         )
         return hidden
-
-
-def embed(embeddings: nn.Module, ids: Tensor, config: ModelConfig) -> Tensor:
-    """ids (...) -> the residual stream (..., D); float32 when the configuration keeps it so."""
-    h: Tensor = embeddings(ids)
-    return h.float() if config.residual_in_fp32 else h

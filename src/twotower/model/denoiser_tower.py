@@ -1,26 +1,20 @@
 """The denoiser tower: the same layers over noisy blocks, reading the context tower's state."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from twotower.config import ModelConfig
 from twotower.layers.adaln import Modulation
 from twotower.layers.attention import KV, Attention
 from twotower.layers.mamba2 import Mamba2, MambaState
-from twotower.layers.norms import RMSNorm
-from twotower.model.context_tower import embed
 from twotower.model.layer import Layer
 from twotower.model.state import ContextView, LayerState
+from twotower.model.tower import Tower
 
 
-class DenoiserTower(nn.Module):
-    """Layer i reads the context's state of layer i. One block (generation) is K = 1 of all blocks (training)."""
+class DenoiserTower(Tower):
+    """Layer i reads the context's state of layer i.
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(kind, config) for kind in config.hybrid_override_pattern)
-        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+    Generation, one block, is K = 1 of training, which takes all blocks at once.
+    """
 
     def forward(
         self,
@@ -33,16 +27,20 @@ class DenoiserTower(nn.Module):
 
         mask broadcastable to (B, Hq, K*T, S + K*T), or None: every block sees all keys.
         """
-        h = embed(self.embeddings, blocks, self.config)
-        for index, layer in enumerate(self.layers):
+        h = self.embed(blocks)
+        for index, layer in enumerate(self.each_layer()):
             modulation = None if modulations is None else modulations[index]
             u = layer.enter(h, modulation)
             h = layer.leave(h, _mix(layer, u, view.layers[index], mask), modulation)
-        return self.norm_f(h.to(self.norm_f.weight.dtype))
+        return self.finish(h)
 
 
-def _mix(layer: nn.Module, u: Tensor, state: LayerState, mask: Tensor | None) -> Tensor:
-    """One mixer over u (B, K, T, D): Mamba takes each block by itself, attention all blocks with shared keys."""
+def _mix(layer: Layer, u: Tensor, state: LayerState, mask: Tensor | None) -> Tensor:
+    """One mixer over u (B, K, T, D), same shape back.
+
+    Mamba takes each block by itself, attention all blocks with shared keys.
+    """
+    y: Tensor
     mixer = layer.mixer
     if isinstance(mixer, Mamba2):
         assert isinstance(state, MambaState)
@@ -52,6 +50,5 @@ def _mix(layer: nn.Module, u: Tensor, state: LayerState, mask: Tensor | None) ->
         assert isinstance(state, KV)
         y, _ = mixer(u.flatten(1, 2), state, mask)
     else:
-        assert isinstance(mixer, nn.Module)
         y = mixer(u)
     return y.view(u.shape)

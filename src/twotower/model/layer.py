@@ -11,7 +11,7 @@ from twotower.layers.moe import MoE
 from twotower.layers.norms import RMSNorm
 
 
-def make_mixer(kind: str, config: ModelConfig) -> nn.Module:
+def make_mixer(kind: str, config: ModelConfig) -> Mamba2 | Attention | MoE | MLP:
     """The mixer for a symbol of the layer pattern."""
     if kind == MAMBA:
         return Mamba2(config)
@@ -23,7 +23,7 @@ def make_mixer(kind: str, config: ModelConfig) -> nn.Module:
 
 
 class Layer(nn.Module):
-    """h + gate * mixer(norm(h)): a tower calls `enter`, its mixer with the state at hand, then `leave`."""
+    """h + gate * mixer(norm(h)); a tower calls `enter`, the mixer with its state, then `leave`."""
 
     def __init__(self, kind: str, config: ModelConfig) -> None:
         super().__init__()
@@ -34,17 +34,18 @@ class Layer(nn.Module):
     def enter(self, h: Tensor, modulation: Modulation | None = None) -> Tensor:
         """The mixer's input (..., D) in the weights' dtype.
 
-        Mamba and attention modulate, then norm; MoE and MLP norm, then modulate: a fact of the released
-        weights (system.md section 3, 'Order').
+        Mamba and attention modulate, then norm; MoE and MLP norm, then modulate: a fact of the
+        released weights (system.md section 3, 'Order').
         """
         h = h.to(self.norm.weight.dtype)
-        if modulation is None:
-            return self.norm(h)
-        shift, scale, _ = modulation
-        if self.kind in (MAMBA, ATTENTION):
-            return self.norm(h * (1 + scale) + shift)
-        return self.norm(h) * (1 + scale) + shift
+        modulates_first = self.kind in (MAMBA, ATTENTION)
+        if modulation is not None and modulates_first:
+            h = h * (1 + modulation.scale) + modulation.shift
+        u: Tensor = self.norm(h)
+        if modulation is None or modulates_first:
+            return u
+        return u * (1 + modulation.scale) + modulation.shift
 
     def leave(self, h: Tensor, y: Tensor, modulation: Modulation | None = None) -> Tensor:
-        """The residual: h (..., D) plus the mixer's output, gated when modulated; keeps h's dtype."""
+        """The residual: h (..., D) plus the mixer's output, gated if modulated; keeps h's dtype."""
         return h + (y if modulation is None else modulation.gate * y).to(h.dtype)

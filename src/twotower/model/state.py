@@ -47,17 +47,16 @@ class ContextView:
 class ContextCache:
     """State of the context tower after `lengths[b]` committed tokens of each row b.
 
-    `layers[i]` is what layer i keeps: KV (B, S, Hk, A), S the longest row, MambaState conv (B, C, W-1)
-    and ssm (B, H, P, N), or None. `last_hidden` (B, D) is the tower's output at each row's last token,
-    None before the first. Keys are kept in buffers that grow by doubling.
+    `layers[i]` is what layer i keeps: KV (B, S, Hk, A), S the longest row, MambaState conv
+    (B, C, W-1) and ssm (B, H, P, N), or None. `last_hidden` (B, D) is the tower's output at each
+    row's last token, None before the first. Keys are kept in buffers that grow by doubling.
     """
 
     def __init__(
         self, config: ModelConfig, num_rows: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.lengths = torch.zeros(
-            num_rows, dtype=torch.int64
-        )  # on the CPU: it steers control flow
+        # On the CPU: it steers control flow.
+        self.lengths = torch.zeros(num_rows, dtype=torch.int64)
         self.last_hidden: Tensor | None = None
         self._states = [
             _empty_state(kind, config, num_rows, device, dtype)
@@ -100,7 +99,7 @@ class ContextCache:
         return ContextView(layers, lengths, self.num_past, self.num_rows)
 
     def append(self, states: list[LayerState], hidden: Tensor, counts: Tensor) -> None:
-        """Commit what the tower returned for counts[b] >= 0 tokens of each row; hidden (B, L, D)."""
+        """Commit what the tower returned for counts[b] >= 0 tokens per row; hidden (B, L, D)."""
         for index, new in enumerate(states):
             old = self._states[index]
             if isinstance(new, KV) and isinstance(old, KV):
@@ -127,7 +126,7 @@ class ContextCache:
         return chosen
 
     def _write(self, buffer: Tensor, new: Tensor) -> Tensor:
-        """Put new (B, L, Hk, A) behind each row's last token; returns the buffer, a larger one if needed."""
+        """Put new (B, L, Hk, A) behind each row's last token; returns the buffer, grown if full."""
         num_past, length = self.num_past, new.shape[1]
         if num_past + length > buffer.shape[1]:
             # Zeros, not empty: a masked key has weight 0, but 0 times stray NaN is NaN.
@@ -139,7 +138,8 @@ class ContextCache:
         if self.is_uniform:
             buffer[:, num_past : num_past + length] = new
             return buffer
-        # Tokens beyond a row's count land behind its length: hidden by the mask, overwritten by the next.
+        # Tokens beyond a row's count land behind its length: the mask hides them, the next call
+        # overwrites them.
         position = self.lengths.to(new.device).unsqueeze(1) + torch.arange(
             length, device=new.device
         )

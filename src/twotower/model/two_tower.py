@@ -1,4 +1,4 @@
-"""Both towers with their heads and the time conditioning: the operations that decoding and training call.
+"""Both towers, their heads and the time conditioning: what decoding and training call.
 
 Holds no generation loop, sampler, loss or checkpoint code.
 """
@@ -18,16 +18,15 @@ from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.state import ContextCache, ContextView, LayerState
 
-PREFILL_CHUNK = (
-    512  # tokens of a prompt read at a time: bounds the attention scores at chunk x prompt
-)
+# Tokens of a prompt read at a time: bounds the attention scores at chunk x prompt.
+PREFILL_CHUNK = 512
 
 
 class TwoTower(nn.Module):
     """A frozen context tower that commits text and a denoiser tower that fills masked blocks.
 
-    Parameter names are the released ones, but for the stacked experts. With towers="context" there is
-    no denoiser (`denoiser_tower` is None): AR decoding and backbone training need no more.
+    Parameter names are the released ones, but for the stacked experts. With towers="context" there
+    is no denoiser (`denoiser_tower` is None): AR decoding and backbone training need no more.
     """
 
     def __init__(self, config: ModelConfig, towers: Literal["both", "context"] = "both") -> None:
@@ -120,9 +119,9 @@ class TwoTower(nn.Module):
 
     @torch.no_grad()
     def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
-        """One denoiser pass: block (B, T) of ids with masks, t (B,) masked fraction or None -> (B, T, V) float32.
+        """One denoiser pass: block (B, T) of ids with masks -> logits (B, T, V) float32.
 
-        The view is only read. t = None switches time conditioning off.
+        t (B,): masked fraction; None switches time conditioning off. The view is only read.
         """
         block = self._checked(block, "block").to(self.denoiser_device)
         view = view.to(self.denoiser_device)
@@ -144,8 +143,8 @@ class TwoTower(nn.Module):
         num_rows, length = self._checked(clean, "clean").shape
         if length % block_size or noisy.shape != clean.shape:
             raise ValueError(
-                f"clean {tuple(clean.shape)} and noisy {tuple(noisy.shape)} must be equal in shape and a "
-                f"multiple of block_size={block_size} long"
+                f"clean {tuple(clean.shape)} and noisy {tuple(noisy.shape)} must be equal in shape "
+                f"and a multiple of block_size={block_size} long"
             )
         frozen = not any(p.requires_grad for p in self.context_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
@@ -181,7 +180,8 @@ class TwoTower(nn.Module):
     def _checked(self, ids: Tensor, name: str) -> Tensor:
         if ids.dim() != 2 or ids.shape[1] < 1 or ids.dtype != torch.int64:
             raise ValueError(
-                f"{name} has shape {tuple(ids.shape)} and dtype {ids.dtype}; must be (rows, tokens >= 1) int64"
+                f"{name} has shape {tuple(ids.shape)} and dtype {ids.dtype}; "
+                "must be (rows, tokens >= 1) int64"
             )
         return ids
 

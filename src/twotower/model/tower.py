@@ -1,0 +1,36 @@
+"""What the two towers have in common: embeddings, layers, final norm."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from twotower.config import ModelConfig
+from twotower.layers.norms import RMSNorm
+from twotower.model.layer import Layer
+
+
+class Tower(nn.Module):
+    """Embeddings, layers, final norm; how the layers are run is the subclass's business."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(kind, config) for kind in config.hybrid_override_pattern)
+        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids (...) -> the residual stream (..., D); float32 when the configuration keeps it so."""
+        h: Tensor = self.embeddings(ids)
+        return h.float() if self.config.residual_in_fp32 else h
+
+    def each_layer(self) -> Iterator[Layer]:
+        """The layers in order, with their type."""
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            yield layer
+
+    def finish(self, h: Tensor) -> Tensor:
+        """The final norm of the residual stream (..., D), in the weights' dtype."""
+        hidden: Tensor = self.norm_f(h.to(self.norm_f.weight.dtype))
+        return hidden
