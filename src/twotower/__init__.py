@@ -7,16 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from twotower.checkpoint import load_model
     from twotower.config import ModelConfig
-    from twotower.engine import (
-        Completion,
-        Event,
-        Finished,
-        GenerateOptions,
-        StepTaken,
-        TokensCommitted,
-        generate,
-        stream,
-    )
+    from twotower.engine.events import Completion, Event, Finished, StepTaken, TokensCommitted
+    from twotower.engine.generate import generate, stream
+    from twotower.engine.options import GenerateOptions
     from twotower.model import ContextCache, ContextView, TwoTower
     from twotower.tokenizer import Tokenizer
 
@@ -63,7 +56,7 @@ def __getattr__(name: str) -> object:
 
 
 def load_tokenizer(path: "str | Path") -> "Tokenizer":
-    """The tokenizer of a checkpoint folder or hub id, or a tokenizer.json; ValueError (one line)."""
+    """The tokenizer of a checkpoint folder, hub id or tokenizer.json; ValueError (one line)."""
     from twotower import checkpoint, tokenizer
 
     return tokenizer.load_tokenizer(path if Path(path).is_file() else checkpoint.resolve(path))

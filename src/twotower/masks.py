@@ -1,7 +1,8 @@
 """Who may attend to whom: boolean masks, True = may attend.
 
-Every mask that the towers use is built here, and None stands for "no mask needed". Keys are always the
-past first, then this call's own tokens; attention has no positions, so padding may stand anywhere.
+Every mask that the towers use is built here, and None stands for "no mask needed". Keys are always
+the past first, then this call's own tokens; attention has no positions, so padding may stand
+anywhere.
 """
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 
 def causal(num_queries: int, num_past: int, device: torch.device | None = None) -> Tensor | None:
-    """Every query sees all of the past and itself and earlier tokens: (L, S + L), or None for L = 1."""
+    """Every query sees the past, itself and earlier tokens: (L, S + L), or None for L = 1."""
     if num_queries == 1:
         return None
     query = torch.arange(num_queries, device=device).unsqueeze(1) + num_past

@@ -22,7 +22,7 @@ class StepTaken:
 
 @dataclass(frozen=True, kw_only=True)
 class TokensCommitted:
-    """Tokens that became part of a row's text: a block, or one token in the token-by-token modes."""
+    """Tokens that became part of a row's text: a block, or one token in token-by-token modes."""
 
     row: int
     block_index: int  # in token-by-token modes, the number of the token

@@ -1,4 +1,4 @@
-"""The public door to decoding: check prompts and options, group rows that can share passes, run them."""
+"""The public door to decoding: check prompts and options, group rows that share passes, run."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -84,8 +84,8 @@ def _make_rows(
         raise ValueError("prompts is a string; pass a list of prompts, e.g. [prompt]")
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}; "
-            "load the tokenizer of the same checkpoint"
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
+            f"{model.config.vocab_size}; load the tokenizer of the same checkpoint"
         )
     defaults = {"block_size": model.config.block_size, **model.generation_defaults}
     rows = []
@@ -97,8 +97,8 @@ def _make_rows(
     for size in sorted({row.options.block_size for row in rows if row.options.is_block_mode}):
         if size > model.config.block_size:
             warnings.warn(
-                f"block_size={size} is larger than the {model.config.block_size} the model was trained "
-                "with; expect the text to collapse",
+                f"block_size={size} is larger than the {model.config.block_size} the model was "
+                "trained with; expect the text to collapse",
                 stacklevel=4,
             )
     return rows
@@ -121,7 +121,8 @@ def _eos(model: TwoTower, options: GenerateOptions) -> tuple[int, ...]:
     for token in ids:
         if not (isinstance(token, int) and 0 <= token < model.config.vocab_size):
             raise ValueError(
-                f"eos_token_id={token} is outside the vocabulary; use 0 to {model.config.vocab_size - 1}"
+                f"eos_token_id={token} is outside the vocabulary; "
+                f"use 0 to {model.config.vocab_size - 1}"
             )
     return tuple(token for token in ids if isinstance(token, int))
 
@@ -145,6 +146,7 @@ def _prompt_ids(
         )
     if mask_token_id in ids:
         raise ValueError(
-            f"prompt {index} has the mask token {mask_token_id}; a prompt is committed text, remove it"
+            f"prompt {index} has the mask token {mask_token_id}; "
+            "a prompt is committed text, remove it"
         )
     return ids

@@ -115,7 +115,7 @@ class GenerateOptions:
             return self
         values = {n: getattr(self, n) for n in given} | {n: _plain(v) for n, v in taken.items()}
         try:
-            return GenerateOptions(**values)  # type: ignore[arg-type]  # checked by __post_init__
+            return GenerateOptions(**values)  # types are checked by __post_init__
         except ValueError as error:
             raise ValueError(f"generation_config.json: {error}") from None
 

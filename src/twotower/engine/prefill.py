@@ -33,6 +33,6 @@ def _require_memory(model: TwoTower, num_rows: int, num_prompt: int, num_new: in
     free = available_bytes(weight.device)
     if free is not None and needed > free:
         raise ValueError(
-            f"a prompt of {num_prompt} tokens in {num_rows} rows needs about {needed / 1e9:.1f} GB of "
-            f"cache and {free / 1e9:.1f} GB are free; shorten it or send fewer rows at once"
+            f"a prompt of {num_prompt} tokens in {num_rows} rows needs about {needed / 1e9:.1f} GB "
+            f"of cache and {free / 1e9:.1f} GB are free; shorten it or send fewer rows at once"
         )
