@@ -6,7 +6,7 @@ the instruction names, and the function.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
 
@@ -75,14 +75,7 @@ def _is_held_out(function: Function, body: str) -> bool:
 
 def _change_operator(function: Function, rng: Random) -> Edit | None:
     found = re.findall(r" ([<>]=?|[!=]=) ", function.body)
-    if len(found) != 1:
-        return None
-    new = rng.choice([sign for sign in COMPARISONS if sign != found[0]])
-    body = function.body.replace(f" {found[0]} ", f" {new} ")
-    if _is_held_out(function, body):
-        return None
-    source = f"{function.head}\n{body}"
-    return f"Change {found[0]} to {new}.", source, function.name
+    return _change_sign(function, found[0], COMPARISONS, rng) if len(found) == 1 else None
 
 
 def _change_arithmetic(function: Function, rng: Random) -> Edit | None:
@@ -91,12 +84,15 @@ def _change_arithmetic(function: Function, rng: Random) -> Edit | None:
     found = re.findall(r"\b\w+ ([-+*]) \d", function.body)
     if len(found) != 1 or function.body.count(f" {found[0]} ") != 1:
         return None
-    new = rng.choice([sign for sign in "+-*" if sign != found[0]])
-    body = function.body.replace(f" {found[0]} ", f" {new} ")
+    return _change_sign(function, found[0], "+-*", rng)
+
+
+def _change_sign(function: Function, old: str, signs: Sequence[str], rng: Random) -> Edit | None:
+    new = rng.choice([sign for sign in signs if sign != old])
+    body = function.body.replace(f" {old} ", f" {new} ")
     if _is_held_out(function, body):
         return None
-    source = f"{function.head}\n{body}"
-    return f"Change {found[0]} to {new}.", source, function.name
+    return f"Change {old} to {new}.", f"{function.head}\n{body}", function.name
 
 
 def _add_default(function: Function, rng: Random) -> Edit | None:
