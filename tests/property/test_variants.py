@@ -108,20 +108,28 @@ def test_dtypes_of_states_and_logits(name: str, dtype: torch.dtype) -> None:
     assert model.next_logits(cache).dtype == torch.float32
 
 
-def test_the_fp32_residual_matters_in_bfloat16() -> None:
-    """Guards an option that is accepted and ignored: sums kept in float32 lie closer to it."""
-    ids = random_ids(4, 8)
-
-    def error(**changes: object) -> float:
-        with torch.no_grad():
-            exact = tiny_model(**changes).context_logits(ids)
-            ours = tiny_model(dtype=torch.bfloat16, **changes).context_logits(ids)
-        return float((exact - ours).square().mean())
-
-    pattern = "M*E-" * 4
-    kept = error(hybrid_override_pattern=pattern, residual_in_fp32=True)
-    rounded = error(hybrid_override_pattern=pattern)
-    assert 0 < kept < rounded
+@pytest.mark.parametrize("keeps", [True, False])
+def test_the_fp32_residual_keeps_small_additions(keeps: bool) -> None:
+    """Guards an option that is accepted and ignored: 64 layers add 1/512 each to one channel of
+    ones, which bfloat16 rounds away one by one and float32 sums up to 1/8, in both towers."""
+    model = fresh_model(
+        dtype=torch.bfloat16,
+        hybrid_override_pattern="-" * 64,
+        mlp_bias=True,
+        residual_in_fp32=keeps,
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_one = name.endswith(("embeddings.weight", "norm.weight", "norm_f.weight"))
+            parameter.fill_(1.0 if is_one else 0.0)
+            if name.endswith(("down_proj.bias", "lm_head.weight")):
+                parameter[..., 0] = 2.0**-9 if name.endswith("bias") else 1.0
+        ids = random_ids(1, 2)
+        found = [model.context_logits(ids), model.denoise(ids, model.empty_cache(1).view(), None)]
+    sum_of_channel = 1.125 if keeps else 1.0
+    expected = sum_of_channel / ((sum_of_channel**2 + 15) / 16) ** 0.5
+    for logits in found:
+        assert abs(float(logits[0, 0, 0]) - expected) < 0.01
 
 
 def test_tied_heads_are_the_embeddings() -> None:
