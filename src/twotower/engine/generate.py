@@ -1,5 +1,6 @@
 """The public door to decoding: check prompts and options, group rows that share passes, run."""
 
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -136,7 +137,10 @@ def _prompt_ids(
         if not prompt:
             raise ValueError(f"prompt {index} is empty; give at least one character")
         return tokenizer.encode(prompt, add_bos=tokenizer.bos_id is not None)
-    ids = [int(token) for token in prompt]
+    try:
+        ids = [operator.index(token) for token in prompt]  # int() would take 5.7 and "5"
+    except TypeError:
+        raise ValueError(f"prompt {index} must be text or a list of whole token ids") from None
     if not ids:
         raise ValueError(f"prompt {index} is empty; give at least one token")
     vocab_size, mask_token_id = model.config.vocab_size, model.config.mask_token_id
