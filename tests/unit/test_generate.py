@@ -39,6 +39,9 @@ def refusal(*arguments: Any) -> str:
         ([5, MASK], "prompt 1 has the mask token 3"),
         ([5, 41], "prompt 1 has token 41 outside the vocabulary; use 0 to 40"),
         ([-1], "prompt 1 has token -1 outside the vocabulary; use 0 to 40"),
+        ([5.7], "prompt 1 must be text or a list of whole token ids"),
+        (["5"], "prompt 1 must be text or a list of whole token ids"),
+        (None, "prompt 1 must be text or a list of whole token ids"),
     ],
 )
 def test_unusable_prompts(prompt: object, message: str) -> None:
