@@ -181,7 +181,7 @@ class ModelConfig:
 
     @classmethod
     def nano_30b(cls) -> "ModelConfig":
-        """The released model: Nemotron-3-Nano-30B-A3B (facts.md, 'The backbone at full size')."""
+        """The released model: Nemotron-3-Nano-30B-A3B (its published config.json)."""
         return cls(
             hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
             hidden_size=2688, vocab_size=131072, num_hidden_layers=52,
