@@ -16,10 +16,11 @@ def write_documents(file: Path, count: int = 400) -> Path:
     return file
 
 
-def make_shard(folder: Path, count: int = 400) -> Path:
+def make_shard(folder: Path, count: int = 400, align: int = 1) -> Path:
     """A token shard in `folder`, which must not exist."""
     source = write_documents(folder.with_name("documents.jsonl"), count)
-    for _ in prepare(PrepareOptions(out=folder, input=source, vocab_size=270, tokens=100_000)):
+    options = PrepareOptions(out=folder, input=source, vocab_size=270, tokens=100_000, align=align)
+    for _ in prepare(options):
         pass
     return folder
 

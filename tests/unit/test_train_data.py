@@ -46,6 +46,21 @@ def test_rows_begin_with_a_document_where_one_begins(shard_folder: Path) -> None
     assert starts.any() and not starts.all()
 
 
+def test_rows_of_an_aligned_shard_keep_the_alignment(tmp_path: Path) -> None:
+    """Silent failure: a row moved to its first <bos> puts every completion across two blocks."""
+    folder = make_shard(tmp_path / "shard", align=8)
+    shard = Shard(folder)
+    rows = Rows(shard, 32, seed=5)
+    for row in rows.training(0, rows.num_training).tolist():
+        assert row.index(1) < 8
+    positions = np.flatnonzero(np.asarray(shard.tokens) == 1)
+    starts = {tuple(shard.tokens[i // 8 * 8 :][:32].tolist()) for i in positions}
+    whole = [row for row in map(tuple, rows.training(0, 20).tolist()) if row in starts]
+    assert len(whole) == 20  # every row is a stretch that starts where a document's block starts
+    with pytest.raises(ValueError, match="sequence_length: 20 is not a multiple of 8"):
+        Rows(shard, 20, seed=5)
+
+
 def test_order_is_a_function_of_seed_and_position(shard_folder: Path) -> None:
     """Silent failure: a resumed run reads other rows than the unbroken one."""
     whole = Rows(Shard(shard_folder), 32, seed=5).training(0, 500)  # beyond one epoch

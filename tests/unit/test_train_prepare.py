@@ -37,6 +37,26 @@ def test_documents_are_packed_with_bos_and_eos(tmp_path: Path) -> None:
     assert Shard(folder).meta.num_documents == 20
 
 
+def test_aligned_completions_fill_whole_blocks(tmp_path: Path) -> None:
+    """Silent failure: a denoiser trains on blocks that begin inside prompts, as no block does when
+    it generates, and never learns what follows an EOS in the block.
+    """
+    tokenizer = load_tokenizer(make_shard(tmp_path / "shard"))
+    texts = [("Say 1: ", "it is 1.\n"), ("Say 10 and 2 and 3: ", "it is.\n"), ("", "it")]
+    for plain, aligned in zip(
+        encode_documents(tokenizer, texts), encode_documents(tokenizer, texts, 8), strict=True
+    ):
+        begin = aligned.index(1)
+        assert begin < 8 and set(aligned[:begin]) <= {2}
+        assert aligned[begin : begin + len(plain)] == plain
+        rest = aligned[begin + len(plain) :]
+        assert len(rest) < 8 and set(rest) <= {2}
+        assert len(aligned) % 8 == 0
+    prompt = 1 + len(tokenizer.encode(texts[0][0]))
+    first = encode_documents(tokenizer, texts, 8)[0]
+    assert (first.index(1) + prompt) % 8 == 0
+
+
 def test_built_in_corpus_is_the_default(tmp_path: Path) -> None:
     shard = run(
         out=tmp_path / "shard", tokens=3000, vocab_size=400, tokenizer_documents=200, seed=7
@@ -137,6 +157,7 @@ def test_another_folder_is_never_replaced(tmp_path: Path) -> None:
         {"vocab_size": 200},
         {"seed": -1},
         {"tokenizer_documents": 0},
+        {"align": 0},
         {"tokenizer": Path("x"), "vocab_size": 300},
     ],
 )

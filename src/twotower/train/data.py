@@ -44,6 +44,7 @@ class ShardMeta:
     tokenizer_sha256: str
     source: str
     seed: int
+    align: int = 1
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
@@ -74,6 +75,11 @@ class Rows:
         self.shard = shard
         self.sequence_length = sequence_length
         self.seed = seed
+        if sequence_length % shard.meta.align:
+            raise ValueError(
+                f"sequence_length: {sequence_length} is not a multiple of {shard.meta.align}, to "
+                f"which {shard.folder} is aligned"
+            )
         total = shard.num_rows(sequence_length)
         if total < 3:
             raise ValueError(
@@ -126,7 +132,9 @@ class Rows:
         start = index * length
         begins = np.flatnonzero(tokens[start : start + length] == self.shard.meta.bos_id)
         if len(begins):
-            start = min(start + int(begins[0]), len(tokens) - length)
+            align = self.shard.meta.align
+            first = int(begins[0]) // align * align  # with what fills up the first block
+            start = min(start + first, (len(tokens) - length) // align * align)
         return tokens[start : start + length]
 
 

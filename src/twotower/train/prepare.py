@@ -51,6 +51,9 @@ class PrepareOptions:
     """The tokenizer is trained on this many documents from the start of the text."""
     seed: int = 0
     """Seed of the built-in corpus. Every document depends on it."""
+    align: int = 1
+    """Fill up with EOS so that every completion begins and ends on a multiple of this: with the
+    block size, a denoiser trains on the blocks that it will meet. 1 packs back to back."""
     overwrite: bool = False
     """Replace an existing shard in the folder once the new one is complete."""
 
@@ -69,6 +72,8 @@ class PrepareOptions:
             raise ValueError(
                 f"tokenizer_documents: {self.tokenizer_documents} is too few; use at least 1"
             )
+        if self.align < 1:
+            raise ValueError(f"align: {self.align} is too small; use at least 1")
         if self.seed < 0:
             raise ValueError(f"seed: {self.seed} is negative; use 0 or more")
 
@@ -173,7 +178,7 @@ def _write_shard(
         while writer.num_tokens < options.tokens and (
             batch := list(itertools.islice(texts, _BATCH))
         ):
-            writer.append(encode_documents(tokenizer, batch), options.tokens)
+            writer.append(encode_documents(tokenizer, batch, options.align), options.tokens)
             yield PrepareProgress(
                 stage="tokens", tokens=writer.num_tokens, documents=writer.num_documents
             )
@@ -192,15 +197,23 @@ def _write_shard(
         tokenizer_sha256=tokenizer.fingerprint,
         source="built-in corpus" if options.input is None else options.input.name,
         seed=options.seed,
+        align=options.align,
     ).write(folder)
 
 
-def encode_documents(tokenizer: Tokenizer, texts: list[Text]) -> list[list[int]]:
-    """Each (prompt, completion) as bos + prompt + completion + eos."""
+def encode_documents(tokenizer: Tokenizer, texts: list[Text], align: int = 1) -> list[list[int]]:
+    """Each (prompt, completion) as bos + prompt + completion + eos.
+
+    With `align`, more eos before bos and at the end: prompt and completion each fill up a multiple.
+    """
     assert tokenizer.bos_id is not None and tokenizer.eos_id is not None
     parts = tokenizer.encode_batch([part for text in texts for part in text])
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
-    return [[bos, *parts[2 * i], *parts[2 * i + 1], eos] for i in range(len(texts))]
+    documents = []
+    for prompt, completion in zip(parts[::2], parts[1::2], strict=True):
+        before, after = -(1 + len(prompt)) % align, -(len(completion) + 1) % align
+        documents.append([*[eos] * before, bos, *prompt, *completion, *[eos] * (1 + after)])
+    return documents
 
 
 class _TokenWriter:
