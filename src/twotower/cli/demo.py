@@ -42,7 +42,7 @@ class DemoOptions:
     table compares the two. Needs no arguments and no network.
     """
 
-    sample: Sample = "edits"
+    sample: Sample = "tools"
     """Held-out prompt to complete."""
     prompt: str | None = None
     """A prompt of your own instead."""
