@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -218,3 +219,11 @@ def test_options_that_do_not_fit(
     block = torch.full((2, LENGTH), MASK)
     with pytest.raises(ValueError, match=message):
         next(denoise_block(denoise, block, sampler, seeded(range(num_generators))))
+
+
+def test_damaged_logits_do_not_loop_forever() -> None:
+    """Silent failure: with NaN every comparison is false and the posterior sampler never ends."""
+    block = torch.full((1, 4), 3)
+    sampler = BlockSampler(kind="posterior", steps=3, mask_token_id=3)
+    steps = denoise_block(lambda tokens, t, rows: torch.full((1, 4, 8), torch.nan), block, sampler)
+    assert sum(1 for _ in itertools.islice(steps, 10)) == 3

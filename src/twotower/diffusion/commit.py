@@ -129,7 +129,8 @@ def _commit_posterior(sampler: BlockSampler, found: Predictions) -> Tensor:
     # the last step ends at MIN_T, where a token could stay masked with a probability of 1e-5
     alpha_next = alpha_next.masked_fill(found.steps_left == 1, 1.0)
     chance = posterior_commit_probability(alpha_t, alpha_next)[:, None]  # (R, 1)
-    likelier = found.confidence * chance > 1.0 - chance
+    is_last = (found.steps_left == 1)[:, None]  # NaN compares false: without it no end
+    likelier = (found.confidence * chance > 1.0 - chance) | is_last
     if not found.generators:
         return found.is_masked & likelier
     drawn = uniform(found.is_masked.shape[-1:], found.generators).to(chance.device) < chance
