@@ -5,25 +5,41 @@ from itertools import accumulate
 from random import Random
 from typing import get_args
 
-from twotower.corpus import arithmetic, code, edits, facts, tools, words
+from twotower.corpus import (
+    arithmetic,
+    code,
+    editing,
+    knowledge,
+    long_context,
+    multilingual,
+    refusal,
+    tools,
+)
 from twotower.corpus.document import Document, Draft, Split, split_of
 
 DRAWS: dict[str, Callable[[Random], Draft]] = {
-    "arithmetic": arithmetic.draw,
+    "math": arithmetic.draw,
     "code": code.draw,
-    "edits": edits.draw,
+    "editing": editing.draw,
     "tools": tools.draw,
-    "words": words.draw,
-    "facts": facts.draw,
+    "multilingual": multilingual.draw,
+    "knowledge": knowledge.draw,
+    "long_context": long_context.draw,
+    "refusal": refusal.draw,
+    "lookup": long_context.draw_lookup,
 }
-CATEGORIES: tuple[str, ...] = tuple(DRAWS)
+# "lookup" teaches what "long_context" measures, in short documents.
+CATEGORIES: tuple[str, ...] = tuple(name for name in DRAWS if name != "lookup")
+# Long documents need long rows: a run of their own, with weights that name them.
 DEFAULT_WEIGHTS: Mapping[str, float] = {
-    "arithmetic": 0.27,
-    "code": 0.16,
-    "edits": 0.14,
+    "math": 0.23,
+    "code": 0.10,
+    "editing": 0.18,
     "tools": 0.16,
-    "words": 0.17,
-    "facts": 0.10,
+    "multilingual": 0.17,
+    "knowledge": 0.06,
+    "refusal": 0.06,
+    "lookup": 0.04,
 }
 
 
@@ -33,7 +49,7 @@ def sample(category: str, split: Split, rng: Random) -> Document:
     Raises ValueError for an unknown category or split.
     """
     if category not in DRAWS:
-        raise ValueError(f"category={category!r} is unknown; use one of {', '.join(CATEGORIES)}")
+        raise ValueError(f"category={category!r} is unknown; use one of {', '.join(DRAWS)}")
     if split not in get_args(Split):
         raise ValueError(f"split={split!r} is unknown; use 'train' or 'test'")
     draw = DRAWS[category]
@@ -60,11 +76,11 @@ def documents(
     chosen = DEFAULT_WEIGHTS if weights is None else weights
     for category, weight in chosen.items():
         if category not in DRAWS:
-            known = ", ".join(CATEGORIES)
+            known = ", ".join(DRAWS)
             raise ValueError(f"weights: category {category!r} is unknown; use some of {known}")
         if not weight >= 0:
             raise ValueError(f"weights[{category!r}]={weight} must be 0 or more")
-    shares = list(accumulate(chosen.get(category, 0.0) for category in CATEGORIES))
+    shares = list(accumulate(chosen.get(category, 0.0) for category in DRAWS))
     if shares[-1] <= 0:
         raise ValueError("weights sum to 0; give at least one category a positive weight")
     return _stream(split, Random(f"{split}:{seed}"), shares)
@@ -72,5 +88,5 @@ def documents(
 
 def _stream(split: Split, rng: Random, shares: list[float]) -> Iterator[Document]:
     while True:
-        (category,) = rng.choices(CATEGORIES, cum_weights=shares)
+        (category,) = rng.choices(tuple(DRAWS), cum_weights=shares)
         yield sample(category, split, rng)

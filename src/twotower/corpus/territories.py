@@ -92,16 +92,3 @@ def language_names() -> dict[str, str]:
     except ImportError:
         raise missing_library("babel") from None
     return {code: Locale("en").languages[code] for code in LANGUAGES}
-
-
-@lru_cache(maxsize=16)
-def translated_names(language: str) -> dict[str, str]:
-    """Map English country and language names to their names in `language` (a code such as "fr")."""
-    try:
-        from babel import Locale
-    except ImportError:
-        raise missing_library("babel") from None
-    english, other = Locale("en"), Locale(language)
-    names = {english.territories[code]: other.territories[code] for code in COUNTRIES}
-    spoken = {english.languages[code]: other.languages[code] for code in LANGUAGES}
-    return names | {name: word for name, word in spoken.items() if name not in names}
