@@ -36,11 +36,13 @@ def full_rows(num_queries: int, lengths: Tensor, num_past: int) -> Tensor:
     return torch.cat([past, own], dim=-1)
 
 
-def block_causal(num_blocks: int, block_size: int, device: torch.device | None = None) -> Tensor:
-    """Noisy block k sees clean blocks before k and itself: (K*T, 2*K*T), columns clean then noisy.
+def block_causal(index: Tensor, num_clean: int, block_size: int) -> Tensor:
+    """Noisy blocks, number index (B, N) of their rows, see the clean blocks before and themselves.
 
-    Source: system.md section 5.
+    Returns (B, 1, N*T, num_clean + N*T), columns clean then noisy. Source: system.md section 5.
     """
-    block = torch.arange(num_blocks * block_size, device=device) // block_size
-    clean = block.unsqueeze(0) < block.unsqueeze(1)
-    return torch.cat([clean, block.unsqueeze(0) == block.unsqueeze(1)], dim=1)
+    own = torch.arange(index.shape[1], device=index.device).repeat_interleave(block_size)
+    block = index.repeat_interleave(block_size, dim=1).unsqueeze(2)  # (B, N*T, 1)
+    clean = torch.arange(num_clean, device=index.device) // block_size < block
+    same = (own.unsqueeze(0) == own.unsqueeze(1)).expand(len(index), -1, -1)
+    return torch.cat([clean, same], dim=2).unsqueeze(1)

@@ -159,7 +159,7 @@ def test_the_table_fits(width: int) -> None:
     assert lines[4].split() == ["diffusion", "50", "110", "0.27", "12", "0.60", "same"]
 
 
-SEEDS = {"arithmetic": 3, "code": 1, "edits": 0, "tools": 2, "facts": 3}
+SEEDS = {"math": 3, "code": 1, "editing": 0, "tools": 2, "knowledge": 3}
 
 
 @pytest.mark.parametrize("name", SAMPLES)

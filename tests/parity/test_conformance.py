@@ -196,7 +196,9 @@ def test_time_embedder() -> None:
 def test_block_causal_masks(shape: str) -> None:
     num_blocks, block_size = map(int, shape.split("x"))
     expected = SAMPLER[f"block_causal_mask/{shape}/attend"].bool()
-    assert torch.equal(masks.block_causal(num_blocks, block_size), expected)
+    index = torch.arange(num_blocks).unsqueeze(0)
+    found = masks.block_causal(index, num_blocks * block_size, block_size)
+    assert torch.equal(found[0, 0], expected)
 
 
 @every_float32_case

@@ -164,9 +164,31 @@ def test_gradients_cross_the_boundary_states_exactly() -> None:
             assert abs(numeric - float(gradient[head])) < 2e-3 * float(gradient.abs().max())
 
 
+def test_chosen_blocks_are_those_of_the_whole_row() -> None:
+    """Guards: a chosen block that reads another block's past, or its own double beside it."""
+    clean = random_ids(2, 12)
+    index = torch.tensor([[2, 0, 2], [1, 1, 0]])
+    noisy = masked_like(clean).unflatten(1, (3, 4))
+    rows = torch.arange(2).unsqueeze(1)
+    t = torch.rand(2, 3)
+    chosen = noisy[rows, index].clone()
+    chosen[0, 2] = 7  # the second copy of block 2 holds other tokens than the first
+    with torch.no_grad():
+        found = MODEL.training_logits(clean, chosen.flatten(1), t, 4, index).unflatten(1, (3, 4))
+        for row in range(2):
+            for place in range(3):
+                block = noisy[row : row + 1].clone()
+                number = int(index[row, place])
+                block[0, number] = chosen[row, place]
+                times = torch.zeros(1, 3)
+                times[0, number] = t[row, place]
+                whole = MODEL.training_logits(clean[row : row + 1], block.flatten(1), times, 4)
+                torch.testing.assert_close(found[row, place], whole.unflatten(1, (3, 4))[0, number])
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
     clean = random_ids(1, 6)
     with pytest.raises(ValueError, match="multiple of block_size=4"):
         MODEL.training_logits(clean, clean, None, 4)
-    with pytest.raises(ValueError, match="equal in shape"):
+    with pytest.raises(ValueError, match=r"noisy has shape \(1, 4\)"):
         MODEL.training_logits(clean, clean[:, :4], None, 2)

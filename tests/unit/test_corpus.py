@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from datetime import date
 from itertools import islice
 from random import Random
 
@@ -19,11 +20,26 @@ from twotower.corpus import CATEGORIES, DEFAULT_WEIGHTS, Document, documents, sa
 from twotower.corpus.arithmetic import apply_step, draw, write_step
 from twotower.corpus.code import Function, arguments_for, make_tests
 from twotower.corpus.code_families import FAMILIES, NAMES_OF
-from twotower.corpus.facts import facts, write_sentence
-from twotower.corpus.territories import translated_names
-from twotower.corpus.words import number_word
+from twotower.corpus.knowledge import facts
+from twotower.corpus.knowledge import write_sentence as write_fact
+from twotower.corpus.multilingual import (
+    FOREIGN,
+    NOUNS,
+    VERBS,
+    number_word,
+    write_date,
+    write_sentence,
+)
+from twotower.corpus.refusal import TOPICS
 
 NUM_SAMPLES = 1000
+# The first model's names of these categories: another hash would move what it was trained on.
+FIRST_NAMES = {
+    "math": "arithmetic",
+    "editing": "edits",
+    "multilingual": "words",
+    "knowledge": "facts",
+}
 MIN_TEST_ITEMS = 200
 
 
@@ -51,7 +67,8 @@ def test_key_decides_the_split_and_prompt_decides_the_key(category, train, test)
     key_of: dict[str, str] = {}
     for split, drawn in (("train", train[category]), ("test", test[category])):
         for document in drawn:
-            digest = hashlib.blake2b(f"{category}:{document.key}".encode(), digest_size=4).digest()
+            name = FIRST_NAMES.get(category, category)
+            digest = hashlib.blake2b(f"{name}:{document.key}".encode(), digest_size=4).digest()
             held_out = int.from_bytes(digest, "big") % 16 == 0
             assert held_out == (split == "test")
             assert key_of.setdefault(document.prompt, document.key) == document.key
@@ -70,7 +87,7 @@ def test_documents_are_short_whole_and_plain_json(category, train, test):
     """Guards: a placeholder left in the text, a boundary inside a word, an answer JSON changes."""
     for document in train[category] + test[category]:
         text = document.prompt + document.completion
-        assert len(text) < 400
+        assert len(text) < (20_000 if category == "long_context" else 400)
         assert document.prompt and document.completion.strip()
         assert not re.search(r"\{[a-z]\w{0,10}\}", document.prompt + document.completion)
         # No token may straddle the boundary: white space is on one side of it only.
@@ -81,7 +98,7 @@ def test_documents_are_short_whole_and_plain_json(category, train, test):
 
 def test_arithmetic_steps_are_right(train, test):
     """Guards: a wrong reference, which trains and grades the wrong sum."""
-    for document in train["arithmetic"] + test["arithmetic"]:
+    for document in train["math"] + test["math"]:
         *sentences, last = document.completion.strip().removesuffix(".").split(". ")
         steps = document.answer["steps"]
         assert len(sentences) == len(steps)
@@ -135,7 +152,7 @@ def test_commuted_sums_share_a_key():
 
 def test_code_completions_pass_their_tests(train, test):
     """Guards: tests that the reference itself would fail, or a body that does not parse."""
-    for category in ("code", "edits"):
+    for category in ("code", "editing"):
         for document in (train[category] + test[category])[::5]:
             is_code = category == "code"
             head = document.prompt if is_code else ""
@@ -182,7 +199,7 @@ def test_edits_change_the_function_and_never_show_a_held_out_one(train, test):
     """Guards: an edit that asks for nothing, or that shows the body a code test asks for."""
     bodies = {document.completion.removeprefix("\n") for document in test["code"]}
     kinds = set()
-    for document in train["edits"] + test["edits"]:
+    for document in train["editing"] + test["editing"]:
         original = document.prompt.split("\n", 1)[1].removesuffix("\nEdited:\n")
         assert ast.dump(ast.parse(original)) != ast.dump(ast.parse(document.completion))
         assert original.split("\n", 1)[1] not in bodies
@@ -211,21 +228,58 @@ def test_tool_calls_fit_their_schema_and_copy_the_request(train, test):
 
 def test_words_and_facts_hold_their_answer(train, test):
     """Guards: an expected word that the completion does not contain, or fewer languages."""
-    for category in ("words", "facts"):
+    for category in ("multilingual", "knowledge"):
         for document in train[category] + test[category]:
             assert document.answer["expected"] in document.completion
-    assert len({document.answer["language"] for document in test["words"]}) >= 6
-    assert translated_names("es")["Germany"] == "Alemania"
+    assert len({document.answer["language"] for document in test["multilingual"]}) >= 6
     assert number_word(47, "fr") == "quarante-sept"
     currency = next(fact for fact in facts() if (fact.kind, fact.subject) == ("currency", "Japan"))
-    assert write_sentence(currency) == "The currency of Japan is the Japanese yen."
+    assert write_fact(currency) == "The currency of Japan is the Japanese yen."
+
+
+def test_long_context_puts_the_fact_where_it_says(train, test):
+    """Guards: a needed fact that is missing, doubled, or nearer than the distance claims."""
+    distances = set()
+    for document in train["long_context"][::5] + test["long_context"][::5]:
+        notes, _, question = document.prompt.partition("\nQ: ")
+        assert notes.count(document.answer["sentence"]) == 1
+        after = notes.split(document.answer["sentence"])[1]
+        assert after.count(".") == document.answer["distance"]
+        subject = question.removeprefix("What is the code of the ").split("?")[0]
+        assert notes.count(f"The code of the {subject} is") == 1
+        assert document.completion == f" {document.answer['sentence']}"
+        distances.add(document.answer["distance"])
+    assert min(distances) < 40 and max(distances) > 300
+
+
+def test_refusals_follow_the_class_of_the_request(train, test):
+    """Guards: a refused class that is answered, or one frame for all refusals alone."""
+    refused = [d for d in train["refusal"] + test["refusal"] if d.answer["refuse"]]
+    served = [d for d in train["refusal"] + test["refusal"] if not d.answer["refuse"]]
+    assert 0.4 < len(refused) / (len(refused) + len(served)) < 0.6
+    assert all(d.completion.startswith(" I cannot help you ") for d in refused)
+    assert all(d.completion.startswith(" Yes, I can help you ") for d in served)
+    assert len({d.answer["topic"] for d in refused}) == 7
+    actions = [action for topic in TOPICS for action in topic.actions]
+    assert len(actions) == len(set(actions))
+
+
+@pytest.mark.parametrize("language", FOREIGN)
+def test_sentences_have_a_word_for_every_word(language):
+    """Guards: a table row with a word too few, which shifts every language behind it."""
+    assert {len(row) for row in (*VERBS.values(), *NOUNS.values())} == {len(FOREIGN)}
+    assert write_sentence("Ann", "sees", 14, "birds", "de") == "Ann sieht vierzehn Vögel."
+    assert write_sentence("Ann", "buys", 3, "eggs", "sv") == "Ann köper tre ägg."
+    assert write_date(date(2025, 3, 7), "es") == "7 de marzo de 2025"
+    words = [write_sentence("Ann", verb, 3, "keys", language) for verb in VERBS]
+    assert len(set(words)) == len(VERBS)
 
 
 def test_every_held_out_fact_is_taught_in_another_form():
     """Guards: a fact held out in all its forms, which no model could know."""
     rng = Random(5)
-    taught = {sample("facts", "train", rng).answer["sentence"] for _ in range(20_000)}
-    assert {sample("facts", "test", rng).answer["sentence"] for _ in range(1000)} <= taught
+    taught = {sample("knowledge", "train", rng).answer["sentence"] for _ in range(20_000)}
+    assert {sample("knowledge", "test", rng).answer["sentence"] for _ in range(1000)} <= taught
 
 
 def test_a_seed_gives_the_same_stream_in_another_process():
@@ -247,7 +301,7 @@ def test_a_seed_gives_the_same_stream_in_another_process():
 
 def test_the_mixture_follows_the_weights():
     assert sum(DEFAULT_WEIGHTS.values()) == pytest.approx(1.0)
-    assert set(DEFAULT_WEIGHTS) == set(CATEGORIES)
+    assert set(DEFAULT_WEIGHTS) == set(CATEGORIES) - {"long_context"} | {"lookup"}
     drawn = [document.category for document in islice(documents("train", 0), 4000)]
     for category, weight in DEFAULT_WEIGHTS.items():
         assert drawn.count(category) / len(drawn) == pytest.approx(weight, abs=0.03)
@@ -275,11 +329,10 @@ def test_bad_input_is_one_clear_line(call, message):
 
 @pytest.mark.parametrize("library", ["babel", "num2words"])
 def test_a_missing_library_says_what_to_install(library, monkeypatch):
-    from twotower.corpus import territories, words
+    from twotower.corpus import multilingual, territories
 
-    tables = (territories.countries, territories.language_names, territories.translated_names)
-    for table in (*tables, words.number_word):
+    for table in (territories.countries, multilingual.number_word):
         table.cache_clear()
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ImportError, match=r'pip install "twotower\[data\]"'):
-        territories.countries() if library == "babel" else words.number_word(3, "fr")
+        territories.countries() if library == "babel" else multilingual.number_word(3, "fr")

@@ -59,5 +59,14 @@ def test_block_causal() -> None:
         "xxxx......xx",
         "xxxx......xx",
     )
-    assert torch.equal(masks.block_causal(3, 2), expected)
-    assert torch.equal(masks.block_causal(1, 2), rows("..xx", "..xx"))
+    found = masks.block_causal(torch.arange(3).expand(2, -1), 6, 2)
+    assert found.shape == (2, 1, 6, 12)
+    assert torch.equal(found[0, 0], expected) and torch.equal(found[1], found[0])
+    assert torch.equal(masks.block_causal(torch.tensor([[0]]), 2, 2)[0, 0], rows("..xx", "..xx"))
+
+
+def test_block_causal_of_chosen_blocks() -> None:
+    """The same block twice: each sees the clean ones before it and itself, not its double."""
+    expected = rows("xx..x..", "xx...x.", "xxxx..x")
+    columns = masks.block_causal(torch.tensor([[2, 2, 4]]), 4, 1)[0, 0]
+    assert torch.equal(columns, expected)

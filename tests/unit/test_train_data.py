@@ -31,7 +31,7 @@ def test_every_epoch_visits_each_training_row_once(shard_folder: Path) -> None:
     """Silent failure: rows are repeated or never seen, or epochs repeat one order."""
     rows = Rows(Shard(shard_folder), 32, seed=5)
     count = rows.num_training
-    first, second = rows.training(0, count), rows.training(count, count)
+    first, second = rows.training(0, count).tokens, rows.training(count, count).tokens
     expected = sorted(naive_rows(shard_folder, 32)[:count])
     assert sorted(first.tolist()) == expected == sorted(second.tolist())
     assert not torch.equal(first, second)
@@ -39,10 +39,12 @@ def test_every_epoch_visits_each_training_row_once(shard_folder: Path) -> None:
 
 def test_rows_begin_with_a_document_where_one_begins(shard_folder: Path) -> None:
     """Silent failure: the model never trains on the state in which every prompt starts."""
-    rows = Rows(Shard(shard_folder), 32, seed=5).training(0, 50)  # documents are shorter than rows
+    rows = (
+        Rows(Shard(shard_folder), 32, seed=5).training(0, 50).tokens
+    )  # documents are shorter than rows
     assert (rows[:, 0] == 1).all()
     inside = Rows(Shard(shard_folder), 4, seed=5)  # most windows lie inside a document
-    starts = inside.training(0, inside.num_training)[:, 0] == 1
+    starts = inside.training(0, inside.num_training).tokens[:, 0] == 1
     assert starts.any() and not starts.all()
 
 
@@ -51,11 +53,11 @@ def test_rows_of_an_aligned_shard_keep_the_alignment(tmp_path: Path) -> None:
     folder = make_shard(tmp_path / "shard", align=8)
     shard = Shard(folder)
     rows = Rows(shard, 32, seed=5)
-    for row in rows.training(0, rows.num_training).tolist():
+    for row in rows.training(0, rows.num_training).tokens.tolist():
         assert row.index(1) < 8
     positions = np.flatnonzero(np.asarray(shard.tokens) == 1)
     starts = {tuple(shard.tokens[i // 8 * 8 :][:32].tolist()) for i in positions}
-    whole = [row for row in map(tuple, rows.training(0, 20).tolist()) if row in starts]
+    whole = [row for row in map(tuple, rows.training(0, 20).tokens.tolist()) if row in starts]
     assert len(whole) == 20  # every row is a stretch that starts where a document's block starts
     with pytest.raises(ValueError, match="sequence_length: 20 is not a multiple of 8"):
         Rows(shard, 20, seed=5)
@@ -63,10 +65,29 @@ def test_rows_of_an_aligned_shard_keep_the_alignment(tmp_path: Path) -> None:
 
 def test_order_is_a_function_of_seed_and_position(shard_folder: Path) -> None:
     """Silent failure: a resumed run reads other rows than the unbroken one."""
-    whole = Rows(Shard(shard_folder), 32, seed=5).training(0, 500)  # beyond one epoch
+    whole = Rows(Shard(shard_folder), 32, seed=5).training(0, 500).tokens  # beyond one epoch
     again = Rows(Shard(shard_folder), 32, seed=5)
-    assert torch.equal(torch.cat([again.training(start, 50) for start in range(0, 500, 50)]), whole)
-    assert not torch.equal(Rows(Shard(shard_folder), 32, seed=6).training(0, 500), whole)
+    assert torch.equal(
+        torch.cat([again.training(start, 50).tokens for start in range(0, 500, 50)]), whole
+    )
+    assert not torch.equal(Rows(Shard(shard_folder), 32, seed=6).training(0, 500).tokens, whole)
+
+
+def test_shifted_rows_begin_inside_the_block_before(tmp_path: Path) -> None:
+    """Silent failure: blocks of self-speculation, which start anywhere, are never trained on."""
+    shard = Shard(make_shard(tmp_path / "shard", align=8))
+    plain = Rows(shard, 32, seed=5).training(0, 400).tokens
+    shifted = Rows(shard, 32, seed=5, shift_share=0.5).training(0, 400).tokens
+    stream = shard.tokens.astype(np.int64)
+    offsets = []
+    for one, other in zip(plain.numpy(), shifted.numpy(), strict=True):
+        shifts = [n for n in range(8) if np.array_equal(other[n:], one[: len(one) - n])]
+        assert shifts
+        offsets.append(shifts[0])
+    assert 150 < sum(offset > 0 for offset in offsets) < 250 and max(offsets) == 7
+    assert any(np.array_equal(stream[i : i + 32], shifted[0]) for i in range(len(stream)))
+    with pytest.raises(ValueError, match="shift_share: no effect"):
+        Rows(Shard(make_shard(tmp_path / "packed")), 32, seed=5, shift_share=0.5)
 
 
 def test_held_out_rows_are_never_trained_on(tmp_path: Path) -> None:
@@ -76,8 +97,8 @@ def test_held_out_rows_are_never_trained_on(tmp_path: Path) -> None:
     windows = naive_rows(folder, 16)
     held_out = windows[-rows.num_held_out :]
     assert rows.num_held_out == len(windows) // 100 > 1
-    assert rows.held_out(0, 10_000).tolist() == held_out
-    assert rows.held_out(1, 2).tolist() == held_out[1:3]
+    assert rows.held_out(0, 10_000).tokens.tolist() == held_out
+    assert rows.held_out(1, 2).tokens.tolist() == held_out[1:3]
     # The furthest that a training row can reach is the end of the window after its own.
     indices = {rows._shuffled(i) for i in range(rows.num_training)}
     assert indices == set(range(len(windows) - rows.num_held_out - 1))

@@ -41,6 +41,11 @@ def options(**values: object) -> TrainOptions:
         {"threads": 0},
         {"keep_checkpoints": 0},
         {"block_size": 16},  # without effect on a backbone
+        {"draft_share": 0.5},
+        {"draft_share": 1.5},
+        {"blocks_per_row": 0},
+        {"t_per": "token"},
+        {"condition_on": "time"},
     ],
 )
 def test_bad_values_are_one_line_that_names_the_field(values: dict[str, object]) -> None:

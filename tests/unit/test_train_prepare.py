@@ -43,9 +43,10 @@ def test_aligned_completions_fill_whole_blocks(tmp_path: Path) -> None:
     """
     tokenizer = load_tokenizer(make_shard(tmp_path / "shard"))
     texts = [("Say 1: ", "it is 1.\n"), ("Say 10 and 2 and 3: ", "it is.\n"), ("", "it")]
-    for plain, aligned in zip(
+    for (plain, _), (aligned, context) in zip(
         encode_documents(tokenizer, texts), encode_documents(tokenizer, texts, 8), strict=True
     ):
+        assert context % 8 == 0
         begin = aligned.index(1)
         assert begin < 8 and set(aligned[:begin]) <= {2}
         assert aligned[begin : begin + len(plain)] == plain
@@ -53,8 +54,17 @@ def test_aligned_completions_fill_whole_blocks(tmp_path: Path) -> None:
         assert len(rest) < 8 and set(rest) <= {2}
         assert len(aligned) % 8 == 0
     prompt = 1 + len(tokenizer.encode(texts[0][0]))
-    first = encode_documents(tokenizer, texts, 8)[0]
-    assert (first.index(1) + prompt) % 8 == 0
+    first, context = encode_documents(tokenizer, texts, 8)[0]
+    assert first.index(1) + prompt == context
+
+
+def test_shards_say_which_tokens_are_completions(tmp_path: Path) -> None:
+    """Silent failure: the denoiser is trained on prompts, or never on the EOS that ends a text."""
+    shard = Shard(make_shard(tmp_path / "shard", count=20))
+    tokenizer = load_tokenizer(shard.folder)
+    marked = np.asarray(shard.tokens)[np.asarray(shard.completions) == 1].tolist()
+    expected = [[*tokenizer.encode(f"it is {i % 10}.\n"), 2] for i in range(20)]
+    assert marked == [token for ids in expected for token in ids]
 
 
 def test_built_in_corpus_is_the_default(tmp_path: Path) -> None:
@@ -63,7 +73,7 @@ def test_built_in_corpus_is_the_default(tmp_path: Path) -> None:
     )
     tokenizer = load_tokenizer(shard.folder)
     first = next(iter(documents("train", 7)))
-    ids = encode_documents(tokenizer, [(first.prompt, first.completion)])[0]
+    ids, _ = encode_documents(tokenizer, [(first.prompt, first.completion)])[0]
     assert shard.tokens[: len(ids)].tolist() == ids
     assert shard.meta.vocab_size == tokenizer.vocab_size == 400
     assert shard.meta.tokenizer_sha256 == tokenizer.fingerprint

@@ -21,18 +21,18 @@ from twotower.cli.replay import TITLES, Scene, block_frames, play, token_frames
 from twotower.cli.text import printable
 from twotower.engine import GenerateOptions
 
-Sample = Literal["arithmetic", "code", "edits", "tools", "facts"]
+Sample = Literal["math", "code", "editing", "tools", "knowledge"]
 # Held-out documents of the built-in corpus: their keys are not in its training split.
 SAMPLES: dict[Sample, str] = {
-    "arithmetic": "Q: Zoe has 70 buttons. She buys 10 more and loses 15. "
+    "math": "Q: Zoe has 70 buttons. She buys 10 more and loses 15. "
     "How many buttons does Zoe have now?\nA:",
     "code": "# Return the items of numbers that are at most 73.\ndef at_most(numbers):",
-    "edits": "Edit: Rename data to values.\ndef find(data):\n    if 8 in data:\n"
+    "editing": "Edit: Rename data to values.\ndef find(data):\n    if 8 in data:\n"
     "        return data.index(8)\n    return -1\nEdited:\n",
     "tools": "Tools:\ntranslate(text: string, language: string)\n"
     "book_flight(from: string, to: string, date: string)\n"
     "User: Book a flight from Lima to Madrid on 2025-07-23.\nCall:",
-    "facts": "Question: What money do people use in Vietnam?\nAnswer:",
+    "knowledge": "Question: What money do people use in Vietnam?\nAnswer:",
 }
 
 

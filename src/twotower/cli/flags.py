@@ -17,9 +17,12 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 def field_docs(options_class: type) -> dict[str, str]:
     """The docstring under each field, on one line."""
+    docs: dict[str, str] = {}
+    for parent in options_class.__mro__[1:]:
+        if dataclasses.is_dataclass(parent):
+            docs |= field_docs(parent)
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(options_class))).body
     assert isinstance(body, ast.ClassDef)
-    docs: dict[str, str] = {}
     for field, doc in zip(body.body, body.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             match doc:

@@ -16,7 +16,7 @@ from twotower.layers.adaln import Modulation, TimestepEmbedder
 from twotower.layers.mamba2 import MambaState
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
-from twotower.model.state import ContextCache, ContextView, LayerState
+from twotower.model.state import ContextCache, ContextView
 
 # Tokens of a prompt read at a time: bounds the attention scores at chunk x prompt.
 PREFILL_CHUNK = 512
@@ -133,34 +133,56 @@ class TwoTower(nn.Module):
         return _head(self.lm_head, hidden.squeeze(1))
 
     def training_logits(
-        self, clean: Tensor, noisy: Tensor, t: Tensor | None, block_size: int
+        self,
+        clean: Tensor,
+        noisy: Tensor,
+        t: Tensor | None,
+        block_size: int,
+        index: Tensor | None = None,
     ) -> Tensor:
-        """Denoiser logits of all blocks at once: clean, noisy (B, K*T) -> (B, K*T, V) float32.
+        """Denoiser logits of N blocks per row at once: clean (B, K*T), noisy (B, N*T) of ids.
 
-        t (B,) per row, (B, K) per block, or None. Gradients reach the context tower only where its
-        parameters require them. Source: system.md section 5.
+        index (B, N) says which block each noisy one is, with repeats; None: all K in order.
+        t (B,) per row, (B, N) per block, or None. Returns (B, N*T, V) float32. Gradients reach the
+        context tower only where its parameters require them. Source: system.md section 5.
         """
         num_rows, length = self._checked(clean, "clean").shape
-        if length % block_size or noisy.shape != clean.shape:
+        if length % block_size:
             raise ValueError(
-                f"clean {tuple(clean.shape)} and noisy {tuple(noisy.shape)} must be equal in shape "
-                f"and a multiple of block_size={block_size} long"
+                f"clean {tuple(clean.shape)} must be a multiple of block_size={block_size} long"
             )
+        if index is None:
+            every = torch.arange(length // block_size, device=clean.device)
+            index = every.expand(num_rows, -1)
+        if noisy.shape != (num_rows, index.shape[1] * block_size):
+            raise ValueError(
+                f"noisy has shape {tuple(noisy.shape)}; {tuple(index.shape)} blocks of "
+                f"block_size={block_size} of clean {tuple(clean.shape)} need "
+                f"{(num_rows, index.shape[1] * block_size)}"
+            )
+        view = self._training_view(clean, block_size, index).to(self.denoiser_device)
+        blocks = noisy.unflatten(1, (-1, block_size)).to(self.denoiser_device)
+        mask = masks.block_causal(index.to(blocks.device), length, block_size)
+        if t is not None:
+            t = (t if t.dim() == 2 else t.unsqueeze(-1)).to(self.denoiser_device)
+        hidden = self._denoiser()(blocks, view, mask, None if t is None else self._modulations(t))
+        return _head(self.lm_head, hidden.flatten(1, 2))
+
+    def _training_view(self, clean: Tensor, block_size: int, index: Tensor) -> ContextView:
+        """One causal pass over clean (B, K*T): all keys, and Mamba states before blocks (B, N)."""
+        num_rows, length = clean.shape
         frozen = not any(p.requires_grad for p in self.context_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             mask = masks.causal(length, 0, clean.device)
             _, states = self.context_tower(clean, None, mask, None, block_size)
-        view = ContextView(
-            tuple(_shift_one_block(state) for state in states), None, length, num_rows
+        rows = torch.arange(num_rows, device=clean.device).unsqueeze(1)
+        layers = tuple(
+            MambaState(*(part[rows, index] for part in _shift_one_block(state)))
+            if isinstance(state, MambaState)
+            else state
+            for state in states
         )
-        view = view.to(self.denoiser_device)
-        num_blocks = length // block_size
-        if t is not None:
-            t = (t if t.dim() == 2 else t.unsqueeze(-1)).to(self.denoiser_device)
-        blocks = noisy.view(num_rows, num_blocks, block_size).to(self.denoiser_device)
-        mask = masks.block_causal(num_blocks, block_size, blocks.device)
-        hidden = self._denoiser()(blocks, view, mask, None if t is None else self._modulations(t))
-        return _head(self.lm_head, hidden.flatten(1, 2))
+        return ContextView(layers, None, length, num_rows)
 
     def _modulations(self, t: Tensor) -> list[Modulation]:
         """t (B, K) or (B, 1) -> for each layer shift, scale, gate (B, K, 1, D)."""
@@ -191,8 +213,6 @@ def _head(head: nn.Module, hidden: Tensor) -> Tensor:
     return logits.float()
 
 
-def _shift_one_block(state: LayerState) -> LayerState:
+def _shift_one_block(state: MambaState) -> MambaState:
     """States at the end of each block -> states at its start: block 0 starts from zeros."""
-    if not isinstance(state, MambaState):
-        return state
     return MambaState(*(F.pad(part[:, :-1], (0, 0) * (part.dim() - 2) + (1, 0)) for part in state))

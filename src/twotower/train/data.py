@@ -1,6 +1,7 @@
 """Token shards on disk and the order in which training reads them.
 
 A shard is a folder: `tokens.bin` (little-endian uint16 or uint32, one stream of tokens),
+`completions.bin` (uint8, 1 where a token belongs to a completion or is the EOS behind it),
 `meta.json` (what it is, with checksums) and the tokenizer's files; `train.prepare` writes it. A row
 is a window of `sequence_length` tokens, moved to the first document that begins in it. The last 1 %
 of the windows are held out for validation. Decides the order: row i of a run is a function of
@@ -21,10 +22,12 @@ import torch
 from torch import Tensor
 
 TOKENS_FILE = "tokens.bin"
+COMPLETIONS_FILE = "completions.bin"
 META_FILE = "meta.json"
-FORMAT = 1
+FORMAT = 2
 HELD_OUT = 0.01  # share of the rows that training never sees
 TokenArray = np.ndarray[tuple[int], np.dtype[np.unsignedinteger]]
+_BYTE = np.dtype(np.uint8)
 _DTYPES: dict[str, np.dtype[np.unsignedinteger]] = {
     "uint16": np.dtype("<u2"),
     "uint32": np.dtype("<u4"),
@@ -41,6 +44,7 @@ class ShardMeta:
     num_documents: int
     dtype: str
     tokens_sha256: str
+    completions_sha256: str
     tokenizer_sha256: str
     source: str
     seed: int
@@ -51,6 +55,17 @@ class ShardMeta:
         (folder / META_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows of a shard: tokens (B, L) int64 and which of them belong to completions (B, L) bool."""
+
+    tokens: Tensor
+    is_completion: Tensor
+
+    def to(self, device: str) -> Batch:
+        return Batch(tokens=self.tokens.to(device), is_completion=self.is_completion.to(device))
+
+
 class Shard:
     """One validated, memory-mapped token stream. Opening it reads the file once, for its
     checksum.
@@ -59,7 +74,12 @@ class Shard:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.meta = read_meta(self.folder)
-        self.tokens = _map_tokens(self.folder / TOKENS_FILE, self.meta)
+        meta = self.meta
+        kind = _DTYPES[meta.dtype]
+        self.tokens = _map(self.folder / TOKENS_FILE, kind, meta.num_tokens, meta.tokens_sha256)
+        self.completions = _map(
+            self.folder / COMPLETIONS_FILE, _BYTE, meta.num_tokens, meta.completions_sha256
+        )
 
     def num_rows(self, sequence_length: int) -> int:
         return len(self.tokens) // sequence_length
@@ -70,11 +90,22 @@ class Rows:
     rows.
     """
 
-    def __init__(self, shard: Shard, sequence_length: int, seed: int) -> None:
-        """ValueError if the shard is too short for one training row and one held-out row."""
+    def __init__(
+        self, shard: Shard, sequence_length: int, seed: int, shift_share: float = 0.0
+    ) -> None:
+        """ValueError if the shard is too short for one training row and one held-out row.
+
+        Of the training rows, `shift_share` begin up to a block (the shard's alignment) earlier.
+        """
         self.shard = shard
         self.sequence_length = sequence_length
         self.seed = seed
+        self.shift_share = shift_share
+        if shift_share > 0.0 and shard.meta.align == 1:
+            raise ValueError(
+                f"shift_share: no effect on {shard.folder}, which is not aligned; prepare it with "
+                "--align"
+            )
         if sequence_length % shard.meta.align:
             raise ValueError(
                 f"sequence_length: {sequence_length} is not a multiple of {shard.meta.align}, to "
@@ -94,36 +125,47 @@ class Rows:
     @cached_property
     def fingerprint(self) -> str:
         """Changes when the order of rows would: another shard, row length or seed."""
-        parts = (self.shard.meta.tokens_sha256, self.sequence_length, self.seed, HELD_OUT)
+        shift = (self.shift_share,) if self.shift_share else ()
+        parts = (self.shard.meta.tokens_sha256, self.sequence_length, self.seed, HELD_OUT, *shift)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    def training(self, start: int, count: int) -> Tensor:
-        """Rows number `start` to `start + count - 1` of the endless training order; (count, L)
-        int64.
-        """
-        return self._read([self._shuffled(start + i) for i in range(count)])
+    def training(self, start: int, count: int) -> Batch:
+        """Rows number `start` to `start + count - 1` of the endless training order."""
+        starts = [self._start(self._shuffled(start + i)) for i in range(count)]
+        shifts = [self._shift(start + i) for i in range(count)]
+        return self._read([max(0, s - shift) for s, shift in zip(starts, shifts, strict=True)])
 
-    def held_out(self, start: int, count: int) -> Tensor:
-        """Held-out rows in file order, fewer than `count` at the end; (<= count, L) int64."""
+    def held_out(self, start: int, count: int) -> Batch:
+        """Held-out rows in file order, fewer than `count` at the end."""
         stop = min(start + count, self.num_held_out)
-        return self._read([self._total - self.num_held_out + i for i in range(start, stop)])
+        first = self._total - self.num_held_out
+        return self._read([self._start(first + i) for i in range(start, stop)])
 
     def _shuffled(self, index: int) -> int:
         epoch, offset = divmod(index, self.num_training)
         return int(_epoch_order(self.num_training, self.seed, epoch)[offset])
 
-    def _read(self, indices: list[int]) -> Tensor:
-        rows = np.stack([self._row(i) for i in indices]).astype(np.int64)
-        if rows.max() >= self.shard.meta.vocab_size:
-            raise ValueError(
-                f"data: {self.shard.folder} has token {rows.max()} in rows {indices}, outside its "
-                "vocabulary "
-                f"of {self.shard.meta.vocab_size}; prepare the data again"
-            )
-        return torch.from_numpy(rows)
+    def _shift(self, index: int) -> int:
+        """How many tokens earlier than on a boundary row `index` of the order begins."""
+        if self.shift_share == 0.0:
+            return 0
+        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, index])))
+        is_shifted = generator.random() < self.shift_share
+        return int(generator.integers(1, self.shard.meta.align)) if is_shifted else 0
 
-    def _row(self, index: int) -> TokenArray:
-        """Window `index`, moved to the first document that begins in it.
+    def _read(self, starts: list[int]) -> Batch:
+        spans = [slice(start, start + self.sequence_length) for start in starts]
+        tokens = np.stack([self.shard.tokens[span] for span in spans]).astype(np.int64)
+        if tokens.max() >= self.shard.meta.vocab_size:
+            raise ValueError(
+                f"data: {self.shard.folder} has token {tokens.max()} in the rows at {starts}, "
+                f"outside its vocabulary of {self.shard.meta.vocab_size}; prepare the data again"
+            )
+        completions = np.stack([self.shard.completions[span] for span in spans]).astype(bool)
+        return Batch(tokens=torch.from_numpy(tokens), is_completion=torch.from_numpy(completions))
+
+    def _start(self, index: int) -> int:
+        """Where window `index` begins, moved to the first document that begins in it.
 
         A prompt is read from its <bos> with nothing before it: a model that never trained on rows
         which begin there meets that state for the first time when it generates.
@@ -135,7 +177,7 @@ class Rows:
             align = self.shard.meta.align
             first = int(begins[0]) // align * align  # with what fills up the first block
             start = min(start + first, (len(tokens) - length) // align * align)
-        return tokens[start : start + length]
+        return start
 
 
 @lru_cache(maxsize=2)  # a batch may straddle two epochs
@@ -170,22 +212,23 @@ def read_meta(folder: Path) -> ShardMeta:
     return meta
 
 
-def _map_tokens(file: Path, meta: ShardMeta) -> TokenArray:
-    dtype = _DTYPES[meta.dtype]
+def _map(
+    file: Path, dtype: np.dtype[np.unsignedinteger], num_tokens: int, sha256: str
+) -> TokenArray:
     size = file.stat().st_size if file.is_file() else 0
     if size == 0:
         raise ValueError(f"data: {file} is missing or empty; prepare the data again")
-    if size != meta.num_tokens * dtype.itemsize:
+    if size != num_tokens * dtype.itemsize:
         raise ValueError(
             f"data: {file} has {size} bytes where {META_FILE} promises "
-            f"{meta.num_tokens * dtype.itemsize}; "
+            f"{num_tokens * dtype.itemsize}; "
             "the file is cut or mixed up: prepare the data again"
         )
-    if sha256_of(file) != meta.tokens_sha256:
+    if sha256_of(file) != sha256:
         raise ValueError(
             f"data: {file} does not match its checksum, it is corrupt; prepare the data again"
         )
-    return np.memmap(file, dtype=dtype, mode="r", shape=(meta.num_tokens,))
+    return np.memmap(file, dtype=dtype, mode="r", shape=(num_tokens,))
 
 
 def sha256_of(file: Path) -> str:
@@ -199,4 +242,4 @@ def choose_dtype(vocab_size: int) -> str:
 
 
 def numpy_dtype(name: str) -> np.dtype[np.unsignedinteger]:
-    return _DTYPES[name]
+    return _BYTE if name == "uint8" else _DTYPES[name]

@@ -96,7 +96,7 @@ def train(options: TrainOptions) -> Iterator[StepReport]:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     shard = Shard(options.data)
-    rows = Rows(shard, options.sequence_length, options.seed)
+    rows = Rows(shard, options.sequence_length, options.seed, options.shift_share)
     folder = RunFolder(options.run_folder)
     snapshot = folder.open(options)
     training = _begin(options, rows, snapshot)
@@ -137,7 +137,7 @@ def _run(
     training: Training, folder: RunFolder, metrics: Metrics, stop: StopSignals
 ) -> Iterator[StepReport]:
     options = training.options
-    loss = make_loss(options.recipe, training.block_size, options.compile)
+    loss = make_loss(options, training.block_size, options.compile)
     durations: deque[float] = deque(maxlen=_RECENT)
     saved_step = training.step
     while training.step < options.steps and not stop.requested:
@@ -169,10 +169,10 @@ def _optimiser_step(training: Training, loss: Loss, folder: RunFolder) -> _StepR
     total = 0.0
     for micro in range(options.accumulate):
         start = training.rows_read + micro * options.batch_size
-        tokens = training.rows.training(start, options.batch_size).to(options.device)
+        batch = training.rows.training(start, options.batch_size).to(options.device)
         generator = step_generator(options.seed, training.step, micro)
         with autocast(options):
-            value = loss(training.model, tokens, generator) / options.accumulate
+            value = loss(training.model, batch, generator) / options.accumulate
         value.backward()
         total += value.item()
     norm = nn.utils.clip_grad_norm_(training.parameters, options.grad_clip or math.inf).item()
@@ -230,15 +230,15 @@ def _record(training: Training, result: _StepResult, step_s: float, metrics: Met
 def evaluate(training: Training) -> float:
     """Mean loss over the first `eval_rows` held-out rows, with the same noise every time."""
     options = training.options
-    loss = make_loss(options.recipe, training.block_size, compile=False)
+    loss = make_loss(options, training.block_size, compile=False)
     count = min(options.eval_rows, training.rows.num_held_out)
     total = 0.0
     for start in range(0, count, options.batch_size):
-        tokens = training.rows.held_out(start, min(options.batch_size, count - start))
+        batch = training.rows.held_out(start, min(options.batch_size, count - start))
         generator = step_generator(options.seed, _EVALUATION, start)
         with autocast(options):
-            value = loss(training.model, tokens.to(options.device), generator)
-        total += value.item() * len(tokens)
+            value = loss(training.model, batch.to(options.device), generator)
+        total += value.item() * len(batch.tokens)
     return total / count
 
 

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from twotower.train.denoiser_options import DenoiserOptions
+
 Recipe = Literal["backbone", "denoiser"]
 DecayShape = Literal["linear", "sqrt"]
 Precision = Literal["bfloat16", "float32"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions:
+class TrainOptions(DenoiserOptions):
     """One training run. The same command again continues a run that was stopped."""
 
     recipe: Recipe
@@ -101,6 +103,7 @@ class TrainOptions:
     """Also write a TensorBoard log, if the library is installed."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, lowest in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and not (value >= lowest and math.isfinite(value)):
@@ -130,8 +133,11 @@ class TrainOptions:
                 "init: missing; the denoiser recipe needs the checkpoint folder of a trained "
                 "backbone"
             )
-        if self.recipe == "backbone" and self.block_size is not None:
-            raise ValueError("block_size: no effect with recipe backbone; leave it out")
+        if self.recipe == "backbone":
+            fields = [field for field in dataclasses.fields(DenoiserOptions)]
+            without_effect = [f.name for f in fields if getattr(self, f.name) != f.default]
+            for name in [*without_effect, *["block_size"] * (self.block_size is not None)]:
+                raise ValueError(f"{name}: no effect with recipe backbone; leave it out")
 
     @property
     def run_folder(self) -> Path:

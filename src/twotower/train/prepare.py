@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -21,7 +21,14 @@ import numpy as np
 
 from twotower.corpus import documents
 from twotower.tokenizer import MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train_tokenizer
-from twotower.train.data import META_FILE, TOKENS_FILE, ShardMeta, choose_dtype, numpy_dtype
+from twotower.train.data import (
+    COMPLETIONS_FILE,
+    META_FILE,
+    TOKENS_FILE,
+    ShardMeta,
+    choose_dtype,
+    numpy_dtype,
+)
 
 DEFAULT_VOCAB_SIZE = 1024
 _BATCH = 512  # documents tokenised at once
@@ -51,6 +58,8 @@ class PrepareOptions:
     """The tokenizer is trained on this many documents from the start of the text."""
     seed: int = 0
     """Seed of the built-in corpus. Every document depends on it."""
+    weights: tuple[str, ...] = ()
+    """Mixture of the built-in corpus instead of its own, as in math=2 code=1."""
     align: int = 1
     """Fill up with EOS so that every completion begins and ends on a multiple of this: with the
     block size, a denoiser trains on the blocks that it will meet. 1 packs back to back."""
@@ -110,7 +119,8 @@ def read_texts(options: PrepareOptions) -> Iterator[Text]:
     """(prompt, completion) pairs of the chosen source; plain text has an empty prompt."""
     if options.input is None:
         return (
-            (document.prompt, document.completion) for document in documents("train", options.seed)
+            (document.prompt, document.completion)
+            for document in documents("train", options.seed, parse_weights(options.weights))
         )
     if not options.input.is_file():
         raise ValueError(
@@ -121,6 +131,18 @@ def read_texts(options: PrepareOptions) -> Iterator[Text]:
         if options.input.suffix == ".jsonl"
         else _read_text(options.input)
     )
+
+
+def parse_weights(pairs: Sequence[str]) -> dict[str, float] | None:
+    """Weights by category from NAME=NUMBER pairs, None without any; ValueError for other text."""
+    weights: dict[str, float] = {}
+    for pair in pairs:
+        name, _, number = pair.partition("=")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            raise ValueError(f"weights: {pair!r} is not NAME=NUMBER, as in math=2") from None
+    return weights or None
 
 
 def _read_jsonl(file: Path) -> Iterator[Text]:
@@ -172,8 +194,8 @@ def _get_tokenizer(options: PrepareOptions) -> Tokenizer:
 def _write_shard(
     options: PrepareOptions, tokenizer: Tokenizer, folder: Path
 ) -> Iterator[PrepareProgress]:
-    writer = _TokenWriter(folder / TOKENS_FILE, choose_dtype(tokenizer.vocab_size))
-    with writer.stream:
+    writer = _ShardWriter(folder, choose_dtype(tokenizer.vocab_size))
+    with writer.tokens.stream, writer.completions.stream:
         texts = read_texts(options)
         while writer.num_tokens < options.tokens and (
             batch := list(itertools.islice(texts, _BATCH))
@@ -192,8 +214,9 @@ def _write_shard(
         bos_id=tokenizer.bos_id,
         num_tokens=writer.num_tokens,
         num_documents=writer.num_documents,
-        dtype=writer.dtype,
-        tokens_sha256=writer.hash.hexdigest(),
+        dtype=writer.tokens.dtype,
+        tokens_sha256=writer.tokens.hash.hexdigest(),
+        completions_sha256=writer.completions.hash.hexdigest(),
         tokenizer_sha256=tokenizer.fingerprint,
         source="built-in corpus" if options.input is None else options.input.name,
         seed=options.seed,
@@ -201,7 +224,10 @@ def _write_shard(
     ).write(folder)
 
 
-def encode_documents(tokenizer: Tokenizer, texts: list[Text], align: int = 1) -> list[list[int]]:
+Encoded = tuple[list[int], int]  # tokens, and how many of them stand before the completion
+
+
+def encode_documents(tokenizer: Tokenizer, texts: list[Text], align: int = 1) -> list[Encoded]:
     """Each (prompt, completion) as bos + prompt + completion + eos.
 
     With `align`, more eos before bos and at the end: prompt and completion each fill up a multiple.
@@ -212,32 +238,47 @@ def encode_documents(tokenizer: Tokenizer, texts: list[Text], align: int = 1) ->
     documents = []
     for prompt, completion in zip(parts[::2], parts[1::2], strict=True):
         before, after = -(1 + len(prompt)) % align, -(len(completion) + 1) % align
-        documents.append([*[eos] * before, bos, *prompt, *completion, *[eos] * (1 + after)])
+        context = [*[eos] * before, bos, *prompt]
+        documents.append(([*context, *completion, *[eos] * (1 + after)], len(context)))
     return documents
 
 
-class _TokenWriter:
-    """Appends documents to a token file, counting and hashing on the way."""
+class _ArrayWriter:
+    """Appends numbers to a file, hashing on the way."""
 
     def __init__(self, file: Path, dtype: str) -> None:
         self.stream: BinaryIO = file.open("wb")
         self.dtype = dtype
         self.hash = hashlib.sha256()
+
+    def append(self, values: list[int]) -> None:
+        data = np.asarray(values, dtype=numpy_dtype(self.dtype)).tobytes()
+        self.hash.update(data)
+        self.stream.write(data)
+
+
+class _ShardWriter:
+    """Appends documents to a shard's two files, counting on the way."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        self.tokens = _ArrayWriter(folder / TOKENS_FILE, dtype)
+        self.completions = _ArrayWriter(folder / COMPLETIONS_FILE, "uint8")
         self.num_tokens = 0
         self.num_documents = 0
 
-    def append(self, encoded: list[list[int]], limit: int) -> None:
+    def append(self, encoded: list[Encoded], limit: int) -> None:
         """Write whole documents until `limit` tokens are reached."""
         kept: list[int] = []
-        for ids in encoded:
+        is_completion: list[int] = []
+        for ids, context in encoded:
             if self.num_tokens >= limit:
                 break
             kept.extend(ids)
+            is_completion.extend([0] * context + [1] * (len(ids) - context))
             self.num_tokens += len(ids)
             self.num_documents += 1
-        data = np.asarray(kept, dtype=numpy_dtype(self.dtype)).tobytes()
-        self.hash.update(data)
-        self.stream.write(data)
+        self.tokens.append(kept)
+        self.completions.append(is_completion)
 
 
 def _check_out(options: PrepareOptions) -> None:

@@ -11,31 +11,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twotower.diffusion.loss import masked_cross_entropy, token_cross_entropy
-from twotower.diffusion.noise import corrupt
+from twotower.diffusion.loss import elbo_weight, masked_cross_entropy, token_cross_entropy
 from twotower.model.two_tower import TwoTower
-from twotower.train.options import Recipe
+from twotower.train.corruption import NoisyBlocks, corrupt_blocks
+from twotower.train.data import Batch
+from twotower.train.options import TrainOptions
 
-MIN_T = 1e-3  # a row with t = 0 would have nothing to learn from
-Loss = Callable[[TwoTower, Tensor, torch.Generator], Tensor]  # tokens (B, L) -> mean nats, scalar
+Loss = Callable[[TwoTower, Batch, torch.Generator], Tensor]  # batch -> mean nats, a scalar
 
 
-def make_loss(recipe: Recipe, block_size: int, compile: bool) -> Loss:
+def make_loss(options: TrainOptions, block_size: int, compile: bool) -> Loss:
     """The loss of a recipe. With `compile`, what the model computes is compiled; the noise is
     not.
     """
-    if recipe == "backbone":
+    if options.recipe == "backbone":
         next_token = torch.compile(next_token_loss) if compile else next_token_loss
 
-        def backbone(model: TwoTower, tokens: Tensor, generator: torch.Generator) -> Tensor:
-            return next_token(model, tokens)
+        def backbone(model: TwoTower, batch: Batch, generator: torch.Generator) -> Tensor:
+            return next_token(model, batch.tokens)
 
         return backbone
     block = torch.compile(block_loss) if compile else block_loss
 
-    def denoiser(model: TwoTower, tokens: Tensor, generator: torch.Generator) -> Tensor:
-        t, noisy, is_masked = corrupt_rows(tokens, model.config.mask_token_id, generator)
-        return block(model, tokens, noisy, is_masked, t, block_size)
+    def denoiser(model: TwoTower, batch: Batch, generator: torch.Generator) -> Tensor:
+        mask_token_id = model.config.mask_token_id
+        is_target = batch.is_completion
+        if options.targets == "all":
+            is_target = torch.ones_like(is_target)
+        blocks = corrupt_blocks(
+            batch.tokens, is_target, mask_token_id, block_size, options, generator
+        )
+        weight = None
+        if options.loss_weight == "elbo":
+            weight = elbo_weight("linear", blocks.sampled_t).repeat_interleave(block_size, dim=1)
+        return block(model, batch.tokens, blocks, block_size, weight)
 
     return denoiser
 
@@ -54,20 +63,11 @@ def next_token_loss(model: TwoTower, tokens: Tensor) -> Tensor:
 
 
 def block_loss(
-    model: TwoTower, clean: Tensor, noisy: Tensor, is_masked: Tensor, t: Tensor, block_size: int
+    model: TwoTower, context: Tensor, blocks: NoisyBlocks, block_size: int, weight: Tensor | None
 ) -> Tensor:
-    """Cross-entropy of the clean tokens at masked positions: all (B, K*T), t (B,) -> scalar."""
-    logits = model.training_logits(clean, noisy, t, block_size)
-    return masked_cross_entropy(logits, clean, is_masked)
+    """Cross-entropy of the clean tokens at masked positions: context (B, K*T) -> scalar.
 
-
-def corrupt_rows(
-    tokens: Tensor, mask_token_id: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw t ~ U[0.001, 1] per row and mask tokens (B, L) with probability t.
-
-    Returns t (B,), the noisy tokens (B, L) and is_masked (B, L). Source: system.md section 5.
+    weight (B, N*T): with it, the weighted sum over all N*T positions of the chosen blocks.
     """
-    t = MIN_T + (1.0 - MIN_T) * torch.rand(len(tokens), generator=generator)
-    noisy, is_masked = corrupt(tokens, t.to(tokens.device), mask_token_id, generator)
-    return t.to(tokens.device), noisy, is_masked
+    logits = model.training_logits(context, blocks.noisy, blocks.t, block_size, blocks.index)
+    return masked_cross_entropy(logits, blocks.clean, blocks.is_masked, weight)
