@@ -1,0 +1,1 @@
+"""Quality and speed of any checkpoint: suites, statistics, likelihood, reports."""

@@ -1,0 +1,38 @@
+"""The suite: eight categories, each with a checker that runs or parses the answer where it can."""
+
+from collections.abc import Callable, Mapping
+from random import Random
+
+from twotower.corpus import Document, sample
+from twotower.evaluate.suite import mathematics, python_code, statements, tool_calls
+from twotower.evaluate.suite.verdict import Verdict
+
+Check = Callable[[Document, str], Verdict]
+CHECKS: Mapping[str, Check] = {
+    "math": mathematics.check,
+    "code": python_code.check_function,
+    "editing": python_code.check_edit,
+    "tools": tool_calls.check,
+    "multilingual": statements.check_wording,
+    "knowledge": statements.check_wording,
+    "long_context": statements.check_code,
+    "refusal": statements.check_refusal,
+}
+SUITES: Mapping[str, tuple[str, ...]] = {"mini": tuple(CHECKS)}
+
+__all__ = ["CHECKS", "SUITES", "Check", "Verdict", "check", "held_out"]
+
+
+def check(document: Document, text: str) -> Verdict:
+    """Judge the text that a model wrote after the document's prompt."""
+    return CHECKS[document.category](document, text)
+
+
+def held_out(category: str, count: int, seed: int) -> list[Document]:
+    """`count` documents of the test split with different prompts, the same for a seed."""
+    rng = Random(f"{category}:{seed}")
+    drawn: dict[str, Document] = {}
+    while len(drawn) < count:
+        document = sample(category, "test", rng)
+        drawn.setdefault(document.prompt, document)
+    return list(drawn.values())
