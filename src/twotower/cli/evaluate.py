@@ -183,9 +183,9 @@ def mode_table(name: str, measured: Mapping[str, Mapping[str, object]]) -> Table
         table.add_row(
             mode,
             _percent(row["accuracy"]),
-            _range(row["interval"]),
+            describe_range(row["interval"]),
             _percent(row["retention"]),
-            _range(row["retention_interval"]),
+            describe_range(row["retention_interval"]),
             _number(row["tokens_per_nfe"], 2),
             str(row["nfe"]),
             _number(row["tokens_per_s"], 0),
@@ -199,7 +199,7 @@ def _percent(value: object) -> str:
     return f"{100 * value:.1f}" if isinstance(value, float) else "-"
 
 
-def _range(bounds: object) -> str:
+def describe_range(bounds: object) -> str:
     assert isinstance(bounds, list)
     low, high = bounds
     return "-" if low is None else f"{100 * low:.0f}-{100 * high:.0f}"

@@ -25,6 +25,7 @@ VERBS = {
     "convert": "a checkpoint into another layout or dtype",
     "prepare": "text into a tokenizer and a token shard for training",
     "train": "pretrain a backbone, then its denoiser",
+    "bench": "quality kept and speed against AR decoding of the same weights",
     "evaluate": "quality kept and speed of a checkpoint, task by task, mode by mode",
 }
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as a shell reports it

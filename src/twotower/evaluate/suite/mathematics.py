@@ -11,7 +11,8 @@ _LAST = re.compile(r"The answer is (-?\d{1,9})\.?")
 
 def check(document: Document, text: str) -> Verdict:
     """Read "A + B = C + D = E. ... The answer is E." and judge each part by computing it."""
-    *sentences, last = [part.strip() for part in re.split(r"\.(?:\s|$)", text.strip()) if part]
+    parts = [part.strip() for part in re.split(r"\.(?:\s|$)", text.strip()) if part]
+    *sentences, last = parts or [""]
     steps = document.answer["steps"]
     assert isinstance(steps, list)
     if len(sentences) != len(steps):

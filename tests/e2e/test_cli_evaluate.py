@@ -1,0 +1,110 @@
+"""`twotower evaluate` and `twotower bench --quality`: records, tables, files, bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("num2words")
+pytest.importorskip("jsonschema")
+
+import twotower
+from tiny_checkpoint import make_checkpoint
+from twotower import GenerateOptions
+from twotower.cli.main import main
+from twotower.evaluate.suite import check, held_out
+
+FLAGS = ["--items", "2", "--max-new-tokens", "20", "--categories", "math,tools"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("evaluate") / "model"))
+
+
+def test_the_record_and_its_files(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "report"
+    assert main(["evaluate", "--json", "--out", str(out), "--model", checkpoint, *FLAGS]) == 0
+    printed, err = capsys.readouterr()
+    record = json.loads(printed)
+    assert set(record["modes"]) == {"ar", "diffusion"} and err == ""
+    assert list(record["categories"]) == ["math", "tools"]
+    for modes in record["categories"].values():
+        assert {"accuracy", "retention", "n"} <= set(modes["diffusion"]) and modes["ar"]["n"] == 2
+    assert record["modes"]["ar"]["nfe"] == 0 and record["modes"]["diffusion"]["nfe"] > 0
+    assert record["options"]["ar"]["max_new_tokens"] == 20
+    assert record["versions"]["twotower"] == twotower.__version__
+    stored = json.loads((out / "results.json").read_text())
+    items = stored.pop("items")
+    assert stored == record and len(items) == 4
+    assert (
+        sum(i["outputs"]["diffusion"]["nfe"] for i in items) == record["modes"]["diffusion"]["nfe"]
+    )
+
+
+def test_items_are_what_the_engine_writes(checkpoint: str, tmp_path: Path) -> None:
+    """Silent failure: the modes' answers are mixed up, or judged against another item."""
+    assert main(["evaluate", "--out", str(tmp_path), "--model", checkpoint, *FLAGS]) == 0
+    items = json.loads((tmp_path / "results.json").read_text())["items"]
+    model, tokenizer = twotower.load_model(checkpoint), twotower.load_tokenizer(checkpoint)
+    documents = held_out("math", 2, seed=0)
+    for item, document in zip(items[::2], documents, strict=True):
+        assert item["prompt"] == document.prompt and item["category"] == "math"
+        for mode, output in item["outputs"].items():
+            options = GenerateOptions(mode=mode, max_new_tokens=20)
+            (wanted,) = twotower.generate(model, [document.prompt], options, tokenizer)
+            assert (output["text"], output["tokens"]) == (wanted.text, len(wanted.tokens))
+            assert output["nfe"] == wanted.nfe
+            assert output["correct"] == check(document, output["text"]).correct
+
+
+def test_batches_give_the_same_texts(checkpoint: str, tmp_path: Path) -> None:
+    texts = []
+    for size in ("1", "3"):
+        out = tmp_path / size
+        flags = ["--batch-size", size, "--out", str(out), "--model", checkpoint, *FLAGS]
+        assert main(["evaluate", *flags]) == 0
+        items = json.loads((out / "results.json").read_text())["items"]
+        texts.append([[o["text"] for o in item["outputs"].values()] for item in items])
+    assert texts[0] == texts[1]
+
+
+def test_the_sweep_varies_threshold_and_passes(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--sweep", "--json", "--model", checkpoint, *FLAGS]) == 0
+    points = json.loads(capsys.readouterr().out)["sweep"]
+    limits = {point["steps_per_block"]: point for point in points}
+    assert {1, 2, 3, 4, 8, None} == set(limits)
+    assert limits[1]["tokens_per_nfe"] > limits[2]["tokens_per_nfe"] > limits[4]["tokens_per_nfe"]
+    assert len({point["confidence_threshold"] for point in points}) >= 7
+
+
+def test_the_pair_is_printed(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--quality", "--items", "1", "--model", checkpoint]
+    assert main(["bench", *flags]) == 0
+    assert "AR" in capsys.readouterr().out
+    assert main(["bench", "--json", *flags]) == 0
+    assert set(json.loads(capsys.readouterr().out)["modes"]) == {"ar", "diffusion"}
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["evaluate", "--modes", "fast"], "modes: 'fast' is unknown"),
+        (["evaluate", "--items", "0"], "items: 0 is too small"),
+        (["evaluate", "--model", "/nowhere"], "/nowhere"),
+        (["evaluate", "--modes", "ar", "--confidence-threshold", "0.5"], "confidence_threshold"),
+        (["evaluate", "--modes", "ar", "--sweep"], "sweep"),
+        (["evaluate", "--threads", "0"], "threads"),
+        (["bench"], "--quality"),
+    ],
+)
+def test_bad_input_is_one_line(
+    args: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and words in err and err.count("\n") == 1
