@@ -18,6 +18,7 @@ from twotower.cli.machine import describe_cpu
 from twotower.engine import GenerateOptions
 from twotower.evaluate.decode import Trace
 from twotower.evaluate.options import EvalOptions
+from twotower.evaluate.report import write_report
 from twotower.evaluate.results import BASELINE, summarise, summarise_traces
 from twotower.evaluate.run import Item, Subject, draw_documents, evaluate, warm_up
 from twotower.evaluate.sweep import PASS_LIMITS, THRESHOLDS, sweep
@@ -45,6 +46,7 @@ def run(options: EvaluateOptions) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         record = {**results, "items": [item.to_dict() for item in items]}
         (options.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+        write_report(record, options.out)
     if options.json:
         print(json.dumps(results))
     else:

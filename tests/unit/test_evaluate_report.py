@@ -1,0 +1,115 @@
+"""The report: whole without the network, honest about what is missing, safe for any text."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from twotower.evaluate.plots import figures
+from twotower.evaluate.report import headline, to_html, write_report
+
+
+def row(accuracy: float, retention: float | None, nfe: int) -> dict[str, object]:
+    kept = None if retention is None else round(retention, 3)
+    return {
+        "accuracy": accuracy,
+        "interval": [accuracy - 0.05, accuracy + 0.05],
+        "retention": kept,
+        "retention_interval": [None, None] if kept is None else [kept - 0.04, kept + 0.02],
+        "n": 200,
+        "nfe": nfe,
+        "tokens_per_nfe": 5.25 if nfe else None,
+        "tokens_per_s": 500.0,
+        "speed_ratio": 2.5 if nfe else 1.0,
+        "degenerate": 3,
+    }
+
+
+@pytest.fixture
+def results() -> dict[str, object]:
+    both = {"ar": row(0.9, 1.0, 0), "diffusion": row(0.88, 0.978, 100)}
+    output = {
+        "text": "<script>alert(1)</script>",
+        "correct": False,
+        "reason": "wrong value",
+        "nfe": 3,
+    }
+    right = {**output, "text": "fine", "correct": True, "reason": ""}
+    item = {"category": "math", "index": 0, "prompt": "1 < 2 & 3", "reference": "yes"}
+    return {
+        "model": {"path": "my <model>"},
+        "suite": "mini",
+        "seed": 0,
+        "options": {"ar": {}},
+        "versions": {"torch": "2"},
+        "modes": both,
+        "categories": {"math": both, "code": both},
+        "items": [
+            {**item, "outputs": {"ar": right, "diffusion": right}, "prompt": "all right"},
+            {**item, "outputs": {"ar": right, "diffusion": output}},
+        ],
+        "sweep": [
+            {"confidence_threshold": t, "steps_per_block": s, "accuracy": 0.5 + t / 3, "n": 50,
+             "tokens_per_nfe": 8 - 5 * t}
+            for t, s in ((0.5, None), (0.9, None), (0.9, 2), (0.9, 4))
+        ],
+        "traces": {
+            "diffusion": {
+                "steps_by_block": [4.0, 2.5],
+                "blocks": [10, 6],
+                "commit_step_by_position": [1.0, 1.5, 2.0],
+                "kendall_tau": 0.9,
+            }
+        },
+    }  # fmt: skip
+
+
+class Text(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+def test_the_page_needs_nothing_else(results: dict[str, object], tmp_path: Path) -> None:
+    paths = write_report(results, tmp_path / "new")
+    names = [path.name for path in paths]
+    assert names == ["retention.png", "tradeoff.png", "steps_by_block.png", "commit_order.png",
+                     "report.html"]  # fmt: skip
+    assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in paths[:-1])
+    page = Text()
+    page.feed(paths[-1].read_text())
+    assert len(page.sources) == 4 and all(s.startswith("data:image/png") for s in page.sources)
+    assert page.tags.count("table") == 3 and "script" not in page.tags
+
+
+def test_figures_and_examples_are_in_the_page(results: dict[str, object]) -> None:
+    page = to_html(results, {})
+    assert "keeps 97.8 % of the AR quality (95 %: 93.8 to 99.8 %) at 2.50 times" in page
+    assert "5.25 tokens/NFE" in headline(results)
+    assert "1 &lt; 2 &amp; 3" in page and "&lt;script&gt;" in page  # what a model writes is text
+    assert page.index("1 &lt; 2") < page.index("all right")  # wrong ones first
+    assert re.search(r"<td>88.0</td><td>83.0 to 93.0</td><td>97.8</td>", page)
+
+
+def test_missing_parts_are_left_out(results: dict[str, object]) -> None:
+    """Silent failure: an empty axis that looks like a measurement of nothing."""
+    poor = {**results, "sweep": [], "traces": {}, "modes": {"diffusion": row(0.5, None, 9)}}
+    poor["categories"] = {"math": poor["modes"]}
+    poor.pop("items")
+    assert figures(poor) == {}
+    page = to_html(poor, {})
+    assert "No sweep was run" in page and "no retention" in page and "Examples" not in page
+
+
+def test_pictures_say_how_many_items(results: dict[str, object]) -> None:
+    titles = {name: figure.axes[0].get_title() for name, figure in figures(results).items()}
+    assert titles["retention"] == "Quality kept, 200 items a category"
+    assert "50 items" in titles["tradeoff"]
