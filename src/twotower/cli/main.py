@@ -27,6 +27,7 @@ VERBS = {
     "train": "pretrain a backbone, then its denoiser",
     "bench": "quality kept and speed against AR decoding of the same weights",
     "evaluate": "quality kept and speed of a checkpoint, task by task, mode by mode",
+    "lm-eval": "lm-eval's tasks on a checkpoint, and our suite as its tasks",
 }
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as a shell reports it
 
@@ -71,6 +72,10 @@ def _run(args: list[str]) -> int:
     if verb not in VERBS:
         raise ValueError(f"{verb!r} is no verb; use one of {', '.join(VERBS)}, or twotower -h")
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    if verb == "lm-eval":  # its arguments are another program's
+        from twotower.cli.lm_eval import run_arguments
+
+        return run_arguments(rest)
     module = importlib.import_module(f"twotower.cli.{verb}")
     options_class: type = get_type_hints(module.run)["options"]
     help_text = None

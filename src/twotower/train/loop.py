@@ -23,7 +23,7 @@ from twotower.train.metrics import Metrics
 from twotower.train.models import export, starting_model
 from twotower.train.options import TrainOptions
 from twotower.train.run_folder import RunFolder, Snapshot
-from twotower.train.schedule import learning_rate, make_optimizer, set_learning_rate
+from twotower.train.schedule import Optimizers, learning_rate, make_optimizer
 from twotower.train.signals import StopSignals
 from twotower.train.step import Loss, make_loss, step_generator
 
@@ -54,7 +54,7 @@ class Training:
     options: TrainOptions
     rows: Rows
     model: TwoTower
-    optimizer: torch.optim.AdamW
+    optimizer: Optimizers
     block_size: int
     step: int = 0
     rows_read: int = 0
@@ -164,8 +164,8 @@ def _optimiser_step(training: Training, loss: Loss, folder: RunFolder) -> _StepR
     """Accumulate gradients over the passes of one step, check them, and move the weights."""
     options = training.options
     rate = learning_rate(training.step, options)
-    set_learning_rate(training.optimizer, rate)
-    training.optimizer.zero_grad(set_to_none=True)
+    training.optimizer.set_learning_rate(rate)
+    training.optimizer.zero_grad()
     total = 0.0
     for micro in range(options.accumulate):
         start = training.rows_read + micro * options.batch_size

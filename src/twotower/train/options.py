@@ -19,6 +19,7 @@ from twotower.train.denoiser_options import DenoiserOptions
 
 Recipe = Literal["backbone", "denoiser"]
 DecayShape = Literal["linear", "sqrt"]
+OptimizerName = Literal["adamw", "muon"]
 Precision = Literal["bfloat16", "float32"]
 
 
@@ -53,6 +54,8 @@ class TrainOptions(DenoiserOptions):
     """Passes per optimiser step: rows per step are batch_size times this."""
     steps: int = 4000
     """Optimiser steps in all. A longer run may continue a shorter one."""
+    optimizer: OptimizerName = "adamw"
+    """adamw, or muon: Muon for the layers' matrices and AdamW for the rest."""
     learning_rate: float = 3e-3
     """Peak of the schedule."""
     warmup: int = 100
@@ -115,7 +118,7 @@ class TrainOptions(DenoiserOptions):
             raise ValueError(f"learning_rate: {self.learning_rate} must be above 0; try 0.003")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas: {self.betas} must both be at least 0 and below 1")
-        for name in ("recipe", "decay_shape", "dtype"):
+        for name in ("recipe", "optimizer", "decay_shape", "dtype"):
             allowed = get_args(_type_of(name))
             if getattr(self, name) not in allowed:
                 given = getattr(self, name)

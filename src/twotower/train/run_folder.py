@@ -26,7 +26,16 @@ _log = logging.getLogger(__name__)
 FORMAT = 1
 _LIBRARIES = ("twotower", "torch", "numpy", "tokenizers", "safetensors", "tensorboard")
 # Another value of these would make another run of it, not a continued one.
-_FIXED_ON_RESUME = ("recipe", "seed", "sequence_length", "init", "preset", "config", "block_size")
+_FIXED_ON_RESUME = (
+    "recipe",
+    "seed",
+    "sequence_length",
+    "init",
+    "preset",
+    "config",
+    "block_size",
+    "optimizer",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

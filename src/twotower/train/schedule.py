@@ -1,7 +1,9 @@
-"""Learning rate by step, and which parameters the weight decay reaches."""
+"""Learning rate by step, and which parameters each optimiser and the weight decay reach."""
 
+import itertools
 import math
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,22 +32,75 @@ def _remaining(progress: float, shape: DecayShape) -> float:
     return 1.0 - (math.sqrt(progress) if shape == "sqrt" else progress)
 
 
-def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW over the parameters that require a gradient, in two groups: decayed and not."""
-    groups: dict[Literal["decayed", "plain"], list[nn.Parameter]] = {"decayed": [], "plain": []}
+class Optimizers:
+    """One or more torch optimisers that step together, behind the interface of one."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> Iterator[dict[str, Any]]:
+        return itertools.chain.from_iterable(part.param_groups for part in self.parts)
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self.param_groups:
+            group["lr"] = rate
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(place): part.state_dict() for place, part in enumerate(self.parts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for place, part in enumerate(self.parts):
+            part.load_state_dict(state[str(place)])
+
+
+def make_optimizer(model: nn.Module, options: TrainOptions) -> Optimizers:
+    """AdamW over what requires a gradient; with optimizer="muon", Muon over the layers' matrices.
+
+    Muon's update is scaled to the RMS of AdamW's, so that one learning rate serves both.
+    """
+    turned: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decayed = is_decayed(name, parameter, options.decay_embeddings)
-            groups["decayed" if decayed else "plain"].append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": groups["decayed"], "weight_decay": options.weight_decay},
-            {"params": groups["plain"], "weight_decay": 0.0},
-        ],
-        lr=options.learning_rate,
-        betas=options.betas,
-        fused=True,
-    )
+        if not parameter.requires_grad:
+            continue
+        if options.optimizer == "muon" and is_turned(name, parameter):
+            turned.append(parameter)
+        else:
+            is_plain = not is_decayed(name, parameter, options.decay_embeddings)
+            (plain if is_plain else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": options.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    parts: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, fused=True)
+    ]
+    if turned:
+        parts.append(
+            torch.optim.Muon(
+                turned,
+                lr=options.learning_rate,
+                weight_decay=options.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    return Optimizers(parts)
+
+
+def is_turned(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon may update it: the matrices of the towers' layers, but not their tables."""
+    parts = name.split(".")
+    return parameter.ndim == 2 and "layers" in parts
 
 
 def is_decayed(name: str, parameter: nn.Parameter, decay_embeddings: bool) -> bool:
@@ -56,8 +111,3 @@ def is_decayed(name: str, parameter: nn.Parameter, decay_embeddings: bool) -> bo
     if parameter.ndim < 2 or any(part in _NEVER_DECAYED for part in parts):
         return False
     return decay_embeddings or "embeddings" not in parts
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
