@@ -118,6 +118,7 @@ class ModelConfig:
     pad_token_id: int | None = 0
     mask_token_id: int = 3
     block_size: int = 16
+    bidirectional_mamba: bool = False  # of the denoiser; the context tower is always causal
 
     def __post_init__(self) -> None:
         for check in (_check_pattern, _check_sizes, _check_divisions, _check_supported, _check_ids):

@@ -31,11 +31,14 @@ class DenoiserTower(Tower):
         for index, layer in enumerate(self.each_layer()):
             modulation = None if modulations is None else modulations[index]
             u = layer.enter(h, modulation)
-            h = layer.leave(h, _mix(layer, u, view.layers[index], mask), modulation)
+            y = _mix(layer, u, view.layers[index], mask, self.config.bidirectional_mamba)
+            h = layer.leave(h, y, modulation)
         return self.finish(h)
 
 
-def _mix(layer: Layer, u: Tensor, state: LayerState, mask: Tensor | None) -> Tensor:
+def _mix(
+    layer: Layer, u: Tensor, state: LayerState, mask: Tensor | None, bidirectional: bool
+) -> Tensor:
     """One mixer over u (B, K, T, D), same shape back.
 
     Mamba takes each block by itself, attention all blocks with shared keys.
@@ -45,10 +48,25 @@ def _mix(layer: Layer, u: Tensor, state: LayerState, mask: Tensor | None) -> Ten
     if isinstance(mixer, Mamba2):
         assert isinstance(state, MambaState)
         seed = MambaState(state.conv.flatten(0, 1), state.ssm.flatten(0, 1))
-        y, _ = mixer(u.flatten(0, 1), seed, None, u.shape[2])
+        y = _scan(mixer, u.flatten(0, 1), seed, bidirectional)
     elif isinstance(mixer, Attention):
         assert isinstance(state, KV)
         y, _ = mixer(u.flatten(1, 2), state, mask)
     else:
         y = mixer(u)
     return y.view(u.shape)
+
+
+def _scan(mixer: Mamba2, u: Tensor, seed: MambaState, bidirectional: bool) -> Tensor:
+    """u (B*K, T, D) from its seed; if bidirectional, the mean with a scan from the block's end.
+
+    That one starts from zeros: nothing is known behind the block. Source: system.md section 5.
+    """
+    length = u.shape[1]
+    forward: Tensor
+    backward: Tensor
+    forward, _ = mixer(u, seed, None, length)
+    if not bidirectional:
+        return forward
+    backward, _ = mixer(u.flip(1), None, None, length)
+    return (forward + backward.flip(1)) / 2

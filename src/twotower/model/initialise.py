@@ -12,7 +12,7 @@ from twotower.layers.mamba2 import Mamba2
 from twotower.model.two_tower import TwoTower
 
 # Matrices whose output is added to the residual stream: scaled down by its number of summands.
-_RESIDUAL = ("o_proj", "out_proj", "down_proj")
+_RESIDUAL = frozenset(("o_proj", "out_proj", "down_proj"))
 
 
 @torch.no_grad()
@@ -27,7 +27,8 @@ def randomise(model: TwoTower, seed: int) -> None:
         if parameter.ndim < 2 or "scale_shift_tables" in name:
             continue
         std = config.initializer_range
-        if config.rescale_prenorm_residual and name.split(".")[-2] in _RESIDUAL:
+        # Stacked experts are parameters of that name themselves, other matrices lie in a module.
+        if config.rescale_prenorm_residual and not _RESIDUAL.isdisjoint(name.split(".")[-2:]):
             std /= math.sqrt(config.num_hidden_layers)
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     for module in model.modules():
@@ -53,13 +54,19 @@ def _randomise_scan(mixer: Mamba2, config: ModelConfig, generator: torch.Generat
 
 @torch.no_grad()
 def copy_context_to_denoiser(model: TwoTower, seed: int) -> None:
-    """Start the denoiser equal to the context tower, unconditioned: gate 1, shift and scale 0.
-
-    The timestep embedder is random, so that its gradient is not zero once t_block has moved.
-    """
+    """Start the denoiser equal to the context tower, unconditioned."""
     assert model.denoiser_tower is not None
     model.denoiser_tower.load_state_dict(model.context_tower.state_dict())
     model.lm_head.load_state_dict(model.context_lm_head.state_dict())
+    remove_conditioning(model, seed)
+
+
+@torch.no_grad()
+def remove_conditioning(model: TwoTower, seed: int) -> None:
+    """Gate 1, shift and scale 0 for every t.
+
+    The timestep embedder is random, so that its gradient is not zero once t_block has moved.
+    """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.t_embedder.parameters():
         values = torch.randn(parameter.shape, generator=generator) * model.config.initializer_range

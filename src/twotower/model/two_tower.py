@@ -54,6 +54,18 @@ class TwoTower(nn.Module):
             if self.denoiser_tower is not None:
                 self.lm_head.weight = self.denoiser_tower.embeddings.weight
 
+    def tie_towers(self) -> None:
+        """Let the denoiser tower be the context tower's weights; heads and time conditioning stay
+        apart. For training; a file holds both towers.
+        """
+        own, shared = self._denoiser().modules(), self.context_tower.modules()
+        for module, source in zip(own, shared, strict=True):
+            for name, parameter in source.named_parameters(recurse=False):
+                setattr(module, name, parameter)
+            for name, buffer in source.named_buffers(recurse=False):
+                setattr(module, name, buffer)
+        self.tie_heads()
+
     @property
     def context_device(self) -> torch.device:
         """Where the context tower lives."""
@@ -146,6 +158,29 @@ class TwoTower(nn.Module):
         t (B,) per row, (B, N) per block, or None. Returns (B, N*T, V) float32. Gradients reach the
         context tower only where its parameters require them. Source: system.md section 5.
         """
+        return self._read_and_denoise(clean, noisy, t, block_size, index)[0]
+
+    def joint_logits(
+        self,
+        clean: Tensor,
+        noisy: Tensor,
+        t: Tensor | None,
+        block_size: int,
+        index: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`training_logits` and, of the same pass over clean, `context_logits` (B, K*T, V)."""
+        logits, hidden = self._read_and_denoise(clean, noisy, t, block_size, index)
+        return logits, _head(self.context_lm_head, hidden)
+
+    def _read_and_denoise(
+        self,
+        clean: Tensor,
+        noisy: Tensor,
+        t: Tensor | None,
+        block_size: int,
+        index: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Denoiser logits, and what the context tower made of clean (B, K*T, D)."""
         num_rows, length = self._checked(clean, "clean").shape
         if length % block_size:
             raise ValueError(
@@ -160,21 +195,26 @@ class TwoTower(nn.Module):
                 f"block_size={block_size} of clean {tuple(clean.shape)} need "
                 f"{(num_rows, index.shape[1] * block_size)}"
             )
-        view = self._training_view(clean, block_size, index).to(self.denoiser_device)
+        context, view = self._training_view(clean, block_size, index)
+        view = view.to(self.denoiser_device)
         blocks = noisy.unflatten(1, (-1, block_size)).to(self.denoiser_device)
         mask = masks.block_causal(index.to(blocks.device), length, block_size)
         if t is not None:
             t = (t if t.dim() == 2 else t.unsqueeze(-1)).to(self.denoiser_device)
         hidden = self._denoiser()(blocks, view, mask, None if t is None else self._modulations(t))
-        return _head(self.lm_head, hidden.flatten(1, 2))
+        return _head(self.lm_head, hidden.flatten(1, 2)), context
 
-    def _training_view(self, clean: Tensor, block_size: int, index: Tensor) -> ContextView:
-        """One causal pass over clean (B, K*T): all keys, and Mamba states before blocks (B, N)."""
+    def _training_view(
+        self, clean: Tensor, block_size: int, index: Tensor
+    ) -> tuple[Tensor, ContextView]:
+        """One causal pass over clean (B, K*T): its output (B, K*T, D), all keys, and Mamba states
+        before blocks (B, N).
+        """
         num_rows, length = clean.shape
         frozen = not any(p.requires_grad for p in self.context_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             mask = masks.causal(length, 0, clean.device)
-            _, states = self.context_tower(clean, None, mask, None, block_size)
+            context, states = self.context_tower(clean, None, mask, None, block_size)
         rows = torch.arange(num_rows, device=clean.device).unsqueeze(1)
         layers = tuple(
             MambaState(*(part[rows, index] for part in _shift_one_block(state)))
@@ -182,7 +222,7 @@ class TwoTower(nn.Module):
             else state
             for state in states
         )
-        return ContextView(layers, None, length, num_rows)
+        return context, ContextView(layers, None, length, num_rows)
 
     def _modulations(self, t: Tensor) -> list[Modulation]:
         """t (B, K) or (B, 1) -> for each layer shift, scale, gate (B, K, 1, D)."""

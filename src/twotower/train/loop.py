@@ -12,12 +12,14 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from twotower.model.two_tower import TwoTower
+from twotower.train.average import WeightAverage
 from twotower.train.data import Rows, Shard
 from twotower.train.metrics import Metrics
 from twotower.train.models import export, starting_model
@@ -56,12 +58,26 @@ class Training:
     model: TwoTower
     optimizer: Optimizers
     block_size: int
+    average: WeightAverage | None = None
     step: int = 0
     rows_read: int = 0
     pending_losses: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if self.options.ema > 0.0:
+            self.average = WeightAverage(self.model, self.options.ema)
+
+    @property
+    def block_size_now(self) -> int:
+        """Tokens per block of the next step."""
+        early = self.options.early_block_size
+        is_early = self.step < round(self.options.early_share * self.options.steps)
+        return early if early is not None and is_early else self.block_size
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """While entered, the model has the weights that are evaluated and exported."""
+        return nullcontext() if self.average is None else self.average.in_the_model()
 
     def snapshot(self) -> Snapshot:
         return Snapshot(
@@ -72,6 +88,7 @@ class Training:
             model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
             pending_losses=self.pending_losses,
+            average={} if self.average is None else self.average.values,
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -83,6 +100,8 @@ class Training:
             )
         self.model.load_state_dict(snapshot.model)
         self.optimizer.load_state_dict(dict(snapshot.optimizer))
+        if self.average is not None:
+            self.average.restore(snapshot.average)
         self.step, self.rows_read = snapshot.step, snapshot.rows_read
         self.pending_losses = list(snapshot.pending_losses)
 
@@ -104,17 +123,14 @@ def train(options: TrainOptions) -> Iterator[StepReport]:
     with Metrics(folder.metrics, log, training.step) as metrics, StopSignals() as stop:
         yield from _run(training, folder, metrics, stop)
     if training.step >= options.steps:
-        export(training.model, folder.export, options.recipe, shard)
+        with training.averaged():
+            export(training.model, folder.export, options.recipe, shard)
 
 
 def _begin(options: TrainOptions, rows: Rows, snapshot: Snapshot | None) -> Training:
     model = starting_model(options, rows.shard.meta.vocab_size, snapshot).to(options.device)
     block_size = options.block_size or model.config.block_size
-    if options.recipe == "denoiser" and options.sequence_length % block_size:
-        raise ValueError(
-            f"sequence_length: {options.sequence_length} is not a multiple of "
-            f"block_size={block_size}"
-        )
+    _check_block_sizes(options, block_size)
     training = Training(
         options=options,
         rows=rows,
@@ -133,16 +149,31 @@ def _begin(options: TrainOptions, rows: Rows, snapshot: Snapshot | None) -> Trai
     return training
 
 
+def _check_block_sizes(options: TrainOptions, block_size: int) -> None:
+    if options.recipe == "backbone":
+        return
+    if options.early_block_size == block_size:
+        raise ValueError(f"early_block_size: {block_size} is the model's own; leave it out")
+    for name, size in (("block_size", block_size), ("early_block_size", options.early_block_size)):
+        if size is not None and options.sequence_length % size:
+            raise ValueError(
+                f"sequence_length: {options.sequence_length} is not a multiple of {name}={size}"
+            )
+
+
 def _run(
     training: Training, folder: RunFolder, metrics: Metrics, stop: StopSignals
 ) -> Iterator[StepReport]:
     options = training.options
-    loss = make_loss(options, training.block_size, options.compile)
+    losses = {
+        size: make_loss(options, size, options.compile, options.next_token_weight)
+        for size in {training.block_size, options.early_block_size or training.block_size}
+    }
     durations: deque[float] = deque(maxlen=_RECENT)
     saved_step = training.step
     while training.step < options.steps and not stop.requested:
         begin = time.perf_counter()
-        result = _optimiser_step(training, loss, folder)
+        result = _optimiser_step(training, losses[training.block_size_now], folder)
         durations.append(time.perf_counter() - begin)
         report = _record(training, result, sum(durations) / len(durations), metrics)
         if _is_due(training.step, options.checkpoint_every, options.steps):
@@ -180,6 +211,8 @@ def _optimiser_step(training: Training, loss: Loss, folder: RunFolder) -> _StepR
         raise ValueError(_not_finite(training, folder, total, norm))
     training.optimizer.step()
     training.step += 1
+    if training.average is not None:
+        training.average.update(training.step)
     training.rows_read += options.rows_per_step
     training.pending_losses.append(total)
     return _StepResult(loss=total, grad_norm=norm, learning_rate=rate)
@@ -228,17 +261,20 @@ def _record(training: Training, result: _StepResult, step_s: float, metrics: Met
 
 @torch.no_grad()
 def evaluate(training: Training) -> float:
-    """Mean loss over the first `eval_rows` held-out rows, with the same noise every time."""
+    """Mean loss over the first `eval_rows` held-out rows, with the same noise every time.
+
+    A denoiser's is its own alone, without the context tower's, so that variants compare.
+    """
     options = training.options
     loss = make_loss(options, training.block_size, compile=False)
     count = min(options.eval_rows, training.rows.num_held_out)
     total = 0.0
-    for start in range(0, count, options.batch_size):
-        batch = training.rows.held_out(start, min(options.batch_size, count - start))
-        generator = step_generator(options.seed, _EVALUATION, start)
-        with autocast(options):
+    with training.averaged(), autocast(options):
+        for start in range(0, count, options.batch_size):
+            batch = training.rows.held_out(start, min(options.batch_size, count - start))
+            generator = step_generator(options.seed, _EVALUATION, start)
             value = loss(training.model, batch.to(options.device), generator)
-        total += value.item() * len(batch.tokens)
+            total += value.item() * len(batch.tokens)
     return total / count
 
 

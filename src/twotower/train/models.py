@@ -1,11 +1,14 @@
 """The model at the start of a run and at its end: fresh, from a checkpoint, resumed, exported."""
 
+import dataclasses
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from twotower.checkpoint import load_model, save_backbone, save_model
 from twotower.config import ModelConfig
-from twotower.model.initialise import randomise
+from twotower.model.initialise import randomise, remove_conditioning
 from twotower.model.two_tower import TwoTower
 from twotower.tokenizer import load_tokenizer
 from twotower.train.data import Shard
@@ -20,12 +23,15 @@ def starting_model(options: TrainOptions, vocab_size: int, snapshot: Snapshot | 
     """The float32 model whose trainable parameters, and only those, require a gradient.
 
     With a snapshot only the architecture is taken from it: its weights are the caller's to load.
-    ValueError if an initial checkpoint has another vocabulary than the data.
+    ValueError if an initial checkpoint has another vocabulary than the data, or towers that differ
+    where one is to be both.
     """
     if snapshot is not None:
         model = TwoTower(model_config(snapshot), _towers(options.recipe))
     elif options.init is not None:
-        model = _load_initial(options.init, options.recipe)
+        model = load_model(options.init, towers=_towers(options.recipe))
+        if options.recipe == "denoiser":
+            model = _with_denoiser(model, options)
     else:
         model = TwoTower(new_config(options, vocab_size), _towers(options.recipe))
         randomise(model, options.seed)
@@ -35,8 +41,9 @@ def starting_model(options: TrainOptions, vocab_size: int, snapshot: Snapshot | 
             "prepare the data with --tokenizer set to the model's folder"
         )
     if options.recipe == "denoiser":
-        model.context_tower.requires_grad_(False)
-        model.context_lm_head.requires_grad_(False)
+        if options.is_tied:
+            model.tie_towers()
+        _choose_trained(model, options)
     return model
 
 
@@ -56,8 +63,40 @@ def export(model: TwoTower, path: Path, recipe: Recipe, shard: Shard) -> None:
     save(model, path, extra_files=load_tokenizer(shard.folder).files())
 
 
-def _load_initial(path: Path, recipe: Recipe) -> TwoTower:
-    return load_model(path, towers=_towers(recipe))
+def _with_denoiser(model: TwoTower, options: TrainOptions) -> TwoTower:
+    """The initial checkpoint with the denoiser and the configuration that the options ask for."""
+    if options.is_tied and not _are_equal(model):
+        raise ValueError(
+            f"towers: {options.towers} needs one tower, but the two of {options.init} differ; give "
+            "a backbone, or a model that was trained tied"
+        )
+    config = dataclasses.replace(
+        model.config,
+        block_size=options.block_size or model.config.block_size,
+        bidirectional_mamba=options.bidirectional_mamba or model.config.bidirectional_mamba,
+    )
+    weights = model.state_dict()
+    shaped = TwoTower(config)
+    if options.denoiser_init == "scratch":
+        randomise(shaped, options.seed)
+        remove_conditioning(shaped, options.seed)
+        own = ("context_tower.", "context_lm_head.")
+        weights = shaped.state_dict() | {n: v for n, v in weights.items() if n.startswith(own)}
+    shaped.load_state_dict(weights)
+    return shaped
+
+
+def _are_equal(model: TwoTower) -> bool:
+    assert model.denoiser_tower is not None
+    other = model.denoiser_tower.state_dict()
+    return all(torch.equal(other[n], v) for n, v in model.context_tower.state_dict().items())
+
+
+def _choose_trained(model: TwoTower, options: TrainOptions) -> None:
+    """Freeze what the options do not train: by default the whole context side."""
+    model.context_tower.requires_grad_(options.is_tied or options.train_context)
+    if not model.config.tie_word_embeddings:  # such a head is the embeddings, trained as they are
+        model.context_lm_head.requires_grad_(options.next_token_weight > 0.0)
 
 
 def _towers(recipe: Recipe) -> Literal["both", "context"]:

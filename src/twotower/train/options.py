@@ -38,7 +38,7 @@ class TrainOptions(DenoiserOptions):
     init: Path | None = None
     """Checkpoint folder to start from; a denoiser needs a backbone or a two-tower model."""
     preset: str | None = None
-    """Size of a new backbone: tiny or small (the default)."""
+    """Size of a new backbone: tiny, small (the default) or moe."""
     config: Path | None = None
     """config.json of a new backbone, instead of a preset; its vocab_size gives way to the
     data's.
@@ -74,6 +74,9 @@ class TrainOptions(DenoiserOptions):
     """AdamW moment decay rates."""
     grad_clip: float = 1.0
     """Largest gradient norm; larger ones are scaled down. 0 switches it off."""
+    ema: float = 0.0
+    """Decay of a moving average of the trained weights, as 0.999, which evaluation and export then
+    use; 0 switches it off."""
 
     seed: int = 0
     """Decides initial weights, order of rows and noise; step k's randomness depends on it and k
@@ -116,6 +119,8 @@ class TrainOptions(DenoiserOptions):
                 raise ValueError(f"{name}: {getattr(self, name)} is not a share; use 0 to 1")
         if not (self.learning_rate > 0.0 and math.isfinite(self.learning_rate)):
             raise ValueError(f"learning_rate: {self.learning_rate} must be above 0; try 0.003")
+        if not 0.0 <= self.ema < 1.0:
+            raise ValueError(f"ema: {self.ema} must be at least 0 and below 1; try 0.999")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas: {self.betas} must both be at least 0 and below 1")
         for name in ("recipe", "optimizer", "decay_shape", "dtype"):
@@ -124,6 +129,10 @@ class TrainOptions(DenoiserOptions):
                 given = getattr(self, name)
                 raise ValueError(f"{name}: {given!r} is not one of {', '.join(allowed)}")
         self._check_model_source()
+        if self.early_block_size is not None and self.early_block_size == self.block_size:
+            raise ValueError(
+                f"early_block_size: {self.early_block_size} is block_size itself; leave it out"
+            )
 
     def _check_model_source(self) -> None:
         given = [name for name in ("init", "preset", "config") if getattr(self, name) is not None]

@@ -32,6 +32,23 @@ _PRESETS: dict[str, dict[str, object]] = {
         "conv_kernel": 4,
         "intermediate_size": 512,
     },
+    # Every kind of layer but the dense MLP: about 1.2M parameters a tower, 0.8M of them active.
+    "moe": {
+        "hybrid_override_pattern": "M*EM*E",
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 32,
+        "ssm_state_size": 32,
+        "n_groups": 1,
+        "conv_kernel": 4,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "moe_shared_expert_intermediate_size": 256,
+    },
 }
 PRESET_NAMES = tuple(_PRESETS)
 

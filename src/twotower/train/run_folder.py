@@ -12,7 +12,7 @@ import logging
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 
@@ -35,6 +35,13 @@ _FIXED_ON_RESUME = (
     "config",
     "block_size",
     "optimizer",
+    "ema",
+    "early_block_size",
+    "early_share",
+    "towers",
+    "train_context",
+    "bidirectional_mamba",
+    "denoiser_init",
 )
 
 
@@ -49,6 +56,7 @@ class Snapshot:
     model: Mapping[str, Tensor]
     optimizer: Mapping[str, object]
     pending_losses: list[float]  # steps since the last metrics line
+    average: Mapping[str, Tensor] = field(default_factory=dict)  # of the trained weights, with ema
 
 
 class RunFolder:
@@ -127,10 +135,12 @@ class RunFolder:
                 f"out: {file} cannot be read ({_one_line(error)}); use a new folder"
             ) from error
         now = json.loads(json.dumps(options.to_dict()))
+        defaults = {field.name: field.default for field in fields(TrainOptions)}
         for name in _FIXED_ON_RESUME:
-            if before.get(name) != now[name]:
+            then = before.get(name, defaults[name])  # an older version may not have had it
+            if then != now[name]:
                 raise ValueError(
-                    f"{name}: {now[name]} differs from {before.get(name)} of the run in "
+                    f"{name}: {now[name]} differs from {then} of the run in "
                     f"{self.path}; "
                     "use that value, or another --out"
                 )

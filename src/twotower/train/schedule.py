@@ -98,9 +98,11 @@ def make_optimizer(model: nn.Module, options: TrainOptions) -> Optimizers:
 
 
 def is_turned(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon may update it: the matrices of the towers' layers, but not their tables."""
+    """Whether Muon may update it: the matrices of the towers' layers. Not routers, whose rows are
+    experts that compete, nor stacked experts, of which few see a token.
+    """
     parts = name.split(".")
-    return parameter.ndim == 2 and "layers" in parts
+    return parameter.ndim == 2 and "layers" in parts and "gate" not in parts
 
 
 def is_decayed(name: str, parameter: nn.Parameter, decay_embeddings: bool) -> bool:

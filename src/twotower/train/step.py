@@ -20,9 +20,12 @@ from twotower.train.options import TrainOptions
 Loss = Callable[[TwoTower, Batch, torch.Generator], Tensor]  # batch -> mean nats, a scalar
 
 
-def make_loss(options: TrainOptions, block_size: int, compile: bool) -> Loss:
-    """The loss of a recipe. With `compile`, what the model computes is compiled; the noise is
-    not.
+def make_loss(
+    options: TrainOptions, block_size: int, compile: bool, ar_weight: float = 0.0
+) -> Loss:
+    """The loss of a recipe; a denoiser's may add the context tower's next-token loss.
+
+    With `compile`, what the model computes is compiled; the noise is not.
     """
     if options.recipe == "backbone":
         next_token = torch.compile(next_token_loss) if compile else next_token_loss
@@ -44,7 +47,7 @@ def make_loss(options: TrainOptions, block_size: int, compile: bool) -> Loss:
         weight = None
         if options.loss_weight == "elbo":
             weight = elbo_weight("linear", blocks.sampled_t).repeat_interleave(block_size, dim=1)
-        return block(model, batch.tokens, blocks, block_size, weight)
+        return block(model, batch.tokens, blocks, block_size, weight, ar_weight)
 
     return denoiser
 
@@ -58,16 +61,31 @@ def step_generator(seed: int, step: int, micro: int) -> torch.Generator:
 def next_token_loss(model: TwoTower, tokens: Tensor) -> Tensor:
     """Token i predicts token i + 1 through the context tower: tokens (B, L) -> scalar."""
     # The last position predicts nothing, but whole rows keep the scan's tiles even.
-    logits = model.context_logits(tokens)[:, :-1]
-    return token_cross_entropy(logits, tokens[:, 1:]).mean()
+    return _shifted_cross_entropy(model.context_logits(tokens), tokens)
 
 
 def block_loss(
-    model: TwoTower, context: Tensor, blocks: NoisyBlocks, block_size: int, weight: Tensor | None
+    model: TwoTower,
+    context: Tensor,
+    blocks: NoisyBlocks,
+    block_size: int,
+    weight: Tensor | None,
+    ar_weight: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of the clean tokens at masked positions: context (B, K*T) -> scalar.
 
     weight (B, N*T): with it, the weighted sum over all N*T positions of the chosen blocks.
+    ar_weight: what the context head's next-token loss on the same pass over context adds.
     """
-    logits = model.training_logits(context, blocks.noisy, blocks.t, block_size, blocks.index)
-    return masked_cross_entropy(logits, blocks.clean, blocks.is_masked, weight)
+    inputs = (context, blocks.noisy, blocks.t, block_size, blocks.index)
+    if ar_weight == 0.0:
+        logits = model.training_logits(*inputs)
+        return masked_cross_entropy(logits, blocks.clean, blocks.is_masked, weight)
+    logits, next_logits = model.joint_logits(*inputs)
+    denoising = masked_cross_entropy(logits, blocks.clean, blocks.is_masked, weight)
+    return denoising + ar_weight * _shifted_cross_entropy(next_logits, context)
+
+
+def _shifted_cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Logits after token i score token i + 1: (B, L, V), (B, L) -> scalar."""
+    return token_cross_entropy(logits[:, :-1], tokens[:, 1:]).mean()
