@@ -18,6 +18,7 @@ from twotower.cli.machine import describe_cpu
 from twotower.engine import GenerateOptions
 from twotower.evaluate.decode import Trace
 from twotower.evaluate.options import EvalOptions
+from twotower.evaluate.references import score_references, summarise_references
 from twotower.evaluate.report import write_report
 from twotower.evaluate.results import BASELINE, summarise, summarise_traces
 from twotower.evaluate.run import Item, Subject, draw_documents, evaluate, warm_up
@@ -62,10 +63,11 @@ def run_suite(options: EvaluateOptions) -> tuple[dict[str, object], list[Item]]:
     subject = make_subject(options, loaded)
     documents = draw_documents(options.category_names, options.items, options.seed)
     swept = documents[::SWEEP_SHARE] if options.sweep else []
+    scored = documents if options.likelihood else []
     points = len(THRESHOLDS) + len(PASS_LIMITS)
     traces = {mode: Trace() for mode in subject.options}
-    items, records = [], []
-    with progress_bar(len(documents) + points * len(swept)) as bar:
+    items, records, references = [], [], []
+    with progress_bar(len(documents) + points * len(swept) + len(scored)) as bar:
         task = bar.task_ids[0]
         warm_up(subject, documents[0])
         for item in evaluate(subject, documents, options.batch_size, traces):
@@ -75,11 +77,15 @@ def run_suite(options: EvaluateOptions) -> tuple[dict[str, object], list[Item]]:
             for record in sweep(subject, swept, options.batch_size, options.seed):
                 records.append(record)
                 bar.update(task, advance=len(swept), description="sweep")
+        for reference in score_references(loaded.model, subject.tokenizer, scored, options.seed):
+            references.append(reference)
+            bar.update(task, advance=1, description="likelihood")
     modes = list(subject.options)
     results = {
         **describe_run(options, loaded, subject),
         **summarise(items, modes, options.seed),
         "sweep": records,
+        "likelihood": summarise_references(references) if references else None,
         "traces": summarise_traces(traces),
     }
     return results, items
@@ -166,6 +172,9 @@ def print_results(results: Mapping[str, object], console: Console) -> None:
     assert isinstance(categories, dict) and isinstance(modes, dict)
     for name, measured in {**categories, "all": modes}.items():
         console.print(mode_table(name, measured))
+    if (likelihood := results["likelihood"]) is not None:
+        assert isinstance(likelihood, dict)
+        console.print(likelihood_table(likelihood))
     if BASELINE not in modes:
         console.print("No retention and no speed ratio: ar is not among the modes.")
 
@@ -194,6 +203,19 @@ def mode_table(name: str, measured: Mapping[str, Mapping[str, object]]) -> Table
             _number(row["speed_ratio"], 2),
             str(row["degenerate"]),
         )
+    return table
+
+
+def likelihood_table(likelihood: Mapping[str, dict[str, Mapping[str, object]]]) -> Table:
+    """Nats per token of the reference answers: the context tower's, the denoiser's bound."""
+    title = f"likelihood of the reference answers ({likelihood['noisings']} noisings a block)"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("category")
+    for column in ("tokens", "ar nats/token", "bound nats/token", "+-"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, row in {**likelihood["categories"], "all": likelihood["all"]}.items():
+        numbers = ("ar_nats_per_token", "bound_nats_per_token", "bound_standard_error")
+        table.add_row(name, str(row["tokens"]), *[_number(row[key], 4) for key in numbers])
     return table
 
 

@@ -68,7 +68,7 @@ class Decoder:
     options: HarnessOptions
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
-        """Each (context, continuation); an empty context is the tokenizer's bos."""
+        """Each (context, continuation), in order; an empty context is the tokenizer's bos."""
         encoded = [self._split(context, text) for context, text in pairs]
         scores: list[Score] = []
         for start in range(0, len(encoded), self.options.batch_size):
@@ -77,16 +77,17 @@ class Decoder:
         return scores
 
     def _split(self, context: str, text: str) -> tuple[list[int], list[int]]:
-        """White space between them belongs to the continuation, as models are trained."""
-        cut = len(context.rstrip())
-        context, text = context[:cut], context[cut:] + text
-        prompt = self.tokenizer.encode(context) if context else []
-        if (bos := self._start()) is not None:
-            prompt = [bos, *prompt]
-        return prompt, self.tokenizer.encode(text)
+        """Token ids of both, by lm-eval's own rule, after the bos that generation starts from too.
 
-    def _start(self) -> int | None:
-        return self.tokenizer.bos_id if self.tokenizer.bos_id is not None else self.tokenizer.eos_id
+        White space between them belongs to the continuation; both are encoded as one text, and what
+        goes beyond the context's own tokens is scored. Without a context eos can stand for bos.
+        """
+        tokenizer = self.tokenizer
+        cut = len(context.rstrip())
+        prompt = tokenizer.encode(context[:cut])
+        scored = tokenizer.encode(context + text)[len(prompt) :]
+        start = tokenizer.eos_id if tokenizer.bos_id is None and not prompt else tokenizer.bos_id
+        return ([] if start is None else [start]) + prompt, scored
 
     def write(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
         """Text after each context, until one of its stop strings."""
@@ -123,11 +124,8 @@ Load = Callable[[HarnessOptions], Decoder]
 
 
 def make_model_class(load: Load) -> type:
-    """The lm_eval model class; ImportError says what to install."""
-    try:
-        from lm_eval.api.model import LM
-    except ImportError:
-        raise ImportError('lm_eval is not installed: pip install "twotower[eval]"') from None
+    """The lm_eval model class."""
+    from lm_eval.api.model import LM
 
     class TwoTowerLM(LM):  # type: ignore[misc]  # lm_eval has no types
         """lm-eval's requests answered by a Decoder."""
@@ -173,8 +171,14 @@ def make_model_class(load: Load) -> type:
 
 
 def register(load: Load) -> None:
-    """Make `--model twotower` known to lm-eval in this process; it has no plug-ins of its own."""
-    from lm_eval.api.registry import model_registry, register_model
+    """Make `--model twotower` known to lm-eval in this process; ImportError says what to install.
+
+    lm-eval looks for no plug-ins: whoever wants the name calls this before lm-eval asks for it.
+    """
+    try:
+        from lm_eval.api.registry import model_registry, register_model
+    except ImportError:
+        raise ImportError('lm_eval is not installed: pip install "twotower[lm-eval]"') from None
 
     if MODEL_NAME not in model_registry:
         register_model(MODEL_NAME)(make_model_class(load))

@@ -15,8 +15,14 @@ from twotower.evaluate.sandbox import run_function
 from twotower.evaluate.suite import SUITES, check, held_out
 
 GROUP = "twotower_mini"
-_CHECK = """from twotower.evaluate.lm_tasks import process_humaneval, process_results
-"""
+_CHECK = '''"""The judges of the tasks beside it. Reading it tells lm-eval of `--model twotower`."""
+
+from twotower.cli.lm_eval import load_decoder
+from twotower.evaluate.lm_harness import register
+from twotower.evaluate.lm_tasks import process_humaneval, process_results
+
+register(load_decoder)
+'''
 _TASK = """task: {name}
 dataset_path: json
 dataset_kwargs:

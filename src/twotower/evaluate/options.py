@@ -33,6 +33,8 @@ class EvalOptions:
     """Most denoiser passes per block, instead of the checkpoint's own."""
     sweep: bool = False
     """Also measure diffusion at other thresholds and pass limits, on a quarter of the items."""
+    likelihood: bool = False
+    """Also how probable the reference answers are: exactly by ar, by a bound under the denoiser."""
     out: Path | None = None
     """Folder for results.json, report.html and its pictures."""
     json: bool = False

@@ -76,6 +76,7 @@ def to_html(results: Record, pictures: Mapping[str, bytes]) -> str:
         parts.append("<p>No sweep was run: add --sweep to see quality against speed.</p>")
     for name, measured in {"all": results["modes"], **results["categories"]}.items():
         parts += [f"<h2>{escape(name)}</h2>", _table(measured)]
+    parts += _likelihood(results.get("likelihood"))
     parts += _examples(results.get("items", []))
     kept = ("model", "suite", "items_per_category", "seed", "batch_size", "device", "dtype",
             "threads", "options", "versions")  # fmt: skip
@@ -124,6 +125,24 @@ def _table(measured: Mapping[str, Mapping[str, Any]]) -> str:
         ]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f"<div class='scroll'><table><tr>{head}</tr>{''.join(rows)}</table></div>"
+
+
+def _likelihood(record: Record | None) -> list[str]:
+    """Nats per token of the reference answers, by category; nothing if they were not scored."""
+    if record is None:
+        return []
+    rows = []
+    for name, row in {**record["categories"], "all": record["all"]}.items():
+        bound, error = row["bound_nats_per_token"], row["bound_standard_error"]
+        shown = "-" if bound is None else f"{bound:.4f} &plusmn; {error:.4f}"
+        cells = [escape(name), str(row["tokens"]), f"{row['ar_nats_per_token']:.4f}", shown]
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    columns = ("category", "tokens", "ar nats/token", "denoiser's bound")
+    head = "".join(f"<th>{column}</th>" for column in columns)
+    return [
+        "<h2>likelihood of the reference answers</h2>",
+        f"<div class='scroll'><table><tr>{head}</tr>{''.join(rows)}</table></div>",
+    ]
 
 
 def _examples(items: Sequence[Record]) -> list[str]:
