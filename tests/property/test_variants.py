@@ -1,10 +1,14 @@
 """Every configuration keeps the promises: one state by any route, training equals generation."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from tiny_models import fresh_model, masked_like, prompts_of, random_ids, tiny_config, tiny_model
 from twotower import GenerateOptions, TwoTower, generate
+from twotower.checkpoint import load_model, save_model
 from twotower.engine import MODES
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
@@ -25,6 +29,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "conv of 6": {"conv_kernel": 6},
     "mamba alone": {"hybrid_override_pattern": "MM"},
     "attention alone": {"hybrid_override_pattern": "**"},
+    "bidirectional mamba": {"bidirectional_mamba": True},
     "no state": {"hybrid_override_pattern": "-E"},
     "heads wider than the model": {"head_dim": 12, "mamba_head_dim": 16},
 }  # fmt: skip
@@ -157,6 +162,48 @@ def test_the_context_tower_alone() -> None:
         generate(half, [[5, 6]], GenerateOptions(mode="diffusion"))
     with pytest.raises(ValueError, match="no denoiser tower"):
         half.denoise(random_ids(1, 4), half.empty_cache(1).view(), None)
+
+
+def test_bidirectional_mamba_is_the_mean_of_two_scans() -> None:
+    """Guards the reversed scan: its tokens in order again, from zeros, in the denoiser alone."""
+    model = fresh_model(hybrid_override_pattern="M", bidirectional_mamba=True)
+    tower = model.denoiser_tower
+    assert tower is not None
+    view = model.prefill(random_ids(1, 5)).view()
+    block = masked_like(random_ids(1, 4, seed=1))
+    seed = view.layers[0]
+    assert isinstance(seed, MambaState)
+    with torch.no_grad():
+        (layer,) = tower.each_layer()
+        h = tower.embed(block)
+        u = layer.enter(h)
+        forward, _ = layer.mixer(u, MambaState(seed.conv[:, 0], seed.ssm[:, 0]), None, 4)
+        backward = [layer.mixer(u[:, i:].flip(1), None, None, 4 - i)[0][:, -1] for i in range(4)]
+        mean = (forward + torch.stack(backward, dim=1)) / 2
+        expected = model.lm_head(tower.finish(layer.leave(h, mean)))
+    found = model.denoise(block, view, None)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-4)
+    plain = fresh_model(hybrid_override_pattern="M")
+    assert (plain.denoise(block, view, None) - found).abs().max() > 0.1
+    ids = random_ids(1, 6)
+    with torch.no_grad():
+        assert torch.equal(model.context_logits(ids), plain.context_logits(ids))
+
+
+def test_bidirectional_mamba_survives_a_file(tmp_path: Path) -> None:
+    """Silent failure: a model is decoded by another scan than it was trained with."""
+    model = fresh_model(bidirectional_mamba=True)
+    save_model(model, tmp_path / "model")
+    loaded = load_model(tmp_path / "model")
+    block = masked_like(random_ids(1, 4))
+    ids = random_ids(1, 5)
+    one, two = (m.denoise(block, m.prefill(ids).view(), None) for m in (model, loaded))
+    assert torch.equal(one, two)
+    file = tmp_path / "model" / "config.json"
+    values = json.loads(file.read_text())
+    assert values.pop("bidirectional_mamba") is True
+    file.write_text(json.dumps(values))  # as every released one
+    assert not load_model(tmp_path / "model").config.bidirectional_mamba
 
 
 @every_dtype
