@@ -19,7 +19,8 @@ from twotower.checkpoint import save_backbone
 from twotower.model.initialise import randomise
 from twotower.train.loop import train
 from twotower.train.options import TrainOptions
-from twotower.train.prepare import PrepareOptions, prepare
+from twotower.train.prepare import prepare
+from twotower.train.prepare_options import PrepareOptions
 from twotower.train.presets import preset_config
 
 

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from twotower.train.options import TrainOptions
-from twotower.train.prepare import PrepareOptions, prepare
+from twotower.train.prepare import prepare
+from twotower.train.prepare_options import PrepareOptions
 
 
 def write_documents(file: Path, count: int = 400) -> Path:
@@ -19,10 +20,18 @@ def write_documents(file: Path, count: int = 400) -> Path:
 def make_shard(folder: Path, count: int = 400, align: int = 1) -> Path:
     """A token shard in `folder`, which must not exist."""
     source = write_documents(folder.with_name("documents.jsonl"), count)
-    options = PrepareOptions(out=folder, input=source, vocab_size=270, tokens=100_000, align=align)
+    options = PrepareOptions(
+        out=folder, input=(source,), vocab_size=270, tokens=100_000, align=align
+    )
     for _ in prepare(options):
         pass
     return folder
+
+
+def set_meta(folder: Path, **changes: object) -> None:
+    """Change what a shard says about itself."""
+    file = folder / "meta.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def tiny_options(data: Path, out: Path, **changes: object) -> TrainOptions:

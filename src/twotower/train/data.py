@@ -1,58 +1,26 @@
-"""Token shards on disk and the order in which training reads them.
+"""The order in which training reads a token shard.
 
-A shard is a folder: `tokens.bin` (little-endian uint16 or uint32, one stream of tokens),
-`completions.bin` (uint8, 1 where a token belongs to a completion or is the EOS behind it),
-`meta.json` (what it is, with checksums) and the tokenizer's files; `train.prepare` writes it. A row
-is a window of `sequence_length` tokens, moved to the first document that begins in it. The last 1 %
-of the windows are held out for validation. Decides the order: row i of a run is a function of
-(seed, i) alone, so a position is one number and resuming needs no other state.
+A row is a window of `sequence_length` tokens, moved to the first document that begins in it; a
+document longer than that goes on in the next windows. The last 1 % of the windows are held out for
+validation. Decides the order: row i of a run is a function of (seed, i) alone, so a position is one
+number and resuming needs no other state. What a shard is on disk is the matter of `train.shard`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-TOKENS_FILE = "tokens.bin"
-COMPLETIONS_FILE = "completions.bin"
-META_FILE = "meta.json"
-FORMAT = 2
+from twotower.train.shard import Shard
+
+__all__ = ["Batch", "Rows", "Shard"]
+
 HELD_OUT = 0.01  # share of the rows that training never sees
-TokenArray = np.ndarray[tuple[int], np.dtype[np.unsignedinteger]]
-_BYTE = np.dtype(np.uint8)
-_DTYPES: dict[str, np.dtype[np.unsignedinteger]] = {
-    "uint16": np.dtype("<u2"),
-    "uint32": np.dtype("<u4"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardMeta:
-    """What `meta.json` says about a shard."""
-
-    vocab_size: int
-    bos_id: int
-    num_tokens: int
-    num_documents: int
-    dtype: str
-    tokens_sha256: str
-    completions_sha256: str
-    tokenizer_sha256: str
-    source: str
-    seed: int
-    align: int = 1
-    format: int = FORMAT
-
-    def write(self, folder: Path) -> None:
-        (folder / META_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,25 +32,6 @@ class Batch:
 
     def to(self, device: str) -> Batch:
         return Batch(tokens=self.tokens.to(device), is_completion=self.is_completion.to(device))
-
-
-class Shard:
-    """One validated, memory-mapped token stream. Opening it reads the file once, for its
-    checksum.
-    """
-
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
-        self.meta = read_meta(self.folder)
-        meta = self.meta
-        kind = _DTYPES[meta.dtype]
-        self.tokens = _map(self.folder / TOKENS_FILE, kind, meta.num_tokens, meta.tokens_sha256)
-        self.completions = _map(
-            self.folder / COMPLETIONS_FILE, _BYTE, meta.num_tokens, meta.completions_sha256
-        )
-
-    def num_rows(self, sequence_length: int) -> int:
-        return len(self.tokens) // sequence_length
 
 
 class Rows:
@@ -186,60 +135,3 @@ def _epoch_order(
 ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
     return generator.permutation(num_rows)
-
-
-def read_meta(folder: Path) -> ShardMeta:
-    """Parse and check `meta.json`; ValueError (one line) for anything that is not a shard of
-    ours.
-    """
-    file = folder / META_FILE
-    if not file.is_file():
-        raise ValueError(
-            f"data: {folder} is not a token shard (no {META_FILE}); run 'twotower prepare --out "
-            f"{folder}'"
-        )
-    try:
-        content = json.loads(file.read_text())
-        meta = ShardMeta(**content)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"data: {file} is damaged ({error}); prepare the data again") from error
-    if meta.format != FORMAT or meta.dtype not in _DTYPES:
-        raise ValueError(
-            f"data: {file} has format {meta.format!r} and dtype {meta.dtype!r}; this version reads "
-            f"format {FORMAT} "
-            f"with {' or '.join(_DTYPES)}: prepare the data again"
-        )
-    return meta
-
-
-def _map(
-    file: Path, dtype: np.dtype[np.unsignedinteger], num_tokens: int, sha256: str
-) -> TokenArray:
-    size = file.stat().st_size if file.is_file() else 0
-    if size == 0:
-        raise ValueError(f"data: {file} is missing or empty; prepare the data again")
-    if size != num_tokens * dtype.itemsize:
-        raise ValueError(
-            f"data: {file} has {size} bytes where {META_FILE} promises "
-            f"{num_tokens * dtype.itemsize}; "
-            "the file is cut or mixed up: prepare the data again"
-        )
-    if sha256_of(file) != sha256:
-        raise ValueError(
-            f"data: {file} does not match its checksum, it is corrupt; prepare the data again"
-        )
-    return np.memmap(file, dtype=dtype, mode="r", shape=(num_tokens,))
-
-
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def choose_dtype(vocab_size: int) -> str:
-    """The narrowest token type that holds every id."""
-    return "uint16" if vocab_size <= 1 << 16 else "uint32"
-
-
-def numpy_dtype(name: str) -> np.dtype[np.unsignedinteger]:
-    return _BYTE if name == "uint8" else _DTYPES[name]

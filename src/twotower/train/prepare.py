@@ -1,4 +1,4 @@
-"""From documents to a token shard: the built-in corpus, a text file or JSONL -> tokenizer + tokens.
+"""From documents to a token shard: the built-in corpus or files of text -> tokenizer + tokens.
 
 Decides how a document becomes tokens: bos + prompt + completion + eos, packed back to back. Prompt
 and completion are encoded apart, because at inference the prompt is encoded alone: a token that
@@ -8,179 +8,89 @@ or absent.
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import itertools
-import json
+import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
+from twotower.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from twotower.train.prepare_options import PrepareOptions
+from twotower.train.readers import Text
+from twotower.train.shard import META_FILE, ShardMeta, choose_dtype
+from twotower.train.shard_writer import ShardWriter
+from twotower.train.sources import Source, find_sources, mix, parse_weights, shuffle
 
-from twotower.corpus import documents
-from twotower.tokenizer import MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train_tokenizer
-from twotower.train.data import (
-    COMPLETIONS_FILE,
-    META_FILE,
-    TOKENS_FILE,
-    ShardMeta,
-    choose_dtype,
-    numpy_dtype,
-)
+logger = logging.getLogger(__name__)
 
 DEFAULT_VOCAB_SIZE = 1024
 _BATCH = 512  # documents tokenised at once
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareOptions:
-    """Turn text into a tokenizer and a shard of tokens for training."""
-
-    out: Path = Path("data/corpus")
-    """Folder to create; it must not exist yet, unless --overwrite is given."""
-    input: Path | None = None
-    """Text to use instead of the built-in corpus. A .jsonl file holds one object a line, {"text"}
-    or {"prompt", "completion"}; any other file is text whose documents are separated by blank
-    lines."""
-    tokens: int = 20_000_000
-    """Stop after this many tokens (the last document stays whole); a file may end earlier."""
-    tokenizer: Path | None = None
-    """Tokenizer to reuse: a folder with tokenizer.json. By default one is trained on the same
-    text.
-    """
-    vocab_size: int | None = None
-    """Size of the tokenizer to train: at least 260, 1024 if not given. Not together with
-    --tokenizer.
-    """
-    tokenizer_documents: int = 40_000
-    """The tokenizer is trained on this many documents from the start of the text."""
-    seed: int = 0
-    """Seed of the built-in corpus. Every document depends on it."""
-    weights: tuple[str, ...] = ()
-    """Mixture of the built-in corpus instead of its own, as in math=2 code=1."""
-    align: int = 1
-    """Fill up with EOS so that every completion begins and ends on a multiple of this: with the
-    block size, a denoiser trains on the blocks that it will meet. 1 packs back to back."""
-    overwrite: bool = False
-    """Replace an existing shard in the folder once the new one is complete."""
-
-    def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise ValueError(f"tokens: {self.tokens} is too few; use at least 1")
-        if self.tokenizer is not None and self.vocab_size is not None:
-            raise ValueError(
-                "vocab_size: a given tokenizer has its own; leave out vocab_size or tokenizer"
-            )
-        if self.vocab_size is not None and self.vocab_size < MIN_VOCAB_SIZE:
-            raise ValueError(
-                f"vocab_size: {self.vocab_size} is too small; use at least {MIN_VOCAB_SIZE}"
-            )
-        if self.tokenizer_documents < 1:
-            raise ValueError(
-                f"tokenizer_documents: {self.tokenizer_documents} is too few; use at least 1"
-            )
-        if self.align < 1:
-            raise ValueError(f"align: {self.align} is too small; use at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed: {self.seed} is negative; use 0 or more")
+_BATCH_CHARACTERS = 1 << 20  # or fewer, if they are this long together
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+Encoded = tuple[list[int], int]  # tokens, and how many of them stand before the completion
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareProgress:
-    """How far preparation is; `stage` is what runs now."""
+    """How far preparation is; `stage` is what runs now, `sources` are tokens by source."""
 
     stage: str
     tokens: int
     documents: int
-
-
-Text = tuple[str, str]  # prompt, completion
+    sources: Mapping[str, int]
 
 
 def prepare(options: PrepareOptions) -> Iterator[PrepareProgress]:
     """Do the whole preparation, yielding progress; the shard exists only after the last record."""
+    out = options.out
+    partial, old = (out.with_name(f"{out.name}.{end}") for end in ("partial", "old"))
+    _restore(out, old)
     _check_out(options)
-    partial = options.out.with_name(f"{options.out.name}.partial")
+    sources = _get_sources(options)
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
-    partial.mkdir(parents=True)
     try:
-        yield PrepareProgress(stage="tokenizer", tokens=0, documents=0)
-        tokenizer = _get_tokenizer(options)
+        partial.mkdir(parents=True)
+        yield PrepareProgress(stage="tokenizer", tokens=0, documents=0, sources={})
+        tokenizer = _get_tokenizer(options, sources)
         tokenizer.save(partial)
-        yield from _write_shard(options, tokenizer, partial)
-        _move_into_place(partial, options.out)
+        yield from _write_shard(options, sources, tokenizer, partial)
+        _move_into_place(partial, out, old)
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        raise ValueError(
+            f"out: no room for {partial} ({error.strerror}), {out} is as it was; make room or "
+            "choose another disk"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def read_texts(options: PrepareOptions) -> Iterator[Text]:
-    """(prompt, completion) pairs of the chosen source; plain text has an empty prompt."""
-    if options.input is None:
-        return (
-            (document.prompt, document.completion)
-            for document in documents("train", options.seed, parse_weights(options.weights))
-        )
-    if not options.input.is_file():
-        raise ValueError(
-            f"input: no file {options.input}; give a text or .jsonl file, or leave it out"
-        )
-    return (
-        _read_jsonl(options.input)
-        if options.input.suffix == ".jsonl"
-        else _read_text(options.input)
-    )
+def _get_sources(options: PrepareOptions) -> list[Source]:
+    weights = parse_weights(options.weights)
+    return find_sources(options.input, weights, options.columns, options.seed)
 
 
-def parse_weights(pairs: Sequence[str]) -> dict[str, float] | None:
-    """Weights by category from NAME=NUMBER pairs, None without any; ValueError for other text."""
-    weights: dict[str, float] = {}
-    for pair in pairs:
-        name, _, number = pair.partition("=")
-        try:
-            weights[name] = float(number)
-        except ValueError:
-            raise ValueError(f"weights: {pair!r} is not NAME=NUMBER, as in math=2") from None
-    return weights or None
+def _get_texts(options: PrepareOptions, sources: Sequence[Source]) -> list[Iterator[Text]]:
+    """A fresh stream of every source, shuffled if that was asked for."""
+    streams = [source.texts() for source in sources]
+    if options.shuffle == 0:
+        return streams
+    return [
+        shuffle(stream, options.shuffle, f"shuffle:{options.seed}:{index}")
+        for index, stream in enumerate(streams)
+    ]
 
 
-def _read_jsonl(file: Path) -> Iterator[Text]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _parse_record(line, f"input: {file} line {number}")
-
-
-def _parse_record(line: str, where: str) -> Text:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON ({error}); write one object a line") from error
-    fields = record if isinstance(record, dict) else {}
-    pair = (
-        ("", fields["text"])
-        if "text" in fields
-        else (fields.get("prompt"), fields.get("completion"))
-    )
-    prompt, completion = pair
-    if not isinstance(prompt, str) or not isinstance(completion, str):
-        raise ValueError(f'{where} lacks strings "text" or "prompt" and "completion"; add them')
-    return prompt, completion
-
-
-def _read_text(file: Path) -> Iterator[Text]:
-    with file.open(encoding="utf-8") as lines:
-        for is_blank, group in itertools.groupby(lines, lambda line: not line.strip()):
-            if not is_blank:
-                yield "", "".join(group)
-
-
-def _get_tokenizer(options: PrepareOptions) -> Tokenizer:
+def _get_tokenizer(options: PrepareOptions, sources: Sequence[Source]) -> Tokenizer:
     if options.tokenizer is None:
-        sample = itertools.islice(read_texts(options), options.tokenizer_documents)
+        weights = [source.weight for source in sources]
+        mixed = mix(_get_texts(options, sources), weights, _num_characters, is_strict=False)
+        sample = itertools.islice(mixed, options.tokenizer_documents)
         return train_tokenizer(
-            (part for text in sample for part in text), options.vocab_size or DEFAULT_VOCAB_SIZE
+            (part for _, text in sample for part in text), options.vocab_size or DEFAULT_VOCAB_SIZE
         )
     tokenizer = load_tokenizer(options.tokenizer)
     if tokenizer.bos_id is None or tokenizer.eos_id is None:
@@ -191,43 +101,81 @@ def _get_tokenizer(options: PrepareOptions) -> Tokenizer:
     return tokenizer
 
 
+def _num_characters(text: Text) -> int:
+    return len(text[0]) + len(text[1])
+
+
 def _write_shard(
-    options: PrepareOptions, tokenizer: Tokenizer, folder: Path
+    options: PrepareOptions, sources: Sequence[Source], tokenizer: Tokenizer, folder: Path
 ) -> Iterator[PrepareProgress]:
-    writer = _ShardWriter(folder, choose_dtype(tokenizer.vocab_size))
-    with writer.tokens.stream, writer.completions.stream:
-        texts = read_texts(options)
-        while writer.num_tokens < options.tokens and (
-            batch := list(itertools.islice(texts, _BATCH))
-        ):
-            writer.append(encode_documents(tokenizer, batch, options.align), options.tokens)
-            yield PrepareProgress(
-                stage="tokens", tokens=writer.num_tokens, documents=writer.num_documents
-            )
-    if writer.num_tokens == 0:
-        raise ValueError(
-            f"input: {options.input} holds no text; give a file with at least one document"
-        )
+    dtype = choose_dtype(tokenizer.vocab_size)
+    by_source = dict.fromkeys((source.name for source in sources), 0)
+    with ShardWriter(folder, dtype, options.part_tokens) as writer:
+        yield _get_progress(writer, by_source)
+        for at, (ids, context) in _mix_encoded(options, sources, tokenizer):
+            writer.append(ids, context)
+            by_source[sources[at].name] += len(ids)
+            if writer.num_documents % _BATCH == 0:
+                yield _get_progress(writer, by_source)
+            if options.limit is not None and writer.num_tokens >= options.limit:
+                break
+        else:
+            _warn_of_end(options, sources, writer.num_tokens)
+    yield _get_progress(writer, by_source)
     assert tokenizer.bos_id is not None
     ShardMeta(
         vocab_size=tokenizer.vocab_size,
         bos_id=tokenizer.bos_id,
         num_tokens=writer.num_tokens,
         num_documents=writer.num_documents,
-        dtype=writer.tokens.dtype,
-        tokens_sha256=writer.tokens.hash.hexdigest(),
-        completions_sha256=writer.completions.hash.hexdigest(),
+        dtype=dtype,
+        parts=writer.parts(),
         tokenizer_sha256=tokenizer.fingerprint,
-        source="built-in corpus" if options.input is None else options.input.name,
+        sources=by_source,
         seed=options.seed,
         align=options.align,
     ).write(folder)
 
 
-Encoded = tuple[list[int], int]  # tokens, and how many of them stand before the completion
+def _get_progress(writer: ShardWriter, by_source: Mapping[str, int]) -> PrepareProgress:
+    return PrepareProgress(
+        stage="tokens",
+        tokens=writer.num_tokens,
+        documents=writer.num_documents,
+        sources=dict(by_source),
+    )
 
 
-def encode_documents(tokenizer: Tokenizer, texts: list[Text], align: int = 1) -> list[Encoded]:
+def _mix_encoded(
+    options: PrepareOptions, sources: Sequence[Source], tokenizer: Tokenizer
+) -> Iterator[tuple[int, Encoded]]:
+    """Encoded documents in the order of the shard, each with the index of its source."""
+    streams = [
+        _encode_stream(tokenizer, texts, options.align) for texts in _get_texts(options, sources)
+    ]
+    weights = [source.weight for source in sources]
+    return mix(streams, weights, lambda encoded: len(encoded[0]), bool(options.weights))
+
+
+def _warn_of_end(options: PrepareOptions, sources: Sequence[Source], num_tokens: int) -> None:
+    """A mixture ends with its first source: say so, the rest of the others is left out."""
+    if options.weights and len(sources) > 1:
+        logger.warning("one input has ended: the mixture stops at %d tokens", num_tokens)
+
+
+def _encode_stream(tokenizer: Tokenizer, texts: Iterable[Text], align: int) -> Iterator[Encoded]:
+    batch: list[Text] = []
+    held = 0
+    for text in texts:
+        batch.append(text)
+        held += _num_characters(text)
+        if len(batch) == _BATCH or held >= _BATCH_CHARACTERS:
+            yield from encode_documents(tokenizer, batch, align)
+            batch, held = [], 0
+    yield from encode_documents(tokenizer, batch, align)
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Sequence[Text], align: int = 1) -> list[Encoded]:
     """Each (prompt, completion) as bos + prompt + completion + eos.
 
     With `align`, more eos before bos and at the end: prompt and completion each fill up a multiple.
@@ -243,44 +191,6 @@ def encode_documents(tokenizer: Tokenizer, texts: list[Text], align: int = 1) ->
     return documents
 
 
-class _ArrayWriter:
-    """Appends numbers to a file, hashing on the way."""
-
-    def __init__(self, file: Path, dtype: str) -> None:
-        self.stream: BinaryIO = file.open("wb")
-        self.dtype = dtype
-        self.hash = hashlib.sha256()
-
-    def append(self, values: list[int]) -> None:
-        data = np.asarray(values, dtype=numpy_dtype(self.dtype)).tobytes()
-        self.hash.update(data)
-        self.stream.write(data)
-
-
-class _ShardWriter:
-    """Appends documents to a shard's two files, counting on the way."""
-
-    def __init__(self, folder: Path, dtype: str) -> None:
-        self.tokens = _ArrayWriter(folder / TOKENS_FILE, dtype)
-        self.completions = _ArrayWriter(folder / COMPLETIONS_FILE, "uint8")
-        self.num_tokens = 0
-        self.num_documents = 0
-
-    def append(self, encoded: list[Encoded], limit: int) -> None:
-        """Write whole documents until `limit` tokens are reached."""
-        kept: list[int] = []
-        is_completion: list[int] = []
-        for ids, context in encoded:
-            if self.num_tokens >= limit:
-                break
-            kept.extend(ids)
-            is_completion.extend([0] * context + [1] * (len(ids) - context))
-            self.num_tokens += len(ids)
-            self.num_documents += 1
-        self.tokens.append(kept)
-        self.completions.append(is_completion)
-
-
 def _check_out(options: PrepareOptions) -> None:
     out = options.out
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -293,11 +203,16 @@ def _check_out(options: PrepareOptions) -> None:
         )
 
 
-def _move_into_place(partial: Path, out: Path) -> None:
+def _restore(out: Path, old: Path) -> None:
+    """Put back what a run that was killed between the two renames had moved away."""
+    if not out.exists() and (old / META_FILE).is_file():
+        old.rename(out)
+
+
+def _move_into_place(partial: Path, out: Path, old: Path) -> None:
     """Rename `partial` to `out`; a shard that was there is deleted only after the new one is in
     place.
     """
-    old = out.with_name(f"{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)
