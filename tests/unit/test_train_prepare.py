@@ -2,17 +2,21 @@
 
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tiny_training import make_shard, write_documents
 from twotower.corpus import documents
 from twotower.tokenizer import load_tokenizer
+from twotower.train.data import Rows
 from twotower.train.prepare import encode_documents, prepare
 from twotower.train.prepare_options import PrepareOptions
 from twotower.train.shard import Shard
+from twotower.train.shard_writer import ShardWriter
 
 
 def run(**options: object) -> Shard:
@@ -100,10 +104,7 @@ def test_plain_text_documents_are_separated_by_blank_lines(tmp_path: Path) -> No
     source = tmp_path / "text.txt"
     source.write_text("first\nstill first\n\n \nsecond")
     shard = run(out=tmp_path / "shard", input=(source,), vocab_size=260)
-    tokenizer = load_tokenizer(shard.folder)
-    ends = [0, *(np.flatnonzero(shard.tokens[:] == 2) + 1).tolist()]
-    texts = [tokenizer.decode(shard.tokens[a:b].tolist()) for a, b in itertools.pairwise(ends)]
-    assert texts == ["first\nstill first\n", "second"]
+    assert documents_of(shard) == ["first\nstill first\n", "second"]
 
 
 def test_a_given_tokenizer_is_kept(tmp_path: Path) -> None:
@@ -145,8 +146,136 @@ def test_another_folder_is_never_replaced(tmp_path: Path) -> None:
         {"tokenizer_documents": 0},
         {"align": 0},
         {"tokenizer": Path("x"), "vocab_size": 300},
+        {"part_tokens": 0},
+        {"input": (Path("x"),), "shuffle": -1},
+        {"shuffle": 5},
+        {"columns": ("text",)},
+        {"input": (Path("x"),), "columns": ("a", "b", "c")},
+        {"weights": ("math",)},
     ],
 )
 def test_options_are_checked(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(reversed(options))):
         PrepareOptions(**options)  # type: ignore[arg-type]  # wrong values on purpose
+
+
+def write_texts(file: Path, word: str, count: int) -> Path:
+    file.write_text("".join(json.dumps({"text": f"{word} {i}"}) + "\n" for i in range(count)))
+    return file
+
+
+def documents_of(shard: Shard) -> list[str]:
+    tokenizer = load_tokenizer(shard.folder)
+    ends = [0, *(np.flatnonzero(shard.tokens[:] == 2) + 1).tolist()]
+    return [tokenizer.decode(shard.tokens[a:b].tolist()) for a, b in itertools.pairwise(ends)]
+
+
+def test_weights_are_shares_of_tokens(tmp_path: Path) -> None:
+    """Silent failure: a mixture by documents, in which the source of long ones takes over."""
+    short = write_texts(tmp_path / "short.jsonl", "a", 3000)
+    long = write_texts(tmp_path / "long.jsonl", "word " * 40, 3000)
+    options = {"input": (short, long), "weights": ("short=3", "long=1"), "tokens": 6000}
+    shard = run(out=tmp_path / "shard", vocab_size=260, **options)
+    documents = documents_of(shard)
+    held = {name: tokens / shard.meta.num_tokens for name, tokens in shard.meta.sources.items()}
+    assert held["short"] == pytest.approx(0.75, abs=250 / 6000)  # one long document
+    assert sum(held.values()) == 1.0
+    num_short = sum(text.startswith("a ") for text in documents)
+    assert num_short > 20 * (len(documents) - num_short) > 0
+    assert documents[:2] == ["a 0", "word " * 40 + " 0"]
+
+
+def test_a_mixture_ends_with_its_first_input(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Silent failure: documents are repeated to keep a share, also into the held-out rows."""
+    a, b = write_texts(tmp_path / "a.jsonl", "a", 50), write_texts(tmp_path / "b.jsonl", "b", 50)
+    shard = run(out=tmp_path / "one", input=(a, b), weights=("a=1", "b=4"), vocab_size=260)
+    documents = documents_of(shard)
+    assert sum(text.startswith("b ") for text in documents) == 50
+    assert 11 <= sum(text.startswith("a ") for text in documents) <= 14
+    assert "one input has ended" in caplog.text
+    every = documents_of(run(out=tmp_path / "two", input=(a, b), vocab_size=260))
+    assert sorted(every) == sorted(f"{word} {i}" for word in "ab" for i in range(50))
+
+
+def test_inputs_mix_with_the_built_in_corpus(tmp_path: Path) -> None:
+    a = write_texts(tmp_path / "a.jsonl", "a", 2000)
+    weights = ("a=1", "math=0.5", "code=0.5")
+    options = {"weights": weights, "tokens": 4000, "vocab_size": 300, "tokenizer_documents": 100}
+    meta = run(out=tmp_path / "shard", input=(a,), **options).meta
+    assert meta.sources["a"] == pytest.approx(meta.sources["built-in corpus"], abs=300)
+
+
+def test_order_depends_on_the_seed_only_when_shuffled(tmp_path: Path) -> None:
+    """Silent failure: the same command gives other data, or another seed the same."""
+    a = write_texts(tmp_path / "a.jsonl", "a", 100)
+    plain = documents_of(run(out=tmp_path / "plain", input=(a,), vocab_size=260, seed=1))
+    assert plain == [f"a {i}" for i in range(100)]
+    drawn = [
+        documents_of(run(out=tmp_path / f"{i}", input=(a,), vocab_size=260, seed=seed, shuffle=30))
+        for i, seed in enumerate((1, 1, 2))
+    ]
+    assert drawn[0] == drawn[1] != drawn[2] != plain
+    assert sorted(drawn[0]) == sorted(drawn[2]) == sorted(plain)
+
+
+def test_a_document_longer_than_a_row_goes_on_in_the_next(tmp_path: Path) -> None:
+    """Silent failure: what does not fit a row is dropped."""
+    text = " ".join(map(str, range(400)))
+    (tmp_path / "a.txt").write_text(text)
+    shard = run(out=tmp_path / "shard", input=(tmp_path / "a.txt",), vocab_size=260)
+    tokenizer = load_tokenizer(shard.folder)
+    rows = Rows(shard, 64, seed=0)
+    read = torch.cat([rows.training(i, 1).tokens[0] for i in range(rows.num_training)]).tolist()
+    expected = [1, *tokenizer.encode(text)][: rows.num_training * 64]
+    assert sorted(read) == sorted(expected)
+    assert shard.tokens[:].tolist() == [1, *tokenizer.encode(text), 2]
+
+
+@pytest.mark.parametrize("bad", ["", "{", '{"text": 1}\n', '{"body": "x"}\n'])
+def test_bad_input_leaves_everything_as_it_was(tmp_path: Path, bad: str) -> None:
+    """Silent failure: a fault in the last line costs the shard that was there."""
+    folder = make_shard(tmp_path / "shard")
+    before = Shard(folder).meta
+    good = write_texts(tmp_path / "a.jsonl", "a", 600)
+    (tmp_path / "b.jsonl").write_text(bad)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"input: .*b.jsonl"):
+        run(out=folder, input=(good, tmp_path / "b.jsonl"), overwrite=True)
+    assert Shard(folder).meta == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_a_kill_between_the_renames_loses_nothing(tmp_path: Path) -> None:
+    """Silent failure: the only shard is left under another name and deleted by the next run."""
+    folder = make_shard(tmp_path / "shard")
+    before = Shard(folder).meta
+    folder.rename(tmp_path / "shard.old")
+    with pytest.raises(ValueError, match="no file or folder"):
+        run(out=folder, input=(tmp_path / "absent",), overwrite=True)
+    assert Shard(folder).meta == before
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silent failure: a shard that is cut where the disk was full."""
+    folder = make_shard(tmp_path / "shard")
+    before = Shard(folder).meta
+
+    def fill(self: ShardWriter, ids: list[int], context: int) -> None:
+        with Path("/dev/full").open("wb", buffering=0) as stream:
+            stream.write(b"0")
+
+    monkeypatch.setattr(ShardWriter, "append", fill)
+    with pytest.raises(ValueError, match=r"out: no room for .*No space left on device"):
+        run(out=folder, input=(tmp_path / "documents.jsonl",), overwrite=True)
+    assert Shard(folder).meta == before
+    assert not (tmp_path / "shard.partial").exists()
+
+
+def test_the_built_in_corpus_needs_no_datasets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    options = {"tokens": 1000, "vocab_size": 260, "tokenizer_documents": 10}
+    assert run(out=tmp_path / "shard", **options).meta.num_tokens >= 1000
