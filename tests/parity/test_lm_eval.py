@@ -1,0 +1,86 @@
+"""lm-eval's requests answered by the adapter, against lm-eval's own model class on the exported
+context tower.
+
+Its `hf` model knows nothing of ours but the exported weights and tokenizer; only the bos that our
+models always start from must be written out for it.
+"""
+
+
+import pytest
+
+import twotower
+from tiny_models import fresh_model
+from twotower.checkpoint import export_transformers, save_model
+from twotower.cli.lm_eval import load_decoder
+from twotower.evaluate.lm_harness import make_model_class
+from twotower.tokenizer import train_tokenizer
+
+pytest.importorskip("accelerate", reason="lm-eval's hf model needs it")
+huggingface = pytest.importorskip("lm_eval.models.huggingface")
+from lm_eval.api.instance import Instance  # noqa: E402  # not before the skip
+
+TOLERANCE = 2e-4  # sums of float32 logits in another order, over up to 40 tokens
+TEXT = "The old clock stopped at 12:45. Nobody noticed the silence; the whole house slept on."
+PAIRS = [
+    ("The old clock", " stopped at 12:45."),
+    ("The old clock ", "stopped at 12:45."),  # the space goes to the continuation
+    ("the sil", "ence; the whole house"),  # a token lies across the border
+    ("the silence\n\n", "the"),
+    ("", "The whole house"),
+]
+
+
+def instances(kind: str, arguments: list[tuple[str, ...]]) -> list[Instance]:
+    return [Instance(kind, {}, asked, place) for place, asked in enumerate(arguments)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, object]:
+    """Ours on the checkpoint, lm-eval's `hf` on its export."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = train_tokenizer([TEXT] * 20, vocab_size=300)
+    model = fresh_model(vocab_size=tokenizer.vocab_size)
+    save_model(model, folder / "ours", extra_files=tokenizer.files())
+    export_transformers(twotower.load_model(folder / "ours"), folder / "theirs")
+    tokenizer.save(folder / "theirs")
+    ours = make_model_class(load_decoder).create_from_arg_string(
+        f"pretrained={folder / 'ours'},mode=ar,batch_size=3", {"device": "cpu"}
+    )
+    theirs = huggingface.HFLM(
+        pretrained=str(folder / "theirs"), device="cpu", dtype="float32", batch_size=2
+    )
+    return ours, theirs
+
+
+def test_likelihoods_are_those_of_lm_evals_own_model(models: tuple[object, object]) -> None:
+    """Silent failure: another border between context and continuation, or another first token,
+    and every published multiple-choice figure differs by a little.
+    """
+    ours, theirs = models
+    found = ours.loglikelihood(instances("loglikelihood", PAIRS))
+    spelled = [(f"<bos>{context}" if context else "", text) for context, text in PAIRS]
+    wanted = theirs.loglikelihood(instances("loglikelihood", spelled), disable_tqdm=True)
+    assert [value for value, _ in found] == pytest.approx([v for v, _ in wanted], abs=TOLERANCE)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+    assert found[0] == pytest.approx(found[1])  # where the space is written does not matter
+
+
+def test_rolling_likelihoods_too(models: tuple[object, object]) -> None:
+    ours, theirs = models
+    texts = [(TEXT,), ("The house",)]
+    found = ours.loglikelihood_rolling(instances("loglikelihood_rolling", texts))
+    wanted = theirs.loglikelihood_rolling(
+        instances("loglikelihood_rolling", texts), disable_tqdm=True
+    )
+    assert found == pytest.approx(wanted, abs=TOLERANCE)
+
+
+def test_greedy_text_too(models: tuple[object, object]) -> None:
+    """Silent failure: a stop string or a limit that lm-eval gives is understood differently."""
+    ours, theirs = models
+    limits = {"do_sample": False, "temperature": 0.0, "max_gen_toks": 12}
+    asked = [("The old clock", {**limits, "until": ["\n\n"]}), ("Nobody", {**limits, "until": []})]
+    found = ours.generate_until(instances("generate_until", asked))
+    spelled = [(f"<bos>{context}", given) for context, given in asked]
+    wanted = theirs.generate_until(instances("generate_until", spelled), disable_tqdm=True)
+    assert all(found) and found == wanted
