@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from tiny_denoiser import denoiser
 from tiny_training import make_shard, tiny_options
+from twotower.checkpoint import save_backbone
 from twotower.model.two_tower import TwoTower
 from twotower.train import loop
+from twotower.train.data import Shard
 from twotower.train.loop import StepReport, train
 from twotower.train.metrics import read_metrics
 from twotower.train.options import TrainOptions
+from twotower.train.presets import preset_config
 from twotower.train.run_folder import RunFolder, read_snapshot
 
 
@@ -102,16 +106,17 @@ def test_sigterm_finishes_the_step_and_saves(data: Path, tmp_path: Path) -> None
     assert newest is not None and read_snapshot(newest).step == 1
 
 
-def _poison(model: TwoTower) -> None:
-    with torch.no_grad():
-        model.context_lm_head.weight[5] = float("nan")
-
-
+@pytest.mark.parametrize("recipe", ["backbone", "denoiser"])
 def test_nan_stops_and_keeps_the_last_good_checkpoint(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
     """Silent failure: hours of training on NaN, and every checkpoint overwritten with it."""
-    options = tiny_options(data, tmp_path / "run", steps=8, checkpoint_every=2)
+    changes: dict[str, object] = {"steps": 8, "checkpoint_every": 2}
+    options = tiny_options(data, tmp_path / "run", **changes)
+    if recipe == "denoiser":
+        config = preset_config("tiny", Shard(data).meta.vocab_size)
+        save_backbone(TwoTower(config, "context"), tmp_path / "backbone")
+        options = denoiser(data, tmp_path / "backbone", tmp_path / "run", **changes)
     original = loop.Training.__post_init__
     models: list[TwoTower] = []
 
@@ -123,7 +128,9 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(
     steps = train(options)
     for _ in range(3):
         next(steps)
-    _poison(models[0])
+    head = models[0].lm_head if recipe == "denoiser" else models[0].context_lm_head
+    with torch.no_grad():
+        head.weight[5] = float("nan")
     with pytest.raises(
         ValueError, match=r"nan.*step 4, rows 12 to 15.*step-00000002\.pt"
     ) as caught:

@@ -176,5 +176,7 @@ def test_presets() -> None:
         assert preset_config(name, 500).vocab_size == 500
     model = TwoTower(preset_config("small", 1024), "context")
     assert 2.0e6 < sum(p.numel() for p in model.parameters()) < 3.0e6
-    with pytest.raises(ValueError, match="tiny, small"):
+    moe = TwoTower(preset_config("moe", 1024))
+    assert 2 * sum(p.numel() for p in moe.parameters()) < 5.5e6  # bytes in bfloat16
+    with pytest.raises(ValueError, match="tiny, small, moe"):
         preset_config("huge", 500)
