@@ -1,0 +1,195 @@
+"""What do the ablations' records say? Rewrites the tables and pictures of docs/ablations.md.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; the rest of the page is written
+by hand. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from benchmarks.ablations import pictures
+from benchmarks.ablations.scoring import RESULTS, Record, compare, verdict_vector
+from benchmarks.ablations.variants import BASE, TABLES, VARIANTS
+
+PAGE = Path("docs/ablations.md")
+TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    args = parser().parse_args()
+    records = read_records(args.results)
+    page = args.page.read_text(encoding="utf-8")
+    written, names = fill(page, tables(records))
+    args.page.write_text(written, encoding="utf-8")
+    drawn = pictures.draw(records, args.page.with_suffix(""))
+    print(json.dumps({"tables": names, "pictures": [path.name for path in drawn]}))
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="python -m benchmarks.ablations.report", description=__doc__.splitlines()[0]
+    )
+    found.add_argument("--results", type=Path, default=RESULTS)
+    found.add_argument("--page", type=Path, default=PAGE, help="pictures go to a folder beside it")
+    return found
+
+
+def read_records(folder: Path) -> dict[str, Record]:
+    """Records by file name without suffix, as train-base or sample-shipped."""
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise SystemExit(f"results: no record in {folder}; run train or sample first")
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+
+
+def fill(page: str, makers: Mapping[str, Callable[[], str]]) -> tuple[str, list[str]]:
+    """The page with every table made anew, and their names; ValueError for an unknown one."""
+    names: list[str] = []
+
+    def replace(match: re.Match[str]) -> str:
+        name = match[2]
+        if name not in makers:
+            raise ValueError(f"table: {name!r} is unknown; use {', '.join(makers)}")
+        names.append(name)
+        return f"{match[1]}\n{makers[name]()}\n\n{match[3]}"
+
+    return TABLE.sub(replace, page), names
+
+
+def tables(records: Mapping[str, Record]) -> dict[str, Callable[[], str]]:
+    """Makers of tables by the name that the page uses."""
+    trained = {stem[6:]: r for stem, r in records.items() if stem.startswith("train-")}
+    made: dict[str, Callable[[], str]] = {
+        name: lambda names=names: trained_table(trained, names) for name, names in TABLES.items()
+    }
+    made["tied-own"] = lambda: own_table(trained)
+    made["categories"] = lambda: category_table(trained)
+    for stem, record in records.items():
+        if stem.startswith("sample-"):
+            for name, settings in record["tables"].items():
+                made[f"{stem}-{name}"] = lambda r=record, s=settings: sampled_table(r, s)
+    return made
+
+
+def trained_table(trained: Mapping[str, Record], names: tuple[str, ...]) -> str:
+    """A row per variant, at both thresholds."""
+    base = trained[BASE]
+    rows = []
+    for name in names:
+        if name not in trained:
+            continue
+        record = trained[name]
+        cells = [f"`{name}`"]
+        for mode in ("diffusion 0.8", "diffusion 0.95"):
+            found = record["modes"][mode]
+            gain = "-" if name == BASE else difference(record, mode, base, mode)
+            cells += [accuracy(found), gain, number(found["tokens_per_nfe"])]
+        cells.append(percent_range(found["retention"], found["retention_interval"]))
+        rows.append([*cells, number(last_loss(record), 3), f"{record['train_seconds']:.0f}"])
+    head = ["variant"]
+    for threshold in ("0.8", "0.95"):
+        head += [f"accuracy at {threshold}, %", "minus `base`, points", "tok/NFE"]
+    head.append("kept of AR at 0.95, %")
+    return markdown([*head, "validation loss", "training, s"], rows)
+
+
+def own_table(trained: Mapping[str, Record]) -> str:
+    """Tied towers against the backbone's AR and against their own context head's."""
+    rows = []
+    for name in TABLES["towers"]:
+        record = trained.get(name)
+        if record is None:
+            continue
+        own = "own ar" if "own ar" in record["modes"] else "ar"
+        kept = record["modes"]["diffusion 0.95"]["accuracy"]
+        head = record["modes"][own]["accuracy"]
+        rows.append(
+            [
+                f"`{name}`",
+                accuracy(record["modes"]["ar"]),
+                accuracy(record["modes"][own]),
+                "-" if own == "ar" else difference(record, own, record, "ar"),
+                difference(record, "diffusion 0.95", record, own),
+                "-" if head == 0 else f"{100 * kept / head:.1f}",
+            ]
+        )
+    head = ["variant", "backbone's AR, %", "own context head's AR, %", "own minus backbone's"]
+    return markdown([*head, "diffusion 0.95 minus own", "kept of own, %"], rows)
+
+
+def category_table(trained: Mapping[str, Record]) -> str:
+    """Accuracy by category at threshold 0.95; first the backbone's."""
+    categories = list(trained[BASE]["categories"])
+    first = trained[BASE]["categories"]
+    rows = [["AR of the backbone", *[plain(first[c]["ar"]["accuracy"]) for c in categories]]]
+    for name in VARIANTS:
+        if name in trained:
+            measured = trained[name]["categories"]
+            found = [plain(measured[c]["diffusion 0.95"]["accuracy"]) for c in categories]
+            rows.append([f"`{name}`", *found])
+    return markdown(["accuracy at 0.95, %", *categories], rows)
+
+
+def sampled_table(record: Record, settings: list[str]) -> str:
+    """The AR limit, the control, and a row per setting with its difference to the control."""
+    rows = []
+    for name in ("ar", "diffusion", *settings):
+        found = record["modes"][name]
+        is_reference = name in ("ar", "diffusion")
+        rows.append(
+            [
+                {"ar": "AR", "diffusion": "control"}.get(name, name),
+                accuracy(found),
+                percent_range(found["retention"], found["retention_interval"]),
+                "-" if is_reference else difference(record, name, record, "diffusion"),
+                number(found["tokens_per_nfe"]),
+            ]
+        )
+    head = ["setting", "accuracy, %", "kept of AR, %", "minus control, points", "tok/NFE"]
+    return markdown(head, rows)
+
+
+def difference(ours: Record, mode: str, theirs: Record, other: str) -> str:
+    """Points of accuracy between two settings on the same items, with the paired interval."""
+    categories = list(ours["categories"])
+    gain, (low, high) = compare(
+        verdict_vector(ours["verdicts"][mode], categories),
+        verdict_vector(theirs["verdicts"][other], categories),
+    )
+    return f"{100 * gain:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def accuracy(found: Record) -> str:
+    return percent_range(found["accuracy"], found["interval"])
+
+
+def percent_range(value: float | None, bounds: list[float | None]) -> str:
+    if value is None or bounds[0] is None or bounds[1] is None:
+        return "-"
+    return f"{100 * value:.1f} ({100 * bounds[0]:.1f} to {100 * bounds[1]:.1f})"
+
+
+def plain(value: float) -> str:
+    return f"{100 * value:.0f}"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def last_loss(record: Record) -> float | None:
+    """The last validation loss of a training curve."""
+    losses = [line["validation_loss"] for line in record["curve"] if "validation_loss" in line]
+    return losses[-1] if losses else None
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""What does each part of block decoding give a trained model? One thing is changed at a time.
+
+The control is the model's own decoding; the limit is its context tower, token by token ("ar"), on
+the same held-out prompts. Accuracy and tokens/NFE do not depend on the batch size, seconds do: the
+latter are no result here. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.ablations import interventions
+from benchmarks.ablations.scoring import RESULTS, judge, machine, merge, to_record, write
+from rich.console import Console
+from rich.progress import Progress
+
+import twotower
+from twotower.corpus import CATEGORIES
+from twotower.engine import GenerateOptions
+from twotower.evaluate.run import Item, draw_documents
+
+BLOCK_SIZES = (8, 16, 32, 64)
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+PASSES = 4  # per block, where the number is fixed
+# Prompts of thousands of tokens would take most of the time.
+SHORT_CATEGORIES = tuple(name for name in CATEGORIES if name != "long_context")
+Wrap = Callable[[Any], Any]
+CONTROL = "diffusion"
+
+
+def settings_of(table: str, options: Callable[..., GenerateOptions]) -> Mapping[str, Any]:
+    """Settings by name: options alone, or with what is done to the model."""
+    changed = {
+        "seed": {
+            "no SSM seed": interventions.zero_seed(conv=False),
+            "no conv seed": interventions.zero_seed(ssm=False),
+            "no Mamba seed": interventions.zero_seed(),
+            "no keys": interventions.hide_keys,
+        },
+        "t": {
+            "t = 1": interventions.freeze_t(1.0),
+            "t = 0.5": interventions.freeze_t(0.5),
+            "no t": interventions.freeze_t(None),
+        },
+    }
+    if table in changed:
+        return {name: (options(), change) for name, change in changed[table].items()}
+    if table == "blocks":
+        # As many passes as tokens are allowed, so that the block size alone is varied.
+        return {f"block {n}": options(block_size=n, steps_per_block=n) for n in BLOCK_SIZES}
+    if table == "threshold":
+        return {f"threshold {x:g}": options(confidence_threshold=x) for x in THRESHOLDS}
+    noisy = {"mode": "predict-and-noise", "steps_per_block": PASSES}
+    return {
+        "one pass": options(steps_per_block=1),
+        "guesses stay": options(),
+        "4 passes, threshold": options(steps_per_block=PASSES),
+        "4 passes, re-mask least sure": options(**noisy),
+        "4 passes, re-mask least margin": options(**noisy, remask="margin"),
+        "4 passes, re-mask at random": options(**noisy, remask="random"),
+    }
+
+
+TABLES = ("blocks", "seed", "t", "remask", "threshold")
+
+
+def main() -> None:
+    args = parser().parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore", message="block_size=.* is larger")  # that is the question
+    begin = time.perf_counter()
+    path = args.model or twotower.__path__[0] + "/assets"
+    model, tokenizer = twotower.load_model(path), twotower.load_tokenizer(path)
+    categories = tuple(args.categories.split(","))
+    documents = draw_documents(categories, args.items, args.seed)
+    options = choose_options(args.threshold, args.max_new_tokens)
+    tables = args.tables.split(",")
+    items = run(model, tokenizer, tables, options, documents, args.batch_size)
+    control = options().with_defaults(
+        {"block_size": model.config.block_size, **model.generation_defaults}
+    )
+    record = {
+        "name": args.name,
+        "asked": {key: value for key, value in vars(args).items() if key != "results"},
+        "block_size": model.config.block_size,
+        "confidence_threshold": control.confidence_threshold,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "machine": machine(),
+        "seconds": time.perf_counter() - begin,
+        "tables": {name: list(settings_of(name, options)) for name in tables},
+        **to_record(items, args.seed),
+    }
+    write(record, args.results / f"sample-{args.name}.json")
+    print_table(record)
+    short = {n: [r["accuracy"], r["tokens_per_nfe"]] for n, r in record["modes"].items()}
+    print(json.dumps({"name": args.name, "seconds": record["seconds"], "settings": short}))
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="python -m benchmarks.ablations.sample", description=__doc__.splitlines()[0]
+    )
+    found.add_argument("--model", help="checkpoint folder; the shipped model when not given")
+    found.add_argument("--name", default="shipped", help="of the record")
+    found.add_argument("--tables", default=",".join(TABLES), help="some of " + ", ".join(TABLES))
+    found.add_argument("--categories", default=",".join(SHORT_CATEGORIES))
+    found.add_argument("--items", type=int, default=60, help="prompts per category")
+    found.add_argument("--seed", type=int, default=0)
+    found.add_argument("--threshold", type=float, help="instead of the checkpoint's")
+    found.add_argument("--max-new-tokens", type=int, default=128)
+    found.add_argument("--batch-size", type=int, default=30)
+    found.add_argument("--threads", type=int, default=1)
+    found.add_argument("--results", type=Path, default=RESULTS)
+    return found
+
+
+def choose_options(threshold: float | None, max_new_tokens: int) -> Callable[..., GenerateOptions]:
+    """A maker of options: the control's, but for what it is given."""
+    fixed: dict[str, Any] = {"mode": "diffusion", "max_new_tokens": max_new_tokens}
+    if threshold is not None:
+        fixed["confidence_threshold"] = threshold
+    return lambda **given: GenerateOptions(**{**fixed, **given})
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    tables: Sequence[str],
+    options: Callable[..., GenerateOptions],
+    documents: Sequence[Any],
+    batch_size: int,
+) -> list[Item]:
+    """Items with the answers of ar, the control and every setting of the tables."""
+    jobs: dict[str, Any] = {"ar": options(mode="ar"), CONTROL: options()}
+    for table in tables:
+        jobs |= settings_of(table, options)
+    items: list[Item] = []
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=len(jobs) * len(documents))
+        for name, job in jobs.items():
+            option, change = job if isinstance(job, tuple) else (job, None)
+            subject = model if change is None else interventions.Intervened(model, change)
+            rows = batch_size
+            if name == "guesses stay":
+                subject, rows = interventions.GuessesStay(model), 1
+            answered = []
+            for item in judge(subject, tokenizer, {name: option}, documents, rows):
+                answered.append(item)
+                bar.update(task, advance=1, description=name)
+            items = merge(items, answered) if items else answered
+    return items
+
+
+def print_table(record: Mapping[str, Any]) -> None:
+    print(f"{'setting':32s} {'accuracy':>9s} {'95 %':>13s} {'tokens/NFE':>11s}")
+    for name, row in record["modes"].items():
+        low, high = row["interval"]
+        passes = "-" if row["tokens_per_nfe"] is None else f"{row['tokens_per_nfe']:.2f}"
+        bounds = f"{100 * low:.1f} to {100 * high:.1f}"
+        print(f"{name:32s} {100 * row['accuracy']:9.1f} {bounds:>13s} {passes:>11s}")
+
+
+if __name__ == "__main__":
+    main()

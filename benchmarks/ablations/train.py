@@ -1,0 +1,167 @@
+"""What do the parts of denoiser training give? One small backbone, one denoiser per variant.
+
+Every variant reads the same rows for as many steps with the same seed, and is judged on the same
+held-out prompts by its own block size; the limit is the backbone's own accuracy, token by token
+("ar"). What is done already is not done again. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.ablations.scoring import RESULTS, Record, judge, machine, merge, to_record, write
+from benchmarks.ablations.variants import (
+    CATEGORIES,
+    TABLES,
+    VARIANTS,
+    backbone_options,
+    denoiser_options,
+    shard_options,
+)
+from rich.console import Console
+from rich.progress import Progress
+
+import twotower
+from twotower.engine import GenerateOptions
+from twotower.evaluate.run import Item, draw_documents
+from twotower.train.loop import train
+from twotower.train.options import TrainOptions
+from twotower.train.prepare import prepare
+from twotower.train.progress import TrainProgress
+
+THRESHOLDS = (0.8, 0.95)
+MAX_NEW_TOKENS = 96  # longer than any completion of these categories
+
+
+def main() -> None:
+    args = parser().parse_args()
+    torch.set_num_threads(args.threads)
+    for options in shard_options(args.out, args.data_tokens):
+        if not options.out.exists():
+            print(f"preparing {options.out}", flush=True)
+            for _ in prepare(options):
+                pass
+    backbone = backbone_options(args.out, args.steps, args.seed, args.threads, args.compile)
+    run_once(args, "backbone", backbone)
+    for name in chosen_variants(args.table, args.variants):
+        options = denoiser_options(name, args.out, args.denoiser_steps, args.seed, args.threads)
+        run_once(args, name, options)
+    print(json.dumps({"done": sorted(file.stem for file in args.results.glob("train-*.json"))}))
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="python -m benchmarks.ablations.train", description=__doc__.splitlines()[0]
+    )
+    found.add_argument("--table", choices=("all", *TABLES), default="all")
+    found.add_argument("--variants", help="instead of a table: " + ", ".join(VARIANTS))
+    found.add_argument("--out", type=Path, default=Path("runs/ablations"), help="weights and data")
+    found.add_argument("--results", type=Path, default=RESULTS)
+    found.add_argument("--steps", type=int, default=2800, help="of the backbone")
+    found.add_argument("--denoiser-steps", type=int, default=900)
+    found.add_argument("--data-tokens", type=int, default=9_000_000, help="in each shard")
+    found.add_argument("--items", type=int, default=80, help="prompts per category")
+    found.add_argument("--batch-size", type=int, default=40, help="prompts decoded together")
+    found.add_argument("--seed", type=int, default=0)
+    found.add_argument("--threads", type=int, default=1)
+    found.add_argument("--compile", action="store_true", help="the backbone's training")
+    return found
+
+
+def chosen_variants(table: str, variants: str | None) -> tuple[str, ...]:
+    """Names in the order of training; ValueError for one that does not exist."""
+    if variants is None:
+        return tuple(VARIANTS) if table == "all" else TABLES[table]
+    names = tuple(variants.split(","))
+    for name in names:
+        if name not in VARIANTS:
+            raise ValueError(f"variants: {name!r} is unknown; use some of {', '.join(VARIANTS)}")
+    return names
+
+
+def run_once(args: argparse.Namespace, name: str, options: TrainOptions) -> None:
+    """Train and judge, unless the record of exactly this exists."""
+    file = args.results / f"train-{name}.json"
+    asked = {key: getattr(args, key) for key in ("items", "seed", "data_tokens")}
+    wanted = json.loads(json.dumps({**asked, "options": options.to_dict()}))
+    wanted["options"] |= {"config": options.config and options.config.name}
+    if file.exists() and json.loads(file.read_text())["asked"] == wanted:
+        print(f"{name}: done already ({file})", flush=True)
+        return
+    begin = time.perf_counter()
+    train_to_end(name, options)
+    trained = time.perf_counter()
+    record = score(args, name, options)
+    write(
+        {
+            "name": name,
+            "asked": wanted,
+            "machine": machine(),
+            "train_seconds": trained - begin,
+            "score_seconds": time.perf_counter() - trained,
+            "curve": [json.loads(line) for line in read_lines(options.run_folder)],
+            **record,
+        },
+        file,
+    )
+    shutil.rmtree(options.run_folder / "checkpoints")  # the exported model is all that is needed
+    for mode, row in record["modes"].items():
+        print(f"{name}: {mode} {100 * row['accuracy']:.1f} %, {row['tokens_per_nfe']} tokens/NFE")
+
+
+def train_to_end(name: str, options: TrainOptions) -> None:
+    """Train, or go on from a checkpoint; an interrupted run ends the whole script."""
+    if (options.run_folder / "export").exists():
+        return
+    report = None
+    with TrainProgress(name) as progress:
+        for report in train(options):
+            progress.update(report)
+    if report is not None and report.step < options.steps:
+        raise SystemExit(f"{name}: stopped at step {report.step}; the same command goes on")
+
+
+def score(args: argparse.Namespace, name: str, options: TrainOptions) -> Record:
+    """Accuracy and passes: "ar" is the backbone, "own ar" the context head of tied towers."""
+    tokenizer = twotower.load_tokenizer(args.out / "packed")
+    documents = draw_documents(CATEGORIES, args.items, args.seed)
+    backbone = twotower.load_model(args.out / "backbone" / "export", towers="context")
+    jobs: list[tuple[Any, dict[str, GenerateOptions]]] = [(backbone, {"ar": decoding("ar")})]
+    if name != "backbone":
+        model = twotower.load_model(options.run_folder / "export")
+        # As many passes as tokens are allowed: a limit would commit unsure tokens of large blocks.
+        passes = model.config.block_size
+        modes = {
+            f"diffusion {x:g}": decoding(
+                "diffusion", confidence_threshold=x, steps_per_block=passes
+            )
+            for x in THRESHOLDS
+        }
+        if options.is_tied:
+            modes["own ar"] = decoding("ar")
+        jobs.append((model, modes))
+    items: list[Item] = []
+    with Progress(console=Console(stderr=True)) as bar:
+        for model, modes in jobs:
+            found = judge(model, tokenizer, modes, documents, args.batch_size)
+            answered = list(bar.track(found, total=len(documents), description=", ".join(modes)))
+            items = merge(items, answered) if items else answered
+    return to_record(items, args.seed)
+
+
+def decoding(mode: str, **given: float) -> GenerateOptions:
+    return GenerateOptions(mode=mode, max_new_tokens=MAX_NEW_TOKENS, **given)
+
+
+def read_lines(run: Path) -> Iterator[str]:
+    with (run / "metrics.jsonl").open(encoding="utf-8") as lines:
+        yield from lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Which denoisers are trained, and with what: each differs from the base in what its name says."""
+
+from pathlib import Path
+
+from twotower.train.options import TrainOptions
+from twotower.train.prepare_options import PrepareOptions
+
+CATEGORIES = ("code", "editing", "tools", "knowledge", "refusal")
+SEQUENCE_LENGTH = 192
+BATCH_SIZE = 16
+# A multiple of every block size, so that all variants read the same rows.
+ALIGN = 32
+BASE = "base"
+VARIANTS: dict[str, dict[str, object]] = {
+    BASE: {},
+    "tied": {"towers": "tied"},
+    "tied-ar": {"towers": "tied-ar"},
+    "no-time": {"condition_on": "nothing"},
+    "block-8": {"block_size": 8, "blocks_per_row": 24},
+    "block-32": {"block_size": 32, "blocks_per_row": 6},
+    "bidirectional": {"bidirectional_mamba": True},
+    "t": {"condition_on": "t"},
+    # 8 blocks of 32, then 8 of 16: as many denoised tokens in all as the base's 12 of 16.
+    "32-then-16": {"early_block_size": 32, "blocks_per_row": 8},
+}
+TABLES: dict[str, tuple[str, ...]] = {
+    "towers": (BASE, "tied", "tied-ar"),
+    "conditioning": (BASE, "t", "no-time"),
+    "mamba": (BASE, "bidirectional"),
+    "blocks": ("block-8", BASE, "block-32", "32-then-16"),
+}
+
+
+def shard_options(out: Path, tokens: int) -> tuple[PrepareOptions, PrepareOptions]:
+    """The backbone's shard, packed, and the denoisers', aligned, with the same tokenizer."""
+    mixture = tuple(f"{category}=1" for category in CATEGORIES)
+    packed = PrepareOptions(
+        out=out / "packed", tokens=tokens, weights=mixture, seed=0, vocab_size=1024
+    )
+    aligned = PrepareOptions(
+        out=out / "aligned", tokens=tokens, weights=mixture, seed=1, tokenizer=packed.out,
+        align=ALIGN,
+    )  # fmt: skip
+    return packed, aligned
+
+
+def backbone_options(out: Path, steps: int, seed: int, threads: int, compile: bool) -> TrainOptions:
+    """Next-token training of the small backbone that all denoisers start from."""
+    return TrainOptions(
+        recipe="backbone",
+        data=out / "packed",
+        out=out / "backbone",
+        config=Path(__file__).with_name("backbone.json"),
+        learning_rate=3e-3,
+        warmup=60,
+        decay=0.5,
+        compile=compile,
+        **_shared(steps, seed, threads),
+    )
+
+
+def denoiser_options(name: str, out: Path, steps: int, seed: int, threads: int) -> TrainOptions:
+    """Denoiser training of one variant on the same rows, for as many steps as the others."""
+    chosen: dict[str, object] = {
+        "block_size": 16,
+        "blocks_per_row": SEQUENCE_LENGTH // 16,
+        "condition_on": "masked-fraction",
+        **VARIANTS[name],
+    }
+    return TrainOptions(
+        recipe="denoiser",
+        data=out / "aligned",
+        out=out / name,
+        init=out / "backbone" / "export",
+        targets="completion",
+        t_per="block",
+        draft_share=0.2,
+        learning_rate=2e-3,
+        warmup=30,
+        decay=0.5,
+        **chosen,
+        **_shared(steps, seed, threads),
+    )
+
+
+def _shared(steps: int, seed: int, threads: int) -> dict[str, object]:
+    return {
+        "steps": steps,
+        "seed": seed,
+        "threads": threads,
+        "optimizer": "muon",
+        "sequence_length": SEQUENCE_LENGTH,
+        "batch_size": BATCH_SIZE,
+        "eval_every": max(steps // 5, 1),
+        "eval_rows": 96,
+        "checkpoint_every": max(steps // 5, 1),
+        "keep_checkpoints": 1,
+        "tensorboard": False,
+    }
