@@ -12,12 +12,12 @@ from tiny_training import make_shard, tiny_options
 from twotower.checkpoint import save_backbone
 from twotower.model.two_tower import TwoTower
 from twotower.train import loop
-from twotower.train.data import Shard
 from twotower.train.loop import StepReport, train
 from twotower.train.metrics import read_metrics
 from twotower.train.options import TrainOptions
 from twotower.train.presets import preset_config
 from twotower.train.run_folder import RunFolder, read_snapshot
+from twotower.train.shard import Shard
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from torch import nn
 
 from twotower.model.two_tower import TwoTower
 from twotower.train.average import WeightAverage
+from twotower.train.balance import ExpertBalance
 from twotower.train.data import Rows, Shard
 from twotower.train.metrics import Metrics
 from twotower.train.models import export, starting_model
@@ -65,6 +66,7 @@ class Training:
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.balance = ExpertBalance(self.model, self.options.expert_balance)
         if self.options.ema > 0.0:
             self.average = WeightAverage(self.model, self.options.ema)
 
@@ -197,6 +199,7 @@ def _optimiser_step(training: Training, loss: Loss, folder: RunFolder) -> _StepR
     rate = learning_rate(training.step, options)
     training.optimizer.set_learning_rate(rate)
     training.optimizer.zero_grad()
+    training.balance.reset()
     total = 0.0
     for micro in range(options.accumulate):
         start = training.rows_read + micro * options.batch_size
@@ -210,6 +213,7 @@ def _optimiser_step(training: Training, loss: Loss, folder: RunFolder) -> _StepR
     if not (math.isfinite(total) and math.isfinite(norm)):
         raise ValueError(_not_finite(training, folder, total, norm))
     training.optimizer.step()
+    training.balance.update()
     training.step += 1
     if training.average is not None:
         training.average.update(training.step)

@@ -74,6 +74,9 @@ class TrainOptions(DenoiserOptions):
     """AdamW moment decay rates."""
     grad_clip: float = 1.0
     """Largest gradient norm; larger ones are scaled down. 0 switches it off."""
+    expert_balance: float = 1e-3
+    """How far a step moves the bias of a mixture-of-experts router towards experts with few tokens;
+    0 leaves it alone. Models without such layers have none."""
     ema: float = 0.0
     """Decay of a moving average of the trained weights, as 0.999, which evaluation and export then
     use; 0 switches it off."""
@@ -197,6 +200,7 @@ _AT_LEAST: dict[str, float] = {
     "warmup": 0,
     "weight_decay": 0,
     "grad_clip": 0,
+    "expert_balance": 0,
     "seed": 0,
     "threads": 1,
     "checkpoint_every": 1,
