@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 import twotower
-from twotower.corpus import CATEGORIES
+from twotower.corpus import CATEGORIES, Document
 from twotower.engine import GenerateOptions
-from twotower.evaluate.run import Item, draw_documents
+from twotower.evaluate.run import Item, draw_groups
 
 BLOCK_SIZES = (8, 16, 32, 64)
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -77,10 +77,10 @@ def main() -> None:
     path = args.model or twotower.__path__[0] + "/assets"
     model, tokenizer = twotower.load_model(path), twotower.load_tokenizer(path)
     categories = tuple(args.categories.split(","))
-    documents = draw_documents(categories, args.items, args.seed)
+    groups = draw_groups(categories, args.items, args.seed, args.batch_size)
     options = choose_options(args.threshold, args.max_new_tokens)
     tables = args.tables.split(",")
-    items = run(model, tokenizer, tables, options, documents, args.batch_size)
+    items = run(model, tokenizer, tables, options, groups)
     control = options().with_defaults(
         {"block_size": model.config.block_size, **model.generation_defaults}
     )
@@ -132,8 +132,7 @@ def run(
     tokenizer: Any,
     tables: Sequence[str],
     options: Callable[..., GenerateOptions],
-    documents: Sequence[Any],
-    batch_size: int,
+    groups: Sequence[Sequence[Document]],
 ) -> list[Item]:
     """Items with the answers of ar, the control and every setting of the tables."""
     jobs: dict[str, Any] = {"ar": options(mode="ar"), CONTROL: options()}
@@ -141,15 +140,16 @@ def run(
         jobs |= settings_of(table, options)
     items: list[Item] = []
     with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=len(jobs) * len(documents))
+        task = bar.add_task("", total=len(jobs) * sum(map(len, groups)))
         for name, job in jobs.items():
             option, change = job if isinstance(job, tuple) else (job, None)
             subject = model if change is None else interventions.Intervened(model, change)
-            rows = batch_size
+            chosen = groups
             if name == "guesses stay":
-                subject, rows = interventions.GuessesStay(model), 1
+                subject = interventions.GuessesStay(model)
+                chosen = [[document] for group in groups for document in group]
             answered = []
-            for item in judge(subject, tokenizer, {name: option}, documents, rows):
+            for item in judge(subject, tokenizer, {name: option}, chosen):
                 answered.append(item)
                 bar.update(task, advance=1, description=name)
             items = merge(items, answered) if items else answered

@@ -29,13 +29,12 @@ def judge(
     model: Any,
     tokenizer: Any,
     settings: Mapping[str, GenerateOptions],
-    documents: Sequence[Document],
-    batch_size: int,
+    groups: Sequence[Sequence[Document]],
 ) -> Iterator[Item]:
-    """Every document's item with an answer per setting."""
+    """Every document's item with an answer per setting; a group is decoded together."""
     subject = Subject(model=model, tokenizer=tokenizer, options=settings)
     traces = {name: Trace() for name in settings}
-    return evaluate(subject, documents, batch_size, traces)
+    return evaluate(subject, groups, traces)
 
 
 def merge(first: Sequence[Item], second: Sequence[Item]) -> list[Item]:

@@ -28,7 +28,7 @@ from rich.progress import Progress
 
 import twotower
 from twotower.engine import GenerateOptions
-from twotower.evaluate.run import Item, draw_documents
+from twotower.evaluate.run import Item, draw_groups
 from twotower.train.loop import train
 from twotower.train.options import TrainOptions
 from twotower.train.prepare import prepare
@@ -41,7 +41,7 @@ MAX_NEW_TOKENS = 96  # longer than any completion of these categories
 def main() -> None:
     args = parser().parse_args()
     torch.set_num_threads(args.threads)
-    for options in shard_options(args.out, args.data_tokens):
+    for options in shard_options(args.out, args.data_tokens, args.denoiser_data_tokens):
         if not options.out.exists():
             print(f"preparing {options.out}", flush=True)
             for _ in prepare(options):
@@ -64,7 +64,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--results", type=Path, default=RESULTS)
     found.add_argument("--steps", type=int, default=2800, help="of the backbone")
     found.add_argument("--denoiser-steps", type=int, default=900)
-    found.add_argument("--data-tokens", type=int, default=9_000_000, help="in each shard")
+    found.add_argument("--data-tokens", type=int, default=9_000_000, help="of the backbone")
+    found.add_argument("--denoiser-data-tokens", type=int, default=4_000_000)
     found.add_argument("--items", type=int, default=80, help="prompts per category")
     found.add_argument("--batch-size", type=int, default=40, help="prompts decoded together")
     found.add_argument("--seed", type=int, default=0)
@@ -87,7 +88,8 @@ def chosen_variants(table: str, variants: str | None) -> tuple[str, ...]:
 def run_once(args: argparse.Namespace, name: str, options: TrainOptions) -> None:
     """Train and judge, unless the record of exactly this exists."""
     file = args.results / f"train-{name}.json"
-    asked = {key: getattr(args, key) for key in ("items", "seed", "data_tokens")}
+    kept = ("items", "seed", "data_tokens", "denoiser_data_tokens")
+    asked = {key: getattr(args, key) for key in kept}
     wanted = json.loads(json.dumps({**asked, "options": options.to_dict()}))
     wanted["options"] |= {"config": options.config and options.config.name}
     if file.exists() and json.loads(file.read_text())["asked"] == wanted:
@@ -129,7 +131,7 @@ def train_to_end(name: str, options: TrainOptions) -> None:
 def score(args: argparse.Namespace, name: str, options: TrainOptions) -> Record:
     """Accuracy and passes: "ar" is the backbone, "own ar" the context head of tied towers."""
     tokenizer = twotower.load_tokenizer(args.out / "packed")
-    documents = draw_documents(CATEGORIES, args.items, args.seed)
+    groups = draw_groups(CATEGORIES, args.items, args.seed, args.batch_size)
     backbone = twotower.load_model(args.out / "backbone" / "export", towers="context")
     jobs: list[tuple[Any, dict[str, GenerateOptions]]] = [(backbone, {"ar": decoding("ar")})]
     if name != "backbone":
@@ -148,8 +150,9 @@ def score(args: argparse.Namespace, name: str, options: TrainOptions) -> Record:
     items: list[Item] = []
     with Progress(console=Console(stderr=True)) as bar:
         for model, modes in jobs:
-            found = judge(model, tokenizer, modes, documents, args.batch_size)
-            answered = list(bar.track(found, total=len(documents), description=", ".join(modes)))
+            found = judge(model, tokenizer, modes, groups)
+            total = sum(map(len, groups))
+            answered = list(bar.track(found, total=total, description=", ".join(modes)))
             items = merge(items, answered) if items else answered
     return to_record(items, args.seed)
 

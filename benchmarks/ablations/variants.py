@@ -31,14 +31,16 @@ TABLES: dict[str, tuple[str, ...]] = {
 }
 
 
-def shard_options(out: Path, tokens: int) -> tuple[PrepareOptions, PrepareOptions]:
+def shard_options(
+    out: Path, tokens: int, denoiser_tokens: int
+) -> tuple[PrepareOptions, PrepareOptions]:
     """The backbone's shard, packed, and the denoisers', aligned, with the same tokenizer."""
     mixture = tuple(f"{category}=1" for category in CATEGORIES)
     packed = PrepareOptions(
         out=out / "packed", tokens=tokens, weights=mixture, seed=0, vocab_size=1024
     )
     aligned = PrepareOptions(
-        out=out / "aligned", tokens=tokens, weights=mixture, seed=1, tokenizer=packed.out,
+        out=out / "aligned", tokens=denoiser_tokens, weights=mixture, seed=1, tokenizer=packed.out,
         align=ALIGN,
     )  # fmt: skip
     return packed, aligned
