@@ -5,22 +5,19 @@ Its `hf` model knows nothing of ours but the exported weights and tokenizer; onl
 models always start from must be written out for it.
 """
 
-
 import pytest
 
 import twotower
-from tiny_models import fresh_model
-from twotower.checkpoint import export_transformers, save_model
+from tiny_checkpoint import TEXT, make_text_checkpoint
+from twotower.checkpoint import export_transformers
 from twotower.cli.lm_eval import load_decoder
 from twotower.evaluate.lm_harness import make_model_class
-from twotower.tokenizer import train_tokenizer
 
 pytest.importorskip("accelerate", reason="lm-eval's hf model needs it")
 huggingface = pytest.importorskip("lm_eval.models.huggingface")
 from lm_eval.api.instance import Instance  # noqa: E402  # not before the skip
 
 TOLERANCE = 2e-4  # sums of float32 logits in another order, over up to 40 tokens
-TEXT = "The old clock stopped at 12:45. Nobody noticed the silence; the whole house slept on."
 PAIRS = [
     ("The old clock", " stopped at 12:45."),
     ("The old clock ", "stopped at 12:45."),  # the space goes to the continuation
@@ -38,11 +35,9 @@ def instances(kind: str, arguments: list[tuple[str, ...]]) -> list[Instance]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, object]:
     """Ours on the checkpoint, lm-eval's `hf` on its export."""
     folder = tmp_path_factory.mktemp("models")
-    tokenizer = train_tokenizer([TEXT] * 20, vocab_size=300)
-    model = fresh_model(vocab_size=tokenizer.vocab_size)
-    save_model(model, folder / "ours", extra_files=tokenizer.files())
+    make_text_checkpoint(folder / "ours")
     export_transformers(twotower.load_model(folder / "ours"), folder / "theirs")
-    tokenizer.save(folder / "theirs")
+    twotower.load_tokenizer(folder / "ours").save(folder / "theirs")
     ours = make_model_class(load_decoder).create_from_arg_string(
         f"pretrained={folder / 'ours'},mode=ar,batch_size=3", {"device": "cpu"}
     )
