@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from twotower.model.balance import ExpertBalance
 from twotower.model.two_tower import TwoTower
 from twotower.train.average import WeightAverage
-from twotower.train.balance import ExpertBalance
 from twotower.train.data import Rows, Shard
 from twotower.train.metrics import Metrics
 from twotower.train.models import export, starting_model
