@@ -1,6 +1,7 @@
 """The report: whole without the network, honest about what is missing, safe for any text."""
 
 import re
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from twotower.evaluate.examples import kind_of, write_examples
 from twotower.evaluate.plots import figures
-from twotower.evaluate.report import headline, to_html, write_report
+from twotower.evaluate.report import CAPTIONS, headline, to_html, write_report
 
 
 def row(accuracy: float, retention: float | None, nfe: int) -> dict[str, object]:
@@ -113,3 +115,38 @@ def test_pictures_say_how_many_items(results: dict[str, object]) -> None:
     titles = {name: figure.axes[0].get_title() for name, figure in figures(results).items()}
     assert titles["retention"] == "Quality kept, 200 items a category"
     assert "50 items" in titles["tradeoff"]
+
+
+def test_every_picture_is_explained(results: dict[str, object]) -> None:
+    """Silent failure: a picture under the name of its file, which no reader understands."""
+    assert list(CAPTIONS) == list(figures(results))
+    page = to_html(results, dict.fromkeys(CAPTIONS, b""))
+    for title, explanation in CAPTIONS.values():
+        assert f"<h2>{title}</h2>" in page and page.index(escape(explanation)) > page.index(title)
+
+
+def test_items_on_which_modes_disagree_come_first(results: dict[str, object]) -> None:
+    """Silent failure: the few telling items drown among hundreds that are right."""
+    right, split = results["items"]
+    wrong = {**split, "index": 7, "outputs": {"ar": split["outputs"]["diffusion"]}}
+    assert [kind_of(item) for item in (right, split, wrong)] == [
+        "right in every mode", "modes disagree", "wrong in every mode",
+    ]  # fmt: skip
+    many = [{**split, "index": n} for n in range(15)]
+    page = "".join(write_examples([right, wrong, *many]))
+    places = [
+        page.index(f"math: {kind}: {n} of 17 items")
+        for kind, n in (
+            ("modes disagree", 15),
+            ("wrong in every mode", 1),
+            ("right in every mode", 1),
+        )
+    ]
+    assert places == sorted(places) and "15 of 17 items, first 12 shown" in page
+    assert "math 11" in page and "math 12<" not in page and page.count("<details>") == 3
+    assert "wrong: wrong value, 3 NFE" in page
+
+
+def test_a_cut_run_says_so(results: dict[str, object]) -> None:
+    assert "Interrupted" not in to_html({**results, "complete": True}, {})
+    assert "Interrupted" in to_html({**results, "complete": False}, {})

@@ -8,12 +8,14 @@ import pytest
 pytest.importorskip("jsonschema")
 
 from twotower.corpus import Document
+from twotower.engine import GenerateOptions
 from twotower.evaluate.decode import Output, Trace, is_loop
 from twotower.evaluate.options import EvalOptions
 from twotower.evaluate.results import kendall_tau, measure, summarise, summarise_traces
-from twotower.evaluate.run import Item, Judged
+from twotower.evaluate.run import Item, Judged, draw_groups
 from twotower.evaluate.statistics import interval, resample_means, retention
 from twotower.evaluate.suite import Verdict
+from twotower.evaluate.sweep import PASS_LIMITS, THRESHOLDS, settings
 
 
 def item(category: str, ar: bool, diffusion: bool, index: int = 0) -> Item:
@@ -68,6 +70,21 @@ def test_the_bootstrap_keeps_pairs_together() -> None:
     assert low < 0.75 and high > 1.3
 
 
+def test_the_bootstrap_is_that_of_single_items() -> None:
+    """Silent failure: counting kinds of items instead of items changes the distribution."""
+    correct = np.array([[1.0] * 30 + [0.0] * 10, [1.0] * 20 + [0.0] * 15 + [1.0] * 5])
+    means = resample_means(correct, seed=3)
+    generator = np.random.default_rng(9)
+    items = generator.integers(0, 40, size=(10_000, 40))
+    plain = correct[:, items].mean(axis=2).T  # (10000, modes): every item drawn by its number
+    assert means.shape == plain.shape
+    assert means.mean(axis=0) == pytest.approx(plain.mean(axis=0), abs=0.005)
+    exact = np.cov(correct, bias=True) / 40
+    assert np.cov(means.T) == pytest.approx(exact, abs=2.5e-4)  # four standard errors
+    ours, theirs = (interval(retention(drawn, 1, 0)) for drawn in (means, plain))
+    assert ours == pytest.approx(theirs, abs=0.03)
+
+
 def test_intervals_match_the_binomial() -> None:
     correct = np.array([[1.0] * 160 + [0.0] * 40])
     low, high = interval(resample_means(correct, seed=1)[:, 0])
@@ -105,6 +122,9 @@ def test_traces() -> None:
     assert found["diffusion"]["commit_step_by_position"] == pytest.approx(
         [4 / 3, 4 / 3, 5 / 3, 7 / 3]
     )
+    short = Trace(steps=[(0, 2), (1, 1)], commits=[[1, 2, 2], [1]])
+    found = summarise_traces({"diffusion": short})
+    assert found["diffusion"]["commit_step_by_position"] == [1.0, 2.0, 2.0]
     assert kendall_tau([1, 2, 3]) == 1.0 and kendall_tau([2, 1, 1]) == -1.0
     assert kendall_tau([1, 1]) is None
 
@@ -125,3 +145,31 @@ def test_bad_options_are_one_line(values: dict[str, object], words: str) -> None
     with pytest.raises(ValueError, match=words) as caught:
         EvalOptions(**values)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+def test_a_group_is_of_one_category_and_categories_take_turns() -> None:
+    """Silent failure: a batch of long and short prompts, whose time nobody can divide."""
+    groups = draw_groups(["math", "tools"], items=5, seed=0, batch_size=2)
+    assert [[document.category for document in group] for group in groups] == [
+        ["math"] * 2, ["tools"] * 2, ["math"] * 2, ["tools"] * 2, ["math"], ["tools"],
+    ]  # fmt: skip
+    single = draw_groups(["math", "tools"], items=5, seed=0, batch_size=1)
+    for category in ("math", "tools"):
+        drawn = [
+            [d.prompt for group in made for d in group if d.category == category]
+            for made in (groups, single)
+        ]
+        assert drawn[0] == drawn[1] and len(set(drawn[0])) == 5
+
+
+def test_the_sweep_keeps_the_other_options() -> None:
+    """Silent failure: points of a sweep that are decoded in blocks of another size."""
+    base = GenerateOptions(
+        block_size=8, max_new_tokens=40, steps_per_block=3, confidence_threshold=0.7
+    )
+    points = settings(base)
+    assert [(p.confidence_threshold, p.steps_per_block) for p in points] == [
+        *[(threshold, 8) for threshold in THRESHOLDS],
+        *[(0.7, limit) for limit in PASS_LIMITS if limit < 8],
+    ]
+    assert {(p.block_size, p.max_new_tokens, p.mode) for p in points} == {(8, 40, "diffusion")}

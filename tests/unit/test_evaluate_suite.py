@@ -1,8 +1,11 @@
 """The checkers: every reference passes, damage does not, and the sandbox holds."""
 
 import json
+import os
 import time
+import warnings
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -14,9 +17,10 @@ pytest.importorskip("jsonschema")
 from twotower.corpus import CATEGORIES, Document, documents, sample
 from twotower.corpus.documents import DRAWS
 from twotower.evaluate import sandbox
-from twotower.evaluate.sandbox import run_function
+from twotower.evaluate.sandbox import Ran, run_function
 from twotower.evaluate.suite import CHECKS, check, held_out
 from twotower.evaluate.suite.mathematics import evaluate
+from twotower.evaluate.suite.python_code import dump_tree, is_same
 
 EXECUTED = {"code", "editing"}
 
@@ -45,14 +49,14 @@ def test_no_training_document_has_a_held_out_prompt(category: str) -> None:
     assert len(prompts) == 200
     rng = Random(11)
     source = "lookup" if category == "long_context" else category
-    drawn = {sample(source, "train", rng).prompt for _ in range(3000)}
+    drawn = {sample(source, "train", rng).prompt for _ in range(500)}
     assert not prompts & drawn
 
 
 def test_no_source_of_training_makes_a_prompt_of_another_category() -> None:
     prompts = {d.prompt for category in CATEGORIES for d in held_out(category, 200, seed=0)}
     stream = documents("train", 5, dict.fromkeys(set(DRAWS) - {"long_context"}, 1.0))
-    assert not prompts & {next(stream).prompt for _ in range(5000)}
+    assert not prompts & {next(stream).prompt for _ in range(1000)}
 
 
 SUM = Document(
@@ -69,6 +73,8 @@ SUM = Document(
     [
         (" 17 + 25 = 42. The answer is 42.", ""),
         (" 25 + 17 = 42. The answer is 42.", ""),
+        (" 17+25 = 30 +12=42. The answer is 42.", ""),
+        (" 17 + 25 = - 42. The answer is -42.", "step 1: '17 + 25 = - 42' is no equation"),
         (" 17 + 25 = 32 + 10 = 42. The answer is 42.", ""),
         (" 17 + 25 = 30 + 13 = 42. The answer is 42.", "step 1: 30 + 13 is not 42"),
         (" 17 + 26 = 42. The answer is 42.", "step 1: 17 + 26 instead of 17 + 25"),
@@ -121,17 +127,82 @@ CODE = Document(
         ("\n    return [0] * (1 << 40)", "stopped with MemoryError"),
         (
             "\n    with open('x', 'w') as f:\n        f.write('y')\n    return n * 2",
-            "stopped with OSError",
+            "stopped with PermissionError",
         ),
     ],
 )
-def test_functions_are_executed_under_limits(text: str, reason: str) -> None:
+def test_functions_are_executed_under_limits(
+    text: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Silent failure: text that prints a result, leaves early or hangs passes for right."""
-    sandbox_limit = sandbox.CPU_SECONDS
-    begin = time.monotonic()
+    monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)
+    monkeypatch.setattr(sandbox, "WALL_SECONDS", 60.0)  # the CPU limit ends a loop, not this
     verdict = check(CODE, text)
     assert (verdict.correct, verdict.reason) == (not reason, reason)
-    assert time.monotonic() - begin < sandbox_limit + 8
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "open({file!r}, 'w')",
+        "open({file!r}, 'r+')",
+        "os.open({file!r}, os.O_TRUNC | os.O_WRONLY)",
+        "os.remove({file!r})",
+        "os.rename({file!r}, {file!r} + 'x')",
+        "os.truncate({file!r}, 0)",
+        "os.fork()",
+        "os.system('true')",
+        "os.kill(os.getppid(), 0)",
+        "__import__('subprocess').run(['true'])",
+        "__import__('socket').socket()",
+        "__import__('ctypes')",
+    ],
+)
+def test_a_function_can_reach_nothing_outside(line: str, tmp_path: Path) -> None:
+    """Silent failure: an answer that deletes the user's files, or goes on running unseen."""
+    file = tmp_path / "kept"
+    file.write_text("text")
+    source = f"import os\ndef f():\n    {line.format(file=str(file))}\n    return 1"
+    assert run_function(source, "f", ["[]"]) == Ran(results=[], error="PermissionError")
+    assert file.read_text() == "text" and os.listdir(tmp_path) == ["kept"]
+
+
+def test_plain_libraries_can_be_imported() -> None:
+    source = "import math, re, hashlib, itertools, functools, typing, random, decimal\ndef f():\n"
+    assert run_function(source + "    return math.gcd(4, 6)", "f", ["[]"]).results == ["2"]
+
+
+def test_a_long_result_is_cut_and_does_not_hang() -> None:
+    """Silent failure: a result that fills the pipe waits for the wall clock, item after item."""
+    begin = time.monotonic()
+    ran = run_function("def f(n):\n    return 'x' * n", "f", ["[200000]", "[1]"])
+    assert [len(result) for result in ran.results] == [sandbox.RESULT_CHARS, 3] and not ran.error
+    assert time.monotonic() - begin < sandbox.WALL_SECONDS / 2
+
+
+@pytest.mark.parametrize(
+    ("result", "expected", "same"),
+    [
+        ("{'b': 1, 'a': 2}", "{'a': 2, 'b': 1}", True),
+        ("[{2: {'y': 1, 'x': 0}, 1: 0}]", "[{1: 0, 2: {'x': 0, 'y': 1}}]", True),
+        ("{'a': 1}", "{'a': True}", False),
+        ("[1, 2]", "[2, 1]", False),
+        ("1", "1.0", False),
+        ("1", "True", False),
+        ("'1'", "1", False),
+        ("<object>", "1", False),
+    ],
+)
+def test_results_are_compared_as_values(result: str, expected: str, same: bool) -> None:
+    """Silent failure: a right dictionary that was filled in another order counts as wrong."""
+    assert is_same(result, expected) is same
+
+
+def test_a_strange_text_is_parsed_without_warnings() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dump_tree("x = '\\d'") is not None
+    assert dump_tree("x = '\0'") is None and dump_tree("(" * 5000) is None
 
 
 def test_a_sleeping_function_ends_at_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,3 +249,26 @@ def test_the_items_of_a_seed_are_the_same_and_differ_by_seed() -> None:
     first, again, other = (held_out("tools", 20, seed) for seed in (1, 1, 2))
     assert first == again != other
     assert len({document.prompt for document in first}) == 20
+
+
+def test_a_code_must_be_that_of_the_asked_thing() -> None:
+    """Silent failure: the right number said of another thing counts as found."""
+    document = sample("long_context", "test", Random(3))
+    expected = document.answer["expected"]
+    subject = str(document.answer["sentence"]).removeprefix("The code of the ").split(" is ")[0]
+    assert check(document, f" {expected}").correct
+    assert check(document, f" The code  of the {subject} is {expected}.").correct
+    verdict = check(document, f" The code of the odd thing is {expected}.")
+    assert verdict.reason == "the code of another thing"
+    assert check(document, f" The code of the {subject} is {expected} or 1.").reason.startswith(
+        "gave"
+    )
+
+
+def test_more_items_than_there_are_is_one_line() -> None:
+    """Silent failure: a request that no category can fill runs forever."""
+    with pytest.raises(ValueError, match=r"items: 5000 is more than .* of knowledge") as caught:
+        held_out("knowledge", 5000, seed=0)
+    assert "\n" not in str(caught.value)
+    most = int(str(caught.value).split("about ")[1].split()[0])
+    assert most >= 200 and len(held_out("knowledge", most - 1, seed=5)) == most - 1

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from twotower.cli.evaluate import EvaluateOptions, describe_range, run_suite
+from twotower.cli.evaluate import INTERRUPTED, EvaluateOptions, run_suite
+from twotower.cli.evaluation_tables import describe_range
 from twotower.cli.loading import Placement
 
 
@@ -52,14 +53,16 @@ def run(options: BenchOptions) -> int:
         print(json.dumps(record))
     else:
         Console().print(summary(modes["diffusion"], modes["ar"]), highlight=False)
-    return 0
+    return 0 if results["complete"] else INTERRUPTED
 
 
 def summary(diffusion: dict[str, object], ar: dict[str, object]) -> str:
     """The pair in two sentences, with what it was bought with."""
     retention, ratio = diffusion["retention"], diffusion["speed_ratio"]
-    if retention is None or ratio is None:
+    if retention is None:
         return "The AR baseline answers nothing right: there is no quality to keep."
+    if ratio is None:
+        return "A mode wrote no tokens: there is no speed to compare."
     low, high = describe_quartiles(diffusion["speed_ratio_quartiles"])
     passes = diffusion["tokens_per_nfe"]
     return (

@@ -4,27 +4,31 @@ import dataclasses
 import json
 import platform
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 import twotower
+from twotower.cli.evaluation_tables import print_results
 from twotower.cli.loading import Loaded, Placement, load
 from twotower.cli.machine import describe_cpu
+from twotower.corpus import Document
 from twotower.engine import GenerateOptions
 from twotower.evaluate.decode import Trace
 from twotower.evaluate.options import EvalOptions
-from twotower.evaluate.references import score_references, summarise_references
+from twotower.evaluate.references import Reference, score_references, summarise_references
 from twotower.evaluate.report import write_report
-from twotower.evaluate.results import BASELINE, summarise, summarise_traces
-from twotower.evaluate.run import Item, Subject, draw_documents, evaluate, warm_up
-from twotower.evaluate.sweep import PASS_LIMITS, THRESHOLDS, sweep
+from twotower.evaluate.results import summarise, summarise_traces
+from twotower.evaluate.run import Item, Subject, draw_groups, evaluate, warm_up
+from twotower.evaluate.sweep import settings, sweep
 
-SWEEP_SHARE = 4  # one item in so many is swept
+SWEEP_SHARE = 4  # the first of so many parts of each category is swept
+INTERRUPTED = 130  # exit status, as a shell reports Ctrl-C
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,11 +44,23 @@ class EvaluateOptions(EvalOptions, Placement):
             raise ValueError(f"threads: {self.threads} is too small; use at least 1")
 
 
+@dataclasses.dataclass(kw_only=True)
+class Findings:
+    """What a run has found so far."""
+
+    traces: dict[str, Trace]
+    items: list[Item] = dataclasses.field(default_factory=list)
+    sweep: list[dict[str, object]] = dataclasses.field(default_factory=list)
+    references: list[Reference] = dataclasses.field(default_factory=list)
+    is_complete: bool = False
+
+
 def run(options: EvaluateOptions) -> int:
     """Evaluate, print, write; returns the exit status. Errors of the user arrive as ValueError."""
+    if options.out is not None:
+        open_folder(options.out)
     results, items = run_suite(options)
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
         record = {**results, "items": [item.to_dict() for item in items]}
         (options.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
         write_report(record, options.out)
@@ -52,43 +68,86 @@ def run(options: EvaluateOptions) -> int:
         print(json.dumps(results))
     else:
         print_results(results, Console())
-    return 0
+    return 0 if results["complete"] else INTERRUPTED
+
+
+def open_folder(folder: Path) -> None:
+    """Make the folder of the results; ValueError, before the run, if nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or "not writable"
+        raise ValueError(f"out: cannot write into {folder} ({reason}); use another") from None
+
+
+def require_libraries(options: EvaluateOptions) -> None:
+    """ImportError, before the run, for libraries that only its end would miss."""
+    needed = {
+        "matplotlib": options.out is not None,
+        "jsonschema": "tools" in options.category_names,
+    }
+    for name, is_needed in needed.items():
+        if is_needed and find_spec(name) is None:
+            raise ImportError(f'{name} is not installed: pip install "twotower[eval]"')
 
 
 def run_suite(options: EvaluateOptions) -> tuple[dict[str, object], list[Item]]:
-    """The results record (without its items) and the items."""
+    """The results record (without its items) and the items; after Ctrl-C, of what was measured."""
+    require_libraries(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     loaded = load_subject(options)
     subject = make_subject(options, loaded)
-    documents = draw_documents(options.category_names, options.items, options.seed)
-    swept = documents[::SWEEP_SHARE] if options.sweep else []
-    scored = documents if options.likelihood else []
-    points = len(THRESHOLDS) + len(PASS_LIMITS)
-    traces = {mode: Trace() for mode in subject.options}
-    items, records, references = [], [], []
-    with progress_bar(len(documents) + points * len(swept) + len(scored)) as bar:
-        task = bar.task_ids[0]
-        warm_up(subject, documents[0])
-        for item in evaluate(subject, documents, options.batch_size, traces):
-            items.append(item)
-            bar.update(task, advance=1, description=item.document.category)
-        if swept:
-            for record in sweep(subject, swept, options.batch_size, options.seed):
-                records.append(record)
-                bar.update(task, advance=len(swept), description="sweep")
-        for reference in score_references(loaded.model, subject.tokenizer, scored, options.seed):
-            references.append(reference)
-            bar.update(task, advance=1, description="likelihood")
-    modes = list(subject.options)
+    groups = draw_groups(options.category_names, options.items, options.seed, options.batch_size)
+    findings = Findings(traces={mode: Trace() for mode in subject.options})
+    try:
+        collect(options, subject, groups, findings)
+    except KeyboardInterrupt:
+        if not findings.items:
+            raise
+        done, total = len(findings.items), sum(map(len, groups))
+        print(f"interrupted: results of {done} of {total} items", file=sys.stderr)
+    references = findings.references
     results = {
         **describe_run(options, loaded, subject),
-        **summarise(items, modes, options.seed),
-        "sweep": records,
+        "complete": findings.is_complete,
+        **summarise(findings.items, list(subject.options), options.seed),
+        "sweep": findings.sweep,
         "likelihood": summarise_references(references) if references else None,
-        "traces": summarise_traces(traces),
+        "traces": summarise_traces(findings.traces),
     }
-    return results, items
+    return results, findings.items
+
+
+def collect(
+    options: EvaluateOptions,
+    subject: Subject,
+    groups: Sequence[Sequence[Document]],
+    findings: Findings,
+) -> None:
+    """Run everything that was asked for, showing progress; `findings` fills as it goes."""
+    documents = [document for group in groups for document in group]
+    scored = documents if options.likelihood else []
+    rounds = len(groups) // len(options.category_names)
+    num_swept = -(-rounds // SWEEP_SHARE) * len(options.category_names) if options.sweep else 0
+    swept = groups[:num_swept]
+    advance = sum(map(len, swept))
+    points = len(settings(subject.options["diffusion"])) if swept else 0
+    with progress_bar(len(documents) + points * advance + len(scored)) as bar:
+        task = bar.task_ids[0]
+        warm_up(subject, documents[0])
+        for item in evaluate(subject, groups, findings.traces):
+            findings.items.append(item)
+            bar.update(task, advance=1, description=item.document.category)
+        for record in sweep(subject, swept, options.seed) if swept else ():
+            findings.sweep.append(record)
+            bar.update(task, advance=advance, description="sweep")
+        for reference in score_references(subject.model, subject.tokenizer, scored, options.seed):
+            findings.references.append(reference)
+            bar.update(task, advance=1, description="likelihood")
+    findings.is_complete = True
 
 
 def load_subject(options: EvaluateOptions) -> Loaded:
@@ -164,70 +223,3 @@ def progress_bar(total: int) -> Progress:
     )
     bar.add_task("warm-up", total=total)
     return bar
-
-
-def print_results(results: Mapping[str, object], console: Console) -> None:
-    """A table per category and one for all."""
-    categories, modes = results["categories"], results["modes"]
-    assert isinstance(categories, dict) and isinstance(modes, dict)
-    for name, measured in {**categories, "all": modes}.items():
-        console.print(mode_table(name, measured))
-    if (likelihood := results["likelihood"]) is not None:
-        assert isinstance(likelihood, dict)
-        console.print(likelihood_table(likelihood))
-    if BASELINE not in modes:
-        console.print("No retention and no speed ratio: ar is not among the modes.")
-
-
-COLUMNS = ("acc %", "95 %", "kept %", "95 % ", "tok/NFE", "NFE", "tok/s", "x ar", "loops")
-
-
-def mode_table(name: str, measured: Mapping[str, Mapping[str, object]]) -> Table:
-    """Accuracy with its interval, retention, passes and speed of every mode."""
-    first = next(iter(measured.values()))
-    title = f"{name} ({first['n']} items)"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    table.add_column("mode")
-    for column in COLUMNS:
-        table.add_column(column, justify="right", no_wrap=True)
-    for mode, row in measured.items():
-        table.add_row(
-            mode,
-            _percent(row["accuracy"]),
-            describe_range(row["interval"]),
-            _percent(row["retention"]),
-            describe_range(row["retention_interval"]),
-            _number(row["tokens_per_nfe"], 2),
-            str(row["nfe"]),
-            _number(row["tokens_per_s"], 0),
-            _number(row["speed_ratio"], 2),
-            str(row["degenerate"]),
-        )
-    return table
-
-
-def likelihood_table(likelihood: Mapping[str, dict[str, Mapping[str, object]]]) -> Table:
-    """Nats per token of the reference answers: the context tower's, the denoiser's bound."""
-    title = f"likelihood of the reference answers ({likelihood['noisings']} noisings a block)"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    table.add_column("category")
-    for column in ("tokens", "ar nats/token", "bound nats/token", "+-"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, row in {**likelihood["categories"], "all": likelihood["all"]}.items():
-        numbers = ("ar_nats_per_token", "bound_nats_per_token", "bound_standard_error")
-        table.add_row(name, str(row["tokens"]), *[_number(row[key], 4) for key in numbers])
-    return table
-
-
-def _percent(value: object) -> str:
-    return f"{100 * value:.1f}" if isinstance(value, float) else "-"
-
-
-def describe_range(bounds: object) -> str:
-    assert isinstance(bounds, list)
-    low, high = bounds
-    return "-" if low is None else f"{100 * low:.0f}-{100 * high:.0f}"
-
-
-def _number(value: object, digits: int) -> str:
-    return f"{value:.{digits}f}" if isinstance(value, float) else "-"

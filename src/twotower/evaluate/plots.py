@@ -84,9 +84,9 @@ def plot_tradeoff(results: Record) -> Figure | None:
             axes.annotate(
                 f"{p[by]:g}", place, textcoords="offset points", xytext=(4, 4), fontsize=8
             )
-    baseline = results["modes"].get("ar")
+    baseline = points[0].get("ar_accuracy")
     if baseline is not None:
-        axes.axhline(100 * baseline["accuracy"], color="gray", linestyle="--", linewidth=1)
+        axes.axhline(100 * baseline, color="gray", linestyle="--", linewidth=1)
     axes.set_xlabel("tokens per denoiser pass (tokens/NFE)")
     axes.set_ylabel("accuracy, %")
     axes.set_title(f"Quality against passes, {points[0]['n']} items; dashed: ar")

@@ -90,13 +90,13 @@ def summarise_traces(traces: Mapping[str, Trace]) -> dict[str, object]:
 def _trace(trace: Trace) -> dict[str, object]:
     numbers = range(max(number for number, _ in trace.steps) + 1)
     by_block = [[passes for at, passes in trace.steps if at == number] for number in numbers]
-    size = min(len(block) for block in trace.commits)
-    steps = np.array([block[:size] for block in trace.commits], float)
+    size = max(len(block) for block in trace.commits)
+    steps = [[block[at] for block in trace.commits if at < len(block)] for at in range(size)]
     taus = [tau for block in trace.commits if (tau := kendall_tau(block)) is not None]
     return {
         "steps_by_block": [sum(passes) / len(passes) for passes in by_block if passes],
         "blocks": [len(passes) for passes in by_block if passes],
-        "commit_step_by_position": steps.mean(axis=0).tolist(),
+        "commit_step_by_position": [sum(passes) / len(passes) for passes in steps],
         "kendall_tau": sum(taus) / len(taus) if taus else None,
     }
 

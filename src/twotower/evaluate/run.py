@@ -4,6 +4,7 @@ Modes take turns on every group of prompts, in rotating order, so that a slow mo
 falls on all of them.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -25,7 +26,7 @@ class Judged:
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One prompt with every mode's answer."""
+    """One prompt with every mode's answer; `index` counts within its category."""
 
     document: Document
     index: int
@@ -58,14 +59,13 @@ class Subject:
 
 def evaluate(
     subject: Subject,
-    documents: Sequence[Document],
-    batch_size: int,
+    groups: Sequence[Sequence[Document]],
     traces: Mapping[str, Trace],
 ) -> Iterator[Item]:
-    """Yield each document's item once all modes have answered it, in order."""
+    """Yield each document's item once all modes have answered its group, in order."""
     modes = list(subject.options)
-    for turn, start in enumerate(range(0, len(documents), batch_size)):
-        group = documents[start : start + batch_size]
+    seen: Counter[str] = Counter()
+    for turn, group in enumerate(groups):
         prompts = [document.prompt for document in group]
         outputs: dict[str, list[Output]] = {}
         for place in range(len(modes)):
@@ -83,16 +83,23 @@ def evaluate(
             }
             yield Item(
                 document=document,
-                index=start + place,
+                index=seen[document.category],
                 prompt_tokens=len(subject.tokenizer.encode(document.prompt)),
                 answers=answers,
             )
+            seen[document.category] += 1
 
 
-def draw_documents(categories: Sequence[str], items: int, seed: int) -> list[Document]:
-    """The suite's documents, categories in turn, so that a cut run has seen all of them."""
+def draw_groups(
+    categories: Sequence[str], items: int, seed: int, batch_size: int
+) -> list[list[Document]]:
+    """The suite's documents in groups of one category, whose time is then that category's own.
+
+    Categories take turns, so that a cut run has seen all of them alike.
+    """
     columns = [held_out(category, items, seed) for category in categories]
-    return [column[row] for row in range(items) for column in columns]
+    starts = range(0, items, batch_size)
+    return [column[start : start + batch_size] for start in starts for column in columns]
 
 
 def warm_up(subject: Subject, document: Document) -> None:

@@ -2,8 +2,9 @@
 
 Decides nothing about right or wrong: expected values never enter the process, so text that prints,
 exits or writes to the result pipe can forge nothing that it could not compute. Limits: CPU seconds,
-memory, open files, no file writes, no environment, an empty folder. It is no jail for hostile code:
-the network and the files that the user may read are not hidden.
+memory, open files, no environment, an empty folder; an audit hook refuses to write, rename or
+remove files, to start or signal processes, and to open sockets. It stops what a model may write by
+accident. It is no jail for hostile code: the files that the user may read are not hidden.
 """
 
 import contextlib
@@ -17,31 +18,45 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 CPU_SECONDS = 2
-WALL_SECONDS = 10.0
+WALL_SECONDS = 20.0  # for what waits; a busy machine needs many times the CPU seconds
 MEMORY_BYTES = 512 << 20
-OUTPUT_BYTES = 1 << 20
+RESULT_CHARS = 10_000  # of each result; more than a pipe holds would stop the process
 
-# Runs in the child, before any of the model's text. Results leave through a pipe of their own.
+# Runs in the child, before any of the model's text. Results leave through what was stdout.
 _HARNESS = """
 import ast, json, os, sys
 try:
     import resource
 except ImportError:
     resource = None
-pipe = os.fdopen(int(sys.argv[1]), "w")
+pipe = os.fdopen(os.dup(1), "w")
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 job = json.loads(sys.stdin.read())
 if resource is not None:
     cpu, memory = job["cpu_seconds"], job["memory_bytes"]
     for what, limit in (("RLIMIT_CPU", cpu), ("RLIMIT_AS", memory), ("RLIMIT_FSIZE", 0),
                         ("RLIMIT_NOFILE", 16), ("RLIMIT_CORE", 0)):
         resource.setrlimit(getattr(resource, what), (limit, limit))
+looks = {"os.listdir", "os.scandir", "os.walk", "os.fwalk"}
+closed = ("socket.", "subprocess.", "ctypes.", "shutil.", "signal.")
+writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+def watch(event, given):
+    if event == "open":
+        refused = (given[2] or 0) & writes
+    elif event == "import":
+        refused = given[0] in ("_posixsubprocess", "_socket", "_ctypes")
+    else:
+        refused = event.startswith(closed) or event.startswith("os.") and event not in looks
+    if refused:
+        raise PermissionError(event)
 results = []
+sys.addaudithook(watch)
 try:
     scope = {"__name__": "answer"}
     exec(job["source"], scope)
     function = scope[job["name"]]
     for given in job["arguments"]:
-        results.append(repr(function(*ast.literal_eval(given))))
+        results.append(repr(function(*ast.literal_eval(given)))[:job["result_chars"]])
     error = ""
 except BaseException as problem:
     error = type(problem).__name__
@@ -68,28 +83,26 @@ def run_function(source: str, name: str, arguments: Sequence[str]) -> Ran:
             "arguments": list(arguments),
             "cpu_seconds": CPU_SECONDS,
             "memory_bytes": MEMORY_BYTES,
+            "result_chars": RESULT_CHARS,
         }
     )
-    reader, writer = os.pipe()
-    with tempfile.TemporaryDirectory() as folder, os.fdopen(reader, "rb") as results:
+    with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _HARNESS, str(writer)],
+            [sys.executable, "-I", "-S", "-B", "-c", _HARNESS],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            pass_fds=(writer,),
             cwd=folder,
             env={},
             start_new_session=True,
         )
-        os.close(writer)
         try:
-            process.communicate(job.encode(), timeout=WALL_SECONDS)
+            output, _ = process.communicate(job.encode(), timeout=WALL_SECONDS)
         except subprocess.TimeoutExpired:
             return Ran(results=[], error="timeout")
         finally:
             _kill(process)
-        return _read(results.read(OUTPUT_BYTES))
+        return _read(output)
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
@@ -97,6 +110,9 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()
 
 
 def _read(output: bytes) -> Ran:

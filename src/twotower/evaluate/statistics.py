@@ -10,12 +10,14 @@ Interval = tuple[float, float]
 def resample_means(correct: Array, seed: int) -> Array:
     """Accuracies of every mode in resampled sets of items: correct (modes, n) -> (10000, modes).
 
-    All modes of a resample share its items: their differences keep the pairing.
+    All modes of a resample share its items: their differences keep the pairing. Items on which all
+    modes fare alike are interchangeable, so that only the count of each such kind is drawn.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     n = correct.shape[1]
-    chosen = generator.multinomial(n, np.full(n, 1.0 / n), size=RESAMPLES)  # how often each item
-    means: Array = chosen @ correct.T / n
+    kinds, counts = np.unique(correct, axis=1, return_counts=True)  # (modes, kinds)
+    chosen = generator.multinomial(n, counts / n, size=RESAMPLES)
+    means: Array = chosen @ kinds.T / n
     return means
 
 

@@ -1,5 +1,6 @@
 """Quality against speed of diffusion decoding as its threshold and its pass limit vary."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 from twotower.corpus import Document
@@ -15,39 +16,34 @@ PASS_LIMITS = (1, 2, 3, 4, 8)
 def settings(base: GenerateOptions) -> list[GenerateOptions]:
     """The points of the sweep: each threshold without a limit, each limit at the base threshold."""
     points = [
-        GenerateOptions(
-            mode=base.mode, max_new_tokens=base.max_new_tokens, confidence_threshold=threshold
-        )
+        dataclasses.replace(base, confidence_threshold=threshold, steps_per_block=base.block_size)
         for threshold in THRESHOLDS
     ]
     points += [
-        GenerateOptions(
-            mode=base.mode,
-            max_new_tokens=base.max_new_tokens,
-            confidence_threshold=base.confidence_threshold,
-            steps_per_block=limit,
-        )
+        dataclasses.replace(base, steps_per_block=limit)
         for limit in PASS_LIMITS
+        if limit < base.block_size  # as many passes as positions limit nothing
     ]
     return points
 
 
 def sweep(
-    subject: Subject, documents: Sequence[Document], batch_size: int, seed: int
+    subject: Subject, groups: Sequence[Sequence[Document]], seed: int
 ) -> Iterator[dict[str, object]]:
     """Yield one record per setting of `subject.options["diffusion"]`, each paired with ar."""
     for point in settings(subject.options["diffusion"]):
         chosen = {"ar": subject.options["ar"], "diffusion": point}
         pair = Subject(model=subject.model, tokenizer=subject.tokenizer, options=chosen)
         traces = {mode: Trace() for mode in chosen}
-        items = list(evaluate(pair, documents, batch_size, traces))
-        found = measure(items, list(chosen), seed)["diffusion"]
-        assert isinstance(found, dict)
-        limited = "steps_per_block" in point.given  # type: ignore[attr-defined]  # set by __new__
+        measured = measure(list(evaluate(pair, groups, traces)), list(chosen), seed)
+        found, baseline = measured["diffusion"], measured["ar"]
+        assert isinstance(found, dict) and isinstance(baseline, dict)
+        limited = point.steps_per_block < point.block_size
         yield {
             "mode": "diffusion",
             "confidence_threshold": point.confidence_threshold,
             "steps_per_block": point.steps_per_block if limited else None,
+            "ar_accuracy": baseline["accuracy"],
             **{
                 name: found[name]
                 for name in (

@@ -18,6 +18,7 @@ CHECKS: Mapping[str, Check] = {
     "long_context": statements.check_code,
     "refusal": statements.check_refusal,
 }
+PATIENCE = 5000  # repeats in a row after which a category counts as used up
 SUITES: Mapping[str, tuple[str, ...]] = {"mini": tuple(CHECKS)}
 
 __all__ = ["CHECKS", "SUITES", "Check", "Verdict", "check", "held_out"]
@@ -29,10 +30,20 @@ def check(document: Document, text: str) -> Verdict:
 
 
 def held_out(category: str, count: int, seed: int) -> list[Document]:
-    """`count` documents of the test split with different prompts, the same for a seed."""
+    """`count` documents of the test split with different prompts, the same for a seed.
+
+    ValueError when the generator has no more: some categories are finite.
+    """
     rng = Random(f"{category}:{seed}")
     drawn: dict[str, Document] = {}
+    repeats = 0
     while len(drawn) < count:
         document = sample(category, "test", rng)
+        repeats = repeats + 1 if document.prompt in drawn else 0
+        if repeats > PATIENCE:
+            raise ValueError(
+                f"items: {count} is more than the about {len(drawn)} different held-out prompts of "
+                f"{category}; ask for fewer, or leave it out of the categories"
+            )
         drawn.setdefault(document.prompt, document)
     return list(drawn.values())

@@ -6,6 +6,7 @@ from twotower.corpus import Document
 from twotower.evaluate.suite.verdict import RIGHT, Verdict, wrong
 
 _TERM = re.compile(r"\d{1,9}(?: [-+*] \d{1,9})*")
+_SIGN = re.compile(r"\s*([-+*=])\s*")
 _LAST = re.compile(r"The answer is (-?\d{1,9})\.?")
 
 
@@ -27,8 +28,11 @@ def check(document: Document, text: str) -> Verdict:
 
 
 def judge_step(sentence: str, expression: str, result: int) -> str:
-    """What is wrong with "A + B = ... = E", or "". Its first member must be `expression`."""
-    members = sentence.split(" = ")
+    """What is wrong with "A + B = ... = E", or "". Its first member must be `expression`.
+
+    Spaces around signs do not count.
+    """
+    members = _SIGN.sub(r" \1 ", sentence).split(" = ")
     if len(members) < 2 or not all(_TERM.fullmatch(member) for member in members):
         return f"{sentence!r} is no equation"
     if _operands(members[0]) != _operands(expression):

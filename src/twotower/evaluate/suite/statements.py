@@ -15,11 +15,14 @@ def check_wording(document: Document, text: str) -> Verdict:
 
 
 def check_code(document: Document, text: str) -> Verdict:
-    """The looked-up code must be the only number of the answer."""
+    """The looked-up code must be the only number of the answer, and of nothing else's code."""
     numbers = re.findall(r"\d+", text)
-    if numbers == [document.answer["expected"]]:
-        return RIGHT
-    return wrong("no number" if not numbers else f"gave {', '.join(numbers)[:40]}")
+    if numbers != [document.answer["expected"]]:
+        return wrong("no number" if not numbers else f"gave {', '.join(numbers)[:40]}")
+    named = re.search(r"code of the [^\d.]* is\b", normalise(text))
+    if named and named[0] not in str(document.answer["sentence"]):
+        return wrong("the code of another thing")
+    return RIGHT
 
 
 def check_refusal(document: Document, text: str) -> Verdict:
