@@ -81,10 +81,10 @@ def test_the_sweep_varies_threshold_and_passes(
     assert main(["evaluate", "--sweep", "--json", "--model", checkpoint, *FLAGS]) == 0
     points = json.loads(capsys.readouterr().out)["sweep"]
     limits = {point["steps_per_block"]: point for point in points}
-    assert {1, 2, 3, 4, None} <= set(limits)
+    assert {1, 2, 3, None} == set(limits)  # four passes fill a block of 4 anyway
     # One item of each category: a quarter of two, rounded up.
     assert {point["n"] for point in points} == {2} and "ar_accuracy" in points[0]
-    assert limits[1]["tokens_per_nfe"] > limits[2]["tokens_per_nfe"] > limits[4]["tokens_per_nfe"]
+    assert limits[1]["tokens_per_nfe"] > limits[2]["tokens_per_nfe"] > limits[3]["tokens_per_nfe"]
     assert len({point["confidence_threshold"] for point in points}) >= 7
 
 
