@@ -46,7 +46,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "datasets": ("train.readers",),
     "jsonschema": ("evaluate",),
     "lm_eval": ("evaluate.lm_harness",),
-    "matplotlib": ("evaluate", "train.curves"),
+    "matplotlib": ("evaluate",),
     "triton": ("kernels",),
     "mamba_ssm": ("kernels",),
     "causal_conv1d": ("kernels",),
