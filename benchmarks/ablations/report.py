@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 from benchmarks.ablations import pictures
 from benchmarks.ablations.scoring import RESULTS, Record, compare, verdict_vector
 from benchmarks.ablations.variants import BASE, TABLES, VARIANTS
@@ -88,12 +89,14 @@ def trained_table(trained: Mapping[str, Record], names: tuple[str, ...]) -> str:
             gain = "-" if name == BASE else difference(record, mode, base, mode)
             cells += [accuracy(found), gain, number(found["tokens_per_nfe"])]
         cells.append(percent_range(found["retention"], found["retention_interval"]))
-        rows.append([*cells, number(last_loss(record), 3), f"{record['train_seconds']:.0f}"])
+        nats = np.array(record["bounds"])
+        gain = "-" if name == BASE else bound_difference(record, base)
+        rows.append([*cells, f"{nats.mean():.2f}", gain, f"{record['train_seconds']:.0f}"])
     head = ["variant"]
     for threshold in ("0.8", "0.95"):
         head += [f"accuracy at {threshold}, %", "minus `base`, points", "tok/NFE"]
     head.append("kept of AR at 0.95, %")
-    return markdown([*head, "validation loss", "training, s"], rows)
+    return markdown([*head, "bound, nats/answer", "minus `base`", "training, s"], rows)
 
 
 def own_table(trained: Mapping[str, Record]) -> str:
@@ -162,6 +165,12 @@ def difference(ours: Record, mode: str, theirs: Record, other: str) -> str:
     return f"{100 * gain:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
+def bound_difference(ours: Record, theirs: Record) -> str:
+    """Nats per answer between two denoisers on the same answers, with the paired interval."""
+    gain, (low, high) = compare(np.array(ours["bounds"]), np.array(theirs["bounds"]))
+    return f"{gain:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
 def accuracy(found: Record) -> str:
     return percent_range(found["accuracy"], found["interval"])
 
@@ -178,12 +187,6 @@ def plain(value: float) -> str:
 
 def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def last_loss(record: Record) -> float | None:
-    """The last validation loss of a training curve."""
-    losses = [line["validation_loss"] for line in record["curve"] if "validation_loss" in line]
-    return losses[-1] if losses else None
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from benchmarks.ablations import interventions
-from benchmarks.ablations.scoring import RESULTS, judge, machine, merge, to_record, write
+from benchmarks.ablations.scoring import RESULTS, Record, judge, machine, merge, to_record, write
 from rich.console import Console
 from rich.progress import Progress
 
@@ -80,22 +80,25 @@ def main() -> None:
     groups = draw_groups(categories, args.items, args.seed, args.batch_size)
     options = choose_options(args.threshold, args.max_new_tokens)
     tables = args.tables.split(",")
-    items = run(model, tokenizer, tables, options, groups)
     control = options().with_defaults(
         {"block_size": model.config.block_size, **model.generation_defaults}
     )
-    record = {
+    record: Record = {
         "name": args.name,
         "asked": {key: value for key, value in vars(args).items() if key != "results"},
         "block_size": model.config.block_size,
         "confidence_threshold": control.confidence_threshold,
         "parameters": sum(p.numel() for p in model.parameters()),
         "machine": machine(),
-        "seconds": time.perf_counter() - begin,
-        "tables": {name: list(settings_of(name, options)) for name in tables},
-        **to_record(items, args.seed),
+        "tables": {},
     }
-    write(record, args.results / f"sample-{args.name}.json")
+    items = run(model, tokenizer, {"ar": options(mode="ar"), CONTROL: options()}, groups)
+    for table in tables:  # written after each: an interrupted run keeps its tables
+        jobs = settings_of(table, options)
+        items = merge(items, run(model, tokenizer, jobs, groups))
+        record["tables"][table] = list(jobs)
+        record |= {"seconds": time.perf_counter() - begin, **to_record(items, args.seed)}
+        write(record, args.results / f"sample-{args.name}.json")
     print_table(record)
     short = {n: [r["accuracy"], r["tokens_per_nfe"]] for n, r in record["modes"].items()}
     print(json.dumps({"name": args.name, "seconds": record["seconds"], "settings": short}))
@@ -128,16 +131,9 @@ def choose_options(threshold: float | None, max_new_tokens: int) -> Callable[...
 
 
 def run(
-    model: Any,
-    tokenizer: Any,
-    tables: Sequence[str],
-    options: Callable[..., GenerateOptions],
-    groups: Sequence[Sequence[Document]],
+    model: Any, tokenizer: Any, jobs: Mapping[str, Any], groups: Sequence[Sequence[Document]]
 ) -> list[Item]:
-    """Items with the answers of ar, the control and every setting of the tables."""
-    jobs: dict[str, Any] = {"ar": options(mode="ar"), CONTROL: options()}
-    for table in tables:
-        jobs |= settings_of(table, options)
+    """Items with the answers of every job: options alone, or with what is done to the model."""
     items: list[Item] = []
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=len(jobs) * sum(map(len, groups)))

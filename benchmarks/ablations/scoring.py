@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from twotower.cli.machine import describe_cpu
 from twotower.corpus import Document
 from twotower.engine import GenerateOptions
 from twotower.evaluate.decode import Trace
+from twotower.evaluate.likelihood import bound_text
 from twotower.evaluate.results import summarise
 from twotower.evaluate.run import Item, Subject, evaluate
 from twotower.evaluate.statistics import interval, resample_means
@@ -61,6 +63,22 @@ def to_record(items: Sequence[Item], seed: int) -> Record:
     return {**found, "verdicts": verdicts}
 
 
+def answer_bounds(
+    model: Any, tokenizer: Any, documents: Sequence[Document], align: int, samples: int, seed: int
+) -> Iterator[float]:
+    """Nats of each reference answer under the denoiser (an upper bound).
+
+    An answer is filled up with EOS to a multiple of `align`, as in training, so that it is the
+    same text for every block size.
+    """
+    for number, document in enumerate(documents):
+        text = tokenizer.encode(document.completion)
+        text += [tokenizer.eos_id] * (align - len(text) % align)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        prompt = tokenizer.encode(document.prompt, add_bos=True)
+        yield bound_text(model, prompt, text, samples, generator).nats
+
+
 def machine() -> Record:
     """Versions and processor of a record."""
     return {**versions(), "cpu": describe_cpu()}
@@ -80,6 +98,6 @@ def verdict_vector(verdicts: Mapping[str, str], categories: Sequence[str]) -> np
 
 
 def compare(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """Difference of two accuracies on the same items, and its 95 % interval (paired bootstrap)."""
+    """Difference of two means over the same items, and its 95 % interval (paired bootstrap)."""
     means = resample_means(np.stack([ours, theirs]), seed=0)
     return float(ours.mean() - theirs.mean()), interval(means[:, 0] - means[:, 1])

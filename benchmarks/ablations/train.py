@@ -14,8 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.ablations.scoring import RESULTS, Record, judge, machine, merge, to_record, write
+from benchmarks.ablations.scoring import (
+    RESULTS,
+    Record,
+    answer_bounds,
+    judge,
+    machine,
+    merge,
+    to_record,
+    write,
+)
 from benchmarks.ablations.variants import (
+    ALIGN,
     CATEGORIES,
     TABLES,
     VARIANTS,
@@ -35,6 +45,7 @@ from twotower.train.prepare import prepare
 from twotower.train.progress import TrainProgress
 
 THRESHOLDS = (0.8, 0.95)
+BOUND_SAMPLES = 16  # noisings of each answer's blocks
 MAX_NEW_TOKENS = 96  # longer than any completion of these categories
 
 
@@ -111,7 +122,8 @@ def run_once(args: argparse.Namespace, name: str, options: TrainOptions) -> None
         },
         file,
     )
-    shutil.rmtree(options.run_folder / "checkpoints")  # the exported model is all that is needed
+    # The exported model is all that is needed.
+    shutil.rmtree(options.run_folder / "checkpoints", ignore_errors=True)
     for mode, row in record["modes"].items():
         print(f"{name}: {mode} {100 * row['accuracy']:.1f} %, {row['tokens_per_nfe']} tokens/NFE")
 
@@ -154,7 +166,12 @@ def score(args: argparse.Namespace, name: str, options: TrainOptions) -> Record:
             total = sum(map(len, groups))
             answered = list(bar.track(found, total=total, description=", ".join(modes)))
             items = merge(items, answered) if items else answered
-    return to_record(items, args.seed)
+    record = to_record(items, args.seed)
+    if name != "backbone":
+        documents = [document for group in groups for document in group]
+        found = answer_bounds(model, tokenizer, documents, ALIGN, BOUND_SAMPLES, args.seed)
+        record["bounds"] = [round(bound, 5) for bound in found]
+    return record
 
 
 def decoding(mode: str, **given: float) -> GenerateOptions:

@@ -16,12 +16,12 @@ VARIANTS: dict[str, dict[str, object]] = {
     "tied": {"towers": "tied"},
     "tied-ar": {"towers": "tied-ar"},
     "no-time": {"condition_on": "nothing"},
-    "block-8": {"block_size": 8, "blocks_per_row": 24},
-    "block-32": {"block_size": 32, "blocks_per_row": 6},
+    "block-8": {"block_size": 8, "blocks_per_row": 12},
+    "block-32": {"block_size": 32, "blocks_per_row": 3},
     "bidirectional": {"bidirectional_mamba": True},
     "t": {"condition_on": "t"},
-    # 8 blocks of 32, then 8 of 16: as many denoised tokens in all as the base's 12 of 16.
-    "32-then-16": {"early_block_size": 32, "blocks_per_row": 8},
+    # 4 blocks of 32, then 4 of 16: as many denoised tokens in all as the base's 6 of 16.
+    "32-then-16": {"early_block_size": 32, "blocks_per_row": 4},
 }
 TABLES: dict[str, tuple[str, ...]] = {
     "towers": (BASE, "tied", "tied-ar"),
@@ -65,7 +65,7 @@ def denoiser_options(name: str, out: Path, steps: int, seed: int, threads: int) 
     """Denoiser training of one variant on the same rows, for as many steps as the others."""
     chosen: dict[str, object] = {
         "block_size": 16,
-        "blocks_per_row": SEQUENCE_LENGTH // 16,
+        "blocks_per_row": 6,
         "condition_on": "masked-fraction",
         **VARIANTS[name],
     }
