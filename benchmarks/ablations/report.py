@@ -91,12 +91,12 @@ def trained_table(trained: Mapping[str, Record], names: tuple[str, ...]) -> str:
         cells.append(percent_range(found["retention"], found["retention_interval"]))
         nats = np.array(record["bounds"])
         gain = "-" if name == BASE else bound_difference(record, base)
-        rows.append([*cells, f"{nats.mean():.2f}", gain, f"{record['train_seconds']:.0f}"])
+        rows.append([*cells, f"{nats.mean():.2f}", gain, number(record["train_cpu_seconds"], 0)])
     head = ["variant"]
     for threshold in ("0.8", "0.95"):
         head += [f"accuracy at {threshold}, %", "minus `base`, points", "tok/NFE"]
     head.append("kept of AR at 0.95, %")
-    return markdown([*head, "bound, nats/answer", "minus `base`", "training, s"], rows)
+    return markdown([*head, "bound, nats/answer", "minus `base`", "training, CPU s"], rows)
 
 
 def own_table(trained: Mapping[str, Record]) -> str:

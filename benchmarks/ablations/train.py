@@ -9,7 +9,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import twotower
+from twotower.corpus import Document
 from twotower.engine import GenerateOptions
 from twotower.evaluate.run import Item, draw_groups
 from twotower.train.loop import train
@@ -45,7 +46,7 @@ from twotower.train.prepare import prepare
 from twotower.train.progress import TrainProgress
 
 THRESHOLDS = (0.8, 0.95)
-BOUND_SAMPLES = 16  # noisings of each answer's blocks
+BOUND_SAMPLES = 8  # noisings of each answer's blocks
 MAX_NEW_TOKENS = 96  # longer than any completion of these categories
 
 
@@ -58,10 +59,11 @@ def main() -> None:
             for _ in prepare(options):
                 pass
     backbone = backbone_options(args.out, args.steps, args.seed, args.threads, args.compile)
-    run_once(args, "backbone", backbone)
+    baseline: list[Item] = []
+    run_once(args, "backbone", backbone, baseline)
     for name in chosen_variants(args.table, args.variants):
         options = denoiser_options(name, args.out, args.denoiser_steps, args.seed, args.threads)
-        run_once(args, name, options)
+        run_once(args, name, options, baseline)
     print(json.dumps({"done": sorted(file.stem for file in args.results.glob("train-*.json"))}))
 
 
@@ -96,7 +98,9 @@ def chosen_variants(table: str, variants: str | None) -> tuple[str, ...]:
     return names
 
 
-def run_once(args: argparse.Namespace, name: str, options: TrainOptions) -> None:
+def run_once(
+    args: argparse.Namespace, name: str, options: TrainOptions, baseline: list[Item]
+) -> None:
     """Train and judge, unless the record of exactly this exists."""
     file = args.results / f"train-{name}.json"
     kept = ("items", "seed", "data_tokens", "denoiser_data_tokens")
@@ -106,17 +110,16 @@ def run_once(args: argparse.Namespace, name: str, options: TrainOptions) -> None
     if file.exists() and json.loads(file.read_text())["asked"] == wanted:
         print(f"{name}: done already ({file})", flush=True)
         return
+    seconds = train_to_end(name, options)
     begin = time.perf_counter()
-    train_to_end(name, options)
-    trained = time.perf_counter()
-    record = score(args, name, options)
+    record = score(args, name, options, baseline)
     write(
         {
             "name": name,
             "asked": wanted,
             "machine": machine(),
-            "train_seconds": trained - begin,
-            "score_seconds": time.perf_counter() - trained,
+            **seconds,
+            "score_seconds": time.perf_counter() - begin,
             "curve": [json.loads(line) for line in read_lines(options.run_folder)],
             **record,
         },
@@ -128,24 +131,42 @@ def run_once(args: argparse.Namespace, name: str, options: TrainOptions) -> None
         print(f"{name}: {mode} {100 * row['accuracy']:.1f} %, {row['tokens_per_nfe']} tokens/NFE")
 
 
-def train_to_end(name: str, options: TrainOptions) -> None:
-    """Train, or go on from a checkpoint; an interrupted run ends the whole script."""
+def train_to_end(name: str, options: TrainOptions) -> dict[str, float | None]:
+    """Train, or go on from a checkpoint; an interrupted run ends the whole script.
+
+    Seconds by the clock and of the processor, of this call: none if there was nothing left to do.
+    """
     if (options.run_folder / "export").exists():
-        return
+        before = json.loads((options.run_folder / "options.json").read_text())
+        if before != json.loads(json.dumps(options.to_dict())):
+            raise SystemExit(f"{options.run_folder}: holds another run; remove it or change --out")
+        return {"train_seconds": None, "train_cpu_seconds": None}
+    clock, processor = time.perf_counter(), time.process_time()
     report = None
     with TrainProgress(name) as progress:
         for report in train(options):
             progress.update(report)
     if report is not None and report.step < options.steps:
         raise SystemExit(f"{name}: stopped at step {report.step}; the same command goes on")
+    return {
+        "train_seconds": time.perf_counter() - clock,
+        "train_cpu_seconds": time.process_time() - processor,
+    }
 
 
-def score(args: argparse.Namespace, name: str, options: TrainOptions) -> Record:
-    """Accuracy and passes: "ar" is the backbone, "own ar" the context head of tied towers."""
+def score(
+    args: argparse.Namespace, name: str, options: TrainOptions, baseline: list[Item]
+) -> Record:
+    """Accuracy and passes: "ar" is the backbone, "own ar" the context head of tied towers.
+
+    `baseline` is filled with the backbone's answers when it is empty.
+    """
     tokenizer = twotower.load_tokenizer(args.out / "packed")
     groups = draw_groups(CATEGORIES, args.items, args.seed, args.batch_size)
-    backbone = twotower.load_model(args.out / "backbone" / "export", towers="context")
-    jobs: list[tuple[Any, dict[str, GenerateOptions]]] = [(backbone, {"ar": decoding("ar")})]
+    if not baseline:
+        backbone = twotower.load_model(args.out / "backbone" / "export", towers="context")
+        baseline += answer(backbone, tokenizer, {"ar": decoding("ar")}, groups)
+    items = baseline
     if name != "backbone":
         model = twotower.load_model(options.run_folder / "export")
         # As many passes as tokens are allowed: a limit would commit unsure tokens of large blocks.
@@ -158,20 +179,26 @@ def score(args: argparse.Namespace, name: str, options: TrainOptions) -> Record:
         }
         if options.is_tied:
             modes["own ar"] = decoding("ar")
-        jobs.append((model, modes))
-    items: list[Item] = []
-    with Progress(console=Console(stderr=True)) as bar:
-        for model, modes in jobs:
-            found = judge(model, tokenizer, modes, groups)
-            total = sum(map(len, groups))
-            answered = list(bar.track(found, total=total, description=", ".join(modes)))
-            items = merge(items, answered) if items else answered
+        items = merge(baseline, answer(model, tokenizer, modes, groups))
     record = to_record(items, args.seed)
     if name != "backbone":
         documents = [document for group in groups for document in group]
         found = answer_bounds(model, tokenizer, documents, ALIGN, BOUND_SAMPLES, args.seed)
         record["bounds"] = [round(bound, 5) for bound in found]
     return record
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    modes: dict[str, GenerateOptions],
+    groups: Sequence[Sequence[Document]],
+) -> list[Item]:
+    """`judge` with a progress bar."""
+    total = sum(map(len, groups))
+    with Progress(console=Console(stderr=True)) as bar:
+        found = judge(model, tokenizer, modes, groups)
+        return list(bar.track(found, total=total, description=", ".join(modes)))
 
 
 def decoding(mode: str, **given: float) -> GenerateOptions:

@@ -7,18 +7,17 @@ from twotower.train.prepare_options import PrepareOptions
 
 CATEGORIES = ("code", "editing", "tools", "knowledge", "refusal")
 SEQUENCE_LENGTH = 192
-BATCH_SIZE = 16
 # A multiple of every block size, so that all variants read the same rows.
 ALIGN = 32
 BASE = "base"
 VARIANTS: dict[str, dict[str, object]] = {
     BASE: {},
     "tied": {"towers": "tied"},
-    "tied-ar": {"towers": "tied-ar"},
     "no-time": {"condition_on": "nothing"},
     "block-8": {"block_size": 8, "blocks_per_row": 12},
     "block-32": {"block_size": 32, "blocks_per_row": 3},
     "bidirectional": {"bidirectional_mamba": True},
+    "tied-ar": {"towers": "tied-ar"},
     "t": {"condition_on": "t"},
     # 4 blocks of 32, then 4 of 16: as many denoised tokens in all as the base's 6 of 16.
     "32-then-16": {"early_block_size": 32, "blocks_per_row": 4},
@@ -57,6 +56,7 @@ def backbone_options(out: Path, steps: int, seed: int, threads: int, compile: bo
         warmup=60,
         decay=0.5,
         compile=compile,
+        batch_size=16,
         **_shared(steps, seed, threads),
     )
 
@@ -80,6 +80,7 @@ def denoiser_options(name: str, out: Path, steps: int, seed: int, threads: int) 
         learning_rate=2e-3,
         warmup=30,
         decay=0.5,
+        batch_size=8,  # many small steps: the denoiser's time is short
         **chosen,
         **_shared(steps, seed, threads),
     )
@@ -92,7 +93,6 @@ def _shared(steps: int, seed: int, threads: int) -> dict[str, object]:
         "threads": threads,
         "optimizer": "muon",
         "sequence_length": SEQUENCE_LENGTH,
-        "batch_size": BATCH_SIZE,
         "eval_every": max(steps // 5, 1),
         "eval_rows": 96,
         "checkpoint_every": max(steps // 5, 1),
