@@ -13,17 +13,21 @@ MARKS = ("o", "s")
 SIZES = (8, 16, 32, 64)
 
 
-def draw(records: Mapping[str, Record], folder: Path) -> list[Path]:
+def draw(trained: Mapping[str, Record], sampled: Mapping[str, Record], folder: Path) -> list[Path]:
     """Write every picture that the records allow as a PNG into `folder`; returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    trained = {n: records[f"train-{n}"] for n in VARIANTS if f"train-{n}" in records}
-    sampled = {stem[7:]: r for stem, r in records.items() if stem.startswith("sample-")}
-    paths = []
-    if trained:
-        paths += [draw_variants(trained, folder), draw_curves(trained, folder)]
-    if sampled:
-        paths += [draw_blocks(sampled, folder), draw_changes(sampled, folder)]
-        paths.append(draw_thresholds(sampled, folder))
+    variants = {name: trained[name] for name in VARIANTS if name in trained}
+    paths = [draw_variants(variants, folder), draw_curves(variants, folder)] if variants else []
+    by_table = {
+        table: {n: r for n, r in sampled.items() if table in r["tables"]}
+        for table in ("blocks", "threshold", "seed")
+    }
+    if by_table["blocks"]:
+        paths.append(draw_blocks(by_table["blocks"], folder))
+    if by_table["seed"]:
+        paths.append(draw_changes(by_table["seed"], folder))
+    if by_table["threshold"]:
+        paths.append(draw_thresholds(by_table["threshold"], folder))
     return paths
 
 
@@ -68,8 +72,6 @@ def draw_blocks(sampled: Mapping[str, Record], folder: Path) -> Path:
     figure = new_figure(height=3.4)
     axes = figure.add_subplot()
     for place, (name, record) in enumerate(sampled.items()):
-        if "blocks" not in record["tables"]:
-            continue
         rows = [record["modes"][f"block {size}"] for size in SIZES]
         color = COLORS[place]
         axes.plot(SIZES, [100 * row["accuracy"] for row in rows], "o-", color=color, label=name)

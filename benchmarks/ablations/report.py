@@ -15,17 +15,19 @@ from benchmarks.ablations import pictures
 from benchmarks.ablations.scoring import RESULTS, Record, compare, verdict_vector
 from benchmarks.ablations.variants import BASE, TABLES, VARIANTS
 
+REFERENCES = ("ar", "diffusion")  # of every sampling record: the limit and the control
+MISSING = "Not measured yet."
 PAGE = Path("docs/ablations.md")
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
     args = parser().parse_args()
-    records = read_records(args.results)
+    trained, sampled = read_records(args.results)
     page = args.page.read_text(encoding="utf-8")
-    written, names = fill(page, tables(records))
+    written, names = fill(page, tables(trained, sampled))
     args.page.write_text(written, encoding="utf-8")
-    drawn = pictures.draw(records, args.page.with_suffix(""))
+    drawn = pictures.draw(trained, sampled, args.page.with_suffix(""))
     print(json.dumps({"tables": names, "pictures": [path.name for path in drawn]}))
 
 
@@ -38,12 +40,30 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def read_records(folder: Path) -> dict[str, Record]:
-    """Records by file name without suffix, as train-base or sample-shipped."""
+def read_records(folder: Path) -> tuple[dict[str, Record], dict[str, Record]]:
+    """Records of training by variant, and of sampling by model, whose tables are put together."""
     files = sorted(folder.glob("*.json"))
     if not files:
         raise SystemExit(f"results: no record in {folder}; run train or sample first")
-    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    trained: dict[str, Record] = {}
+    sampled: dict[str, Record] = {}
+    for file in files:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        name = record["name"]
+        if file.stem.startswith("train-"):
+            trained[name] = record
+        else:
+            sampled[name] = join(sampled[name], record) if name in sampled else record
+    return trained, sampled
+
+
+def join(first: Record, second: Record) -> Record:
+    """One record of two runs on one model; ValueError if their items or their control differ."""
+    for name in REFERENCES:
+        if first["verdicts"][name] != second["verdicts"][name]:
+            raise ValueError(f"{first['name']}: runs differ in {name}; use another --name for one")
+    parts = ("tables", "modes", "verdicts")
+    return {**first, **{part: {**first[part], **second[part]} for part in parts}}
 
 
 def fill(page: str, makers: Mapping[str, Callable[[], str]]) -> tuple[str, list[str]]:
@@ -60,18 +80,19 @@ def fill(page: str, makers: Mapping[str, Callable[[], str]]) -> tuple[str, list[
     return TABLE.sub(replace, page), names
 
 
-def tables(records: Mapping[str, Record]) -> dict[str, Callable[[], str]]:
+def tables(
+    trained: Mapping[str, Record], sampled: Mapping[str, Record]
+) -> dict[str, Callable[[], str]]:
     """Makers of tables by the name that the page uses."""
-    trained = {stem[6:]: r for stem, r in records.items() if stem.startswith("train-")}
     made: dict[str, Callable[[], str]] = {
         name: lambda names=names: trained_table(trained, names) for name, names in TABLES.items()
     }
     made["tied-own"] = lambda: own_table(trained)
     made["categories"] = lambda: category_table(trained)
-    for stem, record in records.items():
-        if stem.startswith("sample-"):
-            for name, settings in record["tables"].items():
-                made[f"{stem}-{name}"] = lambda r=record, s=settings: sampled_table(r, s)
+    made = {name: maker if BASE in trained else lambda: MISSING for name, maker in made.items()}
+    for name, record in sampled.items():
+        for table, settings in record["tables"].items():
+            made[f"sample-{name}-{table}"] = lambda r=record, s=settings: sampled_table(r, s)
     return made
 
 
@@ -139,15 +160,14 @@ def category_table(trained: Mapping[str, Record]) -> str:
 def sampled_table(record: Record, settings: list[str]) -> str:
     """The AR limit, the control, and a row per setting with its difference to the control."""
     rows = []
-    for name in ("ar", "diffusion", *settings):
+    for name in (*REFERENCES, *settings):
         found = record["modes"][name]
-        is_reference = name in ("ar", "diffusion")
         rows.append(
             [
                 {"ar": "AR", "diffusion": "control"}.get(name, name),
                 accuracy(found),
                 percent_range(found["retention"], found["retention_interval"]),
-                "-" if is_reference else difference(record, name, record, "diffusion"),
+                "-" if name in REFERENCES else difference(record, name, record, "diffusion"),
                 number(found["tokens_per_nfe"]),
             ]
         )

@@ -90,18 +90,19 @@ def main() -> None:
         "confidence_threshold": control.confidence_threshold,
         "parameters": sum(p.numel() for p in model.parameters()),
         "machine": machine(),
-        "tables": {},
     }
-    items = run(model, tokenizer, {"ar": options(mode="ar"), CONTROL: options()}, groups)
-    for table in tables:  # written after each: an interrupted run keeps its tables
+    references = run(model, tokenizer, {"ar": options(mode="ar"), CONTROL: options()}, groups)
+    for table in tables:  # a record each: an interrupted run keeps its tables
         jobs = settings_of(table, options)
-        items = merge(items, run(model, tokenizer, jobs, groups))
-        record["tables"][table] = list(jobs)
-        record |= {"seconds": time.perf_counter() - begin, **to_record(items, args.seed)}
-        write(record, args.results / f"sample-{args.name}.json")
-    print_table(record)
-    short = {n: [r["accuracy"], r["tokens_per_nfe"]] for n, r in record["modes"].items()}
-    print(json.dumps({"name": args.name, "seconds": record["seconds"], "settings": short}))
+        items = merge(references, run(model, tokenizer, jobs, groups))
+        record |= {
+            "tables": {table: list(jobs)},
+            "seconds": time.perf_counter() - begin,
+            **to_record(items, args.seed),
+        }
+        write(record, args.results / f"sample-{args.name}-{table}.json")
+        print_table(record)
+    print(json.dumps({"name": args.name, "tables": tables, "seconds": record["seconds"]}))
 
 
 def parser() -> argparse.ArgumentParser:
