@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.ablations.scoring import Record
-from benchmarks.ablations.variants import VARIANTS
+import numpy as np
+from benchmarks.ablations.scoring import Record, compare
+from benchmarks.ablations.variants import BASE, VARIANTS
 from matplotlib.axes import Axes
 
 from twotower.evaluate.plots import COLORS, new_figure
@@ -32,18 +33,25 @@ def draw(trained: Mapping[str, Record], sampled: Mapping[str, Record], folder: P
 
 
 def draw_variants(trained: Mapping[str, Record], folder: Path) -> Path:
-    """Accuracy of every variant with its interval, at both thresholds; the dashed line is AR."""
-    figure = new_figure(height=1.2 + 0.42 * len(trained))
-    axes = figure.add_subplot()
+    """Accuracy at both thresholds (dashed: AR), and the bound minus the base's."""
+    figure = new_figure(width=9.0, height=1.2 + 0.42 * len(trained))
+    left, right = figure.subplots(1, 2, sharey=True)
     names = list(reversed(trained))
     for place, mode in enumerate(("diffusion 0.8", "diffusion 0.95")):
         rows = [trained[name]["modes"][mode] for name in names]
-        _ranges(axes, rows, 0.2 * (0.5 - place), COLORS[place], MARKS[place], mode)
+        _ranges(left, rows, 0.2 * (0.5 - place), COLORS[place], MARKS[place], mode)
     limit = next(iter(trained.values()))["modes"]["ar"]["accuracy"]
-    axes.axvline(100 * limit, color="gray", linestyle="--", linewidth=1, label="AR of the backbone")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_xlabel("accuracy, %, with its 95 % interval")
-    axes.legend(fontsize=8)
+    left.axvline(100 * limit, color="gray", linestyle="--", linewidth=1, label="AR of the backbone")
+    left.set_yticks(range(len(names)), names)
+    left.set_xlabel("accuracy, %, with its 95 % interval")
+    left.legend(fontsize=8)
+    base = np.array(trained[BASE]["bounds"])
+    for height, name in enumerate(names):
+        gain, ends = compare(np.array(trained[name]["bounds"]), base)
+        right.plot(ends, [height] * 2, color=COLORS[0], linewidth=1.5)
+        right.plot([gain], [height], MARKS[0], color=COLORS[0], markersize=5)
+    right.axvline(0.0, color="gray", linestyle="--", linewidth=1)
+    right.set_xlabel("bound minus base's, nats/answer (less is better)")
     return _save(figure, folder / "variants.png")
 
 
