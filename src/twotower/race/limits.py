@@ -1,0 +1,143 @@
+"""What a pass must move and compute, what the machine can, and which of the two rules.
+
+A pass streams its tower's weights, keys and states once and multiplies each weight with every
+token. Bandwidth and arithmetic peak are measured here, not taken from a data sheet.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from twotower.config import ATTENTION, MAMBA, MOE, ModelConfig
+from twotower.model import TwoTower
+
+Regime = Literal["overhead-bound", "compute-bound", "bandwidth-bound"]
+OVERHEAD = 2.0  # above so many times its limit, a pass waits for something else
+_CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
+_GEMM = 1024  # rows and columns of the matrices that measure the peak
+_SECONDS = 0.3  # least time of a measurement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one pass moves (bytes, each once) and computes (operations; a multiply-add is two)."""
+
+    weight_bytes: float
+    state_bytes: float
+    operations: float
+
+    @property
+    def total_bytes(self) -> float:
+        return self.weight_bytes + self.state_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """The least time of a pass on this machine, by what it moves and by what it computes."""
+
+    stream_ms: float
+    compute_ms: float
+
+    @property
+    def ms(self) -> float:
+        return max(self.stream_ms, self.compute_ms)
+
+
+def pass_work(config: ModelConfig, num_tokens: int, num_past: int, weight_bytes: float) -> Work:
+    """Work of one pass of a tower and its head over num_tokens after num_past.
+
+    weight_bytes: of one weight; keys and values take as much, SSM states are float32, read and
+    written. Experts count as often as different ones can be chosen. The arithmetic of norms and of
+    the convolution and the denoiser's time conditioning are left out: a few per cent at most.
+    """
+    c, kinds = config, config.hybrid_override_pattern
+    weights = _streamed_weights(c, num_tokens)
+    state = c.mamba_width * c.ssm_state_size
+    keys = c.kv_elements * (num_past + num_tokens) * weight_bytes
+    states = kinds.count(MAMBA) * 2 * 4 * state
+    attention = 4 * c.num_attention_heads * c.head_dim * (num_past + num_tokens)
+    scan = 5 * state  # decay, outer product, sum; readout
+    mixing = kinds.count(ATTENTION) * attention + kinds.count(MAMBA) * scan
+    active = _streamed_weights(c, 1)
+    return Work(
+        weight_bytes=weights * weight_bytes,
+        state_bytes=keys + states,
+        operations=num_tokens * (2 * active + mixing),
+    )
+
+
+def _streamed_weights(config: ModelConfig, num_tokens: int) -> float:
+    """Weights of a tower with its head that num_tokens tokens touch: no embedding table, and of the
+    experts at most as many as are chosen.
+    """
+    with torch.device("meta"):
+        model = TwoTower(config, "context")
+    head = model.context_lm_head.weight.numel()
+    total = float(head)
+    share = min(1.0, num_tokens * config.num_experts_per_tok / config.n_routed_experts)
+    for name, parameter in model.context_tower.named_parameters():
+        if not name.startswith("embeddings."):
+            is_expert = ".experts." in name and MOE in config.hybrid_override_pattern
+            total += parameter.numel() * (share if is_expert else 1.0)
+    return total
+
+
+def pass_limit(work: Work, bytes_per_s: float, operations_per_s: float) -> Limit:
+    """The least time of the work at a bandwidth and a peak."""
+    return Limit(
+        stream_ms=1e3 * work.total_bytes / bytes_per_s,
+        compute_ms=1e3 * work.operations / operations_per_s,
+    )
+
+
+def regime(measured_ms: float, limit: Limit) -> Regime:
+    """What a pass waits for: neither limit explains more than half of it, or the larger one."""
+    if measured_ms > OVERHEAD * limit.ms:
+        return "overhead-bound"
+    return "bandwidth-bound" if limit.stream_ms >= limit.compute_ms else "compute-bound"
+
+
+def measure_bandwidth(num_bytes: float) -> float:
+    """Bytes per second at which the cores read num_bytes again and again.
+
+    The better of a sum and of a matrix-vector product: from memory for large sizes, from the cache
+    for those that fit into it.
+    """
+    rows = max(1, int(num_bytes) // (4 * 1024))
+    matrix, vector = torch.ones(rows, 1024), torch.ones(1024)
+    fastest = min(_best_seconds(lambda: matrix @ vector), _best_seconds(matrix.sum))
+    return matrix.numel() * 4 / fastest
+
+
+def measure_peak(dtype: torch.dtype) -> float:
+    """Operations per second of a large matrix product in a dtype."""
+    a, b = torch.ones(_GEMM, _GEMM, dtype=dtype), torch.ones(_GEMM, _GEMM, dtype=dtype)
+    return 2 * _GEMM**3 / _best_seconds(lambda: a @ b)
+
+
+def cache_bytes() -> int | None:
+    """Size of the largest cache of a core; None where the system does not tell."""
+    sizes = []
+    for file in _CACHE.glob("index*/size"):
+        text = file.read_text().strip()
+        if text.endswith("K") and text[:-1].isdigit():
+            sizes.append(1024 * int(text[:-1]))
+    return max(sizes, default=None)
+
+
+def _best_seconds(call: Callable[[], object]) -> float:
+    """The fastest of at least five calls: a limit is what the machine can, not what it mostly does.
+
+    The first call is not counted.
+    """
+    call()
+    times: list[float] = []
+    while len(times) < 5 or sum(times) < _SECONDS:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
