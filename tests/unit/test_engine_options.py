@@ -22,7 +22,7 @@ def test_defaults_of_the_issue() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
-        ("mode", "fast", "diffusion, posterior, predict-and-noise, ar, mock-ar"),
+        ("mode", "fast", "diffusion, speculative, posterior, predict-and-noise, ar, mock-ar"),
         ("schedule", "quadratic", "linear, cosine, exponential"),
         ("remask", "best", "confidence, margin, random"),
         ("max_new_tokens", 0, "at least 1"),
@@ -142,4 +142,4 @@ def test_block_sampler(mode: str, kind: str) -> None:
 
 def test_block_modes() -> None:
     found = [GenerateOptions(mode=mode).is_block_mode for mode in MODES]
-    assert found == [True, True, True, False, False]
+    assert found == [True, True, True, True, False, False]

@@ -8,6 +8,7 @@ from twotower.engine.block_loop import block_loop
 from twotower.engine.events import Completion, Event, Finished
 from twotower.engine.options import GenerateOptions
 from twotower.engine.row import Row
+from twotower.engine.speculate import speculative_loop
 from twotower.engine.token_loop import ar_loop, mock_ar_loop
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
@@ -59,7 +60,11 @@ def _groups(rows: list[Row]) -> Iterable[tuple[Loop, list[Row]]]:
         o = row.options
         shape = (o.block_size, o.schedule, o.remask, o.adaptive) if o.is_block_mode else ()
         groups.setdefault((o.mode, shape), []).append(row)
-    loops: dict[str, Loop] = {"ar": ar_loop, "mock-ar": mock_ar_loop}
+    loops: dict[str, Loop] = {
+        "ar": ar_loop,
+        "mock-ar": mock_ar_loop,
+        "speculative": speculative_loop,
+    }
     return [(loops.get(group[0].options.mode, block_loop), group) for group in groups.values()]
 
 

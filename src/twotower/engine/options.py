@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from twotower.diffusion import BlockSampler, Remask, SamplerKind, Schedule
+import torch
 
-Mode = Literal["diffusion", "posterior", "predict-and-noise", "ar", "mock-ar"]
+from twotower.diffusion import BlockSampler, Remask, SamplerKind, SamplingParams, Schedule
+
+Mode = Literal["diffusion", "speculative", "posterior", "predict-and-noise", "ar", "mock-ar"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 _SAMPLERS: dict[str, SamplerKind] = {
     "diffusion": "confidence",
@@ -24,8 +26,9 @@ class GenerateOptions:
     """
 
     mode: Mode = "diffusion"
-    """diffusion: commit confident tokens of a block, pass after pass. posterior,
-    predict-and-noise: the other block samplers. ar: the context tower alone, token by token.
+    """diffusion: commit confident tokens of a block, pass after pass. speculative: the text of ar,
+    drafted by the denoiser and verified by the context tower. posterior, predict-and-noise: the
+    other block samplers. ar: the context tower alone, token by token.
     mock-ar: the denoiser, token by token."""
     max_new_tokens: int = 128
     """Most tokens to write; the last block is cut to it."""
@@ -33,6 +36,8 @@ class GenerateOptions:
     """Tokens per block; what the model was trained on unless given. More ruins the text."""
     steps_per_block: int = 16
     """Most denoiser passes per block."""
+    draft_passes: int = 1
+    """speculative: most denoiser passes per draft."""
     confidence_threshold: float = 0.8
     """diffusion: predictions more probable than this are committed at once."""
     temperature: float = 0.0
@@ -76,7 +81,12 @@ class GenerateOptions:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}"
                 )
-        for name, lowest in (("max_new_tokens", 1), ("block_size", 1), ("steps_per_block", 1)):
+        for name, lowest in (
+            ("max_new_tokens", 1),
+            ("block_size", 1),
+            ("steps_per_block", 1),
+            ("draft_passes", 1),
+        ):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {lowest}")
         _check_range("confidence_threshold", self.confidence_threshold, 0.0, 1.0)
@@ -99,7 +109,7 @@ class GenerateOptions:
     @property
     def is_block_mode(self) -> bool:
         """Whether the mode fills blocks with denoiser passes."""
-        return self.mode in _SAMPLERS
+        return self.mode in _SAMPLERS or self.mode == "speculative"
 
     def with_defaults(self, defaults: Mapping[str, object]) -> "GenerateOptions":
         """These options with a checkpoint's values for every field that was not given.
@@ -134,11 +144,30 @@ class GenerateOptions:
             mask_token_id=mask_token_id,
         )
 
+    def draft_sampler(self, mask_token_id: int) -> BlockSampler:
+        """The sampler of a draft: greedy, because the context tower has the last word anyway."""
+        return BlockSampler(
+            kind="confidence",
+            steps=self.draft_passes,
+            confidence_threshold=self.confidence_threshold,
+            mask_token_id=mask_token_id,
+        )
+
+
+def sampling_params(options: Sequence[GenerateOptions]) -> SamplingParams:
+    """How each of several rows chooses its tokens."""
+    return SamplingParams(
+        temperature=torch.tensor([o.temperature for o in options]),
+        top_k=torch.tensor([o.top_k or 0 for o in options]),
+        top_p=torch.tensor([1.0 if o.top_p is None else o.top_p for o in options]),
+    )
+
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "max_new_tokens": (int,),
     "block_size": (int,),
     "steps_per_block": (int,),
+    "draft_passes": (int,),
     "confidence_threshold": (int, float),
     "temperature": (int, float),
     "top_k": (int, type(None)),

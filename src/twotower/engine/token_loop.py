@@ -5,9 +5,10 @@ from collections.abc import Generator, Iterator
 import torch
 from torch import Tensor
 
-from twotower.diffusion import SamplingParams, choose, draw_noise
+from twotower.diffusion import choose, draw_noise
 from twotower.engine.events import Event
 from twotower.engine.logits import require_finite
+from twotower.engine.options import sampling_params
 from twotower.engine.prefill import prefill
 from twotower.engine.row import Row
 from twotower.model import TwoTower
@@ -55,12 +56,7 @@ def mock_ar_loop(model: TwoTower, rows: list[Row]) -> Iterator[Event]:
 
 def _choose(logits: Tensor, rows: list[Row]) -> Tensor:
     """One token per row from its logits (B, V), by the row's own options and randomness: (B,)."""
-    options = [row.options for row in rows]
-    params = SamplingParams(
-        temperature=torch.tensor([o.temperature for o in options]),
-        top_k=torch.tensor([o.top_k or 0 for o in options]),
-        top_p=torch.tensor([1.0 if o.top_p is None else o.top_p for o in options]),
-    )
+    params = sampling_params([row.options for row in rows])
     noise = draw_noise(logits, params.temperature, [row.generator for row in rows])
     return choose(require_finite(logits), params, noise)
 

@@ -42,6 +42,21 @@ def ssd_scan(
         return _tiled(x, dt, A, B, C, initial.float(), states_every)
 
 
+def final_state(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, initial: Tensor | None) -> Tensor:
+    """The state (B, H, P, N) after all L tokens alone; arguments as in `ssd_scan`."""
+    num_heads, num_groups = x.shape[2], B.shape[2]
+    with torch.autocast(x.device.type, enabled=False):
+        x, dt, A, B = (value.float() for value in (x, dt, A, B))
+        log_decay = (dt * A).cumsum(1)  # (B, L, H): from the start through token i
+        to_end = (log_decay[:, -1:] - log_decay).exp()
+        x = x * (dt * to_end).unsqueeze(-1)
+        B = B.repeat_interleave(num_heads // num_groups, dim=2)
+        added = x.permute(0, 2, 3, 1) @ B.transpose(1, 2)  # (B, H, P, L) @ (B, H, L, N)
+        if initial is None:
+            return added
+        return added + initial.float() * log_decay[:, -1].exp()[:, :, None, None]
+
+
 def _step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,31 @@ class MambaState(NamedTuple):
     ssm: Tensor
 
 
+class MambaInputs(NamedTuple):
+    """What a Mamba layer took in after a state: enough to know the state after any of L tokens.
+
+    conv (B, W-1+L, C) with the past in front; heads (B, L, H, P), dt (B, L, H), B (B, L, G, N) as
+    the scan gets them, A (H,); ssm (B, H, P, N) or None, the state before.
+    """
+
+    conv: Tensor
+    heads: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    ssm: Tensor | None
+
+    def state_after(self, counts: Tensor) -> MambaState:
+        """The state after the first counts (B,) of the L tokens, leading (B,).
+
+        Source: system.md section 4, 'Self-speculation', step 3.
+        """
+        kept = self.conv.shape[1] - self.dt.shape[1]
+        conv = _windows(self.conv, counts.unsqueeze(1), kept)[:, 0]
+        dt = self.dt * _is_valid(self.dt.shape[1], counts).unsqueeze(-1)
+        return MambaState(conv, ssd.final_state(self.heads, dt, self.A, self.B, self.ssm))
+
+
 class Mamba2(nn.Module):
     """Mix L tokens, seeded with the state before them; any split of a sequence gives the same."""
 
@@ -43,50 +68,58 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(self.width, config.hidden_size, bias=config.use_bias)
 
     def forward(
-        self, x: Tensor, past: MambaState | None, counts: Tensor | None, states_every: int
-    ) -> tuple[Tensor, MambaState]:
+        self, x: Tensor, past: MambaState | None, counts: Tensor | None, states_every: int | None
+    ) -> tuple[Tensor, MambaState | MambaInputs]:
         """x (B, L, D); past with leading (B,), None for zeros; counts (B,): valid tokens per row.
 
         Returns y (B, L, D) and the states after every `states_every` tokens, with leading
         (B, L/states_every). With counts, `states_every` is L and the state is the one after each
-        row's last valid token.
+        row's last valid token. With states_every None the caller does not know yet how many tokens
+        will stay: it gets the inputs, of which any state can be made.
         """
         length = x.shape[1]
         z, xbc, dt = self.in_proj(x).split(
             [self.width, self.conv1d.in_channels, self.num_heads], dim=-1
         )
-        xbc, conv = self._with_past(xbc, past, counts, states_every)
-        xbc = ops.causal_conv1d(xbc, self.conv1d.weight, self.conv1d.bias)
+        window = self._with_past(xbc, past)
+        xbc = ops.causal_conv1d(window, self.conv1d.weight, self.conv1d.bias)
         heads, B, C = xbc.split([self.width, *2 * [self.num_groups * self.state_size]], dim=-1)
         heads = heads.unflatten(-1, (self.num_heads, self.head_dim)).float()
         B, C = (value.unflatten(-1, (self.num_groups, self.state_size)) for value in (B, C))
         dt = F.softplus(dt.float() + self.dt_bias.float())
         if counts is not None:
-            valid = torch.arange(length, device=x.device) < counts.unsqueeze(1)
-            dt = dt * valid.unsqueeze(-1)
+            dt = dt * _is_valid(length, counts).unsqueeze(-1)
         seed = None if past is None else past.ssm
         A = -self.A_log.float().exp()
-        y, ssm = ssd.ssd_scan(heads, dt, A, B, C, seed, states_every)
+        y, ssm = ssd.ssd_scan(heads, dt, A, B, C, seed, states_every or length)
         # Rounded here, before the norm, and after the convolution: where the released code rounds.
         y = (y + heads * self.D.float().unsqueeze(-1)).to(x.dtype)
-        return self.out_proj(self.norm(y.flatten(2), z)), MambaState(conv, ssm)
-
-    def _with_past(
-        self, xbc: Tensor, past: MambaState | None, counts: Tensor | None, states_every: int
-    ) -> tuple[Tensor, Tensor]:
-        """xbc with the last W-1 inputs in front, (B, W-1+L, C), and the new conv states.
-
-        The states are (B, L/states_every, C, W-1).
-        """
-        num_rows, length, channels = xbc.shape
-        kept = self.conv_width - 1
-        before = xbc.new_zeros(num_rows, kept, channels) if past is None else past.conv.mT
-        xbc = torch.cat([before.to(xbc.dtype), xbc], dim=1)
+        y = self.out_proj(self.norm(y.flatten(2), z))
+        if states_every is None:
+            return y, MambaInputs(window, heads, dt, A, B, seed)
         if counts is None:
-            ends = torch.arange(states_every, length + 1, states_every, device=xbc.device)
-            ends = ends.expand(num_rows, -1)
+            ends = torch.arange(states_every, length + 1, states_every, device=x.device)
+            ends = ends.expand(len(x), -1)
         else:
             ends = counts.unsqueeze(1)
-        index = ends.unsqueeze(-1) + torch.arange(kept, device=xbc.device)  # (B, n, W-1)
-        rows = torch.arange(num_rows, device=xbc.device)[:, None, None]
-        return xbc, xbc[rows, index].mT  # (B, n, C, W-1)
+        return y, MambaState(_windows(window, ends, self.conv_width - 1), ssm)
+
+    def _with_past(self, xbc: Tensor, past: MambaState | None) -> Tensor:
+        """xbc (B, L, C) with the last W-1 inputs in front: (B, W-1+L, C)."""
+        num_rows, _, channels = xbc.shape
+        before = (
+            xbc.new_zeros(num_rows, self.conv_width - 1, channels) if past is None else past.conv.mT
+        )
+        return torch.cat([before.to(xbc.dtype), xbc], dim=1)
+
+
+def _windows(window: Tensor, ends: Tensor, width: int) -> Tensor:
+    """The `width` inputs before each end: window (B, W-1+L, C), ends (B, n) -> (B, n, C, W-1)."""
+    index = ends.unsqueeze(-1) + torch.arange(width, device=window.device)  # (B, n, W-1)
+    rows = torch.arange(len(window), device=window.device)[:, None, None]
+    return window[rows, index].mT
+
+
+def _is_valid(length: int, counts: Tensor) -> Tensor:
+    """Which of L tokens belong to each row: counts (B,) -> (B, L)."""
+    return torch.arange(length, device=counts.device) < counts.unsqueeze(1)

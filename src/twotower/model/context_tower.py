@@ -6,7 +6,7 @@ from torch import Tensor
 from twotower import masks
 from twotower.layers.attention import KV, Attention
 from twotower.layers.mamba2 import Mamba2, MambaState
-from twotower.model.state import ContextCache, LayerState
+from twotower.model.state import ContextCache, LayerState, NewState, Reading
 from twotower.model.tower import Tower
 
 
@@ -19,18 +19,19 @@ class ContextTower(Tower):
         past: tuple[LayerState, ...] | None,
         mask: Tensor | None,
         counts: Tensor | None,
-        states_every: int,
-    ) -> tuple[Tensor, list[LayerState]]:
+        states_every: int | None,
+    ) -> tuple[Tensor, list[NewState]]:
         """ids (B, L) after a past -> hidden (B, L, D), normed, and each layer's new state.
 
-        Past, new state: KV of S, L tokens; MambaState with leading (B,), (B, L/states_every).
+        Past, new state: KV of S, L tokens; MambaState with leading (B,), (B, L/states_every), or
+        MambaInputs where states_every is None.
         """
         h = self.embed(ids)
-        states: list[LayerState] = []
+        states: list[NewState] = []
         for index, layer in enumerate(self.each_layer()):
             u = layer.enter(h)
             before = None if past is None else past[index]
-            state: LayerState = None
+            state: NewState = None
             if isinstance(layer.mixer, Mamba2):
                 assert before is None or isinstance(before, MambaState)
                 y, state = layer.mixer(u, before, counts, states_every)
@@ -49,14 +50,26 @@ class ContextTower(Tower):
         counts (B,): valid tokens of each row, or None when all are.
         """
         num_rows, length = ids.shape
+        on_device = None if counts is None else counts.to(ids.device)
+        hidden, states = self._after(cache, ids, on_device, length)
+        cache.append(
+            states, hidden, torch.full((num_rows,), length) if counts is None else counts.cpu()
+        )
+        return hidden
+
+    def read(self, cache: ContextCache, ids: Tensor) -> Reading:
+        """Read ids (B, L) after the cache and commit nothing yet: `cache.accept` does."""
+        return Reading(*self._after(cache, ids, None, None))
+
+    def _after(
+        self, cache: ContextCache, ids: Tensor, counts: Tensor | None, states_every: int | None
+    ) -> tuple[Tensor, list[NewState]]:
+        """`forward` after what the cache holds."""
+        length = ids.shape[1]
         if cache.is_uniform:
             mask = masks.causal(length, cache.num_past, ids.device)
         else:
             mask = masks.causal_rows(length, cache.lengths.to(ids.device), cache.num_past)
         hidden: Tensor
-        on_device = None if counts is None else counts.to(ids.device)
-        hidden, states = self(ids, cache.layers, mask, on_device, length)
-        cache.append(
-            states, hidden, torch.full((num_rows,), length) if counts is None else counts.cpu()
-        )
-        return hidden
+        hidden, states = self(ids, cache.layers, mask, counts, states_every)
+        return hidden, states

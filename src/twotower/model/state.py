@@ -5,15 +5,17 @@ denoiser can get, so nothing of an unfinished block ever reaches the cache.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from twotower.config import ATTENTION, MAMBA, ModelConfig
 from twotower.layers.attention import KV
-from twotower.layers.mamba2 import MambaState
+from twotower.layers.mamba2 import MambaInputs, MambaState
 
 LayerState = KV | MambaState | None
+NewState = LayerState | MambaInputs  # inputs where the caller decides later how many tokens stay
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,16 @@ class ContextView:
         """The view of some rows: rows (R,) int64."""
         lengths = None if self.lengths is None else self.lengths[rows.cpu()]
         return ContextView(_select(self.layers, rows), lengths, self.num_past, len(rows))
+
+
+class Reading(NamedTuple):
+    """L tokens that the context tower has read after a cache which does not hold them yet.
+
+    hidden (B, L, D), normed; states: what each layer hands on, MambaInputs for a Mamba layer.
+    """
+
+    hidden: Tensor
+    states: list[NewState]
 
 
 class ContextCache:
@@ -98,7 +110,7 @@ class ContextCache:
         lengths = None if self.is_uniform else self.lengths
         return ContextView(layers, lengths, self.num_past, self.num_rows)
 
-    def append(self, states: list[LayerState], hidden: Tensor, counts: Tensor) -> None:
+    def append(self, states: list[NewState], hidden: Tensor, counts: Tensor) -> None:
         """Commit what the tower returned for counts[b] >= 0 tokens per row; hidden (B, L, D)."""
         for index, new in enumerate(states):
             old = self._states[index]
@@ -106,6 +118,8 @@ class ContextCache:
                 self._states[index] = KV(self._write(old.k, new.k), self._write(old.v, new.v))
             elif isinstance(new, MambaState):
                 self._states[index] = MambaState(new.conv[:, -1], new.ssm[:, -1])
+            elif isinstance(new, MambaInputs):
+                self._states[index] = new.state_after(counts.to(new.dt.device))
         last = (counts - 1).clamp(min=0).to(hidden.device)
         newest = hidden[torch.arange(self.num_rows, device=hidden.device), last]
         if self.last_hidden is not None:
@@ -114,6 +128,13 @@ class ContextCache:
             )
         self.last_hidden = newest
         self.lengths = self.lengths + counts
+
+    def accept(self, reading: Reading, counts: Tensor) -> None:
+        """Commit the first counts[b] >= 0 tokens of what row b has read; the rest leaves no trace.
+
+        counts (B,) on the CPU. The reading must have been made from the cache as it is.
+        """
+        self.append(reading.states, reading.hidden, counts)
 
     def select(self, rows: Tensor) -> "ContextCache":
         """A new cache with copies of some rows: rows (R,) int64."""
@@ -124,6 +145,21 @@ class ContextCache:
         )
         chosen._states = list(_select(tuple(self._states), rows))
         return chosen
+
+    def concat(self, other: "ContextCache") -> "ContextCache":
+        """A new cache with copies of these rows and then the other's."""
+        joined = object.__new__(ContextCache)
+        joined.lengths = torch.cat([self.lengths, other.lengths])
+        joined.last_hidden = _joined_hidden(self, other)
+        joined._states = [
+            KV(_stack(mine.k, its.k), _stack(mine.v, its.v))
+            if isinstance(mine, KV) and isinstance(its, KV)
+            else None
+            if mine is None or its is None
+            else type(mine)(*(torch.cat(parts) for parts in zip(mine, its, strict=True)))
+            for mine, its in zip(self._states, other._states, strict=True)
+        ]
+        return joined
 
     def _write(self, buffer: Tensor, new: Tensor) -> Tensor:
         """Put new (B, L, Hk, A) behind each row's last token; returns the buffer, grown if full."""
@@ -153,6 +189,28 @@ def _select(layers: tuple[LayerState, ...], rows: Tensor) -> tuple[LayerState, .
     return tuple(
         None if state is None else type(state)(*(part[rows.to(part.device)] for part in state))
         for state in layers
+    )
+
+
+def _stack(one: Tensor, two: Tensor) -> Tensor:
+    """Key buffers of some rows above those of others, as wide as the wider one."""
+    width = max(one.shape[1], two.shape[1])
+    stacked = one.new_zeros(len(one) + len(two), width, *one.shape[2:])
+    stacked[: len(one), : one.shape[1]] = one
+    stacked[len(one) :, : two.shape[1]] = two
+    return stacked
+
+
+def _joined_hidden(one: ContextCache, two: ContextCache) -> Tensor | None:
+    """`last_hidden` of both; zeros where a cache has no token yet."""
+    known = next((c.last_hidden for c in (one, two) if c.last_hidden is not None), None)
+    if known is None:
+        return None
+    return torch.cat(
+        [
+            known.new_zeros(c.num_rows, known.shape[1]) if c.last_hidden is None else c.last_hidden
+            for c in (one, two)
+        ]
     )
 
 

@@ -16,7 +16,7 @@ from twotower.layers.adaln import Modulation, TimestepEmbedder
 from twotower.layers.mamba2 import MambaState
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
-from twotower.model.state import ContextCache, ContextView
+from twotower.model.state import ContextCache, ContextView, Reading
 
 # Tokens of a prompt read at a time: bounds the attention scores at chunk x prompt.
 PREFILL_CHUNK = 512
@@ -111,12 +111,17 @@ class TwoTower(nn.Module):
 
         Returns the tower's output (B, n, D); `context_head` makes logits of it.
         """
-        tokens = self._checked(tokens, "tokens").to(self.context_device)
-        if len(tokens) != cache.num_rows:
-            raise ValueError(f"tokens have {len(tokens)} rows but the cache has {cache.num_rows}")
+        tokens = self._after(cache, tokens)
         if counts is not None and bool((counts == tokens.shape[1]).all()):
             counts = None
         return self.context_tower.extend(cache, tokens, counts)
+
+    @torch.no_grad()
+    def read(self, cache: ContextCache, tokens: Tensor) -> Reading:
+        """Read tokens (B, n >= 1) after the cache, which stays as it is: `cache.accept` commits as
+        many of them as are wanted. Source: system.md section 4, 'Self-speculation'.
+        """
+        return self.context_tower.read(cache, self._after(cache, tokens))
 
     def context_head(self, hidden: Tensor) -> Tensor:
         """The context tower's logits: hidden (..., D) -> (..., V) float32."""
@@ -238,6 +243,13 @@ class TwoTower(nn.Module):
                 "this model has no denoiser tower; load it with towers='both', or use mode='ar'"
             )
         return self.denoiser_tower
+
+    def _after(self, cache: ContextCache, tokens: Tensor) -> Tensor:
+        """Checked tokens that are to follow the cache, on its device."""
+        tokens = self._checked(tokens, "tokens").to(self.context_device)
+        if len(tokens) != cache.num_rows:
+            raise ValueError(f"tokens have {len(tokens)} rows but the cache has {cache.num_rows}")
+        return tokens
 
     def _checked(self, ids: Tensor, name: str) -> Tensor:
         if ids.dim() != 2 or ids.shape[1] < 1 or ids.dtype != torch.int64:

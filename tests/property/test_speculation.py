@@ -1,0 +1,172 @@
+"""Self-speculation is lossless: whatever is drafted, the text is that of mode="ar"."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from property.test_cache import CLOSE, assert_same_rows, snapshot
+from tiny_models import MASK, prompts_of, random_ids, tiny_model
+from twotower import ContextView, GenerateOptions, StepTaken, TwoTower, generate, stream
+
+MODEL = tiny_model()
+PROMPTS = prompts_of([1, 7, 2, 19, 4])
+
+
+def options(mode: str, **changes: object) -> GenerateOptions:
+    values: dict[str, object] = {"max_new_tokens": 17, "block_size": 4, "eos_token_id": None}
+    return GenerateOptions(mode=mode, **(values | changes))  # type: ignore[arg-type]
+
+
+class Drafter:
+    """In place of the denoiser: AR's own continuation with some tokens wrong."""
+
+    def __init__(self, prompt_length: int, text: list[int], wrong: set[int]) -> None:
+        self._start, self._text, self._wrong = prompt_length, text, wrong
+
+    def __call__(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
+        lengths = torch.full((len(block),), view.num_past) if view.lengths is None else view.lengths
+        logits = torch.zeros(*block.shape, 41)
+        for row, column in itertools.product(*map(range, block.shape)):
+            at = int(lengths[row]) - self._start + column
+            token = self._text[at] if at < len(self._text) else 9
+            logits[row, column, 10 if at in self._wrong and token != 10 else token] = 20.0
+        return logits
+
+
+@settings(max_examples=40)
+@given(
+    wrong=st.sets(st.integers(0, 20)),
+    block_size=st.integers(2, 4),
+    length=st.integers(1, 17),
+    temperature=st.sampled_from([0.0, 1.0]),
+    seed=st.integers(0, 30),
+)
+def test_any_draft_gives_the_text_of_ar(
+    wrong: set[int], block_size: int, length: int, temperature: float, seed: int
+) -> None:
+    """Guards the state after an acceptance of every length: keys beyond it, a conv window or an SSM
+    state of the rejected tokens would change the text only later, and only a little."""
+    shape = {"max_new_tokens": length, "temperature": temperature, "seed": seed, "top_k": 7}
+    prompt = PROMPTS[3]
+    expected = generate(MODEL, [prompt], options("ar", **shape))[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODEL, "denoise", Drafter(len(prompt), expected.tokens, wrong))
+        (found,) = generate(MODEL, [prompt], options("speculative", block_size=block_size, **shape))
+    assert found.tokens == expected.tokens
+    assert found.finish_reason == expected.finish_reason
+
+
+def test_right_drafts_save_passes() -> None:
+    """Guards the gain: a draft that is right must be taken whole, not token by token."""
+    prompt = PROMPTS[3]
+    expected = generate(MODEL, [prompt], options("ar"))[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODEL, "denoise", Drafter(len(prompt), expected.tokens, set()))
+        (found,) = generate(MODEL, [prompt], options("speculative"))
+    assert found.tokens == expected.tokens
+    # the prompt gives 1 token, four cycles 4 each
+    assert (found.nfe, found.context_forwards, expected.context_forwards) == (4, 5, 17)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("draft_passes", [1, 3])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"hybrid_override_pattern": "MM"},
+        {"hybrid_override_pattern": "**"},
+        {"use_bias": True, "mamba_proj_bias": True},
+        {"residual_in_fp32": True},
+    ],
+    ids=str,
+)
+def test_rows_of_different_lengths_give_the_text_of_ar(
+    changes: dict[str, object], draft_passes: int, temperature: float
+) -> None:
+    """Guards rows that advance by different lengths in one batch, with the real denoiser."""
+    model = tiny_model(**changes)
+    shape = {"temperature": temperature, "draft_passes": draft_passes, "seed": 3}
+    expected = generate(model, PROMPTS, options("ar", **shape))
+    found = generate(model, PROMPTS, options("speculative", **shape))
+    assert [row.tokens for row in found] == [row.tokens for row in expected]
+
+
+def test_eos_stop_and_length_end_a_row_as_in_ar() -> None:
+    """Guards the end: tokens accepted behind an EOS must not be shown."""
+    text = generate(MODEL, [PROMPTS[0]], options("ar"))[0].tokens
+    for eos in text[:9]:
+        expected = generate(MODEL, [PROMPTS[0]], options("ar", eos_token_id=eos))[0]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(MODEL, "denoise", Drafter(1, text, set()))
+            (found,) = generate(MODEL, [PROMPTS[0]], options("speculative", eos_token_id=eos))
+        assert (found.tokens, found.finish_reason) == (expected.tokens, expected.finish_reason)
+
+
+def test_the_events_show_drafts_without_the_known_token() -> None:
+    """Guards what a reader of the stream sees: the first token of a block is text already."""
+    events = list(stream(MODEL, [PROMPTS[0]], options("speculative")))
+    steps = [event for event in events if isinstance(event, StepTaken)]
+    assert steps and all(len(step.tokens) == 3 and MASK not in step.tokens for step in steps)
+    assert all(step.t == 0.75 for step in steps)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    size=st.integers(1, 6),
+    seed=st.integers(0, 20),
+)
+def test_accepting_some_equals_extending_by_them(lengths: list[int], size: int, seed: int) -> None:
+    """Guards the rebuilt states, and that reading alone leaves the cache bit for bit as it was."""
+    num_rows, longest = len(lengths), max(lengths)
+    ids = random_ids(num_rows, longest + size, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(0, size + 1, (num_rows,), generator=generator)
+    cache = MODEL.prefill(ids[:, :longest], torch.tensor(lengths))
+    new = ids[:, longest:]
+    before = snapshot(cache)
+    reading = MODEL.read(cache, new)
+    assert all(map(torch.equal, snapshot(cache), before))
+    cache.accept(reading, counts)
+    expected = MODEL.prefill(ids[:, :longest], torch.tensor(lengths))
+    MODEL.extend(expected, new, counts)
+    assert cache.lengths.tolist() == expected.lengths.tolist()
+    for row in range(num_rows):
+        assert_same_rows(cache, row, expected, row)
+    torch.testing.assert_close(MODEL.next_logits(cache), MODEL.next_logits(expected), **CLOSE)
+
+
+def test_sampled_texts_have_the_distribution_of_ar() -> None:
+    """Guards the acceptance rule against a bias that one seed does not show: the third token's
+    frequencies against its exact probabilities, summed over all texts that lead to it."""
+    model = tiny_model(vocab_size=7)
+    prompt, num_draws = [5, 4, 6], 1500
+    shape = {"max_new_tokens": 3, "temperature": 1.3}
+    o = [options("speculative", seed=seed, **shape) for seed in range(num_draws)]
+    rows = [row for start in range(0, num_draws, 250) for row in _draw(model, prompt, o, start)]
+    counts = torch.bincount(torch.tensor([row[2] for row in rows]), minlength=7).double()
+    expected = num_draws * _third_token(model, prompt, 1.3)
+    statistic = float(((counts - expected).square() / expected).sum())
+    assert statistic < 22.5, "chi-square of 6 degrees of freedom exceeds this once in 1,000 draws"
+
+
+def _draw(
+    model: TwoTower, prompt: list[int], o: list[GenerateOptions], start: int
+) -> list[list[int]]:
+    own = o[start : start + 250]
+    return [row.tokens for row in generate(model, [prompt] * len(own), own)]
+
+
+def _third_token(model: TwoTower, prompt: list[int], temperature: float) -> Tensor:
+    """Exact probabilities of the third new token (V,)."""
+    pairs = torch.cartesian_prod(torch.arange(7), torch.arange(7))
+    ids = torch.cat([torch.tensor([prompt]).expand(len(pairs), -1), pairs], dim=1)
+    with torch.no_grad():
+        probs = (model.context_logits(ids).double() / temperature).softmax(-1)
+    first = probs[torch.arange(49), len(prompt) - 1, pairs[:, 0]]
+    second = probs[torch.arange(49), len(prompt), pairs[:, 1]]
+    return (probs[:, -1] * (first * second).unsqueeze(1)).sum(0)

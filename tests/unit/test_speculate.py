@@ -1,0 +1,54 @@
+"""The arithmetic of self-speculation: what is accepted, how much is read, when drafting pauses."""
+
+import torch
+
+from twotower.engine.pace import BREAK_EVEN, FIRST_PAUSE, LONGEST_PAUSE, Pace
+from twotower.engine.speculate import count_accepted, draft_lengths
+
+
+def test_count_accepted() -> None:
+    drafts = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
+    choices = torch.tensor([[2, 3, 4, 5], [9, 3, 4, 5], [2, 9, 4, 5], [2, 3, 4, 5]])
+    lengths = torch.tensor([4, 4, 4, 2])
+    assert count_accepted(drafts, choices, lengths).tolist() == [4, 1, 2, 2]
+    assert count_accepted(drafts[:, :1], choices[:, :1], torch.ones(4).long()).tolist() == [1] * 4
+
+
+def test_draft_lengths() -> None:
+    confidence = torch.tensor([[1.0, 0.9, 0.9, 0.9], [1.0, 0.01, 0.9, 0.9], [1.0, 0.5, 0.2, 0.2]])
+    assert draft_lengths(confidence).tolist() == [4, 2, 3]
+
+
+def cost(tokens_of_a_draft: int, num_tokens: int, cycle: float) -> float:
+    """AR steps that a text of num_tokens costs when every draft yields the same number."""
+    pace, written, spent = Pace(), 0, 0.0
+    while written < num_tokens:
+        if pace.is_drafting:
+            pace.record_draft(tokens_of_a_draft)
+            written, spent = written + tokens_of_a_draft, spent + cycle
+        else:
+            pace.record_token()
+            written, spent = written + 1, spent + 1
+    return spent
+
+
+def test_a_text_that_drafts_badly_costs_little() -> None:
+    """Guards the promise of at least 0.9 of the speed of AR."""
+    for num_tokens in (128, 256, 1000):
+        assert num_tokens / cost(1, num_tokens, BREAK_EVEN) >= 0.9
+
+
+def test_good_drafts_never_pause() -> None:
+    assert cost(9, 900, BREAK_EVEN) == 100 * BREAK_EVEN
+
+
+def test_pauses_double_and_one_good_draft_ends_them() -> None:
+    pace, pauses = Pace(), []
+    for accepted in (1, 1, 1, 1, 1, 8, 1, 1):
+        pace.record_draft(accepted)
+        length = 0
+        while not pace.is_drafting:
+            pace.record_token()
+            length += 1
+        pauses.append(length)
+    assert pauses == [0, FIRST_PAUSE, 2 * FIRST_PAUSE, LONGEST_PAUSE, LONGEST_PAUSE, 0, 0, 16]
