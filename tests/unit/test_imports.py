@@ -29,7 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "engine": COMMON | {"model", "diffusion", "tokenizer", "measure"},
     "train": COMMON | {"model", "diffusion", "checkpoint", "tokenizer", "corpus"},
     "evaluate": COMMON | {"engine", "model", "diffusion", "tokenizer", "corpus"},
-    "race": COMMON | {"engine", "model", "diffusion", "checkpoint", "tokenizer", "evaluate"},
+    "race": COMMON
+    | {"engine", "model", "diffusion", "checkpoint", "tokenizer", "evaluate", "corpus"},
     "serve": COMMON | {"engine", "tokenizer"},
 }
 TOP = {"__init__", "__main__", "cli"}  # these import all; nothing imports them
@@ -48,6 +49,9 @@ FENCES: dict[str, tuple[str, ...]] = {
     "jsonschema": ("evaluate",),
     "lm_eval": ("evaluate.lm_harness",),
     "matplotlib": ("evaluate", "race"),
+    "gguf": ("checkpoint.gguf", "checkpoint.gguf_vocabulary", "race.rivals"),
+    "xllamacpp": ("race.rivals",),
+    "transformers": ("race.rivals",),
     "triton": ("kernels",),
     "mamba_ssm": ("kernels",),
     "causal_conv1d": ("kernels",),
@@ -61,6 +65,9 @@ OPTIONAL = {
     "jsonschema",
     "lm_eval",
     "matplotlib",
+    "gguf",
+    "xllamacpp",
+    "transformers",
     "triton",
     "mamba_ssm",
     "causal_conv1d",
@@ -184,6 +191,8 @@ BAD = [
     ("train.loop", "from torch.utils.tensorboard import SummaryWriter"),
     ("corpus.numbers", "from num2words import num2words"),
     ("corpus.numbers", "def f():\n    import pandas"),
+    ("race.contest", "def f():\n    import xllamacpp"),
+    ("checkpoint.gguf", "from gguf import GGUFWriter"),
     ("utils.things", "import math"),
 ]
 GOOD = [
@@ -197,6 +206,7 @@ GOOD = [
     ("corpus.numbers", "def f():\n    from num2words import num2words"),
     ("corpus.numbers", "if TYPE_CHECKING:\n    from babel import Locale"),
     ("tokenizer", "from tokenizers import Tokenizer"),
+    ("race.rivals", "def f():\n    from transformers import AutoModelForCausalLM"),
     ("__init__", "from .engine import generate\nfrom .checkpoint.load import load_model"),
     ("cli.demo", "import twotower\nfrom twotower.train.loop import train"),
 ]

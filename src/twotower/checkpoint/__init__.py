@@ -2,6 +2,7 @@
 
 from twotower.checkpoint.convert import convert, export_transformers
 from twotower.checkpoint.files import generation_defaults, resolve
+from twotower.checkpoint.gguf import export_gguf
 from twotower.checkpoint.inspect import describe
 from twotower.checkpoint.load import load_model
 from twotower.checkpoint.save import save_backbone, save_model
@@ -9,6 +10,7 @@ from twotower.checkpoint.save import save_backbone, save_model
 __all__ = [
     "convert",
     "describe",
+    "export_gguf",
     "export_transformers",
     "generation_defaults",
     "load_model",

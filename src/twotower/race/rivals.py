@@ -1,0 +1,241 @@
+"""What else could run the same weights: greedy decoding by transformers and by llama.cpp.
+
+Decides how each is called and which of its times count; what is compared is the race's business.
+Each runs in this process, reads the context tower alone and keeps no cache between calls.
+"""
+
+import http.client
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "Q8_0": "q8_0"}
+_LLAMA_CPP_CONTEXT = 4096  # tokens of a prompt and what is written after it
+
+
+class MissingRival(ValueError):
+    """A rival's library is not installed; the message says how to get it."""
+
+
+class Decoded(NamedTuple):
+    """New tokens, the end token included when it was reached, and the seconds they took.
+
+    prefill_seconds: until the first new token is known; decode_seconds: from there to the last.
+    """
+
+    tokens: list[int]
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def ms_per_token(self) -> float:
+        """Milliseconds of a forward pass of one token; ValueError if there was none."""
+        if len(self.tokens) < 2:
+            raise ValueError("ms_per_token needs at least 2 new tokens; ask for more")
+        return 1000 * self.decode_seconds / (len(self.tokens) - 1)
+
+
+class Rival(Protocol):
+    """Greedy decoding by somebody else's code."""
+
+    name: str
+    dtype: str
+
+    def decode(self, ids: Sequence[int], num_new: int) -> Decoded:
+        """Continue a prompt of token ids until the model's end token or `num_new` tokens."""
+
+    def logprobs(self, ids: Sequence[int]) -> list[float]:
+        """Natural-log probability of every token of the vocabulary as the next one."""
+
+    def close(self) -> None:
+        """Give back memory and threads."""
+
+
+def load_transformers(
+    folder: str | Path, threads: int, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> Rival:
+    """transformers' NemotronHForCausalLM from a folder that `export_transformers` wrote.
+
+    Plain PyTorch on the CPU, with its own cache. MissingRival when it is not installed.
+    """
+    return _Transformers(Path(folder), threads, dtype)
+
+
+def load_llama_cpp(file: str | Path, threads: int) -> Rival:
+    """llama.cpp's own server inside this process, on a file that `export_gguf` wrote.
+
+    A float32 file gets a float32 KV cache and plain attention, which is exact; others run as
+    llama.cpp does by default. MissingRival when it is not installed; ValueError for a bad file.
+    """
+    return _LlamaCpp(Path(file), threads)
+
+
+class _Transformers:
+    name = "transformers"
+
+    def __init__(self, folder: Path, threads: int, dtype: str) -> None:
+        try:
+            from transformers import AutoModelForCausalLM
+        except ImportError:
+            raise _missing("transformers") from None
+        self.dtype = dtype
+        self._threads = threads
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self._model = model.eval()
+
+    def decode(self, ids: Sequence[int], num_new: int) -> Decoded:
+        stopwatch = _Stopwatch()
+        prompt = torch.tensor([list(ids)])
+        with _torch_threads(self._threads), torch.inference_mode():
+            found = self._model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=num_new,
+                do_sample=False,
+                streamer=stopwatch,
+            )
+        start, first, last = (stopwatch.seconds[index] for index in (0, 1, -1))
+        return Decoded(found[0, len(ids) :].tolist(), first - start, last - first)
+
+    def logprobs(self, ids: Sequence[int]) -> list[float]:
+        with _torch_threads(self._threads), torch.inference_mode():
+            logits = self._model(torch.tensor([list(ids)])).logits[0, -1]
+        values: list[float] = logits.float().log_softmax(-1).tolist()
+        return values
+
+    def close(self) -> None:
+        del self._model
+
+
+class _Stopwatch:
+    """Notes when `generate` hands over the prompt, and then each new token."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def put(self, value: "Tensor") -> None:
+        self.seconds.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _LlamaCpp:
+    name = "llama.cpp"
+
+    def __init__(self, file: Path, threads: int) -> None:
+        try:
+            import xllamacpp
+        except ImportError:
+            raise _missing("xllamacpp") from None
+        self.dtype, self._vocab_size = _read_header(file)
+        try:
+            self._server = xllamacpp.Server(_server_options(file, threads, self.dtype))
+        except RuntimeError:
+            raise ValueError(f"{file}: llama.cpp cannot load it; its reason stands above") from None
+        self._address = self._server.listening_address.removeprefix("http://")
+
+    def decode(self, ids: Sequence[int], num_new: int) -> Decoded:
+        answer = self._complete(ids, num_new, {})
+        times = answer["timings"]
+        # Its clock of decoding starts when the first new token has been chosen.
+        return Decoded(answer["tokens"], times["prompt_ms"] / 1000, times["predicted_ms"] / 1000)
+
+    def logprobs(self, ids: Sequence[int]) -> list[float]:
+        answer = self._complete(ids, 1, {"n_probs": self._vocab_size})
+        values = [float("nan")] * self._vocab_size
+        for entry in answer["completion_probabilities"][0]["top_logprobs"]:
+            values[entry["id"]] = entry["logprob"]
+        return values
+
+    def close(self) -> None:
+        del self._server
+
+    def _complete(self, ids: Sequence[int], num_new: int, more: dict[str, int]) -> dict[str, Any]:
+        """The answer of llama.cpp's own completion endpoint: only that one gives token ids back."""
+        if len(ids) + num_new > _LLAMA_CPP_CONTEXT:
+            raise ValueError(
+                f"prompt of {len(ids)} tokens and num_new={num_new} exceed the "
+                f"{_LLAMA_CPP_CONTEXT} tokens that llama.cpp was given; ask for fewer"
+            )
+        request = {
+            "prompt": list(ids),
+            "n_predict": num_new,
+            "temperature": 0,
+            "cache_prompt": False,
+            "return_tokens": True,
+            **more,
+        }
+        connection = http.client.HTTPConnection(self._address)
+        try:
+            connection.request(
+                "POST", "/completion", json.dumps(request), {"Content-Type": "application/json"}
+            )
+            answer = json.load(connection.getresponse())
+        finally:
+            connection.close()
+        if "error" in answer:
+            raise ValueError(f"llama.cpp: {answer['error'].get('message', answer['error'])}")
+        found: dict[str, Any] = answer
+        return found
+
+
+def _server_options(file: Path, threads: int, dtype: str) -> Any:
+    import xllamacpp
+
+    options = xllamacpp.CommonParams()
+    options.model.path = str(file)
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
+    options.n_ctx = _LLAMA_CPP_CONTEXT
+    options.n_parallel = 1
+    options.n_gpu_layers = 0
+    options.fit_params = False
+    options.ui = False
+    options.verbosity = 1  # errors only
+    if dtype == "float32":
+        options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        off = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        options.flash_attn_type = off
+    return options
+
+
+def _missing(package: str) -> MissingRival:
+    return MissingRival(f"{package} is not installed; get it with: pip install 'twotower[bench]'")
+
+
+def _read_header(file: Path) -> tuple[str, int]:
+    """A GGUF file's precision and size of vocabulary; ValueError (one line) if it is none."""
+    try:
+        from gguf import GGUFReader, LlamaFileType
+    except ImportError:
+        raise _missing("gguf") from None
+    try:
+        fields = GGUFReader(file).fields
+        kind = LlamaFileType(fields["general.file_type"].contents())
+        vocab_size = len(fields["tokenizer.ggml.tokens"].data)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{file}: not a GGUF file of a language model ({reason}); write one with "
+            "twotower convert --to gguf"
+        ) from None
+    name = kind.name.removeprefix("ALL_").removeprefix("MOSTLY_")
+    return _DTYPES.get(name, name), vocab_size
