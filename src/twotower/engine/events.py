@@ -51,4 +51,12 @@ class Finished:
     completion: Completion
 
 
-Event = StepTaken | TokensCommitted | Finished
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """A prompt that could not be decoded: its row's only event, in one line for the user."""
+
+    row: int
+    message: str
+
+
+Event = StepTaken | TokensCommitted | Finished | Failed

@@ -1,20 +1,18 @@
-"""The public door to decoding: check prompts and options, group rows that share passes, run."""
+"""The public door to decoding: check prompts and options, then let the scheduler run."""
 
-import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from twotower.engine.block_loop import block_loop
-from twotower.engine.events import Completion, Event, Finished
+from twotower.engine.events import Completion, Event, Failed, Finished
 from twotower.engine.options import GenerateOptions
+from twotower.engine.requests import Prompt, Request, check_tokenizer, make_row
 from twotower.engine.row import Row
+from twotower.engine.scheduler import WaitingLine, run_in_turn
 from twotower.engine.speculate import speculative_loop
-from twotower.engine.token_loop import ar_loop, mock_ar_loop
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
-Loop = Callable[[TwoTower, list[Row]], Iterator[Event]]
+MAX_ROWS = 16
 
 
 def generate(
@@ -22,15 +20,17 @@ def generate(
     prompts: Sequence[Prompt],
     options: GenerateOptions | Sequence[GenerateOptions] | None = None,
     tokenizer: Tokenizer | None = None,
+    max_rows: int = MAX_ROWS,
 ) -> list[Completion]:
     """Decode prompts of any, different lengths >= 1; the results are in the prompts' order.
 
     prompts: lists of token ids, or strings when a tokenizer is given. options: one for all, or one
-    per prompt; a field that is not named takes the checkpoint's default. A row's result does not
-    depend on its neighbours. Raises ValueError (one line) for anything unusable.
+    per prompt; a field that is not named takes the checkpoint's default. max_rows: prompts decoded
+    at the same time, the others wait; a row's result does not depend on its neighbours. Raises
+    ValueError (one line) for anything unusable.
     """
-    finished = (e for e in stream(model, prompts, options, tokenizer) if isinstance(e, Finished))
-    results = {event.row: event.completion for event in finished}
+    events = stream(model, prompts, options, tokenizer, max_rows)
+    results = {event.row: event.completion for event in events if isinstance(event, Finished)}
     return [results[row] for row in range(len(prompts))]
 
 
@@ -39,33 +39,63 @@ def stream(
     prompts: Sequence[Prompt],
     options: GenerateOptions | Sequence[GenerateOptions] | None = None,
     tokenizer: Tokenizer | None = None,
+    max_rows: int = MAX_ROWS,
 ) -> Iterator[Event]:
     """`generate` as it happens: every step's block state, every commit, each row's end.
 
     Checks all arguments at once, before the first event is asked for.
     """
+    _require_place(max_rows)
     rows = _make_rows(model, prompts, _per_prompt(options, len(prompts)), tokenizer)
-    return _run(model, rows)
+    return _run(model, rows, max_rows)
 
 
-def _run(model: TwoTower, rows: list[Row]) -> Iterator[Event]:
-    for loop, group in _groups(rows):
-        yield from loop(model, group)
+def stream_requests(
+    model: TwoTower,
+    requests: Iterable[Request | None],
+    tokenizer: Tokenizer | None = None,
+    max_rows: int = MAX_ROWS,
+) -> Iterator[Event]:
+    """`stream` for any number of requests, read as places become free; rows are their numbers.
+
+    None in place of a request means nothing at present: it is asked again after a cycle. A request
+    that cannot be decoded yields Failed and does not end the others.
+    """
+    _require_place(max_rows)
+    check_tokenizer(model, tokenizer)
+    line = WaitingLine(_rows_or_failures(model, requests, tokenizer))
+    return run_in_turn(model, line, max_rows)
 
 
-def _groups(rows: list[Row]) -> Iterable[tuple[Loop, list[Row]]]:
-    """Rows that can share passes: equal in all that shapes a pass."""
-    groups: dict[object, list[Row]] = {}
-    for row in rows:
-        o = row.options
-        shape = (o.block_size, o.schedule, o.remask, o.adaptive) if o.is_block_mode else ()
-        groups.setdefault((o.mode, shape), []).append(row)
-    loops: dict[str, Loop] = {
-        "ar": ar_loop,
-        "mock-ar": mock_ar_loop,
-        "speculative": speculative_loop,
-    }
-    return [(loops.get(group[0].options.mode, block_loop), group) for group in groups.values()]
+def _run(model: TwoTower, rows: list[Row], max_rows: int) -> Iterator[Event]:
+    scheduled = [row for row in rows if row.options.mode != "speculative"]
+    for event in run_in_turn(model, WaitingLine(scheduled), max_rows):
+        if isinstance(event, Failed):
+            raise ValueError(event.message)
+        yield event
+    if apart := [row for row in rows if row.options.mode == "speculative"]:
+        yield from speculative_loop(model, apart)
+
+
+def _rows_or_failures(
+    model: TwoTower, requests: Iterable[Request | None], tokenizer: Tokenizer | None
+) -> Iterator[Row | Failed | None]:
+    index = 0
+    for request in requests:
+        if request is None:
+            yield None
+            continue
+        try:
+            row: Row | Failed = make_row(model, index, request, tokenizer, "the prompt")
+        except ValueError as error:
+            row = Failed(row=index, message=str(error))
+        yield row
+        index += 1
+
+
+def _require_place(max_rows: int) -> None:
+    if max_rows < 1:
+        raise ValueError(f"max_rows={max_rows} must be at least 1")
 
 
 def _per_prompt(
@@ -88,18 +118,11 @@ def _make_rows(
 ) -> list[Row]:
     if isinstance(prompts, str):
         raise ValueError("prompts is a string; pass a list of prompts, e.g. [prompt]")
-    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
-            f"{model.config.vocab_size}; load the tokenizer of the same checkpoint"
-        )
-    defaults = {"block_size": model.config.block_size, **model.generation_defaults}
-    rows = []
-    for index, (prompt, option) in enumerate(zip(prompts, options, strict=True)):
-        option = option.with_defaults(defaults)
-        _check_options(model, option, tokenizer)
-        ids = _prompt_ids(model, index, prompt, tokenizer)
-        rows.append(Row(index, ids, option, _eos(model, option), tokenizer))
+    check_tokenizer(model, tokenizer)
+    rows = [
+        make_row(model, index, Request(prompt, option), tokenizer, f"prompt {index}")
+        for index, (prompt, option) in enumerate(zip(prompts, options, strict=True))
+    ]
     for size in sorted({row.options.block_size for row in rows if row.options.is_block_mode}):
         if size > model.config.block_size:
             warnings.warn(
@@ -108,54 +131,3 @@ def _make_rows(
                 stacklevel=4,
             )
     return rows
-
-
-def _check_options(model: TwoTower, options: GenerateOptions, tokenizer: Tokenizer | None) -> None:
-    if options.stop_strings and tokenizer is None:
-        raise ValueError("stop needs a tokenizer to see text; pass tokenizer=load_tokenizer(path)")
-    if options.mode != "ar" and model.denoiser_tower is None:
-        raise ValueError(
-            f"mode={options.mode!r} needs the denoiser tower; load both towers, or use mode='ar'"
-        )
-
-
-def _eos(model: TwoTower, options: GenerateOptions) -> tuple[int, ...]:
-    eos = options.eos_token_id
-    if eos is None:
-        return ()
-    ids = model.config.eos_token_ids if eos == "config" else (eos,) if isinstance(eos, int) else eos
-    for token in ids:
-        if not (isinstance(token, int) and 0 <= token < model.config.vocab_size):
-            raise ValueError(
-                f"eos_token_id={token} is outside the vocabulary; "
-                f"use 0 to {model.config.vocab_size - 1}"
-            )
-    return tuple(token for token in ids if isinstance(token, int))
-
-
-def _prompt_ids(
-    model: TwoTower, index: int, prompt: Prompt, tokenizer: Tokenizer | None
-) -> list[int]:
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise ValueError(f"prompt {index} is text; pass tokenizer=load_tokenizer(path) with it")
-        if not prompt:
-            raise ValueError(f"prompt {index} is empty; give at least one character")
-        return tokenizer.encode(prompt, add_bos=tokenizer.bos_id is not None)
-    try:
-        ids = [operator.index(token) for token in prompt]  # int() would take 5.7 and "5"
-    except TypeError:
-        raise ValueError(f"prompt {index} must be text or a list of whole token ids") from None
-    if not ids:
-        raise ValueError(f"prompt {index} is empty; give at least one token")
-    vocab_size, mask_token_id = model.config.vocab_size, model.config.mask_token_id
-    if bad := [token for token in ids if not 0 <= token < vocab_size]:
-        raise ValueError(
-            f"prompt {index} has token {bad[0]} outside the vocabulary; use 0 to {vocab_size - 1}"
-        )
-    if mask_token_id in ids:
-        raise ValueError(
-            f"prompt {index} has the mask token {mask_token_id}; "
-            "a prompt is committed text, remove it"
-        )
-    return ids

@@ -8,13 +8,8 @@ from twotower.model import ContextCache, TwoTower
 
 
 def prefill(model: TwoTower, rows: list[Row], prompts: list[list[int]]) -> ContextCache:
-    """A cache with prompts[i] committed in row i; an empty prompt leaves its row empty.
-
-    ValueError when the keys and values of prompts and new tokens would not fit into memory.
-    """
+    """A cache with prompts[i] committed in row i; an empty prompt leaves its row empty."""
     longest = max(map(len, prompts))
-    num_new = max(row.options.max_new_tokens + row.options.block_size for row in rows)
-    _require_memory(model, len(rows), longest, num_new)
     for row, prompt in zip(rows, prompts, strict=True):
         row.context_forwards += bool(prompt)
     if longest == 0:
@@ -24,15 +19,21 @@ def prefill(model: TwoTower, rows: list[Row], prompts: list[list[int]]) -> Conte
     return model.prefill(ids, None if bool((lengths == longest).all()) else lengths)
 
 
-def _require_memory(model: TwoTower, num_rows: int, num_prompt: int, num_new: int) -> None:
+def refusal(model: TwoTower, rows: list[Row]) -> str | None:
+    """Why these rows cannot share a batch: keys and values of their prompts and new tokens would
+    not fit into memory. One line, or None when they do.
+    """
     weight = model.context_tower.embeddings.weight
+    num_prompt = max(len(row.prompt) for row in rows)
+    num_new = max(row.options.max_new_tokens + row.options.block_size for row in rows)
     # Buffers grow by doubling and the old one is freed last: up to three times the final size.
     needed = (
-        3 * num_rows * (num_prompt + num_new) * model.config.kv_elements * weight.element_size()
+        3 * len(rows) * (num_prompt + num_new) * model.config.kv_elements * weight.element_size()
     )
     free = available_bytes(weight.device)
-    if free is not None and needed > free:
-        raise ValueError(
-            f"a prompt of {num_prompt} tokens in {num_rows} rows needs about {needed / 1e9:.1f} GB "
-            f"of cache and {free / 1e9:.1f} GB are free; shorten it or send fewer rows at once"
-        )
+    if free is None or needed <= free:
+        return None
+    return (
+        f"a prompt of {num_prompt} tokens in {len(rows)} rows needs about {needed / 1e9:.1f} GB "
+        f"of cache and {free / 1e9:.1f} GB are free; shorten it or send fewer rows at once"
+    )

@@ -1,11 +1,12 @@
 """Advance rows token by token: the context tower's choices (AR) or the denoiser's (mock-AR)."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
 
 from twotower.diffusion import choose, draw_noise
+from twotower.engine.batch import Batch, Cycle, Proposal, commit, extend
 from twotower.engine.events import Event
 from twotower.engine.logits import require_finite
 from twotower.engine.options import sampling_params
@@ -14,44 +15,52 @@ from twotower.engine.row import Row
 from twotower.model import TwoTower
 
 
-def ar_loop(model: TwoTower, rows: list[Row]) -> Iterator[Event]:
-    """The context tower alone: its last logits choose a token, which extends the cache."""
-    cache = prefill(model, rows, [row.prompt for row in rows])
-    while True:
-        tokens = _choose(model.next_logits(cache), rows)
-        kept = yield from _commit(tokens, rows)
-        if not len(kept):
-            return
-        if len(kept) < len(rows):
-            cache = cache.select(kept)
-            rows = [rows[i] for i in kept.tolist()]
-        model.extend(cache, tokens[kept.to(tokens.device)].unsqueeze(1))
-        for row in rows:
-            row.context_forwards += 1
+def _start_ar(model: TwoTower, rows: list[Row]) -> Generator[Event, None, Batch]:
+    yield from ()
+    return Batch(rows, prefill(model, rows, [row.prompt for row in rows]))
 
 
-def mock_ar_loop(model: TwoTower, rows: list[Row]) -> Iterator[Event]:
-    """The denoiser reads each row's last token, seeded with the context before it, without t.
+def _no_proposal(model: TwoTower, batch: Batch) -> Generator[Event, None, Proposal]:
+    yield from ()
+    return ()
 
-    A check of the denoiser without diffusion. Source: system.md section 4, 'Mock-AR'.
-    """
-    cache = prefill(model, rows, [row.prompt[:-1] for row in rows])
-    last = torch.tensor([[row.prompt[-1]] for row in rows])  # (B, 1), not yet in the cache
-    while True:
-        logits = model.denoise(last, cache.view(), None)[:, 0]
-        for row in rows:
-            row.nfe += 1
-        tokens = _choose(logits, rows)
-        kept = yield from _commit(tokens, rows)
-        if not len(kept):
-            return
-        if len(kept) < len(rows):
-            cache, last, tokens = cache.select(kept), last[kept], tokens[kept.to(tokens.device)]
-            rows = [rows[i] for i in kept.tolist()]
-        model.extend(cache, last)
-        last = tokens.unsqueeze(1).cpu()
-        for row in rows:
-            row.context_forwards += 1
+
+def _settle_ar(model: TwoTower, batch: Batch, proposal: Proposal) -> Generator[Event, None, Batch]:
+    """The context tower's last logits choose a token, which extends the cache."""
+    tokens = _choose(model.next_logits(batch.cache), batch.rows)
+    batch, kept = yield from commit(batch, [[token] for token in tokens.tolist()])
+    extend(model, batch, tokens[kept.to(tokens.device)].unsqueeze(1))
+    return batch
+
+
+def _start_mock_ar(model: TwoTower, rows: list[Row]) -> Generator[Event, None, Batch]:
+    yield from ()
+    return Batch(rows, prefill(model, rows, [row.prompt[:-1] for row in rows]))
+
+
+def _propose_token(model: TwoTower, batch: Batch) -> Generator[Event, None, Proposal]:
+    """The denoiser reads each row's last token, seeded with the context before it, without t."""
+    yield from ()
+    last = _last_tokens(batch)
+    logits = model.denoise(last, batch.cache.view(), None)[:, 0]
+    for row in batch.rows:
+        row.nfe += 1
+    return last, _choose(logits, batch.rows)
+
+
+def _settle_mock_ar(
+    model: TwoTower, batch: Batch, proposal: Proposal
+) -> Generator[Event, None, Batch]:
+    """Commit the denoiser's tokens; the context tower reads those before them."""
+    last, tokens = proposal
+    batch, kept = yield from commit(batch, [[token] for token in tokens.tolist()])
+    extend(model, batch, last[kept])
+    return batch
+
+
+def _last_tokens(batch: Batch) -> Tensor:
+    """The newest token of each row, which the cache does not hold yet: (B, 1) on the CPU."""
+    return torch.tensor([[(row.tokens or row.prompt)[-1]] for row in batch.rows])
 
 
 def _choose(logits: Tensor, rows: list[Row]) -> Tensor:
@@ -61,10 +70,6 @@ def _choose(logits: Tensor, rows: list[Row]) -> Tensor:
     return choose(require_finite(logits), params, noise)
 
 
-def _commit(tokens: Tensor, rows: list[Row]) -> Generator[Event, None, Tensor]:
-    """Hand each row its token; returns the numbers of the rows that go on."""
-    for row, token in zip(rows, tokens.tolist(), strict=True):
-        yield row.commit([token])
-        if row.is_finished:
-            yield row.finished()
-    return torch.tensor([i for i, row in enumerate(rows) if not row.is_finished], dtype=torch.int64)
+AR_CYCLE = Cycle(start=_start_ar, propose=_no_proposal, settle=_settle_ar)
+# A check of the denoiser without diffusion. Source: system.md section 4, 'Mock-AR'.
+MOCK_AR_CYCLE = Cycle(start=_start_mock_ar, propose=_propose_token, settle=_settle_mock_ar)

@@ -1,0 +1,91 @@
+"""What is asked of the engine, checked: a prompt and its options become a row, or one line says why
+not.
+"""
+
+import operator
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from twotower.engine.options import GenerateOptions
+from twotower.engine.row import Row
+from twotower.model import TwoTower
+from twotower.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+class Request(NamedTuple):
+    """One prompt, text or token ids, and how to decode it."""
+
+    prompt: Prompt
+    options: GenerateOptions
+
+
+def make_row(
+    model: TwoTower, index: int, request: Request, tokenizer: Tokenizer | None, name: str
+) -> Row:
+    """The row of a request; ValueError (one line, which calls the prompt `name`) if unusable."""
+    defaults = {"block_size": model.config.block_size, **model.generation_defaults}
+    options = request.options.with_defaults(defaults)
+    _check_options(model, options, tokenizer)
+    ids = _prompt_ids(model, name, request.prompt, tokenizer)
+    return Row(index, ids, options, _eos(model, options), tokenizer)
+
+
+def check_tokenizer(model: TwoTower, tokenizer: Tokenizer | None) -> None:
+    """ValueError when the tokenizer is of a larger vocabulary than the model's."""
+    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
+            f"{model.config.vocab_size}; load the tokenizer of the same checkpoint"
+        )
+
+
+def _check_options(model: TwoTower, options: GenerateOptions, tokenizer: Tokenizer | None) -> None:
+    if options.stop_strings and tokenizer is None:
+        raise ValueError("stop needs a tokenizer to see text; pass tokenizer=load_tokenizer(path)")
+    if options.mode != "ar" and model.denoiser_tower is None:
+        raise ValueError(
+            f"mode={options.mode!r} needs the denoiser tower; load both towers, or use mode='ar'"
+        )
+
+
+def _eos(model: TwoTower, options: GenerateOptions) -> tuple[int, ...]:
+    eos = options.eos_token_id
+    if eos is None:
+        return ()
+    ids = model.config.eos_token_ids if eos == "config" else (eos,) if isinstance(eos, int) else eos
+    for token in ids:
+        if not (isinstance(token, int) and 0 <= token < model.config.vocab_size):
+            raise ValueError(
+                f"eos_token_id={token} is outside the vocabulary; "
+                f"use 0 to {model.config.vocab_size - 1}"
+            )
+    return tuple(token for token in ids if isinstance(token, int))
+
+
+def _prompt_ids(
+    model: TwoTower, name: str, prompt: Prompt, tokenizer: Tokenizer | None
+) -> list[int]:
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError(f"{name} is text; pass tokenizer=load_tokenizer(path) with it")
+        if not prompt:
+            raise ValueError(f"{name} is empty; give at least one character")
+        return tokenizer.encode(prompt, add_bos=tokenizer.bos_id is not None)
+    try:
+        ids = [operator.index(token) for token in prompt]  # int() would take 5.7 and "5"
+    except TypeError:
+        raise ValueError(f"{name} must be text or a list of whole token ids") from None
+    if not ids:
+        raise ValueError(f"{name} is empty; give at least one token")
+    vocab_size, mask_token_id = model.config.vocab_size, model.config.mask_token_id
+    if bad := [token for token in ids if not 0 <= token < vocab_size]:
+        raise ValueError(
+            f"{name} has token {bad[0]} outside the vocabulary; use 0 to {vocab_size - 1}"
+        )
+    if mask_token_id in ids:
+        raise ValueError(
+            f"{name} has the mask token {mask_token_id}; a prompt is committed text, remove it"
+        )
+    return ids

@@ -1,0 +1,169 @@
+"""Who is decoded when: rows are admitted and retired between cycles, in every mode.
+
+Rows wait in a line and enter in its order, as many at a time as `max_rows`. Rows that are equal in
+all that shapes a pass share a batch; batches of other kinds take turns with it. Whose work runs
+where is decided in `queues.py`.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+from twotower.engine.batch import Batch, Cycle, Proposal
+from twotower.engine.block_loop import BLOCK_CYCLE
+from twotower.engine.events import Event, Failed
+from twotower.engine.options import Mode
+from twotower.engine.prefill import refusal
+from twotower.engine.row import Row
+from twotower.engine.token_loop import AR_CYCLE, MOCK_AR_CYCLE
+from twotower.model import TwoTower
+
+CYCLES: dict[Mode, Cycle] = {
+    "diffusion": BLOCK_CYCLE,
+    "posterior": BLOCK_CYCLE,
+    "predict-and-noise": BLOCK_CYCLE,
+    "ar": AR_CYCLE,
+    "mock-ar": MOCK_AR_CYCLE,
+}
+
+
+class WaitingLine:
+    """Rows in the order in which they are to enter; its source is read no further than needed.
+
+    A source that gives None has nothing at present and is asked again after a cycle.
+    """
+
+    def __init__(self, source: Iterable[Row | Failed | None]) -> None:
+        self._source = iter(source)
+        self._failed: list[Failed] = []
+        self._rows: deque[Row] = deque()
+        self._is_read = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no row waits and none will come."""
+        return self._is_read and not self._rows
+
+    def look(self, count: int) -> int:
+        """How many rows wait, counted up to `count`."""
+        while len(self._rows) < count and not self._is_read:
+            try:
+                row = next(self._source)
+            except StopIteration:
+                self._is_read = True
+                break
+            if row is None:
+                break
+            if isinstance(row, Failed):
+                self._failed.append(row)
+            else:
+                self._rows.append(row)
+        return min(count, len(self._rows))
+
+    def take(self, count: int) -> list[Row]:
+        """The first rows, at most `count`."""
+        return [self._rows.popleft() for _ in range(self.look(count))]
+
+    def failed(self) -> list[Failed]:
+        """What the source gave instead of rows since the last call."""
+        failed, self._failed = self._failed, []
+        return failed
+
+    def put_back(self, rows: list[Row]) -> None:
+        """Rows that could not enter are the first again."""
+        self._rows.extendleft(reversed(rows))
+
+
+class Lane:
+    """Batches that are in one queue together: one of each kind of row."""
+
+    def __init__(self, model: TwoTower) -> None:
+        self._model = model
+        self._batches: dict[object, Batch] = {}
+        self._proposals: dict[object, Proposal] = {}
+        self.newcomers: list[Row] = []  # taken from the line, not yet read
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in it, newcomers included."""
+        return sum(len(batch.rows) for batch in self._batches.values()) + len(self.newcomers)
+
+    def take(self, line: WaitingLine, count: int, is_alone: bool) -> Iterator[Event]:
+        """Take up to `count` rows from the line, as far as memory allows.
+
+        is_alone: nothing else is decoded, so memory will not become free: a row that does not fit
+        has failed.
+        """
+        rows = line.take(count)
+        yield from line.failed()
+        while rows:
+            kind = kind_of(rows[0])
+            batch = self._batches.get(kind)
+            sharing = [row for row in self.newcomers if kind_of(row) == kind]
+            message = refusal(self._model, [*(batch.rows if batch else []), *sharing, rows[0]])
+            if message is None:
+                self.newcomers.append(rows.pop(0))
+            elif is_alone and not self.num_rows:
+                yield Failed(row=rows.pop(0).index, message=message)
+            else:
+                break
+        line.put_back(rows)
+
+    def start(self) -> Iterator[Event]:
+        """Context work: read the prompts of the newcomers, who join their batches."""
+        rows, self.newcomers = self.newcomers, []
+        for kind, group in _groups(rows):
+            started = yield from _cycle(group[0]).start(self._model, group)
+            self._put(kind, started)
+
+    def propose(self) -> Iterator[Event]:
+        """Denoiser work of one cycle of every batch."""
+        for kind, batch in self._batches.items():
+            cycle = _cycle(batch.rows[0])
+            self._proposals[kind] = yield from cycle.propose(self._model, batch)
+
+    def settle(self) -> Iterator[Event]:
+        """Context work of one cycle of every batch; finished rows leave."""
+        batches, self._batches = self._batches, {}
+        for kind, batch in batches.items():
+            cycle, proposal = _cycle(batch.rows[0]), self._proposals.pop(kind)
+            self._put(kind, (yield from cycle.settle(self._model, batch, proposal)))
+
+    def _put(self, kind: object, batch: Batch) -> None:
+        if batch.rows:
+            old = self._batches.get(kind)
+            self._batches[kind] = batch if old is None else old.join(batch)
+
+
+def run_in_turn(model: TwoTower, line: WaitingLine, max_rows: int) -> Iterator[Event]:
+    """One queue: denoiser and context work follow one another."""
+    lane = Lane(model)
+    while True:
+        yield from lane.take(line, max_rows - lane.num_rows, is_alone=True)
+        yield from lane.start()
+        if lane.num_rows:
+            yield from lane.propose()
+            yield from lane.settle()
+        elif line.is_over:
+            return
+
+
+def kind_of(row: Row) -> object:
+    """Equal for rows that can share passes: equal in all that shapes a pass."""
+    o = row.options
+    shape = (o.block_size, o.schedule, o.remask, o.adaptive) if o.is_block_mode else ()
+    return o.mode, shape
+
+
+def _cycle(row: Row) -> Cycle:
+    return CYCLES[row.options.mode]
+
+
+def _groups(rows: list[Row]) -> Iterator[tuple[object, list[Row]]]:
+    """Rows of one kind whose prompts differ in length by less than a factor of two: reading them
+    together, padded, costs less than twice what they cost alone.
+    """
+    groups: dict[tuple[object, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((kind_of(row), len(row.prompt).bit_length()), []).append(row)
+    for (kind, _), group in groups.items():
+        yield kind, group
