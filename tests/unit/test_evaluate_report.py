@@ -23,6 +23,8 @@ def row(accuracy: float, retention: float | None, nfe: int) -> dict[str, object]
         "retention_interval": [None, None] if kept is None else [kept - 0.04, kept + 0.02],
         "n": 200,
         "nfe": nfe,
+        "same_as_ar": 180,
+        "tokens_per_forward": 9.5,
         "tokens_per_nfe": 5.25 if nfe else None,
         "tokens_per_s": 500.0,
         "speed_ratio": 2.5 if nfe else 1.0,

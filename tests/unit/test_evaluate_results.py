@@ -45,6 +45,8 @@ def test_accuracy_retention_and_costs() -> None:
     assert ar["retention"] == 1.0 and ar["retention_interval"] == [1.0, 1.0]
     assert diffusion["tokens"] == 160 and diffusion["nfe"] == 40
     assert diffusion["tokens_per_nfe"] == 4.0 and ar["tokens_per_nfe"] is None
+    assert ar["same_as_ar"] == diffusion["same_as_ar"] == 10
+    assert ar["tokens_per_forward"] == 19 / 2 and diffusion["tokens_per_forward"] == 15 / 2
     assert diffusion["tokens_per_s"] == pytest.approx(160.0)
     # 0.02 s a token against 0.00625 s
     assert diffusion["speed_ratio"] == pytest.approx(3.2)

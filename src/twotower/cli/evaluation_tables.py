@@ -22,7 +22,10 @@ def print_results(results: Mapping[str, object], console: Console) -> None:
         console.print("No retention and no speed ratio: ar is not among the modes.")
 
 
-COLUMNS = ("acc %", "95 %", "kept %", "95 % ", "tok/NFE", "NFE", "tok/s", "x ar", "loops")
+COLUMNS = (
+    *("acc %", "95 %", "kept %", "95 % ", "=ar"),
+    *("t/NFE", "NFE", "t/ctx", "t/s", "x ar", "loops"),
+)
 
 
 def mode_table(name: str, measured: Mapping[str, Mapping[str, object]]) -> Table:
@@ -40,8 +43,10 @@ def mode_table(name: str, measured: Mapping[str, Mapping[str, object]]) -> Table
             describe_range(row["interval"]),
             _percent(row["retention"]),
             describe_range(row["retention_interval"]),
+            "-" if row["same_as_ar"] is None else str(row["same_as_ar"]),
             _number(row["tokens_per_nfe"], 2),
             str(row["nfe"]),
+            _number(row["tokens_per_forward"], 2),
             _number(row["tokens_per_s"], 0),
             _number(row["speed_ratio"], 2),
             str(row["degenerate"]),

@@ -13,7 +13,7 @@ class EvalOptions:
 
     model: str | None = None
     """Checkpoint folder or hub id; the shipped model when not given."""
-    modes: str = "ar,diffusion"
+    modes: str = "ar,diffusion,speculative"
     """Modes to compare, separated by commas; retention is measured against ar."""
     suite: str = "mini"
     """Which suite: mini, eight categories of short tasks."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from twotower.evaluate.decode import Trace
+from twotower.evaluate.decode import Output, Trace
 from twotower.evaluate.run import Item
 from twotower.evaluate.statistics import Interval, interval, resample_means, retention
 
@@ -45,10 +45,16 @@ def measure(items: Sequence[Item], modes: Sequence[str], seed: int) -> dict[str,
             "retention_interval": _plain(kept_interval),
             "n": len(items),
             "correct": int(correct[place].sum()),
+            "same_as_ar": None if baseline is None else count_same(items, mode),
             **costs(items, mode),
             **_speed_ratio(items, mode, has_baseline=baseline is not None),
         }
     return record
+
+
+def count_same(items: Sequence[Item], mode: str) -> int:
+    """Items on which the mode wrote the text of ar."""
+    return sum(i.answers[mode].output.text == i.answers[BASELINE].output.text for i in items)
 
 
 def costs(items: Sequence[Item], mode: str) -> dict[str, object]:
@@ -61,10 +67,20 @@ def costs(items: Sequence[Item], mode: str) -> dict[str, object]:
         "nfe": nfe,
         "tokens_per_nfe": tokens / nfe if nfe else None,
         "context_forwards": sum(o.context_forwards for o in outputs),
+        "tokens_per_forward": _per_forward(outputs),
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
         "degenerate": sum(o.degenerate for o in outputs),
     }
+
+
+def _per_forward(outputs: Sequence[Output]) -> float | None:
+    """Tokens that a forward of the context tower yields, after the prompt's, which yields one.
+
+    1 for ar; in speculative decoding the acceptance length.
+    """
+    forwards = sum(o.context_forwards - 1 for o in outputs)
+    return sum(o.tokens - 1 for o in outputs) / forwards if forwards > 0 else None
 
 
 def _speed_ratio(items: Sequence[Item], mode: str, has_baseline: bool) -> dict[str, object]:
