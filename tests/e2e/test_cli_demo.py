@@ -36,7 +36,9 @@ def test_json_holds_both_modes(checkpoint: str, capsys: pytest.CaptureFixture[st
     assert main(["demo", "--json", "--model", checkpoint, *FLAGS]) == 0
     out, err = capsys.readouterr()
     record = json.loads(out)
-    assert err == "" and record["prompt"] == "abc" and set(record["modes"]) == {"ar", "diffusion"}
+    assert err == "" and record["prompt"] == "abc"
+    assert set(record["modes"]) == {"ar", "diffusion", "speculative"}
+    assert record["modes"]["speculative"]["tokens"] == record["modes"]["ar"]["tokens"]
     model, tokenizer = twotower.load_model(checkpoint), twotower.load_tokenizer(checkpoint)
     for mode, figures in record["modes"].items():
         options = GenerateOptions(mode=mode, max_new_tokens=9)
@@ -64,7 +66,8 @@ def test_piped_it_is_plain_text(checkpoint: str) -> None:
         r"^ diffusion +\d+ +\d+ +\d+\.\d\d +\d+ +\d+\.\d\d (same|differs)", done.stdout, re.M
     )
     assert re.search(r"^ ar +\d+ +0 +- +9 ", done.stdout, re.M)
-    assert "Diffusion was " in done.stdout
+    assert re.search(r"^ speculative .* same", done.stdout, re.M)
+    assert "Diffusion was " in done.stdout and "Self-speculation was " in done.stdout
 
 
 def render(frame: Frame, width: int, colour: bool = False) -> str:
@@ -105,6 +108,17 @@ def test_the_cells_of_a_block_fill_in_place() -> None:
     assert isinstance(finished, twotower.Finished)
     assert f"abc{finished.completion.text}" in "".join(pictures[-1].splitlines())
     assert f"22 tokens, NFE {finished.completion.nfe}" in pictures[-1]
+
+
+def test_what_stands_of_a_draft_joins_the_text() -> None:
+    """Guards against a picture that keeps the draft's wrong token beside AR's own."""
+    step = dict(row=0, block_index=1, step=0, t=0.75, is_masked=[False] * 3, nfe=1)
+    draft = twotower.StepTaken(tokens=[5, 6, 7], confidence=[0.9] * 3, **step)  # type: ignore[arg-type]
+    commit = dict(row=0, block_index=1, text="xy", nfe=1, context_forwards=2)
+    for tokens, cells in (([5, 9], 1), ([9], 0), ([5, 6, 7, 8], 3)):
+        events = [draft, twotower.TokensCommitted(tokens=tokens, **commit)]  # type: ignore[arg-type]
+        frames = list(block_frames(scene(colour=True), events, "speculative"))
+        assert len(re.findall(r"30;46m|30;42m", render(frames[2], 60, colour=True))) == cells + 2
 
 
 def test_confidence_has_colours_only_where_there_are_colours() -> None:
@@ -156,7 +170,7 @@ def test_the_table_fits(width: int) -> None:
     print_comparison(Console(file=file, width=width), results)
     lines = file.getvalue().splitlines()
     assert max(map(len, lines)) <= width and "\u2026" not in file.getvalue()
-    assert lines[4].split() == ["diffusion", "50", "110", "0.27", "12", "0.60", "same"]
+    assert lines[5].split() == ["diffusion", "50", "110", "0.27", "12", "0.60", "same"]
 
 
 SEEDS = {"math": 3, "code": 1, "editing": 0, "tools": 2, "knowledge": 3}

@@ -1,4 +1,4 @@
-"""Two decodings of one prompt: timed without drawing, then side by side in one table."""
+"""Decodings of one prompt: timed without drawing, then side by side in one table."""
 
 import time
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from rich.text import Text
 from twotower.cli.loading import Loaded
 from twotower.engine import Completion, Event, Finished, GenerateOptions, stream
 
+NAMES = {"diffusion": "Diffusion", "speculative": "Self-speculation"}  # at a sentence's start
 _WIDE = 72  # columns of a terminal that has room between the table's
 
 
@@ -87,16 +88,16 @@ def _completion(events: list[Event]) -> Completion:
 
 
 def print_comparison(console: Console, results: Mapping[str, Measured]) -> None:
-    """The table of both modes and what it says in words."""
-    ar, diffusion = results["ar"], results["diffusion"]
-    is_same = ar.completion.text == diffusion.completion.text
+    """The table of all modes and what it says in words."""
+    ar = results["ar"]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1 if console.width > _WIDE else 0))
     table.add_column("mode", vertical="bottom")
     for name in ("tokens/s", "NFE", "tokens\n/NFE", "context\nforwards", "seconds"):
         table.add_column(name, justify="right", vertical="bottom")
     table.add_column("text", vertical="bottom")
-    for mode, result in (("diffusion", diffusion), ("ar", ar)):
+    for mode, result in results.items():
         rate = result.tokens_per_nfe
+        is_same = result.completion.text == ar.completion.text
         table.add_row(
             mode,
             f"{result.tokens_per_s:.0f}",
@@ -107,19 +108,21 @@ def print_comparison(console: Console, results: Mapping[str, Measured]) -> None:
             "same" if is_same else "differs",
         )
     console.print(table)
-    console.print(Text(summary(ar, diffusion)))
+    for mode, result in results.items():
+        if mode != "ar":
+            console.print(Text(summary(ar, result, NAMES.get(mode, mode))))
 
 
-def summary(ar: Measured, diffusion: Measured) -> str:
-    """What was measured, in plain words; says so when diffusion is the slower one."""
-    ratio = diffusion.tokens_per_s / ar.tokens_per_s
-    is_same = ar.completion.text == diffusion.completion.text
+def summary(ar: Measured, other: Measured, name: str = "Diffusion") -> str:
+    """What was measured, in plain words; says so when the other mode is the slower one."""
+    ratio = other.tokens_per_s / ar.tokens_per_s
+    is_same = ar.completion.text == other.completion.text
     speed = (
         f"{ratio:.1f} times as fast as" if ratio >= 1.0 else f"slower than AR, at {ratio:.0%} of"
     )
     owner = "AR" if ratio >= 1.0 else "its speed"
     return (
-        f"Diffusion was {speed} {owner} here: {_passes(diffusion)}, against {_passes(ar)}. "
+        f"{name} was {speed} {owner} here: {_passes(other)}, against {_passes(ar)}. "
         f"The texts are {'the same' if is_same else 'different'}."
     )
 

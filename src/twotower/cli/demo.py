@@ -1,4 +1,4 @@
-"""`twotower demo`: one prompt decoded block by block and token by token, then the two compared.
+"""`twotower demo`: one prompt decoded in blocks, in verified drafts and token by token; compared.
 
 Times are taken first, without drawing; what is shown afterwards is a recording, slowed down so
 that people can follow it.
@@ -19,7 +19,7 @@ from twotower.cli.loading import Loaded, Placement, load
 from twotower.cli.prompts import require_utf8
 from twotower.cli.replay import TITLES, Scene, block_frames, play, token_frames
 from twotower.cli.text import printable
-from twotower.engine import GenerateOptions
+from twotower.engine import GenerateOptions, Mode
 
 Sample = Literal["math", "code", "editing", "tools", "knowledge"]
 # Held-out documents of the built-in corpus: their keys are not in its training split.
@@ -35,11 +35,13 @@ SAMPLES: dict[Sample, str] = {
     "knowledge": "Question: What money do people use in Vietnam?\nAnswer:",
 }
 
+MODES: tuple[Mode, ...] = ("diffusion", "speculative", "ar")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """Watch the model fill blocks of text, then write on from the same prompt token by token; a
-    table compares the two. Needs no arguments and no network.
+    """Watch the model fill blocks of text, then draft blocks that the context tower verifies, then
+    write token by token; a table compares the three. Needs no arguments and no network.
     """
 
     sample: Sample = "tools"
@@ -72,9 +74,8 @@ def run(options: DemoOptions) -> int:
     prompt = SAMPLES[options.sample]
     if options.prompt is not None:
         prompt = require_utf8(options.prompt, "prompt")
-    modes = {
-        "diffusion": GenerateOptions(mode="diffusion", max_new_tokens=options.max_new_tokens),
-        "ar": GenerateOptions(mode="ar", max_new_tokens=options.max_new_tokens),
+    modes: dict[str, GenerateOptions] = {
+        mode: GenerateOptions(mode=mode, max_new_tokens=options.max_new_tokens) for mode in MODES
     }
     with Console(stderr=True).status("decoding, to take the times ..."):
         loaded = load(options.model, modes["diffusion"], Placement())
@@ -97,8 +98,9 @@ def _show(
     assert loaded.tokenizer is not None
     has_colour = console.color_system is not None and not console.no_color
     scene = Scene(prompt, loaded.tokenizer, console.width, has_colour)
-    play(console, block_frames(scene, results["diffusion"].events), pace)
-    play(console, token_frames(scene, results["ar"].events), pace)
+    for mode, result in results.items():
+        frames = token_frames if mode == "ar" else block_frames
+        play(console, frames(scene, result.events, mode), pace)
 
 
 def _print(console: Console, prompt: str, results: Mapping[str, Measured]) -> None:

@@ -3,6 +3,8 @@
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 
 from rich.cells import set_cell_size
 from rich.console import Console, Group, RenderableType
@@ -16,6 +18,7 @@ from twotower.tokenizer import Tokenizer
 
 TITLES = {
     "diffusion": "Diffusion: masked blocks, filled in parallel",
+    "speculative": "Self-speculation: drafts in one pass, kept as far as AR agrees",
     "ar": "AR: the context tower alone, token by token",
 }
 STEP_S, BLOCK_S, TOKEN_S = 0.18, 0.5, 0.035  # how long a picture stays at pace 1
@@ -57,35 +60,36 @@ def play(console: Console, frames: Iterable[Frame], pace: float) -> None:
     console.print()
 
 
-def block_frames(scene: Scene, events: Iterable[Event]) -> Iterator[Frame]:
-    """Diffusion: the cells of a block fill in place, then the block joins the text."""
+def block_frames(scene: Scene, events: Iterable[Event], mode: str = "diffusion") -> Iterator[Frame]:
+    """The cells of a block fill in place, then what stands of it joins the text."""
     text, status, num_tokens = "", "", 0
     block = _Block([], [], [])
+    picture = partial(_block_picture, scene, mode)
     for event in events:
         if isinstance(event, StepTaken):
             if event.step == 0:
                 block = _Block.empty(len(event.tokens))
-                yield Frame(_block_picture(scene, text, block, f"{status} ".lstrip()), STEP_S)
+                yield Frame(picture(text, block, f"{status} ".lstrip()), STEP_S)
             before, block = block, _Block(event.tokens, event.is_masked, event.confidence)
             status = f"block {event.block_index + 1}, step {event.step + 1}: NFE {event.nfe}"
-            yield Frame(_block_picture(scene, text, block, status, before.is_masked), STEP_S)
+            yield Frame(picture(text, block, status, before.is_masked), STEP_S)
         elif isinstance(event, TokensCommitted):
             text += event.text
             num_tokens += len(event.tokens)
             status = f"{num_tokens} tokens, NFE {event.nfe}"
-            yield Frame(_block_picture(scene, text, block.cut(len(event.tokens)), status), BLOCK_S)
-    yield Frame(_text_picture(scene, "diffusion", text, status), 0.0)
+            yield Frame(picture(text, block.agreeing(event.tokens), status), BLOCK_S)
+    yield Frame(_text_picture(scene, mode, text, status), 0.0)
 
 
-def token_frames(scene: Scene, events: Iterable[Event]) -> Iterator[Frame]:
-    """AR: the text grows by a token."""
+def token_frames(scene: Scene, events: Iterable[Event], mode: str = "ar") -> Iterator[Frame]:
+    """The text grows by a token."""
     text, status, num_tokens = "", "", 0
     for event in events:
         if isinstance(event, TokensCommitted):
             text += event.text
             num_tokens += len(event.tokens)
             status = f"{num_tokens} tokens, {event.context_forwards} context forwards"
-            yield Frame(_text_picture(scene, "ar", text, status), TOKEN_S)
+            yield Frame(_text_picture(scene, mode, text, status), TOKEN_S)
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,10 @@ class _Block:
     def empty(cls, size: int) -> "_Block":
         return cls([0] * size, [True] * size, [0.0] * size)
 
-    def cut(self, size: int) -> "_Block":
+    def agreeing(self, tokens: list[int]) -> "_Block":
+        """The first cells, as far as they hold what was committed."""
+        pairs = zip(self.tokens, tokens, strict=False)  # a draft may be longer, or shorter by one
+        size = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         return _Block(self.tokens[:size], self.is_masked[:size], self.confidence[:size])
 
 
@@ -111,7 +118,12 @@ def _text_picture(scene: Scene, mode: str, text: str, status: str) -> Group:
 
 
 def _block_picture(
-    scene: Scene, text: str, block: _Block, status: str, was_masked: list[bool] | None = None
+    scene: Scene,
+    mode: str,
+    text: str,
+    block: _Block,
+    status: str,
+    was_masked: list[bool] | None = None,
 ) -> Group:
     """The text so far and the block below it; newly filled cells are underlined."""
     cells = Table.grid(padding=(0, 1, 0, 0))
@@ -123,7 +135,7 @@ def _block_picture(
         if len(row) == _CELLS_PER_LINE or at + 1 == len(block.tokens):
             cells.add_row(*row)
             row = []
-    picture = _text_picture(scene, "diffusion", text, status)
+    picture = _text_picture(scene, mode, text, status)
     return Group(*picture.renderables, Text(), cells, Text(), _legend(scene))
 
 
