@@ -94,7 +94,7 @@ def test_the_pair_is_printed(checkpoint: str, capsys: pytest.CaptureFixture[str]
     assert "AR" in capsys.readouterr().out
     assert main(["bench", "--json", *flags]) == 0
     found = set(json.loads(capsys.readouterr().out)["modes"])
-        assert found == {"ar", "diffusion", "speculative"}
+    assert found == {"ar", "diffusion", "speculative"}
 
 
 @pytest.mark.parametrize(

@@ -21,25 +21,29 @@ def test_the_work_of_a_pass() -> None:
     mamba = 16 * 100 + 64 * 5 + 32 * 16 + 32 + 3 * 4
     attention = 16 * (32 + 16 + 16) + 32 * 16
     mlp = 2 * 16 * 24
-    weights = mamba + attention + mlp + 4 * 16 + 16 * 41  # four norms, the head
-    work = pass_work(config, num_tokens=4, num_past=10, weight_bytes=2)
-    assert work.weight_bytes == 2 * weights
+    weights = mamba + attention + mlp + 4 * 16  # four norms
+    head = 16 * 41
+    work = pass_work(config, num_tokens=4, num_past=10, num_logits=3, weight_bytes=2)
+    assert work.weight_bytes == 2 * (weights + head)
     # 14 tokens of 2 x 2 x 8 numbers; a state of 4 x 8 x 8 float32, read and written.
     assert work.state_bytes == 14 * 32 * 2 + 256 * 4 * 2
     # Attention: scores and sums over 14 keys by 4 heads of 8.
-    assert work.operations == 4 * (2 * weights + 4 * 32 * 14 + 5 * 256)
+    assert work.operations == 4 * (2 * weights + 4 * 32 * 14 + 5 * 256) + 3 * 2 * head
+    without = pass_work(config, num_tokens=4, num_past=10, num_logits=0, weight_bytes=2)
+    assert work.weight_bytes - without.weight_bytes == 2 * head
+    assert work.operations - without.operations == 3 * 2 * head
 
 
 def test_experts_count_as_far_as_they_are_chosen() -> None:
     config = tiny_config(hybrid_override_pattern="E")
-    few, many = (pass_work(config, n, 0, 1).weight_bytes for n in (1, 16))
+    few, many = (pass_work(config, n, 0, 0, 1).weight_bytes for n in (1, 16))
     assert many - few == 2 * (2 * 16 * 12)  # 4 experts in place of the 2 of one token
     # A token multiplies with its own two experts, however many the pass streams.
-    assert pass_work(config, 16, 0, 1).operations == 16 * 2 * few
+    assert pass_work(config, 16, 0, 0, 1).operations == 16 * 2 * few
 
 
 def test_the_limit_and_the_regime() -> None:
-    work = pass_work(tiny_config(), 4, 10, 4)
+    work = pass_work(tiny_config(), 4, 10, 4, 4)
     limit = pass_limit(work, bytes_per_s=1e6, operations_per_s=1e9)
     assert limit.stream_ms == pytest.approx(work.total_bytes / 1e3)
     assert limit.compute_ms == pytest.approx(work.operations / 1e6)

@@ -1,44 +1,190 @@
-"""`twotower bench --quality`: the announcement's pair, quality and speed, in one paired run."""
+"""`twotower bench`: the race against other programs; `--quality`: the announcement's pair."""
 
+import dataclasses
 import json
-from dataclasses import dataclass
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 
+import torch
 from rich.console import Console
 
-from twotower.cli.evaluate import INTERRUPTED, EvaluateOptions, run_suite
+import twotower
+from twotower.cli.evaluate import (
+    INTERRUPTED,
+    EvaluateOptions,
+    open_folder,
+    progress_bar,
+    run_suite,
+)
 from twotower.cli.evaluation_tables import describe_range
-from twotower.cli.loading import Placement
+from twotower.cli.loading import Loaded, Placement, load
+from twotower.cli.machine import describe_cpu
+from twotower.cli.race_tables import print_race
+from twotower.engine import GenerateOptions
+from twotower.race.contest import Heat
+from twotower.race.interference import watch_idle
+from twotower.race.limits import Machine, cache_bytes
+from twotower.race.options import SHIPPED, RaceOptions
+from twotower.race.plots import race_figures
+from twotower.race.run import (
+    draw_heats,
+    enter,
+    make_random,
+    mode_options,
+    record_replays,
+    run_entry,
+)
+
+RECORD_FILE = "race.json"
+PAIR_ITEMS = 50  # per category, of --quality
+_LIBRARIES = ("torch", "transformers", "xllamacpp", "gguf")
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchOptions(Placement):
-    """How much of the AR quality a checkpoint keeps, and how much faster it is, in one run."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchOptions(RaceOptions, Placement):
+    """How fast each of our modes is on the same weights against AR decoding, ours, transformers'
+    and llama.cpp's, in one paired run; and which limit each pass is at.
+    """
 
     quality: bool = False
-    """Quality kept and wall-clock ratio of diffusion against our own AR decoding of the same
-    weights, modes taking turns on every prompt."""
-    model: str | None = None
-    """Checkpoint folder or hub id; the shipped model when not given."""
-    items: int = 50
-    """Held-out prompts per category."""
-    seed: int = 0
-    """Seed of the items and of the resampling."""
+    """Instead: quality kept and wall-clock ratio of diffusion against our own AR decoding of the
+    same weights, modes taking turns on every prompt."""
     threads: int | None = None
-    """CPU threads; PyTorch's choice when not given."""
+    """CPU threads of every contestant; PyTorch's choice when not given."""
     json: bool = False
     """One JSON object on stdout instead of text."""
 
     def __post_init__(self) -> None:
-        if not self.quality:
-            raise ValueError("bench: say what to measure; --quality is all that there is so far")
+        super().__post_init__()
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads: {self.threads} is too small; use at least 1")
 
 
 def run(options: BenchOptions) -> int:
-    """Measure and print the pair; returns the exit status."""
+    """Measure and print; returns the exit status. Errors of the user arrive as ValueError."""
+    if options.quality:
+        return run_pair(options)
+    if options.out is not None:
+        open_folder(options.out)
+        if find_spec("matplotlib") is None:
+            raise ImportError('matplotlib is not installed: pip install "twotower[eval]"')
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    record = run_race(options)
+    if options.out is not None:
+        write_record(record, options.out)
+    if options.json:
+        print(json.dumps(record))
+    else:
+        console = Console()
+        # Wide tables go whole into a file; a terminal has the width that it has.
+        print_race(record, console if console.is_terminal else Console(width=120))
+    return 0 if record["complete"] else INTERRUPTED
+
+
+def run_race(options: BenchOptions) -> dict[str, object]:
+    """The record of every size; after Ctrl-C, of those that were finished."""
+    warnings = watch_idle()
+    loaded = load(options.model, GenerateOptions(mode="diffusion"), _placement(options))
+    if loaded.tokenizer is None:
+        raise ValueError(
+            f"model: {options.model} has no tokenizer.json; add the one it was made for"
+        )
+    heats, num_long = draw_heats(loaded.tokenizer, options)
+    if num_long:
+        warnings.append(f"{num_long} prompts above {options.max_prompt_tokens} tokens left out")
+    sizes: dict[str, object] = {}
+    machine = Machine()
+    is_complete = False
+    try:
+        for size in options.size_names:
+            sizes[size], found = run_size(size, loaded, heats, options, machine)
+            warnings += found
+        is_complete = True
+    except KeyboardInterrupt:
+        if not sizes:
+            raise
+    return {"sizes": sizes, **describe_race(options, loaded), "warnings": warnings} | {
+        "complete": is_complete
+    }
+
+
+def run_size(
+    size: str, loaded: Loaded, heats: Sequence[Heat], options: BenchOptions, machine: Machine
+) -> tuple[dict[str, object], list[str]]:
+    """One size's record and its warnings; a random model repeats what the loaded one commits."""
+    model = loaded.model
+    assert loaded.tokenizer is not None
+    if size != SHIPPED:
+        modes = mode_options(loaded.model, options)
+        heats = record_replays(loaded.model, heats[: options.replays], modes, options.seed)
+        model = make_random(size, loaded.model, options.seed)
+    with enter(size, model, heats, options) as entry, progress_bar(len(heats)) as bar:
+        return run_entry(
+            entry,
+            options,
+            loaded.tokenizer.decode,
+            machine,
+            lambda name: bar.update(bar.task_ids[0], advance=1, description=name),
+        )
+
+
+def describe_race(options: BenchOptions, loaded: Loaded) -> dict[str, object]:
+    """What raced, with which options and versions, on what."""
+    asked = {name: value for name, value in dataclasses.asdict(options).items() if name != "out"}
+    return {
+        "model": loaded.name,
+        "options": asked,
+        "mode_options": {
+            o.mode: dataclasses.asdict(o) for o in mode_options(loaded.model, options)
+        },
+        "threads": torch.get_num_threads(),
+        "dtype": options.dtype,
+        "seed": options.seed,
+        "versions": {
+            "twotower": twotower.__version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _LIBRARIES},
+        },
+        "machine": {
+            "platform": platform.platform(),
+            "cpu": describe_cpu(),
+            "cache_bytes": cache_bytes(),
+        },
+    }
+
+
+def write_record(record: Mapping[str, object], folder: Path) -> None:
+    """race.json and its pictures as PNG files."""
+    (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n")
+    for name, figure in race_figures(record).items():
+        figure.savefig(folder / f"{name}.png", dpi=150)
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+def _placement(options: BenchOptions) -> Placement:
+    return Placement(
+        dtype=options.dtype,
+        context_device=options.context_device,
+        denoiser_device=options.denoiser_device,
+    )
+
+
+def run_pair(options: BenchOptions) -> int:
+    """Measure and print quality kept and speed ratio; returns the exit status."""
     results, _ = run_suite(
         EvaluateOptions(
             model=options.model,
-            items=options.items,
+            items=options.items or PAIR_ITEMS,
             seed=options.seed,
             threads=options.threads,
             dtype=options.dtype,

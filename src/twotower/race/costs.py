@@ -3,6 +3,7 @@
 Pure: numbers in, numbers out. Times are milliseconds, costs milliseconds per token.
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,11 @@ def spread(values: Sequence[float]) -> Spread:
 
 def best_ar(costs: Mapping[Contestant, Sequence[float]], engines: Sequence[str]) -> Contestant:
     """The AR contestant of these engines with the lowest median cost."""
-    medians = {c: statistics.median(v) for c, v in costs.items() if c[0] in engines and c[1] == AR}
+    medians = {
+        c: statistics.median(values) if values else math.inf
+        for c, values in costs.items()
+        if c[0] in engines and c[1] == AR
+    }
     assert medians, "a race without an AR contestant has nothing to compare with"
     return min(medians, key=lambda contestant: medians[contestant])
 

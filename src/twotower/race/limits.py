@@ -12,13 +12,14 @@ from typing import Literal
 
 import torch
 
+from twotower.checkpoint.empty import build_empty
 from twotower.config import ATTENTION, MAMBA, MOE, ModelConfig
-from twotower.model import TwoTower
 
 Regime = Literal["overhead-bound", "compute-bound", "bandwidth-bound"]
 OVERHEAD = 2.0  # above so many times its limit, a pass waits for something else
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 _GEMM = 1024  # rows and columns of the matrices that measure the peak
+_LEAST_READ = 2**20  # bytes; below, a timed read would be all overhead
 _SECONDS = 0.3  # least time of a measurement
 
 
@@ -47,15 +48,39 @@ class Limit:
         return max(self.stream_ms, self.compute_ms)
 
 
-def pass_work(config: ModelConfig, num_tokens: int, num_past: int, weight_bytes: float) -> Work:
-    """Work of one pass of a tower and its head over num_tokens after num_past.
+class Machine:
+    """What this machine can, measured once per size of buffer and once per dtype."""
+
+    def __init__(self) -> None:
+        self._bandwidths: dict[int, float] = {}
+        self._peaks: dict[torch.dtype, float] = {}
+
+    def bytes_per_s(self, num_bytes: float) -> float:
+        """Bandwidth of reading a buffer of this size again and again."""
+        size = max(_LEAST_READ, round(num_bytes))
+        if size not in self._bandwidths:
+            self._bandwidths[size] = measure_bandwidth(size)
+        return self._bandwidths[size]
+
+    def operations_per_s(self, dtype: torch.dtype) -> float:
+        """Arithmetic peak in a dtype."""
+        if dtype not in self._peaks:
+            self._peaks[dtype] = measure_peak(dtype)
+        return self._peaks[dtype]
+
+
+def pass_work(
+    config: ModelConfig, num_tokens: int, num_past: int, num_logits: int, weight_bytes: float
+) -> Work:
+    """Work of one pass of a tower over num_tokens after num_past, its head over num_logits of them.
 
     weight_bytes: of one weight; keys and values take as much, SSM states are float32, read and
     written. Experts count as often as different ones can be chosen. The arithmetic of norms and of
     the convolution and the denoiser's time conditioning are left out: a few per cent at most.
     """
     c, kinds = config, config.hybrid_override_pattern
-    weights = _streamed_weights(c, num_tokens)
+    head = c.hidden_size * c.vocab_size
+    weights = _streamed_weights(c, num_tokens) + (head if num_logits else 0)
     state = c.mamba_width * c.ssm_state_size
     keys = c.kv_elements * (num_past + num_tokens) * weight_bytes
     states = kinds.count(MAMBA) * 2 * 4 * state
@@ -66,18 +91,16 @@ def pass_work(config: ModelConfig, num_tokens: int, num_past: int, weight_bytes:
     return Work(
         weight_bytes=weights * weight_bytes,
         state_bytes=keys + states,
-        operations=num_tokens * (2 * active + mixing),
+        operations=num_tokens * (2 * active + mixing) + num_logits * 2 * head,
     )
 
 
 def _streamed_weights(config: ModelConfig, num_tokens: int) -> float:
-    """Weights of a tower with its head that num_tokens tokens touch: no embedding table, and of the
-    experts at most as many as are chosen.
+    """Weights of a tower that num_tokens tokens touch: no embedding table, and of the experts at
+    most as many as are chosen.
     """
-    with torch.device("meta"):
-        model = TwoTower(config, "context")
-    head = model.context_lm_head.weight.numel()
-    total = float(head)
+    model = build_empty(config, "context")
+    total = 0.0
     share = min(1.0, num_tokens * config.num_experts_per_tok / config.n_routed_experts)
     for name, parameter in model.context_tower.named_parameters():
         if not name.startswith("embeddings."):

@@ -1,0 +1,89 @@
+"""Each pass of a size beside what the machine allows: which limit rules it."""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+
+from twotower.model import TwoTower
+from twotower.race.limits import Machine, Work, cache_bytes, pass_limit, pass_work, regime
+from twotower.race.passes import PassShape
+
+# Bytes of a weight by the end of an engine's name; q8_0 has one 2-byte scale per 32 weights.
+_WEIGHT_BYTES = {"-f32": 4.0, "-f16": 2.0, "-bf16": 2.0, "-q8_0": 34 / 32}
+
+
+class Row(NamedTuple):
+    """A measured pass: milliseconds, tokens it reads, positions with logits, bytes of a weight."""
+
+    engine: str
+    call: str
+    ms: float
+    num_tokens: int
+    num_logits: int
+    weight_bytes: float
+
+
+def describe_limits(
+    model: TwoTower, record: Mapping[str, object], shape: PassShape, machine: Machine
+) -> list[dict[str, object]]:
+    """A row per pass of ours and per rival's AR token: bytes, operations, limits, regime.
+
+    Bandwidth is measured with a buffer as large as the weights, so that small models are held
+    against the cache's. Rivals compute in float32 whatever their weights are.
+    """
+    dtype = model.context_lm_head.weight.dtype
+    ours = list(_our_rows(record, shape, float(dtype.itemsize)))
+    rivals = list(_rival_rows(record, {row.engine for row in ours}, float(dtype.itemsize)))
+    peaks = (machine.operations_per_s(dtype), machine.operations_per_s(torch.float32))
+    found = []
+    for row, peak in [*((row, peaks[0]) for row in ours), *((row, peaks[1]) for row in rivals)]:
+        work = pass_work(
+            model.config, row.num_tokens, shape.num_past, row.num_logits, row.weight_bytes
+        )
+        found.append(_describe_row(row, work, machine.bytes_per_s(work.weight_bytes), peak))
+    return found
+
+
+def _our_rows(record: Mapping[str, object], shape: PassShape, weight_bytes: float) -> Iterator[Row]:
+    by_engine = record["ms_by_engine"]
+    assert isinstance(by_engine, dict)
+    size = shape.block_size
+    # What `passes.py` calls: tokens read, positions whose logits are made.
+    tokens = {
+        "ar_step": (1, 1),
+        "denoise_pass": (size, size),
+        "extend": (size, 0),
+        "verify": (size, size),
+    }
+    for engine, calls in by_engine.items():
+        for call, found in calls.items():
+            yield Row(engine, call, found["median"], *tokens[call], weight_bytes)
+
+
+def _rival_rows(record: Mapping[str, object], ours: set[str], weight_bytes: float) -> Iterator[Row]:
+    engines = record["engines"]
+    assert isinstance(engines, dict)
+    for engine, modes in engines.items():
+        ms = modes.get("ar", {}).get("decode_ms_per_token")
+        if engine not in ours and ms is not None:
+            own = [size for end, size in _WEIGHT_BYTES.items() if engine.endswith(end)]
+            yield Row(engine, "ar_step", ms, 1, 1, own[0] if own else weight_bytes)
+
+
+def _describe_row(row: Row, work: Work, bandwidth: float, peak: float) -> dict[str, object]:
+    limit = pass_limit(work, bandwidth, peak)
+    largest_cache = cache_bytes()
+    return {
+        "engine": row.engine,
+        "call": row.call,
+        "ms": row.ms,
+        "bytes": work.total_bytes,
+        "operations": work.operations,
+        "gbytes_per_s": bandwidth / 1e9,
+        "goperations_per_s": peak / 1e9,
+        "stream_ms": limit.stream_ms,
+        "compute_ms": limit.compute_ms,
+        "is_in_cache": None if largest_cache is None else work.weight_bytes <= largest_cache,
+        "regime": regime(row.ms, limit),
+    }

@@ -1,0 +1,175 @@
+"""From laps and pass times to the record: what `twotower bench --json` prints."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from twotower.race.contest import Contestant, Heat, Lap
+from twotower.race.costs import (
+    TARGET,
+    Spread,
+    best_ar,
+    block_cost,
+    break_even,
+    cycle_break_even,
+    paired_speedup,
+    spread,
+    tokens_per_nfe,
+)
+
+Decode = Callable[[list[int]], str]
+Laps = Sequence[Sequence[Lap]]  # by heat, then by contestant
+SPEEDUPS = (1.0, TARGET)
+RATES = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)  # tokens/NFE at which the cost of a token is composed
+
+
+def summarise_laps(
+    contestants: Sequence[Contestant], heats: Sequence[Heat], laps: Laps, ours: Sequence[str]
+) -> dict[str, object]:
+    """`engines` and the best AR contestants of a size; `ours` names our engines.
+
+    Costs include reading the prompt; those that begin with `decode` do not.
+    """
+    names = [(c.engine, c.mode) for c in contestants]
+    columns = {name: [row[at] for row in laps] for at, name in enumerate(names)}
+    costs = {name: [lap.ms_per_token for lap in column] for name, column in columns.items()}
+    everyone = [engine for engine, _ in names]
+    best, own = best_ar(costs, everyone), best_ar(costs, ours)
+    decode_costs = {name: _decode_costs(column) for name, column in columns.items()}
+    best_decode, own_decode = best_ar(decode_costs, everyone), best_ar(decode_costs, ours)
+    engines: dict[str, dict[str, object]] = {}
+    for name, column in columns.items():
+        record = _costs(column)
+        record |= _quartiled("speedup_vs_best_ar", paired_speedup(costs[best], costs[name]))
+        record |= _quartiled("speedup_vs_our_ar", paired_speedup(costs[own], costs[name]))
+        record |= _decode_speedups(column, columns[best_decode], columns[own_decode])
+        record["same_tokens_as_our_ar"] = sum(
+            mine.tokens == theirs.tokens for mine, theirs in zip(column, columns[own], strict=True)
+        )
+        engines.setdefault(name[0], {})[name[1]] = record
+    return {
+        "engines": engines,
+        "best_ar": list(best),
+        "our_best_ar": list(own),
+        "best_ar_decode": list(best_decode),
+        # Where no answer has two tokens, reading the prompt is all that there is.
+        "best_ar_decode_ms": spread(decode_costs[best_decode] or costs[best_decode]).median,
+        "n": len(heats),
+    }
+
+
+def count_right(
+    contestants: Sequence[Contestant], heats: Sequence[Heat], laps: Laps, decode: Decode
+) -> dict[tuple[str, str], int]:
+    """Right answers of each contestant; heats that cannot be judged count as wrong."""
+    right = {(c.engine, c.mode): 0 for c in contestants}
+    for heat, row in zip(heats, laps, strict=True):
+        for contestant, lap in zip(contestants, row, strict=True):
+            if heat.is_right is not None and heat.is_right(decode(lap.tokens)):
+                right[contestant.engine, contestant.mode] += 1
+    return right
+
+
+def summarise_passes(
+    times: Mapping[tuple[str, str], Sequence[float]], best_ar_ms: float, block_size: int
+) -> dict[str, object]:
+    """`ms` of the first engine, spreads of all, ratios, and where block decoding breaks even.
+
+    best_ar_ms: what a token costs the fastest AR decoder of the size, reading the prompt apart.
+    """
+    spreads = {key: spread(values) for key, values in times.items()}
+    engines = list(dict.fromkeys(engine for engine, _ in spreads))
+    by_engine = {
+        engine: {call: found for (name, call), found in spreads.items() if name == engine}
+        for engine in engines
+    }
+    return {
+        "ms": {call: found.median for call, found in by_engine[engines[0]].items()},
+        "ms_by_engine": {
+            engine: {call: found.to_dict() for call, found in calls.items()}
+            for engine, calls in by_engine.items()
+        },
+        "pays": {
+            engine: when_it_pays(
+                {call: found.median for call, found in calls.items()}, best_ar_ms, block_size
+            )
+            for engine, calls in by_engine.items()
+        },
+    }
+
+
+def when_it_pays(ms: Mapping[str, float], best_ar_ms: float, block_size: int) -> dict[str, object]:
+    """Ratios of an engine's passes and the break-even against its own AR and against the best."""
+    step, denoise, extend, verify = (
+        ms[call] for call in ("ar_step", "denoise_pass", "extend", "verify")
+    )
+    return {
+        "denoise_per_ar_step": denoise / step,
+        "extend_per_ar_step": extend / step,
+        "verify_per_ar_step": verify / step,
+        "needed_tokens_per_nfe": {
+            name: {
+                f"{speedup:g}": break_even(ar_ms, denoise, extend, speedup, block_size)
+                for speedup in SPEEDUPS
+            }
+            for name, ar_ms in (("own_ar", step), ("best_ar", best_ar_ms))
+        },
+        "needed_tokens_per_cycle": {
+            name: {
+                f"{speedup:g}": cycle_break_even(ar_ms, denoise, verify, speedup)
+                for speedup in SPEEDUPS
+            }
+            for name, ar_ms in (("own_ar", step), ("best_ar", best_ar_ms))
+        },
+        "speedup_vs_best_ar_at_tokens_per_nfe": {
+            f"{rate:g}": best_ar_ms / block_cost(denoise, extend, rate, block_size)
+            for rate in RATES
+            if rate <= block_size
+        },
+    }
+
+
+def _costs(column: Sequence[Lap]) -> dict[str, object]:
+    tokens, nfe = sum(len(lap.tokens) for lap in column), sum(lap.nfe for lap in column)
+    whole = spread([lap.ms_per_token for lap in column])
+    decode = _decode_costs(column)
+    seconds = sum(lap.seconds for lap in column)
+    return {
+        "ms_per_token": whole.median,
+        "ms_per_token_quartiles": [whole.low, whole.high],
+        **_quartiled("decode_ms_per_token", spread(decode) if decode else None),
+        "tokens_per_s": tokens / seconds,
+        "tokens": tokens,
+        "nfe": nfe,
+        "tokens_per_nfe": tokens_per_nfe(tokens, nfe),
+        "context_forwards": sum(lap.context_forwards for lap in column),
+        "n": len(column),
+    }
+
+
+def _decode_costs(column: Sequence[Lap]) -> list[float]:
+    return [cost for lap in column if (cost := lap.decode_ms_per_token) is not None]
+
+
+def _decode_speedups(
+    column: Sequence[Lap], best: Sequence[Lap], own: Sequence[Lap]
+) -> dict[str, object]:
+    """Speed-ups without reading the prompt, over heats in which both decoded anything."""
+    record: dict[str, object] = {}
+    for name, baseline in (("best_ar", best), ("our_ar", own)):
+        pairs = [
+            (theirs, ours)
+            for theirs, ours in zip(
+                (lap.decode_ms_per_token for lap in baseline),
+                (lap.decode_ms_per_token for lap in column),
+                strict=True,
+            )
+            if theirs is not None and ours is not None
+        ]
+        found = paired_speedup(*map(list, zip(*pairs, strict=True))) if pairs else None
+        record |= _quartiled(f"decode_speedup_vs_{name}", found)
+    return record
+
+
+def _quartiled(name: str, found: Spread | None) -> dict[str, object]:
+    if found is None:
+        return {name: None, f"{name}_quartiles": [None, None]}
+    return {name: found.median, f"{name}_quartiles": [found.low, found.high]}

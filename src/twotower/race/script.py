@@ -1,0 +1,95 @@
+"""Repeat on one model what another one committed: same passes, same commits, other sizes.
+
+Cost does not depend on content. A model with random weights would commit nonsense at its own pace,
+so that its towers compute as ever and only the logits that leave them are replaced by ones that
+lead the engine to the recorded commits.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twotower.engine import Event, StepTaken, TokensCommitted
+from twotower.model import ContextCache, ContextView, TwoTower
+
+FILL, OTHER = 4, 5  # tokens that every vocabulary has and that mean nothing to the engine
+_CERTAIN = 1 - 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    """One row's decoding: confidence of every position at each denoiser pass, tokens per commit."""
+
+    confidences: list[list[float]]
+    commits: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.commits)
+
+    @property
+    def nfe(self) -> int:
+        return len(self.confidences)
+
+
+def record_script(events: Iterable[Event]) -> Script:
+    """The script of a single row from the events of its decoding."""
+    confidences, commits = [], []
+    for event in events:
+        if isinstance(event, StepTaken):
+            confidences.append(list(event.confidence))
+        elif isinstance(event, TokensCommitted):
+            commits.append(len(event.tokens))
+    return Script(confidences=confidences, commits=commits)
+
+
+class ScriptedModel:
+    """A model of one row whose logits follow a script, computed in full and then replaced.
+
+    All the rest is the model's own. Past the script's end it starts over: pauses and drafts of
+    self-speculation may fall otherwise by a rounding.
+    """
+
+    def __init__(self, model: TwoTower, script: Script) -> None:
+        self._model = model
+        self._script = script
+        self._passes = 0
+        self._readings = 1  # the first commit is the prompt's own logits, before any reading
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._model, name)
+
+    def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
+        """Every position predicts FILL with the recorded confidence: (1, T, V)."""
+        logits = self._model.denoise(block, view, t).zero_()
+        recorded = self._script.confidences[self._passes % self._script.nfe]
+        self._passes += 1
+        values = [logit_of(p, logits.shape[-1]) for p in recorded]
+        # Self-speculation does not tell of the block's first token, which is text already.
+        logits[0, block.shape[1] - len(values) :, FILL] = torch.tensor(values)
+        return logits
+
+    def next_logits(self, cache: ContextCache) -> Tensor:
+        """FILL is the next token: (1, V)."""
+        logits = self._model.next_logits(cache).zero_()
+        logits[:, FILL] = 1.0
+        return logits
+
+    def context_head(self, hidden: Tensor) -> Tensor:
+        """Choices after n tokens read, of which the recorded number stand: (1, n, V)."""
+        logits = self._model.context_head(hidden).zero_()
+        commits = self._script.commits
+        accepted = commits[self._readings % len(commits)]
+        self._readings += 1
+        logits[..., FILL] = 1.0
+        logits[:, accepted - 1 : accepted, OTHER] = 2.0
+        return logits
+
+
+def logit_of(confidence: float, vocab_size: int) -> float:
+    """The logit that is this probable among vocab_size - 1 zeros and the banned mask token."""
+    p = min(max(confidence, 2.0 / vocab_size), _CERTAIN)
+    return math.log(p * (vocab_size - 2) / (1.0 - p))
