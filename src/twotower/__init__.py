@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from twotower.checkpoint import load_model
     from twotower.config import ModelConfig
+    from twotower.engine.accelerate import accelerate
     from twotower.engine.events import Completion, Event, Finished, StepTaken, TokensCommitted
     from twotower.engine.generate import generate, stream
     from twotower.engine.options import GenerateOptions
@@ -27,6 +28,7 @@ __all__ = [
     "Tokenizer",
     "TokensCommitted",
     "TwoTower",
+    "accelerate",
     "generate",
     "load_model",
     "load_tokenizer",
@@ -40,6 +42,7 @@ _HOMES = {
         "Completion", "Event", "Finished", "GenerateOptions", "StepTaken", "TokensCommitted",
         "generate", "stream",
     ),
+    "engine.accelerate": ("accelerate",),
     "model": ("ContextCache", "ContextView", "TwoTower"),
     "tokenizer": ("Tokenizer",),
 }  # fmt: skip

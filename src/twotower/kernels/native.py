@@ -1,0 +1,181 @@
+"""The C++ pass of native.cpp: compiled once per machine with its own compiler, called by address.
+
+Decides where the library lies and what a tower looks like to it; which passes go there is the
+model's business.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from torch import Tensor
+
+from twotower.config import ATTENTION, MAMBA, MLP, ModelConfig
+
+MAX_TOKENS = 16  # of one pass: the lanes of the widest vector
+KINDS = (MAMBA, ATTENTION, MLP)  # layers that it knows
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_FLAGS = (
+    "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math",
+    "-fno-signed-zeros", "-fassociative-math", "-fPIC", "-shared",
+)  # fmt: skip
+_WEIGHTS = {
+    MAMBA: "in_proj.weight in_proj.bias conv1d.weight conv1d.bias dt_bias A_log D norm.weight "
+    "out_proj.weight out_proj.bias",
+    ATTENTION: "q_proj.weight q_proj.bias k_proj.weight k_proj.bias v_proj.weight v_proj.bias "
+    "o_proj.weight o_proj.bias",
+    MLP: "up_proj.weight up_proj.bias down_proj.weight down_proj.bias",
+}
+_PER_LAYER = 11  # addresses of a layer: its norm, then its kind's, then none
+
+_address = ctypes.c_void_p
+
+
+_INTEGERS = (
+    "vocabulary", "width", "q_heads", "kv_heads", "head_dim", "heads", "head_size", "groups",
+    "state", "taps", "inner",
+)  # fmt: skip
+
+
+class _Sizes(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int32) for name in _INTEGERS] + [("eps", ctypes.c_float)]
+
+
+class Past(ctypes.Structure):
+    """Addresses of one layer's state before the pass."""
+
+    _fields_ = [(name, _address) for name in ("k", "v", "conv", "ssm")]
+
+
+class Fresh(ctypes.Structure):
+    """Addresses of where a pass leaves what a layer found; null where nobody asks."""
+
+    _fields_ = [(name, _address) for name in ("k", "v", "window", "mixed", "step", "ssm")]
+
+
+class _Tower(ctypes.Structure):
+    _fields_ = [
+        ("sizes", _address),
+        ("kinds", ctypes.c_char_p),
+        ("embeddings", _address),
+        ("norm", _address),
+        ("weights", _address),
+    ]
+
+
+class TowerPass:
+    """One tower's weights as the library sees them: addresses, no copies.
+
+    weights: the tower's parameters by name, float32 and contiguous, which must stay where they are.
+    is_causal: whether a token is hidden from those before it.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], is_causal: bool) -> None:
+        self.num_layers = config.num_hidden_layers
+        self._is_causal = is_causal
+        self._kept = weights  # the addresses below stay valid as long as these live
+        self._sizes = _Sizes(
+            config.vocab_size, config.hidden_size, config.num_attention_heads,
+            config.num_key_value_heads, config.head_dim, config.mamba_num_heads,
+            config.mamba_head_dim, config.n_groups, config.ssm_state_size, config.conv_kernel,
+            config.intermediate_size, config.layer_norm_epsilon,
+        )  # fmt: skip
+        addresses = []
+        for index, kind in enumerate(config.hybrid_override_pattern):
+            names = ["norm.weight", *(f"mixer.{name}" for name in _WEIGHTS[kind].split())]
+            found = [weights.get(f"layers.{index}.{name}") for name in names]
+            addresses += [None if value is None else value.data_ptr() for value in found]
+            addresses += [None] * (_PER_LAYER - len(names))
+        self._weights = (_address * len(addresses))(*addresses)
+        self._tower = _Tower(
+            ctypes.addressof(self._sizes),
+            config.hybrid_override_pattern.encode(),
+            weights["embeddings.weight"].data_ptr(),
+            weights["norm_f.weight"].data_ptr(),
+            ctypes.addressof(self._weights),
+        )
+        self._run = library().twotower_pass
+
+    def __call__(
+        self,
+        ids: Tensor,
+        num_past: int,
+        states: tuple[ctypes.Array[Past], ctypes.Array[Fresh]],
+        hidden: Tensor,
+        modulations: Tensor | None = None,
+    ) -> None:
+        """ids (L,) int64 of one row, 1 <= L <= MAX_TOKENS; fills hidden (L, D), normed, and states.
+
+        states: the addresses of each layer. modulations (layers, 3, D): shift, scale, gate.
+        """
+        past, fresh = states
+        tables = None
+        if modulations is not None:
+            first, step = modulations.data_ptr(), 4 * modulations.stride(0)
+            tables = (_address * self.num_layers)(
+                *(first + layer * step for layer in range(self.num_layers))
+            )
+        if self._run(
+            ctypes.byref(self._tower), len(ids), num_past, self._is_causal, ids.data_ptr(), tables,
+            past, fresh, hidden.data_ptr(),
+        ):  # fmt: skip
+            raise IndexError(f"token ids {ids.tolist()} leave the vocabulary")
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., K) weight (rows, K) -> (..., rows), all float32; weight contiguous."""
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    rows, width = weight.shape
+    library().twotower_linear(
+        weight.data_ptr(), rows, width, x.data_ptr(), x.numel() // width, y.data_ptr()
+    )
+    return y
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled library, from the user's cache or made now. OSError says why there is none."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise OSError("there is no C++ compiler; install g++ or clang++")
+    file = Path.home() / ".cache" / "twotower" / f"native-{_fingerprint(compiler)}.so"
+    if not file.is_file():
+        _compile(compiler, file)
+    found = ctypes.CDLL(str(file))
+    found.twotower_pass.argtypes = [
+        _address, *[ctypes.c_int32] * 3, _address, _address, _address, _address, _address,
+    ]  # fmt: skip
+    found.twotower_linear.argtypes = [
+        _address, ctypes.c_int32, ctypes.c_int32, _address, ctypes.c_int32, _address,
+    ]  # fmt: skip
+    found.twotower_pass.restype, found.twotower_linear.restype = ctypes.c_int32, None
+    return found
+
+
+def _fingerprint(compiler: str) -> str:
+    """What the library depends on: source, flags, compiler, and the processor it is made for."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.is_file() else [platform.processor()]
+    processor = sorted({line for line in lines if line.startswith(("model name", "flags"))})
+    parts = [_SOURCE.read_text(), *_FLAGS, compiler, platform.machine(), *processor]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _compile(compiler: str, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        made = Path(folder) / file.name
+        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[0]
+            raise OSError(f"{compiler} cannot compile {_SOURCE.name}: {reason}")
+        os.replace(made, file)  # whole or not there, also beside another process

@@ -1,0 +1,202 @@
+"""The native passes against the PyTorch layers: every shape of a pass, state, text."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tiny_models import fresh_model, masked_like, random_ids, tiny_model
+from twotower import ContextCache, GenerateOptions, TwoTower, accelerate, generate
+from twotower.engine import MODES
+from twotower.kernels import native
+from twotower.layers.attention import KV
+from twotower.layers.mamba2 import MambaState
+from twotower.model.native import NativeTwoTower
+
+try:
+    native.library()
+except OSError as error:
+    pytest.skip(f"no native library: {error}", allow_module_level=True)
+
+# Sums in another order, and an exponential within 2 units in the last place, through 6 layers.
+CLOSE = {"rtol": 0.0, "atol": 1e-4}
+DENSE = "M*-M*-"
+# Widths that fill no vector, taps, biases, groups, one head: what a fixed size would hide.
+SHAPES: dict[str, dict[str, object]] = {
+    "plain": {},
+    "odd widths": {"hidden_size": 19, "vocab_size": 43, "intermediate_size": 21, "head_dim": 5},
+    "biases": {"attention_bias": True, "use_bias": True, "mlp_bias": True},
+    "no conv bias, two taps": {"use_conv_bias": False, "conv_kernel": 2},
+    "one group, one key head": {"n_groups": 1, "num_key_value_heads": 1},
+    "wide heads": {"head_dim": 40, "ssm_state_size": 33, "mamba_head_dim": 17},
+    "tied heads": {"tie_word_embeddings": True},
+}
+
+
+def pair(name: str = "plain") -> tuple[TwoTower, TwoTower]:
+    plain = tiny_model(hybrid_override_pattern=DENSE, **SHAPES[name])
+    return plain, accelerate(plain, "native")
+
+
+def assert_same_state(ours: ContextCache, plain: ContextCache) -> None:
+    assert ours.lengths.tolist() == plain.lengths.tolist()
+    for a, b in zip(ours.layers, plain.layers, strict=True):
+        if isinstance(a, KV) and isinstance(b, KV):
+            for row, length in enumerate(ours.lengths.tolist()):
+                for part, other in zip(a, b, strict=True):
+                    torch.testing.assert_close(part[row, :length], other[row, :length], **CLOSE)
+        elif isinstance(a, MambaState) and isinstance(b, MambaState):
+            for part, other in zip(a, b, strict=True):
+                torch.testing.assert_close(part, other, **CLOSE)
+    assert ours.last_hidden is not None and plain.last_hidden is not None
+    torch.testing.assert_close(ours.last_hidden, plain.last_hidden, **CLOSE)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("length", [1, 2, 8, 9, 16, 17])
+def test_every_shape_of_a_pass(name: str, length: int) -> None:
+    """Guards lanes, remainders and biases: 1, 8 and 16 tokens are separate code, 17 is PyTorch's;
+    a wrong remainder of a width shows in no test of one size."""
+    plain, ours = pair(name)
+    ids = random_ids(1, 21)
+    caches = [model.prefill(ids) for model in (ours, plain)]
+    assert_same_state(*caches)
+    block = masked_like(random_ids(1, length, seed=1))
+    for t in (None, torch.tensor([0.75])):
+        found, expected = (m.denoise(block, caches[1].view(), t) for m in (ours, plain))
+        torch.testing.assert_close(found, expected, **CLOSE)
+    more = random_ids(1, length, seed=2)
+    hidden, expected = (m.extend(c, more) for m, c in zip((ours, plain), caches, strict=True))
+    torch.testing.assert_close(hidden, expected, **CLOSE)
+    assert_same_state(*caches)
+    found, expected = (m.next_logits(caches[1]) for m in (ours, plain))
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 20), min_size=2, max_size=4).filter(any),
+    counts=st.lists(st.integers(0, 6), min_size=4, max_size=4).filter(any),
+    accepted=st.lists(st.integers(1, 5), min_size=4, max_size=4),
+    seed=st.integers(0, 20),
+)
+def test_rows_of_different_lengths(
+    lengths: list[int], counts: list[int], accepted: list[int], seed: int
+) -> None:
+    """Guards rows: each has its own past, and a row that commits nothing keeps its state."""
+    plain, ours = pair()
+    num_rows = len(lengths)
+    ids, more = random_ids(num_rows, max(lengths), seed=seed), random_ids(num_rows, 6, seed=1)
+    caches = [model.prefill(ids, torch.tensor(lengths)) for model in (ours, plain)]
+    for model, cache in zip((ours, plain), caches, strict=True):
+        model.extend(cache, more, torch.tensor(counts[:num_rows]))
+        reading = model.read(cache, more[:, :5])
+        cache.accept(reading, torch.tensor(accepted[:num_rows]))
+    assert_same_state(*caches)
+    block = masked_like(random_ids(num_rows, 4, seed=seed + 2), seed)
+    t = torch.linspace(0.2, 1.0, num_rows)
+    found, expected = (m.denoise(block, caches[0].view(), t) for m in (ours, plain))
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_a_denoiser_pass_leaves_the_cache_bit_identical() -> None:
+    """Guards the architecture's main claim where it is easiest to break: at raw addresses."""
+    _, ours = pair()
+    cache = ours.prefill(random_ids(2, 9), torch.tensor([9, 4]))
+    before = [part.clone() for state in cache.layers if state is not None for part in state]
+    ours.denoise(masked_like(random_ids(2, 8)), cache.view(), torch.tensor([0.5, 1.0]))
+    after = [part for state in cache.layers if state is not None for part in state]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_same_texts(mode: str, temperature: float) -> None:
+    """Guards decoding as a whole: rows that leave, caches cut to those that stay."""
+    prompts = [random_ids(length, seed=length).tolist() for length in (1, 7, 30)]
+    o = GenerateOptions(
+        mode=mode,  # type: ignore[arg-type]
+        max_new_tokens=18, steps_per_block=3, temperature=temperature, eos_token_id=7,
+    )  # fmt: skip
+    plain, ours = pair()
+    found, expected = (generate(m, prompts, o) for m in (ours, plain))
+    assert [row.tokens for row in found] == [row.tokens for row in expected]
+    assert [row.nfe for row in found] == [row.nfe for row in expected]
+
+
+def parameters(model: TwoTower) -> dict[str, Tensor]:
+    return dict(model.named_parameters())
+
+
+def test_weights_are_not_copied() -> None:
+    """Guards memory: the promise is one set of weights, under the released names."""
+    plain, ours = pair()
+    assert {n: p.data_ptr() for n, p in parameters(ours).items()} == {
+        n: p.data_ptr() for n, p in parameters(plain).items()
+    }
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_nan_is_not_hidden() -> None:
+    """Guards the check for damaged weights behind the pass: a clamp must not swallow NaN."""
+    for name in ("layers.0.mixer.conv1d.bias", "layers.1.mixer.k_proj.weight", "norm_f.weight"):
+        plain = fresh_model(hybrid_override_pattern=DENSE).requires_grad_(False)
+        plain.get_parameter(f"denoiser_tower.{name}").fill_(float("nan"))
+        ours = NativeTwoTower(plain)
+        logits = ours.denoise(
+            masked_like(random_ids(1, 4)), ours.prefill(random_ids(1, 5)).view(), None
+        )
+        assert bool(logits.isnan().any()), name
+
+
+def test_ids_outside_the_vocabulary_raise() -> None:
+    _, ours = pair()
+    for token in (-1, 41):
+        with pytest.raises(IndexError, match="leave the vocabulary"):
+            ours.prefill(torch.tensor([[5, token]]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "reason"),
+    [
+        ({"hybrid_override_pattern": "ME"}, torch.float32, "layers=E"),
+        ({"hybrid_override_pattern": "M-"}, torch.bfloat16, "dtype="),
+        ({"hybrid_override_pattern": "M-", "bidirectional_mamba": True}, torch.float32, "bidir"),
+    ],
+)
+def test_what_it_does_not_know_stays_eager_with_one_line(
+    changes: dict[str, object],
+    dtype: torch.dtype,
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = tiny_model(dtype=dtype, **changes)
+    with caplog.at_level(logging.INFO):
+        assert accelerate(model) is model
+    assert len(caplog.messages) == 1 and reason in caplog.messages[0]
+    with pytest.raises(ValueError, match=reason):
+        accelerate(model, "native")
+    assert accelerate(model, "eager") is model
+    with pytest.raises(ValueError, match="use one of auto, eager, native"):
+        accelerate(model, "fast")  # type: ignore[arg-type]
+
+
+def test_no_compiler_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards machines without a compiler, or with one that fails: they decode as before."""
+    model = tiny_model(hybrid_override_pattern=DENSE)
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho no such thing >&2\nexit 1\n")
+    broken.chmod(0o755)
+    for found, reason in ((None, "no C++ compiler"), (str(broken), "no such thing")):
+        monkeypatch.setattr(native.shutil, "which", lambda name, found=found: found)
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert accelerate(model) is model
+        assert len(caplog.messages) == 1 and reason in caplog.messages[0]
