@@ -60,3 +60,8 @@ def extend(model: TwoTower, batch: Batch, tokens: Tensor) -> None:
         model.extend(batch.cache, tokens)
     for row in batch.rows:
         row.context_forwards += 1
+
+
+def last_tokens(rows: list[Row]) -> Tensor:
+    """The newest token of each row: (B, 1) on the CPU."""
+    return torch.tensor([[(row.tokens or row.prompt)[-1]] for row in rows])

@@ -8,7 +8,6 @@ from twotower.engine.options import GenerateOptions
 from twotower.engine.requests import Prompt, Request, check_tokenizer, make_row
 from twotower.engine.row import Row
 from twotower.engine.scheduler import WaitingLine, run_in_turn
-from twotower.engine.speculate import speculative_loop
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 
@@ -68,13 +67,10 @@ def stream_requests(
 
 
 def _run(model: TwoTower, rows: list[Row], max_rows: int) -> Iterator[Event]:
-    scheduled = [row for row in rows if row.options.mode != "speculative"]
-    for event in run_in_turn(model, WaitingLine(scheduled), max_rows):
+    for event in run_in_turn(model, WaitingLine(rows), max_rows):
         if isinstance(event, Failed):
             raise ValueError(event.message)
         yield event
-    if apart := [row for row in rows if row.options.mode == "speculative"]:
-        yield from speculative_loop(model, apart)
 
 
 def _rows_or_failures(

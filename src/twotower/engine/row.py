@@ -6,6 +6,7 @@ import torch
 
 from twotower.engine.events import Completion, Finished, FinishReason, TokensCommitted
 from twotower.engine.options import GenerateOptions
+from twotower.engine.pace import Pace
 from twotower.tokenizer import Tokenizer
 
 
@@ -30,6 +31,8 @@ class Row:
         self.context_forwards = 0
         self.num_commits = 0
         self.finish_reason: FinishReason | None = None
+        self.pace = Pace()  # of speculation
+        self.noise_ahead: list[torch.Tensor] = []  # (V,) of each token to come, once drawn
         self._tokenizer = tokenizer
         self._stream = None if tokenizer is None else tokenizer.stream()
         self._text = ""  # all that is decoded

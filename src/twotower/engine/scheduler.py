@@ -9,12 +9,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 
 from twotower.engine.batch import Batch, Cycle, Proposal
-from twotower.engine.block_loop import BLOCK_CYCLE
+from twotower.engine.block_cycle import BLOCK_CYCLE
 from twotower.engine.events import Event, Failed
 from twotower.engine.options import Mode
 from twotower.engine.prefill import refusal
 from twotower.engine.row import Row
-from twotower.engine.token_loop import AR_CYCLE, MOCK_AR_CYCLE
+from twotower.engine.speculate import SPECULATIVE_CYCLE
+from twotower.engine.token_cycle import AR_CYCLE, MOCK_AR_CYCLE
 from twotower.model import TwoTower
 
 CYCLES: dict[Mode, Cycle] = {
@@ -23,6 +24,7 @@ CYCLES: dict[Mode, Cycle] = {
     "predict-and-noise": BLOCK_CYCLE,
     "ar": AR_CYCLE,
     "mock-ar": MOCK_AR_CYCLE,
+    "speculative": SPECULATIVE_CYCLE,
 }
 
 

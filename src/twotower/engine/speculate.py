@@ -4,47 +4,46 @@ The output is that of mode="ar", token for token: a draft decides only how many 
 yields. Source: system.md section 4, 'Self-speculation'.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
 
 from twotower.diffusion import Step, choose, denoise_block, gumbel
+from twotower.engine.batch import Batch, Cycle, Proposal, commit, last_tokens
 from twotower.engine.events import Event, StepTaken
 from twotower.engine.logits import require_finite
 from twotower.engine.options import sampling_params
-from twotower.engine.pace import Pace
 from twotower.engine.prefill import prefill
 from twotower.engine.row import Row
-from twotower.model import ContextCache, ContextView, TwoTower
+from twotower.model import ContextView, TwoTower
 
 # A draft is read as far as its predictions are all right with at least this probability, by the
 # denoiser's own account.
 LEAST_CHANCE = 0.05
 
 
-def speculative_loop(model: TwoTower, rows: list[Row]) -> Iterator[Event]:
-    """Draft, read, accept, until each row has ended; rows advance by different lengths."""
-    cache = prefill(model, rows, [row.prompt for row in rows])
-    state = [Speculation(row) for row in rows]
-    choices = _choose(model.next_logits(cache).unsqueeze(1), state)
-    accepted = torch.ones(len(rows), dtype=torch.int64)
-    while True:
-        kept = yield from _commit(state, choices, accepted)
-        if not len(kept):
-            return
-        if len(kept) < len(state):
-            cache = cache.select(kept)
-            state = [state[i] for i in kept.tolist()]
-            choices, accepted = choices[kept], accepted[kept]
-        newest = choices.gather(1, accepted.unsqueeze(1) - 1)  # (B, 1), not yet in the cache
-        drafts, lengths = yield from _draft(model, cache, state, newest)
-        reading = model.read(cache, drafts)
-        choices = _choose(model.context_head(reading.hidden), state)
-        accepted = count_accepted(drafts, choices, lengths)
-        cache.accept(reading, accepted)
-        for one, length, count in zip(state, lengths.tolist(), accepted.tolist(), strict=True):
-            one.record(length, count)
+def _start(model: TwoTower, rows: list[Row]) -> Generator[Event, None, Batch]:
+    """Read the prompts; the AR tower's first token is the rows' first."""
+    batch = Batch(rows, prefill(model, rows, [row.prompt for row in rows]))
+    choices = _choose(model.next_logits(batch.cache).unsqueeze(1), rows)
+    return (yield from _commit(batch, choices, torch.ones(len(rows), dtype=torch.int64)))
+
+
+def _settle(model: TwoTower, batch: Batch, proposal: Proposal) -> Generator[Event, None, Batch]:
+    """Read the drafts and keep what the AR tower chooses too, and its own token behind that."""
+    drafts, lengths = proposal
+    reading = model.read(batch.cache, drafts)
+    choices = _choose(model.context_head(reading.hidden), batch.rows)
+    accepted = count_accepted(drafts, choices, lengths)
+    batch.cache.accept(reading, accepted)
+    for row, length, count in zip(batch.rows, lengths.tolist(), accepted.tolist(), strict=True):
+        row.context_forwards += 1
+        if length > 1:
+            row.pace.record_draft(count)
+        else:
+            row.pace.record_token()
+    return (yield from _commit(batch, choices, accepted))
 
 
 def count_accepted(drafts: Tensor, choices: Tensor, lengths: Tensor) -> Tensor:
@@ -63,67 +62,35 @@ def draft_lengths(confidence: Tensor) -> Tensor:
     return (confidence.cumprod(1) >= LEAST_CHANCE).sum(1).clamp(min=2)
 
 
-class Speculation:
-    """One row's speculation: its pace, and the noise of tokens to come.
-
-    Noise is drawn once per token in the order of the text, as AR decoding draws it, so that a
-    sampled text is AR's too, whatever was drafted.
-    """
-
-    def __init__(self, row: Row) -> None:
-        self.row = row
-        self.pace = Pace()
-        self._noise: list[Tensor] = []  # (V,) of each token to come, as far as it was needed
-
-    @property
-    def is_drafting(self) -> bool:
-        """Whether the next cycle should have a draft for this row."""
-        return self.pace.is_drafting and self.num_left > 1 and self.row.options.block_size > 1
-
-    @property
-    def num_left(self) -> int:
-        """Tokens that the row may still write."""
-        return self.row.options.max_new_tokens - len(self.row.tokens)
-
-    def noise(self, length: int, vocab_size: int) -> Tensor:
-        """Gumbel noise (length, V) of the next tokens; zeros, and nothing drawn, when greedy."""
-        if self.row.options.temperature == 0:
-            return torch.zeros(1, 1).expand(length, vocab_size)
-        while len(self._noise) < length:
-            self._noise.append(gumbel((vocab_size,), [self.row.generator])[0])
-        return torch.stack(self._noise[:length])
-
-    def record(self, length: int, accepted: int) -> None:
-        """A reading of `length` tokens was made, and `accepted` of them stand."""
-        self.row.context_forwards += 1
-        if length > 1:
-            self.pace.record_draft(accepted)
-        else:
-            self.pace.record_token()
-
-    def use(self, count: int) -> None:
-        """The next `count` tokens are written: their noise is spent."""
-        del self._noise[:count]
+def _num_left(row: Row) -> int:
+    """Tokens that the row may still write."""
+    return row.options.max_new_tokens - len(row.tokens)
 
 
-def _draft(
-    model: TwoTower, cache: ContextCache, state: list[Speculation], newest: Tensor
-) -> Generator[Event, None, tuple[Tensor, Tensor]]:
-    """What to read: newest (B, 1) with a draft behind it, (B, n); and how much of each row, (B,).
+def _is_drafting(row: Row) -> bool:
+    """Whether the next cycle should have a draft for the row."""
+    return row.pace.is_drafting and _num_left(row) > 1 and row.options.block_size > 1
+
+
+def _propose(model: TwoTower, batch: Batch) -> Generator[Event, None, Proposal]:
+    """What to read: each row's newest token with a draft behind it, (B, n); how much of it, (B,).
 
     Rows that do not draft read their newest token alone.
     """
-    masked = (len(state), state[0].row.options.block_size - 1)
+    rows = batch.rows
+    newest = last_tokens(rows)
+    masked = (len(rows), rows[0].options.block_size - 1)
     blocks = torch.cat([newest, newest.new_full(masked, model.config.mask_token_id)], dim=1)
-    lengths = torch.ones(len(state), dtype=torch.int64)
-    drafting = torch.tensor([i for i, one in enumerate(state) if one.is_drafting])
+    lengths = torch.ones(len(rows), dtype=torch.int64)
+    drafting = torch.tensor([i for i, row in enumerate(rows) if _is_drafting(row)])
     if len(drafting):
-        rows = [state[i].row for i in drafting.tolist()]
-        view = cache.view() if len(rows) == len(state) else cache.view().select(drafting)
-        last = yield from _denoise(model, view, rows, blocks[drafting])
+        own = [rows[i] for i in drafting.tolist()]
+        view = batch.cache.view()
+        view = view if len(own) == len(rows) else view.select(drafting)
+        last = yield from _denoise(model, view, own, blocks[drafting])
         # Not the first column: AR may have chosen the mask token, which the denoiser then fills.
         blocks[drafting, 1:] = last.tokens[:, 1:].cpu()
-        left = torch.tensor([state[i].num_left for i in drafting.tolist()])
+        left = torch.tensor([_num_left(row) for row in own])
         lengths[drafting] = torch.minimum(draft_lengths(last.confidence.cpu()), left)
     return blocks[:, : int(lengths.max())], lengths
 
@@ -163,23 +130,36 @@ def _step_taken(row: Row, step: Step, index: int) -> StepTaken:
     )
 
 
-def _choose(logits: Tensor, state: list[Speculation]) -> Tensor:
+def _choose(logits: Tensor, rows: list[Row]) -> Tensor:
     """The AR tower's token at each position: logits (B, n, V) -> (B, n) on the CPU."""
-    params = sampling_params([one.row.options for one in state])
+    params = sampling_params([row.options for row in rows])
     noise = None
-    if any(one.row.options.temperature > 0 for one in state):
-        noise = torch.stack([one.noise(*logits.shape[1:]) for one in state]).to(logits.device)
+    if any(row.options.temperature > 0 for row in rows):
+        noise = torch.stack([_noise(row, *logits.shape[1:]) for row in rows]).to(logits.device)
     return choose(require_finite(logits), params, noise).cpu()
 
 
-def _commit(
-    state: list[Speculation], choices: Tensor, accepted: Tensor
-) -> Generator[Event, None, Tensor]:
-    """Hand each row the choices that stand; returns the numbers of the rows that go on."""
-    for one, tokens, count in zip(state, choices.tolist(), accepted.tolist(), strict=True):
-        one.use(count)
-        yield one.row.commit(tokens[:count])
-        if one.row.is_finished:
-            yield one.row.finished()
-    going = [i for i, one in enumerate(state) if not one.row.is_finished]
-    return torch.tensor(going, dtype=torch.int64)
+def _noise(row: Row, length: int, vocab_size: int) -> Tensor:
+    """Gumbel noise (length, V) of the next tokens; zeros, and nothing drawn, when greedy.
+
+    Drawn once per token in the order of the text, as AR decoding draws it, so that a sampled text
+    is AR's too, whatever was drafted.
+    """
+    if row.options.temperature == 0:
+        return torch.zeros(1, 1).expand(length, vocab_size)
+    while len(row.noise_ahead) < length:
+        row.noise_ahead.append(gumbel((vocab_size,), [row.generator])[0])
+    return torch.stack(row.noise_ahead[:length])
+
+
+def _commit(batch: Batch, choices: Tensor, accepted: Tensor) -> Generator[Event, None, Batch]:
+    """Hand each row the choices that stand; returns the rows that go on."""
+    counts = accepted.tolist()
+    for row, count in zip(batch.rows, counts, strict=True):
+        del row.noise_ahead[:count]  # spent
+    tokens = [own[:count] for own, count in zip(choices.tolist(), counts, strict=True)]
+    batch, _ = yield from commit(batch, tokens)
+    return batch
+
+
+SPECULATIVE_CYCLE = Cycle(start=_start, propose=_propose, settle=_settle)

@@ -2,11 +2,10 @@
 
 from collections.abc import Generator
 
-import torch
 from torch import Tensor
 
 from twotower.diffusion import choose, draw_noise
-from twotower.engine.batch import Batch, Cycle, Proposal, commit, extend
+from twotower.engine.batch import Batch, Cycle, Proposal, commit, extend, last_tokens
 from twotower.engine.events import Event
 from twotower.engine.logits import require_finite
 from twotower.engine.options import sampling_params
@@ -41,7 +40,7 @@ def _start_mock_ar(model: TwoTower, rows: list[Row]) -> Generator[Event, None, B
 def _propose_token(model: TwoTower, batch: Batch) -> Generator[Event, None, Proposal]:
     """The denoiser reads each row's last token, seeded with the context before it, without t."""
     yield from ()
-    last = _last_tokens(batch)
+    last = last_tokens(batch.rows)
     logits = model.denoise(last, batch.cache.view(), None)[:, 0]
     for row in batch.rows:
         row.nfe += 1
@@ -56,11 +55,6 @@ def _settle_mock_ar(
     batch, kept = yield from commit(batch, [[token] for token in tokens.tolist()])
     extend(model, batch, last[kept])
     return batch
-
-
-def _last_tokens(batch: Batch) -> Tensor:
-    """The newest token of each row, which the cache does not hold yet: (B, 1) on the CPU."""
-    return torch.tensor([[(row.tokens or row.prompt)[-1]] for row in batch.rows])
 
 
 def _choose(logits: Tensor, rows: list[Row]) -> Tensor:
