@@ -1,0 +1,62 @@
+"""How many tokens does a draft yield, and what does it save: by category and by draft passes?
+
+Lossless by construction: the last column counts texts equal to AR's. Physical limit: a cycle is one
+denoiser pass and one reading, so `block_size` tokens for two passes at best. Settings take turns on
+every prompt; the last line is one JSON object.
+"""
+
+import argparse
+import json
+
+import torch
+
+import twotower
+from twotower.cli.machine import describe_cpu
+from twotower.engine import GenerateOptions
+from twotower.evaluate.decode import Trace
+from twotower.evaluate.results import summarise
+from twotower.evaluate.run import Subject, draw_groups, evaluate, warm_up
+from twotower.evaluate.suite import SUITES
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=twotower.__path__[0] + "/assets")
+    parser.add_argument("--passes", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--items", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    options = {"ar": GenerateOptions(mode="ar", temperature=args.temperature)} | {
+        f"{n} draft passes": GenerateOptions(
+            mode="speculative", draft_passes=n, temperature=args.temperature
+        )
+        for n in args.passes
+    }
+    subject = Subject(
+        model=twotower.load_model(args.model),
+        tokenizer=twotower.load_tokenizer(args.model),
+        options=options,
+    )
+    groups = draw_groups(SUITES["mini"], args.items, args.seed, batch_size=1)
+    warm_up(subject, groups[0][0])
+    items = list(evaluate(subject, groups, {name: Trace() for name in options}))
+    record = summarise(items, list(options), args.seed)
+    print(f"{'':14s}{'setting':16s}{'tokens/cycle':>14s}{'NFE':>7s}{'x ar':>7s}{'same':>9s}")
+    for category, modes in {**record["categories"], "all": record["modes"]}.items():
+        for name, row in modes.items():
+            print(
+                f"{category:14s}{name:16s}{row['tokens_per_forward']:14.2f}{row['nfe']:7d}"
+                f"{row['speed_ratio']:7.2f}{row['same_as_ar']:5d}/{row['n']}"
+            )
+    print(
+        json.dumps(
+            {**record, "options": vars(args), "torch": torch.__version__, "machine": describe_cpu()}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
