@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from tiny_models import tiny_config, tiny_model
+from twotower import TwoTower
 from twotower.checkpoint.empty import build_empty
+from twotower.race import run
 from twotower.race.options import RaceOptions
+from twotower.race.ours import ENGINES
 from twotower.race.passes import PassShape, time_passes
 from twotower.race.sizes import random_config, random_model
 
@@ -59,3 +62,17 @@ def test_random_models_repeat_with_the_seed() -> None:
     assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
     assert torch.equal(one.lm_head.weight, one.context_lm_head.weight)
     assert not any(parameter.requires_grad for parameter in one.parameters())
+
+
+def test_an_engine_that_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silent failure: the engine that was asked for is left out of the table."""
+
+    def refuse(model: TwoTower) -> TwoTower:
+        raise ValueError("no compiler; install one")
+
+    monkeypatch.setattr(run, "ENGINES", {"pytorch": ENGINES["pytorch"], "other": refuse})
+    model = tiny_model()
+    engines, unable = run.open_engines(model, ["other", "pytorch"])
+    assert engines == {"pytorch": model} and unable == ["other: no compiler; install one"]
+    with pytest.raises(ValueError, match="engines: none can run this model"):
+        run.open_engines(model, ["other"])

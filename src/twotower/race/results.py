@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from twotower.race.contest import Contestant, Heat, Lap
 from twotower.race.costs import (
+    AR,
     TARGET,
     Spread,
     best_ar,
@@ -41,8 +42,10 @@ def summarise_laps(
         record |= _quartiled("speedup_vs_best_ar", paired_speedup(costs[best], costs[name]))
         record |= _quartiled("speedup_vs_our_ar", paired_speedup(costs[own], costs[name]))
         record |= _decode_speedups(column, columns[best_decode], columns[own_decode])
+        # Within an engine, so that another one's rounding is not taken for a lossy mode.
+        reference = columns[name[0] if name[0] in ours else ours[0], AR]
         record["same_tokens_as_our_ar"] = sum(
-            mine.tokens == theirs.tokens for mine, theirs in zip(column, columns[own], strict=True)
+            mine.tokens == theirs.tokens for mine, theirs in zip(column, reference, strict=True)
         )
         engines.setdefault(name[0], {})[name[1]] = record
     return {

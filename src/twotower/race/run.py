@@ -98,7 +98,7 @@ def enter(
     size: str, model: TwoTower, heats: Sequence[Heat], options: RaceOptions
 ) -> Iterator[Entry]:
     """A size's entrants, ready to start; rivals are closed at the end."""
-    engines = {name: ENGINES[name](model) for name in options.engine_names}
+    engines, unable = open_engines(model, options.engine_names)
     modes = mode_options(model, options)
     ours = [OurContestant(n, m, mode) for n, m in engines.items() for mode in modes]
     threads, dtype = torch.get_num_threads(), model.context_lm_head.weight.dtype
@@ -109,8 +109,22 @@ def enter(
             engines=engines,
             contestants=[*ours, *map(RivalContestant, rivals)],
             heats=heats,
-            missing=missing,
+            missing=[*unable, *missing],
         )
+
+
+def open_engines(model: TwoTower, names: Sequence[str]) -> tuple[dict[str, TwoTower], list[str]]:
+    """The model on each engine, and a line for each that cannot run it; ValueError if none can."""
+    engines: dict[str, TwoTower] = {}
+    unable: list[str] = []
+    for name in names:
+        try:
+            engines[name] = ENGINES[name](model)
+        except (ValueError, ImportError) as error:
+            unable.append(f"{name}: {error}")
+    if not engines:
+        raise ValueError(f"engines: none can run this model ({'; '.join(unable)}); use pytorch")
+    return engines, unable
 
 
 def make_random(size: str, shipped: TwoTower, seed: int) -> TwoTower:
