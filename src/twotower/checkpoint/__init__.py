@@ -1,6 +1,6 @@
 """Checkpoints: reading, writing, converting and describing them."""
 
-from twotower.checkpoint.convert import convert, export_transformers
+from twotower.checkpoint.convert import convert, convert_to_gguf, export_transformers
 from twotower.checkpoint.files import generation_defaults, resolve
 from twotower.checkpoint.gguf import export_gguf
 from twotower.checkpoint.inspect import describe
@@ -9,6 +9,7 @@ from twotower.checkpoint.save import save_backbone, save_model
 
 __all__ = [
     "convert",
+    "convert_to_gguf",
     "describe",
     "export_gguf",
     "export_transformers",

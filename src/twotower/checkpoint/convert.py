@@ -1,4 +1,4 @@
-"""A checkpoint into another layout: two towers, a backbone, or what `transformers` 5 loads."""
+"""A checkpoint into another layout: two towers, a backbone, or what other libraries load."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from twotower.checkpoint.files import INDEX_FILE, resolve
+from twotower.checkpoint.gguf import Precision, export_gguf
 from twotower.checkpoint.load import load_model
 from twotower.checkpoint.save import (
     MAX_SHARD_BYTES,
@@ -77,6 +78,32 @@ def convert(
         "transformers": export_transformers,
     }[to]
     write(model, target, extra_files=_companions(folder))
+
+
+def convert_to_gguf(
+    source: str | Path, target: str | Path, precision: Precision | None = None
+) -> None:
+    """Read a checkpoint of any known layout and write its context tower to the GGUF file `target`.
+
+    None keeps the precision of the embeddings. Its tokenizer.json, if there is one, goes in.
+    """
+    folder = resolve(source)
+    model = load_model(folder, dtype=None, towers="context")
+    tokenizer = folder / "tokenizer.json"
+    export_gguf(
+        model,
+        target,
+        dtype=precision or _precision_of(model),
+        tokenizer=tokenizer.read_bytes() if tokenizer.is_file() else None,
+    )
+
+
+def _precision_of(model: TwoTower) -> Precision:
+    names: dict[torch.dtype, Precision] = {
+        torch.bfloat16: "bfloat16",
+        torch.float16: "float16",
+    }
+    return names.get(model.context_tower.embeddings.weight.dtype, "float32")
 
 
 def _companions(folder: Path) -> dict[str, bytes]:

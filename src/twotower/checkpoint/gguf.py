@@ -66,7 +66,8 @@ def export_gguf(
             "another place"
         ) from None
     finally:
-        aside.unlink(missing_ok=True)
+        if aside.exists():
+            aside.unlink()
 
 
 def _import_gguf() -> None:
@@ -84,8 +85,11 @@ def _check(config: ModelConfig, dtype: str) -> None:
         known = ", ".join(get_args(Precision))
         raise ValueError(f"dtype={dtype!r} is no precision of a GGUF file; use one of {known}")
     pattern = config.hybrid_override_pattern
-    if MLP in pattern and MOE in pattern:
-        raise ValueError("cannot be exported: llama.cpp has no model with both - and E layers")
+    if (MLP in pattern and MOE in pattern) or MAMBA not in pattern or ATTENTION not in pattern:
+        raise ValueError(
+            f"hybrid_override_pattern={pattern} cannot be exported: llama.cpp wants {MAMBA} and "
+            f"{ATTENTION} layers, and {MLP} or {MOE} but not both"
+        )
     for name, allowed in (("use_bias", False), ("n_group", 1)):
         relevant = name != "n_group" or MOE in pattern
         if relevant and getattr(config, name) != allowed:

@@ -146,7 +146,7 @@ class _LlamaCpp:
             import xllamacpp
         except ImportError:
             raise _missing("xllamacpp") from None
-        self.dtype, self._vocab_size = _read_header(file)
+        self.dtype, self._vocab_size, self._has_end = _read_header(file)
         try:
             self._server = xllamacpp.Server(_server_options(file, threads, self.dtype))
         except RuntimeError:
@@ -181,6 +181,7 @@ class _LlamaCpp:
             "n_predict": num_new,
             "temperature": 0,
             "cache_prompt": False,
+            "ignore_eos": not self._has_end,
             "return_tokens": True,
             **more,
         }
@@ -221,8 +222,11 @@ def _missing(package: str) -> MissingRival:
     return MissingRival(f"{package} is not installed; get it with: pip install 'twotower[bench]'")
 
 
-def _read_header(file: Path) -> tuple[str, int]:
-    """A GGUF file's precision and size of vocabulary; ValueError (one line) if it is none."""
+def _read_header(file: Path) -> tuple[str, int, bool]:
+    """A GGUF file's precision, size of vocabulary, and whether its model has an end token.
+
+    Where it has none, `export_gguf` names the mask token. ValueError (one line) for another file.
+    """
     try:
         from gguf import GGUFReader, LlamaFileType
     except ImportError:
@@ -231,6 +235,10 @@ def _read_header(file: Path) -> tuple[str, int]:
         fields = GGUFReader(file).fields
         kind = LlamaFileType(fields["general.file_type"].contents())
         vocab_size = len(fields["tokenizer.ggml.tokens"].data)
+        end, mask = (
+            fields[key].contents() if (key := f"tokenizer.ggml.{role}_token_id") in fields else None
+            for role in ("eos", "mask")
+        )
     except (OSError, ValueError, IndexError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -238,4 +246,4 @@ def _read_header(file: Path) -> tuple[str, int]:
             "twotower convert --to gguf"
         ) from None
     name = kind.name.removeprefix("ALL_").removeprefix("MOSTLY_")
-    return _DTYPES.get(name, name), vocab_size
+    return _DTYPES.get(name, name), vocab_size, end != mask

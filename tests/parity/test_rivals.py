@@ -1,0 +1,113 @@
+"""The rivals' adapters: they write our greedy text, their clocks are right, libraries may miss."""
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from twotower import load_model
+from twotower.checkpoint import convert_to_gguf, export_transformers
+from twotower.cli.loading import shipped_model
+from twotower.engine import GenerateOptions, generate
+from twotower.race.rivals import (
+    Decoded,
+    MissingRival,
+    Rival,
+    load_llama_cpp,
+    load_transformers,
+)
+from twotower.tokenizer import load_tokenizer
+
+TEXTS = ["Translate to German: The cat", "def add(a, b):\n", "12 + 30 ="]
+
+
+@pytest.fixture(scope="module", params=["transformers", "xllamacpp"])
+def rival(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Rival]:
+    """Each rival on the shipped model in float32, one thread."""
+    pytest.importorskip(request.param)
+    place = tmp_path_factory.mktemp("rival") / "model"
+    if request.param == "transformers":
+        export_transformers(load_model(shipped_model(), towers="context"), place)
+        loaded = load_transformers(place, threads=1)
+    else:
+        convert_to_gguf(shipped_model(), place, "float32")
+        loaded = load_llama_cpp(place, threads=1)
+    yield loaded
+    loaded.close()
+
+
+def prompts() -> list[list[int]]:
+    tokenizer = load_tokenizer(shipped_model())
+    return [tokenizer.encode(text, add_bos=True) for text in TEXTS]
+
+
+def test_a_rival_computes_and_writes_what_we_do(rival: Rival) -> None:
+    """Guards both of a rival's paths, whole prompt and cached step, and its end of text."""
+    model = load_model(shipped_model(), dtype=torch.float32, towers="context")
+    ours = generate(model, prompts(), GenerateOptions(mode="ar", max_new_tokens=20))
+    assert {completion.finish_reason for completion in ours} == {"eos", "length"}
+    for ids, completion in zip(prompts(), ours, strict=True):
+        assert rival.decode(ids, 20).tokens == completion.tokens
+        with torch.no_grad():
+            expected = model.context_logits(torch.tensor([ids]))[0, -1].log_softmax(-1)
+        found = torch.tensor(rival.logprobs(ids))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_rivals_clock(rival: Rival) -> None:
+    """Guards units, and prompt reading that is counted as decoding."""
+    ids = prompts()[0] * 12
+    rival.decode(ids, 8)
+    start = time.perf_counter()
+    found = rival.decode(ids, 16)
+    elapsed = time.perf_counter() - start
+    assert 0.5 * elapsed < found.prefill_seconds + found.decode_seconds < elapsed + 0.002
+    steps = len(found.tokens) - 1
+    assert found.ms_per_token == pytest.approx(1000 * found.decode_seconds / steps)
+    # Reading over 100 tokens costs more than a step of one, and far less than as many steps.
+    assert found.ms_per_token / 1000 < found.prefill_seconds < len(ids) * found.decode_seconds
+
+
+def test_one_token_has_no_pace() -> None:
+    with pytest.raises(ValueError, match="needs at least 2 new tokens"):
+        _ = Decoded([5], 0.1, 0.0).ms_per_token
+
+
+def test_threads_of_others_are_left_alone(rival: Rival) -> None:
+    """Guards our own modes in the same process: a rival may not change their thread count."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        rival.decode(prompts()[0], 2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("library", ["transformers", "xllamacpp"])
+def test_a_missing_library_is_said(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    load = load_transformers if library == "transformers" else load_llama_cpp
+    with pytest.raises(MissingRival, match=rf"^{library} is not installed; .* pip install 'two"):
+        load(tmp_path, 1)
+
+
+def test_bad_files_and_long_prompts_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    (tmp_path / "a.gguf").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match=r"a\.gguf: not a GGUF file of a language model"):
+        load_llama_cpp(tmp_path / "a.gguf", 1)
+    convert_to_gguf(shipped_model(), tmp_path / "b.gguf", "q8_0")
+    loaded = load_llama_cpp(tmp_path / "b.gguf", 1)
+    with pytest.raises(ValueError, match="prompt of 4000 tokens and num_new=97 exceed the 4096"):
+        loaded.decode([5] * 4000, 97)
+    with pytest.raises(ValueError, match=r"^llama\.cpp: "):
+        loaded.decode([99999], 2)
+    loaded.close()
