@@ -61,6 +61,8 @@ class BenchOptions(RaceOptions, Placement):
         super().__post_init__()
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads: {self.threads} is too small; use at least 1")
+        if self.executor != "auto" and not self.quality:
+            raise ValueError("executor: for --quality alone; a race has --engines")
 
 
 def run(options: BenchOptions) -> int:
@@ -176,6 +178,7 @@ def _placement(options: BenchOptions) -> Placement:
         dtype=options.dtype,
         context_device=options.context_device,
         denoiser_device=options.denoiser_device,
+        executor="eager",  # the engines of the race take it from there
     )
 
 
@@ -190,6 +193,7 @@ def run_pair(options: BenchOptions) -> int:
             dtype=options.dtype,
             context_device=options.context_device,
             denoiser_device=options.denoiser_device,
+            executor=options.executor,
         )
     )
     modes = results["modes"]

@@ -157,6 +157,7 @@ def load_subject(options: EvaluateOptions) -> Loaded:
         dtype=options.dtype,
         context_device=options.context_device,
         denoiser_device=options.denoiser_device,
+        executor=options.executor,
     )
     loaded = load(options.model, GenerateOptions(mode=wanted), placement)  # type: ignore[arg-type]  # checked
     if loaded.tokenizer is None:

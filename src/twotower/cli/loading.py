@@ -9,6 +9,7 @@ import torch
 
 from twotower.checkpoint import generation_defaults, load_model, resolve
 from twotower.engine import GenerateOptions
+from twotower.engine.accelerate import Executor, accelerate
 from twotower.model import TwoTower
 from twotower.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
@@ -22,6 +23,9 @@ class Placement:
     dtype: DType = "float32"
     context_device: str = "cpu"
     denoiser_device: str = "cpu"
+    executor: Executor = "auto"
+    """native: passes in C++, compiled on first use (float32, CPU, no experts). eager: plain
+    PyTorch. auto: native where it can be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,4 +63,8 @@ def load(path: str | None, options: GenerateOptions, placement: Placement) -> Lo
     )
     has_tokenizer = (folder / TOKENIZER_FILE).exists()
     tokenizer = load_tokenizer(folder) if has_tokenizer else None
-    return Loaded(name="shipped" if path is None else path, model=model, tokenizer=tokenizer)
+    return Loaded(
+        name="shipped" if path is None else path,
+        model=accelerate(model, placement.executor),
+        tokenizer=tokenizer,
+    )
