@@ -44,17 +44,18 @@ def ssd_scan(
 
 def final_state(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, initial: Tensor | None) -> Tensor:
     """The state (B, H, P, N) after all L tokens alone; arguments as in `ssd_scan`."""
-    num_heads, num_groups = x.shape[2], B.shape[2]
+    num_rows, _, num_heads, head_dim = x.shape
     with torch.autocast(x.device.type, enabled=False):
         x, dt, A, B = (value.float() for value in (x, dt, A, B))
         log_decay = (dt * A).cumsum(1)  # (B, L, H): from the start through token i
-        to_end = (log_decay[:, -1:] - log_decay).exp()
-        x = x * (dt * to_end).unsqueeze(-1)
-        B = B.repeat_interleave(num_heads // num_groups, dim=2)
-        added = x.permute(0, 2, 3, 1) @ B.transpose(1, 2)  # (B, H, P, L) @ (B, H, L, N)
+        last = log_decay[:, -1:]
+        x = x * (dt * (last - log_decay).exp()).unsqueeze(-1)
+        by_group = x.unflatten(2, (B.shape[2], -1)).flatten(3).permute(0, 2, 3, 1)
+        added: Tensor = by_group @ B.transpose(1, 2)  # (B, G, H/G*P, L) @ (B, G, L, N)
+        added = added.view(num_rows, num_heads, head_dim, -1)
         if initial is None:
             return added
-        return added + initial.float() * log_decay[:, -1].exp()[:, :, None, None]
+        return added.addcmul_(initial.float(), last.exp().view(num_rows, num_heads, 1, 1))
 
 
 def _step(

@@ -36,14 +36,19 @@ class MambaInputs(NamedTuple):
     ssm: Tensor | None
 
     def state_after(self, counts: Tensor) -> MambaState:
-        """The state after the first counts (B,) of the L tokens, leading (B,).
+        """The state after the first counts (B,) of the L tokens, leading (B,); counts on the CPU.
 
         Source: system.md section 4, 'Self-speculation', step 3.
         """
-        kept = self.conv.shape[1] - self.dt.shape[1]
-        conv = _windows(self.conv, counts.unsqueeze(1), kept)[:, 0]
-        dt = self.dt * _is_valid(self.dt.shape[1], counts).unsqueeze(-1)
-        return MambaState(conv, ssd.final_state(self.heads, dt, self.A, self.B, self.ssm))
+        ends = counts.tolist()
+        most, kept = max(*ends, 1), self.conv.shape[1] - self.dt.shape[1]
+        conv = torch.stack(
+            [row[end : end + kept] for row, end in zip(self.conv, ends, strict=True)]
+        )
+        heads, dt, B = self.heads[:, :most], self.dt[:, :most], self.B[:, :most]
+        if min(ends) < most:
+            dt = dt * _is_valid(most, counts.to(dt.device)).unsqueeze(-1)
+        return MambaState(conv.mT, ssd.final_state(heads, dt, self.A, B, self.ssm))
 
 
 class Mamba2(nn.Module):

@@ -119,7 +119,7 @@ class ContextCache:
             elif isinstance(new, MambaState):
                 self._states[index] = MambaState(new.conv[:, -1], new.ssm[:, -1])
             elif isinstance(new, MambaInputs):
-                self._states[index] = new.state_after(counts.to(new.dt.device))
+                self._states[index] = new.state_after(counts)
         last = (counts - 1).clamp(min=0).to(hidden.device)
         newest = hidden[torch.arange(self.num_rows, device=hidden.device), last]
         if self.last_hidden is not None:
