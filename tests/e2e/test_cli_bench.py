@@ -57,7 +57,7 @@ def test_the_race_without_rivals(
             assert row["decode_ms_per_token"] > 0 and row["n"] == found["n"]
         assert found["best_ar"][1] == "ar"
         assert {"ar_step", "denoise_pass", "extend"} <= set(found["ms"])
-        assert [row["regime"].split("-")[1] for row in found["limits"]] == ["bound"] * 4
+        assert [row["regime"].split("-")[1] for row in found["limits"]] == ["bound"] * 8
         missing = " ".join(found["missing"])
         assert "transformers" in missing and "llama.cpp-q8_0" in missing
         assert "pip install" in missing
