@@ -16,7 +16,15 @@ from twotower.cli.flags import field_docs, optional_flags
 from twotower.cli.loading import DType, Loaded, Placement, load
 from twotower.cli.prompts import Prompt, read_prompts
 from twotower.cli.text import printable
-from twotower.engine import Completion, Event, Finished, GenerateOptions, TokensCommitted, stream
+from twotower.engine import (
+    MAX_ROWS,
+    Completion,
+    Event,
+    Finished,
+    GenerateOptions,
+    TokensCommitted,
+    stream,
+)
 
 if TYPE_CHECKING:
     Decoding = dict[str, object]
@@ -43,6 +51,11 @@ class GenerateArguments:
     input: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """File of prompts: .jsonl has one object a line, {"prompt": text or token ids}; any other
     file is one prompt, without its last line break."""
+    output: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Answer a .jsonl --input of any length into this file, one object a line, in order. A line
+    may have options of its own and an "id". The same command again goes on after a kill."""
+    max_rows: int = MAX_ROWS
+    """Prompts decoded at the same time; the others wait for a place."""
     model: Annotated[
         str | None,
         tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: the shipped model)"),
@@ -70,10 +83,28 @@ class GenerateArguments:
     decoding: Annotated[Decoding, tyro.conf.arg(name="")]
     """How to decode."""
 
+    def __post_init__(self) -> None:
+        if self.max_rows < 1:
+            raise ValueError(f"max_rows={self.max_rows} must be at least 1")
+        if self.output is None:
+            return
+        if self.input is None or self.input.suffix != ".jsonl":
+            raise ValueError(
+                f"output: answers a file; give --input FILE.jsonl ({self.input} given)"
+            )
+        if self.prompts or self.json or self.trace:
+            raise ValueError(
+                "output: takes the prompts of --input alone and writes lines of JSON; "
+                "leave out other prompts, --json and --trace"
+            )
+
+    def given(self) -> dict[str, object]:
+        """The decoding options that were named."""
+        return {**self.decoding, **({"stop": self.stop} if self.stop else {})}
+
     def generate_options(self) -> GenerateOptions:
         """Options of which only the given flags count as given."""
-        stop = {"stop": self.stop} if self.stop else {}
-        given: dict[str, object] = {**self.decoding, **stop}
+        given = self.given()
         return GenerateOptions(**given)  # type: ignore[arg-type]  # checked by __post_init__
 
     def placement(self) -> Placement:
@@ -88,11 +119,13 @@ class GenerateArguments:
 def run(options: GenerateArguments) -> int:
     """Generate; returns the exit status. Errors of the user arrive as ValueError."""
     decoding = options.generate_options()
+    if options.input is not None and options.output is not None:
+        return _complete_file(options, options.input, options.output)
     prompts = read_prompts(options.prompts, options.input)
     with _open_trace(options.trace) as trace:
         loaded = load(options.model, decoding, options.placement())
         start = time.perf_counter()
-        events = stream(loaded.model, prompts, decoding, loaded.tokenizer)
+        events = stream(loaded.model, prompts, decoding, loaded.tokenizer, options.max_rows)
         events = events if trace is None else _traced(events, trace)
         is_live = len(prompts) == 1 and not options.json and sys.stdout.isatty()
         completions = _finished(_shown(events) if is_live else events)
@@ -104,6 +137,21 @@ def run(options: GenerateArguments) -> int:
     else:
         _print_texts(completions)
     return 0
+
+
+def _complete_file(options: GenerateArguments, source: Path, target: Path) -> int:
+    from twotower.cli.offline import Job, complete_file
+
+    return complete_file(
+        Job(
+            input=source,
+            output=target,
+            model=options.model,
+            given=options.given(),
+            placement=options.placement(),
+            max_rows=options.max_rows,
+        )
+    )
 
 
 def per_pass(completion: Completion) -> float | None:

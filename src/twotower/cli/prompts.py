@@ -58,6 +58,11 @@ def _parse_line(line: str, where: str) -> Prompt:
         record = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where} is not JSON ({error}); write one object a line") from None
+    return parse_prompt(record, where)
+
+
+def parse_prompt(record: object, where: str) -> Prompt:
+    """The prompt of a line's object; ValueError (one line, which begins with `where`)."""
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if isinstance(prompt, str):
         return require_utf8(prompt, where)

@@ -1,0 +1,183 @@
+"""`twotower generate --input FILE --output FILE`: any number of prompts, line by line.
+
+Lines are read as places become free and written in the input's order, so that memory holds a
+window of them; the same command again goes on where a killed one stopped.
+"""
+
+import dataclasses
+import difflib
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from twotower.cli.loading import Loaded, Placement, load
+from twotower.cli.output_file import InputLine, OutputFile, read_lines, run_key
+from twotower.cli.prompts import parse_prompt
+from twotower.engine import (
+    Completion,
+    Failed,
+    Finished,
+    GenerateOptions,
+    Request,
+    stream_requests,
+)
+
+REFUSED_LINES = 3  # exit status: all is done, but some lines were no request
+# Lines between the first unwritten and the last read, for each place: a long text holds up the
+# writing of the short ones behind it, and decoding should not wait.
+_WINDOW = 16
+_OPTION_NAMES = [field.name for field in dataclasses.fields(GenerateOptions)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to decode, how, and where the results go."""
+
+    input: Path
+    output: Path
+    model: str | None
+    given: Mapping[str, object]  # decoding options that the user named
+    placement: Placement
+    max_rows: int
+
+
+def complete_file(job: Job) -> int:
+    """Decode every line of the input; returns the exit status."""
+    options = GenerateOptions(**job.given)  # type: ignore[arg-type]  # checked by __post_init__
+    total = sum(1 for _ in read_lines(job.input))
+    with OutputFile(job.output) as output:
+        loaded = load(job.model, options, job.placement)
+        key = run_key(loaded, options.with_defaults(loaded.model.generation_defaults))
+        lines = read_lines(job.input)
+        output.resume(lines, key)
+        before, start = output.counts["done"], time.perf_counter()
+        num_tokens = _decode(job, loaded, Window(lines, output, key, job), total)
+        seconds = time.perf_counter() - start
+    done, refused = output.counts["done"], output.counts["refused"]
+    print(
+        f"{done - before} lines in {seconds:.1f} s ({num_tokens / seconds:.0f} tokens/s), "
+        f"{before} were done before; {refused} of {done} refused",
+        file=sys.stderr,
+    )
+    return REFUSED_LINES if refused else 0
+
+
+def _decode(job: Job, loaded: Loaded, window: "Window", total: int) -> int:
+    """Run the scheduler over the window's lines; returns how many tokens were written."""
+    num_tokens = 0
+    console = Console(stderr=True)
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    ) as bar:
+        task, start = bar.add_task("", total=total), time.perf_counter()
+        events = stream_requests(loaded.model, window.requests(), loaded.tokenizer, job.max_rows)
+        for event in events:
+            if isinstance(event, Finished):
+                num_tokens += len(event.completion.tokens)
+                window.answer(event.row, _result(event.completion))
+            elif isinstance(event, Failed):
+                window.answer(event.row, {"error": event.message})
+            else:
+                continue
+            rate = num_tokens / (time.perf_counter() - start)
+            bar.update(task, completed=window.num_done, description=f"{rate:.0f} tokens/s")
+        bar.update(task, completed=window.num_done)
+    return num_tokens
+
+
+@dataclass
+class _Entry:
+    line: InputLine
+    copied: dict[str, object]  # what the result takes over from the line
+    result: dict[str, object] | None = None
+
+
+class Window:
+    """Lines on their way, in order: read when there is room, written when all before them are."""
+
+    def __init__(self, lines: Iterator[InputLine], output: OutputFile, key: str, job: Job) -> None:
+        self._lines, self._output, self._key = lines, output, key
+        self._given, self._size = job.given, _WINDOW * job.max_rows
+        self._entries: deque[_Entry] = deque()
+        self._requested: dict[int, _Entry] = {}
+
+    @property
+    def num_done(self) -> int:
+        """Lines that are written, earlier runs included."""
+        return self._output.counts["done"]
+
+    def requests(self) -> Iterator[Request | None]:
+        """The requests of the lines; None while the window is full. Bad lines are answered."""
+        number = 0
+        for line in self._lines:
+            while len(self._entries) >= self._size:
+                yield None
+            entry = _Entry(line, {})
+            self._entries.append(entry)
+            try:
+                record = _parse(line)
+                if "id" in record:
+                    entry.copied["id"] = record["id"]
+                request = _request(record, self._given)
+            except ValueError as error:
+                self._set(entry, {"error": str(error)})
+                continue
+            self._requested[number] = entry
+            number += 1
+            yield request
+
+    def answer(self, row: int, result: dict[str, object]) -> None:
+        """The result of the request `row`."""
+        self._set(self._requested.pop(row), result)
+
+    def _set(self, entry: _Entry, result: dict[str, object]) -> None:
+        """Note a result, and write it and all that waited for it."""
+        if "error" in result:
+            print(f"line {entry.line.number}: {result['error']}", file=sys.stderr)
+        entry.result = result
+        while self._entries and (ready := self._entries[0].result) is not None:
+            first = self._entries.popleft()
+            self._output.write(first.line, self._key, {**first.copied, **ready})
+
+
+def _parse(line: InputLine) -> dict[str, object]:
+    try:
+        record = json.loads(line.content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text (byte {error.start}); convert it") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error}); write one object a line") from None
+    if not isinstance(record, dict):
+        raise ValueError('not an object; write {"prompt": ...}')
+    return record
+
+
+def _request(record: Mapping[str, object], given: Mapping[str, object]) -> Request:
+    """Prompt and options of one line, which win over the command's."""
+    prompt = parse_prompt(record, "the line")
+    own = {name: value for name, value in record.items() if name not in ("prompt", "id")}
+    for name in own:
+        if name not in _OPTION_NAMES:
+            near = difflib.get_close_matches(name, [*_OPTION_NAMES, "prompt", "id"], 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{name!r} is no option{hint or '; see twotower generate -h'}")
+    values = {**given, **own}
+    return Request(prompt, GenerateOptions(**values))  # type: ignore[arg-type]  # checks itself
+
+
+def _result(completion: Completion) -> dict[str, object]:
+    return {
+        "text": completion.text,
+        "tokens": completion.tokens,
+        "nfe": completion.nfe,
+        "context_forwards": completion.context_forwards,
+        "finish_reason": completion.finish_reason,
+    }

@@ -1,0 +1,286 @@
+"""`twotower generate --output`: order, bad lines, kill and resume, what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import twotower
+from tiny_checkpoint import make_checkpoint
+from twotower.cli import offline
+from twotower.cli.main import main
+
+SHAPE = ["--max-new-tokens", "6", "--eos-token-id", "none", "--max-rows", "3"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("offline") / "model"))
+
+
+def write_lines(file: Path, records: list[object]) -> Path:
+    file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return file
+
+
+def prompts(count: int) -> list[object]:
+    """Texts of different lengths, every third with options of its own."""
+    own = [{}, {"mode": "ar", "max_new_tokens": 9}, {"temperature": 0.9, "seed": 7}]
+    return [{"prompt": "abc" * (1 + i % 5), "id": f"n{i}", **own[i % 3]} for i in range(count)]
+
+
+def answer(source: Path, target: Path, checkpoint: str, *flags: str) -> int:
+    given = ["--input", str(source), "--output", str(target), "--model", checkpoint]
+    return main(["generate", *given, *SHAPE, *flags])
+
+
+def records(file: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_results_are_the_librarys_in_the_order_of_the_input(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against results that are handed to the wrong line when rows end out of order."""
+    lines = prompts(11)
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    source.write_text(source.read_text().replace('{"prompt"', '\n{"prompt"', 1))  # a blank line
+    assert answer(source, tmp_path / "out.jsonl", checkpoint) == 0
+    out, err = capsys.readouterr()
+    assert out == "" and "11 lines in " in err and "0 of 11 refused" in err
+    model, tokenizer = twotower.load_model(checkpoint), twotower.load_tokenizer(checkpoint)
+    found = records(tmp_path / "out.jsonl")
+    assert [record["line"] for record in found] == list(range(2, 13))
+    for line, record in zip(lines, found, strict=True):
+        assert isinstance(line, dict)
+        own = {k: v for k, v in line.items() if k not in ("prompt", "id")}
+        o = twotower.GenerateOptions(**{"max_new_tokens": 6, "eos_token_id": None, **own})
+        (expected,) = twotower.generate(model, [line["prompt"]], o, tokenizer)
+        assert record.pop("key") and record.pop("line")
+        assert record == {
+            "id": line["id"],
+            "text": expected.text,
+            "tokens": expected.tokens,
+            "nfe": expected.nfe,
+            "context_forwards": expected.context_forwards,
+            "finish_reason": "length",
+        }
+
+
+BAD = {
+    2: (b'{"prompt": "a"', "not JSON"),
+    3: (b'{"prompt": ""}', "the prompt is empty; give at least one character"),
+    4: (
+        b'{"prompt": "a", "temprature": 1}',
+        "'temprature' is no option; did you mean temperature?",
+    ),
+    6: (b'{"prompt": "a", "temperature": "hot"}', "temperature='hot' must be of type"),
+    7: (b'"a"', 'not an object; write {"prompt": ...}'),
+    8: (b'{"prompt": "\xe9"}', "not UTF-8 text"),
+    9: (b'{"prompt": [1, 41]}', "token 41 outside the vocabulary"),
+    10: (b'{"text": "a"}', 'the line has no "prompt"'),
+    11: (b'{"prompt": "a", "mode": "fast"}', "mode='fast' is unknown"),
+    12: (b'{"prompt": "\\ud800"}', "the line is not UTF-8 text"),
+    13: (b'{"prompt": "a", "eos_token_id": 99}', "eos_token_id=99 is outside"),
+}
+
+
+@pytest.mark.parametrize("window", [1, 16])
+def test_a_bad_line_is_reported_and_the_rest_goes_on(
+    window: int,
+    checkpoint: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Guards long runs: one broken line must neither stop them nor go by unseen. A small window
+    guards against waiting for ever behind lines that need no decoding."""
+    monkeypatch.setattr(offline, "_WINDOW", window)
+    good = b'{"prompt": "ab"}'
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b"\n".join(BAD.get(n, (good, ""))[0] for n in range(1, 15)) + b"\n")
+    assert answer(source, tmp_path / "out.jsonl", checkpoint) == offline.REFUSED_LINES
+    err = capsys.readouterr().err
+    found = records(tmp_path / "out.jsonl")
+    assert [record["line"] for record in found] == list(range(1, 15))
+    for number, record in enumerate(found, 1):
+        if number in BAD:
+            assert BAD[number][1] in str(record["error"]), record
+            assert f"line {number}: {record['error']}\n" in err
+        else:
+            assert record["text"]
+    assert "11 of 14 refused" in err
+    # a run that has nothing left to do still says that the file is not clean
+    assert answer(source, tmp_path / "out.jsonl", checkpoint) == offline.REFUSED_LINES
+
+
+def test_a_prompt_too_long_for_memory_is_a_bad_line(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from twotower.engine import prefill
+
+    monkeypatch.setattr(prefill, "available_bytes", lambda device: 10**6)
+    lines = [{"prompt": "a"}, {"prompt": [5] * 9000}, {"prompt": "b"}]
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    assert answer(source, tmp_path / "out.jsonl", checkpoint) == offline.REFUSED_LINES
+    first, second, third = records(tmp_path / "out.jsonl")
+    assert first["text"] and third["text"]
+    assert "a prompt of 9000 tokens in 1 rows needs" in str(second["error"])
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(checkpoint: str, tmp_path: Path) -> None:
+    """Guards resumption: a line lost, repeated or half written at the kill."""
+    source = write_lines(tmp_path / "in.jsonl", prompts(60))
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    assert answer(source, whole, checkpoint) == 0
+    flags = ["--input", str(source), "--output", str(killed), "--model", checkpoint, *SHAPE]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "twotower.cli.main", "generate", *flags], stderr=subprocess.DEVNULL
+    )
+    while not killed.exists() or killed.read_bytes().count(b"\n") < 5:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    part = killed.read_bytes()
+    assert part.count(b"\n") < 60
+    assert whole.read_bytes().startswith(part)
+    assert answer(source, killed, checkpoint) == 0
+    assert killed.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40, -1, -7])
+def test_a_broken_last_line_is_written_again(cut: int, checkpoint: str, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", prompts(4))
+    target = tmp_path / "out.jsonl"
+    assert answer(source, target, checkpoint) == 0
+    whole = target.read_bytes()
+    target.write_bytes(whole[:cut])
+    assert answer(source, target, checkpoint) == 0
+    assert target.read_bytes() == whole
+
+
+def test_lines_added_to_the_input_are_answered_by_the_next_run(
+    checkpoint: str, tmp_path: Path
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", prompts(3))
+    target = tmp_path / "out.jsonl"
+    assert answer(source, target, checkpoint) == 0
+    before = target.read_bytes()
+    write_lines(source, prompts(5))
+    assert answer(source, target, checkpoint) == 0
+    assert target.read_bytes().startswith(before) and len(records(target)) == 5
+
+
+def test_a_file_of_another_run_is_refused(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against a file whose halves were decoded differently."""
+    source, target = write_lines(tmp_path / "in.jsonl", prompts(3)), tmp_path / "out.jsonl"
+    assert answer(source, target, checkpoint) == 0
+    before = target.read_bytes()
+    other = make_checkpoint(tmp_path / "other", max_new_tokens=5)
+    changed = write_lines(tmp_path / "changed.jsonl", [*prompts(2), {"prompt": "c"}])
+    shorter = write_lines(tmp_path / "shorter.jsonl", prompts(2))
+    foreign = tmp_path / "foreign.jsonl"
+    foreign.write_text('{"text": "mine"}\n')
+    capsys.readouterr()
+    for arguments, said in [
+        ((source, target, checkpoint, "--temperature", "0.5"), "line 1 was written with another"),
+        ((changed, target, checkpoint), "line 3 was written from another input"),
+        ((shorter, target, checkpoint), "line 3 was written from another input"),
+        ((source, foreign, checkpoint), "line 1 was not written by this command"),
+    ]:
+        assert answer(*arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and said in err
+    assert target.read_bytes() == before
+    assert foreign.read_text() == '{"text": "mine"}\n'
+    # the same weights elsewhere are the same model: what counts is what they say
+    assert answer(source, target, str(other)) == 0
+
+
+def test_another_models_file_is_refused(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = write_lines(tmp_path / "in.jsonl", prompts(3)), tmp_path / "out.jsonl"
+    assert answer(source, target, checkpoint) == 0
+    other = make_checkpoint(tmp_path / "other")
+    content = bytearray((other / "model.safetensors").read_bytes())
+    content[-100:] = bytes(100)
+    (other / "model.safetensors").write_bytes(content)
+    assert answer(source, target, str(other)) == 2
+    assert "with another model or other options" in capsys.readouterr().err
+
+
+def test_an_empty_file_has_an_empty_answer(checkpoint: str, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    for content in ("", "\n\n"):
+        source.write_text(content)
+        assert answer(source, target, checkpoint) == 0
+        assert target.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--input", "{tmp}/in.jsonl", "--output", "{tmp}/no/out.jsonl"], "output: cannot write"),
+        (["--input", "{tmp}/in.jsonl", "--output", "{tmp}"], "output: cannot write"),
+        (["--input", "{tmp}/none.jsonl", "--output", "{tmp}/o"], "input: cannot read"),
+        (["--input", "{tmp}/in.txt", "--output", "{tmp}/o"], "give --input FILE.jsonl"),
+        (["a", "--output", "{tmp}/o"], "give --input FILE.jsonl"),
+        (["a", "--input", "{tmp}/in.jsonl", "--output", "{tmp}/o"], "leave out other prompts"),
+        (["--json", "--input", "{tmp}/in.jsonl", "--output", "{tmp}/o"], "--json"),
+        (["a", "--max-rows", "0"], "max_rows=0 must be at least 1"),
+    ],
+)
+def test_refusals_are_one_line(
+    arguments: list[str],
+    said: str,
+    checkpoint: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_lines(tmp_path / "in.jsonl", prompts(2))
+    given = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    assert main(["generate", *given, "--model", checkpoint]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: ") and said in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_full_disk_is_one_line(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", prompts(2))
+    target = tmp_path / "out.jsonl"
+    target.symlink_to("/dev/full")
+    assert answer(source, target, checkpoint) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "output: cannot write" in err
+
+
+def test_memory_holds_a_window_of_lines(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards files larger than memory: a slow first line must not let the rest be read."""
+    monkeypatch.setattr(offline, "_WINDOW", 2)
+    most = 0
+
+    class Watched(offline.Window):
+        def _set(self, entry: offline._Entry, result: dict[str, object]) -> None:
+            nonlocal most
+            most = max(most, len(self._entries))
+            super()._set(entry, result)
+
+    monkeypatch.setattr(offline, "Window", Watched)
+    lines = [{"prompt": "a", "max_new_tokens": 40}, *({"prompt": "b"} for _ in range(40))]
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    assert answer(source, tmp_path / "out.jsonl", checkpoint) == 0
+    assert most == 6  # two for each of three places
+    assert len(records(tmp_path / "out.jsonl")) == 41
