@@ -4,6 +4,7 @@ Rows of one batch belong to different requests: each has its own temperature, to
 top-p and generator, so that a row's tokens never depend on its neighbours.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ class SamplingParams:
         _require(self.temperature, "temperature", 0.0, float("inf"), "0 means greedy")
         _require(self.top_k, "top_k", 0, float("inf"), "0 means off")
         _require(self.top_p, "top_p", 0.0, 1.0, "1 means off")
-        if bool((torch.as_tensor(self.top_p) == 0).any()):
+        if 0 in torch.as_tensor(self.top_p).flatten().tolist():
             raise ValueError("top_p = 0: must be in (0, 1]; for greedy choice set temperature 0")
 
     def select(self, rows: Tensor) -> "SamplingParams":
@@ -45,10 +46,11 @@ class SamplingParams:
 
 def _require(value: PerRow, name: str, low: float, high: float, remedy: str) -> None:
     """Raise ValueError unless low <= value <= high and finite, for every row."""
-    values = torch.as_tensor(value).double()
-    bad = ~((values >= low) & (values <= high) & values.isfinite())
-    if bool(bad.any()):
-        shown = values[bad].flatten()[0].item()
+    # as plain numbers: they are few, and tensor operations here would cost more than a small model
+    values = torch.as_tensor(value).flatten().tolist()
+    bad = [v for v in values if not (low <= v <= high and math.isfinite(v))]
+    if bad:
+        shown = bad[0]
         limit = f"in [{low:g}, {high:g}]" if high < float("inf") else f"finite and >= {low:g}"
         raise ValueError(f"{name} = {shown:g}: must be {limit}; {remedy}")
 

@@ -112,21 +112,19 @@ class ContextCache:
 
     def append(self, states: list[NewState], hidden: Tensor, counts: Tensor) -> None:
         """Commit what the tower returned for counts[b] >= 0 tokens per row; hidden (B, L, D)."""
+        num_past, is_uniform = self.num_past, self.is_uniform
         for index, new in enumerate(states):
             old = self._states[index]
             if isinstance(new, KV) and isinstance(old, KV):
-                self._states[index] = KV(self._write(old.k, new.k), self._write(old.v, new.v))
+                grown = KV(*(_with_room(part, num_past, new.k.shape[1]) for part in old))
+                for buffer, part in zip(grown, new, strict=True):
+                    self._write(buffer, part, num_past if is_uniform else None)
+                self._states[index] = grown
             elif isinstance(new, MambaState):
                 self._states[index] = MambaState(new.conv[:, -1], new.ssm[:, -1])
             elif isinstance(new, MambaInputs):
                 self._states[index] = new.state_after(counts)
-        last = (counts - 1).clamp(min=0).to(hidden.device)
-        newest = hidden[torch.arange(self.num_rows, device=hidden.device), last]
-        if self.last_hidden is not None:
-            newest = torch.where(
-                (counts > 0).to(hidden.device).unsqueeze(1), newest, self.last_hidden
-            )
-        self.last_hidden = newest
+        self.last_hidden = self._newest(hidden, counts)
         self.lengths = self.lengths + counts
 
     def accept(self, reading: Reading, counts: Tensor) -> None:
@@ -161,19 +159,23 @@ class ContextCache:
         ]
         return joined
 
-    def _write(self, buffer: Tensor, new: Tensor) -> Tensor:
-        """Put new (B, L, Hk, A) behind each row's last token; returns the buffer, grown if full."""
-        num_past, length = self.num_past, new.shape[1]
-        if num_past + length > buffer.shape[1]:
-            # Zeros, not empty: a masked key has weight 0, but 0 times stray NaN is NaN.
-            grown = buffer.new_zeros(
-                len(buffer), max(num_past + length, 2 * buffer.shape[1]), *buffer.shape[2:]
-            )
-            grown[:, :num_past] = buffer[:, :num_past]
-            buffer = grown
-        if self.is_uniform:
-            buffer[:, num_past : num_past + length] = new
-            return buffer
+    def _newest(self, hidden: Tensor, counts: Tensor) -> Tensor:
+        """Each row's output (B, D) at the last of its counts[b] tokens; the old one where none."""
+        first, *others = counts.tolist()
+        if first > 0 and all(count == first for count in others):
+            return hidden[:, first - 1]
+        last = (counts - 1).clamp(min=0).to(hidden.device)
+        newest = hidden[torch.arange(self.num_rows, device=hidden.device), last]
+        if self.last_hidden is None:
+            return newest
+        return torch.where((counts > 0).to(hidden.device).unsqueeze(1), newest, self.last_hidden)
+
+    def _write(self, buffer: Tensor, new: Tensor, start: int | None) -> None:
+        """Put new (B, L, Hk, A) at `start`, or behind each row's last token where those differ."""
+        length = new.shape[1]
+        if start is not None:
+            buffer[:, start : start + length] = new
+            return
         # Tokens beyond a row's count land behind its length: the mask hides them, the next call
         # overwrites them.
         position = self.lengths.to(new.device).unsqueeze(1) + torch.arange(
@@ -182,7 +184,17 @@ class ContextCache:
         buffer[torch.arange(len(buffer), device=new.device).unsqueeze(1), position] = new.to(
             buffer.dtype
         )
+
+
+def _with_room(buffer: Tensor, num_past: int, length: int) -> Tensor:
+    """The buffer (B, room, Hk, A), grown if `length` tokens do not fit behind num_past others."""
+    if num_past + length <= buffer.shape[1]:
         return buffer
+    # Zeros, not empty: a masked key has weight 0, but 0 times stray NaN is NaN.
+    room = max(num_past + length, 2 * buffer.shape[1])
+    grown = buffer.new_zeros(len(buffer), room, *buffer.shape[2:])
+    grown[:, :num_past] = buffer[:, :num_past]
+    return grown
 
 
 def _select(layers: tuple[LayerState, ...], rows: Tensor) -> tuple[LayerState, ...]:
