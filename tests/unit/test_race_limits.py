@@ -3,15 +3,18 @@
 import pytest
 import torch
 
-from tiny_models import tiny_config
+from tiny_models import fresh_model, tiny_config
 from twotower.race.limits import (
     Limit,
+    Machine,
     measure_bandwidth,
     measure_peak,
     pass_limit,
     pass_work,
     regime,
 )
+from twotower.race.passes import PassShape
+from twotower.race.regimes import describe_limits, doubt_limits
 
 
 def test_the_work_of_a_pass() -> None:
@@ -57,3 +60,39 @@ def test_measured_limits_are_physical() -> None:
     """Between a slow tablet and the fastest server: a wrong unit is off by thousands."""
     assert 1e8 < measure_bandwidth(2**20) < 1e13
     assert 1e8 < measure_peak(torch.float32) < 1e14
+
+
+def row(ms: float) -> dict[str, object]:
+    return {"engine": "native", "call": "extend", "ms": ms, "stream_ms": 4.0, "compute_ms": 10.0}
+
+
+def test_a_pass_below_its_limit_is_doubted() -> None:
+    """Silent failure: a peak measured beside a training run makes every pass look compute-bound."""
+    assert doubt_limits("160M", [row(8.1), row(40.0)]) == []
+    (line,) = doubt_limits("160M", [row(8.1), row(7.9), row(1.0)])
+    assert line.startswith("160M: native extend took 7.90 ms, less than its limit of 10.00 ms")
+
+
+def test_rivals_rows_have_their_own_weights() -> None:
+    """Silent failure: llama.cpp's 8-bit weights are counted as float32, or its row is ours."""
+    passes = {call: {"median": 2.0} for call in ("ar_step", "denoise_pass", "extend", "verify")}
+    record = {
+        "ms_by_engine": {"pytorch": passes},
+        "engines": {
+            "pytorch": {"ar": {"decode_ms_per_token": 3.0}},
+            "llama.cpp-q8_0": {"ar": {"decode_ms_per_token": 0.5}},
+            "transformers": {"ar": {"decode_ms_per_token": None}},
+        },
+    }
+    config = tiny_config(hybrid_override_pattern="M*-")
+    model = fresh_model(hybrid_override_pattern="M*-")
+    shape = PassShape(num_past=10, block_size=4, repeats=1, seed=0)
+    rows = describe_limits(model, record, shape, Machine())
+    assert [(r["engine"], r["call"], r["ms"]) for r in rows] == [
+        *(("pytorch", call, 2.0) for call in passes),
+        ("llama.cpp-q8_0", "ar_step", 0.5),
+    ]
+    assert rows[1]["operations"] == pass_work(config, 4, 10, 4, 4).operations
+    assert rows[2]["bytes"] == pass_work(config, 4, 10, 0, 4).total_bytes
+    assert rows[4]["bytes"] == pass_work(config, 1, 10, 1, 34 / 32).total_bytes
+    assert {r["regime"] for r in rows} == {"overhead-bound"}  # a tiny model in milliseconds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from twotower.evaluate.plots import COLORS, new_figure
@@ -54,11 +54,18 @@ def plot_passes(record: Record) -> Figure:
             fontsize=7,
         )
     axes.set_yticks([-row - 1.5 * height for row in range(len(rows))], [name for name, _ in rows])
-    axes.set_xscale("log")
+    _scale_log(axes, [calls[call]["median"] for _, calls in rows for call in CALLS])
     axes.set_xlabel("ms a pass, median and quartiles; x: over the AR step")
     axes.set_title("One pass")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=len(CALLS), fontsize=8)
     return figure
+
+
+def _scale_log(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis from below the least value, with room for labels behind the largest."""
+    axes.set_xscale("log")
+    axes.set_xlim(min(values) / 3, max(values) * 6)
+    axes.tick_params(axis="x", which="minor", labelbottom=False)
 
 
 def plot_speed(record: Record) -> Figure:
@@ -80,8 +87,9 @@ def plot_speed(record: Record) -> Figure:
         axes.plot([slow, fast], [at, at], color=color, linewidth=2)
         axes.plot([middle], [at], "o", color=color)
     axes.set_yticks(range(len(rows)), [name for name, _, _ in reversed(rows)])
+    axes.set_ylim(-1, len(rows))
     axes.set_xscale("log")
-    axes.set_xlabel("tokens/s without reading the prompt, median and quartiles over prompts")
+    axes.set_xlabel("tokens/s, prompt apart; median, quartiles")
     axes.set_title("Speed")
     return figure
 
@@ -94,13 +102,14 @@ def plot_break_even(size: str, found: Record) -> Figure:
     rates = [1 + step * (block_size - 1) / 60 for step in range(61)]
     for place, (engine, calls) in enumerate(found["ms_by_engine"].items()):
         denoise, extend = calls["denoise_pass"]["median"], calls["extend"]["median"]
-        for baseline, ar_ms, line in (
-            ("its own AR step", calls["ar_step"]["median"], "--"),
-            (f"best AR, {found['best_ar_decode'][0]}", found["best_ar_decode_ms"], "-"),
+        needed = found["pays"][engine]["needed_tokens_per_nfe"]
+        for name, words, ar_ms, line in (
+            ("own_ar", "its own AR step", calls["ar_step"]["median"], "--"),
+            ("best_ar", f"best AR, {found['best_ar_decode'][0]}", found["best_ar_decode_ms"], "-"),
         ):
             speedups = [ar_ms / block_cost(denoise, extend, k, block_size) for k in rates]
-            label = f"{engine} over {baseline}"
-            axes.plot(rates, speedups, line, color=COLORS[place], label=label)
+            axes.plot(rates, speedups, line, color=COLORS[place], label=f"{engine} over {words}")
+            _mark_break_even(axes, needed[name], COLORS[place])
     _mark_measured(axes, found)
     for level in (1.0, TARGET):
         axes.axhline(level, color="gray", linestyle=":", linewidth=1)
@@ -110,6 +119,17 @@ def plot_break_even(size: str, found: Record) -> Figure:
     axes.set_title(f"When blocks pay, {size}")
     axes.legend(fontsize=8)
     return figure
+
+
+def _mark_break_even(axes: Axes, needed: Mapping[str, float | None], color: str) -> None:
+    """A ring where a line crosses a level, with its tokens per pass."""
+    for speedup, tokens in needed.items():
+        if tokens is not None and tokens >= 1:
+            point = (tokens, float(speedup))
+            axes.plot(*point, "o", color=color, fillstyle="none")
+            axes.annotate(
+                f"{tokens:.1f}", point, textcoords="offset points", xytext=(4, -10), fontsize=7
+            )
 
 
 def _mark_measured(axes: Axes, found: Record) -> None:
@@ -134,9 +154,10 @@ def plot_limits(size: str, found: Record) -> Figure:
         axes.barh([at], [row["ms"]], color=REGIME_COLORS[row["regime"]])
         axes.plot([row["stream_ms"]], [at], "|", color="black", markersize=12)
         axes.plot([row["compute_ms"]], [at], "x", color="black", markersize=6)
-        axes.annotate(row["regime"], (row["ms"], at), fontsize=7, va="center")
+        end = max(row["ms"], row["stream_ms"], row["compute_ms"])
+        axes.annotate(f"  {row['regime']}", (end, at), fontsize=7, va="center")
     axes.set_yticks(range(len(rows)), [f"{row['engine']} {row['call']}" for row in rows])
-    axes.set_xscale("log")
+    _scale_log(axes, [row[key] for row in rows for key in ("ms", "stream_ms", "compute_ms")])
     axes.set_xlabel("ms; | least by bandwidth, x least by arithmetic")
     axes.set_title(f"Passes and limits, {size}")
     return figure

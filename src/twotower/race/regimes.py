@@ -1,6 +1,6 @@
 """Each pass of a size beside what the machine allows: which limit rules it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,8 @@ from twotower.race.limits import Machine, Work, cache_bytes, pass_limit, pass_wo
 from twotower.race.passes import PassShape
 
 # Bytes of a weight by the end of an engine's name; q8_0 has one 2-byte scale per 32 weights.
-_WEIGHT_BYTES = {"-f32": 4.0, "-f16": 2.0, "-bf16": 2.0, "-q8_0": 34 / 32}
+_WEIGHT_BYTES = {"-f32": 4.0, "-f16": 2.0, "-bf16": 2.0, "-q8_0": 34 / 32, "-int8": 1.0}
+_CREDIBLE = 0.8  # of its limit: the least time that a pass can have taken
 
 
 class Row(NamedTuple):
@@ -58,7 +59,8 @@ def _our_rows(record: Mapping[str, object], shape: PassShape, weight_bytes: floa
     }
     for engine, calls in by_engine.items():
         for call, found in calls.items():
-            yield Row(engine, call, found["median"], *tokens[call], weight_bytes)
+            size_of_one = weight_bytes_of(engine, weight_bytes)
+            yield Row(engine, call, found["median"], *tokens[call], size_of_one)
 
 
 def _rival_rows(record: Mapping[str, object], ours: set[str], weight_bytes: float) -> Iterator[Row]:
@@ -67,8 +69,12 @@ def _rival_rows(record: Mapping[str, object], ours: set[str], weight_bytes: floa
     for engine, modes in engines.items():
         ms = modes.get("ar", {}).get("decode_ms_per_token")
         if engine not in ours and ms is not None:
-            own = [size for end, size in _WEIGHT_BYTES.items() if engine.endswith(end)]
-            yield Row(engine, "ar_step", ms, 1, 1, own[0] if own else weight_bytes)
+            yield Row(engine, "ar_step", ms, 1, 1, weight_bytes_of(engine, weight_bytes))
+
+
+def weight_bytes_of(engine: str, otherwise: float) -> float:
+    """Bytes of a weight in an engine whose name ends in its precision; else the model's."""
+    return next((size for end, size in _WEIGHT_BYTES.items() if engine.endswith(end)), otherwise)
 
 
 def _describe_row(row: Row, work: Work, bandwidth: float, peak: float) -> dict[str, object]:
@@ -87,3 +93,15 @@ def _describe_row(row: Row, work: Work, bandwidth: float, peak: float) -> dict[s
         "is_in_cache": None if largest_cache is None else work.weight_bytes <= largest_cache,
         "regime": regime(row.ms, limit),
     }
+
+
+def doubt_limits(size: str, rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """A line if a pass took clearly less than its limit: then the limit was measured too low."""
+    for row in rows:
+        ms, stream_ms, compute_ms = (float(str(row[k])) for k in ("ms", "stream_ms", "compute_ms"))
+        if ms < _CREDIBLE * max(stream_ms, compute_ms):
+            return [
+                f"{size}: {row['engine']} {row['call']} took {ms:.2f} ms, less than its limit of "
+                f"{max(stream_ms, compute_ms):.2f} ms; the limits were measured on a busy machine"
+            ]
+    return []

@@ -19,7 +19,7 @@ from twotower.race.limits import Machine
 from twotower.race.options import NUM_ITEMS, SHIPPED, RaceOptions
 from twotower.race.ours import ENGINES, OurContestant
 from twotower.race.passes import PassShape, time_passes
-from twotower.race.regimes import describe_limits
+from twotower.race.regimes import describe_limits, doubt_limits
 from twotower.race.results import Decode, count_right, summarise_laps, summarise_passes
 from twotower.race.script import record_script
 from twotower.race.sizes import open_rivals, random_config, random_model
@@ -156,7 +156,8 @@ def run_entry(
     best_ar_ms = record["best_ar_decode_ms"]
     assert isinstance(best_ar_ms, float)
     record |= summarise_passes(times, best_ar_ms, shape.block_size)
-    record["limits"] = describe_limits(entry.model, record, shape, machine)
+    record["limits"] = limits = describe_limits(entry.model, record, shape, machine)
+    warnings += doubt_limits(entry.size, limits)
     if entry.size == SHIPPED:
         _add_quality(record, count_right(entry.contestants, entry.heats, laps, decode))
     record |= {
