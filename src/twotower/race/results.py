@@ -42,11 +42,6 @@ def summarise_laps(
         record |= _quartiled("speedup_vs_best_ar", paired_speedup(costs[best], costs[name]))
         record |= _quartiled("speedup_vs_our_ar", paired_speedup(costs[own], costs[name]))
         record |= _decode_speedups(column, columns[best_decode], columns[own_decode])
-        # Within an engine, so that another one's rounding is not taken for a lossy mode.
-        reference = columns[name[0] if name[0] in ours else ours[0], AR]
-        record["same_tokens_as_our_ar"] = sum(
-            mine.tokens == theirs.tokens for mine, theirs in zip(column, reference, strict=True)
-        )
         engines.setdefault(name[0], {})[name[1]] = record
     return {
         "engines": engines,
@@ -69,6 +64,22 @@ def count_right(
             if heat.is_right is not None and heat.is_right(decode(lap.tokens)):
                 right[contestant.engine, contestant.mode] += 1
     return right
+
+
+def count_same(
+    contestants: Sequence[Contestant], laps: Laps, ours: Sequence[str]
+) -> dict[tuple[str, str], int]:
+    """Answers of each contestant that equal our AR's token by token: the same engine's, so that
+    another one's rounding is not taken for a lossy mode; for rivals our first engine's.
+    """
+    names = [(c.engine, c.mode) for c in contestants]
+    columns = {name: [row[at].tokens for row in laps] for at, name in enumerate(names)}
+    same = {}
+    for (engine, mode), column in columns.items():
+        reference = columns[engine if engine in ours else ours[0], AR]
+        pairs = zip(column, reference, strict=True)
+        same[engine, mode] = sum(mine == theirs for mine, theirs in pairs)
+    return same
 
 
 def summarise_passes(

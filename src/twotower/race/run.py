@@ -20,7 +20,7 @@ from twotower.race.options import NUM_ITEMS, SHIPPED, RaceOptions
 from twotower.race.ours import ENGINES, OurContestant
 from twotower.race.passes import PassShape, time_passes
 from twotower.race.regimes import describe_limits, doubt_limits
-from twotower.race.results import Decode, count_right, summarise_laps, summarise_passes
+from twotower.race.results import Decode, count_right, count_same, summarise_laps, summarise_passes
 from twotower.race.script import record_script
 from twotower.race.sizes import open_rivals, random_config, random_model
 from twotower.tokenizer import Tokenizer
@@ -159,7 +159,11 @@ def run_entry(
     record["limits"] = limits = describe_limits(entry.model, record, shape, machine)
     warnings += doubt_limits(entry.size, limits)
     if entry.size == SHIPPED:
-        _add_quality(record, count_right(entry.contestants, entry.heats, laps, decode))
+        _add_quality(
+            record,
+            count_right(entry.contestants, entry.heats, laps, decode),
+            count_same(entry.contestants, laps, list(entry.engines)),
+        )
     record |= {
         "model": _describe(entry.model),
         "num_past": shape.num_past,
@@ -169,12 +173,20 @@ def run_entry(
     return record, warnings
 
 
-def _add_quality(record: Mapping[str, object], right: Mapping[tuple[str, str], int]) -> None:
+def _add_quality(
+    record: Mapping[str, object],
+    right: Mapping[tuple[str, str], int],
+    same: Mapping[tuple[str, str], int],
+) -> None:
     engines = record["engines"]
     assert isinstance(engines, dict)
     for (engine, mode), count in right.items():
         found = engines[engine][mode]
-        found |= {"correct": count, "accuracy": count / found["n"]}
+        found |= {
+            "correct": count,
+            "accuracy": count / found["n"],
+            "same_tokens_as_our_ar": same[engine, mode],
+        }
 
 
 def _describe(model: TwoTower) -> dict[str, object]:
