@@ -16,8 +16,10 @@ from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaInputs, MambaState
 from twotower.model.context_tower import ContextTower
 from twotower.model.state import ContextCache, ContextView, LayerState, NewState
-from twotower.model.two_tower import TwoTower
+from twotower.model.two_tower import PREFILL_CHUNK, TwoTower
 
+# Longer ones are read faster in wide plain chunks (1,000 tokens: 257 ms against 286).
+_SHORT_PROMPT = 256
 _MAX_TABLES = 64  # remembered times; a block of 16 tokens has 16 masked fractions
 
 
@@ -43,9 +45,12 @@ class NativeTwoTower(TwoTower):
 
     @torch.no_grad()
     def prefill(
-        self, ids: Tensor, lengths: Tensor | None = None, chunk_size: int = native.MAX_TOKENS
+        self, ids: Tensor, lengths: Tensor | None = None, chunk_size: int | None = None
     ) -> ContextCache:
-        """`TwoTower.prefill`, in chunks that fit a native pass."""
+        """`TwoTower.prefill`; short prompts by default in chunks that fit a native pass."""
+        if chunk_size is None:
+            is_short = ids.shape[1] <= _SHORT_PROMPT
+            chunk_size = native.MAX_TOKENS if is_short else PREFILL_CHUNK
         return super().prefill(ids, lengths, chunk_size)
 
     @torch.no_grad()
