@@ -32,6 +32,52 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
+def attention_after(
+    q: Tensor, past: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], mask: Tensor | None
+) -> Tensor:
+    """`attention` to keys and values of a past (B, S, Hk, A) and to this call's own (B, L, Hk, A).
+
+    mask (..., S + L), past first, or (..., L): all of the past is seen. In float32 on a CPU without
+    gradient nothing of the past is copied: both parts are attended to apart and merged by their
+    weights. Narrower types would round twice, where the released code rounds once.
+    """
+    num_past, length = past[0].shape[1], own[0].shape[1]
+    if num_past == 0:
+        return attention(q, *own, mask)
+    if torch.is_grad_enabled() or q.device.type != "cpu" or q.dtype != torch.float32:
+        if mask is not None and mask.shape[-1] == length:
+            mask = F.pad(mask, (num_past, 0), value=True)
+        keys, values = (
+            torch.cat([old.to(new.dtype), new], dim=1) for old, new in zip(past, own, strict=True)
+        )
+        return attention(q, keys, values, mask)
+    of_past = None if mask is None or mask.shape[-1] == length else mask[..., :num_past]
+    far, far_weight = _weighed_attention(q, past, of_past)
+    near, near_weight = _weighed_attention(q, own, None if mask is None else mask[..., -length:])
+    share = torch.sigmoid(near_weight - far_weight).unsqueeze(-1)
+    return torch.lerp(far, near, share).transpose(1, 2)
+
+
+def _weighed_attention(
+    q: Tensor, keys: tuple[Tensor, Tensor], mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention (B, Hq, L, A) and the log of the sum of its exponentials (B, Hq, L) float32.
+
+    A query that sees no key gets 0 and -inf.
+    """
+    added = None
+    if mask is not None:
+        added = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+        added = added.expand(len(q), -1, -1, -1) if added.dim() == 4 else added
+    k, v = (part.to(q.dtype).transpose(1, 2) for part in keys)
+    y, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.transpose(1, 2), k, v, 0.0, False, attn_mask=added
+    )
+    if mask is not None:  # the kernel says 0 where a query sees nothing
+        weight = weight.masked_fill(~mask.any(-1), float("-inf"))
+    return y, weight
+
+
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Depthwise causal convolution and silu in float32; the result has x's dtype.
 

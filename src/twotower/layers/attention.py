@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from twotower.config import ModelConfig
@@ -29,7 +28,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * head_dim, width, bias=bias)
 
     def forward(self, x: Tensor, past: KV | None, mask: Tensor | None) -> tuple[Tensor, KV]:
-        """x (B, L, D); past S tokens; mask broadcastable to (B, Hq, L, S + L), past keys first.
+        """x (B, L, D); past S tokens; mask broadcastable to (B, Hq, L, S + L), past keys first,
+        or to (B, Hq, L, L) where all of the past is seen.
 
         Returns y (B, L, D) and the keys and values of this call's L tokens alone.
         """
@@ -37,8 +37,8 @@ class Attention(nn.Module):
             proj(x).unflatten(-1, (-1, self.head_dim))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        keys, values = k, v
-        if past is not None:
-            keys = torch.cat([past.k.to(k.dtype), k], dim=1)
-            values = torch.cat([past.v.to(v.dtype), v], dim=1)
-        return self.o_proj(ops.attention(q, keys, values, mask).flatten(2)), KV(k, v)
+        if past is None:
+            y = ops.attention(q, k, v, mask)
+        else:
+            y = ops.attention_after(q, past, (k, v), mask)
+        return self.o_proj(y.flatten(2)), KV(k, v)

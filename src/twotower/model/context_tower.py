@@ -67,7 +67,7 @@ class ContextTower(Tower):
         """`forward` after what the cache holds."""
         length = ids.shape[1]
         if cache.is_uniform:
-            mask = masks.causal(length, cache.num_past, ids.device)
+            mask = masks.causal(length, 0, ids.device)  # all of the past is seen
         else:
             mask = masks.causal_rows(length, cache.lengths.to(ids.device), cache.num_past)
         hidden: Tensor
