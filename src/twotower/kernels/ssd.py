@@ -42,8 +42,11 @@ def ssd_scan(
         return _tiled(x, dt, A, B, C, initial.float(), states_every)
 
 
-def final_state(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, initial: Tensor | None) -> Tensor:
-    """The state (B, H, P, N) after all L tokens alone; arguments as in `ssd_scan`."""
+def state_change(x: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """What L tokens do to a state: it is multiplied by the second result, then the first is added.
+
+    Arguments as in `ssd_scan`, A also (B, 1, H). Returns (B, H, P, N) and (B, H, 1, 1), float32.
+    """
     num_rows, _, num_heads, head_dim = x.shape
     with torch.autocast(x.device.type, enabled=False):
         x, dt, A, B = (value.float() for value in (x, dt, A, B))
@@ -51,11 +54,9 @@ def final_state(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, initial: Tensor | N
         last = log_decay[:, -1:]
         x = x * (dt * (last - log_decay).exp()).unsqueeze(-1)
         by_group = x.unflatten(2, (B.shape[2], -1)).flatten(3).permute(0, 2, 3, 1)
-        added: Tensor = by_group @ B.transpose(1, 2)  # (B, G, H/G*P, L) @ (B, G, L, N)
-        added = added.view(num_rows, num_heads, head_dim, -1)
-        if initial is None:
-            return added
-        return added.addcmul_(initial.float(), last.exp().view(num_rows, num_heads, 1, 1))
+        added = by_group @ B.transpose(1, 2)  # (B, G, H/G*P, L) @ (B, G, L, N)
+        decay: Tensor = last.exp().view(num_rows, num_heads, 1, 1)
+        return added.view(num_rows, num_heads, head_dim, -1), decay
 
 
 def _step(

@@ -1,5 +1,6 @@
 """The Mamba-2 mixer: in_proj, causal convolution, seeded scan, gated norm, out_proj."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class MambaInputs(NamedTuple):
     """What a Mamba layer took in after a state: enough to know the state after any of L tokens.
 
     conv (B, W-1+L, C) with the past in front; heads (B, L, H, P), dt (B, L, H), B (B, L, G, N) as
-    the scan gets them, A (H,); ssm (B, H, P, N) or None, the state before.
+    the scan gets them; A (B, 1, H); ssm (B, H, P, N), the state before.
     """
 
     conv: Tensor
@@ -33,22 +34,38 @@ class MambaInputs(NamedTuple):
     dt: Tensor
     A: Tensor
     B: Tensor
-    ssm: Tensor | None
+    ssm: Tensor
 
-    def state_after(self, counts: Tensor) -> MambaState:
-        """The state after the first counts (B,) of the L tokens, leading (B,); counts on the CPU.
 
-        Source: system.md section 4, 'Self-speculation', step 3.
-        """
-        ends = counts.tolist()
-        most, kept = max(*ends, 1), self.conv.shape[1] - self.dt.shape[1]
-        conv = torch.stack(
-            [row[end : end + kept] for row, end in zip(self.conv, ends, strict=True)]
-        )
-        heads, dt, B = self.heads[:, :most], self.dt[:, :most], self.B[:, :most]
-        if min(ends) < most:
-            dt = dt * _is_valid(most, counts.to(dt.device)).unsqueeze(-1)
-        return MambaState(conv.mT, ssd.final_state(heads, dt, self.A, B, self.ssm))
+def states_after(layers: Sequence[MambaInputs], counts: Tensor) -> list[MambaState]:
+    """Each layer's state after the first counts (B,) of its L tokens; counts on the CPU.
+
+    All layers at once: the arithmetic is little, and small models wait for its dispatch.
+    Source: system.md section 4, 'Self-speculation', step 3.
+    """
+    if not layers:
+        return []
+    ends = counts.tolist()
+    most = max(*ends, 1)
+    heads, dt, A, B = (
+        torch.cat([getattr(one, name)[:, :most] for one in layers])
+        for name in ("heads", "dt", "A", "B")
+    )
+    if min(ends) < most:
+        valid = _is_valid(most, counts.to(dt.device)).unsqueeze(-1)
+        dt = dt * valid.repeat(len(layers), 1, 1)
+    added, decay = (part.chunk(len(layers)) for part in ssd.state_change(heads, dt, A, B))
+    return [
+        MambaState(_window_of_rows(one, ends), ssm.addcmul_(one.ssm.float(), kept))
+        for one, ssm, kept in zip(layers, added, decay, strict=True)
+    ]
+
+
+def _window_of_rows(one: MambaInputs, ends: list[int]) -> Tensor:
+    """The convolution's last inputs at each row's end: (B, C, W-1)."""
+    width = one.conv.shape[1] - one.dt.shape[1]
+    rows = zip(one.conv, ends, strict=True)
+    return torch.stack([row[end : end + width] for row, end in rows]).mT
 
 
 class Mamba2(nn.Module):
@@ -101,7 +118,8 @@ class Mamba2(nn.Module):
         y = (y + heads * self.D.float().unsqueeze(-1)).to(x.dtype)
         y = self.out_proj(self.norm(y.flatten(2), z))
         if states_every is None:
-            return y, MambaInputs(window, heads, dt, A, B, seed)
+            assert seed is not None  # a cache's state, zeros at the start
+            return y, MambaInputs(window, heads, dt, A.expand(len(x), 1, -1), B, seed)
         if counts is None:
             ends = torch.arange(states_every, length + 1, states_every, device=x.device)
             ends = ends.expand(len(x), -1)

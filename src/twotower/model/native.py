@@ -98,7 +98,7 @@ class _NativeContextTower(ContextTower):
         self.__dict__.update(tower.__dict__)
         self._pass = native.TowerPass(tower.config, dict(tower.named_parameters()), is_causal=True)
         self._decays = {
-            index: -value.exp()
+            index: -value.detach().exp()
             for index, layer in enumerate(tower.each_layer())
             if isinstance(value := getattr(layer.mixer, "A_log", None), Tensor)
         }
@@ -225,7 +225,8 @@ class _Found:
         mixed, groups = self._mixed[mamba], c.n_groups * c.ssm_state_size
         heads = mixed[..., :width].unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim))
         B = mixed[..., width : width + groups].unflatten(-1, (c.n_groups, c.ssm_state_size))
-        return MambaInputs(self._window[mamba], heads, self._step[mamba], decay, B, ssm)
+        A = decay.expand(len(mixed), 1, -1)
+        return MambaInputs(self._window[mamba], heads, self._step[mamba], A, B, ssm)
 
     def _state(self, mamba: int, counts: list[int]) -> MambaState:
         window, kept = self._window[mamba], self._config.conv_kernel - 1

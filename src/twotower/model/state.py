@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twotower.config import ATTENTION, MAMBA, ModelConfig
 from twotower.layers.attention import KV
-from twotower.layers.mamba2 import MambaInputs, MambaState
+from twotower.layers.mamba2 import MambaInputs, MambaState, states_after
 
 LayerState = KV | MambaState | None
 NewState = LayerState | MambaInputs  # inputs where the caller decides later how many tokens stay
@@ -122,11 +122,13 @@ class ContextCache:
                 self._states[index] = grown
             elif isinstance(new, MambaState):
                 self._states[index] = MambaState(new.conv[:, -1], new.ssm[:, -1])
-            elif isinstance(new, MambaInputs):
-                self._states[index] = new.state_after(counts)
+        inputs = {i: new for i, new in enumerate(states) if isinstance(new, MambaInputs)}
+        for index, state in zip(inputs, states_after(list(inputs.values()), counts), strict=True):
+            self._states[index] = state
         self.last_hidden = self._newest(hidden, counts)
         self.lengths = self.lengths + counts
 
+    @torch.no_grad()
     def accept(self, reading: Reading, counts: Tensor) -> None:
         """Commit the first counts[b] >= 0 tokens of what row b has read; the rest leaves no trace.
 
