@@ -64,7 +64,7 @@ def test_the_race_without_rivals(
     shipped, random = record["sizes"]["shipped"], record["sizes"]["32M"]
     assert {"correct", "accuracy"} <= set(shipped["engines"]["pytorch"]["diffusion"])
     for modes in shipped["engines"].values():  # lossless, within each engine
-        assert modes["speculative"]["same_tokens_as_our_ar"] == shipped["n"]
+        assert modes["speculative"]["same_tokens_as_own_ar"] == shipped["n"]
     assert "correct" not in random["engines"]["pytorch"]["diffusion"] and random["n"] == 2
     # One long-context prompt at most is above 1000 tokens; whether this one is, the record says.
     is_short = any("left out" in line for line in record["warnings"])

@@ -54,8 +54,22 @@ def test_costs_and_speedups() -> None:
     assert diffusion["speedup_vs_our_ar"] == pytest.approx(2.0)  # pairs 2, 3, 1
     assert diffusion["speedup_vs_best_ar"] == pytest.approx(1.0)  # pairs 1, 1.5, 0.25
     assert diffusion["speedup_vs_our_ar_quartiles"] == pytest.approx([1.5, 2.5])
-    assert found["engines"]["llama.cpp"]["ar"]["speedup_vs_best_ar"] == 1.0
+    assert diffusion["speedup_vs_own_ar"] == diffusion["speedup_vs_our_ar"]
+    rival = found["engines"]["llama.cpp"]["ar"]
+    assert rival["speedup_vs_best_ar"] == 1.0
+    assert rival["speedup_vs_own_ar"] == pytest.approx(2.0)  # pairs 2, 2, 4
     assert found["engines"]["pytorch"]["ar"]["tokens_per_nfe"] is None
+
+
+def test_each_engine_has_its_own_ar() -> None:
+    """Silent failure: a mode's gain over a slow AR is taken for the mode's, not the engine's."""
+    entrants = [Entrant("pytorch", "ar"), Entrant("native", "ar"), Entrant("native", "speculative")]
+    laps = [[lap(5, 20.0, 16.0), lap(5, 10.0, 8.0), lap(5, 5.0, 2.0)]]
+    found: dict[str, Any] = summarise_laps(entrants, HEATS[:1], laps, ["pytorch", "native"])
+    row = found["engines"]["native"]["speculative"]
+    assert row["speedup_vs_own_ar"] == pytest.approx(2.0)
+    assert row["decode_speedup_vs_own_ar"] == pytest.approx(4.0)
+    assert found["engines"]["native"]["ar"]["speedup_vs_own_ar"] == 1.0
 
 
 def test_decoding_alone() -> None:

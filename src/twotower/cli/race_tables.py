@@ -8,7 +8,17 @@ from rich.console import Console
 from rich.table import Table
 
 Record = Mapping[str, Any]
-_COSTS = ("ms/token", "quartiles", "tokens/s", "decode ms", "x best", "x ours", "tok/NFE", "right")
+_COSTS = (
+    "ms/token",
+    "quartiles",
+    "tokens/s",
+    "decode ms",
+    "x best",
+    "x ours",
+    "x own",
+    "tok/NFE",
+    "right",
+)
 _LIMITS = ("ms", "MB", "Mop", "by bytes", "by ops", "regime")
 
 
@@ -43,6 +53,7 @@ def cost_table(size: str, found: Record) -> Table:
                 _number(row["decode_ms_per_token"]),
                 _number(_of(row, found, "speedup_vs_best_ar")),
                 _number(_of(row, found, "speedup_vs_our_ar")),
+                _number(_of(row, found, "speedup_vs_own_ar")),
                 _number(row["tokens_per_nfe"]),
                 right,
             )

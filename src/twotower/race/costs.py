@@ -45,6 +45,11 @@ def best_ar(costs: Mapping[Contestant, Sequence[float]], engines: Sequence[str])
     return min(medians, key=lambda contestant: medians[contestant])
 
 
+def own_ar(engine: str, ours: Sequence[str]) -> Contestant:
+    """The AR contestant of an engine of ours; for a rival, that of our first engine."""
+    return (engine if engine in ours else ours[0], AR)
+
+
 def paired_speedup(baseline: Sequence[float], own: Sequence[float]) -> Spread:
     """Baseline's cost over one's own, item by item: costs of the same items in the same order."""
     return spread([theirs / ours for theirs, ours in zip(baseline, own, strict=True)])

@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 from twotower.race.contest import Contestant, Heat, Lap
 from twotower.race.costs import (
-    AR,
     TARGET,
     Spread,
     best_ar,
     block_cost,
     break_even,
     cycle_break_even,
+    own_ar,
     paired_speedup,
     spread,
     tokens_per_nfe,
@@ -33,20 +33,26 @@ def summarise_laps(
     columns = {name: [row[at] for row in laps] for at, name in enumerate(names)}
     costs = {name: [lap.ms_per_token for lap in column] for name, column in columns.items()}
     everyone = [engine for engine, _ in names]
-    best, own = best_ar(costs, everyone), best_ar(costs, ours)
     decode_costs = {name: _decode_costs(column) for name, column in columns.items()}
-    best_decode, own_decode = best_ar(decode_costs, everyone), best_ar(decode_costs, ours)
+    best, best_decode = best_ar(costs, everyone), best_ar(decode_costs, everyone)
+    our, our_decode = best_ar(costs, ours), best_ar(decode_costs, ours)
     engines: dict[str, dict[str, object]] = {}
     for name, column in columns.items():
         record = _costs(column)
-        record |= _quartiled("speedup_vs_best_ar", paired_speedup(costs[best], costs[name]))
-        record |= _quartiled("speedup_vs_our_ar", paired_speedup(costs[own], costs[name]))
-        record |= _decode_speedups(column, columns[best_decode], columns[own_decode])
+        own = own_ar(name[0], ours)
+        for against, baseline in (("best_ar", best), ("our_ar", our), ("own_ar", own)):
+            found = paired_speedup(costs[baseline], costs[name])
+            record |= _quartiled(f"speedup_vs_{against}", found)
+        for against, baseline in (
+            ("best_ar", best_decode), ("our_ar", our_decode), ("own_ar", own),
+        ):  # fmt: skip
+            speedup = _decode_speedup(columns[baseline], column)
+            record |= _quartiled(f"decode_speedup_vs_{against}", speedup)
         engines.setdefault(name[0], {})[name[1]] = record
     return {
         "engines": engines,
         "best_ar": list(best),
-        "our_best_ar": list(own),
+        "our_best_ar": list(our),
         "best_ar_decode": list(best_decode),
         # Where no answer has two tokens, reading the prompt is all that there is.
         "best_ar_decode_ms": spread(decode_costs[best_decode] or costs[best_decode]).median,
@@ -69,14 +75,14 @@ def count_right(
 def count_same(
     contestants: Sequence[Contestant], laps: Laps, ours: Sequence[str]
 ) -> dict[tuple[str, str], int]:
-    """Answers of each contestant that equal our AR's token by token: the same engine's, so that
-    another one's rounding is not taken for a lossy mode; for rivals our first engine's.
+    """Answers of each contestant that equal its own AR's token by token: the same engine's, so that
+    another one's rounding is not taken for a lossy mode.
     """
     names = [(c.engine, c.mode) for c in contestants]
     columns = {name: [row[at].tokens for row in laps] for at, name in enumerate(names)}
     same = {}
     for (engine, mode), column in columns.items():
-        reference = columns[engine if engine in ours else ours[0], AR]
+        reference = columns[own_ar(engine, ours)]
         pairs = zip(column, reference, strict=True)
         same[engine, mode] = sum(mine == theirs for mine, theirs in pairs)
     return same
@@ -163,24 +169,17 @@ def _decode_costs(column: Sequence[Lap]) -> list[float]:
     return [cost for lap in column if (cost := lap.decode_ms_per_token) is not None]
 
 
-def _decode_speedups(
-    column: Sequence[Lap], best: Sequence[Lap], own: Sequence[Lap]
-) -> dict[str, object]:
-    """Speed-ups without reading the prompt, over heats in which both decoded anything."""
-    record: dict[str, object] = {}
-    for name, baseline in (("best_ar", best), ("our_ar", own)):
-        pairs = [
-            (theirs, ours)
-            for theirs, ours in zip(
-                (lap.decode_ms_per_token for lap in baseline),
-                (lap.decode_ms_per_token for lap in column),
-                strict=True,
-            )
-            if theirs is not None and ours is not None
-        ]
-        found = paired_speedup(*map(list, zip(*pairs, strict=True))) if pairs else None
-        record |= _quartiled(f"decode_speedup_vs_{name}", found)
-    return record
+def _decode_speedup(baseline: Sequence[Lap], column: Sequence[Lap]) -> Spread | None:
+    """Speed-up without reading the prompt, over heats in which both decoded anything."""
+    pairs = [
+        (before, after)
+        for theirs, ours in zip(baseline, column, strict=True)
+        if (before := theirs.decode_ms_per_token) is not None
+        and (after := ours.decode_ms_per_token) is not None
+    ]
+    if not pairs:
+        return None
+    return paired_speedup([before for before, _ in pairs], [after for _, after in pairs])
 
 
 def _quartiled(name: str, found: Spread | None) -> dict[str, object]:

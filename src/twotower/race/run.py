@@ -185,7 +185,7 @@ def _add_quality(
         found |= {
             "correct": count,
             "accuracy": count / found["n"],
-            "same_tokens_as_our_ar": same[engine, mode],
+            "same_tokens_as_own_ar": same[engine, mode],
         }
 
 
