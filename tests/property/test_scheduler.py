@@ -1,5 +1,7 @@
 """What admission and retirement promise: a row's result is its own, places are refilled at once."""
 
+import itertools
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from property.test_decoding import LENGTHS, PROMPTS, every_variant, options
-from tiny_models import fresh_model, prompts_of, tiny_model
+from tiny_models import prompts_of, tiny_model
 from twotower import ContextCache, Event, Finished, GenerateOptions, TwoTower, generate, stream
-from twotower.engine import MODES, Failed, Request, prefill, stream_requests
+from twotower.engine import MODES, EngineOptions, Failed, Request, prefill, stream_requests
 
 MODEL = tiny_model()
 NEW_TOKENS = [9, 1, 6, 14, 3]
@@ -35,7 +37,7 @@ def test_a_row_that_enters_late_is_as_alone(
     are, writes a fluent text that is another row's."""
     o = uneven(**variant, temperature=temperature)
     alone = [generate(MODEL, [p], own)[0] for p, own in zip(PROMPTS, o, strict=True)]
-    assert generate(MODEL, PROMPTS, o, max_rows=max_rows) == alone
+    assert generate(MODEL, PROMPTS, o, engine=EngineOptions(max_rows=max_rows)) == alone
 
 
 @settings(max_examples=15)
@@ -56,7 +58,7 @@ def test_any_rows_share_any_number_of_places(
         for i, (n, mode, _) in enumerate(zip(new_tokens, modes, lengths, strict=False))
     ]
     alone = [generate(MODEL, [p], own)[0] for p, own in zip(prompts, o, strict=True)]
-    assert generate(MODEL, prompts, o, max_rows=max_rows) == alone
+    assert generate(MODEL, prompts, o, engine=EngineOptions(max_rows=max_rows)) == alone
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
@@ -76,7 +78,7 @@ def test_a_place_is_refilled_at_the_next_cycle(monkeypatch: pytest.MonkeyPatch) 
     """Guards throughput: with two places, one long row and short ones cost the long row's steps."""
     seen = watched(monkeypatch, "next_logits")
     o = [options(mode="ar", max_new_tokens=n) for n in (8, 2, 2, 2, 2)]
-    generate(MODEL, PROMPTS, o, max_rows=2)
+    generate(MODEL, PROMPTS, o, engine=EngineOptions(max_rows=2))
     assert seen == [2] * 8
 
 
@@ -86,7 +88,7 @@ def test_places_are_shared_by_rows_of_all_kinds() -> None:
     o = [options(mode=mode, max_new_tokens=n) for mode, n in zip(modes, NEW_TOKENS, strict=True)]
     opened: set[int] = set()
     most = 0
-    for event in stream(MODEL, PROMPTS, o, max_rows=2):
+    for event in stream(MODEL, PROMPTS, o, engine=EngineOptions(max_rows=2)):
         opened.add(event.row)
         most = max(most, len(opened))
         if isinstance(event, Finished):
@@ -97,7 +99,11 @@ def test_places_are_shared_by_rows_of_all_kinds() -> None:
 def test_rows_enter_in_order_and_end_when_they_end() -> None:
     """Guards fairness and latency: a short late row is reported before a long early one."""
     o = [options(mode="ar", max_new_tokens=n) for n in (9, 3, 2, 5, 1)]
-    ends = [e.row for e in stream(MODEL, PROMPTS, o, max_rows=2) if isinstance(e, Finished)]
+    ends = [
+        e.row
+        for e in stream(MODEL, PROMPTS, o, engine=EngineOptions(max_rows=2))
+        if isinstance(e, Finished)
+    ]
     assert ends == [1, 2, 0, 3, 4]
 
 
@@ -124,7 +130,7 @@ def test_a_source_is_read_when_places_are_free() -> None:
             yield Request(prompt, options(mode="ar", max_new_tokens=3))
 
     ended = 0
-    for event in stream_requests(MODEL, requests(), max_rows=2):
+    for event in stream_requests(MODEL, requests(), engine=EngineOptions(max_rows=2)):
         assert len(read) <= ended + 2
         ended += isinstance(event, Finished)
     assert ended == 20 and read == list(range(20))
@@ -172,6 +178,67 @@ def test_joined_caches_go_on_as_before(lengths: tuple[list[int], list[int]]) -> 
     torch.testing.assert_close(together, apart, rtol=0, atol=2e-4)
 
 
-def test_max_rows_is_checked() -> None:
+def test_engine_options_are_checked() -> None:
     with pytest.raises(ValueError, match="max_rows=0 must be at least 1"):
-        stream(fresh_model(), [[5]], max_rows=0)
+        EngineOptions(max_rows=0)
+    with pytest.raises(ValueError, match="queues='three' is unknown; use one of auto, one, two"):
+        EngineOptions(queues="three")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("max_rows", [1, 4])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_two_queues_give_the_texts_of_one(max_rows: int, temperature: float) -> None:
+    """Guards the threads: rows of two groups whose work interleaves in any order."""
+    modes = itertools.cycle(MODES)
+    prompts = prompts_of([1, 7, 2, 19, 4, 3, 30, 5, 8, 2])
+    o = [
+        options(mode=mode, max_new_tokens=NEW_TOKENS[i % 5], temperature=temperature, seed=i)
+        for i, mode in zip(range(len(prompts)), modes, strict=False)
+    ]
+    two = EngineOptions(queues="two", max_rows=max_rows)
+    assert generate(MODEL, prompts, o, engine=two) == generate(MODEL, prompts, o)
+
+
+def test_both_queues_are_busy_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the gain: an extension and a denoiser pass meet, or both wait until they time out."""
+    meeting = threading.Barrier(2, timeout=20)
+    extending, met = threading.Event(), threading.Event()
+    threads: dict[str, set[int]] = {"denoise": set(), "extend": set()}
+
+    def spy(name: str) -> None:
+        method: Callable[..., object] = getattr(TwoTower, name)
+
+        def meet(model: TwoTower, *arguments: object) -> object:
+            threads[name].add(threading.get_ident())
+            if name == "extend" and arguments[1].shape[1] == 4:  # type: ignore[attr-defined]
+                extending.set()
+            if extending.is_set() and not met.is_set():
+                meeting.wait()
+                met.set()
+            return method(model, *arguments)
+
+        monkeypatch.setattr(TwoTower, name, meet)
+
+    spy("denoise")
+    spy("extend")
+    o = options(max_new_tokens=16, confidence_threshold=1.0)
+    prompts = prompts_of([9, 9, 9, 9])
+    done = generate(MODEL, prompts, o, engine=EngineOptions(queues="two"))
+    assert met.is_set() and len(done) == 4
+    assert len(threads["denoise"]) == len(threads["extend"]) == 1
+    assert threads["denoise"] != threads["extend"]
+
+
+def test_an_error_in_a_queue_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a thread that dies while the caller waits for ever."""
+    monkeypatch.setattr(TwoTower, "denoise", lambda model, block, view, t: block / 0 * float("nan"))
+    with pytest.raises(ValueError, match="logits are not finite"):
+        generate(MODEL, PROMPTS, options(), engine=EngineOptions(queues="two"))
+
+
+def test_a_stream_that_is_left_ends_its_threads() -> None:
+    before = threading.active_count()
+    events = stream(MODEL, PROMPTS, options(), engine=EngineOptions(queues="two"))
+    next(events)
+    events.close()  # type: ignore[attr-defined]  # a generator
+    assert threading.active_count() == before

@@ -17,8 +17,8 @@ from twotower.cli.loading import DType, Loaded, Placement, load
 from twotower.cli.prompts import Prompt, read_prompts
 from twotower.cli.text import printable
 from twotower.engine import (
-    MAX_ROWS,
     Completion,
+    EngineOptions,
     Event,
     Finished,
     GenerateOptions,
@@ -34,7 +34,7 @@ else:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateArguments:
+class GenerateArguments(EngineOptions):
     """Complete prompts and print the new text.
 
     Decoding options that are not given take the checkpoint's own defaults
@@ -54,8 +54,6 @@ class GenerateArguments:
     output: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Answer a .jsonl --input of any length into this file, one object a line, in order. A line
     may have options of its own and an "id". The same command again goes on after a kill."""
-    max_rows: int = MAX_ROWS
-    """Prompts decoded at the same time; the others wait for a place."""
     model: Annotated[
         str | None,
         tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: the shipped model)"),
@@ -84,8 +82,7 @@ class GenerateArguments:
     """How to decode."""
 
     def __post_init__(self) -> None:
-        if self.max_rows < 1:
-            raise ValueError(f"max_rows={self.max_rows} must be at least 1")
+        super().__post_init__()
         if self.output is None:
             return
         if self.input is None or self.input.suffix != ".jsonl":
@@ -125,7 +122,7 @@ def run(options: GenerateArguments) -> int:
     with _open_trace(options.trace) as trace:
         loaded = load(options.model, decoding, options.placement())
         start = time.perf_counter()
-        events = stream(loaded.model, prompts, decoding, loaded.tokenizer, options.max_rows)
+        events = stream(loaded.model, prompts, decoding, loaded.tokenizer, options)
         events = events if trace is None else _traced(events, trace)
         is_live = len(prompts) == 1 and not options.json and sys.stdout.isatty()
         completions = _finished(_shown(events) if is_live else events)
@@ -149,7 +146,7 @@ def _complete_file(options: GenerateArguments, source: Path, target: Path) -> in
             model=options.model,
             given=options.given(),
             placement=options.placement(),
-            max_rows=options.max_rows,
+            engine=options,
         )
     )
 

@@ -22,6 +22,7 @@ from twotower.cli.output_file import InputLine, OutputFile, read_lines, run_key
 from twotower.cli.prompts import parse_prompt
 from twotower.engine import (
     Completion,
+    EngineOptions,
     Failed,
     Finished,
     GenerateOptions,
@@ -45,7 +46,7 @@ class Job:
     model: str | None
     given: Mapping[str, object]  # decoding options that the user named
     placement: Placement
-    max_rows: int
+    engine: EngineOptions
 
 
 def complete_file(job: Job) -> int:
@@ -78,7 +79,7 @@ def _decode(job: Job, loaded: Loaded, window: "Window", total: int) -> int:
         *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
     ) as bar:
         task, start = bar.add_task("", total=total), time.perf_counter()
-        events = stream_requests(loaded.model, window.requests(), loaded.tokenizer, job.max_rows)
+        events = stream_requests(loaded.model, window.requests(), loaded.tokenizer, job.engine)
         for event in events:
             if isinstance(event, Finished):
                 num_tokens += len(event.completion.tokens)
@@ -105,7 +106,7 @@ class Window:
 
     def __init__(self, lines: Iterator[InputLine], output: OutputFile, key: str, job: Job) -> None:
         self._lines, self._output, self._key = lines, output, key
-        self._given, self._size = job.given, _WINDOW * job.max_rows
+        self._given, self._size = job.given, _WINDOW * job.engine.max_rows
         self._entries: deque[_Entry] = deque()
         self._requested: dict[int, _Entry] = {}
 

@@ -3,15 +3,14 @@
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
+from twotower.engine import queues
 from twotower.engine.events import Completion, Event, Failed, Finished
-from twotower.engine.options import GenerateOptions
+from twotower.engine.options import EngineOptions, GenerateOptions
 from twotower.engine.requests import Prompt, Request, check_tokenizer, make_row
 from twotower.engine.row import Row
-from twotower.engine.scheduler import WaitingLine, run_in_turn
+from twotower.engine.scheduler import WaitingLine
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
-
-MAX_ROWS = 16
 
 
 def generate(
@@ -19,16 +18,16 @@ def generate(
     prompts: Sequence[Prompt],
     options: GenerateOptions | Sequence[GenerateOptions] | None = None,
     tokenizer: Tokenizer | None = None,
-    max_rows: int = MAX_ROWS,
+    engine: EngineOptions | None = None,
 ) -> list[Completion]:
     """Decode prompts of any, different lengths >= 1; the results are in the prompts' order.
 
     prompts: lists of token ids, or strings when a tokenizer is given. options: one for all, or one
-    per prompt; a field that is not named takes the checkpoint's default. max_rows: prompts decoded
-    at the same time, the others wait; a row's result does not depend on its neighbours. Raises
-    ValueError (one line) for anything unusable.
+    per prompt; a field that is not named takes the checkpoint's default. engine: how
+    many prompts at the same time, the others wait; a row's result does not depend on its
+    neighbours. Raises ValueError (one line) for anything unusable.
     """
-    events = stream(model, prompts, options, tokenizer, max_rows)
+    events = stream(model, prompts, options, tokenizer, engine)
     results = {event.row: event.completion for event in events if isinstance(event, Finished)}
     return [results[row] for row in range(len(prompts))]
 
@@ -38,36 +37,34 @@ def stream(
     prompts: Sequence[Prompt],
     options: GenerateOptions | Sequence[GenerateOptions] | None = None,
     tokenizer: Tokenizer | None = None,
-    max_rows: int = MAX_ROWS,
+    engine: EngineOptions | None = None,
 ) -> Iterator[Event]:
     """`generate` as it happens: every step's block state, every commit, each row's end.
 
     Checks all arguments at once, before the first event is asked for.
     """
-    _require_place(max_rows)
     rows = _make_rows(model, prompts, _per_prompt(options, len(prompts)), tokenizer)
-    return _run(model, rows, max_rows)
+    return _run(model, rows, engine or EngineOptions())
 
 
 def stream_requests(
     model: TwoTower,
     requests: Iterable[Request | None],
     tokenizer: Tokenizer | None = None,
-    max_rows: int = MAX_ROWS,
+    engine: EngineOptions | None = None,
 ) -> Iterator[Event]:
     """`stream` for any number of requests, read as places become free; rows are their numbers.
 
     None in place of a request means nothing at present: it is asked again after a cycle. A request
     that cannot be decoded yields Failed and does not end the others.
     """
-    _require_place(max_rows)
     check_tokenizer(model, tokenizer)
     line = WaitingLine(_rows_or_failures(model, requests, tokenizer))
-    return run_in_turn(model, line, max_rows)
+    return queues.run(model, line, engine or EngineOptions())
 
 
-def _run(model: TwoTower, rows: list[Row], max_rows: int) -> Iterator[Event]:
-    for event in run_in_turn(model, WaitingLine(rows), max_rows):
+def _run(model: TwoTower, rows: list[Row], engine: EngineOptions) -> Iterator[Event]:
+    for event in queues.run(model, WaitingLine(rows), engine):
         if isinstance(event, Failed):
             raise ValueError(event.message)
         yield event
@@ -87,11 +84,6 @@ def _rows_or_failures(
             row = Failed(row=index, message=str(error))
         yield row
         index += 1
-
-
-def _require_place(max_rows: int) -> None:
-    if max_rows < 1:
-        raise ValueError(f"max_rows={max_rows} must be at least 1")
 
 
 def _per_prompt(

@@ -11,12 +11,33 @@ import torch
 from twotower.diffusion import BlockSampler, Remask, SamplerKind, SamplingParams, Schedule
 
 Mode = Literal["diffusion", "speculative", "posterior", "predict-and-noise", "ar", "mock-ar"]
+Queues = Literal["auto", "one", "two"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 _SAMPLERS: dict[str, SamplerKind] = {
     "diffusion": "confidence",
     "posterior": "posterior",
     "predict-and-noise": "predict-and-noise",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How prompts share the machine; no text depends on it."""
+
+    max_rows: int = 16
+    """Prompts decoded at the same time; the others wait for a place."""
+    queues: Queues = "auto"
+    """one: denoiser and context work follow one another. two: rows are dealt to two groups, and
+    while one is in the denoiser the other is in the context tower. auto: two where the towers are
+    on two devices."""
+
+    def __post_init__(self) -> None:
+        if self.max_rows < 1:
+            raise ValueError(f"max_rows={self.max_rows} must be at least 1")
+        if self.queues not in get_args(Queues):
+            raise ValueError(
+                f"queues={self.queues!r} is unknown; use one of {', '.join(get_args(Queues))}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,19 +136,6 @@ class Lane:
             self._batches[kind] = batch if old is None else old.join(batch)
 
 
-def run_in_turn(model: TwoTower, line: WaitingLine, max_rows: int) -> Iterator[Event]:
-    """One queue: denoiser and context work follow one another."""
-    lane = Lane(model)
-    while True:
-        yield from lane.take(line, max_rows - lane.num_rows, is_alone=True)
-        yield from lane.start()
-        if lane.num_rows:
-            yield from lane.propose()
-            yield from lane.settle()
-        elif line.is_over:
-            return
-
-
 def kind_of(row: Row) -> object:
     """Equal for rows that can share passes: equal in all that shapes a pass."""
     o = row.options
