@@ -25,6 +25,7 @@ from twotower.engine import (
     TokensCommitted,
     stream,
 )
+from twotower.engine.accelerate import Executor
 
 if TYPE_CHECKING:
     Decoding = dict[str, object]
@@ -73,6 +74,9 @@ class GenerateArguments(EngineOptions):
         tyro.conf.arg(metavar="DEVICE", help_behavior_hint="(default: same as --device)"),
     ] = None
     """Where the denoiser tower runs, if elsewhere."""
+    executor: Executor = "auto"
+    """native: passes in C++, compiled on first use (float32, CPU, no experts). eager: plain
+    PyTorch. auto: native where it can be."""
     stop: Annotated[
         tuple[str, ...],
         tyro.conf.UseAppendAction,
@@ -110,6 +114,7 @@ class GenerateArguments(EngineOptions):
             dtype=self.dtype,
             context_device=self.device,
             denoiser_device=self.denoiser_device or self.device,
+            executor=self.executor,
         )
 
 
