@@ -1,0 +1,86 @@
+"""How much memory does decoding take at its peak, against weights and cache?
+
+Limit: the weights in memory, and keys, values and Mamba states of all tokens. Each case, a mode and
+a prompt length, is a process of its own, whose growth in peak resident memory (Linux: VmHWM) over
+the loaded and warmed-up model is measured. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import twotower
+
+MODES = ("ar", "diffusion", "speculative", "posterior", "predict-and-noise", "mock-ar")
+LENGTHS = (256, 1024, 4096, 16384)
+
+CHILD = """
+import json, sys, torch, twotower
+from twotower.engine.accelerate import accelerate
+
+path, mode, length, new, executor = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:5]), sys.argv[5]
+
+def peak():
+    line = next(l for l in open("/proc/self/status") if l.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+torch.set_num_threads(1)
+plain = twotower.load_model(path)
+model = accelerate(plain, executor)
+options = twotower.GenerateOptions(
+    mode=mode, max_new_tokens=new, eos_token_id=None, seed=0, temperature=0.0
+)
+generator = torch.Generator().manual_seed(0)
+prompt = torch.randint(4, model.config.vocab_size, (length,), generator=generator).tolist()
+twotower.generate(model, [prompt[:16]], options)
+before = peak()
+twotower.generate(model, [prompt], options)
+c = model.config
+counts = {kind: c.hybrid_override_pattern.count(kind) for kind in "M*"}
+size = next(plain.parameters()).element_size()
+conv = c.conv_channels * (c.conv_kernel - 1) * size
+ssm = c.mamba_num_heads * c.mamba_head_dim * c.ssm_state_size * 4
+print(json.dumps({
+    "weights_bytes": sum(p.numel() * p.element_size() for p in plain.parameters()),
+    "kv_bytes": (length + new) * c.kv_elements * size,
+    "state_bytes": counts["M"] * (conv + ssm),
+    "growth_bytes": peak() - before,
+    "resident_before_bytes": before,
+}))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=twotower.__path__[0] + "/assets")
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--executor", choices=("eager", "native"), default="eager")
+    args = parser.parse_args()
+    rows = []
+    for mode in args.modes:
+        for length in args.lengths:
+            row = measure(args, mode, length)
+            rows.append({"mode": mode, "prompt_tokens": length, **row})
+            cache = row["kv_bytes"] + row["state_bytes"]
+            print(
+                f"{mode:17s} {length:6d} tokens: weights {row['weights_bytes'] / 1e6:6.1f} MB, "
+                f"cache {cache / 1e6:6.1f} MB, peak +{row['growth_bytes'] / 1e6:6.1f} MB "
+                f"({row['growth_bytes'] / cache:.2f} times the cache)"
+            )
+    print(json.dumps({"cases": rows, "settings": vars(args)}))
+
+
+def measure(args: argparse.Namespace, mode: str, length: int) -> dict[str, int]:
+    """One case in a fresh process."""
+    given = [args.model, mode, str(length), str(args.new_tokens), args.executor]
+    command = [sys.executable, "-c", CHILD, *given]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found: dict[str, int] = json.loads(output)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""How many tokens a second do 1, 2, 4, 8 and 16 rows give in each mode, all in the same scheduler?
+
+Physical limit: a pass over more rows streams the weights once for all of them, so tokens/s grow
+with the rows until arithmetic, not memory or dispatch, is what takes the time; AR decoding, which
+has one token a row and pass, gains most. Held-out prompts of the project's own corpus; modes and
+numbers of rows take turns, so that a slow spell hits all; medians. `--queues two` uses a thread per
+tower: give it as many cores as threads. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+
+import torch
+
+import twotower
+from twotower.engine import EngineOptions, Finished, stream
+from twotower.engine.accelerate import EXECUTORS, accelerate
+from twotower.evaluate.suite import held_out
+
+MODES = ("ar", "diffusion", "speculative")
+ROWS = (1, 2, 4, 8, 16)
+
+
+def draw_prompts(count: int) -> list[str]:
+    """Prompts of four categories in turns."""
+    columns = [held_out(name, count, 0) for name in ("math", "code", "tools", "knowledge")]
+    return [columns[i % 4][i // 4].prompt for i in range(count)]
+
+
+def run_once(
+    model: twotower.TwoTower,
+    tokenizer: twotower.Tokenizer,
+    prompts: list[str],
+    options: twotower.GenerateOptions,
+    engine: EngineOptions,
+) -> tuple[float, int]:
+    """Seconds and tokens of all prompts, `max_rows` at a time."""
+    start = time.perf_counter()
+    events = stream(model, prompts, options, tokenizer, engine)
+    tokens = sum(len(e.completion.tokens) for e in events if isinstance(e, Finished))
+    return time.perf_counter() - start, tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=twotower.__path__[0] + "/assets")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--queues", nargs="+", choices=("one", "two"), default=["one"])
+    parser.add_argument("--executor", choices=EXECUTORS, default="auto")
+    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model = accelerate(twotower.load_model(args.model), args.executor)
+    tokenizer = twotower.load_tokenizer(args.model)
+    prompts = draw_prompts(args.prompts)
+    cases = [(q, mode, rows) for q in args.queues for mode in MODES for rows in args.rows]
+    rates: dict[tuple[str, str, int], list[float]] = {case: [] for case in cases}
+    for repeat in range(args.repeats + 1):
+        for queues, mode, rows in cases:
+            options = twotower.GenerateOptions(mode=mode, max_new_tokens=args.new_tokens)
+            engine = EngineOptions(max_rows=rows, queues=queues)
+            seconds, tokens = run_once(model, tokenizer, prompts, options, engine)
+            if repeat:  # the first is warm-up
+                rates[queues, mode, rows].append(tokens / seconds)
+    report(args, cases, rates)
+
+
+def report(
+    args: argparse.Namespace,
+    cases: list[tuple[str, str, int]],
+    rates: dict[tuple[str, str, int], list[float]],
+) -> None:
+    """A table and the JSON line."""
+    results = []
+    for queues, mode, rows in cases:
+        own = rates[queues, mode, rows]
+        median = statistics.median(own)
+        ratio = median / statistics.median(rates[args.queues[0], "ar", rows])
+        results.append(
+            {
+                "queues": queues,
+                "mode": mode,
+                "rows": rows,
+                "tokens_per_s": {"median": median, "min": min(own), "max": max(own)},
+                "ratio_to_ar": ratio,
+            }
+        )
+        print(
+            f"{queues:3s} {mode:12s} {rows:3d} rows {median:8.0f} tokens/s "
+            f"({min(own):.0f} to {max(own):.0f}), {ratio:.2f} times AR"
+        )
+    settings = {**vars(args), "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
+    machine = platform.processor() or platform.machine()
+    print(json.dumps({"results": results, "settings": settings, "machine": machine}))
+
+
+if __name__ == "__main__":
+    main()
