@@ -97,7 +97,10 @@ def run_race(options: BenchOptions) -> dict[str, object]:
         )
     heats, num_long = draw_heats(loaded.tokenizer, options)
     if num_long:
-        warnings.append(f"{num_long} prompts above {options.max_prompt_tokens} tokens left out")
+        warnings.append(
+            f"left out for having more than {options.max_prompt_tokens} tokens: {num_long} of "
+            f"{num_long + len(heats)} prompts"
+        )
     sizes: dict[str, object] = {}
     machine = Machine()
     is_complete = False
