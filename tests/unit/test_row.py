@@ -4,6 +4,7 @@ import pytest
 
 from tiny_text import ids_of, tiny_tokenizer
 from twotower import Completion, GenerateOptions
+from twotower.engine.pace import Pace
 from twotower.engine.row import Row
 
 EOS = 2
@@ -11,7 +12,7 @@ EOS = 2
 
 def row(stop: str | tuple[str, ...] | None = None, length: int = 20, text: bool = True) -> Row:
     options = GenerateOptions(stop=stop, max_new_tokens=length)
-    return Row(0, [5], options, (EOS,), tiny_tokenizer() if text else None)
+    return Row(0, [5], options, (EOS,), tiny_tokenizer() if text else None, Pace(3.0))
 
 
 def feed(r: Row, *blocks: list[int]) -> tuple[list[str], Completion | None]:
@@ -117,7 +118,7 @@ def test_half_characters_wait() -> None:
 
     tokenizer = train_tokenizer(["abc"], vocab_size=260)
     first, second = tokenizer.encode("\u00e9")
-    r = Row(0, [5], GenerateOptions(max_new_tokens=4), (EOS,), tokenizer)
+    r = Row(0, [5], GenerateOptions(max_new_tokens=4), (EOS,), tokenizer, Pace(3.0))
     assert r.commit([first]).text == ""
     assert r.commit([second]).text == "\u00e9"
     r.commit([first])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from twotower.engine.options import GenerateOptions
+from twotower.engine.pace import Pace
 from twotower.engine.row import Row
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
@@ -29,7 +30,8 @@ def make_row(
     options = request.options.with_defaults(defaults)
     _check_options(model, options, tokenizer)
     ids = _prompt_ids(model, name, request.prompt, tokenizer)
-    return Row(index, ids, options, _eos(model, options), tokenizer)
+    pace = Pace(model.draft_cost)
+    return Row(index, ids, options, _eos(model, options), tokenizer, pace)
 
 
 def check_tokenizer(model: TwoTower, tokenizer: Tokenizer | None) -> None:

@@ -20,6 +20,7 @@ class Row:
         options: GenerateOptions,
         eos: tuple[int, ...],
         tokenizer: Tokenizer | None,
+        pace: Pace,
     ) -> None:
         self.index = index
         self.prompt = prompt
@@ -31,7 +32,7 @@ class Row:
         self.context_forwards = 0
         self.num_commits = 0
         self.finish_reason: FinishReason | None = None
-        self.pace = Pace()  # of speculation
+        self.pace = pace  # of speculation
         self.noise_ahead: list[torch.Tensor] = []  # (V,) of each token to come, once drawn
         self._tokenizer = tokenizer
         self._stream = None if tokenizer is None else tokenizer.stream()

@@ -30,6 +30,8 @@ class NativeTwoTower(TwoTower):
     that the library does not know, OSError where it cannot be made.
     """
 
+    draft_cost = 5.0
+
     def __init__(self, model: TwoTower) -> None:
         _require_supported(model)
         nn.Module.__init__(self)

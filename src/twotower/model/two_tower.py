@@ -29,6 +29,10 @@ class TwoTower(nn.Module):
     is no denoiser (`denoiser_tower` is None): AR decoding and backbone training need no more.
     """
 
+    # AR steps that a draft and its verification cost, here of the shipped model in eager PyTorch
+    # (benchmarks/step_times.py); what runs passes otherwise has a number of its own.
+    draft_cost = 3.5
+
     def __init__(self, config: ModelConfig, towers: Literal["both", "context"] = "both") -> None:
         super().__init__()
         self.config = config
