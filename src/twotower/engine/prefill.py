@@ -26,9 +26,9 @@ def refusal(model: TwoTower, rows: list[Row]) -> str | None:
     weight = model.context_tower.embeddings.weight
     num_prompt = max(len(row.prompt) for row in rows)
     num_new = max(row.options.max_new_tokens + row.options.block_size for row in rows)
-    # Buffers grow by doubling and the old one is freed last: up to three times the final size.
+    # When rows join or leave, the cache is copied and the old one is freed last.
     needed = (
-        3 * len(rows) * (num_prompt + num_new) * model.config.kv_elements * weight.element_size()
+        2 * len(rows) * (num_prompt + num_new) * model.config.kv_elements * weight.element_size()
     )
     free = available_bytes(weight.device)
     if free is None or needed <= free:
