@@ -1,6 +1,7 @@
 """The `twotower` command: finds the verb, runs it, and turns what goes wrong into an exit status.
 
-Status 0 is success, 2 the user's error (one line on stderr), 1 ours, 130 Ctrl-C. A verb is a module
+Status 0 is success, 2 the user's error (one line on stderr), 1 ours, 130 Ctrl-C, 3 a file that was
+answered but for lines that were no request. A verb is a module
 of this package with `run(options) -> int`; it is imported only when it is called for, so that help
 does not wait for torch.
 """
