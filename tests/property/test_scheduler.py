@@ -160,6 +160,9 @@ def test_joined_caches_go_on_as_before(lengths: tuple[list[int], list[int]]) -> 
         )
         caches.append(MODEL.prefill(ids, torch.tensor(of_rows)))
     joined = caches[0].concat(caches[1])
+    hidden = [cache.last_hidden for cache in caches]
+    assert joined.last_hidden is not None and all(part is not None for part in hidden)
+    assert torch.equal(joined.last_hidden, torch.cat([part for part in hidden if part is not None]))
     tokens = torch.tensor(prompts_of([3] * joined.num_rows, seed=7))
     num_first = caches[0].num_rows
     for cache, own in (
