@@ -53,8 +53,9 @@ def test_another_model_repeats_the_commits(mode: str, seed: int) -> None:
 
 
 def test_accepted_drafts_are_repeated() -> None:
-    """Random towers hardly ever agree, so that this script is written by hand: 4 stand at most."""
-    script = Script(confidences=[[0.9, 0.9, 0.9]] * 5, commits=[1, 3, 4, 2, 4, 1])
+    """Random towers hardly ever agree, so that this script is written by hand: 4 stand at most, and
+    never so few that drafting pauses."""
+    script = Script(confidences=[[0.9, 0.9, 0.9]] * 5, commits=[1, 4, 4, 3, 4, 1])
     options = dataclasses.replace(options_of("speculative"), max_new_tokens=script.num_tokens)
     scripted = ScriptedModel(tiny_model(), script)
     repeated = record_script(stream(scripted, [PROMPT], options))  # type: ignore[arg-type]
