@@ -83,9 +83,10 @@ class _Transformers:
 
     def __init__(self, folder: Path, threads: int, dtype: str) -> None:
         try:
-            from transformers import AutoModelForCausalLM
+            from transformers import AutoModelForCausalLM, logging
         except ImportError:
             raise _missing("transformers") from None
+        logging.disable_progress_bar()  # of loading, between our own lines
         self.dtype = dtype
         self._threads = threads
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
