@@ -86,7 +86,8 @@ class _Transformers:
             from transformers import AutoModelForCausalLM, logging
         except ImportError:
             raise _missing("transformers") from None
-        logging.disable_progress_bar()  # of loading, between our own lines
+        # That of loading would stand between our own lines.
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         self.dtype = dtype
         self._threads = threads
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
