@@ -205,25 +205,27 @@ def run_pair(options: BenchOptions) -> int:
     if options.json:
         print(json.dumps(record))
     else:
-        Console().print(summary(modes["diffusion"], modes["ar"]), highlight=False)
+        for mode in ("diffusion", "speculative"):
+            Console().print(summary(mode, modes[mode], modes["ar"]), highlight=False)
     return 0 if results["complete"] else INTERRUPTED
 
 
-def summary(diffusion: dict[str, object], ar: dict[str, object]) -> str:
-    """The pair in two sentences, with what it was bought with."""
-    retention, ratio = diffusion["retention"], diffusion["speed_ratio"]
+def summary(mode: str, ours: dict[str, object], ar: dict[str, object]) -> str:
+    """The pair of one mode in two sentences, with what it was bought with."""
+    retention, ratio = ours["retention"], ours["speed_ratio"]
     if retention is None:
         return "The AR baseline answers nothing right: there is no quality to keep."
     if ratio is None:
         return "A mode wrote no tokens: there is no speed to compare."
-    low, high = describe_quartiles(diffusion["speed_ratio_quartiles"])
-    passes = diffusion["tokens_per_nfe"]
+    low, high = describe_quartiles(ours["speed_ratio_quartiles"])
+    passes = ours["tokens_per_nfe"]
     return (
-        f"Keeps {100 * float(str(retention)):.1f} % of the AR quality "
-        f"(95 %: {describe_range(diffusion['retention_interval'])}) "
+        f"{mode} keeps {100 * float(str(retention)):.1f} % of the AR quality "
+        f"(95 %: {describe_range(ours['retention_interval'])}) "
         f"at {float(str(ratio)):.2f} times its speed (median of pairs; quartiles {low}, {high}).\n"
-        f"AR {ar['correct']} of {ar['n']} right; diffusion {diffusion['correct']} of "
-        f"{diffusion['n']}, {diffusion['nfe']} NFE, {float(str(passes)):.2f} tokens/NFE."
+        f"AR {ar['correct']} of {ar['n']} right; {mode} {ours['correct']} of {ours['n']}, "
+        f"{ours['same_as_ar']} texts equal to AR's, {ours['nfe']} NFE, "
+        f"{'no' if passes is None else f'{float(str(passes)):.2f}'} tokens/NFE."
     )
 
 
