@@ -25,7 +25,8 @@ def main(target: str = "docs/demo.svg", sample: str = "tools") -> None:
     path = shipped_model()
     model, tokenizer = twotower.load_model(path), twotower.load_tokenizer(path)
     prompt = SAMPLES[sample]  # type: ignore[index]  # one of the demo's own names
-    events = list(stream(model, [prompt], GenerateOptions(mode="diffusion", max_new_tokens=96), tokenizer))
+    options = GenerateOptions(mode="diffusion", max_new_tokens=96)
+    events = list(stream(model, [prompt], options, tokenizer))
     scene = Scene(prompt, tokenizer, WIDTH, has_colour=True)
     frames = list(block_frames(scene, events))
     waits = [frame.wait_s / PACE for frame in frames[:-1]] + [3.0]
