@@ -9,14 +9,15 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
-from twotower.diffusion import Step, choose, denoise_block, gumbel
+from twotower.diffusion import choose, gumbel
 from twotower.engine.batch import Batch, Cycle, Proposal, commit, last_tokens
-from twotower.engine.events import Event, StepTaken
+from twotower.engine.events import Event
+from twotower.engine.fill import fill_blocks
 from twotower.engine.logits import require_finite
 from twotower.engine.options import sampling_params
 from twotower.engine.prefill import prefill
 from twotower.engine.row import Row
-from twotower.model import ContextView, TwoTower
+from twotower.model import TwoTower
 
 # A draft is read as far as its predictions are all right with at least this probability, by the
 # denoiser's own account.
@@ -87,47 +88,13 @@ def _propose(model: TwoTower, batch: Batch) -> Generator[Event, None, Proposal]:
         own = [rows[i] for i in drafting.tolist()]
         view = batch.cache.view()
         view = view if len(own) == len(rows) else view.select(drafting)
-        last = yield from _denoise(model, view, own, blocks[drafting])
+        samplers = [row.options.draft_sampler(model.config.mask_token_id) for row in own]
+        last = yield from fill_blocks(model, view, own, blocks[drafting], samplers, num_known=1)
         # Not the first column: AR may have chosen the mask token, which the denoiser then fills.
         blocks[drafting, 1:] = last.tokens[:, 1:].cpu()
         left = torch.tensor([_num_left(row) for row in own])
         lengths[drafting] = torch.minimum(draft_lengths(last.confidence.cpu()), left)
     return blocks[:, : int(lengths.max())], lengths
-
-
-def _denoise(
-    model: TwoTower, view: ContextView, rows: list[Row], blocks: Tensor
-) -> Generator[Event, None, Step]:
-    """The last of the `draft_passes` steps that fill blocks (B, T), always greedily."""
-    view = view.to(model.denoiser_device)
-    samplers = [row.options.draft_sampler(model.config.mask_token_id) for row in rows]
-    before = [row.nfe for row in rows]
-    last: Step | None = None
-
-    def denoise(tokens: Tensor, t: Tensor, which: Tensor) -> Tensor:
-        seen = view if len(which) == len(rows) else view.select(which)
-        return require_finite(model.denoise(tokens, seen, t))
-
-    for last in denoise_block(denoise, blocks.to(model.denoiser_device), samplers):
-        for index in last.rows.tolist():
-            rows[index].nfe = before[index] + int(last.nfe[index])
-            yield _step_taken(rows[index], last, index)
-    assert last is not None  # a block of two or more has a masked position
-    return last
-
-
-def _step_taken(row: Row, step: Step, index: int) -> StepTaken:
-    """The draft alone: the first token of the block is text already."""
-    return StepTaken(
-        row=row.index,
-        block_index=row.num_commits,
-        step=step.index,
-        t=float(step.t[index]),
-        tokens=step.tokens[index, 1:].tolist(),
-        is_masked=step.is_masked[index, 1:].tolist(),
-        confidence=step.confidence[index, 1:].tolist(),
-        nfe=row.nfe,
-    )
 
 
 def _choose(logits: Tensor, rows: list[Row]) -> Tensor:

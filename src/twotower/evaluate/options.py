@@ -48,23 +48,25 @@ class EvalOptions:
             raise ValueError(f"seed: {self.seed} is negative; use 0 or more")
         if self.suite not in SUITES:
             raise ValueError(f"suite: {self.suite!r} is unknown; use {' or '.join(SUITES)}")
-        _check_names("modes", self.mode_names, MODES)
-        _check_names("categories", self.category_names, tuple(CHECKS))
+        check_names("modes", self.mode_names, MODES)
+        check_names("categories", self.category_names, tuple(CHECKS))
 
     @property
     def mode_names(self) -> tuple[str, ...]:
-        return _split(self.modes)
+        return split_names(self.modes)
 
     @property
     def category_names(self) -> tuple[str, ...]:
-        return SUITES[self.suite] if self.categories is None else _split(self.categories)
+        return SUITES[self.suite] if self.categories is None else split_names(self.categories)
 
 
-def _split(text: str) -> tuple[str, ...]:
+def split_names(text: str) -> tuple[str, ...]:
+    """The names of a comma-separated list, each once."""
     return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
-def _check_names(field: str, given: tuple[str, ...], known: tuple[str, ...]) -> None:
+def check_names(field: str, given: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """ValueError (one line) unless some names are given and all are known."""
     if not given:
         raise ValueError(f"{field}: none given; use some of {', '.join(known)}")
     for name in given:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twotower.engine import MODES
+from twotower.evaluate.options import check_names, split_names
 from twotower.race.costs import AR
 from twotower.race.ours import ENGINES
 
@@ -51,32 +52,20 @@ class RaceOptions:
                 raise ValueError(f"{name}: {getattr(self, name)} is too small; use at least 1")
         if self.seed < 0:
             raise ValueError(f"seed: {self.seed} is negative; use 0 or more")
-        _check_names("sizes", self.size_names, SIZES)
-        _check_names("modes", self.mode_names, MODES)
-        _check_names("engines", self.engine_names, tuple(ENGINES))
+        check_names("sizes", self.size_names, SIZES)
+        check_names("modes", self.mode_names, MODES)
+        check_names("engines", self.engine_names, tuple(ENGINES))
         if AR not in self.mode_names:
             raise ValueError(f"modes: {self.modes} lacks ar, which all others are compared with")
 
     @property
     def size_names(self) -> tuple[str, ...]:
-        return _split(self.sizes)
+        return split_names(self.sizes)
 
     @property
     def mode_names(self) -> tuple[str, ...]:
-        return _split(self.modes)
+        return split_names(self.modes)
 
     @property
     def engine_names(self) -> tuple[str, ...]:
-        return _split(self.engines)
-
-
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def _check_names(field: str, given: tuple[str, ...], known: tuple[str, ...]) -> None:
-    if not given:
-        raise ValueError(f"{field}: none given; use some of {', '.join(known)}")
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{field}: {name!r} is unknown; use some of {', '.join(known)}")
+        return split_names(self.engines)
