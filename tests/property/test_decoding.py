@@ -41,6 +41,7 @@ VARIANTS = [
     {"mode": "predict-and-noise", "schedule": "exponential", "remask": "margin"},
     {"mode": "predict-and-noise", "remask": "random", "adaptive": True},
     {"mode": "diffusion", "confidence_threshold": 0.1, "block_size": 3},
+    {"mode": "diffusion", "first_token": "context"},
 ]
 every_variant = pytest.mark.parametrize(
     "variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values()))
@@ -253,3 +254,31 @@ def test_finished_rows_leave_and_others_go_on() -> None:
         assert row.finish_reason == ("eos" if eos in whole.tokens else "length")
     assert with_eos[1].nfe < free[1].nfe, "an ended row costs no more passes"
     assert len({len(row.tokens) for row in with_eos}) > 1, "rows end at different places"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_the_context_tower_can_choose_first_tokens(temperature: float) -> None:
+    """Guards first_token="context": each block begins with what AR decoding would write there, and
+    the first pass is told that 3 of 4 positions are masked. A token chosen from the state of the
+    block before, or drawn with another row's randomness, would still look like text."""
+    together = [
+        options(first_token="context", temperature=temperature, seed=seed)
+        for seed in range(len(PROMPTS))
+    ]
+    events = list(stream(MODEL, PROMPTS, together))
+    for row, prompt in enumerate(PROMPTS):
+        blocks = [e.tokens for e in events if isinstance(e, TokensCommitted) and e.row == row]
+        steps = [e for e in events if isinstance(e, StepTaken) and e.row == row]
+        assert {e.t for e in steps if e.step == 0} == {0.75}
+        text = list(prompt)
+        for index, block in enumerate(blocks):
+            if temperature == 0 or index == 0:  # later draws follow the block's own
+                ar = options(mode="ar", max_new_tokens=1, temperature=temperature, seed=row)
+                assert block[:1] == generate(MODEL, [text], ar)[0].tokens
+            text += block
+
+
+def test_a_first_token_that_is_the_whole_block_is_the_denoisers() -> None:
+    """Guards blocks of one token: with nothing left to fill there would be no pass and no step."""
+    o = options(first_token="context", block_size=1)
+    assert generate(MODEL, PROMPTS[:1], o) == generate(MODEL, PROMPTS[:1], options(block_size=1))

@@ -3,12 +3,14 @@
 from collections.abc import Generator
 
 import torch
+from torch import Tensor
 
 from twotower.engine.batch import Batch, Cycle, Proposal, commit, extend
 from twotower.engine.events import Event
 from twotower.engine.fill import fill_blocks
 from twotower.engine.prefill import prefill
 from twotower.engine.row import Row
+from twotower.engine.token_cycle import choose_tokens
 from twotower.model import TwoTower
 
 
@@ -18,14 +20,23 @@ def _start(model: TwoTower, rows: list[Row]) -> Generator[Event, None, Batch]:
 
 
 def _propose(model: TwoTower, batch: Batch) -> Generator[Event, None, Proposal]:
-    """One block of every row, from all masked to all committed: its tokens (B, T)."""
+    """One block of every row, from masked to all committed: its tokens (B, T)."""
     rows = batch.rows
-    mask_token_id = model.config.mask_token_id
-    shape = (len(rows), rows[0].options.block_size)
-    tokens = torch.full(shape, mask_token_id, device=model.denoiser_device)
-    samplers = [row.options.block_sampler(mask_token_id) for row in rows]
+    samplers = [row.options.block_sampler(model.config.mask_token_id) for row in rows]
+    tokens = _open_blocks(model, batch)
     last = yield from fill_blocks(model, batch.cache.view(), rows, tokens, samplers)
     return (last.tokens,)
+
+
+def _open_blocks(model: TwoTower, batch: Batch) -> Tensor:
+    """Blocks (B, T) before the first pass: masks, but for first tokens that the context chose."""
+    block_size = batch.rows[0].options.block_size
+    blocks = torch.full((len(batch.rows), block_size), model.config.mask_token_id)
+    given = [i for i, row in enumerate(batch.rows) if row.options.first_token == "context"]
+    if given and block_size > 1:  # a block needs something to fill
+        logits = model.next_logits(batch.cache)[given]
+        blocks[given, 0] = choose_tokens(logits, [batch.rows[i] for i in given]).cpu()
+    return blocks
 
 
 def _settle(model: TwoTower, batch: Batch, proposal: Proposal) -> Generator[Event, None, Batch]:

@@ -12,6 +12,7 @@ from twotower.diffusion import BlockSampler, Remask, SamplerKind, SamplingParams
 
 Mode = Literal["diffusion", "speculative", "posterior", "predict-and-noise", "ar", "mock-ar"]
 Queues = Literal["auto", "one", "two"]
+FirstToken = Literal["denoiser", "context"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 _SAMPLERS: dict[str, SamplerKind] = {
     "diffusion": "confidence",
@@ -57,6 +58,9 @@ class GenerateOptions:
     """Tokens per block; what the model was trained on unless given. More ruins the text."""
     steps_per_block: int = 16
     """Most denoiser passes per block."""
+    first_token: FirstToken = "denoiser"
+    """diffusion: who chooses a block's first token: the denoiser, as published, or the context
+    tower, which has read all before it and so needs no pass for it."""
     draft_passes: int = 1
     """speculative: most denoiser passes per draft."""
     confidence_threshold: float = 0.8
@@ -95,6 +99,7 @@ class GenerateOptions:
             _check_kind(name, getattr(self, name), kind)
         for name, allowed in (
             ("mode", MODES),
+            ("first_token", get_args(FirstToken)),
             ("schedule", get_args(Schedule)),
             ("remask", get_args(Remask)),
         ):

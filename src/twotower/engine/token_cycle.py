@@ -26,7 +26,7 @@ def _no_proposal(model: TwoTower, batch: Batch) -> Generator[Event, None, Propos
 
 def _settle_ar(model: TwoTower, batch: Batch, proposal: Proposal) -> Generator[Event, None, Batch]:
     """The context tower's last logits choose a token, which extends the cache."""
-    tokens = _choose(model.next_logits(batch.cache), batch.rows)
+    tokens = choose_tokens(model.next_logits(batch.cache), batch.rows)
     batch, kept = yield from commit(batch, [[token] for token in tokens.tolist()])
     extend(model, batch, tokens[kept.to(tokens.device)].unsqueeze(1))
     return batch
@@ -44,7 +44,7 @@ def _propose_token(model: TwoTower, batch: Batch) -> Generator[Event, None, Prop
     logits = model.denoise(last, batch.cache.view(), None)[:, 0]
     for row in batch.rows:
         row.nfe += 1
-    return last, _choose(logits, batch.rows)
+    return last, choose_tokens(logits, batch.rows)
 
 
 def _settle_mock_ar(
@@ -57,7 +57,7 @@ def _settle_mock_ar(
     return batch
 
 
-def _choose(logits: Tensor, rows: list[Row]) -> Tensor:
+def choose_tokens(logits: Tensor, rows: list[Row]) -> Tensor:
     """One token per row from its logits (B, V), by the row's own options and randomness: (B,)."""
     params = sampling_params([row.options for row in rows])
     noise = draw_noise(logits, params.temperature, [row.generator for row in rows])
