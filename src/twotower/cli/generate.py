@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Decoding = dict[str, object]
 else:
     # `stop` is repeatable, which tyro cannot combine with "not given".
-    Decoding = optional_flags(GenerateOptions, leave_out=("stop",))
+    Decoding = optional_flags(GenerateOptions, leave_out=("stop", "grammar"))
 
 
 @dataclass(frozen=True, kw_only=True)

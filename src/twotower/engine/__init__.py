@@ -1,7 +1,17 @@
 """Decoding: prompts in, rows of tokens out, in any mode. Takes a loaded model, never a path."""
 
-from twotower.engine.events import Completion, Event, Failed, Finished, StepTaken, TokensCommitted
+from twotower.engine.events import (
+    Completion,
+    Event,
+    Failed,
+    Finished,
+    StepTaken,
+    TokenLogprob,
+    TokensCommitted,
+)
+from twotower.engine.filters import Filter
 from twotower.engine.generate import generate, stream, stream_requests
+from twotower.engine.grammar import Grammar
 from twotower.engine.options import MODES, EngineOptions, GenerateOptions, Mode
 from twotower.engine.requests import Request
 
@@ -11,11 +21,14 @@ __all__ = [
     "EngineOptions",
     "Event",
     "Failed",
+    "Filter",
     "Finished",
     "GenerateOptions",
+    "Grammar",
     "Mode",
     "Request",
     "StepTaken",
+    "TokenLogprob",
     "TokensCommitted",
     "generate",
     "stream",

@@ -3,7 +3,19 @@
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["length", "eos", "stop"]
+FinishReason = Literal["length", "eos", "stop", "content_filter"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """How probable the context tower finds a token after the text before it, and which others.
+
+    Natural logarithms of its probabilities before temperature, top_k, top_p and grammar.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the most probable tokens, the best first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +42,7 @@ class TokensCommitted:
     text: str  # what can be shown now: whole characters only; "" without a tokenizer
     nfe: int
     context_forwards: int
+    logprobs: tuple[TokenLogprob, ...] | None = None  # of each token, when asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +54,7 @@ class Completion:
     nfe: int  # denoiser passes
     context_forwards: int  # context tower passes: the prefill and each extension
     finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] | None = None  # of each token, when asked for
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,13 @@ from typing import Literal, get_args
 import torch
 
 from twotower.diffusion import BlockSampler, Remask, SamplerKind, SamplingParams, Schedule
+from twotower.engine.grammar import Grammar
 
 Mode = Literal["diffusion", "speculative", "posterior", "predict-and-noise", "ar", "mock-ar"]
 Queues = Literal["auto", "one", "two"]
 FirstToken = Literal["denoiser", "context"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+MOST_LOGPROBS = 100  # alternatives to each token
 _SAMPLERS: dict[str, SamplerKind] = {
     "diffusion": "confidence",
     "posterior": "posterior",
@@ -77,6 +79,11 @@ class GenerateOptions:
     """Token that ends a row; "config" takes the checkpoint's, None never ends."""
     stop: str | tuple[str, ...] | None = None
     """Text that ends a row; it is not part of the returned text. Needs a tokenizer."""
+    logprobs: int | None = None
+    """Report each token's log-probability under the context tower, with this many of the most
+    probable ones beside it; 0 reports the token's own."""
+    grammar: Grammar | None = None
+    """ar, speculative: what the text must match, from json_schema, tool_call, regex or lark."""
     schedule: Schedule = "linear"
     """posterior, predict-and-noise: how the masked share falls over the steps."""
     remask: Remask = "confidence"
@@ -122,6 +129,8 @@ class GenerateOptions:
             _check_range("top_k", self.top_k, 1, math.inf)
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if self.logprobs is not None:
+            _check_range("logprobs", self.logprobs, 0, MOST_LOGPROBS)
         if not all(self.stop_strings):
             raise ValueError("stop has an empty string; leave it out")
 
@@ -202,6 +211,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "eos_token_id": (int, tuple, str, type(None)),
     "stop": (str, tuple, type(None)),
     "adaptive": (bool,),
+    "logprobs": (int, type(None)),
+    "grammar": (Grammar, type(None)),
 }
 
 

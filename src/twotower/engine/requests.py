@@ -6,6 +6,7 @@ import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from twotower.engine.filters import Filter
 from twotower.engine.options import GenerateOptions
 from twotower.engine.pace import Pace
 from twotower.engine.row import Row
@@ -16,10 +17,11 @@ Prompt = str | Sequence[int]
 
 
 class Request(NamedTuple):
-    """One prompt, text or token ids, and how to decode it."""
+    """One prompt, text or token ids, how to decode it, and what no reader may see of it."""
 
     prompt: Prompt
     options: GenerateOptions
+    filters: tuple[Filter, ...] = ()
 
 
 def make_row(
@@ -46,9 +48,25 @@ def check_tokenizer(model: TwoTower, tokenizer: Tokenizer | None) -> None:
 def _check_options(model: TwoTower, options: GenerateOptions, tokenizer: Tokenizer | None) -> None:
     if options.stop_strings and tokenizer is None:
         raise ValueError("stop needs a tokenizer to see text; pass tokenizer=load_tokenizer(path)")
+    _check_mode(options)
     if options.mode != "ar" and model.denoiser_tower is None:
         raise ValueError(
             f"mode={options.mode!r} needs the denoiser tower; load both towers, or use mode='ar'"
+        )
+
+
+def _check_mode(options: GenerateOptions) -> None:
+    """Refuse what the mode cannot do exactly."""
+    mode = options.mode
+    if options.grammar is not None and mode not in ("ar", "speculative"):
+        raise ValueError(
+            f"grammar: mode={mode!r} commits tokens before all to their left are known, so it can "
+            "keep none; use mode='speculative' or 'ar'"
+        )
+    if options.logprobs is not None and mode == "mock-ar":
+        raise ValueError(
+            "logprobs: they are the context tower's, which mode='mock-ar' does not ask for its "
+            "choices; use another mode"
         )
 
 
