@@ -4,6 +4,7 @@ from twotower.engine.events import (
     Completion,
     Event,
     Failed,
+    FailureKind,
     Finished,
     StepTaken,
     TokenLogprob,
@@ -12,8 +13,10 @@ from twotower.engine.events import (
 from twotower.engine.filters import Filter
 from twotower.engine.generate import generate, stream, stream_requests
 from twotower.engine.grammar import Grammar
-from twotower.engine.options import MODES, EngineOptions, GenerateOptions, Mode
+from twotower.engine.options import MODES, EngineOptions, GenerateOptions, Mode, WorkerOptions
 from twotower.engine.requests import Request
+from twotower.engine.ticket import Ticket
+from twotower.engine.worker import QueueFull, Stopped, Worker, WorkerStats
 
 __all__ = [
     "MODES",
@@ -21,15 +24,22 @@ __all__ = [
     "EngineOptions",
     "Event",
     "Failed",
+    "FailureKind",
     "Filter",
     "Finished",
     "GenerateOptions",
     "Grammar",
     "Mode",
+    "QueueFull",
     "Request",
     "StepTaken",
+    "Stopped",
+    "Ticket",
     "TokenLogprob",
     "TokensCommitted",
+    "Worker",
+    "WorkerOptions",
+    "WorkerStats",
     "generate",
     "stream",
     "stream_requests",

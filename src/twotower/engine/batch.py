@@ -24,6 +24,11 @@ class Batch:
         """These rows and then the other's."""
         return Batch(self.rows + other.rows, self.cache.concat(other.cache))
 
+    def select(self, chosen: list[int]) -> "Batch":
+        """Some of the rows, by their place here."""
+        cache = self.cache.select(torch.tensor(chosen, dtype=torch.int64))
+        return Batch([self.rows[place] for place in chosen], cache)
+
 
 @dataclass(frozen=True)
 class Cycle:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+# invalid: no usable request; memory: does not fit; internal: our fault, details are in the log.
+FailureKind = Literal["invalid", "memory", "cancelled", "deadline", "stopped", "internal"]
 FinishReason = Literal["length", "eos", "stop", "content_filter"]
 
 
@@ -55,6 +57,7 @@ class Completion:
     context_forwards: int  # context tower passes: the prefill and each extension
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] | None = None  # of each token, when asked for
+    cached_tokens: int = 0  # prompt tokens that were taken from the prefix cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +70,10 @@ class Finished:
 
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """A prompt that could not be decoded: its row's only event, in one line for the user."""
+    """A row that could not be decoded to its end: its last event, in one line for the user."""
 
     row: int
+    kind: FailureKind
     message: str
 
 

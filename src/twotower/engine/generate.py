@@ -81,7 +81,7 @@ def _rows_or_failures(
         try:
             row: Row | Failed = make_row(model, index, request, tokenizer, "the prompt")
         except ValueError as error:
-            row = Failed(row=index, message=str(error))
+            row = Failed(row=index, kind="invalid", message=str(error))
         yield row
         index += 1
 

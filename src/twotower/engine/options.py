@@ -44,6 +44,19 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WorkerOptions(EngineOptions):
+    """`EngineOptions` of a worker, whose requests come while it runs."""
+
+    max_waiting: int = 256
+    """Requests that may wait for a place; more are refused."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_waiting < 1:
+            raise ValueError(f"max_waiting={self.max_waiting} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
     """How to decode one prompt. A checkpoint's `generation_config.json` may set other defaults; a
     field that is given here wins. Source: system.md section 4.

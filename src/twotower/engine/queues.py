@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from twotower.engine.events import Event
 from twotower.engine.options import EngineOptions
-from twotower.engine.scheduler import Lane, WaitingLine
+from twotower.engine.scheduler import Lane, Line
 from twotower.model import TwoTower
 
 
-def run(model: TwoTower, line: WaitingLine, options: EngineOptions) -> Iterator[Event]:
+def run(model: TwoTower, line: Line, options: EngineOptions) -> Iterator[Event]:
     """Decode all rows of the line, in as many queues as the options say."""
     is_apart = model.denoiser_device != model.context_device
     if options.queues == "two" or (options.queues == "auto" and is_apart):
@@ -23,10 +23,11 @@ def run(model: TwoTower, line: WaitingLine, options: EngineOptions) -> Iterator[
     return run_in_turn(model, line, options.max_rows)
 
 
-def run_in_turn(model: TwoTower, line: WaitingLine, max_rows: int) -> Iterator[Event]:
+def run_in_turn(model: TwoTower, line: Line, max_rows: int) -> Iterator[Event]:
     """One queue: denoiser and context work follow one another, in the caller's thread."""
     lane = Lane(model)
     while True:
+        yield from lane.leave(line)
         yield from lane.take(line, max_rows - lane.num_rows, is_alone=True)
         yield from lane.start()
         if lane.num_rows:
@@ -34,6 +35,8 @@ def run_in_turn(model: TwoTower, line: WaitingLine, max_rows: int) -> Iterator[E
             yield from lane.settle()
         elif line.is_over:
             return
+        else:
+            line.wait()
 
 
 class _Done(NamedTuple):
@@ -44,7 +47,7 @@ class _Done(NamedTuple):
     future: "Future[None]"
 
 
-def run_side_by_side(model: TwoTower, line: WaitingLine, max_rows: int) -> Iterator[Event]:
+def run_side_by_side(model: TwoTower, line: Line, max_rows: int) -> Iterator[Event]:
     """Two queues, a thread each, and two lanes that change places between them."""
     lanes = [Lane(model), Lane(model)]
     happened: queue.SimpleQueue[Event | _Done] = queue.SimpleQueue()
@@ -61,6 +64,7 @@ def run_side_by_side(model: TwoTower, line: WaitingLine, max_rows: int) -> Itera
         while True:
             for lane in lanes:
                 if lane not in busy:
+                    yield from lane.leave(line)
                     yield from lane.take(line, _share(lane, lanes, line, max_rows), not busy)
                     if lane.num_rows:
                         busy.append(lane)
@@ -68,6 +72,7 @@ def run_side_by_side(model: TwoTower, line: WaitingLine, max_rows: int) -> Itera
             if not busy:
                 if line.is_over:
                     return
+                line.wait()
                 continue
             event = happened.get()
             if not isinstance(event, _Done):
@@ -80,7 +85,7 @@ def run_side_by_side(model: TwoTower, line: WaitingLine, max_rows: int) -> Itera
                 busy.remove(event.lane)
 
 
-def _share(lane: Lane, lanes: list[Lane], line: WaitingLine, max_rows: int) -> int:
+def _share(lane: Lane, lanes: list[Lane], line: Line, max_rows: int) -> int:
     """How many rows the lane may take so that both end up with as many."""
     present = sum(one.num_rows for one in lanes)
     waiting = line.look(max(0, max_rows - present))

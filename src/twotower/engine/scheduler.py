@@ -5,8 +5,10 @@ all that shapes a pass share a batch; batches of other kinds take turns with it.
 where is decided in `queues.py`.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 from twotower.engine.batch import Batch, Cycle, Proposal
 from twotower.engine.block_cycle import BLOCK_CYCLE
@@ -18,6 +20,8 @@ from twotower.engine.speculate import SPECULATIVE_CYCLE
 from twotower.engine.token_cycle import AR_CYCLE, MOCK_AR_CYCLE
 from twotower.model import TwoTower
 
+_IDLE_S = 0.01  # between two questions to an iterator that has nothing at present
+
 CYCLES: dict[Mode, Cycle] = {
     "diffusion": BLOCK_CYCLE,
     "posterior": BLOCK_CYCLE,
@@ -28,10 +32,37 @@ CYCLES: dict[Mode, Cycle] = {
 }
 
 
-class WaitingLine:
-    """Rows in the order in which they are to enter; its source is read no further than needed.
+class Line(Protocol):
+    """Where rows wait to enter, and what those who brought them say later."""
 
-    A source that gives None has nothing at present and is asked again after a cycle.
+    @property
+    def is_over(self) -> bool:
+        """Whether no row waits and none will come."""
+
+    def look(self, count: int) -> int:
+        """How many rows wait, counted up to `count`."""
+
+    def take(self, count: int) -> list[Row]:
+        """The first rows, at most `count`."""
+
+    def put_back(self, rows: list[Row]) -> None:
+        """Rows that could not enter are the first again."""
+
+    def failed(self) -> list[Failed]:
+        """Rows that have ended while they waited, since the last call."""
+
+    def reason_to_leave(self, row: Row) -> Failed | None:
+        """Why a row that is being decoded is to go no further; asked before each cycle."""
+
+    def wait(self) -> None:
+        """Return when there may be something to do; called when nothing is being decoded."""
+
+
+class WaitingLine:
+    """Rows of an iterator in its order; it is read no further than needed.
+
+    A source that gives None has nothing at present and is asked again after a cycle, or after a
+    moment when nothing is being decoded.
     """
 
     def __init__(self, source: Iterable[Row | Failed | None]) -> None:
@@ -74,6 +105,15 @@ class WaitingLine:
         """Rows that could not enter are the first again."""
         self._rows.extendleft(reversed(rows))
 
+    def reason_to_leave(self, row: Row) -> Failed | None:
+        """Nobody calls these rows off."""
+        return None
+
+    def wait(self) -> None:
+        """An iterator cannot tell when it will have something, so it is left alone for a moment."""
+        if not self._rows and not self._is_read:
+            time.sleep(_IDLE_S)
+
 
 class Lane:
     """Batches that are in one queue together: one of each kind of row."""
@@ -89,7 +129,16 @@ class Lane:
         """Rows in it, newcomers included."""
         return sum(len(batch.rows) for batch in self._batches.values()) + len(self.newcomers)
 
-    def take(self, line: WaitingLine, count: int, is_alone: bool) -> Iterator[Event]:
+    def leave(self, line: Line) -> Iterator[Event]:
+        """Rows that are called off go, and their part of the cache with them."""
+        batches, self._batches = self._batches, {}
+        for kind, batch in batches.items():
+            reasons = [line.reason_to_leave(row) for row in batch.rows]
+            yield from (reason for reason in reasons if reason is not None)
+            staying = [i for i, reason in enumerate(reasons) if reason is None]
+            self._put(kind, batch if len(staying) == len(reasons) else batch.select(staying))
+
+    def take(self, line: Line, count: int, is_alone: bool) -> Iterator[Event]:
         """Take up to `count` rows from the line, as far as memory allows.
 
         is_alone: nothing else is decoded, so memory will not become free: a row that does not fit
@@ -105,7 +154,7 @@ class Lane:
             if message is None:
                 self.newcomers.append(rows.pop(0))
             elif is_alone and not self.num_rows:
-                yield Failed(row=rows.pop(0).index, message=message)
+                yield Failed(row=rows.pop(0).index, kind="memory", message=message)
             else:
                 break
         line.put_back(rows)
