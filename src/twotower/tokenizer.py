@@ -44,6 +44,22 @@ class Tokenizer:
         found: int | None = self._plain.token_to_id(token)
         return found
 
+    @cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """The written forms of all special tokens."""
+        added = self._special.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of all special tokens."""
+        added = self._special.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    def to_json(self) -> str:
+        """The tokenizer file's text."""
+        return self._json
+
     @property
     def pad_id(self) -> int | None:
         return self._role_id("pad")

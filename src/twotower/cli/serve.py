@@ -1,0 +1,123 @@
+"""`twotower serve`: a model behind OpenAI's API, with a page to watch it."""
+
+import logging
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from twotower.checkpoint import resolve
+from twotower.cli.loading import DType, Loaded, Placement, load, shipped_model
+from twotower.engine import MODES, GenerateOptions, Worker, WorkerOptions
+from twotower.engine.accelerate import Executor
+from twotower.serve import ServeOptions
+from twotower.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from twotower.serve.chat_template import ChatTemplate
+    from twotower.serve.served import Served
+
+# What a client wants to know of a request that names nothing.
+_SHOWN = (
+    "max_new_tokens",
+    "temperature",
+    "confidence_threshold",
+    "steps_per_block",
+    "draft_passes",
+    "block_size",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeArguments(ServeOptions, WorkerOptions):
+    """Serve a model over HTTP: /v1/completions, /v1/chat/completions, and a page at /.
+
+    A client of OpenAI's takes it with base_url=http://127.0.0.1:8000/v1.
+    """
+
+    model: Annotated[
+        str | None,
+        tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: the shipped model)"),
+    ] = None
+    """Checkpoint folder or hub id owner/name."""
+    chat_template: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Jinja template of conversations instead of the checkpoint's own."""
+    dtype: DType = "float32"
+    """Precision of the weights in memory."""
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "cpu"
+    """Where the model runs: cpu, cuda, cuda:1 ..."""
+    denoiser_device: Annotated[
+        str | None,
+        tyro.conf.arg(metavar="DEVICE", help_behavior_hint="(default: same as --device)"),
+    ] = None
+    """Where the denoiser tower runs, if elsewhere."""
+    executor: Executor = "auto"
+    """native: passes in C++, compiled on first use (float32, CPU, no experts). eager: plain
+    PyTorch. auto: native where it can be."""
+
+    def __post_init__(self) -> None:
+        ServeOptions.__post_init__(self)
+        WorkerOptions.__post_init__(self)
+
+
+def run(options: ServeArguments) -> int:
+    """Serve until a signal; returns the exit status. Errors of the user arrive as ValueError."""
+    server = _framework()
+    logging.getLogger("twotower.serve").setLevel(logging.INFO)
+    placement = Placement(
+        dtype=options.dtype,
+        context_device=options.device,
+        denoiser_device=options.denoiser_device or options.device,
+        executor=options.executor,
+    )
+    loaded = load(options.model, GenerateOptions(), placement)
+    served = _served(options, loaded)
+    server.run(Worker(loaded.model, loaded.tokenizer, options), options, served)
+    return 0
+
+
+def _framework() -> ModuleType:
+    """The package's server; ValueError where its libraries are missing."""
+    try:
+        return import_module("twotower.serve.server")
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("twotower"):
+            raise
+        raise ValueError(
+            f"twotower serve needs {error.name}; pip install 'twotower[serve]'"
+        ) from None
+
+
+def _served(options: ServeArguments, loaded: Loaded) -> "Served":
+    """The model as its callers see it; ValueError without a tokenizer."""
+    from twotower.serve.served import Served
+
+    if loaded.tokenizer is None:
+        raise ValueError(f"model={loaded.name} has no tokenizer.json; a server needs one")
+    folder = shipped_model() if options.model is None else resolve(options.model)
+    model = loaded.model
+    defaults = GenerateOptions().with_defaults(
+        {"block_size": model.config.block_size, **model.generation_defaults}
+    )
+    return Served(
+        name=options.model_name or ("twotower" if options.model is None else folder.name),
+        created=int((folder / "config.json").stat().st_mtime),
+        tokenizer=loaded.tokenizer,
+        block_size=model.config.block_size,
+        modes=MODES if model.denoiser_tower is not None else ("ar",),
+        default_mode=defaults.mode,
+        defaults={name: getattr(defaults, name) for name in _SHOWN},
+        template=_template(options, folder, loaded.tokenizer),
+    )
+
+
+def _template(options: ServeArguments, folder: Path, tokenizer: Tokenizer) -> "ChatTemplate | None":
+    """The given template, the checkpoint's, or for the shipped model the plain one."""
+    from twotower.serve.chat_template import plain_template, read_template
+
+    if options.model is None and options.chat_template is None:
+        return plain_template(tokenizer)
+    return read_template(folder, options.chat_template)

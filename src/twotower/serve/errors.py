@@ -1,0 +1,73 @@
+"""What a caller is told when a request cannot be answered: one line, in OpenAI's shape."""
+
+import re
+from collections.abc import Mapping
+
+from twotower.engine import Failed
+
+_STATUS = {
+    "invalid": 400,
+    "memory": 413,
+    "cancelled": 499,  # nobody reads it: the client has gone
+    "deadline": 504,
+    "stopped": 503,
+    "internal": 500,
+}
+
+
+class ApiError(Exception):
+    """A refusal or a failure with its HTTP status."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = " ".join(message.split())
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, object]:
+        """The JSON that OpenAI's clients read."""
+        error = {
+            "message": self.message,
+            "type": _type_of(self.status),
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": error}
+
+
+def _type_of(status: int) -> str:
+    match status:
+        case 401 | 403:
+            return "authentication_error"
+        case 429:
+            return "rate_limit_error"
+        case _ if status < 500:
+            return "invalid_request_error"
+        case _:
+            return "server_error"
+
+
+def bad_value(error: ValueError) -> ApiError:
+    """The engine's refusal of a request; its messages begin with the name of the field."""
+    name = re.match(r"[a-z_]+(?=[=:])", str(error))
+    return ApiError(400, str(error), param=name and name[0], code="bad_value")
+
+
+def from_failure(failed: Failed) -> ApiError:
+    """The error of a row that the engine gave up."""
+    # A deadline would pass again: OpenAI's client would otherwise repeat the request twice.
+    headers = {"x-should-retry": "false"} if failed.kind == "deadline" else {}
+    if failed.kind == "stopped":
+        headers = {"Retry-After": "5"}
+    code = None if failed.kind == "invalid" else failed.kind
+    return ApiError(_STATUS[failed.kind], failed.message, code=code, headers=headers)

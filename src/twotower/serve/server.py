@@ -1,0 +1,69 @@
+"""The process: uvicorn around the app, signals, and the order in which things stop."""
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+
+import uvicorn
+
+from twotower.engine import Worker
+from twotower.serve.app import create_app
+from twotower.serve.keys import check_exposure, read_keys
+from twotower.serve.options import ServeOptions
+from twotower.serve.served import Served
+from twotower.serve.service import Service
+
+_log = logging.getLogger("twotower.serve")
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, whose stop first lets the worker finish or tell every row."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """No more connections; rows end; connections close."""
+        _log.info("stopping: running requests get %g s", self._service.options.grace_s)
+        ending = asyncio.create_task(self._service.stop())
+        await super().shutdown(sockets)
+        await ending
+
+
+def run(worker: Worker, options: ServeOptions, served: Served) -> None:
+    """Serve until a signal. ValueError (one line) where the options forbid to start."""
+    keys = read_keys(options, os.environ)
+    check_exposure(options, keys)
+    app = create_app(worker, options, served, keys)
+    listener = _listen(options)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,  # the guard writes a line for every request
+        server_header=False,
+        proxy_headers=False,  # or anyone could choose the address that limits count
+        timeout_graceful_shutdown=int(options.grace_s) + 10,
+        timeout_keep_alive=30,
+    )
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    page = f"http://{shown}:{port}"
+    print(f"serving {served.name} at {page}/v1, page at {page}/", file=sys.stderr, flush=True)
+    Server(config, app.state.service).run(sockets=[listener])
+
+
+def _listen(options: ServeOptions) -> socket.socket:
+    """A socket at the address; ValueError when it is taken or is not of this machine."""
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    try:
+        return socket.create_server(
+            (options.host, options.port), family=family, backlog=512, reuse_port=False
+        )
+    except OSError as error:
+        raise ValueError(
+            f"host={options.host} port={options.port}: cannot listen there "
+            f"({error.strerror or error}); choose others"
+        ) from None

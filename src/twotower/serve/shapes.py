@@ -1,0 +1,194 @@
+"""The JSON of answers: a text completion's and a chat completion's, whole or in chunks.
+
+A shape holds what the chunks of one answer share; it keeps no text.
+"""
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from twotower.engine import Completion
+from twotower.engine.events import TokenLogprob
+from twotower.serve.tools import parse_call
+from twotower.tokenizer import Tokenizer
+
+Logprobs = Sequence[TokenLogprob] | None
+_FINISH = {"eos": "stop"}  # OpenAI's word for a text that ended by itself; the others agree
+
+
+class Shape(Protocol):
+    """How one endpoint writes its answer."""
+
+    def whole(self, completions: Sequence[Completion], usage: object) -> dict[str, object]:
+        """The answer in one piece."""
+
+    def begin(self, index: int) -> dict[str, object] | None:
+        """A choice's first chunk, if it has one before its text."""
+
+    def text(self, index: int, text: str, logprobs: Logprobs) -> dict[str, object] | None:
+        """A chunk of text, if it is to be seen now."""
+
+    def end(self, index: int, completion: Completion) -> dict[str, object]:
+        """A choice's last chunk."""
+
+    def usage(self, usage: object) -> dict[str, object]:
+        """The chunk after all choices."""
+
+
+class CompletionShape:
+    """`text_completion` objects."""
+
+    def __init__(
+        self, model: str, tokenizer: Tokenizer, echo: Sequence[str], has_logprobs: bool
+    ) -> None:
+        """echo: what stands before each choice's text."""
+        self._head = _head("cmpl", "text_completion", model)
+        self._tokenizer = tokenizer
+        self._echo = echo
+        self._has_logprobs = has_logprobs
+        self._offset = dict.fromkeys(range(len(echo)), 0)  # characters of each choice so far
+
+    def whole(self, completions: Sequence[Completion], usage: object) -> dict[str, object]:
+        choices = [
+            self._choice(
+                index,
+                self._echo[index] + (completion.text or ""),
+                completion.logprobs,
+                _FINISH.get(completion.finish_reason, completion.finish_reason),
+            )
+            for index, completion in enumerate(completions)
+        ]
+        return {**self._head, "choices": choices, "usage": usage}
+
+    def begin(self, index: int) -> dict[str, object] | None:
+        return self.text(index, self._echo[index], None) if self._echo[index] else None
+
+    def text(self, index: int, text: str, logprobs: Logprobs) -> dict[str, object] | None:
+        return {**self._head, "choices": [self._choice(index, text, logprobs, None)]}
+
+    def end(self, index: int, completion: Completion) -> dict[str, object]:
+        reason = _FINISH.get(completion.finish_reason, completion.finish_reason)
+        return {**self._head, "choices": [self._choice(index, "", None, reason)]}
+
+    def usage(self, usage: object) -> dict[str, object]:
+        return {**self._head, "choices": [], "usage": usage}
+
+    def _choice(
+        self, index: int, text: str, logprobs: Logprobs, reason: str | None
+    ) -> dict[str, object]:
+        shown = self._logprobs(index, logprobs) if self._has_logprobs and logprobs else None
+        return {"index": index, "text": text, "logprobs": shown, "finish_reason": reason}
+
+    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, object]:
+        names = [self._tokenizer.token_text(one.token) for one in logprobs]
+        offsets = []
+        for name in names:
+            offsets.append(self._offset[index])
+            self._offset[index] += len(name)
+        return {
+            "tokens": names,
+            "token_logprobs": [one.logprob for one in logprobs],
+            "top_logprobs": [
+                {self._tokenizer.token_text(token): value for token, value in one.top} or None
+                for one in logprobs
+            ],
+            "text_offset": offsets,
+        }
+
+
+class ChatShape:
+    """`chat.completion` objects; a reply that is a tool call is sent when it is whole."""
+
+    def __init__(
+        self, model: str, tokenizer: Tokenizer, has_calls: bool, strips_reply: bool
+    ) -> None:
+        self._model = model
+        self._head = _head("chatcmpl", "chat.completion.chunk", model)
+        self._tokenizer = tokenizer
+        self._has_calls = has_calls
+        self._strips = strips_reply
+        self._has_text: set[int] = set()  # choices whose text has begun
+
+    def whole(self, completions: Sequence[Completion], usage: object) -> dict[str, object]:
+        choices = [self._whole(index, one) for index, one in enumerate(completions)]
+        head = {**self._head, "object": "chat.completion"}
+        return {**head, "choices": choices, "usage": usage}
+
+    def _whole(self, index: int, completion: Completion) -> dict[str, object]:
+        call = self._call(completion)
+        message: dict[str, object] = {"role": "assistant", "content": self._reply(completion)}
+        if call is not None:
+            message = {"role": "assistant", "content": None, "tool_calls": [call]}
+        logprobs = completion.logprobs
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": None if logprobs is None else self._logprobs(logprobs),
+            "finish_reason": _reason(completion, call),
+        }
+
+    def begin(self, index: int) -> dict[str, object] | None:
+        return self._chunk(index, {"role": "assistant", "content": ""}, None, None)
+
+    def text(self, index: int, text: str, logprobs: Logprobs) -> dict[str, object] | None:
+        if self._has_calls:
+            return None
+        if self._strips and index not in self._has_text:
+            text = text.lstrip()
+        if text:
+            self._has_text.add(index)
+        elif not logprobs:
+            return None
+        return self._chunk(index, {"content": text}, logprobs, None)
+
+    def end(self, index: int, completion: Completion) -> dict[str, object]:
+        call = self._call(completion)
+        delta: dict[str, object] = {}
+        if call is not None:
+            delta = {"tool_calls": [{"index": 0, **call}]}
+        elif self._has_calls:
+            delta = {"content": self._reply(completion)}
+        return self._chunk(index, delta, None, _reason(completion, call))
+
+    def usage(self, usage: object) -> dict[str, object]:
+        return {**self._head, "choices": [], "usage": usage}
+
+    def _call(self, completion: Completion) -> dict[str, object] | None:
+        return parse_call(completion.text or "") if self._has_calls else None
+
+    def _reply(self, completion: Completion) -> str:
+        text = completion.text or ""
+        return text.lstrip() if self._strips else text
+
+    def _chunk(
+        self, index: int, delta: dict[str, object], logprobs: Logprobs, reason: str | None
+    ) -> dict[str, object]:
+        shown = None if logprobs is None else self._logprobs(logprobs)
+        choice = {"index": index, "delta": delta, "logprobs": shown, "finish_reason": reason}
+        return {**self._head, "choices": [choice]}
+
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, object]:
+        content = [
+            {
+                **self._named(one.token, one.logprob),
+                "top_logprobs": [self._named(token, value) for token, value in one.top],
+            }
+            for one in logprobs
+        ]
+        return {"content": content}
+
+    def _named(self, token: int, logprob: float) -> dict[str, object]:
+        text = self._tokenizer.token_text(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def _reason(completion: Completion, call: object) -> str:
+    if call is not None:
+        return "tool_calls"
+    return _FINISH.get(completion.finish_reason, completion.finish_reason)
+
+
+def _head(prefix: str, kind: str, model: str) -> dict[str, object]:
+    number = f"{prefix}-{secrets.token_hex(12)}"
+    return {"id": number, "object": kind, "created": int(time.time()), "model": model}
