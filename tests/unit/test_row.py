@@ -6,13 +6,15 @@ from tiny_text import ids_of, tiny_tokenizer
 from twotower import Completion, GenerateOptions
 from twotower.engine.pace import Pace
 from twotower.engine.row import Row
+from twotower.engine.row_text import RowText
 
 EOS = 2
 
 
 def row(stop: str | tuple[str, ...] | None = None, length: int = 20, text: bool = True) -> Row:
     options = GenerateOptions(stop=stop, max_new_tokens=length)
-    return Row(0, [5], options, (EOS,), tiny_tokenizer() if text else None, Pace(3.0))
+    own = RowText(tiny_tokenizer(), options.stop_strings) if text else None
+    return Row(0, [5], options, (EOS,), own, Pace(3.0))
 
 
 def feed(r: Row, *blocks: list[int]) -> tuple[list[str], Completion | None]:
@@ -118,7 +120,8 @@ def test_half_characters_wait() -> None:
 
     tokenizer = train_tokenizer(["abc"], vocab_size=260)
     first, second = tokenizer.encode("\u00e9")
-    r = Row(0, [5], GenerateOptions(max_new_tokens=4), (EOS,), tokenizer, Pace(3.0))
+    options = GenerateOptions(max_new_tokens=4)
+    r = Row(0, [5], options, (EOS,), RowText(tokenizer), Pace(3.0))
     assert r.commit([first]).text == ""
     assert r.commit([second]).text == "\u00e9"
     r.commit([first])

@@ -1,7 +1,14 @@
-"""A guard between the model and the choice of tokens."""
+"""Between the model and the choice of tokens: a guard, log-probabilities, grammars."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from twotower.diffusion import choose
+from twotower.engine.events import TokenLogprob
+from twotower.engine.options import sampling_params
+from twotower.engine.row import Row
 
 
 def require_finite(logits: Tensor) -> Tensor:
@@ -12,3 +19,48 @@ def require_finite(logits: Tensor) -> Tensor:
             "dtype: check the checkpoint, or load it with dtype=float32"
         )
     return logits
+
+
+def rows_logprobs(
+    rows: Sequence[Row], logits: Tensor, tokens: Sequence[Sequence[int]]
+) -> list[list[TokenLogprob] | None] | None:
+    """Of each row's tokens, chosen from the first of logits (B, n, V), if it asked; None if no
+    row did.
+    """
+    if all(row.options.logprobs is None for row in rows):
+        return None
+    return [
+        None if (num_top := row.options.logprobs) is None else token_logprobs(one, own, num_top)
+        for row, one, own in zip(rows, logits, tokens, strict=True)
+    ]
+
+
+def token_logprobs(logits: Tensor, tokens: Sequence[int], num_top: int) -> list[TokenLogprob]:
+    """How probable tokens are under logits (n, V), n >= len(tokens), with the best alternatives."""
+    num_top = min(num_top, logits.shape[-1])
+    logprobs = logits[: len(tokens)].float().log_softmax(-1)
+    own = logprobs.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1)
+    best, ids = logprobs.topk(num_top, -1)
+    return [
+        TokenLogprob(token=token, logprob=logprob, top=tuple(zip(others, values, strict=True)))
+        for token, logprob, others, values in zip(
+            tokens, own.tolist(), ids.tolist(), best.tolist(), strict=True
+        )
+    ]
+
+
+def choose_allowed(row: Row, logits: Tensor, token: int, noise: Tensor | None) -> int:
+    """What a row with a grammar takes instead of `token`, its choice among all of logits (V,).
+
+    noise (V,): what that choice was made with, None when greedy. A choice that is the best of all
+    tokens is the best of those allowed, if it is one; behind top-k and top-p it need not be.
+    """
+    grammar, options = row.grammar, row.options
+    assert grammar is not None
+    is_cut = options.temperature > 0 and (options.top_k or (options.top_p or 1.0) < 1.0)
+    if not is_cut and grammar.allows(token):
+        return token
+    mask = grammar.mask().to(logits.device)
+    allowed = logits.masked_fill(~mask, float("-inf"))
+    noises = None if noise is None else noise.unsqueeze(0)
+    return int(choose(allowed.unsqueeze(0), sampling_params([options]), noises))

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from twotower.engine.filters import Filter
+from twotower.engine.grammar import Grammar, GrammarState, TokenRules, begin
 from twotower.engine.options import GenerateOptions
 from twotower.engine.pace import Pace
 from twotower.engine.row import Row
+from twotower.engine.row_text import RowText
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 
@@ -32,8 +34,36 @@ def make_row(
     options = request.options.with_defaults(defaults)
     _check_options(model, options, tokenizer)
     ids = _prompt_ids(model, name, request.prompt, tokenizer)
-    pace = Pace(model.draft_cost)
-    return Row(index, ids, options, _eos(model, options), tokenizer, pace)
+    eos = _eos(model, options)
+    text = _row_text(request, options, tokenizer)
+    row = Row(index, ids, options, eos, text, Pace(model.draft_cost))
+    if options.grammar is not None:
+        row.grammar = _grammar(model, options.grammar, eos, tokenizer)
+    return row
+
+
+def _row_text(
+    request: Request, options: GenerateOptions, tokenizer: Tokenizer | None
+) -> RowText | None:
+    if tokenizer is not None:
+        return RowText(tokenizer, options.stop_strings, request.filters)
+    for name, value in (("stop", options.stop_strings), ("filters", request.filters)):
+        if value:
+            raise ValueError(
+                f"{name} needs a tokenizer to see text; pass tokenizer=load_tokenizer(path)"
+            )
+    return None
+
+
+def _grammar(
+    model: TwoTower, grammar: Grammar, eos: tuple[int, ...], tokenizer: Tokenizer | None
+) -> GrammarState:
+    if tokenizer is None:
+        raise ValueError("grammar needs a tokenizer; pass tokenizer=load_tokenizer(path)")
+    if not eos:
+        raise ValueError("grammar needs a token that ends the text; leave out eos_token_id=None")
+    rules = TokenRules(eos, model.config.mask_token_id, model.config.vocab_size)
+    return begin(grammar, tokenizer, rules)
 
 
 def check_tokenizer(model: TwoTower, tokenizer: Tokenizer | None) -> None:
@@ -46,8 +76,6 @@ def check_tokenizer(model: TwoTower, tokenizer: Tokenizer | None) -> None:
 
 
 def _check_options(model: TwoTower, options: GenerateOptions, tokenizer: Tokenizer | None) -> None:
-    if options.stop_strings and tokenizer is None:
-        raise ValueError("stop needs a tokenizer to see text; pass tokenizer=load_tokenizer(path)")
     _check_mode(options)
     if options.mode != "ar" and model.denoiser_tower is None:
         raise ValueError(

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from twotower.engine.events import Completion, Finished, FinishReason, TokensCommitted
+from twotower.engine.events import (
+    Completion,
+    Finished,
+    FinishReason,
+    TokenLogprob,
+    TokensCommitted,
+)
+from twotower.engine.grammar import GrammarState
 from twotower.engine.options import GenerateOptions
 from twotower.engine.pace import Pace
-from twotower.tokenizer import Tokenizer
+from twotower.engine.row_text import RowText
 
 
 class Row:
@@ -19,94 +28,96 @@ class Row:
         prompt: list[int],
         options: GenerateOptions,
         eos: tuple[int, ...],
-        tokenizer: Tokenizer | None,
+        text: RowText | None,
         pace: Pace,
     ) -> None:
         self.index = index
         self.prompt = prompt
         self.options = options
         self.eos = eos
+        self.grammar: GrammarState | None = None
         self.generator = torch.Generator().manual_seed(options.seed)
-        self.tokens: list[int] = []
+        self.tokens: list[int] = []  # all, also those that filters hold back
         self.nfe = 0
         self.context_forwards = 0
         self.num_commits = 0
         self.finish_reason: FinishReason | None = None
         self.pace = pace  # of speculation
         self.noise_ahead: list[torch.Tensor] = []  # (V,) of each token to come, once drawn
-        self._tokenizer = tokenizer
-        self._stream = None if tokenizer is None else tokenizer.stream()
-        self._text = ""  # all that is decoded
-        self._shown = 0  # characters of it that were given out
+        self._text = text
+        self._logprobs: list[TokenLogprob] = []
+        self._num_released = 0  # tokens that were given out
 
     @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
 
-    def commit(self, tokens: list[int]) -> TokensCommitted:
-        """Take tokens one by one until the row ends; what follows the end is dropped."""
-        taken = 0
+    @property
+    def is_filtered(self) -> bool:
+        """Whether nobody may see what filters have not: block states are not told then."""
+        return self._text is not None and self._text.is_filtered
+
+    def commit(
+        self, tokens: list[int], logprobs: Sequence[TokenLogprob] | None = None
+    ) -> TokensCommitted:
+        """Take tokens one by one until the row ends; what follows the end is dropped.
+
+        logprobs: of each token, if the row asked for them. Raises FilterFailed.
+        """
+        before = len(self.tokens)
         for token in tokens:
             self._take(token)
-            taken += 1
             if self.is_finished:
                 break
+        if logprobs is not None:
+            self._logprobs += logprobs[: len(self.tokens) - before]
         self.num_commits += 1
+        text = "" if self._text is None else self._text.show()
+        released = self._release()
         return TokensCommitted(
             row=self.index,
             block_index=self.num_commits - 1,
-            tokens=tokens[:taken],
-            text=self._show(),
+            tokens=self.tokens[released],
+            text=text,
             nfe=self.nfe,
             context_forwards=self.context_forwards,
+            logprobs=self._logprobs_of(released),
         )
 
     def _take(self, token: int) -> None:
         self.tokens.append(token)
-        if self._stream is not None:
-            self._text += self._stream.push([token])
+        if self._text is not None:
+            self._text.push(token)
         if token in self.eos:
             self.finish_reason = "eos"
         elif len(self.tokens) == self.options.max_new_tokens:
             self.finish_reason = "length"
-        if self.is_finished and self._stream is not None:
-            self._text += self._stream.flush()
-        self._cut_at_stop()
+        if self._text is not None:
+            if self.is_finished:
+                self._text.close()
+            self.finish_reason = self._text.ending or self.finish_reason
 
-    def _cut_at_stop(self) -> None:
-        """End the row where the first stop string begins; `_shown` text holds none."""
-        found = [
-            at
-            for stop in self.options.stop_strings
-            if (at := self._text.find(stop, self._shown)) >= 0
-        ]
-        if found:
-            self._text = self._text[: min(found)]
-            self.finish_reason = "stop"
+    def _release(self) -> slice:
+        """The tokens that may be given out now, from the first that was not."""
+        end = len(self.tokens)
+        if self._text is not None and self._text.is_filtered:
+            end = self._text.num_released
+        released, self._num_released = slice(self._num_released, end), end
+        return released
 
-    def _show(self) -> str:
-        """Text that no later stop string can reach into."""
-        held = 0 if self.is_finished else _longest_partial(self._text, self.options.stop_strings)
-        end = len(self._text) - held
-        text, self._shown = self._text[self._shown : end], max(end, self._shown)
-        return text
+    def _logprobs_of(self, tokens: slice) -> tuple[TokenLogprob, ...] | None:
+        return None if self.options.logprobs is None else tuple(self._logprobs[tokens])
 
     def finished(self) -> Finished:
         """The row's last event."""
         assert self.finish_reason is not None
+        given = slice(0, self._num_released)
         completion = Completion(
-            tokens=list(self.tokens),
-            text=None if self._tokenizer is None else self._text,
+            tokens=self.tokens[given],
+            text=None if self._text is None else self._text.text,
             nfe=self.nfe,
             context_forwards=self.context_forwards,
             finish_reason=self.finish_reason,
+            logprobs=self._logprobs_of(given),
         )
         return Finished(row=self.index, completion=completion)
-
-
-def _longest_partial(text: str, stops: tuple[str, ...]) -> int:
-    """Length of the longest end of `text` that is the start of a stop string."""
-    for length in range(min(len(text), max(map(len, stops), default=1) - 1), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return length
-    return 0
