@@ -1,0 +1,204 @@
+// One decoding as data: the server's events become frames, one for each picture that can be shown.
+// Nothing here touches the document, so a run is the same live, played back, shared or exported.
+
+/** Which blocks a run has and what each looked like, frame by frame. */
+export class Run {
+  constructor(request) {
+    this.request = request;
+    this.events = [];
+    this.frames = [startFrame()];
+    this.groups = []; // {kind: "block" | "plain", block, frames: [frame number], cells}
+    this.text = "";
+    this.usage = null;
+    this.finishReason = null;
+    this.state = "waiting"; // then streaming, then finished, stopped or failed
+    this.error = null;
+  }
+
+  get isOver() {
+    return ["finished", "stopped", "failed"].includes(this.state);
+  }
+
+  get last() {
+    return this.frames[this.frames.length - 1];
+  }
+
+  /** Take one event of the stream, of any kind. */
+  take(event) {
+    this.state = "streaming";
+    this.events.push(event);
+    if (event.object === "twotower.step") this.#takeStep(event);
+    else if (event.object === "twotower.commit") this.#takeCommit(event);
+    else this.#takeChunk(event);
+  }
+
+  end(state, error = null) {
+    this.state = state;
+    this.error = error;
+  }
+
+  #takeStep(event) {
+    const group = this.#groupOfStep(event);
+    const before = this.last;
+    const cells = filledCells(group.cells, event);
+    group.cells = cells;
+    this.#push(group, {
+      ...before,
+      kind: "step",
+      cells,
+      shown: cells.length,
+      step: event.step,
+      t: event.elapsed_ms,
+      nfe: event.nfe,
+      filled: cells.filter((cell) => cell.isNew).length,
+    });
+  }
+
+  #takeCommit(event) {
+    const group = this.#groupOfCommit(event);
+    const before = this.last;
+    // Tokens written one by one share a list that grows; a frame notes how many of it it shows.
+    const cells = group.kind === "block" ? settledCells(group.cells, event) : group.cells;
+    if (group.kind === "plain") cells.push(...event.tokens.map(ownCell));
+    group.cells = cells;
+    this.#push(group, {
+      ...before,
+      kind: "commit",
+      cells,
+      shown: cells.length,
+      t: event.elapsed_ms,
+      nfe: event.nfe,
+      contextForwards: event.context_forwards,
+      tokens: before.tokens + event.tokens.length,
+      filled: group.kind === "plain" ? event.tokens.length : 0,
+      textLength: this.text.length,
+      drafted: sum(before.drafted, event.drafted),
+      accepted: sum(before.accepted, event.accepted),
+    });
+  }
+
+  #takeChunk(event) {
+    const choice = event.choices?.[0];
+    if (choice?.text) {
+      this.text += choice.text;
+      // Text comes beside its commit: it belongs to the picture of that commit, or to the next one.
+      if (this.last.kind === "commit") this.last.textLength = this.text.length;
+    }
+    if (choice?.finish_reason) this.finishReason = choice.finish_reason;
+    if (event.usage) this.usage = event.usage;
+  }
+
+  #push(group, frame) {
+    const number = this.frames.length;
+    group.frames.push(number);
+    this.frames.push({ ...frame, group: this.groups.indexOf(group) });
+  }
+
+  #groupOfStep(event) {
+    const last = this.groups[this.groups.length - 1];
+    if (last?.kind === "block" && last.block === event.block) return last;
+    return this.#open({ kind: "block", block: event.block, frames: [], cells: [] });
+  }
+
+  #groupOfCommit(event) {
+    const last = this.groups[this.groups.length - 1];
+    if (last?.kind === "block" && last.block === event.block) return last;
+    if (last?.kind === "plain") return last;
+    return this.#open({ kind: "plain", block: event.block, frames: [], cells: [] });
+  }
+
+  #open(group) {
+    this.groups.push(group);
+    return group;
+  }
+}
+
+function startFrame() {
+  return {
+    kind: "start",
+    group: -1,
+    cells: [],
+    shown: 0,
+    step: 0,
+    t: 0,
+    nfe: 0,
+    contextForwards: 0,
+    tokens: 0,
+    filled: 0,
+    textLength: 0,
+    drafted: null, // null: the mode has no drafts
+    accepted: null,
+  };
+}
+
+function sum(total, count) {
+  return count === null || count === undefined ? total : (total ?? 0) + count;
+}
+
+/** The cells after a denoiser pass; `order` is the pass of the block that filled a cell, from 1. */
+function filledCells(before, event) {
+  return event.tokens.map((token, at) => {
+    const old = before[at];
+    if (token.masked) return { status: "masked", text: "", id: null, confidence: null, order: null };
+    const isNew = !old || old.status === "masked" || old.id !== token.id;
+    return {
+      status: "filled",
+      id: token.id,
+      text: token.text,
+      confidence: token.confidence,
+      order: isNew ? event.step + 1 : old.order,
+      isNew,
+    };
+  });
+}
+
+/**
+ * The cells of a block once it is text. A draft token stands where the context tower chose the
+ * same one; behind the last of those comes the tower's own token; what it read beyond is rejected.
+ */
+function settledCells(before, event) {
+  const isDraft = event.drafted !== null && event.drafted !== undefined;
+  const read = isDraft ? event.drafted : before.length;
+  const stands = (token, at) => at < read && before[at]?.id === token.id;
+  const isCut = event.tokens.every(stands); // the text ended inside the block or draft
+  const size = Math.max(before.length, event.tokens.length);
+  return Array.from({ length: size }, (_, at) => {
+    const token = event.tokens[at];
+    if (token && stands(token, at)) return { ...before[at], status: "kept", isNew: false };
+    if (token) return ownCell(token);
+    const isRejected = isDraft && at < read && !isCut;
+    return { ...before[at], status: isRejected ? "rejected" : "dropped", isNew: false };
+  });
+}
+
+/** A token that the context tower wrote itself. */
+function ownCell(token) {
+  return { status: "own", id: token.id, text: token.text, confidence: null, order: null };
+}
+
+/** What the group shows at frame `at` of the run: its newest frame until then, or null. */
+export function groupFrame(run, group, at) {
+  let low = 0;
+  let high = group.frames.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (group.frames[middle] <= at) low = middle + 1;
+    else high = middle;
+  }
+  return low === 0 ? null : run.frames[group.frames[low - 1]];
+}
+
+/** Running figures at a frame. Rates are null while there is nothing to divide by. */
+export function figures(frame) {
+  const seconds = frame.t / 1000;
+  return {
+    tokens: frame.tokens,
+    seconds,
+    tokensPerSecond: seconds > 0 && frame.tokens > 0 ? frame.tokens / seconds : null,
+    nfe: frame.nfe,
+    tokensPerNfe: frame.nfe > 0 ? frame.tokens / frame.nfe : null,
+    contextForwards: frame.contextForwards,
+    accepted: frame.accepted,
+    rejected: frame.drafted === null ? null : frame.drafted - (frame.accepted ?? 0),
+  };
+}
