@@ -5,6 +5,8 @@ get no gradient again. The bias sways the choice alone, never the experts' weigh
 Source: auxiliary-loss-free balancing, arXiv 2408.15664.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,12 +26,13 @@ class ExpertBalance:
         self.counts: dict[int, Tensor] = {}
         for module in model.modules():
             if rate > 0.0 and isinstance(module, Router) and module.weight.requires_grad:
-                self._routers.setdefault(id(module.weight), []).append(module)
-                self.counts[id(module.weight)] = torch.zeros_like(module.e_score_correction_bias)
-                module.register_forward_hook(self._count)
+                key = id(module.weight)  # known now: a sharded module's weight comes and goes
+                self._routers.setdefault(key, []).append(module)
+                self.counts[key] = torch.zeros_like(module.e_score_correction_bias)
+                module.register_forward_hook(partial(self._count, key))
 
-    def _count(self, router: Router, _: object, output: tuple[Tensor, Tensor]) -> None:
-        counts = self.counts[id(router.weight)]
+    def _count(self, key: int, router: nn.Module, _: object, output: tuple[Tensor, Tensor]) -> None:
+        counts = self.counts[key]
         counts += F.one_hot(output[0], len(counts)).sum(dim=(0, 1))
 
     def reset(self) -> None:

@@ -7,7 +7,7 @@ from twotower.layers.adaln import Modulation
 from twotower.layers.attention import Attention
 from twotower.layers.mamba2 import Mamba2
 from twotower.layers.mlp import MLP
-from twotower.layers.moe import MoE
+from twotower.layers.moe import Experts, MoE
 from twotower.layers.norms import RMSNorm
 
 
@@ -30,6 +30,10 @@ class Layer(nn.Module):
         self.kind = kind
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = make_mixer(kind, config)
+
+    def matrices(self) -> list[nn.Module]:
+        """The modules that hold the mixer's large weights: linear maps and stacks of experts."""
+        return [part for part in self.mixer.modules() if isinstance(part, nn.Linear | Experts)]
 
     def enter(self, h: Tensor, modulation: Modulation | None = None) -> Tensor:
         """The mixer's input (..., D) in the weights' dtype.

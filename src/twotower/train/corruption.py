@@ -4,6 +4,8 @@ Decides the distribution of tasks; the masking itself is diffusion.noise.corrupt
 comes from one generator on the CPU, so that a step is the same on every device.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from twotower.diffusion.noise import corrupt
 from twotower.train.denoiser_options import DenoiserOptions
+from twotower.train.processes import Part
 
 MIN_T = 1e-3  # a block with t = 0 would have nothing to learn from
 
@@ -20,7 +23,8 @@ class NoisyBlocks:
     """Blocks to denoise: `index` (B, N) says which of a row's blocks, the rest is (B, N*T).
 
     `t` is what the denoiser is told: (B,), (B, N) or None. `sampled_t` (B, N) is the probability
-    with which tokens were masked, which the ELBO weight needs.
+    with which tokens were masked, which the ELBO weight needs. Of one process's rows of a batch,
+    `masked_share` and `row_share` say how much of it is theirs; None and 1 where it is all.
     """
 
     index: Tensor
@@ -29,6 +33,23 @@ class NoisyBlocks:
     is_masked: Tensor
     t: Tensor | None
     sampled_t: Tensor
+    masked_share: Tensor | None = None
+    row_share: float = 1.0
+
+    def part(self, part: Part) -> NoisyBlocks:
+        """The rows of one process; with weight 0, rows that count nothing."""
+        rows = part.rows
+        masked = self.is_masked[rows].sum() if part.weight else torch.tensor(0)
+        return NoisyBlocks(
+            index=self.index[rows],
+            clean=self.clean[rows],
+            noisy=self.noisy[rows],
+            is_masked=self.is_masked[rows],
+            t=None if self.t is None else self.t[rows],
+            sampled_t=self.sampled_t[rows],
+            masked_share=masked / self.is_masked.sum().clamp(min=1),
+            row_share=part.weight,
+        )
 
 
 def corrupt_blocks(

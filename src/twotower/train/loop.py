@@ -7,30 +7,28 @@ number.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from twotower.model.balance import ExpertBalance
-from twotower.model.two_tower import TwoTower
-from twotower.train.average import WeightAverage
 from twotower.train.data import Rows, Shard
 from twotower.train.metrics import Metrics
-from twotower.train.models import export, starting_model
+from twotower.train.models import export
 from twotower.train.options import TrainOptions
-from twotower.train.run_folder import RunFolder, Snapshot
-from twotower.train.schedule import Optimizers, learning_rate, make_optimizer
+from twotower.train.parallel import clip_gradients
+from twotower.train.processes import ALONE, Processes
+from twotower.train.run_folder import RunFolder
+from twotower.train.schedule import learning_rate
+from twotower.train.sharded_checkpoint import save_sharded
 from twotower.train.signals import StopSignals
 from twotower.train.step import Loss, make_loss, step_generator
+from twotower.train.training import Training, begin
 
-_log = logging.getLogger(__name__)
 _EVALUATION = 1 << 40  # in the place of a step: the noise of every evaluation is the same
 _RECENT = 20  # steps over which the speed is averaged
 
@@ -50,140 +48,85 @@ class StepReport:
     validation_loss: float | None
 
 
-@dataclass(kw_only=True)
-class Training:
-    """The state that a step changes."""
-
-    options: TrainOptions
-    rows: Rows
-    model: TwoTower
-    optimizer: Optimizers
-    block_size: int
-    average: WeightAverage | None = None
-    step: int = 0
-    rows_read: int = 0
-    pending_losses: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.balance = ExpertBalance(self.model, self.options.expert_balance)
-        if self.options.ema > 0.0:
-            self.average = WeightAverage(self.model, self.options.ema)
-
-    @property
-    def block_size_now(self) -> int:
-        """Tokens per block of the next step."""
-        early = self.options.early_block_size
-        is_early = self.step < round(self.options.early_share * self.options.steps)
-        return early if early is not None and is_early else self.block_size
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """While entered, the model has the weights that are evaluated and exported."""
-        return nullcontext() if self.average is None else self.average.in_the_model()
-
-    def snapshot(self) -> Snapshot:
-        return Snapshot(
-            step=self.step,
-            rows_read=self.rows_read,
-            rows_fingerprint=self.rows.fingerprint,
-            config=self.model.config.to_dict(),
-            model=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            pending_losses=self.pending_losses,
-            average={} if self.average is None else self.average.values,
-        )
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Continue from a checkpoint; ValueError if it was trained on other data."""
-        if snapshot.rows_fingerprint != self.rows.fingerprint:
-            raise ValueError(
-                f"data: {self.rows.shard.folder} is not what the run was trained on; "
-                "give its shard, or another --out"
-            )
-        self.model.load_state_dict(snapshot.model)
-        self.optimizer.load_state_dict(dict(snapshot.optimizer))
-        if self.average is not None:
-            self.average.restore(snapshot.average)
-        self.step, self.rows_read = snapshot.step, snapshot.rows_read
-        self.pending_losses = list(snapshot.pending_losses)
-
-
-def train(options: TrainOptions) -> Iterator[StepReport]:
+def train(options: TrainOptions, processes: Processes = ALONE) -> Iterator[StepReport]:
     """Run (or continue) a training, yielding each step once it is recorded and saved.
 
-    Ends early after SIGINT or SIGTERM, saved. ValueError (one line) for unusable options, data or
-    checkpoints, and for a loss that is no longer finite.
+    Of several processes each calls it, yields the same reports, and the first alone writes metrics
+    and the model. Ends early after SIGINT or SIGTERM, saved. ValueError (one line) for unusable
+    options, data or checkpoints, and for a loss that is no longer finite.
     """
+    processes.on_first(lambda: check_divisible(options, processes.count))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    shard = Shard(options.data)
-    rows = Rows(shard, options.sequence_length, options.seed, options.shift_share)
+    processes.on_first(lambda: Shard(options.data))
+    rows = Rows(Shard(options.data), options.sequence_length, options.seed, options.shift_share)
     folder = RunFolder(options.run_folder)
-    snapshot = folder.open(options)
-    training = _begin(options, rows, snapshot)
-    log = folder.tensorboard if options.tensorboard else None
-    with Metrics(folder.metrics, log, training.step) as metrics, StopSignals() as stop:
+    found = processes.on_first(lambda: folder.open(options))
+    training = begin(options, rows, found, processes)
+    is_patient = processes.count > 1
+    with _metrics(training, folder) as metrics, StopSignals(is_patient) as stop:
         yield from _run(training, folder, metrics, stop)
     if training.step >= options.steps:
         with training.averaged():
-            export(training.model, folder.export, options.recipe, shard)
+            model = training.whole_model()
+            if model is not None:
+                export(model, folder.export, options.recipe, rows.shard)
 
 
-def _begin(options: TrainOptions, rows: Rows, snapshot: Snapshot | None) -> Training:
-    model = starting_model(options, rows.shard.meta.vocab_size, snapshot).to(options.device)
-    block_size = options.block_size or model.config.block_size
-    _check_block_sizes(options, block_size)
-    training = Training(
-        options=options,
-        rows=rows,
-        model=model,
-        optimizer=make_optimizer(model, options),
-        block_size=block_size,
-    )
-    if snapshot is not None:
-        training.restore(snapshot)
-    trained = sum(parameter.numel() for parameter in training.parameters)
-    _log.info(
-        "recipe=%s parameters=%d tokens_per_step=%d rows=%d dtype=%s compile=%s from_step=%d",
-        options.recipe, trained, options.tokens_per_step, rows.num_training,
-        options.dtype, options.compile, training.step,
-    )  # fmt: skip
-    return training
+def check_divisible(options: TrainOptions, count: int) -> None:
+    """ValueError for options that several processes cannot follow."""
+    if options.batch_size % count:
+        raise ValueError(
+            f"batch_size: {options.batch_size} rows cannot be split evenly over {count} processes; "
+            f"use a multiple of {count}"
+        )
+    if options.compile and count > 1:
+        raise ValueError(
+            f"compile: not with {count} processes, whose gathering of weights breaks the graph at "
+            "every matrix; leave it out"
+        )
 
 
-def _check_block_sizes(options: TrainOptions, block_size: int) -> None:
-    if options.recipe == "backbone":
+@contextmanager
+def _metrics(training: Training, folder: RunFolder) -> Iterator[Metrics | None]:
+    """The run's record, which the first process keeps; None on the others."""
+    if not training.processes.is_first:
+        yield None
         return
-    if options.early_block_size == block_size:
-        raise ValueError(f"early_block_size: {block_size} is the model's own; leave it out")
-    for name, size in (("block_size", block_size), ("early_block_size", options.early_block_size)):
-        if size is not None and options.sequence_length % size:
-            raise ValueError(
-                f"sequence_length: {options.sequence_length} is not a multiple of {name}={size}"
-            )
+    log = folder.tensorboard if training.options.tensorboard else None
+    with Metrics(folder.metrics, log, training.step) as metrics:
+        yield metrics
 
 
 def _run(
-    training: Training, folder: RunFolder, metrics: Metrics, stop: StopSignals
+    training: Training, folder: RunFolder, metrics: Metrics | None, stop: StopSignals
 ) -> Iterator[StepReport]:
-    options = training.options
+    options, processes = training.options, training.processes
     losses = {
-        size: make_loss(options, size, options.compile, options.next_token_weight)
+        size: make_loss(options, size, options.compile, options.next_token_weight, processes)
         for size in {training.block_size, options.early_block_size or training.block_size}
     }
     durations: deque[float] = deque(maxlen=_RECENT)
     saved_step = training.step
-    while training.step < options.steps and not stop.requested:
+    while training.step < options.steps and not processes.any(stop.requested):
         begin = time.perf_counter()
         result = _optimiser_step(training, losses[training.block_size_now], folder)
         durations.append(time.perf_counter() - begin)
         report = _record(training, result, sum(durations) / len(durations), metrics)
         if _is_due(training.step, options.checkpoint_every, options.steps):
-            folder.save(training.snapshot(), options.keep_checkpoints)
+            _save(training, folder)
             saved_step = training.step
         yield report
     if saved_step != training.step:
-        folder.save(training.snapshot(), options.keep_checkpoints)
+        _save(training, folder)
+
+
+def _save(training: Training, folder: RunFolder) -> None:
+    keep, processes = training.options.keep_checkpoints, training.processes
+    if processes.count == 1:
+        folder.save(training.snapshot(), keep)
+    else:
+        save_sharded(folder, training.position(), training.state(), keep, processes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,16 +146,19 @@ def _optimiser_step(training: Training, loss: Loss, folder: RunFolder) -> _StepR
     total = 0.0
     for micro in range(options.accumulate):
         start = training.rows_read + micro * options.batch_size
-        batch = training.rows.training(start, options.batch_size).to(options.device)
+        batch = training.rows.training(start, options.batch_size).to(training.device)
         generator = step_generator(options.seed, training.step, micro)
         with autocast(options):
             value = loss(training.model, batch, generator) / options.accumulate
         value.backward()
         total += value.item()
-    norm = nn.utils.clip_grad_norm_(training.parameters, options.grad_clip or math.inf).item()
+    total = training.processes.add_number(total)
+    norm = clip_gradients(training.parameters, options.grad_clip)
     if not (math.isfinite(total) and math.isfinite(norm)):
-        raise ValueError(_not_finite(training, folder, total, norm))
+        raise training.processes.error(_not_finite(training, folder, total, norm))
     training.optimizer.step()
+    for counts in training.balance.counts.values():
+        counts.copy_(training.processes.add(counts.cpu()))
     training.balance.update()
     training.step += 1
     if training.average is not None:
@@ -231,7 +177,9 @@ def _not_finite(training: Training, folder: RunFolder, loss: float, norm: float)
     )
 
 
-def _record(training: Training, result: _StepResult, step_s: float, metrics: Metrics) -> StepReport:
+def _record(
+    training: Training, result: _StepResult, step_s: float, metrics: Metrics | None
+) -> StepReport:
     """Write the metric lines that are due after this step, evaluating if it is time."""
     options, step = training.options, training.step
     tokens_per_s = options.tokens_per_step / step_s
@@ -244,12 +192,14 @@ def _record(training: Training, result: _StepResult, step_s: float, metrics: Met
             "tokens": training.rows_read * options.sequence_length,
             "tokens_per_s": round(tokens_per_s, 1),
         }
-        metrics.write(step, values)
+        if metrics is not None:
+            metrics.write(step, values)
         training.pending_losses = []
     validation = None
     if options.eval_every and _is_due(step, options.eval_every, options.steps):
         validation = evaluate(training)
-        metrics.write(step, {"validation_loss": validation})
+        if metrics is not None:
+            metrics.write(step, {"validation_loss": validation})
     return StepReport(
         step=step,
         steps=options.steps,
@@ -270,16 +220,16 @@ def evaluate(training: Training) -> float:
     A denoiser's is its own alone, without the context tower's, so that variants compare.
     """
     options = training.options
-    loss = make_loss(options, training.block_size, compile=False)
+    loss = make_loss(options, training.block_size, compile=False, processes=training.processes)
     count = min(options.eval_rows, training.rows.num_held_out)
     total = 0.0
     with training.averaged(), autocast(options):
         for start in range(0, count, options.batch_size):
             batch = training.rows.held_out(start, min(options.batch_size, count - start))
             generator = step_generator(options.seed, _EVALUATION, start)
-            value = loss(training.model, batch.to(options.device), generator)
+            value = loss(training.model, batch.to(training.device), generator)
             total += value.item() * len(batch.tokens)
-    return total / count
+    return training.processes.add_number(total) / count
 
 
 def autocast(options: TrainOptions) -> torch.autocast:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from twotower.checkpoint import load_model, save_backbone, save_model
+from twotower.checkpoint.empty import allocate, build_empty
 from twotower.config import ModelConfig
 from twotower.model.initialise import randomise, remove_conditioning
 from twotower.model.two_tower import TwoTower
@@ -14,12 +15,12 @@ from twotower.tokenizer import load_tokenizer
 from twotower.train.data import Shard
 from twotower.train.options import Recipe, TrainOptions
 from twotower.train.presets import preset_config
-from twotower.train.run_folder import Snapshot, model_config
+from twotower.train.run_folder import Position, model_config
 
 DEFAULT_PRESET = "small"
 
 
-def starting_model(options: TrainOptions, vocab_size: int, snapshot: Snapshot | None) -> TwoTower:
+def starting_model(options: TrainOptions, vocab_size: int, snapshot: Position | None) -> TwoTower:
     """The float32 model whose trainable parameters, and only those, require a gradient.
 
     With a snapshot only the architecture is taken from it: its weights are the caller's to load.
@@ -40,10 +41,15 @@ def starting_model(options: TrainOptions, vocab_size: int, snapshot: Snapshot | 
             f"data: its vocabulary has {vocab_size} tokens, the model's {model.config.vocab_size}; "
             "prepare the data with --tokenizer set to the model's folder"
         )
-    if options.recipe == "denoiser":
-        if options.is_tied:
-            model.tie_towers()
-        _choose_trained(model, options)
+    _tie_and_freeze(model, options)
+    return model
+
+
+def empty_model(options: TrainOptions, config: ModelConfig) -> TwoTower:
+    """`starting_model` without values: memory that is not touched takes no room."""
+    model = build_empty(config, _towers(options.recipe))
+    allocate(model, (torch.float32, torch.float32), (torch.device("cpu"), torch.device("cpu")))
+    _tie_and_freeze(model, options)
     return model
 
 
@@ -90,6 +96,13 @@ def _are_equal(model: TwoTower) -> bool:
     assert model.denoiser_tower is not None
     other = model.denoiser_tower.state_dict()
     return all(torch.equal(other[n], v) for n, v in model.context_tower.state_dict().items())
+
+
+def _tie_and_freeze(model: TwoTower, options: TrainOptions) -> None:
+    if options.recipe == "denoiser":
+        if options.is_tied:
+            model.tie_towers()
+        _choose_trained(model, options)
 
 
 def _choose_trained(model: TwoTower, options: TrainOptions) -> None:

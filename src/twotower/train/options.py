@@ -93,6 +93,11 @@ class TrainOptions(DenoiserOptions):
     """CPU threads; PyTorch's choice when not given."""
     compile: bool = False
     """Compile the model and loss with torch.compile: a slow start, then faster steps."""
+    recompute: bool = False
+    """Keep only the inputs of the layers' mixers and compute the rest again in the backward pass:
+    less memory, about a third more time."""
+    peer_timeout_s: int = 600
+    """Under torchrun: seconds until a process that does not answer is given up."""
 
     resume: bool = True
     """Continue from the newest checkpoint of the run folder. With --no-resume the folder must be
@@ -131,6 +136,8 @@ class TrainOptions(DenoiserOptions):
             if getattr(self, name) not in allowed:
                 given = getattr(self, name)
                 raise ValueError(f"{name}: {given!r} is not one of {', '.join(allowed)}")
+        if self.recompute and self.compile:
+            raise ValueError("recompute: not together with compile; leave one out")
         self._check_model_source()
         if self.early_block_size is not None and self.early_block_size == self.block_size:
             raise ValueError(
@@ -203,6 +210,7 @@ _AT_LEAST: dict[str, float] = {
     "expert_balance": 0,
     "seed": 0,
     "threads": 1,
+    "peer_timeout_s": 1,
     "checkpoint_every": 1,
     "keep_checkpoints": 1,
     "log_every": 1,

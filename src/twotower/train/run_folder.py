@@ -1,8 +1,9 @@
 """What a run leaves on disk: options.json, versions.json, checkpoints/, export/.
 
 Decides how a training state is written (aside, synced, then renamed: a kill at any instant leaves
-loadable checkpoints) and which checkpoint a resumed run takes. Weights for use elsewhere are
-exported through `twotower.checkpoint`; the files here hold optimiser state too and are ours alone.
+loadable checkpoints) and which checkpoint a resumed run takes: a file of one process or a folder of
+several (`sharded_checkpoint`). Weights for use elsewhere are exported through
+`twotower.checkpoint`; the files here hold optimiser state too and are ours alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import json
 import logging
 import os
 import platform
+import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib import metadata
@@ -24,6 +27,8 @@ from twotower.train.options import TrainOptions
 
 _log = logging.getLogger(__name__)
 FORMAT = 1
+POSITION_FILE = "run.json"  # of a checkpoint that several processes write
+_CHECKPOINT = re.compile(r"step-(\d{8,})(\.pt)?")
 _LIBRARIES = ("twotower", "torch", "numpy", "tokenizers", "safetensors", "tensorboard")
 # Another value of these would make another run of it, not a continued one.
 _FIXED_ON_RESUME = (
@@ -46,17 +51,30 @@ _FIXED_ON_RESUME = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """All that the next step depends on, besides options and data."""
+class Position:
+    """How far a run has come, and of what."""
 
     step: int  # optimiser steps done
     rows_read: int  # position in the training order
     rows_fingerprint: str  # of that order
     config: dict[str, object]
+    pending_losses: list[float]  # steps since the last metrics line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot(Position):
+    """All that the next step depends on, besides options and data."""
+
     model: Mapping[str, Tensor]
     optimizer: Mapping[str, object]
-    pending_losses: list[float]  # steps since the last metrics line
     average: Mapping[str, Tensor] = field(default_factory=dict)  # of the trained weights, with ema
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardedSnapshot(Position):
+    """A position whose tensors lie in a folder, written by several processes."""
+
+    folder: Path
 
 
 class RunFolder:
@@ -69,7 +87,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
 
-    def open(self, options: TrainOptions) -> Snapshot | None:
+    def open(self, options: TrainOptions) -> Snapshot | ShardedSnapshot | None:
         """Create the folder, or find the snapshot to continue from; records options and versions.
 
         ValueError if the folder belongs to another run, or to any run without `resume`.
@@ -100,28 +118,51 @@ class RunFolder:
                 "whole: "
                 "free some space and run the same command again"
             ) from error
-        for step in self._steps()[:-keep]:
-            self._file(step).unlink()
+        self.drop_all_but(keep)
         return file
 
+    def drop_all_but(self, keep: int) -> None:
+        """Delete all checkpoints but the newest `keep`, and what a kill left of others."""
+        for step in self._steps()[:-keep]:
+            old = self._found(step)
+            if old.is_dir():
+                old = old.rename(self.partial(step))  # half of a folder must not look like a whole
+            else:
+                old.unlink()
+        for partial in self.checkpoints.glob("step-*.partial"):
+            if partial.is_dir():
+                shutil.rmtree(partial)
+
     def newest(self) -> Path | None:
-        """The newest checkpoint file, if any."""
+        """The newest checkpoint, if any: a file, or a folder of several processes."""
         steps = self._steps()
-        return self._file(steps[-1]) if steps else None
+        return self._found(steps[-1]) if steps else None
+
+    def sharded(self, step: int) -> Path:
+        """The folder of a checkpoint that several processes write."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    def partial(self, step: int) -> Path:
+        """Where it is written before it gets its name."""
+        return self.sharded(step).with_suffix(".partial")
 
     def _file(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}.pt"
 
+    def _found(self, step: int) -> Path:
+        return self.sharded(step) if self.sharded(step).is_dir() else self._file(step)
+
     def _steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        return sorted(
-            int(file.stem.removeprefix("step-")) for file in self.checkpoints.glob("step-*.pt")
-        )
+        names = [path.name for path in self.checkpoints.glob("step-*")]
+        found = (_CHECKPOINT.fullmatch(name) for name in names)
+        return sorted({int(match[1]) for match in found if match})
 
-    def _load_newest(self, steps: list[int]) -> Snapshot:
+    def _load_newest(self, steps: list[int]) -> Snapshot | ShardedSnapshot:
         for step in reversed(steps):
+            found = self._found(step)
             try:
-                return read_snapshot(self._file(step))
+                return read_position(found) if found.is_dir() else read_snapshot(found)
             except ValueError as error:
                 _log.warning("%s; trying the one before", error)
         raise ValueError(f"out: no checkpoint in {self.checkpoints} can be read; use a new folder")
@@ -157,7 +198,23 @@ def read_snapshot(file: Path) -> Snapshot:
         raise ValueError(f"checkpoint: {file} cannot be read ({_one_line(error)})") from error
 
 
-def model_config(snapshot: Snapshot) -> ModelConfig:
+def read_position(folder: Path) -> ShardedSnapshot:
+    """What a checkpoint of several processes says of itself; ValueError (one line) if a file of it
+    is missing or cut short. Its tensors are read by `sharded_checkpoint`.
+    """
+    try:
+        content = json.loads((folder / POSITION_FILE).read_text())
+        if content.pop("format") != FORMAT:
+            raise ValueError(f"it is not of format {FORMAT}")
+        for name, size in content.pop("files").items():
+            if (folder / name).stat().st_size != size:
+                raise ValueError(f"{name} is damaged")
+        return ShardedSnapshot(folder=folder, **content)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"checkpoint: {folder} cannot be read ({_one_line(error)})") from error
+
+
+def model_config(snapshot: Position) -> ModelConfig:
     return ModelConfig.from_dict(snapshot.config)
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from twotower.train.options import DecayShape, TrainOptions
+from twotower.train.parallel import ShardedMuon
 
 # Vectors of the scan and tables that start at a meaning other than zero.
 _NEVER_DECAYED = ("A_log", "D", "dt_bias", "scale_shift_tables")
@@ -86,8 +88,9 @@ def make_optimizer(model: nn.Module, options: TrainOptions) -> Optimizers:
         torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, fused=True)
     ]
     if turned:
+        muon = ShardedMuon if isinstance(turned[0], DTensor) else torch.optim.Muon
         parts.append(
-            torch.optim.Muon(
+            muon(
                 turned,
                 lr=options.learning_rate,
                 weight_decay=options.weight_decay,

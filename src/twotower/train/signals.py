@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM during training: finish the step, save, stop. A second signal acts at once."""
+"""Ctrl-C and SIGTERM during training: finish the step, save, stop. A second signal acts at once,
+but not under torchrun, which passes a terminal's Ctrl-C on a second time.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopSignals:
     """While entered, the first signal only sets `requested`."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_patient: bool = False) -> None:
+        """is_patient: further signals change nothing."""
         self.requested = False
+        self._is_patient = is_patient
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -23,7 +27,8 @@ class StopSignals:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        self._restore()
+        if not self._is_patient:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -1,8 +1,8 @@
 """The loss of each recipe, and the randomness of a step.
 
 Decides what a batch is scored on. Step k's random numbers are a function of (seed, k, pass), so a
-resumed run needs no generator state to repeat them. Autocast, gradients and the optimiser are the
-loop's business.
+resumed run needs no generator state to repeat them; each of several processes draws those of the
+whole batch and then takes its rows. Autocast, gradients and the optimiser are the loop's business.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,18 @@ from twotower.model.two_tower import TwoTower
 from twotower.train.corruption import NoisyBlocks, corrupt_blocks
 from twotower.train.data import Batch
 from twotower.train.options import TrainOptions
+from twotower.train.processes import ALONE, Processes
 
-Loss = Callable[[TwoTower, Batch, torch.Generator], Tensor]  # batch -> mean nats, a scalar
+# batch -> mean nats, a scalar; of several processes, this one's share of the batch's mean
+Loss = Callable[[TwoTower, Batch, torch.Generator], Tensor]
 
 
 def make_loss(
-    options: TrainOptions, block_size: int, compile: bool, ar_weight: float = 0.0
+    options: TrainOptions,
+    block_size: int,
+    compile: bool,
+    ar_weight: float = 0.0,
+    processes: Processes = ALONE,
 ) -> Loss:
     """The loss of a recipe; a denoiser's may add the context tower's next-token loss.
 
@@ -31,7 +37,8 @@ def make_loss(
         next_token = torch.compile(next_token_loss) if compile else next_token_loss
 
         def backbone(model: TwoTower, batch: Batch, generator: torch.Generator) -> Tensor:
-            return next_token(model, batch.tokens)
+            rows, weight = processes.part(len(batch.tokens))
+            return next_token(model, batch.tokens[rows]) * weight
 
         return backbone
     block = torch.compile(block_loss) if compile else block_loss
@@ -44,10 +51,13 @@ def make_loss(
         blocks = corrupt_blocks(
             batch.tokens, is_target, mask_token_id, block_size, options, generator
         )
-        weight = None
+        context, weight = batch.tokens, None
+        if processes.count > 1:
+            part = processes.part(len(context))
+            blocks, context = blocks.part(part), context[part.rows]
         if options.loss_weight == "elbo":
             weight = elbo_weight("linear", blocks.sampled_t).repeat_interleave(block_size, dim=1)
-        return block(model, batch.tokens, blocks, block_size, weight, ar_weight)
+        return block(model, context, blocks, block_size, weight, ar_weight)
 
     return denoiser
 
@@ -79,11 +89,19 @@ def block_loss(
     """
     inputs = (context, blocks.noisy, blocks.t, block_size, blocks.index)
     if ar_weight == 0.0:
-        logits = model.training_logits(*inputs)
-        return masked_cross_entropy(logits, blocks.clean, blocks.is_masked, weight)
+        return _denoising_loss(model.training_logits(*inputs), blocks, weight)
     logits, next_logits = model.joint_logits(*inputs)
-    denoising = masked_cross_entropy(logits, blocks.clean, blocks.is_masked, weight)
-    return denoising + ar_weight * _shifted_cross_entropy(next_logits, context)
+    next_token = _shifted_cross_entropy(next_logits, context)
+    return _denoising_loss(logits, blocks, weight) + ar_weight * blocks.row_share * next_token
+
+
+def _denoising_loss(logits: Tensor, blocks: NoisyBlocks, weight: Tensor | None) -> Tensor:
+    """The mean over a batch, or these rows' share of it."""
+    mean = masked_cross_entropy(logits, blocks.clean, blocks.is_masked, weight)
+    if blocks.masked_share is None:
+        return mean
+    # The plain mean is one over masked tokens, of which rows have uneven numbers.
+    return mean * (blocks.masked_share if weight is None else blocks.row_share)
 
 
 def _shifted_cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -1,0 +1,164 @@
+"""The processes of one training run: which this is, what all agree on, what a lost one means.
+
+Decides how they meet (torchrun's environment) and how an error becomes everybody's. What of the
+model a process holds is `parallel`'s matter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+T = TypeVar("T")
+# How gloo, NCCL and the store that all meet at say that somebody is not there any more.
+_LOST = re.compile(r"gloo|nccl|peer|socket|connection|timed out|timeout|store", re.IGNORECASE)
+
+
+class SharedError(ValueError):
+    """An error of the user that all processes have found; one line of the first is enough."""
+
+
+class LostProcess(RuntimeError):
+    """Another process of the run has ended or does not answer within the timeout."""
+
+
+class Part(NamedTuple):
+    """One process's rows of a batch, and what the mean over them weighs in the batch's."""
+
+    rows: slice
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """All processes of a run, seen from number `rank`; a run without torchrun is one process."""
+
+    rank: int = 0
+    count: int = 1
+    mesh: DeviceMesh | None = None  # None when there is one process
+    device: str | None = None  # this process's own; None: what the options say
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def part(self, num_rows: int) -> Part:
+        """Consecutive rows of a batch; without any left, row 0 with weight 0: all processes must
+        compute, because each pass gathers weights from all.
+        """
+        first, stop = (num_rows * n // self.count for n in (self.rank, self.rank + 1))
+        if first == stop:
+            return Part(slice(0, 1), 0.0)
+        return Part(slice(first, stop), (stop - first) / num_rows)
+
+    def add(self, values: Tensor) -> Tensor:
+        """The sum of all processes' values, in place; a tensor on the CPU."""
+        if self.count > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true for at least one process."""
+        return flag if self.count == 1 else bool(self.add(torch.tensor(float(flag))) > 0)
+
+    def broadcast(self, value: T) -> T:
+        """The first process's value, which pickle must know."""
+        if self.count == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def on_first(self, make: Callable[[], T]) -> T | None:
+        """`make()` on the first process, None on the others; its ValueError is raised on all."""
+        if self.count == 1:
+            return make()
+        made, failure = None, None
+        if self.is_first:
+            try:
+                made = make()
+            except (ValueError, OSError) as error:
+                failure = " ".join(str(error).split())
+        failure = self.broadcast(failure)
+        if failure is not None:
+            raise SharedError(failure)
+        return made
+
+    def add_number(self, value: float) -> float:
+        """The sum of all processes' numbers; of one process, the number itself."""
+        return (
+            value if self.count == 1 else self.add(torch.tensor(value, dtype=torch.float64)).item()
+        )
+
+    def error(self, text: str) -> ValueError:
+        """An error that all processes raise."""
+        return ValueError(text) if self.count == 1 else SharedError(text)
+
+    def wait_for_all(self) -> None:
+        """Return when every process has come here."""
+        self.any(False)
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def joined(device: str, timeout_s: int) -> Iterator[Processes]:
+    """The processes that torchrun started with this one; `ALONE` without it or with one process.
+
+    device: cpu or cuda, where each process takes the GPU of its number on the host. While entered,
+    a lost peer raises LostProcess after `timeout_s` seconds at most.
+    """
+    if not dist.is_torchelastic_launched():
+        yield ALONE
+        return
+    kind = torch.device(device).type
+    own = _own_device(device)
+    backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:nccl"
+    with _lost_peers_named():
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        rank, count = dist.get_rank(), dist.get_world_size()
+        if count == 1:
+            yield Processes(device=own)
+        else:
+            mesh = init_device_mesh(kind, (count,))
+            yield Processes(rank=rank, count=count, mesh=mesh, device=own)
+    dist.destroy_process_group()
+
+
+def _own_device(device: str) -> str:
+    """cpu, or the GPU with this process's number on its host."""
+    given = torch.device(device)
+    if given.type == "cpu":
+        return device
+    if given.index is not None:
+        raise ValueError(
+            f"device: {device} names one device for all processes; give {given.type}, and each "
+            "takes its own"
+        )
+    own = f"{given.type}:{dist.get_node_local_rank()}"
+    torch.get_device_module(own).set_device(torch.device(own))
+    return own
+
+
+@contextmanager
+def _lost_peers_named() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        first_line = str(error).strip().split("\n")[0]
+        if not isinstance(error, dist.DistError) and not _LOST.search(first_line):
+            raise
+        raise LostProcess(
+            f"another process of the run was lost ({first_line[:160]}); run the same command again "
+            "to go on from the last checkpoint"
+        ) from error
