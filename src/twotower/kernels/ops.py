@@ -88,10 +88,10 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     taps = weight.squeeze(1).t().float()  # (W, C)
     wide = x.float()  # adding the taps up in bfloat16 would round W times
     # Shifted products: the library's depthwise convolution wants (B, C, L) and is slower here.
-    y = wide[:, :length] * taps[0]
-    for tap in range(1, len(taps)):
-        y = y + wide[:, tap : tap + length] * taps[tap]
-    return F.silu(y if bias is None else y + bias.float()).to(x.dtype)
+    y = wide.new_zeros(()) if bias is None else bias.float()
+    for tap, weights in enumerate(taps.unbind()):
+        y = torch.addcmul(y, wide[:, tap : tap + length], weights)
+    return F.silu(y).to(x.dtype)
 
 
 def grouped_mlp(x: Tensor, up: Tensor, down: Tensor, counts: list[int]) -> Tensor:

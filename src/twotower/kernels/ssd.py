@@ -42,6 +42,19 @@ def ssd_scan(
         return _tiled(x, dt, A, B, C, initial.float(), states_every)
 
 
+def ssd_outputs(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor | None
+) -> Tensor:
+    """The y of `ssd_scan` for a caller that has no use for states, which one tile need not make."""
+    length = x.shape[1]
+    if initial is None or not 1 < length <= TILE:
+        return ssd_scan(x, dt, A, B, C, initial, length)[0]
+    with torch.autocast(x.device.type, enabled=False):
+        x, dt, B, C = (value.float().unsqueeze(1) for value in (x, dt, B, C))  # one tile
+        x, B, C, log_decay = _prepare(x, dt, A.float(), B, C)
+        return _outputs(x, B, C, log_decay, initial.float().unsqueeze(1)).squeeze(1)
+
+
 def state_change(x: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """What L tokens do to a state: it is multiplied by the second result, then the first is added.
 
@@ -105,31 +118,40 @@ def _scan_tiles(
     The states are (B, n, H, P, N).
     """
     num_groups, head_dim = B.shape[3], x.shape[4]
-    # (B, n, H, Q): from the tile's start through token i
-    log_decay = (dt * A).cumsum(2).transpose(2, 3)
-    x = x * dt.unsqueeze(-1)
-    B, C = B.transpose(2, 3), C.transpose(2, 3)  # (B, n, G, Q, N)
-
-    within = _decayed_products(log_decay, B, C) @ x.transpose(2, 3)  # (B, n, H, Q, P)
+    x, B, C, log_decay = _prepare(x, dt, A, B, C)
     to_end = (log_decay[..., -1:] - log_decay).exp().transpose(2, 3).unsqueeze(-1)
     by_group = (x * to_end).unflatten(3, (num_groups, -1)).flatten(4).transpose(2, 3)
     added = (B.mT @ by_group).unflatten(4, (-1, head_dim))  # (B, n, G, N, H/G, P)
     added = added.permute(0, 1, 2, 4, 5, 3).flatten(2, 3)  # (B, n, H, P, N)
 
     before, states = _pass_states(added, log_decay[..., -1].exp(), initial)
+    return _outputs(x, B, C, log_decay, before), states
+
+
+def _prepare(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dt * x; B and C as (B, n, G, Q, N); the log decay from a tile's start through each token."""
+    log_decay = (dt * A).cumsum(2).transpose(2, 3)  # (B, n, H, Q)
+    return x * dt.unsqueeze(-1), B.transpose(2, 3), C.transpose(2, 3), log_decay
+
+
+def _outputs(x: Tensor, B: Tensor, C: Tensor, log_decay: Tensor, before: Tensor) -> Tensor:
+    """What tiles put out, (B, n, Q, H, P), from `_prepare`'s results and the states before them."""
+    num_groups, head_dim = B.shape[2], x.shape[4]
+    within = _decayed_products(log_decay, B, C) @ x.transpose(2, 3)  # (B, n, H, Q, P)
     carried = before.unflatten(2, (num_groups, -1)).flatten(3, 4)  # (B, n, G, H/G*P, N)
     carried = (C @ carried.mT).unflatten(4, (-1, head_dim)).transpose(3, 4).flatten(2, 3)
-    y = within + carried * log_decay.exp().unsqueeze(-1)  # (B, n, H, Q, P)
-    return y.transpose(2, 3), states
+    y = torch.addcmul(within, carried, log_decay.exp().unsqueeze(-1))  # (B, n, H, Q, P)
+    return y.transpose(2, 3)
 
 
 def _decayed_products(log_decay: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """(C_i . B_j) exp(sum of dt A over j < k <= i) for j <= i, else 0: (B, n, H, Q, Q)."""
-    tile, num_groups = B.shape[3], B.shape[2]
-    future = torch.ones(tile, tile, dtype=torch.bool, device=B.device).triu(1)
-    # -inf before exp: the exponent of a future token is positive and would overflow to inf * 0.
-    span = (log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2)).masked_fill(future, float("-inf"))
-    decay: Tensor = span.exp().unflatten(2, (num_groups, -1))  # (B, n, G, H/G, Q, Q)
+    span = log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2)
+    # A past token's span is never above 0; a future one's may be, and its exponential overflow.
+    decay: Tensor = span.clamp(max=0.0).exp().tril().unflatten(2, (B.shape[2], -1))
+    # (B, n, G, H/G, Q, Q)
     return (decay * (C @ B.mT).unsqueeze(3)).flatten(2, 3)
 
 

@@ -113,7 +113,10 @@ class Mamba2(nn.Module):
             dt = dt * _is_valid(length, counts).unsqueeze(-1)
         seed = None if past is None else past.ssm
         A = -self.A_log.float().exp()
-        y, ssm = ssd.ssd_scan(heads, dt, A, B, C, seed, states_every or length)
+        if states_every is None:
+            y = ssd.ssd_outputs(heads, dt, A, B, C, seed)
+        else:
+            y, ssm = ssd.ssd_scan(heads, dt, A, B, C, seed, states_every)
         # Rounded here, before the norm, and after the convolution: where the released code rounds.
         y = (y + heads * self.D.float().unsqueeze(-1)).to(x.dtype)
         y = self.out_proj(self.norm(y.flatten(2), z))

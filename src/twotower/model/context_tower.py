@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from twotower import masks
+from twotower.kernels import ssd
 from twotower.layers.attention import KV, Attention
 from twotower.layers.mamba2 import Mamba2, MambaState
 from twotower.model.state import ContextCache, LayerState, NewState, Reading
@@ -66,6 +67,9 @@ class ContextTower(Tower):
     ) -> tuple[Tensor, list[NewState]]:
         """`forward` after what the cache holds."""
         length = ids.shape[1]
+        if 1 < length <= ssd.TILE:
+            # The cache makes the states of all layers at once, which takes fewer operations.
+            counts = states_every = None
         if cache.is_uniform:
             mask = masks.causal(length, 0, ids.device)  # all of the past is seen
         else:

@@ -65,7 +65,7 @@ def _scan(mixer: Mamba2, u: Tensor, seed: MambaState, bidirectional: bool) -> Te
     length = u.shape[1]
     forward: Tensor
     backward: Tensor
-    forward, _ = mixer(u, seed, None, length)
+    forward, _ = mixer(u, seed, None, None)  # no state after a noisy block is of use
     if not bidirectional:
         return forward
     backward, _ = mixer(u.flip(1), None, None, length)

@@ -237,9 +237,9 @@ class TwoTower(nn.Module):
         """t (B, K) or (B, 1) -> for each layer shift, scale, gate (B, K, 1, D)."""
         m = self.t_block(self.t_embedder(t.to(self.denoiser_device)))
         m = m.unflatten(-1, (3, 1, -1))  # (B, K, 3, 1, D)
-        return [
-            Modulation(*(m + table.unsqueeze(1)).unbind(2)) for table in self.scale_shift_tables
-        ]
+        tables = torch.stack(list(self.scale_shift_tables))  # (layers, 3, D)
+        parts = (m + tables[:, None, None, :, None]).unbind(3)  # (layers, B, K, 1, D) each
+        return [Modulation(*of_layer) for of_layer in zip(*map(torch.unbind, parts), strict=True)]
 
     def _denoiser(self) -> DenoiserTower:
         if self.denoiser_tower is None:
