@@ -92,6 +92,27 @@ def test_scan_gradients(length: int, states_every: int) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * scale, msg=lambda m, n=name: n + m)
 
 
+@pytest.mark.parametrize("length", [1, 2, 16, ssd.TILE, ssd.TILE + 1])
+@pytest.mark.parametrize("has_initial", [True, False])
+def test_outputs_without_states(length: int, has_initial: bool) -> None:
+    """Guards denoiser passes and verifications, which make no states: a shorter way that forgot
+    the seed or the decay from it would still give plausible drafts."""
+    inputs = scan_inputs(2, length, 4, 2, has_initial, seed=5)
+
+    def with_states(*leaves: Tensor | None) -> Tensor:
+        return ssd.ssd_scan(*leaves, length)[0]
+
+    leaves = [None if value is None else value.clone().requires_grad_() for value in inputs]
+    given = [leaf for leaf in leaves if leaf is not None]
+    found = []
+    for outputs in (ssd.ssd_outputs, with_states):
+        y = outputs(*leaves)
+        weighted = (y.double() * draw(*y.shape, seed=90)).sum()
+        found.append((y, *torch.autograd.grad(weighted, given)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.detach().abs().max()))
+
+
 def test_gradients_stay_finite_with_strong_decay() -> None:
     """Guards against inf * 0: above the diagonal the exponent is positive and overflows."""
     x, dt, A, B, C, initial = scan_inputs(1, 80, 4, 2, True, seed=3)
