@@ -7,6 +7,7 @@ import tokenizers
 from tokenizers import decoders, models
 
 from twotower import Tokenizer
+from twotower.tokenizer import train_tokenizer
 
 _SPECIAL = ["<pad>", "<bos>", "<eos>", "<mask>"]
 _LETTERS = ["a", "b", "c", *("".join(p) for p in itertools.product("abc", repeat=2))]
@@ -21,6 +22,13 @@ def tiny_tokenizer() -> Tokenizer:
     backend.add_special_tokens(_SPECIAL)
     backend.decoder = decoders.Fuse()
     return Tokenizer(backend)
+
+
+@functools.cache
+def byte_tokenizer() -> Tokenizer:
+    """Byte-level, 320 ids: every byte and some longer tokens of JSON and English."""
+    texts = ['{"name": "get", "arguments": {"city": "Oslo", "days": 12}}', "the secret is here: "]
+    return train_tokenizer(texts, vocab_size=320)
 
 
 def ids_of(*words: str) -> list[int]:

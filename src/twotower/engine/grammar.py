@@ -89,24 +89,19 @@ class TokenRules:
 class GrammarState:
     """Where one row's text is in its grammar; cheap to take back, so drafts may be tried."""
 
-    def __init__(self, matcher: LLMatcher, rules: TokenRules, special: frozenset[int]) -> None:
+    def __init__(self, matcher: LLMatcher, rules: TokenRules, tokenizer: Tokenizer) -> None:
         self._matcher = matcher
         self._rules = rules
-        self._banned = (special | {rules.mask_token_id}) - set(rules.eos)
+        # A model may have more tokens than its tokenizer; the library must not be asked for those.
+        beyond = range(tokenizer.vocab_size, rules.vocab_size)
+        special = {*tokenizer.special_ids, *beyond, rules.mask_token_id}
+        self._banned = frozenset(special - set(rules.eos))
         self._read: list[int] = []
 
     def follow(self, tokens: Sequence[int]) -> None:
         """Be after tokens, all of them allowed where they stand, whatever was followed before."""
-        known = len(self._read)
-        if list(tokens[:known]) != self._read:
-            known = next(
-                (
-                    i
-                    for i, pair in enumerate(zip(self._read, tokens, strict=False))
-                    if len(set(pair)) > 1
-                ),
-                min(known, len(tokens)),
-            )
+        known = _num_shared(self._read, tokens)
+        if known < len(self._read):
             self._matcher.rollback(len(self._read) - known)
         new = list(tokens[known:])
         if new and not self._matcher.consume_tokens(new):
@@ -144,7 +139,7 @@ def begin(grammar: Grammar, tokenizer: Tokenizer, rules: TokenRules) -> GrammarS
     """The state before the first token. ValueError (one line) for a grammar that is damaged, uses
     what the library cannot keep, or allows no text.
     """
-    state = GrammarState(_matcher(grammar, tokenizer).deep_copy(), rules, tokenizer.special_ids)
+    state = GrammarState(_matcher(grammar, tokenizer).deep_copy(), rules, tokenizer)
     try:
         state.mask()
     except GrammarFailed as error:
@@ -154,15 +149,16 @@ def begin(grammar: Grammar, tokenizer: Tokenizer, rules: TokenRules) -> GrammarS
 
 @lru_cache(maxsize=64)  # compiling costs milliseconds, a copy microseconds
 def _matcher(grammar: Grammar, tokenizer: Tokenizer) -> LLMatcher:
-    from llguidance import LLMatcher
-
     vocabulary = _vocabulary(tokenizer)
+    from llguidance import LLMatcher, LLParserLimits
+
     source = grammar.source
     if grammar.kind == "regex":
         source = LLMatcher.grammar_from_regex(source)
     elif grammar.kind == "lark":
         source = LLMatcher.grammar_from_lark(source)
-    matcher = LLMatcher(vocabulary, source, log_level=0)
+    limits = LLParserLimits(verbose_errors=False)  # which would quote the text
+    matcher = LLMatcher(vocabulary, source, log_level=0, limits=limits)
     if matcher.is_error():
         raise ValueError(f"{grammar.kind}: {_one_line(matcher.get_error())}")
     return matcher
@@ -196,5 +192,5 @@ def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def _one_line(message: str) -> str:
-    line = " ".join(message.split())
+    line = " ".join(message.replace("<non-verbose/>", "").split())
     return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]}..."

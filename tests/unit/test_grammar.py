@@ -1,0 +1,199 @@
+"""Grammars: which tokens they allow where, what they refuse, and how they are taken back."""
+
+import json
+
+import pytest
+import torch
+
+from tiny_models import MASK
+from tiny_text import byte_tokenizer, tiny_tokenizer
+from twotower.engine.grammar import (
+    Grammar,
+    GrammarFailed,
+    GrammarState,
+    TokenRules,
+    begin,
+    json_schema,
+    lark,
+    regex,
+)
+
+EOS = 2
+RULES = TokenRules(eos=(EOS,), mask_token_id=MASK, vocab_size=330)
+NUMBER = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+def state(grammar: Grammar, rules: TokenRules = RULES) -> GrammarState:
+    return begin(grammar, byte_tokenizer(), rules)
+
+
+def after(grammar: Grammar, text: str) -> GrammarState:
+    found = state(grammar)
+    found.follow(byte_tokenizer().encode(text))
+    return found
+
+
+def allowed(found: GrammarState) -> set[str]:
+    """The tokens that may come next, as text; special ones by name."""
+    tokens = found.mask().nonzero().flatten().tolist()
+    assert all(found.allows(token) for token in tokens)
+    assert not any(found.allows(token) for token in (~found.mask()).nonzero().flatten().tolist())
+    return {byte_tokenizer().token_text(token) for token in tokens}
+
+
+def test_the_mask_is_what_may_come_next() -> None:
+    assert allowed(state(regex("[ab]c"))) == {"a", "b"}
+    assert allowed(after(regex("[ab]c"), "a")) == {"c"}
+    assert allowed(after(regex("[ab]c"), "ac")) == {"<eos>"}
+
+
+def test_the_end_comes_only_where_the_grammar_lets_it() -> None:
+    """Guards output that does not parse because EOS came early."""
+    assert "<eos>" not in allowed(state(regex("a+")))
+    assert allowed(after(regex("a+"), "a")) == {"a", "<eos>"}
+    assert "<eos>" not in allowed(after(json_schema(NUMBER), '{"a": 1'))
+    assert allowed(after(json_schema({"enum": ["x"]}), '"x"')) == {"<eos>"}
+
+
+def test_no_grammar_allows_a_special_token() -> None:
+    """Guards the mask token, which is no text, even where a grammar asks for it by name."""
+    free = state(lark("start: /(.|\\n)*/"))
+    assert not {"<mask>", "<pad>", "<bos>"} & allowed(free)
+    assert "<mask>" not in allowed(after(lark('start: "a" (<mask> | "b")'), "a"))
+    # a mask token that the tokenizer takes for text
+    letter = byte_tokenizer().encode("b")[0]
+    rules = TokenRules(eos=(EOS,), mask_token_id=letter, vocab_size=330)
+    found = begin(regex("[ab]"), byte_tokenizer(), rules)
+    assert not found.allows(letter)
+    assert not found.mask()[letter]
+
+
+def test_the_rows_own_end_counts() -> None:
+    """Guards a row that ends at another token than the tokenizer's <eos>."""
+    letter = byte_tokenizer().encode("b")[0]
+    rules = TokenRules(eos=(letter,), mask_token_id=MASK, vocab_size=330)
+    found = begin(regex("a(b|c)?"), byte_tokenizer(), rules)
+    assert not found.mask()[letter]
+    found.follow(byte_tokenizer().encode("a"))
+    assert found.mask()[letter], "the text may end here"
+    assert not found.mask()[EOS]
+    found.follow(byte_tokenizer().encode("ac"))
+    assert found.mask().nonzero().flatten().tolist() == [letter]
+
+
+def test_the_mask_has_the_models_length() -> None:
+    mask = state(regex("a+")).mask()
+    assert (mask.shape, mask.dtype) == ((330,), torch.bool)
+    assert not mask[byte_tokenizer().vocab_size :].any()
+
+
+def test_a_draft_can_be_taken_back() -> None:
+    """Guards verification: what was followed only in a draft must leave no trace."""
+    encode = byte_tokenizer().encode
+    either = json_schema({"properties": dict.fromkeys("ab", {"type": "integer"}), "type": "object"})
+    found = state(either)
+    for text in ('{"a": 12}', '{"a"', '{"b": 3', '{"b": 3}', ""):
+        found.follow(encode(text))
+        assert allowed(found) == allowed(after(either, text)), text
+
+
+def test_a_state_is_its_own() -> None:
+    """Guards rows that share a compiled grammar."""
+    one, other = state(regex("abc")), state(regex("abc"))
+    one.follow(byte_tokenizer().encode("ab"))
+    assert allowed(one) == {"c"}
+    assert "a" in allowed(other)
+
+
+def test_a_forbidden_token_is_an_error() -> None:
+    found = state(regex("abc"))
+    with pytest.raises(GrammarFailed, match=r"^grammar: "):
+        found.follow(byte_tokenizer().encode("x"))
+
+
+def test_what_must_come_next_is_forced() -> None:
+    found = after(json_schema(NUMBER | {"additionalProperties": False}), '{"')
+    assert byte_tokenizer().decode(found.forced()).startswith("a")
+    assert state(regex("[ab]")).forced() == []
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        (NUMBER, '{"a": 1}'),
+        (NUMBER, ' {"a":1}'),
+        (NUMBER, '{\n  "a": 1\n}'),
+        (True, "[1, null]"),
+        ({}, '"x"'),
+        (json.dumps(NUMBER), '{"a": 1}'),
+        ({"$defs": {"n": {"type": "null"}}, "$ref": "#/$defs/n"}, "null"),
+    ],
+)
+def test_json_in_the_usual_forms(schema: dict[str, object] | bool | str, text: str) -> None:
+    assert "<eos>" in allowed(after(json_schema(schema), text))
+
+
+def test_white_space_is_bounded() -> None:
+    """Guards a row in which a model writes spaces until its length is used up."""
+    assert " " in allowed(after(json_schema(NUMBER), "{" + " " * 60))
+    assert allowed(after(json_schema(NUMBER), "{" + " " * 64)).isdisjoint({" ", "\n"})
+    assert " " not in allowed(after(json_schema(NUMBER), " "))
+    assert " " not in allowed(after(json_schema(NUMBER), '{"a": 1}'))
+
+
+@pytest.mark.parametrize(
+    ("grammar", "said"),
+    [
+        (json_schema({"type": "bogus"}), "json_schema: Invalid type: bogus"),
+        (
+            json_schema({"type": "array", "uniqueItems": True}),
+            'Unimplemented keys: ["uniqueItems"]',
+        ),
+        (
+            json_schema({"uniqueItems": True, "x-guidance": {"lenient": True}, "type": "array"}),
+            'Unimplemented keys: ["uniqueItems"]',
+        ),
+        (json_schema({"$ref": "#/nope"}), "'/nope' does not exist"),
+        (json_schema(False), "Unsatisfiable"),
+        (json_schema({"type": "string", "pattern": "(?=a)b"}), "look-around"),
+        (regex("("), "regex: "),
+        (lark("start: nothing"), 'lark: at 1(8): unknown name: "nothing"'),
+        (lark("start: <mask>"), "grammar: no token can follow"),
+    ],
+)
+def test_what_cannot_be_kept_is_one_line(grammar: Grammar, said: str) -> None:
+    """Guards against constraints that are passed over, and errors in mid-text."""
+    with pytest.raises(ValueError) as error:
+        state(grammar)
+    message = str(error.value)
+    assert said in message
+    assert "\n" not in message
+    assert len(message) < 340
+
+
+@pytest.mark.parametrize("schema", ["{", "[1]", [], 5, None, {"a": {1, 2}}])
+def test_what_is_no_schema(schema: object) -> None:
+    with pytest.raises(ValueError, match=r"json_schema: .*; give a"):
+        json_schema(schema)  # type: ignore[arg-type]
+
+
+def test_a_schema_deeper_than_python_is_an_error() -> None:
+    deep: dict[str, object] = {}
+    for _ in range(100_000):
+        deep = {"items": deep}
+    with pytest.raises(ValueError, match="json_schema: not JSON"):
+        json_schema(deep)
+
+
+def test_a_tokenizer_without_bytes_is_refused() -> None:
+    with pytest.raises(ValueError, match="grammar: this tokenizer's tokens cannot be read as byte"):
+        begin(regex("a"), tiny_tokenizer(), TokenRules((EOS,), MASK, 41))
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    from twotower.tokenizer import train_tokenizer
+
+    monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
+    other = train_tokenizer(["b"], vocab_size=260)
+    with pytest.raises(ValueError, match=r"pip install 'twotower\[serve\]'"):
+        begin(regex("a"), other, RULES)
