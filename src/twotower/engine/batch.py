@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from twotower.engine.events import Event
+from twotower.engine.faults import attempt, failure
 from twotower.engine.row import Row
 from twotower.model import ContextCache, TwoTower
 
@@ -24,47 +26,78 @@ class Batch:
         """These rows and then the other's."""
         return Batch(self.rows + other.rows, self.cache.concat(other.cache))
 
-    def select(self, chosen: list[int]) -> "Batch":
-        """Some of the rows, by their place here."""
-        cache = self.cache.select(torch.tensor(chosen, dtype=torch.int64))
-        return Batch([self.rows[place] for place in chosen], cache)
+    def part(self, places: Sequence[int]) -> "Batch":
+        """The rows at some places, in order; the batch itself when these are all."""
+        if len(places) == len(self.rows):
+            return self
+        cache = self.cache.select(torch.tensor(places, dtype=torch.int64))
+        return Batch([self.rows[place] for place in places], cache)
 
 
 @dataclass(frozen=True)
 class Cycle:
     """How a mode advances a batch by one unit: a block, a draft, a token.
 
-    `propose` is the denoiser's work and leaves the cache alone; `start` (the prompts of rows that
-    join) and `settle` (what the rows commit) are the context tower's. So one batch can be in one
-    queue while another is in the other. `start` and `settle` return the rows that go on.
+    `propose` is the denoiser's work and leaves the cache alone; `start` (of rows whose prompts have
+    just been read) and `settle` (what the rows commit) are the context tower's. So one batch can be
+    in one queue while another is in the other. `start` and `settle` return the rows that go on.
     """
 
-    start: Callable[[TwoTower, list[Row]], Generator[Event, None, Batch]]
+    start: Callable[[TwoTower, Batch], Generator[Event, None, Batch]]
     propose: Callable[[TwoTower, Batch], Generator[Event, None, Proposal]]
     settle: Callable[[TwoTower, Batch, Proposal], Generator[Event, None, Batch]]
+    num_unread: int = 0  # tokens at a prompt's end that are not in the cache when rows start
+
+
+def start_at_once(model: TwoTower, batch: Batch) -> Generator[Event, None, Batch]:
+    """Nothing to do but to read the prompts, which has been done."""
+    yield from ()
+    return batch
 
 
 def commit(
     batch: Batch, tokens: Sequence[list[int]]
 ) -> Generator[Event, None, tuple[Batch, Tensor]]:
-    """Hand each row its tokens; returns the batch of the rows that go on, and their numbers."""
-    for row, own in zip(batch.rows, tokens, strict=True):
-        yield row.commit(own)
-        if row.is_finished:
-            yield row.finished()
-    going = [i for i, row in enumerate(batch.rows) if not row.is_finished]
+    """Hand each row its tokens; returns the batch of the rows that go on, and their numbers.
+
+    A row that cannot take them (its text, its filters) ends alone.
+    """
+    going = []
+    for place, (row, own) in enumerate(zip(batch.rows, tokens, strict=True)):
+        try:
+            yield row.commit(own)
+            if row.is_finished:
+                yield row.finished()
+            else:
+                going.append(place)
+        except Exception as error:
+            yield failure(row, error)
     kept = torch.tensor(going, dtype=torch.int64)
-    if len(going) == len(batch.rows):
-        return batch, kept
-    return Batch([batch.rows[i] for i in going], batch.cache.select(kept)), kept
+    return batch.part(going), kept
 
 
-def extend(model: TwoTower, batch: Batch, tokens: Tensor) -> None:
-    """Let the context tower read tokens (B, n) of the batch's rows; none, no pass."""
-    if batch.rows:
-        model.extend(batch.cache, tokens)
-    for row in batch.rows:
-        row.context_forwards += 1
+def extend(model: TwoTower, batch: Batch, tokens: Tensor) -> Generator[Event, None, Batch]:
+    """Let the context tower read tokens (B, n) of the batch's rows; none, no pass.
+
+    Returns the rows that go on: those whose reading fails do not.
+    """
+    if not batch.rows:
+        return batch
+
+    def read(places: Sequence[int]) -> Generator[Event, None, Batch]:
+        yield from ()
+        some = batch.part(places)
+        model.extend(some.cache, tokens[list(places)])
+        for row in some.rows:
+            row.context_forwards += 1
+        return some
+
+    return joined((yield from attempt(batch.rows, read, batch.cache)), batch)
+
+
+def joined(parts: Sequence[Batch], whole: Batch) -> Batch:
+    """Parts of a batch as one batch again; an empty one where none is left."""
+    return reduce(Batch.join, parts) if parts else whole.part([])
 
 
 def last_tokens(rows: list[Row]) -> Tensor:

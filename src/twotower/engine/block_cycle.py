@@ -5,18 +5,11 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
-from twotower.engine.batch import Batch, Cycle, Proposal, commit, extend
+from twotower.engine.batch import Batch, Cycle, Proposal, commit, extend, start_at_once
 from twotower.engine.events import Event
 from twotower.engine.fill import fill_blocks
-from twotower.engine.prefill import prefill
-from twotower.engine.row import Row
 from twotower.engine.token_cycle import choose_tokens
 from twotower.model import TwoTower
-
-
-def _start(model: TwoTower, rows: list[Row]) -> Generator[Event, None, Batch]:
-    yield from ()
-    return Batch(rows, prefill(model, rows, [row.prompt for row in rows]))
 
 
 def _propose(model: TwoTower, batch: Batch) -> Generator[Event, None, Proposal]:
@@ -43,8 +36,7 @@ def _settle(model: TwoTower, batch: Batch, proposal: Proposal) -> Generator[Even
     """Commit the blocks; the context tower reads those of the rows that go on."""
     (tokens,) = proposal
     batch, kept = yield from commit(batch, tokens.tolist())
-    extend(model, batch, tokens[kept.to(tokens.device)])
-    return batch
+    return (yield from extend(model, batch, tokens[kept.to(tokens.device)]))
 
 
-BLOCK_CYCLE = Cycle(start=_start, propose=_propose, settle=_settle)
+BLOCK_CYCLE = Cycle(start=start_at_once, propose=_propose, settle=_settle)

@@ -1,6 +1,6 @@
 """What decoding tells its caller, as small records in the order in which things happen."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 # invalid: no usable request; memory: does not fit; internal: our fault, details are in the log.
@@ -75,6 +75,7 @@ class Failed:
     row: int
     kind: FailureKind
     message: str
+    error: Exception | None = field(default=None, repr=False, compare=False)  # what was raised
 
 
 Event = StepTaken | TokensCommitted | Finished | Failed

@@ -66,7 +66,7 @@ def stream_requests(
 def _run(model: TwoTower, rows: list[Row], engine: EngineOptions) -> Iterator[Event]:
     for event in queues.run(model, WaitingLine(rows), engine):
         if isinstance(event, Failed):
-            raise ValueError(event.message)
+            raise event.error or ValueError(event.message)
         yield event
 
 

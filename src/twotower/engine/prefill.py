@@ -7,8 +7,9 @@ from twotower.measure import available_bytes
 from twotower.model import ContextCache, TwoTower
 
 
-def prefill(model: TwoTower, rows: list[Row], prompts: list[list[int]]) -> ContextCache:
-    """A cache with prompts[i] committed in row i; an empty prompt leaves its row empty."""
+def prefill(model: TwoTower, rows: list[Row], num_unread: int) -> ContextCache:
+    """A cache with the rows' prompts, but for their last num_unread tokens."""
+    prompts = [row.prompt[: len(row.prompt) - num_unread] for row in rows]
     longest = max(map(len, prompts))
     for row, prompt in zip(rows, prompts, strict=True):
         row.context_forwards += bool(prompt)

@@ -7,14 +7,16 @@ where is decided in `queues.py`.
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 from twotower.engine.batch import Batch, Cycle, Proposal
 from twotower.engine.block_cycle import BLOCK_CYCLE
 from twotower.engine.events import Event, Failed
+from twotower.engine.faults import attempt
 from twotower.engine.options import Mode
-from twotower.engine.prefill import refusal
+from twotower.engine.prefill import prefill, refusal
 from twotower.engine.row import Row
 from twotower.engine.speculate import SPECULATIVE_CYCLE
 from twotower.engine.token_cycle import AR_CYCLE, MOCK_AR_CYCLE
@@ -121,22 +123,21 @@ class Lane:
     def __init__(self, model: TwoTower) -> None:
         self._model = model
         self._batches: dict[object, Batch] = {}
-        self._proposals: dict[object, Proposal] = {}
+        self._proposed: list[tuple[Batch, Proposal]] = []
         self.newcomers: list[Row] = []  # taken from the line, not yet read
-
-    @property
-    def num_rows(self) -> int:
-        """Rows in it, newcomers included."""
-        return sum(len(batch.rows) for batch in self._batches.values()) + len(self.newcomers)
+        # Of all rows, newcomers included; brought up to date between jobs, since others look at it
+        # while a job runs.
+        self.num_rows = 0
 
     def leave(self, line: Line) -> Iterator[Event]:
         """Rows that are called off go, and their part of the cache with them."""
         batches, self._batches = self._batches, {}
-        for kind, batch in batches.items():
+        for batch in batches.values():
             reasons = [line.reason_to_leave(row) for row in batch.rows]
             yield from (reason for reason in reasons if reason is not None)
             staying = [i for i, reason in enumerate(reasons) if reason is None]
-            self._put(kind, batch if len(staying) == len(reasons) else batch.select(staying))
+            self._put(batch.part(staying))
+        self._count()
 
     def take(self, line: Line, count: int, is_alone: bool) -> Iterator[Event]:
         """Take up to `count` rows from the line, as far as memory allows.
@@ -153,6 +154,7 @@ class Lane:
             message = refusal(self._model, [*(batch.rows if batch else []), *sharing, rows[0]])
             if message is None:
                 self.newcomers.append(rows.pop(0))
+                self.num_rows += 1
             elif is_alone and not self.num_rows:
                 yield Failed(row=rows.pop(0).index, kind="memory", message=message)
             else:
@@ -162,27 +164,53 @@ class Lane:
     def start(self) -> Iterator[Event]:
         """Context work: read the prompts of the newcomers, who join their batches."""
         rows, self.newcomers = self.newcomers, []
-        for kind, group in _groups(rows):
-            started = yield from _cycle(group[0]).start(self._model, group)
-            self._put(kind, started)
+        for group in _groups(rows):
+            for batch in (yield from attempt(group, partial(self._start, group))):
+                self._put(batch)
+        self._count()
 
     def propose(self) -> Iterator[Event]:
         """Denoiser work of one cycle of every batch."""
-        for kind, batch in self._batches.items():
-            cycle = _cycle(batch.rows[0])
-            self._proposals[kind] = yield from cycle.propose(self._model, batch)
+        batches, self._batches = self._batches, {}
+        for batch in batches.values():
+            self._proposed += yield from attempt(batch.rows, partial(self._propose, batch))
 
     def settle(self) -> Iterator[Event]:
         """Context work of one cycle of every batch; finished rows leave."""
-        batches, self._batches = self._batches, {}
-        for kind, batch in batches.items():
-            cycle, proposal = _cycle(batch.rows[0]), self._proposals.pop(kind)
-            self._put(kind, (yield from cycle.settle(self._model, batch, proposal)))
+        proposed, self._proposed = self._proposed, []
+        for batch, proposal in proposed:
+            work = partial(self._settle, batch, proposal)
+            for part in (yield from attempt(batch.rows, work, batch.cache)):
+                self._put(part)
+        self._count()
 
-    def _put(self, kind: object, batch: Batch) -> None:
+    def _start(self, group: list[Row], places: Sequence[int]) -> Generator[Event, None, Batch]:
+        rows = [group[place] for place in places]
+        cycle = _cycle(rows[0])
+        batch = Batch(rows, prefill(self._model, rows, cycle.num_unread))
+        return (yield from cycle.start(self._model, batch))
+
+    def _propose(
+        self, batch: Batch, places: Sequence[int]
+    ) -> Generator[Event, None, tuple[Batch, Proposal]]:
+        some = batch.part(places)
+        return some, (yield from _cycle(some.rows[0]).propose(self._model, some))
+
+    def _settle(
+        self, batch: Batch, proposal: Proposal, places: Sequence[int]
+    ) -> Generator[Event, None, Batch]:
+        some = batch.part(places)
+        own = proposal if some is batch else tuple(part[list(places)] for part in proposal)
+        return (yield from _cycle(some.rows[0]).settle(self._model, some, own))
+
+    def _put(self, batch: Batch) -> None:
         if batch.rows:
+            kind = kind_of(batch.rows[0])
             old = self._batches.get(kind)
             self._batches[kind] = batch if old is None else old.join(batch)
+
+    def _count(self) -> None:
+        self.num_rows = sum(len(batch.rows) for batch in self._batches.values())
 
 
 def kind_of(row: Row) -> object:
@@ -196,12 +224,11 @@ def _cycle(row: Row) -> Cycle:
     return CYCLES[row.options.mode]
 
 
-def _groups(rows: list[Row]) -> Iterator[tuple[object, list[Row]]]:
+def _groups(rows: list[Row]) -> Iterable[list[Row]]:
     """Rows of one kind whose prompts differ in length by less than a factor of two: reading them
     together, padded, costs less than twice what they cost alone.
     """
     groups: dict[tuple[object, int], list[Row]] = {}
     for row in rows:
         groups.setdefault((kind_of(row), len(row.prompt).bit_length()), []).append(row)
-    for (kind, _), group in groups.items():
-        yield kind, group
+    return groups.values()

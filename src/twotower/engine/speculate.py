@@ -15,7 +15,6 @@ from twotower.engine.events import Event
 from twotower.engine.fill import fill_blocks
 from twotower.engine.logits import require_finite
 from twotower.engine.options import sampling_params
-from twotower.engine.prefill import prefill
 from twotower.engine.row import Row
 from twotower.model import TwoTower
 
@@ -24,11 +23,10 @@ from twotower.model import TwoTower
 LEAST_CHANCE = 0.05
 
 
-def _start(model: TwoTower, rows: list[Row]) -> Generator[Event, None, Batch]:
-    """Read the prompts; the AR tower's first token is the rows' first."""
-    batch = Batch(rows, prefill(model, rows, [row.prompt for row in rows]))
-    choices = _choose(model.next_logits(batch.cache).unsqueeze(1), rows)
-    return (yield from _commit(batch, choices, torch.ones(len(rows), dtype=torch.int64)))
+def _start(model: TwoTower, batch: Batch) -> Generator[Event, None, Batch]:
+    """The AR tower's first token is the rows' first."""
+    choices = _choose(model.next_logits(batch.cache).unsqueeze(1), batch.rows)
+    return (yield from _commit(batch, choices, torch.ones(len(batch.rows), dtype=torch.int64)))
 
 
 def _settle(model: TwoTower, batch: Batch, proposal: Proposal) -> Generator[Event, None, Batch]:

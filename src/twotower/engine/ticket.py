@@ -4,7 +4,7 @@ import asyncio
 import math
 import queue
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator
 
 from twotower.engine.events import Event, Failed, FailureKind, Finished, StepTaken
 
@@ -34,7 +34,7 @@ class Ticket:
         """Let the row leave within one cycle, with Failed(kind="cancelled") as its last event."""
         self._is_cancelled = True
 
-    def events(self) -> Iterator[Event]:
+    def events(self) -> Generator[Event, None, None]:
         """The row's events as they happen; blocks between them."""
         event: Event | None = None
         try:
@@ -44,7 +44,7 @@ class Ticket:
         finally:
             self.cancel()
 
-    async def aevents(self) -> AsyncIterator[Event]:
+    async def aevents(self) -> AsyncGenerator[Event, None]:
         """`events` for an event loop, which goes on between them."""
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
         self._wake = lambda: _call_in(loop, arrived.set)

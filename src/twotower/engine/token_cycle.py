@@ -5,18 +5,20 @@ from collections.abc import Generator
 from torch import Tensor
 
 from twotower.diffusion import choose, draw_noise
-from twotower.engine.batch import Batch, Cycle, Proposal, commit, extend, last_tokens
+from twotower.engine.batch import (
+    Batch,
+    Cycle,
+    Proposal,
+    commit,
+    extend,
+    last_tokens,
+    start_at_once,
+)
 from twotower.engine.events import Event
 from twotower.engine.logits import require_finite
 from twotower.engine.options import sampling_params
-from twotower.engine.prefill import prefill
 from twotower.engine.row import Row
 from twotower.model import TwoTower
-
-
-def _start_ar(model: TwoTower, rows: list[Row]) -> Generator[Event, None, Batch]:
-    yield from ()
-    return Batch(rows, prefill(model, rows, [row.prompt for row in rows]))
 
 
 def _no_proposal(model: TwoTower, batch: Batch) -> Generator[Event, None, Proposal]:
@@ -28,13 +30,7 @@ def _settle_ar(model: TwoTower, batch: Batch, proposal: Proposal) -> Generator[E
     """The context tower's last logits choose a token, which extends the cache."""
     tokens = choose_tokens(model.next_logits(batch.cache), batch.rows)
     batch, kept = yield from commit(batch, [[token] for token in tokens.tolist()])
-    extend(model, batch, tokens[kept.to(tokens.device)].unsqueeze(1))
-    return batch
-
-
-def _start_mock_ar(model: TwoTower, rows: list[Row]) -> Generator[Event, None, Batch]:
-    yield from ()
-    return Batch(rows, prefill(model, rows, [row.prompt[:-1] for row in rows]))
+    return (yield from extend(model, batch, tokens[kept.to(tokens.device)].unsqueeze(1)))
 
 
 def _propose_token(model: TwoTower, batch: Batch) -> Generator[Event, None, Proposal]:
@@ -53,8 +49,7 @@ def _settle_mock_ar(
     """Commit the denoiser's tokens; the context tower reads those before them."""
     last, tokens = proposal
     batch, kept = yield from commit(batch, [[token] for token in tokens.tolist()])
-    extend(model, batch, last[kept])
-    return batch
+    return (yield from extend(model, batch, last[kept]))
 
 
 def choose_tokens(logits: Tensor, rows: list[Row]) -> Tensor:
@@ -64,6 +59,8 @@ def choose_tokens(logits: Tensor, rows: list[Row]) -> Tensor:
     return choose(require_finite(logits), params, noise)
 
 
-AR_CYCLE = Cycle(start=_start_ar, propose=_no_proposal, settle=_settle_ar)
+AR_CYCLE = Cycle(start=start_at_once, propose=_no_proposal, settle=_settle_ar)
 # A check of the denoiser without diffusion. Source: system.md section 4, 'Mock-AR'.
-MOCK_AR_CYCLE = Cycle(start=_start_mock_ar, propose=_propose_token, settle=_settle_mock_ar)
+MOCK_AR_CYCLE = Cycle(
+    start=start_at_once, propose=_propose_token, settle=_settle_mock_ar, num_unread=1
+)
