@@ -51,6 +51,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "lm_eval": ("evaluate.lm_harness",),
     "matplotlib": ("evaluate", "race", "plan"),
     "gguf": ("checkpoint.gguf", "checkpoint.gguf_vocabulary", "race.rivals"),
+    "torchao": ("checkpoint.quantize",),
     "xllamacpp": ("race.rivals",),
     "transformers": ("race.rivals",),
     # Of the extra serve: loaded by the verb alone, which names what is missing.
@@ -79,6 +80,7 @@ OPTIONAL = {
     "llguidance",
     "matplotlib",
     "gguf",
+    "torchao",
     "xllamacpp",
     "transformers",
     "triton",

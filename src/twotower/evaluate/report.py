@@ -41,7 +41,7 @@ CAPTIONS = {
         "no order, -1 for right to left.",
     ),
 }
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { line-height: 1.2; overflow-wrap: anywhere; } .headline { font-size: 1.3rem; }
@@ -106,7 +106,7 @@ def to_html(results: Record, pictures: Mapping[str, bytes]) -> str:
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-        f"<title>Evaluation</title><style>{_STYLE}</style></head><body>",
+        f"<title>Evaluation</title><style>{STYLE}</style></head><body>",
         f"<h1>What was kept: {escape(str(results['model']['path']))}</h1>",
         f"<p class='headline'>{escape(headline(results))}</p>",
         *_warnings(results),

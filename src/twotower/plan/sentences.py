@@ -1,0 +1,118 @@
+"""A plan's record in words and cells, for the terminal and for the report alike."""
+
+from collections.abc import Mapping
+from typing import Any
+
+Record = Mapping[str, Any]
+_GIB, _MIB = 2**30, 2**20
+MODE_COLUMNS = (
+    "where",
+    "tokens/s",
+    "decoding",
+    "a row",
+    "first tokens, ms",
+    "pipelined",
+    "$ a million",
+)
+PASS_COLUMNS = ("ms", "overhead", "bandwidth", "arithmetic", "host link", "experts", "ruled by")
+# Of a plan, in the words that a reader needs to judge it; docs/plan.md says more.
+ASSUMPTIONS = (
+    "A pass streams each weight that it needs once; parts of a pass follow one another, each at "
+    "the peak bandwidth or arithmetic times a fixed share; every layer adds a fixed time.",
+    "n tokens choose E (1 - (1 - k/E)^n) distinct experts of E with k a token: independent "
+    "tokens, even experts.",
+    "All rows are equal: same lengths, same tokens per pass. Real batches wait for their slowest "
+    "block.",
+    "Weights of 8 and 4 bits are read as such and multiplied in the arithmetic of --compute.",
+    "A tower stays whole on one device; experts in host memory cross the link in every pass that "
+    "needs them, and nothing overlaps with that.",
+    "Keys count half-way through the answer; activations are estimated from widths.",
+)
+
+
+def headline(record: Record) -> list[str]:
+    """A sentence per finding: each mode, the break-even, who wins at which batch."""
+    lines = [_mode_sentence(mode, found) for mode, found in record["modes"].items()]
+    if record["break_even"] is not None:
+        lines.append(_even_sentence(record))
+    lines.append(f"Faster, by rows at a time: {_spans(record['spans']['all'])}.")
+    if record["spans"]["per_device"] != record["spans"]["all"]:
+        lines.append(f"Per device: {_spans(record['spans']['per_device'])}.")
+    return lines
+
+
+def memory_lines(record: Record) -> list[str]:
+    """What the towers and a row's cache take, and what a device offers."""
+    memory = record["memory"]
+    towers = ", ".join(f"{t} {n / _GIB:.1f} GiB" for t, n in memory["tower_bytes"].items())
+    return [
+        f"Weights: {towers}. A row's cache: {memory['cache_bytes_per_row'] / _MIB:.1f} MiB. "
+        f"A device offers {memory['usable_bytes_per_device'] / _GIB:.1f} GiB, there are "
+        f"{record['devices']}."
+    ]
+
+
+def _mode_sentence(mode: str, found: Record) -> str:
+    if not found["fits"]:
+        return f"{mode} does not fit: {found['missing']}."
+    if "missing" in found:
+        return f"{mode} fits ({found['placement']['name']}); {found['missing']}."
+    cost = found["dollars_per_million_tokens"]
+    price = "" if cost is None else f", {cost:.2f} dollars a million"
+    pipelined = ", two groups of rows overlapped" if found["pipelined"] else ""
+    return (
+        f"{mode}: {found['tokens_per_s']:.1f} tokens/s{price}, on {found['placement']['name']}"
+        f"{pipelined}."
+    )
+
+
+def _even_sentence(record: Record) -> str:
+    even = record["break_even"]
+    return (
+        f"A denoiser pass takes {even['denoise_per_ar_step']:.2f} AR steps. "
+        f"Diffusion {_reaches(even['tokens_per_nfe'], 'tokens/NFE')}; "
+        f"speculation {_reaches(even['tokens_per_cycle'], 'tokens a cycle')}."
+    )
+
+
+def _reaches(needed: Mapping[str, float | None], unit: str) -> str:
+    """From which value of its one quantity on a mode reaches each multiple of AR's speed."""
+    said = []
+    for target, value in needed.items():
+        what = "AR's speed" if target == "1" else f"{target} times it"
+        said.append(f"never {what}" if value is None else f"{what} from {value:.2f} {unit} on")
+    return "reaches " + ", ".join(said)
+
+
+def _spans(spans: list[Record]) -> str:
+    """'ar 1 to 6, diffusion 7 to 61, ar from 62 on'."""
+    *inner, last = spans
+    shown = [f"{span['winner']} {span['first']} to {span['last']}" for span in inner]
+    return ", ".join([*shown, f"{last['winner']} from {last['first']} on"])
+
+
+def mode_row(found: Record) -> list[str]:
+    """The cells of MODE_COLUMNS."""
+    where = found["placement"]["name"] if found["fits"] else "does not fit"
+    if "missing" in found:
+        return [where, *["-"] * (len(MODE_COLUMNS) - 1)]
+    decode, cost = found["decode_tokens_per_s"], found["dollars_per_million_tokens"]
+    return [
+        where,
+        f"{found['tokens_per_s']:.1f}",
+        "-" if decode is None else f"{decode:.1f}",
+        f"{found['tokens_per_s_of_a_row']:.1f}",
+        f"{found['first_tokens_ms']:.0f}",
+        "yes" if found["pipelined"] else "no",
+        "-" if cost is None else f"{cost:.2f}",
+    ]
+
+
+def pass_row(found: Record) -> list[str]:
+    """The cells of PASS_COLUMNS."""
+    names = ("ms", "overhead_ms", "stream_ms", "compute_ms", "host_ms")
+    return [
+        *[f"{found[name]:.2f}" for name in names],
+        f"{found['experts_per_layer']:.0f}",
+        found["ruled_by"],
+    ]

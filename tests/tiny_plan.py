@@ -1,0 +1,52 @@
+"""Machines and setups of round numbers for the tests of plans."""
+
+from tiny_models import tiny_config
+from twotower.checkpoint.inspect import describe_config
+from twotower.plan.efficiency import PROFILES, Efficiency
+from twotower.plan.hardware import Hardware
+from twotower.plan.passes import Setup, Shape
+from twotower.plan.precision import Width, uniform
+from twotower.plan.workload import Workload
+
+
+def machine(**changes: object) -> Hardware:
+    """A GPU with 1 GiB, all of it usable, 1 GB/s, 1 Gop/s in bfloat16 and 2 in float32."""
+    values: dict[str, object] = {
+        "name": "round",
+        "kind": "gpu",
+        "memory_gib": 1.0,
+        "bandwidth_gb_s": 1.0,
+        "tflops": {"bfloat16": 0.001, "float32": 0.002},
+        "usable": 1.0,
+        "source": "made up for tests",
+    }
+    return Hardware(**(values | changes))  # type: ignore[arg-type]
+
+
+def setup(
+    hardware: Hardware | None = None,
+    efficiency: Efficiency = PROFILES["limit"],
+    width: Width = "bfloat16",
+    **config: object,
+) -> Setup:
+    """A tiny model on a machine of round numbers, at its limits unless told otherwise."""
+    shape = Shape.of(describe_config(tiny_config(**config), "tiny"))
+    return Setup(
+        shape=shape,
+        hardware=hardware or machine(),
+        precision=uniform(width),
+        efficiency=efficiency,
+        compute="bfloat16",
+    )
+
+
+def workload(**changes: object) -> Workload:
+    """One row of 8 prompt tokens and 16 new ones in blocks of 4, two tokens a pass."""
+    values: dict[str, object] = {
+        "batch": 1,
+        "prompt_tokens": 8,
+        "new_tokens": 16,
+        "block_size": 4,
+        "tokens_per_nfe": 2.0,
+    }
+    return Workload(**(values | changes))  # type: ignore[arg-type]

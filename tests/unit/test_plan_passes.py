@@ -1,0 +1,144 @@
+"""Bytes, operations and seconds of a pass, with values computed by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from tiny_models import tiny_config
+from tiny_plan import machine, setup
+from twotower.plan.efficiency import Efficiency
+from twotower.plan.passes import Pass, Setup, expected_experts, pass_parts, time_pass
+from twotower.plan.precision import Precision, uniform
+from twotower.race.limits import pass_work
+
+STEP = Pass(tower="context", rows=1, tokens=1, logits=1, past=10)
+BLOCK = Pass(tower="denoiser", rows=3, tokens=4, logits=4, past=10)
+
+
+def test_expected_experts() -> None:
+    assert expected_experts(128, 6, 1) == pytest.approx(6)
+    assert expected_experts(128, 6, 0) == 0
+    assert expected_experts(4, 2, 2) == 3  # of four, two each: the second token hits one of them
+    assert expected_experts(4, 4, 1) == 4
+    # The published model's block of 16, where 60 to 90 were counted.
+    assert expected_experts(128, 6, 16) == pytest.approx(128 * (1 - (122 / 128) ** 16))
+    assert round(expected_experts(128, 6, 16), 1) == 68.6
+
+
+def test_the_parts_of_a_step() -> None:
+    """Mamba, attention, experts, by hand at width 16: 4 experts of 2 x 16 x 12, shared 2 x 16 x 20.
+
+    Silent failure: a step is charged all experts, and every pass looks as cheap as it.
+    """
+    parts = {p.name: p for p in pass_parts(setup().shape, STEP, uniform("bfloat16"))}
+    mamba = 2 * (16 * 100 + 64 * 5 + 32 * 16 + 32 + 3 * 4)  # two layers, as test_race_limits counts
+    attention = 2 * (16 * (32 + 16 + 16) + 32 * 16)
+    sizes = {"mamba": mamba, "attention": attention, "mlp": 2 * 16 * 24, "moe shared": 2 * 16 * 20}
+    sizes |= {"norms": 7 * 16, "head": 16 * 41}
+    for name, count in sizes.items():
+        assert parts[name].weight_bytes == 2 * count, name
+        assert parts[name].operations == 2 * count, name
+    assert parts["moe routed"].weight_bytes == 2 * 2 * 384  # one token's two experts
+    assert parts["moe routed"].operations == 2 * 2 * 384
+    router = 4 * 16 + 4  # weights and the correction of each expert, in float32
+    assert parts["moe router"].weight_bytes == 4 * router
+    # Keys of 11 tokens in two layers, 2 x 2 x 8 each; two states of 4 x 8 x 8 float32 and 64 x 3
+    # conv inputs, read and written.
+    assert parts["cache"].cache_bytes == 11 * 64 * 2 + 2 * 2 * (256 * 4 + 192 * 2)
+    assert parts["cache"].operations == 2 * 4 * 32 * 11 + 5 * 512
+    assert set(parts) == {*sizes, "moe routed", "moe router", "cache"}
+
+
+def test_the_parts_of_a_denoiser_pass() -> None:
+    """Three rows of four tokens: weights once, arithmetic and cache by row, states only read."""
+    parts = {p.name: p for p in pass_parts(setup().shape, BLOCK, uniform("bfloat16"))}
+    touched = 4 * (1 - 0.5**12)
+    assert parts["moe routed"].weight_bytes == pytest.approx(2 * 384 * touched)
+    assert parts["moe routed"].operations == 12 * 2 * 2 * 384
+    assert parts["head"].weight_bytes == 2 * 656 and parts["head"].operations == 12 * 2 * 656
+    assert parts["cache"].cache_bytes == 3 * (14 * 64 * 2 + 2 * (256 * 4 + 192 * 2))
+    assert parts["cache"].operations == 12 * (2 * 4 * 32 * 14 + 5 * 512)
+    # Time is a matter of rows, not of tokens.
+    conditioning = setup().shape.parameters["denoiser"]["time conditioning"]
+    assert parts["time conditioning"].operations == 3 * 2 * conditioning
+    extend = Pass(tower="context", rows=3, tokens=4, logits=0, past=10)
+    names = {p.name for p in pass_parts(setup().shape, extend, uniform("bfloat16"))}
+    assert "head" not in names and "time conditioning" not in names
+
+
+def test_causal_passes_see_half_of_their_own_call() -> None:
+    read = Pass(tower="context", rows=1, tokens=9, logits=0, past=0)
+    found = next(p for p in pass_parts(setup().shape, read, uniform("bfloat16")) if p.cache_bytes)
+    assert found.operations == 9 * (2 * 4 * 32 * 5 + 5 * 512)
+
+
+def test_without_experts_it_is_the_races_roofline() -> None:
+    """Two accounts of one model. Norms and the convolution's bias are counted the same way."""
+    config = tiny_config(hybrid_override_pattern="M*-M*-")
+    made = setup(width="float32", hybrid_override_pattern="M*-M*-")
+    for tokens, logits in ((1, 1), (4, 4), (4, 0)):
+        call = Pass(tower="context", rows=1, tokens=tokens, logits=logits, past=50)
+        parts = pass_parts(made.shape, call, made.precision)
+        theirs = pass_work(config, tokens, 50, logits, 4)
+        assert sum(p.weight_bytes for p in parts) == theirs.weight_bytes
+        conv = 2 * made.shape.conv_elements * 4  # read and written; the race leaves it out
+        assert sum(p.cache_bytes for p in parts) == theirs.state_bytes + conv
+        assert sum(p.operations for p in parts) == pytest.approx(theirs.operations, rel=0.02)
+
+
+def test_seconds_of_a_pass() -> None:
+    """By bytes and by operations part by part; one Gop/s and one GB/s make them comparable."""
+    made = setup(hybrid_override_pattern="*")
+    # 12 tokens: each weight is 2 bytes and 24 operations, so all matrices are ruled by arithmetic.
+    found = time_pass(made, BLOCK)
+    parts = pass_parts(made.shape, BLOCK, made.precision)
+    assert found.seconds == pytest.approx(sum(p.operations for p in parts) / 1e9)
+    assert (found.stream_s, found.host_s, found.ruled_by) == (0.0, 0.0, "arithmetic")
+    # One token and a hundred times the arithmetic: all is streaming.
+    fast = setup(machine(tflops={"bfloat16": 0.1}), hybrid_override_pattern="*")
+    found = time_pass(fast, STEP)
+    parts = pass_parts(made.shape, STEP, made.precision)
+    assert found.seconds == pytest.approx(sum(p.weight_bytes + p.cache_bytes for p in parts) / 1e9)
+    assert (found.compute_s, found.ruled_by) == (0.0, "bandwidth")
+
+
+def test_efficiency_slows_each_limit_down() -> None:
+    half = Efficiency(bandwidth=0.5, arithmetic=0.25, layer_s=1e-3)
+    fast, slow = machine(tflops={"bfloat16": 0.1}), machine(bandwidth_gb_s=1000)
+    for hardware, factor in ((fast, 2), (slow, 4)):
+        ideal = time_pass(setup(hardware), STEP).seconds
+        real = time_pass(setup(hardware, half), STEP)
+        assert real.seconds == pytest.approx(factor * ideal + 6 * 1e-3)  # six layers
+        assert real.overhead_s == pytest.approx(6e-3) and real.ruled_by == "overhead"
+
+
+def test_experts_behind_a_slow_link() -> None:
+    made = setup(machine(tflops={"bfloat16": 1.0}, host_gib=1, host_gb_s=0.1))
+    near, far = time_pass(made, STEP), time_pass(made, STEP, host_share=0.5)
+    moved = 0.5 * 2 * 2 * 384  # half of two experts
+    assert far.host_s == pytest.approx(moved / 1e8)
+    assert far.seconds - near.seconds == pytest.approx(moved / 1e8 - moved / 1e9)
+
+
+def test_rows_in_turn_share_nothing() -> None:
+    """Silent failure: an executor that takes rows one by one is credited with a batch's gain."""
+    turns = Efficiency(bandwidth=1.0, arithmetic=1.0, layer_s=1e-3, rows_in_turn=True)
+    made = setup(machine(tflops={"bfloat16": 0.1}), turns)
+    one = time_pass(made, STEP)
+    three = time_pass(made, replace(STEP, rows=3))
+    assert three.seconds == pytest.approx(3 * one.seconds)
+    together = time_pass(replace(made, efficiency=replace(turns, rows_in_turn=False)), STEP)
+    assert one == together
+    assert time_pass(made, STEP).num_experts == 2
+
+
+def test_int8_arithmetic_needs_a_rate() -> None:
+    with pytest.raises(ValueError, match="compute: round has no rate for 'int8'; allowed are bf"):
+        replace(setup(), compute="int8")
+
+
+def test_a_model_without_experts_counts_none() -> None:
+    dense: Setup = setup(hybrid_override_pattern="M*-")
+    assert time_pass(dense, STEP).num_experts == 0
+    wide = Precision(experts="int4", projections="bfloat16", head="bfloat16", dtype="bfloat16")
+    assert time_pass(replace(dense, precision=wide), STEP) == time_pass(dense, STEP)
