@@ -74,8 +74,8 @@ def run(options: ServeArguments) -> int:
         executor=options.executor,
     )
     loaded = load(options.model, GenerateOptions(), placement)
-    served = _served(options, loaded)
-    server.run(Worker(loaded.model, loaded.tokenizer, options), options, served)
+    worker = Worker(loaded.model, loaded.tokenizer, options)
+    server.run(worker, options, describe(loaded, options))
     return 0
 
 
@@ -91,7 +91,7 @@ def _framework() -> ModuleType:
         ) from None
 
 
-def _served(options: ServeArguments, loaded: Loaded) -> "Served":
+def describe(loaded: Loaded, options: ServeArguments) -> "Served":
     """The model as its callers see it; ValueError without a tokenizer."""
     from twotower.serve.served import Served
 

@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from twotower.engine import Worker
 from twotower.serve.errors import ApiError
+from twotower.serve.filters import read_filters
 from twotower.serve.guard import Guard, Rules
 from twotower.serve.keys import Keys
 from twotower.serve.limits import Limits
@@ -26,12 +27,13 @@ from twotower.serve.text_routes import add_text_routes
 def create_app(
     worker: Worker, options: ServeOptions, served: Served, keys: Keys | None = None
 ) -> FastAPI:
-    """The API and the page over a worker, which the app starts and stops.
+    """The API and the page over a worker, which the app starts and stops. ValueError for a bad
+    filter.
 
     `app.state.service` is its Service. Other servers can mount it as it is.
     """
     metrics = Metrics(worker.stats)
-    service = Service(worker, options, served, metrics)
+    service = Service(worker, options, served, metrics, read_filters(options.filter))
     app = FastAPI(
         title="twotower",
         version="1",

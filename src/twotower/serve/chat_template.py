@@ -15,6 +15,7 @@ from pathlib import Path
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from twotower.engine.tool_calls import BARE, HERMES, ToolStyle
 from twotower.serve.errors import ApiError
 from twotower.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer
 
@@ -48,6 +49,16 @@ class ChatTemplate:
     source: str
     special: Mapping[str, str]  # such as bos_token, by the names that templates use
     strips_reply: bool = False  # whether a reply's first blank belongs to the format
+
+    @property
+    def tool_style(self) -> ToolStyle:
+        """How the model was taught to write calls, as far as its template shows."""
+        return HERMES if HERMES.begin.strip() in self.source else BARE
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether the template shows tools to the model."""
+        return "tools" in self.source
 
     def encode(
         self,

@@ -91,6 +91,7 @@ class Decoding(Record):
     schedule: str | None = None
     remask: str | None = None
     adaptive: bool | None = None
+    ignore_eos: bool | None = None
     deadline_s: Annotated[float, Field(gt=0)] | None = None
     twotower_events: bool | None = None
 

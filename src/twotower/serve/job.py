@@ -85,11 +85,13 @@ def _job(
     _check_stream(body)
     num_choices = body.n or 1
     _check_sizes(body, max_tokens, prompts, options)
-    grammar = structure_of(body)
+    grammar = structure_of(body, served)
     if grammar is not None:
         extra["grammar"] = grammar
     mode = _mode(body, served, needs_order=grammar is not None)
     given = _given(body, mode) | extra | {"mode": mode}
+    if body.ignore_eos:
+        given["eos_token_id"] = None
     if max_tokens is not None:
         given["max_new_tokens"] = max_tokens
     first_seed = secrets.randbelow(_SEEDS) if body.seed is None else body.seed

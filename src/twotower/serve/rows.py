@@ -6,18 +6,29 @@ from typing import TypeVar
 
 from starlette.types import Receive
 
-from twotower.engine import Completion, Event, Failed, Finished, QueueFull, Stopped, Ticket, Worker
+from twotower.engine import (
+    Completion,
+    Event,
+    Failed,
+    Filter,
+    Finished,
+    QueueFull,
+    Stopped,
+    Ticket,
+    Worker,
+)
 from twotower.serve.errors import ApiError, bad_value, from_failure
 from twotower.serve.job import Job
 
 T = TypeVar("T")
 
 
-def submit(worker: Worker, job: Job) -> list[Ticket]:
+def submit(worker: Worker, job: Job, filters: tuple[Filter, ...]) -> list[Ticket]:
     """A ticket for every row, or none and an ApiError. Blocks for as long as a grammar takes."""
     tickets: list[Ticket] = []
     try:
-        for request in job.requests:
+        for asked in job.requests:
+            request = asked._replace(filters=filters)
             tickets.append(worker.submit(request, job.deadline_s, job.wants_steps))
         return tickets
     except QueueFull as error:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from dataclasses import dataclass, field
 
-from twotower.engine import Worker
+from twotower.engine import Filter, Worker
 from twotower.serve.metrics import Metrics
 from twotower.serve.options import ServeOptions
 from twotower.serve.served import Served
@@ -21,6 +21,7 @@ class Service:
     options: ServeOptions
     served: Served
     metrics: Metrics
+    filters: tuple[Filter, ...]
     is_stopping: bool = field(default=False)
 
     @property

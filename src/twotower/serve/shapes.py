@@ -10,7 +10,8 @@ from typing import Protocol
 
 from twotower.engine import Completion
 from twotower.engine.events import TokenLogprob
-from twotower.serve.tools import parse_call
+from twotower.engine.tool_calls import ToolStyle
+from twotower.serve.tools import Calls, split_calls
 from twotower.tokenizer import Tokenizer
 
 Logprobs = Sequence[TokenLogprob] | None
@@ -98,15 +99,15 @@ class CompletionShape:
 
 
 class ChatShape:
-    """`chat.completion` objects; a reply that is a tool call is sent when it is whole."""
+    """`chat.completion` objects; where tools may be called, a reply is sent when it is whole."""
 
     def __init__(
-        self, model: str, tokenizer: Tokenizer, has_calls: bool, strips_reply: bool
+        self, model: str, tokenizer: Tokenizer, style: ToolStyle | None, strips_reply: bool
     ) -> None:
-        self._model = model
+        """style: how calls are written, None where there are no tools."""
         self._head = _head("chatcmpl", "chat.completion.chunk", model)
         self._tokenizer = tokenizer
-        self._has_calls = has_calls
+        self._style = style
         self._strips = strips_reply
         self._has_text: set[int] = set()  # choices whose text has begun
 
@@ -116,23 +117,23 @@ class ChatShape:
         return {**head, "choices": choices, "usage": usage}
 
     def _whole(self, index: int, completion: Completion) -> dict[str, object]:
-        call = self._call(completion)
-        message: dict[str, object] = {"role": "assistant", "content": self._reply(completion)}
-        if call is not None:
-            message = {"role": "assistant", "content": None, "tool_calls": [call]}
+        text, calls = self._split(completion)
+        message: dict[str, object] = {"role": "assistant", "content": text}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
         logprobs = completion.logprobs
         return {
             "index": index,
             "message": message,
             "logprobs": None if logprobs is None else self._logprobs(logprobs),
-            "finish_reason": _reason(completion, call),
+            "finish_reason": _reason(completion, calls),
         }
 
     def begin(self, index: int) -> dict[str, object] | None:
         return self._chunk(index, {"role": "assistant", "content": ""}, None, None)
 
     def text(self, index: int, text: str, logprobs: Logprobs) -> dict[str, object] | None:
-        if self._has_calls:
+        if self._style is not None:
             return None
         if self._strips and index not in self._has_text:
             text = text.lstrip()
@@ -143,23 +144,24 @@ class ChatShape:
         return self._chunk(index, {"content": text}, logprobs, None)
 
     def end(self, index: int, completion: Completion) -> dict[str, object]:
-        call = self._call(completion)
         delta: dict[str, object] = {}
-        if call is not None:
-            delta = {"tool_calls": [{"index": 0, **call}]}
-        elif self._has_calls:
-            delta = {"content": self._reply(completion)}
-        return self._chunk(index, delta, None, _reason(completion, call))
+        calls: Calls = []
+        logprobs = None
+        if self._style is not None:
+            text, calls = self._split(completion)
+            logprobs = completion.logprobs
+            if text or not calls:
+                delta["content"] = text
+            if calls:
+                delta["tool_calls"] = [{"index": n, **call} for n, call in enumerate(calls)]
+        return self._chunk(index, delta, logprobs, _reason(completion, calls))
 
     def usage(self, usage: object) -> dict[str, object]:
         return {**self._head, "choices": [], "usage": usage}
 
-    def _call(self, completion: Completion) -> dict[str, object] | None:
-        return parse_call(completion.text or "") if self._has_calls else None
-
-    def _reply(self, completion: Completion) -> str:
+    def _split(self, completion: Completion) -> tuple[str, Calls]:
         text = completion.text or ""
-        return text.lstrip() if self._strips else text
+        return split_calls(text.lstrip() if self._strips else text, self._style)
 
     def _chunk(
         self, index: int, delta: dict[str, object], logprobs: Logprobs, reason: str | None
@@ -183,8 +185,8 @@ class ChatShape:
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
-def _reason(completion: Completion, call: object) -> str:
-    if call is not None:
+def _reason(completion: Completion, calls: Calls) -> str:
+    if calls:
         return "tool_calls"
     return _FINISH.get(completion.finish_reason, completion.finish_reason)
 

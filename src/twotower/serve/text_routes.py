@@ -57,9 +57,9 @@ def add_text_routes(app: FastAPI, service: Service) -> None:
         template = service.served.template
         assert template is not None  # chat_job has refused
         has_calls = body.tools is not None and body.tool_choice != "none"
-        shape = ChatShape(
-            service.served.name, service.served.tokenizer, has_calls, template.strips_reply
-        )
+        style = template.tool_style if has_calls else None
+        served = service.served
+        shape = ChatShape(served.name, served.tokenizer, style, template.strips_reply)
         return await _answer(request, service, body, job, shape)
 
 
@@ -84,7 +84,7 @@ async def _answer(
         decode = service.served.tokenizer.decode
         entry["prompts"] = [decode(prompt, skip_special=False) for prompt in job.prompts]
     observed = Observed(job, service.metrics, entry)
-    tickets = await asyncio.to_thread(submit, service.worker, job)
+    tickets = await asyncio.to_thread(submit, service.worker, job, service.filters)
     if not body.stream:
         completions = await until_gone(request.receive, _gather(tickets, observed))
         if service.options.log_prompts:

@@ -1,17 +1,23 @@
-"""A reply that calls a tool, as OpenAI writes it."""
+"""A reply that calls tools, as OpenAI writes it."""
 
-import json
 import secrets
 
+from twotower.engine.tool_calls import ToolStyle, read_tool_calls
 
-def parse_call(text: str) -> dict[str, object] | None:
-    """The call in a reply; None where it is text, or a call that was cut short."""
-    try:
-        call = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return None
-    arguments = json.dumps(call.get("arguments", {}), ensure_ascii=False)
-    function = {"name": call["name"], "arguments": arguments}
-    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+Calls = list[dict[str, object]]
+
+
+def split_calls(text: str, style: ToolStyle | None) -> tuple[str, Calls]:
+    """Text and calls of a reply; without a style there are no calls."""
+    if style is None:
+        return text, []
+    taken = read_tool_calls(text, style)
+    calls: Calls = [
+        {
+            "id": f"call_{secrets.token_hex(12)}",
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for call in taken.calls
+    ]
+    return taken.content, calls

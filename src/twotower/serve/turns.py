@@ -16,6 +16,8 @@ def encode_chat(body: ChatRequest, served: Served) -> list[int]:
             "server with --chat-template FILE",
             code="no_chat_template",
         )
+    if body.tools is not None and not served.template.has_tools:
+        raise ApiError(400, "tools: the model's chat template has no place for them", param="tools")
     turns = [_turn(number, message) for number, message in enumerate(body.messages)]
     # A caller who forbids calls is answered as if there were no tools.
     tools = None if body.tools is None or body.tool_choice == "none" else body.tools
