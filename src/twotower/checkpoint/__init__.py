@@ -4,10 +4,12 @@ from twotower.checkpoint.convert import convert, convert_to_gguf, export_transfo
 from twotower.checkpoint.files import generation_defaults, resolve
 from twotower.checkpoint.gguf import export_gguf
 from twotower.checkpoint.inspect import describe
-from twotower.checkpoint.load import load_model
+from twotower.checkpoint.load import load_model, load_quantised
+from twotower.checkpoint.mapped import ExpertsIn
 from twotower.checkpoint.save import save_backbone, save_model
 
 __all__ = [
+    "ExpertsIn",
     "convert",
     "convert_to_gguf",
     "describe",
@@ -15,6 +17,7 @@ __all__ = [
     "export_transformers",
     "generation_defaults",
     "load_model",
+    "load_quantised",
     "resolve",
     "save_backbone",
     "save_model",

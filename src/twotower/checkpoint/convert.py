@@ -6,9 +6,10 @@ from typing import Literal
 
 import torch
 
+from twotower.checkpoint.empty import Towers
 from twotower.checkpoint.files import INDEX_FILE, resolve
 from twotower.checkpoint.gguf import Precision, export_gguf
-from twotower.checkpoint.load import load_model
+from twotower.checkpoint.load import load_model, load_quantised
 from twotower.checkpoint.save import (
     MAX_SHARD_BYTES,
     backbone_pieces,
@@ -19,6 +20,7 @@ from twotower.checkpoint.save import (
 )
 from twotower.checkpoint.write import write_checkpoint
 from twotower.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig
+from twotower.model.precision import Scheme, require_plain
 from twotower.model.two_tower import TwoTower
 
 Target = Literal["released", "backbone", "transformers"]
@@ -41,6 +43,7 @@ def export_transformers(
     ValueError (one line) for what it cannot represent. Its prefill clamps step sizes to at least
     `time_step_min`, so config.json holds 1e-30 there. Source: docs/numerics.md.
     """
+    require_plain(model, "the transformers layout")
     if model.config.attention_bias:
         raise ValueError("attention_bias=true cannot be exported: transformers 5 has no such bias")
     pieces = backbone_pieces(model, dtype)
@@ -62,22 +65,31 @@ def transformers_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, ob
 
 
 def convert(
-    source: str | Path, target: str | Path, to: Target, dtype: torch.dtype | None = None
+    source: str | Path,
+    target: str | Path,
+    to: Target,
+    dtype: torch.dtype | None = None,
+    scheme: Scheme | None = None,
 ) -> None:
-    """Read a checkpoint of any known layout and write another; dtype None keeps its own.
+    """Read a checkpoint of any known layout and write another, quantised by a scheme if one is
+    given; dtype None keeps its own.
 
     Files beside the weights (tokenizer, generation defaults, model card) come along.
     """
     folder = resolve(source)
     if Path(target).resolve() == folder.resolve():
         raise ValueError(f"{target}: is the source itself; choose another folder")
-    model = load_model(folder, dtype=dtype, towers="both" if to == "released" else "context")
+    towers: Towers = "both" if to == "released" else "context"
+    if scheme is None:
+        model = load_model(folder, dtype=dtype, towers=towers)
+    else:
+        model = load_quantised(folder, scheme, towers)
     write = {
         "released": save_model,
         "backbone": save_backbone,
         "transformers": export_transformers,
     }[to]
-    write(model, target, extra_files=_companions(folder))
+    write(model, target, dtype=dtype, extra_files=_companions(folder))
 
 
 def convert_to_gguf(

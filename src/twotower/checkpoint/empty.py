@@ -9,15 +9,25 @@ from torch.overrides import TorchFunctionMode
 
 from twotower.checkpoint import names
 from twotower.config import ModelConfig
+from twotower.model.precision import Scheme, quantise_modules
 from twotower.model.two_tower import TwoTower
 
 Towers = Literal["both", "context"]
 
 
-def build_empty(config: ModelConfig, towers: Towers) -> TwoTower:
-    """The model's shapes without memory or values."""
+def build_empty(config: ModelConfig, towers: Towers, scheme: Scheme | None = None) -> TwoTower:
+    """The shapes of a model, wide or quantised, without memory or values."""
     with torch.device("meta"), _NoInitialisation():
-        return TwoTower(config, towers)
+        model = TwoTower(config, towers)
+        if scheme is not None:
+            quantise_modules(model, scheme)
+        return model
+
+
+def count_parameters(model: TwoTower) -> int:
+    """Weights of a model, whatever their precision and wherever they lie; tied ones count once."""
+    wide = build_empty(model.config, "context" if model.denoiser_tower is None else "both")
+    return sum(parameter.numel() for parameter in wide.parameters())
 
 
 class _NoInitialisation(TorchFunctionMode):
@@ -60,6 +70,8 @@ def _allocate_own(module: nn.Module, prefix: str, dtype: torch.dtype, device: to
         *module.named_parameters(recurse=False),
         *module.named_buffers(recurse=False),
     ]:
-        kept = torch.float32 if names.is_router(prefix + name) else dtype
+        kept = old.dtype if names.keeps_dtype(prefix + name) else dtype
         values = torch.empty(old.shape, dtype=kept, device=device)
-        setattr(module, name, nn.Parameter(values) if isinstance(old, nn.Parameter) else values)
+        if isinstance(old, nn.Parameter):
+            values = nn.Parameter(values, requires_grad=old.requires_grad)
+        setattr(module, name, values)

@@ -16,6 +16,7 @@ from torch import Tensor
 from twotower.checkpoint import names
 from twotower.checkpoint.gguf_vocabulary import read_vocabulary
 from twotower.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig
+from twotower.model.precision import require_plain
 from twotower.model.two_tower import TwoTower
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def export_gguf(
     rows of a multiple of 32 numbers, other matrices become float16. ValueError (one line) for what
     llama.cpp cannot represent, a missing `gguf`, or a full disk.
     """
+    require_plain(model, "GGUF")
     _check(model.config, dtype)
     _import_gguf()
     file = Path(path).resolve()

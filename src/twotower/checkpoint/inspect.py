@@ -4,7 +4,6 @@ Counts come from the model itself, built without memory, so they cannot drift fr
 """
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,10 +12,19 @@ import torch
 from torch import Tensor
 
 from twotower.checkpoint import names
-from twotower.checkpoint.empty import build_empty
-from twotower.checkpoint.files import DTYPES, INDEX_FILE, SINGLE_FILE, Entry, resolve
+from twotower.checkpoint.empty import Towers, build_empty
+from twotower.checkpoint.files import (
+    DTYPES,
+    INDEX_FILE,
+    PACKED_DTYPES,
+    SINGLE_FILE,
+    Entry,
+    resolve,
+)
 from twotower.checkpoint.load import plan_tensors, read_layout
+from twotower.checkpoint.quantize import read_scheme
 from twotower.config import ATTENTION, LAYER_KINDS, MAMBA, ModelConfig
+from twotower.model.precision import Scheme
 from twotower.model.two_tower import TwoTower
 
 Tower = Literal["context", "denoiser"]
@@ -57,11 +65,27 @@ class FilesRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightsRecord:
+    """Weights of one precision: how many, and bytes with scales and zeros."""
+
+    parameters: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionRecord:
+    """How a quantised checkpoint keeps its weights, by "4 bits", "8 bits" and dtype of the wide."""
+
+    scheme: Scheme
+    weights: dict[str, WeightsRecord]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Description:
     """Architecture, parameters and memory of a checkpoint; memory in bytes.
 
-    `weight_bytes` by dtype: routers always float32; int8 means matrices in one byte, vectors in
-    bfloat16. `kv_bytes_per_token` and `state_bytes_per_row` are one row's context cache.
+    `weight_bytes` by precision: routers always float32; int8 and int4 as `convert --weights` writes
+    a bfloat16 checkpoint. `kv_bytes_per_token`, `state_bytes_per_row`: one row's context cache.
     """
 
     source: str
@@ -74,6 +98,7 @@ class Description:
     kv_bytes_per_token: dict[str, int]
     state_bytes_per_row: dict[str, int]
     files: FilesRecord | None
+    precision: PrecisionRecord | None
 
 
 def describe(path: str | Path) -> Description:
@@ -88,12 +113,13 @@ def describe(path: str | Path) -> Description:
     if not (folder / SINGLE_FILE).exists() and not (folder / INDEX_FILE).exists():
         return describe_config(config, str(folder))
     entries, layout = read_layout(folder)
-    towers: Literal["both", "context"] = "both" if layout == "two-tower" else "context"
+    towers: Towers = "both" if layout == "two-tower" else "context"
     if config.tie_word_embeddings:
         entries = names.with_tied_heads(entries)
-    model = build_empty(config, towers)
-    files = _describe_files(folder, model, entries, layout)
-    return _describe_model(model, str(folder), files)
+    scheme = read_scheme(folder)
+    files = _describe_files(folder, build_empty(config, towers, scheme), entries, layout)
+    precision = None if scheme is None else _describe_precision(scheme, entries)
+    return _describe_model(build_empty(config, towers), str(folder), files, precision)
 
 
 def describe_preset(name: str) -> Description:
@@ -130,7 +156,32 @@ def _describe_files(
     )
 
 
-def _describe_model(model: TwoTower, source: str, files: FilesRecord | None) -> Description:
+def _describe_precision(scheme: Scheme, entries: dict[str, Entry]) -> PrecisionRecord:
+    parameters: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    bits = {names.split_part(n)[0]: e.dtype for n, e in entries.items() if n.endswith(".qdata")}
+    for name, entry in entries.items():
+        weight, part = names.split_part(name)
+        kind = {"I8": "8 bits", "U8": "4 bits"}.get(bits.get(weight, ""), entry.dtype)
+        elements = torch.Size(entry.shape).numel()
+        sizes[kind] += elements * (DTYPES | PACKED_DTYPES)[entry.dtype].itemsize
+        if part in ("", ".qdata"):
+            parameters[kind] += elements * (2 if entry.dtype == "U8" else 1)
+    return PrecisionRecord(
+        scheme=scheme,
+        weights={
+            kind: WeightsRecord(parameters=parameters[kind], num_bytes=sizes[kind])
+            for kind in sorted(sizes)
+        },
+    )
+
+
+def _describe_model(
+    model: TwoTower,
+    source: str,
+    files: FilesRecord | None,
+    precision: PrecisionRecord | None = None,
+) -> Description:
     config = model.config
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())  # tied heads count once
     sides: dict[Tower, dict[str, Tensor]] = {"context": {}, "denoiser": {}}
@@ -155,10 +206,11 @@ def _describe_model(model: TwoTower, source: str, files: FilesRecord | None) -> 
         towers=towers,
         total=total,
         expert_share=in_experts / total,
-        weight_bytes=_weight_bytes(tensors.items()),
+        weight_bytes=_weight_bytes(config, "both" if "denoiser" in towers else "context"),
         kv_bytes_per_token=_by_dtype(_kv_elements(config), 0),
         state_bytes_per_row=_by_dtype(*_state_elements(config)),
         files=files,
+        precision=precision,
     )
 
 
@@ -191,13 +243,22 @@ def _kind(name: str, config: ModelConfig) -> str:
     return {MAMBA: "mamba", ATTENTION: "attention"}.get(kind, "mlp")
 
 
-def _weight_bytes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-    sizes = {"float32": 0, "bfloat16": 0, "int8": 0}
-    for name, tensor in tensors:
-        router = names.is_router(name)
-        sizes["float32"] += 4 * tensor.numel()
-        sizes["bfloat16"] += (4 if router else 2) * tensor.numel()
-        sizes["int8"] += (4 if router else 1 if tensor.dim() > 1 else 2) * tensor.numel()
+def _weight_bytes(config: ModelConfig, towers: Towers) -> dict[str, int]:
+    """Bytes of all weights by precision; quantised ones beside a bfloat16 rest."""
+    kinds: dict[str, tuple[torch.dtype, Scheme | None]] = {
+        "float32": (torch.float32, None),
+        "bfloat16": (torch.bfloat16, None),
+        "int8": (torch.bfloat16, Scheme(weights="int8")),
+        "int4": (torch.bfloat16, Scheme(weights="int4")),
+    }
+    sizes = {}
+    for kind, (dtype, scheme) in kinds.items():
+        model = build_empty(config, towers, scheme)
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        sizes[kind] = sum(
+            tensor.numel() * (tensor.dtype if names.keeps_dtype(name) else dtype).itemsize
+            for name, tensor in tensors.items()
+        )
     return sizes
 
 

@@ -1,15 +1,14 @@
 """Checkpoint files into a model: built without memory, then filled tensor by tensor.
 
-Peak memory is the model plus a portion of one file. Decides what is missing, unexpected or
-damaged; what the names mean is `names`' business, where the files are is `files`'.
+Decides what is missing, unexpected or damaged; what the names mean is `names`' business, where the
+files are is `files`', how values get to their places is that of `fill` and `mapped`.
 """
 
 import dataclasses
 import logging
-import math
-from collections.abc import Iterator, Mapping
-from itertools import groupby
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -17,14 +16,24 @@ from torch import Tensor
 
 from twotower.checkpoint import names
 from twotower.checkpoint.empty import Towers, allocate, build_empty
-from twotower.checkpoint.files import DTYPES, Entry, generation_defaults, read_entries, resolve
+from twotower.checkpoint.files import (
+    DTYPES,
+    PACKED_DTYPES,
+    Entry,
+    generation_defaults,
+    read_entries,
+    resolve,
+)
+from twotower.checkpoint.fill import Plan, fill
+from twotower.checkpoint.mapped import ExpertsIn, split_experts
 from twotower.checkpoint.names import Layout, Slot
+from twotower.checkpoint.quantize import read_scheme
 from twotower.config import ModelConfig
 from twotower.model.initialise import copy_context_to_denoiser
+from twotower.model.precision import Scheme, map_experts
 from twotower.model.two_tower import TwoTower
 
 _LISTED = 8  # tensors that an error names
-_PORTION = 2**25  # elements read from a file before it is opened anew
 _log = logging.getLogger(__name__)
 
 
@@ -36,30 +45,84 @@ def load_model(
     context_device: torch.device | str = "cpu",
     denoiser_device: torch.device | str = "cpu",
     towers: Towers = "both",
+    experts: ExpertsIn = "memory",
 ) -> TwoTower:
     """Load a checkpoint folder or hub id in eval mode; a single-tower backbone fills both towers.
 
-    dtype None keeps each tower's own; denoiser_dtype None means `dtype`. Routers stay float32.
-    ValueError (one line) for a damaged checkpoint, or one of another model.
+    dtype None keeps each tower's own; denoiser_dtype None means `dtype`. Routers stay float32,
+    quantised weights as they are. experts="mapped" leaves them in the files, which must not change
+    meanwhile. ValueError (one line) for a damaged checkpoint, or one of another model.
     """
-    folder = resolve(path)
-    config, defaults = ModelConfig.from_file(folder), generation_defaults(folder)
+    source = _open(resolve(path), towers)
+    scheme = read_scheme(source.folder)
+    room = _Room(
+        _tower_dtypes(source.entries, dtype, denoiser_dtype),
+        (_device(context_device), _device(denoiser_device)),
+    )
+    shape = build_empty(source.config, source.towers, scheme)
+    plan, mapped = plan_tensors(source.folder, shape, source.entries), None
+    if experts == "mapped":
+        _require_cpu(room)
+        plan, mapped = split_experts(shape, plan)
+    elif experts != "memory":
+        raise ValueError(f"experts={experts!r} is unknown; use 'memory' or 'mapped'")
+    model = build_empty(source.config, towers, scheme)
+    if mapped is not None:
+        map_experts(model, mapped)
+    _log.info("%s: towers=%s dtype=%s quant=%s", source.folder, towers, room.dtypes[0], scheme)
+    return _with_values(model, source, plan, room)
+
+
+def load_quantised(path: str | Path, scheme: Scheme, towers: Towers = "both") -> TwoTower:
+    """Load a wide checkpoint as `load_model` with dtype None, each matrix quantised as it is read:
+    peak memory is about the quantised size.
+
+    ValueError (one line) if it is quantised already; ImportError without torchao.
+    """
+    source = _open(resolve(path), towers)
+    if read_scheme(source.folder) is not None:
+        raise ValueError(f"{path}: is quantised already; quantise the wide checkpoint")
+    wide = build_empty(source.config, source.towers)
+    plan = plan_tensors(source.folder, wide, source.entries)
+    cpu = torch.device("cpu")
+    room = _Room(_tower_dtypes(source.entries, None, None), (cpu, cpu))
+    return _with_values(build_empty(source.config, towers, scheme), source, plan, room)
+
+
+class _Source(NamedTuple):
+    """A checkpoint whose headers were read; `towers` are those that its files can fill."""
+
+    folder: Path
+    config: ModelConfig
+    entries: dict[str, Entry]
+    towers: Towers
+
+
+class _Room(NamedTuple):
+    """What the context tower and the denoiser tower are kept in, and where."""
+
+    dtypes: tuple[torch.dtype, torch.dtype]
+    devices: tuple[torch.device, torch.device]
+
+
+def _open(folder: Path, towers: Towers) -> _Source:
+    config = ModelConfig.from_file(folder)
     entries, layout = read_layout(folder)
     if config.tie_word_embeddings:
         config, entries = _with_heads(config, entries, towers)
-    model = build_empty(config, "both" if towers == "both" and layout == "two-tower" else "context")
-    plan = plan_tensors(folder, model, entries)
-    dtypes = _tower_dtypes(entries, dtype, denoiser_dtype)
-    devices = (_device(context_device), _device(denoiser_device))
-    with torch.no_grad():
-        if towers == "both" and layout != "two-tower":
-            model = build_empty(config, "both")
-        allocate(model, dtypes, devices)
-        _fill(model, plan)
-        if towers == "both" and layout != "two-tower":
-            copy_context_to_denoiser(model, seed=0)
+    is_whole = towers == "both" and layout == "two-tower"
+    return _Source(folder, config, entries, "both" if is_whole else "context")
+
+
+@torch.no_grad()
+def _with_values(model: TwoTower, source: _Source, plan: Plan, room: _Room) -> TwoTower:
+    """The empty model with memory and the values of its files, ready to decode."""
+    defaults = generation_defaults(source.folder)
+    allocate(model, room.dtypes, room.devices)
+    fill(model, plan)
+    if source.towers == "context" and model.denoiser_tower is not None:
+        copy_context_to_denoiser(model, seed=0)
     model.generation_defaults = defaults
-    _log.info("%s: layout=%s towers=%s dtype=%s", folder, layout, towers, dtypes[0])
     return model.eval()
 
 
@@ -79,12 +142,10 @@ def read_layout(folder: Path) -> tuple[dict[str, Entry], Layout]:
     return entries, layout
 
 
-Plan = dict[str, tuple[Entry, Slot]]
-
-
 def plan_tensors(folder: Path, model: TwoTower, entries: Mapping[str, Entry]) -> Plan:
     """Which tensor goes where; one ValueError for all that are missing, unexpected or misshapen."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     slots = names.released_slots(shapes)
     for name in [name for name in shapes if names.is_stacked(name) and name in entries]:
         slots = {n: slot for n, slot in slots.items() if slot.parameter != name}
@@ -98,9 +159,20 @@ def plan_tensors(folder: Path, model: TwoTower, entries: Mapping[str, Entry]) ->
         for name, (entry, slot) in plan.items()
         if entry.shape != slot.shape
     ]
-    other = [f"{n} ({entry.dtype})" for n, (entry, _) in plan.items() if entry.dtype not in DTYPES]
+    packed = {n: slot.parameter for n, slot in slots.items() if n.endswith(".qdata")}
+    other = [
+        f"{n} ({e.dtype})"
+        for n, (e, _) in plan.items()
+        if n not in packed and e.dtype not in DTYPES
+    ]
+    unlike = [
+        f"{n} ({plan[n][0].dtype})"
+        for n, parameter in packed.items()
+        if n in plan and PACKED_DTYPES.get(plan[n][0].dtype) != tensors[parameter].dtype
+    ]
     problems = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-    _complain(folder, {**problems, f"not in {', '.join(DTYPES)}": other})
+    problems |= {f"not in {', '.join(DTYPES)}": other, "packed otherwise": unlike}
+    _complain(folder, problems)
     return plan
 
 
@@ -130,6 +202,15 @@ def _tower_dtypes(
     return dtype or DTYPES[context.dtype], denoiser_dtype or dtype or DTYPES[denoiser.dtype]
 
 
+def _require_cpu(room: _Room) -> None:
+    for device in room.devices:
+        if device.type != "cpu":
+            raise ValueError(
+                f"experts='mapped' needs both towers on the CPU, not on {str(device)!r}; "
+                "use experts='memory'"
+            )
+
+
 def _device(name: torch.device | str) -> torch.device:
     try:
         device = torch.device(name)
@@ -141,48 +222,6 @@ def _device(name: torch.device | str) -> torch.device:
             "CUDA devices; use 'cpu'"
         )
     return device
-
-
-def _fill(model: TwoTower, plan: Plan) -> None:
-    """Copy every tensor to its place, shard by shard, and check that it is finite there."""
-    targets = model.state_dict()
-    for name, source, slot in _stream(plan):
-        target = targets[slot.parameter]
-        target = target if slot.expert is None else target[slot.expert]
-        target.copy_(source)
-        low, high = torch.aminmax(target)  # one pass, no temporaries; NaN wins in both
-        if not (math.isfinite(low.item()) and math.isfinite(high.item())):
-            entry = plan[name][0]
-            raise ValueError(
-                f"{entry.file}: {entry.name} holds NaN or infinite values as {target.dtype}; "
-                "fetch or train the checkpoint again"
-            )
-
-
-def _stream(plan: Plan) -> Iterator[tuple[str, Tensor, Slot]]:
-    """Tensors in the order of the shards. Pages that were read stay in memory while a file is open,
-    so it is opened anew for every portion.
-    """
-    for file, group in _portions(plan):
-        with safe_open(file, framework="pt") as shard:
-            for name in group:
-                entry, slot = plan[name]
-                yield name, shard.get_tensor(entry.name), slot
-
-
-def _portions(plan: Plan) -> Iterator[tuple[Path, list[str]]]:
-    """Names of one file each, of about `_PORTION` elements."""
-    by_file = sorted(plan, key=lambda name: str(plan[name][0].file))
-    for file, group in groupby(by_file, key=lambda name: plan[name][0].file):
-        portion: list[str] = []
-        size = 0
-        for name in group:
-            portion.append(name)
-            size += math.prod(plan[name][0].shape)
-            if size >= _PORTION:
-                yield file, portion
-                portion, size = [], 0
-        yield file, portion
 
 
 def _with_heads(

@@ -27,6 +27,8 @@ HEADS = {
 }
 _TOWER_PREFIX = {"backbone": "backbone.", "transformers": "model."}
 _STACKED = re.compile(r"(.*\.mixer\.experts)\.(up_proj|down_proj)")
+# What stands for one quantised weight, after its name.
+_PARTS = re.compile(r"(.*)(\.(?:qdata|scale|zero))")
 _ROUTER = (".mixer.gate.weight", ".mixer.gate.e_score_correction_bias")
 
 
@@ -41,6 +43,17 @@ class Slot(NamedTuple):
 def is_router(name: str) -> bool:
     """Whether a tensor belongs to a router: those stay float32, whatever the model's dtype."""
     return name.endswith(_ROUTER)
+
+
+def split_part(name: str) -> tuple[str, str]:
+    """A tensor's name as the weight's and what follows for one of its quantised parts, or ""."""
+    match = _PARTS.fullmatch(name)
+    return (match[1], match[2]) if match else (name, "")
+
+
+def keeps_dtype(name: str) -> bool:
+    """Whether a tensor has a dtype of its own, whatever the model's: routers, quantised parts."""
+    return is_router(name) or split_part(name)[1] != ""
 
 
 def layout_of(names: Iterable[str]) -> Layout | None:
@@ -60,16 +73,16 @@ def released_name(name: str, layout: Layout) -> str | None:
         return name
     if name.startswith("mtp."):  # multi-token prediction, beside the backbone in some releases
         return None
-    if name == "lm_head.weight":
-        return "context_lm_head.weight"
+    if name.startswith("lm_head."):
+        return f"context_{name}"
     prefix = _TOWER_PREFIX[layout]
     return f"context_tower.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
 
 
 def backbone_name(name: str) -> str:
     """A context tensor's name in the backbone layout."""
-    if name == "context_lm_head.weight":
-        return "lm_head.weight"
+    if name.startswith("context_lm_head."):
+        return name.removeprefix("context_")
     return f"backbone.{name.removeprefix('context_tower.')}"
 
 
@@ -77,9 +90,10 @@ def released_slots(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:
     """Every released tensor of a model, given its parameters' and buffers' shapes."""
     slots: dict[str, Slot] = {}
     for name, shape in shapes.items():
-        if match := _STACKED.fullmatch(name):
+        weight, part = split_part(name)
+        if match := _STACKED.fullmatch(weight):
             for expert in range(shape[0]):
-                released = f"{match[1]}.{expert}.{match[2]}.weight"
+                released = f"{match[1]}.{expert}.{match[2]}.weight{part}"
                 slots[released] = Slot(name, expert, shape[1:])
         else:
             slots[name] = Slot(name, None, shape)

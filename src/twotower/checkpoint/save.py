@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from twotower.checkpoint import names
+from twotower.checkpoint.quantize import quantization_entry
 from twotower.checkpoint.write import Piece, write_checkpoint
 from twotower.config import ModelConfig
+from twotower.model.precision import has_mapped_experts, scheme_of
 from twotower.model.two_tower import TwoTower
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -35,13 +37,15 @@ def save_model(
 ) -> None:
     """Write both towers in the released layout; dtype None keeps each tensor's.
 
-    Routers are written in float32. extra_files: further files by name, e.g. a tokenizer's.
-    ValueError (one line) if the disk is full or the folder holds something else than a checkpoint.
+    Routers are written in float32, quantised weights as they are. extra_files: further files by
+    name, e.g. a tokenizer's. ValueError (one line) if the disk is full or the folder holds
+    something else than a checkpoint.
     """
     if model.denoiser_tower is None:
         raise ValueError("this model has no denoiser tower; save it with save_backbone")
     pieces = list(released_pieces(model, dtype))
     config = released_config(model.config, main_dtype(pieces), "NemotronHTwoTowerForCausalLM")
+    config |= quantization_entry(scheme_of(model))
     write_checkpoint(path, pieces, config, extra_files, max_shard_bytes)
 
 
@@ -56,17 +60,21 @@ def save_backbone(
     """Write the context tower as a single-tower backbone; the rest as in `save_model`."""
     pieces = backbone_pieces(model, dtype)
     config = released_config(model.config, main_dtype(pieces), "NemotronHForCausalLM")
+    config |= quantization_entry(scheme_of(model))
     write_checkpoint(path, pieces, config, extra_files, max_shard_bytes)
 
 
 def released_pieces(model: TwoTower, dtype: torch.dtype | None) -> Iterator[Piece]:
     """Every tensor under its released name; tied heads too, because not every reader ties them."""
+    if has_mapped_experts(model):
+        raise ValueError("saving needs the experts in memory; load with experts='memory'")
     tensors = model.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name, slot in names.released_slots(shapes).items():
         tensor = tensors[slot.parameter]
         tensor = tensor if slot.expert is None else tensor[slot.expert]
-        kept = torch.float32 if names.is_router(name) else dtype or tensor.dtype
+        kept = tensor.dtype if names.split_part(name)[1] else dtype or tensor.dtype
+        kept = torch.float32 if names.is_router(name) else kept
         yield Piece(name, tensor, kept)
 
 

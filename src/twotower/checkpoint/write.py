@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twotower.checkpoint.files import DTYPES, INDEX_FILE, SINGLE_FILE, set_aside
+from twotower.checkpoint.files import DTYPES, INDEX_FILE, PACKED_DTYPES, SINGLE_FILE, set_aside
 
-_SPELLING = {dtype: name for name, dtype in DTYPES.items()}
+_SPELLING = {dtype: name for name, dtype in {**DTYPES, **PACKED_DTYPES}.items()}
 
 
 class Piece(NamedTuple):
@@ -72,8 +72,11 @@ def _check(
         if Path(name).name != name or name.endswith(".safetensors") or name == INDEX_FILE:
             raise ValueError(f"extra_files: {name!r} must be a plain file name, not of weights")
     for piece in pieces:
-        if piece.dtype not in _SPELLING:
-            raise ValueError(f"dtype={piece.dtype} cannot be saved; use one of {list(_SPELLING)}")
+        # Whole numbers are written where they are given; nothing is cut down to them here.
+        is_cut = not piece.dtype.is_floating_point and piece.dtype != piece.tensor.dtype
+        if piece.dtype not in _SPELLING or is_cut:
+            allowed = list(DTYPES.values())
+            raise ValueError(f"dtype={piece.dtype} cannot be saved; use one of {allowed}")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; choose another place")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():

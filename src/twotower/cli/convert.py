@@ -7,6 +7,7 @@ import torch
 import tyro
 
 from twotower.checkpoint import convert, convert_to_gguf
+from twotower.model.precision import Scheme
 
 DType = Literal["keep", "float32", "bfloat16", "float16", "q8_0"]
 
@@ -26,10 +27,31 @@ class ConvertOptions:
     gguf: the context tower and the tokenizer as one file for llama.cpp (nemotron_h)."""
     dtype: DType = "keep"
     """Of the weights written; routers stay float32. q8_0 (GGUF only): 8 bits, a scale for 32."""
+    weights: Literal["keep", "int8", "int4"] = "keep"
+    """int8, int4: quantise experts and projections (with pip install "twotower[quant]"); heads take
+    8 bits, time conditioning, routers, norms, convolutions and embeddings keep their dtype."""
+    group_size: int | None = None
+    """Numbers of a row that share a scale, with int4: 32 (the default), 64 or 128."""
+    activations: Literal["int8"] | None = None
+    """int8: let products round their input to 8 bits too, with int8 weights; faster, less exact."""
 
     def __post_init__(self) -> None:
         if self.dtype == "q8_0" and self.to != "gguf":
             raise ValueError(f"dtype=q8_0 exists in GGUF files only, not with to={self.to}")
+        if self.scheme is not None and self.to not in ("released", "backbone"):
+            raise ValueError(f"weights={self.weights} needs to=released or backbone, not {self.to}")
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How to quantise; None: not at all. ValueError for what does not go together."""
+        if self.weights == "keep":
+            for name in ("group_size", "activations"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: no effect without weights=int8 or int4; add it")
+            return None
+        return Scheme(
+            weights=self.weights, group_size=self.group_size, activations=self.activations
+        )
 
 
 def run(options: ConvertOptions) -> int:
@@ -43,6 +65,8 @@ def run(options: ConvertOptions) -> int:
             "bfloat16": torch.bfloat16,
             "float16": torch.float16,
         }
-        convert(options.source, options.target, options.to, dtypes.get(options.dtype))
-    print(f"{options.target}: written in the {options.to} layout")
+        dtype = dtypes.get(options.dtype)
+        convert(options.source, options.target, options.to, dtype, options.scheme)
+    ending = "" if options.scheme is None else f" with {options.weights} weights"
+    print(f"{options.target}: written in the {options.to} layout{ending}")
     return 0

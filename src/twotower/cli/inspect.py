@@ -16,6 +16,7 @@ from twotower.checkpoint.inspect import (
     PRESETS,
     Description,
     FilesRecord,
+    PrecisionRecord,
     describe,
     describe_preset,
 )
@@ -70,6 +71,8 @@ def _print(record: Description, console: Console) -> None:
     }
     if record.files is not None:
         rows |= _file_rows(record.files)
+    if record.precision is not None:
+        rows["precision"] = _precision(record.precision)
     console.print(_grid(rows))
     console.print(_parameter_table(record))
     console.print(_memory_table(record))
@@ -88,6 +91,17 @@ def _file_rows(files: FilesRecord) -> dict[str, str]:
         f"{files.layout} layout; {dtypes}"
     }
     return rows | ({"problem": f"[red]{escape(files.problem)}[/]"} if files.problem else {})
+
+
+def _precision(record: PrecisionRecord) -> str:
+    scheme = record.scheme
+    groups = "" if scheme.group_size is None else f", groups of {scheme.group_size}"
+    inputs = "" if scheme.activations is None else f", {scheme.activations} activations"
+    kinds = [
+        f"{_short(of.parameters)} in {kind} ({_bytes(of.num_bytes)})"
+        for kind, of in record.weights.items()
+    ]
+    return f"{scheme.weights} weights{groups}{inputs}: {', '.join(kinds)}"
 
 
 def _grid(rows: dict[str, str]) -> Table:

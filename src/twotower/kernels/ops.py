@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twotower.kernels.quantised import Matrices, linear
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., D) / sqrt(mean(x^2) + eps) * weight, in float32; the result has x's dtype."""
@@ -94,16 +96,16 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.silu(y).to(x.dtype)
 
 
-def grouped_mlp(x: Tensor, up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
+def grouped_mlp(x: Tensor, up: Matrices, down: Matrices, counts: list[int]) -> Tensor:
     """relu2 MLPs of several experts on tokens sorted by expert.
 
-    x (tokens, D); up (E, F, D); down (E, D, F); counts: tokens of each expert, in order.
-    Returns (tokens, D).
+    x (tokens, D); up (E, F, D); down (E, D, F), or E matrices of any precision; counts: tokens of
+    each expert, in order. Returns (tokens, D). Matrices of experts without tokens are not touched.
     """
     pieces = torch.split(x, counts)
     return torch.cat(
         [
-            F.linear(F.relu(F.linear(piece, up[expert])).square(), down[expert])
+            linear(F.relu(linear(piece, up[expert])).square(), down[expert])
             for expert, piece in enumerate(pieces)
             if len(piece)
         ]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from twotower.config import ModelConfig
 from twotower.kernels import ops
+from twotower.kernels.quantised import Matrices
 from twotower.layers.mlp import MLP
 
 
@@ -56,13 +57,20 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the chosen experts (tokens, D): x (tokens, D), the others (tokens, M)."""
-        num_experts, per_token = len(self.up_proj), chosen.shape[1]
-        order = chosen.flatten().argsort(stable=True)  # pairs (token, choice), sorted by expert
-        counts = torch.bincount(chosen.flatten(), minlength=num_experts).tolist()
-        token = order // per_token
-        y = ops.grouped_mlp(x[token], self.up_proj, self.down_proj, counts)
-        weighted = y.float() * weights.flatten()[order].unsqueeze(-1)
-        return torch.zeros_like(x, dtype=torch.float32).index_add_(0, token, weighted).to(x.dtype)
+        return sum_experts(x, chosen, weights, self.up_proj, self.down_proj)
+
+
+def sum_experts(x: Tensor, chosen: Tensor, weights: Tensor, up: Matrices, down: Matrices) -> Tensor:
+    """Weighted sum of the chosen of E experts (tokens, D): x (tokens, D), chosen and weights
+    (tokens, M); up E matrices (F, D), down E matrices (D, F), of any precision.
+    """
+    num_experts, per_token = len(up), chosen.shape[1]
+    order = chosen.flatten().argsort(stable=True)  # pairs (token, choice), sorted by expert
+    counts = torch.bincount(chosen.flatten(), minlength=num_experts).tolist()
+    token = order // per_token
+    y = ops.grouped_mlp(x[token], up, down, counts)
+    weighted = y.float() * weights.flatten()[order].unsqueeze(-1)
+    return torch.zeros_like(x, dtype=torch.float32).index_add_(0, token, weighted).to(x.dtype)
 
 
 class MoE(nn.Module):

@@ -73,12 +73,13 @@ class TwoTower(nn.Module):
     @property
     def context_device(self) -> torch.device:
         """Where the context tower lives."""
-        return self.context_lm_head.weight.device
+        return self.context_tower.embeddings.weight.device
 
     @property
     def denoiser_device(self) -> torch.device:
         """Where the denoiser tower lives; the context's device when there is none."""
-        return self.context_device if self.denoiser_tower is None else self.lm_head.weight.device
+        tower = self.context_tower if self.denoiser_tower is None else self.denoiser_tower
+        return tower.embeddings.weight.device
 
     def context_logits(self, ids: Tensor) -> Tensor:
         """Next-token logits of the context tower: ids (B, L) int64 -> (B, L, V) float32, causal."""

@@ -1,0 +1,101 @@
+"""Matrices of 8 or 4 bits a number: their layout, and products with them.
+
+Decides how numbers are packed and in which steps a product is computed; which matrices are packed
+is the business of others. Numbers become wide a piece at a time: no matrix ever has a wide copy.
+"""
+
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Bits = Literal[8, 4]
+_PIECE = 2**19  # numbers made wide at a time: they stay in a core's cache
+_FEW_TOKENS = 16  # up to here torch's bfloat16 kernel is the faster one
+_SMALLEST = 1e-30  # scale of a token that is all zero
+
+
+class Quantised(NamedTuple):
+    """A matrix (N, K), or E of them with leading E, in groups of K/g numbers with a scale each.
+
+    8 bits: qdata int8 (N, K), scale (N, 1): qdata * scale. 4 bits: qdata uint8 (N, K/2), byte j
+    holds columns j (low) and j + K/2, scale, zero (N, K/g): (q - 8) * scale + zero.
+    rounds_input: products with it round the other factor to 8 bits as well, a scale per token.
+    """
+
+    qdata: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+    rounds_input: bool = False
+
+
+class Matrices(Protocol):
+    """The matrices of E experts: a stacked tensor, a list, or anything that hands out one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, expert: int, /) -> Tensor | Quantised: ...
+
+
+def pack_halves(numbers: Tensor) -> Tensor:
+    """Numbers 0..15 (..., K) of an even K -> two in each byte, uint8 (..., K/2)."""
+    low, high = numbers.to(torch.uint8).chunk(2, dim=-1)
+    return low | (high << 4)
+
+
+def dequantise(matrix: Quantised, dtype: torch.dtype) -> Tensor:
+    """The matrix (..., N, K) in a floating type."""
+    qdata, scale, zero, _ = matrix
+    if zero is None:
+        return (qdata.to(dtype) * scale).to(dtype)
+    half, (*_, groups) = qdata.shape[-1], scale.shape
+    wide = torch.empty(*qdata.shape[:-1], 2 * half, dtype=dtype, device=qdata.device)
+    wide[..., :half] = qdata & 15
+    wide[..., half:] = qdata >> 4
+    lowest = (zero.float() - 8 * scale.float()).to(dtype).unsqueeze(-1)
+    grouped = wide.unflatten(-1, (groups, -1))
+    return torch.addcmul(lowest, grouped, scale.to(dtype).unsqueeze(-1)).flatten(-2)
+
+
+def linear(x: Tensor, weight: Tensor | Quantised, bias: Tensor | None = None) -> Tensor:
+    """x (..., K) @ weight (N, K).T + bias in x's dtype, for a weight of any precision."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight.to(x.dtype), bias)
+    tokens = x.reshape(-1, x.shape[-1])
+    if weight.zero is not None:
+        y = _times_four_bits(tokens, weight)
+    elif weight.rounds_input:
+        y = _times_rounded(tokens, weight)
+    else:
+        y = _times_eight_bits(tokens, weight)
+    y = y.unflatten(0, x.shape[:-1]) if x.dim() != 2 else y
+    return y if bias is None else y + bias
+
+
+def _times_four_bits(x: Tensor, weight: Quantised) -> Tensor:
+    """x (tokens, K) -> (tokens, N)."""
+    assert weight.zero is not None
+    rows = max(1, _PIECE // x.shape[1])
+    parts = zip(*(part.split(rows) for part in weight[:3]), strict=True)  # type: ignore[union-attr]  # all three
+    return torch.cat([x @ dequantise(Quantised(*part), x.dtype).T for part in parts], dim=1)
+
+
+def _times_eight_bits(x: Tensor, weight: Quantised) -> Tensor:
+    """x (tokens, K) -> (tokens, N); the scale comes last, in float32."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(x) <= _FEW_TOKENS:
+        ones = torch.ones(len(weight.qdata), dtype=x.dtype)
+        y = torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight.qdata, ones)
+    else:
+        pieces = weight.qdata.split(max(1, _PIECE // x.shape[1]))
+        y = torch.cat([x @ piece.to(x.dtype).T for piece in pieces], dim=1)
+    scaled: Tensor = y * weight.scale.squeeze(-1)
+    return scaled.to(x.dtype)
+
+
+def _times_rounded(x: Tensor, weight: Quantised) -> Tensor:
+    """x (tokens, K) -> (tokens, N); integer sums are exact, whatever the other tokens."""
+    step = (x.abs().amax(-1, keepdim=True).float() / 127).clamp_min(_SMALLEST)
+    rounded = (x / step).round().to(torch.int8)
+    sums = torch._int_mm(rounded, weight.qdata.T)
+    return (sums * step * weight.scale.squeeze(-1)).to(x.dtype)

@@ -1,0 +1,165 @@
+"""Which weights may have few bits, and a model whose matrices have.
+
+`weight_bits` alone decides what stays wide; packing, loading and native code ask it.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import nn
+
+from twotower.kernels.quantised import Bits, Matrices
+from twotower.layers.moe import Experts
+from twotower.layers.quantised import (
+    MappedExperts,
+    QuantisedExperts,
+    QuantisedLinear,
+    QuantisedMatrix,
+)
+from twotower.model.two_tower import TwoTower
+
+Weights = Literal["int8", "int4"]
+GROUP_SIZES = (32, 64, 128)
+GROUP_SIZE = 32  # of int4 when none is named
+_HEAD = re.compile(r"(context_)?lm_head\.weight")
+_PROJECTION = re.compile(
+    r"(context|denoiser)_tower\.layers\.\d+\.mixer\."
+    r"((in|out|q|k|v|o)_proj\.weight"  # Mamba, attention
+    r"|(shared_experts\.)?(up|down)_proj\.weight"  # MLP, shared expert
+    r"|experts\.(\d+\.(up|down)_proj\.weight|(up|down)_proj))"  # in a file, stacked
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How the matrices of a model are quantised; ValueError (one line) for what does not exist."""
+
+    weights: Weights
+    """int8: a scale per row. int4: a scale and a zero per group of a row; heads int8."""
+    group_size: int | None = None
+    """Numbers of an int4 group: 32, 64 or 128; None means 32. Not for int8."""
+    activations: Literal["int8"] | None = None
+    """int8: products round their input to 8 bits too, a scale per token. Only with int8 weights."""
+
+    def __post_init__(self) -> None:
+        if self.weights not in get_args(Weights):
+            raise ValueError(f"weights={self.weights!r} is unknown; allowed are int8, int4")
+        if self.activations not in (None, "int8"):
+            raise ValueError(f"activations={self.activations!r} is unknown; allowed is int8")
+        if self.weights == "int8" and self.group_size is not None:
+            raise ValueError(
+                f"group_size={self.group_size}: int8 weights have no groups; leave it out"
+            )
+        if self.weights == "int4" and self.activations is not None:
+            raise ValueError("activations=int8 needs weights=int8; leave it out with int4")
+        if self.weights == "int4":
+            object.__setattr__(self, "group_size", self.group_size or GROUP_SIZE)
+            if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
+                raise ValueError(f"group_size={self.group_size!r} must be 32, 64 or 128")
+
+
+def weight_bits(name: str, shape: Sequence[int], scheme: Scheme) -> Bits | None:
+    """Bits of a number of the weight `name` (the model's or the released name); None: stays wide.
+
+    Wide: time conditioning, routers, norms, convolutions, A, D, dt, biases, embeddings. Heads have
+    8 bits or more, and so have matrices whose rows are no whole number of groups.
+    """
+    if _HEAD.fullmatch(name):
+        return 8
+    if not _PROJECTION.fullmatch(name):
+        return None
+    is_whole = scheme.group_size is not None and shape[-1] % scheme.group_size == 0
+    return 4 if is_whole else 8
+
+
+def quantise_modules(model: TwoTower, scheme: Scheme) -> None:
+    """Put twins without values in the place of every module whose weights `weight_bits` narrows.
+
+    A head that shares the embeddings' weights stays wide with them.
+    """
+    heads = {"context_lm_head", "lm_head"} if model.config.tie_word_embeddings else set()
+    for name, module in list(model.named_modules()):
+        twin = None if name in heads else _twin(name, module, scheme)
+        if twin is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, twin)
+    model.requires_grad_(False)
+
+
+def _twin(name: str, module: nn.Module, scheme: Scheme) -> nn.Module | None:
+    if isinstance(module, Experts):
+        up, down = (
+            _matrix(f"{name}.{part}", tuple(getattr(module, part).shape), scheme)
+            for part in ("up_proj", "down_proj")
+        )
+        return None if up is None or down is None else QuantisedExperts(up, down)
+    if isinstance(module, nn.Linear):
+        weight = _matrix(f"{name}.weight", tuple(module.weight.shape), scheme)
+        return None if weight is None else QuantisedLinear(weight, module.bias)
+    return None
+
+
+def _matrix(name: str, shape: tuple[int, ...], scheme: Scheme) -> QuantisedMatrix | None:
+    bits = weight_bits(name, shape, scheme)
+    if bits is None:
+        return None
+    group_size = scheme.group_size if bits == 4 else None
+    return QuantisedMatrix(shape, bits, group_size, scheme.activations is not None)
+
+
+def scheme_of(model: nn.Module) -> Scheme | None:
+    """How a model is quantised; None if it is wide."""
+    found = [module for module in model.modules() if isinstance(module, QuantisedMatrix)]
+    if not found:
+        return None
+    groups = {matrix.group_size for matrix in found} - {None}
+    activations: Literal["int8"] | None = "int8" if found[0].rounds_input else None
+    return Scheme(
+        weights="int4" if groups else "int8",
+        group_size=next(iter(groups), None),
+        activations=activations,
+    )
+
+
+def matrix_at(model: nn.Module, name: str) -> QuantisedMatrix:
+    """The quantised matrix that stands for the weight `name`."""
+    found = model.get_submodule(name)
+    assert isinstance(found, QuantisedMatrix)
+    return found
+
+
+def stacks(model: nn.Module) -> list[str]:
+    """Names of the stacked expert weights of a model, wide or quantised, up before down."""
+    return [
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if isinstance(module, Experts | QuantisedExperts)
+        for part in ("up_proj", "down_proj")
+    ]
+
+
+def map_experts(model: nn.Module, matrices: Mapping[str, Matrices]) -> None:
+    """Let experts take their matrices from elsewhere: by the names of `stacks`."""
+    for name in [name.removesuffix(".up_proj") for name in stacks(model)[::2]]:
+        parent, _, child = name.rpartition(".")
+        twin = MappedExperts(matrices[f"{name}.up_proj"], matrices[f"{name}.down_proj"])
+        setattr(model.get_submodule(parent), child, twin)
+    model.requires_grad_(False)
+
+
+def has_mapped_experts(model: nn.Module) -> bool:
+    """Whether experts are views of files."""
+    return any(isinstance(module, MappedExperts) for module in model.modules())
+
+
+def require_plain(model: nn.Module, purpose: str) -> None:
+    """ValueError (one line) unless all weights are floating numbers in memory."""
+    if scheme_of(model) is not None:
+        raise ValueError(
+            f"{purpose} needs wide weights, and these are quantised; use the checkpoint they "
+            "were made from"
+        )
+    if has_mapped_experts(model):
+        raise ValueError(f"{purpose} needs the experts in memory; load with experts='memory'")
