@@ -69,17 +69,18 @@ def _finder(pattern: re.Pattern[str], most: int) -> Find:
 
 
 def _boundary_finder(pattern: re.Pattern[str], most: int) -> Find:
-    """\\b and $ depend on the character behind the match, so a match counts one later: when it
-    still is one, with that character seen, or when there is none.
+    """\\b and $ depend on the character behind a match: it counts once that one has been seen, or
+    none will come.
     """
 
     def find(text: str, end: int, is_over: bool) -> int | None:
-        stop = end if is_over else end - 1
-        at = max(0, stop - most)
-        while match := pattern.search(text, at, stop):
-            if is_over or pattern.match(text, match.start(), end):
-                return match.start()
-            at = match.start() + 1
+        last = end if is_over else end - 1  # where a match may end
+        at = max(0, last - most)
+        while match := pattern.search(text, at, end):
+            start = match.start()
+            if match.end() <= last or pattern.match(text, start, last):
+                return start
+            at = start + 1
         return None
 
     return find

@@ -46,8 +46,8 @@ class RowText:
         if not self._is_over:
             end -= _longest_partial(self.text, self._stops)
             end -= max((one.num_held for one in self._filters), default=0)
-        shown, self._num_shown = self.text[self._num_shown : end], max(end, self._num_shown)
-        return shown
+        start, self._num_shown = self._num_shown, max(end, self._num_shown)
+        return self.text[start : self._num_shown]
 
     @property
     def num_released(self) -> int:
