@@ -12,7 +12,7 @@ from twotower.config import ModelConfig
 from twotower.model.precision import Scheme, quantise_modules
 from twotower.model.two_tower import TwoTower
 
-Towers = Literal["both", "context"]
+Towers = Literal["both", "context", "denoiser"]
 
 
 def build_empty(config: ModelConfig, towers: Towers, scheme: Scheme | None = None) -> TwoTower:
@@ -49,9 +49,14 @@ def allocate(
     model: TwoTower,
     dtypes: tuple[torch.dtype, torch.dtype],
     devices: tuple[torch.device, torch.device],
+    parts: str | tuple[str, ...] = "",
 ) -> None:
-    """Give every parameter and buffer memory on its device, without values."""
-    for name, part in model.named_children():
+    """Give every parameter and buffer memory on its device, without values.
+
+    parts: how the names of those begin that are wanted; the others stay on the meta device.
+    """
+    wanted = [(n, part) for n, part in model.named_children() if f"{n}.".startswith(parts)]
+    for name, part in wanted:
         side = int(f"{name}.".startswith(names.DENOISER_PARTS))
         try:
             for module_name, module in part.named_modules(prefix=name):

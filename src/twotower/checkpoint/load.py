@@ -51,9 +51,12 @@ def load_model(
 
     dtype None keeps each tower's own; denoiser_dtype None means `dtype`. Routers stay float32,
     quantised weights as they are. experts="mapped" leaves them in the files, which must not change
-    meanwhile. ValueError (one line) for a damaged checkpoint, or one of another model.
+    meanwhile. towers="denoiser" leaves the context tower without memory. ValueError (one line) for a damaged checkpoint, or one of another model.
     """
-    source = _open(resolve(path), towers)
+    built: Towers = "both" if towers == "denoiser" else towers
+    source = _open(resolve(path), built)
+    if towers == "denoiser" and source.towers != "both":
+        raise ValueError(f"{path}: has no denoiser tower of its own; use towers='both'")
     scheme = read_scheme(source.folder)
     room = _Room(
         _tower_dtypes(source.entries, dtype, denoiser_dtype),
@@ -66,11 +69,11 @@ def load_model(
         plan, mapped = split_experts(shape, plan)
     elif experts != "memory":
         raise ValueError(f"experts={experts!r} is unknown; use 'memory' or 'mapped'")
-    model = build_empty(source.config, towers, scheme)
+    model = build_empty(source.config, built, scheme)
     if mapped is not None:
         map_experts(model, mapped)
     _log.info("%s: towers=%s dtype=%s quant=%s", source.folder, towers, room.dtypes[0], scheme)
-    return _with_values(model, source, plan, room)
+    return _with_values(model, source, plan, room, names.DENOISER_PARTS if built != towers else "")
 
 
 def load_quantised(path: str | Path, scheme: Scheme, towers: Towers = "both") -> TwoTower:
@@ -115,11 +118,16 @@ def _open(folder: Path, towers: Towers) -> _Source:
 
 
 @torch.no_grad()
-def _with_values(model: TwoTower, source: _Source, plan: Plan, room: _Room) -> TwoTower:
-    """The empty model with memory and the values of its files, ready to decode."""
+def _with_values(
+    model: TwoTower, source: _Source, plan: Plan, room: _Room, parts: str | tuple[str, ...] = ""
+) -> TwoTower:
+    """The empty model with memory and the values of its files, ready to decode.
+
+    parts: how the names of what is wanted begin; the rest stays without memory.
+    """
     defaults = generation_defaults(source.folder)
-    allocate(model, room.dtypes, room.devices)
-    fill(model, plan)
+    allocate(model, room.dtypes, room.devices, parts)
+    fill(model, {name: found for name, found in plan.items() if name.startswith(parts)})
     if source.towers == "context" and model.denoiser_tower is not None:
         copy_context_to_denoiser(model, seed=0)
     model.generation_defaults = defaults
