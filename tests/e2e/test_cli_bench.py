@@ -50,14 +50,14 @@ def test_the_race_without_rivals(
     record = json.loads(capsys.readouterr().out)
     assert list(record["sizes"]) == ["shipped", "32M"] and record["complete"] is True
     for found in record["sizes"].values():
-        assert set(found["engines"]) == {"pytorch", "native"}
+        assert set(found["engines"]) == {"pytorch", "native", "native-int8"}
         assert set(found["engines"]["pytorch"]) == OURS
         for row in found["engines"]["pytorch"].values():
             assert row["ms_per_token"] > 0 and row["speedup_vs_best_ar"] > 0
             assert row["decode_ms_per_token"] > 0 and row["n"] == found["n"]
         assert found["best_ar"][1] == "ar"
         assert {"ar_step", "denoise_pass", "extend"} <= set(found["ms"])
-        assert [row["regime"].split("-")[1] for row in found["limits"]] == ["bound"] * 8
+        assert [row["regime"].split("-")[1] for row in found["limits"]] == ["bound"] * 12
         missing = " ".join(found["missing"])
         assert "transformers" in missing and "llama.cpp-q8_0" in missing
         assert "pip install" in missing

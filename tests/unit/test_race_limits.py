@@ -60,6 +60,7 @@ def test_measured_limits_are_physical() -> None:
     """Between a slow tablet and the fastest server: a wrong unit is off by thousands."""
     assert 1e8 < measure_bandwidth(2**20) < 1e13
     assert 1e8 < measure_peak(torch.float32) < 1e14
+    assert 1e8 < measure_peak(torch.int8) < 1e15
 
 
 def row(ms: float) -> dict[str, object]:
@@ -96,3 +97,18 @@ def test_rivals_rows_have_their_own_weights() -> None:
     assert rows[2]["bytes"] == pass_work(config, 4, 10, 0, 4).total_bytes
     assert rows[4]["bytes"] == pass_work(config, 1, 10, 1, 34 / 32).total_bytes
     assert {r["regime"] for r in rows} == {"overhead-bound"}  # a tiny model in milliseconds
+
+
+def test_int8_passes_are_held_against_int8_arithmetic() -> None:
+    """Silent failure: held against the float32 peak, every int8 pass is faster than its limit."""
+    peaks = {torch.float32: 1e9, torch.int8: 4e9}
+    machine = Machine()
+    machine._peaks |= peaks
+    passes = {"extend": {"median": 2.0}}
+    record = {"ms_by_engine": {"native": passes, "native-int8": passes}, "engines": {}}
+    model = fresh_model(hybrid_override_pattern="M*-")
+    shape = PassShape(num_past=10, block_size=4, repeats=1, seed=0)
+    wide, narrow = describe_limits(model, record, shape, machine)
+    assert (wide["goperations_per_s"], narrow["goperations_per_s"]) == (1.0, 4.0)
+    assert narrow["compute_ms"] == pytest.approx(wide["compute_ms"] / 4)
+    assert narrow["bytes"] < wide["bytes"]

@@ -24,6 +24,7 @@ from twotower.cli.loading import Loaded, Placement, load
 from twotower.cli.machine import describe_cpu
 from twotower.cli.race_tables import print_race
 from twotower.engine import GenerateOptions
+from twotower.model.precision import require_plain
 from twotower.race.contest import Heat
 from twotower.race.interference import watch_idle
 from twotower.race.limits import Machine, cache_bytes
@@ -61,8 +62,13 @@ class BenchOptions(RaceOptions, Placement):
         super().__post_init__()
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads: {self.threads} is too small; use at least 1")
-        if self.executor != "auto" and not self.quality:
-            raise ValueError("executor: for --quality alone; a race has --engines")
+        for name, value, usual in (
+            ("executor", self.executor, "auto"),
+            ("weights", self.weights, "loaded"),
+            ("experts", self.experts, "memory"),
+        ):
+            if value != usual and not self.quality:
+                raise ValueError(f"{name}: for --quality alone; a race has --engines")
 
 
 def run(options: BenchOptions) -> int:
@@ -91,6 +97,7 @@ def run_race(options: BenchOptions) -> dict[str, object]:
     """The record of every size; after Ctrl-C, of those that were finished."""
     warnings = watch_idle()
     loaded = load(options.model, GenerateOptions(mode="diffusion"), _placement(options))
+    require_plain(loaded.model, "a race")
     if loaded.tokenizer is None:
         raise ValueError(
             f"model: {options.model} has no tokenizer.json; add the one it was made for"
@@ -197,6 +204,8 @@ def run_pair(options: BenchOptions) -> int:
             context_device=options.context_device,
             denoiser_device=options.denoiser_device,
             executor=options.executor,
+            weights=options.weights,
+            experts=options.experts,
         )
     )
     modes = results["modes"]

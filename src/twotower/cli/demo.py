@@ -20,6 +20,7 @@ from twotower.cli.prompts import require_utf8
 from twotower.cli.replay import TITLES, Scene, block_frames, play, token_frames
 from twotower.cli.text import printable
 from twotower.engine import GenerateOptions, Mode
+from twotower.engine.accelerate import Weights
 
 Sample = Literal["math", "code", "editing", "tools", "knowledge"]
 # Held-out documents of the built-in corpus: their keys are not in its training split.
@@ -53,6 +54,8 @@ class DemoOptions:
         tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: the shipped model)"),
     ] = None
     """Checkpoint folder or hub id owner/name, with both towers and a tokenizer."""
+    weights: Weights = "loaded"
+    """int8: native passes with projections rounded to int8, made from the loaded weights."""
     max_new_tokens: int = 96
     """Most tokens to write."""
     repeats: int = 3
@@ -78,7 +81,7 @@ def run(options: DemoOptions) -> int:
         mode: GenerateOptions(mode=mode, max_new_tokens=options.max_new_tokens) for mode in MODES
     }
     with Console(stderr=True).status("decoding, to take the times ..."):
-        loaded = load(options.model, modes["diffusion"], Placement())
+        loaded = load(options.model, modes["diffusion"], Placement(weights=options.weights))
         results = measure(loaded, prompt, modes, options.repeats)
     if options.json:
         print(json.dumps(_record(loaded.name, prompt, results), indent=2))

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import twotower
+from twotower.checkpoint.empty import count_parameters
 from twotower.cli.evaluation_tables import print_results
 from twotower.cli.loading import Loaded, Placement, load
 from twotower.cli.machine import describe_cpu
@@ -158,6 +159,8 @@ def load_subject(options: EvaluateOptions) -> Loaded:
         context_device=options.context_device,
         denoiser_device=options.denoiser_device,
         executor=options.executor,
+        weights=options.weights,
+        experts=options.experts,
     )
     loaded = load(options.model, GenerateOptions(mode=wanted), placement)  # type: ignore[arg-type]  # checked
     if loaded.tokenizer is None:
@@ -199,7 +202,7 @@ def describe_run(options: EvaluateOptions, loaded: Loaded, subject: Subject) -> 
         "batch_size": options.batch_size,
         "model": {
             "path": loaded.name,
-            "parameters": sum(p.numel() for p in loaded.model.parameters()),
+            "parameters": count_parameters(loaded.model),
         },
         "versions": {
             "twotower": twotower.__version__,
@@ -210,6 +213,7 @@ def describe_run(options: EvaluateOptions, loaded: Loaded, subject: Subject) -> 
         },
         "device": {"context": options.context_device, "denoiser": options.denoiser_device},
         "dtype": options.dtype,
+        "weights": options.weights,
         "threads": torch.get_num_threads(),
         "options": {mode: dataclasses.asdict(o) for mode, o in subject.options.items()},
     }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import tyro
 
+from twotower.checkpoint import ExpertsIn
 from twotower.cli.flags import field_docs, optional_flags
 from twotower.cli.loading import DType, Loaded, Placement, load
 from twotower.cli.prompts import Prompt, read_prompts
@@ -25,7 +26,7 @@ from twotower.engine import (
     TokensCommitted,
     stream,
 )
-from twotower.engine.accelerate import Executor
+from twotower.engine.accelerate import Executor, Weights
 
 if TYPE_CHECKING:
     Decoding = dict[str, object]
@@ -77,6 +78,11 @@ class GenerateArguments(EngineOptions):
     executor: Executor = "auto"
     """native: passes in C++, compiled on first use (float32, CPU, no experts). eager: plain
     PyTorch. auto: native where it can be."""
+    weights: Weights = "loaded"
+    """int8: native passes with projections rounded to int8, made from the loaded weights."""
+    experts: ExpertsIn = "memory"
+    """mapped: leave routed experts in their files and read those that are chosen, for towers larger
+    than memory; slow where the disk is."""
     stop: Annotated[
         tuple[str, ...],
         tyro.conf.UseAppendAction,
@@ -115,6 +121,8 @@ class GenerateArguments(EngineOptions):
             context_device=self.device,
             denoiser_device=self.denoiser_device or self.device,
             executor=self.executor,
+            weights=self.weights,
+            experts=self.experts,
         )
 
 

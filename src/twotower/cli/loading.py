@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 
-from twotower.checkpoint import generation_defaults, load_model, resolve
+from twotower.checkpoint import ExpertsIn, generation_defaults, load_model, resolve
 from twotower.engine import GenerateOptions
-from twotower.engine.accelerate import Executor, accelerate
+from twotower.engine.accelerate import Executor, Weights, accelerate
 from twotower.model import TwoTower
 from twotower.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
@@ -26,6 +26,11 @@ class Placement:
     executor: Executor = "auto"
     """native: passes in C++, compiled on first use (float32, CPU, no experts). eager: plain
     PyTorch. auto: native where it can be."""
+    weights: Weights = "loaded"
+    """int8: native passes with projections rounded to int8, made from the loaded weights."""
+    experts: ExpertsIn = "memory"
+    """mapped: leave routed experts in their files and read those that are chosen, for towers larger
+    than memory; slow where the disk is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +65,12 @@ def load(path: str | None, options: GenerateOptions, placement: Placement) -> Lo
         context_device=placement.context_device,
         denoiser_device=placement.denoiser_device,
         towers="context" if mode == "ar" else "both",
+        experts=placement.experts,
     )
     has_tokenizer = (folder / TOKENIZER_FILE).exists()
     tokenizer = load_tokenizer(folder) if has_tokenizer else None
     return Loaded(
         name="shipped" if path is None else path,
-        model=accelerate(model, placement.executor),
+        model=accelerate(model, placement.executor, placement.weights),
         tokenizer=tokenizer,
     )

@@ -15,16 +15,21 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from twotower.config import ATTENTION, MAMBA, MLP, ModelConfig
+from twotower.kernels.int8 import Packed
+from twotower.kernels.quantised import Quantised
 
 MAX_TOKENS = 16  # of one pass: the lanes of the widest vector
 KINDS = (MAMBA, ATTENTION, MLP)  # layers that it knows
+# Weights below this many stay in one thread: it costs more to wake another than it helps.
+_LEAST_SHARED = 4_000_000
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math",
-    "-fno-signed-zeros", "-fassociative-math", "-fPIC", "-shared",
+    "-fno-signed-zeros", "-fassociative-math", "-fPIC", "-shared", "-pthread",
 )  # fmt: skip
 _WEIGHTS = {
     MAMBA: "in_proj.weight in_proj.bias conv1d.weight conv1d.bias dt_bias A_log D norm.weight "
@@ -42,6 +47,10 @@ _INTEGERS = (
     "vocabulary", "width", "q_heads", "kv_heads", "head_dim", "heads", "head_size", "groups",
     "state", "taps", "inner",
 )  # fmt: skip
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = [("wide", _address), ("packed", _address)]
 
 
 class _Sizes(ctypes.Structure):
@@ -71,29 +80,37 @@ class _Tower(ctypes.Structure):
 
 
 class TowerPass:
-    """One tower's weights as the library sees them: addresses, no copies.
+    """One tower's weights as the library sees them: addresses, no copies but of int8 matrices.
 
     weights: the tower's parameters by name, float32 and contiguous, which must stay where they are.
-    is_causal: whether a token is hidden from those before it.
+    is_causal: whether a token is hidden from those before it. matrices: what is int8, by name.
     """
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], is_causal: bool) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        is_causal: bool,
+        matrices: Mapping[str, Tensor | Quantised],
+    ) -> None:
         self.num_layers = config.num_hidden_layers
         self._is_causal = is_causal
-        self._kept = weights  # the addresses below stay valid as long as these live
+        packed = Packed(matrices)
+        self._kept = weights, packed  # the addresses below stay valid as long as these live
+        num_weights = sum(w.numel() for w in weights.values()) + packed.num_bytes
+        self._is_shared = num_weights >= _LEAST_SHARED
         self._sizes = _Sizes(
             config.vocab_size, config.hidden_size, config.num_attention_heads,
             config.num_key_value_heads, config.head_dim, config.mamba_num_heads,
             config.mamba_head_dim, config.n_groups, config.ssm_state_size, config.conv_kernel,
             config.intermediate_size, config.layer_norm_epsilon,
         )  # fmt: skip
-        addresses = []
+        found = []
         for index, kind in enumerate(config.hybrid_override_pattern):
             names = ["norm.weight", *(f"mixer.{name}" for name in _WEIGHTS[kind].split())]
-            found = [weights.get(f"layers.{index}.{name}") for name in names]
-            addresses += [None if value is None else value.data_ptr() for value in found]
-            addresses += [None] * (_PER_LAYER - len(names))
-        self._weights = (_address * len(addresses))(*addresses)
+            found += [_weight(f"layers.{index}.{name}", weights, packed) for name in names]
+            found += [_Weight()] * (_PER_LAYER - len(names))
+        self._weights = (_Weight * len(found))(*found)
         self._tower = _Tower(
             ctypes.addressof(self._sizes),
             config.hybrid_override_pattern.encode(),
@@ -123,21 +140,41 @@ class TowerPass:
                 *(first + layer * step for layer in range(self.num_layers))
             )
         if self._run(
-            ctypes.byref(self._tower), len(ids), num_past, self._is_causal, ids.data_ptr(), tables,
-            past, fresh, hidden.data_ptr(),
+            ctypes.byref(self._tower), len(ids), num_past, self._is_causal,
+            torch.get_num_threads() if self._is_shared else 1,
+            ids.data_ptr(), tables, past, fresh, hidden.data_ptr(),
         ):  # fmt: skip
             raise IndexError(f"token ids {ids.tolist()} leave the vocabulary")
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., K) weight (rows, K) -> (..., rows), all float32; weight contiguous."""
-    x = x.contiguous()
-    y = x.new_empty(*x.shape[:-1], len(weight))
-    rows, width = weight.shape
-    library().twotower_linear(
-        weight.data_ptr(), rows, width, x.data_ptr(), x.numel() // width, y.data_ptr()
-    )
-    return y
+def _weight(name: str, weights: Mapping[str, Tensor], packed: Packed) -> _Weight:
+    wide = weights.get(name)
+    return _Weight(None if wide is None else wide.data_ptr(), packed.addresses.get(name))
+
+
+class Linear:
+    """x (..., K) -> (..., N) float32 by a weight (N, K), float32 or int8, as a pass has it."""
+
+    def __init__(self, weight: Tensor | Quantised) -> None:
+        wide = {"": weight} if isinstance(weight, Tensor) else {}
+        packed = Packed({} if isinstance(weight, Tensor) else {"": weight})
+        self._kept = weight, packed
+        numbers = weight if isinstance(weight, Tensor) else weight.qdata
+        self._rows, self._width = numbers.shape
+        self._is_shared = numbers.numel() >= _LEAST_SHARED
+        self._weight = _weight("", wide, packed)
+        self._run = library().twotower_linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x float32."""
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], self._rows)
+        self._run(
+            ctypes.byref(self._weight), self._rows, self._width,
+            torch.get_num_threads() if self._is_shared else 1,
+            x.data_ptr(), x.numel() // self._width, y.data_ptr(),
+        )  # fmt: skip
+        return y
 
 
 @cache
@@ -148,13 +185,18 @@ def library() -> ctypes.CDLL:
         raise OSError("there is no C++ compiler; install g++ or clang++")
     file = Path.home() / ".cache" / "twotower" / f"native-{_fingerprint(compiler)}.so"
     if not file.is_file():
-        _compile(compiler, file)
+        compile_library(compiler, file)
+    return load_library(file)
+
+
+def load_library(file: Path) -> ctypes.CDLL:
+    """A compiled library with the types of its functions."""
     found = ctypes.CDLL(str(file))
     found.twotower_pass.argtypes = [
-        _address, *[ctypes.c_int32] * 3, _address, _address, _address, _address, _address,
+        _address, *[ctypes.c_int32] * 4, _address, _address, _address, _address, _address,
     ]  # fmt: skip
     found.twotower_linear.argtypes = [
-        _address, ctypes.c_int32, ctypes.c_int32, _address, ctypes.c_int32, _address,
+        _address, *[ctypes.c_int32] * 3, _address, ctypes.c_int32, _address,
     ]  # fmt: skip
     found.twotower_pass.restype, found.twotower_linear.restype = ctypes.c_int32, None
     return found
@@ -165,15 +207,17 @@ def _fingerprint(compiler: str) -> str:
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.is_file() else [platform.processor()]
     processor = sorted({line for line in lines if line.startswith(("model name", "flags"))})
-    parts = [_SOURCE.read_text(), *_FLAGS, compiler, platform.machine(), *processor]
+    sources = [file.read_text() for file in (_SOURCE, *sorted(_SOURCE.parent.glob("native_*.h")))]
+    parts = [*sources, *_FLAGS, compiler, platform.machine(), *processor]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _compile(compiler: str, file: Path) -> None:
+def compile_library(compiler: str, file: Path, more_flags: tuple[str, ...] = ()) -> None:
+    """Make the library. OSError with the compiler's first line if it cannot."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         made = Path(folder) / file.name
-        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
+        command = [compiler, *_FLAGS, *more_flags, str(_SOURCE), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[0]

@@ -12,14 +12,19 @@ from torch import Tensor, nn
 
 from twotower.config import ATTENTION, MAMBA, ModelConfig
 from twotower.kernels import native
+from twotower.kernels.int8 import quantise
+from twotower.kernels.quantised import Quantised
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaInputs, MambaState
+from twotower.layers.quantised import QuantisedLinear, QuantisedMatrix
 from twotower.model.context_tower import ContextTower
+from twotower.model.precision import Scheme, scheme_of, weight_bits
 from twotower.model.state import ContextCache, ContextView, LayerState, NewState
 from twotower.model.two_tower import PREFILL_CHUNK, TwoTower
 
 # Longer ones are read faster in wide plain chunks (1,000 tokens: 257 ms against 286).
 _SHORT_PROMPT = 256
+_INT8 = Scheme(weights="int8", activations="int8")
 _MAX_TABLES = 64  # remembered times; a block of 16 tokens has 16 masked fractions
 
 
@@ -31,28 +36,36 @@ class NativeTwoTower(TwoTower):
     """
 
     draft_cost = 5.0
+    prefix_chunk = native.MAX_TOKENS
 
-    def __init__(self, model: TwoTower) -> None:
-        _require_supported(model)
+    def __init__(self, model: TwoTower, is_int8: bool = False) -> None:
+        _require_supported(model, is_int8)
         nn.Module.__init__(self)
         self.__dict__.update(model.__dict__)
+        self._is_int8 = is_int8 or scheme_of(model) is not None
         self._modules = dict(model._modules)
-        self._modules["context_tower"] = _NativeContextTower(model.context_tower)
-        self._modules["context_lm_head"] = _NativeLinear(model.context_lm_head)
+        self._modules["context_tower"] = _NativeContextTower(model.context_tower, is_int8)
+        self._modules["context_lm_head"] = _NativeLinear(model.context_lm_head, is_int8)
         self._tables: dict[float, Tensor] = {}
         if model.denoiser_tower is not None:
-            weights = dict(model.denoiser_tower.named_parameters())
-            self._denoiser_pass = native.TowerPass(model.config, weights, is_causal=False)
-            self._modules["lm_head"] = _NativeLinear(model.lm_head)
+            self._denoiser_pass = native.TowerPass(
+                model.config,
+                dict(model.denoiser_tower.named_parameters()),
+                is_causal=False,
+                matrices=_matrices(model.denoiser_tower, "denoiser_tower", is_int8),
+            )
+            self._modules["lm_head"] = _NativeLinear(model.lm_head, is_int8)
 
     @torch.no_grad()
     def prefill(
         self, ids: Tensor, lengths: Tensor | None = None, chunk_size: int | None = None
     ) -> ContextCache:
-        """`TwoTower.prefill`; short prompts by default in chunks that fit a native pass."""
+        """`TwoTower.prefill`; by default in chunks that fit a native pass where that is faster, and
+        in int8 always: another pass would read with other weights.
+        """
         if chunk_size is None:
-            is_short = ids.shape[1] <= _SHORT_PROMPT
-            chunk_size = native.MAX_TOKENS if is_short else PREFILL_CHUNK
+            is_native = self._is_int8 or ids.shape[1] <= _SHORT_PROMPT
+            chunk_size = native.MAX_TOKENS if is_native else PREFILL_CHUNK
         return super().prefill(ids, lengths, chunk_size)
 
     @torch.no_grad()
@@ -83,22 +96,48 @@ class NativeTwoTower(TwoTower):
 
 
 class _NativeLinear(nn.Module):
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, linear: nn.Module, is_int8: bool) -> None:
         super().__init__()
-        assert isinstance(linear, nn.Linear)
+        assert isinstance(linear, nn.Linear | QuantisedLinear)
         self.weight = linear.weight
+        self._run = native.Linear(_as_matrix(linear.weight, is_int8))
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return nn.functional.linear(x, self.weight)
-        return native.linear(x, self.weight)
+        weight, has_graph = self.weight, torch.is_grad_enabled()
+        if isinstance(weight, Tensor) and has_graph and (x.requires_grad or weight.requires_grad):
+            return nn.functional.linear(x, weight)
+        return self._run(x)
+
+
+def _as_matrix(weight: Tensor | QuantisedMatrix, is_int8: bool) -> Tensor | Quantised:
+    if isinstance(weight, QuantisedMatrix):
+        return weight.matrix
+    return quantise(weight) if is_int8 else weight
+
+
+def _matrices(tower: nn.Module, name: str, is_int8: bool) -> dict[str, Tensor | Quantised]:
+    """What of a tower a pass has in int8: what is so already, and all that may be if is_int8."""
+    found: dict[str, Tensor | Quantised] = {
+        key: module.matrix
+        for key, module in tower.named_modules()
+        if isinstance(module, QuantisedMatrix)
+    }
+    for key, weight in tower.named_parameters():
+        if is_int8 and weight_bits(f"{name}.{key}", weight.shape, _INT8):
+            found[key] = weight
+    return found
 
 
 class _NativeContextTower(ContextTower):
-    def __init__(self, tower: ContextTower) -> None:
+    def __init__(self, tower: ContextTower, is_int8: bool) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(tower.__dict__)
-        self._pass = native.TowerPass(tower.config, dict(tower.named_parameters()), is_causal=True)
+        self._pass = native.TowerPass(
+            tower.config,
+            dict(tower.named_parameters()),
+            is_causal=True,
+            matrices=_matrices(tower, "context_tower", is_int8),
+        )
         self._decays = {
             index: -value.detach().exp()
             for index, layer in enumerate(tower.each_layer())
@@ -245,11 +284,12 @@ def _address(value: Tensor, *index: int) -> int:
     return value.data_ptr() + 4 * sum(i * s for i, s in zip(index, strides, strict=False))
 
 
-def _require_supported(model: TwoTower) -> None:
+def _require_supported(model: TwoTower, is_int8: bool) -> None:
     """ValueError (one line) naming the first thing that the library does not know."""
     config = model.config
     kinds = sorted(set(config.hybrid_override_pattern) - set(native.KINDS))
     for name, value, allowed in (
+        ("weights", _precision(model), ["float", "int8 x int8", *(["int8"] if is_int8 else [])]),
         ("layers", "".join(kinds), [""]),
         ("device", {p.device.type for p in model.parameters()}, [{"cpu"}]),
         ("dtype", {p.dtype for p in model.parameters()}, [{torch.float32}]),
@@ -260,3 +300,10 @@ def _require_supported(model: TwoTower) -> None:
             raise ValueError(f"the native pass does not know {name}={value}")
     if not all(parameter.is_contiguous() for parameter in model.parameters()):
         raise ValueError("the native pass needs contiguous weights")
+
+
+def _precision(model: TwoTower) -> str:
+    scheme = scheme_of(model)
+    if scheme is None:
+        return "float"
+    return scheme.weights if scheme.activations is None else f"{scheme.weights} x int8"

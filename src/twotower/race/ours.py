@@ -25,10 +25,16 @@ def run_native(model: TwoTower) -> TwoTower:
     return accelerate(model, "native")
 
 
+def run_native_int8(model: TwoTower) -> TwoTower:
+    """The same with projections rounded to int8."""
+    return accelerate(model, "native", "int8")
+
+
 # Name in the table -> the model as that engine runs it.
 ENGINES: Mapping[str, Callable[[TwoTower], TwoTower]] = {
     "pytorch": run_eager,
     "native": run_native,
+    "native-int8": run_native_int8,
 }
 
 

@@ -31,17 +31,20 @@ def describe_limits(
     """A row per pass of ours and per rival's AR token: bytes, operations, limits, regime.
 
     Bandwidth is measured with a buffer as large as the weights, so that small models are held
-    against the cache's. Rivals compute in float32 whatever their weights are.
+    against the cache's. Rivals compute in float32 whatever their weights are, our int8 in int8.
     """
     dtype = model.context_lm_head.weight.dtype
     ours = list(_our_rows(record, shape, float(dtype.itemsize)))
     rivals = list(_rival_rows(record, {row.engine for row in ours}, float(dtype.itemsize)))
-    peaks = (machine.operations_per_s(dtype), machine.operations_per_s(torch.float32))
     found = []
-    for row, peak in [*((row, peaks[0]) for row in ours), *((row, peaks[1]) for row in rivals)]:
+    for row in [*ours, *rivals]:
         work = pass_work(
             model.config, row.num_tokens, shape.num_past, row.num_logits, row.weight_bytes
         )
+        computes_in = torch.float32 if row in rivals else dtype
+        if row in ours and row.engine.endswith("-int8"):
+            computes_in = torch.int8
+        peak = machine.operations_per_s(computes_in)
         found.append(_describe_row(row, work, machine.bytes_per_s(work.weight_bytes), peak))
     return found
 

@@ -1,0 +1,308 @@
+// The layers of a pass: norms, attention, Mamba-2, dense MLP.
+//
+// The equations are those of system.md sections 2 and 3; the PyTorch layers are the truth that
+// tests compare with. What follows a product stays float32.
+#pragma once
+
+#include <vector>
+
+#include "native_products.h"
+
+namespace twotower {
+
+struct Sizes {
+    int32_t vocabulary, width, q_heads, kv_heads, head_dim, heads, head_size, groups, state, taps, inner;
+    float eps;
+};
+
+struct Past {  // of one layer and row; what a kind does not need is null
+    const float *k, *v;  // (S, Hk, A)
+    const float *conv;   // (taps - 1, C), oldest first
+    const float *ssm;    // (H, P, N)
+};
+
+struct Fresh {  // what the pass leaves behind; null where nobody asks
+    float *k, *v;      // (L, Hk, A)
+    float *window;     // (taps - 1 + L, C)
+    float *mixed;      // (L, C): heads, B, C after the convolution
+    float *step;       // (L, H): dt after softplus
+    float *ssm;        // (H, P, N)
+};
+
+struct Call {
+    const Sizes &sizes;
+    int length, num_past;
+    bool causal;
+    Team &team;
+};
+
+inline float exponential(float x) {
+    x = std::min(std::max(x, -87.3f), 88.3f);  // in this order NaN stays NaN
+    float n = std::nearbyint(x * 1.44269504088896341f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = (int32_t(n) + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &bits, 4);
+    return p * scale;
+}
+
+inline float silu(float x) { return x / (1.0f + exponential(-x)); }
+
+inline float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
+
+// y[width][W]: the sum of rows of v (count, width), weighted by p[count][W].
+template <int W>
+void weighted_sum(const float *v, long row, int width, int count, const float *p, float *y) {
+    if (W > 1) return product<W>(v, 1, row, width, count, p, nullptr, y);
+    std::fill(y, y + width, 0.0f);
+    for (int i = 0; i < count; i++)
+        for (int f = 0; f < width; f++) y[f] += p[i] * v[i * row + f];
+}
+
+template <int W>
+void norm(const float *x, const float *weight, int width, float eps, float *y) {
+    float scale[W] = {};
+    for (int f = 0; f < width; f++)
+        for (int l = 0; l < W; l++) scale[l] += x[f * W + l] * x[f * W + l];
+    for (int l = 0; l < W; l++) scale[l] = 1.0f / std::sqrt(scale[l] / width + eps);
+    for (int f = 0; f < width; f++)
+        for (int l = 0; l < W; l++) y[f * W + l] = x[f * W + l] * scale[l] * weight[f];
+}
+
+// x (1 + scale) + shift, both (width,)
+template <int W>
+void modulate(float *x, const float *shift, const float *scale, int width) {
+    for (int f = 0; f < width; f++)
+        for (int l = 0; l < W; l++) x[f * W + l] = x[f * W + l] * (1.0f + scale[f]) + shift[f];
+}
+
+template <int W>
+void to_tokens(const float *x, int width, int length, float *y, long stride) {
+    for (int f = 0; f < width; f++)
+        for (int t = 0; t < length; t++) y[t * stride + f] = x[f * W + t];
+}
+
+inline float *room_for(std::vector<float> &room, size_t count) {
+    if (room.size() < count) room.resize(count);
+    return room.data();
+}
+
+struct Scratch {
+    std::vector<float> h, u, y, a, b, c, d, own;
+    std::vector<uint8_t> bytes;
+    void need(const Sizes &s, int W, int inner) {
+        for (auto *one : {&h, &u, &y}) room_for(*one, size_t(s.width) * W);
+        room_for(a, size_t(inner) * W);
+        room_for(b, size_t(inner) * W);
+        room_for(c, size_t(inner) * (W + 8));
+        room_for(d, size_t(inner) * (W + 8));
+        size_t widest = size_t(std::max(s.width, inner) + 4) * W;
+        if (bytes.size() < widest) bytes.resize(widest);
+    }
+};
+
+inline thread_local Scratch scratch;
+
+// One head's share: out[A][W], scores of S + L keys in between.
+template <int W>
+void attend(const Call &call, const float *q, const Past &past, const float *keys,
+            const float *values, float *y) {
+    const Sizes &s = call.sizes;
+    int L = call.length, S = call.num_past, A = s.head_dim, kv_width = s.kv_heads * A;
+    float *score = room_for(scratch.own, size_t(S + L + A) * W), *rest = score + long(S + L) * W;
+    product<W>(past.k, kv_width, 1, S, A, q, nullptr, score);
+    product<W>(keys, kv_width, 1, L, A, q, nullptr, score + long(S) * W);
+    if (call.causal)
+        for (int j = 0; j < L; j++)
+            for (int l = 0; l < std::min(j, W); l++) score[long(S + j) * W + l] = -INFINITY;
+    float root = 1.0f / std::sqrt(float(A)), most[W], sum[W] = {};
+    for (int l = 0; l < W; l++) most[l] = -INFINITY;
+    for (int j = 0; j < S + L; j++)
+        for (int l = 0; l < W; l++) most[l] = std::max(score[long(j) * W + l], most[l]);
+    for (int j = 0; j < S + L; j++)
+        for (int l = 0; l < W; l++) {
+            float &p = score[long(j) * W + l];
+            float away = (p - most[l]) * root;
+            p = away < -87.0f ? 0.0f : exponential(away);  // a hidden key has no weight at all
+            sum[l] += p;
+        }
+    weighted_sum<W>(past.v, kv_width, A, S, score, y);
+    weighted_sum<W>(values, kv_width, A, L, score + long(S) * W, rest);
+    for (int a = 0; a < A; a++)
+        for (int l = 0; l < W; l++) y[a * W + l] = (y[a * W + l] + rest[a * W + l]) / sum[l];
+}
+
+// w: q, q bias, k, k bias, v, v bias, o, o bias
+template <int W>
+void attention(const Call &call, const Weight *w, const Past &past, const Fresh &fresh) {
+    const Sizes &s = call.sizes;
+    int L = call.length, A = s.head_dim, q_width = s.q_heads * A, kv_width = s.kv_heads * A;
+    uint8_t *bytes = scratch.bytes.data();
+    float *q = scratch.a.data(), *out = scratch.b.data(), *flat = scratch.d.data();
+    float *keys = scratch.c.data(), *values = keys + W * kv_width;
+    if (fresh.k) keys = fresh.k, values = fresh.v;
+    Input<W> in = as_input<W>(w[0], scratch.u.data(), s.width, bytes);
+    matrix<W>(call.team, w[2], kv_width, in, w[3].wide, flat);
+    to_tokens<W>(flat, kv_width, L, keys, kv_width);
+    matrix<W>(call.team, w[4], kv_width, in, w[5].wide, flat);
+    to_tokens<W>(flat, kv_width, L, values, kv_width);
+    matrix<W>(call.team, w[0], q_width, in, w[1].wide, q);
+    call.team.split(s.q_heads, [&](int begin, int end) {
+        for (int head = begin; head < end; head++) {
+            int at = head / (s.q_heads / s.kv_heads) * A;
+            Past own{past.k + at, past.v + at, nullptr, nullptr};
+            attend<W>(call, q + head * A * W, own, keys + at, values + at, out + head * A * W);
+        }
+    });
+    matrix<W>(call.team, w[6], s.width, as_input<W>(w[6], out, q_width, bytes), w[7].wide,
+              scratch.y.data());
+}
+
+// Depthwise over time, then silu, in place: x[channels][W] after the past (taps - 1, C).
+template <int W>
+void convolve(const float *weight, const float *bias, int taps, int channels, const float *past,
+              float *x) {
+    int kept = taps - 1, stride = kept + W;
+    float *window = room_for(scratch.own, size_t(channels) * stride);
+    for (int c = 0; c < channels; c++) {
+        for (int k = 0; k < kept; k++) window[long(c) * stride + k] = past[long(k) * channels + c];
+        for (int l = 0; l < W; l++) window[long(c) * stride + kept + l] = x[long(c) * W + l];
+    }
+    for (int c = 0; c < channels; c++) {
+        const float *in = window + long(c) * stride;
+        float sum[W];
+        for (int l = 0; l < W; l++) sum[l] = bias ? bias[c] : 0.0f;
+        for (int k = 0; k < taps; k++)
+            for (int l = 0; l < W; l++) sum[l] += in[k + l] * weight[c * taps + k];
+        for (int l = 0; l < W; l++) x[long(c) * W + l] = silu(sum[l]);
+    }
+}
+
+// next (P, N) = keep state + x[P][W] added (L, N): the state after L tokens.
+template <int W>
+void advance(const float *state, float keep, const float *x, const float *added, int L, int P,
+             int N, float *next) {
+    typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
+    for (int p = 0; p < P; p++) {
+        int n = 0;
+        for (; n + 16 <= N; n += 16) {
+            Lanes sum = *reinterpret_cast<const Lanes *>(state + p * N + n) * keep;
+            for (int t = 0; t < L; t++)
+                sum += *reinterpret_cast<const Lanes *>(added + t * N + n) * x[p * W + t];
+            *reinterpret_cast<Lanes *>(next + p * N + n) = sum;
+        }
+        for (; n < N; n++) {
+            float sum = state[p * N + n] * keep;
+            for (int t = 0; t < L; t++) sum += added[t * N + n] * x[p * W + t];
+            next[p * N + n] = sum;
+        }
+    }
+}
+
+// One head of the recurrence as products: y[P][W] of x[P][W] after the state (P, N).
+// near[L][W]: B of each token times C of each; B (L, N); C [N][W]; dt[W].
+template <int W>
+void scan_head(const Call &call, float A, float D, const float *x, const float *near,
+               const float *B, const float *C, const float *dt, const float *state, float *next,
+               float *y) {
+    int L = call.length, P = call.sizes.head_size, N = call.sizes.state;
+    float *mix = room_for(scratch.own, size_t(L + P) * W + size_t(L) * N), *own = mix + L * W;
+    float *added = own + P * W, decay[W], total = 0.0f;  // decay: log, from the start through t
+    for (int l = 0; l < W; l++) decay[l] = total += dt[l] * A;
+    for (int t = 0; t < L; t++)
+        for (int l = 0; l < W; l++) {
+            float kept = exponential(decay[l] - decay[t]) * dt[t] * near[t * W + l];
+            mix[t * W + l] = l < t ? 0.0f : kept;
+        }
+    for (int t = 0; t < std::min(L, W); t++) mix[t * W + t] += D;
+    product<W>(x, W, 1, P, L, mix, nullptr, own);
+    product<W>(state, N, 1, P, N, C, nullptr, y);
+    for (int l = 0; l < W; l++) {
+        float kept = exponential(decay[l]);
+        for (int p = 0; p < P; p++) y[p * W + l] = y[p * W + l] * kept + own[p * W + l];
+    }
+    if (next == nullptr) return;
+    for (int t = 0; t < L; t++) {
+        float kept = exponential(decay[L - 1] - decay[t]) * dt[t];
+        for (int n = 0; n < N; n++) added[t * N + n] = B[t * N + n] * kept;
+    }
+    advance<W>(state, exponential(decay[L - 1]), x, added, L, P, N, next);
+}
+
+// All heads: xbc[C][W] after the convolution, dt[H][W] after softplus; y feature by feature.
+template <int W>
+void scan(const Call &call, const Weight *w, const float *xbc, const float *dt, const float *state,
+          float *next, float *y) {
+    const Sizes &s = call.sizes;
+    int L = call.length, P = s.head_size, N = s.state, inner = s.heads * P;
+    std::vector<float> near(size_t(s.groups) * L * W), tokens(size_t(s.groups) * L * N);
+    for (int g = 0; g < s.groups; g++) {
+        const float *B = xbc + long(inner + g * N) * W, *C = B + long(s.groups) * N * W;
+        product<W>(B, 1, W, L, N, C, nullptr, near.data() + g * L * W);
+        to_tokens<W>(B, N, L, tokens.data() + g * L * N, N);
+    }
+    call.team.split(s.heads, [&](int begin, int end) {
+        for (int head = begin; head < end; head++) {
+            int g = head / (s.heads / s.groups);
+            long at = long(head) * P * N;
+            scan_head<W>(call, -std::exp(w[5].wide[head]), w[6].wide[head], xbc + long(head) * P * W,
+                         near.data() + g * L * W, tokens.data() + g * L * N,
+                         xbc + long(inner + (s.groups + g) * N) * W, dt + head * W, state + at,
+                         next ? next + at : nullptr, y + long(head) * P * W);
+        }
+    });
+}
+
+// w: in, in bias, conv, conv bias, dt bias, A_log, D, norm, out, out bias
+template <int W>
+void mamba(const Call &call, const Weight *w, const Past &past, const Fresh &fresh) {
+    const Sizes &s = call.sizes;
+    int L = call.length, inner = s.heads * s.head_size, kept = s.taps - 1;
+    int channels = inner + 2 * s.groups * s.state, all = inner + channels + s.heads;
+    float *z = scratch.a.data(), *xbc = z + inner * W, *dt = xbc + channels * W;
+    float *y = scratch.b.data();
+    uint8_t *bytes = scratch.bytes.data();
+    Input<W> in = as_input<W>(w[0], scratch.u.data(), s.width, bytes);
+    matrix<W>(call.team, w[0], all, in, w[1].wide, z);
+    if (fresh.window) {
+        std::memcpy(fresh.window, past.conv, sizeof(float) * kept * channels);
+        to_tokens<W>(xbc, channels, L, fresh.window + kept * channels, channels);
+    }
+    convolve<W>(w[2].wide, w[3].wide, s.taps, channels, past.conv, xbc);
+    if (fresh.mixed) to_tokens<W>(xbc, channels, L, fresh.mixed, channels);
+    for (int h = 0; h < s.heads; h++)
+        for (int l = 0; l < W; l++) dt[h * W + l] = softplus(dt[h * W + l] + w[4].wide[h]);
+    if (fresh.step) to_tokens<W>(dt, s.heads, L, fresh.step, s.heads);
+    scan<W>(call, w, xbc, dt, past.ssm, fresh.ssm, y);
+    for (int i = 0; i < inner * W; i++) y[i] *= silu(z[i]);
+    int part = inner / s.groups;
+    for (int g = 0; g < s.groups; g++)
+        norm<W>(y + g * part * W, w[7].wide + g * part, part, s.eps, y + g * part * W);
+    matrix<W>(call.team, w[8], s.width, as_input<W>(w[8], y, inner, bytes), w[9].wide,
+              scratch.y.data());
+}
+
+// w: up, up bias, down, down bias
+template <int W>
+void mlp(const Call &call, const Weight *w) {
+    const Sizes &s = call.sizes;
+    float *a = scratch.a.data();
+    uint8_t *bytes = scratch.bytes.data();
+    Input<W> in = as_input<W>(w[0], scratch.u.data(), s.width, bytes);
+    matrix<W>(call.team, w[0], s.inner, in, w[1].wide, a);
+    for (int i = 0; i < s.inner * W; i++) {
+        float x = a[i] > 0.0f ? a[i] : (a[i] != a[i] ? a[i] : 0.0f);
+        a[i] = x * x;
+    }
+    matrix<W>(call.team, w[2], s.width, as_input<W>(w[2], a, s.inner, bytes), w[3].wide,
+              scratch.y.data());
+}
+
+}  // namespace twotower

@@ -1,0 +1,131 @@
+// Threads that share one pass: every output is computed whole by one of them, so that results do
+// not depend on their number.
+//
+// Helpers wait for a pass asleep and, while it runs, for its next piece of work awake: pieces
+// follow each other within microseconds. One pass at a time has helpers; another one runs alone.
+#pragma once
+
+#include <pthread.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace twotower {
+
+inline void wait_a_little(int &turns) {
+    if (++turns % 1024 == 0) std::this_thread::yield();  // somebody else may need the core
+#if defined(__x86_64__) || defined(__i386__)
+    else __builtin_ia32_pause();
+#endif
+}
+
+class Helpers {
+  public:
+    explicit Helpers(int count) {
+        for (int i = 0; i < count; i++) threads_.emplace_back([this, i] { serve(i + 1); });
+    }
+
+    ~Helpers() {
+        set(is_over_, true);
+        for (auto &thread : threads_) thread.join();
+    }
+
+    int count() const { return int(threads_.size()); }
+    void wake() { set(is_awake_, true); }
+    void rest() { is_awake_.store(false, std::memory_order_release); }
+
+    // work(context, part) for parts 0 (here) to count().
+    void run(void (*work)(void *, int), void *context) {
+        work_ = work, context_ = context;
+        finished_.store(0, std::memory_order_relaxed);
+        round_.fetch_add(1, std::memory_order_release);
+        work(context, 0);
+        for (int turns = 0; finished_.load(std::memory_order_acquire) < count();)
+            wait_a_little(turns);
+    }
+
+  private:
+    void set(std::atomic<bool> &flag, bool value) {
+        { std::lock_guard<std::mutex> lock(door_); flag.store(value, std::memory_order_release); }
+        bell_.notify_all();
+    }
+
+    void serve(int part) {
+        uint64_t seen = 0;
+        for (int turns = 0;;) {
+            if (round_.load(std::memory_order_acquire) != seen) {
+                seen++, turns = 0;
+                work_(context_, part);
+                finished_.fetch_add(1, std::memory_order_release);
+            } else if (is_awake_.load(std::memory_order_acquire)) {
+                wait_a_little(turns);
+            } else {
+                std::unique_lock<std::mutex> lock(door_);
+                bell_.wait(lock, [&] { return is_awake_ || is_over_ || round_ != seen; });
+                if (is_over_) return;
+            }
+        }
+    }
+
+    std::vector<std::thread> threads_;
+    std::mutex door_;
+    std::condition_variable bell_;
+    std::atomic<bool> is_awake_{false}, is_over_{false};
+    std::atomic<uint64_t> round_{0};
+    std::atomic<int> finished_{0};
+    void (*work_)(void *, int) = nullptr;
+    void *context_ = nullptr;
+};
+
+inline std::mutex in_use;             // whoever holds it has the helpers
+inline Helpers *helpers = nullptr;    // never destroyed at the end of the process: they sleep
+
+// Those who work on one pass: this thread and, if they are free, `threads - 1` helpers.
+class Team {
+  public:
+    explicit Team(int threads) {
+        if (threads < 2 || !in_use.try_lock()) return;
+        static const int registered = pthread_atfork(nullptr, nullptr, [] { helpers = nullptr; });
+        (void)registered;  // a child process has the memory of its parent's helpers, but no helpers
+        if (helpers != nullptr && helpers->count() != threads - 1) {
+            delete helpers;
+            helpers = nullptr;
+        }
+        if (helpers == nullptr) helpers = new Helpers(threads - 1);
+        mine_ = helpers;
+        mine_->wake();
+    }
+
+    ~Team() {
+        if (mine_ == nullptr) return;
+        mine_->rest();
+        in_use.unlock();
+    }
+
+    Team(const Team &) = delete;
+    Team &operator=(const Team &) = delete;
+
+    // work(begin, end) over all of 0 to count, each part by one thread.
+    template <typename Work>
+    void split(int count, Work work) {
+        if (mine_ == nullptr || count < 2) return work(0, count);
+        struct Shared { Work *work; int count, parts; } shared{&work, count, mine_->count() + 1};
+        mine_->run(
+            [](void *context, int part) {
+                Shared &s = *static_cast<Shared *>(context);
+                int begin = int(int64_t(s.count) * part / s.parts);
+                int end = int(int64_t(s.count) * (part + 1) / s.parts);
+                if (begin < end) (*s.work)(begin, end);
+            },
+            &shared);
+    }
+
+  private:
+    Helpers *mine_ = nullptr;
+};
+
+}  // namespace twotower

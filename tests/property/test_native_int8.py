@@ -1,0 +1,294 @@
+"""Native passes in int8, and by several threads: against plain code and against themselves."""
+
+import copy
+import ctypes
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tiny_models import fresh_model, masked_like, random_ids, tiny_model
+from twotower import ContextCache, GenerateOptions, TwoTower, accelerate, generate
+from twotower.engine import MODES
+from twotower.kernels import native
+from twotower.kernels.int8 import quantise
+from twotower.model.native import NativeTwoTower
+from twotower.model.precision import Scheme, quantise_modules, weight_bits
+
+try:
+    native.library()
+except OSError as error:
+    pytest.skip(f"no native library: {error}", allow_module_level=True)
+
+DENSE = "M*-M*-"
+INT8 = Scheme(weights="int8", activations="int8")
+SHAPES: dict[str, dict[str, object]] = {
+    "plain": {},
+    "odd widths": {"hidden_size": 19, "vocab_size": 43, "intermediate_size": 21, "head_dim": 5},
+    "biases": {"attention_bias": True, "use_bias": True, "mlp_bias": True},
+    "tied heads": {"tie_word_embeddings": True},
+}
+
+
+def quantised_product(x: Tensor, weight: Tensor) -> Tensor:
+    """What an int8 product is, in plain PyTorch: whole numbers, then two scales."""
+    numbers, scales, *_ = quantise(weight)
+    most = x.abs().amax(-1, keepdim=True)
+    whole = (x * torch.where(most > 0, 127 / most, 0.0)).round()
+    sums = whole.long() @ numbers.long().mT
+    return sums.float() * (scales.squeeze(-1) * (most / 127))
+
+
+class Quantised(nn.Module):
+    """A linear layer as int8 computes it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = quantised_product(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+def quantised_twin(**config: object) -> TwoTower:
+    """A plain model whose projections are `Quantised`."""
+    model = copy.deepcopy(tiny_model(hybrid_override_pattern=DENSE, **config))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and weight_bits(f"{name}.weight", (), INT8):
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, Quantised(module))
+    return model
+
+
+def int8_model(**config: object) -> TwoTower:
+    return accelerate(tiny_model(hybrid_override_pattern=DENSE, **config), "native", "int8")
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Give back PyTorch's number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def shared_work(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
+    """Small models work in several threads, too."""
+    monkeypatch.setattr(native, "_LEAST_SHARED", 0)
+
+
+def whole_numbers(rows: int, width: int, seed: int) -> Tensor:
+    """Whole numbers from -127 to 127, of which each row has 127: their scales are exactly 1."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(-127, 128, (rows, width), generator=generator).float()
+    numbers[:, 0] = 127.0
+    return numbers
+
+
+@pytest.mark.parametrize("width", [1, 3, 4, 19, 64, 257])
+@pytest.mark.parametrize("rows", [1, 16, 37])
+def test_sums_are_exact(rows: int, width: int) -> None:
+    """Guards packing, remainders and the largest values: any error is off by a whole number."""
+    weight = whole_numbers(rows, width, seed=0)
+    product = native.Linear(quantise(weight))
+    for length in (1, 2, 8, 9, 16, 35):
+        x = whole_numbers(length, width, seed=length)
+        expected = (x.long() @ weight.long().mT).float()
+        assert torch.equal(product(x), expected), length
+
+
+def test_products_of_any_values() -> None:
+    """Guards the two scales and the rounding of tokens: each row, each token has its own."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(45, 70, generator=generator) * torch.logspace(-6, 3, 45).unsqueeze(1)
+    x = torch.randn(40, 70, generator=generator) * torch.logspace(3, -6, 40).unsqueeze(1)
+    weight[7], x[5] = 0.0, 0.0  # no scale at all
+    found = native.Linear(quantise(weight))(x)
+    # Two roundings of a float32 product; the sums are exact.
+    torch.testing.assert_close(found, quantised_product(x, weight), rtol=3e-7, atol=0.0)
+    assert not found[5].any() and not found[:, 7].any()
+
+
+def run_linear(library: ctypes.CDLL, product: native.Linear, x: Tensor) -> Tensor:
+    """The product by a library of one's own."""
+    y = torch.empty(len(x), product._rows)
+    library.twotower_linear(
+        ctypes.byref(product._weight), product._rows, product._width, 1, x.data_ptr(), len(x),
+        y.data_ptr(),
+    )  # fmt: skip
+    return y
+
+
+def test_processors_without_the_instruction_give_the_same_bits(tmp_path: Path) -> None:
+    """Guards the plain path, which no test would run on the machine of whoever changes it."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    assert compiler is not None
+    file = tmp_path / "plain.so"
+    native.compile_library(compiler, file, ("-DTWOTOWER_PLAIN", "-O1"))
+    plain = native.load_library(file)
+    generator = torch.Generator().manual_seed(0)
+    product = native.Linear(quantise(torch.randn(37, 70, generator=generator)))
+    for length in (1, 5, 16):
+        x = torch.randn(length, 70, generator=generator)
+        assert torch.equal(run_linear(plain, product, x), product(x))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("length", [1, 2, 9, 16])
+def test_passes_equal_plain_code_of_the_same_rounding(name: str, length: int) -> None:
+    """Guards which matrix gets which scales: a swapped one is far off, and texts still flow."""
+    ours, plain = int8_model(**SHAPES[name]), quantised_twin(**SHAPES[name])
+    ids = random_ids(1, 21)
+    cache, other = ours.prefill(ids), plain.prefill(ids)
+    close = {"rtol": 0.0, "atol": 0.02}  # a token that rounds to the next whole number
+    block, t = masked_like(random_ids(1, length, seed=1)), torch.tensor([0.75])
+    found, expected = (m.denoise(block, other.view(), t) for m in (ours, plain))
+    torch.testing.assert_close(found, expected, **close)
+    more = random_ids(1, length, seed=2)
+    hidden, expected = ours.extend(cache, more), plain.extend(other, more)
+    torch.testing.assert_close(hidden, expected, **close)
+    torch.testing.assert_close(ours.next_logits(cache), plain.next_logits(other), **close)
+    wide = tiny_model(hybrid_override_pattern=DENSE, **SHAPES[name])
+    away = (wide.denoise(block, other.view(), t) - found).abs().max()
+    assert away > 1e-4  # it is int8 that was compared
+
+
+def passes(model: TwoTower, length: int) -> list[Tensor]:
+    """What every kind of pass gives, and the state that it leaves."""
+    cache = model.prefill(random_ids(2, 21), torch.tensor([21, 9]))
+    logits = model.denoise(
+        masked_like(random_ids(2, length, seed=1)), cache.view(), torch.tensor([0.5, 1.0])
+    )
+    hidden = model.extend(cache, random_ids(2, length, seed=2))
+    states = [part for state in cache.layers if state is not None for part in state]
+    return [logits, hidden, model.next_logits(cache), *states]
+
+
+@pytest.mark.parametrize("weights", ["loaded", "int8"])
+@pytest.mark.parametrize("length", [1, 5, 16])
+def test_threads_change_no_bit(shared_work: None, weights: str, length: int) -> None:
+    """Guards reproducibility: a sum that is cut differently rounds differently."""
+    model = tiny_model(hybrid_override_pattern=DENSE, hidden_size=48, intermediate_size=100)
+    ours = accelerate(model, "native", weights)  # type: ignore[arg-type]
+    found = []
+    for count in (1, 2, 3, 2):
+        torch.set_num_threads(count)
+        found.append(passes(ours, length))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_passes_at_the_same_time(shared_work: None) -> None:
+    """Guards two queues: one pass has the helpers, the other runs alone, both are right."""
+    ours = int8_model()
+    torch.set_num_threads(2)
+    expected = passes(ours, 16)
+    with ThreadPoolExecutor(3) as pool:
+        rounds = [pool.submit(passes, ours, 16) for _ in range(24)]
+        for done in rounds:
+            assert all(torch.equal(a, b) for a, b in zip(done.result(), expected, strict=True))
+
+
+def test_a_forked_process_has_helpers_of_its_own(shared_work: None) -> None:
+    """Guards workers of data loaders and harnesses: threads do not survive a fork; waiting for
+    them would never end."""
+    product = native.Linear(quantise(torch.randn(64, 32)))
+    x = torch.randn(16, 32)
+    torch.set_num_threads(2)
+    expected = product(x)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(product(x), expected) else 1)
+    deadline = time.monotonic() + 20
+    while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if not ended[0]:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
+
+
+def test_rows_do_not_depend_on_their_neighbours() -> None:
+    """Guards the scale of a token: taken over more than one token, neighbours would change it."""
+    ours = int8_model()
+    prompts = random_ids(3, 12, seed=4)
+    lengths = torch.tensor([12, 3, 7])
+    together = ours.prefill(prompts, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        alone = ours.prefill(prompts[row : row + 1, :length])
+        assert torch.equal(ours.next_logits(alone)[0], ours.next_logits(together)[row])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_texts_do_not_depend_on_the_batch(mode: str) -> None:
+    """Guards decoding as a whole in int8."""
+    prompts = [random_ids(length, seed=length).tolist() for length in (1, 7, 30)]
+    o = GenerateOptions(mode=mode, max_new_tokens=18, steps_per_block=3, eos_token_id=7)  # type: ignore[arg-type]
+    ours = int8_model()
+    together = [row.tokens for row in generate(ours, prompts, o)]
+    assert together == [generate(ours, [prompt], o)[0].tokens for prompt in prompts]
+
+
+def test_long_prompts_are_read_in_the_same_weights() -> None:
+    """Guards consistency: one part of a context in float32 and another in int8 is a third model."""
+    ours, ids = int8_model(), random_ids(1, 300)
+    whole: ContextCache = ours.prefill(ids)
+    parts = ours.prefill(ids[:, :32])
+    for at in range(32, 300, 16):
+        ours.extend(parts, ids[:, at : at + 16])
+    assert torch.equal(ours.next_logits(whole), ours.next_logits(parts))
+
+
+def test_nan_is_not_hidden() -> None:
+    """Guards the check for damaged weights: as a whole number, NaN would be one like any other."""
+    names = ("layers.0.mixer.in_proj.weight", "layers.1.mixer.k_proj.weight", "norm_f.weight")
+    for name in (*names, "layers.2.mixer.down_proj.weight"):
+        plain = fresh_model(hybrid_override_pattern=DENSE).requires_grad_(False)
+        plain.get_parameter(f"denoiser_tower.{name}")[0] = float("nan")
+        ours = NativeTwoTower(plain, is_int8=True)
+        logits = ours.denoise(
+            masked_like(random_ids(1, 4)), ours.prefill(random_ids(1, 5)).view(), None
+        )
+        assert bool(logits.isnan().any()), name
+    x = torch.zeros(2, 8)
+    x[1, 3] = float("inf")
+    found = native.Linear(quantise(torch.ones(3, 8)))(x)
+    assert not found[0].any() and bool(found[1].isnan().all())
+
+
+def test_a_quantised_checkpoint_keeps_its_numbers() -> None:
+    """Guards against rounding twice: numbers that were chosen once are the model."""
+    plain = copy.deepcopy(tiny_model(hybrid_override_pattern=DENSE))
+    rounded = copy.deepcopy(plain)
+    quantise_modules(rounded, INT8)
+    for name, module in plain.named_modules():
+        if isinstance(module, nn.Linear) and weight_bits(f"{name}.weight", (), INT8):
+            twin = rounded.get_submodule(f"{name}.weight")
+            matrix = quantise(module.weight)
+            twin.qdata.copy_(matrix.qdata), twin.scale.copy_(matrix.scale)
+    ours, other = accelerate(rounded, "native"), accelerate(plain, "native", "int8")
+    for found, expected in zip(passes(ours, 16), passes(other, 16), strict=True):
+        assert torch.equal(found, expected)
+    assert [w.shape for w in ours.buffers()] == [w.shape for w in rounded.buffers()]
+
+
+def test_int8_without_native_passes_is_refused() -> None:
+    """Guards the reader of a figure: float32 must not run under the name of int8."""
+    model = tiny_model(hybrid_override_pattern="ME")
+    with pytest.raises(ValueError, match=r"weights=int8: .*layers=E; use weights=loaded"):
+        accelerate(model, "auto", "int8")
+    with pytest.raises(ValueError, match=r"weights=int8: eager .*; use executor=native"):
+        accelerate(model, "eager", "int8")
+    with pytest.raises(ValueError, match="use one of loaded, int8"):
+        accelerate(model, "auto", "int4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a row of 70000 weights is too long"):
+        native.Linear(quantise(torch.zeros(1, 70_000)))
