@@ -9,7 +9,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.functional_validators import AfterValidator
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from twotower.engine import Mode
 from twotower.serve.errors import ApiError
@@ -101,7 +101,7 @@ def parse(record: type[RecordT], body: bytes) -> RecordT:
     try:
         return record.model_validate_json(body)
     except ValidationError as error:
-        problem = error.errors(include_url=False, include_context=False)[0]
+        problem = _telling(error.errors(include_url=False, include_context=False))
     path = [part for part in problem["loc"] if not _is_union_branch(part)]
     name = ".".join(map(str, path))
     match problem["type"]:
@@ -115,9 +115,18 @@ def parse(record: type[RecordT], body: bytes) -> RecordT:
         case _ if not name:
             raise ApiError(400, "the body must be a JSON object", code="json_invalid")
         case _:
-            hint = record.model_fields[str(path[0])].description if len(path) == 1 else None
-            message = f"{name}: {hint or _lower(problem['msg'])}"
-            raise ApiError(400, message, param=name, code="bad_value")
+            # A field with a description is said to be wrong as a whole.
+            hint = record.model_fields[str(path[0])].description
+            param = name if hint is None else str(path[0])
+            message = f"{param}: {hint or _lower(problem['msg'])}"
+            raise ApiError(400, message, param=param, code="bad_value")
+
+
+def _telling(problems: list[ErrorDetails]) -> ErrorDetails:
+    """Of a field with several possible types, what is wrong with the one that was meant."""
+    same_field = [problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]]
+    others = [problem for problem in same_field if not problem["type"].endswith("_type")]
+    return (others or same_field)[0]
 
 
 def _is_union_branch(part: object) -> bool:

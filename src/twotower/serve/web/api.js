@@ -1,6 +1,8 @@
 // The server as the page sees it: the model's facts, one run as a stream, faults as sentences.
 // Only this file makes requests; all go to where the page came from.
 
+const BROKEN = "The connection broke off before the end. What arrived is kept below.";
+
 /** A fault in words for people. `kind` says what the page may offer: a wait, the key field. */
 export class Fault extends Error {
   constructor(kind, message, retryAfter = null) {
@@ -51,7 +53,7 @@ export async function streamRun(request, key, signal, take) {
     take(event);
   }
   if (!isDone) {
-    throw new Fault("broken", "The connection broke off before the end. What arrived is kept below.");
+    throw new Fault("broken", BROKEN);
   }
 }
 
@@ -103,7 +105,7 @@ async function readChunk(reader) {
     return await reader.read();
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Fault("broken", "The connection broke off before the end. What arrived is kept below.");
+    throw new Fault("broken", BROKEN);
   }
 }
 
@@ -114,7 +116,7 @@ export async function faultOfResponse(response) {
   const retryAfter = Number.isFinite(wait) ? Math.max(1, Math.ceil(wait)) : null;
   switch (response.status) {
     case 401:
-      return new Fault("key", "The server wants an API key. Enter it under the form and run again.");
+      return new Fault("key", "The server wants an API key. Enter it and run again.");
     case 404:
       return new Fault("server", because("The server does not know this address or model", error));
     case 413:
@@ -147,8 +149,8 @@ function busySentence(error) {
 
 function faultOfStream(error) {
   if (error.code === "stopped") return new Fault("stopped", "The server stopped before the end.");
-  if (error.code === "deadline") return new Fault("server", because("The run took too long", error));
-  return new Fault("server", because("The run ended early", error));
+  const what = error.code === "deadline" ? "The run took too long" : "The run ended early";
+  return new Fault("server", because(what, error));
 }
 
 /** `what` as a sentence, with the server's own line behind a colon if there is one. */

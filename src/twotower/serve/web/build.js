@@ -1,4 +1,4 @@
-// Elements from values. Text is always set as text, so nothing that a model writes can become markup.
+// Elements from values. Text is always set as text: nothing that a model writes becomes markup.
 
 /** An element with properties, `data-` and aria attributes, and children (strings become text). */
 export function element(name, properties = {}, ...children) {

@@ -80,13 +80,14 @@ function isNew(group, frame, at, isCurrent) {
 
 function headline(run, group, index, frame) {
   if (group.kind === "plain") {
-    const isFirstOfDrafts = index === 0 && frame.accepted !== null && frame.shown === 1;
-    return isFirstOfDrafts ? "First token, from reading the prompt" : `Token by token: ${frame.shown}`;
+    const isFirst = index === 0 && run.request.mode === "speculative" && frame.shown === 1;
+    return isFirst ? "First token, from reading the prompt" : `Token by token: ${frame.shown}`;
   }
   const name = `Block ${blockNumber(run, index)}`;
   const taken = frame.step === 0 ? "1 pass" : `${frame.step + 1} passes`;
   const masked = frame.cells.filter((cell) => cell.status === "masked").length;
-  if (frame.kind === "step") return `${name}: ${taken}, ${masked === 0 ? "whole" : `${masked} blank`}`;
+  const rest = masked === 0 ? "whole" : `${masked} blank`;
+  if (frame.kind === "step") return `${name}: ${taken}, ${rest}`;
   const isDraft = frame.cells.some((cell) => cell.status === "own" || cell.status === "rejected");
   const kept = frame.cells.filter((cell) => cell.status === "kept").length;
   return isDraft ? `${name}: ${taken}, ${kept} drafts kept` : `${name}: ${taken}, read`;

@@ -18,7 +18,8 @@ export function buildForm(model) {
   for (const id of ["mode-a", "mode-b"]) {
     byId(id).replaceChildren(...modes.map((mode) => new Option(titleOf(mode), mode)));
   }
-  const [first, second] = RACE.every((mode) => modes.includes(mode)) ? RACE : [modes[0], modes.at(-1)];
+  const canRace = RACE.every((mode) => modes.includes(mode));
+  const [first, second] = canRace ? RACE : [modes[0], modes.at(-1)];
   byId("mode-a").value = first;
   byId("mode-b").value = second;
   byId("options").replaceChildren(...OPTIONS.map((option) => optionField(option, model.defaults)));
@@ -92,8 +93,8 @@ export function readForm() {
 /** Show {prompt, modes, options} in the fields. Unknown modes are left alone and returned. */
 export function fillForm({ prompt, modes, options }) {
   byId("prompt").value = prompt;
-  document.querySelector(`input[name="view"][value="${modes.length > 1 ? "race" : "one"}"]`).checked =
-    true;
+  const view = modes.length > 1 ? "race" : "one";
+  document.querySelector(`input[name="view"][value="${view}"]`).checked = true;
   if (modes.length > 1) [byId("mode-a").value, byId("mode-b").value] = modes;
   else chooseMode(modes[0]);
   for (const [name, value] of Object.entries(options)) field(name).value = value;

@@ -12,8 +12,8 @@ const DASH = "\u2013";
 function rows(values) {
   const number = (value, digits = 0) => (value === null ? DASH : value.toFixed(digits));
   const shown = [
-    ["tokens/s", number(values.tokensPerSecond), "tokens that are text, by the time since the run began"],
-    ["time", milliseconds(values.seconds * 1000), "since the run began, the reading of the prompt included"],
+    ["tokens/s", number(values.tokensPerSecond), "tokens that are text, by the time"],
+    ["time", milliseconds(values.seconds * 1000), "since the request, reading the prompt included"],
     ["tokens", number(values.tokens), "tokens that are text"],
     ["NFE", number(values.nfe), "passes of the denoiser tower"],
     ["tokens/NFE", number(values.tokensPerNfe, 2), "tokens that are text, by denoiser passes"],

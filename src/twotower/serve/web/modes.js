@@ -20,7 +20,7 @@ const MODES = {
   },
   "predict-and-noise": {
     title: "Predict and noise",
-    note: "Every pass predicts all places, then blanks the least sure of them again, fewer each time.",
+    note: "Every pass predicts all places, then blanks the least sure again, fewer each time.",
   },
   "mock-ar": { title: "Mock AR", note: "The denoiser, one token a pass: for comparison only." },
 };

@@ -2,7 +2,7 @@
 
 /** Steps through moments in time. It draws nothing: `show(k)` and `change()` are told. */
 export class Player {
-  /** source: {count(), stay(k): ms, isOver()}; show(k) draws; change() is called on play and pause. */
+  /** source: {count(), stay(k): ms, isOver()}; show(k) draws; change() follows play and pause. */
   constructor(source, show, change) {
     this.source = source;
     this.show = show;

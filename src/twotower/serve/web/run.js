@@ -135,11 +135,13 @@ function sum(total, count) {
   return count === null || count === undefined ? total : (total ?? 0) + count;
 }
 
+const BLANK = { status: "masked", id: null, text: "", confidence: null, order: null };
+
 /** The cells after a denoiser pass; `order` is the pass of the block that filled a cell, from 1. */
 function filledCells(before, event) {
   return event.tokens.map((token, at) => {
     const old = before[at];
-    if (token.masked) return { status: "masked", text: "", id: null, confidence: null, order: null };
+    if (token.masked) return { ...BLANK };
     const isNew = !old || old.status === "masked" || old.id !== token.id;
     return {
       status: "filled",

@@ -127,8 +127,8 @@ export class Stage {
   #paceInWords() {
     if (this.wantsStill.matches) return "";
     const moments = this.#fresh();
-    const shown = moments.reduce((total, _, k) => total + stay(this.runs, moments, k, this.pace), 0);
-    return paceSentence(this.runs, shown, this.pace);
+    const stays = moments.map((_, k) => stay(this.runs, moments, k, this.pace));
+    return paceSentence(this.runs, stays.reduce((total, ms) => total + ms, 0), this.pace);
   }
 
   #wire() {

@@ -14,7 +14,8 @@ export function runSentence(run) {
     ...(nfe > 0 ? [counted(nfe, "denoiser pass", "denoiser passes")] : []),
     ...(contextForwards > 0 ? [counted(contextForwards, "context pass", "context passes")] : []),
   ].join(" and ");
-  const work = `${counted(tokens, "token")} in ${milliseconds(t)}${passes ? `, with ${passes}` : ""}`;
+  const how = passes ? `, with ${passes}` : "";
+  const work = `${counted(tokens, "token")} in ${milliseconds(t)}${how}`;
   if (run.state === "stopped") return `Stopped after ${work}.`;
   if (run.state === "failed") return `Broken off after ${work}.`;
   return `Done: ${work}.`;

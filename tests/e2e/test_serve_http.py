@@ -1,0 +1,382 @@
+"""The server over raw HTTP: bad input, limits, clients that go away, full queues, stops."""
+
+import asyncio
+import ctypes
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import httpx
+import pytest
+
+from serving import Running, running, tiny
+from twotower.engine import WorkerStats
+from twotower.serve.keys import read_keys
+from twotower.serve.options import ServeOptions
+
+LONG = {"prompt": "The", "mode": "ar", "max_tokens": 4000, "ignore_eos": True}
+SHORT = {"prompt": "The old", "max_tokens": 4, "ignore_eos": True}
+URL = "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running(loaded=tiny(), max_body_bytes=20_000, body_timeout_s=0.5) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: Running) -> Iterator[httpx.Client]:
+    with server.client() as client:
+        yield client
+
+
+def error_of(answer: httpx.Response) -> dict[str, object]:
+    """The error in OpenAI's shape, of one line."""
+    error: dict[str, object] = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str) and "\n" not in error["message"]
+    return error
+
+
+BAD: list[tuple[object, str | None, str]] = [
+    (b"", None, "not JSON"),
+    (b"{", None, "not JSON"),
+    (b'{"prompt": "\\ud800"}', None, "not JSON"),
+    (b'{"prompt": "a", "temperature": NaN}', "temperature", ""),
+    (b"[" * 5000, None, "not JSON"),
+    ([], None, "must be a JSON object"),
+    ({}, "prompt", "prompt"),
+    ({"prompt": ""}, "prompt", "is empty"),
+    ({"prompt": []}, "prompt", "list of token ids"),
+    ({"prompt": [[]]}, "prompt", "list of token ids"),
+    ({"prompt": [1, True]}, "prompt", "list of token ids"),
+    ({"prompt": [1, 5000]}, None, "outside the vocabulary"),
+    ({"prompt": "a", "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+    ({"prompt": "a", "max_tokens": 5000}, "max_tokens", "at most 4096"),
+    ({"prompt": "a", "max_tokens": "5"}, "max_tokens", "integer"),
+    ({"prompt": "a", "temperature": True}, "temperature", "number"),
+    ({"prompt": "a", "promt": "b"}, "promt", "did you mean prompt?"),
+    ({"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
+    ({"prompt": "a", "best_of": 4}, "best_of", "1"),
+    ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+    ({"prompt": "a", "n": 33}, "n", "32"),
+    ({"prompt": ["a"] * 33}, "n", "32"),
+    ({"prompt": "a b" * 3000}, "prompt", "at most 8192"),
+    ({"prompt": "a", "stop": ["x"] * 17}, "stop", "16"),
+    ({"prompt": "a", "mode": "ar", "steps_per_block": 2}, "steps_per_block", "no effect"),
+    ({"prompt": "a", "block_size": 65}, "block_size", "at most 64"),
+    ({"prompt": "a", "schedule": "x", "mode": "posterior"}, "schedule", "linear"),
+    ({"prompt": "a", "twotower_events": True}, "twotower_events", "needs stream"),
+    ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
+    ({"prompt": "a", "echo": True, "logprobs": 1}, "echo", "prompt's own"),
+    ({"prompt": "a", "response_format": {"type": "json_schema"}}, "response_format", "needs"),
+]
+
+
+@pytest.mark.parametrize(("body", "param", "message"), BAD)
+def test_a_bad_body_is_refused_by_name(
+    body: object, param: str | None, message: str, client: httpx.Client
+) -> None:
+    """Guards against fields that are ignored and against errors that name nothing."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = client.post(URL, content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    error = error_of(answer)
+    assert error["param"] == param and error["type"] == "invalid_request_error"
+    assert message in str(error["message"])
+
+
+def test_neutral_values_of_unsupported_fields_are_taken(client: httpx.Client) -> None:
+    """Guards against refusing clients that spell out OpenAI's defaults."""
+    neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "suffix": None}
+    answer = client.post(URL, json={**SHORT, **neutral, "best_of": 1, "user": "u1"})
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "kind", "status"),
+    [
+        ("POST", "/v1/engines", "application/json", 404),
+        ("GET", URL, "application/json", 405),
+        ("POST", URL, "text/plain", 415),
+        ("POST", "/v1/models", "application/json", 405),
+        ("GET", "/v1/models/other", "application/json", 404),
+    ],
+)
+def test_wrong_doors(method: str, path: str, kind: str, status: int, client: httpx.Client) -> None:
+    answer = client.request(method, path, content=b"{}", headers={"Content-Type": kind})
+    assert answer.status_code == status
+    error_of(answer)
+
+
+def test_a_checkpoint_without_a_chat_template_says_so(client: httpx.Client) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}]}
+    error = error_of(client.post("/v1/chat/completions", json=body))
+    assert error["code"] == "no_chat_template"
+
+
+def test_a_large_body_is_refused_before_it_is_read(server: Running) -> None:
+    """Guards against memory that a client can fill: with a length, and without one."""
+    port = httpx.URL(server.url).port
+    assert port is not None
+    for header in (b"Content-Length: 100000000\r\n", b"Transfer-Encoding: chunked\r\n"):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+            raw.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Type: application/json\r\n" + header + b"\r\n"
+            )
+            if b"chunked" in header:
+                raw.sendall(b"5208\r\n" + b"a" * 0x5208 + b"\r\n")  # 21,000 bytes, no last chunk
+            assert raw.recv(12) == b"HTTP/1.1 413"
+
+
+def test_a_slow_body_is_given_up(server: Running) -> None:
+    port = httpx.URL(server.url).port
+    assert port is not None
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+        raw.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 10\r\n\r\n{"
+        )
+        assert raw.recv(12) == b"HTTP/1.1 408"
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_a_client_that_goes_away_frees_its_row(is_streamed: bool, server: Running) -> None:
+    """Guards against rows that go on for nobody."""
+    port = httpx.URL(server.url).port
+    assert port is not None
+    before = server.worker.stats().num_failed
+    body = json.dumps({**LONG, "stream": is_streamed}).encode()
+    raw = socket.create_connection(("127.0.0.1", port), timeout=10)
+    raw.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(body) + body
+    )
+    wait_for(lambda: server.worker.stats().rows_in_flight == 1)
+    raw.close()
+    start = time.monotonic()
+    server.wait_until_idle()
+    assert time.monotonic() - start < 2.0, "the row outlived its client"
+    assert server.worker.stats().num_failed == before + 1
+
+
+def test_block_states_tell_the_whole_story(client: httpx.Client) -> None:
+    """Guards the page: steps, then the commit they led to, then its text."""
+    body = {**SHORT, "max_tokens": 9, "mode": "diffusion", "stream": True, "twotower_events": True}
+    records = stream(client, body)
+    assert records[-1] == "[DONE]"
+    kinds = [record["object"] for record in records[:-1]]
+    assert kinds[:2] == ["twotower.step"] * 2 or kinds[1] == "twotower.commit"
+    commits = [record for record in records[:-1] if record["object"] == "twotower.commit"]
+    steps = [record for record in records[:-1] if record["object"] == "twotower.step"]
+    assert [commit["block"] for commit in commits] == list(range(len(commits)))
+    assert sum(len(commit["tokens"]) for commit in commits) == 9
+    for commit in commits:
+        last = [step for step in steps if step["block"] == commit["block"]][-1]
+        assert not any(token["masked"] for token in last["tokens"])
+        shown = [token["id"] for token in last["tokens"]][: len(commit["tokens"])]
+        assert [token["id"] for token in commit["tokens"]] == shown
+        assert commit["nfe"] == last["nfe"] and commit["elapsed_ms"] > 0
+    for step in steps:
+        for token in step["tokens"]:
+            assert (token["id"] is None) == token["masked"] == (token["text"] == "")
+
+
+def test_a_full_queue_refuses_and_takes_back_what_it_took() -> None:
+    """Guards against unbounded waiting, and against half of a request that stays in the queue."""
+    with running(loaded=tiny(), max_rows=1, max_waiting=2) as server, server.client() as client:
+        threads = [threading.Thread(target=client_of(server, LONG, 1.0)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: is_full(server.worker.stats()))
+        refused = client.post(URL, json={**SHORT, "n": 2})
+        assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
+        assert error_of(refused)["code"] == "queue_full"
+        for thread in threads:
+            thread.join()
+        server.wait_until_idle()
+        assert client.post(URL, json=SHORT).status_code == 200
+
+
+def test_a_deadline_ends_a_request_with_504() -> None:
+    with running(loaded=tiny(), deadline_s=0.3) as server, server.client() as client:
+        for body in (LONG, {**LONG, "deadline_s": 600}):
+            late = client.post(URL, json=body)
+            assert late.status_code == 504 and error_of(late)["code"] == "deadline"
+            assert late.headers["x-should-retry"] == "false"
+        records = stream(client, {**LONG, "stream": True})
+        assert records[-2]["error"]["code"] == "deadline" and records[-1] == "[DONE]"
+        server.wait_until_idle()
+
+
+def test_keys_are_asked_for_and_limited_one_by_one() -> None:
+    keys = read_keys(ServeOptions(api_keys_env="K"), {"K": "anna key-of-anna, key-of-somebody"})
+    with (
+        running(keys, tiny(), key_requests_per_minute=2) as server,
+        server.client() as client,
+    ):
+        anna = {"Authorization": "Bearer key-of-anna"}
+        for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "key-of-anna"}):
+            refused = client.post(URL, json=SHORT, headers=header)
+            assert refused.status_code == 401 and error_of(refused)["code"] == "invalid_api_key"
+        assert client.get("/metrics").status_code == 401
+        assert client.get("/health").status_code == 200
+        for _ in range(2):
+            assert client.post(URL, json=SHORT, headers=anna).status_code == 200
+        limited = client.post(URL, json=SHORT, headers=anna)
+        assert limited.status_code == 429 and error_of(limited)["code"] == "key_rate"
+        assert 1 <= int(limited.headers["Retry-After"]) <= 60
+        other = {"Authorization": "Bearer key-of-somebody"}
+        assert client.post(URL, json=SHORT, headers=other).status_code == 200
+        assert client.get("/metrics", headers=anna).status_code == 200
+
+
+def test_one_key_may_have_so_many_requests_at_a_time() -> None:
+    keys = read_keys(ServeOptions(api_keys_env="K"), {"K": "anna key-of-anna"})
+    anna = {"Authorization": "Bearer key-of-anna"}
+    with running(keys, tiny(), key_concurrency=1) as server, server.client(headers=anna) as client:
+        thread = threading.Thread(target=client_of(server, LONG, 0.7, anna))
+        thread.start()
+        wait_for(lambda: server.worker.stats().rows_in_flight == 1)
+        refused = client.post(URL, json=SHORT)
+        assert refused.status_code == 429 and error_of(refused)["code"] == "key_concurrency"
+        thread.join()
+        server.wait_until_idle()
+        assert client.post(URL, json=SHORT).status_code == 200, "the place was not given back"
+
+
+def test_foreign_pages_cannot_reach_an_open_server(client: httpx.Client) -> None:
+    """Guards against DNS rebinding and against CORS that is open by default."""
+    rebound = client.post(URL, json=SHORT, headers={"Host": "evil.example"})
+    assert rebound.status_code == 403
+    answer = client.post(URL, json=SHORT, headers={"Origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in answer.headers
+    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_named_origins_may_call() -> None:
+    origin = "https://app.example"
+    with running(loaded=tiny(), cors_origins=(origin,)) as server, server.client() as client:
+        answer = client.post(URL, json=SHORT, headers={"Origin": origin})
+        assert answer.headers["access-control-allow-origin"] == origin
+        other = client.post(URL, json=SHORT, headers={"Origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+def test_a_stop_finishes_short_rows_and_tells_long_ones() -> None:
+    """Guards against clients who wait for a server that has gone."""
+    with running(loaded=tiny(), grace_s=0.5) as server:
+        answers: list[list[object]] = []
+
+        def ask(body: dict[str, object]) -> None:
+            with server.client() as client:
+                answers.append(stream(client, {**body, "stream": True}))
+
+        threads = [
+            threading.Thread(target=ask, args=({**LONG, "max_tokens": count},))
+            for count in (3, 4000)
+        ]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: server.worker.stats().rows_in_flight == 2)
+        asyncio.run(server.service.stop())
+        for thread in threads:
+            thread.join()
+        short, long = sorted(answers, key=len)
+        assert short[-2]["choices"][0]["finish_reason"] == "length"  # type: ignore[index]
+        assert long[-2]["error"]["code"] == "stopped"  # type: ignore[index]
+        with server.client() as client:
+            late = client.post(URL, json=SHORT)
+            assert late.status_code == 503 and "Retry-After" in late.headers
+            assert client.get("/ready").json() == {"status": "stopping"}
+            assert client.get("/health").status_code == 200
+
+
+def test_a_dead_worker_is_started_again() -> None:
+    """Guards against a server that stays up and answers nobody."""
+    with running(loaded=tiny()) as server, server.client() as client:
+        thread = threading.Thread(target=client_of(server, LONG, 10))
+        thread.start()
+        wait_for(lambda: server.worker.stats().rows_in_flight == 1)
+        kill_thread("twotower-worker")
+        thread.join(timeout=10)
+        assert not thread.is_alive(), "the row of the dead thread was not told"
+        wait_for(lambda: client.get("/ready").status_code == 200)
+        assert client.post(URL, json=SHORT).status_code == 200
+        assert "twotower_worker_restarts_total 1.0" in client.get("/metrics").text
+
+
+def test_a_filters_match_leaves_by_no_door() -> None:
+    """Guards against text that is held back in one form of answer and shown in another."""
+    with running(filter=("48 - 4[0-9]",)) as server, server.client() as client:
+        body = {"prompt": "Q: How much is 48 - 44?\nA:", "max_tokens": 30, "mode": "diffusion"}
+        whole = client.post(URL, json={**body, "logprobs": 0})
+        assert whole.json()["choices"][0]["finish_reason"] == "content_filter"
+        assert whole.json()["choices"][0]["text"] == " "
+        with client.stream(
+            "POST", URL, json={**body, "stream": True, "twotower_events": True}
+        ) as s:
+            text = s.read().decode()
+        assert '"finish_reason":"content_filter"' in text
+        for answer in (whole.text, text):
+            assert "48" not in answer.replace(text_ids(answer), "")
+
+
+def is_full(stats: WorkerStats) -> bool:
+    return (stats.rows_in_flight, stats.rows_waiting) == (1, 1)
+
+
+def text_ids(answer: str) -> str:
+    """The answer's own number, which may hold any digits."""
+    at = answer.index('"id":"') + 6
+    return answer[at : answer.index('"', at)]
+
+
+def stream(client: httpx.Client, body: dict[str, object]) -> list[object]:
+    """The records of a stream; its last line as text."""
+    with client.stream("POST", URL, json=body) as answer:
+        assert answer.status_code == 200, answer.read()
+        lines = [line[6:] for line in answer.iter_lines() if line.startswith("data: ")]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def client_of(
+    server: Running,
+    body: dict[str, object],
+    patience_s: float,
+    headers: dict[str, str] | None = None,
+) -> object:
+    """A function that asks and goes away after its patience."""
+
+    def ask() -> None:
+        with server.client(headers=headers or {}) as client:
+            client.timeout = httpx.Timeout(patience_s)
+            try:
+                client.post(URL, json=body)
+            except httpx.TimeoutException:
+                return
+
+    return ask
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def kill_thread(name: str) -> None:
+    """Raise SystemExit in the newest thread of that name: the nearest that Python has to killing
+    one.
+    """
+    thread = [thread for thread in threading.enumerate() if thread.name == name][-1]
+    assert thread.ident is not None
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)
+    )

@@ -1,0 +1,81 @@
+"""A real server on a free port, in a thread: uvicorn, the app, a worker, the shipped model."""
+
+import contextlib
+import functools
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import uvicorn
+
+from tiny_checkpoint import make_text_checkpoint
+from twotower.cli.loading import Loaded, Placement, load
+from twotower.cli.serve import ServeArguments, describe
+from twotower.engine import GenerateOptions, Worker
+from twotower.serve.app import create_app
+from twotower.serve.keys import Keys
+from twotower.serve.server import Server
+from twotower.serve.service import Service
+
+
+@functools.cache
+def shipped() -> Loaded:
+    """The model inside the package, eager: nothing is compiled for a test."""
+    return load(None, GenerateOptions(), Placement(executor="eager"))
+
+
+@functools.cache
+def tiny() -> Loaded:
+    """A tiny random model, for tests that do not look at the text; its folder is `name`."""
+    folder = make_text_checkpoint(Path(tempfile.mkdtemp()) / "tiny")
+    return load(str(folder), GenerateOptions(), Placement(executor="eager"))
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that answers at `url`."""
+
+    url: str
+    service: Service
+    worker: Worker
+
+    def client(self, **given: object) -> httpx.Client:
+        """A client of its API."""
+        return httpx.Client(base_url=self.url, timeout=60, **given)  # type: ignore[arg-type]
+
+    def wait_until_idle(self, timeout_s: float = 10.0) -> None:
+        """Until no row is left; AssertionError if one stays."""
+        end = time.monotonic() + timeout_s
+        while (stats := self.worker.stats()).rows_waiting or stats.rows_in_flight:
+            assert time.monotonic() < end, stats
+            time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def running(
+    keys: Keys | None = None, loaded: Loaded | None = None, **given: object
+) -> Iterator[Running]:
+    """Serve a model (the shipped one) with these options of `twotower serve`."""
+    loaded = loaded or shipped()
+    model = None if loaded.name == "shipped" else loaded.name
+    options = ServeArguments(model=model, **given)  # type: ignore[arg-type]  # as a test names them
+    worker = Worker(loaded.model, loaded.tokenizer, options)
+    app = create_app(worker, options, describe(loaded, options), keys)
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning")
+    server = Server(config, app.state.service)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.005)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield Running(f"http://127.0.0.1:{port}", app.state.service, worker)
+    finally:
+        server.should_exit = True
+        thread.join(timeout=60)
+        assert not thread.is_alive(), "the server did not stop"
