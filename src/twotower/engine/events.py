@@ -45,6 +45,8 @@ class TokensCommitted:
     nfe: int
     context_forwards: int
     logprobs: tuple[TokenLogprob, ...] | None = None  # of each token, when asked for
+    drafted: int | None = None  # speculative: draft tokens that were read
+    accepted: int | None = None  # speculative: those of them that stand
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,7 +89,12 @@ def failure(row: Row, error: Exception) -> Failed:
     """A row's last event after an error of ours, or for want of memory."""
     if _is_of_memory(error):
         return Failed(row=row.index, kind="memory", message=_MEMORY, error=error)
-    return Failed(row=row.index, kind="internal", message=_INTERNAL, error=error)
+    return internal_failure(row.index, error)
+
+
+def internal_failure(index: int, error: Exception) -> Failed:
+    """The last event of the row `index` after an error of ours."""
+    return Failed(row=index, kind="internal", message=_INTERNAL, error=error)
 
 
 def log_failure(event: Failed) -> None:

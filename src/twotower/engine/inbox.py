@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
 from twotower.engine.events import Failed
 from twotower.engine.row import Row
@@ -16,7 +17,9 @@ class Stopped(Exception):
 class Inbox:
     """A `Line` that other threads put rows into. One lock guards all that it holds."""
 
-    def __init__(self, max_waiting: int) -> None:
+    def __init__(self, max_waiting: int, idle: Callable[[], bool]) -> None:
+        """idle: does a moment's work that nobody waits for; False when there is none."""
+        self._idle = idle
         self._max_waiting = max_waiting
         self._waiting: deque[Row] = deque()
         self._tickets: dict[int, Ticket] = {}  # of all rows that have not ended
@@ -59,9 +62,16 @@ class Inbox:
         with self._changed:
             return self._tickets.pop(index, None)
 
-    def open_rows(self) -> list[int]:
-        """Numbers of the rows that have not ended."""
+    def entered(self) -> list[int]:
+        """Numbers of the rows that neither wait nor have ended."""
         with self._changed:
+            waiting = {row.index for row in self._waiting}
+            return [index for index in self._tickets if index not in waiting]
+
+    def empty(self) -> list[int]:
+        """Let nobody wait any more; the numbers of the rows that have not ended."""
+        with self._changed:
+            self._waiting.clear()
             return list(self._tickets)
 
     @property
@@ -99,7 +109,9 @@ class Inbox:
         return ticket.reason_to_leave(now)
 
     def wait(self) -> None:
-        """Sleep until a row comes or the inbox is closed."""
+        """Sleep until a row comes or the inbox is closed, when there is no idle work left."""
+        while not self._waiting and self._ends_s is None and self._idle():
+            pass
         with self._changed:
             while not self._waiting and self._ends_s is None:
                 self._changed.wait()

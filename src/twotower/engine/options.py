@@ -33,10 +33,15 @@ class EngineOptions:
     """one: denoiser and context work follow one another. two: rows are dealt to two groups, and
     while one is in the denoiser the other is in the context tower. auto: two where the towers are
     on two devices."""
+    prefix_cache_bytes: int = 0
+    """Memory for contexts of earlier texts, which prompts that begin alike need not read again;
+    0 keeps none."""
 
     def __post_init__(self) -> None:
         if self.max_rows < 1:
             raise ValueError(f"max_rows={self.max_rows} must be at least 1")
+        if self.prefix_cache_bytes < 0:
+            raise ValueError(f"prefix_cache_bytes={self.prefix_cache_bytes} must be at least 0")
         if self.queues not in get_args(Queues):
             raise ValueError(
                 f"queues={self.queues!r} is unknown; use one of {', '.join(get_args(Queues))}"

@@ -1,15 +1,32 @@
 """Read the prompts of many rows into one cache, if memory allows."""
 
+from functools import reduce
+
 import torch
 
+from twotower.engine.prefix_cache import PrefixCache
 from twotower.engine.row import Row
 from twotower.measure import available_bytes
 from twotower.model import ContextCache, TwoTower
 
 
-def prefill(model: TwoTower, rows: list[Row], num_unread: int) -> ContextCache:
+def prefill(
+    model: TwoTower, rows: list[Row], num_unread: int, prefixes: PrefixCache | None
+) -> ContextCache:
     """A cache with the rows' prompts, but for their last num_unread tokens."""
     prompts = [row.prompt[: len(row.prompt) - num_unread] for row in rows]
+    if prefixes is None:
+        return _read_together(model, rows, prompts)
+    # One by one: what a row's neighbours are must not decide how its prompt is read.
+    caches = []
+    for row, prompt in zip(rows, prompts, strict=True):
+        cache, row.cached_tokens = prefixes.read(prompt)
+        row.context_forwards += row.cached_tokens < len(prompt)
+        caches.append(cache)
+    return reduce(ContextCache.concat, caches)
+
+
+def _read_together(model: TwoTower, rows: list[Row], prompts: list[list[int]]) -> ContextCache:
     longest = max(map(len, prompts))
     for row, prompt in zip(rows, prompts, strict=True):
         row.context_forwards += bool(prompt)

@@ -11,21 +11,29 @@ from typing import NamedTuple
 
 from twotower.engine.events import Event
 from twotower.engine.options import EngineOptions
+from twotower.engine.prefix_cache import PrefixCache
 from twotower.engine.scheduler import Lane, Line
 from twotower.model import TwoTower
 
 
-def run(model: TwoTower, line: Line, options: EngineOptions) -> Iterator[Event]:
-    """Decode all rows of the line, in as many queues as the options say."""
+def run(
+    model: TwoTower, line: Line, options: EngineOptions, prefixes: PrefixCache | None = None
+) -> Iterator[Event]:
+    """Decode all rows of the line, in as many queues as the options say.
+
+    prefixes: contexts of earlier runs; by default, of this one alone, if the options want any.
+    """
+    if prefixes is None and options.prefix_cache_bytes:
+        prefixes = PrefixCache(model, options.prefix_cache_bytes)
     is_apart = model.denoiser_device != model.context_device
     if options.queues == "two" or (options.queues == "auto" and is_apart):
-        return run_side_by_side(model, line, options.max_rows)
-    return run_in_turn(model, line, options.max_rows)
+        lanes = [Lane(model, prefixes), Lane(model, prefixes)]
+        return run_side_by_side(lanes, line, options.max_rows)
+    return run_in_turn(Lane(model, prefixes), line, options.max_rows)
 
 
-def run_in_turn(model: TwoTower, line: Line, max_rows: int) -> Iterator[Event]:
+def run_in_turn(lane: Lane, line: Line, max_rows: int) -> Iterator[Event]:
     """One queue: denoiser and context work follow one another, in the caller's thread."""
-    lane = Lane(model)
     while True:
         yield from lane.leave(line)
         yield from lane.take(line, max_rows - lane.num_rows, is_alone=True)
@@ -47,9 +55,8 @@ class _Done(NamedTuple):
     future: "Future[None]"
 
 
-def run_side_by_side(model: TwoTower, line: Line, max_rows: int) -> Iterator[Event]:
+def run_side_by_side(lanes: list[Lane], line: Line, max_rows: int) -> Iterator[Event]:
     """Two queues, a thread each, and two lanes that change places between them."""
-    lanes = [Lane(model), Lane(model)]
     happened: queue.SimpleQueue[Event | _Done] = queue.SimpleQueue()
     busy: list[Lane] = []
     with ThreadPoolExecutor(1) as denoiser, ThreadPoolExecutor(1) as context:

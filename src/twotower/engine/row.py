@@ -40,10 +40,13 @@ class Row:
         self.tokens: list[int] = []  # all, also those that filters hold back
         self.nfe = 0
         self.context_forwards = 0
+        self.cached_tokens = 0  # of the prompt, taken from the prefix cache
         self.num_commits = 0
         self.finish_reason: FinishReason | None = None
         self.pace = pace  # of speculation
         self.noise_ahead: list[torch.Tensor] = []  # (V,) of each token to come, once drawn
+        self.drafted: int | None = None  # tokens of the newest draft that were read
+        self.accepted: int | None = None  # and those of them that stand
         self._text = text
         self._logprobs: list[TokenLogprob] = []
         self._num_released = 0  # tokens that were given out
@@ -82,6 +85,8 @@ class Row:
             nfe=self.nfe,
             context_forwards=self.context_forwards,
             logprobs=self._logprobs_of(released),
+            drafted=self.drafted,
+            accepted=self.accepted,
         )
 
     def _take(self, token: int) -> None:
@@ -119,5 +124,6 @@ class Row:
             context_forwards=self.context_forwards,
             finish_reason=self.finish_reason,
             logprobs=self._logprobs_of(given),
+            cached_tokens=self.cached_tokens,
         )
         return Finished(row=self.index, completion=completion)

@@ -17,6 +17,7 @@ from twotower.engine.events import Event, Failed
 from twotower.engine.faults import attempt
 from twotower.engine.options import Mode
 from twotower.engine.prefill import prefill, refusal
+from twotower.engine.prefix_cache import PrefixCache
 from twotower.engine.row import Row
 from twotower.engine.speculate import SPECULATIVE_CYCLE
 from twotower.engine.token_cycle import AR_CYCLE, MOCK_AR_CYCLE
@@ -120,8 +121,8 @@ class WaitingLine:
 class Lane:
     """Batches that are in one queue together: one of each kind of row."""
 
-    def __init__(self, model: TwoTower) -> None:
-        self._model = model
+    def __init__(self, model: TwoTower, prefixes: PrefixCache | None) -> None:
+        self._model, self._prefixes = model, prefixes
         self._batches: dict[object, Batch] = {}
         self._proposed: list[tuple[Batch, Proposal]] = []
         self.newcomers: list[Row] = []  # taken from the line, not yet read
@@ -187,7 +188,7 @@ class Lane:
     def _start(self, group: list[Row], places: Sequence[int]) -> Generator[Event, None, Batch]:
         rows = [group[place] for place in places]
         cycle = _cycle(rows[0])
-        batch = Batch(rows, prefill(self._model, rows, cycle.num_unread))
+        batch = Batch(rows, prefill(self._model, rows, cycle.num_unread, self._prefixes))
         return (yield from cycle.start(self._model, batch))
 
     def _propose(

@@ -38,6 +38,7 @@ def _settle(model: TwoTower, batch: Batch, proposal: Proposal) -> Generator[Even
     batch.cache.accept(reading, accepted)
     for row, length, count in zip(batch.rows, lengths.tolist(), accepted.tolist(), strict=True):
         row.context_forwards += 1
+        row.drafted, row.accepted = length - 1, count - 1
         if length > 1:
             row.pace.record_draft(count)
         else:

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Generator
 
 from twotower.engine.events import Event, Failed, FailureKind, Finished, StepTaken
+from twotower.engine.row import Row
 
 _MESSAGES: dict[FailureKind, str] = {
     "cancelled": "the request was cancelled",
@@ -21,8 +22,10 @@ class Ticket:
     The last event is Finished or Failed. Leaving either iterator before it cancels the row.
     """
 
-    def __init__(self, index: int, deadline_s: float | None, wants_steps: bool) -> None:
-        self.index = index  # `row` of its events
+    def __init__(self, row: Row, deadline_s: float | None, wants_steps: bool) -> None:
+        self.index = row.index  # `row` of its events
+        self.prompt = row.prompt
+        self.nfe = self.context_forwards = 0  # as far as the worker has counted them
         self.submitted_s = time.monotonic()
         self._deadline = math.inf if deadline_s is None else self.submitted_s + deadline_s
         self._wants_steps = wants_steps

@@ -1,19 +1,27 @@
 """The thread that owns a model: requests come in at any time, each client gets its row's events."""
 
+import dataclasses
 import itertools
 import logging
+import math
 import threading
+import time
+from collections import deque
 from dataclasses import dataclass
 
 from twotower.engine import queues
-from twotower.engine.events import Event, Failed, Finished, TokensCommitted
+from twotower.engine.events import Event, Failed, Finished, StepTaken, TokensCommitted
+from twotower.engine.faults import internal_failure, log_failure
 from twotower.engine.inbox import Inbox, Stopped
 from twotower.engine.options import WorkerOptions
+from twotower.engine.prefix_cache import PrefixCache, PrefixStats
 from twotower.engine.requests import Request, check_tokenizer, make_row
-from twotower.engine.ticket import Ticket
+from twotower.engine.ticket import Ticket, failed
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 
+_LONGEST_RETRY_S = 60
+_MOST_UNREAD = 64  # ended texts that wait for an idle moment
 _log = logging.getLogger(__name__)
 
 
@@ -27,20 +35,31 @@ class QueueFull(Exception):
         self.retry_after_s = retry_after_s
 
 
+@dataclass(kw_only=True)
+class _Totals:
+    num_finished: int = 0
+    num_failed: int = 0
+    tokens: int = 0
+    nfe: int = 0
+    context_forwards: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorkerStats:
-    """What a worker does and has done. Totals count ended and unended rows alike."""
+    """What a worker does and has done. Totals count the rows that have not ended, too."""
 
     is_alive: bool  # whether its thread runs
     rows_waiting: int
     rows_in_flight: int
     num_finished: int
-    num_failed: int
-    tokens: int  # committed
+    num_failed: int  # cancelled ones included
+    tokens: int  # given out
     nfe: int
     context_forwards: int
-    accepted_tokens: int  # of drafts, in mode="speculative"
-    drafted_tokens: int
+    drafted_tokens: int  # that the context tower read, in mode="speculative"
+    accepted_tokens: int  # and those of them that stood
     cache_hits: int  # prompts of which the prefix cache knew a part
     cache_misses: int
     cache_saved_tokens: int  # of prompts, that were not read again
@@ -49,7 +68,10 @@ class WorkerStats:
 
 
 class Worker:
-    """Decodes rows for clients of other threads. `start` first; `stop` at the end."""
+    """Decodes rows for clients of other threads. `start` first; `stop` at the end.
+
+    An error ends the rows that it concerns and never the thread. The log names no text.
+    """
 
     def __init__(
         self,
@@ -60,10 +82,16 @@ class Worker:
         check_tokenizer(model, tokenizer)
         self._model, self._tokenizer = model, tokenizer
         self._options = options or WorkerOptions()
-        self._inbox = Inbox(self._options.max_waiting)
+        self._inbox = Inbox(self._options.max_waiting, self._read_an_ended_text)
+        self._prefixes: PrefixCache | None = None
+        if self._options.prefix_cache_bytes:
+            self._prefixes = PrefixCache(model, self._options.prefix_cache_bytes)
+        self._unread: deque[list[int]] = deque(maxlen=_MOST_UNREAD)
         self._numbers = itertools.count()
         self._thread = threading.Thread(target=self._run, name="twotower-worker", daemon=True)
-        self._totals = dict.fromkeys(("num_finished", "num_failed", "tokens"), 0)
+        self._totals = _Totals()
+        self._seconds_between_ends = 1.0  # of rows; a running mean
+        self._last_end_s = time.monotonic()
 
     def start(self) -> None:
         """Begin to decode."""
@@ -76,6 +104,8 @@ class Worker:
         self._inbox.close(grace_s)
         if self._thread.is_alive():
             self._thread.join()
+        for index in self._inbox.empty():  # of a worker that was never started
+            self._deliver(failed(index, "stopped"))
 
     def submit(
         self, request: Request, deadline_s: float | None = None, wants_steps: bool = False
@@ -87,9 +117,12 @@ class Worker:
         """
         index = next(self._numbers)
         row = make_row(self._model, index, request, self._tokenizer, "the prompt")
-        ticket = Ticket(index, deadline_s, wants_steps)
+        ticket = Ticket(row, deadline_s, wants_steps)
         if not self._inbox.put(row, ticket):
-            raise QueueFull(self._options.max_waiting, 1)
+            num_waiting = self._options.max_waiting
+            # By then about half of those who wait now have their place.
+            retry_after_s = math.ceil(self._seconds_between_ends * num_waiting / 2)
+            raise QueueFull(num_waiting, min(max(retry_after_s, 1), _LONGEST_RETRY_S))
         return ticket
 
     def stats(self) -> WorkerStats:
@@ -99,43 +132,75 @@ class Worker:
             is_alive=self._thread.is_alive(),
             rows_waiting=waiting,
             rows_in_flight=max(0, self._inbox.num_open - waiting),
-            nfe=0,
-            context_forwards=0,
-            accepted_tokens=0,
-            drafted_tokens=0,
-            cache_hits=0,
-            cache_misses=0,
-            cache_saved_tokens=0,
-            cache_bytes=0,
-            cache_evictions=0,
-            **self._totals,
+            **dataclasses.asdict(self._totals),
+            **dataclasses.asdict(PrefixStats() if self._prefixes is None else self._prefixes.stats),
         )
 
     def _run(self) -> None:
         while not self._inbox.is_over:
             try:
-                for event in queues.run(self._model, self._inbox, self._options):
+                for event in queues.run(self._model, self._inbox, self._options, self._prefixes):
                     self._deliver(event)
-            except Exception as error:
-                _log.error("decoding failed: %s", type(error).__name__)
-                _log.debug("decoding failed", exc_info=True)
-                for index in self._inbox.open_rows():
-                    self._deliver(
-                        Failed(
-                            row=index, kind="internal", message="an internal error ended the row"
-                        )
-                    )
+            except Exception as error:  # ours; those of a row's own work do not come this far
+                for index in self._inbox.entered():
+                    self._deliver(internal_failure(index, error))
 
     def _deliver(self, event: Event) -> None:
+        """Count an event and hand it to its client."""
+        ticket = self._inbox.ticket(event.row)
+        if ticket is None:
+            return
+        if isinstance(event, Failed):
+            log_failure(event)
+            # An exception holds on to all that its pass had in memory.
+            event = dataclasses.replace(event, error=None)
+        if isinstance(event, Finished | Failed):
+            self._inbox.forget(event.row)
+            self._note_end(event, ticket)
+        self._add(event, ticket)
+        ticket.deliver(event)
+
+    def _add(self, event: Event, ticket: Ticket) -> None:
+        totals = self._totals
+        if isinstance(event, Failed | StepTaken):
+            return
+        now = event.completion if isinstance(event, Finished) else event
+        totals.nfe += now.nfe - ticket.nfe
+        totals.context_forwards += now.context_forwards - ticket.context_forwards
+        ticket.nfe, ticket.context_forwards = now.nfe, now.context_forwards
         if isinstance(event, TokensCommitted):
-            self._totals["tokens"] += len(event.tokens)
-        if not isinstance(event, Finished | Failed):
-            ticket = self._inbox.ticket(event.row)
-        else:
-            self._totals["num_failed" if isinstance(event, Failed) else "num_finished"] += 1
-            ticket = self._inbox.forget(event.row)
-        if ticket is not None:
-            ticket.deliver(event)
+            totals.tokens += len(event.tokens)
+            totals.drafted_tokens += event.drafted or 0
+            totals.accepted_tokens += event.accepted or 0
+
+    def _note_end(self, event: Finished | Failed, ticket: Ticket) -> None:
+        if isinstance(event, Failed):
+            self._totals.num_failed += 1
+            return
+        self._totals.num_finished += 1
+        now = time.monotonic()
+        since = now - max(self._last_end_s, ticket.submitted_s)  # idle time is no sign of load
+        self._seconds_between_ends += 0.1 * (since - self._seconds_between_ends)
+        self._last_end_s = now
+        if self._prefixes is not None:
+            self._unread.append([*ticket.prompt, *event.completion.tokens])
+
+    def _read_an_ended_text(self) -> bool:
+        """Read a piece of an ended row's text, for a prompt that goes on from it.
+
+        What a row wrote was read in other pieces than a prompt's, and contexts of those differ in
+        the last bits. So it costs a second reading, for which no row should wait.
+        """
+        if not self._unread:
+            return False
+        assert self._prefixes is not None
+        text = self._unread.pop()  # the newest
+        try:
+            if next(self._prefixes.remember(text), self) is not self:
+                self._unread.append(text)
+        except Exception as error:
+            log_failure(internal_failure(-1, error))
+        return True
 
 
 __all__ = ["QueueFull", "Stopped", "Worker", "WorkerStats"]

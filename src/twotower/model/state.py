@@ -59,6 +59,26 @@ class Reading(NamedTuple):
     states: list[NewState]
 
 
+class News(NamedTuple):
+    """What a cache holds that a copy of it lacks: counts (B,) tokens of each row.
+
+    states: keys and values of these tokens alone, right-padded to the most, and each Mamba layer's
+    state, with leading (B, 1); hidden (B, D), the last output.
+    """
+
+    states: list[NewState]
+    hidden: Tensor
+    counts: Tensor
+
+    def to(self, device: torch.device | str) -> "News":
+        """The same on another device; counts stay on the CPU."""
+        states = [
+            None if state is None else type(state)(*(part.to(device) for part in state))
+            for state in self.states
+        ]
+        return News(states, self.hidden.to(device), self.counts)
+
+
 class ContextCache:
     """State of the context tower after `lengths[b]` committed tokens of each row b.
 
@@ -114,22 +134,28 @@ class ContextCache:
         return ContextView(layers, lengths, self.num_past, self.num_rows)
 
     def append(self, states: list[NewState], hidden: Tensor, counts: Tensor) -> None:
-        """Commit what the tower returned for counts[b] >= 0 tokens per row; hidden (B, L, D)."""
+        """Commit what the tower returned for counts[b] >= 0 tokens per row; hidden (B, L, D).
+
+        Whole or not at all: after an error (memory) the cache is what it was.
+        """
         num_past, is_uniform = self.num_past, self.is_uniform
+        found: dict[int, MambaState] = {}
         for index, new in enumerate(states):
             old = self._states[index]
             if isinstance(new, KV) and isinstance(old, KV):
+                # What lies behind the lengths is not yet part of the cache.
                 grown = KV(*(_with_room(part, num_past, new.k.shape[1]) for part in old))
                 for buffer, part in zip(grown, new, strict=True):
                     self._write(buffer, part, num_past if is_uniform else None)
                 self._states[index] = grown
             elif isinstance(new, MambaState):
-                self._states[index] = MambaState(new.conv[:, -1], new.ssm[:, -1])
+                found[index] = MambaState(new.conv[:, -1], new.ssm[:, -1])
         inputs = {i: new for i, new in enumerate(states) if isinstance(new, MambaInputs)}
-        for index, state in zip(inputs, states_after(list(inputs.values()), counts), strict=True):
+        found |= zip(inputs, states_after(list(inputs.values()), counts), strict=True)
+        newest, lengths = self._newest(hidden, counts), self.lengths + counts
+        for index, state in found.items():
             self._states[index] = state
-        self.last_hidden = self._newest(hidden, counts)
-        self.lengths = self.lengths + counts
+        self.last_hidden, self.lengths = newest, lengths
 
     @torch.no_grad()
     def accept(self, reading: Reading, counts: Tensor) -> None:
@@ -138,6 +164,46 @@ class ContextCache:
         counts (B,) on the CPU. The reading must have been made from the cache as it is.
         """
         self.append(reading.states, reading.hidden, counts)
+
+    def empty_like(self, device: torch.device | str) -> "ContextCache":
+        """A cache of as many rows on another device, before their first token."""
+        empty = object.__new__(ContextCache)
+        empty.lengths = torch.zeros_like(self.lengths)
+        empty.last_hidden = None
+        empty._states = [
+            KV(*(part[:, :0].to(device) for part in state))
+            if isinstance(state, KV)
+            else None
+            if state is None
+            else MambaState(*(torch.zeros_like(part, device=device) for part in state))
+            for state in self._states
+        ]
+        return empty
+
+    def since(self, lengths: Tensor) -> News:
+        """What the rows have read after their first lengths (B,) tokens."""
+        counts = self.lengths - lengths
+        most = int(counts.max()) if len(counts) else 0
+        first = int(lengths[0]) if len(lengths) else 0
+        is_even = bool((lengths == first).all()) and bool((counts == most).all())
+        states: list[NewState] = []
+        for state in self._states:
+            if isinstance(state, KV):
+                cut = slice(first, first + most) if is_even else None
+                states.append(KV(*(_tokens_from(part, cut, lengths, most) for part in state)))
+            elif state is None:
+                states.append(None)
+            else:
+                states.append(MambaState(*(part.unsqueeze(1) for part in state)))
+        assert self.last_hidden is not None  # something was read
+        return News(states, self.last_hidden, counts)
+
+    def catch_up(self, news: News) -> None:
+        """Commit what `since` of another cache with this one's lengths gave."""
+        most = int(news.counts.max()) if len(news.counts) else 0
+        if most == 0:
+            return
+        self.append(news.states, news.hidden.unsqueeze(1).expand(-1, most, -1), news.counts)
 
     def select(self, rows: Tensor) -> "ContextCache":
         """A new cache with copies of some rows: rows (R,) int64."""
@@ -189,6 +255,15 @@ class ContextCache:
         buffer[torch.arange(len(buffer), device=new.device).unsqueeze(1), position] = new.to(
             buffer.dtype
         )
+
+
+def _tokens_from(buffer: Tensor, cut: slice | None, starts: Tensor, length: int) -> Tensor:
+    """`length` tokens of a buffer (B, room, Hk, A): one cut of all rows, or each from its start."""
+    if cut is not None:
+        return buffer[:, cut]
+    position = starts.unsqueeze(1) + torch.arange(length)
+    position = position.clamp(max=buffer.shape[1] - 1).to(buffer.device)  # padding: any token
+    return buffer[torch.arange(len(buffer), device=buffer.device).unsqueeze(1), position]
 
 
 def _with_room(buffer: Tensor, num_past: int, length: int) -> Tensor:

@@ -32,6 +32,9 @@ class TwoTower(nn.Module):
     # AR steps that a draft and its verification cost, here of the shipped model in eager PyTorch
     # (benchmarks/step_times.py); what runs passes otherwise has a number of its own.
     draft_cost = 3.5
+    # Tokens that are read at a time where contexts are kept for prompts that begin alike: fewer
+    # find longer common beginnings and cost more passes.
+    prefix_chunk = 64
 
     def __init__(self, config: ModelConfig, towers: Literal["both", "context"] = "both") -> None:
         super().__init__()

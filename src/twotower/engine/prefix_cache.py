@@ -1,0 +1,182 @@
+"""Contexts of earlier texts, kept for texts that begin alike.
+
+A prompt is read in pieces that end at fixed positions, whatever is known of it; there, and nowhere
+else, a context is kept and taken up again. So what is read after a known beginning is read by the
+same operations on the same numbers as without it: results are equal to the last bit.
+"""
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from twotower.model import ContextCache, TwoTower
+from twotower.model.pieces import Keys, Mark, copy_keys, copy_mark, fill, keys_bytes, mark_bytes
+
+# Early in a text, where most beginnings part, pieces are as short as `model.prefix_chunk`; later
+# ones are as long as reading is cheap.
+_LATE, _LATE_CHUNK = 256, 128
+
+
+class _Node:
+    """A piece of a text after those of its parents; the context after it, while it is kept."""
+
+    def __init__(self, parent: "_Node | None", tokens: bytes, end: int) -> None:
+        self.parent, self.tokens, self.end = parent, tokens, end
+        self.children: dict[bytes, _Node] = {}
+        self.keys: Keys = ()
+        self.mark: Mark | None = None
+
+    def path(self) -> "list[_Node]":
+        """The pieces up to here, the root left out."""
+        nodes: list[_Node] = []
+        node: _Node | None = self
+        while node is not None and node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixStats:
+    """What a prefix cache holds and has saved."""
+
+    cache_hits: int = 0  # prompts of which a part was known
+    cache_misses: int = 0
+    cache_saved_tokens: int = 0  # of prompts, that were not read again
+    cache_bytes: int = 0
+    cache_evictions: int = 0  # contexts that made room for others
+
+
+class PrefixCache:
+    """Contexts within `max_bytes`; the one that was unused for longest goes first.
+
+    For one model and one thread at a time; `stats` may be read by any.
+    """
+
+    def __init__(self, model: TwoTower, max_bytes: int) -> None:
+        self._model, self._max_bytes = model, max_bytes
+        self._root = _Node(None, b"", 0)
+        self._used: OrderedDict[_Node, None] = OrderedDict()  # nodes with a mark, oldest use first
+        self._num_bytes = 0
+        self._hits = self._misses = self._saved_tokens = self._evictions = 0
+
+    @property
+    def stats(self) -> PrefixStats:
+        return PrefixStats(
+            cache_hits=self._hits,
+            cache_misses=self._misses,
+            cache_saved_tokens=self._saved_tokens,
+            cache_bytes=self._num_bytes,
+            cache_evictions=self._evictions,
+        )
+
+    def read(self, tokens: Sequence[int]) -> tuple[ContextCache, int]:
+        """A cache of one row that holds the tokens, and how many of them were known."""
+        node = self._known(tokens)
+        self._hits += node.end > 0
+        self._misses += node.end == 0
+        self._saved_tokens += node.end
+        cache = self._context(node)
+        for _ in self._read_after(cache, node, tokens):
+            pass
+        return cache, node.end
+
+    def remember(self, tokens: Sequence[int]) -> Iterator[None]:
+        """Read a text only to know it later: one piece at each step.
+
+        To be given up, and begun anew, when anything else is read in between.
+        """
+        node = self._known(tokens)
+        whole = tokens[: last_boundary(len(tokens), self._model.prefix_chunk)]
+        if node.end < len(whole):
+            for is_kept in self._read_after(self._context(node), node, whole):
+                if not is_kept:
+                    return
+                yield
+
+    def _known(self, tokens: Sequence[int]) -> _Node:
+        """The longest beginning whose context is kept; the root when there is none."""
+        best = node = self._root
+        while True:
+            end = boundary_after(node.end, self._model.prefix_chunk)
+            piece = _packed(tokens[node.end : end])
+            if end > len(tokens) or piece not in node.children:
+                return best
+            node = node.children[piece]
+            if node.mark is not None:
+                best = node
+
+    def _context(self, node: _Node) -> ContextCache:
+        """A cache of one row that holds the tokens up to a node with a context."""
+        cache = self._model.empty_cache(1)
+        if node.mark is not None:
+            fill(cache, [one.keys for one in node.path()], node.mark, node.end)
+            self._used.move_to_end(node)
+        return cache
+
+    def _read_after(
+        self, cache: ContextCache, node: _Node, tokens: Sequence[int]
+    ) -> Iterator[bool]:
+        """Read what follows the node piece by piece, and keep the context after each; yields
+        whether there was room for it.
+        """
+        last: _Node | None = node
+        start = node.end
+        while start < len(tokens):
+            end = boundary_after(start, self._model.prefix_chunk)
+            piece = tokens[start:end]
+            self._model.extend(cache, torch.tensor([piece]))
+            if last is not None and end <= len(tokens):
+                last = self._keep(last, _packed(piece), end, cache)
+            start = end
+            yield last is not None
+
+    def _keep(self, parent: _Node, tokens: bytes, end: int, cache: ContextCache) -> _Node | None:
+        """Keep the context after a piece; None if there is no room for it."""
+        node = parent.children.get(tokens)
+        if node is None:
+            node = parent.children[tokens] = _Node(parent, tokens, end)
+            node.keys = copy_keys(cache, parent.end)
+            self._num_bytes += keys_bytes(node.keys) + len(tokens)
+        if node.mark is None:
+            node.mark = copy_mark(cache)
+            self._num_bytes += mark_bytes(node.mark)
+        self._used[node] = None
+        self._used.move_to_end(node)
+        while self._num_bytes > self._max_bytes:
+            oldest, _ = self._used.popitem(last=False)
+            self._forget(oldest)
+            self._evictions += 1
+        return node if node.mark is not None else None
+
+    def _forget(self, node: _Node) -> None:
+        """Drop a context, and the keys that no other needs."""
+        assert node.mark is not None
+        self._num_bytes -= mark_bytes(node.mark)
+        node.mark = None
+        while node.parent is not None and node.mark is None and not node.children:
+            self._num_bytes -= keys_bytes(node.keys) + len(node.tokens)
+            del node.parent.children[node.tokens]
+            node = node.parent
+
+
+def boundary_after(position: int, chunk: int) -> int:
+    """Where the piece ends that the token at `position` belongs to; early pieces are `chunk` long.
+
+    It depends on nothing else, so that all texts share their boundaries.
+    """
+    step = chunk if position < _LATE else max(chunk, _LATE_CHUNK)
+    return (position // step + 1) * step
+
+
+def last_boundary(length: int, chunk: int) -> int:
+    """Where the last whole piece of a text of `length` tokens ends; 0 if it has none."""
+    step = chunk if length < _LATE else max(chunk, _LATE_CHUNK)
+    return length // step * step
+
+
+def _packed(tokens: Sequence[int]) -> bytes:
+    return array("q", tokens).tobytes()
