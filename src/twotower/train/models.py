@@ -10,6 +10,7 @@ from twotower.checkpoint import load_model, save_backbone, save_model
 from twotower.checkpoint.empty import allocate, build_empty
 from twotower.config import ModelConfig
 from twotower.model.initialise import randomise, remove_conditioning
+from twotower.model.precision import require_plain
 from twotower.model.two_tower import TwoTower
 from twotower.tokenizer import load_tokenizer
 from twotower.train.data import Shard
@@ -31,6 +32,7 @@ def starting_model(options: TrainOptions, vocab_size: int, snapshot: Position | 
         model = TwoTower(model_config(snapshot), _towers(options.recipe))
     elif options.init is not None:
         model = load_model(options.init, towers=_towers(options.recipe))
+        require_plain(model, "training")
         if options.recipe == "denoiser":
             model = _with_denoiser(model, options)
     else:

@@ -158,7 +158,8 @@ def _lost_peers_named() -> Iterator[None]:
         first_line = str(error).strip().split("\n")[0]
         if not isinstance(error, dist.DistError) and not _LOST.search(first_line):
             raise
+        reason = re.sub(r"^\[[^]]*\] ", "", first_line).split(". ")[0]  # without their source line
         raise LostProcess(
-            f"another process of the run was lost ({first_line[:160]}); run the same command again "
-            "to go on from the last checkpoint"
+            f"another process of the run was lost ({reason[:160]}); run the same command again to "
+            "go on from the last checkpoint"
         ) from error

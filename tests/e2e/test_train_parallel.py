@@ -1,0 +1,184 @@
+"""`torchrun -m twotower train`: as good as one process, killed, resumed on another number, refused.
+
+Two processes and few steps, because starting PyTorch is most of the time;
+benchmarks/parallel_training.py has the full tables, of 4 processes too.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tiny_training import make_shard, tiny_options
+from twotower.checkpoint import load_model, save_backbone
+from twotower.config import ModelConfig
+from twotower.model.initialise import randomise
+from twotower.model.two_tower import TwoTower
+from twotower.train.loop import train
+from twotower.train.metrics import read_metrics
+from twotower.train.options import TrainOptions
+from twotower.train.presets import preset_config
+from twotower.train.run_folder import RunFolder
+
+SOURCE = Path(__file__).parents[2] / "src"
+SAME = 1e-5  # float32 sums in another order, over some steps
+EXPERTS: dict[str, object] = {
+    "hybrid_override_pattern": "M*E",
+    "n_routed_experts": 3,  # not a multiple of the processes
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shard(tmp_path_factory.mktemp("data") / "shard")
+
+
+@pytest.fixture(scope="module")
+def backbone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random one with experts."""
+    vocab_size = json.loads((data / "meta.json").read_text())["vocab_size"]
+    config = preset_config("tiny", vocab_size).to_dict() | EXPERTS
+    model = TwoTower(ModelConfig.from_dict(config), "context")
+    randomise(model, seed=0)
+    folder = tmp_path_factory.mktemp("model") / "backbone"
+    save_backbone(model, folder)
+    return folder
+
+
+def start(options: TrainOptions, count: int, *more: str) -> subprocess.Popen[str]:
+    """The command of a user, with the options in a TOML file."""
+    lines = []
+    for name, value in options.to_dict().items():
+        if isinstance(value, tuple):
+            value = list(value)
+        if value is not None:
+            lines.append(f"{name} = {json.dumps(value)}")
+    file = Path(str(options.out) + ".toml")
+    file.write_text("\n".join(lines))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "twotower", "train", "--options", str(file), *more],
+        env=os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids by rank."""
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return sorted(map(int, listed.split()))
+
+
+def wait_for_step(process: subprocess.Popen[str], options: TrainOptions, step: int) -> None:
+    while process.poll() is None:
+        lines = read_metrics(RunFolder(options.run_folder).metrics)
+        if lines and lines[-1]["step"] >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
+
+
+def run_here(options: TrainOptions) -> None:
+    for _ in train(options):
+        pass
+
+
+def losses(options: TrainOptions) -> dict[tuple[float, str], float]:
+    return {
+        (line["step"], name): line[name]
+        for line in read_metrics(RunFolder(options.run_folder).metrics)
+        for name in ("loss", "validation_loss")
+        if name in line
+    }
+
+
+def assert_same(one: TrainOptions, other: TrainOptions) -> None:
+    """Losses and exported weights."""
+    expected, found = losses(one), losses(other)
+    assert found.keys() == expected.keys() and len(found) >= one.steps
+    assert max(abs(found[key] - expected[key]) for key in expected) < SAME
+    kind = "context" if one.recipe == "backbone" else "both"
+    first, second = (
+        load_model(RunFolder(options.run_folder).export, towers=kind).state_dict()
+        for options in (one, other)
+    )
+    assert all((first[name] - second[name]).abs().max() < 1e-4 for name in first)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's processes in /proc")
+def test_a_killed_process_ends_the_others_and_one_process_goes_on(
+    data: Path, backbone: Path, tmp_path: Path
+) -> None:
+    """Silent failure: processes that train on the same rows or divide by their own tokens; experts
+    or routers that one process does not update; a checkpoint that only two processes can read.
+    """
+    changes: dict[str, object] = {"preset": None, "init": str(backbone), "steps": 12}
+    whole = tiny_options(data, tmp_path / "whole", **changes)
+    broken = tiny_options(data, tmp_path / "broken", **changes, checkpoint_every=2)
+    process = start(broken, 2, "--peer-timeout-s", "20")
+    wait_for_step(process, broken, 5)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    (line,) = (line for line in err.splitlines() if line.startswith("error: "))
+    assert line.startswith("error: process 0: another process of the run was lost (")
+    newest = RunFolder(broken.run_folder).newest()
+    assert newest is not None and newest.is_dir()
+
+    run_here(broken)
+    run_here(whole)
+    assert_same(whole, broken)
+
+
+def test_two_processes_go_on_from_one_to_the_same_model(
+    data: Path, backbone: Path, tmp_path: Path
+) -> None:
+    """Silent failure: optimiser state under the wrong name or of the wrong rows, an average that
+    starts anew, a frozen tower that is not handed out, noise that depends on the process.
+    """
+    changes: dict[str, object] = {
+        "recipe": "denoiser",
+        "preset": None,
+        "init": str(backbone),
+        "targets": "completion",
+        "accumulate": 2,
+        "ema": 0.5,
+        "recompute": True,
+        "steps": 6,
+        "eval_every": 3,
+        "eval_rows": 3,  # an odd number for two processes
+    }
+    whole = tiny_options(data, tmp_path / "whole", **changes)
+    handed = tiny_options(data, tmp_path / "handed", **changes)
+    steps = train(handed)
+    for _ in range(3):
+        next(steps)
+    steps.close()
+    process = start(handed, 2)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert out.count("\n") == 1 and "6 steps done; the model is in" in out
+    assert err.count("step 4/6") == 1  # one process reports
+    run_here(whole)
+    assert_same(whole, handed)
+
+
+def test_an_error_of_the_user_is_told_once(data: Path, tmp_path: Path) -> None:
+    process = start(tiny_options(data, tmp_path / "run", batch_size=3), 2)
+    out, err = process.communicate(timeout=300)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert lines == [
+        "error: batch_size: 3 rows cannot be split evenly over 2 processes; use a multiple of 2"
+    ]
+    assert out == "" and process.returncode == 1  # torchrun's own
+    assert not (tmp_path / "run").exists()
