@@ -55,7 +55,8 @@ class Scheme:
         if self.weights == "int4" and self.activations is not None:
             raise ValueError("activations=int8 needs weights=int8; leave it out with int4")
         if self.weights == "int4":
-            object.__setattr__(self, "group_size", self.group_size or GROUP_SIZE)
+            if self.group_size is None:
+                object.__setattr__(self, "group_size", GROUP_SIZE)
             if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
                 raise ValueError(f"group_size={self.group_size!r} must be 32, 64 or 128")
 
