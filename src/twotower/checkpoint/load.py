@@ -51,7 +51,8 @@ def load_model(
 
     dtype None keeps each tower's own; denoiser_dtype None means `dtype`. Routers stay float32,
     quantised weights as they are. experts="mapped" leaves them in the files, which must not change
-    meanwhile. towers="denoiser" leaves the context tower without memory. ValueError (one line) for a damaged checkpoint, or one of another model.
+    meanwhile. towers="denoiser" leaves the context tower without memory. ValueError (one line) for
+    a damaged checkpoint, or one of another model.
     """
     built: Towers = "both" if towers == "denoiser" else towers
     source = _open(resolve(path), built)

@@ -1,5 +1,6 @@
 """A model with what decoding needs beside it, from a path or from inside the package."""
 
+import atexit
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Literal
 import torch
 
 from twotower.checkpoint import ExpertsIn, generation_defaults, load_model, resolve
+from twotower.checkpoint.empty import Towers
 from twotower.engine import GenerateOptions
 from twotower.engine.accelerate import Executor, Weights, accelerate
 from twotower.model import TwoTower
 from twotower.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 DType = Literal["float32", "bfloat16", "float16"]
+PEER_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,7 @@ class Placement:
     dtype: DType = "float32"
     context_device: str = "cpu"
     denoiser_device: str = "cpu"
+    """peer: the other of two processes that torchrun started, on this host or another."""
     executor: Executor = "auto"
     """native: passes in C++, compiled on first use (float32, CPU, no experts). eager: plain
     PyTorch. auto: native where it can be."""
@@ -57,20 +61,43 @@ def load(path: str | None, options: GenerateOptions, placement: Placement) -> Lo
     """
     folder = shipped_model() if path is None else resolve(path)
     mode = options.with_defaults(generation_defaults(folder)).mode
+    has_tokenizer = (folder / TOKENIZER_FILE).exists()
+    tokenizer = load_tokenizer(folder) if has_tokenizer else None
+    if placement.denoiser_device == "peer":
+        model = _load_apart(folder, placement)
+    else:
+        towers: Towers = "context" if mode == "ar" else "both"
+        model = _load_towers(folder, placement, towers, placement.denoiser_device)
+    return Loaded(name="shipped" if path is None else path, model=model, tokenizer=tokenizer)
+
+
+def _load_towers(
+    folder: Path, placement: Placement, towers: Towers, denoiser_device: str
+) -> TwoTower:
     model = load_model(
         folder,
         dtype={"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
             placement.dtype
         ],
         context_device=placement.context_device,
-        denoiser_device=placement.denoiser_device,
-        towers="context" if mode == "ar" else "both",
+        denoiser_device=denoiser_device,
+        towers=towers,
         experts=placement.experts,
     )
-    has_tokenizer = (folder / TOKENIZER_FILE).exists()
-    tokenizer = load_tokenizer(folder) if has_tokenizer else None
-    return Loaded(
-        name="shipped" if path is None else path,
-        model=accelerate(model, placement.executor, placement.weights),
-        tokenizer=tokenizer,
-    )
+    return accelerate(model, placement.executor, placement.weights)
+
+
+def _load_apart(folder: Path, placement: Placement) -> TwoTower:
+    """The context rank's model. In the denoiser rank this fills blocks and then ends the process:
+    the command is the context rank's to run.
+    """
+    from twotower.hosts import ApartTwoTower, Link, join_ranks, serve_blocks
+
+    rank = join_ranks(PEER_TIMEOUT_S)
+    link = Link(1 - rank, PEER_TIMEOUT_S)
+    if rank == 1:
+        serve_blocks(_load_towers(folder, placement, "denoiser", placement.context_device), link)
+        raise SystemExit(0)
+    model = ApartTwoTower(_load_towers(folder, placement, "context", "cpu"), link)
+    atexit.register(model.close)
+    return model

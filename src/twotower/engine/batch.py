@@ -7,31 +7,38 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from twotower.engine.events import Event
+from twotower.engine.events import Event, TokenLogprob
 from twotower.engine.faults import attempt, failure
 from twotower.engine.row import Row
+from twotower.engine.seat import Seat
 from twotower.model import ContextCache, TwoTower
 
+Logprobs = Sequence[TokenLogprob] | None  # of a row's new tokens, when it asked for them
 Proposal = tuple[Tensor, ...]  # what a mode's denoiser work leaves for its context work
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Unfinished rows that are equal in all that shapes a pass, and the cache of their texts."""
+    """Unfinished rows that are equal in all that shapes a pass, the cache of their texts, and what
+    the denoiser has of it.
+    """
 
     rows: list[Row]
     cache: ContextCache
+    seat: Seat
 
     def join(self, other: "Batch") -> "Batch":
         """These rows and then the other's."""
-        return Batch(self.rows + other.rows, self.cache.concat(other.cache))
+        seat = self.seat.join(self.cache, other.seat, other.cache)
+        return Batch(self.rows + other.rows, self.cache.concat(other.cache), seat)
 
     def part(self, places: Sequence[int]) -> "Batch":
         """The rows at some places, in order; the batch itself when these are all."""
         if len(places) == len(self.rows):
             return self
-        cache = self.cache.select(torch.tensor(places, dtype=torch.int64))
-        return Batch([self.rows[place] for place in places], cache)
+        chosen = torch.tensor(places, dtype=torch.int64)
+        rows = [self.rows[place] for place in places]
+        return Batch(rows, self.cache.select(chosen), self.seat.part(chosen))
 
 
 @dataclass(frozen=True)
@@ -56,16 +63,18 @@ def start_at_once(model: TwoTower, batch: Batch) -> Generator[Event, None, Batch
 
 
 def commit(
-    batch: Batch, tokens: Sequence[list[int]]
+    batch: Batch, tokens: Sequence[list[int]], logprobs: Sequence[Logprobs] | None = None
 ) -> Generator[Event, None, tuple[Batch, Tensor]]:
     """Hand each row its tokens; returns the batch of the rows that go on, and their numbers.
 
+    logprobs: of each row's tokens, if it asked for them; None if no row did.
     A row that cannot take them (its text, its filters) ends alone.
     """
     going = []
+    known = [None] * len(tokens) if logprobs is None else logprobs
     for place, (row, own) in enumerate(zip(batch.rows, tokens, strict=True)):
         try:
-            yield row.commit(own)
+            yield row.commit(own, known[place])
             if row.is_finished:
                 yield row.finished()
             else:

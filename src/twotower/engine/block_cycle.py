@@ -8,6 +8,7 @@ from torch import Tensor
 from twotower.engine.batch import Batch, Cycle, Proposal, commit, extend, start_at_once
 from twotower.engine.events import Event
 from twotower.engine.fill import fill_blocks
+from twotower.engine.logits import rows_logprobs
 from twotower.engine.token_cycle import choose_tokens
 from twotower.model import TwoTower
 
@@ -17,7 +18,8 @@ def _propose(model: TwoTower, batch: Batch) -> Generator[Event, None, Proposal]:
     rows = batch.rows
     samplers = [row.options.block_sampler(model.config.mask_token_id) for row in rows]
     tokens = _open_blocks(model, batch)
-    last = yield from fill_blocks(model, batch.cache.view(), rows, tokens, samplers)
+    batch.seat.follow(batch.cache)
+    last = yield from fill_blocks(batch.seat, rows, tokens, samplers)
     return (last.tokens,)
 
 
@@ -35,8 +37,23 @@ def _open_blocks(model: TwoTower, batch: Batch) -> Tensor:
 def _settle(model: TwoTower, batch: Batch, proposal: Proposal) -> Generator[Event, None, Batch]:
     """Commit the blocks; the context tower reads those of the rows that go on."""
     (tokens,) = proposal
+    if any(row.options.logprobs is not None for row in batch.rows):
+        return (yield from _settle_read(model, batch, tokens))
     batch, kept = yield from commit(batch, tokens.tolist())
     return (yield from extend(model, batch, tokens[kept.to(tokens.device)]))
+
+
+def _settle_read(model: TwoTower, batch: Batch, tokens: Tensor) -> Generator[Event, None, Batch]:
+    """The same with the blocks read first: rows ask how probable their tokens are, to the last."""
+    first = model.next_logits(batch.cache).unsqueeze(1)
+    following = model.context_head(model.extend(batch.cache, tokens)[:, :-1])
+    logprobs = rows_logprobs(batch.rows, torch.cat([first, following], dim=1), tokens.tolist())
+    for row in batch.rows:
+        row.context_forwards += row.options.logprobs is not None
+    batch, _ = yield from commit(batch, tokens.tolist(), logprobs)
+    for row in batch.rows:
+        row.context_forwards += row.options.logprobs is None  # as if it had been alone
+    return batch
 
 
 BLOCK_CYCLE = Cycle(start=start_at_once, propose=_propose, settle=_settle)

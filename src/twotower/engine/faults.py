@@ -21,6 +21,10 @@ Result = TypeVar("Result")
 Work = Callable[[Sequence[int]], Generator[Event, None, Result]]
 
 
+class HopelessError(RuntimeError):
+    """Nothing can be decoded any more, whichever row it is: decoding ends."""
+
+
 @dataclass(frozen=True)
 class _Before:
     """What a row is taken back to before it is tried again."""
@@ -63,6 +67,8 @@ def attempt(
     lengths = None if cache is None else cache.lengths
     try:
         return [(yield from work(range(len(rows))))]
+    except HopelessError:
+        raise
     except Exception as error:
         unended = [row for row in rows if not row.is_finished]
         committed = any(b.num_commits != r.num_commits for b, r in zip(before, rows, strict=True))
@@ -80,6 +86,8 @@ def _one_by_one(rows: Sequence[Row], work: Work[Result]) -> Generator[Event, Non
     for place, row in enumerate(rows):
         try:
             results.append((yield from work([place])))
+        except HopelessError:
+            raise
         except Exception as error:
             yield failure(row, error)
     return results

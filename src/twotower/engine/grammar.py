@@ -108,14 +108,11 @@ class GrammarState:
             raise self._failed("a token that it forbids was committed")
         self._read = list(tokens)
 
-    def allows(self, token: int) -> bool:
-        """Whether the text may go on with a token, or end with it."""
-        if token in self._rules.eos:
-            return self._matcher.is_accepting()
-        return token not in self._banned and self._matcher.validate_tokens([token]) == 1
-
     def mask(self) -> Tensor:
-        """The tokens that may come next: (V,) bool on the CPU, at least one."""
+        """The tokens that may come next: (V,) bool on the CPU, at least one.
+
+        Where the grammar leaves one way to go on, its characters are spelt as the tokenizer would.
+        """
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         found = np.unpackbits(bits, bitorder="little")[: self._rules.vocab_size].astype(bool)
         mask = torch.zeros(self._rules.vocab_size, dtype=torch.bool)
@@ -127,7 +124,7 @@ class GrammarState:
         return mask
 
     def forced(self) -> list[int]:
-        """Tokens that spell what must come next; other tokens may spell it too."""
+        """Tokens that spell what must come next, if anything must."""
         tokens = self._matcher.compute_ff_tokens()
         return [] if self._banned.intersection(tokens) else tokens
 

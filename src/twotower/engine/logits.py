@@ -49,18 +49,12 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], num_top: int) -> list[
     ]
 
 
-def choose_allowed(row: Row, logits: Tensor, token: int, noise: Tensor | None) -> int:
-    """What a row with a grammar takes instead of `token`, its choice among all of logits (V,).
+def choose_allowed(row: Row, logits: Tensor, noise: Tensor | None) -> int:
+    """The token that a row with a grammar chooses from logits (V,): among those it allows next.
 
-    noise (V,): what that choice was made with, None when greedy. A choice that is the best of all
-    tokens is the best of those allowed, if it is one; behind top-k and top-p it need not be.
+    noise (V,): as for `choose`; None when no row samples.
     """
-    grammar, options = row.grammar, row.options
-    assert grammar is not None
-    is_cut = options.temperature > 0 and (options.top_k or (options.top_p or 1.0) < 1.0)
-    if not is_cut and grammar.allows(token):
-        return token
-    mask = grammar.mask().to(logits.device)
-    allowed = logits.masked_fill(~mask, float("-inf"))
+    assert row.grammar is not None
+    allowed = logits.masked_fill(~row.grammar.mask().to(logits.device), float("-inf"))
     noises = None if noise is None else noise.unsqueeze(0)
-    return int(choose(allowed.unsqueeze(0), sampling_params([options]), noises))
+    return int(choose(allowed.unsqueeze(0), sampling_params([row.options]), noises))

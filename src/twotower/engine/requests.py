@@ -77,7 +77,7 @@ def check_tokenizer(model: TwoTower, tokenizer: Tokenizer | None) -> None:
 
 def _check_options(model: TwoTower, options: GenerateOptions, tokenizer: Tokenizer | None) -> None:
     _check_mode(options)
-    if options.mode != "ar" and model.denoiser_tower is None:
+    if options.mode != "ar" and not model.has_denoiser:
         raise ValueError(
             f"mode={options.mode!r} needs the denoiser tower; load both towers, or use mode='ar'"
         )

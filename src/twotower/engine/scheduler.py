@@ -19,6 +19,7 @@ from twotower.engine.options import Mode
 from twotower.engine.prefill import prefill, refusal
 from twotower.engine.prefix_cache import PrefixCache
 from twotower.engine.row import Row
+from twotower.engine.seat import take_seat
 from twotower.engine.speculate import SPECULATIVE_CYCLE
 from twotower.engine.token_cycle import AR_CYCLE, MOCK_AR_CYCLE
 from twotower.model import TwoTower
@@ -188,7 +189,8 @@ class Lane:
     def _start(self, group: list[Row], places: Sequence[int]) -> Generator[Event, None, Batch]:
         rows = [group[place] for place in places]
         cycle = _cycle(rows[0])
-        batch = Batch(rows, prefill(self._model, rows, cycle.num_unread, self._prefixes))
+        cache = prefill(self._model, rows, cycle.num_unread, self._prefixes)
+        batch = Batch(rows, cache, take_seat(self._model))
         return (yield from cycle.start(self._model, batch))
 
     def _propose(

@@ -13,7 +13,7 @@ from twotower.diffusion import choose, gumbel
 from twotower.engine.batch import Batch, Cycle, Proposal, commit, last_tokens
 from twotower.engine.events import Event
 from twotower.engine.fill import fill_blocks
-from twotower.engine.logits import require_finite
+from twotower.engine.logits import choose_allowed, require_finite, rows_logprobs
 from twotower.engine.options import sampling_params
 from twotower.engine.row import Row
 from twotower.model import TwoTower
@@ -25,15 +25,18 @@ LEAST_CHANCE = 0.05
 
 def _start(model: TwoTower, batch: Batch) -> Generator[Event, None, Batch]:
     """The AR tower's first token is the rows' first."""
-    choices = _choose(model.next_logits(batch.cache).unsqueeze(1), batch.rows)
-    return (yield from _commit(batch, choices, torch.ones(len(batch.rows), dtype=torch.int64)))
+    logits = model.next_logits(batch.cache).unsqueeze(1)
+    alone = last_tokens(batch.rows), torch.ones(len(batch.rows), dtype=torch.int64)
+    choices = _choose(logits, batch.rows, alone)
+    return (yield from _commit(batch, choices, alone[1], logits))
 
 
 def _settle(model: TwoTower, batch: Batch, proposal: Proposal) -> Generator[Event, None, Batch]:
     """Read the drafts and keep what the AR tower chooses too, and its own token behind that."""
     drafts, lengths = proposal
     reading = model.read(batch.cache, drafts)
-    choices = _choose(model.context_head(reading.hidden), batch.rows)
+    logits = model.context_head(reading.hidden)
+    choices = _choose(logits, batch.rows, (drafts, lengths))
     accepted = count_accepted(drafts, choices, lengths)
     batch.cache.accept(reading, accepted)
     for row, length, count in zip(batch.rows, lengths.tolist(), accepted.tolist(), strict=True):
@@ -43,7 +46,7 @@ def _settle(model: TwoTower, batch: Batch, proposal: Proposal) -> Generator[Even
             row.pace.record_draft(count)
         else:
             row.pace.record_token()
-    return (yield from _commit(batch, choices, accepted))
+    return (yield from _commit(batch, choices, accepted, logits))
 
 
 def count_accepted(drafts: Tensor, choices: Tensor, lengths: Tensor) -> Tensor:
@@ -85,10 +88,11 @@ def _propose(model: TwoTower, batch: Batch) -> Generator[Event, None, Proposal]:
     drafting = torch.tensor([i for i, row in enumerate(rows) if _is_drafting(row)])
     if len(drafting):
         own = [rows[i] for i in drafting.tolist()]
-        view = batch.cache.view()
-        view = view if len(own) == len(rows) else view.select(drafting)
+        batch.seat.follow(batch.cache)
         samplers = [row.options.draft_sampler(model.config.mask_token_id) for row in own]
-        last = yield from fill_blocks(model, view, own, blocks[drafting], samplers, num_known=1)
+        last = yield from fill_blocks(
+            batch.seat, own, blocks[drafting], samplers, places=drafting, num_known=1
+        )
         # Not the first column: AR may have chosen the mask token, which the denoiser then fills.
         blocks[drafting, 1:] = last.tokens[:, 1:].cpu()
         left = torch.tensor([_num_left(row) for row in own])
@@ -96,13 +100,38 @@ def _propose(model: TwoTower, batch: Batch) -> Generator[Event, None, Proposal]:
     return blocks[:, : int(lengths.max())], lengths
 
 
-def _choose(logits: Tensor, rows: list[Row]) -> Tensor:
-    """The AR tower's token at each position: logits (B, n, V) -> (B, n) on the CPU."""
+def _choose(logits: Tensor, rows: list[Row], proposal: Proposal) -> Tensor:
+    """The AR tower's token after each of the drafts': logits (B, n, V) -> (B, n) on the CPU.
+
+    Under a grammar, choices count as far as the draft agrees with them.
+    """
     params = sampling_params([row.options for row in rows])
     noise = None
     if any(row.options.temperature > 0 for row in rows):
         noise = torch.stack([_noise(row, *logits.shape[1:]) for row in rows]).to(logits.device)
-    return choose(require_finite(logits), params, noise).cpu()
+    choices = choose(require_finite(logits), params, noise).cpu()
+    for place, (row, draft, length) in enumerate(zip(rows, *proposal, strict=True)):
+        if row.grammar is not None:
+            own = None if noise is None else noise[place]
+            kept = _keep_grammar(row, logits[place, : int(length)], draft, own)
+            choices[place, : len(kept)] = torch.tensor(kept)
+    return choices
+
+
+def _keep_grammar(row: Row, logits: Tensor, draft: Tensor, noise: Tensor | None) -> list[int]:
+    """The row's choices from left to right, each under the grammar after those before it, up to
+    the first that the draft does not have: logits (n, V), draft (>= n).
+    """
+    assert row.grammar is not None
+    kept: list[int] = []
+    following = [*draft.tolist()[1:], None]
+    for place, own in enumerate(logits):
+        row.grammar.follow(row.tokens + kept)
+        noises = None if noise is None else noise[place]
+        kept.append(choose_allowed(row, own, noises))
+        if kept[-1] != following[place] or kept[-1] in row.eos:
+            break
+    return kept
 
 
 def _noise(row: Row, length: int, vocab_size: int) -> Tensor:
@@ -118,13 +147,17 @@ def _noise(row: Row, length: int, vocab_size: int) -> Tensor:
     return torch.stack(row.noise_ahead[:length])
 
 
-def _commit(batch: Batch, choices: Tensor, accepted: Tensor) -> Generator[Event, None, Batch]:
-    """Hand each row the choices that stand; returns the rows that go on."""
+def _commit(
+    batch: Batch, choices: Tensor, accepted: Tensor, logits: Tensor
+) -> Generator[Event, None, Batch]:
+    """Hand each row the choices that stand, made from logits (B, n, V); returns the rows that go
+    on.
+    """
     counts = accepted.tolist()
     for row, count in zip(batch.rows, counts, strict=True):
         del row.noise_ahead[:count]  # spent
     tokens = [own[:count] for own, count in zip(choices.tolist(), counts, strict=True)]
-    batch, _ = yield from commit(batch, tokens)
+    batch, _ = yield from commit(batch, tokens, rows_logprobs(batch.rows, logits, tokens))
     return batch
 
 

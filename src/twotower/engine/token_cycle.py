@@ -15,7 +15,7 @@ from twotower.engine.batch import (
     start_at_once,
 )
 from twotower.engine.events import Event
-from twotower.engine.logits import require_finite
+from twotower.engine.logits import choose_allowed, require_finite, rows_logprobs
 from twotower.engine.options import sampling_params
 from twotower.engine.row import Row
 from twotower.model import TwoTower
@@ -28,8 +28,11 @@ def _no_proposal(model: TwoTower, batch: Batch) -> Generator[Event, None, Propos
 
 def _settle_ar(model: TwoTower, batch: Batch, proposal: Proposal) -> Generator[Event, None, Batch]:
     """The context tower's last logits choose a token, which extends the cache."""
-    tokens = choose_tokens(model.next_logits(batch.cache), batch.rows)
-    batch, kept = yield from commit(batch, [[token] for token in tokens.tolist()])
+    logits = model.next_logits(batch.cache)
+    tokens = choose_tokens(logits, batch.rows)
+    chosen = [[token] for token in tokens.tolist()]
+    logprobs = rows_logprobs(batch.rows, logits.unsqueeze(1), chosen)
+    batch, kept = yield from commit(batch, chosen, logprobs)
     return (yield from extend(model, batch, tokens[kept.to(tokens.device)].unsqueeze(1)))
 
 
@@ -56,7 +59,13 @@ def choose_tokens(logits: Tensor, rows: list[Row]) -> Tensor:
     """One token per row from its logits (B, V), by the row's own options and randomness: (B,)."""
     params = sampling_params([row.options for row in rows])
     noise = draw_noise(logits, params.temperature, [row.generator for row in rows])
-    return choose(require_finite(logits), params, noise)
+    tokens = choose(require_finite(logits), params, noise)
+    for place, row in enumerate(rows):
+        if row.grammar is not None:
+            row.grammar.follow(row.tokens)
+            own = None if noise is None else noise[place]
+            tokens[place] = choose_allowed(row, logits[place], own)
+    return tokens
 
 
 AR_CYCLE = Cycle(start=start_at_once, propose=_no_proposal, settle=_settle_ar)

@@ -74,6 +74,11 @@ class TwoTower(nn.Module):
         self.tie_heads()
 
     @property
+    def has_denoiser(self) -> bool:
+        """Whether blocks can be denoised."""
+        return self.denoiser_tower is not None
+
+    @property
     def context_device(self) -> torch.device:
         """Where the context tower lives."""
         return self.context_tower.embeddings.weight.device

@@ -1,0 +1,62 @@
+"""Engine records as messages and back; nothing here talks to anyone."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from twotower.diffusion import Step
+from twotower.hosts.link import Message
+from twotower.layers.attention import KV
+from twotower.layers.mamba2 import MambaState
+from twotower.model.state import News, NewState
+
+_STEP_TENSORS = [field.name for field in dataclasses.fields(Step) if field.name != "index"]
+_KINDS = {"kv": KV, "mamba": MambaState}
+
+
+def news_to_message(seat: int, news: News) -> Message:
+    """What the context tower has read, for a seat."""
+    kinds = ["kv" if isinstance(s, KV) else "mamba" if s else None for s in news.states]
+    tensors = [part for state in news.states if state is not None for part in state]
+    values = {"seat": seat, "counts": news.counts.tolist(), "kinds": kinds}
+    return Message("news", values, [news.hidden, *tensors])
+
+
+def message_to_news(message: Message) -> News:
+    """The inverse of `news_to_message`."""
+    hidden, *parts = message.tensors
+    left = iter(parts)
+    states: list[NewState] = [
+        None if kind is None else _KINDS[kind](next(left), next(left))
+        for kind in message.values["kinds"]
+    ]
+    return News(states, hidden, torch.tensor(message.values["counts"], dtype=torch.int64))
+
+
+def steps_to_tensors(steps: Sequence[Step]) -> list[Tensor]:
+    """All tensors of the steps, in the order of the fields."""
+    return [getattr(step, name) for step in steps for name in _STEP_TENSORS]
+
+
+def steps_of(count: int, tensors: Sequence[Tensor]) -> Iterator[Step]:
+    """The inverse of `steps_to_tensors`."""
+    width = len(_STEP_TENSORS)
+    for index in range(count):
+        own = tensors[index * width : (index + 1) * width]
+        yield Step(index=index, **dict(zip(_STEP_TENSORS, own, strict=True)))
+
+
+def bundled(messages: Sequence[Message]) -> Message:
+    """Several messages as one: their tensors one after another."""
+    parts = [[one.kind, one.values, len(one.tensors)] for one in messages]
+    return Message("bundle", {"parts": parts}, [t for one in messages for t in one.tensors])
+
+
+def parts_of(bundle: Message) -> Iterator[Message]:
+    """The messages that were bundled into one."""
+    start = 0
+    for kind, values, count in bundle.values["parts"]:
+        yield Message(kind, values, bundle.tensors[start : start + count])
+        start += count
