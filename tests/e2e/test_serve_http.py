@@ -49,7 +49,7 @@ BAD: list[tuple[object, str | None, str]] = [
     (b"[" * 5000, None, "not JSON"),
     ([], None, "must be a JSON object"),
     ({}, "prompt", "prompt"),
-    ({"prompt": ""}, "prompt", "is empty"),
+    ({"prompt": ""}, "prompt", "non-empty"),
     ({"prompt": []}, "prompt", "list of token ids"),
     ({"prompt": [[]]}, "prompt", "list of token ids"),
     ({"prompt": [1, True]}, "prompt", "list of token ids"),
@@ -247,6 +247,20 @@ def test_one_key_may_have_so_many_requests_at_a_time() -> None:
         thread.join()
         server.wait_until_idle()
         assert client.post(URL, json=SHORT).status_code == 200, "the place was not given back"
+
+
+@pytest.mark.parametrize("is_wanted", [False, True])
+def test_prompts_are_logged_only_when_asked(
+    is_wanted: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards against logs that hold what callers wrote, and against lines that they forge."""
+    caplog.set_level("DEBUG", "twotower.serve")
+    with running(loaded=tiny(), log_prompts=is_wanted) as server, server.client() as client:
+        body = {**SHORT, "prompt": "The clock", "user": "someone\nrequest=fake"}
+        assert client.post(URL, json=body).status_code == 200
+    (line,) = [m for m in caplog.messages if f"path={URL}" in m]
+    assert ("The clock" in line) == is_wanted
+    assert r"user='someone\nrequest=fake'" in line and "rows=1" in line and "\n" not in line
 
 
 def test_foreign_pages_cannot_reach_an_open_server(client: httpx.Client) -> None:

@@ -23,6 +23,7 @@ VERBS = {
     "demo": "watch the shipped model fill blocks, beside the same text token by token",
     "generate": "complete prompts from arguments, a file or stdin",
     "serve": "a model behind OpenAI's API, with a page to watch it",
+    "chat": "a conversation in the terminal, with a server or in this process",
     "inspect": "a checkpoint's architecture, parameters and memory, without its weights",
     "plan": "does it fit, how fast, for how much: a model on a machine, by arithmetic",
     "convert": "a checkpoint into another layout or dtype",

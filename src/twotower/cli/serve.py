@@ -1,10 +1,10 @@
 """`twotower serve`: a model behind OpenAI's API, with a page to watch it."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -38,6 +38,9 @@ class ServeArguments(ServeOptions, WorkerOptions):
     A client of OpenAI's takes it with base_url=http://127.0.0.1:8000/v1.
     """
 
+    prefix_cache_bytes: int = 256 << 20
+    """Memory for contexts of earlier texts, which prompts that begin alike need not read again;
+    0 keeps none."""
     model: Annotated[
         str | None,
         tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: the shipped model)"),
@@ -53,7 +56,8 @@ class ServeArguments(ServeOptions, WorkerOptions):
         str | None,
         tyro.conf.arg(metavar="DEVICE", help_behavior_hint="(default: same as --device)"),
     ] = None
-    """Where the denoiser tower runs, if elsewhere."""
+    """Where the denoiser tower runs, if elsewhere; peer: the other of two processes that torchrun
+    started, on this host or another."""
     executor: Executor = "auto"
     """native: passes in C++, compiled on first use (float32, CPU, no experts). eager: plain
     PyTorch. auto: native where it can be."""
@@ -65,7 +69,8 @@ class ServeArguments(ServeOptions, WorkerOptions):
 
 def run(options: ServeArguments) -> int:
     """Serve until a signal; returns the exit status. Errors of the user arrive as ValueError."""
-    server = _framework()
+    with need_extra("serve"):
+        from twotower.serve import server
     logging.getLogger("twotower.serve").setLevel(logging.INFO)
     placement = Placement(
         dtype=options.dtype,
@@ -79,15 +84,16 @@ def run(options: ServeArguments) -> int:
     return 0
 
 
-def _framework() -> ModuleType:
-    """The package's server; ValueError where its libraries are missing."""
+@contextlib.contextmanager
+def need_extra(verb: str) -> Iterator[None]:
+    """ValueError for a library that is missing inside."""
     try:
-        return import_module("twotower.serve.server")
+        yield
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("twotower"):
             raise
         raise ValueError(
-            f"twotower serve needs {error.name}; pip install 'twotower[serve]'"
+            f"twotower {verb} needs {error.name}; pip install 'twotower[serve]'"
         ) from None
 
 

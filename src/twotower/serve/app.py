@@ -89,7 +89,7 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
         """The model that is served."""
         return {"object": "list", "data": [service.served.card()]}
 
-    @app.get("/v1/models/{model_id:path}")
+    @app.get("/v1/models/{model_id:path}", responses={404: {"description": "No such model."}})
     def model(model_id: str) -> dict[str, object]:
         """The same, by name."""
         if model_id != service.served.name:

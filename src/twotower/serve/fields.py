@@ -7,7 +7,7 @@ cannot honour are listed with the values that ask for nothing; any other value i
 import difflib
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic.functional_validators import AfterValidator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -28,10 +28,12 @@ def _is_neutral(value: object) -> object:
     return value
 
 
-Neutral = Annotated[
-    float | bool | str | list[object] | dict[str, object] | None, AfterValidator(_is_neutral)
+# What asks for nothing, in any of the types that OpenAI's fields have.
+Unsupported = Annotated[
+    float | bool | str | list[object] | dict[str, object] | None,
+    AfterValidator(_is_neutral),
+    WithJsonSchema({"enum": [None, False, 0, "", [], {}]}),
 ]
-Unsupported = Annotated[Neutral, Field(description="Not supported: only null, false, 0 or empty.")]
 
 
 class Record(BaseModel):

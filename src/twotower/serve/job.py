@@ -155,8 +155,6 @@ def _prompts(prompt: object) -> list[str | list[int]]:
 def _ids(prompt: str | list[int], served: Served) -> list[int]:
     if not isinstance(prompt, str):
         return prompt
-    if not prompt:
-        raise ApiError(400, "prompt: is empty; give at least one character", param="prompt")
     tokenizer = served.tokenizer
     return tokenizer.encode(prompt, add_bos=tokenizer.bos_id is not None)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from twotower.serve.errors import ApiError
 
 _WINDOW_S = 60.0
-_MANY_CALLERS = 4096  # above it, callers who are idle are forgotten
+_MANY_CALLERS = 4096  # above it, and then at every doubling, callers who are idle are forgotten
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Limits:
         self._per_minute = per_minute
         self._clock = clock
         self._callers: dict[str, _Usage] = {}
+        self._many = _MANY_CALLERS
 
     def enter(self, caller: str) -> None:
         """Count a request that begins; ApiError 429 when it is one too many."""
@@ -44,7 +45,7 @@ class Limits:
                 raise _refusal("key_rate", f"{self._per_minute} requests a minute", max(1, wait_s))
             usage.started.append(now)
         usage.running += 1
-        if len(self._callers) > _MANY_CALLERS:
+        if len(self._callers) > self._many:
             self._forget_idle(now)
 
     def leave(self, caller: str) -> None:
@@ -57,6 +58,7 @@ class Limits:
         for usage in self._callers.values():
             _forget_before(usage, now - _WINDOW_S)
         self._callers = {c: u for c, u in self._callers.items() if u.running or u.started}
+        self._many = max(_MANY_CALLERS, 2 * len(self._callers))
 
 
 def _forget_before(usage: _Usage, moment: float) -> None:

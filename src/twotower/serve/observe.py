@@ -48,10 +48,9 @@ class Observed:
             self._first[index] = now, len(event.tokens)
             self._metrics.first_block_s.labels(self._job.mode).observe(now - self._start_s)
             self._entry.setdefault("first_block_s", round(now - self._start_s, 4))
-        drafted, accepted = getattr(event, "drafted", None), getattr(event, "accepted", None)
-        if drafted is not None:
-            before = self._drafts.get(index, (0, 0))
-            self._drafts[index] = before[0] + drafted, before[1] + (accepted or 0)
+        if event.drafted is not None and event.accepted is not None:
+            drafted, accepted = self._drafts.get(index, (0, 0))
+            self._drafts[index] = drafted + event.drafted, accepted + event.accepted
 
     def finish(self, completions: Sequence[Completion]) -> None:
         """All rows are decoded."""

@@ -6,8 +6,9 @@ from pydantic import Field
 
 from twotower.serve.fields import Count, Decoding, Record, TokenId, Unsupported
 
-_PROMPT = "must be text, a list of token ids, or a non-empty list of either"
+_PROMPT = "must be non-empty text, a non-empty list of token ids, or a list of either"
 _MAX_ALTERNATIVES = 20
+Text = Annotated[str, Field(min_length=1)]
 Ids = Annotated[list[TokenId], Field(min_length=1)]
 
 
@@ -15,9 +16,9 @@ class CompletionRequest(Decoding):
     """Body of /v1/completions."""
 
     prompt: (
-        str
+        Text
         | Ids
-        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[Text], Field(min_length=1)]
         | Annotated[list[Ids], Field(min_length=1)]
     ) = Field(description=_PROMPT)
     echo: bool | None = None

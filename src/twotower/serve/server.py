@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import socket
-import sys
+from types import FrameType
 
 import uvicorn
 
@@ -24,6 +24,14 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal asks for a stop, a second one for a stop at once.
+
+        uvicorn would raise the signal again afterwards: a stop that went well is status 0.
+        """
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """No more connections; rows end; connections close."""
@@ -51,7 +59,7 @@ def run(worker: Worker, options: ServeOptions, served: Served) -> None:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     page = f"http://{shown}:{port}"
-    print(f"serving {served.name} at {page}/v1, page at {page}/", file=sys.stderr, flush=True)
+    print(f"serving {served.name} at {page}/v1, page at {page}/", flush=True)
     Server(config, app.state.service).run(sockets=[listener])
 
 

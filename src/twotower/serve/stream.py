@@ -95,8 +95,8 @@ class Viewer:
             "tokens": [
                 {"id": token, "text": self._tokenizer.token_text(token)} for token in event.tokens
             ],
-            "drafted": getattr(event, "drafted", None),
-            "accepted": getattr(event, "accepted", None),
+            "drafted": event.drafted,
+            "accepted": event.accepted,
             "nfe": event.nfe,
             "context_forwards": event.context_forwards,
             "elapsed_ms": self._elapsed_ms(index),

@@ -1,0 +1,221 @@
+"""`twotower chat`: a conversation in the terminal, with a server or a model in this process."""
+
+import contextlib
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from twotower.cli.loading import Placement, load
+from twotower.cli.serve import ServeArguments, describe, need_extra
+from twotower.cli.text import printable
+from twotower.engine import GenerateOptions, Mode
+
+if TYPE_CHECKING:
+    from twotower.cli.chat_backends import Backend
+
+_HELP = """\
+/new            forget the conversation
+/undo           take back your last message and its reply
+/again          another reply to your last message
+/system TEXT    what stands before the conversation; without TEXT, nothing
+/set NAME VALUE a field of the requests, such as mode, temperature, max_tokens, seed; without
+                VALUE it is left out again
+/show           settings and conversation
+/help           this
+/exit           the end; so does Ctrl-D
+Ctrl-C stops a reply. A line that ends with \\ goes on in the next."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatArguments:
+    """Talk to a model in the terminal: a server's, or one in this process. /help lists commands.
+
+    The shipped model knows questions of a few kinds only; it is no assistant.
+    """
+
+    url: str | None = None
+    """Server to talk to, such as http://127.0.0.1:8000; any that speaks OpenAI's API."""
+    api_key_env: str = "TWOTOWER_API_KEY"
+    """Name of the environment variable that holds the server's API key, if it wants one."""
+    model: Annotated[
+        str | None,
+        tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: the shipped model)"),
+    ] = None
+    """Checkpoint folder or hub id to load here; with --url, the name of the server's model."""
+    chat_template: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Jinja template of conversations instead of the checkpoint's own."""
+    system: str | None = None
+    """What stands before the conversation."""
+    mode: Mode | None = None
+    """How to decode; what the checkpoint or the server names unless given."""
+    max_tokens: int | None = None
+    """Most tokens of a reply."""
+    temperature: float | None = None
+    """0 takes the most probable token; above it, samples."""
+
+    def __post_init__(self) -> None:
+        if self.url is not None and self.chat_template is not None:
+            raise ValueError("chat_template: is the server's with --url; leave it out")
+
+    def settings(self) -> dict[str, object]:
+        """Fields of every request that were named."""
+        named = {
+            "model": self.model if self.url is not None else None,
+            "mode": self.mode,
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+
+def run(options: ChatArguments) -> int:
+    """Talk until the end of input; returns the exit status. Errors arrive as ValueError."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # gives input() its history
+    talk = Talk(system=options.system, settings=options.settings())
+    is_terminal = sys.stdin.isatty()
+    with contextlib.closing(_backend(options)) as backend:
+        if is_terminal:
+            print(f"{backend.name}; /help lists commands, Ctrl-D ends", file=sys.stderr)
+        while (line := _read_line(is_terminal)) is not None:
+            if line.strip() and not _take(talk, backend, line.strip()):
+                break
+    return 0
+
+
+def _backend(options: ChatArguments) -> "Backend":
+    with need_extra("chat"):
+        from twotower.cli.chat_backends import Local, Remote
+
+        if options.url is not None:
+            return Remote(options.url, os.environ.get(options.api_key_env))
+        loaded = load(options.model, GenerateOptions(), Placement())
+        arguments = ServeArguments(model=options.model, chat_template=options.chat_template)
+        served = describe(loaded, arguments)
+        if served.template is None:
+            raise ValueError(f"model={loaded.name} has no chat template; give --chat-template FILE")
+        return Local(loaded, served)
+
+
+def _read_line(is_terminal: bool) -> str | None:
+    """What the user says next, over several lines if they end with a backslash; None at the end."""
+    lines: list[str] = []
+    while True:
+        try:
+            lines.append(input(("... " if lines else "> ") if is_terminal else ""))
+        except EOFError:
+            return "\n".join(lines) if lines else None
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D ends)", file=sys.stderr)
+            lines = []
+            continue
+        if not lines[-1].endswith("\\"):
+            return "\n".join(lines)
+        lines[-1] = lines[-1][:-1]
+
+
+@dataclass(kw_only=True)
+class Talk:
+    """A conversation so far and the fields of its requests."""
+
+    system: str | None = None
+    settings: dict[str, object] = field(default_factory=dict)
+    turns: list[dict[str, object]] = field(default_factory=list)
+
+    def body(self) -> dict[str, object]:
+        """The request for the next reply."""
+        first = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return {**self.settings, "messages": [*first, *self.turns]}
+
+    def undo(self) -> str | None:
+        """Take back the last message of the user, and all after it; returns it."""
+        while self.turns:
+            turn = self.turns.pop()
+            if turn["role"] == "user":
+                return str(turn["content"])
+        return None
+
+
+def _take(talk: Talk, backend: "Backend", line: str) -> bool:
+    """Do what a line says; False ends the conversation."""
+    if not line.startswith("/"):
+        _say(talk, backend, line)
+        return True
+    command, _, rest = line.partition(" ")
+    match command, rest.strip():
+        case "/exit" | "/quit", "":
+            return False
+        case "/new", "":
+            talk.turns.clear()
+        case "/undo", "":
+            talk.undo()
+        case "/again", "":
+            if (last := talk.undo()) is not None:
+                _say(talk, backend, last)
+        case "/system", text:
+            talk.system = text or None
+        case "/set", text:
+            _set(talk, *text.partition(" ")[::2])
+        case "/show", "":
+            print(json.dumps(talk.body(), indent=2, ensure_ascii=False), file=sys.stderr)
+        case "/help", "":
+            print(_HELP, file=sys.stderr)
+        case _:
+            print(f"{line!r} is no command; /help lists them", file=sys.stderr)
+    return True
+
+
+def _set(talk: Talk, name: str, value: str) -> None:
+    """Change a field; what it may hold is checked with the next request."""
+    if not name or name in ("messages", "stream", "stream_options", "n"):
+        print("/set NAME VALUE; NAME is a field such as mode or temperature", file=sys.stderr)
+    elif not value.strip():
+        talk.settings.pop(name, None)
+    else:
+        try:
+            talk.settings[name] = json.loads(value)
+        except ValueError:
+            talk.settings[name] = value.strip()
+
+
+def _say(talk: Talk, backend: "Backend", message: str) -> None:
+    """Send a message and print the reply as it comes; a refused message is taken back."""
+    talk.turns.append({"role": "user", "content": message})
+    parts: list[str] = []
+    usage: dict[str, object] = {}
+    try:
+        with contextlib.closing(backend.reply(talk.body())) as chunks:
+            for chunk in chunks:
+                text = _text_of(chunk)
+                usage = chunk.get("usage") or usage  # type: ignore[assignment]
+                parts.append(text)
+                print(printable(text), end="", flush=True)
+    except KeyboardInterrupt:
+        parts.append("")
+        print(" [stopped]", end="", file=sys.stderr, flush=True)
+    except ValueError as error:
+        print(f"{'' if not any(parts) else ' '}[{error}]", file=sys.stderr)
+    if not parts:
+        talk.turns.pop()
+        return
+    print()
+    talk.turns.append({"role": "assistant", "content": "".join(parts)})
+    if usage and sys.stderr.isatty():
+        print(f"({_figures(usage)})", file=sys.stderr)
+
+
+def _text_of(chunk: dict[str, object]) -> str:
+    choices = chunk.get("choices")
+    if not isinstance(choices, list) or not choices:
+        return ""
+    return str(choices[0]["delta"].get("content") or "")
+
+
+def _figures(usage: dict[str, object]) -> str:
+    names = ("completion_tokens", "nfe", "context_forwards", "tokens_per_nfe")
+    return ", ".join(f"{name} {usage[name]}" for name in names if usage.get(name) is not None)

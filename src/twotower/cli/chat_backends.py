@@ -1,0 +1,138 @@
+"""Where replies come from: a server over HTTP, or a model in this process.
+
+Both take the body of a chat request and give the chunks of OpenAI's stream, so that both refuse the
+same things in the same words.
+"""
+
+import contextlib
+import http.client
+import json
+from collections.abc import Generator, Mapping
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from twotower.cli.loading import Loaded
+from twotower.engine import TokensCommitted, Worker, WorkerOptions
+from twotower.engine.events import Failed, Finished
+from twotower.serve.options import ServeOptions
+from twotower.serve.served import Served
+
+Body = Mapping[str, object]
+Chunk = dict[str, object]
+_CACHE_BYTES = 64 << 20  # a conversation begins with all that was said before
+_TIMEOUT_S = 600.0
+
+
+class Backend(Protocol):
+    """Whoever replies."""
+
+    name: str
+
+    def reply(self, body: Body) -> Generator[Chunk, None, None]:
+        """Chunks of the reply, the last with `usage`. Leaving it early stops the reply. ValueError
+        (one line) when the request is refused or fails.
+        """
+
+    def close(self) -> None:
+        """No more replies."""
+
+
+class Remote:
+    """A server that speaks OpenAI's API."""
+
+    def __init__(self, url: str, key: str | None) -> None:
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"url={url!r} must be the address of a server, http://HOST:PORT")
+        self.name = url
+        self._parts = parts
+        self._path = parts.path.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
+        self._headers = {"Content-Type": "application/json"}
+        if key is not None:
+            self._headers["Authorization"] = f"Bearer {key}"
+
+    def reply(self, body: Body) -> Generator[Chunk, None, None]:
+        """See Backend."""
+        asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        with contextlib.closing(self._connection()) as connection:
+            try:
+                connection.request("POST", self._path, json.dumps(asked), self._headers)
+                answer = connection.getresponse()
+                if answer.status != 200:
+                    raise ValueError(_message(answer.read(), answer.status))
+                yield from _chunks(answer)
+            except (OSError, http.client.HTTPException) as error:
+                raise ValueError(f"{self.name} does not answer ({error})") from None
+
+    def _connection(self) -> http.client.HTTPConnection:
+        kind = http.client.HTTPConnection
+        if self._parts.scheme == "https":
+            kind = http.client.HTTPSConnection
+        assert self._parts.hostname is not None
+        return kind(self._parts.hostname, self._parts.port, timeout=_TIMEOUT_S)
+
+    def close(self) -> None:
+        """See Backend."""
+
+
+def _chunks(answer: http.client.HTTPResponse) -> Generator[Chunk, None, None]:
+    for line in answer:
+        data = line.decode("utf-8").removeprefix("data:").strip()
+        if data == "[DONE]":
+            return
+        if line.startswith(b"data:"):
+            chunk: Chunk = json.loads(data)
+            if "error" in chunk:
+                raise ValueError(_message(data.encode(), 200))
+            yield chunk
+
+
+def _message(body: bytes, status: int) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"the server answers with status {status}"
+
+
+class Local:
+    """A model in this process, behind the same checks as a server's."""
+
+    def __init__(self, loaded: Loaded, served: Served) -> None:
+        options = WorkerOptions(max_rows=1, prefix_cache_bytes=_CACHE_BYTES)
+        self._worker = Worker(loaded.model, loaded.tokenizer, options)
+        self._worker.start()
+        self._served = served
+        self.name = served.name
+
+    def reply(self, body: Body) -> Generator[Chunk, None, None]:
+        """See Backend."""
+        from twotower.serve.errors import ApiError
+        from twotower.serve.fields import parse
+        from twotower.serve.job import chat_job
+        from twotower.serve.rows import submit
+        from twotower.serve.schema import ChatRequest
+        from twotower.serve.shapes import ChatShape
+        from twotower.serve.usage import usage_of
+
+        try:
+            asked = parse(ChatRequest, json.dumps(body).encode())
+            job = chat_job(asked, self._served, ServeOptions(max_rows_per_request=1))
+            (ticket,) = submit(self._worker, job, ())
+        except ApiError as error:
+            raise ValueError(error.message) from None
+        template = self._served.template
+        assert template is not None  # chat_job has refused
+        shape = ChatShape(self.name, self._served.tokenizer, None, template.strips_reply)
+        with contextlib.closing(ticket.events()) as events:
+            for event in events:
+                match event:
+                    case TokensCommitted(text=text) if chunk := shape.text(0, text, None):
+                        yield chunk
+                    case Finished(completion=completion):
+                        yield shape.usage(usage_of(job, [completion]))
+                    case Failed(message=message):
+                        raise ValueError(message)
+
+    def close(self) -> None:
+        """See Backend."""
+        self._worker.stop(grace_s=0.0)

@@ -1,0 +1,121 @@
+"""`twotower chat`: what a conversation sends, shows and survives, in process and over HTTP."""
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from serving import Running, running, shipped, tiny
+from twotower.cli import chat
+from twotower.cli.chat_backends import Local, Remote
+from twotower.cli.main import main
+from twotower.cli.serve import ServeArguments, describe
+
+SUM = "How much is 48 - 44?"
+ANSWER = "48 - 44 = 0 + 4 = 4. The answer is 4."
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def local() -> Iterator[Local]:
+    backend = Local(shipped(), describe(shipped(), ServeArguments()))
+    yield backend
+    backend.close()
+
+
+def say(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+
+
+def test_a_conversation_with_a_server(
+    server: Running, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say(monkeypatch, SUM, "/again", "What is \\", "77 in Spanish?", "/show")
+    assert main(["chat", "--url", server.url, "--mode", "ar", "--max-tokens", "60"]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[:2] == [ANSWER, ANSWER] and len(lines) == 3
+    shown = json.loads(err[err.index("{") :])
+    assert shown["mode"] == "ar" and shown["max_tokens"] == 60
+    assert [turn["role"] for turn in shown["messages"]] == ["user", "assistant"] * 2
+    assert shown["messages"][2]["content"] == "What is \n77 in Spanish?"
+
+
+def test_a_refusal_is_shown_and_taken_back(
+    server: Running, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against a refused message that spoils every later request."""
+    say(monkeypatch, "/set mode sideways", "lost", "/set mode", SUM, "/nonsense", "/exit", "never")
+    assert main(["chat", "--url", server.url]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{ANSWER}\n"
+    assert "mode: input should be 'diffusion'" in err and "is no command" in err
+
+
+def test_in_process_and_over_http_give_the_same_chunks(server: Running, local: Local) -> None:
+    body = {"messages": [{"role": "user", "content": SUM}], "mode": "diffusion"}
+    texts = []
+    for backend in (local, Remote(server.url, None)):
+        chunks = list(backend.reply(body))
+        texts.append([chat._text_of(chunk) for chunk in chunks if chat._text_of(chunk)])
+        assert chunks[-1]["usage"]["completion_tokens"] > 0  # type: ignore[index]
+    assert texts[0] == texts[1] and len(texts[0]) > 1
+    for backend in (local, Remote(server.url, None)):
+        with pytest.raises(ValueError, match="presence_penalty is not supported"):
+            list(backend.reply({**body, "presence_penalty": 1}))
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_ctrl_c_stops_a_reply_and_frees_its_row(
+    is_local: bool, server: Running, local: Local, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against a reply that goes on unseen, and against one that ends the program."""
+
+    class Interrupted:
+        """The backend, and a Ctrl-C after its second chunk."""
+
+        name = "interrupted"
+        backend = local if is_local else Remote(server.url, None)
+
+        def reply(self, body: dict[str, object]) -> Iterator[dict[str, object]]:
+            with chat.contextlib.closing(self.backend.reply(body)) as chunks:
+                yield next(chunks)
+                yield next(chunks)
+                raise KeyboardInterrupt
+
+    talk = chat.Talk(settings={"mode": "ar", "ignore_eos": True, "max_tokens": 2000})
+    chat._say(talk, Interrupted(), SUM)  # type: ignore[arg-type]  # closes itself
+    assert "[stopped]" in capsys.readouterr().err
+    assert [turn["role"] for turn in talk.turns] == ["user", "assistant"]
+    if not is_local:
+        server.wait_until_idle(2.0)
+        return
+    talk.settings = {"max_tokens": 60}
+    talk.turns.clear()
+    chat._say(talk, local, SUM)
+    assert talk.turns[1]["content"] == ANSWER
+
+
+def test_what_cannot_work_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, message in (
+        (["--url", "ftp://x"], "must be the address of a server"),
+        (["--url", "http://x", "--chat-template", "f"], "is the server's with --url"),
+        (["--model", tiny().name], "has no chat template"),
+    ):
+        assert main(["chat", *flags]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_server_that_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say(monkeypatch, "hello")
+    assert main(["chat", "--url", "http://127.0.0.1:9"]) == 0
+    assert "http://127.0.0.1:9 does not answer" in capsys.readouterr().err
