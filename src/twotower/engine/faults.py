@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from twotower.engine.events import Event, Failed
+from twotower.engine.filters import FilterFailed
+from twotower.engine.grammar import GrammarFailed
 from twotower.engine.row import Row
 from twotower.model import ContextCache
 
@@ -97,6 +99,8 @@ def failure(row: Row, error: Exception) -> Failed:
     """A row's last event after an error of ours, or for want of memory."""
     if _is_of_memory(error):
         return Failed(row=row.index, kind="memory", message=_MEMORY, error=error)
+    if isinstance(error, FilterFailed | GrammarFailed):
+        return Failed(row=row.index, kind="internal", message=str(error), error=error)
     return internal_failure(row.index, error)
 
 

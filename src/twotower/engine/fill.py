@@ -29,7 +29,8 @@ def fill_blocks(
     for last in seat.fill(places, blocks, samplers, generators):
         for index in last.t.nonzero().flatten().tolist():  # also rows that reuse their last pass
             rows[index].nfe = before[index] + int(last.nfe[index])
-            yield _step_taken(rows[index], last, index, num_known)
+            if not rows[index].is_filtered:  # its filters have not seen these tokens
+                yield _step_taken(rows[index], last, index, num_known)
     assert last is not None
     return last
 
