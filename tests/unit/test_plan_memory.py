@@ -63,8 +63,10 @@ def test_activations_go_with_what_a_pass_reads() -> None:
     assert activation_bytes(made, work, "context", "ar") == 16 * width * 2 + logits
     assert activation_bytes(made, work, "context", "speculative") == 16 * width * 2 + 4 * logits
     assert activation_bytes(made, work, "denoiser", "diffusion") == 8 * width * 2 + 4 * logits
-    long = replace(work, prompt_tokens=10**6)
-    assert activation_bytes(made, long, "context", "ar") == 8192 * width * 2 + logits
+    long = replace(work, prompt_tokens=10**6)  # read in chunks of 512, sixteen rows at a time
+    assert activation_bytes(made, long, "context", "ar") == 2 * 512 * width * 2 + logits
+    many = replace(long, batch=40)
+    assert activation_bytes(made, many, "context", "ar") == 16 * 512 * width * 2 + 20 * logits
 
 
 def needed(mode: str = "ar", devices: int = 1) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from twotower.plan.memory import READ_TOKENS, Placement, block_transfer_bytes
+from twotower.plan.memory import CHUNK, NEWCOMERS, Placement, block_transfer_bytes
 from twotower.plan.passes import Pass, PassTime, Setup, Tower, time_pass
 from twotower.plan.workload import Mode, Workload
 
@@ -133,27 +133,22 @@ def pipelined_seconds(group: Turns) -> float:
 
 
 def prefill_seconds(setup: Setup, workload: Workload, placement: Placement) -> float:
-    """Reading all prompts, READ_TOKENS at a time, and sending the cache to a second device."""
-    tokens = workload.prompt_tokens
-    # A long prompt takes several passes of one row, short ones share a pass.
-    rows = min(workload.batch, max(1, READ_TOKENS // tokens))
+    """Reading all prompts, NEWCOMERS rows at a time, and sending the cache to a second device."""
     share = placement.share_of("context")
-    whole, rest = divmod(workload.batch, rows)
-    seconds = whole * _read_seconds(setup, rows, tokens, share)
-    if rest:
-        seconds += _read_seconds(setup, rest, tokens, share)
-    return seconds + _link_seconds(setup, workload, placement, tokens)
+    whole, rest = divmod(workload.batch, NEWCOMERS)
+    groups = [(NEWCOMERS, whole), (rest, 1)]
+    seconds = sum(n * _read_seconds(setup, workload, rows, share) for rows, n in groups if rows * n)
+    return seconds + _link_seconds(setup, workload, placement, workload.prompt_tokens)
 
 
-def _read_seconds(setup: Setup, rows: int, tokens: int, share: float) -> float:
-    """Prompts of so many rows, in as few passes of at most READ_TOKENS as they need."""
-    passes = -(-tokens // READ_TOKENS)
-    each = -(-tokens // passes)
-    calls = [
-        Pass(tower="context", rows=rows, tokens=each, logits=1, past=each * done)
-        for done in range(passes)
-    ]
-    return sum(time_pass(setup, call, share).seconds for call in calls)
+def _read_seconds(setup: Setup, workload: Workload, rows: int, share: float) -> float:
+    """Prompts of so many rows, a chunk of each in a pass; the last pass makes their logits."""
+    seconds, length = 0.0, workload.prompt_tokens
+    for past in range(0, length, CHUNK):
+        tokens, is_last = min(CHUNK, length - past), past + CHUNK >= length
+        call = Pass(tower="context", rows=rows, tokens=tokens, logits=int(is_last), past=past)
+        seconds += time_pass(setup, call, share).seconds
+    return seconds
 
 
 def break_even_tokens_per_nfe(

@@ -34,9 +34,9 @@ PROFILES: Mapping[str, Efficiency] = {
     "limit": Efficiency(bandwidth=1.0, arithmetic=1.0, layer_s=0.0),
     # Eager code with kernels for the experts. Bandwidth and layer_s: the two AR figures of the
     # DGX Spark port, nothing else. Arithmetic: an assumption, too small a part there to be seen.
-    "eager-gpu": Efficiency(bandwidth=0.77, arithmetic=0.5, layer_s=530e-6),
+    "eager-gpu": Efficiency(bandwidth=0.74, arithmetic=0.5, layer_s=506e-6),
     # The same with launches out of the way (CUDA graphs): layer_s is an assumption.
-    "graph-gpu": Efficiency(bandwidth=0.77, arithmetic=0.5, layer_s=20e-6),
+    "graph-gpu": Efficiency(bandwidth=0.74, arithmetic=0.5, layer_s=20e-6),
     # Our own executors, one thread: AR step and pass of the 160M model, AR step of the shipped one.
     "eager-cpu": Efficiency(bandwidth=0.45, arithmetic=0.39, layer_s=390e-6),
     "native-cpu": Efficiency(bandwidth=0.56, arithmetic=0.95, layer_s=126e-6, rows_in_turn=True),

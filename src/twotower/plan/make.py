@@ -27,7 +27,11 @@ _GIB = 2**30
 
 def make_plan(options: PlanOptions) -> dict[str, Any]:
     """The whole record; ValueError (one line) for whatever the options name wrongly."""
-    shape = Shape.of(describe_model(options.model))
+    return plan_shape(Shape.of(describe_model(options.model)), options)
+
+
+def plan_shape(shape: Shape, options: PlanOptions) -> dict[str, Any]:
+    """The record of a model that is described already."""
     setup = make_setup(options, shape)
     workload = make_workload(options, shape.config.block_size)
     best = best_times(setup, workload, options.devices)

@@ -12,7 +12,8 @@ from twotower.plan.passes import EXPERTS, Setup, Shape, Tower
 from twotower.plan.precision import Precision
 from twotower.plan.workload import Mode, Workload
 
-READ_TOKENS = 8192  # of prompts in one pass: rows of a large batch come in after one another
+# Prompts are read as the engine does: so many tokens of so many rows in a pass.
+CHUNK, NEWCOMERS = 512, 16
 _ROUNDING = 1e-12  # a device that is filled to the brim fits
 _STREAMS = 4  # copies of the hidden state that a layer holds: residual, normed, mixer's in and out
 
@@ -93,7 +94,8 @@ def activation_bytes(setup: Setup, workload: Workload, tower: Tower, mode: Mode)
     config, block = setup.shape.config, workload.block_size
     tokens = workload.batch * (1 if mode == "ar" else block)
     if tower == "context":
-        tokens = max(tokens, min(workload.batch * workload.prompt_tokens, READ_TOKENS))
+        rows = min(workload.batch, NEWCOMERS)
+        tokens = max(tokens, rows * min(workload.prompt_tokens, CHUNK))
     makes_block = tower == "denoiser" or mode == "speculative"
     logits = workload.batch * (block if makes_block else 1) * config.vocab_size * 4.0
     width = _STREAMS * config.hidden_size + _widest(config)

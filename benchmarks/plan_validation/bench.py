@@ -1,0 +1,203 @@
+"""Predictions of what our own benchmarks recorded in benchmarks/results."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.plan_validation.rows import Row, both
+
+from twotower import load_tokenizer
+from twotower.checkpoint.inspect import describe, describe_config
+from twotower.evaluate.suite import held_out
+from twotower.plan.decode import ModeTime, time_mode
+from twotower.plan.efficiency import PROFILES
+from twotower.plan.hardware import built_in
+from twotower.plan.memory import placements
+from twotower.plan.passes import Pass, Setup, Shape, Tower, time_pass
+from twotower.plan.precision import Precision, Width, uniform
+from twotower.plan.workload import Mode, Workload
+from twotower.race.sizes import random_config
+
+RESULTS = Path(__file__).parents[1] / "results"
+DATE = "cpu_2026-11-25.json"
+PROFILE = {"pytorch": "eager-cpu", "eager": "eager-cpu", "native": "native-cpu"}
+PROFILE |= {"transformers": "eager-cpu"}
+# llama.cpp is not our code: held against what no code can beat.
+LLAMA: dict[str, Width] = {"llama.cpp-f32": "float32", "llama.cpp-f16": "bfloat16"}
+LLAMA |= {"llama.cpp-q8_0": "int8"}
+CALLS: dict[str, tuple[Tower, int, int]] = {
+    "ar_step": ("context", 1, 1),
+    "denoise_pass": ("denoiser", 16, 16),
+    "extend": ("context", 16, 0),
+    "verify": ("context", 16, 16),
+}
+# The three figures of each executor that set its three parameters (one thread).
+CALIBRATION = (("shipped", "ar_step"), ("160M", "ar_step"), ("160M", "denoise_pass"))
+_ROWS_CATEGORIES = ("math", "code", "tools", "knowledge")  # of benchmarks/rows.py
+
+
+def read_record(name: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((RESULTS / f"{name}_{DATE}").read_text())
+    return record
+
+
+@cache
+def shape_of(size: str) -> Shape:
+    """The shipped model, or one of the race's random ones."""
+    if size == "shipped":
+        return Shape.of(describe(Path(str(resources.files("twotower") / "assets"))))
+    return Shape.of(describe_config(random_config(size, 16), size))
+
+
+def make_setup(size: str, hardware: str, profile: str, width: Width = "float32") -> Setup:
+    """A model on the bench machine; activations and arithmetic are float32 throughout."""
+    wide = uniform(width)
+    precision = Precision(
+        experts=width, projections=width, head=wide.head, dtype="float32"
+    )  # rivals keep keys and norms in float32 or near it
+    return Setup(
+        shape=shape_of(size),
+        hardware=built_in()[hardware],
+        precision=precision,
+        efficiency=PROFILES[profile],
+        compute="float32",
+    )
+
+
+def predict_call(setup: Setup, call: str, past: int) -> float:
+    """Milliseconds of one of the race's passes."""
+    tower, tokens, logits = CALLS[call]
+    made = Pass(tower=tower, rows=1, tokens=tokens, logits=logits, past=past)
+    return 1e3 * time_pass(setup, made).seconds
+
+
+def pass_rows(threads: str, hardware: str) -> Iterator[Row]:
+    """Every pass of every size and executor of a race; native passes have one thread in each."""
+    for size, found in read_record(f"race_{threads}")["sizes"].items():
+        for engine, calls in found["ms_by_engine"].items():
+            machine = "bench-1-thread" if engine == "native" else hardware
+            setup = make_setup(size, machine, PROFILE[engine])
+            for call, measured in calls.items():
+                is_calibrated = threads == "1_thread" and (size, call) in CALIBRATION
+                yield Row(
+                    group=f"our passes, {threads.replace('_', ' ')}",
+                    what=f"{size}, {engine}, {call.replace('_', ' ')}",
+                    unit="ms",
+                    predicted=predict_call(setup, call, found["num_past"]),
+                    measured=both(measured["median"]),
+                    calibrated=is_calibrated,
+                )
+
+
+def rival_rows(threads: str, hardware: str) -> Iterator[Row]:
+    """A rival's AR token without its prompt."""
+    for size, found in read_record(f"race_{threads}")["sizes"].items():
+        for engine, modes in found["engines"].items():
+            if engine in found["ms_by_engine"]:
+                continue
+            is_llama = engine in LLAMA
+            profile = "limit" if is_llama else PROFILE[engine]
+            setup = make_setup(size, hardware, profile, LLAMA.get(engine, "float32"))
+            yield Row(
+                group="llama.cpp against the limit" if is_llama else "transformers as eager code",
+                what=f"{size}, {engine}, {threads.replace('_', ' ')}, a token",
+                unit="ms",
+                predicted=predict_call(setup, "ar_step", found["num_past"]),
+                measured=both(modes["ar"]["decode_ms_per_token"]),
+            )
+
+
+def answer_rows() -> Iterator[Row]:
+    """Whole answers of the evaluation, by category: lengths and tokens per pass as recorded."""
+    for category, modes in read_record("evaluate")["categories"].items():
+        for mode, found in modes.items():
+            work = _recorded_work(found, _prompt_tokens(category, found["n"]))
+            time = _time("native-cpu", "bench-1-thread", work, mode)
+            yield Row(
+                group="our answers, native, 1 thread",
+                what=f"{category}, {mode}",
+                unit="tokens/s",
+                predicted=time.tokens_per_s,
+                measured=both(found["tokens_per_s"]),
+            )
+
+
+def batch_rows() -> Iterator[Row]:
+    """Rows at a time. Tokens per pass were not recorded there: those of the evaluation's four
+    categories are taken; two queues are taken as two devices of a thread each.
+    """
+    categories = read_record("evaluate")["categories"]
+    prompt = round(fmean(_prompt_tokens(name, 200) for name in _ROWS_CATEGORIES))
+    for executor in ("eager", "native"):
+        for found in read_record(f"rows_{executor}")["results"]:
+            if found["queues"] == "two" and (found["mode"] == "ar" or found["rows"] == 1):
+                continue  # a tower for each queue: nothing to overlap
+            kept = [categories[name][found["mode"]] for name in _ROWS_CATEGORIES]
+            total = {
+                name: sum(k[name] for k in kept)
+                for name in ("tokens", "nfe", "context_forwards", "n")
+            }
+            work = _recorded_work(total, prompt, found["rows"])
+            time = _time(PROFILE[executor], "bench-1-thread", work, found["mode"], found["queues"])
+            queues = "" if found["queues"] == "one" else ", two queues"
+            yield Row(
+                group=f"our rows, {executor}",
+                what=f"{found['mode']}, {found['rows']} rows{queues}",
+                unit="tokens/s",
+                predicted=time.tokens_per_s,
+                measured=both(found["tokens_per_s"]["median"]),
+            )
+
+
+def memory_rows() -> Iterator[Row]:
+    """Growth of resident memory while decoding: cache and activations."""
+    record = read_record("decode_memory")
+    setup = make_setup("shipped", "bench-1-thread", "eager-cpu")
+    for case in record["cases"]:
+        work = Workload(
+            batch=1,
+            prompt_tokens=case["prompt_tokens"],
+            new_tokens=record["settings"]["new_tokens"],
+            block_size=16,
+            tokens_per_nfe=6.0,
+            tokens_per_cycle=9.0,
+        )
+        (device,) = next(placements(setup, work, case["mode"], 1)).devices
+        yield Row(
+            group="our memory beside weights",
+            what=f"{case['mode']}, prompt of {case['prompt_tokens']}",
+            unit="MB",
+            predicted=(device.cache + device.activations) / 1e6,
+            measured=both(case["growth_bytes"] / 1e6),
+        )
+
+
+@cache
+def _prompt_tokens(category: str, count: int) -> int:
+    """Mean length of a category's held-out prompts."""
+    tokenizer = load_tokenizer(Path(str(resources.files("twotower") / "assets")))
+    prompts = [document.prompt for document in held_out(category, count, 0)]
+    return round(fmean(len(tokenizer.encode(prompt)) for prompt in prompts))
+
+
+def _recorded_work(found: Mapping[str, Any], prompt: int, rows: int = 1) -> Workload:
+    """The workload of recorded sums: `n` answers, their tokens, passes and context forwards."""
+    cycles = found["context_forwards"] - found["n"]
+    return Workload(
+        batch=rows,
+        prompt_tokens=prompt,
+        new_tokens=max(2, round(found["tokens"] / found["n"])),
+        block_size=16,
+        tokens_per_nfe=min(16.0, found["tokens"] / found["nfe"]) if found["nfe"] else 16.0,
+        tokens_per_cycle=min(16.0, max(1.0, (found["tokens"] - found["n"]) / cycles)),
+    )
+
+
+def _time(profile: str, hardware: str, work: Workload, mode: Mode, queues: str = "one") -> ModeTime:
+    setup = make_setup("shipped", hardware, profile)
+    places: Sequence[Any] = list(placements(setup, work, mode, 2 if queues == "two" else 1))
+    return time_mode(setup, work, mode, places[-1])
