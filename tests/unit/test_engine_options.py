@@ -49,6 +49,10 @@ def test_defaults_of_the_issue() -> None:
         ("stop", 5, "str or tuple or None"),
         ("stop", ("a", ""), "empty string"),
         ("adaptive", 1, "bool"),
+        ("logprobs", -1, "between 0 and 100"),
+        ("logprobs", 101, "between 0 and 100"),
+        ("logprobs", True, "int or None"),
+        ("grammar", "a+", "Grammar or None"),
     ],
 )
 def test_bad_values(field: str, value: object, allowed: str) -> None:
