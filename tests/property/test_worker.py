@@ -1,0 +1,205 @@
+"""What a worker promises whatever clients and passes do: a row is no other's affair."""
+
+import gc
+import logging
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tiny_models import prompts_of
+from tiny_worker import (
+    CULPRIT,
+    MODEL,
+    SECRET,
+    break_rows,
+    completion_of,
+    end_of,
+    failure_of,
+    options,
+    running,
+)
+from twotower import ContextCache, generate
+from twotower.engine import MODES, Failed, Request, Ticket
+from twotower.engine.row import Row
+from twotower.engine.scheduler import Lane
+
+PROMPTS = prompts_of([5, 3, 9, 2])
+both_queues = pytest.mark.parametrize("queues", ["one", "two"])
+
+
+def alone(prompt: list[int], **changes: object) -> list[int]:
+    """What a row writes that has the machine to itself."""
+    return generate(MODEL, [prompt], options(**changes))[0].tokens
+
+
+@settings(max_examples=8)
+@given(
+    modes=st.lists(st.sampled_from(MODES), min_size=6, max_size=6),
+    patience=st.lists(st.none() | st.integers(0, 3), min_size=6, max_size=6),
+    queues=st.sampled_from(["one", "two"]),
+    cache=st.sampled_from([0, 10**6]),
+)
+def test_rows_that_are_called_off_change_no_other(
+    modes: list[str], patience: list[int | None], queues: str, cache: int
+) -> None:
+    """Guards the cache when rows leave in the middle of others: a neighbour that goes on with the
+    wrong row's state writes a fluent text that is another's."""
+    prompts = prompts_of([4, 9, 1, 17, 3, 6])
+    with running(max_rows=3, queues=queues, prefix_cache_bytes=cache) as worker:
+        tickets = [
+            worker.submit(Request(p, options(mode=m, temperature=0.8, seed=i)))
+            for i, (p, m) in enumerate(zip(prompts, modes, strict=True))
+        ]
+        for ticket, number in zip(tickets, patience, strict=True):
+            if number is not None:
+                events = ticket.events()
+                for _, _ in zip(range(number), events, strict=False):
+                    pass
+                events.close()  # the client has gone
+        for i, (ticket, number) in enumerate(zip(tickets, patience, strict=True)):
+            if number is None:
+                own = alone(prompts[i], mode=modes[i], temperature=0.8, seed=i)
+                assert completion_of(ticket).tokens == own
+        done = worker.submit(Request(prompts[0], options()))
+        assert completion_of(done).tokens == alone(prompts[0])
+
+
+# Which passes a mode makes: (mode, pass, whether it gives NaN instead of an error).
+FAULTS = [
+    ("ar", "prefill", False),
+    ("ar", "next_logits", True),
+    ("ar", "next_logits", False),
+    ("ar", "extend", False),
+    ("diffusion", "denoise", True),
+    ("diffusion", "denoise", False),
+    ("diffusion", "extend", False),
+    ("mock-ar", "denoise", True),
+    ("mock-ar", "extend", False),
+    ("speculative", "next_logits", True),
+    ("speculative", "read", False),
+    ("speculative", "denoise", True),
+    ("posterior", "denoise", False),
+]
+
+
+@pytest.mark.parametrize(("mode", "name", "with_nan"), FAULTS)
+@both_queues
+def test_a_broken_row_ends_alone(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    mode: str,
+    name: str,
+    with_nan: bool,
+    queues: str,
+) -> None:
+    """Guards neighbours and server: one row whose passes fail, in any phase of a cycle. The others
+    sample, so that randomness which was spent twice would show; the log must not quote prompts."""
+    o = [options(mode=mode, temperature=0.8, seed=i, max_new_tokens=9) for i in range(5)]
+    expected = [generate(MODEL, [p], own)[0].tokens for p, own in zip(PROMPTS, o, strict=False)]
+    break_rows(monkeypatch, name, with_nan)
+    culprit = prompts_of([CULPRIT + 1], seed=7)[0]
+    with running(queues=queues) as worker, caplog.at_level(logging.INFO):
+        rows = list(zip(PROMPTS, o, strict=False))
+        rows.insert(2, (culprit, o[4]))
+        tickets = [worker.submit(Request(prompt, own)) for prompt, own in rows]
+        broken = failure_of(tickets.pop(2))
+        assert [completion_of(ticket).tokens for ticket in tickets] == expected
+        assert (broken.kind, broken.error) == ("internal", None)
+        assert broken.message == "an internal error ended this row; the log has the details"
+        again = worker.submit(Request(PROMPTS[0], o[0]))
+        assert completion_of(again).tokens == expected[0]
+    assert SECRET not in caplog.text
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(errors) == 1 and errors[0].startswith("row 2: ")
+
+
+@both_queues
+def test_a_row_that_cannot_take_its_tokens_ends_alone(
+    monkeypatch: pytest.MonkeyPatch, queues: str
+) -> None:
+    """Guards the moment of commitment, which cannot be repeated: tokenizers, filters, grammars."""
+    commit = Row.commit
+
+    def broken(row: Row, *arguments: object) -> object:
+        if len(row.prompt) == CULPRIT and row.num_commits == 2:
+            raise KeyError(SECRET)
+        return commit(row, *arguments)  # type: ignore[arg-type]
+
+    expected = [alone(prompt, mode="ar") for prompt in PROMPTS]
+    monkeypatch.setattr(Row, "commit", broken)
+    with running(queues=queues) as worker:
+        prompts = [prompts_of([CULPRIT])[0], *PROMPTS]
+        tickets = [worker.submit(Request(p, options(mode="ar"))) for p in prompts]
+        first, *others = tickets
+        events = list(first.events())
+        assert len(events) == 3 and isinstance(events[-1], Failed)
+        assert events[-1].kind == "internal"
+        assert [completion_of(ticket).tokens for ticket in others] == expected
+
+
+@both_queues
+def test_an_error_of_the_scheduler_ends_rows_but_not_the_worker(
+    monkeypatch: pytest.MonkeyPatch, queues: str
+) -> None:
+    """Guards against a thread that dies and a server that accepts what nobody will decode."""
+    propose, calls = Lane.propose, []
+
+    def broken(lane: Lane) -> object:
+        calls.append(lane)
+        if len(calls) == 2:
+            raise RuntimeError(SECRET)
+        return propose(lane)
+
+    monkeypatch.setattr(Lane, "propose", broken)
+    with running(queues=queues, max_rows=2) as worker:
+        tickets = [worker.submit(Request(p, options(mode="ar"))) for p in PROMPTS * 2]
+        ends = [end_of(ticket) for ticket in tickets]
+        failed = [end for end in ends if isinstance(end, Failed)]
+        assert 1 <= len(failed) <= 2 and {end.kind for end in failed} == {"internal"}
+        assert worker.stats().is_alive
+
+
+def alive() -> int:
+    """Rows, tickets and caches in memory."""
+    gc.collect()
+    return sum(type(one) in (Row, Ticket, ContextCache) for one in gc.get_objects())
+
+
+@both_queues
+def test_nothing_of_an_ended_row_stays(monkeypatch: pytest.MonkeyPatch, queues: str) -> None:
+    """Guards memory over many requests: also of rows that failed (their errors hold frames, and
+    these the tensors of a pass), were called off, or nobody listened to."""
+    break_rows(monkeypatch, "next_logits", with_nan=True)
+    long = prompts_of([CULPRIT])[0]
+    with running(queues=queues, max_waiting=1000) as worker:
+        before = alive()
+        for round in range(3):
+            tickets = [worker.submit(Request(PROMPTS[0], options(mode="ar"))) for _ in range(8)]
+            tickets += [worker.submit(Request(long, options(mode="ar"))) for _ in range(4)]
+            tickets[round].cancel()
+            for ticket in tickets[4:]:
+                end_of(ticket)
+            completion_of(worker.submit(Request(PROMPTS[1], options())))
+        while worker.stats().rows_in_flight:
+            pass
+        del tickets, ticket
+        assert alive() <= before + 3  # what a sleeping thread still names
+        stats = worker.stats()
+        assert stats.num_finished + stats.num_failed == 39
+
+
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(bad=st.lists(st.booleans(), min_size=4, max_size=4))
+def test_any_rows_may_be_broken(monkeypatch: pytest.MonkeyPatch, bad: list[bool]) -> None:
+    """Guards batches in which several rows fail, all, or none."""
+    prompts = prompts_of([CULPRIT + 1 + i if is_bad else 3 + i for i, is_bad in enumerate(bad)])
+    expected = [alone(prompt) for prompt in prompts]
+    with pytest.MonkeyPatch.context() as patch, running() as worker:
+        break_rows(patch, "denoise", with_nan=True)
+        tickets = [worker.submit(Request(prompt, options())) for prompt in prompts]
+        for ticket, own, is_bad in zip(tickets, expected, bad, strict=True):
+            if is_bad:
+                assert failure_of(ticket).kind == "internal"
+            else:
+                assert completion_of(ticket).tokens == own
