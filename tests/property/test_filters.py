@@ -3,11 +3,14 @@
 import itertools
 import re
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tiny_models import random_ids, tiny_model
 from tiny_text import byte_tokenizer
-from twotower import GenerateOptions
+from twotower import GenerateOptions, StepTaken, TokensCommitted
+from twotower.engine import Event, Failed, Finished, Request, stream_requests
 from twotower.engine.filters import Filter, function_filter, pattern_filter
 from twotower.engine.pace import Pace
 from twotower.engine.row import Row
@@ -128,3 +131,75 @@ def test_filters_and_stops_together(
     for pattern in patterns:
         assert re.search(pattern, found) is None
     assert not (has_function and find_double(found) is not None)
+
+
+MODEL = tiny_model(vocab_size=byte_tokenizer().vocab_size)
+PROMPT = random_ids(6, seed=2).tolist()
+
+
+def decode(mode: str, *filters: Filter, **changes: object) -> list[Event]:
+    values: dict[str, object] = {"max_new_tokens": 24, "eos_token_id": None, "logprobs": 0}
+    o = GenerateOptions(mode=mode, **(values | changes))  # type: ignore[arg-type]
+    return list(stream_requests(MODEL, [Request(PROMPT, o, filters)], byte_tokenizer()))
+
+
+@pytest.mark.parametrize("mode", ["ar", "speculative", "diffusion"])
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_of_a_match_leaves_the_engine(mode: str, seed: int) -> None:
+    """Guards every way out of a row: text, tokens, log-probabilities, block states."""
+    shape = {"temperature": 1.0, "seed": seed}
+    (plain,) = [e.completion for e in decode(mode, **shape) if isinstance(e, Finished)]
+    assert plain.text is not None
+    secret = plain.text[15:19]  # wherever tokens and blocks cut it
+    at = plain.text.index(secret)
+    events = decode(mode, pattern_filter(re.escape(secret)), **shape)
+    assert not any(isinstance(event, StepTaken) for event in events)
+    (done,) = [event.completion for event in events if isinstance(event, Finished)]
+    commits = [event for event in events if isinstance(event, TokensCommitted)]
+    assert (done.text, done.finish_reason) == (plain.text[:at], "content_filter")
+    assert "".join(event.text for event in commits) == done.text
+    for event in commits:
+        assert [one.token for one in event.logprobs or ()] == event.tokens
+    tokens = [token for event in commits for token in event.tokens]
+    assert tokens == done.tokens == plain.tokens[: len(tokens)]
+    assert plain.text[:at].startswith(byte_tokenizer().decode(tokens))
+
+
+def test_a_filter_without_matches_changes_nothing() -> None:
+    """Guards the end of a text, which is held to the last."""
+    for mode in ("ar", "diffusion"):
+        (plain,) = [e.completion for e in decode(mode) if isinstance(e, Finished)]
+        (found,) = [
+            e.completion
+            for e in decode(mode, pattern_filter("no such text.*at all"))
+            if isinstance(e, Finished)
+        ]
+        assert found == plain
+
+
+def fail(text: str) -> int | None:
+    if len(text) > 5:
+        raise OSError(text)
+    return None
+
+
+def test_a_broken_filter_ends_its_row_alone() -> None:
+    """Guards the neighbours, and the row's own text: nothing more of it goes out unseen."""
+    o = GenerateOptions(mode="ar", max_new_tokens=20, eos_token_id=None)
+    broken = function_filter(f"{__name__}:fail", max_match_chars=4)
+    requests = [Request(PROMPT, o), Request(PROMPT, o, (broken,)), Request(PROMPT, o)]
+    events = list(stream_requests(MODEL, requests, byte_tokenizer()))
+    ends = {event.row: event for event in events if isinstance(event, Finished | Failed)}
+    assert [type(ends[row]) for row in range(3)] == [Finished, Failed, Finished]
+    failed = ends[1]
+    assert isinstance(failed, Failed)
+    assert f"{__name__}:fail failed (OSError)" in failed.message
+    shown = [e.text for e in events if isinstance(e, TokensCommitted) and e.row == 1]
+    assert len("".join(shown)) <= 2
+
+
+def test_filters_need_a_tokenizer() -> None:
+    request = Request(PROMPT, GenerateOptions(mode="ar"), (pattern_filter("a"),))
+    (event,) = stream_requests(MODEL, [request])
+    assert isinstance(event, Failed)
+    assert "filters needs a tokenizer" in event.message
