@@ -14,6 +14,15 @@ struct Tower {
     const Weight *weights;          // 11 of each layer: its norm, then those of its kind
 };
 
+// h += gate y of features begin to end; gate (width,), null for 1.
+template <int W>
+void leave(const float *y, const float *gate, float *h, int begin, int end) {
+    for (int f = begin; f < end; f++) {
+        float open = gate ? gate[f] : 1.0f;
+        for (int l = 0; l < W; l++) h[f * W + l] += y[f * W + l] * open;
+    }
+}
+
 template <int W>
 void run(const Tower &tower, const Call &call, const int64_t *ids, const float *const *modulations,
          const Past *past, const Fresh *fresh, float *hidden) {
@@ -27,21 +36,25 @@ void run(const Tower &tower, const Call &call, const int64_t *ids, const float *
         const float *row = tower.embeddings + ids[std::min(l, call.length - 1)] * D;
         for (int f = 0; f < D; f++) h[f * W + l] = row[f];
     }
+    const float *gate = nullptr;
     for (int i = 0; tower.kinds[i]; i++) {
         const Weight *w = tower.weights + 11 * i;
         const float *m = modulations ? modulations[i] : nullptr;  // shift, scale, gate
         bool modulates_first = tower.kinds[i] != '-';
-        std::copy(h, h + D * W, u);
-        if (m && modulates_first) modulate<W>(u, m, m + D, D);
-        norm<W>(u, w[0].wide, D, s.eps, u);
-        if (m && !modulates_first) modulate<W>(u, m, m + D, D);
+        over_features<W>(call.team, D, [=](int begin, int end) {
+            if (i > 0) leave<W>(y, gate, h, begin, end);
+            std::copy(h + long(begin) * W, h + long(end) * W, u + long(begin) * W);
+            if (m && modulates_first) modulate<W>(u, m, m + D, begin, end);
+        });
+        norm<W>(call.team, u, w[0].wide, D, s.eps, u);
+        if (m && !modulates_first) modulate<W>(u, m, m + D, 0, D);
         if (tower.kinds[i] == 'M') mamba<W>(call, w + 1, past[i], fresh[i]);
         else if (tower.kinds[i] == '*') attention<W>(call, w + 1, past[i], fresh[i]);
         else mlp<W>(call, w + 1);
-        for (int f = 0; f < D; f++)
-            for (int l = 0; l < W; l++) h[f * W + l] += y[f * W + l] * (m ? m[2 * D + f] : 1.0f);
+        gate = m ? m + 2 * D : nullptr;
     }
-    norm<W>(h, tower.norm, D, s.eps, u);
+    leave<W>(y, gate, h, 0, D);
+    norm<W>(call.team, h, tower.norm, D, s.eps, u);
     to_tokens<W>(u, D, call.length, hidden, D);
 }
 
@@ -51,7 +64,7 @@ void linear(Team &team, const Weight &w, int rows, int K, const float *x, int le
     std::vector<float> lanes(size_t(K) * W), out(size_t(rows) * W);
     for (int l = 0; l < W; l++)
         for (int f = 0; f < K; f++) lanes[size_t(f) * W + l] = x[long(std::min(l, length - 1)) * K + f];
-    Input<W> in = as_input<W>(w, lanes.data(), K, bytes.data());
+    Input<W> in = as_input<W>(team, w, lanes.data(), K, bytes.data());
     matrix<W>(team, w, rows, in, nullptr, out.data());
     to_tokens<W>(out.data(), rows, length, y, rows);
 }

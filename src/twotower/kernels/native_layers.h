@@ -66,29 +66,6 @@ void weighted_sum(const float *v, long row, int width, int count, const float *p
         for (int f = 0; f < width; f++) y[f] += p[i] * v[i * row + f];
 }
 
-template <int W>
-void norm(const float *x, const float *weight, int width, float eps, float *y) {
-    float scale[W] = {};
-    for (int f = 0; f < width; f++)
-        for (int l = 0; l < W; l++) scale[l] += x[f * W + l] * x[f * W + l];
-    for (int l = 0; l < W; l++) scale[l] = 1.0f / std::sqrt(scale[l] / width + eps);
-    for (int f = 0; f < width; f++)
-        for (int l = 0; l < W; l++) y[f * W + l] = x[f * W + l] * scale[l] * weight[f];
-}
-
-// x (1 + scale) + shift, both (width,)
-template <int W>
-void modulate(float *x, const float *shift, const float *scale, int width) {
-    for (int f = 0; f < width; f++)
-        for (int l = 0; l < W; l++) x[f * W + l] = x[f * W + l] * (1.0f + scale[f]) + shift[f];
-}
-
-template <int W>
-void to_tokens(const float *x, int width, int length, float *y, long stride) {
-    for (int f = 0; f < width; f++)
-        for (int t = 0; t < length; t++) y[t * stride + f] = x[f * W + t];
-}
-
 inline float *room_for(std::vector<float> &room, size_t count) {
     if (room.size() < count) room.resize(count);
     return room.data();
@@ -109,6 +86,44 @@ struct Scratch {
 };
 
 inline thread_local Scratch scratch;
+
+// Sums of squares over chunks of features: whoever makes them, they are added in one order.
+template <int W>
+void norm(Team &team, const float *x, const float *weight, int width, float eps, float *y) {
+    constexpr int CHUNK = 64;
+    int chunks = (width + CHUNK - 1) / CHUNK;
+    float *part = room_for(scratch.own, size_t(chunks) * W), scale[W] = {};
+    over_features<W>(team, chunks, [x, width, part](int begin, int end) {
+        for (int c = begin; c < end; c++) {
+            float sum[W] = {};
+            for (int f = c * CHUNK; f < std::min(width, (c + 1) * CHUNK); f++)
+                for (int l = 0; l < W; l++) sum[l] += x[f * W + l] * x[f * W + l];
+            for (int l = 0; l < W; l++) part[c * W + l] = sum[l];
+        }
+    });
+    for (int c = 0; c < chunks; c++)
+        for (int l = 0; l < W; l++) scale[l] += part[c * W + l];
+    for (int l = 0; l < W; l++) scale[l] = 1.0f / std::sqrt(scale[l] / width + eps);
+    over_features<W>(team, width, [&scale, x, weight, y](int begin, int end) {
+        float own[W];
+        std::copy(scale, scale + W, own);
+        for (int f = begin; f < end; f++)
+            for (int l = 0; l < W; l++) y[f * W + l] = x[f * W + l] * own[l] * weight[f];
+    });
+}
+
+// x (1 + scale) + shift, both (width,), of features begin to end
+template <int W>
+void modulate(float *x, const float *shift, const float *scale, int begin, int end) {
+    for (int f = begin; f < end; f++)
+        for (int l = 0; l < W; l++) x[f * W + l] = x[f * W + l] * (1.0f + scale[f]) + shift[f];
+}
+
+template <int W>
+void to_tokens(const float *x, int width, int length, float *y, long stride) {
+    for (int f = 0; f < width; f++)
+        for (int t = 0; t < length; t++) y[t * stride + f] = x[f * W + t];
+}
 
 // One head's share: out[A][W], scores of S + L keys in between.
 template <int W>
@@ -148,7 +163,7 @@ void attention(const Call &call, const Weight *w, const Past &past, const Fresh 
     float *q = scratch.a.data(), *out = scratch.b.data(), *flat = scratch.d.data();
     float *keys = scratch.c.data(), *values = keys + W * kv_width;
     if (fresh.k) keys = fresh.k, values = fresh.v;
-    Input<W> in = as_input<W>(w[0], scratch.u.data(), s.width, bytes);
+    Input<W> in = as_input<W>(call.team, w[0], scratch.u.data(), s.width, bytes);
     matrix<W>(call.team, w[2], kv_width, in, w[3].wide, flat);
     to_tokens<W>(flat, kv_width, L, keys, kv_width);
     matrix<W>(call.team, w[4], kv_width, in, w[5].wide, flat);
@@ -161,49 +176,67 @@ void attention(const Call &call, const Weight *w, const Past &past, const Fresh 
             attend<W>(call, q + head * A * W, own, keys + at, values + at, out + head * A * W);
         }
     });
-    matrix<W>(call.team, w[6], s.width, as_input<W>(w[6], out, q_width, bytes), w[7].wide,
+    matrix<W>(call.team, w[6], s.width, as_input<W>(call.team, w[6], out, q_width, bytes), w[7].wide,
               scratch.y.data());
 }
 
-// Depthwise over time, then silu, in place: x[channels][W] after the past (taps - 1, C).
+// Depthwise over time, then silu, in place: channels begin to end of x[channels][W] after the past
+// (taps - 1, C).
 template <int W>
-void convolve(const float *weight, const float *bias, int taps, int channels, const float *past,
-              float *x) {
-    int kept = taps - 1, stride = kept + W;
-    float *window = room_for(scratch.own, size_t(channels) * stride);
-    for (int c = 0; c < channels; c++) {
-        for (int k = 0; k < kept; k++) window[long(c) * stride + k] = past[long(k) * channels + c];
-        for (int l = 0; l < W; l++) window[long(c) * stride + kept + l] = x[long(c) * W + l];
-    }
-    for (int c = 0; c < channels; c++) {
-        const float *in = window + long(c) * stride;
+void convolve(const Sizes &s, const Weight *w, int channels, const float *past, float *x, int begin,
+              int end) {
+    const float *weight = w[2].wide, *bias = w[3].wide;
+    int kept = s.taps - 1, stride = kept + W;
+    float *window = room_for(scratch.own, size_t(end - begin) * stride);
+    for (int k = 0; k < kept; k++)
+        for (int c = begin; c < end; c++)
+            window[long(c - begin) * stride + k] = past[long(k) * channels + c];
+    for (int c = begin; c < end; c++)
+        for (int l = 0; l < W; l++) window[long(c - begin) * stride + kept + l] = x[long(c) * W + l];
+    for (int c = begin; c < end; c++) {
+        const float *in = window + long(c - begin) * stride;
         float sum[W];
         for (int l = 0; l < W; l++) sum[l] = bias ? bias[c] : 0.0f;
-        for (int k = 0; k < taps; k++)
-            for (int l = 0; l < W; l++) sum[l] += in[k + l] * weight[c * taps + k];
-        for (int l = 0; l < W; l++) x[long(c) * W + l] = silu(sum[l]);
+        for (int k = 0; k < s.taps; k++)
+            for (int l = 0; l < W; l++) sum[l] += in[k + l] * weight[c * s.taps + k];
+        for (int l = 0; l < W; l++) x[long(c) * W + l] = sum[l];
     }
+    for (long i = long(begin) * W; i < long(end) * W; i++) x[i] = silu(x[i]);
 }
 
-// next (P, N) = keep state + x[P][W] added (L, N): the state after L tokens.
+// R rows of next (P, N) = keep state + x[P][W] added (L, N): the state after L tokens.
+template <int W, int R>
+void advance_rows(const float *state, float keep, const float *x, const float *added, int L, int N,
+                  float *next) {
+    typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
+    int n = 0;
+    for (; n + 16 <= N; n += 16) {
+        Lanes sum[R];
+        for (int r = 0; r < R; r++)
+            sum[r] = *reinterpret_cast<const Lanes *>(state + r * N + n) * keep;
+        for (int t = 0; t < L; t++) {
+            Lanes one = *reinterpret_cast<const Lanes *>(added + t * N + n);
+            for (int r = 0; r < R; r++) sum[r] += one * x[r * W + t];
+        }
+        for (int r = 0; r < R; r++) *reinterpret_cast<Lanes *>(next + r * N + n) = sum[r];
+    }
+    for (; n < N; n++)
+        for (int r = 0; r < R; r++) {
+            float sum = state[r * N + n] * keep;
+            for (int t = 0; t < L; t++) sum += added[t * N + n] * x[r * W + t];
+            next[r * N + n] = sum;
+        }
+}
+
 template <int W>
 void advance(const float *state, float keep, const float *x, const float *added, int L, int P,
              int N, float *next) {
-    typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
-    for (int p = 0; p < P; p++) {
-        int n = 0;
-        for (; n + 16 <= N; n += 16) {
-            Lanes sum = *reinterpret_cast<const Lanes *>(state + p * N + n) * keep;
-            for (int t = 0; t < L; t++)
-                sum += *reinterpret_cast<const Lanes *>(added + t * N + n) * x[p * W + t];
-            *reinterpret_cast<Lanes *>(next + p * N + n) = sum;
-        }
-        for (; n < N; n++) {
-            float sum = state[p * N + n] * keep;
-            for (int t = 0; t < L; t++) sum += added[t * N + n] * x[p * W + t];
-            next[p * N + n] = sum;
-        }
-    }
+    constexpr int R = W == 1 ? 1 : 8;  // one token: in the order of memory
+    int p = 0;
+    for (; p + R <= P; p += R)
+        advance_rows<W, R>(state + p * N, keep, x + p * W, added, L, N, next + p * N);
+    for (; p < P; p++)
+        advance_rows<W, 1>(state + p * N, keep, x + p * W, added, L, N, next + p * N);
 }
 
 // One head of the recurrence as products: y[P][W] of x[P][W] after the state (P, N).
@@ -236,10 +269,11 @@ void scan_head(const Call &call, float A, float D, const float *x, const float *
     advance<W>(state, exponential(decay[L - 1]), x, added, L, P, N, next);
 }
 
-// All heads: xbc[C][W] after the convolution, dt[H][W] after softplus; y feature by feature.
+// All heads: xbc[C][W] after the convolution, dt[H][W] after softplus; y feature by feature,
+// gated by z.
 template <int W>
-void scan(const Call &call, const Weight *w, const float *xbc, const float *dt, const float *state,
-          float *next, float *y) {
+void scan(const Call &call, const Weight *w, const float *z, const float *xbc, const float *dt,
+          const float *state, float *next, float *y) {
     const Sizes &s = call.sizes;
     int L = call.length, P = s.head_size, N = s.state, inner = s.heads * P;
     std::vector<float> near(size_t(s.groups) * L * W), tokens(size_t(s.groups) * L * N);
@@ -256,6 +290,7 @@ void scan(const Call &call, const Weight *w, const float *xbc, const float *dt, 
                          near.data() + g * L * W, tokens.data() + g * L * N,
                          xbc + long(inner + (s.groups + g) * N) * W, dt + head * W, state + at,
                          next ? next + at : nullptr, y + long(head) * P * W);
+            for (long i = long(head) * P * W; i < long(head + 1) * P * W; i++) y[i] *= silu(z[i]);
         }
     });
 }
@@ -269,23 +304,25 @@ void mamba(const Call &call, const Weight *w, const Past &past, const Fresh &fre
     float *z = scratch.a.data(), *xbc = z + inner * W, *dt = xbc + channels * W;
     float *y = scratch.b.data();
     uint8_t *bytes = scratch.bytes.data();
-    Input<W> in = as_input<W>(w[0], scratch.u.data(), s.width, bytes);
-    matrix<W>(call.team, w[0], all, in, w[1].wide, z);
-    if (fresh.window) {
-        std::memcpy(fresh.window, past.conv, sizeof(float) * kept * channels);
-        to_tokens<W>(xbc, channels, L, fresh.window + kept * channels, channels);
-    }
-    convolve<W>(w[2].wide, w[3].wide, s.taps, channels, past.conv, xbc);
-    if (fresh.mixed) to_tokens<W>(xbc, channels, L, fresh.mixed, channels);
+    if (fresh.window) std::memcpy(fresh.window, past.conv, sizeof(float) * kept * channels);
+    Input<W> in = as_input<W>(call.team, w[0], scratch.u.data(), s.width, bytes);
+    matrix<W>(call.team, w[0], all, in, w[1].wide, z, [&](int first, int last) {
+        first = std::max(first - inner, 0), last = std::min(last - inner, channels);
+        if (first >= last) return;
+        float *mine = xbc + long(first) * W;
+        if (fresh.window)
+            to_tokens<W>(mine, last - first, L, fresh.window + kept * channels + first, channels);
+        convolve<W>(s, w, channels, past.conv, xbc, first, last);
+        if (fresh.mixed) to_tokens<W>(mine, last - first, L, fresh.mixed + first, channels);
+    });
     for (int h = 0; h < s.heads; h++)
         for (int l = 0; l < W; l++) dt[h * W + l] = softplus(dt[h * W + l] + w[4].wide[h]);
     if (fresh.step) to_tokens<W>(dt, s.heads, L, fresh.step, s.heads);
-    scan<W>(call, w, xbc, dt, past.ssm, fresh.ssm, y);
-    for (int i = 0; i < inner * W; i++) y[i] *= silu(z[i]);
+    scan<W>(call, w, z, xbc, dt, past.ssm, fresh.ssm, y);
     int part = inner / s.groups;
     for (int g = 0; g < s.groups; g++)
-        norm<W>(y + g * part * W, w[7].wide + g * part, part, s.eps, y + g * part * W);
-    matrix<W>(call.team, w[8], s.width, as_input<W>(w[8], y, inner, bytes), w[9].wide,
+        norm<W>(call.team, y + g * part * W, w[7].wide + g * part, part, s.eps, y + g * part * W);
+    matrix<W>(call.team, w[8], s.width, as_input<W>(call.team, w[8], y, inner, bytes), w[9].wide,
               scratch.y.data());
 }
 
@@ -295,13 +332,14 @@ void mlp(const Call &call, const Weight *w) {
     const Sizes &s = call.sizes;
     float *a = scratch.a.data();
     uint8_t *bytes = scratch.bytes.data();
-    Input<W> in = as_input<W>(w[0], scratch.u.data(), s.width, bytes);
-    matrix<W>(call.team, w[0], s.inner, in, w[1].wide, a);
-    for (int i = 0; i < s.inner * W; i++) {
-        float x = a[i] > 0.0f ? a[i] : (a[i] != a[i] ? a[i] : 0.0f);
-        a[i] = x * x;
-    }
-    matrix<W>(call.team, w[2], s.width, as_input<W>(w[2], a, s.inner, bytes), w[3].wide,
+    Input<W> in = as_input<W>(call.team, w[0], scratch.u.data(), s.width, bytes);
+    matrix<W>(call.team, w[0], s.inner, in, w[1].wide, a, [&](int first, int last) {
+        for (long i = long(first) * W; i < long(last) * W; i++) {
+            float x = a[i] > 0.0f ? a[i] : (a[i] != a[i] ? a[i] : 0.0f);
+            a[i] = x * x;
+        }
+    });
+    matrix<W>(call.team, w[2], s.width, as_input<W>(call.team, w[2], a, s.inner, bytes), w[3].wide,
               scratch.y.data());
 }
 

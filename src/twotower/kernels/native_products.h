@@ -86,18 +86,62 @@ struct Input {
     float scale[W];
 };
 
+// work(begin, end) over features; those of one token are too few to share.
+template <int W, typename Work>
+void over_features(Team &team, int count, Work work) {
+    if (W == 1) work(0, count);
+    else team.split(count, work);
+}
+
+// The largest magnitude of each token, as bits: NaN is more than infinity and so is not lost.
+template <int W>
+void largest_bits(Team &team, const float *x, int K, uint32_t *most) {
+    constexpr int PARTS = 16;
+    uint32_t part[PARTS][W] = {};
+    over_features<W>(team, PARTS, [&part, x, K](int begin, int end) {
+        for (int p = begin; p < end; p++) {
+            uint32_t found[W] = {};
+            for (long f = long(K) * p / PARTS; f < long(K) * (p + 1) / PARTS; f++)
+                for (int l = 0; l < W; l++) {
+                    uint32_t bits;
+                    std::memcpy(&bits, x + f * W + l, 4);
+                    found[l] = std::max(found[l], bits & 0x7fffffffu);
+                }
+            std::copy(found, found + W, part[p]);
+        }
+    });
+    for (int l = 0; l < W; l++) most[l] = 0;
+    for (int p = 0; p < PARTS; p++)
+        for (int l = 0; l < W; l++) most[l] = std::max(most[l], part[p][l]);
+}
+
+inline uint32_t as_byte(float x) {
+    float value = std::min(std::max(std::nearbyint(x), -127.0f), 127.0f);
+    return uint32_t(int32_t(value == value ? value : 0.0f) + 128);
+}
+
+// Quads begin to end of x[K][W] as bytes; beyond K the weights are 0 and any byte will do.
+template <int W>
+void to_bytes(const float *x, const float *inverse, int K, int begin, int end, uint8_t *room) {
+    typedef uint32_t Four __attribute__((aligned(4), may_alias));
+    float own[W];
+    std::copy(inverse, inverse + W, own);
+    for (int q = begin; q < end; q++) {
+        const float *in = x + long(q) * 4 * W;
+        Four *out = reinterpret_cast<Four *>(room) + long(q) * W;
+        for (int l = 0; l < W; l++) out[l] = as_byte(in[l] * own[l]);
+        for (int j = 1; j < std::min(4, K - q * 4); j++)
+            for (int l = 0; l < W; l++) out[l] |= as_byte(in[j * W + l] * own[l]) << (8 * j);
+    }
+}
+
 // Room for the bytes must be at least ceil(K / 4) * 4 * W.
 template <int W>
-Input<W> as_input(const Weight &w, const float *x, int K, uint8_t *room) {
+Input<W> as_input(Team &team, const Weight &w, const float *x, int K, uint8_t *room) {
     Input<W> input{x, K, nullptr, {}};
     if (w.packed == nullptr) return input;
-    uint32_t most[W] = {};  // as bits: NaN is more than infinity and so is not lost
-    for (int f = 0; f < K; f++)
-        for (int l = 0; l < W; l++) {
-            uint32_t bits;
-            std::memcpy(&bits, x + long(f) * W + l, 4);
-            most[l] = std::max(most[l], bits & 0x7fffffffu);
-        }
+    uint32_t most[W];
+    largest_bits<W>(team, x, K, most);
     float inverse[W];
     for (int l = 0; l < W; l++) {
         float largest;
@@ -106,17 +150,12 @@ Input<W> as_input(const Weight &w, const float *x, int K, uint8_t *room) {
         inverse[l] = largest > 0.0f && largest < INFINITY ? 127.0f / largest : 0.0f;
         if (!(inverse[l] < INFINITY)) inverse[l] = 0.0f, input.scale[l] = 0.0f;  // as good as zero
     }
-    for (int q = 0; q < (K + 3) / 4; q++)
-        for (int l = 0; l < W; l++) {
-            uint32_t four = 0;
-            for (int j = 0; j < 4; j++) {
-                int f = std::min(q * 4 + j, K - 1);  // beyond K the weights are 0
-                float value = std::nearbyint(x[long(f) * W + l] * inverse[l]);
-                value = std::min(std::max(value, -127.0f), 127.0f);
-                four |= uint32_t(int32_t(value == value ? value : 0.0f) + 128) << (8 * j);
-            }
-            std::memcpy(room + (long(q) * W + l) * 4, &four, 4);
-        }
+    if (W == 1)
+        for (int f = 0; f < K; f++) room[f] = uint8_t(as_byte(x[f] * inverse[0]));
+    else
+        team.split((K + 3) / 4, [&](int begin, int end) {
+            to_bytes<W>(x, inverse, K, begin, end, room);
+        });
     input.bytes = room;
     return input;
 }
@@ -183,15 +222,25 @@ void integer_product(const int8_t *packed, int rows, const Input<W> &in, const f
     }
 }
 
-// y[rows][W] = w x (+ bias), by the team, blocks of 16 rows each.
+// y[rows][W] = w x (+ bias), by the team, blocks of 16 rows each; then after(first, last) of the
+// rows that one of them has made.
+template <int W, typename After>
+void matrix(Team &team, const Weight &w, int rows, const Input<W> &in, const float *bias, float *y,
+            After after) {
+    team.split((rows + ROWS - 1) / ROWS, [&](int begin, int end) {
+        int first = begin * ROWS, last = std::min(rows, end * ROWS);
+        if (w.packed != nullptr)
+            integer_product<W>(w.packed, rows, in, bias, y, begin, end);
+        else
+            product<W>(w.wide + long(first) * in.K, in.K, 1, last - first, in.K, in.x,
+                       bias ? bias + first : nullptr, y + long(first) * W);
+        after(first, last);
+    });
+}
+
 template <int W>
 void matrix(Team &team, const Weight &w, int rows, const Input<W> &in, const float *bias, float *y) {
-    team.split((rows + ROWS - 1) / ROWS, [&](int begin, int end) {
-        if (w.packed != nullptr) return integer_product<W>(w.packed, rows, in, bias, y, begin, end);
-        int first = begin * ROWS, last = std::min(rows, end * ROWS);
-        product<W>(w.wide + long(first) * in.K, in.K, 1, last - first, in.K, in.x,
-                   bias ? bias + first : nullptr, y + long(first) * W);
-    });
+    matrix<W>(team, w, rows, in, bias, y, [](int, int) {});
 }
 
 }  // namespace twotower
