@@ -83,11 +83,8 @@ def _start_rule(style: ToolStyle, is_optional: bool, is_parallel: bool) -> str:
         return 'start: " "? call | TEXT?\nTEXT: /( ?[^ {]|  )(.|\\n)*| /'
     begin, end = json.dumps(style.begin), json.dumps(style.end)
     if is_optional:
-        calls = "(lead rest)*" if is_parallel else "(lead rest)?"
-        return (
-            f"start: {calls} TEXT?\nlead[lazy]: /(.|\\n)*/ {begin}\nrest: call {end}\n"
-            "TEXT: /(.|\\n)+/"
-        )
+        calls = "(lead rest)* TEXT?" if is_parallel else "lead rest | TEXT?"
+        return f"start: {calls}\nlead[lazy]: /(.|\\n)*/ {begin}\nrest: call {end}\nTEXT: /(.|\\n)+/"
     more = '("\\n"? whole)*' if is_parallel else ""
     return f"start: whole {more}\nwhole: {begin} call {end}"
 

@@ -1,0 +1,177 @@
+"""Tool calls: which texts each choice and style lets a model write, and how they are read."""
+
+import json
+
+import pytest
+
+from tiny_models import MASK
+from tiny_text import byte_tokenizer
+from twotower.engine.grammar import GrammarFailed, TokenRules, begin
+from twotower.engine.tool_calls import (
+    BARE,
+    HERMES,
+    ToolCall,
+    Tools,
+    ToolStyle,
+    ToolText,
+    read_tool_calls,
+    tool_call,
+)
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"$ref": "#/$defs/name"}},
+    "required": ["city"],
+    "additionalProperties": False,
+    "$defs": {"name": {"type": "string", "maxLength": 9}},
+}
+TOOLS: Tools = [
+    {"type": "function", "function": {"name": "get", "parameters": CITY}},
+    {"type": "function", "function": {"name": 'st"op'}},
+]
+GET = '{"name": "get", "arguments": {"city": "Oslo"}}'
+STOP = '{"name": "st\\"op", "arguments": {}}'
+WRONG = '{"name": "get", "arguments": {"city": 5}}'
+OTHER = '{"name": "put", "arguments": {"city": "Oslo"}}'
+NAMED = {"type": "function", "function": {"name": "get"}}
+
+
+def tagged(*calls: str, between: str = "\n") -> str:
+    return between.join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
+
+
+def is_whole(text: str, choice: object, style: ToolStyle = BARE, is_parallel: bool = True) -> bool:
+    """Whether a text may be written and end there."""
+    grammar = tool_call(TOOLS, choice, style, is_parallel)  # type: ignore[arg-type]
+    assert grammar is not None
+    tokenizer = byte_tokenizer()
+    rules = TokenRules(eos=(2,), mask_token_id=MASK, vocab_size=tokenizer.vocab_size)
+    state = begin(grammar, tokenizer, rules)
+    try:
+        state.follow(tokenizer.encode(text))
+        return bool(state.mask()[2])
+    except GrammarFailed:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("text", "required", "auto", "named"),
+    [
+        (GET, True, True, True),
+        (f" {GET}", True, True, True),
+        (STOP, True, True, False),
+        (WRONG, False, False, False),
+        (OTHER, False, False, False),
+        (GET[:-1], False, False, False),
+        (f"{GET} x", False, False, False),
+        (f"{GET}{GET}", False, False, False),
+        ("", False, True, False),
+        (" ", False, True, False),
+        ("no call\n{", False, True, False),
+        (" no", False, True, False),
+        ("  {", False, True, False),
+        ("{}", False, False, False),
+        (" {", False, False, False),
+    ],
+)
+def test_bare_calls(text: str, required: bool, auto: bool, named: bool) -> None:
+    """Guards against half calls and unknown tools, and text that auto must leave alone."""
+    found = [is_whole(text, choice) for choice in ("required", "auto", NAMED)]
+    assert found == [required, auto, named]
+
+
+@pytest.mark.parametrize(
+    ("text", "required", "auto", "single"),
+    [
+        (tagged(GET), True, True, True),
+        (tagged(GET, STOP), True, True, False),
+        (tagged(GET, STOP, between=""), True, True, False),
+        (f"I look. {tagged(GET)}", False, True, True),
+        (f"{tagged(GET)} and {tagged(STOP)} done", False, True, False),
+        (f"{tagged(GET)} done", False, True, False),  # one call is the end
+        (tagged(WRONG), False, False, False),
+        (tagged(GET)[:-2], False, False, False),
+        ("<tool_call>", False, True, True),  # the tag is not whole without its line break
+        ("<tool_call>\n", False, False, False),
+        ("no call", False, True, True),
+        ("", False, True, True),
+        (GET, False, True, True),
+    ],
+)
+def test_tagged_calls(text: str, required: bool, auto: bool, single: bool) -> None:
+    found = [is_whole(text, choice, HERMES) for choice in ("required", "auto")]
+    assert found == [required, auto]
+    assert is_whole(text, "auto", HERMES, is_parallel=False) == single
+
+
+def test_one_required_call_when_not_parallel() -> None:
+    assert is_whole(tagged(GET), "required", HERMES, is_parallel=False)
+    assert not is_whole(tagged(GET, GET), "required", HERMES, is_parallel=False)
+
+
+def test_none_needs_no_grammar() -> None:
+    assert tool_call(TOOLS, "none") is None
+    assert tool_call([], "none") is None
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "said"),
+    [
+        ([], "auto", "tools: none are given"),
+        ([{"type": "web"}], "auto", 'tools[0] must be {"type": "function"'),
+        (["get"], "auto", "tools[0] must be"),
+        ([{"type": "function", "function": {"name": ""}}], "auto", "tools[0].function.name=''"),
+        ([{"type": "function", "function": {"name": 5}}], "auto", "tools[0].function.name=5"),
+        ([{"type": "function", "function": 7}], "auto", "tools[0].function.name=None"),
+        ([TOOLS[0], TOOLS[0]], "auto", "same name"),
+        (
+            [{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}],
+            "auto",
+            "tools[0].function.parameters must be a schema of type object",
+        ),
+        (TOOLS, "always", "tool_choice='always' is unknown; use none, auto, required"),
+        (TOOLS, {"type": "function", "function": {"name": "put"}}, 'one of: get, st"op'),
+        (TOOLS, {"function": "get"}, "is unknown"),
+    ],
+)
+def test_unusable_tools(tools: Tools, choice: str, said: str) -> None:
+    with pytest.raises(ValueError) as error:
+        tool_call(tools, choice)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "style", "expected"),
+    [
+        (f" {GET}", BARE, ToolText("", (ToolCall("get", '{"city": "Oslo"}'),))),
+        (STOP, BARE, ToolText("", (ToolCall('st"op', "{}"),))),
+        (f"{GET} x", BARE, ToolText(f"{GET} x", ())),
+        ("no call", BARE, ToolText("no call", ())),
+        ('{"name": "get"}', BARE, ToolText('{"name": "get"}', ())),
+        ('{"name": 1, "arguments": {}}', BARE, ToolText('{"name": 1, "arguments": {}}', ())),
+        (GET[:-1], BARE, ToolText(GET[:-1], ())),
+        (
+            f"I look.\n{tagged(GET, STOP)} Done.",
+            HERMES,
+            ToolText(
+                "I look.\n\n Done.",
+                (ToolCall("get", '{"city": "Oslo"}'), ToolCall('st"op', "{}")),
+            ),
+        ),
+        (tagged(GET)[:-3], HERMES, ToolText(tagged(GET)[:-3], ())),
+        (tagged("x"), HERMES, ToolText(tagged("x"), ())),
+    ],
+)
+def test_reading(text: str, style: ToolStyle, expected: ToolText) -> None:
+    assert read_tool_calls(text, style) == expected
+
+
+def test_arguments_stay_as_written() -> None:
+    """Guards numbers that a float cannot hold: 1e999 would come back as no JSON at all."""
+    text = '{"name": "get", "arguments": {"n": 1e999, "m": 12345678901234567890}}'
+    (call,) = read_tool_calls(text).calls
+    assert call.arguments == '{"n": 1e999, "m": 12345678901234567890}'
+    loose = '{"arguments":{"city":"\u00e9"},"name":"get"}'
+    (call,) = read_tool_calls(loose).calls
+    assert json.loads(call.arguments) == {"city": "\u00e9"}
