@@ -12,7 +12,7 @@ from serving import Running, running, shipped
 from twotower.engine import GenerateOptions, generate
 
 SUM = "Q: How much is 48 - 44?\nA:"
-ORDER = "Order 7 times salad for Irene."
+ORDER = "7 times salad for Irene, please."
 TOOL = {
     "type": "function",
     "function": {

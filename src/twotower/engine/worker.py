@@ -88,14 +88,19 @@ class Worker:
             self._prefixes = PrefixCache(model, self._options.prefix_cache_bytes)
         self._unread: deque[list[int]] = deque(maxlen=_MOST_UNREAD)
         self._numbers = itertools.count()
-        self._thread = threading.Thread(target=self._run, name="twotower-worker", daemon=True)
+        self._thread = self._make_thread()
         self._totals = _Totals()
         self._seconds_between_ends = 1.0  # of rows; a running mean
         self._last_end_s = time.monotonic()
 
     def start(self) -> None:
-        """Begin to decode."""
+        """Begin to decode. After the thread has died: go on with the rows that waited."""
+        if self._thread.ident is not None and not self._thread.is_alive():
+            self._thread = self._make_thread()
         self._thread.start()
+
+    def _make_thread(self) -> threading.Thread:
+        return threading.Thread(target=self._run, name="twotower-worker", daemon=True)
 
     def stop(self, grace_s: float = 30.0) -> None:
         """Take no more requests, finish what can be finished in grace_s seconds, tell the others
@@ -137,6 +142,17 @@ class Worker:
         )
 
     def _run(self) -> None:
+        try:
+            self._decode()
+        except BaseException as error:
+            # Somebody ends the thread (SystemExit raised in it): its rows are lost and told so.
+            cause = RuntimeError(f"the decoding thread was ended by {type(error).__name__}")
+            for index in self._inbox.entered():
+                self._deliver(internal_failure(index, cause))
+            if self._prefixes is not None:  # it may have been cut off in the middle of a change
+                self._prefixes = PrefixCache(self._model, self._options.prefix_cache_bytes)
+
+    def _decode(self) -> None:
         while not self._inbox.is_over:
             try:
                 for event in queues.run(self._model, self._inbox, self._options, self._prefixes):
