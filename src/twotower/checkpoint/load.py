@@ -25,7 +25,7 @@ from twotower.checkpoint.files import (
     resolve,
 )
 from twotower.checkpoint.fill import Plan, fill
-from twotower.checkpoint.mapped import ExpertsIn, split_experts
+from twotower.checkpoint.mapped import ExpertsIn, of_both_towers, split_experts
 from twotower.checkpoint.names import Layout, Slot
 from twotower.checkpoint.quantize import read_scheme
 from twotower.config import ModelConfig
@@ -72,7 +72,7 @@ def load_model(
         raise ValueError(f"experts={experts!r} is unknown; use 'memory' or 'mapped'")
     model = build_empty(source.config, built, scheme)
     if mapped is not None:
-        map_experts(model, mapped)
+        map_experts(model, mapped if source.towers == built else of_both_towers(mapped))
     _log.info("%s: towers=%s dtype=%s quant=%s", source.folder, towers, room.dtypes[0], scheme)
     return _with_values(model, source, plan, room, names.DENOISER_PARTS if built != towers else "")
 

@@ -59,6 +59,13 @@ def _quantised(model: TwoTower, name: str, found: dict[str, dict[int, Tensor]]) 
     return [Quantised(qdata, scale, zero, stack.rounds_input) for qdata, scale, zero in rows]
 
 
+def of_both_towers(matrices: dict[str, Matrices]) -> dict[str, Matrices]:
+    """The context tower's experts, and the same ones for a denoiser that is a copy of it."""
+    prefix = "context_tower."
+    copies = {f"denoiser_tower.{n.removeprefix(prefix)}": m for n, m in matrices.items()}
+    return copies | matrices
+
+
 class _File(NamedTuple):
     """A mapped safetensors file: its bytes, where values begin, and each tensor's two offsets."""
 
