@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tiny_models import MASK, random_ids, tiny_model
 from tiny_text import byte_tokenizer
-from twotower import Completion, ContextView, GenerateOptions, generate
+from twotower import Completion, ContextView, GenerateOptions, TokensCommitted, generate, stream
 from twotower.engine import Failed, Finished, Request, stream_requests
 from twotower.engine.grammar import (
     Grammar,
@@ -155,6 +155,31 @@ def test_right_drafts_save_passes() -> None:
     assert found.tokens == expected.tokens
     # the prompt gives 1 token, each cycle a block of them
     assert found.context_forwards == 1 + -(-(len(found.tokens) - 1) // 6)
+
+
+def test_what_the_grammar_demands_is_drafted() -> None:
+    """Guards the gain where a model drafts badly: the fixed parts of a call need no denoiser."""
+    fixed = regex("[ab]the secret: 0123456789[ab]")
+    expected = complete("ar", fixed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODEL, "draft_cost", 1.0)  # no pauses
+        patch.setattr(MODEL, "denoise", Drafter([], {}))
+        found = complete("speculative", fixed)
+    assert found.tokens == expected.tokens
+    assert found.finish_reason == "eos"
+    assert found.context_forwards < 0.5 * expected.context_forwards
+
+
+def test_no_more_of_a_draft_is_read_than_could_be_accepted() -> None:
+    """Guards the cost of reading what the grammar rules out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODEL, "draft_cost", 1.0)
+        patch.setattr(MODEL, "denoise", Drafter([], {}))  # drafts one control character
+        o = options("speculative", regex("[ab]{40}"))
+        events = list(stream(MODEL, [PROMPT], o, byte_tokenizer()))
+    drafted = [event.drafted for event in events if isinstance(event, TokensCommitted)]
+    assert drafted[0] is None
+    assert set(drafted[1:-1]) == {1}, "the newest token and the forbidden one"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

@@ -95,6 +95,23 @@ def test_a_draft_can_be_taken_back() -> None:
         assert allowed(found) == allowed(after(either, text)), text
 
 
+def test_how_much_of_a_draft_is_possible() -> None:
+    encode = byte_tokenizer().encode
+    found = after(regex("[ab]{3}"), "a")
+    for tokens, count in (
+        ([], 0),
+        (encode("b"), 1),
+        (encode("ba"), 2),
+        (encode("bx"), 1),
+        (encode("x"), 0),
+        ([*encode("ba"), EOS], 3),
+        ([*encode("b"), MASK, *encode("a")], 1),
+        ([*encode("b"), 329], 1),  # no token of the tokenizer
+    ):
+        assert found.num_allowed(tokens) == count
+    assert allowed(found) == {"a", "b"}
+
+
 def test_a_state_is_its_own() -> None:
     """Guards rows that share a compiled grammar."""
     one, other = state(regex("abc")), state(regex("abc"))

@@ -6,6 +6,7 @@ library's (llguidance): which tokens may follow, and whether the text may end he
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -127,6 +128,16 @@ class GrammarState:
         """Tokens that spell what must come next, if anything must."""
         tokens = self._matcher.compute_ff_tokens()
         return [] if self._banned.intersection(tokens) else tokens
+
+    def num_allowed(self, tokens: Sequence[int]) -> int:
+        """How many of these tokens could come next, one after the other; the end comes last."""
+        never = self._banned | set(self._rules.eos)
+        usual = list(itertools.takewhile(lambda token: token not in never, tokens))
+        count = self._matcher.validate_tokens(usual)
+        is_end = count == len(usual) and tokens[count : count + 1] in [
+            [eos] for eos in self._rules.eos
+        ]
+        return count + is_end
 
     def _failed(self, reason: str) -> GrammarFailed:
         return GrammarFailed(f"grammar: {_one_line(self._matcher.get_error()) or reason}")

@@ -88,6 +88,8 @@ def _propose(model: TwoTower, batch: Batch) -> Generator[Event, None, Proposal]:
     drafting = torch.tensor([i for i, row in enumerate(rows) if _is_drafting(row)])
     if len(drafting):
         own = [rows[i] for i in drafting.tolist()]
+        for place in drafting.tolist():
+            _write_forced(rows[place], blocks[place])
         batch.seat.follow(batch.cache)
         samplers = [row.options.draft_sampler(model.config.mask_token_id) for row in own]
         last = yield from fill_blocks(
@@ -95,9 +97,29 @@ def _propose(model: TwoTower, batch: Batch) -> Generator[Event, None, Proposal]:
         )
         # Not the first column: AR may have chosen the mask token, which the denoiser then fills.
         blocks[drafting, 1:] = last.tokens[:, 1:].cpu()
-        left = torch.tensor([_num_left(row) for row in own])
-        lengths[drafting] = torch.minimum(draft_lengths(last.confidence.cpu()), left)
+        pairs = zip(own, blocks[drafting].tolist(), strict=True)
+        most = torch.tensor(
+            [min(_num_left(row), _num_possible(row, draft)) for row, draft in pairs]
+        )
+        lengths[drafting] = torch.minimum(draft_lengths(last.confidence.cpu()), most)
     return blocks[:, : int(lengths.max())], lengths
+
+
+def _write_forced(row: Row, block: Tensor) -> None:
+    """Put what the row's grammar demands next into its block (T,), behind the newest token; the
+    denoiser keeps something to fill. Like any draft it is only a proposal.
+    """
+    if row.grammar is not None:
+        row.grammar.follow(row.tokens)
+        forced = row.grammar.forced()[: len(block) - 2]
+        block[1 : 1 + len(forced)] = torch.tensor(forced)
+
+
+def _num_possible(row: Row, draft: list[int]) -> int:
+    """How much of a draft could be accepted, and the token that could not: no more is read."""
+    if row.grammar is None:
+        return len(draft)
+    return min(len(draft), 2 + row.grammar.num_allowed(draft[1:]))
 
 
 def _choose(logits: Tensor, rows: list[Row], proposal: Proposal) -> Tensor:
