@@ -124,7 +124,8 @@ def _placement(placement: Placement) -> dict[str, Any]:
     return {
         "name": placement.name,
         "devices": [
-            {**dataclasses.asdict(device), "total": device.total, "fits": device.fits}
+            dataclasses.asdict(device)
+            | {"towers": list(device.towers), "total": device.total, "fits": device.fits}
             for device in placement.devices
         ],
         "host_share": list(placement.host_share),
@@ -137,8 +138,9 @@ def _describe_misfit(placement: Placement) -> str:
     """What a device or the host would need, in GiB."""
     for device in placement.devices:
         if not device.fits:
+            verb = "needs" if len(device.towers) == 1 else "need"
             return (
-                f"{' and '.join(device.towers)} need {device.total / _GIB:.1f} GiB of a device "
+                f"{' and '.join(device.towers)} {verb} {device.total / _GIB:.1f} GiB of a device "
                 f"that offers {device.usable / _GIB:.1f}"
             )
     return (

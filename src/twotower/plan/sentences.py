@@ -35,9 +35,11 @@ def headline(record: Record) -> list[str]:
     lines = [_mode_sentence(mode, found) for mode, found in record["modes"].items()]
     if record["break_even"] is not None:
         lines.append(_even_sentence(record))
-    lines.append(f"Faster, by rows at a time: {_spans(record['spans']['all'])}.")
-    if record["spans"]["per_device"] != record["spans"]["all"]:
-        lines.append(f"Per device: {_spans(record['spans']['per_device'])}.")
+    whole, each = record["spans"]["all"], record["spans"]["per_device"]
+    if whole:
+        lines.append(f"Faster, by rows at a time: {_spans(whole)}.")
+    if each != whole:
+        lines.append(f"Per device: {_spans(each)}.")
     return lines
 
 

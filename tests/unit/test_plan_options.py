@@ -1,0 +1,197 @@
+"""What the options name: models, machines, widths, efficiency, recorded tokens per pass."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_models import tiny_config
+from twotower.plan import PlanOptions, make_plan
+from twotower.plan.efficiency import PROFILES
+from twotower.plan.options import (
+    PUBLISHED_TOKENS_PER_NFE,
+    describe_model,
+    make_setup,
+    make_workload,
+    read_recorded,
+)
+from twotower.plan.passes import Setup, Shape
+from twotower.plan.precision import Precision
+from twotower.plan.workload import Workload
+
+MINE = """
+[l4]
+kind = "gpu"
+memory_gib = 1
+bandwidth_gb_s = 10
+tflops = { float32 = 1 }
+source = "smaller than the real one"
+"""
+
+
+def shape(**changes: object) -> Shape:
+    from twotower.checkpoint.inspect import describe_config
+
+    return Shape.of(describe_config(tiny_config(**changes), "tiny"))
+
+
+def made(**options: Any) -> Setup:
+    return make_setup(PlanOptions(**options), shape())
+
+
+def test_models_by_name_and_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert round(describe_model("nano-30b").total / 1e9, 1) == 63.2
+    assert describe_model("shipped").source == "shipped"
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(tiny_config().to_dict()))
+    assert describe_model(str(file)).config == tiny_config()
+    assert describe_model(str(tmp_path)).config == tiny_config()
+    with pytest.raises(
+        ValueError, match="model: 'nano-30' is no file or folder, perhaps nano-30b;"
+    ):
+        describe_model("nano-30")
+    # A hub id would be downloaded by others: a plan reads no weights and no network.
+    with pytest.raises(ValueError, match="'owner/name' is no file or folder; known by name are"):
+        describe_model("owner/name")
+
+
+def test_a_file_of_machines_wins(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(MINE)
+    found = made(hardware="l4", hardware_file=file)
+    assert found.hardware.memory_gib == 1
+    assert found.compute == "float32"  # it has no bfloat16
+    assert made(hardware="l4").hardware.memory_gib == 24
+    assert made(hardware="l40s", hardware_file=file).hardware.memory_gib == 48
+    with pytest.raises(ValueError, match="devices: l4 has no link_gb_s, so two cannot be joined"):
+        made(hardware="l4", hardware_file=file, devices=2)
+
+
+def test_widths_by_part() -> None:
+    assert made(precision="int4", projections="bfloat16").precision == Precision(
+        experts="int4", projections="bfloat16", head="int8", dtype="bfloat16"
+    )
+    wide = made(precision="float32")
+    assert (wide.precision.dtype, wide.compute) == ("float32", "float32")
+    assert made(precision="float32", compute="bfloat16").compute == "bfloat16"
+    assert made(experts="int8", dtype="float32").precision.cache_bytes == 4
+
+
+def test_efficiency_by_kind_and_by_number() -> None:
+    for hardware, profile in (
+        ("l4", "eager-gpu"),
+        ("m4-max", "eager-gpu"),
+        ("power8", "eager-cpu"),
+    ):
+        assert made(hardware=hardware).efficiency == PROFILES[profile]
+    found = made(efficiency="graph-gpu", bandwidth_share=0.5, arithmetic_share=0.25, layer_us=7.0)
+    assert (found.efficiency.bandwidth, found.efficiency.arithmetic) == (0.5, 0.25)
+    assert found.efficiency.layer_s == pytest.approx(7e-6)
+    with pytest.raises(ValueError, match=r"bandwidth=1\.5 is a share of the peak"):
+        made(bandwidth_share=1.5)
+
+
+def work(**options: Any) -> Workload:
+    return make_workload(PlanOptions(**options), 16)
+
+
+def test_tokens_per_pass_come_from_where_they_are_said(tmp_path: Path) -> None:
+    """Silent failure: a recorded evaluation that is read and then not used."""
+    file = tmp_path / "results.json"
+    modes = {"diffusion": {"tokens_per_nfe": 6.5}, "speculative": {"tokens_per_forward": 9.5}}
+    file.write_text(json.dumps({"modes": modes}))
+    assert work().tokens_per_nfe == PUBLISHED_TOKENS_PER_NFE == pytest.approx(3.88, abs=0.002)
+    assert work().tokens_per_cycle is None
+    assert work(block_size=2).tokens_per_nfe == 2  # no more than a block
+    found = work(results=file)
+    assert (found.tokens_per_nfe, found.tokens_per_cycle) == (6.5, 9.5)
+    found = work(results=file, tokens_per_nfe=2.0)
+    assert (found.tokens_per_nfe, found.tokens_per_cycle) == (2.0, 9.5)
+    file.write_text(json.dumps({"modes": {"diffusion": {"tokens_per_nfe": 6.5}}}))
+    assert read_recorded(file) == {"tokens_per_nfe": 6.5}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no results.json"),
+        ("[]", "is no results.json"),
+        ('{"modes": 3}', "is no results.json"),
+        ('{"modes": {"diffusion": 3}}', "is no results.json"),
+        ('{"modes": {"ar": {}}}', "has no block mode; evaluate diffusion or speculative"),
+    ],
+)
+def test_results_that_are_none(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(content)
+    with pytest.raises(ValueError) as refusal:
+        read_recorded(file)
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+    with pytest.raises(ValueError, match=r"results: cannot read .* \(No such file"):
+        read_recorded(tmp_path / "gone.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"devices": 3}, "devices: 3 is not possible; a tower each on 1 or 2"),
+        ({"max_batch": 0}, "max_batch: 0 must be between 1 and 65536"),
+        ({"price_per_hour": -1.0}, "price_per_hour: -1.0 must be 0 or more"),
+        ({"price_per_hour": float("nan")}, "price_per_hour: nan must be 0 or more"),
+        ({"efficiency": "eager"}, "efficiency: 'eager' is unknown, perhaps eager-gpu; allowed are"),
+        (
+            {"results": Path("r.json"), "tokens_per_nfe": 2.0, "tokens_per_cycle": 2.0},
+            "results: has no effect beside tokens_per_nfe and tokens_per_cycle",
+        ),
+    ],
+)
+def test_impossible_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        PlanOptions(**options)
+    assert message in str(refusal.value)
+
+
+def test_a_record_is_plain_and_adds_up() -> None:
+    """Silent failure: a cost per token of one device where two are paid for."""
+    record = make_plan(PlanOptions(devices=2, batch=2, tokens_per_cycle=8.0, max_batch=8))
+    assert json.loads(json.dumps(record)) == record
+    for mode, used in (("ar", 1), ("diffusion", 2), ("speculative", 2)):
+        found = record["modes"][mode]
+        assert found["devices_used"] == used
+        cost = used * record["price_per_hour"] / 3600 / found["tokens_per_s"] * 1e6
+        assert found["dollars_per_million_tokens"] == pytest.approx(cost)
+        tokens = 2 * 256 / (found["prefill_ms"] + found["decode_ms"]) * 1e3
+        assert found["tokens_per_s"] == pytest.approx(tokens)
+        assert found["tokens_per_s_all_devices"] == pytest.approx(tokens * (2 if used == 1 else 1))
+        assert found["tokens_per_s_of_a_row"] == pytest.approx(tokens / 2)
+    for call in record["passes"].values():
+        parts = sum(call[name] for name in ("overhead_ms", "stream_ms", "compute_ms", "host_ms"))
+        assert call["ms"] == pytest.approx(parts)
+    assert [point["batch"] for point in record["sweep"]] == [1, 2, 4, 8]
+    assert record["sweep"][1]["modes"]["ar"]["tokens_per_s"] == pytest.approx(
+        record["modes"]["ar"]["tokens_per_s"]
+    )
+    assert record["workload"]["source"] == "published"
+
+
+def test_what_does_not_fit_says_what_is_missing() -> None:
+    record = make_plan(PlanOptions(hardware="m4-max", max_batch=4))
+    ar, blocks = record["modes"]["ar"], record["modes"]["diffusion"]
+    assert ar["fits"] and not blocks["fits"] and record["break_even"] is None
+    assert blocks["missing"] == "context and denoiser need 117.8 GiB of a device that offers 96.0"
+    assert {"ar_step", "extend", "verify"} >= set(record["passes"])
+    assert record["modes"]["speculative"]["fits"] is False
+    nothing = make_plan(PlanOptions(hardware="bench-1-thread", precision="float32", max_batch=4))
+    assert nothing["sweep"] == [] and nothing["spans"] == {"all": [], "per_device": []}
+    assert nothing["passes"] == {} and not nothing["modes"]["ar"]["fits"]
+    # In the host: a device that takes no experts at all, and a host that is too small for them.
+    host = make_plan(PlanOptions(hardware="l4", precision="float32", max_batch=1))
+    assert "GiB of host memory that offers 57.6" in host["modes"]["ar"]["missing"]
+
+
+def test_one_new_token_has_no_break_even() -> None:
+    record = make_plan(PlanOptions(model="shipped", hardware="l4", new_tokens=1, max_batch=1))
+    assert record["break_even"] is None
+    assert record["modes"]["ar"]["decode_tokens_per_s"] is None
+    assert record["modes"]["ar"]["tokens_per_s"] > 0
