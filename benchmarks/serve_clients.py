@@ -155,7 +155,7 @@ class Client(locust.User):
             if line == b"data: [DONE]":
                 break
             record = json.loads(line[6:]) if line.startswith(b"data: ") else {}
-            usage, error = record.get("usage") or usage, record.get("error")
+            usage, error = record.get("usage") or usage, record.get("error") or error
             if first is None and record.get("choices") and record["choices"][0]["text"]:
                 first = time.monotonic()
                 if leaves:

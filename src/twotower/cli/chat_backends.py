@@ -65,7 +65,7 @@ class Remote:
                 raise ValueError(f"{self.name} does not answer ({error})") from None
 
     def _connection(self) -> http.client.HTTPConnection:
-        kind = http.client.HTTPConnection
+        kind: type[http.client.HTTPConnection] = http.client.HTTPConnection
         if self._parts.scheme == "https":
             kind = http.client.HTTPSConnection
         assert self._parts.hostname is not None

@@ -87,7 +87,10 @@ class Inbox:
     def take(self, count: int) -> list[Row]:
         """The first rows, at most `count`."""
         with self._changed:
-            return [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
+            rows = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
+            for row in rows:
+                self._tickets[row.index].started_s = time.monotonic()
+            return rows
 
     def put_back(self, rows: list[Row]) -> None:
         """Rows that could not enter are the first again."""

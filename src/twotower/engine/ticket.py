@@ -27,6 +27,7 @@ class Ticket:
         self.prompt = row.prompt
         self.nfe = self.context_forwards = 0  # as far as the worker has counted them
         self.submitted_s = time.monotonic()
+        self.started_s: float | None = None  # when it had its place, last
         self._deadline = math.inf if deadline_s is None else self.submitted_s + deadline_s
         self._wants_steps = wants_steps
         self._is_cancelled = False

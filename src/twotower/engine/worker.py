@@ -147,6 +147,7 @@ class Worker:
         except BaseException as error:
             # Somebody ends the thread (SystemExit raised in it): its rows are lost and told so.
             cause = RuntimeError(f"the decoding thread was ended by {type(error).__name__}")
+            cause.with_traceback(error.__traceback__)
             for index in self._inbox.entered():
                 self._deliver(internal_failure(index, cause))
             if self._prefixes is not None:  # it may have been cut off in the middle of a change

@@ -103,7 +103,9 @@ class Viewer:
         }
 
     def _elapsed_ms(self, index: int) -> float:
-        return round((time.monotonic() - self._tickets[index].submitted_s) * 1000, 1)
+        ticket = self._tickets[index]
+        start_s = ticket.submitted_s if ticket.started_s is None else ticket.started_s
+        return round((time.monotonic() - start_s) * 1000, 1)
 
 
 def to_data(record: object) -> str:
