@@ -8,6 +8,7 @@ speeds: processes that share a core only show that they can. The last line is on
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -165,6 +166,16 @@ def work(folder: Path, cases: list[str]) -> None:
             options = options_of(folder, case, f"{processes.count}/{CASES_ORDER[case]}")
             for _ in train(options, processes):
                 pass
+            if processes.count == 1 and options.recipe == "backbone":
+                for _ in train(two_passes(options, folder / f"control/{CASES_ORDER[case]}")):
+                    pass
+
+
+def two_passes(options: TrainOptions, out: Path) -> TrainOptions:
+    """The same rows of each step in twice as many passes: what the order of sums alone changes."""
+    accumulate = 2 * options.accumulate
+    half = options.batch_size // 2
+    return dataclasses.replace(options, out=out, batch_size=half, accumulate=accumulate)
 
 
 def equality(folder: Path, cases: list[str], only: str | None) -> list[dict[str, object]]:
@@ -178,6 +189,9 @@ def equality(folder: Path, cases: list[str], only: str | None) -> list[dict[str,
         for count in (2, 4):
             one, many = (folder / f"{n}/{CASES_ORDER[case]}" for n in (1, count))
             row[f"processes_{count}"] = compare(one, many)
+        control = folder / f"control/{CASES_ORDER[case]}"
+        if control.exists():
+            row["one_process_in_two_passes"] = compare(one, control)
         print(json.dumps(row), flush=True)
         rows.append(row)
     return rows

@@ -26,7 +26,6 @@ from twotower.train.presets import preset_config
 from twotower.train.run_folder import RunFolder
 
 SOURCE = Path(__file__).parents[2] / "src"
-SAME = 1e-5  # float32 sums in another order, over some steps
 EXPERTS: dict[str, object] = {
     "hybrid_override_pattern": "M*E",
     "n_routed_experts": 3,  # not a multiple of the processes
@@ -102,17 +101,17 @@ def losses(options: TrainOptions) -> dict[tuple[float, str], float]:
     }
 
 
-def assert_same(one: TrainOptions, other: TrainOptions) -> None:
-    """Losses and exported weights."""
+def assert_same(one: TrainOptions, other: TrainOptions, loss: float, weights: float) -> None:
+    """Losses and exported weights, within these differences."""
     expected, found = losses(one), losses(other)
     assert found.keys() == expected.keys() and len(found) >= one.steps
-    assert max(abs(found[key] - expected[key]) for key in expected) < SAME
+    assert max(abs(found[key] - expected[key]) for key in expected) < loss
     kind = "context" if one.recipe == "backbone" else "both"
     first, second = (
         load_model(RunFolder(options.run_folder).export, towers=kind).state_dict()
         for options in (one, other)
     )
-    assert all((first[name] - second[name]).abs().max() < 1e-4 for name in first)
+    assert max((first[name] - second[name]).abs().max().item() for name in first) < weights
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's processes in /proc")
@@ -137,7 +136,7 @@ def test_a_killed_process_ends_the_others_and_one_process_goes_on(
 
     run_here(broken)
     run_here(whole)
-    assert_same(whole, broken)
+    assert_same(whole, broken, loss=1e-5, weights=1e-5)  # float32 sums in another order
 
 
 def test_two_processes_go_on_from_one_to_the_same_model(
@@ -153,9 +152,10 @@ def test_two_processes_go_on_from_one_to_the_same_model(
         "targets": "completion",
         "accumulate": 2,
         "ema": 0.5,
+        "optimizer": "muon",
         "recompute": True,
         "steps": 6,
-        "eval_every": 3,
+        "eval_every": 2,
         "eval_rows": 3,  # an odd number for two processes
     }
     whole = tiny_options(data, tmp_path / "whole", **changes)
@@ -170,7 +170,7 @@ def test_two_processes_go_on_from_one_to_the_same_model(
     assert out.count("\n") == 1 and "6 steps done; the model is in" in out
     assert err.count("step 4/6") == 1  # one process reports
     run_here(whole)
-    assert_same(whole, handed)
+    assert_same(whole, handed, loss=1e-5, weights=1e-4)  # Muon rounds to bfloat16 inside
 
 
 def test_an_error_of_the_user_is_told_once(data: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 Runs of several processes are tests/e2e/test_train_parallel.py's business.
 """
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from twotower.train.processes import ALONE, Processes
 from twotower.train.run_folder import POSITION_FILE, RunFolder, ShardedSnapshot
 from twotower.train.schedule import Optimizers, make_optimizer
 from twotower.train.sharded_checkpoint import save_sharded
+from twotower.train.signals import StopSignals
 from twotower.train.step import make_loss, step_generator
 
 DENOISER = {"recipe": "denoiser", "init": "x"}
@@ -200,6 +203,16 @@ def test_what_several_processes_cannot_do_is_refused(tmp_path: Path) -> None:
     check_divisible(compiled, 1)
     with pytest.raises(ValueError, match="compile: not with 2 processes"):
         check_divisible(compiled, 2)
+
+
+def test_further_signals_of_torchrun_change_nothing() -> None:
+    """Silent failure: Ctrl-C reaches a process from the terminal and again from torchrun, and the
+    second one ends it before it has saved.
+    """
+    with StopSignals(is_patient=True) as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
 
 
 @pytest.fixture(scope="module")
