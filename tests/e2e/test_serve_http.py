@@ -186,6 +186,39 @@ def test_block_states_tell_the_whole_story(client: httpx.Client) -> None:
             assert (token["id"] is None) == token["masked"] == (token["text"] == "")
 
 
+def figures(client: httpx.Client) -> dict[str, float]:
+    """What /metrics says, by name and labels."""
+    lines = [line for line in client.get("/metrics").text.splitlines() if line[0] != "#"]
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def test_metrics_tell_what_happened(server: Running, client: httpx.Client) -> None:
+    """Guards against figures that nobody feeds."""
+    server.wait_until_idle()
+    before = figures(client)
+    usage = client.post(URL, json={**SHORT, "mode": "speculative"}).json()["usage"]
+    client.post(URL, json={"prompt": 5})
+    after = figures(client)
+
+    def rise(name: str) -> float:
+        return after.get(name, 0.0) - before.get(name, 0.0)
+
+    assert rise('twotower_requests_total{path="/v1/completions",status="200"}') == 1
+    assert rise('twotower_requests_total{path="/v1/completions",status="400"}') == 1
+    assert rise('twotower_refused_total{reason="bad_value"}') == 1
+    assert rise("twotower_tokens_total") == usage["completion_tokens"] == 4
+    assert rise("twotower_nfe_total") == usage["nfe"]
+    assert rise("twotower_context_forwards_total") == usage["context_forwards"]
+    assert rise("twotower_prompt_tokens_total") == usage["prompt_tokens"]
+    assert rise('twotower_row_ends_total{mode="speculative",reason="length"}') == 1
+    assert rise("twotower_draft_tokens_total") >= rise("twotower_accepted_tokens_total") >= 0
+    for name in ("time_to_first_block_seconds", "request_seconds", "time_per_token_seconds"):
+        assert rise(f'twotower_{name}_count{{mode="speculative"}}') == 1
+        assert 0 < rise(f'twotower_{name}_sum{{mode="speculative"}}') < 60
+    assert after["twotower_requests_in_flight"] == 1  # the question itself
+    assert after["process_resident_memory_bytes"] > 0
+
+
 def test_a_full_queue_refuses_and_takes_back_what_it_took() -> None:
     """Guards against unbounded waiting, and against half of a request that stays in the queue."""
     with running(loaded=tiny(), max_rows=1, max_waiting=2) as server, server.client() as client:
@@ -199,6 +232,7 @@ def test_a_full_queue_refuses_and_takes_back_what_it_took() -> None:
         for thread in threads:
             thread.join()
         server.wait_until_idle()
+        assert server.worker.stats().num_finished == 0, "a row of the refused request was decoded"
         assert client.post(URL, json=SHORT).status_code == 200
 
 

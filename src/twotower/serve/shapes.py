@@ -89,9 +89,9 @@ class CompletionShape:
             self._offset[index] += len(name)
         return {
             "tokens": names,
-            "token_logprobs": [one.logprob for one in logprobs],
+            "token_logprobs": [_finite(one.logprob) for one in logprobs],
             "top_logprobs": [
-                {self._tokenizer.token_text(token): value for token, value in one.top} or None
+                {self._tokenizer.token_text(id_): _finite(value) for id_, value in one.top} or None
                 for one in logprobs
             ],
             "text_offset": offsets,
@@ -182,7 +182,12 @@ class ChatShape:
 
     def _named(self, token: int, logprob: float) -> dict[str, object]:
         text = self._tokenizer.token_text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI's word for it is -9999."""
+    return max(logprob, -9999.0)
 
 
 def _reason(completion: Completion, calls: Calls) -> str:

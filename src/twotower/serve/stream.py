@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from twotower.engine import Completion, StepTaken, Ticket, TokensCommitted
 from twotower.serve.errors import ApiError
@@ -18,7 +18,7 @@ DONE = "[DONE]"
 
 async def stream_lines(
     job: Job, tickets: Sequence[Ticket], shape: Shape, viewer: "Viewer | None", observed: Observed
-) -> AsyncIterator[dict[str, object]]:
+) -> AsyncGenerator[dict[str, object], None]:
     """Chunks of an answer as JSON-able records; after an error of a row, it is the last record."""
     completions: dict[int, Completion] = {}
     for index in range(len(tickets)):

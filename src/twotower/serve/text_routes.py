@@ -1,7 +1,8 @@
 """The two endpoints that write text: body to job, job to rows, rows to an answer or a stream."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import TypeVar
 
 import anyio
@@ -123,9 +124,10 @@ async def _gather(tickets: Sequence[Ticket], observed: Observed) -> list[Complet
 
 
 async def _events(
-    lines: AsyncIterator[dict[str, object]], has_usage: bool
+    lines: AsyncGenerator[dict[str, object], None], has_usage: bool
 ) -> AsyncIterator[dict[str, str]]:
-    async for record in lines:
-        if "usage" not in record or has_usage:
-            yield {"data": to_data(record)}
+    async with contextlib.aclosing(lines):  # whoever goes away closes us, and we the rows
+        async for record in lines:
+            if "usage" not in record or has_usage:
+                yield {"data": to_data(record)}
     yield {"data": DONE}
