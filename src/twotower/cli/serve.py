@@ -1,6 +1,7 @@
 """`twotower serve`: a model behind OpenAI's API, with a page to watch it."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,11 +14,15 @@ from twotower.checkpoint import resolve
 from twotower.cli.loading import DType, Loaded, Placement, load, shipped_model
 from twotower.engine import MODES, GenerateOptions, Worker, WorkerOptions
 from twotower.engine.accelerate import Executor
-from twotower.serve import ServeOptions
+from twotower.serve import ServeOptions, replicas
+from twotower.serve.replicas import ReplicaOptions, ReplicatedOptions
 from twotower.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from twotower.serve.chat_template import ChatTemplate
+    from twotower.serve.keys import Keys
     from twotower.serve.served import Served
 
 # What a client wants to know of a request that names nothing.
@@ -32,7 +37,7 @@ _SHOWN = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeArguments(ServeOptions, WorkerOptions):
+class ServeArguments(ReplicatedOptions):
     """Serve a model over HTTP: /v1/completions, /v1/chat/completions, and a page at /.
 
     A client of OpenAI's takes it with base_url=http://127.0.0.1:8000/v1.
@@ -65,6 +70,7 @@ class ServeArguments(ServeOptions, WorkerOptions):
     def __post_init__(self) -> None:
         ServeOptions.__post_init__(self)
         WorkerOptions.__post_init__(self)
+        ReplicaOptions.__post_init__(self)
 
 
 def run(options: ServeArguments) -> int:
@@ -72,6 +78,19 @@ def run(options: ServeArguments) -> int:
     with need_extra("serve"):
         from twotower.serve import server
     logging.getLogger("twotower.serve").setLevel(logging.INFO)
+    keys = server.read_checked_keys(options)
+    build = functools.partial(build_app, options, keys)
+    if options.ray:
+        replicas.run(build, options)
+    else:
+        server.run(build(), options)
+    return 0
+
+
+def build_app(options: ServeArguments, keys: "Keys") -> "FastAPI":
+    """The app with a model of its own; in this process, or in a replica."""
+    from twotower.serve.app import create_app
+
     placement = Placement(
         dtype=options.dtype,
         context_device=options.device,
@@ -80,8 +99,7 @@ def run(options: ServeArguments) -> int:
     )
     loaded = load(options.model, GenerateOptions(), placement)
     worker = Worker(loaded.model, loaded.tokenizer, options)
-    server.run(worker, options, describe(loaded, options))
-    return 0
+    return create_app(worker, options, describe(loaded, options), keys)
 
 
 @contextlib.contextmanager
@@ -113,7 +131,7 @@ def describe(loaded: Loaded, options: ServeArguments) -> "Served":
         created=int((folder / "config.json").stat().st_mtime),
         tokenizer=loaded.tokenizer,
         block_size=model.config.block_size,
-        modes=MODES if model.denoiser_tower is not None else ("ar",),
+        modes=MODES if model.has_denoiser else ("ar",),
         default_mode=defaults.mode,
         defaults={name: getattr(defaults, name) for name in _SHOWN},
         template=_template(options, folder, loaded.tokenizer),

@@ -13,7 +13,6 @@ from twotower.layers.mamba2 import MambaState
 from twotower.model.state import News, NewState
 
 _STEP_TENSORS = [field.name for field in dataclasses.fields(Step) if field.name != "index"]
-_KINDS = {"kv": KV, "mamba": MambaState}
 
 
 def news_to_message(seat: int, news: News) -> Message:
@@ -28,11 +27,15 @@ def message_to_news(message: Message) -> News:
     """The inverse of `news_to_message`."""
     hidden, *parts = message.tensors
     left = iter(parts)
-    states: list[NewState] = [
-        None if kind is None else _KINDS[kind](next(left), next(left))
-        for kind in message.values["kinds"]
-    ]
+    states = [_state(kind, left) for kind in message.values["kinds"]]
     return News(states, hidden, torch.tensor(message.values["counts"], dtype=torch.int64))
+
+
+def _state(kind: str | None, tensors: Iterator[Tensor]) -> NewState:
+    if kind is None:
+        return None
+    make = KV if kind == "kv" else MambaState
+    return make(next(tensors), next(tensors))
 
 
 def steps_to_tensors(steps: Sequence[Step]) -> list[Tensor]:

@@ -7,12 +7,10 @@ import socket
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
-from twotower.engine import Worker
-from twotower.serve.app import create_app
-from twotower.serve.keys import check_exposure, read_keys
+from twotower.serve.keys import Keys, check_exposure, read_keys
 from twotower.serve.options import ServeOptions
-from twotower.serve.served import Served
 from twotower.serve.service import Service
 
 _log = logging.getLogger("twotower.serve")
@@ -41,11 +39,15 @@ class Server(uvicorn.Server):
         await ending
 
 
-def run(worker: Worker, options: ServeOptions, served: Served) -> None:
-    """Serve until a signal. ValueError (one line) where the options forbid to start."""
+def read_checked_keys(options: ServeOptions) -> Keys:
+    """The API keys; ValueError (one line) where the options forbid to start without."""
     keys = read_keys(options, os.environ)
     check_exposure(options, keys)
-    app = create_app(worker, options, served, keys)
+    return keys
+
+
+def run(app: FastAPI, options: ServeOptions) -> None:
+    """Serve an app of `create_app` until a signal. ValueError if the address is not free."""
     listener = _listen(options)
     config = uvicorn.Config(
         app,
@@ -59,8 +61,9 @@ def run(worker: Worker, options: ServeOptions, served: Served) -> None:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     page = f"http://{shown}:{port}"
-    print(f"serving {served.name} at {page}/v1, page at {page}/", flush=True)
-    Server(config, app.state.service).run(sockets=[listener])
+    service: Service = app.state.service
+    print(f"serving {service.served.name} at {page}/v1, page at {page}/", flush=True)
+    Server(config, service).run(sockets=[listener])
 
 
 def _listen(options: ServeOptions) -> socket.socket:

@@ -1,0 +1,129 @@
+"""The same app on many machines: a Ray Serve deployment of replicas, each with a model of its own.
+
+A request needs nothing of an earlier one, so any replica may answer it. Keys, limits, the prefix
+cache and /metrics are each replica's own.
+"""
+
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from twotower.engine import WorkerOptions
+from twotower.serve.options import ServeOptions
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+_log = logging.getLogger("twotower.serve")
+APP_NAME = "twotower"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaOptions:
+    """How many replicas there are and what each may use of a machine."""
+
+    ray: bool = False
+    """Serve by replicas on a Ray cluster instead of this process alone."""
+    ray_address: str | None = None
+    """Cluster to join, such as auto; started on this machine if none is given. A second run on the
+    same cluster replaces the model replica by replica."""
+    min_replicas: int = 1
+    """Replicas that are always there."""
+    max_replicas: int = 1
+    """Replicas at the most; between the two, their number follows the requests."""
+    replica_cpus: float = 1.0
+    """Cores that a replica claims."""
+    replica_gpus: float = 0.0
+    """GPUs that a replica claims."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_replicas <= self.max_replicas:
+            raise ValueError(
+                f"min_replicas={self.min_replicas} max_replicas={self.max_replicas}: must be at "
+                "least 1, and the second no less than the first"
+            )
+        for name in ("replica_cpus", "replica_gpus"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+
+
+class Replica:
+    """One replica: builds the app where it runs, and tells Ray whether it still decodes."""
+
+    def __init__(self, build: Callable[[], "FastAPI"]) -> None:
+        logging.getLogger("twotower.serve").setLevel(logging.INFO)
+        self._app = build()
+
+    def __serve_build_asgi_app__(self) -> "FastAPI":
+        return self._app
+
+    def check_health(self) -> None:
+        """RuntimeError while nothing would be decoded; if it lasts, Ray starts another replica."""
+        if (state := self._app.state.service.state) != "ready":
+            raise RuntimeError(f"the replica is {state}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicatedOptions(ServeOptions, WorkerOptions, ReplicaOptions):
+    """All that a server of replicas is told."""
+
+
+def run(build: Callable[[], "FastAPI"], options: ReplicatedOptions) -> None:
+    """Deploy replicas of the app that `build` makes and serve until a signal.
+
+    build: called in each replica; it and what it holds must be picklable. ValueError without Ray.
+    """
+    ray, serve = _ray()
+    ray.init(address=options.ray_address, log_to_driver=False)
+    serve.start(
+        proxy_location="EveryNode", http_options={"host": options.host, "port": options.port}
+    )
+    deploy(build, options)
+    print(f"serving at http://{options.host}:{options.port}/v1, page at /", flush=True)
+    stopped = threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stopped.set())
+    stopped.wait()
+    if options.ray_address is None:
+        _log.info("stopping: running requests get %g s", options.grace_s)
+        serve.shutdown()  # replicas finish what they decode
+        ray.shutdown()
+
+
+def deploy(build: Callable[[], "FastAPI"], options: ReplicatedOptions) -> None:
+    """Put the replicas up, or replace those of an earlier call one by one; returns when ready."""
+    _, serve = _ray()
+    deployment = serve.deployment(
+        serve.ingress()(Replica),
+        name="model",
+        max_ongoing_requests=options.max_rows + options.max_waiting,
+        ray_actor_options={"num_cpus": options.replica_cpus, "num_gpus": options.replica_gpus},
+        autoscaling_config={
+            "min_replicas": options.min_replicas,
+            "max_replicas": options.max_replicas,
+            # More than share passes: another replica is worth its start.
+            "target_ongoing_requests": options.max_rows,
+        },
+        graceful_shutdown_timeout_s=options.grace_s,
+        health_check_period_s=5.0,
+    )
+    serve.run(deployment.bind(build), name=APP_NAME, route_prefix="/")
+
+
+def _most_requests(options: ServeOptions) -> int:
+    """Requests that a replica is sent at a time: those it decodes and those that may wait."""
+    return int(getattr(options, "max_rows", 16)) + int(getattr(options, "max_waiting", 64))
+
+
+def _ray() -> tuple[Any, Any]:
+    try:
+        import ray
+        from ray import serve
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"twotower serve --ray needs {error.name}; pip install 'twotower[ray]'"
+        ) from None
+    return ray, serve
