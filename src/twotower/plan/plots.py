@@ -9,11 +9,10 @@ from twotower.evaluate.plots import COLORS, new_figure
 from twotower.plan.workload import MODES
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Record = Mapping[str, Any]
-_GIB = 2**30
+_FAR = 10  # times the fullest device
 _KINDS = ("dense", "experts", "cache", "activations")
 
 
@@ -40,6 +39,8 @@ def plot_speed(record: Record) -> Figure | None:
         if kept:
             axes.plot(*zip(*kept, strict=True), "o-", color=color, label=mode)
     axes.set_xscale("log", base=2)
+    batches = [point["batch"] for point in record["sweep"]]
+    axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.set_yscale("log")
     axes.axvline(record["workload"]["batch"], color="gray", linestyle="--", linewidth=1)
     axes.set_xlabel("rows at a time, at most; dashed: the batch asked for")
@@ -79,17 +80,22 @@ def plot_memory(record: Record) -> Figure:
     bars = []
     for mode, found in record["modes"].items():
         for number, device in enumerate(found["placement"]["devices"]):
-            bars.append((f"{mode}, device {number}", device))
+            towers = " + ".join(device["towers"])
+            bars.append((f"{mode}, device {number}: {towers}", device))
     figure = new_figure(height=1.6 + 0.45 * len(bars))
     axes = figure.add_subplot()
+    most = max(device["total"] for _, device in bars)
+    name, unit = ("GiB", 2**30) if most >= 2**30 else ("MiB", 2**20)
     left = [0.0] * len(bars)
     for color, kind in zip(COLORS, _KINDS, strict=False):
-        widths = [device[kind] / _GIB for _, device in bars]
-        axes.barh([name for name, _ in bars], widths, left=left, color=color, label=kind)
+        widths = [device[kind] / unit for _, device in bars]
+        axes.barh([label for label, _ in bars], widths, left=left, color=color, label=kind)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    _mark_limit(axes, record["memory"]["usable_bytes_per_device"] / _GIB)
+    usable = record["memory"]["usable_bytes_per_device"]
+    axes.set_xlabel(f"{name}; a device offers {usable / unit:,.0f}")
+    if usable <= _FAR * most:  # else the line would leave no room for the bars
+        axes.axvline(usable / unit, color="gray", linestyle="--", linewidth=1)
     axes.invert_yaxis()
-    axes.set_xlabel("GiB; dashed: what a device offers")
     axes.set_title("Memory")
     figure.legend(loc="outside lower center", ncols=len(_KINDS), fontsize=8)
     return figure
@@ -113,7 +119,3 @@ def plot_passes(record: Record) -> Figure | None:
     axes.set_title("Where the time of a pass goes")
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     return figure
-
-
-def _mark_limit(axes: Axes, gib: float) -> None:
-    axes.axvline(gib, color="gray", linestyle="--", linewidth=1)

@@ -24,8 +24,8 @@ CAPTIONS = {
     "speed": (
         "Speed by batch",
         "Tokens a second of all rows together, prompts included, with at most so many rows at a "
-        "time. A line ends where the mode no longer fits and stays level where more rows would "
-        "only push experts out of the device.",
+        "time. A line stays level where more rows do not fit or would only push experts out of "
+        "the device: the others wait.",
     ),
     "break_even": (
         "Break-even",

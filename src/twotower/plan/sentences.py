@@ -46,12 +46,15 @@ def headline(record: Record) -> list[str]:
 def memory_lines(record: Record) -> list[str]:
     """What the towers and a row's cache take, and what a device offers."""
     memory = record["memory"]
-    towers = ", ".join(f"{t} {n / _GIB:.1f} GiB" for t, n in memory["tower_bytes"].items())
+    towers = ", ".join(f"{tower} {_bytes(n)}" for tower, n in memory["tower_bytes"].items())
     return [
-        f"Weights: {towers}. A row's cache: {memory['cache_bytes_per_row'] / _MIB:.1f} MiB. "
-        f"A device offers {memory['usable_bytes_per_device'] / _GIB:.1f} GiB, there are "
-        f"{record['devices']}."
+        f"Weights: {towers}. A row's cache: {_bytes(memory['cache_bytes_per_row'])}. A device "
+        f"offers {_bytes(memory['usable_bytes_per_device'])}, there are {record['devices']}."
     ]
+
+
+def _bytes(count: float) -> str:
+    return f"{count / _GIB:.1f} GiB" if count >= _GIB else f"{count / _MIB:.1f} MiB"
 
 
 def _mode_sentence(mode: str, found: Record) -> str:
