@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"engine", "model", "diffusion", "checkpoint", "tokenizer", "evaluate", "corpus"},
     "plan": COMMON | {"checkpoint", "evaluate"},
     "serve": COMMON | {"engine", "tokenizer"},
+    "hosts": COMMON | {"engine", "model", "diffusion", "layers"},
 }
 TOP = {"__init__", "__main__", "cli"}  # these import all; nothing imports them
 
@@ -64,6 +65,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "sse_starlette": ("serve",),
     "prometheus_client": ("serve",),
     "jinja2": ("serve",),
+    "ray": ("serve.replicas",),
     "llguidance": ("engine.grammar",),
     "triton": ("kernels",),
     "mamba_ssm": ("kernels",),
@@ -79,6 +81,7 @@ OPTIONAL = {
     "lm_eval",
     "llguidance",
     "matplotlib",
+    "ray",
     "gguf",
     "torchao",
     "xllamacpp",

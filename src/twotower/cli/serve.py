@@ -19,8 +19,7 @@ from twotower.serve.replicas import ReplicaOptions, ReplicatedOptions
 from twotower.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
+    from twotower.serve.app import App
     from twotower.serve.chat_template import ChatTemplate
     from twotower.serve.keys import Keys
     from twotower.serve.served import Served
@@ -87,7 +86,7 @@ def run(options: ServeArguments) -> int:
     return 0
 
 
-def build_app(options: ServeArguments, keys: "Keys") -> "FastAPI":
+def build_app(options: ServeArguments, keys: "Keys") -> "App":
     """The app with a model of its own; in this process, or in a replica."""
     from twotower.serve.app import create_app
 

@@ -23,6 +23,8 @@ from twotower.serve.served import Served
 from twotower.serve.service import Service
 from twotower.serve.text_routes import add_text_routes
 
+App = FastAPI  # for those who may not import the framework
+
 
 def create_app(
     worker: Worker, options: ServeOptions, served: Served, keys: Keys | None = None
@@ -113,16 +115,27 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
+# Not asked of the machine: some say text/plain for scripts, which browsers then refuse.
+_TYPES = {
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".css": "text/css",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+}
+
+
 def _add_page(app: FastAPI, folder: Path) -> None:
     """Each file of the folder under its name, and index.html at /."""
 
     def add(url: str, file: Path) -> None:
         async def page() -> FileResponse:
-            return FileResponse(file, headers={"Cache-Control": "no-cache"})
+            headers = {"Cache-Control": "no-cache"}
+            return FileResponse(file, headers=headers, media_type=_TYPES[file.suffix])
 
         app.add_api_route(url, page, include_in_schema=False)
 
-    files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
+    files = sorted(file for file in folder.iterdir() if file.suffix in _TYPES)
     for file in files:
         add(f"/{file.name}", file)
         if file.name == "index.html":
