@@ -70,6 +70,7 @@ def first_match(one: Filter, text: str) -> tuple[int, int] | None:
         ("bad$", "bad bad", (4, 7)),
         ("(?m)bad$", "bad\nx", (0, 4)),
         (r"\bba\b|\bad\b", "bad ad", (4, 6)),
+        (r"\bbad\b.*", "bad things", (0, 4)),  # a match that could go on is one already
         (r"(a)\1", "abaa", (2, 4)),
     ],
 )

@@ -150,8 +150,10 @@ def test_json_in_the_usual_forms(schema: dict[str, object] | bool | str, text: s
 
 def test_white_space_is_bounded() -> None:
     """Guards a row in which a model writes spaces until its length is used up."""
-    assert " " in allowed(after(json_schema(NUMBER), "{" + " " * 60))
-    assert allowed(after(json_schema(NUMBER), "{" + " " * 64)).isdisjoint({" ", "\n"})
+    assert {" ", "\n"} < allowed(after(json_schema(NUMBER), "{"))
+    assert allowed(after(json_schema(NUMBER), "{ ")).isdisjoint({" ", "\n", "\t"})
+    assert {" ", "\t"} < allowed(after(json_schema(NUMBER), "{\n" + " " * 31))
+    assert allowed(after(json_schema(NUMBER), "{\n" + " " * 32)).isdisjoint({" ", "\n", "\t"})
     assert " " not in allowed(after(json_schema(NUMBER), " "))
     assert " " not in allowed(after(json_schema(NUMBER), '{"a": 1}'))
 

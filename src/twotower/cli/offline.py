@@ -20,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from twotower.cli.loading import Loaded, Placement, load
 from twotower.cli.output_file import InputLine, OutputFile, read_lines, run_key
 from twotower.cli.prompts import parse_prompt
+from twotower.cli.records import completion_record
 from twotower.engine import (
-    Completion,
     EngineOptions,
     Failed,
     Finished,
@@ -83,7 +83,7 @@ def _decode(job: Job, loaded: Loaded, window: "Window", total: int) -> int:
         for event in events:
             if isinstance(event, Finished):
                 num_tokens += len(event.completion.tokens)
-                window.answer(event.row, _result(event.completion))
+                window.answer(event.row, completion_record(event.completion))
             elif isinstance(event, Failed):
                 window.answer(event.row, {"error": event.message})
             else:
@@ -172,13 +172,3 @@ def _request(record: Mapping[str, object], given: Mapping[str, object]) -> Reque
             raise ValueError(f"{name!r} is no option{hint or '; see twotower generate -h'}")
     values = {**given, **own}
     return Request(prompt, GenerateOptions(**values))  # type: ignore[arg-type]  # checks itself
-
-
-def _result(completion: Completion) -> dict[str, object]:
-    return {
-        "text": completion.text,
-        "tokens": completion.tokens,
-        "nfe": completion.nfe,
-        "context_forwards": completion.context_forwards,
-        "finish_reason": completion.finish_reason,
-    }

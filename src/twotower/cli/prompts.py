@@ -1,9 +1,11 @@
-"""Where prompts come from: arguments, a file, or stdin."""
+"""Where prompts, and grammars for their answers, come from: arguments, a file, or stdin."""
 
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from twotower.engine.grammar import Grammar, json_schema, lark, regex
 
 Prompt = str | list[int]
 STDIN = "-"
@@ -85,3 +87,14 @@ def require_utf8(text: str, where: str) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"{where} is not UTF-8 text; convert it") from None
     return text
+
+
+def read_grammar(file: Path) -> Grammar:
+    """The grammar in a file, by the end of its name."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"grammar: cannot read {file} ({error}); name a text file") from None
+    if file.suffix == ".json":
+        return json_schema(text)
+    return lark(text) if file.suffix == ".lark" else regex(text.removesuffix("\n"))

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 GrammarKind = Literal["json_schema", "tool_call", "regex", "lark"]
 _LONGEST_REASON = 300  # characters of the library's explanation
-# Between the parts of a JSON text: enough to indent, not enough for a model to get lost in.
-_WHITESPACE = r"[ \n\r\t]{1,64}"
+# Between the parts of a JSON text: a space, or a new line and its indent. With more, a model that
+# has nothing to say writes spaces until its length is used up.
+_WHITESPACE = r"( |\n[ \t]{0,32})"
 
 
 class GrammarFailed(Exception):
