@@ -15,7 +15,8 @@ import tyro
 from twotower.checkpoint import ExpertsIn
 from twotower.cli.flags import field_docs, optional_flags
 from twotower.cli.loading import DType, Loaded, Placement, load
-from twotower.cli.prompts import Prompt, read_prompts
+from twotower.cli.prompts import Prompt, read_grammar, read_prompts
+from twotower.cli.records import completion_record
 from twotower.cli.text import printable
 from twotower.engine import (
     Completion,
@@ -74,7 +75,8 @@ class GenerateArguments(EngineOptions):
         str | None,
         tyro.conf.arg(metavar="DEVICE", help_behavior_hint="(default: same as --device)"),
     ] = None
-    """Where the denoiser tower runs, if elsewhere."""
+    """Where the denoiser tower runs, if elsewhere; peer: the other of two processes that torchrun
+    started, on this host or another."""
     executor: Executor = "auto"
     """native: passes in C++, compiled on first use (float32, CPU, no experts). eager: plain
     PyTorch. auto: native where it can be."""
@@ -83,6 +85,9 @@ class GenerateArguments(EngineOptions):
     experts: ExpertsIn = "memory"
     """mapped: leave routed experts in their files and read those that are chosen, for towers larger
     than memory; slow where the disk is."""
+    grammar: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """ar, speculative: what the text must match. A JSON schema (.json), a Lark grammar (.lark) or
+    a regex (any other file). Needs the extra serve."""
     stop: Annotated[
         tuple[str, ...],
         tyro.conf.UseAppendAction,
@@ -94,6 +99,10 @@ class GenerateArguments(EngineOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.output is None:
+            if "logprobs" in self.decoding and not (self.json or self.trace):
+                raise ValueError(
+                    "logprobs: text does not show them; use --json, --trace or --output"
+                )
             return
         if self.input is None or self.input.suffix != ".jsonl":
             raise ValueError(
@@ -107,7 +116,8 @@ class GenerateArguments(EngineOptions):
 
     def given(self) -> dict[str, object]:
         """The decoding options that were named."""
-        return {**self.decoding, **({"stop": self.stop} if self.stop else {})}
+        named = {**self.decoding, **({"stop": self.stop} if self.stop else {})}
+        return named if self.grammar is None else {**named, "grammar": read_grammar(self.grammar)}
 
     def generate_options(self) -> GenerateOptions:
         """Options of which only the given flags count as given."""
@@ -239,12 +249,8 @@ def _record(
     results = [
         {
             "prompt": prompt,
-            "text": completion.text,
-            "tokens": completion.tokens,
-            "nfe": completion.nfe,
-            "context_forwards": completion.context_forwards,
+            **completion_record(completion),
             "tokens_per_nfe": per_pass(completion),
-            "finish_reason": completion.finish_reason,
         }
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
