@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import json
+import re
 import socket
 import threading
 import time
@@ -184,6 +185,22 @@ def test_block_states_tell_the_whole_story(client: httpx.Client) -> None:
     for step in steps:
         for token in step["tokens"]:
             assert (token["id"] is None) == token["masked"] == (token["text"] == "")
+
+
+def test_the_pages_files_are_served_as_what_they_are(client: httpx.Client) -> None:
+    """Guards against scripts that a browser refuses, and files that are left out."""
+    page = client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    names = re.findall(r'(?:src|href)="\./([^"#?]+)"', page.text)
+    assert names
+    for name in names:
+        answer = client.get(f"/{name}")
+        assert answer.status_code == 200, name
+        kind = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+        assert answer.headers["content-type"].startswith(kind[name.rpartition(".")[2]])
+        assert "script-src 'self'" in answer.headers["Content-Security-Policy"]
+    assert client.get("/../pyproject.toml").status_code == 404
+    assert client.get("/web/index.html").status_code == 404
 
 
 def figures(client: httpx.Client) -> dict[str, float]:

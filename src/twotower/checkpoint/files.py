@@ -21,7 +21,7 @@ DTYPES = {
 }
 PACKED_DTYPES = {"I8": torch.int8, "U8": torch.uint8}  # of quantised weights
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.md", "*.model", "LICENSE*"]
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.md", "*.model", "LICENSE*"]
 
 
 class Entry(NamedTuple):
