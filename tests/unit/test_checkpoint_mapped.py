@@ -104,6 +104,8 @@ def test_what_cannot_be_mapped_is_one_line(folders: dict[str, Path], tmp_path: P
         load_model(folders["int8"], experts="disk")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs both towers on the CPU, not on 'meta'"):
         load_model(folders["int8"], denoiser_device="meta", experts="mapped")
+    with pytest.raises(ValueError, match="activations=int8 needs both towers on the CPU"):
+        load_model(folders["int8-int8"], context_device="meta")
     mapped = load_model(folders["int8"], experts="mapped")
     with pytest.raises(ValueError, match="saving needs the experts in memory"):
         save_model(mapped, tmp_path / "copy")

@@ -18,7 +18,7 @@ Towers = Literal["both", "context", "denoiser"]
 def build_empty(config: ModelConfig, towers: Towers, scheme: Scheme | None = None) -> TwoTower:
     """The shapes of a model, wide or quantised, without memory or values."""
     with torch.device("meta"), _NoInitialisation():
-        model = TwoTower(config, towers)
+        model = TwoTower(config, "context" if towers == "context" else "both")
         if scheme is not None:
             quantise_modules(model, scheme)
         return model

@@ -21,7 +21,9 @@ from twotower.checkpoint.files import (
     Entry,
     resolve,
 )
-from twotower.checkpoint.load import plan_tensors, read_layout
+from twotower.checkpoint.layout import read_layout
+from twotower.checkpoint.load import plan_tensors
+from twotower.checkpoint.memory import kv_bytes_per_token, state_bytes_per_row, weight_bytes
 from twotower.checkpoint.quantize import read_scheme
 from twotower.config import ATTENTION, LAYER_KINDS, MAMBA, ModelConfig
 from twotower.model.precision import Scheme
@@ -206,9 +208,9 @@ def _describe_model(
         towers=towers,
         total=total,
         expert_share=in_experts / total,
-        weight_bytes=_weight_bytes(config, "both" if "denoiser" in towers else "context"),
-        kv_bytes_per_token=_by_dtype(_kv_elements(config), 0),
-        state_bytes_per_row=_by_dtype(*_state_elements(config)),
+        weight_bytes=weight_bytes(config, "both" if "denoiser" in towers else "context"),
+        kv_bytes_per_token=kv_bytes_per_token(config),
+        state_bytes_per_row=state_bytes_per_row(config),
         files=files,
         precision=precision,
     )
@@ -241,43 +243,3 @@ def _kind(name: str, config: ModelConfig) -> str:
         return moe[parts[4]]
     kind = config.hybrid_override_pattern[int(parts[2])]
     return {MAMBA: "mamba", ATTENTION: "attention"}.get(kind, "mlp")
-
-
-def _weight_bytes(config: ModelConfig, towers: Towers) -> dict[str, int]:
-    """Bytes of all weights by precision; quantised ones beside a bfloat16 rest."""
-    kinds: dict[str, tuple[torch.dtype, Scheme | None]] = {
-        "float32": (torch.float32, None),
-        "bfloat16": (torch.bfloat16, None),
-        "int8": (torch.bfloat16, Scheme(weights="int8")),
-        "int4": (torch.bfloat16, Scheme(weights="int4")),
-    }
-    sizes = {}
-    for kind, (dtype, scheme) in kinds.items():
-        model = build_empty(config, towers, scheme)
-        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        sizes[kind] = sum(
-            tensor.numel() * (tensor.dtype if names.keeps_dtype(name) else dtype).itemsize
-            for name, tensor in tensors.items()
-        )
-    return sizes
-
-
-def _kv_elements(config: ModelConfig) -> int:
-    """Keys and values of one token in all attention layers."""
-    layers = config.hybrid_override_pattern.count(ATTENTION)
-    return layers * 2 * config.num_key_value_heads * config.head_dim
-
-
-def _state_elements(config: ModelConfig) -> tuple[int, int]:
-    """One row's conv inputs, in the model's dtype, and SSM states, always float32."""
-    layers = config.hybrid_override_pattern.count(MAMBA)
-    conv = layers * config.conv_channels * (config.conv_kernel - 1)
-    return conv, layers * config.mamba_width * config.ssm_state_size
-
-
-def _by_dtype(elements: int, wide: int) -> dict[str, int]:
-    """Bytes of `elements` in each dtype plus `wide` elements that stay float32."""
-    return {
-        str(dtype).removeprefix("torch."): elements * dtype.itemsize + 4 * wide
-        for dtype in (DTYPES["F32"], DTYPES["BF16"])
-    }

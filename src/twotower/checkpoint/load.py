@@ -4,15 +4,12 @@ Decides what is missing, unexpected or damaged; what the names mean is `names`' 
 files are is `files`', how values get to their places is that of `fill` and `mapped`.
 """
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
 from twotower.checkpoint import names
 from twotower.checkpoint.empty import Towers, allocate, build_empty
@@ -21,12 +18,12 @@ from twotower.checkpoint.files import (
     PACKED_DTYPES,
     Entry,
     generation_defaults,
-    read_entries,
     resolve,
 )
 from twotower.checkpoint.fill import Plan, fill
+from twotower.checkpoint.layout import read_layout, with_heads
 from twotower.checkpoint.mapped import ExpertsIn, of_both_towers, split_experts
-from twotower.checkpoint.names import Layout, Slot
+from twotower.checkpoint.names import Slot
 from twotower.checkpoint.quantize import read_scheme
 from twotower.config import ModelConfig
 from twotower.model.initialise import copy_context_to_denoiser
@@ -63,10 +60,12 @@ def load_model(
         _tower_dtypes(source.entries, dtype, denoiser_dtype),
         (_device(context_device), _device(denoiser_device)),
     )
+    if scheme is not None and scheme.activations is not None:
+        _require_cpu(room, f"{path}: activations=int8", "a checkpoint of int8 weights alone")
     shape = build_empty(source.config, source.towers, scheme)
     plan, mapped = plan_tensors(source.folder, shape, source.entries), None
     if experts == "mapped":
-        _require_cpu(room)
+        _require_cpu(room, "experts='mapped'", "experts='memory'")
         plan, mapped = split_experts(shape, plan)
     elif experts != "memory":
         raise ValueError(f"experts={experts!r} is unknown; use 'memory' or 'mapped'")
@@ -113,7 +112,7 @@ def _open(folder: Path, towers: Towers) -> _Source:
     config = ModelConfig.from_file(folder)
     entries, layout = read_layout(folder)
     if config.tie_word_embeddings:
-        config, entries = _with_heads(config, entries, towers)
+        config, entries = with_heads(config, entries, towers)
     is_whole = towers == "both" and layout == "two-tower"
     return _Source(folder, config, entries, "both" if is_whole else "context")
 
@@ -133,22 +132,6 @@ def _with_values(
         copy_context_to_denoiser(model, seed=0)
     model.generation_defaults = defaults
     return model.eval()
-
-
-def read_layout(folder: Path) -> tuple[dict[str, Entry], Layout]:
-    """The tensors under their two-tower names, and the layout they were found in."""
-    found = read_entries(folder)
-    layout = names.layout_of(found)
-    if layout is None:
-        raise ValueError(
-            f"{folder}: tensors such as {next(iter(found), 'none')!r} are of another model; "
-            "known are context_tower.*, backbone.* and model.*"
-        )
-    entries: dict[str, Entry] = {}
-    for name, entry in found.items():
-        if (released := names.released_name(name, layout)) is not None:
-            entries[released] = entry._replace(name=name)
-    return entries, layout
 
 
 def plan_tensors(folder: Path, model: TwoTower, entries: Mapping[str, Entry]) -> Plan:
@@ -211,12 +194,11 @@ def _tower_dtypes(
     return dtype or DTYPES[context.dtype], denoiser_dtype or dtype or DTYPES[denoiser.dtype]
 
 
-def _require_cpu(room: _Room) -> None:
+def _require_cpu(room: _Room, what: str, remedy: str) -> None:
     for device in room.devices:
         if device.type != "cpu":
             raise ValueError(
-                f"experts='mapped' needs both towers on the CPU, not on {str(device)!r}; "
-                "use experts='memory'"
+                f"{what} needs both towers on the CPU, not on {str(device)!r}; use {remedy}"
             )
 
 
@@ -231,28 +213,3 @@ def _device(name: torch.device | str) -> torch.device:
             "CUDA devices; use 'cpu'"
         )
     return device
-
-
-def _with_heads(
-    config: ModelConfig, entries: dict[str, Entry], towers: Towers
-) -> tuple[ModelConfig, dict[str, Entry]]:
-    """Complete a tied checkpoint's heads; untied if one has values of its own.
-
-    `transformers` writes such heads: it never ties this architecture, whatever its config says.
-    """
-    entries = names.with_tied_heads(entries)
-    for head, source in names.HEADS.items():
-        needed = towers == "both" or head.startswith(names.CONTEXT_PARTS)
-        if not needed or head not in entries or source not in entries:
-            continue
-        a, b = _read(entries[head]), _read(entries[source])
-        if a.shape != b.shape or not torch.equal(a, b):
-            _log.warning("config.json ties the head, but %s has values of its own: kept", head)
-            return dataclasses.replace(config, tie_word_embeddings=False), entries
-    return config, entries
-
-
-def _read(entry: Entry) -> Tensor:
-    with safe_open(entry.file, framework="pt") as shard:
-        tensor: Tensor = shard.get_tensor(entry.name)
-    return tensor

@@ -1,0 +1,59 @@
+"""Bytes of a model's weights and of its cache in each precision, by configuration alone."""
+
+import torch
+
+from twotower.checkpoint import names
+from twotower.checkpoint.empty import Towers, build_empty
+from twotower.checkpoint.files import DTYPES
+from twotower.config import ATTENTION, MAMBA, ModelConfig
+from twotower.model.precision import Scheme
+
+
+def weight_bytes(config: ModelConfig, towers: Towers) -> dict[str, int]:
+    """Bytes of all weights by precision; quantised ones beside a bfloat16 rest."""
+    kinds: dict[str, tuple[torch.dtype, Scheme | None]] = {
+        "float32": (torch.float32, None),
+        "bfloat16": (torch.bfloat16, None),
+        "int8": (torch.bfloat16, Scheme(weights="int8")),
+        "int4": (torch.bfloat16, Scheme(weights="int4")),
+    }
+    sizes = {}
+    for kind, (dtype, scheme) in kinds.items():
+        model = build_empty(config, towers, scheme)
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        sizes[kind] = sum(
+            tensor.numel() * (tensor.dtype if names.keeps_dtype(name) else dtype).itemsize
+            for name, tensor in tensors.items()
+        )
+    return sizes
+
+
+def kv_bytes_per_token(config: ModelConfig) -> dict[str, int]:
+    """Bytes that one token of a row adds to the context cache, by dtype."""
+    return _by_dtype(_kv_elements(config), 0)
+
+
+def state_bytes_per_row(config: ModelConfig) -> dict[str, int]:
+    """Bytes of one row's Mamba states, by dtype."""
+    return _by_dtype(*_state_elements(config))
+
+
+def _kv_elements(config: ModelConfig) -> int:
+    """Keys and values of one token in all attention layers."""
+    layers = config.hybrid_override_pattern.count(ATTENTION)
+    return layers * 2 * config.num_key_value_heads * config.head_dim
+
+
+def _state_elements(config: ModelConfig) -> tuple[int, int]:
+    """One row's conv inputs, in the model's dtype, and SSM states, always float32."""
+    layers = config.hybrid_override_pattern.count(MAMBA)
+    conv = layers * config.conv_channels * (config.conv_kernel - 1)
+    return conv, layers * config.mamba_width * config.ssm_state_size
+
+
+def _by_dtype(elements: int, wide: int) -> dict[str, int]:
+    """Bytes of `elements` in each dtype plus `wide` elements that stay float32."""
+    return {
+        str(dtype).removeprefix("torch."): elements * dtype.itemsize + 4 * wide
+        for dtype in (DTYPES["F32"], DTYPES["BF16"])
+    }

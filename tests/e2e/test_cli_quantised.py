@@ -1,0 +1,117 @@
+"""Quantised checkpoints as a user meets them: convert, inspect, generate, evaluate."""
+
+import builtins
+import json
+from pathlib import Path
+
+import pytest
+
+from tiny_quantised import groupable_model
+from tiny_text import tiny_tokenizer
+from twotower.checkpoint import save_model
+from twotower.cli.main import main
+from twotower.engine.options import MODES
+
+WEIGHTS = {
+    "int8": ["--weights", "int8"],
+    "int8-int8": ["--weights", "int8", "--activations", "int8"],
+    "int4": ["--weights", "int4", "--group-size", "64"],
+}
+SHORT = ["--max-new-tokens", "6", "--eos-token-id", "none", "--json"]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantised") / "wide"
+    save_model(groupable_model(), folder, extra_files=tiny_tokenizer().files())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def narrow(wide: Path) -> dict[str, str]:
+    folders = {name: str(wide.parent / name) for name in WEIGHTS}
+    for name, flags in WEIGHTS.items():
+        assert main(["convert", str(wide), folders[name], *flags]) == 0
+    return folders
+
+
+def text(model: str, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    capsys.readouterr()
+    assert main(["generate", "abcab", "--model", model, *SHORT, *flags]) == 0
+    return str(json.loads(capsys.readouterr().out)["results"][0]["text"])
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_every_mode_runs_and_speculation_is_lossless(
+    narrow: dict[str, str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards a mode that needs a wide head, and drafts verified by other weights than AR's."""
+    found = {mode: text(narrow[name], capsys, "--mode", mode) for mode in MODES}
+    assert all(found.values())
+    assert found["speculative"] == found["ar"]
+    mapped = text(narrow[name], capsys, "--mode", "diffusion", "--experts", "mapped")
+    assert mapped == found["diffusion"]
+
+
+def test_inspect_and_evaluate_take_them(
+    narrow: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("num2words")
+    capsys.readouterr()
+    assert main(["inspect", narrow["int4"]]) == 0
+    assert "int4 weights, groups of 64: " in capsys.readouterr().out
+    flags = ["--items", "1", "--max-new-tokens", "8", "--categories", "math", "--json"]
+    assert main(["evaluate", "--model", narrow["int4"], *flags]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["complete"] and record["modes"]["diffusion"]["nfe"] > 0
+    assert record["model"]["parameters"] == sum(p.numel() for p in groupable_model().parameters())
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--weights", "int4", "--group-size", "48"], "group_size=48 must be 32, 64 or 128"),
+        (["--group-size", "32"], "group_size: no effect without weights=int8 or int4"),
+        (["--weights", "int8", "--to", "transformers"], "needs to=released or backbone"),
+    ],
+)
+def test_bad_flags_are_one_line(
+    wide: Path, tmp_path: Path, flags: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(wide), str(tmp_path / "out"), *flags]) == 2
+    err = capsys.readouterr().err
+    assert expected in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_scheme_is_one_line(
+    narrow: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((Path(narrow["int8"]) / "config.json").read_text())
+    config["quantization_config"]["weights"] = "int4"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").hardlink_to(Path(narrow["int8"]) / "model.safetensors")
+    assert main(["generate", "abc", "--model", str(tmp_path), *SHORT]) == 2
+    err = capsys.readouterr().err
+    assert "do not fit config.json" in err and err.count("\n") == 1
+
+
+def test_without_torchao_only_quantising_fails(
+    wide: Path,
+    narrow: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Guards the base install: it runs quantised checkpoints, and says what making one needs."""
+    real = builtins.__import__
+
+    def refuse(name: str, *args: object, **kwargs: object) -> object:
+        if name.split(".")[0] == "torchao":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    assert main(["convert", str(wide), str(tmp_path / "out"), "--weights", "int8"]) == 2
+    assert 'pip install "twotower[quant]"' in capsys.readouterr().err
+    assert text(narrow["int4"], capsys, "--mode", "diffusion")
