@@ -41,8 +41,9 @@ def assert_equal(ours: ContextCache, other: ContextCache) -> None:
 
 def spoil(cache: ContextCache) -> None:
     """Go on with a cache, and then break all that it holds."""
+    before = tensors(cache)
     MODEL.extend(cache, torch.tensor([[7, 8, 9]]))
-    for part in tensors(cache):
+    for part in (*before, *tensors(cache)):
         part.fill_(float("nan"))
 
 
@@ -75,6 +76,19 @@ def test_a_text_is_read_as_if_nothing_were_known(
             assert_equal(cache, cold)
             spoil(cache)
         assert 0 <= prefixes.stats.cache_bytes <= max_contexts * ONE_CONTEXT
+
+
+def test_users_cannot_change_what_is_kept() -> None:
+    """Guards texts that end at a boundary, whose cache is the kept context's very copy: broken in
+    place by whoever got it first or later, it must be found whole."""
+    text = random_ids(8).tolist()
+    cold, _ = PrefixCache(MODEL, 0).read(text)
+    prefixes = PrefixCache(MODEL, PLENTY)
+    for known in (0, 8, 8):
+        cache, found = prefixes.read(text)
+        assert found == known
+        assert_equal(cache, cold)
+        spoil(cache)
 
 
 @pytest.mark.parametrize("length", [256, 511, 520])
