@@ -90,10 +90,11 @@ def test_overlap_is_used_where_it_gains() -> None:
     found = time_mode(busy, work, "speculative", place)
     whole = turns(busy, work, "speculative", place).in_sequence
     assert found.pipelined and whole / 2 < found.decode_s < 0.7 * whole
+    assert found.sequence_s == pytest.approx(whole) and found.overlapped_s == found.decode_s
     alone = replace(work, batch=1)
-    assert not time_mode(busy, alone, "speculative", place).pipelined
+    assert time_mode(busy, alone, "speculative", place).overlapped_s is None
     near = placed(busy, work, "speculative", 1)
-    assert not time_mode(busy, work, "speculative", near).pipelined
+    assert time_mode(busy, work, "speculative", near).overlapped_s is None
 
 
 def test_a_link_costs_what_it_moves() -> None:

@@ -165,6 +165,10 @@ def test_a_record_is_plain_and_adds_up() -> None:
         assert found["tokens_per_s"] == pytest.approx(tokens)
         assert found["tokens_per_s_all_devices"] == pytest.approx(tokens * (2 if used == 1 else 1))
         assert found["tokens_per_s_of_a_row"] == pytest.approx(tokens / 2)
+    blocks = record["modes"]["diffusion"]
+    ways = [blocks["decode_ms_in_sequence"], blocks["decode_ms_overlapped"]]
+    assert blocks["decode_ms"] == min(ways) and blocks["pipelined"] is (ways[1] < ways[0])
+    assert record["modes"]["ar"]["decode_ms_overlapped"] is None
     for call in record["passes"].values():
         parts = sum(call[name] for name in ("overhead_ms", "stream_ms", "compute_ms", "host_ms"))
         assert call["ms"] == pytest.approx(parts)

@@ -12,16 +12,29 @@ AR_STEP, DENOISE, EXTEND, VERIFY = "ar_step", "denoise_pass", "extend", "verify"
 
 @dataclass(frozen=True, kw_only=True)
 class ModeTime:
-    """Seconds of a whole batch, and where they go; `pipelined`: two groups of rows overlap."""
+    """Seconds of a whole batch: one group of rows in sequence, or two groups that overlap (None
+    where there is one device or one row); the faster way counts.
+    """
 
     mode: Mode
     placement: Placement
-    pipelined: bool
     prefill_s: float
     first_s: float
-    decode_s: float
+    sequence_s: float
+    overlapped_s: float | None
     rows: int
     tokens: int
+
+    @property
+    def pipelined(self) -> bool:
+        return self.overlapped_s is not None and self.overlapped_s < self.sequence_s
+
+    @property
+    def decode_s(self) -> float:
+        """Of the faster way, without the prompts."""
+        if self.overlapped_s is None:
+            return self.sequence_s
+        return min(self.sequence_s, self.overlapped_s)
 
     @property
     def tokens_per_s(self) -> float:
@@ -78,28 +91,27 @@ def time_mode(setup: Setup, workload: Workload, mode: Mode, placement: Placement
     Speculation needs `tokens_per_cycle`.
     """
     prefill_s = prefill_seconds(setup, workload, placement)
-    tokens = workload.batch * workload.new_tokens
+    first_s, overlapped_s = prefill_s, None
     if mode == "ar":
         step = pass_times(setup, workload, placement)[AR_STEP].seconds
-        decode_s, first_s, pipelined = (workload.new_tokens - 1) * step, prefill_s, False
+        sequence_s = (workload.new_tokens - 1) * step
     else:
         whole = turns(setup, workload, mode, placement)
-        decode_s, pipelined = whole.in_sequence, False
+        sequence_s = whole.in_sequence
         if len(placement.devices) > 1 and workload.batch > 1:
             half = replace(workload, batch=-(-workload.batch // 2))
-            overlapped = pipelined_seconds(turns(setup, half, mode, placement))
-            pipelined = overlapped < decode_s
-            decode_s = min(overlapped, decode_s)
-        first_s = prefill_s + whole.denoiser_s / whole.cycles if mode == "diffusion" else prefill_s
+            overlapped_s = pipelined_seconds(turns(setup, half, mode, placement))
+        if mode == "diffusion":
+            first_s += whole.denoiser_s / whole.cycles
     return ModeTime(
         mode=mode,
         placement=placement,
-        pipelined=pipelined,
         prefill_s=prefill_s,
         first_s=first_s,
-        decode_s=decode_s,
+        sequence_s=sequence_s,
+        overlapped_s=overlapped_s,
         rows=workload.batch,
-        tokens=tokens,
+        tokens=workload.batch * workload.new_tokens,
     )
 
 

@@ -111,6 +111,8 @@ def _time(time: ModeTime, num_devices: int, price: float | None) -> dict[str, An
         "prefill_ms": 1e3 * time.prefill_s,
         "first_tokens_ms": 1e3 * time.first_s,
         "decode_ms": 1e3 * time.decode_s,
+        "decode_ms_in_sequence": 1e3 * time.sequence_s,
+        "decode_ms_overlapped": None if time.overlapped_s is None else 1e3 * time.overlapped_s,
         "tokens_per_s": time.tokens_per_s,
         "decode_tokens_per_s": time.decode_tokens_per_s if time.decode_s else None,
         "tokens_per_s_of_a_row": time.tokens_per_s / time.rows,
@@ -189,13 +191,13 @@ def _break_even(
     cycle_s = draft_s + cycle.context_s / cycle.cycles
     per_nfe, per_cycle = {}, {}
     for target in TARGETS:
-        ar_s = ar.decode_s / target
+        ar_s = ar.sequence_s / target
         denoise_s = calls[DENOISE].seconds
         per_nfe[f"{target:g}"] = break_even_tokens_per_nfe(ar_s, denoise_s, reads_s, workload)
         per_cycle[f"{target:g}"] = break_even_tokens_per_cycle(ar_s, cycle_s, workload)
     return {
         "read_ms": 1e3 * reads_s / max(1, workload.extensions),
-        "denoise_per_ar_step": denoise_s / (ar.decode_s / (workload.new_tokens - 1)),
+        "denoise_per_ar_step": denoise_s / (ar.sequence_s / (workload.new_tokens - 1)),
         "tokens_per_nfe": per_nfe,
         "tokens_per_cycle": per_cycle,
     }

@@ -64,11 +64,19 @@ def _mode_sentence(mode: str, found: Record) -> str:
         return f"{mode} fits ({found['placement']['name']}); {found['missing']}."
     cost = found["dollars_per_million_tokens"]
     price = "" if cost is None else f", {cost:.2f} dollars a million"
-    pipelined = ", two groups of rows overlapped" if found["pipelined"] else ""
     return (
         f"{mode}: {found['tokens_per_s']:.1f} tokens/s{price}, on {found['placement']['name']}"
-        f"{pipelined}."
+        f"{_overlap(found)}."
     )
+
+
+def _overlap(found: Record) -> str:
+    """What two groups of rows that overlap give against one in sequence, where there may be two."""
+    if found["decode_ms_overlapped"] is None:
+        return ""
+    gain = found["decode_ms_in_sequence"] / found["decode_ms_overlapped"]
+    used = "used" if found["pipelined"] else "not used"
+    return f"; two groups of rows overlapped decode at {gain:.2f} times one group's speed: {used}"
 
 
 def _even_sentence(record: Record) -> str:
