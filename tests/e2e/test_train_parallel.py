@@ -92,20 +92,21 @@ def run_here(options: TrainOptions) -> None:
         pass
 
 
-def losses(options: TrainOptions) -> dict[tuple[float, str], float]:
+def measured(options: TrainOptions) -> dict[tuple[float, str], float]:
+    """Losses, and gradient norms: Adam and Muon would hide gradients of another scale."""
     return {
         (line["step"], name): line[name]
         for line in read_metrics(RunFolder(options.run_folder).metrics)
-        for name in ("loss", "validation_loss")
+        for name in ("loss", "validation_loss", "grad_norm")
         if name in line
     }
 
 
 def assert_same(one: TrainOptions, other: TrainOptions, loss: float, weights: float) -> None:
-    """Losses and exported weights, within these differences."""
-    expected, found = losses(one), losses(other)
+    """What was measured and the exported weights, within these differences."""
+    expected, found = measured(one), measured(other)
     assert found.keys() == expected.keys() and len(found) >= one.steps
-    assert max(abs(found[key] - expected[key]) for key in expected) < loss
+    assert max(abs(found[key] - value) / max(1.0, value) for key, value in expected.items()) < loss
     kind = "context" if one.recipe == "backbone" else "both"
     first, second = (
         load_model(RunFolder(options.run_folder).export, towers=kind).state_dict()
