@@ -149,7 +149,7 @@ async function share() {
   const address = toAddress(fragmentOf(shownForm));
   try {
     await navigator.clipboard.writeText(address);
-    stage.say("The link is on the clipboard. It holds the prompt and the options.");
+    stage.tell("The link is on the clipboard.");
   } catch {
     byId("shared").hidden = false;
     byId("address").value = address;
@@ -160,7 +160,7 @@ async function share() {
 function exportRuns() {
   if (stage.runs.length === 0) return;
   saveFile("twotower-run.json", `${JSON.stringify(toExport(stage.runs, model), null, 1)}\n`);
-  stage.say("Exported as twotower-run.json.");
+  stage.tell("Saved as twotower-run.json.");
 }
 
 /** Fill the form from the address and run it; nothing happens where the address tells of no run. */
@@ -182,7 +182,7 @@ async function openLink() {
   const wasFor = linked.model;
   await run();
   if (wasFor && model.id && wasFor !== model.id) {
-    stage.say(`${byId("status").textContent} The link was made with the model ${wasFor}.`);
+    stage.tell(`The link was made with another model, ${wasFor}.`);
   }
 }
 

@@ -1,5 +1,7 @@
 // Playback: which moment is on the screen, and when the next one follows.
 
+const MOST_LAG_MS = 100;
+
 /** Steps through moments in time. It draws nothing: `show(k)` and `change()` are told. */
 export class Player {
   /** source: {count(), stay(k): ms, isOver()}; show(k) draws; change() follows play and pause. */
@@ -53,6 +55,8 @@ export class Player {
 
   #tick(now) {
     if (!this.isPlaying) return;
+    // Where drawing stood still (a hidden tab, a busy machine), playback goes on from there.
+    this.due = Math.max(this.due, now - MOST_LAG_MS);
     let next = this.at;
     const last = this.source.count() - 1;
     while (next < last && now >= this.due) {

@@ -6,7 +6,7 @@ export class Run {
   constructor(request) {
     this.request = request;
     this.events = [];
-    this.frames = [startFrame()];
+    this.frames = [startFrame(request.mode === "speculative" ? 0 : null)];
     this.groups = []; // {kind: "block" | "plain", block, frames: [frame number], cells}
     this.text = "";
     this.usage = null;
@@ -113,7 +113,8 @@ export class Run {
   }
 }
 
-function startFrame() {
+/** `drafts`: how many draft tokens there are so far, null for a mode that has none. */
+function startFrame(drafts) {
   return {
     kind: "start",
     group: -1,
@@ -126,8 +127,8 @@ function startFrame() {
     tokens: 0,
     filled: 0,
     textLength: 0,
-    drafted: null, // null: the mode has no drafts
-    accepted: null,
+    drafted: drafts,
+    accepted: drafts,
   };
 }
 

@@ -54,6 +54,7 @@ export class Stage {
     byId("empty").hidden = true;
     byId("result").hidden = false;
     byId("shared").hidden = true;
+    this.tell("");
     this.openedAt = performance.now();
     this.isStale = true;
     this.player.follow();
@@ -83,6 +84,11 @@ export class Stage {
 
   say(text) {
     byId("status").textContent = text.trim();
+  }
+
+  /** What a button did; how the run went stays beside it. */
+  tell(text) {
+    byId("told").textContent = text;
   }
 
   #fresh() {
