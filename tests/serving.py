@@ -42,6 +42,7 @@ class Running:
     url: str
     service: Service
     worker: Worker
+    server: Server
 
     def client(self, **given: object) -> httpx.Client:
         """A client of its API."""
@@ -74,7 +75,7 @@ def running(
             assert thread.is_alive(), "the server did not start"
             time.sleep(0.005)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Running(f"http://127.0.0.1:{port}", app.state.service, worker)
+        yield Running(f"http://127.0.0.1:{port}", app.state.service, worker, server)
     finally:
         server.should_exit = True
         thread.join(timeout=60)

@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import json
 import re
+import signal
 import socket
 import threading
 import time
@@ -360,6 +361,22 @@ def test_a_stop_finishes_short_rows_and_tells_long_ones() -> None:
             assert late.status_code == 503 and "Retry-After" in late.headers
             assert client.get("/ready").json() == {"status": "stopping"}
             assert client.get("/health").status_code == 200
+
+
+def test_a_second_signal_ends_the_grace() -> None:
+    """Guards against a server that cannot be ended while somebody is served."""
+    with running(loaded=tiny(), grace_s=300.0, max_new_tokens=10**6) as server:
+        endless = {**LONG, "max_tokens": 10**6}
+        thread = threading.Thread(target=client_of(server, endless, 60))
+        thread.start()
+        wait_for(lambda: server.worker.stats().rows_in_flight == 1)
+        server.server.handle_exit(signal.SIGTERM, None)
+        wait_for(lambda: server.service.is_stopping)
+        assert server.worker.stats().rows_in_flight == 1
+        server.server.handle_exit(signal.SIGTERM, None)
+        server.wait_until_idle(5.0)
+        thread.join(timeout=10)
+        assert not thread.is_alive()
 
 
 def test_a_dead_worker_is_started_again() -> None:

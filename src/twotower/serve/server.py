@@ -36,6 +36,8 @@ class Server(uvicorn.Server):
         _log.info("stopping: running requests get %g s", self._service.options.grace_s)
         ending = asyncio.create_task(self._service.stop())
         await super().shutdown(sockets)
+        if self.force_exit:  # a second signal: the grace is over
+            await asyncio.to_thread(self._service.worker.stop, 0.0)
         await ending
 
 
