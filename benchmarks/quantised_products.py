@@ -2,7 +2,7 @@
 
 Limit: the bytes of the matrix over the memory bandwidth for few tokens, arithmetic for many. The
 matrices are one of an expert of the released model and one like the shipped model's; a time is that
-of the fastest of many repeats, one thread. The last line is one JSON object.
+of the processor in the fastest of many repeats, one thread. The last line is one JSON object.
 """
 
 import argparse
@@ -22,7 +22,7 @@ SHAPES = {"expert 1,856 x 2,688": (1856, 2688), "projection 832 x 192": (832, 19
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=0.4, help="of repeats for each figure")
+    parser.add_argument("--seconds", type=float, default=0.4, help="of repeats a figure")
     args = parser.parse_args()
     torch.set_num_threads(1)
     records = []
@@ -64,13 +64,15 @@ def ways(
 
 
 def fastest(run: Callable[[], Tensor], seconds: float) -> float:
-    """Seconds of the fastest of at least five runs after a warm-up."""
+    """Processor seconds of the fastest of at least three runs after a warm-up: other programs on
+    the machine spoil the caches, but do not count.
+    """
     run()
-    end, best, count = time.perf_counter() + seconds, float("inf"), 0
-    while count < 5 or time.perf_counter() < end:
-        start = time.perf_counter()
+    end, best, count = time.process_time() + seconds, float("inf"), 0
+    while count < 3 or time.process_time() < end:
+        start = time.process_time()
         run()
-        best, count = min(best, time.perf_counter() - start), count + 1
+        best, count = min(best, time.process_time() - start), count + 1
     return best
 
 
