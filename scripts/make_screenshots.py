@@ -19,6 +19,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 DOCS = Path(__file__).parents[1] / "docs"
 DESKTOP = {"width": 1280, "height": 860}
+TALL = {"width": 1280, "height": 1060}
 PHONE = {"width": 360, "height": 760}
 MAX_BYTES = 200_000
 
@@ -85,7 +86,7 @@ def show_result(page: Page) -> None:
 PICTURES = (
     Picture("serve_start.png", DESKTOP, "light", start),
     Picture("serve_run.png", DESKTOP, "light", fill_blocks),
-    Picture("serve_race.png", DESKTOP, "dark", race),
+    Picture("serve_race.png", TALL, "dark", race),
     Picture("serve_phone.png", PHONE, "light", start),
     Picture("serve_phone_run.png", PHONE, "dark", show_result),
 )
@@ -95,7 +96,9 @@ PICTURES = (
 def server() -> Iterator[str]:
     """Address of a server on the shipped model."""
     command = [sys.executable, "-m", "twotower.cli.main", "serve", "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     assert process.stdout is not None
     try:
         for line in process.stdout:

@@ -151,8 +151,8 @@ def test_a_phone_shows_everything(new_tab: Callable[..., Driver], modes: tuple[s
           .map(([name]) => name)"""
     )
     assert small == []
-    top = tab.page.evaluate("document.querySelector('#stage').getBoundingClientRect().top")
-    assert -5 <= top < 740, "the result is brought into sight"
+    box = tab.page.evaluate("document.querySelector('#player').getBoundingClientRect()")
+    assert box["top"] >= -1 and box["bottom"] <= 740, "the result is brought into sight"
 
 
 def test_still_pictures_for_those_who_want_them(tab: Driver) -> None:
