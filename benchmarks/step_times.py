@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--model", default=twotower.__path__[0] + "/assets")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--executors", default="eager,native")
+    parser.add_argument("--executors", default="eager,native,native-int8")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--repeats", type=int, default=100)
     args = parser.parse_args()
@@ -76,7 +76,8 @@ def main() -> None:
     model = twotower.load_model(args.model)
     calls: dict[str, Callable[[], object]] = {}
     for executor in args.executors.split(","):
-        ready = passes(twotower.accelerate(model, executor), args.prompt_tokens)
+        name, _, weights = executor.partition("-")
+        ready = passes(twotower.accelerate(model, name, weights or "loaded"), args.prompt_tokens)
         calls |= {f"{executor} {name}": call for name, call in ready.items()}
     result = {
         "ms": median_ms(calls, args.repeats, CLOCKS[args.clock]),

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from tiny_models import fresh_model, masked_like, random_ids, tiny_model
 from twotower import ContextCache, GenerateOptions, TwoTower, accelerate, generate
+from twotower.cli.bench import BenchOptions
+from twotower.cli.main import main
 from twotower.engine import MODES
 from twotower.kernels import native
 from twotower.kernels.int8 import quantise
@@ -292,3 +294,13 @@ def test_int8_without_native_passes_is_refused() -> None:
         accelerate(model, "auto", "int4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a row of 70000 weights is too long"):
         native.Linear(quantise(torch.zeros(1, 70_000)))
+
+
+def test_the_command_line_hands_weights_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against a flag that is taken and forgotten: texts would be float32's, and right."""
+    command = ["generate", "--mode", "ar", "--max-new-tokens", "2", "--weights", "int8", "Q: 1"]
+    assert main([*command, "--executor", "eager"]) == 2
+    assert "weights=int8" in capsys.readouterr().err
+    assert main(command) == 0
+    with pytest.raises(ValueError, match="weights: for --quality alone"):
+        BenchOptions(weights="int8")

@@ -48,8 +48,9 @@ void run(const Tower &tower, const Call &call, const int64_t *ids, const float *
         });
         norm<W>(call.team, u, w[0].wide, D, s.eps, u);
         if (m && !modulates_first) modulate<W>(u, m, m + D, 0, D);
-        if (tower.kinds[i] == 'M') mamba<W>(call, w + 1, past[i], fresh[i]);
-        else if (tower.kinds[i] == '*') attention<W>(call, w + 1, past[i], fresh[i]);
+        Fresh left = fresh ? fresh[i] : Fresh{};
+        if (tower.kinds[i] == 'M') mamba<W>(call, w + 1, past[i], left);
+        else if (tower.kinds[i] == '*') attention<W>(call, w + 1, past[i], left);
         else mlp<W>(call, w + 1);
         gate = m ? m + 2 * D : nullptr;
     }

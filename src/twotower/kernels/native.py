@@ -57,18 +57,6 @@ class _Sizes(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in _INTEGERS] + [("eps", ctypes.c_float)]
 
 
-class Past(ctypes.Structure):
-    """Addresses of one layer's state before the pass."""
-
-    _fields_ = [(name, _address) for name in ("k", "v", "conv", "ssm")]
-
-
-class Fresh(ctypes.Structure):
-    """Addresses of where a pass leaves what a layer found; null where nobody asks."""
-
-    _fields_ = [(name, _address) for name in ("k", "v", "window", "mixed", "step", "ssm")]
-
-
 class _Tower(ctypes.Structure):
     _fields_ = [
         ("sizes", _address),
@@ -93,7 +81,6 @@ class TowerPass:
         is_causal: bool,
         matrices: Mapping[str, Tensor | Quantised],
     ) -> None:
-        self.num_layers = config.num_hidden_layers
         self._is_causal = is_causal
         packed = Packed(matrices)
         self._kept = weights, packed  # the addresses below stay valid as long as these live
@@ -124,27 +111,32 @@ class TowerPass:
         self,
         ids: Tensor,
         num_past: int,
-        states: tuple[ctypes.Array[Past], ctypes.Array[Fresh]],
+        states: tuple[int, int | None],
         hidden: Tensor,
-        modulations: Tensor | None = None,
+        modulations: "Modulations | None" = None,
     ) -> None:
         """ids (L,) int64 of one row, 1 <= L <= MAX_TOKENS; fills hidden (L, D), normed, and states.
 
-        states: the addresses of each layer. modulations (layers, 3, D): shift, scale, gate.
+        states: address of the addresses, layer by layer, of k, v, conv, ssm before the pass, and of
+        where it leaves k, v, window, mixed, step, ssm; 0 or None where nobody asks.
         """
         past, fresh = states
-        tables = None
-        if modulations is not None:
-            first, step = modulations.data_ptr(), 4 * modulations.stride(0)
-            tables = (_address * self.num_layers)(
-                *(first + layer * step for layer in range(self.num_layers))
-            )
         if self._run(
-            ctypes.byref(self._tower), len(ids), num_past, self._is_causal,
+            ctypes.byref(self._tower), ids.shape[0], num_past, self._is_causal,
             torch.get_num_threads() if self._is_shared else 1,
-            ids.data_ptr(), tables, past, fresh, hidden.data_ptr(),
+            ids.data_ptr(), modulations and modulations.address, past, fresh, hidden.data_ptr(),
         ):  # fmt: skip
             raise IndexError(f"token ids {ids.tolist()} leave the vocabulary")
+
+
+class Modulations:
+    """Shift, scale and gate (layers, 3, D), contiguous, and where those of each layer begin."""
+
+    def __init__(self, table: Tensor) -> None:
+        first, step = table.data_ptr(), 4 * table.stride(0)
+        self._kept = table
+        self._layers = (_address * len(table))(*range(first, first + len(table) * step, step))
+        self.address = ctypes.addressof(self._layers)
 
 
 def _weight(name: str, weights: Mapping[str, Tensor], packed: Packed) -> _Weight:

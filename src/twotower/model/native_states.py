@@ -1,0 +1,159 @@
+"""States of the context at raw addresses: where a native pass reads them, where it leaves new ones.
+
+Small models wait for Python as well, so a pass makes few tensors and does sums instead of views.
+"""
+
+import math
+from array import array
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from twotower.config import ATTENTION, MAMBA, ModelConfig
+from twotower.layers.attention import KV
+from twotower.layers.mamba2 import MambaInputs, MambaState
+from twotower.model.state import LayerState, NewState
+
+_FLOAT = 4  # bytes
+
+
+class Past:
+    """Addresses of one row's state, for each layer k, v, conv and ssm; and what they point into.
+
+    layers: KV with leading (B, S), Mamba with (B,) or (B, 1), on the CPU, float32.
+    """
+
+    def __init__(self, layers: Sequence[LayerState], row: int) -> None:
+        self._kept: list[Tensor] = []
+        found: list[int] = []
+        for state in layers:
+            if isinstance(state, KV):
+                k, v = state
+                found += (self._begin(k, row), self._begin(v, row), 0, 0)
+            elif isinstance(state, MambaState):
+                conv = state.conv.mT if state.conv.dim() == 3 else state.conv.squeeze(1).mT
+                found += (0, 0, self._begin(conv, row), self._begin(state.ssm, row))
+            else:
+                found += (0, 0, 0, 0)
+        self._addresses = array("q", found)
+        self.address = self._addresses.buffer_info()[0]
+
+    def _begin(self, value: Tensor, row: int) -> int:
+        """Where row `row` of value (B, ...) begins; of a copy if the row is not in one piece."""
+        steps, size = value.stride(), 1
+        for step, count in zip(steps[:0:-1], value.shape[:0:-1], strict=True):
+            if step != size and count != 1:
+                value, row = value[row : row + 1].contiguous(), 0
+                self._kept.append(value)
+                break
+            size *= count
+        return value.data_ptr() + _FLOAT * row * steps[0] if row else value.data_ptr()
+
+
+class Found:
+    """Room for what a context pass of B rows and L tokens leaves behind, and the states made of it.
+
+    keeps_inputs: of a Mamba layer the inputs of all tokens, not the state after them. is_whole:
+    all rows commit all tokens; else the rest is zeros, which a mask may hide and NaN would not.
+    """
+
+    def __init__(
+        self, config: ModelConfig, shape: tuple[int, int], keeps_inputs: bool, is_whole: bool
+    ) -> None:
+        self._config, (num_rows, length), self._keeps_inputs = config, shape, keeps_inputs
+        c, kinds = config, config.hybrid_override_pattern
+        make = torch.empty if is_whole else torch.zeros
+        heads = c.num_key_value_heads, c.head_dim
+        self._kv = make(2 * kinds.count(ATTENTION), num_rows, length, *heads)
+        mambas, taps = (kinds.count(MAMBA), num_rows), c.conv_kernel - 1
+        self._window = make(*mambas, taps + length, c.conv_channels)
+        if keeps_inputs:
+            self._mixed = make(*mambas, length, c.conv_channels)
+            self._step = make(*mambas, length, c.mamba_num_heads)
+        else:
+            state = c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size
+            self._ssm = torch.empty(*mambas, *state)
+
+    def address(self, row: int) -> int:
+        """Where the pass of one row finds k, v, window, mixed, step and ssm of each layer."""
+        kv, kv_step = _place(self._kv, row)
+        window, window_step = _place(self._window, row)
+        mixed = step = ssm = mixed_step = step_step = ssm_step = 0
+        if self._keeps_inputs:
+            mixed, mixed_step = _place(self._mixed, row)
+            step, step_step = _place(self._step, row)
+        else:
+            ssm, ssm_step = _place(self._ssm, row)
+        found: list[int] = []
+        for kind in self._config.hybrid_override_pattern:
+            if kind == ATTENTION:
+                found += (kv, kv + kv_step, 0, 0, 0, 0)
+                kv += 2 * kv_step
+            elif kind == MAMBA:
+                found += (0, 0, window, mixed, step, ssm)
+                window, mixed = window + window_step, mixed + mixed_step
+                step, ssm = step + step_step, ssm + ssm_step
+            else:
+                found += (0, 0, 0, 0, 0, 0)
+        self._addresses = array("q", found)  # of this row; the one before has been read
+        return self._addresses.buffer_info()[0]
+
+    def keep(self, layers: Sequence[LayerState], row: int) -> None:
+        """A row without tokens: its state stays as it was."""
+        mambas = [state for state in layers if isinstance(state, MambaState)]
+        for index, state in enumerate(mambas):
+            self._window[index, row, : self._config.conv_kernel - 1] = state.conv[row].mT
+            if not self._keeps_inputs:
+                self._ssm[index, row] = state.ssm[row]
+
+    def states(
+        self, layers: Sequence[LayerState], counts: Sequence[int], decays: Sequence[Tensor]
+    ) -> list[NewState]:
+        """Each layer's new state, or its inputs, after counts[b] tokens of each row b.
+
+        decays: -exp(A_log) of each Mamba layer.
+        """
+        keys = iter(self._kv.unbind(0))
+        mambas: Iterator[NewState]
+        if self._keeps_inputs:
+            mambas = iter(self._inputs(layers, decays))
+        else:
+            mambas = iter(self._mamba_states(counts))
+        states: list[NewState] = []
+        for kind in self._config.hybrid_override_pattern:
+            if kind == ATTENTION:
+                states.append(KV(next(keys), next(keys)))
+            else:
+                states.append(next(mambas) if kind == MAMBA else None)
+        return states
+
+    def _inputs(self, layers: Sequence[LayerState], decays: Sequence[Tensor]) -> list[MambaInputs]:
+        c, width = self._config, self._config.mamba_width
+        heads = self._mixed[..., :width].unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim))
+        B = self._mixed[..., width : width + c.n_groups * c.ssm_state_size]
+        B = B.unflatten(-1, (c.n_groups, c.ssm_state_size))
+        num_rows = self._mixed.shape[1]
+        old = [state.ssm for state in layers if isinstance(state, MambaState)]
+        parts = (self._window, heads, self._step, B)
+        return [
+            MambaInputs(window, heads, step, decay.expand(num_rows, 1, -1), B, ssm)
+            for window, heads, step, B, decay, ssm in zip(
+                *(part.unbind(0) for part in parts), decays, old, strict=True
+            )
+        ]
+
+    def _mamba_states(self, counts: Sequence[int]) -> list[MambaState]:
+        window, kept = self._window, self._config.conv_kernel - 1
+        if min(counts) == max(counts):
+            conv = window[:, :, counts[0] : counts[0] + kept]
+        else:
+            conv = torch.stack([window[:, b, n : n + kept] for b, n in enumerate(counts)], dim=1)
+        convs, states = conv.mT.unsqueeze(2).unbind(0), self._ssm.unsqueeze(2).unbind(0)
+        return [MambaState(*parts) for parts in zip(convs, states, strict=True)]
+
+
+def _place(value: Tensor, row: int) -> tuple[int, int]:
+    """Where value[0, row] begins, and bytes from there to value[1, row]; value is contiguous."""
+    per_row = _FLOAT * math.prod(value.shape[2:])
+    return value.data_ptr() + row * per_row, per_row * value.shape[1]
