@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from collections import Counter
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,7 +21,8 @@ from tiny_worker import (
     running,
 )
 from twotower import ContextCache, generate
-from twotower.engine import MODES, Failed, Request, Ticket
+from twotower.engine import MODES, Failed, Finished, Request, Ticket
+from twotower.engine.inbox import Inbox
 from twotower.engine.row import Row
 from twotower.engine.scheduler import Lane
 
@@ -36,7 +38,7 @@ def alone(prompt: list[int], **changes: object) -> list[int]:
 @settings(max_examples=8)
 @given(
     modes=st.lists(st.sampled_from(MODES), min_size=6, max_size=6),
-    patience=st.lists(st.none() | st.integers(0, 3), min_size=6, max_size=6),
+    patience=st.lists(st.none() | st.integers(1, 5), min_size=6, max_size=6),
     queues=st.sampled_from(["one", "two"]),
     cache=st.sampled_from([0, 10**6]),
 )
@@ -46,23 +48,31 @@ def test_rows_that_are_called_off_change_no_other(
     """Guards the cache when rows leave in the middle of others: a neighbour that goes on with the
     wrong row's state writes a fluent text that is another's."""
     prompts = prompts_of([4, 9, 1, 17, 3, 6])
-    with running(max_rows=3, queues=queues, prefix_cache_bytes=cache) as worker:
-        tickets = [
-            worker.submit(Request(p, options(mode=m, temperature=0.8, seed=i)))
-            for i, (p, m) in enumerate(zip(prompts, modes, strict=True))
-        ]
-        for ticket, number in zip(tickets, patience, strict=True):
-            if number is not None:
-                events = ticket.events()
-                for _, _ in zip(range(number), events, strict=False):
-                    pass
-                events.close()  # the client has gone
-        for i, (ticket, number) in enumerate(zip(tickets, patience, strict=True)):
-            if number is None:
-                own = alone(prompts[i], mode=modes[i], temperature=0.8, seed=i)
-                assert completion_of(ticket).tokens == own
-        done = worker.submit(Request(prompts[0], options()))
-        assert completion_of(done).tokens == alone(prompts[0])
+    num_asked: Counter[int] = Counter()
+    method = Inbox.reason_to_leave
+
+    def impatient(inbox: Inbox, row: Row) -> Failed | None:
+        """Each row's client goes before the row's cycle of that number."""
+        num_asked[row.index] += 1
+        ticket = inbox.ticket(row.index)
+        if ticket is not None and num_asked[row.index] == patience[row.index]:
+            ticket.cancel()
+        return method(inbox, row)
+
+    def of(i: int) -> dict[str, object]:
+        return {"mode": modes[i], "temperature": 0.8, "seed": i, "max_new_tokens": 12}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Inbox, "reason_to_leave", impatient)
+        with running(max_rows=4, queues=queues, prefix_cache_bytes=cache) as worker:
+            tickets = [worker.submit(Request(p, options(**of(i)))) for i, p in enumerate(prompts)]
+            ends = [end_of(ticket) for ticket in tickets]
+    for i, end in enumerate(ends):
+        if isinstance(end, Failed):
+            assert end.kind == "cancelled" and num_asked[i] == patience[i]
+        else:
+            assert isinstance(end, Finished) and num_asked[i] < (patience[i] or 99)
+            assert end.completion.tokens == alone(prompts[i], **of(i))
 
 
 # Which passes a mode makes: (mode, pass, whether it gives NaN instead of an error).
@@ -129,10 +139,10 @@ def test_a_row_that_cannot_take_its_tokens_ends_alone(
     expected = [alone(prompt, mode="ar") for prompt in PROMPTS]
     monkeypatch.setattr(Row, "commit", broken)
     with running(queues=queues) as worker:
-        prompts = [prompts_of([CULPRIT])[0], *PROMPTS]
+        prompts = [*PROMPTS, prompts_of([CULPRIT])[0]]  # the others have committed before it
         tickets = [worker.submit(Request(p, options(mode="ar"))) for p in prompts]
-        first, *others = tickets
-        events = list(first.events())
+        *others, last = tickets
+        events = list(last.events())
         assert len(events) == 3 and isinstance(events[-1], Failed)
         assert events[-1].kind == "internal"
         assert [completion_of(ticket).tokens for ticket in others] == expected
