@@ -108,6 +108,28 @@ def test_select_copies() -> None:
     assert attention_cache(2).select(torch.tensor([1])).last_hidden is None
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_append_that_fails_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Guards rows that are tried again after memory ran out: by `extend`, and by `accept`."""
+    cache = MODEL.prefill(random_ids(2, 5))
+    before = [part.clone() for state in cache.layers if state for part in state]
+    lengths, hidden = cache.lengths.clone(), cache.last_hidden
+    tokens = random_ids(2, 3, seed=1)
+
+    def scarce(*arguments: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(ContextCache, "_newest", scarce)
+        if number == 1:
+            MODEL.extend(cache, tokens)
+        else:
+            cache.accept(MODEL.read(cache, tokens), torch.tensor([1, 3]))
+    assert torch.equal(cache.lengths, lengths) and cache.last_hidden is hidden
+    after = [part for state in cache.layers if state for part in state]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
 def test_a_view_is_frozen_and_names_lengths_only_where_rows_differ() -> None:
     view = MODEL.prefill(random_ids(2, 5)).view()
     assert view.lengths is None
