@@ -198,7 +198,7 @@ def test_events_reach_an_event_loop() -> None:
         return found
 
     with running(max_rows=2) as worker:
-        found = asyncio.run(read(worker))
+        found = asyncio.run(asyncio.wait_for(read(worker), 60))
     assert found == [["TokensCommitted", "TokensCommitted", "Finished"]] * 4
     assert ticks > 20
 
