@@ -170,6 +170,29 @@ def test_what_the_grammar_demands_is_drafted() -> None:
     assert found.context_forwards < 0.5 * expected.context_forwards
 
 
+def test_what_is_demanded_is_read_at_once_while_drafts_pause() -> None:
+    """Guards the gain where drafts do not pay: fixed parts take no denoiser and few passes."""
+    fixed = regex("[ab]{20}the secret: 0123456789")
+    expected = complete("ar", fixed, max_new_tokens=60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODEL, "denoise", Drafter([], {}))
+        found = complete("speculative", fixed, max_new_tokens=60)
+    assert (found.tokens, found.finish_reason) == (expected.tokens, "eos")
+    assert found.nfe < 10, "drafting pauses"
+    num_fixed = len(found.tokens) - 20
+    assert found.context_forwards < 22 + num_fixed / 2
+
+
+def test_a_draft_beyond_the_end_is_not_followed() -> None:
+    """Guards a row that ends at a token of its own, which its grammar does not know."""
+    letter = byte_tokenizer().encode("b")[0]
+    expected = complete("ar", regex("[ac]{2,4}"), eos_token_id=letter)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODEL, "denoise", Drafter(expected.tokens, {}))
+        found = complete("speculative", regex("[ac]{2,4}"), eos_token_id=letter)
+    assert (found.tokens, found.finish_reason) == (expected.tokens, "eos")
+
+
 def test_no_more_of_a_draft_is_read_than_could_be_accepted() -> None:
     """Guards the cost of reading what the grammar rules out."""
     with pytest.MonkeyPatch.context() as patch:

@@ -240,6 +240,19 @@ def test_filters_and_stops(pattern: str, stop: str, text: str, reason: str) -> N
         assert "".join(event.text for event in events) == text
 
 
+def test_what_a_stop_may_cut_is_held_for_the_filters_too() -> None:
+    """Guards a word whose end is a stop string that is still incomplete."""
+    events, done = feed(
+        row(pattern_filter(r"\bcab\b"), stop="aaaa"),
+        ids_of("c", "a", "b"),
+        ids_of("a", "a", "a"),
+        ids_of("a"),
+    )
+    assert [event.text for event in events] == ["", "", ""]
+    assert done is not None
+    assert (done.text, done.finish_reason) == ("", "content_filter")
+
+
 def test_a_stops_own_text_is_not_released() -> None:
     """Guards what stands behind a stop in its token: no filter has seen it."""
     _, done = feed(row(pattern_filter("cccc"), stop="b"), ids_of("a", "bcc"))

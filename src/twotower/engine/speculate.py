@@ -33,16 +33,17 @@ def _start(model: TwoTower, batch: Batch) -> Generator[Event, None, Batch]:
 
 def _settle(model: TwoTower, batch: Batch, proposal: Proposal) -> Generator[Event, None, Batch]:
     """Read the drafts and keep what the AR tower chooses too, and its own token behind that."""
-    drafts, lengths = proposal
+    drafts, lengths, is_drafting = proposal
     reading = model.read(batch.cache, drafts)
     logits = model.context_head(reading.hidden)
     choices = _choose(logits, batch.rows, (drafts, lengths))
     accepted = count_accepted(drafts, choices, lengths)
     batch.cache.accept(reading, accepted)
-    for row, length, count in zip(batch.rows, lengths.tolist(), accepted.tolist(), strict=True):
+    counts = lengths.tolist(), accepted.tolist(), is_drafting.tolist()
+    for row, length, count, has_draft in zip(batch.rows, *counts, strict=True):
         row.context_forwards += 1
         row.drafted, row.accepted = length - 1, count - 1
-        if length > 1:
+        if has_draft:
             row.pace.record_draft(count)
         else:
             row.pace.record_token()
@@ -76,20 +77,23 @@ def _is_drafting(row: Row) -> bool:
 
 
 def _propose(model: TwoTower, batch: Batch) -> Generator[Event, None, Proposal]:
-    """What to read: each row's newest token with a draft behind it, (B, n); how much of it, (B,).
+    """What to read: each row's newest token with a draft behind it, (B, n); how much of it, (B,);
+    whether the denoiser wrote it, (B,).
 
-    Rows that do not draft read their newest token alone.
+    Rows that do not draft read their newest token alone, and what their grammar demands behind it.
     """
     rows = batch.rows
     newest = last_tokens(rows)
     masked = (len(rows), rows[0].options.block_size - 1)
     blocks = torch.cat([newest, newest.new_full(masked, model.config.mask_token_id)], dim=1)
-    lengths = torch.ones(len(rows), dtype=torch.int64)
-    drafting = torch.tensor([i for i, row in enumerate(rows) if _is_drafting(row)])
+    forced = [_write_forced(row, block) for row, block in zip(rows, blocks, strict=True)]
+    lengths = torch.tensor(
+        [min(1 + count, _num_left(row)) for row, count in zip(rows, forced, strict=True)]
+    )
+    is_drafting = torch.tensor([_is_drafting(row) for row in rows])
+    drafting = is_drafting.nonzero().flatten()
     if len(drafting):
         own = [rows[i] for i in drafting.tolist()]
-        for place in drafting.tolist():
-            _write_forced(rows[place], blocks[place])
         batch.seat.follow(batch.cache)
         samplers = [row.options.draft_sampler(model.config.mask_token_id) for row in own]
         last = yield from fill_blocks(
@@ -102,17 +106,19 @@ def _propose(model: TwoTower, batch: Batch) -> Generator[Event, None, Proposal]:
             [min(_num_left(row), _num_possible(row, draft)) for row, draft in pairs]
         )
         lengths[drafting] = torch.minimum(draft_lengths(last.confidence.cpu()), most)
-    return blocks[:, : int(lengths.max())], lengths
+    return blocks[:, : int(lengths.max())], lengths, is_drafting
 
 
-def _write_forced(row: Row, block: Tensor) -> None:
+def _write_forced(row: Row, block: Tensor) -> int:
     """Put what the row's grammar demands next into its block (T,), behind the newest token; the
-    denoiser keeps something to fill. Like any draft it is only a proposal.
+    denoiser keeps something to fill. Returns how many tokens; like any draft only a proposal.
     """
-    if row.grammar is not None:
-        row.grammar.follow(row.tokens)
-        forced = row.grammar.forced()[: len(block) - 2]
-        block[1 : 1 + len(forced)] = torch.tensor(forced)
+    if row.grammar is None:
+        return 0
+    row.grammar.follow(row.tokens)
+    forced = row.grammar.forced()[: max(0, len(block) - 2)]
+    block[1 : 1 + len(forced)] = torch.tensor(forced)
+    return len(forced)
 
 
 def _num_possible(row: Row, draft: list[int]) -> int:
