@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from twotower.cli.main import main
 from twotower.engine import MODES
 from twotower.kernels import native
 from twotower.kernels.int8 import quantise
+from twotower.model import native_states
 from twotower.model.native import NativeTwoTower
 from twotower.model.precision import Scheme, quantise_modules, weight_bits
 
@@ -228,6 +229,44 @@ def test_rows_do_not_depend_on_their_neighbours() -> None:
     for row, length in enumerate(lengths.tolist()):
         alone = ours.prefill(prompts[row : row + 1, :length])
         assert torch.equal(ours.next_logits(alone)[0], ours.next_logits(together)[row])
+
+
+def parts_of(layers: Sequence[object]) -> list[Tensor]:
+    return [part for state in layers if isinstance(state, tuple) for part in state]
+
+
+@pytest.mark.parametrize("length", [1, 5, 16])
+def test_memory_is_not_used_again_while_somebody_looks(
+    monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """Guards frozen views and copies of a cache: states that a later pass overwrites in place would
+    be those of another text."""
+    monkeypatch.setattr(native_states, "_LEAST_KEPT", 0)
+    ours = int8_model()
+    cache = ours.prefill(random_ids(2, 9))
+    kept: list[tuple[list[Tensor], list[Tensor]]] = []
+    for step in range(6):
+        parts = parts_of(cache.view().layers)
+        kept.append((parts, [part.clone() for part in parts]))
+        reading = ours.read(cache, random_ids(2, length, seed=step))
+        ours.extend(cache, random_ids(2, length, seed=step))
+        again = ours.prefill(random_ids(2, 9))
+        again.accept(ours.read(again, random_ids(2, length)), torch.tensor([length, length]))
+        del reading
+    for parts, values in kept:
+        assert all(torch.equal(a, b) for a, b in zip(parts, values, strict=True))
+
+
+def test_memory_does_not_grow_with_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the other side: memory that is never used again."""
+    monkeypatch.setattr(native_states, "_LEAST_KEPT", 0)
+    ours = int8_model()
+    cache = ours.prefill(random_ids(2, 9))
+    held = []
+    for step in range(12):
+        ours.extend(cache, random_ids(2, 1, seed=step))
+        held.append(sum(map(len, ours.context_tower._rooms._buffers)))
+    assert len(set(held[4:])) == 1
 
 
 @pytest.mark.parametrize("mode", MODES)

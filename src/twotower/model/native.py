@@ -12,7 +12,7 @@ from twotower.kernels.int8 import quantise
 from twotower.kernels.quantised import Quantised
 from twotower.layers.quantised import QuantisedLinear, QuantisedMatrix
 from twotower.model.context_tower import ContextTower
-from twotower.model.native_states import Found, Past
+from twotower.model.native_states import Found, Past, Rooms
 from twotower.model.precision import Scheme, scheme_of, weight_bits
 from twotower.model.state import ContextCache, ContextView, NewState
 from twotower.model.two_tower import PREFILL_CHUNK, TwoTower
@@ -138,6 +138,7 @@ class _NativeContextTower(ContextTower):
             is_causal=True,
             matrices=_matrices(tower, "context_tower", is_int8),
         )
+        self._rooms = Rooms()
         self._decays = [
             -value.detach().exp()
             for layer in tower.each_layer()
@@ -154,7 +155,7 @@ class _NativeContextTower(ContextTower):
         layers, lengths = cache.layers, cache.lengths.tolist()
         given = [length] * num_rows if counts is None else counts.tolist()
         is_whole = min(given) == length  # every row fills all of its room
-        found = Found(self.config, (num_rows, length), states_every is None, is_whole)
+        found = Found(self.config, (num_rows, length), states_every is None, is_whole, self._rooms)
         make = torch.empty if is_whole else torch.zeros
         hidden = make(num_rows, length, self.config.hidden_size)
         for row, count in enumerate(given):

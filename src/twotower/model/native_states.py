@@ -4,6 +4,8 @@ Small models wait for Python as well, so a pass makes few tensors and does sums 
 """
 
 import math
+import sys
+import threading
 from array import array
 from collections.abc import Iterator, Sequence
 
@@ -16,6 +18,9 @@ from twotower.layers.mamba2 import MambaInputs, MambaState
 from twotower.model.state import LayerState, NewState
 
 _FLOAT = 4  # bytes
+# Bytes from which memory is kept: the system takes back what is larger, and gives it out again page
+# by page. 8 MB of states a step cost 2,048 page faults, at 160M half as much as the step itself.
+_LEAST_KEPT = 2**18
 
 
 class Past:
@@ -51,6 +56,34 @@ class Past:
         return value.data_ptr() + _FLOAT * row * steps[0] if row else value.data_ptr()
 
 
+class Rooms:
+    """Memory for new states, used again as soon as no tensor looks at it any more."""
+
+    def __init__(self) -> None:
+        self._buffers: list[bytearray] = []
+        self._lock = threading.Lock()  # two queues may read rows at the same time
+
+    def take(self, *shape: int) -> Tensor:
+        """A tensor of any values, float32."""
+        num_bytes = _FLOAT * math.prod(shape)
+        if num_bytes < _LEAST_KEPT or num_bytes == 0:
+            return torch.empty(shape)
+        with self._lock:
+            return torch.frombuffer(self._find(num_bytes), dtype=torch.float32).view(shape)
+
+    def _find(self, num_bytes: int) -> bytearray:
+        own = self._buffers
+        # A tensor counts as one who knows the buffer; the list and the question are two.
+        free = [i for i in range(len(own)) if sys.getrefcount(own[i]) <= 2]
+        for i in free:
+            if len(own[i]) == num_bytes:
+                return own[i]
+        for i in reversed(free):
+            del own[i]
+        own.append(bytearray(num_bytes))
+        return own[-1]
+
+
 class Found:
     """Room for what a context pass of B rows and L tokens leaves behind, and the states made of it.
 
@@ -59,11 +92,16 @@ class Found:
     """
 
     def __init__(
-        self, config: ModelConfig, shape: tuple[int, int], keeps_inputs: bool, is_whole: bool
+        self,
+        config: ModelConfig,
+        shape: tuple[int, int],
+        keeps_inputs: bool,
+        is_whole: bool,
+        rooms: Rooms,
     ) -> None:
         self._config, (num_rows, length), self._keeps_inputs = config, shape, keeps_inputs
         c, kinds = config, config.hybrid_override_pattern
-        make = torch.empty if is_whole else torch.zeros
+        make = rooms.take if is_whole else torch.zeros
         heads = c.num_key_value_heads, c.head_dim
         self._kv = make(2 * kinds.count(ATTENTION), num_rows, length, *heads)
         mambas, taps = (kinds.count(MAMBA), num_rows), c.conv_kernel - 1
@@ -73,7 +111,7 @@ class Found:
             self._step = make(*mambas, length, c.mamba_num_heads)
         else:
             state = c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size
-            self._ssm = torch.empty(*mambas, *state)
+            self._ssm = rooms.take(*mambas, *state)
 
     def address(self, row: int) -> int:
         """Where the pass of one row finds k, v, window, mixed, step and ssm of each layer."""
