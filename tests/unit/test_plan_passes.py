@@ -6,8 +6,9 @@ import pytest
 
 from tiny_models import tiny_config
 from tiny_plan import machine, setup
+from twotower.checkpoint.inspect import describe_config
 from twotower.plan.efficiency import Efficiency
-from twotower.plan.passes import Pass, Setup, expected_experts, pass_parts, time_pass
+from twotower.plan.passes import Pass, Setup, Shape, expected_experts, pass_parts, time_pass
 from twotower.plan.precision import Precision, uniform
 from twotower.race.limits import pass_work
 
@@ -142,3 +143,13 @@ def test_a_model_without_experts_counts_none() -> None:
     assert time_pass(dense, STEP).num_experts == 0
     wide = Precision(experts="int4", projections="bfloat16", head="bfloat16", dtype="bfloat16")
     assert time_pass(replace(dense, precision=wide), STEP) == time_pass(dense, STEP)
+
+
+def test_a_backbone_alone_is_planned_with_a_copy_of_it() -> None:
+    """Silent failure: a checkpoint without a denoiser has one that weighs nothing."""
+    record = describe_config(tiny_config(), "tiny")
+    alone = replace(record, towers={"context": record.towers["context"]})
+    shape = Shape.of(alone)
+    assert shape.parameters["denoiser"] == shape.parameters["context"]
+    both = Shape.of(record).parameters
+    assert sum(both["denoiser"].values()) > sum(both["context"].values())  # time conditioning
