@@ -325,6 +325,13 @@ def test_foreign_pages_cannot_reach_an_open_server(client: httpx.Client) -> None
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
+def test_a_request_that_names_no_length_keeps_the_limit() -> None:
+    """Guards against a checkpoint's default that is more than anyone may ask for."""
+    with running(loaded=tiny(), max_new_tokens=3) as server, server.client() as client:
+        usage = client.post(URL, json={"prompt": "The", "ignore_eos": True}).json()["usage"]
+        assert usage["completion_tokens"] == 3
+
+
 def test_named_origins_may_call() -> None:
     origin = "https://app.example"
     with running(loaded=tiny(), cors_origins=(origin,)) as server, server.client() as client:

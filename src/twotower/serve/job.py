@@ -92,8 +92,10 @@ def _job(
     given = _given(body, mode) | extra | {"mode": mode}
     if body.ignore_eos:
         given["eos_token_id"] = None
-    if max_tokens is not None:
-        given["max_new_tokens"] = max_tokens
+    default = served.defaults["max_new_tokens"]
+    assert isinstance(default, int)
+    if max_tokens is not None or default > options.max_new_tokens:
+        given["max_new_tokens"] = max_tokens or options.max_new_tokens
     first_seed = secrets.randbelow(_SEEDS) if body.seed is None else body.seed
     try:
         choices = [
