@@ -15,7 +15,7 @@ READ = """async (events) => {
   for (const event of JSON.parse(events)) run.take(event);
   return run.frames.map((frame, at) => ({
     text: run.text.slice(0, frame.textLength),
-    drafted: frame.drafted, accepted: frame.accepted, tokens: frame.tokens,
+    accepted: frame.accepted, rejected: frame.rejected, tokens: frame.tokens,
     groups: run.groups.map((group) => {
       const shown = groupFrame(run, group, at);
       return shown && shown.cells.slice(0, shown.shown).map((c) => [c.status, c.text, c.order]);
@@ -76,7 +76,7 @@ def test_a_draft_shows_what_stands_and_what_does_not(tab: Driver) -> None:
         ["rejected", "d", 1],
         ["dropped", "e", 1],
     ]
-    assert (settled["drafted"], settled["accepted"], settled["tokens"]) == (4, 2, 3)
+    assert (settled["accepted"], settled["rejected"], settled["tokens"]) == (2, 2, 3)
 
 
 def test_a_draft_that_all_stands_is_followed_by_the_towers_own(tab: Driver) -> None:
@@ -89,6 +89,7 @@ def test_a_draft_that_all_stands_is_followed_by_the_towers_own(tab: Driver) -> N
 def test_a_text_that_ends_inside_a_draft_rejects_nothing(tab: Driver) -> None:
     settled = frames(tab, step(0, 0, *"abcd"), commit(0, "ab", 4, 2))[-1]
     assert [status for status, _, _ in settled["groups"][0]] == ["kept"] * 2 + ["dropped"] * 2
+    assert (settled["accepted"], settled["rejected"]) == (2, 0)
 
 
 def test_a_cell_remembers_the_pass_that_filled_it(tab: Driver) -> None:

@@ -23,7 +23,7 @@ function rows(values) {
   return [
     ...shown,
     ["drafts kept", number(values.accepted), "draft tokens that the context tower accepted"],
-    ["drafts rejected", number(values.rejected), "draft tokens that it read and did not accept"],
+    ["drafts rejected", number(values.rejected), "draft tokens that it read and did not choose"],
   ];
 }
 

@@ -72,8 +72,8 @@ export class Run {
       tokens: before.tokens + event.tokens.length,
       filled: group.kind === "plain" ? event.tokens.length : 0,
       textLength: this.text.length,
-      drafted: sum(before.drafted, event.drafted),
       accepted: sum(before.accepted, event.accepted),
+      rejected: sum(before.rejected, rejectedBy(event)),
     });
   }
 
@@ -127,13 +127,22 @@ function startFrame(drafts) {
     tokens: 0,
     filled: 0,
     textLength: 0,
-    drafted: drafts,
     accepted: drafts,
+    rejected: drafts,
   };
 }
 
 function sum(total, count) {
   return count === null || count === undefined ? total : (total ?? 0) + count;
+}
+
+/**
+ * Draft tokens of a commit that the context tower read and did not choose. Where all that was
+ * committed is draft, the text ended inside it: what lay behind the end was not judged.
+ */
+function rejectedBy(event) {
+  if (event.drafted === null || event.drafted === undefined) return null;
+  return event.accepted === event.tokens.length ? 0 : event.drafted - event.accepted;
 }
 
 const BLANK = { status: "masked", id: null, text: "", confidence: null, order: null };
@@ -202,6 +211,6 @@ export function figures(frame) {
     tokensPerNfe: frame.nfe > 0 ? frame.tokens / frame.nfe : null,
     contextForwards: frame.contextForwards,
     accepted: frame.accepted,
-    rejected: frame.drafted === null ? null : frame.drafted - (frame.accepted ?? 0),
+    rejected: frame.rejected,
   };
 }
