@@ -18,7 +18,7 @@ import pytest
 from page_driver import Driver
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, BrowserContext
 
 SOURCE = Path(__file__).parents[2] / "src"
 # How a browser tells of an answer that is not 2xx, or of none: part of the tests of faults.
@@ -69,27 +69,59 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
+@pytest.fixture(scope="session")
+def plain_context(chromium: Browser) -> Iterator[BrowserContext]:
+    """A window for all tests that ask for nothing special: its cache spares them the loading."""
+    context = _new_context(chromium)
+    yield context
+    context.close()
+
+
 @pytest.fixture
-def new_tab(chromium: Browser, server: str) -> Iterator[Callable[..., Driver]]:
-    """Makes tabs; at the end none may have met an error or asked another host."""
-    contexts, faults = [], []
+def faults() -> Iterator[list[str]]:
+    """What went wrong in the tabs of a test: errors, requests to other hosts; none at its end."""
+    found: list[str] = []
+    yield found
+    assert found == []
+
+
+@pytest.fixture
+def new_tab(chromium: Browser, server: str, faults: list[str]) -> Iterator[Callable[..., Driver]]:
+    """Makes tabs in windows of their own, with Playwright's options of a context."""
+    contexts: list[BrowserContext] = []
 
     def make(**options: Any) -> Driver:
-        # Playback is not waited for, unless a test is about it.
-        defaults = {"reduced_motion": "reduce", "viewport": {"width": 1280, "height": 900}}
-        context = chromium.new_context(**{**defaults, **options})
-        context.set_default_timeout(60_000)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("pageerror", lambda error: faults.append(f"uncaught: {error}"))
-        page.on("console", lambda message: _note(faults, message.type, message.text))
-        page.on("request", lambda request: _check_host(faults, request.url, server))
-        return Driver(page, server)
+        contexts.append(_new_context(chromium, **options))
+        return _watched(contexts[-1], server, faults)
 
     yield make
     for context in contexts:
         context.close()
-    assert faults == []
+
+
+@pytest.fixture
+def tab(plain_context: BrowserContext, server: str, faults: list[str]) -> Iterator[Driver]:
+    """A tab with the page, ready."""
+    driver = _watched(plain_context, server, faults)
+    yield driver.open()
+    plain_context.set_offline(False)
+    driver.page.close()
+
+
+def _new_context(chromium: Browser, **options: Any) -> BrowserContext:
+    # Playback is not waited for, unless a test is about it.
+    defaults = {"reduced_motion": "reduce", "viewport": {"width": 1280, "height": 900}}
+    context = chromium.new_context(**{**defaults, **options})
+    context.set_default_timeout(60_000)
+    return context
+
+
+def _watched(context: BrowserContext, server: str, faults: list[str]) -> Driver:
+    page = context.new_page()
+    page.on("pageerror", lambda error: faults.append(f"uncaught: {error}"))
+    page.on("console", lambda message: _note(faults, message.type, message.text))
+    page.on("request", lambda request: _check_host(faults, request.url, server))
+    return Driver(page, server)
 
 
 def _note(faults: list[str], kind: str, text: str) -> None:
@@ -102,9 +134,3 @@ def _check_host(faults: list[str], url: str, server: str) -> None:
         return
     if urlsplit(url).netloc != urlsplit(server).netloc:
         faults.append(f"request to another host: {url}")
-
-
-@pytest.fixture
-def tab(new_tab: Callable[..., Driver]) -> Driver:
-    """A tab with the page, ready."""
-    return new_tab().open()

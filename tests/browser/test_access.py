@@ -151,15 +151,22 @@ def test_a_phone_shows_everything(new_tab: Callable[..., Driver], modes: tuple[s
           .map(([name]) => name)"""
     )
     assert small == []
+    hidden = tab.page.evaluate(
+        """() => [...document.querySelectorAll('.lane .cell')]
+          .filter((one) => one.checkVisibility())
+          .filter((one) => one.getBoundingClientRect().right > 360).length"""
+    )
+    assert hidden == 0
     box = tab.page.evaluate("document.querySelector('#player').getBoundingClientRect()")
     assert box["top"] >= -1 and box["bottom"] <= 740, "the result is brought into sight"
 
 
 def test_still_pictures_for_those_who_want_them(tab: Driver) -> None:
     """Guards reduced motion: no playback and no transitions; the result is there at once."""
-    tab.ask(PROMPT, "diffusion").run()
-    assert tab.page.get_attribute("#play", "data-playing") == "false"
-    assert tab.page.input_value("#scrub") == str(tab.moments)
+    for modes in (("diffusion",), ("speculative", "ar")):
+        tab.ask(PROMPT, *modes).run()
+        assert tab.page.get_attribute("#play", "data-playing") == "false"
+        assert tab.page.input_value("#scrub") == str(tab.moments)
     duration = tab.page.evaluate(
         "getComputedStyle(document.querySelector('.lane .cell')).transitionDuration"
     )

@@ -16,7 +16,7 @@ def test_a_link_opens_the_same_run(new_tab: Callable[..., Driver]) -> None:
     """Guards the promise of a link: sampled text is the same for whoever opens it, so seed and all
     options must be in it, and the prompt must survive being part of an address."""
     tab = new_tab(permissions=["clipboard-read", "clipboard-write"]).open()
-    tab.ask(PROMPT, "diffusion", temperature=0.9, seed=7, max_tokens=32, steps_per_block=9).run()
+    tab.ask(PROMPT, "diffusion", temperature=1.5, seed=7, max_tokens=32, steps_per_block=9).run()
     tab.page.click("#share")
     tab.until("document.querySelector('#told').textContent.includes('clipboard')")
     link = tab.page.evaluate("navigator.clipboard.readText()")
@@ -30,6 +30,7 @@ def test_a_link_opens_the_same_run(new_tab: Callable[..., Driver]) -> None:
     assert other.written() == tab.written() != ""
     assert other.page.input_value("#prompt") == PROMPT
     assert other.page.input_value("#option-steps_per_block") == "9"
+    assert other.page.input_value("#option-seed") == "7"
     assert other.figures()["NFE"] == tab.figures()["NFE"]
     assert not any("Diana" in url for url in asked), "the prompt stays out of the server's log"
 

@@ -21,6 +21,7 @@ _FLOAT = 4  # bytes
 # Bytes from which memory is kept: the system takes back what is larger, and gives it out again page
 # by page. 8 MB of states a step cost 2,048 page faults, at 160M half as much as the step itself.
 _LEAST_KEPT = 2**18
+_MOST_FREE = 6  # pieces of memory that nobody uses: passes of one and of 16 tokens take turns
 
 
 class Past:
@@ -78,7 +79,7 @@ class Rooms:
         for i in free:
             if len(own[i]) == num_bytes:
                 return own[i]
-        for i in reversed(free):
+        for i in reversed(free[:-_MOST_FREE]):  # the oldest
             del own[i]
         own.append(bytearray(num_bytes))
         return own[-1]
