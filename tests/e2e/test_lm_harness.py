@@ -60,7 +60,10 @@ def test_white_space_belongs_to_the_continuation(tmp_path: Path) -> None:
     """Silent failure: likelihoods depend on which side of the border a space was written."""
     text_decoder = decoder(str(make_text_checkpoint(tmp_path)), batch_size=2)
     one, other = text_decoder.score([("The old clock ", "slept"), ("The old clock", " slept")])
-    assert one == other and one.log_likelihood < 0
+    # Rows of a batch may be summed in another order: float32 rounding.
+    assert one.log_likelihood == pytest.approx(other.log_likelihood, rel=1e-6)
+    assert (one.is_greedy, one.num_tokens) == (other.is_greedy, other.num_tokens)
+    assert one.log_likelihood < 0
     (rolling,) = text_decoder.score([("", TEXT)])
     assert rolling.num_tokens == len(twotower.load_tokenizer(tmp_path).encode(TEXT))
 

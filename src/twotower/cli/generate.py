@@ -85,7 +85,9 @@ class GenerateArguments(EngineOptions):
     experts: ExpertsIn = "memory"
     """mapped: leave routed experts in their files and read those that are chosen, for towers larger
     than memory; slow where the disk is."""
-    grammar: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    grammar: Annotated[
+        Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")
+    ] = None
     """ar, speculative: what the text must match. A JSON schema (.json), a Lark grammar (.lark) or
     a regex (any other file). Needs the extra serve."""
     stop: Annotated[
