@@ -19,6 +19,7 @@ import urllib.request
 from dataclasses import dataclass, field
 
 import ray
+from ray import serve
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 
@@ -115,7 +116,7 @@ def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     cluster.add_node(num_cpus=2)
     ray.init(address=cluster.address, log_to_driver=False)
-    ray.serve.start(http_options={"host": "127.0.0.1", "port": given.port})
+    serve.start(http_options={"host": "127.0.0.1", "port": given.port})
     options = ServeArguments(
         min_replicas=2, max_replicas=2, replica_cpus=1.0, model_name="version-1", executor="eager"
     )
@@ -142,7 +143,7 @@ def main() -> None:
     for name, record in records.items():
         print(name, record)
     print(json.dumps({"clients": given.clients, "nodes": 2, "replicas": 2, "counts": records}))
-    ray.serve.shutdown()
+    serve.shutdown()
     ray.shutdown()
     cluster.shutdown()
 
