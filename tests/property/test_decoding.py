@@ -42,6 +42,7 @@ VARIANTS = [
     {"mode": "predict-and-noise", "remask": "random", "adaptive": True},
     {"mode": "diffusion", "confidence_threshold": 0.1, "block_size": 3},
     {"mode": "diffusion", "first_token": "context"},
+    {"mode": "diffusion", "first_token": "context", "review_threshold": 0.011},
 ]
 every_variant = pytest.mark.parametrize(
     "variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values()))
@@ -75,10 +76,12 @@ def test_rows_of_one_call_may_differ_in_every_option() -> None:
         options(mode="diffusion", confidence_threshold=0.2, block_size=2),
         options(mode="mock-ar", max_new_tokens=5, temperature=1.0, top_k=3),
         options(mode="posterior", schedule="cosine"),
+        options(first_token="context", review_threshold=0.02),
     ]
-    together = generate(MODEL, PROMPTS, o)
-    assert together == [generate(MODEL, [p], own)[0] for p, own in zip(PROMPTS, o, strict=True)]
-    assert [len(row.tokens) for row in together] == [3, 9, 11, 5, 11]
+    prompts = [*PROMPTS, PROMPTS[1]]
+    together = generate(MODEL, prompts, o)
+    assert together == [generate(MODEL, [p], own)[0] for p, own in zip(prompts, o, strict=True)]
+    assert [len(row.tokens) for row in together] == [3, 9, 11, 5, 11, 11]
 
 
 @every_variant
@@ -282,3 +285,56 @@ def test_a_first_token_that_is_the_whole_block_is_the_denoisers() -> None:
     """Guards blocks of one token: with nothing left to fill there would be no pass and no step."""
     o = options(first_token="context", block_size=1)
     assert generate(MODEL, PROMPTS[:1], o) == generate(MODEL, PROMPTS[:1], options(block_size=1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("threshold", [0.005, 0.011, 0.02, 0.04, 0.1])
+def test_a_review_gives_back_what_the_context_tower_finds_improbable(
+    temperature: float, threshold: float
+) -> None:
+    """Guards review_threshold: of every filled block the tokens up to the first improbable one
+    stand, no fewer and no more. Probabilities that belong to the next place, or a cache that still
+    holds what was given back, would only make the text a little worse."""
+    together = [
+        options(
+            first_token="context", review_threshold=threshold, temperature=temperature, seed=seed
+        )
+        for seed in range(len(PROMPTS))
+    ]
+    events = list(stream(MODEL, PROMPTS, together))
+    for row, prompt in enumerate(PROMPTS):
+        text = list(prompt)
+        mine = [e for e in events if not isinstance(e, Finished) and e.row == row]
+        for event, follower in zip(mine, [*mine[1:], None], strict=True):
+            if isinstance(event, StepTaken) and isinstance(follower, TokensCommitted):
+                chances = chances_after(text, event.tokens)
+                good = [chance >= threshold for chance in chances[1:]] + [False]
+                expected = event.tokens[: 1 + good.index(False)]
+                assert follower.tokens == expected[: 11 - (len(text) - len(prompt))]
+                text += follower.tokens
+
+
+def chances_after(text: list[int], block: list[int]) -> list[float]:
+    """The context tower's probability of each token of a block, all read anew."""
+    cache = MODEL.prefill(torch.tensor([text]))
+    first = MODEL.next_logits(cache).unsqueeze(1)
+    rest = MODEL.context_head(MODEL.extend(cache, torch.tensor([block]))[:, :-1])
+    chances = torch.cat([first, rest], dim=1)[0].softmax(-1)
+    return chances[torch.arange(len(block)), block].tolist()
+
+
+def test_a_review_that_nothing_passes_is_ar() -> None:
+    """Guards the replacement: where every drafted token is given back, the context tower's own
+    follow one another, so the text is AR's and each block costs one reading."""
+    strict = generate(MODEL, PROMPTS, options(first_token="context", review_threshold=1.0))
+    ar = generate(MODEL, PROMPTS, options(mode="ar"))
+    assert [row.tokens for row in strict] == [row.tokens for row in ar]
+    assert [row.context_forwards for row in strict] == [1 + 11] * len(PROMPTS)
+
+
+@pytest.mark.parametrize("mode", ["posterior", "predict-and-noise"])
+def test_only_diffusion_is_opened_and_reviewed_by_the_context_tower(mode: str) -> None:
+    """Guards the other block samplers: a checkpoint's defaults for diffusion are not theirs."""
+    plain = generate(MODEL, PROMPTS, options(mode=mode))
+    asked = options(mode=mode, first_token="context", review_threshold=0.5)
+    assert generate(MODEL, PROMPTS, asked) == plain

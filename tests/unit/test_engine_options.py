@@ -34,6 +34,8 @@ def test_defaults_of_the_issue() -> None:
         ("confidence_threshold", 1.5, "between 0.0 and 1.0"),
         ("confidence_threshold", -0.1, "between 0.0 and 1.0"),
         ("confidence_threshold", math.nan, "between 0.0 and 1.0"),
+        ("review_threshold", 1.5, "between 0.0 and 1.0"),
+        ("review_threshold", 0.1, "first_token='context'"),
         ("temperature", -1.0, "at least 0"),
         ("temperature", math.inf, "at least 0"),
         ("temperature", math.nan, "at least 0"),
@@ -95,6 +97,14 @@ def test_a_given_option_wins_over_the_checkpoints() -> None:
     assert GenerateOptions().with_defaults(DEFAULTS).temperature == 0.7
     same = GenerateOptions()
     assert same.with_defaults({"pad_token_id": 0}) == same
+
+
+def test_published_decoding_is_one_option_away() -> None:
+    """Guards a checkpoint that asks for reviews: first_token="denoiser" alone is as published."""
+    defaults = {"first_token": "context", "review_threshold": 0.1}
+    assert GenerateOptions().with_defaults(defaults).is_reviewed
+    assert not GenerateOptions(first_token="denoiser").with_defaults(defaults).is_reviewed
+    assert not GenerateOptions(review_threshold=0.0).with_defaults(defaults).is_reviewed
 
 
 def test_copies_remember_what_was_given() -> None:

@@ -30,6 +30,8 @@ _SHOWN = (
     "temperature",
     "confidence_threshold",
     "steps_per_block",
+    "first_token",
+    "review_threshold",
     "draft_passes",
     "block_size",
 )

@@ -81,6 +81,10 @@ class GenerateOptions:
     first_token: FirstToken = "denoiser"
     """diffusion: who chooses a block's first token: the denoiser, as published, or the context
     tower, which has read all before it and so needs no pass for it."""
+    review_threshold: float = 0.0
+    """diffusion: the context tower, which must read a block anyway, gives back the first token to
+    which it gives a probability below this, and all behind it; its own opens the next block there.
+    0, as published, keeps all. Above 0 it needs first_token="context"."""
     draft_passes: int = 1
     """speculative: most denoiser passes per draft."""
     confidence_threshold: float = 0.8
@@ -141,6 +145,12 @@ class GenerateOptions:
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {lowest}")
         _check_range("confidence_threshold", self.confidence_threshold, 0.0, 1.0)
+        _check_range("review_threshold", self.review_threshold, 0.0, 1.0)
+        if self.review_threshold > 0 and self.first_token != "context":
+            raise ValueError(
+                f"review_threshold={self.review_threshold} needs first_token='context': the "
+                "context tower's token takes the place of one that is given back"
+            )
         _check_range("temperature", self.temperature, 0.0, math.inf)
         _check_range("seed", self.seed, 0, 2**63 - 1)
         if self.top_k is not None:
@@ -160,6 +170,16 @@ class GenerateOptions:
         )
 
     @property
+    def is_opened_by_context(self) -> bool:
+        """Whether the context tower chooses the first token of each block."""
+        return self.mode == "diffusion" and self.first_token == "context"
+
+    @property
+    def is_reviewed(self) -> bool:
+        """Whether the context tower may give tokens of a block back."""
+        return self.mode == "diffusion" and self.review_threshold > 0
+
+    @property
     def is_block_mode(self) -> bool:
         """Whether the mode fills blocks with denoiser passes."""
         return self.mode in _SAMPLERS or self.mode == "speculative"
@@ -174,6 +194,8 @@ class GenerateOptions:
         taken = {n: v for n, v in defaults.items() if n in names - given and v is not None}
         if defaults.get("do_sample") is False:
             taken.pop("temperature", None)
+        if "first_token" in self.given and self.first_token == "denoiser":  # type: ignore[attr-defined]
+            taken.pop("review_threshold", None)  # which needs the other
         if not taken:
             return self
         values = {n: getattr(self, n) for n in given} | {n: _plain(v) for n, v in taken.items()}
@@ -222,6 +244,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "steps_per_block": (int,),
     "draft_passes": (int,),
     "confidence_threshold": (int, float),
+    "review_threshold": (int, float),
     "temperature": (int, float),
     "top_k": (int, type(None)),
     "top_p": (int, float, type(None)),

@@ -31,6 +31,8 @@ class EvalOptions:
     """diffusion: instead of the checkpoint's own."""
     steps_per_block: int | None = None
     """Most denoiser passes per block, instead of the checkpoint's own."""
+    review_threshold: float | None = None
+    """diffusion: instead of the checkpoint's own; 0 decodes as published, without a review."""
     sweep: bool = False
     """Also measure diffusion at other thresholds and pass limits, on a quarter of the items."""
     likelihood: bool = False

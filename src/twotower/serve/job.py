@@ -21,6 +21,7 @@ _MODES_OF: dict[str, tuple[Mode, ...]] = {
     "first_token": ("diffusion",),
     "draft_passes": ("speculative",),
     "confidence_threshold": ("diffusion", "speculative"),
+    "review_threshold": ("diffusion",),
     "schedule": ("posterior", "predict-and-noise"),
     "remask": ("predict-and-noise",),
     "adaptive": ("predict-and-noise",),
