@@ -21,7 +21,7 @@
 namespace twotower {
 
 constexpr int ROWS = 16;  // of a packed block
-constexpr int AHEAD = 8192;  // bytes: 16 tokens use a weight for so long that it must be asked for
+constexpr int AHEAD = 8192;  // bytes that an int8 product asks for in advance
 
 struct Weight {
     const float *wide;     // (rows, K), as released
@@ -36,6 +36,9 @@ inline void product_rows(const float *w, long row, long column, int K, const flo
     Lanes sum[R];
     for (int r = 0; r < R; r++) sum[r] = Lanes{} + (bias ? bias[r] : 0.0f);
     for (int i = 0; i < K; i++) {
+        // The next rows, while these are used: 16 tokens keep a weight so busy that the processor
+        // does not look ahead by itself.
+        if (R > 1 && column == 1) __builtin_prefetch(w + R * row + long(i) * R);
         Lanes value = *reinterpret_cast<const Lanes *>(x + long(i) * W);
         for (int r = 0; r < R; r++) sum[r] += w[r * row + i * column] * value;
     }
