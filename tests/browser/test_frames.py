@@ -42,7 +42,13 @@ def step(block: int, number: int, *texts: str | None) -> dict[str, Any]:
     }
 
 
-def commit(block: int, texts: str, drafted: int | None, accepted: int | None) -> dict[str, Any]:
+def commit(
+    block: int,
+    texts: str,
+    drafted: int | None = None,
+    accepted: int | None = None,
+    given_back: int | None = None,
+) -> dict[str, Any]:
     return {
         "object": "twotower.commit",
         "block": block,
@@ -51,6 +57,7 @@ def commit(block: int, texts: str, drafted: int | None, accepted: int | None) ->
         "elapsed_ms": 9,
         "drafted": drafted,
         "accepted": accepted,
+        "given_back": given_back,
         "tokens": [{"id": ord(text), "text": text} for text in texts],
     }
 
@@ -90,6 +97,17 @@ def test_a_text_that_ends_inside_a_draft_rejects_nothing(tab: Driver) -> None:
     settled = frames(tab, step(0, 0, *"abcd"), commit(0, "ab", 4, 2))[-1]
     assert [status for status, _, _ in settled["groups"][0]] == ["kept"] * 2 + ["dropped"] * 2
     assert (settled["accepted"], settled["rejected"]) == (2, 0)
+
+
+def test_a_review_strikes_out_what_it_gives_back(tab: Driver) -> None:
+    """Guards the marks of a reviewed block: tokens that a reader saw appear do not just vanish, and
+    what lies behind the end of a text was not refused."""
+    settled = frames(tab, step(0, 0, *"abcd"), commit(0, "ab", given_back=2))[-1]
+    assert [status for status, _, _ in settled["groups"][0]] == ["kept"] * 2 + ["rejected"] * 2
+    ended = frames(tab, step(0, 0, *"abcd"), commit(0, "a", given_back=2))[-1]
+    assert [status for status, _, _ in ended["groups"][0]] == ["kept"] + ["dropped"] * 3
+    whole = frames(tab, step(0, 0, *"abcd"), commit(0, "abcd", given_back=0))[-1]
+    assert [status for status, _, _ in whole["groups"][0]] == ["kept"] * 4
 
 
 def test_a_cell_remembers_the_pass_that_filled_it(tab: Driver) -> None:

@@ -311,6 +311,7 @@ def test_a_review_gives_back_what_the_context_tower_finds_improbable(
                 good = [chance >= threshold for chance in chances[1:]] + [False]
                 expected = event.tokens[: 1 + good.index(False)]
                 assert follower.tokens == expected[: 11 - (len(text) - len(prompt))]
+                assert follower.given_back == len(event.tokens) - len(expected)
                 text += follower.tokens
 
 

@@ -65,8 +65,10 @@ def _settle_read(model: TwoTower, batch: Batch, tokens: Tensor) -> Generator[Eve
     batch.cache.accept(reading, counts)
     kept = [own[:count] for own, count in zip(tokens.tolist(), counts.tolist(), strict=True)]
     logprobs = rows_logprobs(rows, logits, kept)
-    for row in rows:
+    for row, own in zip(rows, kept, strict=True):
         row.context_forwards += _is_read_first(row)
+        if row.options.is_reviewed:
+            row.given_back = tokens.shape[1] - len(own)
     batch, _ = yield from commit(batch, kept, logprobs)
     for row in batch.rows:
         row.context_forwards += not _is_read_first(row)  # as if it had been alone

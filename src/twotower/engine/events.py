@@ -47,6 +47,7 @@ class TokensCommitted:
     logprobs: tuple[TokenLogprob, ...] | None = None  # of each token, when asked for
     drafted: int | None = None  # speculative: draft tokens that were read
     accepted: int | None = None  # speculative: those of them that stand
+    given_back: int | None = None  # reviewed diffusion: how many of the block's last do not stand
 
 
 @dataclass(frozen=True, kw_only=True)

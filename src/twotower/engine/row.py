@@ -47,6 +47,7 @@ class Row:
         self.noise_ahead: list[torch.Tensor] = []  # (V,) of each token to come, once drawn
         self.drafted: int | None = None  # tokens of the newest draft that were read
         self.accepted: int | None = None  # and those of them that stand
+        self.given_back: int | None = None  # tokens of the newest block that a review refused
         self._text = text
         self._logprobs: list[TokenLogprob] = []
         self._num_released = 0  # tokens that were given out
@@ -87,6 +88,7 @@ class Row:
             logprobs=self._logprobs_of(released),
             drafted=self.drafted,
             accepted=self.accepted,
+            given_back=self.given_back,
         )
 
     def _take(self, token: int) -> None:

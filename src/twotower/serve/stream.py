@@ -97,6 +97,7 @@ class Viewer:
             ],
             "drafted": event.drafted,
             "accepted": event.accepted,
+            "given_back": event.given_back,
             "nfe": event.nfe,
             "context_forwards": event.context_forwards,
             "elapsed_ms": self._elapsed_ms(index),

@@ -88,9 +88,10 @@ function headline(run, group, index, frame) {
   const masked = frame.cells.filter((cell) => cell.status === "masked").length;
   const rest = masked === 0 ? "whole" : `${masked} blank`;
   if (frame.kind === "step") return `${name}: ${taken}, ${rest}`;
-  const isDraft = frame.cells.some((cell) => cell.status === "own" || cell.status === "rejected");
-  const kept = frame.cells.filter((cell) => cell.status === "kept").length;
-  return isDraft ? `${name}: ${taken}, ${kept} drafts kept` : `${name}: ${taken}, read`;
+  const count = (status) => frame.cells.filter((cell) => cell.status === status).length;
+  const [kept, rejected] = [count("kept"), count("rejected")];
+  if (run.request.mode === "speculative") return `${name}: ${taken}, ${kept} drafts kept`;
+  return `${name}: ${taken}, ${rejected ? `${kept} kept, ${rejected} given back` : "read"}`;
 }
 
 function emptyCell() {
@@ -117,7 +118,7 @@ function titleOfCell(cell) {
   if (cell.confidence !== null) parts.push(`${(cell.confidence * 100).toFixed(1)} % sure`);
   if (cell.order !== null) parts.push(`pass ${cell.order}`);
   if (cell.status === "own") parts.push("on its own, not from a block or draft");
-  if (cell.status === "rejected") parts.push("draft, rejected");
+  if (cell.status === "rejected") parts.push("rejected by the context tower");
   return parts.join(", ");
 }
 

@@ -165,7 +165,7 @@ export class Stage {
       sample({ status: "masked" }, "", "blank"),
       ...filled,
       sample({ status: "own" }, "a", "the context tower's own"),
-      sample({ status: "rejected", band: 2, order: 1 }, "a", "draft, rejected"),
+      sample({ status: "rejected", band: 2, order: 1 }, "a", "rejected"),
     );
   }
 }
