@@ -39,7 +39,9 @@ class Script:
 
 def record_script(events: Iterable[Event]) -> Script:
     """The script of a single row from the events of its decoding."""
-    confidences, commits, num_unread = [], [], 0
+    confidences: list[list[float]] = []
+    commits: list[int] = []
+    num_unread = 0
     for event in events:
         if isinstance(event, StepTaken):
             confidences.append(list(event.confidence))
