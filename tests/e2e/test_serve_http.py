@@ -15,12 +15,16 @@ import pytest
 
 from serving import Running, running, tiny
 from twotower.engine import WorkerStats
+from twotower.engine.faults import HopelessError
+from twotower.engine.scheduler import Lane
 from twotower.serve.keys import read_keys
 from twotower.serve.options import ServeOptions
 
 LONG = {"prompt": "The", "mode": "ar", "max_tokens": 4000, "ignore_eos": True}
 SHORT = {"prompt": "The old", "max_tokens": 4, "ignore_eos": True}
 URL = "/v1/completions"
+# Of an answer, which may hold any digits.
+NUMBERS = re.compile(r'"(id":"cmpl-|created":|elapsed_ms":)[0-9a-f.]+')
 
 
 @pytest.fixture(scope="module")
@@ -405,6 +409,29 @@ def test_a_dead_worker_is_started_again() -> None:
         assert "twotower_worker_restarts_total 1.0" in client.get("/metrics").text
 
 
+def test_a_hopeless_worker_is_not_ready_and_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a server that looks ready, or starts its thread again and again, while
+    nothing can be decoded: the other rank is lost.
+    """
+
+    def lost(lane: Lane) -> object:
+        raise HopelessError("lost the other rank")
+
+    monkeypatch.setattr(Lane, "propose", lost)
+    with running(loaded=tiny()) as server, server.client() as client:
+        told = client.post(URL, json=SHORT)
+        assert told.status_code == 503 and "nothing can be decoded" in str(error_of(told))
+        time.sleep(0.6)  # the thread would be started again by now
+        ready = client.get("/ready")
+        assert ready.status_code == 503 and ready.json() == {"status": "failed"}
+        later = client.post(URL, json=SHORT)
+        assert later.status_code == 503 and "nothing can be decoded" in str(error_of(later))
+        metrics = client.get("/metrics").text
+        assert "twotower_worker_alive 0.0" in metrics
+        assert "twotower_worker_restarts_total 0.0" in metrics
+        assert client.get("/health").status_code == 200
+
+
 def test_a_filters_match_leaves_by_no_door() -> None:
     """Guards against text that is held back in one form of answer and shown in another."""
     with running(filter=("48 - 4[0-9]",)) as server, server.client() as client:
@@ -418,17 +445,11 @@ def test_a_filters_match_leaves_by_no_door() -> None:
             text = s.read().decode()
         assert '"finish_reason":"content_filter"' in text
         for answer in (whole.text, text):
-            assert "48" not in answer.replace(text_ids(answer), "")
+            assert "48" not in NUMBERS.sub("", answer)
 
 
 def is_full(stats: WorkerStats) -> bool:
     return (stats.rows_in_flight, stats.rows_waiting) == (1, 1)
-
-
-def text_ids(answer: str) -> str:
-    """The answer's own number, which may hold any digits."""
-    at = answer.index('"id":"') + 6
-    return answer[at : answer.index('"', at)]
 
 
 def stream(client: httpx.Client, body: dict[str, object]) -> list[object]:

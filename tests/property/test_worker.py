@@ -1,5 +1,6 @@
 """What a worker promises whatever clients and passes do: a row is no other's affair."""
 
+import contextlib
 import gc
 import logging
 from collections import Counter
@@ -19,9 +20,11 @@ from tiny_worker import (
     failure_of,
     options,
     running,
+    wait_for,
 )
 from twotower import ContextCache, generate
-from twotower.engine import MODES, Failed, Finished, Request, Ticket
+from twotower.engine import MODES, Failed, Finished, Request, Stopped, Ticket, Worker
+from twotower.engine.faults import HopelessError
 from twotower.engine.inbox import Inbox
 from twotower.engine.row import Row
 from twotower.engine.scheduler import Lane
@@ -168,6 +171,50 @@ def test_an_error_of_the_scheduler_ends_rows_but_not_the_worker(
         failed = [end for end in ends if isinstance(end, Failed)]
         assert 1 <= len(failed) <= 2 and {end.kind for end in failed} == {"internal"}
         assert worker.stats().is_alive
+
+
+@both_queues
+def test_a_hopeless_worker_tells_everyone_and_takes_no_more(
+    monkeypatch: pytest.MonkeyPatch, queues: str
+) -> None:
+    """Guards against a lost peer that is asked again for every request, and rows that wait for it:
+    the thread ends, whoever is decoded or waits is told, and whoever comes later is refused.
+    """
+
+    def lost(lane: Lane) -> object:
+        raise HopelessError("lost the other rank")
+
+    monkeypatch.setattr(Lane, "propose", lost)
+    with running(queues=queues, max_rows=1) as worker:
+        tickets = []
+        with contextlib.suppress(Stopped):
+            for _ in range(5):
+                tickets.append(worker.submit(Request(PROMPTS[0], options(mode="ar"))))
+        assert tickets
+        assert {failure_of(ticket).kind for ticket in tickets} == {"stopped"}
+        wait_for(lambda: not worker.stats().is_alive)
+        assert worker.is_hopeless and worker.stats().num_failed == len(tickets)
+        with pytest.raises(Stopped, match="nothing can be decoded any more"):
+            worker.submit(Request(PROMPTS[0], options()))
+
+
+@pytest.mark.parametrize("moment", ["_note_end", "_add"])
+def test_an_end_is_told_even_if_the_thread_dies_just_before(
+    monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Guards a client whose row has ended, and is forgotten, before it has heard of it."""
+    method = getattr(Worker, moment)
+
+    def dying(worker: Worker, event: object, ticket: Ticket) -> None:
+        method(worker, event, ticket)
+        if isinstance(event, Finished):
+            raise SystemExit
+
+    monkeypatch.setattr(Worker, moment, dying)
+    with running() as worker:
+        ticket = worker.submit(Request(PROMPTS[0], options()))
+        wait_for(lambda: not worker.stats().is_alive)
+        assert not ticket._events.empty() and completion_of(ticket).tokens
 
 
 def alive() -> int:

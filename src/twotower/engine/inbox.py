@@ -25,6 +25,7 @@ class Inbox:
         self._tickets: dict[int, Ticket] = {}  # of all rows that have not ended
         self._changed = threading.Condition()
         self._ends_s: float | None = None  # when rows have to leave, in time.monotonic()
+        self._reason = ""  # why no row may come any more
 
     @property
     def num_waiting(self) -> int:
@@ -39,7 +40,7 @@ class Inbox:
         """Let a row wait; False if too many do. Raises Stopped."""
         with self._changed:
             if self._ends_s is not None:
-                raise Stopped("the worker is stopping")
+                raise Stopped(self._reason)
             if len(self._waiting) >= self._max_waiting:
                 return False
             self._waiting.append(row)
@@ -47,9 +48,13 @@ class Inbox:
             self._changed.notify()
             return True
 
-    def close(self, grace_s: float) -> None:
-        """Take no more rows; those that have not ended in grace_s seconds are told to leave."""
+    def close(self, grace_s: float, reason: str) -> None:
+        """Take no more rows; those that have not ended in grace_s seconds are told to leave.
+
+        reason: what those who come later are told.
+        """
         with self._changed:
+            self._reason = self._reason or reason
             self._ends_s = time.monotonic() + grace_s
             self._changed.notify()
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from twotower.engine import queues
 from twotower.engine.events import Event, Failed, Finished, StepTaken, TokensCommitted
-from twotower.engine.faults import internal_failure, log_failure
+from twotower.engine.faults import HopelessError, internal_failure, log_failure
 from twotower.engine.inbox import Inbox, Stopped
 from twotower.engine.options import WorkerOptions
 from twotower.engine.prefix_cache import PrefixCache, PrefixStats
@@ -21,6 +21,7 @@ from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 
 _LONGEST_RETRY_S = 60
+_HOPELESS = "nothing can be decoded any more; the server has to be started again"
 _MOST_UNREAD = 64  # ended texts that wait for an idle moment
 _log = logging.getLogger(__name__)
 
@@ -70,7 +71,8 @@ class WorkerStats:
 class Worker:
     """Decodes rows for clients of other threads. `start` first; `stop` at the end.
 
-    An error ends the rows that it concerns and never the thread. The log names no text.
+    An error ends the rows that it concerns and never the thread, but for a HopelessError: then all
+    rows are told and no more are taken. The log names no text.
     """
 
     def __init__(
@@ -88,6 +90,8 @@ class Worker:
             self._prefixes = PrefixCache(model, self._options.prefix_cache_bytes)
         self._unread: deque[list[int]] = deque(maxlen=_MOST_UNREAD)
         self._numbers = itertools.count()
+        self._newest_end: tuple[Ticket, Event] | None = None
+        self.is_hopeless = False  # nothing can be decoded any more; a new worker is needed
         self._thread = self._make_thread()
         self._totals = _Totals()
         self._seconds_between_ends = 1.0  # of rows; a running mean
@@ -106,7 +110,7 @@ class Worker:
         """Take no more requests, finish what can be finished in grace_s seconds, tell the others
         and return when the thread has ended.
         """
-        self._inbox.close(grace_s)
+        self._inbox.close(grace_s, "the server is stopping")
         if self._thread.is_alive():
             self._thread.join()
         for index in self._inbox.empty():  # of a worker that was never started
@@ -144,20 +148,33 @@ class Worker:
     def _run(self) -> None:
         try:
             self._decode()
+        except HopelessError as error:
+            self._give_up(error)
         except BaseException as error:
             # Somebody ends the thread (SystemExit raised in it): its rows are lost and told so.
             cause = RuntimeError(f"the decoding thread was ended by {type(error).__name__}")
             cause.with_traceback(error.__traceback__)
+            if self._newest_end is not None:  # it may have been counted and not told
+                self._newest_end[0].deliver(self._newest_end[1])
             for index in self._inbox.entered():
                 self._deliver(internal_failure(index, cause))
             if self._prefixes is not None:  # it may have been cut off in the middle of a change
                 self._prefixes = PrefixCache(self._model, self._options.prefix_cache_bytes)
+
+    def _give_up(self, error: HopelessError) -> None:
+        _log.error("decoding has ended for good: %s", error)
+        self.is_hopeless = True
+        self._inbox.close(0.0, _HOPELESS)
+        for index in self._inbox.empty():
+            self._deliver(Failed(row=index, kind="stopped", message=_HOPELESS))
 
     def _decode(self) -> None:
         while not self._inbox.is_over:
             try:
                 for event in queues.run(self._model, self._inbox, self._options, self._prefixes):
                     self._deliver(event)
+            except HopelessError:
+                raise
             except Exception as error:  # ours; those of a row's own work do not come this far
                 for index in self._inbox.entered():
                     self._deliver(internal_failure(index, error))
@@ -172,6 +189,7 @@ class Worker:
             # An exception holds on to all that its pass had in memory.
             event = dataclasses.replace(event, error=None)
         if isinstance(event, Finished | Failed):
+            self._newest_end = ticket, event
             self._inbox.forget(event.row)
             self._note_end(event, ticket)
         self._add(event, ticket)

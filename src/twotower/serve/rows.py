@@ -34,8 +34,8 @@ def submit(worker: Worker, job: Job, filters: tuple[Filter, ...]) -> list[Ticket
     except QueueFull as error:
         headers = {"Retry-After": str(error.retry_after_s)}
         refusal = ApiError(429, f"queue full: {error}", code="queue_full", headers=headers)
-    except Stopped:
-        refusal = stopping()
+    except Stopped as error:
+        refusal = stopping(str(error))
     except ValueError as error:
         refusal = bad_value(error)
     for ticket in tickets:
@@ -43,11 +43,11 @@ def submit(worker: Worker, job: Job, filters: tuple[Filter, ...]) -> list[Ticket
     raise refusal
 
 
-def stopping() -> ApiError:
-    """The refusal of a server that is about to end."""
+def stopping(reason: str = "the server is stopping") -> ApiError:
+    """The refusal of a server that will answer nobody any more."""
     return ApiError(
         503,
-        "the server is stopping; send the request to another, or again later",
+        f"{reason}; send the request to another, or again later",
         code="stopped",
         headers={"Retry-After": "5"},
     )

@@ -26,9 +26,11 @@ class Service:
 
     @property
     def state(self) -> str:
-        """Whether a request would be decoded now: ready, or why not."""
+        """Whether a request would be decoded now: ready, or why not; failed is for good."""
         if self.is_stopping:
             return "stopping"
+        if self.worker.is_hopeless:
+            return "failed"
         return "ready" if self.worker.stats().is_alive else "restarting"
 
     async def stop(self) -> None:
