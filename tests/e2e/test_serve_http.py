@@ -47,6 +47,7 @@ def error_of(answer: httpx.Response) -> dict[str, object]:
     return error
 
 
+OBJECT = {"type": "json_object"}
 BAD: list[tuple[object, str | None, str]] = [
     (b"", None, "not JSON"),
     (b"{", None, "not JSON"),
@@ -59,12 +60,18 @@ BAD: list[tuple[object, str | None, str]] = [
     ({"prompt": []}, "prompt", "list of token ids"),
     ({"prompt": [[]]}, "prompt", "list of token ids"),
     ({"prompt": [1, True]}, "prompt", "list of token ids"),
-    ({"prompt": [1, 5000]}, None, "outside the vocabulary"),
+    ({"prompt": [1, 5000]}, "prompt", "outside the vocabulary"),
     ({"prompt": "a", "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
     ({"prompt": "a", "max_tokens": 5000}, "max_tokens", "at most 4096"),
     ({"prompt": "a", "max_tokens": "5"}, "max_tokens", "integer"),
     ({"prompt": "a", "temperature": True}, "temperature", "number"),
     ({"prompt": "a", "promt": "b"}, "promt", "did you mean prompt?"),
+    ({"prompt": "a", "foo-bar": 1}, "foo-bar", "foo-bar is not a field of this request; see"),
+    ({"prompt": "a", "str": 1}, "str", "str is not a field"),
+    ({"prompt": "a", "stream_options": {"int": 1}}, "stream_options.int", "int is not a field"),
+    ({"prompt": "a", "top_p": 1e-300}, "top_p", "greater than or equal to 0.000001"),
+    ({"prompt": "a", "deadline_s": 5e-324}, "deadline_s", "greater than or equal to 1"),
+    ({"prompt": "a", "response_format": OBJECT, "mode": "diffusion"}, "mode", "use mode='spec"),
     ({"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
     ({"prompt": "a", "best_of": 4}, "best_of", "1"),
     ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias", "not supported"),

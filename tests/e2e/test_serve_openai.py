@@ -206,6 +206,15 @@ def test_the_answer_to_a_call_goes_back_in(client: openai.OpenAI) -> None:
     assert second.usage.prompt_tokens > first.usage.prompt_tokens
 
 
+@pytest.mark.parametrize("written", ["{", '{"a": "\\ud800"}'])
+def test_arguments_that_are_no_json_text_are_refused(written: str, client: openai.OpenAI) -> None:
+    """Guards against a 500 for half a character in JSON within JSON, which no tokenizer takes."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": written}}
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
+    with pytest.raises(openai.BadRequestError, match="arguments are not JSON"):
+        client.chat.completions.create(model="twotower", messages=turns)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("mode", ["speculative", "ar"])
 def test_a_schema_is_kept_by_a_model_that_does_not_know_it(
     mode: str, client: openai.OpenAI
@@ -237,7 +246,18 @@ def test_diffusion_refuses_a_schema_with_the_reason(client: openai.OpenAI) -> No
             prompt=SUM,
             extra_body={"mode": "diffusion", "response_format": {"type": "json_object"}},
         )
-    assert refused.value.param == "grammar"
+    assert refused.value.param == "mode"
+
+
+def test_a_schema_that_nothing_fits_is_refused_by_its_field(client: openai.OpenAI) -> None:
+    never = {"name": "n", "schema": {"type": "integer", "minimum": 3, "maximum": 2}}
+    with pytest.raises(openai.BadRequestError, match="Unsatisfiable") as refused:
+        client.chat.completions.create(
+            model="twotower",
+            messages=[{"role": "user", "content": "a number"}],
+            response_format={"type": "json_schema", "json_schema": never},  # type: ignore[typeddict-item]
+        )
+    assert refused.value.param == "response_format" and refused.value.code == "bad_value"
 
 
 def test_async_clients_are_answered_side_by_side(server: Running) -> None:

@@ -286,9 +286,7 @@ def test_a_grammar_that_the_model_cannot_finish_fails_alone() -> None:
 
 @pytest.mark.parametrize("mode", ["diffusion", "posterior", "predict-and-noise", "mock-ar"])
 def test_modes_that_keep_no_grammar_refuse_it(mode: str) -> None:
-    with pytest.raises(
-        ValueError, match=f"grammar: mode='{mode}' .*use mode='speculative' or 'ar'"
-    ):
+    with pytest.raises(ValueError, match=f"mode='{mode}' .*use mode='speculative' or 'ar'"):
         complete(mode, GRAMMARS["schema"])
 
 

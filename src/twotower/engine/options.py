@@ -16,6 +16,7 @@ Queues = Literal["auto", "one", "two"]
 FirstToken = Literal["denoiser", "context"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 MOST_LOGPROBS = 100  # alternatives to each token
+LEAST_TOP_P = 1e-6  # float32 must tell it from 0
 _SAMPLERS: dict[str, SamplerKind] = {
     "diffusion": "confidence",
     "posterior": "posterior",
@@ -155,8 +156,8 @@ class GenerateOptions:
         _check_range("seed", self.seed, 0, 2**63 - 1)
         if self.top_k is not None:
             _check_range("top_k", self.top_k, 1, math.inf)
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if self.top_p is not None:
+            _check_range("top_p", self.top_p, LEAST_TOP_P, 1.0)
         if self.logprobs is not None:
             _check_range("logprobs", self.logprobs, 0, MOST_LOGPROBS)
         if not all(self.stop_strings):

@@ -87,9 +87,11 @@ def _check_mode(options: GenerateOptions) -> None:
     """Refuse what the mode cannot do exactly."""
     mode = options.mode
     if options.grammar is not None and mode not in ("ar", "speculative"):
+        reason = "commits tokens before all to their left are known"
+        if mode == "mock-ar":
+            reason = "takes what the denoiser says"
         raise ValueError(
-            f"grammar: mode={mode!r} commits tokens before all to their left are known, so it can "
-            "keep none; use mode='speculative' or 'ar'"
+            f"mode={mode!r} {reason}, so it can keep no grammar; use mode='speculative' or 'ar'"
         )
     if options.logprobs is not None and mode == "mock-ar":
         raise ValueError(

@@ -15,6 +15,15 @@ _STATUS = {
 }
 
 
+# What requests call the engine's fields.
+_API_NAMES = {
+    "grammar": "response_format",
+    "json_schema": "response_format",
+    "tool_call": "tools",
+    "max_new_tokens": "max_tokens",
+}
+
+
 class ApiError(Exception):
     """A refusal or a failure with its HTTP status."""
 
@@ -31,7 +40,7 @@ class ApiError(Exception):
         self.status = status
         self.message = " ".join(message.split())
         self.param = param
-        self.code = code
+        self.code = code or ("bad_value" if status == 400 else None)
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, object]:
@@ -59,8 +68,8 @@ def _type_of(status: int) -> str:
 
 def bad_value(error: ValueError) -> ApiError:
     """The engine's refusal of a request; its messages begin with the name of the field."""
-    name = re.match(r"[a-z_]+(?=[=:])", str(error))
-    return ApiError(400, str(error), param=name and name[0], code="bad_value")
+    name = re.match(r"(?:the )?(prompt|[a-z_]+(?=[=:[]))", str(error))
+    return ApiError(400, str(error), param=name and _API_NAMES.get(name[1], name[1]))
 
 
 def from_failure(failed: Failed) -> ApiError:

@@ -12,6 +12,7 @@ from pydantic.functional_validators import AfterValidator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from twotower.engine import Mode
+from twotower.engine.options import LEAST_TOP_P
 from twotower.serve.errors import ApiError
 
 RecordT = TypeVar("RecordT", bound="Record")
@@ -71,7 +72,7 @@ class Decoding(Record):
     model: str | None = None
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=LEAST_TOP_P, le=1)] | None = None
     n: Count | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=_MAX_STOPS)] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
@@ -95,7 +96,7 @@ class Decoding(Record):
     remask: str | None = None
     adaptive: bool | None = None
     ignore_eos: bool | None = None
-    deadline_s: Annotated[float, Field(gt=0)] | None = None
+    deadline_s: Annotated[float, Field(ge=1)] | None = None
     twotower_events: bool | None = None
 
 
@@ -105,7 +106,7 @@ def parse(record: type[RecordT], body: bytes) -> RecordT:
         return record.model_validate_json(body)
     except ValidationError as error:
         problem = _telling(error.errors(include_url=False, include_context=False))
-    path = [part for part in problem["loc"] if not _is_union_branch(part)]
+    path = _path(problem)
     name = ".".join(map(str, path))
     match problem["type"]:
         case "json_invalid":
@@ -132,6 +133,15 @@ def _telling(problems: list[ErrorDetails]) -> ErrorDetails:
     return (others or same_field)[0]
 
 
+def _path(problem: ErrorDetails) -> list[int | str]:
+    """Names from the body's field inwards, without the types that were tried on the way."""
+    first, *inner = problem["loc"] or [""]
+    # The name of an unknown field is the caller's, and may look like that of a type.
+    last = inner.pop() if inner and problem["type"] == "extra_forbidden" else None
+    path = [first, *(part for part in inner if not _is_union_branch(part))]
+    return path if last is None else [*path, last]
+
+
 def _is_union_branch(part: object) -> bool:
     """Whether a part of a location names a type that was tried, such as list[int], not a field."""
     text = str(part)
@@ -142,7 +152,7 @@ def _is_union_branch(part: object) -> bool:
 
 def _unknown(record: type[BaseModel], name: str) -> str:
     known = [field.alias or key for key, field in record.model_fields.items()]
-    near = difflib.get_close_matches(name, known, n=1)
+    near = [] if "." in name else difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else "; see /openapi.json for the fields"
     return f"{name} is not a field of this request{hint}"
 

@@ -198,6 +198,6 @@ def _check_sizes(
         )
     for name, (asked, most) in sizes.items():
         if asked > most:
-            what = "rows (prompts times n)" if name == "n" else "at most"
-            message = f"{name}: {asked} is more than this server allows; {what} {most}"
+            what = f"{asked} rows (prompts times n)" if name == "n" else str(asked)
+            message = f"{name}: {what} is more than this server allows; at most {most}"
             raise ApiError(400, message, param=name, code="too_large")

@@ -58,7 +58,9 @@ def _turn(number: int, message: Message) -> dict[str, object]:
 
 def _arguments(number: int, text: str) -> object:
     try:
-        return json.loads(text)
+        arguments = json.loads(text)
+        json.dumps(arguments, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        return arguments
     except (ValueError, RecursionError):
         raise ApiError(
             400, f"messages.{number}.tool_calls: arguments are not JSON", param="messages"
