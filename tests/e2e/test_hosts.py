@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 PROMPTS = ["Q: What is 47 + 38?\nA:", "Q: What is 5 + 8?\nA:"]
-FLAGS = ["--executor", "eager", "--max-new-tokens", "40", "--json"]
+FLAGS = ["--max-new-tokens", "40", "--json"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
 
 
@@ -43,7 +45,7 @@ def test_without_torchrun_there_is_no_peer() -> None:
 
 def test_a_lost_denoiser_ends_the_context_rank_with_a_line(tmp_path: Path) -> None:
     """Guards against two processes that wait for each other for ever."""
-    ranks = [start_rank(rank, tmp_path) for rank in (0, 1)]
+    ranks = [start_rank(rank, RANK, str(tmp_path / "ready")) for rank in (0, 1)]
     try:
         wait_for(tmp_path / "ready")
         os.kill(ranks[1].pid, signal.SIGKILL)
@@ -57,6 +59,51 @@ def test_a_lost_denoiser_ends_the_context_rank_with_a_line(tmp_path: Path) -> No
             rank.kill()
             rank.communicate()
 
+
+@pytest.mark.parametrize("busy", [0, 1])
+def test_a_rank_that_is_busy_for_longer_than_the_timeout_is_not_lost(busy: int) -> None:
+    """Guards loading, long passes and a server without requests: gloo ends a line on which one side
+    sends and the other does not listen.
+    """
+    ranks = [start_rank(rank, BUSY, str(busy)) for rank in (0, 1)]
+    try:
+        ends = [rank.communicate(timeout=120) for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0, 0], ends
+        assert [output for output, _ in ends] == ["answer 5000000 34\n", "ask\nend\n"]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
+def test_a_rank_that_waits_for_one_that_does_not_start_says_so() -> None:
+    alone = start_rank(0, "from twotower.hosts import join_ranks; join_ranks(2)")
+    _, error = alone.communicate(timeout=60)
+    assert "the other rank did not start within 2 s" in error.splitlines()[-1]
+
+
+# Ask, answer, end; one rank is busy first. The answer is larger than a frame.
+BUSY = """
+import sys
+import time
+import torch
+from twotower.hosts import Link, Message, join_ranks
+
+rank = join_ranks(60)
+link = Link(1 - rank, 2.0)
+if rank == int(sys.argv[1]):
+    time.sleep(5)
+if rank == 0:
+    link.send(Message("ask"))
+    answer = link.receive()
+    numbers = answer.tensors[0]
+    print(answer.kind, len(numbers), int(numbers[-5] + numbers[-1]))
+    link.close()
+else:
+    print(link.receive().kind)
+    link.send(Message("answer", tensors=[torch.arange(5_000_000) % 20]))
+    print(link.receive().kind)
+"""
 
 # Decodes block after block until the other rank is gone; touches a file after the first.
 RANK = """
@@ -82,7 +129,7 @@ except PeerLostError as error:
 """
 
 
-def start_rank(rank: int, folder: Path) -> "subprocess.Popen[str]":
+def start_rank(rank: int, *script: str) -> "subprocess.Popen[str]":
     environment = os.environ | {
         "RANK": str(rank),
         "WORLD_SIZE": "2",
@@ -91,7 +138,7 @@ def start_rank(rank: int, folder: Path) -> "subprocess.Popen[str]":
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     return subprocess.Popen(
-        [sys.executable, "-c", RANK, str(folder / "ready")],
+        [sys.executable, "-c", *script],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

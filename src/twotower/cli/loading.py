@@ -16,7 +16,8 @@ from twotower.model import TwoTower
 from twotower.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 DType = Literal["float32", "bfloat16", "float16"]
-PEER_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 300.0  # until both ranks are there; the first import of torch may take long
+PEER_TIMEOUT_S = 30.0  # of silence, from then on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ def _load_apart(folder: Path, placement: Placement) -> TwoTower:
     """
     from twotower.hosts import ApartTwoTower, Link, join_ranks, serve_blocks
 
-    rank = join_ranks(PEER_TIMEOUT_S)
+    rank = join_ranks(START_TIMEOUT_S)
     link = Link(1 - rank, PEER_TIMEOUT_S)
     if rank == 1:
         serve_blocks(_load_towers(folder, placement, "denoiser", placement.context_device), link)

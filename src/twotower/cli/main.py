@@ -138,11 +138,12 @@ def _report(error: Exception) -> int:
             where = f"{error.filename}: " if error.filename else ""
             status, text = 2, f"{where}{error.strerror or one_line(error)}"
         case _:
-            kind = type(error).__name__
-            status = 1
-            text = (
-                f"{kind}: {one_line(error)} (a defect of twotower? see twotower --debug VERB ...)"
-            )
+            from twotower.engine.faults import HopelessError  # torch comes too late to delay help
+
+            status, text = 1, one_line(error)
+            if not isinstance(error, HopelessError):
+                kind = type(error).__name__
+                text = f"{kind}: {text} (a defect of twotower? see twotower --debug VERB ...)"
     print(f"error: {text}", file=sys.stderr)
     return status
 

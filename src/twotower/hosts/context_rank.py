@@ -4,7 +4,6 @@ What happens to a batch (rows leave, others join, text is read) is noted and tol
 block, in one message; the answer is the block with its steps.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -18,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from twotower.diffusion import BlockSampler, Step
-from twotower.engine.faults import HopelessError
 from twotower.engine.seat import Seat
-from twotower.hosts.link import Link, Message
+from twotower.hosts.link import END, Link, Message, PeerLostError
 from twotower.hosts.wire import bundled, news_to_message, steps_of
 from twotower.model import ContextCache, ContextView, TwoTower
 
@@ -82,6 +80,8 @@ class Line:
         start = time.monotonic()
         self._link.send(bundled([*notes, message]))
         answer = self._link.receive()
+        if answer.kind == END:
+            raise PeerLostError("the denoiser rank has ended; start both ranks again")
         self._num_blocks += 1
         self._waited_s += time.monotonic() - start
         if answer.kind == "error":
@@ -100,8 +100,6 @@ class Line:
 
     def close(self) -> None:
         """No more blocks will be asked for."""
-        with contextlib.suppress(HopelessError):  # the other rank has gone already
-            self._link.send(Message("end"))
         self._link.close()
 
 

@@ -7,7 +7,7 @@ import torch
 
 from twotower.diffusion import BlockSampler
 from twotower.engine.seat import denoise_rows
-from twotower.hosts.link import Link, Message
+from twotower.hosts.link import END, Link, Message
 from twotower.hosts.wire import message_to_news, parts_of, steps_to_tensors
 from twotower.model import ContextCache, TwoTower
 
@@ -22,7 +22,7 @@ def serve_blocks(model: TwoTower, link: Link) -> int:
     """
     seats = _Seats(model)
     num_blocks = 0
-    while (bundle := link.receive()).kind != "end":
+    while (bundle := link.receive()).kind != END:
         try:
             answer = seats.take(bundle)
         except Exception as error:  # also what a lost note leads to

@@ -1,13 +1,16 @@
 """Messages between two ranks of torch.distributed: a kind, plain values and tensors.
 
-Built on gloo, which runs everywhere: tensors of a CUDA device travel through host memory. While a
-rank works it sends signs of life, so that silence longer than the timeout means a lost peer.
+Built on gloo, which runs everywhere: tensors of a CUDA device travel through host memory. Each rank
+sends signs of life and has a thread that listens, whatever the rank is busy with or waits for: a
+send takes until the other side listens, and silence longer than the timeout means a lost peer.
 """
 
 import atexit
+import contextlib
 import json
 import math
 import os
+import queue
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +24,9 @@ from torch import Tensor
 
 from twotower.engine.faults import HopelessError
 
+END = "end"  # the last message each way: who hears it first answers with it
 _FIRST_BYTES = 4096  # the first frame: small messages need no second one
+_FRAME_BYTES = 2**24  # of the others: each must arrive within the timeout, on a slow line as well
 _SIGNS_PER_TIMEOUT = 4
 _SIGN_OF_LIFE = "alive"
 
@@ -40,7 +45,7 @@ class PeerLostError(HopelessError):
 
 
 class Link:
-    """This rank's end of the line; `send` from any thread, `receive` from one at a time.
+    """This rank's end of the line; `send` and `receive` from any thread. Closed at exit at last.
 
     timeout_s: longest silence. bytes_sent and bytes_received count what went through the line.
     """
@@ -48,11 +53,15 @@ class Link:
     def __init__(self, peer: int, timeout_s: float) -> None:
         self.bytes_sent = self.bytes_received = 0
         self._peer = peer
-        self._timeout_s = timeout_s
-        self._sending = threading.Lock()
+        self._timeout = timedelta(seconds=timeout_s)
+        self._sending, self._ending = threading.Lock(), threading.Lock()
         self._is_closed = threading.Event()
+        self._heard: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
+        self._ear = threading.Thread(target=self._listen, name="ear", daemon=True)
         self._signs = threading.Thread(target=self._send_signs, name="signs of life", daemon=True)
+        self._ear.start()
         self._signs.start()
+        atexit.register(self.close)
 
     def send(self, message: Message) -> None:
         """Send a message; PeerLostError if the peer has gone."""
@@ -62,34 +71,67 @@ class Link:
         head = data[: _FIRST_BYTES - 8]
         first[8 : 8 + len(head)] = head
         with self._sending, self._watched("sending to"):
-            dist.send(first, self._peer)
-            if len(rest := data[len(head) :]):
-                dist.send(rest, self._peer)
-            self.bytes_sent += len(first) + len(rest)
+            if self._is_closed.is_set() and message.kind != END:  # nobody listens after it
+                raise PeerLostError("it has ended")
+            for frame in (first, *_frames(data[len(head) :])):
+                self._wait(dist.isend(frame, self._peer))
+                self.bytes_sent += len(frame)
 
     def receive(self) -> Message:
-        """The next message that is no sign of life; PeerLostError if none comes in time."""
-        while True:
-            first = torch.empty(_FIRST_BYTES, dtype=torch.uint8)
-            with self._watched("waiting for"):
-                dist.recv(first, self._peer)
-                length = int(first[:8].view(torch.int64))
-                head = first[8 : 8 + length]
-                rest = torch.empty(length - len(head), dtype=torch.uint8)
-                if len(rest):
-                    dist.recv(rest, self._peer)
-            self.bytes_received += len(first) + len(rest)
-            message = _unpacked(torch.cat([head, rest]))
-            if message.kind != _SIGN_OF_LIFE:
-                return message
+        """The next message, `END` when either rank has closed; PeerLostError without the peer."""
+        heard = self._heard.get()
+        if isinstance(heard, Exception) or heard.kind == END:
+            self._heard.put(heard)  # for whoever asks next
+        if isinstance(heard, Exception):
+            raise heard
+        return heard
 
     def close(self) -> None:
-        """Stop the signs of life."""
-        self._is_closed.set()
+        """Say that no more will be sent, and wait until the peer has heard it, or is lost."""
+        self._end()
         self._signs.join()
+        self._ear.join(self._timeout.total_seconds())
+
+    def _end(self) -> None:
+        """Say `END`, once."""
+        with self._ending:
+            is_first = not self._is_closed.is_set()
+            self._is_closed.set()
+        if is_first and self._ear.is_alive():
+            with contextlib.suppress(PeerLostError):
+                self.send(Message(END))
+
+    def _listen(self) -> None:
+        """Hear everything until the end."""
+        kind = ""
+        while kind != END:
+            try:
+                message = self._read()
+            except (RuntimeError, ValueError) as error:  # lost, or a message that is none
+                self._heard.put(error)
+                return
+            if (kind := message.kind) != _SIGN_OF_LIFE:
+                self._heard.put(message)
+        self._end()
+
+    def _read(self) -> Message:
+        first = torch.empty(_FIRST_BYTES, dtype=torch.uint8)
+        with self._watched("waiting for"):
+            self._wait(dist.irecv(first, self._peer))
+            length = int(first[:8].view(torch.int64))
+            head = first[8 : 8 + length]
+            rest = torch.empty(length - len(head), dtype=torch.uint8)
+            for frame in _frames(rest):
+                self._wait(dist.irecv(frame, self._peer))
+        self.bytes_received += len(first) + len(rest)
+        return _unpacked(torch.cat([head, rest]))
+
+    def _wait(self, work: dist.Work | None) -> None:
+        assert work is not None  # None is for processes outside the group
+        work.wait(self._timeout)
 
     def _send_signs(self) -> None:
-        while not self._is_closed.wait(self._timeout_s / _SIGNS_PER_TIMEOUT):
+        while not self._is_closed.wait(self._timeout.total_seconds() / _SIGNS_PER_TIMEOUT):
             try:
                 self.send(Message(_SIGN_OF_LIFE))
             except PeerLostError:
@@ -101,8 +143,9 @@ class Link:
             yield
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
+            seconds = self._timeout.total_seconds()
             raise PeerLostError(
-                f"lost the other rank while {doing} it (silent for {self._timeout_s:.0f} s, or "
+                f"lost the other rank while {doing} it (silent for {seconds:.0f} s, or "
                 f"gone): {reason}; start both ranks again"
             ) from None
 
@@ -110,20 +153,34 @@ class Link:
 def join_ranks(timeout_s: float) -> int:
     """Join the process group that torchrun's environment describes; returns this process's rank.
 
-    ValueError (one line) if there is none, or not two ranks.
+    timeout_s: how long to wait for the other rank to start. ValueError (one line) if there is no
+    group, or not one of two ranks; PeerLostError if the other does not come.
     """
     if "RANK" not in os.environ:
         raise ValueError(
-            "towers=apart needs two processes, and this one is alone; start them with torchrun, as "
-            "docs/hosts.md shows, or use towers=together"
+            "denoiser_device=peer: needs two processes, and this one is alone; start them with "
+            "torchrun, as docs/hosts.md shows, or name a device of this machine"
         )
     if (num_ranks := int(os.environ["WORLD_SIZE"])) != 2:
         raise ValueError(
-            f"towers=apart has torchrun's {num_ranks} processes; it needs 2, one for each tower"
+            f"denoiser_device=peer: torchrun started {num_ranks} processes; start 2, one for each "
+            "tower"
         )
-    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise PeerLostError(
+            f"the other rank did not start within {timeout_s:.0f} s: {reason}; start both with the "
+            "same --master-addr and --master-port"
+        ) from None
     atexit.register(dist.destroy_process_group)
     return dist.get_rank()
+
+
+def _frames(data: Tensor) -> tuple[Tensor, ...]:
+    """Views of what does not fit the first frame."""
+    return data.split(_FRAME_BYTES) if len(data) else ()
 
 
 def _packed(message: Message) -> Tensor:
