@@ -1,6 +1,7 @@
 """`twotower evaluate` and `twotower bench --quality`: records, tables, files, bad input."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from tiny_checkpoint import make_checkpoint
 from twotower import GenerateOptions
 from twotower.cli import evaluate as evaluation
 from twotower.cli.main import main
+from twotower.engine.accelerate import accelerate
 from twotower.evaluate.suite import check, held_out
 
 FLAGS = ["--items", "2", "--max-new-tokens", "20", "--categories", "math,tools"]
@@ -38,6 +40,9 @@ def test_the_record_and_its_files(
         assert {"accuracy", "retention", "n"} <= set(modes["diffusion"]) and modes["ar"]["n"] == 2
     assert record["modes"]["ar"]["nfe"] == 0 and record["modes"]["diffusion"]["nfe"] > 0
     assert record["options"]["ar"]["max_new_tokens"] == 20
+    # What ran, not "auto": speeds of two records compare only if it is the same.
+    ran = type(accelerate(twotower.load_model(checkpoint), "auto")).__name__
+    assert record["executor"] == {"TwoTower": "eager", "NativeTwoTower": "native"}[ran]
     assert record["versions"]["twotower"] == twotower.__version__
     stored = json.loads((out / "results.json").read_text())
     items = stored.pop("items")
@@ -86,6 +91,14 @@ def test_the_sweep_varies_threshold_and_passes(
     assert {point["n"] for point in points} == {2} and "ar_accuracy" in points[0]
     assert limits[1]["tokens_per_nfe"] > limits[2]["tokens_per_nfe"] > limits[3]["tokens_per_nfe"]
     assert len({point["confidence_threshold"] for point in points}) >= 7
+
+
+def test_the_sweep_is_printed(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Silent failure: minutes of sweeping of which a terminal shows nothing."""
+    assert main(["evaluate", "--sweep", "--model", checkpoint, *FLAGS]) == 0
+    _, _, table = capsys.readouterr().out.partition("diffusion with other settings (2 items)")
+    limits = [line.split()[1] for line in table.splitlines() if re.match(r" +0?\.\d|^ 0", line)]
+    assert limits == ["-"] * 7 + ["1", "2", "3"]
 
 
 def test_the_pair_is_printed(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,18 @@ def test_a_dead_link_is_found() -> None:
     assert dead_links(text, ROOT / "README.md") == ["gone.md", "#no-such"]
 
 
+def python_blocks(text: str) -> list[str]:
+    """Its Python that stands on its own: blocks which begin with an import of ours."""
+    return re.findall(r"^```python\n(import twotower\n.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["engine.md", "speculation.md"])
+def test_python_of_a_page_runs(name: str) -> None:
+    """Guards against first lines of a page that end in a TypeError."""
+    (block,) = python_blocks((ROOT / "docs" / name).read_text(encoding="utf-8"))
+    exec(compile(block, name, "exec"), {})
+
+
 def test_readme_maps_every_source_folder() -> None:
     """Guards against a map that keeps a folder that has gone or misses one that has come."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Map of the source")[1]

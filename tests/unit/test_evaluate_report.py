@@ -57,7 +57,7 @@ def results() -> dict[str, object]:
         ],
         "sweep": [
             {"confidence_threshold": t, "steps_per_block": s, "accuracy": 0.5 + t / 3, "n": 50,
-             "tokens_per_nfe": 8 - 5 * t}
+             "tokens_per_nfe": 8 - 5 * t, "speed_ratio": 3 - t}
             for t, s in ((0.5, None), (0.9, None), (0.9, 2), (0.9, 4))
         ],
         "traces": {
@@ -114,9 +114,26 @@ def test_missing_parts_are_left_out(results: dict[str, object]) -> None:
 
 
 def test_pictures_say_how_many_items(results: dict[str, object]) -> None:
-    titles = {name: figure.axes[0].get_title() for name, figure in figures(results).items()}
-    assert titles["retention"] == "Quality kept, 200 items a category"
-    assert "50 items" in titles["tradeoff"]
+    drawn = figures(results)
+    assert drawn["retention"].axes[0].get_title() == "Quality kept, 200 items a category"
+    assert "50 items" in drawn["tradeoff"].get_suptitle()
+
+
+def test_quality_is_drawn_against_passes_and_against_speed(results: dict[str, object]) -> None:
+    """Silent failure: under the title of speed the picture shows only passes."""
+    passes, speed = figures(results)["tradeoff"].axes
+    assert "tokens/NFE" in passes.get_xlabel() and "times that of ar" in speed.get_xlabel()
+    assert list(passes.lines[0].get_xdata()) == [5.5, 3.5]
+    assert list(speed.lines[0].get_xdata()) == [2.5, 2.1]
+    untimed = [{**point, "speed_ratio": None} for point in results["sweep"]]
+    assert len(figures({**results, "sweep": untimed})["tradeoff"].axes) == 1
+
+
+def test_settings_that_give_the_same_share_a_label(results: dict[str, object]) -> None:
+    """Silent failure: a limit that changes nothing is printed over another one, unreadably."""
+    same = [{**p, "tokens_per_nfe": 4.0, "accuracy": 0.75} for p in results["sweep"][2:]]
+    axes = figures({**results, "sweep": [*results["sweep"][:2], *same]})["tradeoff"].axes[0]
+    assert [text.get_text() for text in axes.texts] == ["0.5", "0.9", "2, 4"]
 
 
 def test_every_picture_is_explained(results: dict[str, object]) -> None:

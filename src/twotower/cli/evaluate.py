@@ -20,6 +20,7 @@ from twotower.cli.loading import Loaded, Placement, load
 from twotower.cli.machine import describe_cpu
 from twotower.corpus import Document
 from twotower.engine import GenerateOptions
+from twotower.engine.accelerate import executor_of
 from twotower.evaluate.decode import Trace
 from twotower.evaluate.options import EvalOptions
 from twotower.evaluate.references import Reference, score_references, summarise_references
@@ -213,6 +214,7 @@ def describe_run(options: EvaluateOptions, loaded: Loaded, subject: Subject) -> 
         },
         "device": {"context": options.context_device, "denoiser": options.denoiser_device},
         "dtype": options.dtype,
+        "executor": executor_of(loaded.model),
         "weights": options.weights,
         "threads": torch.get_num_threads(),
         "options": {mode: dataclasses.asdict(o) for mode, o in subject.options.items()},

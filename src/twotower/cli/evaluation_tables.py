@@ -1,6 +1,6 @@
 """Results of an evaluation as tables in a terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -15,6 +15,9 @@ def print_results(results: Mapping[str, object], console: Console) -> None:
     assert isinstance(categories, dict) and isinstance(modes, dict)
     for name, measured in {**categories, "all": modes}.items():
         console.print(mode_table(name, measured))
+    if points := results["sweep"]:
+        assert isinstance(points, list)
+        console.print(sweep_table(points))
     if (likelihood := results["likelihood"]) is not None:
         assert isinstance(likelihood, dict)
         console.print(likelihood_table(likelihood))
@@ -50,6 +53,26 @@ def mode_table(name: str, measured: Mapping[str, Mapping[str, object]]) -> Table
             _number(row["tokens_per_s"], 0),
             _number(row["speed_ratio"], 2),
             str(row["degenerate"]),
+        )
+    return table
+
+
+def sweep_table(points: Sequence[Mapping[str, object]]) -> Table:
+    """Quality and speed of diffusion at each threshold, then at each limit of passes."""
+    title = f"diffusion with other settings ({points[0]['n']} items)"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    for column in ("threshold", "most passes", "acc %", "kept %", "t/NFE", "t/s", "x ar"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for point in points:
+        limit = point["steps_per_block"]
+        table.add_row(
+            f"{point['confidence_threshold']:g}",
+            "-" if limit is None else str(limit),
+            _percent(point["accuracy"]),
+            _percent(point["retention"]),
+            _number(point["tokens_per_nfe"], 2),
+            _number(point["tokens_per_s"], 0),
+            _number(point["speed_ratio"], 2),
         )
     return table
 

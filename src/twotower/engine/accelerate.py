@@ -4,6 +4,7 @@ import logging
 from typing import Literal, get_args
 
 from twotower.model import TwoTower
+from twotower.model.context_tower import ContextTower
 from twotower.model.native import NativeTwoTower
 
 Executor = Literal["auto", "eager", "native"]
@@ -11,6 +12,11 @@ Weights = Literal["loaded", "int8"]
 EXECUTORS: tuple[Executor, ...] = get_args(Executor)
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 _log = logging.getLogger(__name__)
+
+
+def executor_of(model: TwoTower) -> Executor:
+    """Who runs a loaded model's passes: native, or eager."""
+    return "eager" if type(model.context_tower) is ContextTower else "native"
 
 
 def accelerate(

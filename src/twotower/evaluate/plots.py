@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind readers tell apart.
@@ -53,7 +54,8 @@ def plot_retention(results: Record) -> Figure | None:
             kept = 100 * measured[mode]["retention"]
             axes.plot([kept], [height], "o", color=COLORS[place], label=label)
     axes.axvline(98.7, color="gray", linestyle="--", linewidth=1)
-    axes.annotate("98.7 %", (98.7, len(rows) - 0.5), ha="right", fontsize=8, color="gray")
+    low = axes.get_xaxis_transform()
+    axes.text(98.7, 0.01, "98.7 % ", transform=low, ha="right", fontsize=8, color="gray")
     axes.set_yticks(range(len(rows)), list(reversed(rows)))
     axes.set_xlabel("accuracy kept of ar, %, with its 95 % interval")
     n = next(iter(results["categories"].values()))[modes[0]]["n"]
@@ -63,35 +65,55 @@ def plot_retention(results: Record) -> Figure | None:
 
 
 def plot_tradeoff(results: Record) -> Figure | None:
-    """Accuracy against tokens per pass as the threshold and the pass limit vary."""
+    """Accuracy against tokens per pass and against speed as threshold and pass limit vary."""
     points: Sequence[Record] = results.get("sweep", [])
     if not points:
         return None
-    figure = new_figure()
-    axes = figure.add_subplot()
+    costs = {
+        "tokens_per_nfe": "tokens per denoiser pass (tokens/NFE)",
+        "speed_ratio": "speed, times that of ar (median over prompts)",
+    }
+    measured = [cost for cost in costs if all(p.get(cost) is not None for p in points)]
+    if not measured:
+        return None
+    figure = new_figure(width=5.5 * len(measured), height=4.2)
+    panels = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
+    for axes, cost in zip(panels, measured, strict=True):
+        draw_sweep(axes, points, cost)
+        axes.set_xlabel(costs[cost])
+    panels[0].set_ylabel("accuracy, %")
+    panels[0].legend()
+    figure.suptitle(f"Quality against passes and speed, {points[0]['n']} items; dashed: ar")
+    return figure
+
+
+def draw_sweep(axes: Axes, points: Sequence[Record], cost: str) -> None:
+    """Two lines through the points: the threshold varies, and the limit of passes."""
     for color, by, label in (
         (COLORS[0], "confidence_threshold", "threshold varies"),
         (COLORS[1], "steps_per_block", "passes per block limited"),
     ):
-        varied = [p for p in points if (p["steps_per_block"] is None) == (color == COLORS[0])]
-        axes.plot(
-            [p["tokens_per_nfe"] for p in varied],
-            [100 * p["accuracy"] for p in varied],
-            "o-", color=color, label=label,
-        )  # fmt: skip
-        for p in varied:
-            place = (p["tokens_per_nfe"], 100 * p["accuracy"])
-            axes.annotate(
-                f"{p[by]:g}", place, textcoords="offset points", xytext=(4, 4), fontsize=8
-            )
+        is_limit = by == "steps_per_block"
+        varied = [p for p in points if (p["steps_per_block"] is not None) == is_limit]
+        places = [(p[cost], 100 * p["accuracy"]) for p in varied]
+        axes.plot(*zip(*places, strict=True), "o-", color=color, label=label)
+        for place, text in point_labels(places, [f"{p[by]:g}" for p in varied]).items():
+            # Limits below the line, thresholds above: the two often meet in a point.
+            shift = (4, -11 if is_limit else 4)
+            axes.annotate(text, place, textcoords="offset points", xytext=shift, fontsize=8)
     baseline = points[0].get("ar_accuracy")
     if baseline is not None:
         axes.axhline(100 * baseline, color="gray", linestyle="--", linewidth=1)
-    axes.set_xlabel("tokens per denoiser pass (tokens/NFE)")
-    axes.set_ylabel("accuracy, %")
-    axes.set_title(f"Quality against passes, {points[0]['n']} items; dashed: ar")
-    axes.legend()
-    return figure
+
+
+def point_labels(
+    places: Sequence[tuple[float, float]], names: Sequence[str]
+) -> dict[tuple[float, float], str]:
+    """The text at each place of a picture; names that stand at the same one share it."""
+    labels: dict[tuple[float, float], list[str]] = {}
+    for (across, up), name in zip(places, names, strict=True):
+        labels.setdefault((round(across, 2), round(up, 2)), []).append(name)
+    return {place: ", ".join(shared) for place, shared in labels.items()}
 
 
 def plot_steps_by_block(results: Record) -> Figure | None:

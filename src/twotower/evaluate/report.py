@@ -25,9 +25,9 @@ CAPTIONS = {
     "tradeoff": (
         "Quality against speed",
         "Diffusion decoding with other settings, on the first quarter of each category's items. "
-        "Further right: fewer denoiser passes for the same text. Higher: more right answers. The "
-        "number at a point is its threshold, or the most passes that a block may take. Dashed: ar "
-        "on the same items.",
+        "Further right: fewer denoiser passes for the same text (left picture), or faster on this "
+        "machine (right). Higher: more right answers. The number at a point is its threshold, or "
+        "the most passes that a block may take. Dashed: ar on the same items.",
     ),
     "steps_by_block": (
         "Passes by block of the answer",
@@ -43,16 +43,16 @@ CAPTIONS = {
 }
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { line-height: 1.2; overflow-wrap: anywhere; } .headline { font-size: 1.3rem; }
 h2 { margin-top: 2.5rem; } figure { margin: 0; } figcaption { opacity: .85; }
 details { border-bottom: 1px solid var(--line); padding: .4rem 0; }
 summary { cursor: pointer; } pre { margin: .2rem 0 .8rem; } details p { margin: 0; opacity: .85; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
+th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
-th, td { white-space: nowrap; }
+th { vertical-align: bottom; } td { white-space: nowrap; }
 img { width: 100%; height: auto; background: white; border-radius: 4px; }
 @media (prefers-color-scheme: dark) { img { filter: invert(.9) hue-rotate(180deg); } }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .6rem; }
@@ -66,7 +66,7 @@ _COLUMNS = (
     "same as ar",
     "tokens/NFE",
     "NFE",
-    "tokens/context forward",
+    "tokens/ context pass",
     "tokens/s",
     "x ar",
     "loops",
@@ -74,8 +74,9 @@ _COLUMNS = (
 _LEGEND = (
     "<p>accuracy: right answers, with the 95 % interval over items. kept: accuracy over that of "
     "ar, with its interval. tokens/NFE: tokens written per denoiser pass; NFE: denoiser passes in "
-    "all. tokens/s: reading the prompt included. x ar: how many times the speed of ar per token, "
-    "median over prompts. loops: answers that ended in repetition, right or wrong.</p>"
+    "all. tokens/context pass: in speculative the acceptance length. tokens/s: reading the prompt "
+    "included. x ar: how many times the speed of ar per token, median over prompts. loops: answers "
+    "that ran into the token limit while repeating themselves.</p>"
 )
 
 
@@ -122,7 +123,7 @@ def to_html(results: Record, pictures: Mapping[str, bytes]) -> str:
     parts += _likelihood(results.get("likelihood"))
     parts += write_examples(results.get("items", []))
     kept = ("model", "suite", "items_per_category", "seed", "complete", "batch_size", "device",
-            "dtype", "threads", "options", "versions")  # fmt: skip
+            "dtype", "executor", "weights", "threads", "options", "versions")  # fmt: skip
     run = json.dumps({name: results[name] for name in kept if name in results}, indent=1)
     parts += ["<h2>How it was run</h2>", f"<pre>{escape(run)}</pre></body></html>"]
     return "\n".join(parts)
