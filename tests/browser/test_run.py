@@ -137,7 +137,8 @@ def test_slow_motion_shows_blanks_that_fill(new_tab: Callable[..., Driver]) -> N
 
 def test_stop_keeps_what_arrived_and_frees_the_row(tab: Driver, server: str) -> None:
     """Guards against a Stop that only hides the stream while the server writes on."""
-    # At this temperature the text is noise that hardly ever ends by itself.
+    # The page has no switch for a text that never ends by itself; the server has.
+    tab.page.route("**/v1/completions", _never_ending, times=1)
     tab.ask("Notes:", "ar", max_tokens=4000, temperature=5)
     tab.page.click("#run")
     tab.until("document.querySelectorAll('.cell').length > 5")
@@ -152,6 +153,10 @@ def test_stop_keeps_what_arrived_and_frees_the_row(tab: Driver, server: str) -> 
         time.sleep(0.05)
     tab.scrub(3)
     assert len(tab.cells) == 3
+
+
+def _never_ending(route: Any) -> None:
+    route.continue_(post_data=json.dumps(route.request.post_data_json | {"ignore_eos": True}))
 
 
 def test_examples_fill_the_prompt_and_run(tab: Driver) -> None:

@@ -350,6 +350,11 @@ def test_named_origins_may_call() -> None:
         assert answer.headers["access-control-allow-origin"] == origin
         other = client.post(URL, json=SHORT, headers={"Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
+        asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        asked["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-os"
+        assert client.options(URL, headers=asked).status_code == 200
+        foreign = client.options(URL, headers={**asked, "Origin": "https://evil.example"})
+        assert foreign.status_code == 400
 
 
 def test_a_stop_finishes_short_rows_and_tells_long_ones() -> None:

@@ -74,6 +74,15 @@ def test_sigterm_finishes_what_it_can_tells_the_rest_and_logs_no_prompt(
     assert r"user='someone\nrequest=fake'" in line
 
 
+def test_who_has_read_the_address_may_end_the_server_at_once(
+    checkpoint: str, tmp_path: Path
+) -> None:
+    """Guards against an address that is told before signals are heeded."""
+    with process(tmp_path / "log", "--model", checkpoint, "--executor", "eager") as (served, _):
+        served.send_signal(signal.SIGTERM)
+        assert served.wait(timeout=20) == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

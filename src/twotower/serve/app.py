@@ -52,7 +52,7 @@ def create_app(
             CORSMiddleware,
             allow_origins=list(options.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["*"],  # OpenAI's package for browsers sends a dozen of its own
             expose_headers=["Retry-After", "X-Request-Id"],
         )
     app.add_exception_handler(HTTPException, _no_route)

@@ -113,11 +113,6 @@ def deploy(build: Callable[[], "FastAPI"], options: ReplicatedOptions) -> None:
     serve.run(deployment.bind(build), name=APP_NAME, route_prefix="/")
 
 
-def _most_requests(options: ServeOptions) -> int:
-    """Requests that a replica is sent at a time: those it decodes and those that may wait."""
-    return int(getattr(options, "max_rows", 16)) + int(getattr(options, "max_waiting", 64))
-
-
 def _ray() -> tuple[Any, Any]:
     try:
         import ray

@@ -19,9 +19,19 @@ _log = logging.getLogger("twotower.serve")
 class Server(uvicorn.Server):
     """uvicorn's, whose stop first lets the worker finish or tell every row."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: Service, greeting: str | None = None
+    ) -> None:
+        """greeting: what to print once requests and signals are answered."""
         super().__init__(config)
         self._service = service
+        self._greeting = greeting
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to answer."""
+        await super().startup(sockets)
+        if self._greeting is not None and not self.should_exit:  # which it has if it failed
+            print(self._greeting, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal asks for a stop, a second one for a stop at once.
@@ -64,8 +74,8 @@ def run(app: FastAPI, options: ServeOptions) -> None:
     shown = f"[{host}]" if ":" in host else host
     page = f"http://{shown}:{port}"
     service: Service = app.state.service
-    print(f"serving {service.served.name} at {page}/v1, page at {page}/", flush=True)
-    Server(config, service).run(sockets=[listener])
+    greeting = f"serving {service.served.name} at {page}/v1, page at {page}/"
+    Server(config, service, greeting).run(sockets=[listener])
 
 
 def _listen(options: ServeOptions) -> socket.socket:
