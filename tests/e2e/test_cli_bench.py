@@ -120,6 +120,9 @@ def test_a_missing_rival_is_printed(
         (["--max-prompt-tokens", "1"], "leaves out every prompt"),
         (["--out", "/dev/null/x"], "out: cannot write into /dev/null/x"),
         (["--model", "/nowhere"], "/nowhere"),
+        (["--quality", "--sizes", "32M"], "sizes: for a race alone"),
+        (["--quality", "--out", "x"], "out: for a race alone"),
+        (["--quality", "--no-rivals"], "rivals: for a race alone"),
     ],
 )
 def test_bad_input_is_one_line(

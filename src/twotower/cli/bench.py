@@ -41,6 +41,7 @@ from twotower.race.run import (
 
 RECORD_FILE = "race.json"
 PAIR_ITEMS = 50  # per category, of --quality
+_PAIR_FIELDS = ("model", "items", "seed")  # options of a race that --quality has too
 _LIBRARIES = ("torch", "transformers", "xllamacpp", "gguf")
 
 
@@ -62,6 +63,8 @@ class BenchOptions(RaceOptions, Placement):
         super().__post_init__()
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads: {self.threads} is too small; use at least 1")
+        if self.quality:
+            self._require_usual_race()
         for name, value, usual in (
             ("executor", self.executor, "auto"),
             ("weights", self.weights, "loaded"),
@@ -69,6 +72,15 @@ class BenchOptions(RaceOptions, Placement):
         ):
             if value != usual and not self.quality:
                 raise ValueError(f"{name}: for --quality alone; a race has --engines")
+
+    def _require_usual_race(self) -> None:
+        """ValueError for an option of the race, which --quality would not look at."""
+        for field in dataclasses.fields(RaceOptions):
+            if field.name not in _PAIR_FIELDS and getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"{field.name}: for a race alone, without --quality; "
+                    "`twotower evaluate` has more options for quality"
+                )
 
 
 def run(options: BenchOptions) -> int:

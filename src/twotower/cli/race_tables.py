@@ -92,11 +92,16 @@ def describe_break_even(engine: str, pays: Record, found: Record) -> str:
         ("best_ar", f"the best AR ({found['best_ar_decode'][0]})"),
     ):
         for speedup, tokens in needed[name].items():
-            blocks = f"no number up to {size}" if tokens is None else f"{tokens:.1f}"
-            lines.append(
-                f"  {speedup} times {words} needs {blocks} tokens/NFE in blocks, or "
-                f"{cycle[name][speedup]:.1f} tokens a cycle of speculation."
+            accepted = cycle[name][speedup]
+            blocks = (
+                "out of reach in blocks" if tokens is None else f"{tokens:.1f} tokens/NFE in blocks"
             )
+            cycles = (
+                "out of reach of speculation"
+                if accepted > size
+                else f"{accepted:.1f} tokens a cycle of speculation"
+            )
+            lines.append(f"  {speedup} times {words}: {blocks}, {cycles}.")
     return "\n".join(lines)
 
 

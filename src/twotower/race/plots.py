@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]
 CALLS = ("ar_step", "denoise_pass", "extend", "verify")
+MODE_MARKERS = "s^vDP*"  # rings are where curves cross a level
 REGIME_COLORS = {
     "overhead-bound": COLORS[1], "compute-bound": COLORS[0], "bandwidth-bound": COLORS[2],
 }  # fmt: skip
@@ -96,7 +97,7 @@ def plot_speed(record: Record) -> Figure:
 
 def plot_break_even(size: str, found: Record) -> Figure:
     """Speed-up over the best AR against tokens per pass: composed of pass times, and measured."""
-    figure = new_figure()
+    figure = new_figure(height=5.0)
     axes = figure.add_subplot()
     block_size = found["model"]["block_size"]
     rates = [1 + step * (block_size - 1) / 60 for step in range(61)]
@@ -117,7 +118,7 @@ def plot_break_even(size: str, found: Record) -> Figure:
     axes.set_xlabel("tokens per denoiser pass (tokens/NFE)")
     axes.set_ylabel("speed-up, decoding alone")
     axes.set_title(f"When blocks pay, {size}")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
@@ -133,16 +134,18 @@ def _mark_break_even(axes: Axes, needed: Mapping[str, float | None], color: str)
 
 
 def _mark_measured(axes: Axes, found: Record) -> None:
-    """A point for each mode with denoiser passes, over the best AR."""
+    """A point for each mode with denoiser passes, over the best AR, in its engine's colour."""
+    colors = dict(zip(found["ms_by_engine"], COLORS, strict=False))
+    shapes: dict[str, str] = {}
     for engine, modes in found["engines"].items():
         for mode, row in modes.items():
             if row["tokens_per_nfe"] is None or row["decode_speedup_vs_best_ar"] is None:
                 continue
+            shape = shapes.setdefault(mode, MODE_MARKERS[len(shapes) % len(MODE_MARKERS)])
             point = (row["tokens_per_nfe"], row["decode_speedup_vs_best_ar"])
-            axes.plot(*point, "o", color="black", markersize=4)
-            axes.annotate(
-                f"{engine} {mode}", point, textcoords="offset points", xytext=(4, 4), fontsize=7
-            )
+            axes.plot(*point, shape, color=colors[engine], markersize=6, markeredgecolor="black")
+    for mode, shape in shapes.items():
+        axes.plot([], [], shape, color="gray", label=f"{mode}, measured over the best AR")
 
 
 def plot_limits(size: str, found: Record) -> Figure:
