@@ -86,7 +86,8 @@ class _Transformers:
             from transformers import AutoModelForCausalLM, logging
         except ImportError:
             raise _missing("transformers") from None
-        # That of loading would stand between our own lines.
+        # Its bar of loading and its notes on kernels would stand between our own lines.
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         self.dtype = dtype
         self._threads = threads
