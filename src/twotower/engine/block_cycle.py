@@ -8,7 +8,7 @@ from torch import Tensor
 from twotower.engine.batch import Batch, Cycle, Proposal, commit, extend, start_at_once
 from twotower.engine.events import Event
 from twotower.engine.fill import fill_blocks
-from twotower.engine.logits import rows_logprobs
+from twotower.engine.logits import require_finite, rows_logprobs
 from twotower.engine.row import Row
 from twotower.engine.token_cycle import choose_tokens
 from twotower.model import TwoTower
@@ -59,7 +59,8 @@ def _settle_read(model: TwoTower, batch: Batch, tokens: Tensor) -> Generator[Eve
     rows = batch.rows
     reading = model.read(batch.cache, tokens)
     first = model.next_logits(batch.cache).unsqueeze(1)
-    logits = torch.cat([first, model.context_head(reading.hidden[:, :-1])], dim=1)
+    # Before the cache takes the blocks: later, one damaged row would end its neighbours too.
+    logits = require_finite(torch.cat([first, model.context_head(reading.hidden[:, :-1])], dim=1))
     least = torch.tensor([_least_chance(row) for row in rows])
     counts = count_plausible(tokens.to(logits.device), logits, least.to(logits.device)).cpu()
     batch.cache.accept(reading, counts)
