@@ -248,6 +248,19 @@ def test_metrics_tell_what_happened(server: Running, client: httpx.Client) -> No
     assert after["process_resident_memory_bytes"] > 0
 
 
+def test_errors_are_counted_wherever_they_are_told(client: httpx.Client) -> None:
+    """Guards against alarms that see some errors only: of routes, of none, within a stream."""
+    before = figures(client)
+    client.post(URL, json={**SHORT, "mode": "ar", "adaptive": True})
+    client.post(URL, content=b"{}", headers={"Content-Type": "text/plain"})
+    client.get("/no/such/path")
+    stream(client, {**LONG, "stream": True, "deadline_s": 1})
+    after = figures(client)
+    for reason in ("bad_value", "content_type", "no_such_path", "deadline"):
+        name = f'twotower_refused_total{{reason="{reason}"}}'
+        assert after[name] - before.get(name, 0.0) == 1, reason
+
+
 def test_a_full_queue_refuses_and_takes_back_what_it_took() -> None:
     """Guards against unbounded waiting, and against half of a request that stays in the queue."""
     with running(loaded=tiny(), max_rows=1, max_waiting=2) as server, server.client() as client:

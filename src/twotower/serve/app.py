@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from twotower.engine import Worker
 from twotower.serve.errors import ApiError
 from twotower.serve.filters import read_filters
-from twotower.serve.guard import Guard, Rules
+from twotower.serve.guard import ENTRY, Guard, Rules
 from twotower.serve.keys import Keys
 from twotower.serve.limits import Limits
 from twotower.serve.metrics import Metrics
@@ -82,6 +82,7 @@ def _no_route(request: Request, error: Exception) -> Response:
         405: f"{path} does not take {method}",
     }.get(error.status_code, str(error.detail))
     refusal = ApiError(error.status_code, message)
+    request.scope[ENTRY]["error"] = refusal.code
     return JSONResponse(refusal.body(), error.status_code, headers=error.headers)
 
 

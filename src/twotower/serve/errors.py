@@ -15,6 +15,13 @@ _STATUS = {
 }
 
 
+# Where nothing more precise is known.
+_CODES = {
+    400: "bad_value",
+    404: "no_such_path",
+    405: "no_such_method",
+    415: "content_type",
+}
 # What requests call the engine's fields.
 _API_NAMES = {
     "grammar": "response_format",
@@ -40,7 +47,7 @@ class ApiError(Exception):
         self.status = status
         self.message = " ".join(message.split())
         self.param = param
-        self.code = code or ("bad_value" if status == 400 else None)
+        self.code = code or _CODES.get(status, "internal")
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, object]:

@@ -73,6 +73,8 @@ class Guard:
         finally:
             self._rules.metrics.running.dec()
             self._count(scope, reply.status)
+            if "error" in entry:
+                self._rules.metrics.refused.labels(str(entry["error"])).inc()
             entry["status"] = reply.status
             entry["seconds"] = round(time.monotonic() - start_s, 4)
             _log.info("%s", entry.line())
@@ -81,8 +83,6 @@ class Guard:
         try:
             await self._admit(scope, receive, reply)
         except ApiError as error:
-            if error.code:
-                self._rules.metrics.refused.labels(error.code).inc()
             await reply.fail(error)
         except Exception as error:
             # Nothing of ours may take the server down.
@@ -163,7 +163,7 @@ class _Reply:
 
     async def fail(self, error: ApiError) -> None:
         """Send the error, unless an answer has begun."""
-        self._entry["error"] = error.code or error.message
+        self._entry["error"] = error.code
         if self._has_begun:
             return
         body = json.dumps(error.body(), ensure_ascii=False).encode()

@@ -79,5 +79,5 @@ class Observed:
 
     def fail(self, error: ApiError) -> None:
         """The request ends with an error."""
-        self._metrics.ends.labels(self._job.mode, error.code or "invalid").inc()
-        self._entry["error"] = error.code or error.message
+        self._metrics.ends.labels(self._job.mode, error.code).inc()
+        self._entry["error"] = error.code
