@@ -35,6 +35,14 @@ def test_text(config: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert said in " ".join(out.split()), said
 
 
+def test_text_of_a_machine_where_ar_stays_faster(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--hardware", "rtx-4090", "--precision", "int4", "--max-batch", "1"]
+    assert main(["plan", *flags]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "A device offers 22.1 GiB, there is 1." in out
+    assert "Diffusion never reaches AR's speed; speculation never reaches AR's speed." in out
+
+
 def test_json(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", config, "--json", "--tokens-per-cycle", "3",
                  "--price-per-hour", "2", "--max-batch", "2"]) == 0  # fmt: skip

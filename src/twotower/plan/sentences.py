@@ -49,7 +49,8 @@ def memory_lines(record: Record) -> list[str]:
     towers = ", ".join(f"{tower} {_bytes(n)}" for tower, n in memory["tower_bytes"].items())
     return [
         f"Weights: {towers}. A row's cache: {_bytes(memory['cache_bytes_per_row'])}. A device "
-        f"offers {_bytes(memory['usable_bytes_per_device'])}, there are {record['devices']}."
+        f"offers {_bytes(memory['usable_bytes_per_device'])}, there "
+        f"{'is' if record['devices'] == 1 else 'are'} {record['devices']}."
     ]
 
 
@@ -90,10 +91,12 @@ def _even_sentence(record: Record) -> str:
 
 def _reaches(needed: Mapping[str, float | None], unit: str) -> str:
     """From which value of its one quantity on a mode reaches each multiple of AR's speed."""
+    if needed["1"] is None:  # and then no multiple of it
+        return "never reaches AR's speed"
     said = []
     for target, value in needed.items():
         what = "AR's speed" if target == "1" else f"{target} times it"
-        said.append(f"never {what}" if value is None else f"{what} from {value:.2f} {unit} on")
+        said.append(f"{what} never" if value is None else f"{what} from {value:.2f} {unit} on")
     return "reaches " + ", ".join(said)
 
 
