@@ -271,6 +271,8 @@ def test_a_full_queue_refuses_and_takes_back_what_it_took() -> None:
         refused = client.post(URL, json={**SHORT, "n": 2})
         assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
         assert error_of(refused)["code"] == "queue_full"
+        never = client.post(URL, json={**SHORT, "n": 3})
+        assert never.status_code == 400 and error_of(never)["param"] == "n"
         for thread in threads:
             thread.join()
         server.wait_until_idle()
@@ -347,6 +349,16 @@ def test_foreign_pages_cannot_reach_an_open_server(client: httpx.Client) -> None
     assert "access-control-allow-origin" not in answer.headers
     assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_a_name_of_this_machine_may_be_allowed() -> None:
+    """Guards a flag: names of hosts know no capitals."""
+    names = ("Box.Example",)
+    with running(loaded=tiny(), allowed_hosts=names) as server, server.client() as client:
+        for host in ("box.example", "BOX.example:8000", "localhost"):
+            answer = client.get("/v1/models", headers={"Host": host})
+            assert answer.status_code == 200, host
+        assert client.get("/v1/models", headers={"Host": "example"}).status_code == 403
 
 
 def test_a_request_that_names_no_length_keeps_the_limit() -> None:

@@ -1,6 +1,7 @@
 """What a client holds while its row is decoded: its events, and the right to call it off."""
 
 import asyncio
+import contextlib
 import math
 import queue
 import time
@@ -86,5 +87,5 @@ def failed(index: int, kind: FailureKind) -> Failed:
 
 def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
     """Call the function in the loop's thread; a loop that is closed has no one left to tell."""
-    if not loop.is_closed():
+    with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(function)

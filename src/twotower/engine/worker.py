@@ -33,6 +33,7 @@ class QueueFull(Exception):
         super().__init__(
             f"{max_waiting} requests wait already; try again in {retry_after_s} seconds"
         )
+        self.max_waiting = max_waiting
         self.retry_after_s = retry_after_s
 
 

@@ -111,7 +111,7 @@ class Guard:
             return
         host = headers.get("host", "").lower()
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
-        if name not in _OPEN_HOSTS and name not in options.allowed_hosts:
+        if name not in _OPEN_HOSTS and name not in map(str.lower, options.allowed_hosts):
             raise ApiError(
                 403,
                 f"host {name!r} is not answered without API keys; start with --allowed-hosts",
@@ -193,7 +193,7 @@ def _raw(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
 async def _read_body(headers: Headers, receive: Receive, options: ServeOptions) -> bytes:
     """The whole body; ApiError as soon as it is known to be too large or too slow."""
     length = headers.get("content-length", "")
-    if length.isdigit() and int(length[:20]) > options.max_body_bytes:
+    if length.isdecimal() and int(length[:20]) > options.max_body_bytes:
         raise _too_large(options)
     try:
         return await asyncio.wait_for(_all_of(receive, options), options.body_timeout_s)

@@ -32,8 +32,7 @@ def submit(worker: Worker, job: Job, filters: tuple[Filter, ...]) -> list[Ticket
             tickets.append(worker.submit(request, job.deadline_s, job.wants_steps))
         return tickets
     except QueueFull as error:
-        headers = {"Retry-After": str(error.retry_after_s)}
-        refusal = ApiError(429, f"queue full: {error}", code="queue_full", headers=headers)
+        refusal = _queue_full(error, len(job.requests))
     except Stopped as error:
         refusal = stopping(str(error))
     except ValueError as error:
@@ -41,6 +40,14 @@ def submit(worker: Worker, job: Job, filters: tuple[Filter, ...]) -> list[Ticket
     for ticket in tickets:
         ticket.cancel()
     raise refusal
+
+
+def _queue_full(error: QueueFull, num_rows: int) -> ApiError:
+    if num_rows > error.max_waiting:  # whoever tries again would be refused for ever
+        message = f"n: {num_rows} rows (prompts times n) never fit into a queue"
+        return ApiError(400, f"{message} of {error.max_waiting}; ask for fewer", param="n")
+    headers = {"Retry-After": str(error.retry_after_s)}
+    return ApiError(429, f"queue full: {error}", code="queue_full", headers=headers)
 
 
 def stopping(reason: str = "the server is stopping") -> ApiError:
