@@ -118,7 +118,12 @@ def main() -> None:
     ray.init(address=cluster.address, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": given.port})
     options = ServeArguments(
-        min_replicas=2, max_replicas=2, replica_cpus=1.0, model_name="version-1", executor="eager"
+        ray=True,
+        min_replicas=2,
+        max_replicas=2,
+        replica_cpus=1.0,
+        model_name="version-1",
+        executor="eager",
     )
     deploy(options)
     expected = {prompt: ask(given.port, prompt)[1] for prompt in PROMPTS}

@@ -20,11 +20,27 @@ from twotower.serve.replicas import Replica, ReplicaOptions
         ({"min_replicas": 3, "max_replicas": 2}, "max_replicas=2"),
         ({"replica_cpus": -1.0}, "replica_cpus=-1.0"),
         ({"replica_gpus": float("inf")}, "replica_gpus=inf"),
+        ({"max_replicas": 2}, "max_replicas: no effect without ray"),
+        ({"ray_address": "auto"}, "ray_address: no effect without ray"),
     ],
 )
 def test_bad_options_are_named(given: dict[str, float], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         ReplicaOptions(**given)  # type: ignore[arg-type]
+
+
+def test_a_replica_has_both_towers() -> None:
+    with pytest.raises(ValueError, match="denoiser_device=peer: a replica is one process"):
+        ServeArguments(ray=True, denoiser_device="peer")
+
+
+@pytest.mark.parametrize("given", [{"weights": "int8"}, {"experts": "mapped"}])
+def test_a_server_passes_on_what_weights_to_run(given: dict[str, str]) -> None:
+    """Silent failure: an option of the command that never reaches the model. Both are refused for
+    this model and executor, which shows that they arrived."""
+    options = ServeArguments(executor="eager", **given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=next(iter(given))):
+        build_app(options, Keys({}))
 
 
 def test_a_replica_is_built_from_what_was_sent_and_tells_when_it_does_not_decode() -> None:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from twotower.checkpoint import resolve
+from twotower.checkpoint import ExpertsIn, resolve
 from twotower.cli.loading import DType, Loaded, Placement, load, shipped_model
 from twotower.engine import MODES, GenerateOptions, Worker, WorkerOptions
-from twotower.engine.accelerate import Executor
+from twotower.engine.accelerate import Executor, Weights
 from twotower.serve import ServeOptions, replicas
 from twotower.serve.replicas import ReplicaOptions, ReplicatedOptions
 from twotower.tokenizer import Tokenizer
@@ -67,11 +67,20 @@ class ServeArguments(ReplicatedOptions):
     executor: Executor = "auto"
     """native: passes in C++, compiled on first use (float32, CPU, no experts). eager: plain
     PyTorch. auto: native where it can be."""
+    weights: Weights = "loaded"
+    """int8: native passes with projections rounded to int8, made from the loaded weights."""
+    experts: ExpertsIn = "memory"
+    """mapped: leave routed experts in their files and read those that are chosen, for towers larger
+    than memory; slow where the disk is."""
 
     def __post_init__(self) -> None:
         ServeOptions.__post_init__(self)
         WorkerOptions.__post_init__(self)
         ReplicaOptions.__post_init__(self)
+        if self.ray and self.denoiser_device == "peer":
+            raise ValueError(
+                "denoiser_device=peer: a replica is one process; leave out --ray, or name a device"
+            )
 
 
 def run(options: ServeArguments) -> int:
@@ -97,6 +106,8 @@ def build_app(options: ServeArguments, keys: "Keys") -> "App":
         context_device=options.device,
         denoiser_device=options.denoiser_device or options.device,
         executor=options.executor,
+        weights=options.weights,
+        experts=options.experts,
     )
     loaded = load(options.model, GenerateOptions(), placement)
     worker = Worker(loaded.model, loaded.tokenizer, options)

@@ -8,7 +8,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from twotower.engine import WorkerOptions
@@ -48,6 +48,10 @@ class ReplicaOptions:
         for name in ("replica_cpus", "replica_gpus"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        if not self.ray:
+            for field in fields(ReplicaOptions):
+                if getattr(self, field.name) != field.default:
+                    raise ValueError(f"{field.name}: no effect without ray; add --ray")
 
 
 class Replica:
