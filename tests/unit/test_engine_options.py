@@ -35,7 +35,6 @@ def test_defaults_of_the_issue() -> None:
         ("confidence_threshold", -0.1, "between 0.0 and 1.0"),
         ("confidence_threshold", math.nan, "between 0.0 and 1.0"),
         ("review_threshold", 1.5, "between 0.0 and 1.0"),
-        ("review_threshold", 0.1, "first_token='context'"),
         ("temperature", -1.0, "at least 0"),
         ("temperature", math.inf, "at least 0"),
         ("temperature", math.nan, "at least 0"),
@@ -158,3 +157,21 @@ def test_block_sampler(mode: str, kind: str) -> None:
 def test_block_modes() -> None:
     found = [GenerateOptions(mode=mode).is_block_mode for mode in MODES]
     assert found == [True, True, True, True, False, False]
+
+
+def test_a_review_needs_the_context_tower_s_first_token_from_somebody() -> None:
+    """Silent failure: the option alone is refused for a checkpoint that brings what it needs, so
+    that no command which lacks first_token can use it.
+    """
+    alone = GenerateOptions(mode="diffusion", review_threshold=0.5)
+    found = alone.with_defaults({"first_token": "context", "review_threshold": 0.1})
+    assert found.is_reviewed and found.review_threshold == 0.5
+    for defaults in ({}, {"max_new_tokens": 5}):
+        with pytest.raises(ValueError, match=r"^review_threshold=0\.5 needs first_token='context'"):
+            alone.with_defaults(defaults)
+    with pytest.raises(ValueError, match="first_token='context'"):
+        alone.with_defaults({"first_token": "denoiser"})
+    with pytest.raises(ValueError, match="first_token='context'"):
+        GenerateOptions(first_token="denoiser", review_threshold=0.1)
+    with pytest.raises(ValueError, match=r"generation_config.json.*first_token='context'"):
+        GenerateOptions().with_defaults({"review_threshold": 0.1})

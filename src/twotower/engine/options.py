@@ -147,11 +147,8 @@ class GenerateOptions:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {lowest}")
         _check_range("confidence_threshold", self.confidence_threshold, 0.0, 1.0)
         _check_range("review_threshold", self.review_threshold, 0.0, 1.0)
-        if self.review_threshold > 0 and self.first_token != "context":
-            raise ValueError(
-                f"review_threshold={self.review_threshold} needs first_token='context': the "
-                "context tower's token takes the place of one that is given back"
-            )
+        if "first_token" in self.given:  # type: ignore[attr-defined]  # else defaults may bring it
+            self._require_opening()
         _check_range("temperature", self.temperature, 0.0, math.inf)
         _check_range("seed", self.seed, 0, 2**63 - 1)
         if self.top_k is not None:
@@ -198,12 +195,25 @@ class GenerateOptions:
         if "first_token" in self.given and self.first_token == "denoiser":  # type: ignore[attr-defined]
             taken.pop("review_threshold", None)  # which needs the other
         if not taken:
+            self._require_opening()
             return self
         values = {n: getattr(self, n) for n in given} | {n: _plain(v) for n, v in taken.items()}
         try:
-            return GenerateOptions(**values)  # types are checked by __post_init__
+            found = GenerateOptions(**values)  # types are checked by __post_init__
+            if "review_threshold" in taken:
+                found._require_opening()
         except ValueError as error:
             raise ValueError(f"generation_config.json: {error}") from None
+        found._require_opening()
+        return found
+
+    def _require_opening(self) -> None:
+        """ValueError for a review without what it stands on."""
+        if self.review_threshold > 0 and self.first_token != "context":
+            raise ValueError(
+                f"review_threshold={self.review_threshold} needs first_token='context': the "
+                "context tower's token takes the place of one that is given back"
+            )
 
     def block_sampler(self, mask_token_id: int) -> BlockSampler:
         """The sampler of a block mode."""
