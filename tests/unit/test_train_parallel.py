@@ -25,7 +25,7 @@ from twotower.train.loop import check_divisible, train
 from twotower.train.metrics import read_metrics
 from twotower.train.options import TrainOptions
 from twotower.train.parallel import hand_out, recompute_mixers, shard, whole
-from twotower.train.processes import ALONE, Processes
+from twotower.train.processes import ALONE, Processes, joined
 from twotower.train.run_folder import POSITION_FILE, RunFolder, ShardedSnapshot
 from twotower.train.schedule import Optimizers, make_optimizer
 from twotower.train.sharded_checkpoint import save_sharded
@@ -282,3 +282,26 @@ def test_a_damaged_folder_gives_way_and_a_half_written_one_is_no_checkpoint(
     assert f"{piece.name} is damaged" in caplog.text
     folder.drop_all_but(1)
     assert [path.name for path in folder.checkpoints.iterdir()] == ["step-00000004"]
+
+
+@pytest.mark.parametrize("launched", [False, True])
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [("gpu", "device='gpu' is unknown"), ("cuda:99", "device='cuda:99' is not on this machine")],
+)
+def test_a_device_that_is_not_there_is_said_before_processes_meet(
+    device: str, said: str, launched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: launched)
+    with pytest.raises(ValueError, match=said), joined(device, 1):
+        pass
+
+
+def test_more_processes_than_devices_is_an_error_of_the_user(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match=r"'cuda:1' .* has 1 CUDA devices"), joined("cuda", 1):
+        pass

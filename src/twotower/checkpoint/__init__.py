@@ -4,7 +4,7 @@ from twotower.checkpoint.convert import convert, convert_to_gguf, export_transfo
 from twotower.checkpoint.files import generation_defaults, resolve
 from twotower.checkpoint.gguf import export_gguf
 from twotower.checkpoint.inspect import describe
-from twotower.checkpoint.load import load_model, load_quantised
+from twotower.checkpoint.load import find_device, load_model, load_quantised
 from twotower.checkpoint.mapped import ExpertsIn
 from twotower.checkpoint.save import save_backbone, save_model
 
@@ -15,6 +15,7 @@ __all__ = [
     "describe",
     "export_gguf",
     "export_transformers",
+    "find_device",
     "generation_defaults",
     "load_model",
     "load_quantised",

@@ -58,7 +58,7 @@ def load_model(
     scheme = read_scheme(source.folder)
     room = _Room(
         _tower_dtypes(source.entries, dtype, denoiser_dtype),
-        (_device(context_device), _device(denoiser_device)),
+        (find_device(context_device), find_device(denoiser_device)),
     )
     if scheme is not None and scheme.activations is not None:
         _require_cpu(room, f"{path}: activations=int8", "a checkpoint of int8 weights alone")
@@ -202,7 +202,8 @@ def _require_cpu(room: _Room, what: str, remedy: str) -> None:
             )
 
 
-def _device(name: torch.device | str) -> torch.device:
+def find_device(name: torch.device | str) -> torch.device:
+    """The device of that name; ValueError (one line) if this machine has none."""
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from twotower.checkpoint import find_device
+
 T = TypeVar("T")
 # How gloo, NCCL and the store that all meet at say that somebody is not there any more.
 _LOST = re.compile(r"gloo|nccl|peer|socket|connection|timed out|timeout|store", re.IGNORECASE)
@@ -116,13 +118,14 @@ def joined(device: str, timeout_s: int) -> Iterator[Processes]:
     """The processes that torchrun started with this one; `ALONE` without it or with one process.
 
     device: cpu or cuda, where each process takes the GPU of its number on the host. While entered,
-    a lost peer raises LostProcess after `timeout_s` seconds at most.
+    a lost peer raises LostProcess after `timeout_s` seconds at most. ValueError (one line) for a
+    device that is not there.
     """
+    given = find_device(device)
     if not dist.is_torchelastic_launched():
         yield ALONE
         return
-    kind = torch.device(device).type
-    own = _own_device(device)
+    kind, own = given.type, _own_device(given)
     backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:nccl"
     with _lost_peers_named():
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
@@ -135,17 +138,16 @@ def joined(device: str, timeout_s: int) -> Iterator[Processes]:
     dist.destroy_process_group()
 
 
-def _own_device(device: str) -> str:
+def _own_device(given: torch.device) -> str:
     """cpu, or the GPU with this process's number on its host."""
-    given = torch.device(device)
     if given.type == "cpu":
-        return device
+        return "cpu"
     if given.index is not None:
         raise ValueError(
-            f"device: {device} names one device for all processes; give {given.type}, and each "
+            f"device: {given} names one device for all processes; give {given.type}, and each "
             "takes its own"
         )
-    own = f"{given.type}:{dist.get_node_local_rank()}"
+    own = str(find_device(f"{given.type}:{dist.get_node_local_rank()}"))
     torch.get_device_module(own).set_device(torch.device(own))
     return own
 
