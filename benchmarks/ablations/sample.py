@@ -1,8 +1,10 @@
 """What does each part of block decoding give a trained model? One thing is changed at a time.
 
-The control is the model's own decoding; the limit is its context tower, token by token ("ar"), on
-the same held-out prompts. Accuracy and tokens/NFE do not depend on the batch size, seconds do: the
-latter are no result here. The last line is one JSON object.
+The control is block decoding as published, whatever the checkpoint prefers: a block's first token
+by the context tower, or a review by it, would hide what is taken from the denoiser. The limit is
+its context tower, token by token ("ar"), on the same held-out prompts. Accuracy and tokens/NFE do
+not depend on the batch size, seconds do: the latter are no result here. The last line is one JSON
+object.
 """
 
 import argparse
@@ -125,7 +127,12 @@ def parser() -> argparse.ArgumentParser:
 
 def choose_options(threshold: float | None, max_new_tokens: int) -> Callable[..., GenerateOptions]:
     """A maker of options: the control's, but for what it is given."""
-    fixed: dict[str, Any] = {"mode": "diffusion", "max_new_tokens": max_new_tokens}
+    fixed: dict[str, Any] = {
+        "mode": "diffusion",
+        "max_new_tokens": max_new_tokens,
+        "first_token": "denoiser",
+        "review_threshold": 0.0,
+    }
     if threshold is not None:
         fixed["confidence_threshold"] = threshold
     return lambda **given: GenerateOptions(**{**fixed, **given})

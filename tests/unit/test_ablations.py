@@ -112,3 +112,13 @@ def test_decoding_takes_an_intervened_model(interventions) -> None:
     prompts = [[5, 6, 7], [8, 9]]
     options = GenerateOptions(max_new_tokens=8)
     assert generate(same, prompts, options) == generate(model, prompts, options)
+
+
+def test_the_control_decodes_as_published(interventions) -> None:
+    """Silent failure: reviews by the context tower make up for what is taken from the denoiser."""
+    from benchmarks.ablations.sample import choose_options
+
+    preferred = {"first_token": "context", "review_threshold": 0.1, "confidence_threshold": 0.8}
+    control = choose_options(0.95, 96)().with_defaults(preferred)
+    assert (control.first_token, control.is_reviewed) == ("denoiser", False)
+    assert control.confidence_threshold == 0.95

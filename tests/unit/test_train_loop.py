@@ -142,6 +142,14 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(
     assert good.step == 2 and all(value.isfinite().all() for value in good.model.values())
 
 
+def test_nan_before_any_checkpoint_says_so(data: Path, tmp_path: Path) -> None:
+    wild = {"learning_rate": 1e30, "warmup": 0, "grad_clip": 0.0, "checkpoint_every": 100}
+    options = tiny_options(data, tmp_path / "run", steps=8, **wild)
+    with pytest.raises(ValueError, match=r"stopped, there is no checkpoint yet: lower") as caught:
+        run(options)
+    assert "none" not in str(caught.value)
+
+
 def test_other_data_is_not_continued(data: Path, tmp_path: Path) -> None:
     run(tiny_options(data, tmp_path / "run", steps=2))
     other = make_shard(tmp_path / "other", count=300)

@@ -170,10 +170,12 @@ def _optimiser_step(training: Training, loss: Loss, folder: RunFolder) -> _StepR
 
 def _not_finite(training: Training, folder: RunFolder, loss: float, norm: float) -> str:
     first, count = training.rows_read, training.options.rows_per_step
+    newest = folder.newest()
+    kept = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
     return (
         f"loss: {loss} with gradient norm {norm} at step {training.step + 1}, rows {first} to "
-        f"{first + count - 1} of the training order; stopped, the last good checkpoint is "
-        f"{folder.newest() or 'none yet'}: lower learning_rate or check the data and weights"
+        f"{first + count - 1} of the training order; stopped, {kept}: "
+        "lower learning_rate or check the data and weights"
     )
 
 
