@@ -2,14 +2,17 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 
+import httpx
 import jsonschema
 import openai
 import pytest
 
 from serving import Running, running, shipped
 from twotower.engine import GenerateOptions, generate
+from twotower.engine import requests as engine_requests
 
 SUM = "Q: How much is 48 - 44?\nA:"
 ORDER = "7 times salad for Irene, please."
@@ -258,6 +261,47 @@ def test_a_schema_that_nothing_fits_is_refused_by_its_field(client: openai.OpenA
             response_format={"type": "json_schema", "json_schema": never},  # type: ignore[typeddict-item]
         )
     assert refused.value.param == "response_format" and refused.value.code == "bad_value"
+
+
+def test_a_grammar_beyond_the_librarys_bounds_is_the_callers_fault(client: openai.OpenAI) -> None:
+    """Guards against a 500 for what cannot be known before the text is under way."""
+    endless = {"name": "n", "schema": {"$ref": "#"}}
+    with pytest.raises(openai.BadRequestError, match="grammar: ") as refused:
+        client.chat.completions.create(
+            model="twotower",
+            messages=[{"role": "user", "content": "a number"}],
+            response_format={"type": "json_schema", "json_schema": endless},  # type: ignore[typeddict-item]
+        )
+    assert refused.value.param == "response_format" and refused.value.code == "bad_value"
+
+
+def test_slow_grammars_keep_nobody_waiting_who_has_none(
+    server: Running, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards the threads that all requests need: schemas exist that take minutes to read."""
+    is_over = threading.Event()
+    begun = engine_requests.begin
+
+    def slow(*given: object) -> object:
+        is_over.wait(30)
+        return begun(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine_requests, "begin", slow)
+
+    def ask() -> None:
+        body = {"prompt": "a", "max_tokens": 4, "response_format": {"type": "json_object"}}
+        httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+
+    threads = [threading.Thread(target=ask) for _ in range(40)]
+    for thread in threads:
+        thread.start()
+    try:
+        answer = client.with_options(timeout=15).completions.create(model="twotower", prompt=SUM)
+        assert answer.choices[0].text
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_async_clients_are_answered_side_by_side(server: Running) -> None:

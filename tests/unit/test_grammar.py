@@ -122,8 +122,17 @@ def test_a_state_is_its_own() -> None:
 
 def test_a_forbidden_token_is_an_error() -> None:
     found = state(regex("abc"))
-    with pytest.raises(GrammarFailed, match=r"^grammar: "):
+    with pytest.raises(GrammarFailed, match=r"^grammar: ") as raised:
         found.follow(byte_tokenizer().encode("x"))
+    assert not raised.value.is_of_grammar  # whoever chose the token is to blame
+
+
+def test_a_grammar_that_grows_too_large_is_to_blame_itself() -> None:
+    wide = {f"p{i}": {"type": "string"} for i in range(3000)}
+    found = state(json_schema({"type": "object", "properties": wide}))
+    with pytest.raises(GrammarFailed, match=r"^grammar: .* max is 2000") as raised:
+        found.follow(byte_tokenizer().encode('{"'))
+    assert raised.value.is_of_grammar
 
 
 def test_what_must_come_next_is_forced() -> None:

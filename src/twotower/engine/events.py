@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-# invalid: no usable request; memory: does not fit; internal: our fault, details are in the log.
+# invalid: no usable request, or a grammar that cannot be followed; memory: does not fit;
+# internal: our fault, details are in the log.
 FailureKind = Literal["invalid", "memory", "cancelled", "deadline", "stopped", "internal"]
 FinishReason = Literal["length", "eos", "stop", "content_filter"]
 

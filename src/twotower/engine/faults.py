@@ -99,6 +99,8 @@ def failure(row: Row, error: Exception) -> Failed:
     """A row's last event after an error of ours, or for want of memory."""
     if _is_of_memory(error):
         return Failed(row=row.index, kind="memory", message=_MEMORY, error=error)
+    if isinstance(error, GrammarFailed) and error.is_of_grammar:
+        return Failed(row=row.index, kind="invalid", message=str(error), error=error)
     if isinstance(error, FilterFailed | GrammarFailed):
         return Failed(row=row.index, kind="internal", message=str(error), error=error)
     return internal_failure(row.index, error)

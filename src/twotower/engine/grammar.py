@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 GrammarKind = Literal["json_schema", "tool_call", "regex", "lark"]
+_FORBIDDEN = "doesn't satisfy the grammar"  # in the library's words
 _LONGEST_REASON = 300  # characters of the library's explanation
 # Between the parts of a JSON text: a space, or a new line and its indent. With more, a model that
 # has nothing to say writes spaces until its length is used up.
@@ -30,7 +31,15 @@ _WHITESPACE = r"( |\n[ \t]{0,32})"
 
 
 class GrammarFailed(Exception):
-    """A row's text cannot go on under its grammar."""
+    """A row's text cannot go on under its grammar.
+
+    is_of_grammar: the library says so of the grammar itself, mostly that following it exceeds its
+    bounds: the fault of whoever wrote it.
+    """
+
+    def __init__(self, message: str, is_of_grammar: bool = False) -> None:
+        super().__init__(message)
+        self.is_of_grammar = is_of_grammar
 
 
 @dataclass(frozen=True)
@@ -141,7 +150,9 @@ class GrammarState:
         return count + is_end
 
     def _failed(self, reason: str) -> GrammarFailed:
-        return GrammarFailed(f"grammar: {_one_line(self._matcher.get_error()) or reason}")
+        told = _one_line(self._matcher.get_error())
+        is_ours = _FORBIDDEN in told  # we gave it a token that it forbids
+        return GrammarFailed(f"grammar: {told or reason}", bool(told) and not is_ours)
 
 
 def begin(grammar: Grammar, tokenizer: Tokenizer, rules: TokenRules) -> GrammarState:

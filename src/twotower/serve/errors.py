@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from twotower.engine import Failed
 
 _STATUS = {
-    "invalid": 400,
     "memory": 413,
     "cancelled": 499,  # nobody reads it: the client has gone
     "deadline": 504,
@@ -81,9 +80,10 @@ def bad_value(error: ValueError) -> ApiError:
 
 def from_failure(failed: Failed) -> ApiError:
     """The error of a row that the engine gave up."""
+    if failed.kind == "invalid":
+        return bad_value(ValueError(failed.message))
     # A deadline would pass again: OpenAI's client would otherwise repeat the request twice.
     headers = {"x-should-retry": "false"} if failed.kind == "deadline" else {}
     if failed.kind == "stopped":
         headers = {"Retry-After": "5"}
-    code = None if failed.kind == "invalid" else failed.kind
-    return ApiError(_STATUS[failed.kind], failed.message, code=code, headers=headers)
+    return ApiError(_STATUS[failed.kind], failed.message, code=failed.kind, headers=headers)

@@ -41,6 +41,11 @@ class Job:
     deadline_s: float
     wants_steps: bool
 
+    @property
+    def has_grammar(self) -> bool:
+        """Whether submitting it may take long: a grammar is to be made."""
+        return self.requests[0].options.grammar is not None
+
 
 def completion_job(body: CompletionRequest, served: Served, options: ServeOptions) -> Job:
     """Rows of /v1/completions. ApiError or ValueError (one line) for what cannot be asked."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from twotower.engine import Filter, Worker
@@ -10,6 +11,7 @@ from twotower.serve.options import ServeOptions
 from twotower.serve.served import Served
 
 _log = logging.getLogger("twotower.serve")
+_GRAMMARS_AT_A_TIME = 2
 _WATCH_S = 0.25  # how often the worker's thread is looked at
 
 
@@ -22,6 +24,10 @@ class Service:
     served: Served
     metrics: Metrics
     filters: tuple[Filter, ...]
+    # Of their own, so that a schema made to be slow keeps no request waiting that has none.
+    grammar_threads: Executor = field(
+        default_factory=lambda: ThreadPoolExecutor(_GRAMMARS_AT_A_TIME, "twotower-grammar")
+    )
     is_stopping: bool = field(default=False)
 
     @property

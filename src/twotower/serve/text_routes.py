@@ -85,7 +85,9 @@ async def _answer(
         decode = service.served.tokenizer.decode
         entry["prompts"] = [decode(prompt, skip_special=False) for prompt in job.prompts]
     observed = Observed(job, service.metrics, entry)
-    tickets = await asyncio.to_thread(submit, service.worker, job, service.filters)
+    threads = service.grammar_threads if job.has_grammar else None
+    loop = asyncio.get_running_loop()
+    tickets = await loop.run_in_executor(threads, submit, service.worker, job, service.filters)
     if not body.stream:
         completions = await until_gone(request.receive, _gather(tickets, observed))
         if service.options.log_prompts:
