@@ -199,3 +199,23 @@ def test_one_new_token_has_no_break_even() -> None:
     assert record["break_even"] is None
     assert record["modes"]["ar"]["decode_tokens_per_s"] is None
     assert record["modes"]["ar"]["tokens_per_s"] > 0
+
+
+@pytest.mark.parametrize(("weights", "given", "wanted"), [
+    ("int4", None, "int4"), ("int8", None, "int8"), (None, None, "bfloat16"),
+    ("int4", "bfloat16", "bfloat16"),
+])  # fmt: skip
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_a_quantised_checkpoint_is_planned_in_its_own_bits(
+    tmp_path: Path, weights: str | None, given: Any, wanted: str, is_folder: bool
+) -> None:
+    """Silent failure: a plan for the weights that a checkpoint would have in bfloat16."""
+    config = tiny_config().to_dict()
+    if weights is not None:
+        config["quantization_config"] = {"quant_method": "twotower", "weights": weights}
+        config["quantization_config"] |= {"group_size": 32} if weights == "int4" else {}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = tmp_path if is_folder else tmp_path / "config.json"
+    setup = make_setup(PlanOptions(model=str(model), precision=given), shape())
+    assert setup.precision.projections == wanted
+    assert setup.precision.head == ("int8" if wanted == "int4" else wanted)

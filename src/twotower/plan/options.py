@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 from twotower.checkpoint.inspect import PRESETS, Description, describe, describe_preset
+from twotower.checkpoint.quantize import read_scheme
 from twotower.plan.efficiency import DEFAULTS, PROFILES, Efficiency
 from twotower.plan.hardware import (
     Compute,
@@ -39,8 +40,9 @@ class PlanOptions:
     """TOML file with machines of your own; they win over built-in ones of the same name."""
     devices: int = 1
     """Devices of that kind, or hosts: 1 or 2."""
-    precision: Width = "bfloat16"
-    """Weights of all matrices; beside int4 the head has 8 bits."""
+    precision: Width | None = None
+    """Weights of all matrices; a quantised checkpoint's own, else bfloat16. Beside int4 the head
+    has 8 bits."""
     experts: Width | None = None
     """Weights of routed and shared experts."""
     projections: Width | None = None
@@ -183,8 +185,16 @@ def read_recorded(file: Path) -> dict[str, float]:
     return kept
 
 
+def _own_width(model: str) -> Width:
+    """The weights of a checkpoint that is quantised; bfloat16 for all other models."""
+    path = Path(model)
+    folder = path.parent if path.name == "config.json" else path
+    scheme = read_scheme(folder) if (folder / "config.json").is_file() else None
+    return "bfloat16" if scheme is None else scheme.weights
+
+
 def _make_precision(options: PlanOptions) -> Precision:
-    base = uniform(options.precision)
+    base = uniform(options.precision or _own_width(options.model))
     return Precision(
         experts=options.experts or base.experts,
         projections=options.projections or base.projections,
