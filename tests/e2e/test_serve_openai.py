@@ -3,7 +3,8 @@
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import httpx
 import jsonschema
@@ -275,14 +276,23 @@ def test_a_grammar_beyond_the_librarys_bounds_is_the_callers_fault(client: opena
     assert refused.value.param == "response_format" and refused.value.code == "bad_value"
 
 
+def wait_until_still(count: Callable[[], int]) -> None:
+    """Until a count has risen and stays as it is for a second."""
+    before = 0
+    while before == 0 or count() != before:
+        before = count()
+        time.sleep(1)
+
+
 def test_slow_grammars_keep_nobody_waiting_who_has_none(
     server: Running, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards the threads that all requests need: schemas exist that take minutes to read."""
-    is_over = threading.Event()
+    is_over, entered = threading.Event(), []
     begun = engine_requests.begin
 
     def slow(*given: object) -> object:
+        entered.append(1)
         is_over.wait(30)
         return begun(*given)  # type: ignore[arg-type]
 
@@ -296,6 +306,7 @@ def test_slow_grammars_keep_nobody_waiting_who_has_none(
     for thread in threads:
         thread.start()
     try:
+        wait_until_still(lambda: len(entered))
         answer = client.with_options(timeout=15).completions.create(model="twotower", prompt=SUM)
         assert answer.choices[0].text
     finally:
