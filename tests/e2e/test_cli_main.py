@@ -39,7 +39,11 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards against a verb in the list that cannot be run."""
     assert main([verb, "-h"]) == 0
-    assert f"usage: twotower {verb}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"usage: twotower {verb}" in out
+    words = " ".join(out.replace("\u2502", " ").split())
+    bare = re.findall(r"--[\w-]+ (?:\{[^}]*\}|[A-Z]+) \(default", words)
+    assert bare == []  # a flag that says its default and nothing else
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

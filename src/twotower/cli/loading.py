@@ -25,9 +25,12 @@ class Placement:
     """In which precision and on which devices a model is to be."""
 
     dtype: DType = "float32"
+    """Precision that the weights are loaded in and computed with."""
     context_device: str = "cpu"
+    """Where the context tower is: cpu, cuda, cuda:1 ..."""
     denoiser_device: str = "cpu"
-    """peer: the other of two processes that torchrun started, on this host or another."""
+    """Where the denoiser tower is; peer: the other of two processes that torchrun started, on this
+    host or another."""
     executor: Executor = "auto"
     """native: passes in C++, compiled on first use (float32, CPU, no experts). eager: plain
     PyTorch. auto: native where it can be."""
