@@ -178,7 +178,7 @@ def make_subject(options: EvaluateOptions, loaded: Loaded) -> Subject:
         raise ValueError("sweep: needs the modes ar and diffusion; add them to --modes")
     asked = {
         name: value
-        for name in ("confidence_threshold", "steps_per_block", "review_threshold")
+        for name in ("confidence_threshold", "steps_per_block", "first_token", "review_threshold")
         if (value := getattr(options, name)) is not None
     }
     if asked and "diffusion" not in options.mode_names:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from twotower.engine.options import MODES
+from twotower.engine.options import MODES, FirstToken
 from twotower.evaluate.suite import CHECKS, SUITES
 
 
@@ -31,8 +31,11 @@ class EvalOptions:
     """diffusion: instead of the checkpoint's own."""
     steps_per_block: int | None = None
     """Most denoiser passes per block, instead of the checkpoint's own."""
+    first_token: FirstToken | None = None
+    """diffusion: who chooses a block's first token, instead of the checkpoint's own; denoiser is as
+    published."""
     review_threshold: float | None = None
-    """diffusion: instead of the checkpoint's own; 0 decodes as published, without a review."""
+    """diffusion: instead of the checkpoint's own; 0 is as published, without a review."""
     sweep: bool = False
     """Also measure diffusion at other thresholds and pass limits, on a quarter of the items."""
     likelihood: bool = False
