@@ -20,10 +20,10 @@ ENDS = ("answered", "told", "refused", "left", "lost")
 
 def ask_for(mode: str, max_tokens: int, is_streamed: bool) -> dict[str, object]:
     """A request that nobody else sends."""
-    first, second = random.randrange(20, 90), random.randrange(2, 90)
-    question = f"Q: A shop has {first} lamps and sells {second}. It gets {second + 3} more. "
+    has, buys, loses = (random.randrange(low, 90) for low in (40, 2, 2))
+    question = f"Q: Zoe has {has} buttons. She buys {buys} more and loses {min(has, loses)}. "
     body: dict[str, object] = {
-        "prompt": question + "How many lamps does the shop have now?\nA:",
+        "prompt": question + "How many buttons does Zoe have now?\nA:",
         "max_tokens": max_tokens,
         "stream": is_streamed,
     }

@@ -86,15 +86,18 @@ def test_every_shape_of_a_pass(name: str, length: int) -> None:
 def test_rows_of_different_lengths(
     lengths: list[int], counts: list[int], accepted: list[int], seed: int
 ) -> None:
-    """Guards rows: each has its own past, and a row that commits nothing keeps its state."""
+    """Guards rows: each has its own past, a row that commits nothing keeps its state, and a row of
+    which less is worth reading gives no other state than if all had been read, nor NaN beyond."""
     plain, ours = pair()
     num_rows = len(lengths)
     ids, more = random_ids(num_rows, max(lengths), seed=seed), random_ids(num_rows, 6, seed=1)
     caches = [model.prefill(ids, torch.tensor(lengths)) for model in (ours, plain)]
     for model, cache in zip((ours, plain), caches, strict=True):
         model.extend(cache, more, torch.tensor(counts[:num_rows]))
-        reading = model.read(cache, more[:, :5])
-        cache.accept(reading, torch.tensor(accepted[:num_rows]))
+        wanted = torch.tensor(accepted[:num_rows])
+        reading = model.read(cache, more[:, :5], wanted if model is ours else None)
+        assert reading.hidden.isfinite().all()
+        cache.accept(reading, wanted)
     assert_same_state(*caches)
     block = masked_like(random_ids(num_rows, 4, seed=seed + 2), seed)
     t = torch.linspace(0.2, 1.0, num_rows)

@@ -34,7 +34,7 @@ def _start(model: TwoTower, batch: Batch) -> Generator[Event, None, Batch]:
 def _settle(model: TwoTower, batch: Batch, proposal: Proposal) -> Generator[Event, None, Batch]:
     """Read the drafts and keep what the AR tower chooses too, and its own token behind that."""
     drafts, lengths, is_drafting = proposal
-    reading = model.read(batch.cache, drafts)
+    reading = model.read(batch.cache, drafts, lengths)
     logits = model.context_head(reading.hidden)
     choices = _choose(logits, batch.rows, (drafts, lengths))
     accepted = count_accepted(drafts, choices, lengths)

@@ -58,9 +58,12 @@ class ContextTower(Tower):
         )
         return hidden
 
-    def read(self, cache: ContextCache, ids: Tensor) -> Reading:
-        """Read ids (B, L) after the cache and commit nothing yet: `cache.accept` does."""
-        return Reading(*self._after(cache, ids, None, None))
+    def read(self, cache: ContextCache, ids: Tensor, counts: Tensor | None = None) -> Reading:
+        """Read ids (B, L) after the cache and commit nothing yet: `cache.accept` does.
+
+        counts (B,): as in `extend`; what is found beyond them is finite and means nothing.
+        """
+        return Reading(*self._after(cache, ids, counts, None))
 
     def _after(
         self, cache: ContextCache, ids: Tensor, counts: Tensor | None, states_every: int | None

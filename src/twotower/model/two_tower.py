@@ -130,11 +130,13 @@ class TwoTower(nn.Module):
         return self.context_tower.extend(cache, tokens, counts)
 
     @torch.no_grad()
-    def read(self, cache: ContextCache, tokens: Tensor) -> Reading:
+    def read(self, cache: ContextCache, tokens: Tensor, counts: Tensor | None = None) -> Reading:
         """Read tokens (B, n >= 1) after the cache, which stays as it is: `cache.accept` commits as
         many of them as are wanted. Source: system.md section 4, 'Self-speculation'.
+
+        counts (B,): how many tokens of each row are worth reading, all where not given.
         """
-        return self.context_tower.read(cache, self._after(cache, tokens))
+        return self.context_tower.read(cache, self._after(cache, tokens), counts)
 
     def context_head(self, hidden: Tensor) -> Tensor:
         """The context tower's logits: hidden (..., D) -> (..., V) float32."""
