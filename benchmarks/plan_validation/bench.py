@@ -113,7 +113,7 @@ def rival_rows(threads: str, hardware: str) -> Iterator[Row]:
 
 def answer_rows() -> Iterator[Row]:
     """Whole answers of the evaluation, by category: lengths and tokens per pass as recorded."""
-    for category, modes in read_record("evaluate")["categories"].items():
+    for category, modes in read_record("evaluate_fourth_denoiser")["categories"].items():
         for mode, found in modes.items():
             work = _recorded_work(found, _prompt_tokens(category, found["n"]))
             time = _time("native-cpu", "bench-1-thread", work, mode)
@@ -130,7 +130,7 @@ def batch_rows() -> Iterator[Row]:
     """Rows at a time. Tokens per pass were not recorded there: those of the evaluation's four
     categories are taken; two queues are taken as two devices of a thread each.
     """
-    categories = read_record("evaluate")["categories"]
+    categories = read_record("evaluate_fourth_denoiser")["categories"]
     prompt = round(fmean(_prompt_tokens(name, 200) for name in _ROWS_CATEGORIES))
     for executor in ("eager", "native"):
         for found in read_record(f"rows_{executor}")["results"]:
