@@ -192,18 +192,17 @@ class GenerateOptions:
         taken = {n: v for n, v in defaults.items() if n in names - given and v is not None}
         if defaults.get("do_sample") is False:
             taken.pop("temperature", None)
-        if "first_token" in self.given and self.first_token == "denoiser":  # type: ignore[attr-defined]
+        if "first_token" in given and self.first_token == "denoiser":
             taken.pop("review_threshold", None)  # which needs the other
-        if not taken:
-            self._require_opening()
-            return self
-        values = {n: getattr(self, n) for n in given} | {n: _plain(v) for n, v in taken.items()}
-        try:
-            found = GenerateOptions(**values)  # types are checked by __post_init__
-            if "review_threshold" in taken:
-                found._require_opening()
-        except ValueError as error:
-            raise ValueError(f"generation_config.json: {error}") from None
+        found = self
+        if taken:
+            values = {n: getattr(self, n) for n in given} | {n: _plain(v) for n, v in taken.items()}
+            try:
+                found = GenerateOptions(**values)  # types are checked by __post_init__
+                if "review_threshold" in taken:
+                    found._require_opening()
+            except ValueError as error:
+                raise ValueError(f"generation_config.json: {error}") from None
         found._require_opening()
         return found
 
