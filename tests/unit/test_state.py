@@ -65,13 +65,17 @@ def test_buffers_grow_by_doubling_and_keep_their_content() -> None:
     """Guards the cost of decoding: growing by one token at a time copies the text every token."""
     cache = attention_cache(1)
     sizes = []
-    for token in range(1, 10):
+    for token in range(1, 300):
         append(cache, [[float(token)]])
         (state,) = cache._states
         assert isinstance(state, KV)
         sizes.append(state.k.shape[1])
         assert keys(cache).tolist() == [[float(n) for n in range(1, token + 1)]]
-    assert sizes == [1, 2, 4, 4, 8, 8, 8, 8, 16]
+    assert sizes == [64] * 64 + [128] * 64 + [256] * 128 + [512] * 43
+    append(cache, [[0.0] * 1500])
+    append(cache, [[0.0]])
+    (state,) = cache._states
+    assert isinstance(state, KV) and state.k.shape[1] == 299 + 1500 + 1024
 
 
 def test_rows_commit_different_numbers_of_tokens() -> None:

@@ -54,28 +54,34 @@ def denoise_block(
     """
     shared, options = collate(sampler, block.shape[0], block.device)
     _check_generators(shared, options, len(generators))
+    if options.params.is_greedy and not shared.is_random:
+        generators = ()  # nothing to draw
     tokens = block
     is_masked = block == shared.mask_token_id
     confidence = (~is_masked).float()
     nfe = torch.zeros(block.shape[0], dtype=torch.int64, device=block.device)
+    every = torch.arange(block.shape[0], device=block.device)
     rows = is_masked.any(-1).nonzero().flatten()  # rows that need a new pass
     kept_rows, kept_logits = rows[:0], None  # unfinished rows that reuse their last pass
     step = 0
     while len(rows) + len(kept_rows) > 0:
-        now = torch.cat([rows, kept_rows])
-        t = torch.zeros_like(nfe, dtype=torch.float32)
-        t[now] = _TIMES[shared.kind](shared, is_masked[now], step, options.steps[now])
+        is_whole = len(rows) == len(every)  # as it mostly is: nothing to pick out and put back
+        now = every if is_whole else torch.cat([rows, kept_rows])
+        own = options if is_whole else options.select(now)
+        times = _TIMES[shared.kind](shared, _pick(is_masked, now, is_whole), step, own.steps)
+        t = _put(torch.zeros_like(nfe, dtype=torch.float32), now, times, is_whole)
         logits = _logits(denoise, shared, tokens, t, rows, kept_logits)
         row_generators = [generators[row] for row in now.tolist()] if generators else ()
-        found = _predict(step, logits, is_masked[now], options.select(now), row_generators)
+        found = _predict(step, logits, _pick(is_masked, now, is_whole), own, row_generators)
         commit = choose_commits(shared, found)
 
         nfe = nfe.index_add(0, rows, torch.ones_like(rows))
-        tokens = tokens.index_copy(0, now, torch.where(commit, found.tokens, tokens[now]))
-        newest = torch.where(found.is_masked, found.confidence, confidence[now])
-        confidence = confidence.index_copy(0, now, newest)
+        newest = torch.where(commit, found.tokens, _pick(tokens, now, is_whole))
+        tokens = _put(tokens, now, newest, is_whole)
+        sure = torch.where(found.is_masked, found.confidence, _pick(confidence, now, is_whole))
+        confidence = _put(confidence, now, sure, is_whole)
         still_masked = found.is_masked & ~commit
-        is_masked = is_masked.index_copy(0, now, still_masked)
+        is_masked = _put(is_masked, now, still_masked, is_whole)
         yield Step(
             index=step,
             rows=rows,
@@ -86,16 +92,27 @@ def denoise_block(
             nfe=nfe,
         )
         is_open = still_masked.any(-1)
+        if not bool(is_open.any()):
+            return
         is_kept = is_open & ~commit.any(-1) & shared.reuse_unchanged
         rows, kept_rows = now[is_open & ~is_kept].sort().values, now[is_kept]
         kept_logits = logits[is_kept] if len(kept_rows) > 0 else None
         step += 1
 
 
+def _pick(value: Tensor, rows: Tensor, is_whole: bool) -> Tensor:
+    """The rows of a value; itself where they are all, in order."""
+    return value if is_whole else value[rows]
+
+
+def _put(value: Tensor, rows: Tensor, new: Tensor, is_whole: bool) -> Tensor:
+    """The value with new rows in the place of its own."""
+    return new if is_whole else value.index_copy(0, rows, new)
+
+
 def _check_generators(sampler: BlockSampler, options: RowOptions, num_given: int) -> None:
     num_rows = len(options.steps)
-    is_sampled = bool((torch.as_tensor(options.params.temperature) > 0).any())
-    is_random = is_sampled or sampler.is_random
+    is_random = not options.params.is_greedy or sampler.is_random
     if num_given not in ({num_rows} if is_random else {0, num_rows}):
         raise ValueError(
             f"generators: {num_given} given for {num_rows} rows; pass one per row "
@@ -115,7 +132,8 @@ def _logits(
     if len(rows) == 0:
         assert kept_logits is not None
         return kept_logits
-    logits = denoise(tokens[rows], t[rows], rows).float()
+    is_whole = len(rows) == len(tokens)
+    logits = denoise(_pick(tokens, rows, is_whole), _pick(t, rows, is_whole), rows).float()
     banned = torch.tensor([sampler.mask_token_id], device=logits.device)
     logits = logits.index_fill(-1, banned, float("-inf"))
     return logits if kept_logits is None else torch.cat([logits, kept_logits])

@@ -7,6 +7,7 @@ top-p and generator, so that a row's tokens never depend on its neighbours.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,8 +30,13 @@ class SamplingParams:
         _require(self.temperature, "temperature", 0.0, float("inf"), "0 means greedy")
         _require(self.top_k, "top_k", 0, float("inf"), "0 means off")
         _require(self.top_p, "top_p", 0.0, 1.0, "1 means off")
-        if 0 in torch.as_tensor(self.top_p).flatten().tolist():
+        if 0 in _values(self.top_p):
             raise ValueError("top_p = 0: must be in (0, 1]; for greedy choice set temperature 0")
+
+    @cached_property
+    def is_greedy(self) -> bool:
+        """Whether every row has temperature 0."""
+        return max(_values(self.temperature), default=0.0) == 0
 
     def select(self, rows: Tensor) -> "SamplingParams":
         """The parameters of some rows (R,) int64."""
@@ -46,13 +52,16 @@ class SamplingParams:
 
 def _require(value: PerRow, name: str, low: float, high: float, remedy: str) -> None:
     """Raise ValueError unless low <= value <= high and finite, for every row."""
-    # as plain numbers: they are few, and tensor operations here would cost more than a small model
-    values = torch.as_tensor(value).flatten().tolist()
-    bad = [v for v in values if not (low <= v <= high and math.isfinite(v))]
+    bad = [v for v in _values(value) if not (low <= v <= high and math.isfinite(v))]
     if bad:
         shown = bad[0]
         limit = f"in [{low:g}, {high:g}]" if high < float("inf") else f"finite and >= {low:g}"
         raise ValueError(f"{name} = {shown:g}: must be {limit}; {remedy}")
+
+
+def _values(value: PerRow) -> list[float]:
+    """As plain numbers: they are few, and tensor operations would cost more than a small model."""
+    return value.flatten().tolist() if isinstance(value, Tensor) else [value]
 
 
 def _column(value: PerRow, logits: Tensor) -> Tensor:
@@ -115,8 +124,10 @@ def draw_noise(
     Only rows with temperature > 0 draw; greedy rows get zeros and leave their generator alone.
     """
     num_rows = logits.shape[0]
-    is_sampled = torch.as_tensor(temperature).expand(num_rows) > 0
-    rows = [row for row, sampled in enumerate(is_sampled.tolist()) if sampled]
+    temperatures = _values(temperature)
+    if len(temperatures) != num_rows:
+        temperatures = temperatures * num_rows
+    rows = [row for row, value in enumerate(temperatures) if value > 0]
     if not rows:
         return None
     noise = gumbel(logits.shape[1:], [generators[row] for row in rows]).to(logits.device)
@@ -135,7 +146,7 @@ def choose(logits: Tensor, params: SamplingParams, noise: Tensor | None = None) 
     """
     greedy = logits.argmax(-1)
     if noise is None:
-        if bool((torch.as_tensor(params.temperature) > 0).any()):
+        if not params.is_greedy:
             raise ValueError("noise = None: temperature > 0 needs noise; pass draw_noise(...)")
         return greedy
     filtered = filter_logits(logits, params.temperature, params.top_k, params.top_p)

@@ -14,8 +14,9 @@ from twotower.config import ATTENTION, MAMBA, ModelConfig
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaInputs, MambaState, states_after
 
-# Tokens by which a buffer grows at most: doubling a long text would leave half of it unused.
-_MOST_GROWTH = 1024
+# Tokens by which a buffer grows. Doubling would make short texts grow again and again, and leave
+# half of a long one's room unused.
+_LEAST_GROWTH, _MOST_GROWTH = 64, 1024
 
 LayerState = KV | MambaState | None
 NewState = LayerState | MambaInputs  # inputs where the caller decides later how many tokens stay
@@ -84,7 +85,8 @@ class ContextCache:
 
     `layers[i]` is what layer i keeps: KV (B, S, Hk, A), S the longest row, MambaState conv
     (B, C, W-1) and ssm (B, H, P, N), or None. `last_hidden` (B, D) is the tower's output at each
-    row's last token, None before the first. Key buffers double, long ones grow by 1,024 tokens.
+    row's last token, None before the first. Key buffers double, but grow by 64 tokens at least and
+    1,024 at most.
     """
 
     def __init__(
@@ -271,7 +273,8 @@ def _with_room(buffer: Tensor, num_past: int, length: int) -> Tensor:
     if num_past + length <= buffer.shape[1]:
         return buffer
     # Zeros, not empty: a masked key has weight 0, but 0 times stray NaN is NaN.
-    room = max(num_past + length, buffer.shape[1] + min(buffer.shape[1], _MOST_GROWTH))
+    growth = min(max(buffer.shape[1], _LEAST_GROWTH), _MOST_GROWTH)
+    room = max(num_past + length, buffer.shape[1] + growth)
     grown = buffer.new_zeros(len(buffer), room, *buffer.shape[2:])
     grown[:, :num_past] = buffer[:, :num_past]
     return grown
