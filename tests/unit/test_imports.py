@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": COMMON | {"model", "diffusion", "checkpoint", "tokenizer", "corpus"},
     "evaluate": COMMON | {"engine", "model", "diffusion", "tokenizer", "corpus"},
     "race": COMMON
-    | {"engine", "model", "diffusion", "checkpoint", "tokenizer", "evaluate", "corpus"},
+    | {"engine", "model", "kernels", "diffusion", "checkpoint", "tokenizer", "evaluate", "corpus"},
     "plan": COMMON | {"checkpoint", "evaluate"},
     "serve": COMMON | {"engine", "tokenizer"},
     "hosts": COMMON | {"engine", "model", "diffusion", "layers"},

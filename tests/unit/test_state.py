@@ -10,6 +10,7 @@ from tiny_models import random_ids, tiny_config, tiny_model
 from twotower import ContextCache
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
+from twotower.model.state import Reading
 
 MODEL = tiny_model()
 DEVICE = torch.device("cpu")
@@ -27,7 +28,7 @@ def append(cache: ContextCache, values: list[list[float]], counts: list[int] | N
     """Commit keys (rows, tokens); values are minus the keys, the hidden state is the key."""
     keys = torch.tensor(values)[..., None, None]
     n = torch.tensor([keys.shape[1]] * len(keys) if counts is None else counts)
-    cache.append([KV(keys, -keys)], keys[..., 0], n)
+    cache.append(Reading(keys[..., 0], [KV(keys, -keys)]), n)
 
 
 def keys(cache: ContextCache) -> Tensor:

@@ -10,7 +10,7 @@ from twotower.diffusion import Step
 from twotower.hosts.link import Message
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
-from twotower.model.state import News, NewState
+from twotower.model.state import LayerState, News
 
 _STEP_TENSORS = [field.name for field in dataclasses.fields(Step) if field.name != "index"]
 
@@ -31,7 +31,7 @@ def message_to_news(message: Message) -> News:
     return News(states, hidden, torch.tensor(message.values["counts"], dtype=torch.int64))
 
 
-def _state(kind: str | None, tensors: Iterator[Tensor]) -> NewState:
+def _state(kind: str | None, tensors: Iterator[Tensor]) -> LayerState:
     if kind is None:
         return None
     make = KV if kind == "kv" else MambaState

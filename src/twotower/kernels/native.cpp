@@ -89,6 +89,15 @@ extern "C" int32_t twotower_pass(const Tower *tower, int32_t length, int32_t num
     return 0;
 }
 
+// The Mamba states after the first `count` tokens, 0 to 16, of a pass that left their inputs.
+extern "C" void twotower_states(const Tower *tower, int32_t count, int32_t threads,
+                                const Past *past, const Fresh *fresh) {
+    Team team(threads);
+    for (int i = 0; tower->kinds[i]; i++)
+        if (tower->kinds[i] == 'M')
+            state_after(*tower->sizes, team, tower->weights + 11 * i + 1, count, past[i], fresh[i]);
+}
+
 // y (length, rows) = x (length, K) w^T for any length >= 1.
 extern "C" void twotower_linear(const Weight *w, int32_t rows, int32_t K, int32_t threads,
                                 const float *x, int32_t length, float *y) {

@@ -105,7 +105,7 @@ class TowerPass:
             weights["norm_f.weight"].data_ptr(),
             ctypes.addressof(self._weights),
         )
-        self._run = library().twotower_pass
+        self._run, self._run_states = library().twotower_pass, library().twotower_states
 
     def __call__(
         self,
@@ -127,6 +127,14 @@ class TowerPass:
             ids.data_ptr(), modulations and modulations.address, past, fresh, hidden.data_ptr(),
         ):  # fmt: skip
             raise IndexError(f"token ids {ids.tolist()} leave the vocabulary")
+
+    def fill_states(self, count: int, past: int, fresh: int) -> None:
+        """The Mamba states after the first `count` of the tokens whose inputs a pass has left.
+
+        past, fresh: addresses as in a pass; fresh has the inputs and room for the states.
+        """
+        num_threads = torch.get_num_threads() if self._is_shared else 1
+        self._run_states(ctypes.byref(self._tower), count, num_threads, past, fresh)
 
 
 class Modulations:
@@ -187,10 +195,12 @@ def load_library(file: Path) -> ctypes.CDLL:
     found.twotower_pass.argtypes = [
         _address, *[ctypes.c_int32] * 4, _address, _address, _address, _address, _address,
     ]  # fmt: skip
+    found.twotower_states.argtypes = [_address, *[ctypes.c_int32] * 2, _address, _address]
     found.twotower_linear.argtypes = [
         _address, *[ctypes.c_int32] * 3, _address, ctypes.c_int32, _address,
     ]  # fmt: skip
-    found.twotower_pass.restype, found.twotower_linear.restype = ctypes.c_int32, None
+    found.twotower_pass.restype = ctypes.c_int32
+    found.twotower_states.restype = found.twotower_linear.restype = None
     return found
 
 

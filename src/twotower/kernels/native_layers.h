@@ -239,6 +239,18 @@ void advance(const float *state, float keep, const float *x, const float *added,
         advance_rows<W, 1>(state + p * N, keep, x + p * W, added, L, N, next + p * N);
 }
 
+// One head's state next (P, N) after L >= 1 tokens of x[P][W], B (L, N); decay: log, from the start
+// through each token; room for L * N numbers in added.
+template <int W>
+void next_state(const float *dt, const float *decay, const float *x, const float *B,
+                const float *state, int L, int P, int N, float *added, float *next) {
+    for (int t = 0; t < L; t++) {
+        float kept = exponential(decay[L - 1] - decay[t]) * dt[t];
+        for (int n = 0; n < N; n++) added[t * N + n] = B[t * N + n] * kept;
+    }
+    advance<W>(state, exponential(decay[L - 1]), x, added, L, P, N, next);
+}
+
 // One head of the recurrence as products: y[P][W] of x[P][W] after the state (P, N).
 // near[L][W]: B of each token times C of each; B (L, N); C [N][W]; dt[W].
 template <int W>
@@ -261,12 +273,7 @@ void scan_head(const Call &call, float A, float D, const float *x, const float *
         float kept = exponential(decay[l]);
         for (int p = 0; p < P; p++) y[p * W + l] = y[p * W + l] * kept + own[p * W + l];
     }
-    if (next == nullptr) return;
-    for (int t = 0; t < L; t++) {
-        float kept = exponential(decay[L - 1] - decay[t]) * dt[t];
-        for (int n = 0; n < N; n++) added[t * N + n] = B[t * N + n] * kept;
-    }
-    advance<W>(state, exponential(decay[L - 1]), x, added, L, P, N, next);
+    if (next != nullptr) next_state<W>(dt, decay, x, B, state, L, P, N, added, next);
 }
 
 // All heads: xbc[C][W] after the convolution, dt[H][W] after softplus; y feature by feature,
@@ -291,6 +298,31 @@ void scan(const Call &call, const Weight *w, const float *z, const float *xbc, c
                          xbc + long(inner + (s.groups + g) * N) * W, dt + head * W, state + at,
                          next ? next + at : nullptr, y + long(head) * P * W);
             for (long i = long(head) * P * W; i < long(head + 1) * P * W; i++) y[i] *= silu(z[i]);
+        }
+    });
+}
+
+// fresh.ssm after the first `count` tokens of a pass that left `mixed` and `step`.
+inline void state_after(const Sizes &s, Team &team, const Weight *w, int count, const Past &past,
+                        const Fresh &fresh) {
+    constexpr int W = 16;
+    int P = s.head_size, N = s.state, inner = s.heads * P, channels = inner + 2 * s.groups * N;
+    team.split(s.heads, [&](int begin, int end) {
+        float *x = room_for(scratch.own, size_t(P) * W + 2 * size_t(W) * N);
+        float *B = x + P * W, *added = B + W * N;
+        for (int head = begin; head < end; head++) {
+            long at = long(head) * P * N;
+            const float *first = fresh.mixed + head * P;
+            const float *group = fresh.mixed + inner + head / (s.heads / s.groups) * N;
+            float A = -std::exp(w[5].wide[head]), dt[W], decay[W], total = 0.0f;
+            for (int t = 0; t < count; t++) {
+                dt[t] = fresh.step[t * s.heads + head];
+                decay[t] = total += dt[t] * A;
+                for (int p = 0; p < P; p++) x[p * W + t] = first[long(t) * channels + p];
+                std::copy(group + long(t) * channels, group + long(t) * channels + N, B + t * N);
+            }
+            if (count == 0) std::copy(past.ssm + at, past.ssm + at + long(P) * N, fresh.ssm + at);
+            else next_state<W>(dt, decay, x, B, past.ssm + at, count, P, N, added, fresh.ssm + at);
         }
     });
 }

@@ -1,14 +1,18 @@
 """The context tower: the causal backbone. It alone writes state."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from twotower import masks
 from twotower.kernels import ssd
 from twotower.layers.attention import KV, Attention
-from twotower.layers.mamba2 import Mamba2, MambaState
-from twotower.model.state import ContextCache, LayerState, NewState, Reading
+from twotower.layers.mamba2 import Mamba2, MambaInputs, MambaState, states_after
+from twotower.model.state import ContextCache, LayerState, Reading
 from twotower.model.tower import Tower
+
+NewState = LayerState | MambaInputs  # inputs where the caller decides later how many tokens stay
 
 
 class ContextTower(Tower):
@@ -52,22 +56,20 @@ class ContextTower(Tower):
         """
         num_rows, length = ids.shape
         on_device = None if counts is None else counts.to(ids.device)
-        hidden, states = self._after(cache, ids, on_device, length)
-        cache.append(
-            states, hidden, torch.full((num_rows,), length) if counts is None else counts.cpu()
-        )
-        return hidden
+        reading = self._after(cache, ids, on_device, length)
+        cache.append(reading, torch.full((num_rows,), length) if counts is None else counts.cpu())
+        return reading.hidden
 
     def read(self, cache: ContextCache, ids: Tensor, counts: Tensor | None = None) -> Reading:
         """Read ids (B, L) after the cache and commit nothing yet: `cache.accept` does.
 
         counts (B,): as in `extend`; what is found beyond them is finite and means nothing.
         """
-        return Reading(*self._after(cache, ids, counts, None))
+        return self._after(cache, ids, counts, None)
 
     def _after(
         self, cache: ContextCache, ids: Tensor, counts: Tensor | None, states_every: int | None
-    ) -> tuple[Tensor, list[NewState]]:
+    ) -> Reading:
         """`forward` after what the cache holds."""
         length = ids.shape[1]
         if 1 < length <= ssd.TILE:
@@ -77,6 +79,9 @@ class ContextTower(Tower):
             mask = masks.causal(length, 0, ids.device)  # all of the past is seen
         else:
             mask = masks.causal_rows(length, cache.lengths.to(ids.device), cache.num_past)
-        hidden: Tensor
         hidden, states = self(ids, cache.layers, mask, counts, states_every)
-        return hidden, states
+        inputs = [state for state in states if isinstance(state, MambaInputs)]
+        if not inputs:
+            return Reading(hidden, states)
+        others = [None if isinstance(state, MambaInputs) else state for state in states]
+        return Reading(hidden, others, partial(states_after, inputs))

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from twotower.kernels import native
 from twotower.kernels.int8 import quantise
 from twotower.kernels.quantised import Quantised
+from twotower.layers.mamba2 import MambaState
 from twotower.layers.quantised import QuantisedLinear, QuantisedMatrix
 from twotower.model.context_tower import ContextTower
 from twotower.model.native_states import Found, Past, Rooms
 from twotower.model.precision import Scheme, scheme_of, weight_bits
-from twotower.model.state import ContextCache, ContextView, NewState
+from twotower.model.state import ContextCache, ContextView, Reading
 from twotower.model.two_tower import PREFILL_CHUNK, TwoTower
 
 # Longer ones are read faster in wide plain chunks (1,000 tokens: 257 ms against 286).
@@ -139,15 +140,10 @@ class _NativeContextTower(ContextTower):
             matrices=_matrices(tower, "context_tower", is_int8),
         )
         self._rooms = Rooms()
-        self._decays = [
-            -value.detach().exp()
-            for layer in tower.each_layer()
-            if isinstance(value := getattr(layer.mixer, "A_log", None), Tensor)
-        ]
 
     def _after(
         self, cache: ContextCache, ids: Tensor, counts: Tensor | None, states_every: int | None
-    ) -> tuple[Tensor, list[NewState]]:
+    ) -> Reading:
         num_rows, length = ids.shape
         if length > native.MAX_TOKENS:
             return super()._after(cache, ids, counts, states_every)
@@ -158,14 +154,24 @@ class _NativeContextTower(ContextTower):
         found = Found(self.config, (num_rows, length), states_every is None, is_whole, self._rooms)
         make = torch.empty if is_whole else torch.zeros
         hidden = make(num_rows, length, self.config.hidden_size)
+        pasts = [Past(layers, row) for row in range(num_rows)]
         for row, count in enumerate(given):
             if count:
-                past = Past(layers, row)
-                states = past.address, found.address(row)
+                states = pasts[row].address, found.address(row)
                 self._pass(ids[row, :count], lengths[row], states, hidden[row])
             else:
                 found.keep(layers, row)
-        return hidden, found.states(layers, given, self._decays)
+        if states_every is not None:
+            return Reading(hidden, found.states(given))
+
+        def states_after(counts: Tensor) -> list[MambaState]:
+            ends = counts.tolist()
+            found.make_room()
+            for row, end in enumerate(ends):
+                self._pass.fill_states(end, pasts[row].address, found.address(row))
+            return [MambaState(*(part[:, 0] for part in one)) for one in found.mamba_states(ends)]
+
+        return Reading(hidden, found.states(given), states_after)
 
 
 def _require_supported(model: TwoTower, is_int8: bool) -> None:

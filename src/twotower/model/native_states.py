@@ -7,15 +7,15 @@ import math
 import sys
 import threading
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from twotower.config import ATTENTION, MAMBA, ModelConfig
 from twotower.layers.attention import KV
-from twotower.layers.mamba2 import MambaInputs, MambaState
-from twotower.model.state import LayerState, NewState
+from twotower.layers.mamba2 import MambaState
+from twotower.model.state import LayerState
 
 _FLOAT = 4  # bytes
 # Bytes from which memory is kept: the system takes back what is larger, and gives it out again page
@@ -31,7 +31,7 @@ class Past:
     """
 
     def __init__(self, layers: Sequence[LayerState], row: int) -> None:
-        self._kept: list[Tensor] = []
+        self._kept: list[object] = [layers]  # the addresses stay valid as long as this lives
         found: list[int] = []
         for state in layers:
             if isinstance(state, KV):
@@ -107,12 +107,12 @@ class Found:
         self._kv = make(2 * kinds.count(ATTENTION), num_rows, length, *heads)
         mambas, taps = (kinds.count(MAMBA), num_rows), c.conv_kernel - 1
         self._window = make(*mambas, taps + length, c.conv_channels)
+        self._rooms, self._ssm = rooms, torch.empty(0)
         if keeps_inputs:
             self._mixed = make(*mambas, length, c.conv_channels)
             self._step = make(*mambas, length, c.mamba_num_heads)
         else:
-            state = c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size
-            self._ssm = rooms.take(*mambas, *state)
+            self.make_room()
 
     def address(self, row: int) -> int:
         """Where the pass of one row finds k, v, window, mixed, step and ssm of each layer."""
@@ -122,7 +122,7 @@ class Found:
         if self._keeps_inputs:
             mixed, mixed_step = _place(self._mixed, row)
             step, step_step = _place(self._step, row)
-        else:
+        if len(self._ssm):
             ssm, ssm_step = _place(self._ssm, row)
         found: list[int] = []
         for kind in self._config.hybrid_override_pattern:
@@ -146,43 +146,29 @@ class Found:
             if not self._keeps_inputs:
                 self._ssm[index, row] = state.ssm[row]
 
-    def states(
-        self, layers: Sequence[LayerState], counts: Sequence[int], decays: Sequence[Tensor]
-    ) -> list[NewState]:
-        """Each layer's new state, or its inputs, after counts[b] tokens of each row b.
+    def make_room(self) -> None:
+        """Room for the Mamba states of a pass that has left their inputs."""
+        c, mambas = self._config, self._window.shape[:2]
+        self._ssm = self._rooms.take(*mambas, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
 
-        decays: -exp(A_log) of each Mamba layer.
+    def states(self, counts: Sequence[int]) -> list[LayerState]:
+        """Each layer's new state after counts[b] tokens of each row b; None for a Mamba layer of
+        which only the inputs are known.
         """
         keys = iter(self._kv.unbind(0))
-        mambas: Iterator[NewState]
-        if self._keeps_inputs:
-            mambas = iter(self._inputs(layers, decays))
-        else:
-            mambas = iter(self._mamba_states(counts))
-        states: list[NewState] = []
+        mambas = iter([] if self._keeps_inputs else self.mamba_states(counts))
+        states: list[LayerState] = []
         for kind in self._config.hybrid_override_pattern:
             if kind == ATTENTION:
                 states.append(KV(next(keys), next(keys)))
             else:
-                states.append(next(mambas) if kind == MAMBA else None)
+                states.append(next(mambas, None) if kind == MAMBA else None)
         return states
 
-    def _inputs(self, layers: Sequence[LayerState], decays: Sequence[Tensor]) -> list[MambaInputs]:
-        c, width = self._config, self._config.mamba_width
-        heads = self._mixed[..., :width].unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim))
-        B = self._mixed[..., width : width + c.n_groups * c.ssm_state_size]
-        B = B.unflatten(-1, (c.n_groups, c.ssm_state_size))
-        num_rows = self._mixed.shape[1]
-        old = [state.ssm for state in layers if isinstance(state, MambaState)]
-        parts = (self._window, heads, self._step, B)
-        return [
-            MambaInputs(window, heads, step, decay.expand(num_rows, 1, -1), B, ssm)
-            for window, heads, step, B, decay, ssm in zip(
-                *(part.unbind(0) for part in parts), decays, old, strict=True
-            )
-        ]
-
-    def _mamba_states(self, counts: Sequence[int]) -> list[MambaState]:
+    def mamba_states(self, counts: Sequence[int]) -> list[MambaState]:
+        """Each Mamba layer's state after counts[b] tokens of each row b, leading (B, 1), for which
+        there is room.
+        """
         window, kept = self._window, self._config.conv_kernel - 1
         if min(counts) == max(counts):
             conv = window[:, :, counts[0] : counts[0] + kept]

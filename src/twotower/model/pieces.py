@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
-from twotower.model.state import ContextCache, NewState
+from twotower.model.state import ContextCache, LayerState, Reading
 
 Keys = tuple[KV | None, ...]  # of some tokens, layer by layer: each (1, n, Hk, A)
 
@@ -50,7 +50,7 @@ def fill(cache: ContextCache, pieces: Sequence[Keys], mark: Mark, num_tokens: in
     """Let an empty cache of one row hold num_tokens >= 1 tokens: their keys, in order, and the
     mark after the last.
     """
-    states: list[NewState] = []
+    states: list[LayerState] = []
     for layer, state in enumerate(mark.states):
         keys = [kv for piece in pieces if (kv := piece[layer]) is not None]
         if state is not None:
@@ -62,7 +62,7 @@ def fill(cache: ContextCache, pieces: Sequence[Keys], mark: Mark, num_tokens: in
         else:
             states.append(None)
     hidden = mark.last_hidden.clone().unsqueeze(1).expand(-1, num_tokens, -1)
-    cache.append(states, hidden, torch.tensor([num_tokens]))
+    cache.append(Reading(hidden, states), torch.tensor([num_tokens]))
 
 
 def keys_bytes(keys: Keys) -> int:

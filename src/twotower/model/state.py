@@ -4,6 +4,7 @@
 denoiser can get, so nothing of an unfinished block ever reaches the cache.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,14 +13,15 @@ from torch import Tensor
 
 from twotower.config import ATTENTION, MAMBA, ModelConfig
 from twotower.layers.attention import KV
-from twotower.layers.mamba2 import MambaInputs, MambaState, states_after
+from twotower.layers.mamba2 import MambaState
 
 # Tokens by which a buffer grows. Doubling would make short texts grow again and again, and leave
 # half of a long one's room unused.
 _LEAST_GROWTH, _MOST_GROWTH = 64, 1024
 
 LayerState = KV | MambaState | None
-NewState = LayerState | MambaInputs  # inputs where the caller decides later how many tokens stay
+# Each Mamba layer's state after the first counts (B,) of the tokens that were read.
+StatesAfter = Callable[[Tensor], list[MambaState]]
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,13 @@ class ContextView:
 class Reading(NamedTuple):
     """L tokens that the context tower has read after a cache which does not hold them yet.
 
-    hidden (B, L, D), normed; states: what each layer hands on, MambaInputs for a Mamba layer.
+    hidden (B, L, D), normed; states: keys and values of these tokens, and Mamba states after them
+    or None, where states_after makes those that are wanted.
     """
 
     hidden: Tensor
-    states: list[NewState]
+    states: list[LayerState]
+    states_after: StatesAfter | None = None
 
 
 class News(NamedTuple):
@@ -67,7 +71,7 @@ class News(NamedTuple):
     state, with leading (B, 1); hidden (B, D), the last output.
     """
 
-    states: list[NewState]
+    states: list[LayerState]
     hidden: Tensor
     counts: Tensor
 
@@ -135,14 +139,14 @@ class ContextCache:
         lengths = None if self.is_uniform else self.lengths
         return ContextView(layers, lengths, self.num_past, self.num_rows)
 
-    def append(self, states: list[NewState], hidden: Tensor, counts: Tensor) -> None:
-        """Commit what the tower returned for counts[b] >= 0 tokens per row; hidden (B, L, D).
+    def append(self, reading: Reading, counts: Tensor) -> None:
+        """Commit what was read of counts[b] >= 0 tokens per row; counts (B,) on the CPU.
 
         Whole or not at all: after an error (memory) the cache is what it was.
         """
         num_past, is_uniform = self.num_past, self.is_uniform
         found: dict[int, MambaState] = {}
-        for index, new in enumerate(states):
+        for index, new in enumerate(reading.states):
             old = self._states[index]
             if isinstance(new, KV) and isinstance(old, KV):
                 # What lies behind the lengths is not yet part of the cache.
@@ -152,9 +156,10 @@ class ContextCache:
                 self._states[index] = grown
             elif isinstance(new, MambaState):
                 found[index] = MambaState(new.conv[:, -1], new.ssm[:, -1])
-        inputs = {i: new for i, new in enumerate(states) if isinstance(new, MambaInputs)}
-        found |= zip(inputs, states_after(list(inputs.values()), counts), strict=True)
-        newest, lengths = self._newest(hidden, counts), self.lengths + counts
+        if reading.states_after is not None:  # now that it is known how many stay
+            kept = (i for i, old in enumerate(self._states) if isinstance(old, MambaState))
+            found = dict(zip(kept, reading.states_after(counts), strict=True))
+        newest, lengths = self._newest(reading.hidden, counts), self.lengths + counts
         for index, state in found.items():
             self._states[index] = state
         self.last_hidden, self.lengths = newest, lengths
@@ -165,7 +170,7 @@ class ContextCache:
 
         counts (B,) on the CPU. The reading must have been made from the cache as it is.
         """
-        self.append(reading.states, reading.hidden, counts)
+        self.append(reading, counts)
 
     def empty_like(self, device: torch.device | str) -> "ContextCache":
         """A cache of as many rows on another device, before their first token."""
@@ -188,7 +193,7 @@ class ContextCache:
         most = int(counts.max()) if len(counts) else 0
         first = int(lengths[0]) if len(lengths) else 0
         is_even = bool((lengths == first).all()) and bool((counts == most).all())
-        states: list[NewState] = []
+        states: list[LayerState] = []
         for state in self._states:
             if isinstance(state, KV):
                 cut = slice(first, first + most) if is_even else None
@@ -205,7 +210,8 @@ class ContextCache:
         most = int(news.counts.max()) if len(news.counts) else 0
         if most == 0:
             return
-        self.append(news.states, news.hidden.unsqueeze(1).expand(-1, most, -1), news.counts)
+        hidden = news.hidden.unsqueeze(1).expand(-1, most, -1)
+        self.append(Reading(hidden, news.states), news.counts)
 
     def select(self, rows: Tensor) -> "ContextCache":
         """A new cache with copies of some rows: rows (R,) int64."""
