@@ -63,6 +63,7 @@ def solved_profiles() -> dict[str, Efficiency]:
         "eager-gpu": calibrate_gpu(),
         "eager-cpu": calibrate_cpu("pytorch", "eager-cpu"),
         "native-cpu": calibrate_cpu("native", "native-cpu"),
+        "native-int8-cpu": calibrate_cpu("native-int8", "native-int8-cpu"),
     }
 
 

@@ -23,9 +23,10 @@ from twotower.plan.workload import Mode, Workload
 from twotower.race.sizes import random_config
 
 RESULTS = Path(__file__).parents[1] / "results"
-DATE = "cpu_2026-11-25.json"
+DATE = "cpu_2026-11-26.json"
 PROFILE = {"pytorch": "eager-cpu", "eager": "eager-cpu", "native": "native-cpu"}
-PROFILE |= {"transformers": "eager-cpu"}
+PROFILE |= {"native-int8": "native-int8-cpu", "transformers": "eager-cpu"}
+INT8 = {"native-int8-cpu"}  # profiles of int8 arithmetic on int8 weights
 # llama.cpp is not our code: held against what no code can beat.
 LLAMA: dict[str, Width] = {"llama.cpp-f32": "float32", "llama.cpp-f16": "bfloat16"}
 LLAMA |= {"llama.cpp-q8_0": "int8"}
@@ -54,7 +55,9 @@ def shape_of(size: str) -> Shape:
 
 
 def make_setup(size: str, hardware: str, profile: str, width: Width = "float32") -> Setup:
-    """A model on the bench machine; activations and arithmetic are float32 throughout."""
+    """A model on the bench machine; what is not int8 arithmetic is float32 throughout."""
+    is_int8 = profile in INT8
+    width = "int8" if is_int8 else width
     wide = uniform(width)
     precision = Precision(
         experts=width, projections=width, head=wide.head, dtype="float32"
@@ -64,7 +67,7 @@ def make_setup(size: str, hardware: str, profile: str, width: Width = "float32")
         hardware=built_in()[hardware],
         precision=precision,
         efficiency=PROFILES[profile],
-        compute="float32",
+        compute="int8" if is_int8 else "float32",
     )
 
 
@@ -76,10 +79,12 @@ def predict_call(setup: Setup, call: str, past: int) -> float:
 
 
 def pass_rows(threads: str, hardware: str) -> Iterator[Row]:
-    """Every pass of every size and executor of a race; native passes have one thread in each."""
+    """Every pass of every size and executor of a race; native ones of the small model have one
+    thread in each."""
     for size, found in read_record(f"race_{threads}")["sizes"].items():
         for engine, calls in found["ms_by_engine"].items():
-            machine = "bench-1-thread" if engine == "native" else hardware
+            is_small = size == "shipped" and engine.startswith("native")
+            machine = "bench-1-thread" if is_small else hardware
             setup = make_setup(size, machine, PROFILE[engine])
             for call, measured in calls.items():
                 is_calibrated = threads == "1_thread" and (size, call) in CALIBRATION
@@ -113,7 +118,7 @@ def rival_rows(threads: str, hardware: str) -> Iterator[Row]:
 
 def answer_rows() -> Iterator[Row]:
     """Whole answers of the evaluation, by category: lengths and tokens per pass as recorded."""
-    for category, modes in read_record("evaluate_fourth_denoiser")["categories"].items():
+    for category, modes in read_record("evaluate")["categories"].items():
         for mode, found in modes.items():
             work = _recorded_work(found, _prompt_tokens(category, found["n"]))
             time = _time("native-cpu", "bench-1-thread", work, mode)
@@ -130,7 +135,7 @@ def batch_rows() -> Iterator[Row]:
     """Rows at a time. Tokens per pass were not recorded there: those of the evaluation's four
     categories are taken; two queues are taken as two devices of a thread each.
     """
-    categories = read_record("evaluate_fourth_denoiser")["categories"]
+    categories = read_record("evaluate")["categories"]
     prompt = round(fmean(_prompt_tokens(name, 200) for name in _ROWS_CATEGORIES))
     for executor in ("eager", "native"):
         for found in read_record(f"rows_{executor}")["results"]:

@@ -38,7 +38,7 @@ def test_weights_are_those_that_inspect_counts() -> None:
 
 def test_cache_is_what_was_measured() -> None:
     """benchmarks/decode_memory.py counted the bytes of real caches, in float32."""
-    record = json.loads((ROOT / "benchmarks/results/decode_memory_cpu_2026-11-25.json").read_text())
+    record = json.loads((ROOT / "benchmarks/results/decode_memory_cpu_2026-11-26.json").read_text())
     shape = Shape.of(describe(ROOT / "src" / "twotower" / "assets"))
     for case in record["cases"]:
         length = case["prompt_tokens"] + record["settings"]["new_tokens"]

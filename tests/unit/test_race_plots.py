@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, object]:
-    record = json.loads((RESULTS / "race_int8_1_thread_cpu_2026-11-25.json").read_text())
+    record = json.loads((RESULTS / "race_1_thread_cpu_2026-11-26.json").read_text())
     return record["sizes"]["shipped"]
 
 

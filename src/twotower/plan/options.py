@@ -55,7 +55,8 @@ class PlanOptions:
     compute: Compute | None = None
     """Arithmetic; float32 with float32 weights or where the machine has no bfloat16."""
     efficiency: str | None = None
-    """limit, eager-gpu, graph-gpu, eager-cpu or native-cpu; by the kind of machine."""
+    """limit, eager-gpu, graph-gpu, eager-cpu, native-cpu or native-int8-cpu; by the kind of
+    machine."""
     bandwidth_share: float | None = None
     """Share of the peak bandwidth that is reached; the profile's."""
     arithmetic_share: float | None = None
