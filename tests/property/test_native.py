@@ -111,6 +111,25 @@ def test_rows_of_different_lengths(
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
+def test_prompts_of_native_and_of_wide_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the border between both: a token read twice or not at all, a row that ends before it
+    or on it, and a row that is read differently beside a longer one."""
+    plain, ours = pair()
+    monkeypatch.setattr(ours, "_first_wide", 32)
+    monkeypatch.setattr("twotower.model.native.PREFILL_CHUNK", 24)
+    lengths = [70, 56, 32, 31, 5]
+    ids = random_ids(len(lengths), 70)
+    together = ours.prefill(ids, torch.tensor(lengths))
+    assert_same_state(together, plain.prefill(ids, torch.tensor(lengths)))
+    for row, length in enumerate(lengths):
+        alone = ours.prefill(ids[row : row + 1, :length])
+        own = together.select(torch.tensor([row]))
+        assert_same_state(own, alone)
+        if length <= 32:
+            assert own.last_hidden is not None and alone.last_hidden is not None
+            assert torch.equal(own.last_hidden, alone.last_hidden)
+
+
 def test_a_reading_outlives_its_cache() -> None:
     """Guards memory: states are made from addresses of a cache that nobody else may hold."""
     _, ours = pair()

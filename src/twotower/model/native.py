@@ -18,8 +18,11 @@ from twotower.model.precision import Scheme, scheme_of, weight_bits
 from twotower.model.state import ContextCache, ContextView, Reading
 from twotower.model.two_tower import PREFILL_CHUNK, TwoTower
 
-# Longer ones are read faster in wide plain chunks (1,000 tokens: 257 ms against 286).
-_SHORT_PROMPT = 256
+# A prompt is read in native passes up to here, then in wide plain chunks: 16 tokens that attend to
+# thousands, or weights that stream from memory for every 16, make those faster. The shipped model
+# reads the third and fourth thousand in 435 ms so, and in 521 natively (one thread).
+_FIRST_WIDE, _FIRST_WIDE_LARGE = 2048, 256
+_IN_CACHE = 4_000_000  # weights of a tower
 _INT8 = Scheme(weights="int8", activations="int8")
 _MAX_TABLES = 64  # remembered times; a block of 16 tokens has 16 masked fractions
 
@@ -42,6 +45,8 @@ class NativeTwoTower(TwoTower):
         self._modules = dict(model._modules)
         self._modules["context_tower"] = _NativeContextTower(model.context_tower, is_int8)
         self._modules["context_lm_head"] = _NativeLinear(model.context_lm_head, is_int8)
+        num_weights = sum(weight.numel() for weight in model.context_tower.parameters())
+        self._first_wide = _FIRST_WIDE if num_weights < _IN_CACHE else _FIRST_WIDE_LARGE
         self._tables: dict[float, native.Modulations] = {}
         if model.denoiser_tower is not None:
             self._denoiser_pass = native.TowerPass(
@@ -52,17 +57,12 @@ class NativeTwoTower(TwoTower):
             )
             self._modules["lm_head"] = _NativeLinear(model.lm_head, is_int8)
 
-    @torch.no_grad()
-    def prefill(
-        self, ids: Tensor, lengths: Tensor | None = None, chunk_size: int | None = None
-    ) -> ContextCache:
-        """`TwoTower.prefill`; by default in chunks that fit a native pass where that is faster, and
-        in int8 always: another pass would read with other weights.
+    def prefill_chunk(self, num_past: int) -> int:
+        """Native passes first, wide plain chunks where those are faster; in int8 native ones
+        throughout: another pass would read with other weights.
         """
-        if chunk_size is None:
-            is_native = self._is_int8 or ids.shape[1] <= _SHORT_PROMPT
-            chunk_size = native.MAX_TOKENS if is_native else PREFILL_CHUNK
-        return super().prefill(ids, lengths, chunk_size)
+        is_native = self._is_int8 or num_past < self._first_wide
+        return native.MAX_TOKENS if is_native else PREFILL_CHUNK
 
     @torch.no_grad()
     def context_head(self, hidden: Tensor) -> Tensor:

@@ -103,20 +103,30 @@ class TwoTower(nn.Module):
 
     @torch.no_grad()
     def prefill(
-        self, ids: Tensor, lengths: Tensor | None = None, chunk_size: int = PREFILL_CHUNK
+        self, ids: Tensor, lengths: Tensor | None = None, chunk_size: int | None = None
     ) -> ContextCache:
-        """Read prompts ids (B, L), right-padded when `lengths` (B,) are given, chunk by chunk."""
+        """Read prompts ids (B, L), right-padded when `lengths` (B,) are given, chunk by chunk.
+
+        chunk_size: tokens of a chunk; what is fast where not given.
+        """
         ids = self._checked(ids, "ids")
         if lengths is not None and not (
             int(lengths.min()) >= 0 and int(lengths.max()) <= ids.shape[1]
         ):
             raise ValueError(f"lengths={lengths.tolist()} must lie between 0 and {ids.shape[1]}")
-        cache = self.empty_cache(len(ids))
-        for start in range(0, ids.shape[1], chunk_size):
-            chunk = ids[:, start : start + chunk_size]
+        cache, start = self.empty_cache(len(ids)), 0
+        while start < ids.shape[1]:
+            chunk = ids[:, start : start + (chunk_size or self.prefill_chunk(start))]
             counts = None if lengths is None else (lengths.cpu() - start).clamp(0, chunk.shape[1])
             self.extend(cache, chunk, counts)
+            start += chunk.shape[1]
         return cache
+
+    def prefill_chunk(self, num_past: int) -> int:
+        """How many tokens of a prompt are read at a time after num_past others. Depends on nothing
+        else, so that a row is read alike beside any neighbours.
+        """
+        return PREFILL_CHUNK
 
     @torch.no_grad()
     def extend(self, cache: ContextCache, tokens: Tensor, counts: Tensor | None = None) -> Tensor:
