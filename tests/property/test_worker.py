@@ -38,6 +38,7 @@ from twotower.engine.faults import HopelessError
 from twotower.engine.inbox import Inbox
 from twotower.engine.row import Row
 from twotower.engine.scheduler import Lane
+from twotower.measure import give_back_memory
 
 PROMPTS = prompts_of([5, 3, 9, 2])
 both_queues = pytest.mark.parametrize("queues", ["one", "two"])
@@ -242,6 +243,32 @@ def test_an_end_is_told_even_if_the_thread_dies_just_before(
         ticket = worker.submit(Request(PROMPTS[0], options()))
         wait_for(lambda: not worker.stats().is_alive)
         assert not ticket._events.empty() and completion_of(ticket).tokens
+
+
+def test_a_new_thread_gives_back_what_the_dead_one_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards memory over restarts: a new prefix cache beside the freed pages of the old one."""
+    calls: list[int] = []
+
+    def give_back() -> None:
+        calls.append(1)
+        give_back_memory()
+
+    monkeypatch.setattr("twotower.engine.worker.give_back_memory", give_back)
+    note_end = Worker._note_end
+
+    def dying(worker: Worker, event: Finished, ticket: Ticket) -> None:
+        note_end(worker, event, ticket)
+        raise SystemExit
+
+    with running() as worker:
+        with monkeypatch.context() as patch:
+            patch.setattr(Worker, "_note_end", dying)
+            worker.submit(Request(PROMPTS[0], options()))
+            wait_for(lambda: not worker.stats().is_alive)
+        assert calls == []
+        worker.start()
+        assert calls == [1]
+        assert completion_of(worker.submit(Request(PROMPTS[0], options()))).tokens
 
 
 def alive() -> int:

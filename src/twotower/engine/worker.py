@@ -17,6 +17,7 @@ from twotower.engine.options import WorkerOptions
 from twotower.engine.prefix_cache import PrefixCache, PrefixStats
 from twotower.engine.requests import Request, check_tokenizer, make_row
 from twotower.engine.ticket import Ticket, failed
+from twotower.measure import give_back_memory
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 
@@ -101,6 +102,8 @@ class Worker:
     def start(self) -> None:
         """Begin to decode. After the thread has died: go on with the rows that waited."""
         if self._thread.ident is not None and not self._thread.is_alive():
+            # A new thread may allocate elsewhere, beside what the old one's prefix cache had.
+            give_back_memory()
             self._thread = self._make_thread()
         self._thread.start()
 
