@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 
-import twotower
+from twotower.cli.loading import shipped_model
 
 MODES = ("ar", "diffusion", "speculative", "posterior", "predict-and-noise", "mock-ar")
 LENGTHS = (256, 1024, 4096, 16384)
@@ -53,7 +53,7 @@ print(json.dumps({
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=twotower.__path__[0] + "/assets")
+    parser.add_argument("--model", default="shipped", help="a checkpoint folder")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--new-tokens", type=int, default=32)
@@ -75,7 +75,8 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, mode: str, length: int) -> dict[str, int]:
     """One case in a fresh process."""
-    given = [args.model, mode, str(length), str(args.new_tokens), args.executor]
+    path = str(shipped_model()) if args.model == "shipped" else args.model
+    given = [path, mode, str(length), str(args.new_tokens), args.executor]
     command = [sys.executable, "-c", CHILD, *given]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found: dict[str, int] = json.loads(output)

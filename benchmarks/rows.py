@@ -13,10 +13,12 @@ import os
 import platform
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
 import twotower
+from twotower.cli.loading import shipped_model
 from twotower.engine import EngineOptions, Finished, stream
 from twotower.engine.accelerate import EXECUTORS, accelerate
 from twotower.evaluate.suite import held_out
@@ -47,7 +49,7 @@ def run_once(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=twotower.__path__[0] + "/assets")
+    parser.add_argument("--model", default="shipped", help="a checkpoint folder")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
@@ -57,8 +59,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = accelerate(twotower.load_model(args.model), args.executor)
-    tokenizer = twotower.load_tokenizer(args.model)
+    path = shipped_model() if args.model == "shipped" else Path(args.model)
+    model = accelerate(twotower.load_model(path), args.executor)
+    tokenizer = twotower.load_tokenizer(path)
     prompts = draw_prompts(args.prompts)
     cases = [(q, mode, rows) for q in args.queues for mode in MODES for rows in args.rows]
     rates: dict[tuple[str, str, int], list[float]] = {case: [] for case in cases}

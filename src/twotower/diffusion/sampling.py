@@ -125,9 +125,9 @@ def draw_noise(
     """
     num_rows = logits.shape[0]
     temperatures = _values(temperature)
-    if len(temperatures) != num_rows:
+    if len(temperatures) == 1:
         temperatures = temperatures * num_rows
-    rows = [row for row, value in enumerate(temperatures) if value > 0]
+    rows = [row for row, value in zip(range(num_rows), temperatures, strict=True) if value > 0]
     if not rows:
         return None
     noise = gumbel(logits.shape[1:], [generators[row] for row in rows]).to(logits.device)

@@ -24,8 +24,9 @@ from twotower.kernels.quantised import Quantised
 
 MAX_TOKENS = 16  # of one pass: the lanes of the widest vector
 KINDS = (MAMBA, ATTENTION, MLP)  # layers that it knows
-# Weights below this many stay in one thread: it costs more to wake another than it helps.
-_LEAST_SHARED = 4_000_000
+# Weights from this many on stream from memory, and threads share them: below, it costs more to wake
+# another than it helps.
+LARGE = 4_000_000
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math",
@@ -85,7 +86,7 @@ class TowerPass:
         packed = Packed(matrices)
         self._kept = weights, packed  # the addresses below stay valid as long as these live
         num_weights = sum(w.numel() for w in weights.values()) + packed.num_bytes
-        self._is_shared = num_weights >= _LEAST_SHARED
+        self._is_shared = num_weights >= LARGE
         self._sizes = _Sizes(
             config.vocab_size, config.hidden_size, config.num_attention_heads,
             config.num_key_value_heads, config.head_dim, config.mamba_num_heads,
@@ -161,7 +162,7 @@ class Linear:
         self._kept = weight, packed
         numbers = weight if isinstance(weight, Tensor) else weight.qdata
         self._rows, self._width = numbers.shape
-        self._is_shared = numbers.numel() >= _LEAST_SHARED
+        self._is_shared = numbers.numel() >= LARGE
         self._weight = _weight("", wide, packed)
         self._run = library().twotower_linear
 

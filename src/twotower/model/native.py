@@ -22,7 +22,6 @@ from twotower.model.two_tower import PREFILL_CHUNK, TwoTower
 # thousands, or weights that stream from memory for every 16, make those faster. The shipped model
 # reads the third and fourth thousand in 435 ms so, and in 521 natively (one thread).
 _FIRST_WIDE, _FIRST_WIDE_LARGE = 2048, 256
-_IN_CACHE = 4_000_000  # weights of a tower
 _INT8 = Scheme(weights="int8", activations="int8")
 _MAX_TABLES = 64  # remembered times; a block of 16 tokens has 16 masked fractions
 
@@ -46,7 +45,7 @@ class NativeTwoTower(TwoTower):
         self._modules["context_tower"] = _NativeContextTower(model.context_tower, is_int8)
         self._modules["context_lm_head"] = _NativeLinear(model.context_lm_head, is_int8)
         num_weights = sum(weight.numel() for weight in model.context_tower.parameters())
-        self._first_wide = _FIRST_WIDE if num_weights < _IN_CACHE else _FIRST_WIDE_LARGE
+        self._first_wide = _FIRST_WIDE if num_weights < native.LARGE else _FIRST_WIDE_LARGE
         self._tables: dict[float, native.Modulations] = {}
         if model.denoiser_tower is not None:
             self._denoiser_pass = native.TowerPass(
@@ -169,7 +168,7 @@ class _NativeContextTower(ContextTower):
             found.make_room()
             for row, end in enumerate(ends):
                 self._pass.fill_states(end, pasts[row].address, found.address(row))
-            return [MambaState(*(part[:, 0] for part in one)) for one in found.mamba_states(ends)]
+            return found.mamba_states(ends)
 
         return Reading(hidden, found.states(given), states_after)
 

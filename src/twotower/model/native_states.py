@@ -156,7 +156,8 @@ class Found:
         which only the inputs are known.
         """
         keys = iter(self._kv.unbind(0))
-        mambas = iter([] if self._keeps_inputs else self.mamba_states(counts))
+        found = [] if self._keeps_inputs else self.mamba_states(counts)
+        mambas = (MambaState(*(part.unsqueeze(1) for part in state)) for state in found)
         states: list[LayerState] = []
         for kind in self._config.hybrid_override_pattern:
             if kind == ATTENTION:
@@ -166,15 +167,13 @@ class Found:
         return states
 
     def mamba_states(self, counts: Sequence[int]) -> list[MambaState]:
-        """Each Mamba layer's state after counts[b] tokens of each row b, leading (B, 1), for which
-        there is room.
-        """
+        """Each Mamba layer's state after counts[b] tokens of each row b, for which there is room."""
         window, kept = self._window, self._config.conv_kernel - 1
         if min(counts) == max(counts):
             conv = window[:, :, counts[0] : counts[0] + kept]
         else:
             conv = torch.stack([window[:, b, n : n + kept] for b, n in enumerate(counts)], dim=1)
-        convs, states = conv.mT.unsqueeze(2).unbind(0), self._ssm.unsqueeze(2).unbind(0)
+        convs, states = conv.mT.unbind(0), self._ssm.unbind(0)
         return [MambaState(*parts) for parts in zip(convs, states, strict=True)]
 
 
