@@ -86,7 +86,7 @@ def threads() -> Iterator[None]:
 @pytest.fixture
 def shared_work(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
     """Small models work in several threads, too."""
-    monkeypatch.setattr(native, "_LEAST_SHARED", 0)
+    monkeypatch.setattr(native, "LARGE", 0)
 
 
 def whole_numbers(rows: int, width: int, seed: int) -> Tensor:

@@ -167,7 +167,7 @@ class Found:
         return states
 
     def mamba_states(self, counts: Sequence[int]) -> list[MambaState]:
-        """Each Mamba layer's state after counts[b] tokens of each row b, for which there is room."""
+        """Each Mamba layer's state after counts[b] tokens of each row b; needs room for it."""
         window, kept = self._window, self._config.conv_kernel - 1
         if min(counts) == max(counts):
             conv = window[:, :, counts[0] : counts[0] + kept]
