@@ -17,9 +17,9 @@ from pathlib import Path
 
 import twotower
 from twotower import GenerateOptions, generate, load_model, load_tokenizer
-from twotower.corpus import tools
 from twotower.engine.grammar import Grammar, TokenRules, begin, json_schema, regex
-from twotower.engine.tool_calls import HERMES, tool_call
+from twotower.lab.corpus import tools
+from twotower.serve.tool_calls import HERMES, tool_call
 from twotower.tokenizer import Tokenizer, train_tokenizer
 
 ASSETS = Path(twotower.__file__).parent / "assets"

@@ -21,7 +21,7 @@ import twotower
 from twotower.cli.loading import shipped_model
 from twotower.engine import EngineOptions, Finished, stream
 from twotower.engine.accelerate import EXECUTORS, accelerate
-from twotower.evaluate.suite import held_out
+from twotower.lab.evaluate.suite import held_out
 
 MODES = ("ar", "diffusion", "speculative")
 ROWS = (1, 2, 4, 8, 16)

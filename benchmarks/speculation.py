@@ -13,10 +13,10 @@ import torch
 import twotower
 from twotower.cli.machine import describe_cpu
 from twotower.engine import GenerateOptions
-from twotower.evaluate.decode import Trace
-from twotower.evaluate.results import summarise
-from twotower.evaluate.run import Subject, draw_groups, evaluate, warm_up
-from twotower.evaluate.suite import SUITES
+from twotower.lab.evaluate.decode import Trace
+from twotower.lab.evaluate.results import summarise
+from twotower.lab.evaluate.run import Subject, draw_groups, evaluate, warm_up
+from twotower.lab.evaluate.suite import SUITES
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ def passes(model: twotower.TwoTower, num_prompt: int) -> dict[str, Callable[[], 
     return {
         "ar_step": step,
         "extend": lambda: model.extend(base.select(row), tokens),
-        "read": lambda: model.context_head(model.read(base, tokens).hidden),
+        "read": lambda: model.context_head(model.verify(base, tokens).hidden),
         "denoise_pass": lambda: model.denoise(block, base.view(), t),
         "prefill": lambda: model.prefill(prompt),
         "copy_of_cache": lambda: base.select(row),  # contained in the first two

@@ -2,11 +2,11 @@
 
 from tiny_models import tiny_config
 from twotower.checkpoint.inspect import describe_config
-from twotower.plan.efficiency import PROFILES, Efficiency
-from twotower.plan.hardware import Hardware
-from twotower.plan.passes import Setup, Shape
-from twotower.plan.precision import Width, uniform
-from twotower.plan.workload import Workload
+from twotower.lab.plan.efficiency import PROFILES, Efficiency
+from twotower.lab.plan.hardware import Hardware
+from twotower.lab.plan.passes import Setup, Shape
+from twotower.lab.plan.precision import Width, uniform
+from twotower.lab.plan.workload import Workload
 
 
 def machine(**changes: object) -> Hardware:

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 import twotower
-from twotower.corpus import CATEGORIES, Document
 from twotower.engine import GenerateOptions
-from twotower.evaluate.run import Item, draw_groups
+from twotower.lab.corpus import CATEGORIES, Document
+from twotower.lab.evaluate.run import Item, draw_groups
 
 BLOCK_SIZES = (8, 16, 32, 64)
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from twotower.cli.machine import describe_cpu
-from twotower.corpus import Document
 from twotower.engine import GenerateOptions
-from twotower.evaluate.decode import Trace
-from twotower.evaluate.likelihood import bound_text
-from twotower.evaluate.results import summarise
-from twotower.evaluate.run import Item, Subject, evaluate
-from twotower.evaluate.statistics import interval, resample_means
+from twotower.lab.corpus import Document
+from twotower.lab.evaluate.decode import Trace
+from twotower.lab.evaluate.likelihood import bound_text
+from twotower.lab.evaluate.results import summarise
+from twotower.lab.evaluate.run import Item, Subject, evaluate
+from twotower.lab.evaluate.statistics import interval, resample_means
 from twotower.train.run_folder import versions
 
 RESULTS = Path("benchmarks/results/ablations")

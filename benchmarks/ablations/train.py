@@ -37,9 +37,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 import twotower
-from twotower.corpus import Document
 from twotower.engine import GenerateOptions
-from twotower.evaluate.run import Item, draw_groups
+from twotower.lab.corpus import Document
+from twotower.lab.evaluate.run import Item, draw_groups
 from twotower.train.loop import train
 from twotower.train.options import TrainOptions
 from twotower.train.prepare import prepare

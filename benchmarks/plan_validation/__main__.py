@@ -32,7 +32,7 @@ from benchmarks.plan_validation.published import (
 from benchmarks.plan_validation.rows import Row
 from benchmarks.plan_validation.tables import put_between, summary_table, whole_table
 
-from twotower.plan.efficiency import PROFILES, Efficiency
+from twotower.lab.plan.efficiency import PROFILES, Efficiency
 
 DOCS = Path(__file__).parents[2] / "docs" / "plan.md"
 RECORD = RESULTS / "plan_validation.json"

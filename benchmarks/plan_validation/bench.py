@@ -12,15 +12,15 @@ from benchmarks.plan_validation.rows import Row, both
 
 from twotower import load_tokenizer
 from twotower.checkpoint.inspect import describe, describe_config
-from twotower.evaluate.suite import held_out
-from twotower.plan.decode import ModeTime, time_mode
-from twotower.plan.efficiency import PROFILES
-from twotower.plan.hardware import built_in
-from twotower.plan.memory import placements
-from twotower.plan.passes import Pass, Setup, Shape, Tower, time_pass
-from twotower.plan.precision import Precision, Width, uniform
-from twotower.plan.workload import Mode, Workload
-from twotower.race.sizes import random_config
+from twotower.lab.evaluate.suite import held_out
+from twotower.lab.plan.decode import ModeTime, time_mode
+from twotower.lab.plan.efficiency import PROFILES
+from twotower.lab.plan.hardware import built_in
+from twotower.lab.plan.memory import placements
+from twotower.lab.plan.passes import Pass, Setup, Shape, Tower, time_pass
+from twotower.lab.plan.precision import Precision, Width, uniform
+from twotower.lab.plan.workload import Mode, Workload
+from twotower.lab.race.sizes import random_config
 
 RESULTS = Path(__file__).parents[1] / "results"
 DATE = "cpu_2026-11-26.json"

@@ -8,10 +8,10 @@ from typing import Any
 from benchmarks.plan_validation.bench import CALLS, make_setup, read_record
 from benchmarks.plan_validation.published import read_published, released
 
-from twotower.plan.efficiency import PROFILES, Efficiency
-from twotower.plan.hardware import built_in
-from twotower.plan.passes import Pass, PassTime, Setup, Shape, time_pass
-from twotower.plan.precision import Precision
+from twotower.lab.plan.efficiency import PROFILES, Efficiency
+from twotower.lab.plan.hardware import built_in
+from twotower.lab.plan.passes import Pass, PassTime, Setup, Shape, time_pass
+from twotower.lab.plan.precision import Precision
 
 _TURNS = 60  # of the fixed point; it converges in a dozen
 

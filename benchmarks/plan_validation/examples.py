@@ -5,8 +5,8 @@ from typing import Any
 
 from benchmarks.plan_validation.published import released
 
-from twotower.plan import PlanOptions
-from twotower.plan.make import plan_shape
+from twotower.lab.plan import PlanOptions
+from twotower.lab.plan.make import plan_shape
 
 EXAMPLES: Sequence[Mapping[str, Any]] = (
     {"hardware": "h100-sxm"},

@@ -9,11 +9,11 @@ from typing import Any
 from benchmarks.plan_validation.rows import Row, both
 
 from twotower.checkpoint.inspect import describe_preset
-from twotower.plan import PlanOptions
-from twotower.plan.decode import break_even_tokens_per_nfe
-from twotower.plan.make import plan_shape
-from twotower.plan.passes import Shape
-from twotower.plan.workload import Workload
+from twotower.lab.plan import PlanOptions
+from twotower.lab.plan.decode import break_even_tokens_per_nfe
+from twotower.lab.plan.make import plan_shape
+from twotower.lab.plan.passes import Shape
+from twotower.lab.plan.workload import Workload
 
 FILE = Path(__file__).with_name("published.toml")
 GROUP, COUNTED = "published, 30B", "published, counted"

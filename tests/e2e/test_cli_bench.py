@@ -13,7 +13,7 @@ from tiny_models import fresh_model, tiny_config
 from tiny_text import tiny_tokenizer
 from twotower.checkpoint import save_model
 from twotower.cli.main import main
-from twotower.race import sizes
+from twotower.lab.race import sizes
 
 FLAGS = ["--items", "1", "--max-new-tokens", "12", "--repeats", "3", "--replays", "2"]
 FLAGS += ["--max-prompt-tokens", "1000"]

@@ -21,7 +21,7 @@ from twotower.cli.comparison import Measured, print_comparison, summary
 from twotower.cli.demo import SAMPLES
 from twotower.cli.main import main
 from twotower.cli.replay import Frame, Scene, block_frames, token_frames
-from twotower.corpus import sample
+from twotower.lab.corpus import sample
 
 SOURCE = Path(__file__).parents[2] / "src"
 FLAGS = ["--prompt", "abc", "--max-new-tokens", "9", "--repeats", "1"]

@@ -17,7 +17,7 @@ from twotower import GenerateOptions
 from twotower.cli import evaluate as evaluation
 from twotower.cli.main import main
 from twotower.engine.accelerate import accelerate
-from twotower.evaluate.suite import check, held_out
+from twotower.lab.evaluate.suite import check, held_out
 
 FLAGS = ["--items", "2", "--max-new-tokens", "20", "--categories", "math,tools"]
 

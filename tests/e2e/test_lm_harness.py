@@ -16,16 +16,16 @@ import twotower
 from tiny_checkpoint import TEXT, make_checkpoint, make_text_checkpoint
 from twotower.cli.lm_eval import load_decoder
 from twotower.cli.main import main
-from twotower.evaluate.likelihood import score_texts
-from twotower.evaluate.lm_harness import Decoder, HarnessOptions
-from twotower.evaluate.lm_tasks import (
+from twotower.lab.evaluate.likelihood import score_texts
+from twotower.lab.evaluate.lm_harness import Decoder, HarnessOptions
+from twotower.lab.evaluate.lm_tasks import (
     humaneval_file,
     process_humaneval,
     process_results,
     read_humaneval,
     write_tasks,
 )
-from twotower.evaluate.suite import held_out
+from twotower.lab.evaluate.suite import held_out
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from twotower.checkpoint import convert_to_gguf, export_gguf
 from twotower.checkpoint.gguf import Precision
 from twotower.cli.loading import shipped_model
 from twotower.engine import GenerateOptions, generate
-from twotower.race.rivals import Rival, load_llama_cpp
+from twotower.lab.race.rivals import Rival, load_llama_cpp
 from twotower.tokenizer import load_tokenizer
 
 pytest.importorskip("xllamacpp")

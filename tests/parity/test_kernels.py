@@ -1,4 +1,4 @@
-"""The fast operations against the slow loops of kernels/reference.py in float64."""
+"""The fast operations against the slow loops of slow_kernels.py in float64."""
 
 import math
 from collections.abc import Callable
@@ -9,8 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import slow_kernels as reference
 from twotower import masks
-from twotower.kernels import ops, reference, ssd
+from twotower.kernels import ops, ssd
 
 Tensors = tuple[Tensor, ...]
 

@@ -11,7 +11,7 @@ import twotower
 from tiny_checkpoint import TEXT, make_text_checkpoint
 from twotower.checkpoint import export_transformers
 from twotower.cli.lm_eval import load_decoder
-from twotower.evaluate.lm_harness import make_model_class
+from twotower.lab.evaluate.lm_harness import make_model_class
 
 pytest.importorskip("accelerate", reason="lm-eval's hf model needs it")
 huggingface = pytest.importorskip("lm_eval.models.huggingface")

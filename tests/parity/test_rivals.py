@@ -12,7 +12,7 @@ from twotower import load_model
 from twotower.checkpoint import convert_to_gguf, export_transformers
 from twotower.cli.loading import shipped_model
 from twotower.engine import GenerateOptions, generate
-from twotower.race.rivals import (
+from twotower.lab.race.rivals import (
     Decoded,
     MissingRival,
     Rival,

@@ -23,7 +23,7 @@ from twotower.engine.grammar import (
     lark,
     regex,
 )
-from twotower.engine.tool_calls import read_tool_calls, tool_call
+from twotower.serve.tool_calls import read_tool_calls, tool_call
 
 EOS, VOCAB = 2, byte_tokenizer().vocab_size
 MODEL = tiny_model(vocab_size=VOCAB, block_size=6)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tiny_models import tiny_model
-from twotower.evaluate import likelihood
-from twotower.evaluate.likelihood import bound_text, draw_masks, score_texts
+from twotower.lab.evaluate import likelihood
+from twotower.lab.evaluate.likelihood import bound_text, draw_masks, score_texts
 from twotower.model.two_tower import TwoTower
 
 

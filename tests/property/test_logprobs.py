@@ -11,7 +11,7 @@ from tiny_text import byte_tokenizer
 from twotower import Completion, GenerateOptions, TokensCommitted, generate, stream
 from twotower.engine import Finished
 from twotower.engine.grammar import regex
-from twotower.evaluate.likelihood import score_texts
+from twotower.lab.evaluate.likelihood import score_texts
 
 MODEL = tiny_model()
 PROMPTS = prompts_of([1, 7, 2, 19, 4])

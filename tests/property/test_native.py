@@ -76,7 +76,7 @@ def test_every_shape_of_a_pass(name: str, length: int) -> None:
     torch.testing.assert_close(hidden, expected, **CLOSE)
     assert_same_state(*caches)
     for model, cache in zip((ours, plain), caches, strict=True):
-        cache.accept(model.read(cache, more), torch.tensor([length - length // 3]))
+        cache.commit(model.verify(cache, more), torch.tensor([length - length // 3]))
     assert_same_state(*caches)
     found, expected = (m.next_logits(caches[1]) for m in (ours, plain))
     torch.testing.assert_close(found, expected, **CLOSE)
@@ -101,9 +101,9 @@ def test_rows_of_different_lengths(
         model.extend(cache, more, torch.tensor(counts[:num_rows]))
         wanted = torch.tensor(accepted[:num_rows])
         worth = wanted.clamp(min=1) if model is ours else None
-        reading = model.read(cache, more[:, :5], worth)
-        assert reading.hidden.isfinite().all()
-        cache.accept(reading, wanted)
+        output = model.verify(cache, more[:, :5], worth)
+        assert output.hidden.isfinite().all()
+        cache.commit(output, wanted)
     assert_same_state(*caches)
     block = masked_like(random_ids(num_rows, 4, seed=seed + 2), seed)
     t = torch.linspace(0.2, 1.0, num_rows)
@@ -135,10 +135,10 @@ def test_a_reading_outlives_its_cache() -> None:
     _, ours = pair()
     cache = ours.prefill(random_ids(1, 9))
     states = [weakref.ref(state.ssm) for state in cache.layers if isinstance(state, MambaState)]
-    reading = ours.read(cache, random_ids(1, 4))
+    output = ours.verify(cache, random_ids(1, 4))
     del cache
     gc.collect()
-    assert reading.states_after is not None and all(state() is not None for state in states)
+    assert output.states_after is not None and all(state() is not None for state in states)
 
 
 def test_a_denoiser_pass_leaves_the_cache_bit_identical() -> None:

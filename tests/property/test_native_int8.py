@@ -248,11 +248,11 @@ def test_memory_is_not_used_again_while_somebody_looks(
     for step in range(6):
         parts = parts_of(cache.view().layers)
         kept.append((parts, [part.clone() for part in parts]))
-        reading = ours.read(cache, random_ids(2, length, seed=step))
+        output = ours.verify(cache, random_ids(2, length, seed=step))
         ours.extend(cache, random_ids(2, length, seed=step))
         again = ours.prefill(random_ids(2, 9))
-        again.accept(ours.read(again, random_ids(2, length)), torch.tensor([length, length]))
-        del reading
+        again.commit(ours.verify(again, random_ids(2, length)), torch.tensor([length, length]))
+        del output
     for parts, values in kept:
         assert all(torch.equal(a, b) for a, b in zip(parts, values, strict=True))
 

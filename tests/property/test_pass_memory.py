@@ -41,7 +41,7 @@ PASSES: dict[str, Callable[[ContextCache], Callable[[], object]]] = {
     ),
     "ar step": lambda cache: lambda: MODEL.extend(cache, random_ids(cache.num_rows, 1)),
     "extend": lambda cache: lambda: MODEL.extend(cache, random_ids(cache.num_rows, 4)),
-    "read": lambda cache: lambda: MODEL.read(cache, random_ids(cache.num_rows, 4)),
+    "read": lambda cache: lambda: MODEL.verify(cache, random_ids(cache.num_rows, 4)),
 }
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiny_plan import machine, setup, workload
-from twotower.plan.decode import (
+from twotower.lab.plan.decode import (
     DENOISE,
     break_even_tokens_per_nfe,
     pass_times,
@@ -14,11 +14,11 @@ from twotower.plan.decode import (
     time_mode,
     turns,
 )
-from twotower.plan.efficiency import Efficiency
-from twotower.plan.memory import cache_bytes, placements, tower_bytes
-from twotower.plan.passes import Pass, Setup, expected_experts, pass_parts, time_pass
-from twotower.plan.precision import BITS, uniform
-from twotower.plan.workload import MODES, Workload
+from twotower.lab.plan.efficiency import Efficiency
+from twotower.lab.plan.memory import cache_bytes, placements, tower_bytes
+from twotower.lab.plan.passes import Pass, Setup, expected_experts, pass_parts, time_pass
+from twotower.lab.plan.precision import BITS, uniform
+from twotower.lab.plan.workload import MODES, Workload
 
 SHARES = st.floats(0.05, 1.0)
 EFFICIENCIES = st.builds(

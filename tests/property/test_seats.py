@@ -11,7 +11,7 @@ from twotower import GenerateOptions, TwoTower, generate
 from twotower.engine import EngineOptions
 from twotower.engine.seat import CopySeat, take_seat
 from twotower.hosts.link import Message
-from twotower.hosts.wire import bundled, message_to_news, news_to_message, parts_of
+from twotower.hosts.wire import bundled, delta_to_message, message_to_delta, parts_of
 
 MODEL = tiny_model()
 PROMPTS = prompts_of([1, 7, 2, 19, 4])
@@ -64,15 +64,17 @@ def test_a_copy_catches_up_with_what_is_new_alone(
     ids = torch.randint(4, 41, (3, 6), generator=torch.Generator().manual_seed(sum(first)))
     cache = MODEL.prefill(ids, torch.tensor(first))
     copy = cache.empty_like("cpu")
-    copy.catch_up(cache.since(copy.lengths))
+    copy.apply_delta(cache.delta_since(copy.lengths))
     MODEL.extend(cache, ids[:, :5], torch.tensor(counts))
-    news = cache.since(copy.lengths)
-    assert news.counts.tolist() == counts
-    keys = [part for state in news.states if state is not None for part in state if part.dim() == 4]
+    delta = cache.delta_since(copy.lengths)
+    assert delta.counts.tolist() == counts
+    keys = [
+        part for state in delta.states if state is not None for part in state if part.dim() == 4
+    ]
     assert {part.shape[1] for part in keys if part.shape[2:] == (2, 8)} <= {max(counts), 1}
     if by_wire:
-        news = message_to_news(news_to_message(0, news))
-    copy.catch_up(news)
+        delta = message_to_delta(delta_to_message(0, delta))
+    copy.apply_delta(delta)
     assert copy.lengths.tolist() == cache.lengths.tolist()
     for own, its in zip(copy.layers, cache.layers, strict=True):
         for a, b in zip(own or (), its or (), strict=True):

@@ -130,9 +130,9 @@ def test_accepting_some_equals_extending_by_them(lengths: list[int], size: int, 
     cache = MODEL.prefill(ids[:, :longest], torch.tensor(lengths))
     new = ids[:, longest:]
     before = snapshot(cache)
-    reading = MODEL.read(cache, new)
+    output = MODEL.verify(cache, new)
     assert all(map(torch.equal, snapshot(cache), before))
-    cache.accept(reading, counts)
+    cache.commit(output, counts)
     expected = MODEL.prefill(ids[:, :longest], torch.tensor(lengths))
     MODEL.extend(expected, new, counts)
     assert cache.lengths.tolist() == expected.lengths.tolist()

@@ -72,7 +72,7 @@ def test_recorded_modulation() -> None:
     layer = model.context_tower.layers[0]
     assert layer.kind == MAMBA
     normed = layer.norm(golden["modulated"])
-    torch.testing.assert_close(layer.enter(x, found)[:, 0], normed)
+    torch.testing.assert_close(layer.pre_norm(x, found)[:, 0], normed)
 
 
 def test_t_none_is_no_modulation_and_not_t_zero() -> None:

@@ -16,13 +16,13 @@ import pytest
 pytest.importorskip("num2words")
 pytest.importorskip("babel")
 
-from twotower.corpus import CATEGORIES, DEFAULT_WEIGHTS, Document, documents, sample, split_of
-from twotower.corpus.arithmetic import apply_step, draw, write_step
-from twotower.corpus.code import Function, arguments_for, make_tests
-from twotower.corpus.code_families import FAMILIES, NAMES_OF
-from twotower.corpus.knowledge import facts
-from twotower.corpus.knowledge import write_sentence as write_fact
-from twotower.corpus.multilingual import (
+from twotower.lab.corpus import CATEGORIES, DEFAULT_WEIGHTS, Document, documents, sample, split_of
+from twotower.lab.corpus.arithmetic import apply_step, draw, write_step
+from twotower.lab.corpus.code import Function, arguments_for, make_tests
+from twotower.lab.corpus.code_families import FAMILIES, NAMES_OF
+from twotower.lab.corpus.knowledge import facts
+from twotower.lab.corpus.knowledge import write_sentence as write_fact
+from twotower.lab.corpus.multilingual import (
     FOREIGN,
     NOUNS,
     VERBS,
@@ -30,7 +30,7 @@ from twotower.corpus.multilingual import (
     write_date,
     write_sentence,
 )
-from twotower.corpus.refusal import TOPICS
+from twotower.lab.corpus.refusal import TOPICS
 
 NUM_SAMPLES = 1000
 # The first model's names of these categories: another hash would move what it was trained on.
@@ -285,7 +285,7 @@ def test_every_held_out_fact_is_taught_in_another_form():
 def test_a_seed_gives_the_same_stream_in_another_process():
     """Guards: salted hashing or set order, which would make a run impossible to repeat."""
     program = (
-        "from itertools import islice; from twotower.corpus import documents\n"
+        "from itertools import islice; from twotower.lab.corpus import documents\n"
         "print([d.prompt + d.completion for d in islice(documents('train', 7), 200)])"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONIOENCODING": "utf-8"}
@@ -329,7 +329,7 @@ def test_bad_input_is_one_clear_line(call, message):
 
 @pytest.mark.parametrize("library", ["babel", "num2words"])
 def test_a_missing_library_says_what_to_install(library, monkeypatch):
-    from twotower.corpus import multilingual, territories
+    from twotower.lab.corpus import multilingual, territories
 
     for table in (territories.countries, multilingual.number_word):
         table.cache_clear()

@@ -16,11 +16,11 @@ import pytest
 pytest.importorskip("num2words")
 pytest.importorskip("babel")
 
-from twotower.corpus import knowledge, multilingual, refusal, sample, tools
-from twotower.corpus.code_families import FAMILIES, Family
-from twotower.corpus.document import HASHED_AS, split_of
-from twotower.corpus.documents import DRAWS
-from twotower.corpus.vocabulary import CITIES, NAMES
+from twotower.lab.corpus import knowledge, multilingual, refusal, sample, tools
+from twotower.lab.corpus.code_families import FAMILIES, Family
+from twotower.lab.corpus.document import HASHED_AS, split_of
+from twotower.lab.corpus.documents import DRAWS
+from twotower.lab.corpus.vocabulary import CITIES, NAMES
 
 LONG = ("long_context", "lookup")
 

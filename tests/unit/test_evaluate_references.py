@@ -8,9 +8,9 @@ import torch
 from tiny_models import fresh_model, tiny_config, tiny_model
 from tiny_text import ids_of, tiny_tokenizer
 from twotower import TwoTower
-from twotower.corpus import Document
-from twotower.evaluate.likelihood import Bound, Score, bound_text, score_texts
-from twotower.evaluate.references import (
+from twotower.lab.corpus import Document
+from twotower.lab.evaluate.likelihood import Bound, Score, bound_text, score_texts
+from twotower.lab.evaluate.references import (
     NOISINGS,
     Reference,
     answer_ids,

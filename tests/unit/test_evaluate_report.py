@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from twotower.evaluate.examples import kind_of, write_examples
-from twotower.evaluate.plots import figures
-from twotower.evaluate.report import CAPTIONS, headline, to_html, write_report
+from twotower.lab.evaluate.examples import kind_of, write_examples
+from twotower.lab.evaluate.plots import figures
+from twotower.lab.evaluate.report import CAPTIONS, headline, to_html, write_report
 
 
 def row(accuracy: float, retention: float | None, nfe: int) -> dict[str, object]:

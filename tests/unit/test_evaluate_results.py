@@ -7,15 +7,15 @@ import pytest
 
 pytest.importorskip("jsonschema")
 
-from twotower.corpus import Document
 from twotower.engine import GenerateOptions
-from twotower.evaluate.decode import Output, Trace, is_loop
-from twotower.evaluate.options import EvalOptions
-from twotower.evaluate.results import kendall_tau, measure, summarise, summarise_traces
-from twotower.evaluate.run import Item, Judged, draw_groups
-from twotower.evaluate.statistics import interval, resample_means, retention
-from twotower.evaluate.suite import Verdict
-from twotower.evaluate.sweep import PASS_LIMITS, THRESHOLDS, settings
+from twotower.lab.corpus import Document
+from twotower.lab.evaluate.decode import Output, Trace, is_loop
+from twotower.lab.evaluate.options import EvalOptions
+from twotower.lab.evaluate.results import kendall_tau, measure, summarise, summarise_traces
+from twotower.lab.evaluate.run import Item, Judged, draw_groups
+from twotower.lab.evaluate.statistics import interval, resample_means, retention
+from twotower.lab.evaluate.suite import Verdict
+from twotower.lab.evaluate.sweep import PASS_LIMITS, THRESHOLDS, settings
 
 
 def item(category: str, ar: bool, diffusion: bool, index: int = 0) -> Item:

@@ -14,13 +14,13 @@ pytest.importorskip("num2words")
 pytest.importorskip("babel")
 pytest.importorskip("jsonschema")
 
-from twotower.corpus import CATEGORIES, Document, documents, sample
-from twotower.corpus.documents import DRAWS
-from twotower.evaluate import sandbox
-from twotower.evaluate.sandbox import Ran, run_function
-from twotower.evaluate.suite import CHECKS, check, held_out
-from twotower.evaluate.suite.mathematics import evaluate
-from twotower.evaluate.suite.python_code import dump_tree, is_same
+from twotower.lab.corpus import CATEGORIES, Document, documents, sample
+from twotower.lab.corpus.documents import DRAWS
+from twotower.lab.evaluate import sandbox
+from twotower.lab.evaluate.sandbox import Ran, run_function
+from twotower.lab.evaluate.suite import CHECKS, check, held_out
+from twotower.lab.evaluate.suite.mathematics import evaluate
+from twotower.lab.evaluate.suite.python_code import dump_tree, is_same
 
 EXECUTED = {"code", "editing"}
 

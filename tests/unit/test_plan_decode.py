@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tiny_plan import machine, setup, workload
-from twotower.plan.decode import (
+from twotower.lab.plan.decode import (
     EXTEND,
     Turns,
     bisect_change,
@@ -16,11 +16,11 @@ from twotower.plan.decode import (
     time_mode,
     turns,
 )
-from twotower.plan.efficiency import Efficiency
-from twotower.plan.memory import Placement, placements
-from twotower.plan.passes import Setup
-from twotower.plan.sweep import all_times, best_times, block_spans, sweep
-from twotower.plan.workload import Mode, Workload
+from twotower.lab.plan.efficiency import Efficiency
+from twotower.lab.plan.memory import Placement, placements
+from twotower.lab.plan.passes import Setup
+from twotower.lab.plan.sweep import all_times, best_times, block_spans, sweep
+from twotower.lab.plan.workload import Mode, Workload
 
 # A machine so fast that only the six layers' overhead is left: 6 ms a pass.
 FAST = machine(bandwidth_gb_s=1e9, tflops={"bfloat16": 1e6}, link_gb_s=1e9)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from tiny_plan import machine
-from twotower.plan.efficiency import DEFAULTS, PROFILES, Efficiency
-from twotower.plan.hardware import built_in, find_hardware, parse_hardware, read_hardware
-from twotower.plan.precision import Precision, uniform
+from twotower.lab.plan.efficiency import DEFAULTS, PROFILES, Efficiency
+from twotower.lab.plan.hardware import built_in, find_hardware, parse_hardware, read_hardware
+from twotower.lab.plan.precision import Precision, uniform
 
 GOOD = """
 [mine]

@@ -8,16 +8,16 @@ import pytest
 
 from tiny_plan import machine, setup, workload
 from twotower.checkpoint.inspect import describe, describe_preset
-from twotower.plan.efficiency import PROFILES
-from twotower.plan.memory import (
+from twotower.lab.plan.efficiency import PROFILES
+from twotower.lab.plan.memory import (
     activation_bytes,
     block_transfer_bytes,
     cache_bytes,
     placements,
     tower_bytes,
 )
-from twotower.plan.passes import Setup, Shape
-from twotower.plan.precision import uniform
+from twotower.lab.plan.passes import Setup, Shape
+from twotower.lab.plan.precision import uniform
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30

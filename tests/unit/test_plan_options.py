@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 
 from tiny_models import tiny_config
-from twotower.plan import PlanOptions, make_plan
-from twotower.plan.efficiency import PROFILES
-from twotower.plan.options import (
+from twotower.lab.plan import PlanOptions, make_plan
+from twotower.lab.plan.efficiency import PROFILES
+from twotower.lab.plan.options import (
     PUBLISHED_TOKENS_PER_NFE,
     describe_model,
     make_setup,
     make_workload,
     read_recorded,
 )
-from twotower.plan.passes import Setup, Shape
-from twotower.plan.precision import Precision
-from twotower.plan.workload import Workload
+from twotower.lab.plan.passes import Setup, Shape
+from twotower.lab.plan.precision import Precision
+from twotower.lab.plan.workload import Workload
 
 MINE = """
 [l4]

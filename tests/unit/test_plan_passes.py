@@ -7,10 +7,10 @@ import pytest
 from tiny_models import tiny_config
 from tiny_plan import machine, setup
 from twotower.checkpoint.inspect import describe_config
-from twotower.plan.efficiency import Efficiency
-from twotower.plan.passes import Pass, Setup, Shape, expected_experts, pass_parts, time_pass
-from twotower.plan.precision import Precision, uniform
-from twotower.race.limits import pass_work
+from twotower.lab.plan.efficiency import Efficiency
+from twotower.lab.plan.passes import Pass, Setup, Shape, expected_experts, pass_parts, time_pass
+from twotower.lab.plan.precision import Precision, uniform
+from twotower.lab.race.limits import pass_work
 
 STEP = Pass(tower="context", rows=1, tokens=1, logits=1, past=10)
 BLOCK = Pass(tower="denoiser", rows=3, tokens=4, logits=4, past=10)

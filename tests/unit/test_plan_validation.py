@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("num2words")
 pytest.importorskip("jsonschema")
 
-from twotower.plan.efficiency import PROFILES
+from twotower.lab.plan.efficiency import PROFILES
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import pytest
 
 from tiny_models import prompts_of, tiny_model
 from twotower import GenerateOptions
-from twotower.race.contest import Heat, Lap, RivalContestant, race, rival_name
-from twotower.race.ours import OurContestant
-from twotower.race.rivals import Decoded
-from twotower.race.script import Script
+from twotower.lab.race.contest import Heat, Lap, RivalContestant, race, rival_name
+from twotower.lab.race.ours import OurContestant
+from twotower.lab.race.rivals import Decoded
+from twotower.lab.race.script import Script
 
 
 class Noting:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from twotower.race.costs import (
+from twotower.lab.race.costs import (
     best_ar,
     block_cost,
     break_even,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from twotower.race import interference
-from twotower.race.interference import (
+from twotower.lab.race import interference
+from twotower.lab.race.interference import (
     Snapshot,
     disturbances,
     other_cores,

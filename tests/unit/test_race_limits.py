@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tiny_models import fresh_model, tiny_config
-from twotower.race.limits import (
+from twotower.lab.race.limits import (
     Limit,
     Machine,
     measure_bandwidth,
@@ -13,8 +13,8 @@ from twotower.race.limits import (
     pass_work,
     regime,
 )
-from twotower.race.passes import PassShape
-from twotower.race.regimes import describe_limits, doubt_limits
+from twotower.lab.race.passes import PassShape
+from twotower.lab.race.regimes import describe_limits, doubt_limits
 
 
 def test_the_work_of_a_pass() -> None:

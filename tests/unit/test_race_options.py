@@ -6,11 +6,11 @@ import torch
 from tiny_models import tiny_config, tiny_model
 from twotower import TwoTower
 from twotower.checkpoint.empty import build_empty
-from twotower.race import run
-from twotower.race.options import RaceOptions
-from twotower.race.ours import ENGINES
-from twotower.race.passes import PassShape, time_passes
-from twotower.race.sizes import random_config, random_model
+from twotower.lab.race import run
+from twotower.lab.race.options import RaceOptions
+from twotower.lab.race.ours import ENGINES
+from twotower.lab.race.passes import PassShape, time_passes
+from twotower.lab.race.sizes import random_config, random_model
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from twotower.cli.race_tables import describe_break_even
-from twotower.race.plots import plot_break_even
+from twotower.lab.race.plots import plot_break_even
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 

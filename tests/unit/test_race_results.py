@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from twotower.race.contest import Heat, Lap
-from twotower.race.results import count_right, count_same, summarise_laps, summarise_passes
+from twotower.lab.race.contest import Heat, Lap
+from twotower.lab.race.results import count_right, count_same, summarise_laps, summarise_passes
 
 
 class Entrant:

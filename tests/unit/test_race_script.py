@@ -10,10 +10,10 @@ from torch import Tensor
 from tiny_models import fresh_model, prompts_of, tiny_model
 from twotower import GenerateOptions
 from twotower.engine import Finished, StepTaken, TokensCommitted, stream
+from twotower.lab.race.contest import Heat
+from twotower.lab.race.ours import OurContestant
+from twotower.lab.race.script import Script, ScriptedModel, logit_of, record_script
 from twotower.model import ContextCache, ContextView, TwoTower
-from twotower.race.contest import Heat
-from twotower.race.ours import OurContestant
-from twotower.race.script import Script, ScriptedModel, logit_of, record_script
 
 PROMPT = prompts_of([7])[0]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from tiny_text import tiny_tokenizer
-from twotower.engine.tool_calls import BARE, HERMES
 from twotower.serve.chat_template import ChatTemplate, plain_template, read_template
 from twotower.serve.errors import ApiError
+from twotower.serve.tool_calls import BARE, HERMES
 from twotower.tokenizer import train_tokenizer
 
 TURNS = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}{% endfor %}"

@@ -4,10 +4,10 @@ import json
 
 from tiny_text import tiny_tokenizer
 from twotower.engine import Completion, GenerateOptions, Request, TokenLogprob
-from twotower.engine.tool_calls import HERMES
 from twotower.serve.job import Job
 from twotower.serve.observe import Entry
 from twotower.serve.shapes import ChatShape, CompletionShape
+from twotower.serve.tool_calls import HERMES
 from twotower.serve.usage import usage_of
 
 TOKENIZER = tiny_tokenizer()

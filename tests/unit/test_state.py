@@ -10,7 +10,7 @@ from tiny_models import random_ids, tiny_config, tiny_model
 from twotower import ContextCache
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
-from twotower.model.state import Reading
+from twotower.model.state import ForwardOutput
 
 MODEL = tiny_model()
 DEVICE = torch.device("cpu")
@@ -28,7 +28,7 @@ def append(cache: ContextCache, values: list[list[float]], counts: list[int] | N
     """Commit keys (rows, tokens); values are minus the keys, the hidden state is the key."""
     keys = torch.tensor(values)[..., None, None]
     n = torch.tensor([keys.shape[1]] * len(keys) if counts is None else counts)
-    cache.append(Reading(keys[..., 0], [KV(keys, -keys)]), n)
+    cache.commit(ForwardOutput(keys[..., 0], [KV(keys, -keys)]), n)
 
 
 def keys(cache: ContextCache) -> Tensor:
@@ -129,7 +129,7 @@ def test_an_append_that_fails_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, n
         if number == 1:
             MODEL.extend(cache, tokens)
         else:
-            cache.accept(MODEL.read(cache, tokens), torch.tensor([1, 3]))
+            cache.commit(MODEL.verify(cache, tokens), torch.tensor([1, 3]))
     assert torch.equal(cache.lengths, lengths) and cache.last_hidden is hidden
     after = [part for state in cache.layers if state for part in state]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))

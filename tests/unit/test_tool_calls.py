@@ -7,7 +7,7 @@ import pytest
 from tiny_models import MASK
 from tiny_text import byte_tokenizer
 from twotower.engine.grammar import GrammarFailed, TokenRules, begin
-from twotower.engine.tool_calls import (
+from twotower.serve.tool_calls import (
     BARE,
     HERMES,
     ToolCall,

@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tiny_models import fresh_model, random_ids
 from tiny_training import make_shard, tiny_options
-from twotower.model.balance import ExpertBalance
 from twotower.model.two_tower import TwoTower
 from twotower.train import loop
+from twotower.train.balance import ExpertBalance
 from twotower.train.data import Batch
 from twotower.train.loop import check_divisible, train
 from twotower.train.metrics import read_metrics

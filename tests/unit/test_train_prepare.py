@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tiny_training import make_shard, write_documents
-from twotower.corpus import documents
+from twotower.lab.corpus import documents
 from twotower.tokenizer import load_tokenizer
 from twotower.train.data import Rows
 from twotower.train.prepare import encode_documents, prepare

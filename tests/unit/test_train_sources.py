@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twotower.corpus import documents
+from twotower.lab.corpus import documents
 from twotower.train.sources import BUILT_IN, find_files, find_sources, mix, parse_weights, shuffle
 
 

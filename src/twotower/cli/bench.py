@@ -24,13 +24,12 @@ from twotower.cli.loading import Loaded, Placement, load
 from twotower.cli.machine import describe_cpu
 from twotower.cli.race_tables import print_race
 from twotower.engine import GenerateOptions
-from twotower.model.precision import require_plain
-from twotower.race.contest import Heat
-from twotower.race.interference import watch_idle
-from twotower.race.limits import Machine, cache_bytes
-from twotower.race.options import SHIPPED, RaceOptions
-from twotower.race.plots import race_figures
-from twotower.race.run import (
+from twotower.lab.race.contest import Heat
+from twotower.lab.race.interference import watch_idle
+from twotower.lab.race.limits import Machine, cache_bytes
+from twotower.lab.race.options import SHIPPED, RaceOptions
+from twotower.lab.race.plots import race_figures
+from twotower.lab.race.run import (
     draw_heats,
     enter,
     make_random,
@@ -38,6 +37,7 @@ from twotower.race.run import (
     record_replays,
     run_entry,
 )
+from twotower.model.precision import require_plain
 
 RECORD_FILE = "race.json"
 PAIR_ITEMS = 50  # per category, of --quality

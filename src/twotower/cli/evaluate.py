@@ -18,16 +18,16 @@ from twotower.checkpoint.empty import count_parameters
 from twotower.cli.evaluation_tables import print_results
 from twotower.cli.loading import Loaded, Placement, load
 from twotower.cli.machine import describe_cpu
-from twotower.corpus import Document
 from twotower.engine import GenerateOptions
 from twotower.engine.accelerate import executor_of
-from twotower.evaluate.decode import Trace
-from twotower.evaluate.options import EvalOptions
-from twotower.evaluate.references import Reference, score_references, summarise_references
-from twotower.evaluate.report import write_report
-from twotower.evaluate.results import summarise, summarise_traces
-from twotower.evaluate.run import Item, Subject, draw_groups, evaluate, warm_up
-from twotower.evaluate.sweep import settings, sweep
+from twotower.lab.corpus import Document
+from twotower.lab.evaluate.decode import Trace
+from twotower.lab.evaluate.options import EvalOptions
+from twotower.lab.evaluate.references import Reference, score_references, summarise_references
+from twotower.lab.evaluate.report import write_report
+from twotower.lab.evaluate.results import summarise, summarise_traces
+from twotower.lab.evaluate.run import Item, Subject, draw_groups, evaluate, warm_up
+from twotower.lab.evaluate.sweep import settings, sweep
 
 SWEEP_SHARE = 4  # the first of so many parts of each category is swept
 INTERRUPTED = 130  # exit status, as a shell reports Ctrl-C

@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from twotower.evaluate.results import BASELINE
+from twotower.lab.evaluate.results import BASELINE
 
 
 def print_results(results: Mapping[str, object], console: Console) -> None:

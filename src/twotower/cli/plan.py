@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from twotower.cli.evaluate import open_folder
-from twotower.plan import PlanOptions, make_plan
-from twotower.plan.hardware import Hardware
-from twotower.plan.options import known_hardware
-from twotower.plan.report import write_plan
-from twotower.plan.sentences import (
+from twotower.lab.plan import PlanOptions, make_plan
+from twotower.lab.plan.hardware import Hardware
+from twotower.lab.plan.options import known_hardware
+from twotower.lab.plan.report import write_plan
+from twotower.lab.plan.sentences import (
     MODE_COLUMNS,
     PASS_COLUMNS,
     Record,

@@ -57,13 +57,13 @@ def _least_chance(row: Row) -> float:
 def _settle_read(model: TwoTower, batch: Batch, tokens: Tensor) -> Generator[Event, None, Batch]:
     """The same with the blocks read first: for how probable their tokens are, and their review."""
     rows = batch.rows
-    reading = model.read(batch.cache, tokens)
+    output = model.verify(batch.cache, tokens)
     first = model.next_logits(batch.cache).unsqueeze(1)
     # Before the cache takes the blocks: later, one damaged row would end its neighbours too.
-    logits = require_finite(torch.cat([first, model.context_head(reading.hidden[:, :-1])], dim=1))
+    logits = require_finite(torch.cat([first, model.context_head(output.hidden[:, :-1])], dim=1))
     least = torch.tensor([_least_chance(row) for row in rows])
     counts = count_plausible(tokens.to(logits.device), logits, least.to(logits.device)).cpu()
-    batch.cache.accept(reading, counts)
+    batch.cache.commit(output, counts)
     kept = [own[:count] for own, count in zip(tokens.tolist(), counts.tolist(), strict=True)]
     logprobs = rows_logprobs(rows, logits, kept)
     for row, own in zip(rows, kept, strict=True):

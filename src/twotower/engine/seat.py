@@ -97,7 +97,7 @@ class CopySeat:
     def follow(self, cache: ContextCache) -> None:
         if self.copy is None:
             self.copy = cache.empty_like(self.model.denoiser_device)
-        self.copy.catch_up(cache.since(self.copy.lengths).to(self.model.denoiser_device))
+        self.copy.apply_delta(cache.delta_since(self.copy.lengths).to(self.model.denoiser_device))
 
     def part(self, places: Tensor) -> "CopySeat":
         return CopySeat(self.model, None if self.copy is None else self.copy.select(places))

@@ -34,11 +34,11 @@ def _start(model: TwoTower, batch: Batch) -> Generator[Event, None, Batch]:
 def _settle(model: TwoTower, batch: Batch, proposal: Proposal) -> Generator[Event, None, Batch]:
     """Read the drafts and keep what the AR tower chooses too, and its own token behind that."""
     drafts, lengths, is_drafting = proposal
-    reading = model.read(batch.cache, drafts, lengths)
-    logits = model.context_head(reading.hidden)
+    output = model.verify(batch.cache, drafts, lengths)
+    logits = model.context_head(output.hidden)
     choices = _choose(logits, batch.rows, (drafts, lengths))
     accepted = count_accepted(drafts, choices, lengths)
-    batch.cache.accept(reading, accepted)
+    batch.cache.commit(output, accepted)
     counts = lengths.tolist(), accepted.tolist(), is_drafting.tolist()
     for row, length, count, has_draft in zip(batch.rows, *counts, strict=True):
         row.context_forwards += 1

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from twotower.diffusion import BlockSampler, Step
 from twotower.engine.seat import Seat
 from twotower.hosts.link import END, Link, Message, PeerLostError
-from twotower.hosts.wire import bundled, news_to_message, steps_of
+from twotower.hosts.wire import bundled, delta_to_message, steps_of
 from twotower.model import ContextCache, ContextView, TwoTower
 
 _log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class RemoteSeat:
     def follow(self, cache: ContextCache) -> None:
         held = torch.zeros_like(cache.lengths) if self._held is None else self._held
         if self._held is None or not torch.equal(held, cache.lengths):
-            self._line.note(news_to_message(self.id, cache.since(held)))
+            self._line.note(delta_to_message(self.id, cache.delta_since(held)))
             self._held = cache.lengths
 
     def part(self, places: Tensor) -> "RemoteSeat":

@@ -8,7 +8,7 @@ import torch
 from twotower.diffusion import BlockSampler
 from twotower.engine.seat import denoise_rows
 from twotower.hosts.link import END, Link, Message
-from twotower.hosts.wire import message_to_news, parts_of, steps_to_tensors
+from twotower.hosts.wire import message_to_delta, parts_of, steps_to_tensors
 from twotower.model import ContextCache, TwoTower
 
 _log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class _Seats:
         self._model = model
         self._caches: dict[int, ContextCache] = {}
         self._notes: dict[str, Callable[[Message], None]] = {
-            "news": self._news,
+            "delta": self._delta,
             "part": self._part,
             "join": self._join,
             "drop": self._drop,
@@ -54,16 +54,16 @@ class _Seats:
             self._notes[note.kind](note)
         return self._fill(block)
 
-    def _news(self, note: Message) -> None:
-        news, number = message_to_news(note), note.values["seat"]
+    def _delta(self, note: Message) -> None:
+        delta, number = message_to_delta(note), note.values["seat"]
         if number not in self._caches:
             self._caches[number] = ContextCache(
                 self._model.config,
-                len(news.counts),
+                len(delta.counts),
                 self._model.denoiser_device,
-                news.hidden.dtype,
+                delta.hidden.dtype,
             )
-        self._caches[number].catch_up(news.to(self._model.denoiser_device))
+        self._caches[number].apply_delta(delta.to(self._model.denoiser_device))
 
     def _part(self, note: Message) -> None:
         places = torch.tensor(note.values["places"], dtype=torch.int64)

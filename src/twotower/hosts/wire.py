@@ -10,25 +10,25 @@ from twotower.diffusion import Step
 from twotower.hosts.link import Message
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
-from twotower.model.state import LayerState, News
+from twotower.model.state import CacheDelta, LayerState
 
 _STEP_TENSORS = [field.name for field in dataclasses.fields(Step) if field.name != "index"]
 
 
-def news_to_message(seat: int, news: News) -> Message:
+def delta_to_message(seat: int, delta: CacheDelta) -> Message:
     """What the context tower has read, for a seat."""
-    kinds = ["kv" if isinstance(s, KV) else "mamba" if s else None for s in news.states]
-    tensors = [part for state in news.states if state is not None for part in state]
-    values = {"seat": seat, "counts": news.counts.tolist(), "kinds": kinds}
-    return Message("news", values, [news.hidden, *tensors])
+    kinds = ["kv" if isinstance(s, KV) else "mamba" if s else None for s in delta.states]
+    tensors = [part for state in delta.states if state is not None for part in state]
+    values = {"seat": seat, "counts": delta.counts.tolist(), "kinds": kinds}
+    return Message("delta", values, [delta.hidden, *tensors])
 
 
-def message_to_news(message: Message) -> News:
-    """The inverse of `news_to_message`."""
+def message_to_delta(message: Message) -> CacheDelta:
+    """The inverse of `delta_to_message`."""
     hidden, *parts = message.tensors
     left = iter(parts)
     states = [_state(kind, left) for kind in message.values["kinds"]]
-    return News(states, hidden, torch.tensor(message.values["counts"], dtype=torch.int64))
+    return CacheDelta(states, hidden, torch.tensor(message.values["counts"], dtype=torch.int64))
 
 
 def _state(kind: str | None, tensors: Iterator[Tensor]) -> LayerState:

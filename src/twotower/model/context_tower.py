@@ -9,7 +9,7 @@ from twotower import masks
 from twotower.kernels import ssd
 from twotower.layers.attention import KV, Attention
 from twotower.layers.mamba2 import Mamba2, MambaInputs, MambaState, states_after
-from twotower.model.state import ContextCache, LayerState, Reading
+from twotower.model.state import ContextCache, ForwardOutput, LayerState
 from twotower.model.tower import Tower
 
 NewState = LayerState | MambaInputs  # inputs where the caller decides later how many tokens stay
@@ -34,7 +34,7 @@ class ContextTower(Tower):
         h = self.embed(ids)
         states: list[NewState] = []
         for index, layer in enumerate(self.each_layer()):
-            u = layer.enter(h)
+            u = layer.pre_norm(h)
             before = None if past is None else past[index]
             state: NewState = None
             if isinstance(layer.mixer, Mamba2):
@@ -45,7 +45,7 @@ class ContextTower(Tower):
                 y, state = layer.mixer(u, before, mask)
             else:
                 y = layer.mixer(u)
-            h = layer.leave(h, y)
+            h = layer.add_residual(h, y)
             states.append(state)
         return self.finish(h), states
 
@@ -56,12 +56,14 @@ class ContextTower(Tower):
         """
         num_rows, length = ids.shape
         on_device = None if counts is None else counts.to(ids.device)
-        reading = self._after(cache, ids, on_device, length)
-        cache.append(reading, torch.full((num_rows,), length) if counts is None else counts.cpu())
-        return reading.hidden
+        output = self._after(cache, ids, on_device, length)
+        cache.commit(output, torch.full((num_rows,), length) if counts is None else counts.cpu())
+        return output.hidden
 
-    def read(self, cache: ContextCache, ids: Tensor, counts: Tensor | None = None) -> Reading:
-        """Read ids (B, L) after the cache and commit nothing yet: `cache.accept` does.
+    def verify(
+        self, cache: ContextCache, ids: Tensor, counts: Tensor | None = None
+    ) -> ForwardOutput:
+        """Read ids (B, L) after the cache and commit nothing yet: `cache.commit` does.
 
         counts (B,): as in `extend`; what is found beyond them is finite and means nothing.
         """
@@ -69,7 +71,7 @@ class ContextTower(Tower):
 
     def _after(
         self, cache: ContextCache, ids: Tensor, counts: Tensor | None, states_every: int | None
-    ) -> Reading:
+    ) -> ForwardOutput:
         """`forward` after what the cache holds."""
         length = ids.shape[1]
         if 1 < length <= ssd.TILE:
@@ -82,6 +84,6 @@ class ContextTower(Tower):
         hidden, states = self(ids, cache.layers, mask, counts, states_every)
         inputs = [state for state in states if isinstance(state, MambaInputs)]
         if not inputs:
-            return Reading(hidden, states)
+            return ForwardOutput(hidden, states)
         others = [None if isinstance(state, MambaInputs) else state for state in states]
-        return Reading(hidden, others, partial(states_after, inputs))
+        return ForwardOutput(hidden, others, partial(states_after, inputs))

@@ -30,9 +30,9 @@ class DenoiserTower(Tower):
         h = self.embed(blocks)
         for index, layer in enumerate(self.each_layer()):
             modulation = None if modulations is None else modulations[index]
-            u = layer.enter(h, modulation)
+            u = layer.pre_norm(h, modulation)
             y = _mix(layer, u, view.layers[index], mask, self.config.bidirectional_mamba)
-            h = layer.leave(h, y, modulation)
+            h = layer.add_residual(h, y, modulation)
         return self.finish(h)
 
 

@@ -23,7 +23,7 @@ def make_mixer(kind: str, config: ModelConfig) -> Mamba2 | Attention | MoE | MLP
 
 
 class Layer(nn.Module):
-    """h + gate * mixer(norm(h)); a tower calls `enter`, the mixer with its state, then `leave`."""
+    """h + gate * mixer(norm(h)); a tower calls `pre_norm`, the mixer, then `add_residual`."""
 
     def __init__(self, kind: str, config: ModelConfig) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Layer(nn.Module):
         """The modules that hold the mixer's large weights: linear maps and stacks of experts."""
         return [part for part in self.mixer.modules() if isinstance(part, nn.Linear | Experts)]
 
-    def enter(self, h: Tensor, modulation: Modulation | None = None) -> Tensor:
+    def pre_norm(self, h: Tensor, modulation: Modulation | None = None) -> Tensor:
         """The mixer's input (..., D) in the weights' dtype.
 
         Mamba and attention modulate, then norm; MoE and MLP norm, then modulate: a fact of the
@@ -50,6 +50,6 @@ class Layer(nn.Module):
             return u
         return u * (1 + modulation.scale) + modulation.shift
 
-    def leave(self, h: Tensor, y: Tensor, modulation: Modulation | None = None) -> Tensor:
+    def add_residual(self, h: Tensor, y: Tensor, modulation: Modulation | None = None) -> Tensor:
         """The residual: h (..., D) plus the mixer's output, gated if modulated; keeps h's dtype."""
         return h + (y if modulation is None else modulation.gate * y).to(h.dtype)

@@ -15,7 +15,7 @@ from twotower.layers.quantised import QuantisedLinear, QuantisedMatrix
 from twotower.model.context_tower import ContextTower
 from twotower.model.native_states import Found, Past, Rooms
 from twotower.model.precision import Scheme, scheme_of, weight_bits
-from twotower.model.state import ContextCache, ContextView, Reading
+from twotower.model.state import ContextCache, ContextView, ForwardOutput
 from twotower.model.two_tower import PREFILL_CHUNK, TwoTower
 
 # A prompt is read in native passes up to here, then in wide plain chunks: 16 tokens that attend to
@@ -142,7 +142,7 @@ class _NativeContextTower(ContextTower):
 
     def _after(
         self, cache: ContextCache, ids: Tensor, counts: Tensor | None, states_every: int | None
-    ) -> Reading:
+    ) -> ForwardOutput:
         num_rows, length = ids.shape
         if length > native.MAX_TOKENS:
             return super()._after(cache, ids, counts, states_every)
@@ -161,7 +161,7 @@ class _NativeContextTower(ContextTower):
             else:
                 found.keep(layers, row)
         if states_every is not None:
-            return Reading(hidden, found.states(given))
+            return ForwardOutput(hidden, found.states(given))
 
         def states_after(counts: Tensor) -> list[MambaState]:
             ends = counts.tolist()
@@ -170,7 +170,7 @@ class _NativeContextTower(ContextTower):
                 self._pass.fill_states(end, pasts[row].address, found.address(row))
             return found.mamba_states(ends)
 
-        return Reading(hidden, found.states(given), states_after)
+        return ForwardOutput(hidden, found.states(given), states_after)
 
 
 def _require_supported(model: TwoTower, is_int8: bool) -> None:

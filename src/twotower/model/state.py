@@ -52,8 +52,8 @@ class ContextView:
         return ContextView(_select(self.layers, rows), lengths, self.num_past, len(rows))
 
 
-class Reading(NamedTuple):
-    """L tokens that the context tower has read after a cache which does not hold them yet.
+class ForwardOutput(NamedTuple):
+    """The context tower's forward pass over L tokens after a cache that does not hold them yet.
 
     hidden (B, L, D), normed; states: keys and values of these tokens, and Mamba states after them
     or None, where states_after makes those that are wanted.
@@ -64,8 +64,8 @@ class Reading(NamedTuple):
     states_after: StatesAfter | None = None
 
 
-class News(NamedTuple):
-    """What a cache holds that a copy of it lacks: counts (B,) tokens of each row.
+class CacheDelta(NamedTuple):
+    """What a cache holds beyond a copy of it: counts (B,) tokens of each row.
 
     states: keys and values of these tokens alone, right-padded to the most, and each Mamba layer's
     state, with leading (B, 1); hidden (B, D), the last output.
@@ -75,13 +75,13 @@ class News(NamedTuple):
     hidden: Tensor
     counts: Tensor
 
-    def to(self, device: torch.device | str) -> "News":
+    def to(self, device: torch.device | str) -> "CacheDelta":
         """The same on another device; counts stay on the CPU."""
         states = [
             None if state is None else type(state)(*(part.to(device) for part in state))
             for state in self.states
         ]
-        return News(states, self.hidden.to(device), self.counts)
+        return CacheDelta(states, self.hidden.to(device), self.counts)
 
 
 class ContextCache:
@@ -139,14 +139,16 @@ class ContextCache:
         lengths = None if self.is_uniform else self.lengths
         return ContextView(layers, lengths, self.num_past, self.num_rows)
 
-    def append(self, reading: Reading, counts: Tensor) -> None:
-        """Commit what was read of counts[b] >= 0 tokens per row; counts (B,) on the CPU.
+    @torch.no_grad()
+    def commit(self, output: ForwardOutput, counts: Tensor) -> None:
+        """Commit the first counts[b] >= 0 of each row's tokens; the rest leaves no trace.
 
-        Whole or not at all: after an error (memory) the cache is what it was.
+        counts (B,) on the CPU. The output must have been made from the cache as it is. Whole or not
+        at all: after an error (memory) the cache is what it was.
         """
         num_past, is_uniform = self.num_past, self.is_uniform
         found: dict[int, MambaState] = {}
-        for index, new in enumerate(reading.states):
+        for index, new in enumerate(output.states):
             old = self._states[index]
             if isinstance(new, KV) and isinstance(old, KV):
                 # What lies behind the lengths is not yet part of the cache.
@@ -156,21 +158,13 @@ class ContextCache:
                 self._states[index] = grown
             elif isinstance(new, MambaState):
                 found[index] = MambaState(new.conv[:, -1], new.ssm[:, -1])
-        if reading.states_after is not None:  # now that it is known how many stay
+        if output.states_after is not None:  # now that it is known how many stay
             kept = (i for i, old in enumerate(self._states) if isinstance(old, MambaState))
-            found = dict(zip(kept, reading.states_after(counts), strict=True))
-        newest, lengths = self._newest(reading.hidden, counts), self.lengths + counts
+            found = dict(zip(kept, output.states_after(counts), strict=True))
+        newest, lengths = self._newest(output.hidden, counts), self.lengths + counts
         for index, state in found.items():
             self._states[index] = state
         self.last_hidden, self.lengths = newest, lengths
-
-    @torch.no_grad()
-    def accept(self, reading: Reading, counts: Tensor) -> None:
-        """Commit the first counts[b] >= 0 tokens of what row b has read; the rest leaves no trace.
-
-        counts (B,) on the CPU. The reading must have been made from the cache as it is.
-        """
-        self.append(reading, counts)
 
     def empty_like(self, device: torch.device | str) -> "ContextCache":
         """A cache of as many rows on another device, before their first token."""
@@ -187,8 +181,8 @@ class ContextCache:
         ]
         return empty
 
-    def since(self, lengths: Tensor) -> News:
-        """What the rows have read after their first lengths (B,) tokens."""
+    def delta_since(self, lengths: Tensor) -> CacheDelta:
+        """What the cache holds beyond the first lengths (B,) tokens of its rows."""
         counts = self.lengths - lengths
         most = int(counts.max()) if len(counts) else 0
         first = int(lengths[0]) if len(lengths) else 0
@@ -203,15 +197,15 @@ class ContextCache:
             else:
                 states.append(MambaState(*(part.unsqueeze(1) for part in state)))
         assert self.last_hidden is not None  # something was read
-        return News(states, self.last_hidden, counts)
+        return CacheDelta(states, self.last_hidden, counts)
 
-    def catch_up(self, news: News) -> None:
+    def apply_delta(self, delta: CacheDelta) -> None:
         """Commit what `since` of another cache with this one's lengths gave."""
-        most = int(news.counts.max()) if len(news.counts) else 0
+        most = int(delta.counts.max()) if len(delta.counts) else 0
         if most == 0:
             return
-        hidden = news.hidden.unsqueeze(1).expand(-1, most, -1)
-        self.append(Reading(hidden, news.states), news.counts)
+        hidden = delta.hidden.unsqueeze(1).expand(-1, most, -1)
+        self.commit(ForwardOutput(hidden, delta.states), delta.counts)
 
     def select(self, rows: Tensor) -> "ContextCache":
         """A new cache with copies of some rows: rows (R,) int64."""

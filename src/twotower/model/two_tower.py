@@ -16,7 +16,7 @@ from twotower.layers.adaln import Modulation, TimestepEmbedder
 from twotower.layers.mamba2 import MambaState
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
-from twotower.model.state import ContextCache, ContextView, Reading
+from twotower.model.state import ContextCache, ContextView, ForwardOutput
 
 # Tokens of a prompt read at a time: bounds the attention scores at chunk x prompt.
 PREFILL_CHUNK = 512
@@ -140,13 +140,16 @@ class TwoTower(nn.Module):
         return self.context_tower.extend(cache, tokens, counts)
 
     @torch.no_grad()
-    def read(self, cache: ContextCache, tokens: Tensor, counts: Tensor | None = None) -> Reading:
-        """Read tokens (B, n >= 1) after the cache, which stays as it is: `cache.accept` commits as
-        many of them as are wanted. Source: system.md section 4, 'Self-speculation'.
+    def verify(
+        self, cache: ContextCache, tokens: Tensor, counts: Tensor | None = None
+    ) -> ForwardOutput:
+        """Forward pass over tokens (B, n >= 1) after the cache, which stays as it is:
+        `cache.commit` keeps as many of them as are wanted.
 
-        counts (B,): how many tokens of each row are worth reading, all where not given.
+        counts (B,): how many tokens of each row are worth a pass, all where not given.
+        Source: system.md section 4, 'Self-speculation'.
         """
-        return self.context_tower.read(cache, self._after(cache, tokens), counts)
+        return self.context_tower.verify(cache, self._after(cache, tokens), counts)
 
     def context_head(self, hidden: Tensor) -> Tensor:
         """The context tower's logits: hidden (..., D) -> (..., V) float32."""

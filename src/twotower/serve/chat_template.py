@@ -15,8 +15,8 @@ from pathlib import Path
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from twotower.engine.tool_calls import BARE, HERMES, ToolStyle
 from twotower.serve.errors import ApiError
+from twotower.serve.tool_calls import BARE, HERMES, ToolStyle
 from twotower.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"

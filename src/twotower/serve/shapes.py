@@ -10,7 +10,7 @@ from typing import Protocol
 
 from twotower.engine import Completion
 from twotower.engine.events import TokenLogprob
-from twotower.engine.tool_calls import ToolStyle
+from twotower.serve.tool_calls import ToolStyle
 from twotower.serve.tools import Calls, split_calls
 from twotower.tokenizer import Tokenizer
 

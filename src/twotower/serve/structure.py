@@ -2,11 +2,11 @@
 
 from twotower.engine import Grammar
 from twotower.engine.grammar import json_schema
-from twotower.engine.tool_calls import tool_call
 from twotower.serve.errors import ApiError, bad_value
 from twotower.serve.fields import Decoding, ResponseFormat
 from twotower.serve.schema import ChatRequest
 from twotower.serve.served import Served
+from twotower.serve.tool_calls import tool_call
 
 
 def structure_of(body: Decoding, served: Served) -> Grammar | None:

@@ -2,7 +2,7 @@
 
 import secrets
 
-from twotower.engine.tool_calls import ToolStyle, read_tool_calls
+from twotower.serve.tool_calls import ToolStyle, read_tool_calls
 
 Calls = list[dict[str, object]]
 

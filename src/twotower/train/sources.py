@@ -18,7 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import TypeVar
 
-from twotower.corpus import CATEGORIES, DEFAULT_WEIGHTS, documents
+from twotower.lab.corpus import CATEGORIES, DEFAULT_WEIGHTS, documents
 from twotower.train.readers import Text, has_columns, is_document_file, read_file, stem_of
 
 BUILT_IN = "built-in corpus"

@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from twotower.config import ModelConfig
-from twotower.model.balance import ExpertBalance
 from twotower.model.two_tower import TwoTower
 from twotower.train.average import WeightAverage
+from twotower.train.balance import ExpertBalance
 from twotower.train.data import Rows
 from twotower.train.models import empty_model, starting_model
 from twotower.train.options import TrainOptions

@@ -1,0 +1,254 @@
+"""Tool calls: compact signatures and a request; the completion is one JSON object.
+
+The key is the called tool and its arguments, without the wording and the other tools shown.
+"""
+
+import json
+from dataclasses import dataclass
+from random import Random
+
+from twotower.lab.corpus.document import Draft
+from twotower.lab.corpus.vocabulary import CITIES, NAMES, word_list
+
+CHOICES = {
+    "city": CITIES,
+    "person": NAMES,
+    "room": ("kitchen", "bedroom", "office", "hall", "garage", "bathroom"),
+    "color": ("red", "blue", "green", "white", "yellow", "orange", "pink"),
+    "unit": ("celsius", "fahrenheit"),
+    "travel": ("car", "bus", "train", "bike"),
+    "currency": ("EUR", "USD", "GBP", "JPY", "CHF", "SEK", "PLN", "INR", "CAD", "BRL"),
+    "language": ("French", "German", "Spanish", "Italian", "Dutch", "Polish", "Swedish"),
+    "phrase": tuple(
+        f"{first} {second}"
+        for first in ("good", "my", "the old", "a new", "our", "one big")
+        for second in word_list("morning friend house car book dog garden train city day")
+    ),
+    "title": tuple(
+        f"{first} {second}"
+        for first in word_list("team budget school family project sales music health")
+        for second in word_list("meeting call lunch review party lesson check trip")
+    ),
+    "product": tuple(
+        f"{first} {second}"
+        for first in word_list("red blue small large cheap black warm light")
+        for second in word_list("shoes lamp table jacket phone bag chair watch")
+    ),
+    "dish": word_list("pizza soup salad pasta rice curry burger sushi tacos cake"),
+    "genre": word_list("jazz rock pop blues folk soul techno opera"),
+    "stock": word_list("AAPL MSFT NVDA AMZN TSLA IBM INTC AMD ORCL SAP"),
+    "domain": word_list("mail.com post.org home.net work.com"),
+}
+RANGES = {
+    "days": (2, 14),
+    "amount": (2, 999),
+    "minutes": (2, 90),
+    "degrees": (15, 28),
+    "count": (2, 12),
+    "price": (10, 500),
+    "number": (2, 999),
+}
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool: its parameters with the slot that fills each, and ways to ask for it."""
+
+    name: str
+    slots: dict[str, str]
+    requests: tuple[str, ...]
+
+
+def _tool(name: str, slots: str, *requests: str) -> Tool:
+    pairs = [slot.split("=") for slot in slots.split()]
+    return Tool(name, {pair[0]: pair[-1] for pair in pairs}, requests)
+
+
+TOOLS = (
+    _tool(
+        "get_weather",
+        "city days",
+        "What is the weather in {city} for the next {days} days?",
+        "Show me the {days} day forecast for {city}.",
+        "Weather in {city}, {days} days please.",
+    ),
+    _tool("get_time", "city", "What time is it in {city}?", "Tell me the time in {city}."),
+    _tool(
+        "get_temperature",
+        "city unit",
+        "How warm is it in {city} in {unit}?",
+        "Give me the temperature in {city} in {unit}.",
+    ),
+    _tool(
+        "send_email",
+        "to=email subject=title",
+        "Send an email to {to} about the {subject}.",
+        "Email {to} with the subject {subject}.",
+        "Write to {to} about the {subject}.",
+    ),
+    _tool("set_alarm", "time", "Wake me up at {time}.", "Set an alarm for {time}."),
+    _tool(
+        "set_timer",
+        "minutes",
+        "Set a timer for {minutes} minutes.",
+        "Remind me in {minutes} minutes.",
+    ),
+    _tool(
+        "convert_currency",
+        "amount from=currency to=currency",
+        "Convert {amount} {from} to {to}.",
+        "How much is {amount} {from} in {to}?",
+        "Change {amount} {from} into {to}.",
+    ),
+    _tool(
+        "translate",
+        "text=phrase language",
+        'Translate "{text}" to {language}.',
+        'How do you say "{text}" in {language}?',
+        'Put "{text}" into {language}.',
+    ),
+    _tool(
+        "book_flight",
+        "from=city to=city date",
+        "Book a flight from {from} to {to} on {date}.",
+        "I want to fly from {from} to {to} on {date}.",
+        "Fly me to {to} from {from} on {date}.",
+    ),
+    _tool(
+        "find_route",
+        "from=city to=city mode=travel",
+        "How do I get from {from} to {to} by {mode}?",
+        "Find a {mode} route from {from} to {to}.",
+    ),
+    _tool(
+        "add_event",
+        "title date time",
+        "Add the {title} on {date} at {time}.",
+        "Put the {title} in my calendar on {date} at {time}.",
+        "Plan a {title} for {date}, {time}.",
+    ),
+    _tool(
+        "search_products",
+        "query=product max_price=price",
+        "Find a {query} under {max_price} dollars.",
+        "Search for a {query} that costs at most {max_price}.",
+        "I need a {query} below {max_price}.",
+    ),
+    _tool(
+        "add_numbers", "a=number b=number", "Add {a} and {b}.", "What is the sum of {a} and {b}?"
+    ),
+    _tool("multiply", "a=number b=number", "Multiply {a} by {b}.", "What is {a} times {b}?"),
+    _tool(
+        "play_music",
+        "genre minutes",
+        "Play {genre} for {minutes} minutes.",
+        "I want to hear {minutes} minutes of {genre}.",
+    ),
+    _tool(
+        "set_heating",
+        "room degrees",
+        "Set the {room} to {degrees} degrees.",
+        "Make the {room} {degrees} degrees warm.",
+        "Heat the {room} to {degrees}.",
+    ),
+    _tool(
+        "set_light",
+        "room color",
+        "Make the light in the {room} {color}.",
+        "Turn the {room} light {color}.",
+    ),
+    _tool("call_contact", "name=person time", "Call {name} at {time}.", "Phone {name} at {time}."),
+    _tool(
+        "order_food",
+        "dish count name=person",
+        "Order {count} portions of {dish} for {name}.",
+        "Get {name} {count} portions of {dish}.",
+        "{count} times {dish} for {name}, please.",
+    ),
+    _tool(
+        "book_table",
+        "name=person people=count time",
+        "Book a table for {people} at {time} for {name}.",
+        "Reserve a table at {time} for {people} people, name {name}.",
+    ),
+    _tool(
+        "get_stock_price",
+        "symbol=stock date",
+        "What did {symbol} cost on {date}?",
+        "Show the price of {symbol} on {date}.",
+    ),
+)
+
+
+def draw_value(slot: str, rng: Random) -> str | int:
+    """Draw a value for a slot: a listed word, a number, a date, a time or an address."""
+    if slot in CHOICES:
+        return rng.choice(CHOICES[slot])
+    if slot in RANGES:
+        return rng.randint(*RANGES[slot])
+    if slot == "date":
+        return f"2025-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}"
+    if slot == "time":
+        return f"{rng.randint(6, 22):02}:{rng.randrange(0, 60, 5):02}"
+    assert slot == "email"
+    return f"{rng.choice(NAMES).lower()}@{rng.choice(CHOICES['domain'])}"
+
+
+def _property(slot: str) -> dict[str, object]:
+    if slot in ("unit", "travel"):
+        return {"type": "string", "enum": list(CHOICES[slot])}
+    return {"type": "integer" if slot in RANGES else "string"}
+
+
+def write_signature(tool: Tool) -> str:
+    """Return the compact form shown in the prompt, as in "get_time(city: string)"."""
+    parts = []
+    for name, slot in tool.slots.items():
+        kind = _property(slot)
+        values = kind.get("enum")
+        shown = "|".join(CHOICES[slot]) if values else kind["type"]
+        parts.append(f"{name}: {shown}")
+    return f"{tool.name}({', '.join(parts)})"
+
+
+def schema_of(tool: Tool) -> dict[str, object]:
+    """Return the JSON schema (draft 2020-12) of the tool's arguments."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "type": "object",
+        "properties": {name: _property(slot) for name, slot in tool.slots.items()},
+        "required": list(tool.slots),
+        "additionalProperties": False,
+    }
+
+
+SIGNATURES = {tool.name: write_signature(tool) for tool in TOOLS}
+
+
+def _arguments(tool: Tool, rng: Random) -> dict[str, str | int]:
+    """Draw the arguments, all different, so that swapped arguments are a visible mistake."""
+    while True:
+        values = {name: draw_value(slot, rng) for name, slot in tool.slots.items()}
+        if len(set(values.values())) == len(values):
+            return values
+
+
+def draw(rng: Random) -> Draft:
+    """Draw a request among one to three tools; the answer holds name, arguments and schema."""
+    shown = rng.sample(TOOLS, rng.choice((1, 2, 2, 3)))
+    tool = shown[0]
+    arguments = _arguments(tool, rng)
+    rng.shuffle(shown)
+    call = json.dumps({"name": tool.name, "arguments": arguments})
+    request = rng.choice(tool.requests).format(**arguments)
+    signatures = "\n".join(SIGNATURES[option.name] for option in shown)
+
+    def answer() -> dict[str, object]:
+        return {"name": tool.name, "arguments": arguments, "schema": schema_of(tool)}
+
+    return Draft(
+        key=call,
+        prompt=f"Tools:\n{signatures}\nUser: {request}\nCall:",
+        completion=f" {call}",
+        answer=answer,
+    )

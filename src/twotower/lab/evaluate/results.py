@@ -1,0 +1,132 @@
+"""From judged items to the results record: what `--json` prints and results.json holds."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from twotower.lab.evaluate.decode import Output, Trace
+from twotower.lab.evaluate.run import Item
+from twotower.lab.evaluate.statistics import Interval, interval, resample_means, retention
+
+BASELINE = "ar"
+
+
+def summarise(items: Sequence[Item], modes: Sequence[str], seed: int) -> dict[str, object]:
+    """`modes` (all items) and `categories` of the record; see docs/evaluation.md."""
+    categories = dict.fromkeys(item.document.category for item in items)
+    return {
+        "modes": measure(items, modes, seed),
+        "categories": {
+            category: measure([i for i in items if i.document.category == category], modes, seed)
+            for category in categories
+        },
+    }
+
+
+def measure(items: Sequence[Item], modes: Sequence[str], seed: int) -> dict[str, object]:
+    """Accuracy, retention and cost of each mode on these items; null where ar was not run."""
+    correct = np.array([[i.answers[mode].verdict.correct for i in items] for mode in modes], float)
+    means = resample_means(correct, seed)
+    accuracies = correct.mean(axis=1)
+    baseline = modes.index(BASELINE) if BASELINE in modes else None
+    record: dict[str, object] = {}
+    for place, mode in enumerate(modes):
+        kept: float | None = None
+        kept_interval: Interval = (math.nan, math.nan)
+        if baseline is not None and accuracies[baseline] > 0:
+            kept = float(accuracies[place] / accuracies[baseline])
+            kept_interval = interval(retention(means, place, baseline))
+        record[mode] = {
+            "accuracy": float(accuracies[place]),
+            "interval": _plain(interval(means[:, place])),
+            "retention": kept,
+            "retention_interval": _plain(kept_interval),
+            "n": len(items),
+            "correct": int(correct[place].sum()),
+            "same_as_ar": None if baseline is None else count_same(items, mode),
+            **costs(items, mode),
+            **_speed_ratio(items, mode, has_baseline=baseline is not None),
+        }
+    return record
+
+
+def count_same(items: Sequence[Item], mode: str) -> int:
+    """Items on which the mode wrote the text of ar."""
+    return sum(i.answers[mode].output.text == i.answers[BASELINE].output.text for i in items)
+
+
+def costs(items: Sequence[Item], mode: str) -> dict[str, object]:
+    """Tokens, passes and seconds of a mode, summed over items."""
+    outputs = [item.answers[mode].output for item in items]
+    tokens, nfe = sum(o.tokens for o in outputs), sum(o.nfe for o in outputs)
+    seconds = sum(o.seconds for o in outputs)
+    return {
+        "tokens": tokens,
+        "nfe": nfe,
+        "tokens_per_nfe": tokens / nfe if nfe else None,
+        "context_forwards": sum(o.context_forwards for o in outputs),
+        "tokens_per_forward": _per_forward(outputs),
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds,
+        "degenerate": sum(o.degenerate for o in outputs),
+    }
+
+
+def _per_forward(outputs: Sequence[Output]) -> float | None:
+    """Tokens that a forward of the context tower yields, after the prompt's, which yields one.
+
+    1 for ar; in speculative decoding the acceptance length.
+    """
+    forwards = sum(o.context_forwards - 1 for o in outputs)
+    return sum(o.tokens - 1 for o in outputs) / forwards if forwards > 0 else None
+
+
+def _speed_ratio(items: Sequence[Item], mode: str, has_baseline: bool) -> dict[str, object]:
+    """Seconds per token of ar over the mode's: median and quartiles over pairs on one prompt."""
+    if not has_baseline:
+        return {"speed_ratio": None, "speed_ratio_quartiles": [None, None]}
+    ratios = []
+    for item in items:
+        ours, theirs = item.answers[mode].output, item.answers[BASELINE].output
+        if ours.tokens and theirs.tokens:
+            ratios.append((theirs.seconds / theirs.tokens) / (ours.seconds / ours.tokens))
+    if len(ratios) < 2:
+        return {"speed_ratio": None, "speed_ratio_quartiles": [None, None]}
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"speed_ratio": middle, "speed_ratio_quartiles": [low, high]}
+
+
+def summarise_traces(traces: Mapping[str, Trace]) -> dict[str, object]:
+    """Mean passes by block number, mean commit step by position, and how far left to right."""
+    return {mode: _trace(trace) for mode, trace in traces.items() if trace.steps}
+
+
+def _trace(trace: Trace) -> dict[str, object]:
+    numbers = range(max(number for number, _ in trace.steps) + 1)
+    by_block = [[passes for at, passes in trace.steps if at == number] for number in numbers]
+    size = max(len(block) for block in trace.commits)
+    steps = [[block[at] for block in trace.commits if at < len(block)] for at in range(size)]
+    taus = [tau for block in trace.commits if (tau := kendall_tau(block)) is not None]
+    return {
+        "steps_by_block": [sum(passes) / len(passes) for passes in by_block if passes],
+        "blocks": [len(passes) for passes in by_block if passes],
+        "commit_step_by_position": [sum(passes) / len(passes) for passes in steps],
+        "kendall_tau": sum(taus) / len(taus) if taus else None,
+    }
+
+
+def kendall_tau(steps: Sequence[int]) -> float | None:
+    """Agreement of commit order with position, ties left out: 1 is left to right, None no order."""
+    signs = [
+        1 if steps[j] > steps[i] else -1
+        for i in range(len(steps))
+        for j in range(i + 1, len(steps))
+        if steps[i] != steps[j]
+    ]
+    return sum(signs) / len(signs) if signs else None
+
+
+def _plain(bounds: Interval) -> list[float | None]:
+    return [None if math.isnan(bound) else bound for bound in bounds]

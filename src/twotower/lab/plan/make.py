@@ -1,0 +1,214 @@
+"""A plan as one record of plain values: what `--json` prints and the report draws."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from twotower.lab.plan.decode import (
+    AR_STEP,
+    DENOISE,
+    EXTEND,
+    VERIFY,
+    ModeTime,
+    break_even_tokens_per_cycle,
+    break_even_tokens_per_nfe,
+    pass_times,
+    turns,
+)
+from twotower.lab.plan.memory import Placement, cache_bytes, tower_bytes
+from twotower.lab.plan.options import PlanOptions, describe_model, make_setup, make_workload
+from twotower.lab.plan.passes import Setup, Shape
+from twotower.lab.plan.sweep import Point, all_times, best_times, block_spans, nearest_misfit, sweep
+from twotower.lab.plan.workload import MODES, Mode, Workload
+
+TARGETS = (1.0, 2.42)  # speed-ups over AR: equal, and what the announcement reports
+_GIB = 2**30
+
+
+def make_plan(options: PlanOptions) -> dict[str, Any]:
+    """The whole record; ValueError (one line) for whatever the options name wrongly."""
+    return plan_shape(Shape.of(describe_model(options.model)), options)
+
+
+def plan_shape(shape: Shape, options: PlanOptions) -> dict[str, Any]:
+    """The record of a model that is described already."""
+    setup = make_setup(options, shape)
+    workload = make_workload(options, shape.config.block_size)
+    best = best_times(setup, workload, options.devices)
+    price = options.price_per_hour
+    price = setup.hardware.price_per_hour if price is None else price
+    points = sweep(setup, workload, options.devices, options.max_batch)
+    return {
+        "model": {"name": options.model, "parameters": _parameters(shape)},
+        "hardware": dataclasses.asdict(setup.hardware),
+        "devices": options.devices,
+        "precision": dataclasses.asdict(setup.precision),
+        "compute": setup.compute,
+        "efficiency": dataclasses.asdict(setup.efficiency),
+        "workload": {**dataclasses.asdict(workload), "source": _source(options)},
+        "price_per_hour": price,
+        "memory": _memory(setup, workload),
+        "modes": {mode: _mode(setup, workload, mode, options.devices, price) for mode in MODES},
+        "passes": _passes(setup, workload, best),
+        "break_even": _break_even(setup, workload, best),
+        "sweep": [_point(point) for point in points],
+        "spans": {
+            name: [
+                dataclasses.asdict(span)
+                for span in block_spans(setup, workload, options.devices, points, name != "all")
+            ]
+            for name in ("all", "per_device")
+        },
+    }
+
+
+def _parameters(shape: Shape) -> dict[str, int]:
+    return {tower: sum(counts.values()) for tower, counts in shape.parameters.items()}
+
+
+def _source(options: PlanOptions) -> str:
+    """Where tokens per pass come from."""
+    if options.tokens_per_nfe is not None:
+        return "given"
+    return "results" if options.results is not None else "published"
+
+
+def _memory(setup: Setup, workload: Workload) -> dict[str, Any]:
+    """Bytes of each tower, of a row's cache when its answer ends, and what a device offers."""
+    length = workload.prompt_tokens + workload.new_tokens
+    towers = {t: sum(tower_bytes(setup.shape, t, setup.precision)) for t in setup.shape.parameters}
+    return {
+        "tower_bytes": towers,
+        "cache_bytes_per_row": cache_bytes(setup.shape, 1, length, setup.precision),
+        "usable_bytes_per_device": setup.hardware.usable_bytes,
+        "host_bytes": setup.hardware.host_bytes,
+    }
+
+
+def _mode(
+    setup: Setup, workload: Workload, mode: Mode, num_devices: int, price: float | None
+) -> dict[str, Any]:
+    """One mode on its fastest placement, the other ones that fit, or what is missing."""
+    times = all_times(setup, workload, mode, num_devices)
+    if times:
+        first, *others = (_time(time, num_devices, price) for time in times)
+        return {"fits": True, **first, "others": others}
+    misfit = nearest_misfit(setup, workload, mode, num_devices)
+    record: dict[str, Any] = {"fits": misfit.fits, "placement": _placement(misfit)}
+    if misfit.fits:
+        record["missing"] = "tokens per cycle are not known: --tokens-per-cycle or --results"
+    else:
+        record["missing"] = _describe_misfit(misfit)
+    return record
+
+
+def _time(time: ModeTime, num_devices: int, price: float | None) -> dict[str, Any]:
+    used = len(time.placement.devices)
+    cost = None if price is None else used * price / 3600 / time.tokens_per_s * 1e6
+    return {
+        "placement": _placement(time.placement),
+        "pipelined": time.pipelined,
+        "prefill_ms": 1e3 * time.prefill_s,
+        "first_tokens_ms": 1e3 * time.first_s,
+        "decode_ms": 1e3 * time.decode_s,
+        "decode_ms_in_sequence": 1e3 * time.sequence_s,
+        "decode_ms_overlapped": None if time.overlapped_s is None else 1e3 * time.overlapped_s,
+        "tokens_per_s": time.tokens_per_s,
+        "decode_tokens_per_s": time.decode_tokens_per_s if time.decode_s else None,
+        "tokens_per_s_of_a_row": time.tokens_per_s / time.rows,
+        "devices_used": used,
+        "tokens_per_s_all_devices": time.tokens_per_s * (num_devices // used),
+        "dollars_per_million_tokens": cost,
+    }
+
+
+def _placement(placement: Placement) -> dict[str, Any]:
+    return {
+        "name": placement.name,
+        "devices": [
+            dataclasses.asdict(device)
+            | {"towers": list(device.towers), "total": device.total, "fits": device.fits}
+            for device in placement.devices
+        ],
+        "host_share": list(placement.host_share),
+        "host_bytes": placement.host_bytes,
+        "host_room": placement.host_room,
+    }
+
+
+def _describe_misfit(placement: Placement) -> str:
+    """What a device or the host would need, in GiB."""
+    for device in placement.devices:
+        if not device.fits:
+            verb = "needs" if len(device.towers) == 1 else "need"
+            return (
+                f"{' and '.join(device.towers)} {verb} {device.total / _GIB:.1f} GiB of a device "
+                f"that offers {device.usable / _GIB:.1f}"
+            )
+    return (
+        f"experts need {placement.host_bytes / _GIB:.1f} GiB of host memory "
+        f"that offers {placement.host_room / _GIB:.1f}"
+    )
+
+
+def _passes(
+    setup: Setup, workload: Workload, best: Mapping[Mode, ModeTime | None]
+) -> dict[str, dict[str, Any]]:
+    """Each pass where the modes that need it run fastest."""
+    owners: dict[str, Mode] = {AR_STEP: "ar", DENOISE: "diffusion", EXTEND: "diffusion"}
+    found = {}
+    for call, mode in [*owners.items(), (VERIFY, "speculative")]:
+        time = best[mode] or (best["diffusion"] if call == VERIFY else None)
+        if time is not None:
+            took = pass_times(setup, workload, time.placement)[call]
+            found[call] = {**_ms(dataclasses.asdict(took)), "ruled_by": took.ruled_by}
+    return found
+
+
+def _ms(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds as milliseconds; `seconds` itself is called `ms`."""
+    names = {"seconds": "ms", "num_experts": "experts_per_layer"}
+    return {
+        names.get(name, name.removesuffix("_s") + "_ms"): value * (1 if "num" in name else 1e3)
+        for name, value in seconds.items()
+    }
+
+
+def _break_even(
+    setup: Setup, workload: Workload, best: Mapping[Mode, ModeTime | None]
+) -> dict[str, Any] | None:
+    """Tokens per pass and per cycle that reach each speed-up over AR, decoding alone and one
+    group of rows; None where AR or both towers do not fit, null where a whole block does not do.
+    """
+    ar, blocks = best["ar"], best["diffusion"]
+    if ar is None or blocks is None or workload.new_tokens < 2:
+        return None
+    calls = pass_times(setup, workload, blocks.placement)
+    reads_s = turns(setup, workload, "diffusion", blocks.placement).context_s
+    draft_s = workload.draft_passes * calls[DENOISE].seconds
+    probe = dataclasses.replace(workload, tokens_per_cycle=float(workload.block_size))
+    cycle = turns(setup, probe, "speculative", blocks.placement)
+    cycle_s = draft_s + cycle.context_s / cycle.cycles
+    per_nfe, per_cycle = {}, {}
+    for target in TARGETS:
+        ar_s = ar.sequence_s / target
+        denoise_s = calls[DENOISE].seconds
+        per_nfe[f"{target:g}"] = break_even_tokens_per_nfe(ar_s, denoise_s, reads_s, workload)
+        per_cycle[f"{target:g}"] = break_even_tokens_per_cycle(ar_s, cycle_s, workload)
+    return {
+        "read_ms": 1e3 * reads_s / max(1, workload.extensions),
+        "denoise_per_ar_step": denoise_s / (ar.sequence_s / (workload.new_tokens - 1)),
+        "tokens_per_nfe": per_nfe,
+        "tokens_per_cycle": per_cycle,
+    }
+
+
+def _point(point: Point) -> dict[str, Any]:
+    """Tokens a second and rows at a time of each mode."""
+    modes = {mode: None if time is None else _rate(time) for mode, time in point.times.items()}
+    return {"batch": point.batch, "modes": modes}
+
+
+def _rate(time: ModeTime) -> dict[str, float]:
+    used = len(time.placement.devices)
+    return {"tokens_per_s": time.tokens_per_s, "rows": time.rows, "devices_used": used}

@@ -1,0 +1,171 @@
+"""Bytes of weights, cache and activations, and where towers go so that they fit.
+
+A tower stays whole on one device. Where a GPU is too small, a share of the routed experts lives in
+host memory and crosses the link in every pass that needs it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from twotower.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig
+from twotower.lab.plan.passes import EXPERTS, Setup, Shape, Tower
+from twotower.lab.plan.precision import Precision
+from twotower.lab.plan.workload import Mode, Workload
+
+# Prompts are read as the engine does: so many tokens of so many rows in a pass.
+CHUNK, NEWCOMERS = 512, 16
+_ROUNDING = 1e-12  # a device that is filled to the brim fits
+_STREAMS = 4  # copies of the hidden state that a layer holds: residual, normed, mixer's in and out
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceMemory:
+    """What one device must hold, in bytes, and what it has."""
+
+    towers: tuple[Tower, ...]
+    dense: float
+    experts: float
+    cache: float
+    activations: float
+    usable: float
+
+    @property
+    def total(self) -> float:
+        return self.dense + self.experts + self.cache + self.activations
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.usable * (1 + _ROUNDING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Towers by device; `host_share` of each device's routed experts is in host memory."""
+
+    devices: tuple[DeviceMemory, ...]
+    host_share: tuple[float, ...]
+    host_bytes: float
+    host_room: float
+
+    @property
+    def fits(self) -> bool:
+        return all(d.fits for d in self.devices) and self.host_bytes <= self.host_room
+
+    @property
+    def name(self) -> str:
+        count = "one device" if len(self.devices) == 1 else "two devices"
+        if not any(self.host_share):
+            return count
+        shares = " and ".join(f"{share:.0%}" for share in self.host_share)
+        return f"{count}, {shares} of the experts in host memory"
+
+    def share_of(self, tower: Tower) -> float:
+        """Share of the tower's routed experts that is in host memory."""
+        places = zip(self.devices, self.host_share, strict=True)
+        return next(share for device, share in places if tower in device.towers)
+
+
+def tower_bytes(shape: Shape, tower: Tower, precision: Precision) -> tuple[float, float]:
+    """Bytes of a tower's weights: all but the routed experts; the routed experts."""
+    sizes = {k: n * precision.weight_bytes(k) for k, n in shape.parameters[tower].items()}
+    experts = sizes.pop(EXPERTS, 0.0)
+    return sum(sizes.values()), experts
+
+
+def cache_bytes(shape: Shape, rows: int, length: int, precision: Precision) -> float:
+    """Bytes of the context cache of `rows` rows of `length` tokens."""
+    keys = shape.config.kv_elements * length * precision.cache_bytes
+    return rows * (keys + 4.0 * shape.state_elements + shape.conv_elements * precision.cache_bytes)
+
+
+def block_transfer_bytes(shape: Shape, rows: int, tokens: int, precision: Precision) -> float:
+    """What goes from the context tower's device to the denoiser's after `tokens` committed tokens:
+    their keys and values, and the states as they are then.
+    """
+    return cache_bytes(shape, rows, tokens, precision)
+
+
+def activation_bytes(setup: Setup, workload: Workload, tower: Tower, mode: Mode) -> float:
+    """Peak of what a pass holds beside weights and cache: an estimate from widths.
+
+    The tokens of a pass over prompts or over a block of every row, whichever is more; float32
+    logits of a block in a pass that makes them, of a token in the others.
+    """
+    config, block = setup.shape.config, workload.block_size
+    tokens = workload.batch * (1 if mode == "ar" else block)
+    if tower == "context":
+        rows = min(workload.batch, NEWCOMERS)
+        tokens = max(tokens, rows * min(workload.prompt_tokens, CHUNK))
+    makes_block = tower == "denoiser" or mode == "speculative"
+    logits = workload.batch * (block if makes_block else 1) * config.vocab_size * 4.0
+    width = _STREAMS * config.hidden_size + _widest(config)
+    return tokens * width * setup.precision.cache_bytes + logits
+
+
+def _widest(config: ModelConfig) -> int:
+    """Numbers of a token inside the widest mixer."""
+    mamba = 2 * config.mamba_width + 2 * config.n_groups * config.ssm_state_size
+    experts = config.num_experts_per_tok * (config.moe_intermediate_size + config.hidden_size)
+    widths = {
+        MAMBA: mamba + config.mamba_num_heads,
+        ATTENTION: (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim,
+        MLP: config.intermediate_size,
+        MOE: experts + config.moe_shared_expert_intermediate_size,
+    }
+    return max(widths[kind] for kind in set(config.hybrid_override_pattern))
+
+
+def placements(
+    setup: Setup, workload: Workload, mode: Mode, num_devices: int
+) -> Iterator[Placement]:
+    """Every way to place the towers that the mode needs, whether it fits or not."""
+    if mode == "ar":
+        yield _place(setup, workload, mode, [("context",)])
+        return
+    yield _place(setup, workload, mode, [("context", "denoiser")])
+    if num_devices > 1:
+        yield _place(setup, workload, mode, [("context",), ("denoiser",)])
+
+
+def _place(
+    setup: Setup, workload: Workload, mode: Mode, groups: Sequence[tuple[Tower, ...]]
+) -> Placement:
+    devices, shares, host_bytes = [], [], 0.0
+    for towers in groups:
+        device, share = _fill_device(setup, workload, mode, towers)
+        devices.append(device)
+        shares.append(share)
+        host_bytes += sum(share * tower_bytes(setup.shape, t, setup.precision)[1] for t in towers)
+    return Placement(
+        devices=tuple(devices),
+        host_share=tuple(shares),
+        host_bytes=host_bytes,
+        host_room=setup.hardware.host_bytes,
+    )
+
+
+def _fill_device(
+    setup: Setup, workload: Workload, mode: Mode, towers: tuple[Tower, ...]
+) -> tuple[DeviceMemory, float]:
+    """A device with its towers, and the share of their experts that had to go to the host."""
+    sizes = [tower_bytes(setup.shape, tower, setup.precision) for tower in towers]
+    dense, experts = (sum(column) for column in zip(*sizes, strict=True))
+    length = workload.prompt_tokens + workload.new_tokens + workload.block_size
+    cache = cache_bytes(setup.shape, workload.batch, length, setup.precision)
+    activations = max(activation_bytes(setup, workload, tower, mode) for tower in towers)
+    usable = setup.hardware.usable_bytes
+    room = usable - dense - cache - activations
+    share = 0.0
+    if experts and experts > room and setup.hardware.host_gb_s is not None:
+        # One layer's experts of a tower need a place to arrive in.
+        arriving = experts / len(towers) / setup.shape.config.hybrid_override_pattern.count(MOE)
+        share = 1.0 - max(0.0, room - arriving) / experts
+        experts = max(room, arriving)
+    return DeviceMemory(
+        towers=towers,
+        dense=dense,
+        experts=experts,
+        cache=cache,
+        activations=activations,
+        usable=usable,
+    ), share

@@ -1,0 +1,229 @@
+"""What a pass of a tower moves and computes, part by part, and how long that takes on a machine.
+
+A pass streams every weight that it needs once, and its rows' keys and states. Parts run one after
+another; each takes the longer of its streaming and its arithmetic.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from twotower.checkpoint.inspect import Description
+from twotower.config import ATTENTION, MAMBA, ModelConfig
+from twotower.lab.plan.efficiency import Efficiency
+from twotower.lab.plan.hardware import Compute, Hardware
+from twotower.lab.plan.precision import Precision
+
+Tower = Literal["context", "denoiser"]
+_MATRICES = ("mamba", "attention", "mlp", "norms", "moe router", "moe shared")
+EXPERTS = "moe routed"
+_SCAN = 5  # operations on each number of an SSM state: decay, outer product, sum; readout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A model as a plan sees it: parameters of each tower by kind, and the configuration."""
+
+    name: str
+    config: ModelConfig
+    parameters: Mapping[Tower, Mapping[str, int]]
+
+    @classmethod
+    def of(cls, record: Description) -> "Shape":
+        """From what `twotower inspect` knows; the denoiser is a copy where there is none."""
+        context = record.towers["context"].parameters
+        denoiser = record.towers["denoiser"].parameters if "denoiser" in record.towers else context
+        return cls(
+            name=record.source,
+            config=record.config,
+            parameters={"context": context, "denoiser": denoiser},
+        )
+
+    @property
+    def state_elements(self) -> int:
+        """Numbers of one row's SSM states."""
+        layers = self.config.hybrid_override_pattern.count(MAMBA)
+        return layers * self.config.mamba_width * self.config.ssm_state_size
+
+    @property
+    def conv_elements(self) -> int:
+        """Numbers of one row's last convolution inputs."""
+        layers = self.config.hybrid_override_pattern.count(MAMBA)
+        return layers * self.config.conv_channels * (self.config.conv_kernel - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What stays fixed over a plan: the model, one device, widths, how well code runs on it."""
+
+    shape: Shape
+    hardware: Hardware
+    precision: Precision
+    efficiency: Efficiency
+    compute: Compute
+
+    def __post_init__(self) -> None:
+        if self.compute not in self.hardware.tflops:
+            raise ValueError(
+                f"compute: {self.hardware.name} has no rate for {self.compute!r}; "
+                f"allowed are {', '.join(self.hardware.tflops)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One forward: each of `rows` reads `tokens` after `past`, and makes logits of some of them."""
+
+    tower: Tower
+    rows: int
+    tokens: int
+    logits: int
+    past: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Bytes that a part of a pass moves (weights apart from cache) and operations it computes."""
+
+    name: str
+    weight_bytes: float
+    cache_bytes: float
+    operations: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassTime:
+    """Seconds of a pass and what they go to; stream and compute count where they rule a part."""
+
+    seconds: float
+    overhead_s: float
+    stream_s: float
+    compute_s: float
+    host_s: float
+    num_experts: float
+
+    @property
+    def ruled_by(self) -> str:
+        """The largest share: overhead, bandwidth, arithmetic or host link."""
+        shares = {
+            "overhead": self.overhead_s,
+            "bandwidth": self.stream_s,
+            "arithmetic": self.compute_s,
+            "host link": self.host_s,
+        }
+        return max(shares, key=lambda name: shares[name])
+
+
+def expected_experts(num_experts: int, per_token: int, num_tokens: float) -> float:
+    """Distinct experts that n tokens choose in a layer: E (1 - (1 - k/E)^n).
+
+    Assumes that each token chooses independently and every expert is as likely: real routers are
+    less even, and neighbouring tokens more alike, so it is an upper estimate.
+    """
+    missed = math.pow(1.0 - per_token / num_experts, num_tokens)
+    return num_experts * (1.0 - missed)
+
+
+def pass_parts(shape: Shape, call: Pass, precision: Precision) -> list[Part]:
+    """The parts of a pass: matrices, routed experts, head, time conditioning, cache."""
+    counts, n = shape.parameters[call.tower], call.rows * call.tokens
+    parts = [_matrices(k, counts[k], n, precision) for k in _MATRICES if k in counts]
+    if EXPERTS in counts:
+        parts.append(_experts(shape.config, counts[EXPERTS], n, precision))
+    if call.logits:
+        # Tied heads count as embeddings: the same table.
+        head = shape.config.hidden_size * shape.config.vocab_size
+        parts.append(_matrices("head", head, call.rows * call.logits, precision))
+    if call.tower == "denoiser" and "time conditioning" in counts:
+        kind = "time conditioning"
+        parts.append(_matrices(kind, counts[kind], call.rows, precision))
+    return [*parts, _mixing(shape, call, precision)]
+
+
+def _matrices(kind: str, count: int, num_tokens: float, precision: Precision) -> Part:
+    return Part(
+        name=kind,
+        weight_bytes=count * precision.weight_bytes(kind),
+        cache_bytes=0.0,
+        operations=2.0 * count * num_tokens,
+    )
+
+
+def _experts(config: ModelConfig, count: int, num_tokens: int, precision: Precision) -> Part:
+    total, chosen = config.n_routed_experts, config.num_experts_per_tok
+    touched = expected_experts(total, chosen, num_tokens) / total
+    return Part(
+        name=EXPERTS,
+        weight_bytes=count * touched * precision.weight_bytes(EXPERTS),
+        cache_bytes=0.0,
+        operations=2.0 * count * chosen / total * num_tokens,
+    )
+
+
+def _mixing(shape: Shape, call: Pass, precision: Precision) -> Part:
+    """Attention over keys and the scan: their weights are among the matrices, here is the rest."""
+    config, length = shape.config, call.past + call.tokens
+    state_bytes = 4.0 * shape.state_elements + shape.conv_elements * precision.cache_bytes
+    if call.tower == "context":
+        state_bytes *= 2  # the denoiser only reads them
+    keys = config.kv_elements * length * precision.cache_bytes
+    # A causal token sees half of its own call on average, a masked one the whole block.
+    seen = length if call.tower == "denoiser" else call.past + (call.tokens + 1) / 2
+    attention = 4.0 * config.num_attention_heads * config.head_dim * seen
+    attention *= config.hybrid_override_pattern.count(ATTENTION)
+    return Part(
+        name="cache",
+        weight_bytes=0.0,
+        cache_bytes=call.rows * (keys + state_bytes),
+        operations=call.rows * call.tokens * (attention + _SCAN * shape.state_elements),
+    )
+
+
+def time_pass(setup: Setup, call: Pass, host_share: float = 0.0) -> PassTime:
+    """How long a pass takes; `host_share` of the routed experts' bytes cross the host link."""
+    if setup.efficiency.rows_in_turn and call.rows > 1:
+        one = time_pass(setup, replace(call, rows=1), host_share)
+        return _scale(one, call.rows)
+    parts = pass_parts(setup.shape, call, setup.precision)
+    hardware, efficiency = setup.hardware, setup.efficiency
+    bandwidth = hardware.bytes_per_s(sum(part.weight_bytes for part in parts))
+    bandwidth *= efficiency.bandwidth
+    peak = 1e12 * hardware.tflops[setup.compute] * efficiency.arithmetic
+    spent = {"stream": 0.0, "compute": 0.0, "host": 0.0}
+    for part in parts:
+        far = host_share * part.weight_bytes if part.name == EXPERTS else 0.0
+        host = far / (1e9 * (hardware.host_gb_s or 1.0) * efficiency.bandwidth)
+        stream = (part.weight_bytes + part.cache_bytes - far) / bandwidth
+        compute = part.operations / peak
+        if host + stream >= compute:
+            spent["host"] += host
+            spent["stream"] += stream
+        else:
+            spent["compute"] += compute
+    config = setup.shape.config
+    overhead = config.num_hidden_layers * efficiency.layer_s
+    has_experts = any(part.name == EXPERTS for part in parts)
+    return PassTime(
+        seconds=overhead + sum(spent.values()),
+        overhead_s=overhead,
+        stream_s=spent["stream"],
+        compute_s=spent["compute"],
+        host_s=spent["host"],
+        num_experts=expected_experts(
+            config.n_routed_experts, config.num_experts_per_tok, call.rows * call.tokens
+        )
+        if has_experts
+        else 0.0,
+    )
+
+
+def _scale(one: PassTime, rows: int) -> PassTime:
+    return PassTime(
+        seconds=rows * one.seconds,
+        overhead_s=rows * one.overhead_s,
+        stream_s=rows * one.stream_s,
+        compute_s=rows * one.compute_s,
+        host_s=rows * one.host_s,
+        num_experts=one.num_experts,
+    )

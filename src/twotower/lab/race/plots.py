@@ -1,0 +1,166 @@
+"""Pictures of a race's record, each a matplotlib figure; a part that is missing gives none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from twotower.lab.evaluate.plots import COLORS, new_figure
+from twotower.lab.race.costs import TARGET, block_cost
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Record = Mapping[str, Any]
+CALLS = ("ar_step", "denoise_pass", "extend", "verify")
+MODE_MARKERS = "s^vDP*"  # rings are where curves cross a level
+REGIME_COLORS = {
+    "overhead-bound": COLORS[1], "compute-bound": COLORS[0], "bandwidth-bound": COLORS[2],
+}  # fmt: skip
+
+
+def race_figures(record: Record) -> dict[str, Figure]:
+    """Every picture of the record by the name of its file."""
+    made = {"passes": plot_passes(record), "speed": plot_speed(record)}
+    for size, found in record["sizes"].items():
+        made[f"break_even_{size}"] = plot_break_even(size, found)
+        made[f"limits_{size}"] = plot_limits(size, found)
+    return made
+
+
+def plot_passes(record: Record) -> Figure:
+    """Milliseconds of each pass by size and engine, over those of the engine's AR step."""
+    rows = [
+        (f"{size}, {engine}", calls)
+        for size, found in record["sizes"].items()
+        for engine, calls in found["ms_by_engine"].items()
+    ]
+    figure = new_figure(height=1.6 + 0.7 * len(rows))
+    axes = figure.add_subplot()
+    height = 0.8 / len(CALLS)
+    for place, call in enumerate(CALLS):
+        at = [-row - place * height for row in range(len(rows))]
+        medians = [calls[call]["median"] for _, calls in rows]
+        spans = [calls[call]["quartiles"] for _, calls in rows]
+        errors = [
+            [m - low for m, (low, _) in zip(medians, spans, strict=True)],
+            [high - m for m, (_, high) in zip(medians, spans, strict=True)],
+        ]
+        bars = axes.barh(at, medians, height, color=COLORS[place], label=call, xerr=errors)
+        steps = [calls["ar_step"]["median"] for _, calls in rows]
+        axes.bar_label(
+            bars,
+            [f" {m:.2f} ms, {m / s:.2f}x" for m, s in zip(medians, steps, strict=True)],
+            fontsize=7,
+        )
+    axes.set_yticks([-row - 1.5 * height for row in range(len(rows))], [name for name, _ in rows])
+    _scale_log(axes, [calls[call]["median"] for _, calls in rows for call in CALLS])
+    axes.set_xlabel("ms a pass, median and quartiles; x: over the AR step")
+    axes.set_title("One pass")
+    figure.legend(loc="outside lower center", ncols=len(CALLS), fontsize=8)
+    return figure
+
+
+def _scale_log(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis from below the least value, with room for labels behind the largest."""
+    axes.set_xscale("log")
+    axes.set_xlim(min(values) / 3, max(values) * 6)
+    axes.tick_params(axis="x", which="minor", labelbottom=False)
+
+
+def plot_speed(record: Record) -> Figure:
+    """Tokens per second of every contestant, decoding alone, by size."""
+    rows = [
+        (f"{size}, {engine} {mode}", mode, found)
+        for size, entry in record["sizes"].items()
+        for engine, modes in entry["engines"].items()
+        for mode, found in modes.items()
+        if found["decode_ms_per_token"] is not None
+    ]
+    figure = new_figure(height=1.4 + 0.3 * len(rows))
+    axes = figure.add_subplot()
+    modes = list(dict.fromkeys(mode for _, mode, _ in rows))
+    for at, (_, mode, found) in enumerate(reversed(rows)):
+        slow, fast = (1e3 / ms for ms in reversed(found["decode_ms_per_token_quartiles"]))
+        middle = 1e3 / found["decode_ms_per_token"]
+        color = COLORS[modes.index(mode) % len(COLORS)]
+        axes.plot([slow, fast], [at, at], color=color, linewidth=2)
+        axes.plot([middle], [at], "o", color=color)
+    axes.set_yticks(range(len(rows)), [name for name, _, _ in reversed(rows)])
+    axes.set_ylim(-1, len(rows))
+    axes.set_xscale("log")
+    axes.set_xlabel("tokens/s, prompt apart; median, quartiles")
+    axes.set_title("Speed")
+    return figure
+
+
+def plot_break_even(size: str, found: Record) -> Figure:
+    """Speed-up over the best AR against tokens per pass: composed of pass times, and measured."""
+    figure = new_figure(height=5.0)
+    axes = figure.add_subplot()
+    block_size = found["model"]["block_size"]
+    rates = [1 + step * (block_size - 1) / 60 for step in range(61)]
+    for place, (engine, calls) in enumerate(found["ms_by_engine"].items()):
+        denoise, extend = calls["denoise_pass"]["median"], calls["extend"]["median"]
+        needed = found["pays"][engine]["needed_tokens_per_nfe"]
+        for name, words, ar_ms, line in (
+            ("own_ar", "its own AR step", calls["ar_step"]["median"], "--"),
+            ("best_ar", f"best AR, {found['best_ar_decode'][0]}", found["best_ar_decode_ms"], "-"),
+        ):
+            speedups = [ar_ms / block_cost(denoise, extend, k, block_size) for k in rates]
+            axes.plot(rates, speedups, line, color=COLORS[place], label=f"{engine} over {words}")
+            _mark_break_even(axes, needed[name], COLORS[place])
+    _mark_measured(axes, found)
+    for level in (1.0, TARGET):
+        axes.axhline(level, color="gray", linestyle=":", linewidth=1)
+        axes.annotate(f"{level:g}", (1.0, level), fontsize=8, color="gray", va="bottom")
+    axes.set_xlabel("tokens per denoiser pass (tokens/NFE)")
+    axes.set_ylabel("speed-up, decoding alone")
+    axes.set_title(f"When blocks pay, {size}")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+def _mark_break_even(axes: Axes, needed: Mapping[str, float | None], color: str) -> None:
+    """A ring where a line crosses a level, with its tokens per pass."""
+    for speedup, tokens in needed.items():
+        if tokens is not None and tokens >= 1:
+            point = (tokens, float(speedup))
+            axes.plot(*point, "o", color=color, fillstyle="none")
+            axes.annotate(
+                f"{tokens:.1f}", point, textcoords="offset points", xytext=(4, -10), fontsize=7
+            )
+
+
+def _mark_measured(axes: Axes, found: Record) -> None:
+    """A point for each mode with denoiser passes, over the best AR, in its engine's colour."""
+    colors = dict(zip(found["ms_by_engine"], COLORS, strict=False))
+    shapes: dict[str, str] = {}
+    for engine, modes in found["engines"].items():
+        for mode, row in modes.items():
+            if row["tokens_per_nfe"] is None or row["decode_speedup_vs_best_ar"] is None:
+                continue
+            shape = shapes.setdefault(mode, MODE_MARKERS[len(shapes) % len(MODE_MARKERS)])
+            point = (row["tokens_per_nfe"], row["decode_speedup_vs_best_ar"])
+            axes.plot(*point, shape, color=colors[engine], markersize=6, markeredgecolor="black")
+    for mode, shape in shapes.items():
+        axes.plot([], [], shape, color="gray", label=f"{mode}, measured over the best AR")
+
+
+def plot_limits(size: str, found: Record) -> Figure:
+    """Measured time of a pass against the least that the machine allows, coloured by regime."""
+    figure = new_figure(height=1.4 + 0.35 * len(found["limits"]))
+    axes = figure.add_subplot()
+    rows = list(reversed(found["limits"]))
+    for at, row in enumerate(rows):
+        axes.barh([at], [row["ms"]], color=REGIME_COLORS[row["regime"]])
+        axes.plot([row["stream_ms"]], [at], "|", color="black", markersize=12)
+        axes.plot([row["compute_ms"]], [at], "x", color="black", markersize=6)
+        end = max(row["ms"], row["stream_ms"], row["compute_ms"])
+        axes.annotate(f"  {row['regime']}", (end, at), fontsize=7, va="center")
+    axes.set_yticks(range(len(rows)), [f"{row['engine']} {row['call']}" for row in rows])
+    _scale_log(axes, [row[key] for row in rows for key in ("ms", "stream_ms", "compute_ms")])
+    axes.set_xlabel("ms; | least by bandwidth, x least by arithmetic")
+    axes.set_title(f"Passes and limits, {size}")
+    return figure
