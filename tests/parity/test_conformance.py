@@ -150,8 +150,9 @@ def test_every_step_of_a_trajectory(
     events = stream(case.model, [case.record["prompts"]["p17"]], options)
     steps = [event for event in events if isinstance(event, StepTaken)]
     assert len(steps) == len(passes) == len(recorded_run["steps"])
-    # bfloat16 logits are multiples of up to 1/16, the printed probabilities have 6 digits
-    atol = 1e-3 if case.is_exact else 0.02
+    # bfloat16 logits are multiples of up to 1/16: where two of them round otherwise on another
+    # processor, a probability moves by up to 1/4 of 2/16. The printed ones have 6 digits.
+    atol = 1e-3 if case.is_exact else 0.032
     for ours, seen, expected in zip(steps, passes, recorded_run["steps"], strict=True):
         assert (ours.block_index, ours.step) == (expected["block"], expected["step"])
         assert ours.t == seen.t == expected["t"]
@@ -165,9 +166,11 @@ def test_every_step_of_a_trajectory(
 
 
 def test_time_features() -> None:
-    """Features of 1000 t; the recording's float64 version differs by the rounding of the angles."""
+    """Features of 1000 t. A frequency's last bit differs between processors, and the angle is a
+    thousand times that: 6e-5. The recording's float64 version differs by the same rounding.
+    """
     ours = time_features(TIMES, torch.float32)
-    torch.testing.assert_close(ours, SAMPLER["time/features_dim256"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours, SAMPLER["time/features_dim256"], rtol=0, atol=1e-4)
     exact = SAMPLER["time/features_dim256_float64"].float()
     torch.testing.assert_close(ours, exact, rtol=0, atol=1e-4)
 
@@ -189,7 +192,8 @@ def test_time_embedder() -> None:
     )
     with torch.no_grad():
         ours = embedder(TIMES)
-    torch.testing.assert_close(ours, SAMPLER["time/embedder_output"], rtol=1e-5, atol=1e-6)
+    # What the features' last bits (6e-5, see above) come to behind two small matrices.
+    torch.testing.assert_close(ours, SAMPLER["time/embedder_output"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", ["1x4", "2x2", "3x4"])

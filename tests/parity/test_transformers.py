@@ -19,7 +19,7 @@ from twotower.config import ModelConfig
 transformers = pytest.importorskip("transformers", minversion="5")
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-TOLERANCE = 5e-5  # float32 sums in another order
+TOLERANCE = 1e-4  # float32 sums in another order, on any processor
 SIZES = {
     "hidden_size": 32,
     "vocab_size": 64,

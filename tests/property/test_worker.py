@@ -101,12 +101,12 @@ FAULTS = [
     ("mock-ar", "denoise", True),
     ("mock-ar", "extend", False),
     ("speculative", "next_logits", True),
-    ("speculative", "read", False),
+    ("speculative", "verify", False),
     ("speculative", "denoise", True),
     ("posterior", "denoise", False),
-    ("reviewed", "read", False),
+    ("reviewed", "verify", False),
     ("reviewed", "next_logits", True),
-    ("told", "read", False),
+    ("told", "verify", False),
     ("told", "next_logits", True),
 ]
 # Modes in which the context tower judges blocks before they are committed.
