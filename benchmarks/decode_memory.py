@@ -36,15 +36,11 @@ prompt = torch.randint(4, model.config.vocab_size, (length,), generator=generato
 twotower.generate(model, [prompt[:16]], options)
 before = peak()
 twotower.generate(model, [prompt], options)
-c = model.config
-counts = {kind: c.hybrid_override_pattern.count(kind) for kind in "M*"}
-size = next(plain.parameters()).element_size()
-conv = c.conv_channels * (c.conv_kernel - 1) * size
-ssm = c.mamba_num_heads * c.mamba_head_dim * c.ssm_state_size * 4
+tower, size = model.config.context, next(plain.parameters()).element_size()
 print(json.dumps({
     "weights_bytes": sum(p.numel() * p.element_size() for p in plain.parameters()),
-    "kv_bytes": (length + new) * c.kv_elements * size,
-    "state_bytes": counts["M"] * (conv + ssm),
+    "kv_bytes": (length + new) * tower.kv_elements * size,
+    "state_bytes": tower.conv_elements * size + tower.ssm_elements * 4,
     "growth_bytes": peak() - before,
     "resident_before_bytes": before,
 }))

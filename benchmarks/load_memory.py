@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from twotower.checkpoint import save_model
-from twotower.config import ModelConfig
+from twotower.families import config_from_dict
 from twotower.model import TwoTower
 from twotower.model.initialise import randomise
 
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=1024)
     parser.add_argument("--shard-mb", type=int, default=64)
     args = parser.parse_args()
-    config = ModelConfig.from_dict(
+    config = config_from_dict(
         {
             "hybrid_override_pattern": "M-*-" * 3,
             "hidden_size": args.hidden_size,

@@ -19,7 +19,7 @@ import torch
 
 from twotower.checkpoint import save_model
 from twotower.checkpoint.empty import allocate, build_empty
-from twotower.config import ModelConfig
+from twotower.families import config_from_dict
 from twotower.model import TwoTower
 from twotower.model.initialise import randomise
 
@@ -111,8 +111,8 @@ def main() -> None:
 
 def generate(path: Path, num_experts: int) -> dict[str, int]:
     """Write a bfloat16 checkpoint; experts are shifted copies of random ones: only bytes matter."""
-    config = ModelConfig.from_dict({**CONFIG, "n_routed_experts": num_experts})
-    small = TwoTower(ModelConfig.from_dict({**CONFIG, "n_routed_experts": 4}))
+    config = config_from_dict({**CONFIG, "n_routed_experts": num_experts})
+    small = TwoTower(config_from_dict({**CONFIG, "n_routed_experts": 4}))
     randomise(small, seed=0)
     model = build_empty(config, "both")
     cpu = torch.device("cpu")

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from twotower.checkpoint import load_model, save_backbone
-from twotower.config import ModelConfig
+from twotower.families import config_from_dict
 from twotower.model.initialise import randomise
 from twotower.model.two_tower import TwoTower
 from twotower.train.loop import train
@@ -134,7 +134,7 @@ def make_inputs(folder: Path) -> None:
     vocab_size = json.loads((folder / "data" / "meta.json").read_text())["vocab_size"]
     for name, pattern in PATTERNS.items():
         values = {"hybrid_override_pattern": pattern, "vocab_size": vocab_size}
-        config = ModelConfig.from_dict(WIDTHS | values)
+        config = config_from_dict(WIDTHS | values)
         model = TwoTower(config, "context")
         randomise(model, seed=0)
         save_backbone(model, folder / name)

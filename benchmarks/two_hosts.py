@@ -26,9 +26,10 @@ import threading
 import time
 from collections.abc import Iterator
 
-from twotower import ModelConfig
+from twotower import TwoTowerConfig
 from twotower.cli.loading import shipped_model
 from twotower.cli.main import main as twotower_command
+from twotower.families import read_config
 
 SPACES, ADDRESSES = ("near", "far"), ("10.77.0.1", "10.77.0.2")
 PROMPTS = (
@@ -156,14 +157,13 @@ def on_two_hosts(options: argparse.Namespace, devices: tuple[str, str]) -> dict[
     return {"tokens": read_tokens(outputs[0][0]), **report}
 
 
-def bytes_per_block(config: ModelConfig, element_size: int) -> dict[str, int]:
+def bytes_per_block(config: TwoTowerConfig, element_size: int) -> dict[str, int]:
     """What must travel per row and full block: new keys and values, states, and the tokens."""
-    num_mamba = config.hybrid_override_pattern.count("M")
-    conv = config.conv_channels * (config.conv_kernel - 1) * element_size
-    ssm = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size * 4
+    conv = config.context.conv_elements * element_size
+    ssm = config.context.ssm_elements * 4
     return {
-        "keys_and_values": config.block_size * config.kv_elements * element_size,
-        "states": num_mamba * (conv + ssm),
+        "keys_and_values": config.block_size * config.context.kv_elements * element_size,
+        "states": conv + ssm,
         "hidden": config.hidden_size * element_size,
         "masked_block": config.block_size * 8,
     }
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     alone = in_one_process(options)
-    needed = bytes_per_block(ModelConfig.from_file(shipped_model()), 4)
+    needed = bytes_per_block(read_config(shipped_model()), 4)
     results = []
     for delay_ms in options.delays_ms:
         runs = []

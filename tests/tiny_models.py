@@ -6,13 +6,15 @@ import math
 import torch
 from torch import Tensor
 
-from twotower import ModelConfig, TwoTower
+from twotower import TwoTower, TwoTowerConfig
+from twotower.config import MoESpec
+from twotower.families import config_from_dict
 
 MASK = 3
 PATTERN = "M*E-M*"  # each kind of layer, Mamba and attention twice
 
 
-def tiny_config(**changes: object) -> ModelConfig:
+def tiny_config(**changes: object) -> TwoTowerConfig:
     """A configuration with grouped heads and channels, 4 experts, vocabulary 41, block size 4."""
     values: dict[str, object] = {
         "hybrid_override_pattern": PATTERN,
@@ -34,7 +36,14 @@ def tiny_config(**changes: object) -> ModelConfig:
         "eos_token_id": None,
         "block_size": 4,
     }
-    return ModelConfig.from_dict(values | changes)
+    return config_from_dict(values | changes)
+
+
+def tiny_moe(**changes: object) -> MoESpec:
+    """The experts of `tiny_config`."""
+    spec = tiny_config(**changes).context.shared_spec(MoESpec)
+    assert spec is not None
+    return spec
 
 
 @functools.cache

@@ -32,7 +32,7 @@ def calibrate_gpu() -> Efficiency:
             )
             limits.append(time_pass(_limit(shape, run), call).seconds)
     bandwidth = (limits[0] - limits[1]) / (measured[0] - measured[1])
-    layer_s = (measured[0] - limits[0] / bandwidth) / shape.config.num_hidden_layers
+    layer_s = (measured[0] - limits[0] / bandwidth) / shape.config.context.num_layers
     return replace(PROFILES["eager-gpu"], bandwidth=bandwidth, layer_s=layer_s)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from twotower.checkpoint import load_model
-    from twotower.config import ModelConfig
+    from twotower.config import TwoTowerConfig
     from twotower.engine.accelerate import accelerate
     from twotower.engine.events import Completion, Event, Finished, StepTaken, TokensCommitted
     from twotower.engine.generate import generate, stream
@@ -23,11 +23,11 @@ __all__ = [
     "Event",
     "Finished",
     "GenerateOptions",
-    "ModelConfig",
     "StepTaken",
     "Tokenizer",
     "TokensCommitted",
     "TwoTower",
+    "TwoTowerConfig",
     "accelerate",
     "generate",
     "load_model",
@@ -37,7 +37,7 @@ __all__ = [
 
 _HOMES = {
     "checkpoint": ("load_model",),
-    "config": ("ModelConfig",),
+    "config": ("TwoTowerConfig",),
     "engine": (
         "Completion", "Event", "Finished", "GenerateOptions", "StepTaken", "TokensCommitted",
         "generate", "stream",

@@ -13,12 +13,13 @@ from tiny_models import fresh_model, tiny_config
 from tiny_text import tiny_tokenizer
 from twotower.checkpoint import save_model
 from twotower.cli.main import main
+from twotower.families import config_to_dict
 from twotower.lab.race import sizes
 
 FLAGS = ["--items", "1", "--max-new-tokens", "12", "--repeats", "3", "--replays", "2"]
 FLAGS += ["--max-prompt-tokens", "1000"]
 OURS = {"ar", "diffusion", "speculative"}
-TINY = tiny_config(hybrid_override_pattern="M*-", hidden_size=32, vocab_size=96).to_dict()
+TINY = config_to_dict(tiny_config(hybrid_override_pattern="M*-", hidden_size=32, vocab_size=96))
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,13 @@ import pytest
 
 from tiny_models import tiny_config
 from twotower.cli.main import main
+from twotower.families import config_to_dict
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> str:
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(tiny_config().to_dict()))
+    file.write_text(json.dumps(config_to_dict(tiny_config())))
     return str(file)
 
 
@@ -58,7 +59,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     folder = tmp_path / "<b>model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(tiny_config().to_dict()))
+    (folder / "config.json").write_text(json.dumps(config_to_dict(tiny_config())))
     out = tmp_path / "plan"
     assert main(["plan", "--model", str(folder), "--out", str(out), "--max-batch", "4"]) == 0
     capsys.readouterr()

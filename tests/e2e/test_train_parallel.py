@@ -16,7 +16,7 @@ import pytest
 
 from tiny_training import make_shard, tiny_options
 from twotower.checkpoint import load_model, save_backbone
-from twotower.config import ModelConfig
+from twotower.families import config_from_dict, config_to_dict
 from twotower.model.initialise import randomise
 from twotower.model.two_tower import TwoTower
 from twotower.train.loop import train
@@ -44,8 +44,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def backbone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random one with experts."""
     vocab_size = json.loads((data / "meta.json").read_text())["vocab_size"]
-    config = preset_config("tiny", vocab_size).to_dict() | EXPERTS
-    model = TwoTower(ModelConfig.from_dict(config), "context")
+    config = config_to_dict(preset_config("tiny", vocab_size)) | EXPERTS
+    model = TwoTower(config_from_dict(config), "context")
     randomise(model, seed=0)
     folder = tmp_path_factory.mktemp("model") / "backbone"
     save_backbone(model, folder)

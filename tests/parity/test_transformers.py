@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from twotower.checkpoint import export_transformers, load_model
-from twotower.config import ModelConfig
+from twotower.families import config_from_dict, config_to_dict, read_config
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -84,15 +84,16 @@ def test_the_step_limit_matters(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("original_format", [True, False])
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("latent", [None, 12])
 def test_what_transformers_saves_loads_here(
-    tmp_path: Path, original_format: bool, tied: bool
+    tmp_path: Path, original_format: bool, tied: bool, latent: int | None
 ) -> None:
     """Guards both of its layouts: backbone.* with single experts, model.* with stacked ones.
 
     transformers ignores tie_word_embeddings for this architecture: the head has its own values.
     """
     config = transformers.NemotronHConfig(
-        hybrid_override_pattern="M*E-ME", tie_word_embeddings=tied, **SIZES
+        hybrid_override_pattern="M*E-ME", tie_word_embeddings=tied, moe_latent_size=latent, **SIZES
     )
     torch.manual_seed(3)
     theirs = transformers.NemotronHForCausalLM(config).eval()
@@ -111,12 +112,12 @@ def test_what_transformers_saves_loads_here(
         assert any(name.startswith(prefix) for name in file.keys())  # noqa: SIM118
     tokens = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(1))
     assert difference(theirs, tmp_path, tokens) < TOLERANCE
-    assert load_model(tmp_path).config.hybrid_override_pattern == "M*E-ME"
+    assert load_model(tmp_path).config.context.pattern == "M*E-ME"
 
 
 def test_the_export_refuses_what_transformers_cannot_represent(tmp_path: Path) -> None:
     from twotower.model.two_tower import TwoTower
 
-    values = ModelConfig.from_file(GOLDEN / "case_03").to_dict() | {"attention_bias": True}
+    values = config_to_dict(read_config(GOLDEN / "case_03")) | {"attention_bias": True}
     with pytest.raises(ValueError, match="attention_bias=true cannot be exported"):
-        export_transformers(TwoTower(ModelConfig.from_dict(values), "context"), tmp_path)
+        export_transformers(TwoTower(config_from_dict(values), "context"), tmp_path)

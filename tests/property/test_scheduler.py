@@ -111,7 +111,7 @@ def test_little_memory_makes_rows_wait_for_each_other(monkeypatch: pytest.Monkey
     """Guards against the refusal of a list of prompts of which each would fit by itself."""
     o = uneven()
     expected = generate(MODEL, PROMPTS, o)
-    weight = MODEL.config.kv_elements * 4
+    weight = MODEL.config.context.kv_elements * 4
     one_row = 3 * (max(LENGTHS) + max(NEW_TOKENS) + 4) * weight
     monkeypatch.setattr(prefill, "available_bytes", lambda device: one_row)
     seen = watched(monkeypatch, "denoise")

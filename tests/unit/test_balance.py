@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from tiny_models import fresh_model, random_ids, tiny_config
+from tiny_models import fresh_model, random_ids, tiny_moe
 from twotower.layers.moe import Router
 from twotower.train.balance import ExpertBalance
 
 
 def skewed_router() -> Router:
     """Of 8 experts the first two are nearly always chosen."""
-    router = Router(tiny_config(n_routed_experts=8))
+    router = Router(16, tiny_moe(n_routed_experts=8))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         router.weight.copy_(0.1 * torch.randn(router.weight.shape, generator=generator))

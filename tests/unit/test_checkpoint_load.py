@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from twotower.checkpoint import generation_defaults, load_model, resolve, save_model
-from twotower.config import ModelConfig
+from twotower.families import config_from_dict, config_to_dict, read_config
 from twotower.model.initialise import randomise
 from twotower.model.two_tower import TwoTower
 
@@ -272,8 +272,8 @@ print(peak_bytes() - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_peak_memory_is_the_model_plus_one_shard(tmp_path: Path) -> None:
     """Guards against a second whole copy: a model that just fits could not be loaded."""
-    values = ModelConfig.from_file(GOLDEN / "case_03").to_dict()
-    config = ModelConfig.from_dict(values | {"hidden_size": 512, "vocab_size": 16384})
+    values = config_to_dict(read_config(GOLDEN / "case_03"))
+    config = config_from_dict(values | {"hidden_size": 512, "vocab_size": 16384})
     model = TwoTower(config)
     randomise(model, 0)
     save_model(model, tmp_path / "big", max_shard_bytes=16_000_000, dtype=torch.bfloat16)

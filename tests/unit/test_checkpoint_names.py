@@ -3,9 +3,10 @@
 import torch
 
 from twotower.checkpoint import names
-from twotower.config import ModelConfig
+from twotower.families import FAMILIES, PRESETS, config_from_dict
 from twotower.model.two_tower import TwoTower
 
+NEMOTRON_H = FAMILIES["nemotron_h"]
 WIDTH, VOCAB, INNER, CONV = 2688, 131072, 64 * 64, 64 * 64 + 2 * 8 * 128
 MAMBA = {
     "in_proj.weight": (INNER + CONV + 64, WIDTH),
@@ -58,7 +59,7 @@ def expected_30b() -> dict[str, tuple[int, ...]]:
 def test_the_30b_configuration_has_the_released_names_and_shapes() -> None:
     """Guards against a model that loads small recordings but not the release itself."""
     with torch.device("meta"):
-        model = TwoTower(ModelConfig.nano_30b())
+        model = TwoTower(config_from_dict(PRESETS["nano-30b"]))
     slots = names.released_slots({n: tuple(t.shape) for n, t in model.state_dict().items()})
     assert {name: slot.shape for name, slot in slots.items()} == expected_30b()
 
@@ -73,10 +74,13 @@ def test_an_experts_tensor_goes_to_its_own_slice() -> None:
 
 def test_layouts_are_told_apart_by_their_names() -> None:
     head = "lm_head.weight"
-    assert names.layout_of([head, "context_tower.norm_f.weight"]) == "two-tower"
-    assert names.layout_of([head, "backbone.norm_f.weight"]) == "backbone"
-    assert names.layout_of([head, "model.norm_f.weight"]) == "transformers"
-    assert names.layout_of([head, "transformer.h.0.weight"]) is None
+    for name, layout in (
+        ("context_tower.norm_f.weight", "two-tower"),
+        ("backbone.norm_f.weight", "backbone"),
+        ("model.norm_f.weight", "transformers"),
+        ("transformer.h.0.weight", None),
+    ):
+        assert names.layout_of([head, name], NEMOTRON_H) == layout
 
 
 def test_backbone_names_go_there_and_back() -> None:
@@ -84,12 +88,12 @@ def test_backbone_names_go_there_and_back() -> None:
         ("context_tower.layers.0.mixer.D", "backbone.layers.0.mixer.D"),
         ("context_lm_head.weight", "lm_head.weight"),
     ):
-        assert names.backbone_name(name) == there
-        assert names.released_name(there, "backbone") == name
-    assert names.released_name("model.norm_f.weight", "transformers") == (
+        assert NEMOTRON_H.from_tower_name(names.inner_name(name)) == there
+        assert names.released_name(there, "backbone", NEMOTRON_H) == name
+    assert names.released_name("model.norm_f.weight", "transformers", NEMOTRON_H) == (
         "context_tower.norm_f.weight"
     )
-    assert names.released_name("mtp.layers.0.norm.weight", "backbone") is None
+    assert names.released_name("mtp.layers.0.norm.weight", "backbone", NEMOTRON_H) is None
 
 
 def test_only_router_tensors_are_routers() -> None:

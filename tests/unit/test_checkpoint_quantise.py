@@ -27,7 +27,7 @@ from twotower.checkpoint.quantize import read_scheme
 from twotower.cli.convert import ConvertOptions
 from twotower.cli.inspect import InspectOptions
 from twotower.cli.inspect import run as run_inspect
-from twotower.config import ModelConfig
+from twotower.families import config_from_dict, config_to_dict, read_config
 from twotower.model.initialise import randomise
 from twotower.model.precision import Scheme, scheme_of
 
@@ -300,9 +300,9 @@ print(peak_bytes() - before, size)
 def test_peak_memory_is_about_the_quantised_size(wide: Path, narrow: dict[str, Path]) -> None:
     """Guards a wide copy, when a checkpoint is loaded and when it is quantised: a model that fits
     in 4 bits only could not be."""
-    values = ModelConfig.from_file(wide).to_dict()
+    values = config_to_dict(read_config(wide))
     sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "n_routed_experts": 32}
-    model = TwoTower(ModelConfig.from_dict(values | sizes))
+    model = TwoTower(config_from_dict(values | sizes))
     randomise(model, 0)
     big = wide.parent / "big"
     save_model(model, big, dtype=torch.bfloat16)

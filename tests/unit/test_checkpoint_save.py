@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from twotower.checkpoint import load_model, save_backbone, save_model
 from twotower.checkpoint.write import Piece, write_checkpoint
-from twotower.config import ModelConfig
+from twotower.families import config_from_dict, config_to_dict, read_config
 from twotower.model.two_tower import TwoTower
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -123,8 +123,8 @@ def test_a_dtype_applies_to_all_but_routers(tmp_path: Path) -> None:
 
 def test_a_tied_model_stays_tied_and_names_its_heads(tmp_path: Path) -> None:
     """Guards readers that do not tie: without the tensor they start from a random head."""
-    config = ModelConfig.from_dict(
-        ModelConfig.from_file(GOLDEN / "case_03").to_dict() | {"tie_word_embeddings": True}
+    config = config_from_dict(
+        config_to_dict(read_config(GOLDEN / "case_03")) | {"tie_word_embeddings": True}
     )
     model = TwoTower(config)
     state = load_model(GOLDEN / "case_03").state_dict()

@@ -23,9 +23,11 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": COMMON | {"measure"},
     "layers": COMMON | {"kernels"},
     "model": COMMON | {"layers", "kernels"},
-    "checkpoint": COMMON | {"model", "kernels"},
+    "families": COMMON,
+    "checkpoint": COMMON | {"families", "model", "kernels"},
     "engine": COMMON | {"model", "diffusion", "tokenizer", "measure"},
-    "train": COMMON | {"layers", "model", "diffusion", "checkpoint", "tokenizer", "lab.corpus"},
+    "train": COMMON
+    | {"families", "layers", "model", "diffusion", "checkpoint", "tokenizer", "lab.corpus"},
     "serve": COMMON | {"engine", "tokenizer"},
     "hosts": COMMON | {"engine", "model", "diffusion", "layers"},
     # The laboratory measures the library: it may use all of it, and nothing of the library uses it.
@@ -33,9 +35,9 @@ ALLOWED: dict[str, set[str]] = {
     "lab.corpus": COMMON,
     "lab.evaluate": COMMON | {"engine", "model", "diffusion", "tokenizer", "lab.corpus"},
     "lab.race": COMMON
-    | {"engine", "model", "kernels", "diffusion", "checkpoint", "tokenizer"}
+    | {"families", "engine", "model", "kernels", "diffusion", "checkpoint", "tokenizer"}
     | {"lab.evaluate", "lab.corpus"},
-    "lab.plan": COMMON | {"checkpoint", "lab.evaluate"},
+    "lab.plan": COMMON | {"families", "checkpoint", "lab.evaluate"},
 }
 TOP = {"__init__", "__main__", "cli"}  # these import all; nothing imports them
 
@@ -53,7 +55,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "jsonschema": ("lab.evaluate",),
     "lm_eval": ("lab.evaluate.lm_harness",),
     "matplotlib": ("lab.evaluate", "lab.race", "lab.plan"),
-    "gguf": ("checkpoint.gguf", "checkpoint.gguf_vocabulary", "lab.race.rivals"),
+    "gguf": ("checkpoint.gguf", "checkpoint.gguf_vocabulary", "families", "lab.race.rivals"),
     "torchao": ("checkpoint.quantize",),
     "xllamacpp": ("lab.race.rivals",),
     "transformers": ("lab.race.rivals",),

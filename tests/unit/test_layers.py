@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiny_models import fresh_model, tiny_config, tiny_model
-from twotower.config import ATTENTION, LAYER_KINDS, MAMBA, MLP, MOE
+from twotower.config import SPECS
 from twotower.layers.adaln import Modulation
 from twotower.layers.attention import KV, Attention
 from twotower.layers.mamba2 import Mamba2, MambaState
-from twotower.layers.mlp import MLP as DenseMLP
+from twotower.layers.mlp import MLP
 from twotower.model.layer import Layer
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -31,7 +31,7 @@ def layer(kind: str, seed: int = 0, **changes: object) -> Layer:
 
 
 def mamba(**changes: object) -> Mamba2:
-    mixer = layer(MAMBA, **changes).mixer
+    mixer = layer("M", **changes).mixer
     assert isinstance(mixer, Mamba2)
     return mixer
 
@@ -133,7 +133,7 @@ def test_the_step_size_is_not_clamped() -> None:
 
 def test_attention_sees_the_past_before_its_own_tokens() -> None:
     """Guards the order of keys (masks count on it) and what is handed to the cache."""
-    mixer = layer(ATTENTION).mixer
+    mixer = layer("*").mixer
     assert isinstance(mixer, Attention)
     x = noise(2, 5, 16)
     allowed = torch.ones(5, 5, dtype=torch.bool).tril()
@@ -148,7 +148,7 @@ def test_attention_sees_the_past_before_its_own_tokens() -> None:
 
 def test_attention_has_no_positions() -> None:
     """Guards against a positional embedding: without a mask, order of keys does not matter."""
-    mixer = layer(ATTENTION).mixer
+    mixer = layer("*").mixer
     x = noise(1, 6, 16)
     y, _ = mixer(x, None, None)
     order = torch.tensor([4, 2, 0, 5, 1, 3])
@@ -157,7 +157,7 @@ def test_attention_has_no_positions() -> None:
 
 
 def test_mlp_by_hand() -> None:
-    mlp = DenseMLP(2, 3, bias=True).requires_grad_(False)
+    mlp = MLP(2, 3, bias=True).requires_grad_(False)
     mlp.up_proj.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
     mlp.up_proj.bias.copy_(torch.tensor([0.0, 0.0, -1.0]))
     mlp.down_proj.weight.copy_(torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 2.0]]))
@@ -171,7 +171,7 @@ def modulation(width: int) -> Modulation:
     return Modulation(*(0.5 * noise(1, 1, 1, width, seed=n) for n in (1, 2, 3)))
 
 
-@pytest.mark.parametrize("kind", [*LAYER_KINDS])
+@pytest.mark.parametrize("kind", [kind.symbol for kind in SPECS])
 def test_order_of_norm_and_modulation(kind: str) -> None:
     """Guards a fact of the released weights that no loss would reveal before training: Mamba and
     attention modulate and then norm, MoE and MLP norm and then modulate."""
@@ -183,14 +183,14 @@ def test_order_of_norm_and_modulation(kind: str) -> None:
 
     modulate_first = norm(h * (1 + m.scale) + m.shift)
     norm_first = norm(h) * (1 + m.scale) + m.shift
-    expected = {MAMBA: modulate_first, ATTENTION: modulate_first, MOE: norm_first, MLP: norm_first}
+    expected = {"M": modulate_first, "*": modulate_first, "E": norm_first, "-": norm_first}
     torch.testing.assert_close(one.pre_norm(h, m), expected[kind], **CLOSE)
     torch.testing.assert_close(one.pre_norm(h), norm(h), **CLOSE)
     assert float((modulate_first - norm_first).abs().max()) > 0.1
 
 
 def test_residual_is_gated_outside_the_mixer() -> None:
-    one = layer(MLP)
+    one = layer("-")
     h, y, m = noise(1, 1, 2, 16), noise(1, 1, 2, 16, seed=1), modulation(16)
     torch.testing.assert_close(one.add_residual(h, y), h + y)
     torch.testing.assert_close(one.add_residual(h, y, m), h + m.gate * y)
@@ -198,7 +198,7 @@ def test_residual_is_gated_outside_the_mixer() -> None:
 
 def test_layers_keep_the_residuals_dtype() -> None:
     """Guards `residual_in_fp32`: the mixer works in the weights' dtype, the sum stays float32."""
-    one = layer(MLP).bfloat16()
+    one = layer("-").bfloat16()
     h = noise(1, 1, 2, 16)
     u = one.pre_norm(h)
     assert u.dtype == torch.bfloat16
@@ -210,7 +210,7 @@ def test_layers_keep_the_residuals_dtype() -> None:
 
 def test_norm_epsilon_comes_from_the_configuration() -> None:
     """Guards against a fixed epsilon: with a large one, small inputs stay small."""
-    for kind in LAYER_KINDS:
+    for kind in "M*E-":
         one = layer(kind, layer_norm_epsilon=4.0)
         one.norm.weight.fill_(1.0)
         torch.testing.assert_close(
@@ -253,7 +253,7 @@ def test_parameter_names_are_the_released_ones() -> None:
     moe += " shared_experts.up_proj.weight shared_experts.down_proj.weight"
     expected |= {f"2.mixer.{name}" for name in moe.split()}
     expected |= {f"3.mixer.{p}_proj.weight" for p in ("up", "down")}
-    expected |= {f"{i}.norm.weight" for i in range(config.num_hidden_layers)}
+    expected |= {f"{i}.norm.weight" for i in range(config.context.num_layers)}
     assert {name for name in names if int(name[0]) < 4} | {"4.norm.weight", "5.norm.weight"} == (
         expected
     )

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiny_models import tiny_config
+from tiny_models import tiny_moe
 from twotower.layers.moe import Experts, MoE, Router
 
 
@@ -16,7 +16,7 @@ def logit(p: float) -> float:
 def router(scores: list[float], bias: list[float] | None = None, **changes: object) -> Router:
     """A router that gives x = 1 exactly these sigmoid scores."""
     values = {"hidden_size": 1, "n_routed_experts": len(scores)} | changes
-    made = Router(tiny_config(**values)).requires_grad_(False)
+    made = Router(int(str(values.get("hidden_size", 16))), tiny_moe(**values)).requires_grad_(False)
     made.weight.copy_(torch.tensor([[logit(score)] for score in scores]))
     if bias is not None:
         made.e_score_correction_bias.copy_(torch.tensor(bias))
@@ -73,7 +73,7 @@ def test_lost_groups_score_zero_and_not_minus_infinity() -> None:
 
 def test_the_choice_is_made_in_float64() -> None:
     """Guards borderline choices: two scores whose difference float32 cannot see."""
-    made = Router(tiny_config(hidden_size=2, n_routed_experts=2, num_experts_per_tok=1))
+    made = Router(2, tiny_moe(n_routed_experts=2, num_experts_per_tok=1))
     weight = torch.tensor([[20.0, 0.0], [20.0, 2.0**-8]])
     made.weight.data.copy_(weight)
     x = torch.ones(1, 2)
@@ -114,7 +114,7 @@ def test_the_shared_expert_is_added_once_and_unweighted() -> None:
     """Guards `n_shared_experts`, which changes nothing, and the routed scale, which spares it."""
     outputs = []
     for count in (1, 2):
-        moe = MoE(tiny_config(n_shared_experts=count, routed_scaling_factor=3.0))
+        moe = MoE(16, tiny_moe(n_shared_experts=count, routed_scaling_factor=3.0))
         moe.requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
         for parameter in moe.parameters():

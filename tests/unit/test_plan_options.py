@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tiny_models import tiny_config
+from twotower.families import config_to_dict
 from twotower.lab.plan import PlanOptions, make_plan
 from twotower.lab.plan.efficiency import PROFILES
 from twotower.lab.plan.options import (
@@ -44,7 +45,7 @@ def test_models_by_name_and_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert round(describe_model("nano-30b").total / 1e9, 1) == 63.2
     assert describe_model("shipped").source == "shipped"
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(tiny_config().to_dict()))
+    file.write_text(json.dumps(config_to_dict(tiny_config())))
     assert describe_model(str(file)).config == tiny_config()
     assert describe_model(str(tmp_path)).config == tiny_config()
     with pytest.raises(
@@ -210,7 +211,7 @@ def test_a_quantised_checkpoint_is_planned_in_its_own_bits(
     tmp_path: Path, weights: str | None, given: Any, wanted: str, is_folder: bool
 ) -> None:
     """Silent failure: a plan for the weights that a checkpoint would have in bfloat16."""
-    config = tiny_config().to_dict()
+    config = config_to_dict(tiny_config())
     if weights is not None:
         config["quantization_config"] = {"quant_method": "twotower", "weights": weights}
         config["quantization_config"] |= {"group_size": 32} if weights == "int4" else {}

@@ -53,7 +53,7 @@ def test_random_models_have_the_sizes_of_their_names() -> None:
         count = sum(parameter.numel() for parameter in model.parameters())
         assert abs(count / wanted - 1) < 0.03
         assert config.eos_token_ids == () and config.block_size == 16
-    assert (config.hidden_size, config.num_hidden_layers) == (1024, 24)
+    assert (config.hidden_size, config.context.num_layers) == (1024, 24)
 
 
 def test_random_models_repeat_with_the_seed() -> None:

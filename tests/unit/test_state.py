@@ -21,7 +21,7 @@ def attention_cache(num_rows: int) -> ContextCache:
     config = tiny_config(
         hybrid_override_pattern="*", num_attention_heads=1, num_key_value_heads=1, head_dim=1
     )
-    return ContextCache(config, num_rows, DEVICE, torch.float32)
+    return ContextCache(config.context, num_rows, DEVICE, torch.float32)
 
 
 def append(cache: ContextCache, values: list[list[float]], counts: list[int] | None = None) -> None:
@@ -40,13 +40,12 @@ def keys(cache: ContextCache) -> Tensor:
 
 def test_shapes_and_dtypes() -> None:
     cache = MODEL.prefill(random_ids(2, 5))
-    c = MODEL.config
     mamba, attention, moe, mlp = cache.layers[:4]
     assert moe is None and mlp is None
     assert isinstance(attention, KV) and isinstance(mamba, MambaState)
     assert attention.k.shape == attention.v.shape == (2, 5, 2, 8)
-    assert mamba.conv.shape == (2, c.conv_channels, c.conv_kernel - 1)
-    assert mamba.ssm.shape == (2, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
+    assert mamba.conv.shape == (2, 4 * 8 + 2 * 2 * 8, 3)
+    assert mamba.ssm.shape == (2, 4, 8, 8)
     assert (cache.num_rows, cache.num_past, cache.is_uniform) == (2, 5, True)
     assert cache.lengths.device.type == "cpu"
 

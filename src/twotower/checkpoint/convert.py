@@ -14,20 +14,15 @@ from twotower.checkpoint.save import (
     MAX_SHARD_BYTES,
     backbone_pieces,
     main_dtype,
-    released_config,
     save_backbone,
     save_model,
 )
 from twotower.checkpoint.write import write_checkpoint
-from twotower.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig
+from twotower.families import family_of
 from twotower.model.precision import Scheme, require_plain
 from twotower.model.two_tower import TwoTower
 
 Target = Literal["released", "backbone", "transformers"]
-_BLOCK_TYPES = {MAMBA: "linear_attention", ATTENTION: "full_attention", MOE: "moe", MLP: "mlp"}
-# transformers clamps the step size from below at `time_step_min`, meant for initialisation only.
-# Zero would be exact, but its initialisation takes a logarithm; no step comes near this value.
-_NO_CLAMP = 1e-30
 
 
 def export_transformers(
@@ -38,30 +33,21 @@ def export_transformers(
     extra_files: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write the context tower so that `transformers` 5 loads it as NemotronHForCausalLM.
+    """Write the context tower so that `transformers` 5 loads it as its family's causal LM.
 
-    ValueError (one line) for what it cannot represent. Its prefill clamps step sizes to at least
-    `time_step_min`, so config.json holds 1e-30 there. Source: docs/numerics.md.
+    ValueError (one line) for what it cannot represent. Source: docs/numerics.md.
     """
     require_plain(model, "the transformers layout")
-    if model.config.attention_bias:
-        raise ValueError("attention_bias=true cannot be exported: transformers 5 has no such bias")
+    family = family_of(model.config)
+    fields = family.transformers_config(model.config)
     pieces = backbone_pieces(model, dtype)
-    config = transformers_config(model.config, main_dtype(pieces))
-    write_checkpoint(path, pieces, config, extra_files, max_shard_bytes)
-
-
-def transformers_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, object]:
-    """config.json in the spelling of `transformers` 5."""
-    values = released_config(config, dtype, "NemotronHForCausalLM")
-    for name in ("hybrid_override_pattern", "num_hidden_layers", "torch_dtype", "norm_eps"):
-        del values[name]
-    return {
-        **values,
-        "dtype": str(dtype).removeprefix("torch."),
-        "layers_block_type": [_BLOCK_TYPES[kind] for kind in config.hybrid_override_pattern],
-        "time_step_min": _NO_CLAMP,
+    config = {
+        **fields,
+        "architectures": [family.ARCHITECTURE],
+        "dtype": str(main_dtype(pieces)).removeprefix("torch."),
+        "model_type": family.MODEL_TYPE,
     }
+    write_checkpoint(path, pieces, config, extra_files, max_shard_bytes)
 
 
 def convert(

@@ -8,14 +8,14 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from twotower.checkpoint import names
-from twotower.config import ModelConfig
+from twotower.config import TwoTowerConfig
 from twotower.model.precision import Scheme, quantise_modules
 from twotower.model.two_tower import TwoTower
 
 Towers = Literal["both", "context", "denoiser"]
 
 
-def build_empty(config: ModelConfig, towers: Towers, scheme: Scheme | None = None) -> TwoTower:
+def build_empty(config: TwoTowerConfig, towers: Towers, scheme: Scheme | None = None) -> TwoTower:
     """The shapes of a model, wide or quantised, without memory or values."""
     with torch.device("meta"), _NoInitialisation():
         model = TwoTower(config, "context" if towers == "context" else "both")

@@ -7,7 +7,7 @@ import json
 import logging
 from typing import TYPE_CHECKING, NamedTuple
 
-from twotower.config import ModelConfig
+from twotower.config import TwoTowerConfig
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -44,7 +44,7 @@ class Vocabulary(NamedTuple):
         writer.add_add_bos_token("bos" in self.special)
 
 
-def read_vocabulary(config: ModelConfig, tokenizer: bytes | None) -> Vocabulary:
+def read_vocabulary(config: TwoTowerConfig, tokenizer: bytes | None) -> Vocabulary:
     """The vocabulary of a tokenizer.json, or numbered tokens when there is none.
 
     ValueError (one line) for one that is not byte-level BPE or has more tokens than the model.
@@ -65,7 +65,7 @@ def read_vocabulary(config: ModelConfig, tokenizer: bytes | None) -> Vocabulary:
 
 
 def _tokens(
-    config: ModelConfig, vocab: dict[str, int], added: list[dict[str, object]]
+    config: TwoTowerConfig, vocab: dict[str, int], added: list[dict[str, object]]
 ) -> tuple[list[str], list[int]]:
     """Tokens and their types by id; ids that the tokenizer leaves out are marked as unused."""
     tokens = [f"[unused {index}]" for index in range(config.vocab_size)]
@@ -104,7 +104,7 @@ def _split_name(pre_tokenizer: object) -> str:
     return "default"
 
 
-def _special_ids(config: ModelConfig) -> dict[str, int]:
+def _special_ids(config: TwoTowerConfig) -> dict[str, int]:
     """Ids by role. llama.cpp takes token 11 for the end where none is named; ours then is the mask.
 
     The mask token is never the next token of a text, so such a model runs on, as here.

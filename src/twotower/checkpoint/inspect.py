@@ -25,12 +25,12 @@ from twotower.checkpoint.layout import read_layout
 from twotower.checkpoint.load import plan_tensors
 from twotower.checkpoint.memory import kv_bytes_per_token, state_bytes_per_row, weight_bytes
 from twotower.checkpoint.quantize import read_scheme
-from twotower.config import ATTENTION, LAYER_KINDS, MAMBA, ModelConfig
+from twotower.config import SPECS, AttentionSpec, MambaSpec, MoESpec, TowerConfig, TwoTowerConfig
+from twotower.families import PRESETS, config_from_dict, read_config
 from twotower.model.precision import Scheme
 from twotower.model.two_tower import TwoTower
 
 Tower = Literal["context", "denoiser"]
-PRESETS = {"nano-30b": ModelConfig.nano_30b}
 KINDS = (
     "embeddings",
     "mamba",
@@ -91,7 +91,7 @@ class Description:
     """
 
     source: str
-    config: ModelConfig
+    config: TwoTowerConfig
     layers: dict[str, int]
     towers: dict[Tower, TowerRecord]
     total: int
@@ -109,13 +109,13 @@ def describe(path: str | Path) -> Description:
     ValueError (one line) if there is no such checkpoint or a file is damaged.
     """
     if Path(path).is_file():
-        return describe_config(ModelConfig.from_file(path), str(path))
+        return describe_config(read_config(path), str(path))
     folder = resolve(path)
-    config = ModelConfig.from_file(folder)
+    config = read_config(folder)
     if not (folder / SINGLE_FILE).exists() and not (folder / INDEX_FILE).exists():
         return describe_config(config, str(folder))
-    entries, layout = read_layout(folder)
-    towers: Towers = "both" if layout == "two-tower" else "context"
+    entries, layout = read_layout(folder, config)
+    towers: Towers = "both" if layout == names.TWO_TOWER else "context"
     if config.tie_word_embeddings:
         entries = names.with_tied_heads(entries)
     scheme = read_scheme(folder)
@@ -128,10 +128,10 @@ def describe_preset(name: str) -> Description:
     """Describe a model that is known by name; ValueError for an unknown one."""
     if name not in PRESETS:
         raise ValueError(f"preset={name!r} is unknown; known are {', '.join(PRESETS)}")
-    return describe_config(PRESETS[name](), name)
+    return describe_config(config_from_dict(PRESETS[name]), name)
 
 
-def describe_config(config: ModelConfig, source: str) -> Description:
+def describe_config(config: TwoTowerConfig, source: str) -> Description:
     """Describe the two-tower model of a configuration."""
     return _describe_model(build_empty(config, "both"), source, None)
 
@@ -189,7 +189,8 @@ def _describe_model(
     sides: dict[Tower, dict[str, Tensor]] = {"context": {}, "denoiser": {}}
     for name, tensor in tensors.items():
         sides["context" if name.startswith(names.CONTEXT_PARTS) else "denoiser"][name] = tensor
-    towers = {side: _count(part, config) for side, part in sides.items() if part}
+    shapes: dict[Tower, TowerConfig] = {"context": config.context, "denoiser": config.denoiser}
+    towers = {side: _count(part, shapes[side]) for side, part in sides.items() if part}
     total = sum(tower.total for tower in towers.values())
     in_experts = sum(
         count
@@ -201,9 +202,7 @@ def _describe_model(
         source=source,
         config=config,
         layers={
-            LAYER_KINDS[kind]: config.hybrid_override_pattern.count(kind)
-            for kind in LAYER_KINDS
-            if kind in config.hybrid_override_pattern
+            kind.label: count for kind in SPECS if (count := len(config.context.layers_of(kind)))
         },
         towers=towers,
         total=total,
@@ -216,18 +215,22 @@ def _describe_model(
     )
 
 
-def _count(tensors: dict[str, Tensor], config: ModelConfig) -> TowerRecord:
+def _count(tensors: dict[str, Tensor], config: TowerConfig) -> TowerRecord:
     counts: Counter[str] = Counter()
+    idle = 0
     for name, tensor in tensors.items():
-        counts[_kind(name, config)] += tensor.numel()
+        kind = _kind(name, config)
+        counts[kind] += tensor.numel()
+        if kind == "moe routed":
+            moe = config.layers[int(name.split(".")[2])]
+            assert isinstance(moe, MoESpec)
+            idle += tensor.numel() * (moe.num_experts - moe.experts_per_token) // moe.num_experts
     total = counts.total()
-    routed = counts["moe routed"]
-    idle = routed - routed * config.num_experts_per_tok // config.n_routed_experts if routed else 0
     parameters = {kind: counts[kind] for kind in KINDS if counts[kind]}
     return TowerRecord(parameters=parameters, total=total, active=total - idle)
 
 
-def _kind(name: str, config: ModelConfig) -> str:
+def _kind(name: str, config: TowerConfig) -> str:
     """Which of KINDS a tensor belongs to."""
     parts = name.split(".")
     if parts[0].endswith("lm_head"):
@@ -238,8 +241,8 @@ def _kind(name: str, config: ModelConfig) -> str:
         return "embeddings" if parts[1] == "embeddings" else "norms"
     if parts[3] == "norm":
         return "norms"
-    moe = {"experts": "moe routed", "shared_experts": "moe shared", "gate": "moe router"}
-    if parts[4] in moe:
-        return moe[parts[4]]
-    kind = config.hybrid_override_pattern[int(parts[2])]
-    return {MAMBA: "mamba", ATTENTION: "attention"}.get(kind, "mlp")
+    layer = config.layers[int(parts[2])]
+    if isinstance(layer, MoESpec):
+        return {"experts": "moe routed", "gate": "moe router"}.get(parts[4], "moe shared")
+    kinds: dict[type, str] = {MambaSpec: "mamba", AttentionSpec: "attention"}
+    return kinds.get(type(layer), "mlp")

@@ -25,7 +25,8 @@ from twotower.checkpoint.layout import read_layout, with_heads
 from twotower.checkpoint.mapped import ExpertsIn, of_both_towers, split_experts
 from twotower.checkpoint.names import Slot
 from twotower.checkpoint.quantize import read_scheme
-from twotower.config import ModelConfig
+from twotower.config import TwoTowerConfig
+from twotower.families import read_config
 from twotower.model.initialise import copy_context_to_denoiser
 from twotower.model.precision import Scheme, map_experts
 from twotower.model.two_tower import TwoTower
@@ -96,7 +97,7 @@ class _Source(NamedTuple):
     """A checkpoint whose headers were read; `towers` are those that its files can fill."""
 
     folder: Path
-    config: ModelConfig
+    config: TwoTowerConfig
     entries: dict[str, Entry]
     towers: Towers
 
@@ -109,11 +110,11 @@ class _Room(NamedTuple):
 
 
 def _open(folder: Path, towers: Towers) -> _Source:
-    config = ModelConfig.from_file(folder)
-    entries, layout = read_layout(folder)
+    config = read_config(folder)
+    entries, layout = read_layout(folder, config)
     if config.tie_word_embeddings:
         config, entries = with_heads(config, entries, towers)
-    is_whole = towers == "both" and layout == "two-tower"
+    is_whole = towers == "both" and layout == names.TWO_TOWER
     return _Source(folder, config, entries, "both" if is_whole else "context")
 
 

@@ -5,11 +5,11 @@ import torch
 from twotower.checkpoint import names
 from twotower.checkpoint.empty import Towers, build_empty
 from twotower.checkpoint.files import DTYPES
-from twotower.config import ATTENTION, MAMBA, ModelConfig
+from twotower.config import TwoTowerConfig
 from twotower.model.precision import Scheme
 
 
-def weight_bytes(config: ModelConfig, towers: Towers) -> dict[str, int]:
+def weight_bytes(config: TwoTowerConfig, towers: Towers) -> dict[str, int]:
     """Bytes of all weights by precision; quantised ones beside a bfloat16 rest."""
     kinds: dict[str, tuple[torch.dtype, Scheme | None]] = {
         "float32": (torch.float32, None),
@@ -28,27 +28,14 @@ def weight_bytes(config: ModelConfig, towers: Towers) -> dict[str, int]:
     return sizes
 
 
-def kv_bytes_per_token(config: ModelConfig) -> dict[str, int]:
+def kv_bytes_per_token(config: TwoTowerConfig) -> dict[str, int]:
     """Bytes that one token of a row adds to the context cache, by dtype."""
-    return _by_dtype(_kv_elements(config), 0)
+    return _by_dtype(config.context.kv_elements, 0)
 
 
-def state_bytes_per_row(config: ModelConfig) -> dict[str, int]:
-    """Bytes of one row's Mamba states, by dtype."""
-    return _by_dtype(*_state_elements(config))
-
-
-def _kv_elements(config: ModelConfig) -> int:
-    """Keys and values of one token in all attention layers."""
-    layers = config.hybrid_override_pattern.count(ATTENTION)
-    return layers * 2 * config.num_key_value_heads * config.head_dim
-
-
-def _state_elements(config: ModelConfig) -> tuple[int, int]:
-    """One row's conv inputs, in the model's dtype, and SSM states, always float32."""
-    layers = config.hybrid_override_pattern.count(MAMBA)
-    conv = layers * config.conv_channels * (config.conv_kernel - 1)
-    return conv, layers * config.mamba_width * config.ssm_state_size
+def state_bytes_per_row(config: TwoTowerConfig) -> dict[str, int]:
+    """Bytes of one row's Mamba states, by dtype: SSM states are always float32."""
+    return _by_dtype(config.context.conv_elements, config.context.ssm_elements)
 
 
 def _by_dtype(elements: int, wide: int) -> dict[str, int]:

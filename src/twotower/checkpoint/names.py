@@ -1,17 +1,18 @@
 """Tensor names of the files against parameter names of the model: the only place that knows both.
 
-Three spellings of a checkpoint are recognised by their names: the released two towers, the
-released single-tower backbone (`backbone.*`, which `transformers` 5 writes too), and the module
-names of `transformers` (`model.*`). All are translated to the released two-tower names first; from
-there only the stacked experts differ from the model's own. Source: system.md section 3.
+Two towers are recognised by their names; a single tower's names are its family's business. All are
+translated to the released two-tower names first; from there only the stacked experts differ from
+the model's own. Source: system.md section 3.
 """
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
+
+from twotower.families import Family
 
 T = TypeVar("T")
-Layout = Literal["two-tower", "backbone", "transformers"]
+TWO_TOWER = "two-tower"
 
 CONTEXT_PARTS = ("context_tower.", "context_lm_head.")
 DENOISER_PARTS = (
@@ -25,7 +26,6 @@ HEADS = {
     "context_lm_head.weight": "context_tower.embeddings.weight",
     "lm_head.weight": "denoiser_tower.embeddings.weight",
 }
-_TOWER_PREFIX = {"backbone": "backbone.", "transformers": "model."}
 _STACKED = re.compile(r"(.*\.mixer\.experts)\.(up_proj|down_proj)")
 # What stands for one quantised weight, after its name.
 _PARTS = re.compile(r"(.*)(\.(?:qdata|scale|zero))")
@@ -56,34 +56,30 @@ def keeps_dtype(name: str) -> bool:
     return is_router(name) or split_part(name)[1] != ""
 
 
-def layout_of(names: Iterable[str]) -> Layout | None:
+def layout_of(names: Iterable[str], family: Family) -> str | None:
     """The layout that a checkpoint's tensor names show, or None for another kind of model."""
     found = set(names)
     if any(name.startswith(("context_tower.", "denoiser_tower.")) for name in found):
-        return "two-tower"
-    for layout in ("backbone", "transformers"):
-        if any(name.startswith(_TOWER_PREFIX[layout]) for name in found):
+        return TWO_TOWER
+    for prefix, layout in family.LAYOUTS.items():
+        if any(name.startswith(prefix) for name in found):
             return layout
     return None
 
 
-def released_name(name: str, layout: Layout) -> str | None:
+def released_name(name: str, layout: str, family: Family) -> str | None:
     """A file's tensor name in two-tower spelling; None if the model has no use for the tensor."""
-    if layout == "two-tower":
+    if layout == TWO_TOWER:
         return name
-    if name.startswith("mtp."):  # multi-token prediction, beside the backbone in some releases
+    inner = family.to_tower_name(name)
+    if inner is None:
         return None
-    if name.startswith("lm_head."):
-        return f"context_{name}"
-    prefix = _TOWER_PREFIX[layout]
-    return f"context_tower.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
+    return f"context_{inner}" if inner.startswith("lm_head.") else f"context_tower.{inner}"
 
 
-def backbone_name(name: str) -> str:
-    """A context tensor's name in the backbone layout."""
-    if name.startswith("context_lm_head."):
-        return name.removeprefix("context_")
-    return f"backbone.{name.removeprefix('context_tower.')}"
+def inner_name(name: str) -> str:
+    """A context tensor's name inside its tower."""
+    return name.removeprefix("context_tower.").removeprefix("context_")
 
 
 def released_slots(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from twotower.config import read_json
+from twotower.families import read_json
 from twotower.kernels.quantised import Bits, Quantised, pack_halves
 from twotower.model.precision import Scheme
 

@@ -11,20 +11,12 @@ import torch
 from twotower.checkpoint import names
 from twotower.checkpoint.quantize import quantization_entry
 from twotower.checkpoint.write import Piece, write_checkpoint
-from twotower.config import ModelConfig
+from twotower.config import TwoTowerConfig
+from twotower.families import config_to_dict, family_of
 from twotower.model.precision import has_mapped_experts, scheme_of
 from twotower.model.two_tower import TwoTower
 
 MAX_SHARD_BYTES = 5_000_000_000
-# What other readers of the released layout look for; nothing here changes the model.
-_RELEASED_EXTRAS: dict[str, object] = {
-    "model_type": "nemotron_h",
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-    "mamba_ssm_cache_dtype": "float32",
-    "sliding_window": None,
-    "use_cache": True,
-}
 
 
 def save_model(
@@ -44,7 +36,8 @@ def save_model(
     if model.denoiser_tower is None:
         raise ValueError("this model has no denoiser tower; save it with save_backbone")
     pieces = list(released_pieces(model, dtype))
-    config = released_config(model.config, main_dtype(pieces), "NemotronHTwoTowerForCausalLM")
+    architecture = family_of(model.config).TWO_TOWER_ARCHITECTURE
+    config = released_config(model.config, main_dtype(pieces), architecture)
     config |= quantization_entry(scheme_of(model))
     write_checkpoint(path, pieces, config, extra_files, max_shard_bytes)
 
@@ -59,7 +52,8 @@ def save_backbone(
 ) -> None:
     """Write the context tower as a single-tower backbone; the rest as in `save_model`."""
     pieces = backbone_pieces(model, dtype)
-    config = released_config(model.config, main_dtype(pieces), "NemotronHForCausalLM")
+    architecture = family_of(model.config).ARCHITECTURE
+    config = released_config(model.config, main_dtype(pieces), architecture)
     config |= quantization_entry(scheme_of(model))
     write_checkpoint(path, pieces, config, extra_files, max_shard_bytes)
 
@@ -80,23 +74,21 @@ def released_pieces(model: TwoTower, dtype: torch.dtype | None) -> Iterator[Piec
 
 def backbone_pieces(model: TwoTower, dtype: torch.dtype | None) -> list[Piece]:
     """The context tower and its head under their backbone names."""
+    rename = family_of(model.config).from_tower_name
     return [
-        piece._replace(name=names.backbone_name(piece.name))
+        piece._replace(name=rename(names.inner_name(piece.name)))
         for piece in released_pieces(model, dtype)
         if piece.name.startswith(names.CONTEXT_PARTS)
     ]
 
 
 def released_config(
-    config: ModelConfig, dtype: torch.dtype, architecture: str
+    config: TwoTowerConfig, dtype: torch.dtype, architecture: str
 ) -> dict[str, object]:
     """The content of config.json."""
     return {
-        **_RELEASED_EXTRAS,
-        **config.to_dict(),
+        **config_to_dict(config),
         "architectures": [architecture],
-        "mamba_proj_bias": config.use_bias,
-        "norm_eps": config.layer_norm_epsilon,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
 

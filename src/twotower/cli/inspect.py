@@ -13,13 +13,13 @@ from rich.table import Table
 
 from twotower.checkpoint.inspect import (
     KINDS,
-    PRESETS,
     Description,
     FilesRecord,
     PrecisionRecord,
     describe,
     describe_preset,
 )
+from twotower.families import PRESETS, config_to_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +55,16 @@ def run(options: InspectOptions) -> int:
 
 def as_json(record: Description) -> dict[str, object]:
     """The record as plain JSON values."""
-    return {**dataclasses.asdict(record), "config": record.config.to_dict()}
+    return {**dataclasses.asdict(record), "config": config_to_dict(record.config)}
 
 
 def _print(record: Description, console: Console) -> None:
     config = record.config
     console.print(f"[bold]{escape(record.source)}[/]", highlight=False, soft_wrap=True)
     rows = {
-        "layers": f"{config.num_hidden_layers}: "
+        "layers": f"{config.context.num_layers}: "
         + ", ".join(f"{count} {kind}" for kind, count in record.layers.items()),
-        "pattern": config.hybrid_override_pattern,
+        "pattern": config.context.pattern,
         "width, vocabulary": f"{config.hidden_size}, {config.vocab_size}",
         "block size, mask token": f"{config.block_size}, {config.mask_token_id}",
         "parameters": _parameters(record),

@@ -46,7 +46,11 @@ def refusal(model: TwoTower, rows: list[Row]) -> str | None:
     num_new = max(row.options.max_new_tokens + row.options.block_size for row in rows)
     # When rows join or leave, the cache is copied and the old one is freed last.
     needed = (
-        2 * len(rows) * (num_prompt + num_new) * model.config.kv_elements * weight.element_size()
+        2
+        * len(rows)
+        * (num_prompt + num_new)
+        * model.config.context.kv_elements
+        * weight.element_size()
     )
     free = available_bytes(weight.device)
     if free is None or needed <= free:

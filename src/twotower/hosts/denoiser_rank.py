@@ -58,7 +58,7 @@ class _Seats:
         delta, number = message_to_delta(note), note.values["seat"]
         if number not in self._caches:
             self._caches[number] = ContextCache(
-                self._model.config,
+                self._model.config.context,
                 len(delta.counts),
                 self._model.denoiser_device,
                 delta.hidden.dtype,

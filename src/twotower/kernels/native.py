@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from twotower.config import ATTENTION, MAMBA, MLP, ModelConfig
+from twotower.config import AttentionSpec, MambaSpec, MLPSpec, TowerConfig
 from twotower.kernels.int8 import Packed
 from twotower.kernels.quantised import Quantised
 
 MAX_TOKENS = 16  # of one pass: the lanes of the widest vector
-KINDS = (MAMBA, ATTENTION, MLP)  # layers that it knows
+KINDS = "M*-"  # layers that it knows
 # Weights from this many on stream from memory, and threads share them: below, it costs more to wake
 # another than it helps.
 LARGE = 4_000_000
@@ -33,11 +33,11 @@ _FLAGS = (
     "-fno-signed-zeros", "-fassociative-math", "-fPIC", "-shared", "-pthread",
 )  # fmt: skip
 _WEIGHTS = {
-    MAMBA: "in_proj.weight in_proj.bias conv1d.weight conv1d.bias dt_bias A_log D norm.weight "
+    "M": "in_proj.weight in_proj.bias conv1d.weight conv1d.bias dt_bias A_log D norm.weight "
     "out_proj.weight out_proj.bias",
-    ATTENTION: "q_proj.weight q_proj.bias k_proj.weight k_proj.bias v_proj.weight v_proj.bias "
+    "*": "q_proj.weight q_proj.bias k_proj.weight k_proj.bias v_proj.weight v_proj.bias "
     "o_proj.weight o_proj.bias",
-    MLP: "up_proj.weight up_proj.bias down_proj.weight down_proj.bias",
+    "-": "up_proj.weight up_proj.bias down_proj.weight down_proj.bias",
 }
 _PER_LAYER = 11  # addresses of a layer: its norm, then its kind's, then none
 
@@ -68,6 +68,22 @@ class _Tower(ctypes.Structure):
     ]
 
 
+def _sizes(config: TowerConfig) -> _Sizes:
+    """The sizes of a tower; ValueError (one line) if layers of a kind differ."""
+    attention, mamba = config.shared_spec(AttentionSpec), config.shared_spec(MambaSpec)
+    mlp = config.shared_spec(MLPSpec)
+    heads = (attention.num_heads, attention.num_kv_heads, attention.head_dim) if attention else ()
+    scan = (
+        (mamba.num_heads, mamba.head_dim, mamba.num_groups, mamba.state_size, mamba.conv_width)
+        if mamba
+        else ()
+    )
+    return _Sizes(
+        config.vocab_size, config.hidden_size, *(heads or [1] * 3), *(scan or [1] * 5),
+        mlp.intermediate_size if mlp else 1, config.norm_eps,
+    )  # fmt: skip
+
+
 class TowerPass:
     """One tower's weights as the library sees them: addresses, no copies but of int8 matrices.
 
@@ -77,7 +93,7 @@ class TowerPass:
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: TowerConfig,
         weights: Mapping[str, Tensor],
         is_causal: bool,
         matrices: Mapping[str, Tensor | Quantised],
@@ -87,21 +103,16 @@ class TowerPass:
         self._kept = weights, packed  # the addresses below stay valid as long as these live
         num_weights = sum(w.numel() for w in weights.values()) + packed.num_bytes
         self._is_shared = num_weights >= LARGE
-        self._sizes = _Sizes(
-            config.vocab_size, config.hidden_size, config.num_attention_heads,
-            config.num_key_value_heads, config.head_dim, config.mamba_num_heads,
-            config.mamba_head_dim, config.n_groups, config.ssm_state_size, config.conv_kernel,
-            config.intermediate_size, config.layer_norm_epsilon,
-        )  # fmt: skip
+        self._sizes = _sizes(config)
         found = []
-        for index, kind in enumerate(config.hybrid_override_pattern):
+        for index, kind in enumerate(config.pattern):
             names = ["norm.weight", *(f"mixer.{name}" for name in _WEIGHTS[kind].split())]
             found += [_weight(f"layers.{index}.{name}", weights, packed) for name in names]
             found += [_Weight()] * (_PER_LAYER - len(names))
         self._weights = (_Weight * len(found))(*found)
         self._tower = _Tower(
             ctypes.addressof(self._sizes),
-            config.hybrid_override_pattern.encode(),
+            config.pattern.encode(),
             weights["embeddings.weight"].data_ptr(),
             weights["norm_f.weight"].data_ptr(),
             ctypes.addressof(self._weights),

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from twotower.config import ModelConfig
+from twotower.config import AttentionSpec
 from twotower.kernels import ops
 
 
@@ -18,14 +18,14 @@ class KV(NamedTuple):
 class Attention(nn.Module):
     """Attend to a past and to this call's own tokens."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, width: int, spec: AttentionSpec) -> None:
         super().__init__()
-        width, head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.head_dim = head_dim
-        self.q_proj = nn.Linear(width, config.num_attention_heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * head_dim, width, bias=bias)
+        self.head_dim = spec.head_dim
+        queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self.q_proj = nn.Linear(width, queries, bias=spec.bias)
+        self.k_proj = nn.Linear(width, keys, bias=spec.bias)
+        self.v_proj = nn.Linear(width, keys, bias=spec.bias)
+        self.o_proj = nn.Linear(queries, width, bias=spec.bias)
 
     def forward(self, x: Tensor, past: KV | None, mask: Tensor | None) -> tuple[Tensor, KV]:
         """x (B, L, D); past S tokens; mask broadcastable to (B, Hq, L, S + L), past keys first,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twotower.config import ModelConfig
+from twotower.config import MambaSpec
 from twotower.kernels import ops, ssd
 from twotower.layers.norms import GatedRMSNorm
 
@@ -71,23 +71,22 @@ def _window_of_rows(one: MambaInputs, ends: list[int]) -> Tensor:
 class Mamba2(nn.Module):
     """Mix L tokens, seeded with the state before them; any split of a sequence gives the same."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, width: int, spec: MambaSpec, eps: float) -> None:
+        """eps: of the gated norm."""
         super().__init__()
-        self.num_heads, self.head_dim = config.mamba_num_heads, config.mamba_head_dim
-        self.num_groups, self.state_size = config.n_groups, config.ssm_state_size
-        self.width, self.conv_width = config.mamba_width, config.conv_kernel
-        channels = config.conv_channels
-        self.in_proj = nn.Linear(
-            config.hidden_size, self.width + channels + self.num_heads, bias=config.use_bias
-        )
+        self.num_heads, self.head_dim = spec.num_heads, spec.head_dim
+        self.num_groups, self.state_size = spec.num_groups, spec.state_size
+        self.width, self.conv_width = spec.width, spec.conv_width
+        channels = spec.conv_channels
+        self.in_proj = nn.Linear(width, self.width + channels + self.num_heads, bias=spec.proj_bias)
         self.conv1d = nn.Conv1d(
-            channels, channels, self.conv_width, groups=channels, bias=config.use_conv_bias
+            channels, channels, self.conv_width, groups=channels, bias=spec.conv_bias
         )
         self.dt_bias = nn.Parameter(torch.zeros(self.num_heads))
         self.A_log = nn.Parameter(torch.zeros(self.num_heads))
         self.D = nn.Parameter(torch.ones(self.num_heads))
-        self.norm = GatedRMSNorm(self.width, self.num_groups, config.layer_norm_epsilon)
-        self.out_proj = nn.Linear(self.width, config.hidden_size, bias=config.use_bias)
+        self.norm = GatedRMSNorm(self.width, self.num_groups, eps)
+        self.out_proj = nn.Linear(self.width, width, bias=spec.proj_bias)
 
     def forward(
         self, x: Tensor, past: MambaState | None, counts: Tensor | None, states_every: int | None

@@ -6,7 +6,7 @@ The router is a sigmoid with bias correction and groups.
 import torch
 from torch import Tensor, nn
 
-from twotower.config import ModelConfig
+from twotower.config import MoESpec
 from twotower.kernels import ops
 from twotower.kernels.quantised import Matrices
 from twotower.layers.mlp import MLP
@@ -17,32 +17,32 @@ class Router(nn.Module):
 
     e_score_correction_bias: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, width: int, spec: MoESpec) -> None:
         super().__init__()
-        self.config = config
-        self.weight = nn.Parameter(torch.zeros(config.n_routed_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+        self.spec = spec
+        self.weight = nn.Parameter(torch.zeros(spec.num_experts, width))
+        self.register_buffer("e_score_correction_bias", torch.zeros(spec.num_experts))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (tokens, D) -> chosen experts, int64, and their weights, float32, both (tokens, M)."""
-        c = self.config
+        spec = self.spec
         # float64, as the released model: borderline choices differ in float32.
         with torch.autocast(x.device.type, enabled=False):
             scores = torch.sigmoid(x.double() @ self.weight.double().T)
         choice = scores + self.e_score_correction_bias.double()
-        if c.n_group > 1:
+        if spec.num_groups > 1:
             choice = self._keep_best_groups(choice)
-        chosen = choice.topk(c.num_experts_per_tok, dim=-1).indices
+        chosen = choice.topk(spec.experts_per_token, dim=-1).indices
         weights = scores.gather(1, chosen)
-        if c.norm_topk_prob:
+        if spec.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return chosen, (weights * c.routed_scaling_factor).float()
+        return chosen, (weights * spec.scaling_factor).float()
 
     def _keep_best_groups(self, choice: Tensor) -> Tensor:
-        """Scores (tokens, E) with those of all but the `topk_group` best groups set to 0."""
-        groups: Tensor = choice.unflatten(1, (self.config.n_group, -1))
+        """Scores (tokens, E) with those of all but the `groups_per_token` best groups set to 0."""
+        groups: Tensor = choice.unflatten(1, (self.spec.num_groups, -1))
         best_two = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
-        kept = best_two.topk(self.config.topk_group, dim=-1).indices
+        kept = best_two.topk(self.spec.groups_per_token, dim=-1).indices
         mask = torch.zeros_like(best_two, dtype=torch.bool).scatter_(1, kept, True)
         return groups.masked_fill(~mask.unsqueeze(-1), 0.0).flatten(1)
 
@@ -74,17 +74,27 @@ def sum_experts(x: Tensor, chosen: Tensor, weights: Tensor, up: Matrices, down: 
 
 
 class MoE(nn.Module):
-    """Routed experts plus one shared expert that is always on."""
+    """Routed experts plus one shared expert that is always on.
 
-    def __init__(self, config: ModelConfig) -> None:
+    With a latent size the routed experts work between two projections that they share: router and
+    shared expert see the full width.
+    """
+
+    def __init__(self, width: int, spec: MoESpec) -> None:
         super().__init__()
-        width = config.hidden_size
-        self.gate = Router(config)
-        self.experts = Experts(config.n_routed_experts, width, config.moe_intermediate_size)
-        self.shared_experts = MLP(width, config.moe_shared_expert_intermediate_size, bias=False)
+        inner = spec.latent_size or width
+        self.gate = Router(width, spec)
+        self.experts = Experts(spec.num_experts, inner, spec.intermediate_size)
+        self.shared_experts = MLP(width, spec.shared_intermediate_size, bias=False)
+        self.fc1_latent_proj: nn.Module = nn.Identity()
+        self.fc2_latent_proj: nn.Module = nn.Identity()
+        if spec.latent_size is not None:
+            self.fc1_latent_proj = nn.Linear(width, inner, bias=False)
+            self.fc2_latent_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
-        routed: Tensor = self.experts(tokens, *self.gate(tokens))
+        routed: Tensor = self.experts(self.fc1_latent_proj(tokens), *self.gate(tokens))
+        routed = self.fc2_latent_proj(routed)
         shared: Tensor = self.shared_experts(x)
         return routed.view_as(x) + shared

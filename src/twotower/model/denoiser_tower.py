@@ -1,7 +1,10 @@
-"""The denoiser tower: the same layers over noisy blocks, reading the context tower's state."""
+"""The denoiser tower: layers over noisy blocks, reading the context tower's state."""
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
+from twotower.config import TowerConfig
 from twotower.layers.adaln import Modulation
 from twotower.layers.attention import KV, Attention
 from twotower.layers.mamba2 import Mamba2, MambaState
@@ -11,10 +14,15 @@ from twotower.model.tower import Tower
 
 
 class DenoiserTower(Tower):
-    """Layer i reads the context's state of layer i.
+    """Layer j reads the context's state of layer reads[j].
 
     Generation, one block, is K = 1 of training, which takes all blocks at once.
     """
+
+    def __init__(self, config: TowerConfig, reads: Sequence[int], bidirectional: bool) -> None:
+        """bidirectional: Mamba layers also scan the block from its end."""
+        super().__init__(config)
+        self.reads, self._bidirectional = tuple(reads), bidirectional
 
     def forward(
         self,
@@ -31,7 +39,7 @@ class DenoiserTower(Tower):
         for index, layer in enumerate(self.each_layer()):
             modulation = None if modulations is None else modulations[index]
             u = layer.pre_norm(h, modulation)
-            y = _mix(layer, u, view.layers[index], mask, self.config.bidirectional_mamba)
+            y = _mix(layer, u, view.layers[self.reads[index]], mask, self._bidirectional)
             h = layer.add_residual(h, y, modulation)
         return self.finish(h)
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from twotower.config import ModelConfig
+from twotower.config import InitSpec
 from twotower.layers.mamba2 import Mamba2
 from twotower.model.two_tower import TwoTower
 
@@ -22,29 +22,35 @@ def randomise(model: TwoTower, seed: int) -> None:
     The same seed gives the same weights. Norms, biases and D keep their constructors' values.
     """
     generator = torch.Generator().manual_seed(seed)
-    config = model.config
+    config = model.config.init
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or "scale_shift_tables" in name:
             continue
-        std = config.initializer_range
+        std = config.std
         # Stacked experts are parameters of that name themselves, other matrices lie in a module.
-        if config.rescale_prenorm_residual and not _RESIDUAL.isdisjoint(name.split(".")[-2:]):
-            std /= math.sqrt(config.num_hidden_layers)
+        if config.rescale_residual and not _RESIDUAL.isdisjoint(name.split(".")[-2:]):
+            std /= math.sqrt(_depth(model, name))
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     for module in model.modules():
         if isinstance(module, Mamba2):
             _randomise_scan(module, config, generator)
 
 
-def _randomise_scan(mixer: Mamba2, config: ModelConfig, generator: torch.Generator) -> None:
+def _depth(model: TwoTower, name: str) -> int:
+    """Layers of the tower that a parameter belongs to."""
+    is_denoiser = name.startswith("denoiser_tower.")
+    return (model.config.denoiser if is_denoiser else model.config.context).num_layers
+
+
+def _randomise_scan(mixer: Mamba2, config: InitSpec, generator: torch.Generator) -> None:
     """Step sizes log-uniform in [time_step_min, time_step_max], decay rates uniform in [1, 16]."""
     low, high = math.log(config.time_step_min), math.log(config.time_step_max)
     uniform = torch.rand(mixer.num_heads, generator=generator)
     step = (low + uniform * (high - low)).exp().clamp(min=config.time_step_floor)
     mixer.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
     mixer.A_log.copy_((1 + 15 * torch.rand(mixer.num_heads, generator=generator)).log())
-    # A depthwise filter has only conv_kernel inputs: N(0, 0.02) would silence it.
-    bound = 1 / math.sqrt(config.conv_kernel)
+    # A depthwise filter has only W inputs: N(0, 0.02) would silence it.
+    bound = 1 / math.sqrt(mixer.conv_width)
     mixer.conv1d.weight.copy_(
         (2 * torch.rand(mixer.conv1d.weight.shape, generator=generator) - 1) * bound
     )
@@ -54,9 +60,13 @@ def _randomise_scan(mixer: Mamba2, config: ModelConfig, generator: torch.Generat
 
 @torch.no_grad()
 def copy_context_to_denoiser(model: TwoTower, seed: int) -> None:
-    """Start the denoiser equal to the context tower, unconditioned."""
-    assert model.denoiser_tower is not None
-    model.denoiser_tower.load_state_dict(model.context_tower.state_dict())
+    """Start each denoiser layer equal to the context layer it reads, unconditioned."""
+    denoiser, context = model.denoiser_tower, model.context_tower
+    assert denoiser is not None
+    for layer, source in zip(denoiser.layers, denoiser.reads, strict=True):
+        layer.load_state_dict(context.layers[source].state_dict())
+    denoiser.embeddings.load_state_dict(context.embeddings.state_dict())
+    denoiser.norm_f.load_state_dict(context.norm_f.state_dict())
     model.lm_head.load_state_dict(model.context_lm_head.state_dict())
     remove_conditioning(model, seed)
 
@@ -69,7 +79,7 @@ def remove_conditioning(model: TwoTower, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.t_embedder.parameters():
-        values = torch.randn(parameter.shape, generator=generator) * model.config.initializer_range
+        values = torch.randn(parameter.shape, generator=generator) * model.config.init.std
         parameter.copy_(values if parameter.ndim > 1 else torch.zeros_like(parameter))
     for parameter in model.t_block.parameters():
         nn.init.zeros_(parameter)

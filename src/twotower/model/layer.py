@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from twotower.config import ATTENTION, MAMBA, MOE, ModelConfig
+from twotower.config import AttentionSpec, LayerSpec, MambaSpec, MoESpec, TowerConfig
 from twotower.layers.adaln import Modulation
 from twotower.layers.attention import Attention
 from twotower.layers.mamba2 import Mamba2
@@ -11,25 +11,24 @@ from twotower.layers.moe import Experts, MoE
 from twotower.layers.norms import RMSNorm
 
 
-def make_mixer(kind: str, config: ModelConfig) -> Mamba2 | Attention | MoE | MLP:
-    """The mixer for a symbol of the layer pattern."""
-    if kind == MAMBA:
-        return Mamba2(config)
-    if kind == ATTENTION:
-        return Attention(config)
-    if kind == MOE:
-        return MoE(config)
-    return MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
+def make_mixer(spec: LayerSpec, width: int, eps: float) -> Mamba2 | Attention | MoE | MLP:
+    """The mixer that a layer's sizes describe, in a tower of `width`."""
+    if isinstance(spec, MambaSpec):
+        return Mamba2(width, spec, eps)
+    if isinstance(spec, AttentionSpec):
+        return Attention(width, spec)
+    if isinstance(spec, MoESpec):
+        return MoE(width, spec)
+    return MLP(width, spec.intermediate_size, spec.bias)
 
 
 class Layer(nn.Module):
     """h + gate * mixer(norm(h)); a tower calls `pre_norm`, the mixer, then `add_residual`."""
 
-    def __init__(self, kind: str, config: ModelConfig) -> None:
+    def __init__(self, spec: LayerSpec, config: TowerConfig) -> None:
         super().__init__()
-        self.kind = kind
-        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer = make_mixer(kind, config)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer = make_mixer(spec, config.hidden_size, config.norm_eps)
 
     def matrices(self) -> list[nn.Module]:
         """The modules that hold the mixer's large weights: linear maps and stacks of experts."""
@@ -42,7 +41,7 @@ class Layer(nn.Module):
         released weights (system.md section 3, 'Order').
         """
         h = h.to(self.norm.weight.dtype)
-        modulates_first = self.kind in (MAMBA, ATTENTION)
+        modulates_first = isinstance(self.mixer, Mamba2 | Attention)
         if modulation is not None and modulates_first:
             h = h * (1 + modulation.scale) + modulation.shift
         u: Tensor = self.norm(h)

@@ -7,6 +7,7 @@ training and long chunks, is the plain model, whose equations these are.
 import torch
 from torch import Tensor, nn
 
+from twotower.config import MambaSpec
 from twotower.kernels import native
 from twotower.kernels.int8 import quantise
 from twotower.kernels.quantised import Quantised
@@ -49,7 +50,7 @@ class NativeTwoTower(TwoTower):
         self._tables: dict[float, native.Modulations] = {}
         if model.denoiser_tower is not None:
             self._denoiser_pass = native.TowerPass(
-                model.config,
+                model.config.denoiser,
                 dict(model.denoiser_tower.named_parameters()),
                 is_causal=False,
                 matrices=_matrices(model.denoiser_tower, "denoiser_tower", is_int8),
@@ -176,14 +177,15 @@ class _NativeContextTower(ContextTower):
 def _require_supported(model: TwoTower, is_int8: bool) -> None:
     """ValueError (one line) naming the first thing that the library does not know."""
     config = model.config
-    kinds = sorted(set(config.hybrid_override_pattern) - set(native.KINDS))
+    kinds = sorted(set(config.context.pattern) - set(native.KINDS))
+    taps = {layer.conv_width for layer in config.context.layers_of(MambaSpec)}
     for name, value, allowed in (
         ("weights", _precision(model), ["float", "int8 x int8", *(["int8"] if is_int8 else [])]),
         ("layers", "".join(kinds), [""]),
         ("device", {p.device.type for p in model.parameters()}, [{"cpu"}]),
         ("dtype", {p.dtype for p in model.parameters()}, [{torch.float32}]),
         ("bidirectional_mamba", config.bidirectional_mamba, [False]),
-        ("conv_kernel", config.conv_kernel, range(2, 10)),
+        ("conv_kernel", max(taps, default=2), range(2, 10)),
     ):
         if value not in allowed:
             raise ValueError(f"the native pass does not know {name}={value}")

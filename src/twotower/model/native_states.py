@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twotower.config import ATTENTION, MAMBA, ModelConfig
+from twotower.config import AttentionSpec, MambaSpec, TowerConfig
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
 from twotower.model.state import LayerState
@@ -94,23 +94,28 @@ class Found:
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: TowerConfig,
         shape: tuple[int, int],
         keeps_inputs: bool,
         is_whole: bool,
         rooms: Rooms,
     ) -> None:
-        self._config, (num_rows, length), self._keeps_inputs = config, shape, keeps_inputs
-        c, kinds = config, config.hybrid_override_pattern
+        self._layers, (num_rows, length), self._keeps_inputs = config.layers, shape, keeps_inputs
         make = rooms.take if is_whole else torch.zeros
-        heads = c.num_key_value_heads, c.head_dim
-        self._kv = make(2 * kinds.count(ATTENTION), num_rows, length, *heads)
-        mambas, taps = (kinds.count(MAMBA), num_rows), c.conv_kernel - 1
-        self._window = make(*mambas, taps + length, c.conv_channels)
+        attention = config.layers_of(AttentionSpec)  # all alike, and so are the Mamba layers
+        heads = (attention[0].num_kv_heads, attention[0].head_dim) if attention else (0, 0)
+        self._kv = make(2 * len(attention), num_rows, length, *heads)
+        mamba = config.layers_of(MambaSpec)
+        mambas, channels = (len(mamba), num_rows), mamba[0].conv_channels if mamba else 0
+        self._taps = mamba[0].conv_width - 1 if mamba else 0
+        self._state = (
+            (mamba[0].num_heads, mamba[0].head_dim, mamba[0].state_size) if mamba else (0, 0, 0)
+        )
+        self._window = make(*mambas, self._taps + length, channels)
         self._rooms, self._ssm = rooms, torch.empty(0)
         if keeps_inputs:
-            self._mixed = make(*mambas, length, c.conv_channels)
-            self._step = make(*mambas, length, c.mamba_num_heads)
+            self._mixed = make(*mambas, length, channels)
+            self._step = make(*mambas, length, self._state[0])
         else:
             self.make_room()
 
@@ -125,11 +130,11 @@ class Found:
         if len(self._ssm):
             ssm, ssm_step = _place(self._ssm, row)
         found: list[int] = []
-        for kind in self._config.hybrid_override_pattern:
-            if kind == ATTENTION:
+        for layer in self._layers:
+            if isinstance(layer, AttentionSpec):
                 found += (kv, kv + kv_step, 0, 0, 0, 0)
                 kv += 2 * kv_step
-            elif kind == MAMBA:
+            elif isinstance(layer, MambaSpec):
                 found += (0, 0, window, mixed, step, ssm)
                 window, mixed = window + window_step, mixed + mixed_step
                 step, ssm = step + step_step, ssm + ssm_step
@@ -142,14 +147,13 @@ class Found:
         """A row without tokens: its state stays as it was."""
         mambas = [state for state in layers if isinstance(state, MambaState)]
         for index, state in enumerate(mambas):
-            self._window[index, row, : self._config.conv_kernel - 1] = state.conv[row].mT
+            self._window[index, row, : self._taps] = state.conv[row].mT
             if not self._keeps_inputs:
                 self._ssm[index, row] = state.ssm[row]
 
     def make_room(self) -> None:
         """Room for the Mamba states of a pass that has left their inputs."""
-        c, mambas = self._config, self._window.shape[:2]
-        self._ssm = self._rooms.take(*mambas, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
+        self._ssm = self._rooms.take(*self._window.shape[:2], *self._state)
 
     def states(self, counts: Sequence[int]) -> list[LayerState]:
         """Each layer's new state after counts[b] tokens of each row b; None for a Mamba layer of
@@ -159,16 +163,16 @@ class Found:
         found = [] if self._keeps_inputs else self.mamba_states(counts)
         mambas = (MambaState(*(part.unsqueeze(1) for part in state)) for state in found)
         states: list[LayerState] = []
-        for kind in self._config.hybrid_override_pattern:
-            if kind == ATTENTION:
+        for layer in self._layers:
+            if isinstance(layer, AttentionSpec):
                 states.append(KV(next(keys), next(keys)))
             else:
-                states.append(next(mambas, None) if kind == MAMBA else None)
+                states.append(next(mambas, None) if isinstance(layer, MambaSpec) else None)
         return states
 
     def mamba_states(self, counts: Sequence[int]) -> list[MambaState]:
         """Each Mamba layer's state after counts[b] tokens of each row b; needs room for it."""
-        window, kept = self._window, self._config.conv_kernel - 1
+        window, kept = self._window, self._taps
         if min(counts) == max(counts):
             conv = window[:, :, counts[0] : counts[0] + kept]
         else:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twotower.config import ATTENTION, MAMBA, ModelConfig
+from twotower.config import AttentionSpec, LayerSpec, MambaSpec, TowerConfig
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
 
@@ -94,15 +94,12 @@ class ContextCache:
     """
 
     def __init__(
-        self, config: ModelConfig, num_rows: int, device: torch.device, dtype: torch.dtype
+        self, config: TowerConfig, num_rows: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         # On the CPU: it steers control flow.
         self.lengths = torch.zeros(num_rows, dtype=torch.int64)
         self.last_hidden: Tensor | None = None
-        self._states = [
-            _empty_state(kind, config, num_rows, device, dtype)
-            for kind in config.hybrid_override_pattern
-        ]
+        self._states = [_empty_state(layer, num_rows, device, dtype) for layer in config.layers]
 
     @property
     def num_rows(self) -> int:
@@ -310,17 +307,17 @@ def _joined_hidden(one: ContextCache, two: ContextCache) -> Tensor | None:
 
 
 def _empty_state(
-    kind: str, c: ModelConfig, num_rows: int, device: torch.device, dtype: torch.dtype
+    spec: LayerSpec, num_rows: int, device: torch.device, dtype: torch.dtype
 ) -> LayerState:
-    if kind == ATTENTION:
-        shape = (num_rows, 0, c.num_key_value_heads, c.head_dim)
+    if isinstance(spec, AttentionSpec):
+        shape = (num_rows, 0, spec.num_kv_heads, spec.head_dim)
         return KV(
             torch.empty(shape, device=device, dtype=dtype),
             torch.empty(shape, device=device, dtype=dtype),
         )
-    if kind != MAMBA:
+    if not isinstance(spec, MambaSpec):
         return None
     return MambaState(
-        torch.zeros(num_rows, c.conv_channels, c.conv_kernel - 1, device=device, dtype=dtype),
-        torch.zeros(num_rows, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size, device=device),
+        torch.zeros(num_rows, spec.conv_channels, spec.conv_width - 1, device=device, dtype=dtype),
+        torch.zeros(num_rows, spec.num_heads, spec.head_dim, spec.state_size, device=device),
     )

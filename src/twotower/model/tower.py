@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from twotower.config import ModelConfig
+from twotower.config import TowerConfig
 from twotower.layers.norms import RMSNorm
 from twotower.model.layer import Layer
 
@@ -12,12 +12,12 @@ from twotower.model.layer import Layer
 class Tower(nn.Module):
     """Embeddings, layers, final norm; how the layers are run is the subclass's business."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         self.config = config
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(kind, config) for kind in config.hybrid_override_pattern)
-        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.layers = nn.ModuleList(Layer(spec, config) for spec in config.layers)
+        self.norm_f = RMSNorm(config.hidden_size, config.norm_eps)
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids (...) -> the residual stream (..., D); float32 when the configuration keeps it so."""

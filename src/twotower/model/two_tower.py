@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower import masks
-from twotower.config import ModelConfig
+from twotower.config import TwoTowerConfig
 from twotower.layers.adaln import Modulation, TimestepEmbedder
 from twotower.layers.mamba2 import MambaState
 from twotower.model.context_tower import ContextTower
@@ -36,21 +36,23 @@ class TwoTower(nn.Module):
     # find longer common beginnings and cost more passes.
     prefix_chunk = 64
 
-    def __init__(self, config: ModelConfig, towers: Literal["both", "context"] = "both") -> None:
+    def __init__(self, config: TwoTowerConfig, towers: Literal["both", "context"] = "both") -> None:
         super().__init__()
         self.config = config
         self.generation_defaults: Mapping[str, object] = {}  # what a checkpoint prefers
         width, vocab = config.hidden_size, config.vocab_size
-        self.context_tower = ContextTower(config)
+        self.context_tower = ContextTower(config.context)
         self.context_lm_head = nn.Linear(width, vocab, bias=False)
         self.denoiser_tower: DenoiserTower | None = None
         if towers == "both":
-            self.denoiser_tower = DenoiserTower(config)
+            self.denoiser_tower = DenoiserTower(
+                config.denoiser, config.reads, config.bidirectional_mamba
+            )
             self.lm_head = nn.Linear(width, vocab, bias=False)
             self.t_embedder = TimestepEmbedder(width)
             self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
             self.scale_shift_tables = nn.ParameterList(
-                torch.zeros(3, width) for _ in range(config.num_hidden_layers)
+                torch.zeros(3, width) for _ in range(config.denoiser.num_layers)
             )
         self.tie_heads()
 
@@ -99,7 +101,7 @@ class TwoTower(nn.Module):
     def empty_cache(self, num_rows: int) -> ContextCache:
         """A cache before the first token."""
         weight = self.context_tower.embeddings.weight
-        return ContextCache(self.config, num_rows, weight.device, weight.dtype)
+        return ContextCache(self.config.context, num_rows, weight.device, weight.dtype)
 
     @torch.no_grad()
     def prefill(

@@ -1,6 +1,5 @@
 """The model at the start of a run and at its end: fresh, from a checkpoint, resumed, exported."""
 
-import dataclasses
 from pathlib import Path
 from typing import Literal
 
@@ -8,7 +7,8 @@ import torch
 
 from twotower.checkpoint import load_model, save_backbone, save_model
 from twotower.checkpoint.empty import allocate, build_empty
-from twotower.config import ModelConfig
+from twotower.config import TwoTowerConfig
+from twotower.families import config_from_dict, config_to_dict, read_config
 from twotower.model.initialise import randomise, remove_conditioning
 from twotower.model.precision import require_plain
 from twotower.model.two_tower import TwoTower
@@ -47,7 +47,7 @@ def starting_model(options: TrainOptions, vocab_size: int, snapshot: Position | 
     return model
 
 
-def empty_model(options: TrainOptions, config: ModelConfig) -> TwoTower:
+def empty_model(options: TrainOptions, config: TwoTowerConfig) -> TwoTower:
     """`starting_model` without values: memory that is not touched takes no room."""
     model = build_empty(config, _towers(options.recipe))
     allocate(model, (torch.float32, torch.float32), (torch.device("cpu"), torch.device("cpu")))
@@ -55,14 +55,14 @@ def empty_model(options: TrainOptions, config: ModelConfig) -> TwoTower:
     return model
 
 
-def new_config(options: TrainOptions, vocab_size: int) -> ModelConfig:
+def new_config(options: TrainOptions, vocab_size: int) -> TwoTowerConfig:
     """The configuration of a new backbone: the file's or the preset's, with the data's
     vocabulary.
     """
     if options.config is None:
         return preset_config(options.preset or DEFAULT_PRESET, vocab_size)
-    given = ModelConfig.from_file(options.config)
-    return ModelConfig.from_dict(given.to_dict() | {"vocab_size": vocab_size})
+    given = read_config(options.config)
+    return config_from_dict(config_to_dict(given) | {"vocab_size": vocab_size})
 
 
 def export(model: TwoTower, path: Path, recipe: Recipe, shard: Shard) -> None:
@@ -78,8 +78,7 @@ def _with_denoiser(model: TwoTower, options: TrainOptions) -> TwoTower:
             f"towers: {options.towers} needs one tower, but the two of {options.init} differ; give "
             "a backbone, or a model that was trained tied"
         )
-    config = dataclasses.replace(
-        model.config,
+    config = model.config.replace(
         block_size=options.block_size or model.config.block_size,
         bidirectional_mamba=options.bidirectional_mamba or model.config.bidirectional_mamba,
     )

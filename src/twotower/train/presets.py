@@ -1,6 +1,7 @@
 """Named model sizes for training from scratch; the vocabulary comes from the data's tokenizer."""
 
-from twotower.config import ModelConfig
+from twotower.config import TwoTowerConfig
+from twotower.families import config_from_dict
 
 _PRESETS: dict[str, dict[str, object]] = {
     # For tests: seconds on one core.
@@ -53,8 +54,8 @@ _PRESETS: dict[str, dict[str, object]] = {
 PRESET_NAMES = tuple(_PRESETS)
 
 
-def preset_config(name: str, vocab_size: int) -> ModelConfig:
+def preset_config(name: str, vocab_size: int) -> TwoTowerConfig:
     """The configuration called `name` for a vocabulary; ValueError for an unknown name."""
     if name not in _PRESETS:
         raise ValueError(f"preset: {name!r} is unknown; use one of {', '.join(PRESET_NAMES)}")
-    return ModelConfig.from_dict(_PRESETS[name] | {"vocab_size": vocab_size})
+    return config_from_dict(_PRESETS[name] | {"vocab_size": vocab_size})

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from twotower.config import ModelConfig
+from twotower.config import TwoTowerConfig
+from twotower.families import config_from_dict
 from twotower.train.options import TrainOptions
 
 _log = logging.getLogger(__name__)
@@ -214,8 +215,8 @@ def read_position(folder: Path) -> ShardedSnapshot:
         raise ValueError(f"checkpoint: {folder} cannot be read ({_one_line(error)})") from error
 
 
-def model_config(snapshot: Position) -> ModelConfig:
-    return ModelConfig.from_dict(snapshot.config)
+def model_config(snapshot: Position) -> TwoTowerConfig:
+    return config_from_dict(snapshot.config)
 
 
 def _write_aside(file: Path, content: dict[str, object]) -> None:

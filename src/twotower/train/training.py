@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from twotower.config import ModelConfig
+from twotower.config import TwoTowerConfig
+from twotower.families import config_to_dict
 from twotower.model.two_tower import TwoTower
 from twotower.train.average import WeightAverage
 from twotower.train.balance import ExpertBalance
@@ -82,7 +83,7 @@ class Training:
             step=self.step,
             rows_read=self.rows_read,
             rows_fingerprint=self.rows.fingerprint,
-            config=self.model.config.to_dict(),
+            config=config_to_dict(self.model.config),
             pending_losses=self.pending_losses,
         )
 
@@ -211,7 +212,7 @@ def _position(found: Snapshot | ShardedSnapshot | None) -> Position | None:
     return Position(**{name: getattr(found, name) for name in names})
 
 
-def _sharded_model(options: TrainOptions, config: ModelConfig, processes: Processes) -> TwoTower:
+def _sharded_model(options: TrainOptions, config: TwoTowerConfig, processes: Processes) -> TwoTower:
     model = empty_model(options, config)
     assert processes.mesh is not None
     shard(model, processes.mesh, is_narrow=options.dtype == "bfloat16")
@@ -242,7 +243,7 @@ def _training(options: TrainOptions, rows: Rows, model: TwoTower, processes: Pro
     )
 
 
-def _check(options: TrainOptions, rows: Rows, config: ModelConfig, found: Position) -> None:
+def _check(options: TrainOptions, rows: Rows, config: TwoTowerConfig, found: Position) -> None:
     """ValueError if the run cannot go on with these options and data."""
     _check_same_rows(rows, found)
     _check_block_sizes(options, options.block_size or config.block_size)

@@ -7,7 +7,7 @@ host memory and crosses the link in every pass that needs it.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from twotower.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig
+from twotower.config import AttentionSpec, LayerSpec, MambaSpec, MoESpec, TowerConfig
 from twotower.lab.plan.passes import EXPERTS, Setup, Shape, Tower
 from twotower.lab.plan.precision import Precision
 from twotower.lab.plan.workload import Mode, Workload
@@ -74,7 +74,7 @@ def tower_bytes(shape: Shape, tower: Tower, precision: Precision) -> tuple[float
 
 def cache_bytes(shape: Shape, rows: int, length: int, precision: Precision) -> float:
     """Bytes of the context cache of `rows` rows of `length` tokens."""
-    keys = shape.config.kv_elements * length * precision.cache_bytes
+    keys = shape.config.context.kv_elements * length * precision.cache_bytes
     return rows * (keys + 4.0 * shape.state_elements + shape.conv_elements * precision.cache_bytes)
 
 
@@ -98,21 +98,25 @@ def activation_bytes(setup: Setup, workload: Workload, tower: Tower, mode: Mode)
         tokens = max(tokens, rows * min(workload.prompt_tokens, CHUNK))
     makes_block = tower == "denoiser" or mode == "speculative"
     logits = workload.batch * (block if makes_block else 1) * config.vocab_size * 4.0
-    width = _STREAMS * config.hidden_size + _widest(config)
+    width = _STREAMS * config.hidden_size + _widest(config.context)
     return tokens * width * setup.precision.cache_bytes + logits
 
 
-def _widest(config: ModelConfig) -> int:
+def _widest(config: TowerConfig) -> int:
     """Numbers of a token inside the widest mixer."""
-    mamba = 2 * config.mamba_width + 2 * config.n_groups * config.ssm_state_size
-    experts = config.num_experts_per_tok * (config.moe_intermediate_size + config.hidden_size)
-    widths = {
-        MAMBA: mamba + config.mamba_num_heads,
-        ATTENTION: (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim,
-        MLP: config.intermediate_size,
-        MOE: experts + config.moe_shared_expert_intermediate_size,
-    }
-    return max(widths[kind] for kind in set(config.hybrid_override_pattern))
+    return max(_mixer_width(layer, config.hidden_size) for layer in config.layers)
+
+
+def _mixer_width(spec: LayerSpec, width: int) -> int:
+    """Numbers of a token inside a mixer."""
+    if isinstance(spec, MambaSpec):
+        return spec.width + spec.conv_channels + spec.num_heads
+    if isinstance(spec, AttentionSpec):
+        return (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    if isinstance(spec, MoESpec):
+        chosen = spec.experts_per_token * (spec.intermediate_size + (spec.latent_size or width))
+        return chosen + spec.shared_intermediate_size
+    return spec.intermediate_size
 
 
 def placements(
@@ -158,7 +162,7 @@ def _fill_device(
     share = 0.0
     if experts and experts > room and setup.hardware.host_gb_s is not None:
         # One layer's experts of a tower need a place to arrive in.
-        arriving = experts / len(towers) / setup.shape.config.hybrid_override_pattern.count(MOE)
+        arriving = experts / len(towers) / len(setup.shape.config.context.layers_of(MoESpec))
         share = 1.0 - max(0.0, room - arriving) / experts
         experts = max(room, arriving)
     return DeviceMemory(

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
-from twotower.checkpoint.inspect import PRESETS, Description, describe, describe_preset
+from twotower.checkpoint.inspect import Description, describe, describe_preset
 from twotower.checkpoint.quantize import read_scheme
+from twotower.families import PRESETS
 from twotower.lab.plan.efficiency import DEFAULTS, PROFILES, Efficiency
 from twotower.lab.plan.hardware import (
     Compute,

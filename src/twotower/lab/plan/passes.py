@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from twotower.checkpoint.inspect import Description
-from twotower.config import ATTENTION, MAMBA, ModelConfig
+from twotower.config import AttentionSpec, MoESpec, TwoTowerConfig
 from twotower.lab.plan.efficiency import Efficiency
 from twotower.lab.plan.hardware import Compute, Hardware
 from twotower.lab.plan.precision import Precision
@@ -26,7 +26,7 @@ class Shape:
     """A model as a plan sees it: parameters of each tower by kind, and the configuration."""
 
     name: str
-    config: ModelConfig
+    config: TwoTowerConfig
     parameters: Mapping[Tower, Mapping[str, int]]
 
     @classmethod
@@ -43,14 +43,17 @@ class Shape:
     @property
     def state_elements(self) -> int:
         """Numbers of one row's SSM states."""
-        layers = self.config.hybrid_override_pattern.count(MAMBA)
-        return layers * self.config.mamba_width * self.config.ssm_state_size
+        return self.config.context.ssm_elements
 
     @property
     def conv_elements(self) -> int:
         """Numbers of one row's last convolution inputs."""
-        layers = self.config.hybrid_override_pattern.count(MAMBA)
-        return layers * self.config.conv_channels * (self.config.conv_kernel - 1)
+        return self.config.context.conv_elements
+
+    @property
+    def experts(self) -> MoESpec | None:
+        """What all layers of experts have in common."""
+        return self.config.context.shared_spec(MoESpec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +133,8 @@ def pass_parts(shape: Shape, call: Pass, precision: Precision) -> list[Part]:
     counts, n = shape.parameters[call.tower], call.rows * call.tokens
     parts = [_matrices(k, counts[k], n, precision) for k in _MATRICES if k in counts]
     if EXPERTS in counts:
-        parts.append(_experts(shape.config, counts[EXPERTS], n, precision))
+        assert shape.experts is not None
+        parts.append(_experts(shape.experts, counts[EXPERTS], n, precision))
     if call.logits:
         # Tied heads count as embeddings: the same table.
         head = shape.config.hidden_size * shape.config.vocab_size
@@ -150,8 +154,8 @@ def _matrices(kind: str, count: int, num_tokens: float, precision: Precision) ->
     )
 
 
-def _experts(config: ModelConfig, count: int, num_tokens: int, precision: Precision) -> Part:
-    total, chosen = config.n_routed_experts, config.num_experts_per_tok
+def _experts(moe: MoESpec, count: int, num_tokens: int, precision: Precision) -> Part:
+    total, chosen = moe.num_experts, moe.experts_per_token
     touched = expected_experts(total, chosen, num_tokens) / total
     return Part(
         name=EXPERTS,
@@ -163,15 +167,15 @@ def _experts(config: ModelConfig, count: int, num_tokens: int, precision: Precis
 
 def _mixing(shape: Shape, call: Pass, precision: Precision) -> Part:
     """Attention over keys and the scan: their weights are among the matrices, here is the rest."""
-    config, length = shape.config, call.past + call.tokens
+    config, length = shape.config.context, call.past + call.tokens
     state_bytes = 4.0 * shape.state_elements + shape.conv_elements * precision.cache_bytes
     if call.tower == "context":
         state_bytes *= 2  # the denoiser only reads them
     keys = config.kv_elements * length * precision.cache_bytes
     # A causal token sees half of its own call on average, a masked one the whole block.
     seen = length if call.tower == "denoiser" else call.past + (call.tokens + 1) / 2
-    attention = 4.0 * config.num_attention_heads * config.head_dim * seen
-    attention *= config.hybrid_override_pattern.count(ATTENTION)
+    queries = sum(one.num_heads * one.head_dim for one in config.layers_of(AttentionSpec))
+    attention = 4.0 * queries * seen
     return Part(
         name="cache",
         weight_bytes=0.0,
@@ -201,20 +205,17 @@ def time_pass(setup: Setup, call: Pass, host_share: float = 0.0) -> PassTime:
             spent["stream"] += stream
         else:
             spent["compute"] += compute
-    config = setup.shape.config
-    overhead = config.num_hidden_layers * efficiency.layer_s
-    has_experts = any(part.name == EXPERTS for part in parts)
+    overhead = setup.shape.config.context.num_layers * efficiency.layer_s
+    moe, num_tokens = setup.shape.experts, call.rows * call.tokens
     return PassTime(
         seconds=overhead + sum(spent.values()),
         overhead_s=overhead,
         stream_s=spent["stream"],
         compute_s=spent["compute"],
         host_s=spent["host"],
-        num_experts=expected_experts(
-            config.n_routed_experts, config.num_experts_per_tok, call.rows * call.tokens
-        )
-        if has_experts
-        else 0.0,
+        num_experts=0.0
+        if moe is None
+        else expected_experts(moe.num_experts, moe.experts_per_token, num_tokens),
     )
 
 

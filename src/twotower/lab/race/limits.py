@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from twotower.checkpoint.empty import build_empty
-from twotower.config import ATTENTION, MAMBA, MOE, ModelConfig
+from twotower.config import AttentionSpec, MoESpec, TwoTowerConfig
 from twotower.kernels import native
 from twotower.kernels.int8 import quantise
 
@@ -72,7 +72,7 @@ class Machine:
 
 
 def pass_work(
-    config: ModelConfig, num_tokens: int, num_past: int, num_logits: int, weight_bytes: float
+    config: TwoTowerConfig, num_tokens: int, num_past: int, num_logits: int, weight_bytes: float
 ) -> Work:
     """Work of one pass of a tower over num_tokens after num_past, its head over num_logits of them.
 
@@ -80,16 +80,15 @@ def pass_work(
     written. Experts count as often as different ones can be chosen. The arithmetic of norms and of
     the convolution and the denoiser's time conditioning are left out: a few per cent at most.
     """
-    c, kinds = config, config.hybrid_override_pattern
-    head = c.hidden_size * c.vocab_size
-    weights = _streamed_weights(c, num_tokens) + (head if num_logits else 0)
-    state = c.mamba_width * c.ssm_state_size
-    keys = c.kv_elements * (num_past + num_tokens) * weight_bytes
-    states = kinds.count(MAMBA) * 2 * 4 * state
-    attention = 4 * c.num_attention_heads * c.head_dim * (num_past + num_tokens)
-    scan = 5 * state  # decay, outer product, sum; readout
-    mixing = kinds.count(ATTENTION) * attention + kinds.count(MAMBA) * scan
-    active = _streamed_weights(c, 1)
+    tower = config.context
+    head = tower.hidden_size * tower.vocab_size
+    weights = _streamed_weights(config, num_tokens) + (head if num_logits else 0)
+    keys = tower.kv_elements * (num_past + num_tokens) * weight_bytes
+    states = 2 * 4 * tower.ssm_elements
+    queries = sum(one.num_heads * one.head_dim for one in tower.layers_of(AttentionSpec))
+    scan = 5 * tower.ssm_elements  # decay, outer product, sum; readout
+    mixing = 4 * queries * (num_past + num_tokens) + scan
+    active = _streamed_weights(config, 1)
     return Work(
         weight_bytes=weights * weight_bytes,
         state_bytes=keys + states,
@@ -97,17 +96,17 @@ def pass_work(
     )
 
 
-def _streamed_weights(config: ModelConfig, num_tokens: int) -> float:
+def _streamed_weights(config: TwoTowerConfig, num_tokens: int) -> float:
     """Weights of a tower that num_tokens tokens touch: no embedding table, and of the experts at
     most as many as are chosen.
     """
     model = build_empty(config, "context")
     total = 0.0
-    share = min(1.0, num_tokens * config.num_experts_per_tok / config.n_routed_experts)
+    moe = config.context.shared_spec(MoESpec)
+    share = 1.0 if moe is None else min(1.0, num_tokens * moe.experts_per_token / moe.num_experts)
     for name, parameter in model.context_tower.named_parameters():
         if not name.startswith("embeddings."):
-            is_expert = ".experts." in name and MOE in config.hybrid_override_pattern
-            total += parameter.numel() * (share if is_expert else 1.0)
+            total += parameter.numel() * (share if ".experts." in name else 1.0)
     return total
 
 

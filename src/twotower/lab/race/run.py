@@ -201,7 +201,7 @@ def _describe(model: TwoTower) -> dict[str, object]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "context_parameters": sum(p.numel() for p in context),
         "hidden_size": model.config.hidden_size,
-        "pattern": model.config.hybrid_override_pattern,
+        "pattern": model.config.context.pattern,
         "vocab_size": model.config.vocab_size,
         "block_size": model.config.block_size,
     }

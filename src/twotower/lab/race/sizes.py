@@ -13,7 +13,8 @@ import torch
 
 from twotower.checkpoint import export_transformers
 from twotower.checkpoint.gguf import Precision, export_gguf
-from twotower.config import ModelConfig
+from twotower.config import TwoTowerConfig
+from twotower.families import config_from_dict
 from twotower.lab.race.contest import rival_name
 from twotower.lab.race.rivals import Rival, load_llama_cpp, load_transformers
 from twotower.model import TwoTower
@@ -52,13 +53,13 @@ _CONFIGS: dict[str, dict[str, object]] = {
 }
 
 
-def random_config(size: str, block_size: int) -> ModelConfig:
+def random_config(size: str, block_size: int) -> TwoTowerConfig:
     """The configuration of a random model; it never ends a text, so that all write alike."""
     values = _CONFIGS[size] | {"block_size": block_size, "eos_token_id": None}
-    return ModelConfig.from_dict(values)
+    return config_from_dict(values)
 
 
-def random_model(config: ModelConfig, seed: int, dtype: torch.dtype) -> TwoTower:
+def random_model(config: TwoTowerConfig, seed: int, dtype: torch.dtype) -> TwoTower:
     """Both towers with seeded random weights, ready to decode."""
     model = TwoTower(config)
     randomise(model, seed)

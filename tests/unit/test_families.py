@@ -1,0 +1,204 @@
+"""Families: published models by their config.json, and what is refused before anything loads."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny_models import tiny_config
+from twotower.checkpoint.inspect import describe_config
+from twotower.cli.main import main
+from twotower.config import MoESpec, TowerConfig, TwoTowerConfig
+from twotower.families import FAMILIES, config_from_dict, config_to_dict
+
+MAMBA_128 = {"mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8, "conv_kernel": 4}
+# The released config.json of each model, without what changes no size. Sources: the models' cards
+# and configurations; Nemotron-H: arXiv 2504.03624, Nano 2: 2508.14444, Nemotron 3: 2512.20856.
+PUBLISHED: dict[str, dict[str, object]] = {
+    "Nemotron-H-4B": {
+        "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+        "hidden_size": 3072, "intermediate_size": 12288, "mamba_num_heads": 112,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "attention_head_dim": 128,
+    },
+    "Nemotron-H-8B": {
+        "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+        "hidden_size": 4096, "intermediate_size": 21504, "mamba_num_heads": 128,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "attention_head_dim": 128,
+    },
+    "Nemotron-H-56B": {
+        "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-"
+        "M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+        "hidden_size": 8192, "intermediate_size": 32768, "mamba_num_heads": 256,
+        "ssm_state_size": 256, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "attention_head_dim": 128,
+    },
+    "Nemotron-Nano-9B-v2": {
+        "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+        "hidden_size": 4480, "intermediate_size": 15680, "mamba_num_heads": 128,
+        "mamba_head_dim": 80, "num_attention_heads": 40, "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "Nemotron-3-Nano-30B-A3B": {
+        "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+        "hidden_size": 2688, "mamba_num_heads": 64, "num_attention_heads": 32,
+        "num_key_value_heads": 2, "head_dim": 128, "n_routed_experts": 128,
+        "num_experts_per_tok": 6, "moe_intermediate_size": 1856,
+        "moe_shared_expert_intermediate_size": 3712, "routed_scaling_factor": 2.5,
+    },
+    "Nemotron-3-Super-120B-A12B": {
+        "hybrid_override_pattern": "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*"
+        "EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
+        "hidden_size": 4096, "mamba_num_heads": 128, "num_attention_heads": 32,
+        "num_key_value_heads": 2, "head_dim": 128, "n_routed_experts": 512,
+        "num_experts_per_tok": 22, "moe_intermediate_size": 2688, "moe_latent_size": 1024,
+        "moe_shared_expert_intermediate_size": 5376, "routed_scaling_factor": 5.0,
+    },
+    "Nemotron-3-Ultra-550B-A55B": {
+        "layers_block_type": [
+            {"M": "mamba", "E": "moe", "*": "attention"}[symbol]
+            for symbol in "MEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*"
+            "EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+        ],
+        "num_hidden_layers": None,
+        "hidden_size": 8192, "mamba_num_heads": 256, "num_attention_heads": 64,
+        "num_key_value_heads": 2, "head_dim": 128, "n_routed_experts": 512,
+        "num_experts_per_tok": 22, "moe_intermediate_size": 5120, "moe_latent_size": 2048,
+        "moe_shared_expert_intermediate_size": 10240, "routed_scaling_factor": 5.0,
+    },
+}  # fmt: skip
+
+
+def published(name: str) -> TwoTowerConfig:
+    shared = {"model_type": "nemotron_h", "vocab_size": 131072, **MAMBA_128}
+    return config_from_dict(shared | PUBLISHED[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active", "layers"),
+    [
+        ("Nemotron-H-8B", 8.10e9, 8.10e9, 52),
+        ("Nemotron-H-56B", 56e9, 56e9, 118),
+        ("Nemotron-Nano-9B-v2", 8.89e9, 8.89e9, 56),
+        ("Nemotron-3-Nano-30B-A3B", 31.6e9, 3.6e9, 52),
+        ("Nemotron-3-Super-120B-A12B", 120.6e9, 12.7e9, 88),
+        ("Nemotron-3-Ultra-550B-A55B", 550e9, 55e9, 108),
+    ],
+)
+def test_published_totals(name: str, total: float, active: float, layers: int) -> None:
+    """Silent failure: a size is read under another name and the model is of another width."""
+    config = published(name)
+    tower = describe_config(config, name).towers["context"]
+    assert config.context.num_layers == layers
+    assert tower.total == pytest.approx(total, rel=0.012)
+    assert tower.active == pytest.approx(active, rel=0.05)
+
+
+def test_the_8b_model_has_its_published_parameters_to_the_last_one() -> None:
+    tower = describe_config(published("Nemotron-H-8B"), "8B").towers["context"]
+    assert tower.total == 8_100_852_736
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_configuration_survives_its_own_file(name: str) -> None:
+    config = published(name)
+    assert config_from_dict(config_to_dict(config)) == config
+
+
+def refusal(**values: object) -> str:
+    """The one line that refuses the tiny configuration with other values."""
+    with pytest.raises(ValueError) as error:
+        config_from_dict(config_to_dict(tiny_config()) | values)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    return str(error.value)
+
+
+@pytest.mark.parametrize("model_type", ["llama4", "qwen3_next", "gpt2", "mamba2", 7, None])
+def test_an_unknown_model_type_is_refused_by_its_name(model_type: object) -> None:
+    """Silent failure: a Qwen file was read as layers of attention without MLPs."""
+    text = refusal(model_type=model_type, hybrid_override_pattern="M*E-M*")
+    assert f"read are {', '.join(FAMILIES)}" in text
+    assert ("is missing" if model_type is None else repr(model_type)) in text
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["inspect", "MODEL"],
+        ["plan", "--model", "MODEL", "--hardware", "h100-sxm"],
+        ["generate", "--model", "MODEL", "Hello"],
+        ["chat", "--model", "MODEL"],
+        ["serve", "--model", "MODEL"],
+        ["convert", "MODEL", "OUT"],
+        ["evaluate", "--model", "MODEL"],
+        ["bench", "--model", "MODEL"],
+    ],
+    ids=lambda verb: verb[0],
+)
+def test_every_verb_refuses_an_unknown_model_type_first(
+    verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Silent failure: a verb says that a file or field is missing, and hides the real reason."""
+    (tmp_path / "config.json").write_text('{"model_type": "falcon_h1", "hidden_size": 64}')
+    arguments = [{"MODEL": str(tmp_path), "OUT": str(tmp_path / "out")}.get(a, a) for a in verb]
+    assert main(arguments) == 2
+    assert "model_type 'falcon_h1' is not supported; read are " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"layers_block_type": ["mamba", "moe"]}, "contradicts layers_block_type"),
+        ({"attention_head_dim": 16}, "head_dim=8 contradicts attention_head_dim=16"),
+        ({"mamba_d_conv": 3}, "conv_kernel=4 contradicts mamba_d_conv=3"),
+        ({"block_configs": [{}]}, "block_configs gives each layer its own values"),
+        ({"moe_widths": [1, 2, 3, 4, 5, 6]}, "moe_widths gives each layer its own values"),
+        ({"moe_latent_size": 0}, "moe_latent_size=0 must be between"),
+        ({"reads": [0, 9]}, r"reads=[0, 9] must be a list of layers of the context tower, 0 to 5"),
+        ({"reads": []}, "reads=[] must be a list"),
+        ({"hybrid_override_pattern": "M" * 20_000, "num_hidden_layers": None}, "number of layers"),
+        ({"n_routed_experts": 2**20}, "1048576 routed experts"),
+    ],
+)
+def test_what_would_be_ignored_or_cannot_be_is_refused(
+    values: dict[str, object], expected: str
+) -> None:
+    assert expected in refusal(**values)
+
+
+def test_a_denoiser_may_read_some_layers_only() -> None:
+    config = config_from_dict(config_to_dict(tiny_config()) | {"reads": [1, 5]})
+    assert config.denoiser.pattern == "**" and config.reads == (1, 5)
+    assert config_to_dict(config)["reads"] == [1, 5]
+    assert "reads" not in config_to_dict(tiny_config())
+
+
+def test_a_denoiser_layer_must_be_able_to_read_its_state() -> None:
+    tower = tiny_config().context
+    other = TowerConfig(hidden_size=16, vocab_size=41, layers=tower.layers[1:2])
+    with pytest.raises(ValueError, match=r"denoiser layer 0 \(attention\) cannot read .* layer 0"):
+        TwoTowerConfig(family="nemotron_h", context=tower, denoiser=other, reads=(0,))
+
+
+def test_latent_experts_share_two_projections() -> None:
+    """Silent failure: router or shared expert look at the narrow hidden states."""
+    from twotower.layers.moe import MoE
+
+    spec = MoESpec(
+        num_experts=3, experts_per_token=3, intermediate_size=5, shared_intermediate_size=4,
+        latent_size=2,
+    )  # fmt: skip
+    moe = MoE(6, spec).double().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in moe.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    x = torch.randn(7, 6, generator=generator, dtype=torch.float64)
+    narrow = x @ moe.fc1_latent_proj.weight.T  # type: ignore[operator, union-attr]
+    scores = torch.sigmoid(x @ moe.gate.weight.T)
+    scores = scores / scores.sum(1, keepdim=True)
+    routed = sum(
+        scores[:, [e]]
+        * ((narrow @ moe.experts.up_proj[e].T).relu() ** 2 @ moe.experts.down_proj[e].T)
+        for e in range(3)
+    )
+    expected = routed @ moe.fc2_latent_proj.weight.T + moe.shared_experts(x)  # type: ignore[operator, union-attr]
+    torch.testing.assert_close(moe(x), expected, rtol=1e-6, atol=1e-6)
