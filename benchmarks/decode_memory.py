@@ -17,9 +17,9 @@ LENGTHS = (256, 1024, 4096, 16384)
 
 CHILD = """
 import json, sys, torch, twotower
-from twotower.engine.accelerate import accelerate
+from twotower.backends import accelerate
 
-path, mode, length, new, executor = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:5]), sys.argv[5]
+path, mode, length, new, backend = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:5]), sys.argv[5]
 
 def peak():
     line = next(l for l in open("/proc/self/status") if l.startswith("VmHWM"))
@@ -27,7 +27,7 @@ def peak():
 
 torch.set_num_threads(1)
 plain = twotower.load_model(path)
-model = accelerate(plain, executor)
+model = accelerate(plain, backend)
 options = twotower.GenerateOptions(
     mode=mode, max_new_tokens=new, eos_token_id=None, seed=0, temperature=0.0
 )
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--executor", choices=("eager", "native"), default="eager")
+    parser.add_argument("--backend", choices=("eager", "native"), default="eager")
     args = parser.parse_args()
     rows = []
     for mode in args.modes:
@@ -72,7 +72,7 @@ def main() -> None:
 def measure(args: argparse.Namespace, mode: str, length: int) -> dict[str, int]:
     """One case in a fresh process."""
     path = str(shipped_model()) if args.model == "shipped" else args.model
-    given = [path, mode, str(length), str(args.new_tokens), args.executor]
+    given = [path, mode, str(length), str(args.new_tokens), args.backend]
     command = [sys.executable, "-c", CHILD, *given]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found: dict[str, int] = json.loads(output)

@@ -16,9 +16,8 @@ from typing import TypeVar
 import torch
 
 import twotower
-from twotower import ContextCache, GenerateOptions, TwoTower, generate
+from twotower import ContextCache, GenerateOptions, TwoTower, accelerate, generate
 from twotower.engine import EngineOptions
-from twotower.engine.accelerate import accelerate
 from twotower.engine.prefix_cache import PrefixCache
 
 PLENTY = 10**9
@@ -28,7 +27,7 @@ Result = TypeVar("Result")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="checkpoint folder; the shipped model unless given")
-    parser.add_argument("--executors", nargs="+", default=["eager", "native"])
+    parser.add_argument("--backends", nargs="+", default=["eager", "native"])
     parser.add_argument("--shared", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--own", type=int, default=24)
     parser.add_argument("--prompts", type=int, default=12)
@@ -39,19 +38,19 @@ def main() -> None:
     plain = twotower.load_model(args.model or twotower.__path__[0] + "/assets")
     beginning = written(plain, max(args.shared))
     rows = []
-    for executor in args.executors:
-        model = accelerate(plain, executor)
+    for backend in args.backends:
+        model = accelerate(plain, backend)
         for shared in args.shared:
             row = {
-                "executor": executor,
+                "backend": backend,
                 "shared": shared,
                 **seconds(model, beginning, shared, args),
             }
             rows.append(row)
             print(row, flush=True)
         texts = compare(model, beginning[: args.shared[0] + 1], args)
-        print(executor, texts, flush=True)
-        rows.append({"executor": executor, "texts": texts})
+        print(backend, texts, flush=True)
+        rows.append({"backend": backend, "texts": texts})
     print(json.dumps({"options": vars(args), "rows": rows}))
 
 

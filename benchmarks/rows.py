@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 import twotower
+from twotower.backends import BACKENDS, accelerate
 from twotower.cli.loading import shipped_model
 from twotower.engine import EngineOptions, Finished, stream
-from twotower.engine.accelerate import EXECUTORS, accelerate
 from twotower.lab.evaluate.suite import held_out
 
 MODES = ("ar", "diffusion", "speculative")
@@ -55,12 +55,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--queues", nargs="+", choices=("one", "two"), default=["one"])
-    parser.add_argument("--executor", choices=EXECUTORS, default="auto")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     path = shipped_model() if args.model == "shipped" else Path(args.model)
-    model = accelerate(twotower.load_model(path), args.executor)
+    model = accelerate(twotower.load_model(path), args.backend)
     tokenizer = twotower.load_tokenizer(path)
     prompts = draw_prompts(args.prompts)
     cases = [(q, mode, rows) for q in args.queues for mode in MODES for rows in args.rows]

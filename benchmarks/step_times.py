@@ -3,7 +3,7 @@
 Physical limit: a pass streams the tower's weights once, so it takes at least their bytes over the
 memory bandwidth, or its operations over the arithmetic peak where the weights stay in the cache.
 Small models reach neither: they wait for Python and PyTorch's dispatch. Medians of interleaved
-repeats, executors taking turns; on a machine that others use, `--clock cpu` leaves out the time of
+repeats, backends taking turns; on a machine that others use, `--clock cpu` leaves out the time of
 others. The last line is one JSON object.
 """
 
@@ -68,17 +68,17 @@ def main() -> None:
     parser.add_argument("--model", default=twotower.__path__[0] + "/assets")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--executors", default="eager,native,native-int8")
+    parser.add_argument("--backends", default="eager,native,native-int8")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--repeats", type=int, default=100)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = twotower.load_model(args.model)
     calls: dict[str, Callable[[], object]] = {}
-    for executor in args.executors.split(","):
-        name, _, weights = executor.partition("-")
-        ready = passes(twotower.accelerate(model, name, weights or "loaded"), args.prompt_tokens)
-        calls |= {f"{executor} {name}": call for name, call in ready.items()}
+    for backend in args.backends.split(","):
+        name, _, quantization = backend.partition("-")
+        ready = passes(twotower.accelerate(model, name, quantization or "none"), args.prompt_tokens)
+        calls |= {f"{backend} {name}": call for name, call in ready.items()}
     result = {
         "ms": median_ms(calls, args.repeats, CLOCKS[args.clock]),
         "clock": args.clock,

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from twotower.backends import accelerate
     from twotower.checkpoint import load_model
     from twotower.config import TwoTowerConfig
-    from twotower.engine.accelerate import accelerate
     from twotower.engine.events import Completion, Event, Finished, StepTaken, TokensCommitted
     from twotower.engine.generate import generate, stream
     from twotower.engine.options import GenerateOptions
@@ -42,7 +42,7 @@ _HOMES = {
         "Completion", "Event", "Finished", "GenerateOptions", "StepTaken", "TokensCommitted",
         "generate", "stream",
     ),
-    "engine.accelerate": ("accelerate",),
+    "backends": ("accelerate",),
     "model": ("ContextCache", "ContextView", "TwoTower"),
     "tokenizer": ("Tokenizer",),
 }  # fmt: skip

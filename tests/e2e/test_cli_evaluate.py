@@ -13,10 +13,9 @@ pytest.importorskip("jsonschema")
 
 import twotower
 from tiny_checkpoint import make_checkpoint
-from twotower import GenerateOptions
+from twotower import GenerateOptions, accelerate
 from twotower.cli import evaluate as evaluation
 from twotower.cli.main import main
-from twotower.engine.accelerate import accelerate
 from twotower.lab.evaluate.suite import check, held_out
 
 FLAGS = ["--items", "2", "--max-new-tokens", "20", "--categories", "math,tools"]
@@ -41,8 +40,8 @@ def test_the_record_and_its_files(
     assert record["modes"]["ar"]["nfe"] == 0 and record["modes"]["diffusion"]["nfe"] > 0
     assert record["options"]["ar"]["max_new_tokens"] == 20
     # What ran, not "auto": speeds of two records compare only if it is the same.
-    ran = type(accelerate(twotower.load_model(checkpoint), "auto")).__name__
-    assert record["executor"] == {"TwoTower": "eager", "NativeTwoTower": "native"}[ran]
+    ran = accelerate(twotower.load_model(checkpoint), "auto").backend.name
+    assert record["executor"] == ran
     assert record["versions"]["twotower"] == twotower.__version__
     stored = json.loads((out / "results.json").read_text())
     items = stored.pop("items")

@@ -2,6 +2,8 @@
 
 import gc
 import logging
+import re
+import shutil
 import weakref
 from pathlib import Path
 
@@ -14,13 +16,13 @@ from torch import Tensor
 from tiny_models import fresh_model, masked_like, random_ids, tiny_model
 from twotower import ContextCache, GenerateOptions, TwoTower, accelerate, generate
 from twotower.engine import MODES
-from twotower.kernels import native
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
-from twotower.model.native import NativeTwoTower
+from twotower.native import layout, library
+from twotower.native.backend import NativeBackend
 
 try:
-    native.library()
+    library.library()
 except OSError as error:
     pytest.skip(f"no native library: {error}", allow_module_level=True)
 
@@ -40,7 +42,7 @@ SHAPES: dict[str, dict[str, object]] = {
 
 
 def pair(name: str = "plain") -> tuple[TwoTower, TwoTower]:
-    plain = tiny_model(hybrid_override_pattern=DENSE, **SHAPES[name])
+    plain = tiny_model(hybrid_override_pattern=DENSE, block_size=40, **SHAPES[name])
     return plain, accelerate(plain, "native")
 
 
@@ -59,10 +61,10 @@ def assert_same_state(ours: ContextCache, plain: ContextCache) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("length", [1, 2, 8, 9, 16, 17])
+@pytest.mark.parametrize("length", [1, 2, 8, 9, 16, 17, 24, 41])
 def test_every_shape_of_a_pass(name: str, length: int) -> None:
-    """Guards lanes, remainders and biases: 1, 8 and 16 tokens are separate code, 17 is PyTorch's;
-    a wrong remainder of a width shows in no test of one size."""
+    """Guards lanes, tiles, remainders and biases: 1, 8 and 16 tokens are separate code, more are
+    several tiles; a wrong remainder of a width shows in no test of one size."""
     plain, ours = pair(name)
     ids = random_ids(1, 21)
     caches = [model.prefill(ids) for model in (ours, plain)]
@@ -111,26 +113,52 @@ def test_rows_of_different_lengths(
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
-def test_prompts_of_native_and_of_wide_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the border between both: a token read twice or not at all, a row that ends before it
-    or on it, and a row that is read differently beside a longer one."""
-    plain, ours = pair()
-    monkeypatch.setattr(ours, "_first_wide", 32)
-    monkeypatch.setattr("twotower.model.native.PREFILL_CHUNK", 24)
-    lengths = [70, 56, 32, 31, 5]
-    ids = random_ids(len(lengths), 70)
-    together = ours.prefill(ids, torch.tensor(lengths))
-    assert_same_state(together, plain.prefill(ids, torch.tensor(lengths)))
+@pytest.mark.parametrize("block_size", [1, 7, 16, 23, 40])
+def test_every_token_of_a_block_sees_the_whole_block(block_size: int) -> None:
+    """Guards blocks longer than a tile: a first tile that does not see the tokens of the second
+    gives smooth texts, and worse ones."""
+    _, ours = pair()
+    view = ours.prefill(random_ids(1, 9)).view()
+    block = random_ids(1, block_size, seed=1)
+    before = ours.denoise(block, view, None)
+    for place in {0, block_size // 2, block_size - 1}:
+        changed = block.clone()
+        changed[0, place] = (changed[0, place] + 1) % 41
+        after = ours.denoise(changed, view, None)
+        assert bool((after != before).any(-1).all()), place
+
+
+def test_a_text_gives_the_same_bits_however_it_is_cut() -> None:
+    """Guards tiles and blocks of keys: cut at the passes' own borders, nothing is added up in
+    another order; and rows, which have passes of their own whatever their neighbours are."""
+    _, ours = pair()
+    lengths = [150, 80, 64, 33, 1]
+    ids = random_ids(len(lengths), 150)
+    whole = ours.prefill(ids, torch.tensor(lengths))
+    pieces = ours.prefill(ids, torch.tensor(lengths), chunk_size=48)
     for row, length in enumerate(lengths):
         alone = ours.prefill(ids[row : row + 1, :length])
-        own = together.select(torch.tensor([row]))
-        assert_same_state(own, alone)
-        if length <= 32:
-            assert own.last_hidden is not None and alone.last_hidden is not None
-            assert torch.equal(own.last_hidden, alone.last_hidden)
+        assert alone.last_hidden is not None
+        for other in (whole, pieces):
+            assert other.last_hidden is not None
+            assert torch.equal(alone.last_hidden[0], other.last_hidden[row]), length
 
 
-def test_a_reading_outlives_its_cache() -> None:
+def test_drafts_of_any_length_are_cut_anywhere() -> None:
+    """Guards states that are made after the pass: of more tokens than a tile, of none, and of
+    exactly as many as a pass of that length leaves."""
+    _, ours = pair()
+    cache = ours.prefill(random_ids(1, 21))
+    draft = random_ids(1, 40, seed=1)
+    for count in (0, 1, 15, 16, 17, 32, 33, 40):
+        cut, read = cache.select(torch.tensor([0])), cache.select(torch.tensor([0]))
+        cut.commit(ours.verify(cut, draft), torch.tensor([count]))
+        if count:
+            ours.extend(read, draft[:, :count])
+        assert_same_state(cut, read)
+
+
+def test_a_forward_output_outlives_its_cache() -> None:
     """Guards memory: states are made from addresses of a cache that nobody else may hold."""
     _, ours = pair()
     cache = ours.prefill(random_ids(1, 9))
@@ -153,12 +181,14 @@ def test_a_denoiser_pass_leaves_the_cache_bit_identical() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_same_texts(mode: str, temperature: float) -> None:
+@pytest.mark.parametrize("block_size", [4, 20])
+def test_the_same_texts(mode: str, temperature: float, block_size: int) -> None:
     """Guards decoding as a whole: rows that leave, caches cut to those that stay."""
     prompts = [random_ids(length, seed=length).tolist() for length in (1, 7, 30)]
     o = GenerateOptions(
         mode=mode,  # type: ignore[arg-type]
-        max_new_tokens=18, steps_per_block=3, temperature=temperature, eos_token_id=7,
+        max_new_tokens=26, steps_per_block=3, temperature=temperature, eos_token_id=7,
+        block_size=block_size,
     )  # fmt: skip
     plain, ours = pair()
     found, expected = (generate(m, prompts, o) for m in (ours, plain))
@@ -184,7 +214,7 @@ def test_nan_is_not_hidden() -> None:
     for name in ("layers.0.mixer.conv1d.bias", "layers.1.mixer.k_proj.weight", "norm_f.weight"):
         plain = fresh_model(hybrid_override_pattern=DENSE).requires_grad_(False)
         plain.get_parameter(f"denoiser_tower.{name}").fill_(float("nan"))
-        ours = NativeTwoTower(plain)
+        ours = plain.with_backend(NativeBackend(plain, "none"))
         logits = ours.denoise(
             masked_like(random_ids(1, 4)), ours.prefill(random_ids(1, 5)).view(), None
         )
@@ -198,44 +228,70 @@ def test_ids_outside_the_vocabulary_raise() -> None:
             ours.prefill(torch.tensor([[5, token]]))
 
 
-@pytest.mark.parametrize(
-    ("changes", "dtype", "reason"),
-    [
-        ({"hybrid_override_pattern": "ME"}, torch.float32, "layers=E"),
-        ({"hybrid_override_pattern": "M-"}, torch.bfloat16, "dtype="),
-        ({"hybrid_override_pattern": "M-", "bidirectional_mamba": True}, torch.float32, "bidir"),
-    ],
-)
-def test_what_it_does_not_know_stays_eager_with_one_line(
-    changes: dict[str, object],
-    dtype: torch.dtype,
-    reason: str,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    model = tiny_model(dtype=dtype, **changes)
-    with caplog.at_level(logging.INFO):
-        assert accelerate(model) is model
-    assert len(caplog.messages) == 1 and reason in caplog.messages[0]
-    with pytest.raises(ValueError, match=reason):
-        accelerate(model, "native")
-    assert accelerate(model, "eager") is model
-    with pytest.raises(ValueError, match="use one of auto, eager, native"):
-        accelerate(model, "fast")  # type: ignore[arg-type]
-
-
 def test_no_compiler_is_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Guards machines without a compiler, or with one that fails: they decode as before."""
     model = tiny_model(hybrid_override_pattern=DENSE)
-    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    monkeypatch.setattr("twotower.native.tower.library", library.library.__wrapped__)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho no such thing >&2\nexit 1\n")
     broken.chmod(0o755)
     for found, reason in ((None, "no C++ compiler"), (str(broken), "no such thing")):
-        monkeypatch.setattr(native.shutil, "which", lambda name, found=found: found)
+        monkeypatch.setattr(library.shutil, "which", lambda name, found=found: found)
         caplog.clear()
         with caplog.at_level(logging.INFO):
             assert accelerate(model) is model
         assert len(caplog.messages) == 1 and reason in caplog.messages[0]
+        with pytest.raises(
+            ValueError, match=rf"backend=native: .*{re.escape(reason)}.*; use backend=eager"
+        ):
+            accelerate(model, "native")
+
+
+def test_a_library_of_other_structs_is_refused(tmp_path: Path) -> None:
+    """Guards addresses: a field that C++ and Python expect at different places is read as another
+    one, and texts still flow."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    assert compiler is not None
+    folder, header = tmp_path / "native", tmp_path / "native" / "layout.h"
+    shutil.copytree(Path(library.__file__).parent, folder)
+    right, wrong = (
+        "FIELD(int32_t, q_heads) FIELD(int32_t, kv_heads)",
+        "kv_heads) FIELD(int32_t, q_heads)",
+    )
+    assert right in header.read_text()
+    header.write_text(header.read_text().replace(right, f"FIELD(int32_t, {wrong}"))
+    file = tmp_path / "mutant.so"
+    library.compile_library(compiler, file, ("-O0",), folder / "engine.cpp")
+    with pytest.raises(
+        OSError, match=r"native engine differ: Layer: 'int32_t kv_heads@4' in C\+\+"
+    ):
+        library.load_library(file)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "difference"),
+    [
+        ("float eps@12", "int32_t eps@12", "Tower: 'int32_t eps@12' in C++, 'float eps@12' in"),
+        (", address step@48", "", "Outputs: 'size 56' in C++, 'address step@48' in Python"),
+        ("k_proj.weight, mixer.k_proj.bias", "k_proj.bias, mixer.k_proj.weight", "*: 'mixer.k_"),
+        ("-: norm.weight", "G: norm.weight", "G: 'G: norm.weight"),
+        ("LANES: 16\n", "", "Weight: 'address full@0' in C++, '16' in Python"),
+    ],
+)
+def test_every_difference_of_the_layout_is_found(right: str, wrong: str, difference: str) -> None:
+    """Guards the comparison itself: types, missing fields, the order of weights, kinds."""
+    ours = layout.describe()
+    assert right in ours and layout.compare(ours) is None
+    found = layout.compare(ours.replace(right, wrong))
+    assert found is not None and found.startswith(difference)
+
+
+def test_a_weight_that_the_model_lacks_is_one_line() -> None:
+    """Guards a null address, which would end the process."""
+    model = fresh_model(hybrid_override_pattern=DENSE)
+    del model.context_tower.layers[0].mixer.dt_bias
+    with pytest.raises(ValueError, match=r"needs the weight layers.0.mixer.dt_bias"):
+        NativeBackend(model, "none")

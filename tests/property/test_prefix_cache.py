@@ -10,7 +10,8 @@ from tiny_models import fresh_model, prompts_of, random_ids
 from twotower import ContextCache, GenerateOptions, TwoTower, accelerate, generate
 from twotower.engine import MODES, EngineOptions
 from twotower.engine.prefix_cache import PrefixCache, boundary_after, last_boundary
-from twotower.kernels import native
+from twotower.native.layout import LANES
+from twotower.native.library import library
 
 DENSE = "M*-M*-"
 
@@ -106,18 +107,18 @@ def test_long_texts_are_known_too(length: int) -> None:
 def test_native_reading_is_the_same_with_and_without() -> None:
     """Guards native passes, whose sums depend on how many tokens they read at once."""
     try:
-        native.library()
+        library()
     except OSError as error:
         pytest.skip(f"no native library: {error}")
     model = accelerate(fresh_model(hybrid_override_pattern=DENSE), "native")
-    assert model.prefix_chunk == native.MAX_TOKENS
+    assert model.prefix_chunk == LANES
     prefixes = PrefixCache(model, PLENTY)
     text = random_ids(300).tolist()
     for shared in (0, 47, 128, 290):
         own = [*text[:shared], *prompts_of([60], seed=shared + 1)[0]]
         prefixes.read(text)
         cache, known = prefixes.read(own)
-        assert known == last_boundary(shared, native.MAX_TOKENS)
+        assert known == last_boundary(shared, LANES)
         assert_equal(cache, PrefixCache(model, 0).read(own)[0])
 
 

@@ -62,7 +62,7 @@ def test_recorded_modulation() -> None:
     model.t_embedder = Given(golden["t_emb"])  # type: ignore[assignment]
     model.t_block = nn.Sequential()
     model.scale_shift_tables[0].copy_(golden["table"])
-    (found,) = model._modulations(torch.zeros(3, 1))
+    (found,) = model.modulations(torch.zeros(3, 1))
     for name, value in zip(Modulation._fields, found, strict=True):
         assert value.shape == (3, 1, 1, 6)
         torch.testing.assert_close(value[:, 0, 0], golden[name])

@@ -23,6 +23,8 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": COMMON | {"measure"},
     "layers": COMMON | {"kernels"},
     "model": COMMON | {"layers", "kernels"},
+    "native": COMMON | {"model", "layers", "kernels"},
+    "backends": COMMON | {"model", "native"},
     "families": COMMON,
     "checkpoint": COMMON | {"families", "model", "kernels"},
     "engine": COMMON | {"model", "diffusion", "tokenizer", "measure"},
@@ -35,8 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "lab.corpus": COMMON,
     "lab.evaluate": COMMON | {"engine", "model", "diffusion", "tokenizer", "lab.corpus"},
     "lab.race": COMMON
-    | {"families", "engine", "model", "kernels", "diffusion", "checkpoint", "tokenizer"}
-    | {"lab.evaluate", "lab.corpus"},
+    | {"families", "engine", "model", "backends", "native", "diffusion", "checkpoint"}
+    | {"tokenizer", "lab.evaluate", "lab.corpus"},
     "lab.plan": COMMON | {"families", "checkpoint", "lab.evaluate"},
 }
 TOP = {"__init__", "__main__", "cli"}  # these import all; nothing imports them
@@ -225,6 +227,8 @@ BAD = [
     ("lab.corpus.numbers", "from num2words import num2words"),
     ("lab.corpus.numbers", "def f():\n    import pandas"),
     ("lab.race.contest", "def f():\n    import xllamacpp"),
+    ("model.two_tower", "def f():\n    from twotower.native import backend"),
+    ("engine.scheduler", "from twotower.backends import accelerate"),
     ("checkpoint.gguf", "from gguf import GGUFWriter"),
     ("utils.things", "import math"),
 ]

@@ -28,7 +28,7 @@ from twotower.checkpoint.quantize import read_scheme
 from twotower.config import TwoTowerConfig
 from twotower.families import read_config
 from twotower.model.initialise import copy_context_to_denoiser
-from twotower.model.precision import Scheme, map_experts
+from twotower.model.precision import Scheme, map_experts, placement_refusal
 from twotower.model.two_tower import TwoTower
 
 _LISTED = 8  # tensors that an error names
@@ -61,12 +61,12 @@ def load_model(
         _tower_dtypes(source.entries, dtype, denoiser_dtype),
         (find_device(context_device), find_device(denoiser_device)),
     )
-    if scheme is not None and scheme.activations is not None:
-        _require_cpu(room, f"{path}: activations=int8", "a checkpoint of int8 weights alone")
+    storage, devices = "mmap" if experts == "mapped" else "memory", map(str, room.devices)
+    if (misplaced := placement_refusal(scheme, storage, [*devices])) is not None:
+        raise ValueError(f"{path}: {misplaced}")
     shape = build_empty(source.config, source.towers, scheme)
     plan, mapped = plan_tensors(source.folder, shape, source.entries), None
     if experts == "mapped":
-        _require_cpu(room, "experts='mapped'", "experts='memory'")
         plan, mapped = split_experts(shape, plan)
     elif experts != "memory":
         raise ValueError(f"experts={experts!r} is unknown; use 'memory' or 'mapped'")
@@ -193,14 +193,6 @@ def _tower_dtypes(
     context = entries["context_tower.embeddings.weight"]
     denoiser = entries.get("denoiser_tower.embeddings.weight", context)
     return dtype or DTYPES[context.dtype], denoiser_dtype or dtype or DTYPES[denoiser.dtype]
-
-
-def _require_cpu(room: _Room, what: str, remedy: str) -> None:
-    for device in room.devices:
-        if device.type != "cpu":
-            raise ValueError(
-                f"{what} needs both towers on the CPU, not on {str(device)!r}; use {remedy}"
-            )
 
 
 def find_device(name: torch.device | str) -> torch.device:

@@ -15,12 +15,11 @@ from rich.console import Console
 from rich.text import Text
 
 from twotower.cli.comparison import Measured, measure, print_comparison
-from twotower.cli.loading import Loaded, Placement, load
+from twotower.cli.loading import Loaded, Placement, Weights, load
 from twotower.cli.prompts import require_utf8
 from twotower.cli.replay import TITLES, Scene, block_frames, play, token_frames
 from twotower.cli.text import printable
 from twotower.engine import GenerateOptions, Mode
-from twotower.engine.accelerate import Weights
 
 Sample = Literal["math", "code", "editing", "tools", "knowledge"]
 # Held-out documents of the built-in corpus: their keys are not in its training split.

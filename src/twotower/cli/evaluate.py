@@ -19,7 +19,6 @@ from twotower.cli.evaluation_tables import print_results
 from twotower.cli.loading import Loaded, Placement, load
 from twotower.cli.machine import describe_cpu
 from twotower.engine import GenerateOptions
-from twotower.engine.accelerate import executor_of
 from twotower.lab.corpus import Document
 from twotower.lab.evaluate.decode import Trace
 from twotower.lab.evaluate.options import EvalOptions
@@ -214,7 +213,7 @@ def describe_run(options: EvaluateOptions, loaded: Loaded, subject: Subject) -> 
         },
         "device": {"context": options.context_device, "denoiser": options.denoiser_device},
         "dtype": options.dtype,
-        "executor": executor_of(loaded.model),
+        "executor": loaded.model.backend.name,
         "weights": options.weights,
         "threads": torch.get_num_threads(),
         "options": {mode: dataclasses.asdict(o) for mode, o in subject.options.items()},

@@ -14,7 +14,7 @@ import tyro
 
 from twotower.checkpoint import ExpertsIn
 from twotower.cli.flags import field_docs, optional_flags
-from twotower.cli.loading import DType, Loaded, Placement, load
+from twotower.cli.loading import DType, Executor, Loaded, Placement, Weights, load
 from twotower.cli.prompts import Prompt, read_grammar, read_prompts
 from twotower.cli.records import completion_record
 from twotower.cli.text import printable
@@ -27,7 +27,6 @@ from twotower.engine import (
     TokensCommitted,
     stream,
 )
-from twotower.engine.accelerate import Executor, Weights
 
 if TYPE_CHECKING:
     Decoding = dict[str, object]

@@ -8,14 +8,16 @@ from typing import Literal
 
 import torch
 
+from twotower.backends import accelerate
 from twotower.checkpoint import ExpertsIn, generation_defaults, load_model, resolve
 from twotower.checkpoint.empty import Towers
 from twotower.engine import GenerateOptions
-from twotower.engine.accelerate import Executor, Weights, accelerate
 from twotower.model import TwoTower
 from twotower.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 DType = Literal["float32", "bfloat16", "float16"]
+Executor = Literal["auto", "eager", "native"]
+Weights = Literal["loaded", "int8"]
 START_TIMEOUT_S = 300.0  # until both ranks are there; the first import of torch may take long
 PEER_TIMEOUT_S = 30.0  # of silence, from then on
 
@@ -88,7 +90,9 @@ def _load_towers(
         towers=towers,
         experts=placement.experts,
     )
-    return accelerate(model, placement.executor, placement.weights)
+    return accelerate(
+        model, placement.executor, "none" if placement.weights == "loaded" else "int8"
+    )
 
 
 def _load_apart(folder: Path, placement: Placement) -> TwoTower:

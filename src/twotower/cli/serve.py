@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from twotower.checkpoint import ExpertsIn, resolve
-from twotower.cli.loading import DType, Loaded, Placement, load, shipped_model
+from twotower.cli.loading import DType, Executor, Loaded, Placement, Weights, load, shipped_model
 from twotower.engine import MODES, GenerateOptions, Worker, WorkerOptions
-from twotower.engine.accelerate import Executor, Weights
 from twotower.serve import ServeOptions, replicas
 from twotower.serve.replicas import ReplicaOptions, ReplicatedOptions
 from twotower.tokenizer import Tokenizer

@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -153,6 +153,24 @@ def map_experts(model: nn.Module, matrices: Mapping[str, Matrices]) -> None:
 def has_mapped_experts(model: nn.Module) -> bool:
     """Whether experts are views of files."""
     return any(isinstance(module, MappedExperts) for module in model.modules())
+
+
+def placement_refusal(
+    scheme: Scheme | None, expert_storage: str, devices: Collection[str]
+) -> str | None:
+    """Why weights of a scheme cannot lie on these devices, in one sentence, or None if they can."""
+    elsewhere = [device for device in devices if device.partition(":")[0] != "cpu"]
+    for is_bound, what, remedy in (
+        (expert_storage == "mmap", "experts='mapped'", "experts='memory'"),
+        (
+            scheme is not None and scheme.activations is not None,
+            "activations=int8",
+            "a checkpoint of int8 weights alone",
+        ),
+    ):
+        if is_bound and elsewhere:
+            return f"{what} needs both towers on the CPU, not on {elsewhere[0]!r}; use {remedy}"
+    return None
 
 
 def require_plain(model: nn.Module, purpose: str) -> None:

@@ -3,6 +3,7 @@
 Holds no generation loop, sampler, loss or checkpoint code.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Literal
 
@@ -14,6 +15,7 @@ from twotower import masks
 from twotower.config import TwoTowerConfig
 from twotower.layers.adaln import Modulation, TimestepEmbedder
 from twotower.layers.mamba2 import MambaState
+from twotower.model.backend import Backend, EagerBackend
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.state import ContextCache, ContextView, ForwardOutput
@@ -29,12 +31,8 @@ class TwoTower(nn.Module):
     is no denoiser (`denoiser_tower` is None): AR decoding and backbone training need no more.
     """
 
-    # AR steps that a draft and its verification cost, here of the shipped model in eager PyTorch
-    # (benchmarks/step_times.py); what runs passes otherwise has a number of its own.
-    draft_cost = 3.5
-    # Tokens that are read at a time where contexts are kept for prompts that begin alike: fewer
-    # find longer common beginnings and cost more passes.
-    prefix_chunk = 64
+    draft_cost, prefix_chunk = EagerBackend.draft_cost, EagerBackend.prefix_chunk
+    _backend: Backend | None = None  # None: eager
 
     def __init__(self, config: TwoTowerConfig, towers: Literal["both", "context"] = "both") -> None:
         super().__init__()
@@ -67,13 +65,25 @@ class TwoTower(nn.Module):
         """Let the denoiser tower be the context tower's weights; heads and time conditioning stay
         apart. For training; a file holds both towers.
         """
-        own, shared = self._denoiser().modules(), self.context_tower.modules()
+        own, shared = self.denoiser().modules(), self.context_tower.modules()
         for module, source in zip(own, shared, strict=True):
             for name, parameter in source.named_parameters(recurse=False):
                 setattr(module, name, parameter)
             for name, buffer in source.named_buffers(recurse=False):
                 setattr(module, name, buffer)
         self.tie_heads()
+
+    @property
+    def backend(self) -> Backend:
+        """What runs the passes of decoding."""
+        return self._backend or EagerBackend(self)
+
+    def with_backend(self, backend: Backend) -> "TwoTower":
+        """This model's modules, with decoding passes by another backend."""
+        found = copy.copy(self)
+        found._backend = backend
+        found.draft_cost, found.prefix_chunk = backend.draft_cost, backend.prefix_chunk
+        return found
 
     @property
     def has_denoiser(self) -> bool:
@@ -93,6 +103,7 @@ class TwoTower(nn.Module):
 
     def context_logits(self, ids: Tensor) -> Tensor:
         """Next-token logits of the context tower: ids (B, L) int64 -> (B, L, V) float32, causal."""
+        self._require_loaded_weights("context_logits")
         ids = self._checked(ids, "ids").to(self.context_device)
         length = ids.shape[1]
         hidden, _ = self.context_tower(ids, None, masks.causal(length, 0, ids.device), None, length)
@@ -109,7 +120,7 @@ class TwoTower(nn.Module):
     ) -> ContextCache:
         """Read prompts ids (B, L), right-padded when `lengths` (B,) are given, chunk by chunk.
 
-        chunk_size: tokens of a chunk; what is fast where not given.
+        chunk_size: tokens of a chunk, `PREFILL_CHUNK` where not given.
         """
         ids = self._checked(ids, "ids")
         if lengths is not None and not (
@@ -118,17 +129,11 @@ class TwoTower(nn.Module):
             raise ValueError(f"lengths={lengths.tolist()} must lie between 0 and {ids.shape[1]}")
         cache, start = self.empty_cache(len(ids)), 0
         while start < ids.shape[1]:
-            chunk = ids[:, start : start + (chunk_size or self.prefill_chunk(start))]
+            chunk = ids[:, start : start + (chunk_size or PREFILL_CHUNK)]
             counts = None if lengths is None else (lengths.cpu() - start).clamp(0, chunk.shape[1])
             self.extend(cache, chunk, counts)
             start += chunk.shape[1]
         return cache
-
-    def prefill_chunk(self, num_past: int) -> int:
-        """How many tokens of a prompt are read at a time after num_past others. Depends on nothing
-        else, so that a row is read alike beside any neighbours.
-        """
-        return PREFILL_CHUNK
 
     @torch.no_grad()
     def extend(self, cache: ContextCache, tokens: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -139,7 +144,10 @@ class TwoTower(nn.Module):
         tokens = self._after(cache, tokens)
         if counts is not None and bool((counts == tokens.shape[1]).all()):
             counts = None
-        return self.context_tower.extend(cache, tokens, counts)
+        output = self.backend.context_pass(cache, tokens, counts, is_draft=False)
+        whole = torch.full((len(tokens),), tokens.shape[1])
+        cache.commit(output, whole if counts is None else counts.cpu())
+        return output.hidden
 
     @torch.no_grad()
     def verify(
@@ -151,18 +159,19 @@ class TwoTower(nn.Module):
         counts (B,): how many tokens of each row are worth a pass, all where not given.
         Source: system.md section 4, 'Self-speculation'.
         """
-        return self.context_tower.verify(cache, self._after(cache, tokens), counts)
+        return self.backend.context_pass(cache, self._after(cache, tokens), counts, is_draft=True)
 
+    @torch.no_grad()
     def context_head(self, hidden: Tensor) -> Tensor:
         """The context tower's logits: hidden (..., D) -> (..., V) float32."""
-        return _head(self.context_lm_head, hidden)
+        return self.backend.context_head(hidden).float()
 
     @torch.no_grad()
     def next_logits(self, cache: ContextCache) -> Tensor:
         """Context-head logits after each row's last committed token: (B, V) float32."""
         if cache.last_hidden is None:
             raise ValueError("the cache is empty; prefill a prompt of at least one token first")
-        return _head(self.context_lm_head, cache.last_hidden)
+        return self.context_head(cache.last_hidden)
 
     @torch.no_grad()
     def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
@@ -170,14 +179,7 @@ class TwoTower(nn.Module):
 
         t (B,): masked fraction; None switches time conditioning off. The view is only read.
         """
-        block = self._checked(block, "block").to(self.denoiser_device)
-        view = view.to(self.denoiser_device)
-        mask = None
-        if view.lengths is not None:
-            mask = masks.full_rows(block.shape[1], view.lengths.to(block.device), view.num_past)
-        modulations = None if t is None else self._modulations(t.unsqueeze(-1))
-        hidden = self._denoiser()(block.unsqueeze(1), view, mask, modulations)
-        return _head(self.lm_head, hidden.squeeze(1))
+        return self.backend.denoise(self._checked(block, "block"), view, t).float()
 
     def training_logits(
         self,
@@ -216,6 +218,7 @@ class TwoTower(nn.Module):
         index: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Denoiser logits, and what the context tower made of clean (B, K*T, D)."""
+        self._require_loaded_weights("training")
         num_rows, length = self._checked(clean, "clean").shape
         if length % block_size:
             raise ValueError(
@@ -236,7 +239,7 @@ class TwoTower(nn.Module):
         mask = masks.block_causal(index.to(blocks.device), length, block_size)
         if t is not None:
             t = (t if t.dim() == 2 else t.unsqueeze(-1)).to(self.denoiser_device)
-        hidden = self._denoiser()(blocks, view, mask, None if t is None else self._modulations(t))
+        hidden = self.denoiser()(blocks, view, mask, None if t is None else self.modulations(t))
         return _head(self.lm_head, hidden.flatten(1, 2)), context
 
     def _training_view(
@@ -259,7 +262,7 @@ class TwoTower(nn.Module):
         )
         return context, ContextView(layers, None, length, num_rows)
 
-    def _modulations(self, t: Tensor) -> list[Modulation]:
+    def modulations(self, t: Tensor) -> list[Modulation]:
         """t (B, K) or (B, 1) -> for each layer shift, scale, gate (B, K, 1, D)."""
         m = self.t_block(self.t_embedder(t.to(self.denoiser_device)))
         m = m.unflatten(-1, (3, 1, -1))  # (B, K, 3, 1, D)
@@ -267,12 +270,20 @@ class TwoTower(nn.Module):
         parts = (m + tables[:, None, None, :, None]).unbind(3)  # (layers, B, K, 1, D) each
         return [Modulation(*of_layer) for of_layer in zip(*map(torch.unbind, parts), strict=True)]
 
-    def _denoiser(self) -> DenoiserTower:
+    def denoiser(self) -> DenoiserTower:
+        """The denoiser tower; ValueError if there is none."""
         if self.denoiser_tower is None:
             raise ValueError(
                 "this model has no denoiser tower; load it with towers='both', or use mode='ar'"
             )
         return self.denoiser_tower
+
+    def _require_loaded_weights(self, purpose: str) -> None:
+        if self.backend.quantization != "none":
+            raise ValueError(
+                f"{purpose} uses the weights as loaded, and this model decodes with "
+                f"quantization={self.backend.quantization}; use the model before accelerate"
+            )
 
     def _after(self, cache: ContextCache, tokens: Tensor) -> Tensor:
         """Checked tokens that are to follow the cache, on its device."""

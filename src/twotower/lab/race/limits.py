@@ -14,8 +14,9 @@ import torch
 
 from twotower.checkpoint.empty import build_empty
 from twotower.config import AttentionSpec, MoESpec, TwoTowerConfig
-from twotower.kernels import native
-from twotower.kernels.int8 import quantise
+from twotower.native.layout import LANES
+from twotower.native.packing import quantise
+from twotower.native.tower import NativeLinear
 
 Regime = Literal["overhead-bound", "compute-bound", "bandwidth-bound"]
 OVERHEAD = 2.0  # above so many times its limit, a pass waits for something else
@@ -148,12 +149,12 @@ def measure_peak(dtype: torch.dtype) -> float:
 
 
 def _measure_own_product(dtype: torch.dtype) -> float:
-    """Operations per second of `kernels.native`; 0 where it cannot be made or lacks the dtype."""
+    """Operations per second of our native products; 0 where there are none in the dtype."""
     if dtype not in (torch.float32, torch.int8):
         return 0.0
-    weight, tokens = torch.ones(2 * _GEMM, 2 * _GEMM), torch.ones(native.MAX_TOKENS, 2 * _GEMM)
+    weight, tokens = torch.ones(2 * _GEMM, 2 * _GEMM), torch.ones(LANES, 2 * _GEMM)
     try:
-        linear = native.Linear(quantise(weight) if dtype == torch.int8 else weight)
+        linear = NativeLinear(quantise(weight) if dtype == torch.int8 else weight)
     except OSError:
         return 0.0
     return 2 * weight.numel() * len(tokens) / _best_seconds(lambda: linear(tokens))

@@ -7,8 +7,8 @@ from typing import cast
 
 from torch import Tensor
 
+from twotower.backends import accelerate
 from twotower.engine import GenerateOptions, TokensCommitted, stream
-from twotower.engine.accelerate import accelerate
 from twotower.engine.events import Event, Finished
 from twotower.lab.race.contest import Heat, Lap
 from twotower.lab.race.script import ScriptedModel

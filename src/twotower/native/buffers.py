@@ -1,4 +1,4 @@
-"""States of the context at raw addresses: where a native pass reads them, where it leaves new ones.
+"""States of the context as raw addresses: where a native pass reads them and leaves new ones.
 
 Small models wait for Python as well, so a pass makes few tensors and does sums instead of views.
 """
@@ -12,20 +12,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twotower.config import AttentionSpec, MambaSpec, TowerConfig
+from twotower.config import AttentionSpec, MambaSpec
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
 from twotower.model.state import LayerState
+from twotower.native.layout import Layer
 
 _FLOAT = 4  # bytes
+_ATTENTION, _MAMBA = AttentionSpec.symbol, MambaSpec.symbol
 # Bytes from which memory is kept: the system takes back what is larger, and gives it out again page
 # by page. 8 MB of states a step cost 2,048 page faults, at 160M half as much as the step itself.
 _LEAST_KEPT = 2**18
-_MOST_FREE = 6  # pieces of memory that nobody uses: passes of one and of 16 tokens take turns
+_MOST_FREE = 6  # buffers that nobody uses: passes of one and of 16 tokens take turns
 
 
-class Past:
-    """Addresses of one row's state, for each layer k, v, conv and ssm; and what they point into.
+class PastStates:
+    """Addresses of one row's state, a `layout.Past` per layer; and what they point into.
 
     layers: KV with leading (B, S), Mamba with (B,) or (B, 1), on the CPU, float32.
     """
@@ -57,12 +59,12 @@ class Past:
         return value.data_ptr() + _FLOAT * row * steps[0] if row else value.data_ptr()
 
 
-class Rooms:
+class BufferPool:
     """Memory for new states, used again as soon as no tensor looks at it any more."""
 
     def __init__(self) -> None:
         self._buffers: list[bytearray] = []
-        self._lock = threading.Lock()  # two queues may read rows at the same time
+        self._lock = threading.Lock()  # two threads may run passes at the same time
 
     def take(self, *shape: int) -> Tensor:
         """A tensor of any values, float32."""
@@ -74,7 +76,7 @@ class Rooms:
 
     def _find(self, num_bytes: int) -> bytearray:
         own = self._buffers
-        # A tensor counts as one who knows the buffer; the list and the question are two.
+        # A tensor counts as one reference to the buffer; the list and the question are two.
         free = [i for i in range(len(own)) if sys.getrefcount(own[i]) <= 2]
         for i in free:
             if len(own[i]) == num_bytes:
@@ -85,8 +87,8 @@ class Rooms:
         return own[-1]
 
 
-class Found:
-    """Room for what a context pass of B rows and L tokens leaves behind, and the states made of it.
+class PassOutputs:
+    """Room for what a context pass of B rows and L tokens leaves, and the states made of it.
 
     keeps_inputs: of a Mamba layer the inputs of all tokens, not the state after them. is_whole:
     all rows commit all tokens; else the rest is zeros, which a mask may hide and NaN would not.
@@ -94,52 +96,50 @@ class Found:
 
     def __init__(
         self,
-        config: TowerConfig,
+        layers: Sequence[Layer],
         shape: tuple[int, int],
         keeps_inputs: bool,
         is_whole: bool,
-        rooms: Rooms,
+        pool: BufferPool,
     ) -> None:
-        self._layers, (num_rows, length), self._keeps_inputs = config.layers, shape, keeps_inputs
-        make = rooms.take if is_whole else torch.zeros
-        attention = config.layers_of(AttentionSpec)  # all alike, and so are the Mamba layers
-        heads = (attention[0].num_kv_heads, attention[0].head_dim) if attention else (0, 0)
-        self._kv = make(2 * len(attention), num_rows, length, *heads)
-        mamba = config.layers_of(MambaSpec)
-        mambas, channels = (len(mamba), num_rows), mamba[0].conv_channels if mamba else 0
-        self._taps = mamba[0].conv_width - 1 if mamba else 0
-        self._state = (
-            (mamba[0].num_heads, mamba[0].head_dim, mamba[0].state_size) if mamba else (0, 0, 0)
+        self._kinds = [chr(layer.kind) for layer in layers]
+        self._keeps_inputs, self._pool = keeps_inputs, pool
+        # Layers of a kind have equal sizes.
+        attention, mamba = (
+            next((x for x in layers if chr(x.kind) == kind), Layer())
+            for kind in (_ATTENTION, _MAMBA)
         )
-        self._window = make(*mambas, self._taps + length, channels)
-        self._rooms, self._ssm = rooms, torch.empty(0)
+        (num_rows, length), make = shape, pool.take if is_whole else torch.zeros
+        keys = 2 * self._kinds.count(_ATTENTION), num_rows, length
+        self._kv = make(*keys, attention.kv_heads, attention.head_dim)
+        self._leading = self._kinds.count(_MAMBA), num_rows
+        self._kept, self._mamba = max(mamba.taps - 1, 0), mamba
+        self._parts: dict[str, Tensor] = {}
         if keeps_inputs:
-            self._mixed = make(*mambas, length, channels)
-            self._step = make(*mambas, length, self._state[0])
+            window = make(*self._leading, self._kept + length, mamba.channels)
+            mixed = make(*self._leading, length, mamba.channels)
+            step = make(*self._leading, length, mamba.heads)
+            self._parts = {"window": window, "mixed": mixed, "step": step}
         else:
-            self.make_room()
+            self._parts["conv"] = pool.take(*self._leading, self._kept, mamba.channels)
+            self.make_ssm()
 
     def address(self, row: int) -> int:
-        """Where the pass of one row finds k, v, window, mixed, step and ssm of each layer."""
+        """Where the pass of one row finds a `layout.Outputs` for each layer."""
         kv, kv_step = _place(self._kv, row)
-        window, window_step = _place(self._window, row)
-        mixed = step = ssm = mixed_step = step_step = ssm_step = 0
-        if self._keeps_inputs:
-            mixed, mixed_step = _place(self._mixed, row)
-            step, step_step = _place(self._step, row)
-        if len(self._ssm):
-            ssm, ssm_step = _place(self._ssm, row)
+        parts = ("conv", "ssm", "window", "mixed", "step")
+        places = [_place(self._parts[p], row) if p in self._parts else (0, 0) for p in parts]
+        states, steps = [begin for begin, _ in places], [step for _, step in places]
         found: list[int] = []
-        for layer in self._layers:
-            if isinstance(layer, AttentionSpec):
-                found += (kv, kv + kv_step, 0, 0, 0, 0)
+        for kind in self._kinds:
+            if kind == _ATTENTION:
+                found += (kv, kv + kv_step, 0, 0, 0, 0, 0)
                 kv += 2 * kv_step
-            elif isinstance(layer, MambaSpec):
-                found += (0, 0, window, mixed, step, ssm)
-                window, mixed = window + window_step, mixed + mixed_step
-                step, ssm = step + step_step, ssm + ssm_step
+            elif kind == _MAMBA:
+                found += (0, 0, *states)
+                states = [begin + step for begin, step in zip(states, steps, strict=True)]
             else:
-                found += (0, 0, 0, 0, 0, 0)
+                found += (0, 0, 0, 0, 0, 0, 0)
         self._addresses = array("q", found)  # of this row; the one before has been read
         return self._addresses.buffer_info()[0]
 
@@ -147,38 +147,42 @@ class Found:
         """A row without tokens: its state stays as it was."""
         mambas = [state for state in layers if isinstance(state, MambaState)]
         for index, state in enumerate(mambas):
-            self._window[index, row, : self._taps] = state.conv[row].mT
-            if not self._keeps_inputs:
-                self._ssm[index, row] = state.ssm[row]
+            if self._keeps_inputs:
+                self._parts["window"][index, row, : self._kept] = state.conv[row].mT
+            else:
+                self._parts["conv"][index, row] = state.conv[row].mT
+                self._parts["ssm"][index, row] = state.ssm[row]
 
-    def make_room(self) -> None:
-        """Room for the Mamba states of a pass that has left their inputs."""
-        self._ssm = self._rooms.take(*self._window.shape[:2], *self._state)
+    def make_ssm(self) -> None:
+        """Room for the Mamba states after the pass."""
+        m = self._mamba
+        self._parts["ssm"] = self._pool.take(*self._leading, m.heads, m.head_size, m.state)
 
-    def states(self, counts: Sequence[int]) -> list[LayerState]:
-        """Each layer's new state after counts[b] tokens of each row b; None for a Mamba layer of
-        which only the inputs are known.
-        """
+    def states(self) -> list[LayerState]:
+        """Each layer's new state; None for a Mamba layer of which only the inputs are known."""
         keys = iter(self._kv.unbind(0))
-        found = [] if self._keeps_inputs else self.mamba_states(counts)
+        found = [] if self._keeps_inputs else self._mamba_states(self._parts["conv"])
         mambas = (MambaState(*(part.unsqueeze(1) for part in state)) for state in found)
         states: list[LayerState] = []
-        for layer in self._layers:
-            if isinstance(layer, AttentionSpec):
+        for kind in self._kinds:
+            if kind == _ATTENTION:
                 states.append(KV(next(keys), next(keys)))
             else:
-                states.append(next(mambas, None) if isinstance(layer, MambaSpec) else None)
+                states.append(next(mambas, None) if kind == _MAMBA else None)
         return states
 
-    def mamba_states(self, counts: Sequence[int]) -> list[MambaState]:
-        """Each Mamba layer's state after counts[b] tokens of each row b; needs room for it."""
-        window, kept = self._window, self._taps
+    def states_after(self, counts: Sequence[int]) -> list[MambaState]:
+        """Each Mamba layer's state after counts[b] tokens of each row b, whose ssm is filled."""
+        window, kept = self._parts["window"], self._kept
         if min(counts) == max(counts):
-            conv = window[:, :, counts[0] : counts[0] + kept]
-        else:
-            conv = torch.stack([window[:, b, n : n + kept] for b, n in enumerate(counts)], dim=1)
-        convs, states = conv.mT.unbind(0), self._ssm.unbind(0)
-        return [MambaState(*parts) for parts in zip(convs, states, strict=True)]
+            return self._mamba_states(window[:, :, counts[0] : counts[0] + kept])
+        rows = [window[:, b, n : n + kept] for b, n in enumerate(counts)]
+        return self._mamba_states(torch.stack(rows, dim=1))
+
+    def _mamba_states(self, conv: Tensor) -> list[MambaState]:
+        """conv (layers, B, W-1, C)."""
+        both = zip(conv.mT.unbind(0), self._parts["ssm"].unbind(0), strict=True)
+        return [MambaState(*parts) for parts in both]
 
 
 def _place(value: Tensor, row: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Matrices in int8: how they are rounded, and how native.cpp wants them to lie.
+"""Matrices in int8: how they are rounded, and how products.h wants them to lie.
 
 A row (one output) has one float32 scale and whole numbers from -127 to 127.
 """

@@ -11,7 +11,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "native_threads.h"
+#include "layout.h"
+#include "threads.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__) && !defined(TWOTOWER_PLAIN)
 #define TWOTOWER_VNNI
@@ -22,11 +23,6 @@ namespace twotower {
 
 constexpr int ROWS = 16;  // of a packed block
 constexpr int AHEAD = 8192;  // bytes that an int8 product asks for in advance
-
-struct Weight {
-    const float *wide;     // (rows, K), as released
-    const int8_t *packed;  // null: float32. Blocks of 16 rows: [K/4][16][4]; scales, sums * 128
-};
 
 // y[R][W] = w[R][K] x[K][W] (+ bias): w's rows and columns are `row`, `column` floats apart.
 template <int W, int R>
@@ -125,22 +121,22 @@ inline uint32_t as_byte(float x) {
 
 // Quads begin to end of x[K][W] as bytes; beyond K the weights are 0 and any byte will do.
 template <int W>
-void to_bytes(const float *x, const float *inverse, int K, int begin, int end, uint8_t *room) {
+void to_bytes(const float *x, const float *inverse, int K, int begin, int end, uint8_t *buffer) {
     typedef uint32_t Four __attribute__((aligned(4), may_alias));
     float own[W];
     std::copy(inverse, inverse + W, own);
     for (int q = begin; q < end; q++) {
         const float *in = x + long(q) * 4 * W;
-        Four *out = reinterpret_cast<Four *>(room) + long(q) * W;
+        Four *out = reinterpret_cast<Four *>(buffer) + long(q) * W;
         for (int l = 0; l < W; l++) out[l] = as_byte(in[l] * own[l]);
         for (int j = 1; j < std::min(4, K - q * 4); j++)
             for (int l = 0; l < W; l++) out[l] |= as_byte(in[j * W + l] * own[l]) << (8 * j);
     }
 }
 
-// Room for the bytes must be at least ceil(K / 4) * 4 * W.
+// buffer: at least ceil(K / 4) * 4 * W bytes.
 template <int W>
-Input<W> as_input(Team &team, const Weight &w, const float *x, int K, uint8_t *room) {
+Input<W> as_input(Team &team, const Weight &w, const float *x, int K, uint8_t *buffer) {
     Input<W> input{x, K, nullptr, {}};
     if (w.packed == nullptr) return input;
     uint32_t most[W];
@@ -154,12 +150,12 @@ Input<W> as_input(Team &team, const Weight &w, const float *x, int K, uint8_t *r
         if (!(inverse[l] < INFINITY)) inverse[l] = 0.0f, input.scale[l] = 0.0f;  // as good as zero
     }
     if (W == 1)
-        for (int f = 0; f < K; f++) room[f] = uint8_t(as_byte(x[f] * inverse[0]));
+        for (int f = 0; f < K; f++) buffer[f] = uint8_t(as_byte(x[f] * inverse[0]));
     else
         team.split((K + 3) / 4, [&](int begin, int end) {
-            to_bytes<W>(x, inverse, K, begin, end, room);
+            to_bytes<W>(x, inverse, K, begin, end, buffer);
         });
-    input.bytes = room;
+    input.bytes = buffer;
     return input;
 }
 
@@ -235,7 +231,7 @@ void matrix(Team &team, const Weight &w, int rows, const Input<W> &in, const flo
         if (w.packed != nullptr)
             integer_product<W>(w.packed, rows, in, bias, y, begin, end);
         else
-            product<W>(w.wide + long(first) * in.K, in.K, 1, last - first, in.K, in.x,
+            product<W>(w.full + long(first) * in.K, in.K, 1, last - first, in.K, in.x,
                        bias ? bias + first : nullptr, y + long(first) * W);
         after(first, last);
     });

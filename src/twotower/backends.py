@@ -1,0 +1,155 @@
+"""The backends that run a model's decoding passes, and the one rule of what each of them runs.
+
+eager is plain PyTorch, native one C++ call a pass. A backend runs every pass of a model or refuses
+the model when it is built, in one sentence; nothing falls back afterwards. Another backend is one
+more entry of `_BACKENDS`.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from twotower.config import AttentionSpec, LayerSpec, MambaSpec, MoESpec
+from twotower.model import TwoTower
+from twotower.model.backend import Backend, EagerBackend
+from twotower.model.precision import Scheme, has_mapped_experts, placement_refusal, scheme_of
+from twotower.native.backend import NativeBackend
+
+BackendName = Literal["auto", "eager", "native"]
+Quantization = Literal["none", "int8", "int4"]
+ExpertStorage = Literal["memory", "mmap"]
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """All of a model that decides which backends run it."""
+
+    layers: frozenset[LayerSpec]
+    """Of both towers."""
+    quantization: Quantization = "none"
+    """What the loaded weights are to be rounded to."""
+    scheme: Scheme | None = None
+    """How the checkpoint is quantised; None: full precision."""
+    dtypes: frozenset[torch.dtype] = frozenset({torch.float32})
+    devices: frozenset[str] = frozenset({"cpu"})
+    expert_storage: ExpertStorage = "memory"
+    bidirectional_mamba: bool = False
+
+
+def setup_of(model: TwoTower, quantization: Quantization = "none") -> Setup:
+    """The setup of a loaded model; parts without memory (on the meta device) do not count."""
+    loaded = [p for p in model.parameters() if not p.is_meta]
+    return Setup(
+        layers=frozenset(model.config.context.layers + model.config.denoiser.layers),
+        quantization=quantization,
+        scheme=scheme_of(model),
+        dtypes=frozenset(p.dtype for p in loaded),
+        devices=frozenset(p.device.type for p in loaded),
+        expert_storage="mmap" if has_mapped_experts(model) else "memory",
+        bidirectional_mamba=model.config.bidirectional_mamba,
+    )
+
+
+def refusal(backend: BackendName, setup: Setup) -> str | None:
+    """Why a backend does not run a setup, in one sentence, or None if it does."""
+    misplaced = placement_refusal(setup.scheme, setup.expert_storage, setup.devices)
+    return misplaced or _BACKENDS[backend].refusal(setup)
+
+
+def _eager_refusal(setup: Setup) -> str | None:
+    if setup.quantization == "none":
+        return None
+    return "eager passes run weights as they are loaded"
+
+
+def _native_refusal(setup: Setup) -> str | None:
+    has_experts = any(isinstance(layer, MoESpec) for layer in setup.layers)
+    keys = {(x.num_kv_heads, x.head_dim) for x in setup.layers if isinstance(x, AttentionSpec)}
+    states = {
+        (x.num_heads, x.head_dim, x.num_groups, x.state_size, x.conv_width)
+        for x in setup.layers
+        if isinstance(x, MambaSpec)
+    }
+    dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in setup.dtypes)
+    is_int4 = setup.scheme is not None and setup.scheme.weights == "int4"
+    rounds_weights_alone = setup.scheme is not None and setup.scheme.activations is None
+    for is_refused, sentence in (
+        (has_experts, f"native passes have no {MoESpec.label}"),
+        (len(keys) > 1 or len(states) > 1, "native passes need states of one size in all layers"),
+        (setup.devices != {"cpu"}, f"native passes run on the CPU, not on {_list(setup.devices)}"),
+        (dtypes != ["float32"], f"native passes compute in float32, not in {_list(dtypes)}"),
+        (setup.bidirectional_mamba, "native passes have no bidirectional Mamba"),
+        (is_int4 or setup.quantization == "int4", "native passes have no 4-bit weights"),
+        (
+            rounds_weights_alone and setup.quantization == "none",
+            "native int8 products round activations too, and this checkpoint's weights alone are "
+            "int8; ask for that with quantization=int8",
+        ),
+    ):
+        if is_refused:
+            return sentence
+    return None
+
+
+def _list(names: "frozenset[str] | list[str]") -> str:
+    return ", ".join(sorted(names))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    refusal: Callable[[Setup], str | None]
+    build: Callable[[TwoTower, Quantization], Backend]
+
+
+# In the order in which auto tries them.
+_BACKENDS: dict[str, _Entry] = {
+    "native": _Entry(_native_refusal, NativeBackend),
+    "eager": _Entry(_eager_refusal, lambda model, _: EagerBackend(model)),
+}
+
+
+def accelerate(
+    model: TwoTower, backend: BackendName = "auto", quantization: Quantization = "none"
+) -> TwoTower:
+    """The model with its decoding passes run by a backend: same methods, same weights.
+
+    eager: plain PyTorch, every model and device. native: C++, compiled on first use and kept in the
+    user's cache; float32, CPU, no experts. auto: the first of native and eager that runs the model;
+    one log line says which, and why not the other. quantization=int8: native passes with
+    projections rounded to int8 now. The weights must not change afterwards. ValueError (one line)
+    for what cannot run.
+    """
+    for name, value, known in (
+        ("backend", backend, BACKENDS),
+        ("quantization", quantization, QUANTIZATIONS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(known)}")
+    setup, reasons = setup_of(model, quantization), list[str]()
+    for name in _BACKENDS if backend == "auto" else [backend]:
+        try:
+            if (reason := refusal(name, setup)) is not None:  # type: ignore[arg-type]  # a key
+                raise ValueError(reason)
+            found = _BACKENDS[name].build(model, quantization)
+        except (OSError, ValueError) as error:
+            reasons.append(str(error))
+            continue
+        why = "".join(f" ({reason})" for reason in reasons)
+        _log.info("backend=%s quantization=%s%s", name, quantization, why)
+        return model if name == model.backend.name == "eager" else model.with_backend(found)
+    raise ValueError(_complaint(backend, quantization, reasons))
+
+
+def _complaint(backend: str, quantization: str, reasons: list[str]) -> str:
+    if quantization == "none":
+        return f"backend={backend}: {reasons[0]}; use backend=eager"
+    remedy = "use quantization=none, or a checkpoint that `twotower convert` has quantised"
+    if backend == "eager":
+        remedy = "use backend=native or quantization=none"
+    return f"quantization={quantization}: {reasons[0]}; {remedy}"

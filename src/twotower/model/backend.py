@@ -1,0 +1,94 @@
+"""What runs the passes of decoding: the interface, and the backend in plain PyTorch.
+
+A backend runs every pass that it is asked for: what it cannot run it refused when it was built
+(`twotower.backends`). Training has no backend; it is always plain PyTorch.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from twotower import masks
+from twotower.kernels import ssd
+from twotower.layers.mamba2 import MambaInputs, states_after
+from twotower.model.state import ContextCache, ContextView, ForwardOutput
+
+if TYPE_CHECKING:
+    from twotower.model.two_tower import TwoTower
+
+
+class Backend(Protocol):
+    """The passes of one model, without gradient; tokens and blocks are checked before."""
+
+    name: str
+    quantization: str
+    """To what the loaded weights were rounded for these passes; none: they are as loaded."""
+    draft_cost: float
+    """AR steps that a draft and its verification cost (benchmarks/step_times.py)."""
+    prefix_chunk: int
+    """Tokens that are read at a time where contexts are kept for prompts that begin alike: fewer
+    find longer common beginnings and cost more passes."""
+
+    def context_pass(
+        self, cache: ContextCache, tokens: Tensor, counts: Tensor | None, is_draft: bool
+    ) -> ForwardOutput:
+        """The context tower over tokens (B, L >= 1) after the cache, which stays as it is.
+
+        counts (B,): how many tokens of each row are worth a pass, None for all. is_draft: how many
+        of them stay is decided after the pass; otherwise the counts are.
+        """
+        ...
+
+    def context_head(self, hidden: Tensor) -> Tensor:
+        """The context tower's logits: hidden (..., D) -> (..., V)."""
+        ...
+
+    def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
+        """The denoiser tower over blocks (B, T >= 1) -> logits (B, T, V)."""
+        ...
+
+
+class EagerBackend:
+    """Plain PyTorch: every model and device; what the other backends are compared with."""
+
+    name, quantization = "eager", "none"
+    draft_cost, prefix_chunk = 3.5, 64
+
+    def __init__(self, model: "TwoTower") -> None:
+        self._model = model
+
+    def context_pass(
+        self, cache: ContextCache, tokens: Tensor, counts: Tensor | None, is_draft: bool
+    ) -> ForwardOutput:
+        length, device = tokens.shape[1], tokens.device
+        states_every: int | None = length
+        if is_draft or 1 < length <= ssd.TILE:
+            # The cache makes the states of all layers at once, which takes fewer operations.
+            counts = states_every = None
+        if cache.is_uniform:
+            mask = masks.causal(length, 0, device)  # all of the past is seen
+        else:
+            mask = masks.causal_rows(length, cache.lengths.to(device), cache.num_past)
+        on_device = None if counts is None else counts.to(device)
+        tower = self._model.context_tower
+        hidden, states = tower(tokens, cache.layers, mask, on_device, states_every)
+        inputs = [state for state in states if isinstance(state, MambaInputs)]
+        if not inputs:
+            return ForwardOutput(hidden, states)
+        others = [None if isinstance(state, MambaInputs) else state for state in states]
+        return ForwardOutput(hidden, others, partial(states_after, inputs))
+
+    def context_head(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self._model.context_lm_head(hidden)
+        return logits
+
+    def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
+        model, mask = self._model, None
+        block, view = block.to(model.denoiser_device), view.to(model.denoiser_device)
+        if view.lengths is not None:
+            mask = masks.full_rows(block.shape[1], view.lengths.to(block.device), view.num_past)
+        modulations = None if t is None else model.modulations(t.unsqueeze(-1))
+        hidden = model.denoiser()(block.unsqueeze(1), view, mask, modulations)
+        logits: Tensor = model.lm_head(hidden.squeeze(1))
+        return logits

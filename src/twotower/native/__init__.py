@@ -1,0 +1,1 @@
+"""The native backend: passes in C++ on a CPU, compiled on first use."""

@@ -1,0 +1,133 @@
+"""The native backend: each pass is one C++ call a row, with the weights where they lie.
+
+Passes have any number of tokens. The equations are those of the PyTorch layers.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from twotower.kernels.quantised import Quantised
+from twotower.layers.mamba2 import MambaState
+from twotower.layers.quantised import QuantisedMatrix
+from twotower.model.precision import Scheme, weight_bits
+from twotower.model.state import ContextCache, ContextView, ForwardOutput
+from twotower.model.tower import Tower
+from twotower.model.two_tower import TwoTower
+from twotower.native.buffers import BufferPool, PassOutputs, PastStates
+from twotower.native.layout import LANES
+from twotower.native.packing import quantise
+from twotower.native.tower import Modulations, NativeLinear, NativeTower
+
+_INT8 = Scheme(weights="int8", activations="int8")
+_MAX_TABLES = 64  # remembered times; a block of 16 tokens has 16 masked fractions
+
+
+class NativeBackend:
+    """Passes of a model that `twotower.backends.refusal` lets through.
+
+    quantization=int8 rounds the projections now. The weights must neither change nor move
+    afterwards. OSError (one line) where the library cannot be made. A tower without memory has no
+    passes.
+    """
+
+    name = "native"
+    draft_cost, prefix_chunk = 5.0, LANES
+
+    def __init__(self, model: TwoTower, quantization: str) -> None:
+        self.quantization = quantization
+        self._model, self._width, is_int8 = model, model.config.hidden_size, quantization == "int8"
+        if not all(parameter.is_contiguous() for parameter in model.parameters()):
+            raise ValueError("the native backend needs contiguous weights")
+        self._context = _native_tower(model.context_tower, "context_tower", True, is_int8)
+        self._context_head = _native_head(model.context_lm_head, is_int8)
+        if model.denoiser_tower is not None:
+            self._denoiser = _native_tower(model.denoiser_tower, "denoiser_tower", False, is_int8)
+            self._denoiser_head = _native_head(model.lm_head, is_int8)
+        self._pool = BufferPool()
+        self._tables: dict[float, Modulations] = {}
+
+    def context_pass(
+        self, cache: ContextCache, tokens: Tensor, counts: Tensor | None, is_draft: bool
+    ) -> ForwardOutput:
+        """Row by row, each with its own past and its own number of tokens."""
+        tower, tokens = self._context, tokens.contiguous()
+        assert tower is not None
+        num_rows, length = tokens.shape
+        layers, lengths = cache.layers, cache.lengths.tolist()
+        given = [length] * num_rows if counts is None else counts.tolist()
+        is_whole = min(given) == length  # every row fills all of its room
+        outputs = PassOutputs(tower.layers, (num_rows, length), is_draft, is_whole, self._pool)
+        hidden = (torch.empty if is_whole else torch.zeros)(num_rows, length, self._width)
+        pasts = [PastStates(layers, row) for row in range(num_rows)]
+        for row, (past, count) in enumerate(zip(pasts, given, strict=True)):
+            if count:
+                ids, room = tokens[row, :count], outputs.address(row)
+                tower(ids, lengths[row], past.address, room, hidden[row])
+            else:
+                outputs.keep(layers, row)
+        if not is_draft:
+            return ForwardOutput(hidden, outputs.states())
+
+        def states_after(counts: Tensor) -> list[MambaState]:
+            ends = counts.tolist()
+            outputs.make_ssm()
+            for row, (past, end) in enumerate(zip(pasts, ends, strict=True)):
+                tower.fill_states(end, past.address, outputs.address(row))
+            return outputs.states_after(ends)
+
+        return ForwardOutput(hidden, outputs.states(), states_after)
+
+    def context_head(self, hidden: Tensor) -> Tensor:
+        """The context tower's logits."""
+        assert self._context_head is not None
+        return self._context_head(hidden)
+
+    def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
+        """Row by row; leaves no state."""
+        self._model.denoiser()  # there is one
+        assert self._denoiser is not None and self._denoiser_head is not None
+        block = block.contiguous()
+        hidden = torch.empty(*block.shape, self._width)
+        times = [None] * len(block) if t is None else t.tolist()
+        for row, time in enumerate(times):
+            length = view.num_past if view.lengths is None else int(view.lengths[row])
+            past = PastStates([view.layers[read] for read in self._model.config.reads], row)
+            table = None if time is None else self._table(time)
+            self._denoiser(block[row], length, past.address, None, hidden[row], table)
+        return self._denoiser_head(hidden)
+
+    def _table(self, t: float) -> Modulations:
+        """Shift, scale and gate of every layer at time t, computed once."""
+        if t not in self._tables:
+            if len(self._tables) >= _MAX_TABLES:
+                self._tables.clear()
+            found = self._model.modulations(torch.tensor([[t]]))
+            table = torch.stack([torch.stack([*m]).flatten(1) for m in found])  # (layers, 3, D)
+            self._tables[t] = Modulations(table)
+        return self._tables[t]
+
+
+def _native_tower(tower: Tower, name: str, is_causal: bool, is_int8: bool) -> NativeTower | None:
+    """A tower with what of it is in int8: what is so already, and all that may be if is_int8."""
+    if tower.embeddings.weight.is_meta:
+        return None
+    weights = {key: weight.detach() for key, weight in tower.named_parameters()}
+    matrices: dict[str, Tensor | Quantised] = {
+        key: module.matrix
+        for key, module in tower.named_modules()
+        if isinstance(module, QuantisedMatrix)
+    }
+    for key, weight in weights.items():
+        if is_int8 and weight_bits(f"{name}.{key}", weight.shape, _INT8):
+            matrices[key] = weight
+    return NativeTower(tower.config, weights, is_causal, matrices)
+
+
+def _native_head(head: nn.Module, is_int8: bool) -> NativeLinear | None:
+    weight = head.weight
+    if isinstance(weight, Tensor) and weight.is_meta:
+        return None
+    if isinstance(weight, QuantisedMatrix):
+        return NativeLinear(weight.matrix)
+    assert isinstance(weight, Tensor)
+    return NativeLinear(quantise(weight) if is_int8 else weight.detach())

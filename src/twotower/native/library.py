@@ -1,0 +1,75 @@
+"""The C++ engine as a library: compiled once per machine with its own compiler, then loaded."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from twotower.native import layout
+from twotower.native.layout import address
+
+_FOLDER = Path(__file__).parent
+_SOURCE = _FOLDER / "engine.cpp"
+_FLAGS = (
+    "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math",
+    "-fno-signed-zeros", "-fassociative-math", "-fPIC", "-shared", "-pthread",
+)  # fmt: skip
+_int = ctypes.c_int32
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled library, from the user's cache or made now. OSError says why there is none."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise OSError("there is no C++ compiler; install g++ or clang++")
+    file = Path.home() / ".cache" / "twotower" / f"native-{_fingerprint(compiler)}.so"
+    if not file.is_file():
+        compile_library(compiler, file)
+    return load_library(file)
+
+
+def load_library(file: Path) -> ctypes.CDLL:
+    """A compiled library with the types of its functions. OSError if its structs are not ours."""
+    found = ctypes.CDLL(str(file))
+    found.twotower_layout.restype = ctypes.c_char_p
+    difference = layout.compare(found.twotower_layout().decode())
+    if difference is not None:
+        raise OSError(f"layout.h and layout.py of the native engine differ: {difference}")
+    found.twotower_pass.argtypes = [address, *[_int] * 4, *[address] * 5]
+    found.twotower_pass.restype = _int
+    found.twotower_states.argtypes = [address, _int, _int, address, address]
+    found.twotower_linear.argtypes = [address, *[_int] * 3, address, _int, address]
+    found.twotower_states.restype = found.twotower_linear.restype = None
+    return found
+
+
+def _fingerprint(compiler: str) -> str:
+    """What the library depends on: source, flags, compiler, and the processor it is made for."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.is_file() else [platform.processor()]
+    processor = sorted({line for line in lines if line.startswith(("model name", "flags"))})
+    sources = [file.read_text() for file in (_SOURCE, *sorted(_FOLDER.glob("*.h")))]
+    parts = [*sources, *_FLAGS, compiler, platform.machine(), *processor]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def compile_library(
+    compiler: str, file: Path, more_flags: tuple[str, ...] = (), source: Path = _SOURCE
+) -> None:
+    """Make the library. OSError with the compiler's first error if it cannot."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        made = Path(folder) / file.name
+        command = [compiler, *_FLAGS, *more_flags, str(source), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            reason = next((line for line in lines if "error" in line), lines[0])
+            raise OSError(f"{compiler} cannot compile {source.name}: {reason}")
+        os.replace(made, file)  # whole or not there, also beside another process

@@ -1,0 +1,211 @@
+// Mamba-2: convolution, the recurrence as small matrix products, and states after any token.
+#pragma once
+
+#include "layers.h"
+
+namespace twotower {
+
+inline int channels_of(const Layer &s) { return s.heads * s.head_size + 2 * s.groups * s.state; }
+
+// Depthwise over time, then silu, in place: channels begin to end of x[channels][W] after the past
+// (taps - 1, C).
+template <int W>
+void convolve(const Layer &s, const float *past, float *x, int begin, int end) {
+    const MambaWeights &w = weights_of<MambaWeights>(s);
+    const float *weight = w.conv.full, *bias = w.conv_bias.full;
+    int kept = s.taps - 1, stride = kept + W, channels = channels_of(s);
+    float *window = at_least(scratch.own, size_t(end - begin) * stride);
+    for (int k = 0; k < kept; k++)
+        for (int c = begin; c < end; c++)
+            window[long(c - begin) * stride + k] = past[long(k) * channels + c];
+    for (int c = begin; c < end; c++)
+        for (int l = 0; l < W; l++) window[long(c - begin) * stride + kept + l] = x[long(c) * W + l];
+    for (int c = begin; c < end; c++) {
+        const float *in = window + long(c - begin) * stride;
+        float sum[W];
+        for (int l = 0; l < W; l++) sum[l] = bias ? bias[c] : 0.0f;
+        for (int k = 0; k < s.taps; k++)
+            for (int l = 0; l < W; l++) sum[l] += in[k + l] * weight[c * s.taps + k];
+        for (int l = 0; l < W; l++) x[long(c) * W + l] = sum[l];
+    }
+    for (long i = long(begin) * W; i < long(end) * W; i++) x[i] = silu(x[i]);
+}
+
+// R rows of next (P, N) = keep state + x[P][W] added (L, N): the state after L tokens.
+template <int W, int R>
+void advance_rows(const float *state, float keep, const float *x, const float *added, int L, int N,
+                  float *next) {
+    typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
+    int n = 0;
+    for (; n + 16 <= N; n += 16) {
+        Lanes sum[R];
+        for (int r = 0; r < R; r++)
+            sum[r] = *reinterpret_cast<const Lanes *>(state + r * N + n) * keep;
+        for (int t = 0; t < L; t++) {
+            Lanes one = *reinterpret_cast<const Lanes *>(added + t * N + n);
+            for (int r = 0; r < R; r++) sum[r] += one * x[r * W + t];
+        }
+        for (int r = 0; r < R; r++) *reinterpret_cast<Lanes *>(next + r * N + n) = sum[r];
+    }
+    for (; n < N; n++)
+        for (int r = 0; r < R; r++) {
+            float sum = state[r * N + n] * keep;
+            for (int t = 0; t < L; t++) sum += added[t * N + n] * x[r * W + t];
+            next[r * N + n] = sum;
+        }
+}
+
+// One head's state next (P, N) after L >= 1 tokens of x[P][W], B (L, N); decay: log, from the start
+// through each token; added: room for L * N numbers. next may be state itself.
+template <int W>
+void next_state(const float *dt, const float *decay, const float *x, const float *B,
+                const float *state, int L, int P, int N, float *added, float *next) {
+    constexpr int R = W == 1 ? 1 : 8;  // one token: in the order of memory
+    for (int t = 0; t < L; t++) {
+        float kept = exponential(decay[L - 1] - decay[t]) * dt[t];
+        for (int n = 0; n < N; n++) added[t * N + n] = B[t * N + n] * kept;
+    }
+    float keep = exponential(decay[L - 1]);
+    int p = 0;
+    for (; p + R <= P; p += R)
+        advance_rows<W, R>(state + p * N, keep, x + p * W, added, L, N, next + p * N);
+    for (; p < P; p++)
+        advance_rows<W, 1>(state + p * N, keep, x + p * W, added, L, N, next + p * N);
+}
+
+// One head of the recurrence over L tokens as products: y[P][W] of x[P][W] after the state (P, N).
+// mixing[L][W]: B of each token times C of each; B (L, N); C [N][W]; dt[W]; next may be null.
+template <int W>
+void scan_head(const Layer &s, int L, float A, float D, const float *x, const float *mixing,
+               const float *B, const float *C, const float *dt, const float *state, float *next,
+               float *y) {
+    int P = s.head_size, N = s.state;
+    float *mix = at_least(scratch.own, size_t(L + P) * W + size_t(L) * N), *own = mix + L * W;
+    float *added = own + P * W, decay[W], total = 0.0f;  // decay: log, from the start through t
+    for (int l = 0; l < W; l++) decay[l] = total += dt[l] * A;
+    for (int t = 0; t < L; t++)
+        for (int l = 0; l < W; l++) {
+            float kept = exponential(decay[l] - decay[t]) * dt[t] * mixing[t * W + l];
+            mix[t * W + l] = l < t ? 0.0f : kept;
+        }
+    for (int t = 0; t < L; t++) mix[t * W + t] += D;
+    product<W>(x, W, 1, P, L, mix, nullptr, own);
+    product<W>(state, N, 1, P, N, C, nullptr, y);
+    for (int l = 0; l < W; l++) {
+        float kept = exponential(decay[l]);
+        for (int p = 0; p < P; p++) y[p * W + l] = y[p * W + l] * kept + own[p * W + l];
+    }
+    if (next != nullptr) next_state<W>(dt, decay, x, B, state, L, P, N, added, next);
+}
+
+// All heads over L tokens: xbc[C][W] after the convolution, dt[H][W] after softplus; y feature by
+// feature, gated by z.
+template <int W>
+void scan(const Step &step, int L, const float *z, const float *xbc, const float *dt,
+          const float *state, float *next, float *y) {
+    const Layer &s = step.layer;
+    const MambaWeights &w = weights_of<MambaWeights>(s);
+    int P = s.head_size, N = s.state, inner = s.heads * P;
+    std::vector<float> mixing(size_t(s.groups) * L * W), rows(size_t(s.groups) * L * N);
+    for (int g = 0; g < s.groups; g++) {
+        const float *B = xbc + long(inner + g * N) * W, *C = B + long(s.groups) * N * W;
+        product<W>(B, 1, W, L, N, C, nullptr, mixing.data() + g * L * W);
+        to_rows<W>(B, N, L, rows.data() + g * L * N, N);
+    }
+    step.call.team.split(s.heads, [&](int begin, int end) {
+        for (int head = begin; head < end; head++) {
+            int g = head / (s.heads / s.groups);
+            long at = long(head) * P * N;
+            scan_head<W>(s, L, -std::exp(w.A_log.full[head]), w.D.full[head],
+                         xbc + long(head) * P * W, mixing.data() + g * L * W,
+                         rows.data() + g * L * N, xbc + long(inner + (s.groups + g) * N) * W,
+                         dt + head * W, state + at, next ? next + at : nullptr,
+                         y + long(head) * P * W);
+            for (long i = long(head) * P * W; i < long(head + 1) * P * W; i++) y[i] *= silu(z[i]);
+        }
+    });
+}
+
+// Whether a later tile or the caller needs a tile's inputs of the convolution
+inline bool keeps_window(const Step &s, int first, int count) {
+    return s.out.window || s.out.conv || !s.is_last(first, count);
+}
+
+inline float *window_of(const Step &s) {
+    size_t rows = s.layer.taps - 1 + s.call.length;
+    return s.out.window ? s.out.window : at_least(scratch.window, rows * channels_of(s.layer));
+}
+
+// A tile: scratch.u to its part of scratch.y, after the past or after the tile before it
+template <int W>
+void mamba(const Step &s, int first, int count) {
+    const MambaWeights &w = weights_of<MambaWeights>(s.layer);
+    int inner = s.layer.heads * s.layer.head_size, kept = s.layer.taps - 1, heads = s.layer.heads;
+    int channels = channels_of(s.layer), all = inner + channels + heads;
+    int width = s.call.tower.width;
+    bool keeps = keeps_window(s, first, count);
+    float *window = keeps || first ? window_of(s) : nullptr;  // row i: input i - kept of the pass
+    if (keeps && first == 0) std::copy_n(s.past.conv, long(kept) * channels, window);
+    const float *before = first == 0 ? s.past.conv : window + long(first) * channels;
+    float *z = at_least(scratch.a, size_t(all) * W), *xbc = z + inner * W, *dt = xbc + channels * W;
+    float *mixed = s.out.mixed ? s.out.mixed + long(first) * channels : nullptr;
+    float *y = at_least(scratch.b, size_t(inner) * W);
+    Input<W> in = input_of<W>(s, w.in, scratch.u.data(), width);
+    matrix<W>(s.call.team, w.in, all, in, w.in_bias.full, z, [&](int begin, int end) {
+        begin = std::max(begin - inner, 0), end = std::min(end - inner, channels);
+        if (begin >= end) return;
+        float *mine = xbc + long(begin) * W;
+        if (keeps)
+            to_rows<W>(mine, end - begin, count, window + long(kept + first) * channels + begin,
+                       channels);
+        convolve<W>(s.layer, before, xbc, begin, end);
+        if (mixed) to_rows<W>(mine, end - begin, count, mixed + begin, channels);
+    });
+    for (int h = 0; h < heads; h++)
+        for (int l = 0; l < W; l++) dt[h * W + l] = softplus(dt[h * W + l] + w.dt_bias.full[h]);
+    if (s.out.step) to_rows<W>(dt, heads, count, s.out.step + long(first) * heads, heads);
+    float *running = s.out.ssm ? s.out.ssm : at_least(scratch.ssm, size_t(inner) * s.layer.state);
+    bool has_next = s.out.ssm || !s.is_last(first, count);
+    scan<W>(s, count, z, xbc, dt, first == 0 ? s.past.ssm : running, has_next ? running : nullptr, y);
+    int part = inner / s.layer.groups;
+    for (int g = 0; g < s.layer.groups; g++)
+        norm<W>(s.call.team, y + g * part * W, w.gated_norm.full + g * part, part, s.call.tower.eps,
+                y + g * part * W);
+    matrix<W>(s.call.team, w.out, width, input_of<W>(s, w.out, y, inner), w.out_bias.full,
+              scratch.y.data() + long(first) * width);
+    if (s.out.conv && s.is_last(first, count))
+        std::copy_n(window + long(s.call.length) * channels, long(kept) * channels, s.out.conv);
+}
+
+// out.ssm after the first `count` tokens of a pass that left `mixed` and `step`
+inline void state_after(const Step &s, int count) {
+    constexpr int W = LANES;
+    const Layer &layer = s.layer;
+    int P = layer.head_size, N = layer.state, channels = channels_of(layer);
+    s.call.team.split(layer.heads, [&](int begin, int end) {
+        float *x = at_least(scratch.own, size_t(P) * W + 2 * size_t(W) * N);
+        float *B = x + P * W, *added = B + W * N;
+        for (int head = begin; head < end; head++) {
+            long at = long(head) * P * N;
+            int group = layer.heads * P + head / (layer.heads / layer.groups) * N;
+            float A = -std::exp(weights_of<MambaWeights>(layer).A_log.full[head]);
+            const float *state = s.past.ssm + at;
+            float *next = s.out.ssm + at;
+            if (count == 0) std::copy_n(state, long(P) * N, next);
+            for (int first = 0; first < count; first += W, state = next) {
+                int here = std::min(W, count - first);
+                float dt[W], decay[W], total = 0.0f;
+                for (int t = 0; t < here; t++) {
+                    const float *row = s.out.mixed + long(first + t) * channels;
+                    dt[t] = s.out.step[(first + t) * layer.heads + head];
+                    decay[t] = total += dt[t] * A;
+                    for (int p = 0; p < P; p++) x[p * W + t] = row[head * P + p];
+                    std::copy_n(row + group, N, B + t * N);
+                }
+                next_state<W>(dt, decay, x, B, state, here, P, N, added, next);
+            }
+        }
+    });
+}
+
+}  // namespace twotower

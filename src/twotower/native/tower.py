@@ -1,0 +1,120 @@
+"""A tower, and a head, as the library sees them: addresses of weights, then one call a pass."""
+
+import ctypes
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from twotower.config import TowerConfig
+from twotower.kernels.quantised import Quantised
+from twotower.native import layout
+from twotower.native.layout import WEIGHTS, Weight, layer_of
+from twotower.native.library import library
+from twotower.native.packing import Packed
+
+# Weights from this many on stream from memory, and threads share them: below, it costs more to wake
+# another than it helps.
+LARGE = 4_000_000
+
+
+class NativeTower:
+    """One tower's passes. The weights are not copied but for int8 matrices; they must stay.
+
+    weights: the parameters by name, float32 and contiguous. is_causal: whether a token is hidden
+    from those before it. matrices: what is int8, by name.
+    """
+
+    def __init__(
+        self,
+        config: TowerConfig,
+        weights: Mapping[str, Tensor],
+        is_causal: bool,
+        matrices: Mapping[str, Tensor | Quantised],
+    ) -> None:
+        packed = Packed(matrices)
+        self._is_causal, self.layers = is_causal, [layer_of(x) for x in config.layers]
+        num_weights = sum(w.numel() for w in weights.values()) + packed.num_bytes
+        self._is_shared = num_weights >= LARGE
+        arrays = []
+        for index, layer in enumerate(self.layers):
+            names = [f"layers.{index}.{name}" for name in WEIGHTS[chr(layer.kind)]]
+            array = (Weight * len(names))(*(_weight(name, weights, packed) for name in names))
+            layer.weights = ctypes.addressof(array)
+            arrays.append(array)
+        layers = (layout.Layer * len(self.layers))(*self.layers)
+        self._tower = layout.Tower(
+            config.vocab_size, config.hidden_size, len(layers), config.norm_eps,
+            weights["embeddings.weight"].data_ptr(), weights["norm_f.weight"].data_ptr(),
+            ctypes.addressof(layers),
+        )  # fmt: skip
+        self._kept = weights, packed, arrays, layers  # what the addresses point to
+        self._run, self._run_states = library().twotower_pass, library().twotower_states
+
+    def __call__(
+        self,
+        ids: Tensor,
+        num_past: int,
+        past: int,
+        outputs: int | None,
+        hidden: Tensor,
+        modulations: "Modulations | None" = None,
+    ) -> None:
+        """ids (L,) int64 of one row, L >= 1; fills hidden (L, D), normed, and the outputs.
+
+        past, outputs: addresses of an array with a `Past`, an `Outputs` of each layer.
+        """
+        if self._run(
+            ctypes.byref(self._tower), ids.shape[0], num_past, self._is_causal, self._threads(),
+            ids.data_ptr(), modulations and modulations.address, past, outputs, hidden.data_ptr(),
+        ):  # fmt: skip
+            raise IndexError(f"token ids {ids.tolist()} leave the vocabulary")
+
+    def fill_states(self, count: int, past: int, outputs: int) -> None:
+        """The Mamba states after the first `count` of the tokens whose inputs a pass has left."""
+        self._run_states(ctypes.byref(self._tower), count, self._threads(), past, outputs)
+
+    def _threads(self) -> int:
+        return torch.get_num_threads() if self._is_shared else 1
+
+
+class Modulations:
+    """Shift, scale and gate (layers, 3, D), contiguous, and where those of each layer begin."""
+
+    def __init__(self, table: Tensor) -> None:
+        first, step = table.data_ptr(), 4 * table.stride(0)
+        self._kept = table
+        self._layers = (layout.address * len(table))(*range(first, first + len(table) * step, step))
+        self.address = ctypes.addressof(self._layers)
+
+
+class NativeLinear:
+    """x (..., K) -> (..., N) float32 by a weight (N, K), float32 or int8, as a pass has it."""
+
+    def __init__(self, weight: Tensor | Quantised) -> None:
+        full = {"": weight} if isinstance(weight, Tensor) else {}
+        packed = Packed({} if isinstance(weight, Tensor) else {"": weight})
+        self._kept = weight, packed
+        numbers = weight if isinstance(weight, Tensor) else weight.qdata
+        self._rows, self._width = numbers.shape
+        self._is_shared = numbers.numel() >= LARGE
+        self._weight = _weight("", full, packed)
+        self._run = library().twotower_linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x float32."""
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], self._rows)
+        self._run(
+            ctypes.byref(self._weight), self._rows, self._width,
+            torch.get_num_threads() if self._is_shared else 1,
+            x.data_ptr(), x.numel() // self._width, y.data_ptr(),
+        )  # fmt: skip
+        return y
+
+
+def _weight(name: str, weights: Mapping[str, Tensor], packed: Packed) -> Weight:
+    full, in_int8 = weights.get(name), packed.addresses.get(name)
+    if full is None and in_int8 is None and not name.endswith(".bias"):
+        raise ValueError(f"the native backend needs the weight {name}, which this model lacks")
+    return Weight(None if full is None else full.data_ptr(), in_int8)
