@@ -54,7 +54,14 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: obj
 
 def fresh_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> TwoTower:
     """A model of one's own."""
-    model = TwoTower(tiny_config(**changes))
+    return random_model(tiny_config(**changes), seed, dtype)
+
+
+def random_model(
+    config: TwoTowerConfig, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> TwoTower:
+    """A model of a configuration, in eval mode."""
+    model = TwoTower(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():

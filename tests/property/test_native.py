@@ -1,5 +1,6 @@
 """The native passes against the PyTorch layers: every shape of a pass, state, text."""
 
+import dataclasses
 import gc
 import logging
 import re
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tiny_models import fresh_model, masked_like, random_ids, tiny_model
+from tiny_models import fresh_model, masked_like, random_ids, random_model, tiny_config, tiny_model
 from twotower import ContextCache, GenerateOptions, TwoTower, accelerate, generate
 from twotower.engine import MODES
 from twotower.layers.attention import KV
@@ -111,6 +112,21 @@ def test_rows_of_different_lengths(
     t = torch.linspace(0.2, 1.0, num_rows)
     found, expected = (m.denoise(block, caches[0].view(), t) for m in (ours, plain))
     torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_a_denoiser_reads_the_layers_that_it_names() -> None:
+    """Guards towers of different depths: states of the layer with the same number have the right
+    size, and are those of another layer."""
+    config = tiny_config(hybrid_override_pattern=DENSE)
+    kept = (1, 3, 5)  # attention, Mamba, MLP
+    layers = tuple(config.denoiser.layers[index] for index in kept)
+    shallow = dataclasses.replace(config.denoiser, layers=layers)
+    for reads in ((4, 0, 2), kept):
+        plain = random_model(config.replace(denoiser=shallow, reads=reads))
+        ours = accelerate(plain, "native")
+        view, block = plain.prefill(random_ids(1, 21)).view(), masked_like(random_ids(1, 20))
+        found, expected = (m.denoise(block, view, torch.tensor([0.5])) for m in (ours, plain))
+        torch.testing.assert_close(found, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 16, 23, 40])

@@ -89,9 +89,10 @@ class NativeBackend:
         block = block.contiguous()
         hidden = torch.empty(*block.shape, self._width)
         times = [None] * len(block) if t is None else t.tolist()
+        layers = [view.layers[read] for read in self._model.config.reads]
         for row, time in enumerate(times):
             length = view.num_past if view.lengths is None else int(view.lengths[row])
-            past = PastStates([view.layers[read] for read in self._model.config.reads], row)
+            past = PastStates(layers, row)
             table = None if time is None else self._table(time)
             self._denoiser(block[row], length, past.address, None, hidden[row], table)
         return self._denoiser_head(hidden)

@@ -105,10 +105,8 @@ class PassOutputs:
         self._kinds = [chr(layer.kind) for layer in layers]
         self._keeps_inputs, self._pool = keeps_inputs, pool
         # Layers of a kind have equal sizes.
-        attention, mamba = (
-            next((x for x in layers if chr(x.kind) == kind), Layer())
-            for kind in (_ATTENTION, _MAMBA)
-        )
+        sizes = {chr(layer.kind): layer for layer in layers}
+        attention, mamba = (sizes.get(kind, Layer()) for kind in (_ATTENTION, _MAMBA))
         (num_rows, length), make = shape, pool.take if is_whole else torch.zeros
         keys = 2 * self._kinds.count(_ATTENTION), num_rows, length
         self._kv = make(*keys, attention.kv_heads, attention.head_dim)
