@@ -37,7 +37,7 @@ class Setting(NamedTuple):
 
 
 def in_groups(matrix: Tensor) -> Tensor:
-    """Rounded as `--weights int4` does: groups of 32, asymmetric; whole rows where none fit."""
+    """As `--quantization int4`: groups of 32, asymmetric; whole rows where none fit."""
     size = 32 if matrix.shape[-1] % 32 == 0 else matrix.shape[-1]
     return dequantise(quantise(matrix, 4, size), torch.float32)
 

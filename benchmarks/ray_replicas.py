@@ -123,7 +123,7 @@ def main() -> None:
         max_replicas=2,
         replica_cpus=1.0,
         model_name="version-1",
-        executor="eager",
+        backend="eager",
     )
     deploy(options)
     expected = {prompt: ask(given.port, prompt)[1] for prompt in PROMPTS}

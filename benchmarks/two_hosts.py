@@ -112,7 +112,7 @@ def forward(files: list[int], delay_s: float, stop: threading.Event) -> None:
 
 def generate_command(options: argparse.Namespace, *more: str) -> list[str]:
     flags = ["--mode", options.mode, "--max-new-tokens", str(options.new_tokens), "--json"]
-    return ["generate", *PROMPTS, *flags, "--executor", "eager", *more]
+    return ["generate", *PROMPTS, *flags, "--backend", "eager", *more]
 
 
 def in_one_process(options: argparse.Namespace) -> list[list[int]]:

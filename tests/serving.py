@@ -25,14 +25,14 @@ from twotower.serve.service import Service
 @functools.cache
 def shipped() -> Loaded:
     """The model inside the package, eager: nothing is compiled for a test."""
-    return load(None, GenerateOptions(), Placement(executor="eager"))
+    return load(None, GenerateOptions(), Placement(backend="eager"))
 
 
 @functools.cache
 def tiny() -> Loaded:
     """A tiny random model, for tests that do not look at the text; its folder is `name`."""
     folder = make_text_checkpoint(Path(tempfile.mkdtemp()) / "tiny")
-    return load(str(folder), GenerateOptions(), Placement(executor="eager"))
+    return load(str(folder), GenerateOptions(), Placement(backend="eager"))
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ CALLS: dict[str, tuple[Tower, int, int]] = {
     "extend": ("context", 16, 0),
     "verify": ("context", 16, 16),
 }
-# The three figures of each executor that set its three parameters (one thread).
+# The three figures of each backend that set its three parameters (one thread).
 CALIBRATION = (("shipped", "ar_step"), ("160M", "ar_step"), ("160M", "denoise_pass"))
 _ROWS_CATEGORIES = ("math", "code", "tools", "knowledge")  # of benchmarks/rows.py
 
@@ -79,7 +79,7 @@ def predict_call(setup: Setup, call: str, past: int) -> float:
 
 
 def pass_rows(threads: str, hardware: str) -> Iterator[Row]:
-    """Every pass of every size and executor of a race; native ones of the small model have one
+    """Every pass of every size and backend of a race; native ones of the small model have one
     thread in each."""
     for size, found in read_record(f"race_{threads}")["sizes"].items():
         for engine, calls in found["ms_by_engine"].items():
@@ -137,8 +137,8 @@ def batch_rows() -> Iterator[Row]:
     """
     categories = read_record("evaluate")["categories"]
     prompt = round(fmean(_prompt_tokens(name, 200) for name in _ROWS_CATEGORIES))
-    for executor in ("eager", "native"):
-        for found in read_record(f"rows_{executor}")["results"]:
+    for backend in ("eager", "native"):
+        for found in read_record(f"rows_{backend}")["results"]:
             if found["queues"] == "two" and (found["mode"] == "ar" or found["rows"] == 1):
                 continue  # a tower for each queue: nothing to overlap
             kept = [categories[name][found["mode"]] for name in _ROWS_CATEGORIES]
@@ -147,10 +147,10 @@ def batch_rows() -> Iterator[Row]:
                 for name in ("tokens", "nfe", "context_forwards", "n")
             }
             work = _recorded_work(total, prompt, found["rows"])
-            time = _time(PROFILE[executor], "bench-1-thread", work, found["mode"], found["queues"])
+            time = _time(PROFILE[backend], "bench-1-thread", work, found["mode"], found["queues"])
             queues = "" if found["queues"] == "one" else ", two queues"
             yield Row(
-                group=f"our rows, {executor}",
+                group=f"our rows, {backend}",
                 what=f"{found['mode']}, {found['rows']} rows{queues}",
                 unit="tokens/s",
                 predicted=time.tokens_per_s,

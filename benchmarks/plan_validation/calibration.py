@@ -52,7 +52,7 @@ def _limit(shape: Shape, run: dict[str, Any]) -> Setup:
 
 
 def calibrate_cpu(engine: str, profile: str) -> Efficiency:
-    """The three parameters of an executor from three passes, each by the one that rules it."""
+    """The three parameters of a backend from three passes, each by the one that rules it."""
     sizes = read_record("race_1_thread")["sizes"]
     found = PROFILES[profile]
 

@@ -31,7 +31,7 @@ def server() -> Iterator[str]:
     command = [sys.executable, "-m", "twotower.cli.main", "serve", "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*command, "--executor", "eager"],
+        [*command, "--backend", "eager"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

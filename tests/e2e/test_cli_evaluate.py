@@ -41,7 +41,7 @@ def test_the_record_and_its_files(
     assert record["options"]["ar"]["max_new_tokens"] == 20
     # What ran, not "auto": speeds of two records compare only if it is the same.
     ran = accelerate(twotower.load_model(checkpoint), "auto").backend.name
-    assert record["executor"] == ran
+    assert record["backend"] == ran
     assert record["versions"]["twotower"] == twotower.__version__
     stored = json.loads((out / "results.json").read_text())
     items = stored.pop("items")

@@ -13,9 +13,9 @@ from twotower.cli.main import main
 from twotower.engine.options import MODES
 
 WEIGHTS = {
-    "int8": ["--weights", "int8"],
-    "int8-int8": ["--weights", "int8", "--activations", "int8"],
-    "int4": ["--weights", "int4", "--group-size", "64"],
+    "int8": ["--quantization", "int8"],
+    "int8-int8": ["--quantization", "int8", "--activations", "int8"],
+    "int4": ["--quantization", "int4", "--group-size", "64"],
 }
 SHORT = ["--max-new-tokens", "6", "--eos-token-id", "none", "--json"]
 
@@ -70,9 +70,9 @@ def test_inspect_and_evaluate_take_them(
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--weights", "int4", "--group-size", "48"], "group_size=48 must be 32, 64 or 128"),
-        (["--group-size", "32"], "group_size: no effect without weights=int8 or int4"),
-        (["--weights", "int8", "--to", "transformers"], "needs to=released or backbone"),
+        (["--quantization", "int4", "--group-size", "48"], "group_size=48 must be 32, 64 or 128"),
+        (["--group-size", "32"], "group_size: no effect without quantization=int8 or int4"),
+        (["--quantization", "int8", "--to", "transformers"], "needs to=released or backbone"),
     ],
 )
 def test_bad_flags_are_one_line(
@@ -112,6 +112,6 @@ def test_without_torchao_only_quantising_fails(
         return real(name, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    assert main(["convert", str(wide), str(tmp_path / "out"), "--weights", "int8"]) == 2
+    assert main(["convert", str(wide), str(tmp_path / "out"), "--quantization", "int8"]) == 2
     assert 'pip install "twotower[quant]"' in capsys.readouterr().err
     assert text(narrow["int4"], capsys, "--mode", "diffusion")

@@ -46,7 +46,7 @@ def test_sigterm_finishes_what_it_can_tells_the_rest_and_logs_no_prompt(
 ) -> None:
     """Guards against connections that just break, and against prompts in logs."""
     log = tmp_path / "log"
-    flags = ("--model", checkpoint, "--executor", "eager", "--grace-s", "0.5")
+    flags = ("--model", checkpoint, "--backend", "eager", "--grace-s", "0.5")
     with process(log, *flags) as (served, url):
         lines: list[str] = []
         has_begun = threading.Event()
@@ -78,7 +78,7 @@ def test_who_has_read_the_address_may_end_the_server_at_once(
     checkpoint: str, tmp_path: Path
 ) -> None:
     """Guards against an address that is told before signals are heeded."""
-    with process(tmp_path / "log", "--model", checkpoint, "--executor", "eager") as (served, _):
+    with process(tmp_path / "log", "--model", checkpoint, "--backend", "eager") as (served, _):
         served.send_signal(signal.SIGTERM)
         assert served.wait(timeout=20) == 0
 

@@ -356,11 +356,20 @@ def test_rows_that_are_too_long_are_one_line() -> None:
         NativeLinear(quantise(torch.zeros(1, 70_000)))
 
 
-def test_the_command_line_hands_weights_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_hands_the_quantization_on(capsys: pytest.CaptureFixture[str]) -> None:
     """Guards against a flag that is taken and forgotten: texts would be float32's, and right."""
-    command = ["generate", "--mode", "ar", "--max-new-tokens", "2", "--weights", "int8", "Q: 1"]
-    assert main([*command, "--executor", "eager"]) == 2
+    command = [
+        "generate",
+        "--mode",
+        "ar",
+        "--max-new-tokens",
+        "2",
+        "--quantization",
+        "int8",
+        "Q: 1",
+    ]
+    assert main([*command, "--backend", "eager"]) == 2
     assert "quantization=int8" in capsys.readouterr().err
     assert main(command) == 0
-    with pytest.raises(ValueError, match="weights: for --quality alone"):
-        BenchOptions(weights="int8")
+    with pytest.raises(ValueError, match="quantization: for --quality alone"):
+        BenchOptions(quantization="int8")

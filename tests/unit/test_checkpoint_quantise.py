@@ -227,10 +227,10 @@ def test_what_needs_wide_weights_says_so(narrow: dict[str, Path], tmp_path: Path
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ({"group_size": 32}, "group_size: no effect without weights=int8 or int4"),
+        ({"group_size": 32}, "group_size: no effect without quantization=int8 or int4"),
         ({"activations": "int8"}, "activations: no effect without"),
-        ({"weights": "int8", "group_size": 32}, "int8 weights have no groups"),
-        ({"weights": "int4", "to": "gguf"}, "needs to=released or backbone, not gguf"),
+        ({"quantization": "int8", "group_size": 32}, "int8 weights have no groups"),
+        ({"quantization": "int4", "to": "gguf"}, "needs to=released or backbone, not gguf"),
     ],
 )
 def test_flags_that_do_not_go_together(flags: dict[str, object], expected: str) -> None:

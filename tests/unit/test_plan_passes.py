@@ -122,7 +122,7 @@ def test_experts_behind_a_slow_link() -> None:
 
 
 def test_rows_in_turn_share_nothing() -> None:
-    """Silent failure: an executor that takes rows one by one is credited with a batch's gain."""
+    """Silent failure: a backend that takes rows one by one is credited with a batch's gain."""
     turns = Efficiency(bandwidth=1.0, arithmetic=1.0, layer_s=1e-3, rows_in_turn=True)
     made = setup(machine(tflops={"bfloat16": 0.1}), turns)
     one = time_pass(made, STEP)

@@ -34,11 +34,11 @@ def test_a_replica_has_both_towers() -> None:
         ServeArguments(ray=True, denoiser_device="peer")
 
 
-@pytest.mark.parametrize("given", [{"weights": "int8"}, {"experts": "mapped"}])
+@pytest.mark.parametrize("given", [{"quantization": "int8"}, {"experts": "mapped"}])
 def test_a_server_passes_on_what_weights_to_run(given: dict[str, str]) -> None:
     """Silent failure: an option of the command that never reaches the model. Both are refused for
-    this model and executor, which shows that they arrived."""
-    options = ServeArguments(executor="eager", **given)  # type: ignore[arg-type]
+    this model and backend, which shows that they arrived."""
+    options = ServeArguments(backend="eager", **given)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=next(iter(given))):
         build_app(options, Keys({}))
 
@@ -46,7 +46,7 @@ def test_a_server_passes_on_what_weights_to_run(given: dict[str, str]) -> None:
 def test_a_replica_is_built_from_what_was_sent_and_tells_when_it_does_not_decode() -> None:
     """Guards the way to another machine (all that is sent can be pickled), and a replica whose
     worker is not running and which Ray would otherwise keep sending requests."""
-    options = ServeArguments(executor="eager", chat_template=None, filter=("bad",))
+    options = ServeArguments(backend="eager", chat_template=None, filter=("bad",))
     build = pickle.loads(pickle.dumps(partial(build_app, options, Keys({"team": "secret-key"}))))
     replica = Replica(build)
     app = replica.__serve_build_asgi_app__()

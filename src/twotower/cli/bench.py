@@ -66,8 +66,8 @@ class BenchOptions(RaceOptions, Placement):
         if self.quality:
             self._require_usual_race()
         for name, value, usual in (
-            ("executor", self.executor, "auto"),
-            ("weights", self.weights, "loaded"),
+            ("backend", self.backend, "auto"),
+            ("quantization", self.quantization, "none"),
             ("experts", self.experts, "memory"),
         ):
             if value != usual and not self.quality:
@@ -200,7 +200,7 @@ def _placement(options: BenchOptions) -> Placement:
         dtype=options.dtype,
         context_device=options.context_device,
         denoiser_device=options.denoiser_device,
-        executor="eager",  # the engines of the race take it from there
+        backend="eager",  # the engines of the race take it from there
     )
 
 
@@ -215,8 +215,8 @@ def run_pair(options: BenchOptions) -> int:
             dtype=options.dtype,
             context_device=options.context_device,
             denoiser_device=options.denoiser_device,
-            executor=options.executor,
-            weights=options.weights,
+            backend=options.backend,
+            quantization=options.quantization,
             experts=options.experts,
         )
     )

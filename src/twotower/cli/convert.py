@@ -27,7 +27,7 @@ class ConvertOptions:
     gguf: the context tower and the tokenizer as one file for llama.cpp (nemotron_h)."""
     dtype: DType = "keep"
     """Of the weights written; routers stay float32. q8_0 (GGUF only): 8 bits, a scale for 32."""
-    weights: Literal["keep", "int8", "int4"] = "keep"
+    quantization: Literal["none", "int8", "int4"] = "none"
     """int8, int4: quantise experts and projections (with pip install "twotower[quant]"); heads take
     8 bits, time conditioning, routers, norms, convolutions and embeddings keep their dtype."""
     group_size: int | None = None
@@ -39,18 +39,20 @@ class ConvertOptions:
         if self.dtype == "q8_0" and self.to != "gguf":
             raise ValueError(f"dtype=q8_0 exists in GGUF files only, not with to={self.to}")
         if self.scheme is not None and self.to not in ("released", "backbone"):
-            raise ValueError(f"weights={self.weights} needs to=released or backbone, not {self.to}")
+            raise ValueError(
+                f"quantization={self.quantization} needs to=released or backbone, not {self.to}"
+            )
 
     @property
     def scheme(self) -> Scheme | None:
         """How to quantise; None: not at all. ValueError for what does not go together."""
-        if self.weights == "keep":
+        if self.quantization == "none":
             for name in ("group_size", "activations"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name}: no effect without weights=int8 or int4; add it")
+                    raise ValueError(f"{name}: no effect without quantization=int8 or int4; add it")
             return None
         return Scheme(
-            weights=self.weights, group_size=self.group_size, activations=self.activations
+            weights=self.quantization, group_size=self.group_size, activations=self.activations
         )
 
 
@@ -67,6 +69,6 @@ def run(options: ConvertOptions) -> int:
         }
         dtype = dtypes.get(options.dtype)
         convert(options.source, options.target, options.to, dtype, options.scheme)
-    ending = "" if options.scheme is None else f" with {options.weights} weights"
+    ending = "" if options.scheme is None else f" with {options.quantization} weights"
     print(f"{options.target}: written in the {options.to} layout{ending}")
     return 0

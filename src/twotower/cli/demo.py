@@ -14,8 +14,9 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
+from twotower.backends import Quantization
 from twotower.cli.comparison import Measured, measure, print_comparison
-from twotower.cli.loading import Loaded, Placement, Weights, load
+from twotower.cli.loading import Loaded, Placement, load
 from twotower.cli.prompts import require_utf8
 from twotower.cli.replay import TITLES, Scene, block_frames, play, token_frames
 from twotower.cli.text import printable
@@ -53,8 +54,9 @@ class DemoOptions:
         tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: the shipped model)"),
     ] = None
     """Checkpoint folder or hub id owner/name, with both towers and a tokenizer."""
-    weights: Weights = "loaded"
-    """int8: native passes with projections rounded to int8, made from the loaded weights."""
+    quantization: Quantization = "none"
+    """int8: round the weights of projections and heads to int8 at load, for the native backend.
+    none: as the checkpoint has them."""
     max_new_tokens: int = 96
     """Most tokens to write."""
     repeats: int = 3
@@ -80,7 +82,9 @@ def run(options: DemoOptions) -> int:
         mode: GenerateOptions(mode=mode, max_new_tokens=options.max_new_tokens) for mode in MODES
     }
     with Console(stderr=True).status("decoding, to take the times ..."):
-        loaded = load(options.model, modes["diffusion"], Placement(weights=options.weights))
+        loaded = load(
+            options.model, modes["diffusion"], Placement(quantization=options.quantization)
+        )
         results = measure(loaded, prompt, modes, options.repeats)
     if options.json:
         print(json.dumps(_record(loaded.name, prompt, results), indent=2))

@@ -158,8 +158,8 @@ def load_subject(options: EvaluateOptions) -> Loaded:
         dtype=options.dtype,
         context_device=options.context_device,
         denoiser_device=options.denoiser_device,
-        executor=options.executor,
-        weights=options.weights,
+        backend=options.backend,
+        quantization=options.quantization,
         experts=options.experts,
     )
     loaded = load(options.model, GenerateOptions(mode=wanted), placement)  # type: ignore[arg-type]  # checked
@@ -213,8 +213,8 @@ def describe_run(options: EvaluateOptions, loaded: Loaded, subject: Subject) -> 
         },
         "device": {"context": options.context_device, "denoiser": options.denoiser_device},
         "dtype": options.dtype,
-        "executor": loaded.model.backend.name,
-        "weights": options.weights,
+        "backend": loaded.model.backend.name,
+        "quantization": options.quantization,
         "threads": torch.get_num_threads(),
         "options": {mode: dataclasses.asdict(o) for mode, o in subject.options.items()},
     }

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import tyro
 
+from twotower.backends import BackendName, Quantization
 from twotower.checkpoint import ExpertsIn
 from twotower.cli.flags import field_docs, optional_flags
-from twotower.cli.loading import DType, Executor, Loaded, Placement, Weights, load
+from twotower.cli.loading import DType, Loaded, Placement, load
 from twotower.cli.prompts import Prompt, read_grammar, read_prompts
 from twotower.cli.records import completion_record
 from twotower.cli.text import printable
@@ -76,11 +77,13 @@ class GenerateArguments(EngineOptions):
     ] = None
     """Where the denoiser tower runs, if elsewhere; peer: the other of two processes that torchrun
     started, on this host or another."""
-    executor: Executor = "auto"
-    """native: passes in C++, compiled on first use (float32, CPU, no experts). eager: plain
-    PyTorch. auto: native where it can be."""
-    weights: Weights = "loaded"
-    """int8: native passes with projections rounded to int8, made from the loaded weights."""
+    backend: BackendName = "auto"
+    """What runs forward passes. eager: plain PyTorch, every model and device. native: C++, compiled
+    on first use, for float32 models without experts on a CPU. auto: native if it runs the model,
+    else eager."""
+    quantization: Quantization = "none"
+    """int8: round the weights of projections and heads to int8 at load, for the native backend.
+    none: as the checkpoint has them."""
     experts: ExpertsIn = "memory"
     """mapped: leave routed experts in their files and read those that are chosen, for towers larger
     than memory; slow where the disk is."""
@@ -131,8 +134,8 @@ class GenerateArguments(EngineOptions):
             dtype=self.dtype,
             context_device=self.device,
             denoiser_device=self.denoiser_device or self.device,
-            executor=self.executor,
-            weights=self.weights,
+            backend=self.backend,
+            quantization=self.quantization,
             experts=self.experts,
         )
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from twotower.backends import accelerate
+from twotower.backends import BackendName, Quantization, accelerate
 from twotower.checkpoint import ExpertsIn, generation_defaults, load_model, resolve
 from twotower.checkpoint.empty import Towers
 from twotower.engine import GenerateOptions
@@ -16,8 +16,6 @@ from twotower.model import TwoTower
 from twotower.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 DType = Literal["float32", "bfloat16", "float16"]
-Executor = Literal["auto", "eager", "native"]
-Weights = Literal["loaded", "int8"]
 START_TIMEOUT_S = 300.0  # until both ranks are there; the first import of torch may take long
 PEER_TIMEOUT_S = 30.0  # of silence, from then on
 
@@ -33,11 +31,13 @@ class Placement:
     denoiser_device: str = "cpu"
     """Where the denoiser tower is; peer: the other of two processes that torchrun started, on this
     host or another."""
-    executor: Executor = "auto"
-    """native: passes in C++, compiled on first use (float32, CPU, no experts). eager: plain
-    PyTorch. auto: native where it can be."""
-    weights: Weights = "loaded"
-    """int8: native passes with projections rounded to int8, made from the loaded weights."""
+    backend: BackendName = "auto"
+    """What runs forward passes. eager: plain PyTorch, every model and device. native: C++, compiled
+    on first use, for float32 models without experts on a CPU. auto: native if it runs the model,
+    else eager."""
+    quantization: Quantization = "none"
+    """int8: round the weights of projections and heads to int8 at load, for the native backend.
+    none: as the checkpoint has them."""
     experts: ExpertsIn = "memory"
     """mapped: leave routed experts in their files and read those that are chosen, for towers larger
     than memory; slow where the disk is."""
@@ -90,9 +90,7 @@ def _load_towers(
         towers=towers,
         experts=placement.experts,
     )
-    return accelerate(
-        model, placement.executor, "none" if placement.weights == "loaded" else "int8"
-    )
+    return accelerate(model, placement.backend, placement.quantization)
 
 
 def _load_apart(folder: Path, placement: Placement) -> TwoTower:

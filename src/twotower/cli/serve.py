@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from twotower.backends import BackendName, Quantization
 from twotower.checkpoint import ExpertsIn, resolve
-from twotower.cli.loading import DType, Executor, Loaded, Placement, Weights, load, shipped_model
+from twotower.cli.loading import DType, Loaded, Placement, load, shipped_model
 from twotower.engine import MODES, GenerateOptions, Worker, WorkerOptions
 from twotower.serve import ServeOptions, replicas
 from twotower.serve.replicas import ReplicaOptions, ReplicatedOptions
@@ -63,11 +64,13 @@ class ServeArguments(ReplicatedOptions):
     ] = None
     """Where the denoiser tower runs, if elsewhere; peer: the other of two processes that torchrun
     started, on this host or another."""
-    executor: Executor = "auto"
-    """native: passes in C++, compiled on first use (float32, CPU, no experts). eager: plain
-    PyTorch. auto: native where it can be."""
-    weights: Weights = "loaded"
-    """int8: native passes with projections rounded to int8, made from the loaded weights."""
+    backend: BackendName = "auto"
+    """What runs forward passes. eager: plain PyTorch, every model and device. native: C++, compiled
+    on first use, for float32 models without experts on a CPU. auto: native if it runs the model,
+    else eager."""
+    quantization: Quantization = "none"
+    """int8: round the weights of projections and heads to int8 at load, for the native backend.
+    none: as the checkpoint has them."""
     experts: ExpertsIn = "memory"
     """mapped: leave routed experts in their files and read those that are chosen, for towers larger
     than memory; slow where the disk is."""
@@ -104,8 +107,8 @@ def build_app(options: ServeArguments, keys: "Keys") -> "App":
         dtype=options.dtype,
         context_device=options.device,
         denoiser_device=options.denoiser_device or options.device,
-        executor=options.executor,
-        weights=options.weights,
+        backend=options.backend,
+        quantization=options.quantization,
         experts=options.experts,
     )
     loaded = load(options.model, GenerateOptions(), placement)

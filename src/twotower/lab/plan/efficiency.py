@@ -37,10 +37,10 @@ PROFILES: Mapping[str, Efficiency] = {
     "eager-gpu": Efficiency(bandwidth=0.74, arithmetic=0.5, layer_s=506e-6),
     # The same with launches out of the way (CUDA graphs): layer_s is an assumption.
     "graph-gpu": Efficiency(bandwidth=0.74, arithmetic=0.5, layer_s=20e-6),
-    # Our own executors, one thread: AR step and pass of the 160M model, AR step of the shipped one.
+    # Our own backends, one thread: AR step and pass of the 160M model, AR step of the shipped one.
     "eager-cpu": Efficiency(bandwidth=0.431, arithmetic=0.263, layer_s=158e-6),
     "native-cpu": Efficiency(bandwidth=0.756, arithmetic=0.969, layer_s=36.3e-6, rows_in_turn=True),
-    # The same three with --weights int8: int8 arithmetic as well.
+    # The same three with --quantization int8: int8 arithmetic as well.
     "native-int8-cpu": Efficiency(
         bandwidth=0.795, arithmetic=0.658, layer_s=21e-6, rows_in_turn=True
     ),
