@@ -1,0 +1,183 @@
+"""What each backend runs: every combination is run here, or refused with the rule's sentence."""
+
+import dataclasses
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tiny_models import masked_like, random_ids, tiny_model
+from tiny_quantised import SCHEMES, groupable_model
+from twotower import TwoTower, accelerate, load_model
+from twotower.backends import BACKENDS, Setup, refusal, setup_of
+from twotower.checkpoint import convert, save_model
+from twotower.config import AttentionSpec, MambaSpec
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "backend_table.py"
+spec = importlib.util.spec_from_file_location("backend_table", SCRIPT)
+assert spec is not None and spec.loader is not None
+backend_table = importlib.util.module_from_spec(spec)
+sys.modules["backend_table"] = backend_table
+spec.loader.exec_module(backend_table)
+ON_CPU = [case for case in backend_table.cases() if case.device == "cpu"]
+ON_GPU = [case for case in backend_table.cases() if case.device == "cuda"]
+NAMES = [name for name in BACKENDS if name != "auto"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Path]:
+    """Folders of one dense model and one with experts, by the weights of the table."""
+    pytest.importorskip("torchao")
+    found = {}
+    for is_dense, pattern in ((True, "M*-M*-"), (False, "M*E-M*")):
+        parent = tmp_path_factory.mktemp("dense" if is_dense else "experts")
+        for name, (dtype, scheme) in backend_table.WEIGHTS.items():
+            found[name, is_dense] = parent / name
+            if scheme is None:
+                model = groupable_model(hybrid_override_pattern=pattern)
+                save_model(model, parent / name, dtype=dtype)
+            else:
+                convert(parent / "float32", parent / name, "released", scheme=SCHEMES[name])
+    return found
+
+
+def passes(model: TwoTower) -> list[Tensor]:
+    """Logits of both towers."""
+    cache = model.prefill(random_ids(2, 21), torch.tensor([21, 9]))
+    block = masked_like(random_ids(2, 20, seed=1))
+    return [model.next_logits(cache), model.denoise(block, cache.view(), torch.tensor([0.5, 1.0]))]
+
+
+@pytest.mark.parametrize("case", ON_CPU, ids=" ".join)
+def test_every_combination_runs_or_is_refused(
+    checkpoints: dict[tuple[str, bool], Path], case: "backend_table.Case"
+) -> None:
+    """Guards the table: a combination that nobody tried, and one that runs something else under its
+    name. What runs gives the eager backend's logits, but for the rounding to int8."""
+    folder = checkpoints[case.weights, case.layers == "dense"]
+    storage = "mapped" if "mmap" in case.layers else "memory"
+    model = load_model(folder, dtype=next(iter(case.setup.dtypes)), experts=storage)
+    assert setup_of(model, case.quantization).scheme == case.setup.scheme
+    expected = passes(model)
+    rounds = case.quantization != "none" or case.weights == "int8-int8"
+    for name in NAMES:
+        reason = refusal(name, case.setup)
+        if reason is not None:
+            with pytest.raises(ValueError, match=r"^(backend|quantization)=") as error:
+                accelerate(model, name, case.quantization)
+            assert f": {reason}; use " in str(error.value)
+            continue
+        ours = accelerate(model, name, case.quantization)
+        assert ours.backend.name == name and ours.backend.quantization == case.quantization
+        for found, other in zip(passes(ours), expected, strict=True):
+            away = (found - other).abs().mean() / other.abs().mean()
+            assert away < (0.08 if rounds else 1e-4), name
+            assert (away > 1e-5) == (rounds and name == "native" and case.weights != "int8-int8")
+
+
+@pytest.mark.parametrize("case", ON_GPU, ids=" ".join)
+def test_what_a_gpu_does_not_run(case: "backend_table.Case") -> None:
+    """Guards against passes on the CPU, over weights that lie elsewhere."""
+    assert refusal("native", case.setup) is not None
+    bound = case.weights == "int8-int8" or "mmap" in case.layers
+    assert (refusal("eager", case.setup) is not None) == (bound or case.quantization != "none")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["M*-M*-", "M*E-M*"])
+def test_a_gpu_runs_eagerly(pattern: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = groupable_model(hybrid_override_pattern=pattern).to("cuda")
+    assert accelerate(model) is model
+    with pytest.raises(ValueError, match="native passes run on the CPU, not on cuda"):
+        accelerate(model, "native")
+    assert all(logits.isfinite().all() for logits in passes(model))
+
+
+DENSE_SETUP = Setup(layers=frozenset(backend_table.DENSE))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"bidirectional_mamba": True}, "native passes have no bidirectional Mamba"),
+        ({"dtypes": frozenset({torch.float32, torch.float16})}, "not in float16, float32"),
+        ({"devices": frozenset({"cpu", "mps"})}, "not on cpu, mps"),
+    ],
+)
+def test_what_native_passes_do_not_have(changes: dict[str, object], reason: str) -> None:
+    assert refusal("native", DENSE_SETUP) is None
+    found = refusal("native", dataclasses.replace(DENSE_SETUP, **changes))  # type: ignore[arg-type]
+    assert found is not None and reason in found
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        AttentionSpec(num_heads=2, num_kv_heads=2, head_dim=4),
+        MambaSpec(num_heads=2, head_dim=4, state_size=16, num_groups=1, conv_width=4),
+    ],
+)
+def test_states_of_different_sizes_stay_eager(other: AttentionSpec | MambaSpec) -> None:
+    """Guards memory: room for all layers is made by the sizes of one."""
+    setup = Setup(layers=frozenset((*backend_table.DENSE, other)))
+    assert refusal("native", setup) == "native passes need states of one size in all layers"
+    assert refusal("eager", setup) is None
+
+
+def test_auto_says_what_it_chose_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    """Guards who reads a figure: one line says what ran."""
+    dense, experts = tiny_model(hybrid_override_pattern="M*-"), tiny_model()
+    for model, line in (
+        (dense, "backend=native quantization=none"),
+        (experts, "backend=eager quantization=none (native passes have no mixture of experts)"),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            accelerate(model)
+        assert caplog.messages == [line]
+    assert accelerate(experts) is experts and accelerate(dense, "eager") is dense
+
+
+@pytest.mark.parametrize(
+    ("backend", "quantization", "line"),
+    [
+        (
+            "native",
+            "none",
+            "backend=native: native passes have no mixture of experts; use back",
+        ),
+        (
+            "auto",
+            "int8",
+            "quantization=int8: native passes have no mixture.*; use quantization=",
+        ),
+        ("auto", "int4", "quantization=int4: native passes have no mixture"),
+        ("eager", "int8", "quantization=int8: eager passes run weights.*; use backend=native or"),
+        ("fast", "none", "backend='fast' is unknown; use one of auto, eager, native"),
+        ("auto", "int3", "quantization='int3' is unknown; use one of none, int8, int4"),
+    ],
+)
+def test_refusals_are_one_line(backend: str, quantization: str, line: str) -> None:
+    """Guards int8 above all: float32 must not run under its name."""
+    with pytest.raises(ValueError, match=line):
+        accelerate(tiny_model(), backend, quantization)  # type: ignore[arg-type]
+
+
+def test_a_backend_leaves_the_model_alone() -> None:
+    """Guards a model that is compared with itself: both would run native passes."""
+    model = tiny_model(hybrid_override_pattern="M*-")
+    ours = accelerate(model, "native")
+    assert (model.backend.name, ours.backend.name) == ("eager", "native")
+    assert (model.draft_cost, ours.draft_cost) == (3.5, 5.0)
+    assert (model.prefix_chunk, ours.prefix_chunk) == (64, 16)
+    assert accelerate(ours, "eager").backend.name == "eager"
+
+
+def test_the_page_has_todays_table() -> None:
+    """Guards the docs; `python scripts/backend_table.py` writes it."""
+    page = backend_table.PAGE.read_text(encoding="utf-8")
+    assert backend_table.with_table(page) == page
