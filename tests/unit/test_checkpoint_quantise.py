@@ -215,12 +215,12 @@ def test_nan_is_found_before_it_becomes_a_number(wide: Path, tmp_path: Path) -> 
         load_quantised(path, SCHEMES["int8"])
 
 
-def test_what_needs_wide_weights_says_so(narrow: dict[str, Path], tmp_path: Path) -> None:
+def test_what_needs_full_precision_says_so(narrow: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is quantised already"):
         load_quantised(narrow["int8"], SCHEMES["int4"])
-    with pytest.raises(ValueError, match="the transformers layout needs wide weights"):
+    with pytest.raises(ValueError, match="the transformers layout needs full-precision weights"):
         convert(narrow["int8"], tmp_path / "t", "transformers")
-    with pytest.raises(ValueError, match="GGUF needs wide weights"):
+    with pytest.raises(ValueError, match="GGUF needs full-precision weights"):
         convert_to_gguf(narrow["int8"], tmp_path / "m.gguf")
 
 

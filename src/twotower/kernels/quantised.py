@@ -1,7 +1,7 @@
 """Matrices of 8 or 4 bits a number: their layout, and products with them.
 
 Decides how numbers are packed and in which steps a product is computed; which matrices are packed
-is the business of others. Numbers become wide a piece at a time: no matrix ever has a wide copy.
+is the business of others. Numbers are dequantised a piece at a time: no matrix is copied whole.
 """
 
 from typing import Literal, NamedTuple, Protocol
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Bits = Literal[8, 4]
-_PIECE = 2**19  # numbers made wide at a time: they stay in a core's cache
+_PIECE = 2**19  # numbers dequantised at a time: they stay in a core's cache
 _FEW_TOKENS = 16  # up to here torch's bfloat16 kernel is the faster one
 _SMALLEST = 1e-30  # scale of a token that is all zero
 
@@ -50,11 +50,11 @@ def dequantise(matrix: Quantised, dtype: torch.dtype) -> Tensor:
     if zero is None:
         return (qdata.to(dtype) * scale).to(dtype)
     half, (*_, groups) = qdata.shape[-1], scale.shape
-    wide = torch.empty(*qdata.shape[:-1], 2 * half, dtype=dtype, device=qdata.device)
-    wide[..., :half] = qdata & 15
-    wide[..., half:] = qdata >> 4
+    numbers = torch.empty(*qdata.shape[:-1], 2 * half, dtype=dtype, device=qdata.device)
+    numbers[..., :half] = qdata & 15
+    numbers[..., half:] = qdata >> 4
     lowest = (zero.float() - 8 * scale.float()).to(dtype).unsqueeze(-1)
-    grouped = wide.unflatten(-1, (groups, -1))
+    grouped = numbers.unflatten(-1, (groups, -1))
     return torch.addcmul(lowest, grouped, scale.to(dtype).unsqueeze(-1)).flatten(-2)
 
 
@@ -77,11 +77,11 @@ def _times_four_bits(x: Tensor, weight: Quantised) -> Tensor:
     """x (tokens, K) -> (tokens, N)."""
     assert weight.zero is not None
     rows = max(1, _PIECE // x.shape[1])
-    # A CPU makes numbers wide twice as fast in float32 as in bfloat16.
+    # A CPU dequantises twice as fast to float32 as to bfloat16.
     kind = torch.float32 if x.device.type == "cpu" else x.dtype
     parts = zip(*(part.split(rows) for part in weight[:3]), strict=True)  # type: ignore[union-attr]  # all three
-    wide = (dequantise(Quantised(*part), kind) for part in parts)
-    return torch.cat([x.to(kind) @ piece.T for piece in wide], dim=1).to(x.dtype)
+    pieces = (dequantise(Quantised(*part), kind) for part in parts)
+    return torch.cat([x.to(kind) @ piece.T for piece in pieces], dim=1).to(x.dtype)
 
 
 def _times_eight_bits(x: Tensor, weight: Quantised) -> Tensor:

@@ -1,4 +1,4 @@
-"""Twins of linear layers and experts whose matrices have few bits, or lie in mapped files.
+"""Drop-in linear layers and experts whose matrices are quantised, or lie in mapped files.
 
 Same forward, same place in the tower. No gradients: such a model decodes, it does not train.
 """
@@ -28,10 +28,10 @@ class QuantisedMatrix(nn.Module):
         self.rounds_input = rounds_input
         groups = 1 if group_size is None else columns // group_size
         packed, kind = (columns, torch.int8) if bits == 8 else (columns // 2, torch.uint8)
-        wide = torch.float32 if bits == 8 else torch.bfloat16
+        scales = torch.float32 if bits == 8 else torch.bfloat16
         self.register_buffer("qdata", torch.zeros(*leading, packed, dtype=kind))
-        self.register_buffer("scale", torch.ones(*leading, groups, dtype=wide))
-        zero = torch.zeros(*leading, groups, dtype=wide) if bits == 4 else None
+        self.register_buffer("scale", torch.ones(*leading, groups, dtype=scales))
+        zero = torch.zeros(*leading, groups, dtype=scales) if bits == 4 else None
         self.register_buffer("zero", zero)
 
     @property
@@ -50,7 +50,7 @@ class QuantisedMatrix(nn.Module):
 
 
 class QuantisedLinear(nn.Module):
-    """Twin of `nn.Linear`; the bias is the wide one."""
+    """Drop-in for `nn.Linear`; the bias keeps full precision."""
 
     def __init__(self, weight: QuantisedMatrix, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class QuantisedLinear(nn.Module):
 
 
 class QuantisedExperts(nn.Module):
-    """Twin of `Experts`: up_proj (E, F, D), down_proj (E, D, F)."""
+    """Drop-in for `Experts`: up_proj (E, F, D), down_proj (E, D, F)."""
 
     def __init__(self, up_proj: QuantisedMatrix, down_proj: QuantisedMatrix) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class QuantisedExperts(nn.Module):
 
 
 class MappedExperts(nn.Module):
-    """Twin of `Experts` whose matrices are views of files: only chosen ones are read, and the
+    """Drop-in for `Experts` whose matrices are views of files: only chosen ones are read, and the
     system may forget them again. They are no part of `state_dict`.
     """
 

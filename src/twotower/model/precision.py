@@ -1,6 +1,6 @@
-"""Which weights may have few bits, and a model whose matrices have.
+"""Which weights are quantised, and a model whose matrices are.
 
-`weight_bits` alone decides what stays wide; packing, loading and native code ask it.
+`weight_bits` alone decides what keeps full precision; packing, loading and native code ask it.
 """
 
 import re
@@ -62,10 +62,11 @@ class Scheme:
 
 
 def weight_bits(name: str, shape: Sequence[int], scheme: Scheme) -> Bits | None:
-    """Bits of a number of the weight `name` (the model's or the released name); None: stays wide.
+    """Bits of a number of the weight `name` (the model's or the released name); None: it keeps
+    full precision.
 
-    Wide: time conditioning, routers, norms, convolutions, A, D, dt, biases, embeddings. Heads have
-    8 bits or more, and so have matrices whose rows are no whole number of groups.
+    Full precision: time conditioning, routers, norms, convolutions, A, D, dt, biases, embeddings.
+    Heads have 8 bits or more, and so have matrices whose rows are no whole number of groups.
     """
     if _HEAD.fullmatch(name):
         return 8
@@ -76,20 +77,20 @@ def weight_bits(name: str, shape: Sequence[int], scheme: Scheme) -> Bits | None:
 
 
 def quantise_modules(model: TwoTower, scheme: Scheme) -> None:
-    """Put twins without values in the place of every module whose weights `weight_bits` narrows.
+    """Replace every module whose weights `weight_bits` quantises by one without values.
 
-    A head that shares the embeddings' weights stays wide with them.
+    A head that shares the embeddings' weights keeps full precision with them.
     """
     heads = {"context_lm_head", "lm_head"} if model.config.tie_word_embeddings else set()
     for name, module in list(model.named_modules()):
-        twin = None if name in heads else _twin(name, module, scheme)
-        if twin is not None:
+        found = None if name in heads else _quantised(name, module, scheme)
+        if found is not None:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, twin)
+            setattr(model.get_submodule(parent), child, found)
     model.requires_grad_(False)
 
 
-def _twin(name: str, module: nn.Module, scheme: Scheme) -> nn.Module | None:
+def _quantised(name: str, module: nn.Module, scheme: Scheme) -> nn.Module | None:
     if isinstance(module, Experts):
         up, down = (
             _matrix(f"{name}.{part}", tuple(getattr(module, part).shape), scheme)
@@ -111,7 +112,7 @@ def _matrix(name: str, shape: tuple[int, ...], scheme: Scheme) -> QuantisedMatri
 
 
 def scheme_of(model: nn.Module) -> Scheme | None:
-    """How a model is quantised; None if it is wide."""
+    """How a model is quantised; None in full precision."""
     found = [module for module in model.modules() if isinstance(module, QuantisedMatrix)]
     if not found:
         return None
@@ -132,7 +133,7 @@ def matrix_at(model: nn.Module, name: str) -> QuantisedMatrix:
 
 
 def stacks(model: nn.Module) -> list[str]:
-    """Names of the stacked expert weights of a model, wide or quantised, up before down."""
+    """Names of the stacked expert weights of a model, up before down."""
     return [
         f"{name}.{part}"
         for name, module in model.named_modules()
@@ -145,8 +146,8 @@ def map_experts(model: nn.Module, matrices: Mapping[str, Matrices]) -> None:
     """Let experts take their matrices from elsewhere: by the names of `stacks`."""
     for name in [name.removesuffix(".up_proj") for name in stacks(model)[::2]]:
         parent, _, child = name.rpartition(".")
-        twin = MappedExperts(matrices[f"{name}.up_proj"], matrices[f"{name}.down_proj"])
-        setattr(model.get_submodule(parent), child, twin)
+        mapped = MappedExperts(matrices[f"{name}.up_proj"], matrices[f"{name}.down_proj"])
+        setattr(model.get_submodule(parent), child, mapped)
     model.requires_grad_(False)
 
 
@@ -177,8 +178,8 @@ def require_plain(model: nn.Module, purpose: str) -> None:
     """ValueError (one line) unless all weights are floating numbers in memory."""
     if scheme_of(model) is not None:
         raise ValueError(
-            f"{purpose} needs wide weights, and these are quantised; use the checkpoint they "
-            "were made from"
+            f"{purpose} needs full-precision weights, and these are quantised; use the checkpoint "
+            "that they were made from"
         )
     if has_mapped_experts(model):
         raise ValueError(f"{purpose} needs the experts in memory; load with experts='memory'")

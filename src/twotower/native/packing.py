@@ -23,9 +23,9 @@ _MADV_HUGEPAGE = 14
 
 def quantise(weight: Tensor) -> Quantised:
     """weight (N, K) of any float type, rounded to int8; its products round the tokens, too."""
-    wide = weight.detach().float()
-    scale = wide.abs().amax(1, keepdim=True) / MOST
-    numbers = (wide * torch.where(scale > 0, 1 / scale, 0.0)).round().clamp(-MOST, MOST)
+    weight = weight.detach().float()
+    scale = weight.abs().amax(1, keepdim=True) / MOST
+    numbers = (weight * torch.where(scale > 0, 1 / scale, 0.0)).round().clamp(-MOST, MOST)
     qdata = numbers.nan_to_num(0.0).to(torch.int8)  # NaN stays in the scale
     return Quantised(qdata, scale, rounds_input=True)
 
@@ -71,11 +71,11 @@ def _pack(matrix: Tensor | Quantised) -> Tensor:
 
 
 def _huge_pages(num_bytes: int) -> Tensor:
-    """Room that begins at a huge page, where the system has them: fewer addresses to look up."""
-    room = torch.empty(num_bytes + _HUGE_PAGE, dtype=torch.int8)
-    room = room[-room.data_ptr() % _HUGE_PAGE :][:num_bytes]
+    """A buffer that begins at a huge page, where there are any: fewer addresses to look up."""
+    buffer = torch.empty(num_bytes + _HUGE_PAGE, dtype=torch.int8)
+    buffer = buffer[-buffer.data_ptr() % _HUGE_PAGE :][:num_bytes]
     if sys.platform == "linux":
-        start, length = room.data_ptr(), num_bytes // _HUGE_PAGE * _HUGE_PAGE
+        start, length = buffer.data_ptr(), num_bytes // _HUGE_PAGE * _HUGE_PAGE
         madvise = ctypes.CDLL(None).madvise
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)  # a wish
-    return room
+    return buffer
