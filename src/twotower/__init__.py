@@ -59,7 +59,11 @@ def __getattr__(name: str) -> object:
 
 
 def load_tokenizer(path: "str | Path") -> "Tokenizer":
-    """The tokenizer of a checkpoint folder, hub id or tokenizer.json; ValueError (one line)."""
+    """The tokenizer of a checkpoint folder, hub id, GGUF file or tokenizer.json.
+
+    ValueError (one line) where there is none.
+    """
     from twotower import checkpoint, tokenizer
 
-    return tokenizer.load_tokenizer(path if Path(path).is_file() else checkpoint.resolve(path))
+    is_tokenizer = Path(path).is_file() and Path(path).suffix == ".json"
+    return tokenizer.load_tokenizer(path if is_tokenizer else checkpoint.resolve(path))

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import torch
 
-from twotower.config import AttentionSpec, LayerSpec, MambaSpec, MoESpec
+from twotower.config import AttentionSpec, LayerSpec, MambaSpec, MLPSpec, MoESpec
 from twotower.model import TwoTower
 from twotower.model.backend import Backend, EagerBackend
 from twotower.model.precision import Scheme, has_mapped_experts, placement_refusal, scheme_of
@@ -70,6 +70,11 @@ def _eager_refusal(setup: Setup) -> str | None:
 
 def _native_refusal(setup: Setup) -> str | None:
     has_experts = any(isinstance(layer, MoESpec) for layer in setup.layers)
+    has_llama_layers = any(
+        (isinstance(x, AttentionSpec) and (x.rope is not None or x.qk_norm or x.bias != x.out_bias))
+        or (isinstance(x, MLPSpec) and x.gated)
+        for x in setup.layers
+    )
     keys = {(x.num_kv_heads, x.head_dim) for x in setup.layers if isinstance(x, AttentionSpec)}
     states = {
         (x.num_heads, x.head_dim, x.num_groups, x.state_size, x.conv_width)
@@ -81,6 +86,7 @@ def _native_refusal(setup: Setup) -> str | None:
     rounds_weights_alone = setup.scheme is not None and setup.scheme.activations is None
     for is_refused, sentence in (
         (has_experts, f"native passes have no {MoESpec.label}"),
+        (has_llama_layers, "native passes have no rotary positions, head norms or gated MLPs"),
         (len(keys) > 1 or len(states) > 1, "native passes need states of one size in all layers"),
         (setup.devices != {"cpu"}, f"native passes run on the CPU, not on {_list(setup.devices)}"),
         (dtypes != ["float32"], f"native passes compute in float32, not in {_list(dtypes)}"),

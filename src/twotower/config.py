@@ -7,7 +7,7 @@ import dataclasses
 import math
 import reprlib
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 # Far above every model, so that a typing error, or a file that lies, stays an error message.
 MAX_SIZE = 2**24  # of any dimension
@@ -54,6 +54,36 @@ class MambaSpec:
         return self.width * self.state_size
 
 
+RopeScaling = Literal["none", "linear", "llama3"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeSpec:
+    """Rotary positions: frequencies theta^(-2i/A), and how a scaling stretches them.
+
+    linear: all are divided by `factor`. llama3: those whose wavelength is above
+    original_max_positions / low_freq_factor are, those below original_max_positions /
+    high_freq_factor are not, and between them the change is gradual.
+    """
+
+    theta: float
+    scaling: RopeScaling = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def __post_init__(self) -> None:
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
+            _check_positive(name, getattr(self, name))
+        _check_sizes(self, "original_max_positions")
+        if self.scaling == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor} must be below "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
     """Grouped-query attention: Hq query heads and Hk key-value heads of A numbers."""
@@ -64,10 +94,18 @@ class AttentionSpec:
     num_kv_heads: int
     head_dim: int
     bias: bool = False
+    """Of queries, keys and values."""
+    out_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm of each query and key head."""
+    rope: RopeSpec | None = None
+    """None: no positions at all."""
 
     def __post_init__(self) -> None:
         _check_sizes(self, "num_heads", "num_kv_heads", "head_dim")
         _check_division(self, "num_heads", "num_kv_heads")
+        if self.rope is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even for rotary positions")
 
     @property
     def kv_elements(self) -> int:
@@ -113,12 +151,13 @@ class MoESpec:
 
 @dataclass(frozen=True, kw_only=True)
 class MLPSpec:
-    """A dense squared-ReLU MLP."""
+    """A dense MLP: squared ReLU, or a linear map gated by a SiLU of another."""
 
     symbol: ClassVar[str] = "-"
     label: ClassVar[str] = "dense MLP"
     intermediate_size: int
     bias: bool = False
+    gated: bool = False
 
     def __post_init__(self) -> None:
         _check_sizes(self, "intermediate_size")
@@ -173,6 +212,9 @@ class TowerConfig:
                 f"all layers together have {experts} routed experts; at most {MAX_EXPERTS} are "
                 "allowed"
             )
+        turned = {(a.rope, a.head_dim) for a in self.layers_of(AttentionSpec) if a.rope is not None}
+        if len(turned) > 1:
+            raise ValueError("attention layers with different rotary positions are not supported")
 
     @property
     def num_layers(self) -> int:
@@ -183,6 +225,12 @@ class TowerConfig:
     def pattern(self) -> str:
         """One symbol a layer: M Mamba-2, * attention, E experts, - dense MLP."""
         return "".join(layer.symbol for layer in self.layers)
+
+    @property
+    def rotary(self) -> tuple[RopeSpec, int] | None:
+        """The rotary positions of the layers that have any, and their head size."""
+        attention = self.layers_of(AttentionSpec)
+        return next(((a.rope, a.head_dim) for a in attention if a.rope is not None), None)
 
     @property
     def kv_elements(self) -> int:
@@ -259,6 +307,11 @@ class TwoTowerConfig:
         return self.context.vocab_size
 
     @property
+    def has_own_mask(self) -> bool:
+        """Whether the mask is no token of the vocabulary, but an embedding of the denoiser."""
+        return self.mask_token_id == self.vocab_size
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Every id that ends a text; empty when the configuration names none."""
         eos = self.eos_token_id
@@ -291,7 +344,9 @@ class TwoTowerConfig:
             for name in ("mask_token_id", "bos_token_id", "pad_token_id")
         ]
         for name, value in [*ids, *(("eos_token_id", eos) for eos in self.eos_token_ids)]:
-            if value is not None and not 0 <= value < self.vocab_size:
+            # One past the last is a mask with an embedding that the denoiser alone has.
+            limit = self.vocab_size + (name == "mask_token_id")
+            if value is not None and not 0 <= value < limit:
                 raise ValueError(
                     f"{name}={value} is outside the vocabulary; allowed are 0 to "
                     f"{self.vocab_size - 1}"
@@ -306,7 +361,7 @@ def _can_read(layer: LayerSpec, source: LayerSpec) -> bool:
 def _state_shape(spec: LayerSpec) -> tuple[str | int, ...]:
     """What two layers must share for one to read the other's state; MLPs and experts have none."""
     if isinstance(spec, AttentionSpec):
-        return spec.symbol, spec.num_kv_heads, spec.head_dim
+        return spec.symbol, spec.num_kv_heads, spec.head_dim, spec.rope is not None
     if isinstance(spec, MambaSpec):
         return (
             spec.symbol, spec.num_heads, spec.head_dim, spec.state_size, spec.num_groups,

@@ -143,7 +143,7 @@ def test_a_missing_field_is_named(name: str) -> None:
         ("sliding_window", 128, "sliding_window=128 is not supported"),
         ("time_step_limit", [0.001, 0.1], "time_step_limit=[0.001, 0.1] is not supported"),
         ("time_step_limit", "x\ny", "is not supported"),
-        ("mask_token_id", 128, "mask_token_id=128 is outside the vocabulary"),
+        ("mask_token_id", 129, "mask_token_id=129 is outside the vocabulary"),
         ("eos_token_id", [2, 999], "eos_token_id=999 is outside the vocabulary"),
         ("eos_token_id", [2, True], "must be a token id or null"),
         ("block_size", 0, "block_size=0 must be between 1 and"),

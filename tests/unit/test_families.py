@@ -202,3 +202,81 @@ def test_latent_experts_share_two_projections() -> None:
     )
     expected = routed @ moe.fc2_latent_proj.weight.T + moe.shared_experts(x)  # type: ignore[operator, union-attr]
     torch.testing.assert_close(moe(x), expected, rtol=1e-6, atol=1e-6)
+
+
+LLAMA: dict[str, object] = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "vocab_size": 50,
+}  # fmt: skip
+
+
+def llama_refusal(**values: object) -> str:
+    with pytest.raises(ValueError) as error:
+        config_from_dict(LLAMA | values)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"model_type": "mistral"}, "sliding_window=4096 is not supported; only null"),
+        ({"model_type": "mistral", "sliding_window": 512}, "sliding_window=512 is not supported"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8},
+            "sliding_window=8 is not supported",
+        ),
+        (
+            {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types has 'sliding_attention', which is not supported",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_type='yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type='dynamic' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "missing field factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor=0.0 must be a number above 0"),
+        ({"rope_scaling": "linear"}, "rope_parameters='linear' must be an object"),
+        ({"rope_scaling": {"type": ["linear"]}}, "rope_type=['linear'] is not supported"),
+        ({"rope_theta": "10000"}, "rope_theta='10000' must be of type float"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 must be between 1 and 512"),
+        ({"num_hidden_layers": "4"}, "num_hidden_layers='4' must be of type int"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 must be between 1"),
+        ({"head_dim": 7}, "head_dim=7 must be even"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 must be a multiple of"),
+        ({"intermediate_size": None}, "missing field intermediate_size"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "must be a 0 (no positions) or a 1"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0, 2, 1]}, "must be a 0 (no positions)"),
+        ({"eos_token_id": 50}, "eos_token_id=50 is outside the vocabulary"),
+        ({"mask_token_id": 51}, "mask_token_id=51 is outside the vocabulary"),
+        ({"block_configs": [1]}, "block_configs gives each layer its own values"),
+    ],
+)
+def test_what_a_llama_cannot_have_is_refused_by_name(
+    values: dict[str, object], expected: str
+) -> None:
+    """Silent failure: a window, scaling or activation is passed over, and texts go wrong late."""
+    assert expected in llama_refusal(**values)
+
+
+def test_fields_that_mean_nothing_are_passed_over() -> None:
+    config = config_from_dict(
+        LLAMA | {"model_type": "qwen2", "sliding_window": 32768, "num_key_value_heads": None}
+    )
+    assert config.context.pattern == "*-" * 4
+    assert config.mask_token_id == 50 and config.has_own_mask
+    assert config.eos_token_ids == () and config_from_dict(LLAMA).eos_token_ids == (2,)
+    assert config_from_dict(LLAMA | {"eos_token_id": None}).eos_token_ids == ()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "smollm3"])
+def test_a_llama_survives_its_own_file(model_type: str) -> None:
+    scaling = {
+        "type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    kept = {"num_key_value_heads": 2, "head_dim": 16, "rope_scaling": scaling, "rope_theta": 5e5}
+    kept |= {"vocab_size": 128005}
+    config = config_from_dict(LLAMA | kept | {"model_type": model_type, "bos_token_id": 3})
+    assert config_from_dict(config_to_dict(config)) == config
+    assert config.context.rotary is not None and config.context.rotary[0].factor == 8

@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": COMMON | {"layers", "kernels"},
     "native": COMMON | {"model", "layers", "kernels"},
     "backends": COMMON | {"model", "native"},
-    "families": COMMON,
+    "families": COMMON | {"layers"},
     "checkpoint": COMMON | {"families", "model", "kernels"},
     "engine": COMMON | {"model", "diffusion", "tokenizer", "measure"},
     "train": COMMON

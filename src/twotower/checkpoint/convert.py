@@ -44,7 +44,7 @@ def export_transformers(
     config = {
         **fields,
         "architectures": [family.ARCHITECTURE],
-        "dtype": str(main_dtype(pieces)).removeprefix("torch."),
+        "dtype": str(main_dtype(model, dtype)).removeprefix("torch."),
         "model_type": family.MODEL_TYPE,
     }
     write_checkpoint(path, pieces, config, extra_files, max_shard_bytes)

@@ -1,13 +1,17 @@
 """Where a checkpoint's files are and what their headers say, without reading a weight."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
+from twotower.checkpoint.gguf_reader import INDEX_FILE as GGUF_INDEX
+from twotower.checkpoint.gguf_reader import is_gguf, open_gguf, read_index, read_tensor
 from twotower.families import read_json
 
 SINGLE_FILE = "model.safetensors"
@@ -25,24 +29,40 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.md", "*.model", 
 
 
 class Entry(NamedTuple):
-    """One tensor of a file under its name there; dtype in safetensors' spelling ("BF16")."""
+    """One tensor of a file under its name there; dtype in safetensors' spelling ("BF16").
+
+    stored: how the file keeps it where that is not dtype ("Q4_1"); load: how it is read then.
+    """
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: str
+    stored: str = ""
+    load: Callable[[], Tensor] | None = None
+
+    def read(self) -> Tensor:
+        """The tensor's values."""
+        if self.load is not None:
+            return self.load()
+        with safe_open(self.file, framework="pt") as shard:
+            tensor: Tensor = shard.get_tensor(self.name)
+        return tensor
 
 
 def resolve(path: str | Path) -> Path:
-    """The folder of a checkpoint: a local folder, or a hub id "owner/name", which is downloaded.
+    """The folder of a checkpoint: a local folder, a hub id "owner/name", which is downloaded, or
+    the one that stands for a GGUF file.
 
     ValueError (one line) if there is neither.
     """
     folder = Path(path)
     if folder.is_dir():
         return folder
+    if is_gguf(folder):
+        return open_gguf(folder)
     if folder.exists():
-        raise ValueError(f"{path}: is a file; give the folder that holds config.json")
+        raise ValueError(f"{path}: is a file; give a GGUF file or the folder with config.json")
     replaced = set_aside(folder)
     if replaced.is_dir():  # a save was killed between its two renames
         return replaced
@@ -70,8 +90,16 @@ def _download(hub_id: str) -> Path:
         ) from None
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds more than a configuration."""
+    return any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE, GGUF_INDEX))
+
+
 def read_entries(folder: Path) -> dict[str, Entry]:
     """Every tensor of a checkpoint folder from its files' headers, by the name in the file."""
+    if (folder / GGUF_INDEX).is_file():
+        file, tensors = read_index(folder)
+        return {name: _gguf_entry(file, name, entry) for name, entry in tensors.items()}
     if (folder / SINGLE_FILE).is_file():
         return _header(folder / SINGLE_FILE)
     if not (folder / INDEX_FILE).is_file():
@@ -82,6 +110,13 @@ def read_entries(folder: Path) -> dict[str, Entry]:
         found = _header(folder / shard)
         entries |= {name: e for name, e in found.items() if weight_map.get(name, shard) == shard}
     return entries
+
+
+def _gguf_entry(file: Path, name: str, entry: Mapping[str, Any]) -> Entry:
+    """Quantised values are float32 as soon as they are read."""
+    kind = entry["type"]
+    dtype = kind if kind in DTYPES else "F32"
+    return Entry(file, name, tuple(entry["shape"]), dtype, kind, partial(read_tensor, file, entry))
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:

@@ -69,6 +69,10 @@ def _stream(plan: Plan) -> Iterator[tuple[str, Tensor, Slot]]:
     so it is opened anew for every portion.
     """
     for file, group in _portions(plan):
+        if plan[group[0]][0].load is not None:
+            for name in group:
+                yield name, plan[name][0].read(), plan[name][1]
+            continue
         with safe_open(file, framework="pt") as shard:
             for name in group:
                 entry, slot = plan[name]

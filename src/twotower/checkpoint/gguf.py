@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from twotower.checkpoint import names
+from twotower.checkpoint.gguf_reader import gguf_names
 from twotower.checkpoint.gguf_vocabulary import read_vocabulary
 from twotower.config import TwoTowerConfig
 from twotower.families import family_of
@@ -128,17 +129,14 @@ def _num_bytes(part: Part) -> int:
 
 def _parts(model: TwoTower, dtype: Precision) -> Iterator[Part]:
     """Every tensor of the context tower as llama.cpp wants it, large matrices unconverted."""
-    from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
+    from gguf import GGMLQuantizationType
 
     config, family = model.config, family_of(model.config)
-    ids = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
-    arch = ids[family.gguf_architecture(config)]
-    table = get_tensor_name_map(arch, config.context.num_layers)
+    find = gguf_names(config)
     for name, tensor in model.state_dict().items():
         if name.startswith(names.CONTEXT_PARTS):
             inner = names.inner_name(name)
-            known = family.gguf_lookup_name(inner)
-            found = table.get_name(known, try_suffixes=(".weight", ".bias"))
+            found = find(inner)
             assert found is not None, f"{name} has no place in a GGUF file"
             values = family.gguf_values(inner, tensor, config)
             yield Part(found, values, _kind(name, tensor, dtype, family.GGUF_FLOAT32))

@@ -109,8 +109,14 @@ def _special_ids(config: TwoTowerConfig) -> dict[str, int]:
 
     The mask token is never the next token of a text, so such a model runs on, as here.
     """
-    roles = {"bos": config.bos_token_id, "pad": config.pad_token_id, "mask": config.mask_token_id}
-    ends = config.eos_token_ids or (config.mask_token_id,)
+    mask = None if config.has_own_mask else config.mask_token_id
+    roles = {"bos": config.bos_token_id, "pad": config.pad_token_id, "mask": mask}
+    ends = config.eos_token_ids or (() if mask is None else (mask,))
+    if not ends:
+        raise ValueError(
+            "eos_token_id=null cannot be exported: llama.cpp would take a token of its own for the "
+            "end; name one in config.json"
+        )
     if len(ends) > 3:
         raise ValueError(f"eos_token_id={list(ends)} cannot be exported: GGUF has three end tokens")
     roles |= dict(zip(("eos", "eot", "eom"), ends, strict=False))

@@ -15,12 +15,12 @@ from twotower.checkpoint import names
 from twotower.checkpoint.empty import Towers, build_empty
 from twotower.checkpoint.files import (
     DTYPES,
-    INDEX_FILE,
     PACKED_DTYPES,
-    SINGLE_FILE,
     Entry,
+    has_weights,
     resolve,
 )
+from twotower.checkpoint.gguf_reader import is_gguf
 from twotower.checkpoint.layout import read_layout
 from twotower.checkpoint.load import plan_tensors
 from twotower.checkpoint.memory import kv_bytes_per_token, state_bytes_per_row, weight_bytes
@@ -104,15 +104,15 @@ class Description:
 
 
 def describe(path: str | Path) -> Description:
-    """Describe a checkpoint folder, hub id, or config.json alone (then without files).
+    """Describe a checkpoint folder, hub id, GGUF file, or a config.json alone (without files).
 
     ValueError (one line) if there is no such checkpoint or a file is damaged.
     """
-    if Path(path).is_file():
+    if Path(path).is_file() and not is_gguf(Path(path)):
         return describe_config(read_config(path), str(path))
     folder = resolve(path)
     config = read_config(folder)
-    if not (folder / SINGLE_FILE).exists() and not (folder / INDEX_FILE).exists():
+    if not has_weights(folder):
         return describe_config(config, str(folder))
     entries, layout = read_layout(folder, config)
     towers: Towers = "both" if layout == names.TWO_TOWER else "context"
@@ -146,7 +146,7 @@ def _describe_files(
         problem = str(error)
     elements: Counter[str] = Counter()
     for entry in entries.values():
-        elements[entry.dtype] += torch.Size(entry.shape).numel()
+        elements[entry.stored or entry.dtype] += torch.Size(entry.shape).numel()
     files = {entry.file for entry in entries.values()}
     return FilesRecord(
         layout=layout,

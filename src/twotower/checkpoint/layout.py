@@ -1,17 +1,19 @@
 """The tensors of a checkpoint folder under their two-tower names, whatever its layout."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from twotower.checkpoint import names
-from twotower.checkpoint.empty import Towers
+from twotower.checkpoint.empty import Towers, build_empty
 from twotower.checkpoint.files import Entry, read_entries
+from twotower.checkpoint.gguf_reader import INDEX_FILE as GGUF_INDEX
+from twotower.checkpoint.gguf_reader import gguf_names
 from twotower.config import TwoTowerConfig
-from twotower.families import family_of
+from twotower.families import Family, family_of
 
 _log = logging.getLogger(__name__)
 
@@ -19,6 +21,8 @@ _log = logging.getLogger(__name__)
 def read_layout(folder: Path, config: TwoTowerConfig) -> tuple[dict[str, Entry], str]:
     """The tensors under their two-tower names, and the layout they were found in."""
     found, family = read_entries(folder), family_of(config)
+    if (folder / GGUF_INDEX).is_file():
+        return _from_gguf(config, found), "gguf"
     layout = names.layout_of(found, family)
     if layout is None:
         known = ", ".join(f"{prefix}*" for prefix in ("context_tower.", *family.LAYOUTS))
@@ -45,14 +49,25 @@ def with_heads(
         needed = towers == "both" or head.startswith(names.CONTEXT_PARTS)
         if not needed or head not in entries or source not in entries:
             continue
-        a, b = _read(entries[head]), _read(entries[source])
+        a, b = entries[head].read(), entries[source].read()
         if a.shape != b.shape or not torch.equal(a, b):
             _log.warning("config.json ties the head, but %s has values of its own: kept", head)
             return config.replace(tie_word_embeddings=False), entries
     return config, entries
 
 
-def _read(entry: Entry) -> Tensor:
-    with safe_open(entry.file, framework="pt") as shard:
-        tensor: Tensor = shard.get_tensor(entry.name)
-    return tensor
+def _from_gguf(config: TwoTowerConfig, found: dict[str, Entry]) -> dict[str, Entry]:
+    """A GGUF file's tensors under their two-tower names; unknown ones keep theirs."""
+    family, left = family_of(config), dict(found)
+    table = gguf_names(config)
+    entries: dict[str, Entry] = {}
+    for name in build_empty(config, "context").state_dict():
+        inner = names.inner_name(name)
+        entry = left.pop(table(inner) or "", None)
+        if entry is not None:
+            entries[name] = entry._replace(load=partial(_load_gguf, entry, family, inner, config))
+    return entries | left
+
+
+def _load_gguf(entry: Entry, family: Family, name: str, config: TwoTowerConfig) -> Tensor:
+    return family.values_from_gguf(name, entry.read(), config)

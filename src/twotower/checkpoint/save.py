@@ -3,7 +3,7 @@
 Decides names, dtypes and config.json; how they get onto the disk is `write`'s business.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -37,7 +37,7 @@ def save_model(
         raise ValueError("this model has no denoiser tower; save it with save_backbone")
     pieces = list(released_pieces(model, dtype))
     architecture = family_of(model.config).TWO_TOWER_ARCHITECTURE
-    config = released_config(model.config, main_dtype(pieces), architecture)
+    config = released_config(model.config, main_dtype(model, dtype), architecture)
     config |= quantization_entry(scheme_of(model))
     write_checkpoint(path, pieces, config, extra_files, max_shard_bytes)
 
@@ -53,7 +53,7 @@ def save_backbone(
     """Write the context tower as a single-tower backbone; the rest as in `save_model`."""
     pieces = backbone_pieces(model, dtype)
     architecture = family_of(model.config).ARCHITECTURE
-    config = released_config(model.config, main_dtype(pieces), architecture)
+    config = released_config(model.config, main_dtype(model, dtype), architecture)
     config |= quantization_entry(scheme_of(model))
     write_checkpoint(path, pieces, config, extra_files, max_shard_bytes)
 
@@ -93,6 +93,6 @@ def released_config(
     }
 
 
-def main_dtype(pieces: Iterable[Piece]) -> torch.dtype:
-    """The dtype that config.json states: the embeddings'."""
-    return next(piece.dtype for piece in pieces if piece.name.endswith("embeddings.weight"))
+def main_dtype(model: TwoTower, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype that config.json states: the one asked for, or the embeddings'."""
+    return dtype or model.context_tower.embeddings.weight.dtype

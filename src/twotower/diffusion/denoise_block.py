@@ -134,8 +134,9 @@ def _logits(
         return kept_logits
     is_whole = len(rows) == len(tokens)
     logits = denoise(_pick(tokens, rows, is_whole), _pick(t, rows, is_whole), rows).float()
-    banned = torch.tensor([sampler.mask_token_id], device=logits.device)
-    logits = logits.index_fill(-1, banned, float("-inf"))
+    if sampler.mask_token_id < logits.shape[-1]:  # else it is no token that could be chosen
+        banned = torch.tensor([sampler.mask_token_id], device=logits.device)
+        logits = logits.index_fill(-1, banned, float("-inf"))
     return logits if kept_logits is None else torch.cat([logits, kept_logits])
 
 

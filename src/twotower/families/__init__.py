@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from twotower.config import TwoTowerConfig
-from twotower.families import nemotron_h
+from twotower.families import llama, nemotron_h
 from twotower.families.family import Family
 from twotower.families.fields import read_json
 
@@ -23,8 +23,8 @@ __all__ = [
     "read_json",
 ]
 
-_MODULES: tuple[Family, ...] = (nemotron_h,)
-FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in _MODULES}
+_KNOWN: tuple[Family, ...] = (nemotron_h, *llama.FAMILIES)
+FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in _KNOWN}
 PRESETS: dict[str, Mapping[str, object]] = {"nano-30b": nemotron_h.NANO_30B}
 """config.json of models that are known by name."""
 

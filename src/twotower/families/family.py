@@ -1,7 +1,7 @@
 """What the rest of the library asks of a family: a module with these names is one."""
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -33,6 +33,10 @@ class Family(Protocol):
     @property
     def LAYOUTS(self) -> Mapping[str, str]:
         """How tensor names of a single tower begin, and what that layout is called."""
+
+    @property
+    def GGUF_READS(self) -> str | None:
+        """llama.cpp's architecture whose files `config_from_gguf` reads; None where none are."""
 
     @property
     def GGUF_FLOAT32(self) -> tuple[str, ...]:
@@ -72,6 +76,23 @@ class Family(Protocol):
 
     def gguf_extra_tensors(self, config: TwoTowerConfig, /) -> Iterator[tuple[str, Tensor]]:
         """Tensors that llama.cpp wants and the model does not have."""
+        ...
+
+    def values_from_gguf(self, name: str, values: Tensor, config: TwoTowerConfig, /) -> Tensor:
+        """The inverse of `gguf_values`."""
+        ...
+
+    def config_from_gguf(
+        self,
+        metadata: Mapping[str, Any],
+        tensors: frozenset[str],
+        rope_factors: list[float] | None,
+        /,
+    ) -> dict[str, object]:
+        """config.json of a GGUF file: its metadata, its tensors' names, the factors of its scaling.
+
+        KeyError for metadata that is missing, ValueError (one line) for what is not supported.
+        """
         ...
 
     def add_gguf_sizes(self, writer: "GGUFWriter", config: TwoTowerConfig, /) -> None:

@@ -7,8 +7,8 @@ transformers 5 NemotronHConfig for the newer spellings.
 import math
 import re
 import reprlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ MODEL_TYPE = "nemotron_h"
 ARCHITECTURE = "NemotronHForCausalLM"
 TWO_TOWER_ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 LAYOUTS = {"backbone.": "backbone", "model.": "transformers"}
+GGUF_READS = None
 # What stays float32 in a GGUF file of any precision: small, and where rounding costs most.
 GGUF_FLOAT32 = (".A_log", ".D", ".dt_bias", ".conv1d.weight", ".mixer.norm.weight")
 NANO_30B: dict[str, object] = {
@@ -73,6 +74,7 @@ _FIELDS: dict[type[LayerSpec], dict[str, str]] = {
         "num_kv_heads": "num_key_value_heads",
         "head_dim": "head_dim",
         "bias": "attention_bias",
+        "out_bias": "attention_bias",
     },
     MoESpec: {
         "num_experts": "n_routed_experts",
@@ -256,6 +258,18 @@ def gguf_values(name: str, values: Tensor, config: TwoTowerConfig) -> Tensor:
     if name.endswith(".mixer.norm.weight") and mamba is not None:
         return values.reshape(mamba.num_groups, -1)  # (G, H * P / G)
     return values
+
+
+def values_from_gguf(name: str, values: Tensor, config: TwoTowerConfig) -> Tensor:
+    """Not read from GGUF."""
+    raise AssertionError("nemotron_h is written as GGUF, not read")
+
+
+def config_from_gguf(
+    metadata: Mapping[str, Any], tensors: frozenset[str], rope_factors: list[float] | None
+) -> dict[str, object]:
+    """Not read from GGUF."""
+    raise AssertionError("nemotron_h is written as GGUF, not read")
 
 
 def gguf_extra_tensors(config: TwoTowerConfig) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Grouped-query attention without positional embedding."""
+"""Grouped-query attention, with or without rotary positions."""
 
 from typing import NamedTuple
 
@@ -6,10 +6,12 @@ from torch import Tensor, nn
 
 from twotower.config import AttentionSpec
 from twotower.kernels import ops
+from twotower.layers.norms import RMSNorm
+from twotower.layers.rope import Rotation, rotate
 
 
 class KV(NamedTuple):
-    """Keys and values of S tokens, each (B, S, Hk, A)."""
+    """Keys, turned to their positions, and values of S tokens, each (B, S, Hk, A)."""
 
     k: Tensor
     v: Tensor
@@ -18,18 +20,23 @@ class KV(NamedTuple):
 class Attention(nn.Module):
     """Attend to a past and to this call's own tokens."""
 
-    def __init__(self, width: int, spec: AttentionSpec) -> None:
+    def __init__(self, width: int, spec: AttentionSpec, eps: float) -> None:
+        """eps: of the norms of queries and keys."""
         super().__init__()
-        self.head_dim = spec.head_dim
+        self.head_dim, self.has_rope = spec.head_dim, spec.rope is not None
         queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.q_proj = nn.Linear(width, queries, bias=spec.bias)
         self.k_proj = nn.Linear(width, keys, bias=spec.bias)
         self.v_proj = nn.Linear(width, keys, bias=spec.bias)
-        self.o_proj = nn.Linear(queries, width, bias=spec.bias)
+        self.o_proj = nn.Linear(queries, width, bias=spec.out_bias)
+        self.q_norm = RMSNorm(spec.head_dim, eps) if spec.qk_norm else None
+        self.k_norm = RMSNorm(spec.head_dim, eps) if spec.qk_norm else None
 
-    def forward(self, x: Tensor, past: KV | None, mask: Tensor | None) -> tuple[Tensor, KV]:
-        """x (B, L, D); past S tokens; mask broadcastable to (B, Hq, L, S + L), past keys first,
-        or to (B, Hq, L, L) where all of the past is seen.
+    def forward(
+        self, x: Tensor, past: KV | None, mask: Tensor | None, rotation: Rotation | None = None
+    ) -> tuple[Tensor, KV]:
+        """x (B, L, D), turned by its rotation; past S tokens; mask broadcastable to
+        (B, Hq, L, S + L), past keys first, or to (B, Hq, L, L) where all of the past is seen.
 
         Returns y (B, L, D) and the keys and values of this call's L tokens alone.
         """
@@ -37,6 +44,11 @@ class Attention(nn.Module):
             proj(x).unflatten(-1, (-1, self.head_dim))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.has_rope:
+            assert rotation is not None
+            q, k = rotate(q, rotation), rotate(k, rotation)
         if past is None:
             y = ops.attention(q, k, v, mask)
         else:

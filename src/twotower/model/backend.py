@@ -66,13 +66,15 @@ class EagerBackend:
         if is_draft or 1 < length <= ssd.TILE:
             # The cache makes the states of all layers at once, which takes fewer operations.
             counts = states_every = None
+        start: Tensor | int = cache.num_past
         if cache.is_uniform:
             mask = masks.causal(length, 0, device)  # all of the past is seen
         else:
-            mask = masks.causal_rows(length, cache.lengths.to(device), cache.num_past)
+            start = cache.lengths.to(device)
+            mask = masks.causal_rows(length, start, cache.num_past)
         on_device = None if counts is None else counts.to(device)
         tower = self._model.context_tower
-        hidden, states = tower(tokens, cache.layers, mask, on_device, states_every)
+        hidden, states = tower(tokens, cache.layers, mask, on_device, states_every, start)
         inputs = [state for state in states if isinstance(state, MambaInputs)]
         if not inputs:
             return ForwardOutput(hidden, states)
@@ -85,10 +87,12 @@ class EagerBackend:
 
     def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
         model, mask = self._model, None
+        start: Tensor | int = view.num_past
         block, view = block.to(model.denoiser_device), view.to(model.denoiser_device)
         if view.lengths is not None:
-            mask = masks.full_rows(block.shape[1], view.lengths.to(block.device), view.num_past)
+            lengths = view.lengths.to(block.device)
+            mask, start = masks.full_rows(block.shape[1], lengths, view.num_past), lengths[:, None]
         modulations = None if t is None else model.modulations(t.unsqueeze(-1))
-        hidden = model.denoiser()(block.unsqueeze(1), view, mask, modulations)
+        hidden = model.denoiser()(block.unsqueeze(1), view, mask, modulations, start)
         logits: Tensor = model.lm_head(hidden.squeeze(1))
         return logits

@@ -20,13 +20,15 @@ class ContextTower(Tower):
         mask: Tensor | None,
         counts: Tensor | None,
         states_every: int | None,
+        start: Tensor | int = 0,
     ) -> tuple[Tensor, list[NewState]]:
         """ids (B, L) after a past -> hidden (B, L, D), normed, and each layer's new state.
 
         Past, new state: KV of S, L tokens; MambaState with leading (B,), (B, L/states_every), or
-        MambaInputs where states_every is None.
+        MambaInputs where states_every is None. start: tokens of the past, (B,) where rows differ.
         """
         h = self.embed(ids)
+        rotation = self.rotation(start, ids.shape[1], ids.device)
         states: list[NewState] = []
         for index, layer in enumerate(self.each_layer()):
             u = layer.pre_norm(h)
@@ -37,7 +39,7 @@ class ContextTower(Tower):
                 y, state = layer.mixer(u, before, counts, states_every)
             elif isinstance(layer.mixer, Attention):
                 assert before is None or isinstance(before, KV)
-                y, state = layer.mixer(u, before, mask)
+                y, state = layer.mixer(u, before, mask, rotation)
             else:
                 y = layer.mixer(u)
             h = layer.add_residual(h, y)

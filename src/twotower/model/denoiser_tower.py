@@ -1,13 +1,13 @@
 """The denoiser tower: layers over noisy blocks, reading the context tower's state."""
 
-from collections.abc import Sequence
+import torch
+from torch import Tensor, nn
 
-from torch import Tensor
-
-from twotower.config import TowerConfig
+from twotower.config import TwoTowerConfig
 from twotower.layers.adaln import Modulation
 from twotower.layers.attention import KV, Attention
 from twotower.layers.mamba2 import Mamba2, MambaState
+from twotower.layers.rope import Rotation
 from twotower.model.layer import Layer
 from twotower.model.state import ContextView, LayerState
 from twotower.model.tower import Tower
@@ -19,10 +19,12 @@ class DenoiserTower(Tower):
     Generation, one block, is K = 1 of training, which takes all blocks at once.
     """
 
-    def __init__(self, config: TowerConfig, reads: Sequence[int], bidirectional: bool) -> None:
-        """bidirectional: Mamba layers also scan the block from its end."""
-        super().__init__(config)
-        self.reads, self._bidirectional = tuple(reads), bidirectional
+    def __init__(self, config: TwoTowerConfig) -> None:
+        super().__init__(config.denoiser)
+        self.reads, self._bidirectional = config.reads, config.bidirectional_mamba
+        self.mask_embedding: nn.Parameter | None = None
+        if config.has_own_mask:
+            self.mask_embedding = nn.Parameter(torch.zeros(config.hidden_size))
 
     def forward(
         self,
@@ -30,22 +32,48 @@ class DenoiserTower(Tower):
         view: ContextView,
         mask: Tensor | None,
         modulations: list[Modulation] | None,
+        start: Tensor | int = 0,
     ) -> Tensor:
         """blocks (B, K, T) of ids, masked or not -> hidden (B, K, T, D), normed.
 
-        mask broadcastable to (B, Hq, K*T, S + K*T), or None: every block sees all keys.
+        start: position of each block's first token, (B, K) where they differ. mask broadcastable to
+        (B, Hq, K*T, S + K*T), or None: every block sees all keys.
         """
         h = self.embed(blocks)
+        rotation = self._block_rotation(start, blocks)
         for index, layer in enumerate(self.each_layer()):
             modulation = None if modulations is None else modulations[index]
             u = layer.pre_norm(h, modulation)
-            y = _mix(layer, u, view.layers[self.reads[index]], mask, self._bidirectional)
+            y = _mix(layer, u, view.layers[self.reads[index]], mask, rotation, self._bidirectional)
             h = layer.add_residual(h, y, modulation)
         return self.finish(h)
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """As for any tower; a mask outside the vocabulary has an embedding of its own."""
+        if self.mask_embedding is None:
+            return super().embed(ids)
+        is_mask = (ids == self.config.vocab_size).unsqueeze(-1)
+        h = super().embed(ids.clamp(max=self.config.vocab_size - 1))
+        return torch.where(is_mask, self.mask_embedding.to(h.dtype), h)
+
+    def _block_rotation(self, start: Tensor | int, blocks: Tensor) -> Rotation | None:
+        """How the tokens of blocks (B, K, T) are turned, blocks one after another."""
+        length = blocks.shape[-1]
+        if not isinstance(start, Tensor):
+            return self.rotation(start, length, blocks.device)
+        found = self.rotation(start.flatten(), length, blocks.device)  # (B*K, T, 1, A)
+        if found is None:
+            return None
+        return Rotation(*(part.unflatten(0, start.shape).flatten(1, 2) for part in found))
+
 
 def _mix(
-    layer: Layer, u: Tensor, state: LayerState, mask: Tensor | None, bidirectional: bool
+    layer: Layer,
+    u: Tensor,
+    state: LayerState,
+    mask: Tensor | None,
+    rotation: Rotation | None,
+    bidirectional: bool,
 ) -> Tensor:
     """One mixer over u (B, K, T, D), same shape back.
 
@@ -59,7 +87,7 @@ def _mix(
         y = _scan(mixer, u.flatten(0, 1), seed, bidirectional)
     elif isinstance(mixer, Attention):
         assert isinstance(state, KV)
-        y, _ = mixer(u.flatten(1, 2), state, mask)
+        y, _ = mixer(u.flatten(1, 2), state, mask, rotation)
     else:
         y = mixer(u)
     return y.view(u.shape)

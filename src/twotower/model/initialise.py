@@ -67,6 +67,8 @@ def copy_context_to_denoiser(model: TwoTower, seed: int) -> None:
         layer.load_state_dict(context.layers[source].state_dict())
     denoiser.embeddings.load_state_dict(context.embeddings.state_dict())
     denoiser.norm_f.load_state_dict(context.norm_f.state_dict())
+    if denoiser.mask_embedding is not None:  # like an average token, until training moves it
+        denoiser.mask_embedding.copy_(context.embeddings.weight.mean(0))
     model.lm_head.load_state_dict(model.context_lm_head.state_dict())
     remove_conditioning(model, seed)
 

@@ -16,10 +16,10 @@ def make_mixer(spec: LayerSpec, width: int, eps: float) -> Mamba2 | Attention | 
     if isinstance(spec, MambaSpec):
         return Mamba2(width, spec, eps)
     if isinstance(spec, AttentionSpec):
-        return Attention(width, spec)
+        return Attention(width, spec, eps)
     if isinstance(spec, MoESpec):
         return MoE(width, spec)
-    return MLP(width, spec.intermediate_size, spec.bias)
+    return MLP(width, spec.intermediate_size, spec.bias, spec.gated)
 
 
 class Layer(nn.Module):

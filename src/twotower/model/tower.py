@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from twotower.config import TowerConfig
 from twotower.layers.norms import RMSNorm
+from twotower.layers.rope import Rotation, rotation
 from twotower.model.layer import Layer
 
 
@@ -18,6 +20,16 @@ class Tower(nn.Module):
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(spec, config) for spec in config.layers)
         self.norm_f = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def rotation(self, start: Tensor | int, length: int, device: torch.device) -> Rotation | None:
+        """How queries and keys of `length` tokens after `start` others, per row (B,) or of all
+        rows, are turned; None without rotary layers.
+        """
+        if self.config.rotary is None:
+            return None
+        positions = torch.arange(length, device=device).unsqueeze(0)
+        first = start.to(device).unsqueeze(1) if isinstance(start, Tensor) else start
+        return rotation(*self.config.rotary, positions + first)
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids (...) -> the residual stream (..., D); float32 when the configuration keeps it so."""

@@ -43,9 +43,7 @@ class TwoTower(nn.Module):
         self.context_lm_head = nn.Linear(width, vocab, bias=False)
         self.denoiser_tower: DenoiserTower | None = None
         if towers == "both":
-            self.denoiser_tower = DenoiserTower(
-                config.denoiser, config.reads, config.bidirectional_mamba
-            )
+            self.denoiser_tower = DenoiserTower(config)
             self.lm_head = nn.Linear(width, vocab, bias=False)
             self.t_embedder = TimestepEmbedder(width)
             self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
@@ -239,7 +237,9 @@ class TwoTower(nn.Module):
         mask = masks.block_causal(index.to(blocks.device), length, block_size)
         if t is not None:
             t = (t if t.dim() == 2 else t.unsqueeze(-1)).to(self.denoiser_device)
-        hidden = self.denoiser()(blocks, view, mask, None if t is None else self.modulations(t))
+        modulations = None if t is None else self.modulations(t)
+        start = index.to(blocks.device) * block_size
+        hidden = self.denoiser()(blocks, view, mask, modulations, start)
         return _head(self.lm_head, hidden.flatten(1, 2)), context
 
     def _training_view(

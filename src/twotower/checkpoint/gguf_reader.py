@@ -1,0 +1,204 @@
+"""GGUF files as a source of models: opened once, their metadata becomes a folder like any other.
+
+The folder, in the user's cache, holds config.json, tokenizer and chat template, and an index of
+the tensors; the weights stay in the GGUF file and are made full precision as they are read.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twotower.checkpoint.gguf_tokenizer import tokenizer_files
+from twotower.config import TwoTowerConfig
+from twotower.families import FAMILIES, Family, config_from_dict, family_of, read_json
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+INDEX_FILE = "gguf_tensors.json"
+_CACHE = Path.home() / ".cache" / "twotower" / "gguf"
+_VERSION = 1  # of what is written there
+_MAGIC = b"GGUF"
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPES = (*_PLAIN, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+_NOT_WEIGHTS = ("rope_freqs.weight",)  # what config.json says in another way
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file, by its name or its first bytes."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return path.suffix == ".gguf" or stream.read(4) == _MAGIC
+
+
+def open_gguf(file: Path) -> Path:
+    """The folder that stands for a GGUF file; made on the first call for this version of the file.
+
+    ValueError (one line) for a file that is damaged, of another architecture, or has tensors of an
+    unsupported type; nothing is left behind then.
+    """
+    file = file.resolve()
+    state = file.stat()
+    key = f"{_VERSION} {file} {state.st_size} {state.st_mtime_ns}"
+    folder = _CACHE / f"{file.stem[:40]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if (folder / INDEX_FILE).is_file():
+        return folder
+    contents = _contents(file)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent) as aside:
+        made = Path(aside) / "made"
+        made.mkdir()
+        for name, content in contents.items():
+            (made / name).write_bytes(content)
+        try:
+            os.replace(made, folder)  # whole or not there, also beside another process
+        except OSError:
+            shutil.rmtree(made)  # the other process was first
+    return folder
+
+
+def read_index(folder: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """The GGUF file behind a folder, and its tensors by their name there: type, shape, offset."""
+    values = read_json(folder / INDEX_FILE)
+    file, tensors = Path(str(values["file"])), values["tensors"]
+    assert isinstance(tensors, dict)  # written by open_gguf
+    if not file.is_file():
+        raise ValueError(f"{file}: has gone; put the GGUF file back or name another one")
+    return file, tensors
+
+
+def read_tensor(file: Path, entry: Mapping[str, Any]) -> Tensor:
+    """A tensor's values in full precision: float32, or the file's own float type."""
+    from gguf import GGMLQuantizationType, quants
+
+    data = np.memmap(
+        file, mode="r", dtype=np.uint8, offset=entry["offset"], shape=(entry["num_bytes"],)
+    )
+    kind, shape = entry["type"], tuple(entry["shape"])
+    if kind in _PLAIN:
+        return torch.from_numpy(np.array(data)).view(_PLAIN[kind]).view(shape)
+    rows = data.reshape(*shape[:-1], -1)
+    return torch.from_numpy(quants.dequantize(rows, GGMLQuantizationType[kind])).view(shape)
+
+
+def gguf_names(config: TwoTowerConfig) -> Callable[[str], str | None]:
+    """From our name of a tensor inside a tower to its name in a GGUF file, None if it has none."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    family = family_of(config)
+    ids = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
+    arch = ids[family.gguf_architecture(config)]
+    table = get_tensor_name_map(arch, config.context.num_layers)
+
+    def find(name: str) -> str | None:
+        known = family.gguf_lookup_name(name)
+        found: str | None = table.get_name(known, try_suffixes=(".weight", ".bias"))
+        return found
+
+    return find
+
+
+def _contents(file: Path) -> dict[str, bytes]:
+    """The files of the folder that stands for a GGUF file."""
+    reader = _open(file)
+    try:
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+    except Exception as error:  # the library raises what numpy does
+        raise _damaged(file, error) from None
+    family = _family(file, metadata)
+    tensors = dict(_tensors(file, reader))
+    try:
+        names = frozenset(tensors)
+        factors = _values_of(file, tensors.get("rope_freqs.weight"))
+        values = {"model_type": family.MODEL_TYPE} | family.config_from_gguf(
+            metadata, names, factors
+        )
+        config_from_dict(values)
+        files = tokenizer_files(metadata)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file}: lacks the metadata {error}; fetch the file again") from None
+    except ValueError as error:
+        text = str(error).removeprefix("config.json: ")
+        raise ValueError(f"{file}: {text}") from None
+    index = {
+        "file": str(file),
+        "tensors": {n: t for n, t in tensors.items() if n not in _NOT_WEIGHTS},
+    }
+    return {"config.json": _json(values), **files, INDEX_FILE: _json(index)}
+
+
+def _open(file: Path) -> "GGUFReader":
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise ValueError(
+            f"{file}: reading GGUF needs the package gguf; install it with: pip install gguf"
+        ) from None
+    try:
+        return GGUFReader(file)
+    except Exception as error:  # a truncated header ends in one of numpy's errors
+        raise _damaged(file, error) from None
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:120]
+    return ValueError(f"{file}: truncated or not a GGUF file ({reason}); fetch it again")
+
+
+def _family(file: Path, metadata: Mapping[str, Any]) -> Family:
+    """The family of the file's architecture; ValueError (one line) for others and for parts."""
+    if metadata.get("split.count", 1) > 1:
+        raise ValueError(
+            f"{file}: is one of {metadata['split.count']} parts; merge them with llama-gguf-split"
+        )
+    architecture = metadata.get("general.architecture")
+    known = {family.GGUF_READS: family for family in FAMILIES.values() if family.GGUF_READS}
+    if architecture not in known:
+        raise ValueError(
+            f"{file}: architecture {architecture!r} is not supported; read from GGUF are "
+            f"{', '.join(known)}"
+        )
+    return known[architecture]
+
+
+def _tensors(file: Path, reader: "GGUFReader") -> Iterator[tuple[str, dict[str, Any]]]:
+    size = file.stat().st_size
+    for tensor in reader.tensors:
+        kind, shape = tensor.tensor_type.name, [int(n) for n in reversed(tensor.shape)]
+        if kind not in TYPES:
+            raise ValueError(
+                f"{file}: {tensor.name} is of type {kind}, which is not supported; read are "
+                f"{', '.join(TYPES)}"
+            )
+        offset, num_bytes = int(tensor.data_offset), int(tensor.n_bytes)
+        if offset + num_bytes > size:
+            raise ValueError(
+                f"{file}: ends before {tensor.name} does: truncated; fetch the file again"
+            )
+        yield (
+            tensor.name,
+            {"type": kind, "shape": shape, "offset": offset, "num_bytes": num_bytes},
+        )
+
+
+def _values_of(file: Path, entry: Mapping[str, Any] | None) -> list[float] | None:
+    if entry is None:
+        return None
+    if math.prod(entry["shape"]) > 2**16:
+        raise ValueError("rope_freqs.weight is larger than any head; fetch the file again")
+    return [float(value) for value in read_tensor(file, entry).float()]
+
+
+def _json(values: Mapping[str, object]) -> bytes:
+    return (json.dumps(values, indent=1) + "\n").encode()

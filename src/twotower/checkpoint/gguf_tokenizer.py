@@ -1,0 +1,160 @@
+"""The tokenizer and chat template inside a GGUF file, as the files that other code reads.
+
+Two kinds: byte-level BPE ("gpt2"), whose way of splitting text has a name, and SentencePiece's BPE
+with byte fallback ("llama"), whose merges are made from the scores. Source: llama.cpp
+src/llama-vocab.cpp for the patterns.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+_BYTE_LEVEL = {
+    "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True
+}  # fmt: skip
+_DIGITS = {"type": "Digits", "individual_digits": True}
+_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _split(pattern: str) -> list[dict[str, object]]:
+    """Pieces by a pattern, then bytes."""
+    regex = {"Regex": pattern}
+    split = {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
+    return [split, _BYTE_LEVEL | {"use_regex": False}]
+
+
+# llama.cpp's names of ways to split text.
+_SPLITS: dict[str, list[dict[str, object]]] = {
+    "gpt-2": [_BYTE_LEVEL],
+    "smollm": [_DIGITS, _BYTE_LEVEL],
+    "qwen2": _split(_PATTERN % ""),
+    "llama-bpe": _split(_PATTERN % "{1,3}"),
+}
+_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+_SPACE = "\u2581"
+
+
+def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
+    """tokenizer.json, tokenizer_config.json and generation_config.json of a GGUF file's metadata.
+
+    ValueError (one line) for a kind of tokenizer that is not supported.
+    """
+    prefix = "tokenizer.ggml"
+    tokens, types = metadata[f"{prefix}.tokens"], metadata[f"{prefix}.token_type"]
+    if len(tokens) != len(types) or len(set(tokens)) != len(tokens):
+        raise ValueError("its tokenizer has tokens without a type, or one twice; fetch it again")
+    kind = metadata[f"{prefix}.model"]
+    if kind == "gpt2":
+        parts = _byte_level(metadata)
+    elif kind == "llama":
+        parts = _sentence_piece(metadata)
+    else:
+        raise ValueError(f"tokenizer {kind!r} is not supported; read from GGUF are gpt2, llama")
+    added = [
+        {
+            "id": index, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": False, "special": types[index] in (_CONTROL, _UNKNOWN),
+        }
+        for index, token in enumerate(tokens)
+        if types[index] in (_CONTROL, _UNKNOWN, _USER_DEFINED)
+    ]  # fmt: skip
+    tokenizer = {
+        "version": "1.0", "truncation": None, "padding": None, "post_processor": None,
+        "added_tokens": added, **parts,
+    }  # fmt: skip
+    return {
+        "tokenizer.json": _json(tokenizer),
+        "tokenizer_config.json": _json(_roles(metadata, tokens, kind)),
+    }
+
+
+def _roles(metadata: Mapping[str, Any], tokens: Sequence[str], kind: str) -> dict[str, object]:
+    """Special tokens by role, whether a text begins with one, and the chat template."""
+    found: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for role, theirs in _ROLES.items():
+        index = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        if index is not None and 0 <= index < len(tokens):
+            found[f"{role}_token"] = tokens[index]
+    found["add_bos_token"] = bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"))
+    if template := metadata.get("tokenizer.chat_template"):
+        found["chat_template"] = template
+    return found
+
+
+def _byte_level(metadata: Mapping[str, Any]) -> dict[str, object]:
+    """Byte-level BPE: the vocabulary is written in the alphabet that stands for bytes."""
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if name not in _SPLITS:
+        raise ValueError(
+            f"its tokenizer splits text by {name!r}, which is not supported; read are "
+            f"{', '.join(_SPLITS)}; give the model's folder, which has a tokenizer.json"
+        )
+    tokens = metadata["tokenizer.ggml.tokens"]
+    model = {
+        "type": "BPE", "vocab": {token: index for index, token in enumerate(tokens)},
+        "merges": [merge.split(" ", 1) for merge in metadata["tokenizer.ggml.merges"]],
+        "ignore_merges": name == "llama-bpe",
+    }  # fmt: skip
+    return {
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _SPLITS[name]},
+        "decoder": _BYTE_LEVEL,
+        "model": model,
+    }
+
+
+def _sentence_piece(metadata: Mapping[str, Any]) -> dict[str, object]:
+    """SentencePiece's BPE: spaces are a letter, unknown characters become bytes."""
+    tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
+    types = metadata["tokenizer.ggml.token_type"]
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    has_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    steps: list[dict[str, object]] = [{"type": "Prepend", "prepend": _SPACE}] if has_prefix else []
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if has_prefix else []
+    decoder = {
+        "type": "Sequence",
+        "decoders": [
+            {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            *strip,
+        ],
+    }
+    model = {
+        "type": "BPE", "vocab": {token: index for index, token in enumerate(tokens)},
+        "merges": _merges(tokens, scores, types), "unk_token": tokens[unknown],
+        "fuse_unk": True, "byte_fallback": True,
+    }  # fmt: skip
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "pre_tokenizer": None,
+        "decoder": decoder,
+        "model": model,
+    }
+
+
+def _merges(
+    tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]
+) -> list[list[str]]:
+    """Every way to make a token of two others, the best token first: what scores decide there."""
+    ids = {
+        token: index
+        for index, token in enumerate(tokens)
+        if types[index] in (_NORMAL, _USER_DEFINED)
+    }
+    found: list[tuple[float, int, int, str, str]] = []
+    for token, index in ids.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in ids and right in ids:
+                found.append((-scores[index], ids[left], ids[right], left, right))
+    return [[left, right] for *_, left, right in sorted(found)]
+
+
+def _json(values: Mapping[str, object]) -> bytes:
+    return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()

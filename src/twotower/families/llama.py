@@ -1,0 +1,446 @@
+"""Llama and its relatives: Mistral, Qwen2, Qwen3, SmolLM3.
+
+A block is an attention layer with rotary positions and a gated MLP; the families differ in biases,
+norms of queries and keys, and layers without positions. Source: transformers 5, each family's
+configuration and modelling file; llama.cpp's convert_hf_to_gguf.py for GGUF.
+"""
+
+import re
+import reprlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from twotower.config import (
+    AttentionSpec,
+    InitSpec,
+    LayerSpec,
+    MLPSpec,
+    RopeSpec,
+    TowerConfig,
+    TwoTowerConfig,
+)
+from twotower.families.fields import (
+    Values,
+    read_spec,
+    read_two_towers,
+    refuse,
+    refuse_per_layer,
+    require,
+    typed,
+    with_synonyms,
+    write_spec,
+    write_two_towers,
+)
+from twotower.layers.rope import inverse_frequencies
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+_TOWER = {"hidden_size": "hidden_size", "vocab_size": "vocab_size", "norm_eps": "rms_norm_eps"}
+_ATTENTION = {
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "bias": "attention_bias",
+    "out_bias": "attention_bias",
+}
+_MLP = {"intermediate_size": "intermediate_size", "bias": "mlp_bias"}
+_ROPE = {
+    "theta": "rope_theta",
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_positions": "original_max_position_embeddings",
+}
+_ROPE_TYPES = {  # our name, and the fields that count
+    "default": ("none", ("theta",)),
+    "linear": ("linear", ("theta", "factor")),
+    "llama3": ("llama3", tuple(_ROPE)),
+}
+_REQUIRED = [
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+]  # fmt: skip
+_TOP = {"embed_tokens.": "embeddings.", "norm.": "norm_f."}
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_LLAMA_IDS = {"bos_token_id": 1, "eos_token_id": 2}
+_MIXERS = ("self_attn", "mlp")  # of a block, in order
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_PER_LAYER = ("layer_types", "no_rope_layers", "eos_token_id", "reads")
+_SMOLLM3_INTERVAL = 4  # llama.cpp knows no other
+_MOST_BLOCKS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaFamily:
+    """One of the families, by what sets it apart. See `Family` for what the names mean."""
+
+    MODEL_TYPE: str
+    ARCHITECTURE: str
+    gguf_name: str
+    """llama.cpp's architecture."""
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    """What config.json means where it is silent, as in `transformers`."""
+    token_ids: Mapping[str, int] = field(default_factory=dict)
+    """Special ids of a file that does not name them."""
+    has_qkv_bias: bool | None = None
+    """None: as the file says."""
+    has_qk_norm: bool = False
+    has_no_rope_layers: bool = False
+    pairs_neighbours: bool = False
+    """llama.cpp turns pairs of neighbours: rows of queries and keys change places."""
+
+    TWO_TOWER_ARCHITECTURE: ClassVar[str] = "TwoTowerForCausalLM"
+    LAYOUTS: ClassVar[Mapping[str, str]] = {"model.": "transformers"}
+
+    @property
+    def GGUF_READS(self) -> str | None:
+        """Its own name: another family's files under that name are read as this one."""
+        return self.gguf_name if self.gguf_name == self.MODEL_TYPE else None
+
+    GGUF_FLOAT32: ClassVar[tuple[str, ...]] = ()
+
+    def read_config(self, given: Values) -> TwoTowerConfig:
+        """What config.json says; ValueError (one line) for what is not supported."""
+        # A null counts as said: transformers keeps it, too.
+        silent = {n: v for n, v in self.defaults.items() if n not in given}
+        values = {**silent, **with_synonyms(given, {})}
+        require(values, _REQUIRED)
+        blocks = _num_blocks(values["num_hidden_layers"])
+        self._refuse(given, values, blocks)
+        attention = self._read_attention(values)
+        mlp = read_spec(MLPSpec, values, _MLP, gated=True)
+        layers: list[LayerSpec] = []
+        for has_rope in self._has_rope(values, blocks):
+            layers += [attention if has_rope else replace(attention, rope=None), mlp]
+        tower = read_spec(TowerConfig, values, _TOWER, layers=tuple(layers))
+        init = read_spec(InitSpec, values, {"std": "initializer_range"}, rescale_residual=False)
+        # No token of such a vocabulary is a mask: its id is one past the last.
+        own = {"mask_token_id": tower.vocab_size, **values}
+        ids = {name: given.get(name, self.token_ids.get(name)) for name in _TOKEN_IDS}
+        return read_two_towers(self.MODEL_TYPE, tower, {**own, **ids}, init=init)
+
+    def write_config(self, config: TwoTowerConfig) -> dict[str, object]:
+        """config.json, as `read_config` and `transformers` read it."""
+        tower = config.context
+        attention, mlp = _specs(config)
+        # A bias that the family always has is no field of its file.
+        names = {n: f for n, f in _ATTENTION.items() if n != "bias"}
+        fields = {
+            **write_spec(tower, _TOWER),
+            **write_spec(attention, names),
+            **write_spec(mlp, _MLP),
+            **write_two_towers(config),
+            "num_hidden_layers": tower.num_layers // 2,
+            "hidden_act": "silu",
+            "initializer_range": config.init.std,
+            "rope_parameters": _write_rope(tower),
+            "sliding_window": None,
+        }
+        if self.has_no_rope_layers:
+            rotary = tower.layers_of(AttentionSpec)
+            fields["no_rope_layers"] = [int(one.rope is not None) for one in rotary]
+        return fields
+
+    def transformers_config(self, config: TwoTowerConfig) -> dict[str, object]:
+        """config.json of the context tower as `transformers` 5 reads it."""
+        own = ("mask_token_id", "block_size", "bidirectional_mamba", "reads")
+        return {n: value for n, value in self.write_config(config).items() if n not in own}
+
+    def to_tower_name(self, name: str) -> str | None:
+        """A tensor of a single-tower file by its name inside a tower; None: not needed."""
+        if name.endswith("rotary_emb.inv_freq"):
+            return None
+        inner = name.removeprefix("model.")
+        for theirs, ours in _TOP.items():
+            if inner.startswith(theirs):
+                return ours + inner.removeprefix(theirs)
+        match = re.fullmatch(r"layers\.(\d+)\.(\w+)\.(.+)", inner)
+        for kind, parts in (("mixer", _MIXERS), ("norm", _NORMS)):
+            if match is not None and match[2] in parts:
+                return f"layers.{2 * int(match[1]) + parts.index(match[2])}.{kind}.{match[3]}"
+        return name
+
+    def from_tower_name(self, name: str) -> str:
+        """The inverse."""
+        for theirs, ours in _TOP.items():
+            if name.startswith(ours):
+                return f"model.{theirs}{name.removeprefix(ours)}"
+        match = re.fullmatch(r"layers\.(\d+)\.(norm|mixer)\.(.+)", name)
+        if match is None:
+            return name  # the head
+        block, side = divmod(int(match[1]), 2)
+        parts = _NORMS if match[2] == "norm" else _MIXERS
+        return f"model.layers.{block}.{parts[side]}.{match[3]}"
+
+    def gguf_architecture(self, config: TwoTowerConfig) -> str:
+        """llama.cpp's name for it; ValueError for a model that it cannot compute."""
+        rotary = [one.rope is not None for one in config.context.layers_of(AttentionSpec)]
+        known = [(i + 1) % _SMOLLM3_INTERVAL != 0 for i in range(len(rotary))]
+        if self.has_no_rope_layers and rotary != known:
+            raise ValueError(
+                "no_rope_layers cannot be exported: llama.cpp leaves positions out of every "
+                f"{_SMOLLM3_INTERVAL}th layer only"
+            )
+        if self.has_qk_norm and _specs(config)[0].bias:
+            raise ValueError(
+                "attention_bias=true cannot be exported: llama.cpp has no such bias in this family"
+            )
+        return self.gguf_name
+
+    def gguf_lookup_name(self, name: str) -> str:
+        """A name inside a tower as the table of the `gguf` package knows it."""
+        return self.from_tower_name(name)
+
+    def gguf_values(self, name: str, values: Tensor, config: TwoTowerConfig) -> Tensor:
+        """A tensor's values and shape as llama.cpp expects them."""
+        if not self.pairs_neighbours or not re.search(r"\.[qk]_proj\.", name):
+            return values
+        half = _specs(config)[0].head_dim // 2
+        pairs: Tensor = values.unflatten(0, (-1, 2, half))
+        return pairs.transpose(1, 2).flatten(0, 2)
+
+    def values_from_gguf(self, name: str, values: Tensor, config: TwoTowerConfig) -> Tensor:
+        """The inverse of `gguf_values`."""
+        if not self.pairs_neighbours or not re.search(r"\.[qk]_proj\.", name):
+            return values
+        half = _specs(config)[0].head_dim // 2
+        pairs: Tensor = values.unflatten(0, (-1, half, 2))
+        return pairs.transpose(1, 2).flatten(0, 2)
+
+    def config_from_gguf(
+        self,
+        metadata: Mapping[str, Any],
+        tensors: frozenset[str],
+        rope_factors: list[float] | None,
+    ) -> dict[str, object]:
+        """config.json of a GGUF file. See `Family`."""
+        found = {
+            name.removeprefix(f"{self.gguf_name}."): value
+            for name, value in metadata.items()
+            if name.startswith(f"{self.gguf_name}.")
+        }
+        for name, allowed in (("expert_count", 0), ("attention.sliding_window", 0)):
+            if found.get(name, allowed) != allowed:
+                raise ValueError(f"{name}={found[name]} is not supported; only {allowed}")
+        heads, width = found["attention.head_count"], found["embedding_length"]
+        head_dim = found.get("attention.key_length", width // max(heads, 1))
+        values: dict[str, object] = {
+            "hidden_size": width,
+            "intermediate_size": found["feed_forward_length"],
+            "num_hidden_layers": found["block_count"],
+            "num_attention_heads": heads,
+            "num_key_value_heads": found.get("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+            "rms_norm_eps": _short(found["attention.layer_norm_rms_epsilon"]),
+            "rope_parameters": _rope_from_gguf(found, head_dim, rope_factors),
+            "tie_word_embeddings": "output.weight" not in tensors,
+            "attention_bias": "blk.0.attn_output.bias" in tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+            "sliding_window": None,
+        }
+        for role, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+            values[f"{role}_token_id"] = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        return values
+
+    def gguf_extra_tensors(self, config: TwoTowerConfig) -> Iterator[tuple[str, Tensor]]:
+        """The factors of Llama 3's scaling, which llama.cpp keeps as a tensor."""
+        if config.context.rotary is None or config.context.rotary[0].scaling != "llama3":
+            return
+        spec, head_dim = config.context.rotary
+        plain = inverse_frequencies(replace(spec, scaling="none"), head_dim)
+        yield "rope_freqs.weight", plain / inverse_frequencies(spec, head_dim)
+
+    def add_gguf_sizes(self, writer: "GGUFWriter", config: TwoTowerConfig) -> None:
+        """The metadata that describes the architecture."""
+        from gguf import RopeScalingType
+
+        attention, mlp = _specs(config)
+        writer.add_context_length(32_768)  # limits nothing: the cache it takes when not told
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_block_count(config.context.num_layers // 2)
+        writer.add_feed_forward_length(mlp.intermediate_size)
+        writer.add_head_count(attention.num_heads)
+        writer.add_head_count_kv(attention.num_kv_heads)
+        writer.add_key_length(attention.head_dim)
+        writer.add_value_length(attention.head_dim)
+        writer.add_layer_norm_rms_eps(config.context.norm_eps)
+        if config.context.rotary is not None:
+            rope, head_dim = config.context.rotary
+            writer.add_rope_dimension_count(head_dim)
+            writer.add_rope_freq_base(rope.theta)
+            if rope.scaling == "linear":
+                writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+                writer.add_rope_scaling_factor(rope.factor)
+
+    def _read_attention(self, values: Values) -> AttentionSpec:
+        """What all blocks' attention has in common, with its positions."""
+        found = dict(values)
+        heads = typed("num_attention_heads", found["num_attention_heads"], int)
+        width = typed("hidden_size", found["hidden_size"], int)
+        found.setdefault("num_key_value_heads", heads)
+        if "head_dim" not in found:
+            assert isinstance(heads, int) and isinstance(width, int)
+            found["head_dim"] = width // max(heads, 1)
+        if self.has_qkv_bias is not None:
+            found["attention_bias"] = False
+        spec = read_spec(
+            AttentionSpec, found, _ATTENTION, rope=_read_rope(values), qk_norm=self.has_qk_norm
+        )
+        return replace(spec, bias=spec.bias or bool(self.has_qkv_bias))
+
+    def _refuse(self, given: Values, values: Values, num_blocks: int) -> None:
+        """ValueError for what would change the model and is not supported."""
+        refuse(values, {"hidden_act": "silu", "partial_rotary_factor": 1.0})
+        if values.get("use_sliding_window", True):
+            refuse(values, {"sliding_window": None})
+        types = values.get("layer_types")
+        for one in types if isinstance(types, list) else ():
+            if one != "full_attention":
+                raise ValueError(
+                    f"config.json: layer_types has {reprlib.repr(one)}, which is not supported; "
+                    "only 'full_attention'"
+                )
+        refuse_per_layer(given, num_blocks, _PER_LAYER)
+
+    def _has_rope(self, values: Values, num_blocks: int) -> list[bool]:
+        """Whether each block's attention has positions."""
+        if not self.has_no_rope_layers:
+            return [True] * num_blocks
+        given = values.get("no_rope_layers")
+        if given is None:
+            interval = typed("no_rope_layer_interval", values["no_rope_layer_interval"], int)
+            assert isinstance(interval, int)
+            return [interval < 1 or (i + 1) % interval != 0 for i in range(num_blocks)]
+        if not isinstance(given, list) or len(given) != num_blocks or {*map(str, given)} - {*"01"}:
+            raise ValueError(
+                f"config.json: no_rope_layers={reprlib.repr(given)} must be a 0 (no positions) or "
+                f"a 1 for each of {num_blocks} layers"
+            )
+        return [bool(one) for one in given]
+
+
+LLAMA = LlamaFamily(
+    MODEL_TYPE="llama", ARCHITECTURE="LlamaForCausalLM", gguf_name="llama",
+    defaults={"rms_norm_eps": 1e-6}, token_ids=_LLAMA_IDS, pairs_neighbours=True,
+)  # fmt: skip
+MISTRAL = LlamaFamily(
+    MODEL_TYPE="mistral", ARCHITECTURE="MistralForCausalLM", gguf_name="llama",
+    defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
+    token_ids=_LLAMA_IDS, has_qkv_bias=False, pairs_neighbours=True,
+)  # fmt: skip
+QWEN2 = LlamaFamily(
+    MODEL_TYPE="qwen2", ARCHITECTURE="Qwen2ForCausalLM", gguf_name="qwen2",
+    defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 32, "use_sliding_window": False},
+    has_qkv_bias=True,
+)  # fmt: skip
+QWEN3 = LlamaFamily(
+    MODEL_TYPE="qwen3", ARCHITECTURE="Qwen3ForCausalLM", gguf_name="qwen3",
+    defaults={
+        "rms_norm_eps": 1e-6, "num_key_value_heads": 32, "head_dim": 128,
+        "use_sliding_window": False,
+    },
+    has_qk_norm=True,
+)  # fmt: skip
+SMOLLM3 = LlamaFamily(
+    MODEL_TYPE="smollm3", ARCHITECTURE="SmolLM3ForCausalLM", gguf_name="smollm3",
+    defaults={
+        "rms_norm_eps": 1e-6, "num_key_value_heads": 4, "rope_theta": 2e6,
+        "no_rope_layer_interval": 4, "tie_word_embeddings": True, "use_sliding_window": False,
+    },
+    token_ids={"bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 128004},
+    has_no_rope_layers=True, pairs_neighbours=True,
+)  # fmt: skip
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3)
+
+
+def _num_blocks(value: object) -> int:
+    """num_hidden_layers, within bounds before a list is made of it."""
+    count = typed("num_hidden_layers", value, int)
+    if not isinstance(count, int) or not 1 <= count <= _MOST_BLOCKS:
+        raise ValueError(
+            f"config.json: num_hidden_layers={reprlib.repr(count)} must be between 1 and "
+            f"{_MOST_BLOCKS}"
+        )
+    return count
+
+
+def _specs(config: TwoTowerConfig) -> tuple[AttentionSpec, MLPSpec]:
+    """The first block's layers: all blocks are alike, but for positions."""
+    attention, mlp = config.context.layers[:2]
+    assert isinstance(attention, AttentionSpec) and isinstance(mlp, MLPSpec)
+    return attention, mlp
+
+
+def _read_rope(values: Values) -> RopeSpec:
+    """The rotary positions, in the spelling of transformers 5 or the one before."""
+    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"config.json: rope_parameters={reprlib.repr(given)} must be an object")
+    found = with_synonyms(given, {"type": "rope_type"})
+    kind = found.get("rope_type", "default")
+    if not isinstance(kind, str) or kind not in _ROPE_TYPES:
+        raise ValueError(
+            f"config.json: rope_type={reprlib.repr(kind)} is not supported; read are "
+            f"{', '.join(_ROPE_TYPES)}"
+        )
+    refuse(found, {"partial_rotary_factor": 1.0})
+    scaling, used = _ROPE_TYPES[kind]
+    found.setdefault("rope_theta", values.get("rope_theta", 10_000.0))
+    found.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
+    require(found, [_ROPE[name] for name in used])
+    return read_spec(RopeSpec, found, {name: _ROPE[name] for name in used}, scaling=scaling)
+
+
+def _rope_from_gguf(
+    found: Mapping[str, Any], head_dim: int, factors: list[float] | None
+) -> dict[str, object]:
+    """rope_parameters from a GGUF file's metadata and its tensor of factors."""
+    if found.get("rope.dimension_count", head_dim) != head_dim:
+        raise ValueError(
+            f"rope.dimension_count={found['rope.dimension_count']} is not supported; only the "
+            f"head's size, {head_dim}"
+        )
+    values: dict[str, object] = {"rope_theta": _short(found.get("rope.freq_base", 10_000.0))}
+    kind = found.get("rope.scaling.type", "none")
+    if factors is not None:
+        return values | _llama3_of_factors(factors, values, head_dim)
+    if kind not in ("none", "linear"):
+        raise ValueError(f"rope.scaling.type={kind!r} is not supported; only none and linear")
+    factor = _short(found.get("rope.scaling.factor", 1.0))
+    is_linear = kind == "linear" and factor != 1.0
+    return values | ({"rope_type": "linear", "factor": factor} if is_linear else {})
+
+
+def _llama3_of_factors(
+    factors: list[float], values: Mapping[str, object], head_dim: int
+) -> dict[str, object]:
+    """The scaling that has these factors, among those of the Llama 3 releases."""
+    for factor in (8.0, 32.0):
+        found: dict[str, object] = {
+            "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        }  # fmt: skip
+        spec = _read_rope({"rope_parameters": {**values, **found}})
+        plain = inverse_frequencies(replace(spec, scaling="none"), head_dim)
+        known = plain / inverse_frequencies(spec, head_dim)
+        if len(factors) == len(known) and torch.allclose(known, torch.tensor(factors), rtol=1e-3):
+            return found
+    raise ValueError("rope_freqs.weight holds factors of no known scaling; use the model's folder")
+
+
+def _short(value: float) -> float:
+    """A float32 as the shortest number that means it: 1e-05, not 9.99999974e-06."""
+    return float(f"{value:.7g}")
+
+
+def _write_rope(tower: TowerConfig) -> dict[str, object]:
+    """The inverse, in the spelling of transformers 5."""
+    spec = RopeSpec(theta=10_000.0) if tower.rotary is None else tower.rotary[0]
+    kind = next(name for name, (scaling, _) in _ROPE_TYPES.items() if scaling == spec.scaling)
+    _, used = _ROPE_TYPES[kind]
+    return {"rope_type": kind, **write_spec(spec, {name: _ROPE[name] for name in used})}

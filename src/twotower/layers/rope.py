@@ -1,0 +1,52 @@
+"""Rotary positions: queries and keys are turned by angles that grow with the position.
+
+Halves, not neighbours, make a pair, as in `transformers`. Source: arXiv 2104.09864; the scaling
+"llama3" is that of Llama 3.1's release.
+"""
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from twotower.config import RopeSpec
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of each angle, (B or 1, L, 1, A) float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotation(spec: RopeSpec, head_dim: int, positions: Tensor) -> Rotation:
+    """The rotation at positions (B or 1, L), whole numbers on the device it is wanted on."""
+    frequencies = inverse_frequencies(spec, head_dim).to(positions.device)
+    angles = positions.float().unsqueeze(-1) * frequencies  # (B, L, A/2)
+    angles = torch.cat([angles, angles], dim=-1).unsqueeze(2)
+    return Rotation(angles.cos(), angles.sin())
+
+
+def rotate(x: Tensor, by: Rotation) -> Tensor:
+    """x (B, L, H, A) turned; the result has x's dtype."""
+    one, two = x.chunk(2, dim=-1)
+    turned = torch.cat([-two, one], dim=-1)
+    return x * by.cos.to(x.dtype) + turned * by.sin.to(x.dtype)
+
+
+@cache
+def inverse_frequencies(spec: RopeSpec, head_dim: int) -> Tensor:
+    """Angle per position of each pair: (A/2,) float32."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    frequencies = 1.0 / spec.theta**exponents
+    if spec.scaling == "none":
+        return frequencies
+    if spec.scaling == "linear":
+        return frequencies / spec.factor
+    wavelengths = 2 * math.pi / frequencies
+    low, high = spec.low_freq_factor, spec.high_freq_factor
+    smooth = (spec.original_max_positions / wavelengths - low) / (high - low)
+    smooth = smooth.clamp(0.0, 1.0)  # 0: stretched by the factor, 1: as they are
+    return (1 - smooth) * frequencies / spec.factor + smooth * frequencies

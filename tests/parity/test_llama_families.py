@@ -1,0 +1,230 @@
+"""Llama, Mistral, Qwen2, Qwen3, SmolLM3 against `transformers` in float32: tiny random models."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from twotower import GenerateOptions, TwoTower, generate
+from twotower.checkpoint import export_gguf, export_transformers, gguf_reader, load_model
+from twotower.lab.race.rivals import load_llama_cpp
+
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 1e-4  # float32 sums in another order, on any processor
+SIZES: dict[str, Any] = {
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": None,
+    "eos_token_id": 66,
+    "pad_token_id": None,
+    "attn_implementation": "eager",
+}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama, tied, biases": (
+        "Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}
+    ),
+    "llama, one KV head, its own head size": (
+        "Llama", {"num_key_value_heads": 1, "head_dim": 12}
+    ),
+    "llama, linear": (
+        "Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 300.0, "factor": 4.0}}
+    ),
+    "llama 3": ("Llama", {"rope_parameters": LLAMA3}),
+    "mistral": ("Mistral", {"sliding_window": None, "head_dim": 16}),
+    "qwen2": ("Qwen2", {"use_sliding_window": False}),
+    "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3, biases": ("Qwen3", {"head_dim": 8, "attention_bias": True}),
+    "smollm3": ("SmolLM3", {}),
+    "smollm3, its own layers without positions": (
+        "SmolLM3", {"no_rope_layers": [0, 1, 1, 0, 1], "tie_word_embeddings": False}
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Their model with no symmetric weight, ours from the files that it saves, and the folder."""
+    name, changes = CASES[request.param]
+    config = getattr(transformers, f"{name}Config")(**SIZES | changes)
+    torch.manual_seed(7)
+    theirs = getattr(transformers, f"{name}ForCausalLM")(config).eval().requires_grad_(False)
+    for parameter in theirs.parameters():
+        scale = 0.3 if parameter.dim() > 1 else 0.1
+        parameter.add_(scale * torch.randn(parameter.shape))
+    folder = tmp_path_factory.mktemp("model")
+    theirs.save_pretrained(folder)
+    return theirs, load_model(folder, towers="context"), folder
+
+
+def ids(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(66, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_logits(pair: Any) -> None:
+    """Silent failure: positions, biases or head norms differ, and texts are plausible nonsense."""
+    theirs, ours, _ = pair
+    tokens = ids(2, 150)  # beyond the length where Llama 3's scaling begins
+    expected = theirs(tokens).logits
+    assert expected.std() > 0.3
+    assert (ours.context_logits(tokens) - expected).abs().max() < TOLERANCE * expected.std()
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 17])
+def test_greedy_texts(pair: Any, length: int) -> None:
+    theirs, ours, _ = pair
+    prompt = ids(1, length, seed=length)
+    expected = theirs.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    options = GenerateOptions(mode="ar", max_new_tokens=12, eos_token_id=None)
+    (found,) = generate(ours, [prompt[0].tolist()], options)
+    assert found.tokens == expected[0, length:].tolist()
+
+
+def test_ragged_rows_and_any_chunks(pair: Any) -> None:
+    """Silent failure: a row's positions are those of its longest neighbour, or start anew."""
+    theirs, ours, _ = pair
+    lengths = torch.tensor([9, 1, 23, 16])
+    tokens = ids(4, 23, seed=3)
+    for chunk in (1, 4, 7, 23):
+        cache = ours.prefill(tokens, lengths, chunk_size=chunk)
+        following = ids(4, 5, seed=4)
+        counts = torch.tensor([5, 2, 1, 4])
+        ours.extend(cache, following, counts)
+        found = ours.next_logits(cache)
+        for row, (length, count) in enumerate(zip(lengths.tolist(), counts.tolist(), strict=True)):
+            whole = torch.cat([tokens[row, :length], following[row, :count]]).unsqueeze(0)
+            expected = theirs(whole).logits[0, -1]
+            assert (found[row] - expected).abs().max() < TOLERANCE * expected.std()
+
+
+def test_the_way_back(pair: Any, tmp_path: Path) -> None:
+    """Silent failure: the export loads with a tensor that `transformers` filled at random."""
+    theirs, ours, _ = pair
+    export_transformers(ours, tmp_path)
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
+    )
+    assert not any(report.values()), report
+    assert type(again) is type(theirs)
+    tokens = ids(1, 90, seed=5)
+    expected = theirs(tokens).logits
+    assert (again.eval()(tokens).logits - expected).abs().max() < TOLERANCE * expected.std()
+
+
+def test_a_denoiser_starts_as_its_backbone(pair: Any) -> None:
+    """Silent failure: a block's positions begin at 0, so that the denoiser reads shifted keys.
+
+    Without conditioning and without masks, a copy of the backbone sees a block of one token as the
+    backbone does.
+    """
+    _, context, folder = pair
+    both: TwoTower = load_model(folder)
+    assert both.config.mask_token_id == both.config.vocab_size
+    tokens = ids(3, 14, seed=6)
+    lengths = torch.tensor([13, 5, 9])
+    cache = both.prefill(tokens, lengths)
+    block = ids(3, 1, seed=8)
+    found = both.denoise(block, cache.view(), t=torch.ones(3))[:, 0]
+    context.extend(cache, block)
+    torch.testing.assert_close(found, context.next_logits(cache), rtol=1e-3, atol=1e-3)
+
+
+def test_blocks_in_training_are_blocks_in_decoding(pair: Any) -> None:
+    """Silent failure: training turns keys and queries by other positions than decoding."""
+    _, _, folder = pair
+    model = load_model(folder)
+    clean = ids(2, 24, seed=9)
+    noisy = clean.masked_fill(
+        torch.rand(2, 24, generator=torch.Generator().manual_seed(1)) < 0.6, 67
+    )
+    index = torch.tensor([[2, 0], [1, 2]])
+    picked = noisy.unflatten(1, (3, 8))[torch.arange(2).unsqueeze(1), index].flatten(1)
+    with torch.no_grad():
+        found = model.training_logits(clean, picked, None, 8, index).unflatten(1, (2, 8))
+    for row in range(2):
+        for place in range(2):
+            block = int(index[row, place])
+            if block == 0:
+                continue
+            cache = model.prefill(clean[row : row + 1, : 8 * block])
+            own = noisy[row : row + 1, 8 * block : 8 * block + 8]
+            expected = model.denoise(own, cache.view(), None)[0]
+            torch.testing.assert_close(found[row, place], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def gguf_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf_reader, "_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+def written(model: TwoTower, file: Path, dtype: Any = "float32") -> bool:
+    """Whether llama.cpp can represent the model, which then is in the file."""
+    attention = model.config.context.layers[0]
+    rotary = [spec.rope is not None for spec in model.config.context.layers[::2]]  # type: ignore[union-attr]
+    reason = None
+    if rotary not in ([True] * 5, [True, True, True, False, True]):
+        reason = "no_rope_layers cannot be exported"
+    elif model.config.family == "qwen3" and attention.bias:  # type: ignore[union-attr]
+        reason = "attention_bias=true cannot be exported"
+    if reason is None:
+        export_gguf(model, file, dtype=dtype)
+    else:
+        with pytest.raises(ValueError, match=reason):
+            export_gguf(model, file, dtype=dtype)
+    return reason is None
+
+
+def test_llama_cpp_computes_our_distribution(pair: Any, tmp_path: Path) -> None:
+    """Silent failure: heads in llama.cpp's order, or positions that it scales otherwise."""
+    pytest.importorskip("xllamacpp")
+    _, ours, _ = pair
+    if not written(ours, tmp_path / "model.gguf"):
+        return
+    rival = load_llama_cpp(tmp_path / "model.gguf", threads=1)
+    try:
+        for length in (1, 3, 90):
+            prompt = ids(1, length, seed=length)
+            theirs = torch.tensor(rival.logprobs(prompt[0].tolist()))
+            expected = ours.context_logits(prompt)[0, -1].log_softmax(-1)
+            assert (theirs - expected).abs().max() < TOLERANCE * expected.std()
+    finally:
+        rival.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
+def test_a_gguf_file_is_read_as_the_model_that_wrote_it(
+    pair: Any, tmp_path: Path, gguf_cache: None, dtype: Any
+) -> None:
+    """Silent failure: queries and keys stay in llama.cpp's order, or a scaling is lost."""
+    _, ours, _ = pair
+    file = tmp_path / "model.gguf"
+    if not written(ours, file, dtype):
+        return
+    if ours.config.context.rotary[0].scaling == "llama3":  # not one of the releases' scalings
+        with pytest.raises(ValueError, match="factors of no known scaling"):
+            load_model(file, towers="context")
+        return
+    again = load_model(file, towers="context")
+    assert again.config.context.layers == ours.config.context.layers
+    assert again.config.context.norm_eps == ours.config.context.norm_eps
+    if dtype == "float32":
+        tokens = ids(1, 60, seed=2)
+        assert torch.equal(again.context_logits(tokens), ours.context_logits(tokens))
+    steps = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8, "q8_0": 0.51 / 127}
+    for name, value in ours.state_dict().items():
+        error = (again.state_dict()[name].float() - value).abs().max() / value.abs().max()
+        # Rows that are no multiple of 32 numbers are float16 in a q8_0 file.
+        assert error <= steps[dtype] + 2.0**-10 * (dtype == "q8_0"), name

@@ -1,0 +1,224 @@
+"""GGUF files as a source of models: block types, tokenizers, and one line for files that lie."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from twotower import load_model, load_tokenizer
+from twotower.checkpoint import gguf_reader, inspect
+from twotower.checkpoint.gguf_tokenizer import tokenizer_files
+from twotower.tokenizer import TOKENIZER_FILE
+
+gguf = pytest.importorskip("gguf")
+Kind = gguf.GGMLQuantizationType
+WIDTH, INNER, TOKENS = 256, 512, 300  # K types come in blocks of 256
+LETTERS = [chr(0x100 + index) if index < 33 or index > 126 else chr(index) for index in range(256)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(gguf_reader, "_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def write(
+    file: Path, kind: Any = Kind.F32, architecture: str = "llama", without: str = "", **extra: Any
+) -> dict[str, np.ndarray]:
+    """A one-block model whose matrices are of a type; returns every tensor's values."""
+    writer = gguf.GGUFWriter(file, architecture)
+    sizes = {
+        "context_length": 64, "embedding_length": WIDTH, "block_count": 1,
+        "feed_forward_length": INNER, "attention.head_count": 4, "attention.head_count_kv": 2,
+    }  # fmt: skip
+    for name, value in (sizes | extra).items():
+        if name != without:
+            add = writer.add_uint32 if isinstance(value, int) else writer.add_string
+            add(name if "." in name and "head" not in name else f"{architecture}.{name}", value)
+    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    tokens = [f"<{index}>" for index in range(TOKENS - 257)] + [*LETTERS, "hi"]
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * (TOKENS - 257) + [1] * 257)
+    writer.add_token_merges(["h i"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    values: dict[str, np.ndarray] = {}
+    for name, shape in (
+        ("token_embd.weight", (TOKENS, WIDTH)),
+        ("blk.0.attn_norm.weight", (WIDTH,)),
+        ("blk.0.attn_q.weight", (WIDTH, WIDTH)),
+        ("blk.0.attn_k.weight", (WIDTH // 2, WIDTH)),
+        ("blk.0.attn_v.weight", (WIDTH // 2, WIDTH)),
+        ("blk.0.attn_output.weight", (WIDTH, WIDTH)),
+        ("blk.0.ffn_norm.weight", (WIDTH,)),
+        ("blk.0.ffn_gate.weight", (INNER, WIDTH)),
+        ("blk.0.ffn_up.weight", (INNER, WIDTH)),
+        ("blk.0.ffn_down.weight", (WIDTH, INNER)),
+        ("output_norm.weight", (WIDTH,)),
+    ):
+        if name == without:
+            continue
+        own = Kind.F32 if len(shape) == 1 else kind
+        data = blocks(shape, own, seed=len(values))
+        values[name] = gguf.quants.dequantize(data, own)
+        writer.add_tensor(name, data, raw_dtype=own)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values
+
+
+def blocks(shape: tuple[int, ...], kind: Any, seed: int) -> np.ndarray:
+    """Random content of a type: any bytes are numbers, if the scales in front are finite."""
+    rng = np.random.default_rng(seed)
+    if kind in (Kind.F32, Kind.F16):
+        plain = {Kind.F32: np.float32, Kind.F16: np.float16}[kind]
+        return (0.1 * rng.standard_normal(shape)).astype(plain)
+    if kind == Kind.BF16:
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        return values.view(torch.uint8).numpy()
+    numbers, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+    count = shape[0] * shape[1] // numbers
+    data = rng.integers(0, 256, (count, num_bytes), dtype=np.uint8)
+    scales = rng.uniform(0.001, 0.01, (count, 2)).astype(np.float16).view(np.uint8)
+    if kind == Kind.Q6_K:
+        data[:, -2:] = scales[:, :2]  # its scale is the last
+    else:
+        num_scales = 4 if kind.name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else 2
+        data[:, :num_scales] = scales[:, :num_scales]
+    return data.reshape(shape[0], -1)
+
+
+@pytest.mark.parametrize("kind", gguf_reader.TYPES)
+def test_every_type_becomes_the_numbers_it_means(tmp_path: Path, kind: str) -> None:
+    """Silent failure: a block type is read with another one's layout, or rows get mixed up."""
+    values = write(tmp_path / "m.gguf", Kind[kind])
+    model = load_model(tmp_path / "m.gguf", towers="context")
+    found = {name: value.numpy() for name, value in model.state_dict().items()}
+    tower = "context_tower"
+    for ours, theirs in (
+        (f"{tower}.embeddings.weight", "token_embd.weight"),
+        ("context_lm_head.weight", "token_embd.weight"),
+        (f"{tower}.layers.0.mixer.v_proj.weight", "blk.0.attn_v.weight"),
+        (f"{tower}.layers.0.mixer.o_proj.weight", "blk.0.attn_output.weight"),
+        (f"{tower}.layers.1.mixer.down_proj.weight", "blk.0.ffn_down.weight"),
+        (f"{tower}.norm_f.weight", "output_norm.weight"),
+    ):
+        np.testing.assert_array_equal(found[ours], values[theirs])
+    halves = values["blk.0.attn_k.weight"].reshape(2, 32, 2, WIDTH).swapaxes(1, 2)
+    np.testing.assert_array_equal(
+        found[f"{tower}.layers.0.mixer.k_proj.weight"], halves.reshape(WIDTH // 2, WIDTH)
+    )
+    assert inspect.describe(tmp_path / "m.gguf").files.elements_by_dtype[kind] > 0  # type: ignore[union-attr]
+
+
+def test_the_tokenizer_and_the_template_come_along(tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", **{"tokenizer.chat_template": "{{ messages }}"})
+    tokenizer = load_tokenizer(tmp_path / "m.gguf")
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert tokenizer.decode(tokenizer.encode("no <2> here")) == "no <2> here"
+    assert tokenizer.encode("<2>", allow_special=True) == [2]
+
+
+def test_a_second_look_reads_no_header_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "m.gguf")
+    first = gguf_reader.open_gguf(tmp_path / "m.gguf")
+    monkeypatch.setattr(gguf_reader, "_open", None)
+    assert gguf_reader.open_gguf(tmp_path / "m.gguf") == first
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"architecture": "gemma3"}, "architecture 'gemma3' is not supported; read from GGUF are"),
+        ({"kind": Kind.TQ1_0}, "token_embd.weight is of type TQ1_0, which is not supported"),
+        ({"without": "block_count"}, "lacks the metadata 'block_count'"),
+        ({"without": "blk.0.ffn_up.weight"}, "1 missing: context_tower.layers.1.mixer.up_proj"),
+        ({"embedding_length": 128}, "misshapen"),
+        ({"block_count": 10**9}, "num_hidden_layers=1000000000 must be between"),
+        ({"attention.head_count": 0}, "num_attention_heads=0 must be between"),
+        ({"split.count": 3}, "is one of 3 parts"),
+        ({"llama.expert_count": 8}, "expert_count=8 is not supported"),
+        ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type='yarn' is not supported"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line(
+    tmp_path: Path, cache: Path, changes: dict[str, Any], expected: str
+) -> None:
+    """Silent failure: half a model is loaded, or a traceback shown."""
+    write(tmp_path / "m.gguf", **changes)
+    with pytest.raises(ValueError) as error:
+        load_model(tmp_path / "m.gguf", towers="context")
+    assert expected in str(error.value) and "\n" not in str(error.value)
+    assert "m.gguf" in str(error.value) or "config.json" in str(error.value)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 8, 100, 5_000, 0.5, 0.999])
+def test_a_truncated_file_is_one_line_and_leaves_nothing(
+    tmp_path: Path, cache: Path, keep: float
+) -> None:
+    write(tmp_path / "m.gguf")
+    content = (tmp_path / "m.gguf").read_bytes()
+    count = int(keep * len(content)) if isinstance(keep, float) else int(keep)
+    (tmp_path / "m.gguf").write_bytes(content[:count])
+    with pytest.raises(ValueError, match="truncated") as error:
+        load_model(tmp_path / "m.gguf", towers="context")
+    assert "\n" not in str(error.value)
+    assert not cache.exists() or not [*cache.iterdir()]
+
+
+def test_a_file_that_has_gone_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf")
+    folder = gguf_reader.open_gguf(tmp_path / "m.gguf")
+    (tmp_path / "m.gguf").unlink()
+    with pytest.raises(ValueError, match=r"m\.gguf: has gone"):
+        load_model(folder, towers="context")
+
+
+def metadata(**changes: Any) -> dict[str, Any]:
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces = {"\u2581": -3.0, "a": -4.0, "b": -5.0, "ab": -1.0, "\u2581ab": -2.0, "\u2581a": -2.5}
+    found = {
+        "model": "llama", "tokens": [*tokens, *pieces],
+        "scores": [0.0] * len(tokens) + [*pieces.values()],
+        "token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
+        "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0,
+    }  # fmt: skip
+    return {f"tokenizer.ggml.{name}": value for name, value in (found | changes).items()}
+
+
+def test_sentence_pieces(tmp_path: Path) -> None:
+    """Silent failure: scores mean another order of merges, or bytes come out as question marks."""
+    for name, content in tokenizer_files(metadata()).items():
+        (tmp_path / name).write_bytes(content)
+    tokenizer = load_tokenizer(tmp_path)
+    ids = {token: index for index, token in enumerate(metadata()["tokenizer.ggml.tokens"])}
+    assert tokenizer.encode("ab") == [ids["\u2581ab"]]
+    assert tokenizer.encode("a ab") == [ids["\u2581a"], ids["\u2581ab"]]
+    assert tokenizer.encode("b") == [ids["\u2581"], ids["b"]]
+    euro = [ids["\u2581"], *(ids[f"<0x{byte:02X}>"] for byte in "\u20ac".encode())]
+    assert tokenizer.encode("\u20ac") == euro
+    assert tokenizer.decode(tokenizer.encode("ab \u20ac a")) == "ab \u20ac a"
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["add_bos_token"] is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model": "bert"}, "tokenizer 'bert' is not supported; read from GGUF are gpt2, llama"),
+        ({"model": "gpt2", "pre": "deepseek-llm", "merges": []}, "splits text by 'deepseek-llm'"),
+        ({"token_type": [1]}, "tokens without a type"),
+    ],
+)
+def test_other_tokenizers_are_refused(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        tokenizer_files(metadata(**changes))
+    assert TOKENIZER_FILE == "tokenizer.json"
