@@ -57,7 +57,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "jsonschema": ("lab.evaluate",),
     "lm_eval": ("lab.evaluate.lm_harness",),
     "matplotlib": ("lab.evaluate", "lab.race", "lab.plan"),
-    "gguf": ("checkpoint.gguf", "checkpoint.gguf_vocabulary", "families", "lab.race.rivals"),
+    "gguf": ("checkpoint", "families", "lab.race.rivals"),
     "torchao": ("checkpoint.quantize",),
     "xllamacpp": ("lab.race.rivals",),
     "transformers": ("lab.race.rivals",),
