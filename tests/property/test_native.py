@@ -144,6 +144,19 @@ def test_every_token_of_a_block_sees_the_whole_block(block_size: int) -> None:
         assert bool((after != before).any(-1).all()), place
 
 
+def test_a_hidden_key_has_no_weight_at_all() -> None:
+    """Guards against a weight that is small and not none: 1e-38 of a large enough value shows."""
+    plain = fresh_model(hybrid_override_pattern="*-").requires_grad_(False)
+    plain.context_tower.embeddings.weight[:, 3] = 0.0
+    plain.context_tower.embeddings.weight[40, 3] = 1.0
+    plain.get_parameter("context_tower.layers.0.mixer.v_proj.weight")[:, 3] = 1e38
+    ours, ids = accelerate(plain, "native"), random_ids(1, 12, vocab_size=40)
+    late = ids.clone()
+    late[0, -1] = 40
+    before, after = (ours.extend(ours.empty_cache(1), tokens) for tokens in (ids, late))
+    assert torch.equal(before[:, :-1], after[:, :-1])
+
+
 def test_a_text_gives_the_same_bits_however_it_is_cut() -> None:
     """Guards tiles and blocks of keys: cut at the passes' own borders, nothing is added up in
     another order; and rows, which have passes of their own whatever their neighbours are."""

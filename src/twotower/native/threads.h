@@ -16,7 +16,7 @@
 
 namespace twotower {
 
-inline void wait_a_little(int &turns) {
+inline void spin(int &turns) {
     if (++turns % 1024 == 0) std::this_thread::yield();  // somebody else may need the core
 #if defined(__x86_64__) || defined(__i386__)
     else __builtin_ia32_pause();
@@ -36,7 +36,7 @@ class Helpers {
 
     int count() const { return int(threads_.size()); }
     void wake() { set(is_awake_, true); }
-    void rest() { is_awake_.store(false, std::memory_order_release); }
+    void sleep() { is_awake_.store(false, std::memory_order_release); }
 
     // work(context, part) for parts 0 (here) to count().
     void run(void (*work)(void *, int), void *context) {
@@ -45,13 +45,13 @@ class Helpers {
         round_.fetch_add(1, std::memory_order_release);
         work(context, 0);
         for (int turns = 0; finished_.load(std::memory_order_acquire) < count();)
-            wait_a_little(turns);
+            spin(turns);
     }
 
   private:
     void set(std::atomic<bool> &flag, bool value) {
-        { std::lock_guard<std::mutex> lock(door_); flag.store(value, std::memory_order_release); }
-        bell_.notify_all();
+        { std::lock_guard<std::mutex> lock(mutex_); flag.store(value, std::memory_order_release); }
+        condition_.notify_all();
     }
 
     void serve(int part) {
@@ -62,18 +62,18 @@ class Helpers {
                 work_(context_, part);
                 finished_.fetch_add(1, std::memory_order_release);
             } else if (is_awake_.load(std::memory_order_acquire)) {
-                wait_a_little(turns);
+                spin(turns);
             } else {
-                std::unique_lock<std::mutex> lock(door_);
-                bell_.wait(lock, [&] { return is_awake_ || is_over_ || round_ != seen; });
+                std::unique_lock<std::mutex> lock(mutex_);
+                condition_.wait(lock, [&] { return is_awake_ || is_over_ || round_ != seen; });
                 if (is_over_) return;
             }
         }
     }
 
     std::vector<std::thread> threads_;
-    std::mutex door_;
-    std::condition_variable bell_;
+    std::mutex mutex_;
+    std::condition_variable condition_;
     std::atomic<bool> is_awake_{false}, is_over_{false};
     std::atomic<uint64_t> round_{0};
     std::atomic<int> finished_{0};
@@ -102,7 +102,7 @@ class Team {
 
     ~Team() {
         if (mine_ == nullptr) return;
-        mine_->rest();
+        mine_->sleep();
         in_use.unlock();
     }
 
