@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from twotower.backends import BACKENDS, QUANTIZATIONS, Quantization, Setup, refusal
-from twotower.config import AttentionSpec, LayerSpec, MambaSpec, MLPSpec, MoESpec
+from twotower.config import AttentionSpec, LayerSpec, MambaSpec, MLPSpec, MoESpec, RopeSpec
 from twotower.model.precision import Scheme
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "engine.md"
@@ -33,7 +33,16 @@ DENSE: tuple[LayerSpec, ...] = (
 EXPERTS = MoESpec(
     num_experts=2, experts_per_token=1, intermediate_size=8, shared_intermediate_size=8
 )
-LAYERS = ("dense", "experts", "experts, mmap")
+LLAMA: tuple[LayerSpec, ...] = (
+    AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=4, rope=RopeSpec(theta=1e4)),
+    MLPSpec(intermediate_size=8, gated=True),
+)
+LAYERS = {
+    "dense": DENSE,
+    "Llama": LLAMA,
+    "experts": (*DENSE, EXPERTS),
+    "experts, mmap": (*DENSE, EXPERTS),
+}
 DEVICES = ("cpu", "cuda")
 
 
@@ -50,7 +59,7 @@ class Case(NamedTuple):
         """What a backend is asked for."""
         dtype, scheme = WEIGHTS[self.weights]
         return Setup(
-            layers=frozenset(DENSE if self.layers == "dense" else (*DENSE, EXPERTS)),
+            layers=frozenset(LAYERS[self.layers]),
             quantization=self.quantization,
             scheme=scheme,
             dtypes=frozenset({dtype}),

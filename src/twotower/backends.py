@@ -40,6 +40,8 @@ class Setup:
     devices: frozenset[str] = frozenset({"cpu"})
     expert_storage: ExpertStorage = "memory"
     bidirectional_mamba: bool = False
+    has_own_mask: bool = False
+    """Whether the mask is no token of the vocabulary."""
 
 
 def setup_of(model: TwoTower, quantization: Quantization = "none") -> Setup:
@@ -53,6 +55,7 @@ def setup_of(model: TwoTower, quantization: Quantization = "none") -> Setup:
         devices=frozenset(p.device.type for p in loaded),
         expert_storage="mmap" if has_mapped_experts(model) else "memory",
         bidirectional_mamba=model.config.bidirectional_mamba,
+        has_own_mask=model.config.has_own_mask,
     )
 
 
@@ -91,6 +94,7 @@ def _native_refusal(setup: Setup) -> str | None:
         (setup.devices != {"cpu"}, f"native passes run on the CPU, not on {_list(setup.devices)}"),
         (dtypes != ["float32"], f"native passes compute in float32, not in {_list(dtypes)}"),
         (setup.bidirectional_mamba, "native passes have no bidirectional Mamba"),
+        (setup.has_own_mask, "native passes have no mask outside the vocabulary"),
         (is_int4 or setup.quantization == "int4", "native passes have no 4-bit weights"),
         (
             rounds_weights_alone and setup.quantization == "none",

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny_models import masked_like, random_ids, tiny_model
+from tiny_models import masked_like, random_ids, random_model, tiny_model
 from tiny_quantised import SCHEMES, groupable_model
 from twotower import TwoTower, accelerate, load_model
 from twotower.backends import BACKENDS, Setup, refusal, setup_of
 from twotower.checkpoint import convert, save_model
 from twotower.config import AttentionSpec, MambaSpec
+from twotower.families import config_from_dict
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "backend_table.py"
 spec = importlib.util.spec_from_file_location("backend_table", SCRIPT)
@@ -25,20 +26,29 @@ sys.modules["backend_table"] = backend_table
 spec.loader.exec_module(backend_table)
 ON_CPU = [case for case in backend_table.cases() if case.device == "cpu"]
 ON_GPU = [case for case in backend_table.cases() if case.device == "cuda"]
+LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "vocab_size": 41, "intermediate_size": 96,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 1e4,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
 NAMES = [name for name in BACKENDS if name != "auto"]
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Path]:
-    """Folders of one dense model and one with experts, by the weights of the table."""
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """Folders of a model of each kind of layers, by the weights of the table."""
     pytest.importorskip("torchao")
     found = {}
-    for is_dense, pattern in ((True, "M*-M*-"), (False, "M*E-M*")):
-        parent = tmp_path_factory.mktemp("dense" if is_dense else "experts")
+    models = {
+        "dense": groupable_model(hybrid_override_pattern="M*-M*-"),
+        "Llama": random_model(config_from_dict(LLAMA)),
+        "experts": groupable_model(hybrid_override_pattern="M*E-M*"),
+    }
+    for kind, model in models.items():
+        parent = tmp_path_factory.mktemp(kind)
         for name, (dtype, scheme) in backend_table.WEIGHTS.items():
-            found[name, is_dense] = parent / name
+            found[name, kind] = parent / name
             if scheme is None:
-                model = groupable_model(hybrid_override_pattern=pattern)
                 save_model(model, parent / name, dtype=dtype)
             else:
                 convert(parent / "float32", parent / name, "released", scheme=SCHEMES[name])
@@ -54,11 +64,11 @@ def passes(model: TwoTower) -> list[Tensor]:
 
 @pytest.mark.parametrize("case", ON_CPU, ids=" ".join)
 def test_every_combination_runs_or_is_refused(
-    checkpoints: dict[tuple[str, bool], Path], case: "backend_table.Case"
+    checkpoints: dict[tuple[str, str], Path], case: "backend_table.Case"
 ) -> None:
     """Guards the table: a combination that nobody tried, and one that runs something else under its
     name. What runs gives the eager backend's logits, but for the rounding to int8."""
-    folder = checkpoints[case.weights, case.layers == "dense"]
+    folder = checkpoints[case.weights, case.layers.partition(",")[0]]
     storage = "mapped" if "mmap" in case.layers else "memory"
     model = load_model(folder, dtype=next(iter(case.setup.dtypes)), experts=storage)
     assert setup_of(model, case.quantization).scheme == case.setup.scheme
@@ -104,6 +114,7 @@ DENSE_SETUP = Setup(layers=frozenset(backend_table.DENSE))
     ("changes", "reason"),
     [
         ({"bidirectional_mamba": True}, "native passes have no bidirectional Mamba"),
+        ({"has_own_mask": True}, "native passes have no mask outside the vocabulary"),
         ({"dtypes": frozenset({torch.float32, torch.float16})}, "not in float16, float32"),
         ({"devices": frozenset({"cpu", "mps"})}, "not on cpu, mps"),
     ],

@@ -59,6 +59,13 @@ def test_rows_that_are_no_whole_groups_have_8_bits() -> None:
     assert weight_bits(name, (8, 96), SCHEMES["int4-64"]) == 8
 
 
+def test_the_gate_of_an_mlp_is_quantised_and_that_of_experts_is_not() -> None:
+    """Guards two names that begin alike: a third of a Llama model, and a router."""
+    layer = "context_tower.layers.1.mixer"
+    assert weight_bits(f"{layer}.gate_proj.weight", (8, 64), SCHEMES["int4"]) == 4
+    assert weight_bits(f"{layer}.gate.weight", (8, 64), SCHEMES["int4"]) is None
+
+
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=str)
 def test_the_model_and_the_file_have_one_rule(scheme: Scheme) -> None:
     """Guards a file whose experts are narrowed otherwise than the model that is to read them."""

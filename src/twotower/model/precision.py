@@ -27,7 +27,7 @@ _HEAD = re.compile(r"(context_)?lm_head\.weight")
 _PROJECTION = re.compile(
     r"(context|denoiser)_tower\.layers\.\d+\.mixer\."
     r"((in|out|q|k|v|o)_proj\.weight"  # Mamba, attention
-    r"|(shared_experts\.)?(up|down)_proj\.weight"  # MLP, shared expert
+    r"|(shared_experts\.)?(up|down|gate)_proj\.weight"  # MLP, shared expert
     r"|experts\.(\d+\.(up|down)_proj\.weight|(up|down)_proj))"  # in a file, stacked
 )
 
