@@ -13,10 +13,11 @@ import torch
 import twotower
 from twotower.cli.machine import describe_cpu
 from twotower.engine import GenerateOptions
-from twotower.lab.evaluate.decode import Trace
+from twotower.lab.corpus import CATEGORIES
 from twotower.lab.evaluate.results import summarise
-from twotower.lab.evaluate.run import Subject, draw_groups, evaluate, warm_up
-from twotower.lab.evaluate.suite import SUITES
+from twotower.lab.evaluate.run import Subject, Trace, draw_groups, evaluate, warm_up
+from twotower.lab.evaluate.sandbox import find_sandbox
+from twotower.lab.evaluate.suite import make_judge
 
 
 def main() -> None:
@@ -40,9 +41,10 @@ def main() -> None:
         tokenizer=twotower.load_tokenizer(args.model),
         options=options,
     )
-    groups = draw_groups(SUITES["mini"], args.items, args.seed, batch_size=1)
+    judge = make_judge(find_sandbox())
+    groups = draw_groups(CATEGORIES, args.items, args.seed, batch_size=1)
     warm_up(subject, groups[0][0])
-    items = list(evaluate(subject, groups, {name: Trace() for name in options}))
+    items = list(evaluate(subject, groups, {name: Trace() for name in options}, judge))
     record = summarise(items, list(options), args.seed)
     print(f"{'':14s}{'setting':16s}{'tokens/cycle':>14s}{'NFE':>7s}{'x ar':>7s}{'same':>9s}")
     for category, modes in {**record["categories"], "all": record["modes"]}.items():

@@ -15,11 +15,12 @@ import torch
 from twotower.cli.machine import describe_cpu
 from twotower.engine import GenerateOptions
 from twotower.lab.corpus import Document
-from twotower.lab.evaluate.decode import Trace
 from twotower.lab.evaluate.likelihood import bound_text
 from twotower.lab.evaluate.results import summarise
-from twotower.lab.evaluate.run import Item, Subject, evaluate
+from twotower.lab.evaluate.run import Item, Subject, Trace, evaluate
+from twotower.lab.evaluate.sandbox import find_sandbox
 from twotower.lab.evaluate.statistics import interval, resample_means
+from twotower.lab.evaluate.suite import make_judge
 from twotower.train.run_folder import versions
 
 RESULTS = Path("benchmarks/results/ablations")
@@ -36,7 +37,7 @@ def judge(
     """Every document's item with an answer per setting; a group is decoded together."""
     subject = Subject(model=model, tokenizer=tokenizer, options=settings)
     traces = {name: Trace() for name in settings}
-    return evaluate(subject, groups, traces)
+    return evaluate(subject, groups, traces, make_judge(find_sandbox()))
 
 
 def merge(first: Sequence[Item], second: Sequence[Item]) -> list[Item]:

@@ -17,8 +17,9 @@ from tiny_checkpoint import TEXT, make_checkpoint, make_text_checkpoint
 from twotower.cli.lm_eval import load_decoder
 from twotower.cli.main import main
 from twotower.lab.evaluate.likelihood import score_texts
-from twotower.lab.evaluate.lm_harness import Decoder, HarnessOptions
-from twotower.lab.evaluate.lm_tasks import (
+from twotower.lab.evaluate.lm_harness import (
+    Decoder,
+    HarnessOptions,
     humaneval_file,
     process_humaneval,
     process_results,
@@ -102,13 +103,29 @@ def test_tasks_hold_the_suite_and_are_judged_by_its_checkers(tmp_path: Path) -> 
 def test_humaneval_runs_the_problems_own_tests() -> None:
     """Silent failure: a problem counts as solved because its tests never ran."""
     problem = {
-        "prompt": "def twice(n):\n",
-        "test": "def check(candidate):\n    assert candidate(2) == 4 and candidate(0) == 0\n",
+        "prompt": "def half(n):\n    return n // 2\ndef twice(n):\n",
+        "test": (
+            "import random\ndef check(candidate):\n    assert candidate(2) == 4\n"
+            "    for _ in range(3):\n        n = random.randint(0, 99)\n"
+            "        assert half(candidate(n)) == n and type(candidate([n])) is list\n"
+        ),
         "entry_point": "twice",
+        "canonical_solution": "    return n * 2\n",
     }
     assert process_humaneval(problem, ["    return 2 * n\n"]) == {"acc": 1.0}
-    assert process_humaneval(problem, ["    return 4\n"]) == {"acc": 0.0}
-    assert process_humaneval(problem, ["    import os; os._exit(0)\n"]) == {"acc": 0.0}
+    for body in ("return 4", "return half(n)", "raise ValueError", *FORGED):
+        assert process_humaneval(problem, [f"    {body}\n"]) == {"acc": 0.0}, body
+
+
+FORGED = (
+    "import os; os._exit(0)",
+    "import builtins; builtins.AssertionError = Warning",
+    "pass\ndef check(candidate): pass",
+    "pass\ndef judge(answers): return True",
+    "pass\nclass twice:\n    def __init__(self, n): pass\n    def __eq__(self, other): return True",
+    "return type('All', (list,), {'__eq__': lambda *_: True, '__repr__': lambda _: '[1], True'})()",
+    'import os; os.write(3, b\'{"results": ["True"], "error": ""}\'); os._exit(0)',
+)
 
 
 CHOICE = """task: local_choice

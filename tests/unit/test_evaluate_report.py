@@ -45,7 +45,6 @@ def results() -> dict[str, object]:
     item = {"category": "math", "index": 0, "prompt": "1 < 2 & 3", "reference": "yes"}
     return {
         "model": {"path": "my <model>"},
-        "suite": "mini",
         "seed": 0,
         "options": {"ar": {}},
         "versions": {"torch": "2"},

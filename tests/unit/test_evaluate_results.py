@@ -9,10 +9,9 @@ pytest.importorskip("jsonschema")
 
 from twotower.engine import GenerateOptions
 from twotower.lab.corpus import Document
-from twotower.lab.evaluate.decode import Output, Trace, is_loop
 from twotower.lab.evaluate.options import EvalOptions
 from twotower.lab.evaluate.results import kendall_tau, measure, summarise, summarise_traces
-from twotower.lab.evaluate.run import Item, Judged, draw_groups
+from twotower.lab.evaluate.run import Item, Judged, Output, Trace, draw_groups, is_loop
 from twotower.lab.evaluate.statistics import interval, resample_means, retention
 from twotower.lab.evaluate.suite import Verdict
 from twotower.lab.evaluate.sweep import PASS_LIMITS, THRESHOLDS, settings
@@ -138,7 +137,6 @@ def test_traces() -> None:
         ({"modes": "ar,fast"}, "modes: 'fast' is unknown"),
         ({"modes": ","}, "modes: none given"),
         ({"categories": "poetry"}, "categories: 'poetry' is unknown"),
-        ({"suite": "maxi"}, "suite"),
         ({"seed": -1}, "seed"),
         ({"batch_size": 0}, "batch_size"),
     ],

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -155,3 +156,17 @@ def test_too_small_a_vocabulary_is_refused() -> None:
 
 def test_token_text_shows_special_tokens() -> None:
     assert tokenizer.token_text(3) == "<mask>"
+
+
+@given(st.lists(st.integers(0, VOCAB_SIZE - 1)))
+def test_bytes_of_tokens_are_those_of_the_text(ids: list[int]) -> None:
+    """Silent failure: a token that is a part of a character is shown with the bytes of U+FFFD."""
+    data = b"".join(tokenizer.token_bytes(token) for token in ids)
+    library = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    assert data.decode("utf-8", "replace") == library.decode(ids, skip_special_tokens=False)
+
+
+def test_parts_of_a_character_have_their_own_bytes() -> None:
+    ids = train_tokenizer(["abc"], 270).encode("\U0001f389\n")
+    parts = [train_tokenizer(["abc"], 270).token_bytes(token) for token in ids]
+    assert parts == [b"\xf0", b"\x9f", b"\x8e", b"\x89", b"\n"]

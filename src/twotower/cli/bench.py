@@ -16,14 +16,18 @@ from twotower.cli.evaluate import (
     INTERRUPTED,
     EvaluateOptions,
     open_folder,
+    open_sandbox,
     progress_bar,
     run_suite,
+    say_protection,
 )
 from twotower.cli.evaluation_tables import describe_range
 from twotower.cli.loading import Loaded, Placement, load
 from twotower.cli.machine import describe_cpu
 from twotower.cli.race_tables import print_race
 from twotower.engine import GenerateOptions
+from twotower.lab.corpus import CATEGORIES
+from twotower.lab.evaluate.suite import make_judge
 from twotower.lab.race.contest import Heat
 from twotower.lab.race.interference import watch_idle
 from twotower.lab.race.limits import Machine, cache_bytes
@@ -41,7 +45,8 @@ from twotower.model.precision import require_plain
 
 RECORD_FILE = "race.json"
 PAIR_ITEMS = 50  # per category, of --quality
-_PAIR_FIELDS = ("model", "items", "seed")  # options of a race that --quality has too
+# Options of a race that --quality has too.
+_PAIR_FIELDS = ("model", "items", "seed", "allow_unsandboxed_code")
 _LIBRARIES = ("torch", "transformers", "xllamacpp", "gguf")
 
 
@@ -108,13 +113,15 @@ def run(options: BenchOptions) -> int:
 def run_race(options: BenchOptions) -> dict[str, object]:
     """The record of every size; after Ctrl-C, of those that were finished."""
     warnings = watch_idle()
+    sandbox = open_sandbox(CATEGORIES, options.allow_unsandboxed_code)
     loaded = load(options.model, GenerateOptions(mode="diffusion"), _placement(options))
     require_plain(loaded.model, "a race")
     if loaded.tokenizer is None:
         raise ValueError(
             f"model: {options.model} has no tokenizer.json; add the one it was made for"
         )
-    heats, num_long = draw_heats(loaded.tokenizer, options)
+    heats, num_long = draw_heats(loaded.tokenizer, options, make_judge(sandbox))
+    say_protection(sandbox)
     if num_long:
         warnings.append(
             f"left out for having more than {options.max_prompt_tokens} tokens: {num_long} of "
@@ -211,6 +218,7 @@ def run_pair(options: BenchOptions) -> int:
             model=options.model,
             items=options.items or PAIR_ITEMS,
             seed=options.seed,
+            allow_unsandboxed_code=options.allow_unsandboxed_code,
             threads=options.threads,
             dtype=options.dtype,
             context_device=options.context_device,

@@ -20,12 +20,13 @@ from twotower.cli.loading import Loaded, Placement, load
 from twotower.cli.machine import describe_cpu
 from twotower.engine import GenerateOptions
 from twotower.lab.corpus import Document
-from twotower.lab.evaluate.decode import Trace
 from twotower.lab.evaluate.options import EvalOptions
 from twotower.lab.evaluate.references import Reference, score_references, summarise_references
 from twotower.lab.evaluate.report import write_report
 from twotower.lab.evaluate.results import summarise, summarise_traces
-from twotower.lab.evaluate.run import Item, Subject, draw_groups, evaluate, warm_up
+from twotower.lab.evaluate.run import Item, Subject, Trace, draw_groups, evaluate, warm_up
+from twotower.lab.evaluate.sandbox import Sandbox, find_sandbox
+from twotower.lab.evaluate.suite import EXECUTED, Judge, make_judge
 from twotower.lab.evaluate.sweep import settings, sweep
 
 SWEEP_SHARE = 4  # the first of so many parts of each category is swept
@@ -94,17 +95,33 @@ def require_libraries(options: EvaluateOptions) -> None:
             raise ImportError(f'{name} is not installed: pip install "twotower[eval]"')
 
 
+def open_sandbox(categories: Sequence[str], allow_unsandboxed: bool) -> Sandbox | None:
+    """The sandbox for what these categories execute; None if they execute nothing.
+
+    ValueError, before the run, where there is none and that is not allowed.
+    """
+    return find_sandbox(allow_unsandboxed) if EXECUTED.keys() & set(categories) else None
+
+
+def say_protection(sandbox: Sandbox | None) -> None:
+    """Which protection is on, on stderr."""
+    if sandbox is not None:
+        print(sandbox.description, file=sys.stderr)
+
+
 def run_suite(options: EvaluateOptions) -> tuple[dict[str, object], list[Item]]:
     """The results record (without its items) and the items; after Ctrl-C, of what was measured."""
     require_libraries(options)
+    sandbox = open_sandbox(options.category_names, options.allow_unsandboxed_code)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     loaded = load_subject(options)
     subject = make_subject(options, loaded)
     groups = draw_groups(options.category_names, options.items, options.seed, options.batch_size)
+    say_protection(sandbox)
     findings = Findings(traces={mode: Trace() for mode in subject.options})
     try:
-        collect(options, subject, groups, findings)
+        collect(options, subject, groups, make_judge(sandbox), findings)
     except KeyboardInterrupt:
         if not findings.items:
             raise
@@ -113,6 +130,7 @@ def run_suite(options: EvaluateOptions) -> tuple[dict[str, object], list[Item]]:
     references = findings.references
     results = {
         **describe_run(options, loaded, subject),
+        "sandbox": None if sandbox is None else sandbox.protection,
         "complete": findings.is_complete,
         **summarise(findings.items, list(subject.options), options.seed),
         "sweep": findings.sweep,
@@ -126,6 +144,7 @@ def collect(
     options: EvaluateOptions,
     subject: Subject,
     groups: Sequence[Sequence[Document]],
+    judge: Judge,
     findings: Findings,
 ) -> None:
     """Run everything that was asked for, showing progress; `findings` fills as it goes."""
@@ -139,10 +158,10 @@ def collect(
     with progress_bar(len(documents) + points * advance + len(scored)) as bar:
         task = bar.task_ids[0]
         warm_up(subject, documents[0])
-        for item in evaluate(subject, groups, findings.traces):
+        for item in evaluate(subject, groups, findings.traces, judge):
             findings.items.append(item)
             bar.update(task, advance=1, description=item.document.category)
-        for record in sweep(subject, swept, options.seed) if swept else ():
+        for record in sweep(subject, swept, judge, options.seed) if swept else ():
             findings.sweep.append(record)
             bar.update(task, advance=advance, description="sweep")
         for reference in score_references(subject.model, subject.tokenizer, scored, options.seed):
@@ -196,7 +215,6 @@ def make_subject(options: EvaluateOptions, loaded: Loaded) -> Subject:
 def describe_run(options: EvaluateOptions, loaded: Loaded, subject: Subject) -> dict[str, object]:
     """What was measured, with which options and versions, on what."""
     return {
-        "suite": options.suite,
         "items_per_category": options.items,
         "seed": options.seed,
         "batch_size": options.batch_size,

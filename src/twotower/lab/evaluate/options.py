@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twotower.engine.options import MODES, FirstToken
-from twotower.lab.evaluate.suite import CHECKS, SUITES
+from twotower.lab.corpus import CATEGORIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,10 +15,8 @@ class EvalOptions:
     """Checkpoint folder or hub id; the shipped model when not given."""
     modes: str = "ar,diffusion,speculative"
     """Modes to compare, separated by commas; retention is measured against ar."""
-    suite: str = "mini"
-    """Which suite: mini, eight categories of short tasks."""
-    categories: str | None = None
-    """Some of the suite's categories, separated by commas; all when not given."""
+    categories: str = ",".join(CATEGORIES)
+    """Categories of the suite, separated by commas."""
     items: int = 200
     """Held-out prompts per category."""
     seed: int = 0
@@ -40,6 +38,8 @@ class EvalOptions:
     """Also measure diffusion at other thresholds and pass limits, on a quarter of the items."""
     likelihood: bool = False
     """Also how probable the reference answers are: exactly by ar, by a bound under the denoiser."""
+    allow_unsandboxed_code: bool = False
+    """Run code that the model writes even where this machine has no sandbox for it."""
     out: Path | None = None
     """Folder for results.json, report.html and its pictures."""
     json: bool = False
@@ -51,10 +51,8 @@ class EvalOptions:
                 raise ValueError(f"{name}: {getattr(self, name)} is too small; use at least 1")
         if self.seed < 0:
             raise ValueError(f"seed: {self.seed} is negative; use 0 or more")
-        if self.suite not in SUITES:
-            raise ValueError(f"suite: {self.suite!r} is unknown; use {' or '.join(SUITES)}")
         check_names("modes", self.mode_names, MODES)
-        check_names("categories", self.category_names, tuple(CHECKS))
+        check_names("categories", self.category_names, CATEGORIES)
 
     @property
     def mode_names(self) -> tuple[str, ...]:
@@ -62,7 +60,7 @@ class EvalOptions:
 
     @property
     def category_names(self) -> tuple[str, ...]:
-        return SUITES[self.suite] if self.categories is None else split_names(self.categories)
+        return split_names(self.categories)
 
 
 def split_names(text: str) -> tuple[str, ...]:

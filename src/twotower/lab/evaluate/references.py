@@ -32,7 +32,7 @@ def score_references(
     """Yield each document's reference after its prompt, in order."""
     generator = torch.Generator().manual_seed(seed)
     for document in documents:
-        prompt = tokenizer.encode(document.prompt, add_bos=tokenizer.bos_id is not None)
+        prompt = tokenizer.encode_prompt(document.prompt)
         text, fill = answer_ids(tokenizer, document.completion, model.config.block_size)
         bound = None
         if model.denoiser_tower is not None:

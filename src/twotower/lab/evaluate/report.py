@@ -122,8 +122,8 @@ def to_html(results: Record, pictures: Mapping[str, bytes]) -> str:
         parts += [f"<h2>{escape(name)}</h2>", _table(measured)]
     parts += _likelihood(results.get("likelihood"))
     parts += write_examples(results.get("items", []))
-    kept = ("model", "suite", "items_per_category", "seed", "complete", "batch_size", "device",
-            "dtype", "backend", "quantization", "threads", "options", "versions")  # fmt: skip
+    kept = ("model", "items_per_category", "seed", "complete", "batch_size", "device", "dtype",
+            "backend", "quantization", "threads", "sandbox", "options", "versions")  # fmt: skip
     run = json.dumps({name: results[name] for name in kept if name in results}, indent=1)
     parts += ["<h2>How it was run</h2>", f"<pre>{escape(run)}</pre></body></html>"]
     return "\n".join(parts)

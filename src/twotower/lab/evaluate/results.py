@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from twotower.lab.evaluate.decode import Output, Trace
-from twotower.lab.evaluate.run import Item
+from twotower.lab.evaluate.run import Item, Output, Trace
 from twotower.lab.evaluate.statistics import Interval, interval, resample_means, retention
 
 BASELINE = "ar"

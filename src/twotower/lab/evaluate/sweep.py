@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 
 from twotower.engine import GenerateOptions
 from twotower.lab.corpus import Document
-from twotower.lab.evaluate.decode import Trace
 from twotower.lab.evaluate.results import measure
-from twotower.lab.evaluate.run import Subject, evaluate
+from twotower.lab.evaluate.run import Subject, Trace, evaluate
+from twotower.lab.evaluate.suite import Judge
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 PASS_LIMITS = (1, 2, 3, 4, 8)
@@ -28,14 +28,14 @@ def settings(base: GenerateOptions) -> list[GenerateOptions]:
 
 
 def sweep(
-    subject: Subject, groups: Sequence[Sequence[Document]], seed: int
+    subject: Subject, groups: Sequence[Sequence[Document]], judge: Judge, seed: int
 ) -> Iterator[dict[str, object]]:
     """Yield one record per setting of `subject.options["diffusion"]`, each paired with ar."""
     for point in settings(subject.options["diffusion"]):
         chosen = {"ar": subject.options["ar"], "diffusion": point}
         pair = Subject(model=subject.model, tokenizer=subject.tokenizer, options=chosen)
         traces = {mode: Trace() for mode in chosen}
-        measured = measure(list(evaluate(pair, groups, traces)), list(chosen), seed)
+        measured = measure(list(evaluate(pair, groups, traces, judge)), list(chosen), seed)
         found, baseline = measured["diffusion"], measured["ar"]
         assert isinstance(found, dict) and isinstance(baseline, dict)
         limited = point.steps_per_block < point.block_size

@@ -41,6 +41,8 @@ class RaceOptions:
     """Timed calls of each pass."""
     seed: int = 0
     """Seed of the items, of the random weights and of the resampling."""
+    allow_unsandboxed_code: bool = False
+    """Run code that the model writes even where this machine has no sandbox for it."""
     out: Path | None = None
     """Folder for race.json and the pictures."""
 

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 
 from twotower.engine import GenerateOptions, stream
-from twotower.lab.corpus import Document
+from twotower.lab.corpus import CATEGORIES, Document
 from twotower.lab.evaluate.run import draw_groups
-from twotower.lab.evaluate.suite import SUITES, check
+from twotower.lab.evaluate.suite import Judge
 from twotower.lab.race.contest import Contestant, Heat, Lap, RivalContestant, race
 from twotower.lab.race.interference import disturbances, take_snapshot
 from twotower.lab.race.limits import Machine
@@ -47,14 +47,14 @@ class Entry:
     missing: Sequence[str]
 
 
-def draw_heats(tokenizer: Tokenizer, options: RaceOptions) -> tuple[list[Heat], int]:
+def draw_heats(tokenizer: Tokenizer, options: RaceOptions, judge: Judge) -> tuple[list[Heat], int]:
     """Held-out prompts of every category in turns, and how many were too long."""
-    groups = draw_groups(SUITES["mini"], options.items or NUM_ITEMS, options.seed, 1)
+    groups = draw_groups(CATEGORIES, options.items or NUM_ITEMS, options.seed, 1)
     heats = [
         Heat(
-            ids=tokenizer.encode(document.prompt, add_bos=tokenizer.bos_id is not None),
+            ids=tokenizer.encode_prompt(document.prompt),
             max_new_tokens=options.max_new_tokens,
-            is_right=partial(_is_right, document),
+            is_right=partial(_is_right, judge, document),
         )
         for group in groups
         for document in group
@@ -67,8 +67,8 @@ def draw_heats(tokenizer: Tokenizer, options: RaceOptions) -> tuple[list[Heat], 
     return kept, len(heats) - len(kept)
 
 
-def _is_right(document: Document, text: str) -> bool:
-    return check(document, text).correct
+def _is_right(judge: Judge, document: Document, text: str) -> bool:
+    return judge(document, text).correct
 
 
 def mode_options(model: TwoTower, options: RaceOptions) -> list[GenerateOptions]:

@@ -1,0 +1,145 @@
+"""Tokens to bytes to text: what each token stands for, and text as its tokens arrive.
+
+A token is often a part of a character: tokens are made of bytes, and text is made of their bytes.
+The rules are those of byte-level BPE, of sentencepiece (with or without byte fallback) and of word
+pieces.
+"""
+
+import codecs
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# What the library's word pieces do about spaces before punctuation.
+_UNSPACED = (".", "?", "!", ",", "n't", "'m", "'s", "'ve", "'re")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByteRule:
+    """How the written form of a token becomes bytes.
+
+    alphabet: the characters that stand for bytes in byte-level BPE, else empty. replaced: what is
+    written otherwise, such as a space as "\u2581". is_spaced: a token is a word of its own, unless
+    it begins with `continuing`. num_stripped: spaces that a whole text loses at its start.
+    """
+
+    alphabet: Mapping[str, int] = field(default_factory=dict)
+    replaced: tuple[tuple[str, str], ...] = ()
+    has_byte_tokens: bool = False
+    is_spaced: bool = False
+    continuing: str = ""
+    num_stripped: int = 0
+
+    def bytes_of(self, token: str) -> bytes:
+        """The bytes of a token by its written form."""
+        if self.alphabet:
+            spelt = [self.alphabet.get(character) for character in token]
+            known = [byte for byte in spelt if byte is not None]
+            return bytes(known) if len(known) == len(spelt) else token.encode()
+        if self.is_spaced:
+            is_part = self.continuing and token.startswith(self.continuing)
+            token = token.removeprefix(self.continuing) if is_part else f" {token}"
+        for old, new in self.replaced:
+            token = token.replace(old, new)
+        if self.has_byte_tokens and (found := _BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(found[1], 16)])
+        return token.encode()
+
+
+def byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE: printable bytes stand for themselves, others are characters from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + place): byte for place, byte in enumerate(others)
+    }
+
+
+def read_rule(decoder: Mapping[str, Any] | None) -> ByteRule:
+    """The rule of a tokenizer file's decoder; ValueError (one line) for one of another kind."""
+    steps = flatten(decoder, "decoders")
+    match steps:
+        case []:
+            return ByteRule(is_spaced=True, num_stripped=1)
+        case [{"type": "ByteLevel"}]:
+            return ByteRule(alphabet=byte_alphabet())
+        case [{"type": "WordPiece", "prefix": str(mark), "cleanup": cleanup}]:
+            replaced = tuple((f" {part}", part) for part in _UNSPACED if cleanup)
+            return ByteRule(is_spaced=True, continuing=mark, replaced=replaced, num_stripped=1)
+    return _read_sentencepiece(steps)
+
+
+def _read_sentencepiece(steps: Sequence[Mapping[str, Any]]) -> ByteRule:
+    replaced: list[tuple[str, str]] = []
+    has_byte_tokens, num_stripped, is_fused = False, 0, False
+    for step in steps:
+        match step:
+            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+                replaced.append((old, new))
+            case {"type": "Metaspace", "replacement": str(mark)}:
+                replaced.append((mark, " "))
+                num_stripped += step.get("prepend_scheme", "always") != "never"
+            case {"type": "ByteFallback"}:
+                has_byte_tokens = True
+            case {"type": "Fuse"}:
+                is_fused = True
+            case {"type": "Strip", "content": " ", "start": int(start), "stop": 0} if is_fused:
+                num_stripped += start
+            case _:
+                raise ValueError(
+                    f"tokenizer: a decoder with {step.get('type')} is not supported; ByteLevel, "
+                    "WordPiece and those of sentencepiece are"
+                )
+    return ByteRule(
+        replaced=tuple(replaced), has_byte_tokens=has_byte_tokens, num_stripped=num_stripped
+    )
+
+
+def flatten(part: Mapping[str, Any] | None, members: str) -> list[Mapping[str, Any]]:
+    """A part of a tokenizer file as the list of its steps; `members` names those of a Sequence."""
+    if part is None:
+        return []
+    if part.get("type") != "Sequence":
+        return [part]
+    return [step for member in part[members] for step in flatten(member, members)]
+
+
+def num_leading_spaces(text: str, most: int) -> int:
+    """How many of the first characters are spaces, `most` at most."""
+    return min(most, len(text) - len(text.lstrip(" ")))
+
+
+class TextStream:
+    """Decodes tokens as they arrive; never returns half a character.
+
+    The pieces of all `push` calls and the final `flush` together are the text of all tokens as they
+    continue another text: where a whole text loses a space at its start, a continuation keeps it.
+    """
+
+    def __init__(self, token_bytes: Callable[[int], bytes], skipped: Iterable[int] = ()) -> None:
+        self._token_bytes = token_bytes
+        self._skipped = frozenset(skipped)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Add tokens; returns the text that is now complete ("" while a character is
+        unfinished).
+        """
+        for token in ids:
+            if token not in self._skipped:
+                self._held += self._decoder.decode(self._token_bytes(token))
+        if self._decoder.getstate()[0]:  # bytes of an unfinished character
+            return ""
+        return self._release()
+
+    def flush(self) -> str:
+        """End of the text: what is left, with U+FFFD for an unfinished character."""
+        self._held += self._decoder.decode(b"", final=True)
+        return self._release()
+
+    def _release(self) -> str:
+        text, self._held = self._held, ""
+        return text

@@ -1,0 +1,211 @@
+"""tokenizer.json and tokenizer_config.json: read within bounds.
+
+A tokenizer file comes with a model, from whoever made that. Its own library aborts the process, or
+runs for hours, on some that are damaged or hostile; so size, depth, counts and rules are checked
+here before the library sees them, and what was checked is what it gets.
+"""
+
+import base64
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from twotower.tokenizer.decoding import flatten
+from twotower.tokenizer.patterns import why_refused
+from twotower.tokenizer.text import (
+    ROLES,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    Tokenizer,
+    refused_panics,
+)
+
+# Well above the largest that is published (34 MB, 262,144 tokens, 514,906 merges).
+MAX_BYTES, MAX_VALUES, MAX_IDS = 64 << 20, 8_000_000, 1 << 21
+MAX_TOKEN_CHARS, MAX_STEPS, MAX_DEPTH = 4096, 64, 6
+MAX_GROWTH = 64  # times that normalising may lengthen a text
+MAX_WORD_CHARS = 1000  # of WordPiece, whose time goes with the square
+_PARTS = {
+    "normalizer": "normalizers",
+    "pre_tokenizer": "pretokenizers",
+    "post_processor": "processors",
+    "decoder": "decoders",
+}
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """Read a tokenizer from a folder with `tokenizer.json` or from that file itself.
+
+    Special tokens are named by `tokenizer_config.json` beside it, when present.
+    ValueError (one line) when the file is missing, damaged, of another kind or out of bounds.
+    """
+    path = Path(path)
+    file = path / TOKENIZER_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(
+            f"tokenizer: no file {file}; give a folder that holds {TOKENIZER_FILE}, or that file"
+        )
+    content = _read_json_object(file)
+    if "model" not in content:
+        raise ValueError(
+            f"tokenizer: {file} is not a tokenizer file (it has no 'model'); give a "
+            f"{TOKENIZER_FILE}"
+        )
+    try:
+        check_content(content)
+        with refused_panics("loading"):
+            backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+        _check_added(content, backend)
+    except Exception as error:  # the library raises bare Exception for a damaged file
+        reason = " ".join(str(error).split()).removeprefix("tokenizer: ")[:300]
+        raise ValueError(
+            f"tokenizer: {file} cannot be read ({reason}); get the file again"
+        ) from error
+    config = file.parent / TOKENIZER_CONFIG_FILE
+    named = _read_json_object(config) if config.is_file() else {}
+    adds_bos = named.get("add_bos_token")
+    return Tokenizer(backend, _read_roles(named), adds_bos if isinstance(adds_bos, bool) else None)
+
+
+def _read_json_object(file: Path) -> dict[str, Any]:
+    size = file.stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(
+            f"tokenizer: {file} has {size >> 20} MiB; at most {MAX_BYTES >> 20} are read"
+        )
+    data = file.read_bytes()
+    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise ValueError(f"tokenizer: {file} has more than {MAX_VALUES:,} values; get another one")
+    try:
+        content = json.loads(data)
+    except RecursionError:
+        raise ValueError(f"tokenizer: {file} is nested too deeply; get the file again") from None
+    except ValueError as error:  # bad JSON or bad UTF-8
+        raise ValueError(f"tokenizer: {file} is not JSON ({error}); get the file again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"tokenizer: {file} holds no JSON object; get the file again")
+    return content
+
+
+def _read_roles(config: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by role; each is stored as a string or as {"content": string}."""
+    roles: dict[str, str] = {}
+    for role in ROLES:
+        token = config.get(f"{role}_token")
+        name = token.get("content") if isinstance(token, dict) else token
+        if isinstance(name, str):
+            roles[role] = name
+    return roles
+
+
+def check_content(content: Mapping[str, Any]) -> None:
+    """ValueError (one line) for what the library could not load or use in bounded time and
+    memory.
+    """
+    _check_ids(content)
+    for part, members in _PARTS.items():
+        steps = list(_steps(content.get(part), members))
+        if len(steps) > MAX_STEPS:
+            raise ValueError(f"{part}: {len(steps)} steps; at most {MAX_STEPS} are read")
+        growth = 1.0
+        for step in steps:
+            growth *= _growth(step)
+            if growth > MAX_GROWTH:
+                raise ValueError(f"{part}: makes texts more than {MAX_GROWTH} times as long")
+            for pattern in _patterns(step):
+                if reason := why_refused(pattern):
+                    raise ValueError(f"{part}: the pattern {pattern[:80]!r} {reason}")
+
+
+def _check_ids(content: Mapping[str, Any]) -> None:
+    """Every token has an id of its own, in bounds, and a sane length."""
+    model, added = content["model"], content.get("added_tokens") or []
+    if not isinstance(model, dict) or not isinstance(added, list):
+        raise ValueError("'model' must be an object and 'added_tokens' a list")
+    vocabulary = model.get("vocab")
+    if isinstance(vocabulary, dict):
+        tokens = list(vocabulary.items())
+    elif isinstance(vocabulary, list):  # Unigram: a token and its score each
+        tokens = [(pair[0], place) for place, pair in enumerate(vocabulary) if pair]
+    else:
+        raise ValueError("'model' has no 'vocab'")
+    tokens += [(t.get("content"), t.get("id")) for t in added if isinstance(t, dict)]
+    owners: dict[int, str] = {}
+    for token, number in tokens:
+        if not isinstance(token, str) or type(number) is not int or not 0 <= number < MAX_IDS:
+            raise ValueError(f"token {str(token)[:40]!r} has the id {str(number)[:40]}")
+        if len(token) > MAX_TOKEN_CHARS:
+            raise ValueError(f"token {number} has {len(token)} characters")
+        if owners.setdefault(number, token) != token:
+            raise ValueError(f"tokens {owners[number][:40]!r} and {token[:40]!r} share id {number}")
+    if model.get("dropout"):
+        raise ValueError("'dropout' would encode a text differently each time; set it to null")
+    longest = model.get("max_input_chars_per_word", 0)
+    if type(longest) is not int or longest > MAX_WORD_CHARS:
+        raise ValueError(f"'max_input_chars_per_word' is above {MAX_WORD_CHARS}")
+
+
+def _check_added(content: Mapping[str, Any], backend: tokenizers.Tokenizer) -> None:
+    """The library numbers added tokens by itself; where the file says otherwise, all ids after it
+    would be others than the model's.
+    """
+    for token in content.get("added_tokens") or []:
+        number = backend.token_to_id(token["content"])
+        if number != token["id"]:
+            raise ValueError(
+                f"added token {token['content'][:40]!r} has the id {token['id']} and would be "
+                f"read as {number}: ids before it are missing"
+            )
+
+
+def _steps(part: Any, members: str) -> list[Mapping[str, Any]]:
+    """The steps of a part, its form and depth checked."""
+    level = [part]
+    for _ in range(MAX_DEPTH):
+        level = [m for p in level if isinstance(p, dict) for m in p.get(members) or []]
+        if not level:
+            break
+    else:
+        raise ValueError(f"{members}: nested more than {MAX_DEPTH} deep")
+    try:
+        return flatten(part, members)
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"{members}: not a list of steps") from None
+
+
+def _patterns(step: Mapping[str, Any]) -> Iterator[str]:
+    pattern = step.get("pattern")
+    if isinstance(pattern, dict) and isinstance(pattern.get("Regex"), str):
+        yield pattern["Regex"]
+
+
+def _growth(step: Mapping[str, Any]) -> float:
+    """How many times as long a step can make a text, at most."""
+    match step:
+        case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+            if not old:
+                raise ValueError("replaces the empty text")
+            return max(1.0, len(new.encode()) / len(old.encode()))
+        case {"type": "Replace", "content": str(new)}:
+            return 1.0 + len(new.encode())  # a regex may match anywhere
+        case {"type": "Prepend", "prepend": str(new)}:
+            return 1.0 + len(new.encode()) / MAX_TOKEN_CHARS
+        case {"type": "Precompiled", "precompiled_charsmap": str(text)}:
+            return _charsmap_growth(text)
+    return 1.0
+
+
+def _charsmap_growth(text: str) -> float:
+    """sentencepiece's table: the size of a tree in 4 bytes, the tree, texts that end in a 0."""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError:
+        raise ValueError("'precompiled_charsmap' is not base64") from None
+    size = int.from_bytes(data[:4], "little")
+    if len(data) < 8 or size % 4 or size > len(data) - 4:
+        raise ValueError("'precompiled_charsmap' is damaged")
+    longest = max(map(len, data[4 + size :].split(b"\0")))
+    return max(1.0, longest / 3) if longest <= 3 * MAX_GROWTH else float("inf")

@@ -1,0 +1,240 @@
+"""The vocabulary: text to token ids and back.
+
+Decides the special ids of our own tokenizers (0 <pad>, 1 <bos>, 2 <eos>, 3 <mask>), that every
+digit is a token of its own, and that text can never turn into a special token unless the caller
+asks for it: a prompt which contains the letters "<mask>" is encoded as those letters.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from twotower.tokenizer.decoding import TextStream, num_leading_spaces, read_rule
+
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>")
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256  # the special tokens and every byte
+ROLES = {"pad": "<pad>", "bos": "<bos>", "eos": "<eos>", "mask": "<mask>"}
+
+
+class Tokenizer:
+    """A fixed vocabulary: `encode`, `decode`, streaming through `stream`, and the special ids."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        roles: dict[str, str] | None = None,
+        adds_bos: bool | None = None,
+    ) -> None:
+        """`roles` names the special tokens (keys pad, bos, eos, mask); unnamed ones are looked up
+        as ours. `adds_bos`: whether prompts begin with bos; None: as the file itself would do.
+        """
+        backend.encode_special_tokens = True  # "<mask>" in text is text
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self._rule = read_rule(
+            None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
+        )
+        self._bytes: dict[int, bytes] = {}
+        ids = backend.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = max(ids, default=-1) + 1  # all ids are below it
+        self.missing_ids = frozenset(
+            set(range(self.vocab_size)).difference(ids) if len(ids) < self.vocab_size else ()
+        )
+        names = ROLES | (roles or {})
+        self._roles = {role: name for role, name in names.items() if self._id(name) is not None}
+        self._adds_bos = adds_bos
+
+    def _id(self, token: str) -> int | None:
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
+    @cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """The written forms of all special tokens."""
+        added = self._backend.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of all special tokens."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    def to_json(self) -> str:
+        """The tokenizer file's text."""
+        return self._json
+
+    @property
+    def pad_id(self) -> int | None:
+        return self._role_id("pad")
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._role_id("bos")
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._role_id("eos")
+
+    @property
+    def mask_id(self) -> int | None:
+        return self._role_id("mask")
+
+    def _role_id(self, role: str) -> int | None:
+        return self._id(self._roles[role]) if role in self._roles else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the tokenizer file: equal for equal vocabularies and rules."""
+        return hashlib.sha256(self._json.encode()).hexdigest()
+
+    @cached_property
+    def _json(self) -> str:
+        text: str = self._backend.to_str()
+        return text
+
+    @cached_property
+    def _reading_special(self) -> tokenizers.Tokenizer:
+        """The same, to which "<mask>" in text is that token."""
+        return tokenizers.Tokenizer.from_str(self._json)
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether a prompt begins with bos: as the tokenizer's files say, or as ours do."""
+        if self.bos_id is None or self._adds_bos is not None:
+            return bool(self._adds_bos) and self.bos_id is not None
+        if self._backend.post_processor is not None:
+            return bool(self._backend.encode("").ids[:1] == [self.bos_id])
+        return self._roles["bos"] == ROLES["bos"]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a text that a model continues: with bos first where its model expects it."""
+        return self.encode(text, add_bos=self.adds_bos)
+
+    def encode(self, text: str, *, add_bos: bool = False, allow_special: bool = False) -> list[int]:
+        """Token ids of `text`, with bos first if `add_bos`.
+
+        With `allow_special` the written form of a special token becomes its id; by default it stays
+        text, so that nobody's prompt can smuggle one in. ValueError (one line) for a text that the
+        tokenizer's own rules cannot take.
+        """
+        backend = self._reading_special if allow_special else self._backend
+        with refused_panics("this text"):
+            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        return self._with_bos(ids) if add_bos else ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts at once (no bos, special tokens stay text)."""
+        with refused_panics("one of these texts"):
+            encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        if self.bos_id is None:
+            raise ValueError("add_bos=True: this tokenizer names no bos token; encode without it")
+        return [self.bos_id, *ids]
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """The whole text of `ids`; bytes that form no character become U+FFFD. ValueError for an id
+        that is no token.
+        """
+        skipped = self.special_ids if skip_special else frozenset()
+        data = b"".join(self.token_bytes(token) for token in ids if token not in skipped)
+        text = data.decode("utf-8", "replace")
+        return text[num_leading_spaces(text, self._rule.num_stripped) :]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text, which may be a part of a character; ValueError for an id
+        that is no token.
+        """
+        found = self._bytes.get(token_id)
+        if found is None:
+            token = None
+            if 0 <= token_id < self.vocab_size:
+                token = self._backend.id_to_token(token_id)
+            if token is None:
+                but = f" but for {len(self.missing_ids)}" if self.missing_ids else ""
+                raise ValueError(
+                    f"ids: {token_id} is outside the vocabulary; ids are 0 to "
+                    f"{self.vocab_size - 1}{but}"
+                )
+            found = self._bytes[token_id] = self._rule.bytes_of(token)
+        return found
+
+    def token_text(self, token_id: int) -> str:
+        """How one token looks alone, special tokens by name: for displays of single positions."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def stream(self, *, skip_special: bool = True) -> TextStream:
+        """A fresh incremental decoder."""
+        return TextStream(self.token_bytes, self.special_ids if skip_special else ())
+
+    def save(self, folder: Path | str) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json` into `folder` (created if needed)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            (folder / name).write_bytes(content)
+
+    def files(self) -> dict[str, bytes]:
+        """The files that `load_tokenizer` reads, by name: what a checkpoint has to carry."""
+        config: dict[str, object] = {f"{role}_token": name for role, name in self._roles.items()}
+        config |= {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
+        if self._adds_bos is not None:
+            config["add_bos_token"] = self._adds_bos
+        return {
+            TOKENIZER_FILE: self._json.encode(),
+            TOKENIZER_CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(),
+        }
+
+
+@contextmanager
+def refused_panics(what: str) -> Iterator[None]:
+    """Turn a panic of the library, which is no Exception, into a ValueError of one line."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(f"tokenizer: its rules fail on {what} ({reason})") from None
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE learnt from `texts`; the same texts in the same order give the same tokenizer.
+
+    The result has at most `vocab_size` tokens: fewer when the texts hold too few pairs to merge.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size: {vocab_size} is too small; use at least {MIN_VOCAB_SIZE} (256 bytes and "
+            "4 special tokens)"
+        )
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend)
