@@ -25,13 +25,11 @@ from twotower.checkpoint import load_model, save_backbone
 from twotower.families import config_from_dict
 from twotower.model.initialise import randomise
 from twotower.model.two_tower import TwoTower
-from twotower.train.loop import train
-from twotower.train.metrics import read_metrics
+from twotower.train.loop import train_steps
 from twotower.train.options import TrainOptions
-from twotower.train.prepare import prepare
-from twotower.train.prepare_options import PrepareOptions
+from twotower.train.prepare import PrepareOptions, prepare
 from twotower.train.processes import joined
-from twotower.train.run_folder import RunFolder
+from twotower.train.run_folder import RunFolder, read_metrics
 
 WIDTHS: dict[str, object] = {
     "hidden_size": 32,
@@ -58,7 +56,7 @@ CASES: dict[str, tuple[str, str, dict[str, object]]] = {
     "denoiser, experts, context trained, activations recomputed": (
         "denoiser",
         "experts",
-        {"train_context": True, "ar_loss_weight": 0.5, "recompute": True},
+        {"train_context": True, "ar_loss_weight": 0.5, "activation_checkpointing": True},
     ),
     "denoiser, dense, tied towers with next-token loss": (
         "denoiser",
@@ -70,8 +68,8 @@ CASES: dict[str, tuple[str, str, dict[str, object]]] = {
         "dense",
         {
             "targets": "completion",
-            "blocks_per_row": 3,
-            "t_per": "block",
+            "denoised_blocks_per_row": 3,
+            "mask_rate_per": "block",
             "loss_weight": "elbo",
             "bidirectional_mamba": True,
         },
@@ -79,7 +77,7 @@ CASES: dict[str, tuple[str, str, dict[str, object]]] = {
     "backbone, experts, 2 passes a step, average, validation": (
         "backbone",
         "experts",
-        {"accumulate": 2, "ema": 0.9, "eval_every": 10, "eval_rows": 6},
+        {"accumulate": 2, "ema_decay": 0.9, "eval_every": 10, "eval_rows": 6},
     ),
     "backbone, dense, Muon": ("backbone", "dense", {"optimizer": "muon"}),
     "denoiser, experts, Muon": ("denoiser", "experts", {"optimizer": "muon"}),
@@ -150,7 +148,7 @@ def options_of(folder: Path, case: str, out: str) -> TrainOptions:
         "sequence_length": 32,
         "batch_size": 4,
         "steps": STEPS,
-        "warmup": 2,
+        "warmup_steps": 2,
         "dtype": "float32",
         "log_every": 1,
         "eval_every": 0,
@@ -164,10 +162,10 @@ def work(folder: Path, cases: list[str]) -> None:
     with joined("cpu", 600) as processes:
         for case in cases:
             options = options_of(folder, case, f"{processes.count}/{CASES_ORDER[case]}")
-            for _ in train(options, processes):
+            for _ in train_steps(options, processes):
                 pass
             if processes.count == 1 and options.recipe == "backbone":
-                for _ in train(two_passes(options, folder / f"control/{CASES_ORDER[case]}")):
+                for _ in train_steps(two_passes(options, folder / f"control/{CASES_ORDER[case]}")):
                     pass
 
 

@@ -17,10 +17,9 @@ import torch
 import twotower
 from twotower.checkpoint import save_backbone
 from twotower.model.initialise import randomise
-from twotower.train.loop import train
+from twotower.train.loop import train_steps
 from twotower.train.options import TrainOptions
-from twotower.train.prepare import prepare
-from twotower.train.prepare_options import PrepareOptions
+from twotower.train.prepare import PrepareOptions, prepare
 from twotower.train.presets import preset_config
 
 
@@ -71,7 +70,7 @@ def measure(folder: Path, args: argparse.Namespace) -> float:
     )
     durations = []
     start = time.perf_counter()
-    for report in train(options):
+    for report in train_steps(options):
         now = time.perf_counter()
         if report.step > 3:
             durations.append(now - start)

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from twotower.train.metrics import read_metrics
+from twotower.train.run_folder import read_metrics
 
 
 def main(arguments: list[str]) -> None:

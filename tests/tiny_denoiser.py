@@ -5,13 +5,13 @@ from pathlib import Path
 from tiny_training import tiny_options
 from twotower.checkpoint import load_model
 from twotower.model.two_tower import TwoTower
-from twotower.train.loop import StepReport, train
+from twotower.train.loop import StepReport, train_steps
 from twotower.train.options import TrainOptions
 from twotower.train.run_folder import RunFolder
 
 
 def run(options: TrainOptions) -> list[StepReport]:
-    return list(train(options))
+    return list(train_steps(options))
 
 
 def make_backbone(data: Path, out: Path, **changes: object) -> Path:

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 from twotower.train.options import TrainOptions
-from twotower.train.prepare import prepare
-from twotower.train.prepare_options import PrepareOptions
+from twotower.train.prepare import PrepareOptions, prepare
 
 
 def write_documents(file: Path, count: int = 400) -> Path:
@@ -34,6 +36,14 @@ def set_meta(folder: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+def saved_tensors(checkpoint: Path | None, prefix: str = "model.") -> dict[str, Tensor]:
+    """The tensors of a checkpoint that one process wrote, by name without `prefix`."""
+    assert checkpoint is not None
+    (file,) = checkpoint.glob("*.safetensors")
+    found = load_file(file).items()
+    return {n.removeprefix(prefix): value for n, value in found if n.startswith(prefix)}
+
+
 def tiny_options(data: Path, out: Path, **changes: object) -> TrainOptions:
     """Options of a backbone run on such a shard; metrics at every step."""
     values: dict[str, object] = {
@@ -44,7 +54,7 @@ def tiny_options(data: Path, out: Path, **changes: object) -> TrainOptions:
         "sequence_length": 32,
         "batch_size": 4,
         "steps": 8,
-        "warmup": 2,
+        "warmup_steps": 2,
         "dtype": "float32",
         "log_every": 1,
         "eval_every": 0,

@@ -37,13 +37,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 import twotower
+from twotower.cli.prepare import BUILT_IN
+from twotower.cli.train import TrainProgress
 from twotower.engine import GenerateOptions
 from twotower.lab.corpus import Document
 from twotower.lab.evaluate.run import Item, draw_groups
-from twotower.train.loop import train
+from twotower.train.loop import train_steps
 from twotower.train.options import TrainOptions
 from twotower.train.prepare import prepare
-from twotower.train.progress import TrainProgress
 
 THRESHOLDS = (0.8, 0.95)
 BOUND_SAMPLES = 8  # noisings of each answer's blocks
@@ -56,7 +57,7 @@ def main() -> None:
     for options in shard_options(args.out, args.data_tokens, args.denoiser_data_tokens):
         if not options.out.exists():
             print(f"preparing {options.out}", flush=True)
-            for _ in prepare(options):
+            for _ in prepare(options, BUILT_IN):
                 pass
     backbone = backbone_options(args.out, args.steps, args.seed, args.threads, args.compile)
     baseline: list[Item] = []
@@ -144,7 +145,7 @@ def train_to_end(name: str, options: TrainOptions) -> dict[str, float | None]:
     clock, processor = time.perf_counter(), time.process_time()
     report = None
     with TrainProgress(name) as progress:
-        for report in train(options):
+        for report in train_steps(options):
             progress.update(report)
     if report is not None and report.step < options.steps:
         raise SystemExit(f"{name}: stopped at step {report.step}; the same command goes on")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from twotower.train.options import TrainOptions
-from twotower.train.prepare_options import PrepareOptions
+from twotower.train.prepare import PrepareOptions
 
 CATEGORIES = ("code", "editing", "tools", "knowledge", "refusal")
 SEQUENCE_LENGTH = 192
@@ -14,13 +14,13 @@ VARIANTS: dict[str, dict[str, object]] = {
     BASE: {},
     "tied": {"towers": "tied"},
     "no-time": {"condition_on": "nothing"},
-    "block-8": {"block_size": 8, "blocks_per_row": 12},
-    "block-32": {"block_size": 32, "blocks_per_row": 3},
+    "block-8": {"block_size": 8, "denoised_blocks_per_row": 12},
+    "block-32": {"block_size": 32, "denoised_blocks_per_row": 3},
     "bidirectional": {"bidirectional_mamba": True},
     "tied-ar": {"towers": "tied-ar"},
     "t": {"condition_on": "t"},
     # 4 blocks of 32, then 4 of 16: as many denoised tokens in all as the base's 6 of 16.
-    "32-then-16": {"early_block_size": 32, "blocks_per_row": 4},
+    "32-then-16": {"early_block_size": 32, "denoised_blocks_per_row": 4},
 }
 TABLES: dict[str, tuple[str, ...]] = {
     "towers": (BASE, "tied", "tied-ar"),
@@ -53,8 +53,8 @@ def backbone_options(out: Path, steps: int, seed: int, threads: int, compile: bo
         out=out / "backbone",
         config=Path(__file__).with_name("backbone.json"),
         learning_rate=3e-3,
-        warmup=60,
-        decay=0.5,
+        warmup_steps=60,
+        decay_fraction=0.5,
         compile=compile,
         batch_size=16,
         **_shared(steps, seed, threads),
@@ -65,7 +65,7 @@ def denoiser_options(name: str, out: Path, steps: int, seed: int, threads: int) 
     """Denoiser training of one variant on the same rows, for as many steps as the others."""
     chosen: dict[str, object] = {
         "block_size": 16,
-        "blocks_per_row": 6,
+        "denoised_blocks_per_row": 6,
         "condition_on": "masked-fraction",
         **VARIANTS[name],
     }
@@ -75,11 +75,11 @@ def denoiser_options(name: str, out: Path, steps: int, seed: int, threads: int) 
         out=out / name,
         init=out / "backbone" / "export",
         targets="completion",
-        t_per="block",
-        draft_share=0.2,
+        mask_rate_per="block",
+        fully_masked_fraction=0.2,
         learning_rate=2e-3,
-        warmup=30,
-        decay=0.5,
+        warmup_steps=30,
+        decay_fraction=0.5,
         batch_size=8,  # many small steps: the denoiser's time is short
         **chosen,
         **_shared(steps, seed, threads),

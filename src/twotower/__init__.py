@@ -11,8 +11,12 @@ if TYPE_CHECKING:
     from twotower.engine.events import Completion, Event, Finished, StepTaken, TokensCommitted
     from twotower.engine.generate import generate, stream
     from twotower.engine.options import GenerateOptions
+    from twotower.lab.evaluate.likelihood import Score, score_texts
     from twotower.model import ContextCache, ContextView, TwoTower
     from twotower.tokenizer import Tokenizer
+    from twotower.train.loop import StepReport, train_model, train_steps
+    from twotower.train.options import TrainOptions
+    from twotower.train.prepare import PrepareOptions, prepare_data
 
 __version__ = "0.1.0"
 
@@ -23,16 +27,24 @@ __all__ = [
     "Event",
     "Finished",
     "GenerateOptions",
+    "PrepareOptions",
+    "Score",
+    "StepReport",
     "StepTaken",
     "Tokenizer",
     "TokensCommitted",
+    "TrainOptions",
     "TwoTower",
     "TwoTowerConfig",
     "accelerate",
     "generate",
     "load_model",
     "load_tokenizer",
+    "prepare_data",
+    "score_texts",
     "stream",
+    "train_model",
+    "train_steps",
 ]
 
 _HOMES = {
@@ -43,8 +55,12 @@ _HOMES = {
         "generate", "stream",
     ),
     "backends": ("accelerate",),
+    "lab.evaluate.likelihood": ("Score", "score_texts"),
     "model": ("ContextCache", "ContextView", "TwoTower"),
     "tokenizer": ("Tokenizer",),
+    "train.loop": ("StepReport", "train_model", "train_steps"),
+    "train.options": ("TrainOptions",),
+    "train.prepare": ("PrepareOptions", "prepare_data"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

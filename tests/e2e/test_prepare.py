@@ -15,9 +15,8 @@ import pytest
 
 from tiny_training import tiny_options
 from twotower.cli.main import main
-from twotower.train.loop import train
-from twotower.train.metrics import read_metrics
-from twotower.train.run_folder import RunFolder
+from twotower.train.loop import train_steps
+from twotower.train.run_folder import RunFolder, read_metrics
 from twotower.train.shard import Shard
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -57,7 +56,7 @@ def test_raw_files_become_a_shard_that_trains(
     for name, share in zip(["pairs", "notes", str(inputs[2])], [0.5, 0.25, 0.25], strict=True):
         assert shard.meta.sources[name] / shard.meta.num_tokens == pytest.approx(share, abs=0.03)
     options = tiny_options(out, tmp_path / "run", steps=30, learning_rate=0.02)
-    for _ in train(options):
+    for _ in train_steps(options):
         pass
     losses = [line["loss"] for line in read_metrics(RunFolder(options.run_folder).metrics)]
     assert losses[-1] < 0.7 * losses[0]

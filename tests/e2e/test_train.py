@@ -13,10 +13,9 @@ import torch
 from tiny_training import make_shard, tiny_options
 from twotower.checkpoint import load_model
 from twotower.tokenizer import load_tokenizer
-from twotower.train.loop import train
-from twotower.train.metrics import read_metrics
+from twotower.train.loop import train_steps
 from twotower.train.options import TrainOptions
-from twotower.train.run_folder import RunFolder
+from twotower.train.run_folder import RunFolder, read_metrics
 
 SOURCE = Path(__file__).parents[2] / "src"
 STEPS = 90
@@ -41,7 +40,7 @@ def command_line(options: TrainOptions) -> list[str]:
 
 def start(options: TrainOptions) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "twotower.cli.train", *command_line(options)],
+        [sys.executable, "-m", "twotower", "train", *command_line(options)],
         env=os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -61,7 +60,7 @@ def wait_for_step(process: subprocess.Popen[str], options: TrainOptions, step: i
 
 
 def run_here(options: TrainOptions) -> None:
-    for _ in train(options):
+    for _ in train_steps(options):
         pass
 
 

@@ -6,9 +6,8 @@ from torch import Tensor
 
 from tiny_models import fresh_model, masked_like, random_ids
 from twotower import TwoTower
-from twotower.diffusion.loss import masked_cross_entropy
-from twotower.train.corruption import NoisyBlocks
-from twotower.train.step import block_loss, next_token_loss
+from twotower.diffusion.loss import masked_loss_sum
+from twotower.train.objective import NoisyBlocks, block_sums, next_token_sum
 
 CLEAN = random_ids(2, 12)
 NOISY = masked_like(CLEAN)
@@ -17,7 +16,8 @@ T = torch.tensor([0.4, 0.9])
 
 def denoiser_loss(model: TwoTower) -> Tensor:
     logits = model.training_logits(CLEAN, NOISY, T, 4)
-    return masked_cross_entropy(logits.double(), CLEAN, NOISY != CLEAN, None)
+    is_masked = NOISY != CLEAN
+    return masked_loss_sum(logits.double(), CLEAN, is_masked) / is_masked.sum()
 
 
 def context_gradients(model: TwoTower) -> dict[str, Tensor]:
@@ -113,15 +113,14 @@ def test_a_block_trains_the_context_by_the_text_before_it_alone() -> None:
 def test_the_next_token_loss_shares_the_pass() -> None:
     """Silent failure: the context head's loss is another one than the backbone's."""
     model = fresh_model()
-    index = torch.arange(3).expand(2, -1)
     blocks = NoisyBlocks(
-        index=index, clean=CLEAN, noisy=NOISY, is_masked=NOISY != CLEAN, t=T,
-        sampled_t=T.unsqueeze(1).expand(2, 3),
+        context=CLEAN, index=torch.arange(3).expand(2, -1), clean=CLEAN, noisy=NOISY,
+        is_masked=NOISY != CLEAN, t=T, weight=None,
     )  # fmt: skip
-    alone = block_loss(model, CLEAN, blocks, 4, None)
-    joint = block_loss(model, CLEAN, blocks, 4, None, 0.3)
-    added = 0.3 * next_token_loss(model, CLEAN)
+    (alone,) = block_sums(model, blocks, 4, has_next_token=False)
+    both = block_sums(model, blocks, 4, has_next_token=True)
+    added = next_token_sum(model, CLEAN)
     assert added.item() > 0.1
-    assert joint.item() == pytest.approx((alone + added).item(), rel=1e-5)
-    joint.backward()
+    assert both.tolist() == pytest.approx([alone.item(), added.item()], rel=1e-5)
+    both.sum().backward()
     assert model.context_lm_head.weight.grad is not None

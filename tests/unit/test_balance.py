@@ -5,7 +5,7 @@ import torch
 
 from tiny_models import fresh_model, random_ids, tiny_moe
 from twotower.layers.moe import Router
-from twotower.train.balance import ExpertBalance
+from twotower.train.optimizer import ExpertBalance
 
 
 def skewed_router() -> Router:

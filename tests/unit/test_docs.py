@@ -52,9 +52,10 @@ def python_blocks(text: str) -> list[str]:
     return re.findall(r"^```python\n(import twotower\n.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["engine.md", "speculation.md"])
-def test_python_of_a_page_runs(name: str) -> None:
+@pytest.mark.parametrize("name", ["engine.md", "speculation.md", "training.md"])
+def test_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against first lines of a page that end in a TypeError."""
+    monkeypatch.chdir(tmp_path)
     (block,) = python_blocks((ROOT / "docs" / name).read_text(encoding="utf-8"))
     exec(compile(block, name, "exec"), {})
 

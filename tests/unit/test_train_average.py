@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tiny_denoiser import denoiser, exported, make_backbone, run
-from tiny_training import make_shard
-from twotower.train.average import WeightAverage
-from twotower.train.run_folder import RunFolder, read_snapshot
+from tiny_training import make_shard, saved_tensors
+from twotower.train.optimizer import WeightAverage
+from twotower.train.run_folder import RunFolder
 
 
 def test_average_follows_its_definition() -> None:
@@ -35,19 +35,24 @@ def test_average_is_what_is_evaluated_and_exported(tmp_path: Path) -> None:
     """Silent failure: the average is kept up to date and never used, or training starts from it."""
     data = make_shard(tmp_path / "shard")
     backbone = make_backbone(data, tmp_path / "backbone")
-    changes = {"steps": 6, "learning_rate": 0.02, "warmup": 0, "eval_every": 6, "eval_rows": 8}
+    changes = {
+        "steps": 6,
+        "learning_rate": 0.02,
+        "warmup_steps": 0,
+        "eval_every": 6,
+        "eval_rows": 8,
+    }
     plain = denoiser(data, backbone, tmp_path / "plain", **changes)
-    averaged = denoiser(data, backbone, tmp_path / "averaged", ema=0.9, **changes)
+    averaged = denoiser(data, backbone, tmp_path / "averaged", ema_decay=0.9, **changes)
     one, two = run(plain), run(averaged)
     assert [r.loss for r in one] == [r.loss for r in two]
     assert one[-1].validation_loss != two[-1].validation_loss
     newest = RunFolder(averaged.run_folder).newest()
-    assert newest is not None
-    snapshot = read_snapshot(newest)
+    average, weights = saved_tensors(newest, "average."), saved_tensors(newest)
     written = exported(averaged).state_dict()
     last = exported(plain).state_dict()
-    assert snapshot.average.keys() == {n for n in last if not n.startswith("context_")}
-    for name, value in snapshot.average.items():
+    assert average.keys() == {n for n in last if not n.startswith("context_")}
+    for name, value in average.items():
         assert torch.equal(written[name], value), name
-        assert torch.equal(snapshot.model[name], last[name]), name
+        assert torch.equal(weights[name], last[name]), name
     assert not torch.equal(written["lm_head.weight"], last["lm_head.weight"])

@@ -77,7 +77,7 @@ def test_shifted_rows_begin_inside_the_block_before(tmp_path: Path) -> None:
     """Silent failure: blocks of self-speculation, which start anywhere, are never trained on."""
     shard = Shard(make_shard(tmp_path / "shard", align=8))
     plain = Rows(shard, 32, seed=5).training(0, 400).tokens
-    shifted = Rows(shard, 32, seed=5, shift_share=0.5).training(0, 400).tokens
+    shifted = Rows(shard, 32, seed=5, unaligned_fraction=0.5).training(0, 400).tokens
     stream = shard.tokens[:].astype(np.int64)
     offsets = []
     for one, other in zip(plain.numpy(), shifted.numpy(), strict=True):
@@ -86,8 +86,8 @@ def test_shifted_rows_begin_inside_the_block_before(tmp_path: Path) -> None:
         offsets.append(shifts[0])
     assert 150 < sum(offset > 0 for offset in offsets) < 250 and max(offsets) == 7
     assert any(np.array_equal(stream[i : i + 32], shifted[0]) for i in range(len(stream)))
-    with pytest.raises(ValueError, match="shift_share: no effect"):
-        Rows(Shard(make_shard(tmp_path / "packed")), 32, seed=5, shift_share=0.5)
+    with pytest.raises(ValueError, match="unaligned_row_fraction: no effect"):
+        Rows(Shard(make_shard(tmp_path / "packed")), 32, seed=5, unaligned_fraction=0.5)
 
 
 def test_held_out_rows_are_never_trained_on(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Training options: validation, TOML, the learning-rate schedule, the groups of the optimiser."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -7,11 +8,12 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from twotower.cli.flags import field_docs
 from twotower.cli.train import arguments_from_toml
 from twotower.model.two_tower import TwoTower
+from twotower.train.optimizer import is_decayed, learning_rate, make_optimizer
 from twotower.train.options import TrainOptions, read_toml
 from twotower.train.presets import PRESET_NAMES, preset_config
-from twotower.train.schedule import is_decayed, learning_rate, make_optimizer
 
 
 def options(**values: object) -> TrainOptions:
@@ -29,22 +31,25 @@ def options(**values: object) -> TrainOptions:
         {"learning_rate": 0.0},
         {"learning_rate": math.nan},
         {"learning_rate": math.inf},
-        {"decay": 1.5},
-        {"decay": math.nan},
+        {"decay_fraction": 1.5},
+        {"decay_fraction": math.nan},
         {"final_lr_ratio": -0.1},
         {"decay_shape": "cubic"},
         {"dtype": "float8"},
         {"betas": [0.9, 1.0]},
         {"weight_decay": -1.0},
-        {"grad_clip": math.nan},
+        {"max_grad_norm": math.nan},
         {"seed": -1},
+        {"seed": 1 << 63},
         {"threads": 0},
         {"keep_checkpoints": 0},
         {"block_size": 16},  # without effect on a backbone
-        {"draft_share": 0.5},
-        {"draft_share": 1.5},
-        {"blocks_per_row": 0},
-        {"t_per": "token"},
+        {"fully_masked_fraction": 0.5},
+        {"fully_masked_fraction": 1.5},
+        {"denoised_blocks_per_row": 0},
+        {"mask_rate_per": "token"},
+        {"towers": ["two"]},
+        {"learning_rate": 10**400},
         {"condition_on": "time"},
     ],
 )
@@ -78,6 +83,20 @@ def test_unknown_names_and_wrong_types_are_refused(values: dict[str, object], wo
     """Silent failure: a misspelt option is ignored and the default trains for hours."""
     with pytest.raises(ValueError, match=words):
         options(**values)
+
+
+def test_the_constructor_checks_types_and_takes_paths_as_text() -> None:
+    """Silent failure: from Python, a string of digits or a path as text fails deep in the run."""
+    assert TrainOptions(recipe="backbone", data="a/b").data == Path("a/b")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="steps: '9' is of type str; use int"):
+        TrainOptions(recipe="backbone", steps="9")  # type: ignore[arg-type]
+
+
+def test_every_option_has_a_group_and_a_help_text() -> None:
+    docs = field_docs(TrainOptions)
+    assert all(docs.get(field.name) for field in dataclasses.fields(TrainOptions))
+    own = TrainOptions.__annotations__
+    assert len(own) == 10  # those that matter first
 
 
 def test_options_survive_json() -> None:
@@ -117,27 +136,33 @@ def test_bad_toml(tmp_path: Path, text: str | None, words: str) -> None:
 
 
 def rates(**values: object) -> list[float]:
-    chosen = options(learning_rate=1.0, **values)
-    return [learning_rate(step, chosen) for step in range(chosen.steps)]
+    chosen = options(**values)
+    return [learning_rate(step, chosen.steps, 1.0, chosen) for step in range(chosen.steps)]
 
 
 def test_schedule_warms_up_stays_and_decays() -> None:
     expected = [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 0.775, 0.55, 0.325, 0.1]
-    assert rates(steps=10, warmup=4, decay=0.4, final_lr_ratio=0.1) == pytest.approx(expected)
+    assert rates(steps=10, warmup_steps=4, decay_fraction=0.4, final_lr_ratio=0.1) == pytest.approx(
+        expected
+    )
 
 
 def test_sqrt_decay_falls_faster_first() -> None:
     expected = [1.0, 1 - math.sqrt(0.25), 1 - math.sqrt(0.5), 1 - math.sqrt(0.75), 0.0]
-    assert rates(steps=5, warmup=0, decay=0.8, decay_shape="sqrt") == pytest.approx(expected)
+    assert rates(steps=5, warmup_steps=0, decay_fraction=0.8, decay_shape="sqrt") == pytest.approx(
+        expected
+    )
 
 
 def test_schedule_without_warmup_and_decay_is_constant() -> None:
-    assert rates(steps=5, warmup=0, decay=0.0) == [1.0] * 5
+    assert rates(steps=5, warmup_steps=0, decay_fraction=0.0) == [1.0] * 5
 
 
 def test_schedule_is_never_above_the_peak_nor_negative() -> None:
     for decay in (0.0, 0.1, 0.5, 1.0):
-        assert all(0.0 <= rate <= 1.0 for rate in rates(steps=7, warmup=5, decay=decay))
+        assert all(
+            0.0 <= rate <= 1.0 for rate in rates(steps=7, warmup_steps=5, decay_fraction=decay)
+        )
 
 
 def test_weight_decay_reaches_matrices_only() -> None:

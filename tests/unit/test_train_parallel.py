@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,29 +17,29 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tiny_models import fresh_model, random_ids
-from tiny_training import make_shard, tiny_options
+from tiny_training import tiny_options
 from twotower.model.two_tower import TwoTower
-from twotower.train import loop
-from twotower.train.balance import ExpertBalance
 from twotower.train.data import Batch
-from twotower.train.loop import check_divisible, train
-from twotower.train.metrics import read_metrics
-from twotower.train.options import TrainOptions
+from twotower.train.loop import accumulate_gradients
+from twotower.train.objective import MaskedBlocks, NextToken, row_noise
+from twotower.train.optimizer import ExpertBalance, Optimizers, WeightAverage, make_optimizer
+from twotower.train.options import DiffusionObjectiveOptions
 from twotower.train.parallel import hand_out, recompute_mixers, shard, whole
-from twotower.train.processes import ALONE, Processes, joined
-from twotower.train.run_folder import POSITION_FILE, RunFolder, ShardedSnapshot
-from twotower.train.schedule import Optimizers, make_optimizer
-from twotower.train.sharded_checkpoint import save_sharded
-from twotower.train.signals import StopSignals
-from twotower.train.step import make_loss, step_generator
+from twotower.train.processes import ALONE, Processes, SharedError, StopSignals, joined
+from twotower.train.start import check_divisible
+from twotower.train.state import (
+    TrainState,
+    load_state,
+    read_checkpoint,
+    write_description,
+    write_part,
+)
 
-DENOISER = {"recipe": "denoiser", "init": "x"}
-VARIANTS: list[dict[str, object]] = [
-    {"recipe": "backbone"},
-    DENOISER,
-    DENOISER | {"targets": "completion", "blocks_per_row": 3, "t_per": "block"},
-    DENOISER | {"loss_weight": "elbo"},
-    DENOISER | {"train_context": True, "ar_loss_weight": 0.3},
+VARIANTS: list[dict[str, Any] | None] = [
+    None,  # next-token training
+    {},
+    {"targets": "completion", "denoised_blocks_per_row": 3, "mask_rate_per": "block"},
+    {"loss_weight": "elbo"},
 ]
 
 
@@ -57,24 +58,47 @@ def batch(num_rows: int) -> Batch:
     return Batch(tokens=tokens, is_completion=torch.arange(16) >= ends)
 
 
-@pytest.mark.parametrize("values", VARIANTS, ids=[str(v) for v in VARIANTS])
-@pytest.mark.parametrize("count", [2, 3, 4, 6])
-def test_shares_of_a_loss_add_up_to_it(values: dict[str, object], count: int) -> None:
-    """Silent failure: a mean of means, which favours the tokens of a process with few of them.
+class OfSeveral(Processes):
+    """One of several processes that is asked after the others have said what they count."""
 
-    With 6 processes for 4 rows two have nothing to count; their gradient must be zero.
-    """
-    options = TrainOptions.from_dict(values)
+    def add(self, values: Tensor) -> Tensor:
+        return COUNTED if self.count > 1 else values
+
+
+COUNTED = torch.zeros(0)
+
+
+@pytest.mark.parametrize("values", VARIANTS, ids=str)
+@pytest.mark.parametrize("count", [2, 4])
+def test_shares_of_a_loss_add_up_to_it(
+    values: dict[str, Any] | None, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Silent failure: a mean of means, which favours the tokens of a process with few of them."""
     model, rows = fresh_model(), batch(4)
+    precision = torch.autocast("cpu", enabled=False)
+    objective: Any = NextToken()
+    if values is not None:
+        objective = MaskedBlocks(DiffusionObjectiveOptions(**values), 4, 3, ar_weight=0.3)
+
+    def drawn(own: range) -> Any:
+        part = Batch(
+            tokens=rows.tokens[own.start : own.stop],
+            is_completion=rows.is_completion[own.start : own.stop],
+        )
+        return objective.draw(part, row_noise(0, 0, own))
 
     def measured(processes: Processes) -> tuple[float, Tensor]:
-        loss = make_loss(options, 4, False, options.next_token_weight, processes)
-        value = loss(model, rows, step_generator(0, 0, 0))
-        (gradient,) = torch.autograd.grad(value, model.context_tower.layers[0].mixer.in_proj.weight)
-        return value.item(), gradient
+        model.zero_grad()
+        own = drawn(processes.own_rows(0, 4))
+        loss = accumulate_gradients(model, objective, [own], precision, "cpu", processes)
+        gradient = model.context_tower.layers[0].mixer.in_proj.weight.grad
+        assert gradient is not None
+        return loss, gradient.clone()
 
     total, gradient = measured(ALONE)
-    parts = [measured(Processes(rank=rank, count=count)) for rank in range(count)]
+    monkeypatch.setitem(globals(), "COUNTED", drawn(range(4)).counts)
+    monkeypatch.setattr(OfSeveral, "add_number", lambda self, value: value)
+    parts = [measured(OfSeveral(rank=rank, count=count)) for rank in range(count)]
     assert sum(value for value, _ in parts) == pytest.approx(total, rel=1e-5)
     torch.testing.assert_close(sum(part for _, part in parts), gradient, rtol=1e-4, atol=1e-6)
     assert len({value for value, _ in parts}) > 1
@@ -83,10 +107,8 @@ def test_shares_of_a_loss_add_up_to_it(values: dict[str, object], count: int) ->
 def test_every_row_belongs_to_one_process() -> None:
     """Silent failure: rows that two processes train on, or none."""
     for num_rows, count in ((4, 2), (12, 4), (5, 3), (2, 4)):
-        parts = [Processes(rank=rank, count=count).part(num_rows) for rank in range(count)]
-        seen = [row for rows, weight in parts if weight for row in range(num_rows)[rows]]
-        assert seen == list(range(num_rows))
-        assert sum(weight for _, weight in parts) == pytest.approx(1.0)
+        parts = [Processes(rank=rank, count=count).own_rows(7, num_rows) for rank in range(count)]
+        assert [row for part in parts for row in part] == list(range(7, 7 + num_rows))
 
 
 @pytest.mark.parametrize("trains_context", [False, True])
@@ -161,7 +183,7 @@ def test_recomputing_runs_mixers_twice_and_leaves_the_balance_alone() -> None:
 
 def test_sharded_muon_takes_the_steps_of_muon(mesh: DeviceMesh, tmp_path: Path) -> None:
     """Silent failure: orthogonalised shards, which are not rows of the orthogonalised matrix."""
-    options = tiny_options(tmp_path, tmp_path, optimizer="muon", learning_rate=0.02)
+    options = tiny_options(tmp_path, tmp_path, optimizer="muon")
     plain, sharded = fresh_model(), fresh_model()
     shard(sharded, mesh, is_narrow=False)
     optimizers = [make_optimizer(model, options) for model in (plain, sharded)]
@@ -171,6 +193,7 @@ def test_sharded_muon_takes_the_steps_of_muon(mesh: DeviceMesh, tmp_path: Path) 
             if one.grad is not None:  # the very same: Adam and bfloat16 magnify any difference
                 two.grad = distribute_tensor(one.grad, mesh, two.placements)
         for optimizer in optimizers:
+            optimizer.set_learning_rate(0.02)
             optimizer.step()
     before = fresh_model().state_dict()
     for (name, one), two in zip(plain.named_parameters(), sharded.parameters(), strict=True):
@@ -215,73 +238,56 @@ def test_further_signals_of_torchrun_change_nothing() -> None:
         assert stop.requested
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shard(tmp_path_factory.mktemp("data") / "shard")
+def sharded_state(mesh: DeviceMesh | None, seed: int) -> TrainState:
+    model = fresh_model(seed=seed)
+    if mesh is not None:
+        shard(model, mesh, is_narrow=False)
+    options = tiny_options(Path(), Path(), optimizer="muon")
+    average = WeightAverage(model, 0.5)
+    return TrainState(model=model, optimizer=make_optimizer(model, options), average=average)
 
 
-@pytest.fixture
-def save_as_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process that writes the checkpoints of several."""
-
-    def save(training: loop.Training, folder: RunFolder) -> None:
-        keep = training.options.keep_checkpoints
-        save_sharded(folder, training.position(), training.state(), keep, ALONE)
-
-    monkeypatch.setattr(loop, "_save", save)
-    monkeypatch.setattr(loop, "export", lambda *_: None)
-
-
-def losses(options: TrainOptions) -> list[tuple[float, float]]:
-    lines = read_metrics(RunFolder(options.run_folder).metrics)
-    return [(line["step"], line["loss"]) for line in lines]
-
-
-def test_a_sharded_checkpoint_continues_a_run_exactly(
-    data: Path, tmp_path: Path, save_as_several: None
+@pytest.mark.parametrize("then_sharded", [False, True])
+@pytest.mark.parametrize("first_sharded", [False, True])
+def test_a_checkpoint_is_read_however_it_was_written(
+    mesh: DeviceMesh, tmp_path: Path, first_sharded: bool, then_sharded: bool
 ) -> None:
-    """Silent failure: moments, momentum, average or position that are not read back."""
-    changes = {"ema": 0.9, "optimizer": "muon", "checkpoint_every": 2, "log_every": 1}
-    whole_run = tiny_options(data, tmp_path / "whole", steps=7, **changes)
-    broken = tiny_options(data, tmp_path / "broken", steps=7, **changes)
-    final = [report.loss for report in train(whole_run)][-1]
-    steps = train(broken)
-    for _ in range(5):
-        next(steps)
-    del steps
-    assert [report.step for report in train(broken)] == [5, 6, 7]
-    assert losses(broken) == losses(whole_run) and losses(broken)[-1] == (7, final)
-    averages = [loop.begin(o, _rows(o), RunFolder(o.run_folder).open(o)).average
-                for o in (whole_run, broken)]  # fmt: skip
-    one, two = (average.values for average in averages if average is not None)
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    names = [path.name for path in sorted(RunFolder(broken.run_folder).checkpoints.iterdir())]
-    assert names == ["step-00000006", "step-00000007"]
+    """Silent failure: moments, momentum or average that are left behind between one process and
+    several; a rule for the rows of a process that is not FSDP's.
+    """
+    first = sharded_state(mesh if first_sharded else None, seed=1)
+    _gradients(first.model)
+    first.optimizer.set_learning_rate(0.02)
+    first.optimizer.step()
+    assert first.average is not None
+    first.average.update(1)
+    first.step, first.rows_read = 1, 4
+    write_part(tmp_path, first, 0, 1)
+    write_description(tmp_path, first, "rows")
+    then = sharded_state(mesh if then_sharded else None, seed=2)
+    load_state(read_checkpoint(tmp_path), then)
+    one, two = first.tensors(), then.tensors()
+    assert one.keys() == two.keys() and len(one) > 100
+    for name, value in one.items():
+        assert torch.equal(whole(two[name]), whole(value)), name
+        assert isinstance(two[name], DTensor) == (
+            then_sharded and two[name].dim() > 0 and "e_score_correction" not in name
+        ), name
 
 
-def _rows(options: TrainOptions) -> loop.Rows:
-    return loop.Rows(loop.Shard(options.data), options.sequence_length, options.seed)
+def test_text_and_errors_are_everybodys(mesh: DeviceMesh) -> None:
+    """Silent failure: a process goes on alone after another's error, and waits for it for ever."""
+    one = Processes(rank=0, count=2, mesh=mesh)  # of a group of one: the other one is silent
+    for text in ("runs/a \u00fc", "", None):
+        assert one.share(text) == text
+    assert one.together(lambda: 3) == 3
 
+    def fail() -> None:
+        raise OSError(28, "No space\nleft")
 
-def test_a_damaged_folder_gives_way_and_a_half_written_one_is_no_checkpoint(
-    data: Path, tmp_path: Path, save_as_several: None, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Silent failure: a run that goes on from what a kill left half written."""
-    options = tiny_options(data, tmp_path / "run", steps=4, checkpoint_every=2)
-    list(train(options))
-    folder = RunFolder(options.run_folder)
-    half = folder.partial(6)
-    half.mkdir()
-    (half / POSITION_FILE).write_text("{}")
-    found = folder.open(options)
-    assert isinstance(found, ShardedSnapshot) and found.step == 4
-    piece = next(folder.sharded(4).glob("*.distcp"))
-    piece.write_bytes(piece.read_bytes()[:-1])
-    found = folder.open(options)
-    assert isinstance(found, ShardedSnapshot) and found.step == 2
-    assert f"{piece.name} is damaged" in caplog.text
-    folder.drop_all_but(1)
-    assert [path.name for path in folder.checkpoints.iterdir()] == ["step-00000004"]
+    for act in (one.together, one.on_first):
+        with pytest.raises(SharedError, match="No space left"):
+            act(fail)
 
 
 @pytest.mark.parametrize("launched", [False, True])

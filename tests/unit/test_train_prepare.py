@@ -10,18 +10,17 @@ import pytest
 import torch
 
 from tiny_training import make_shard, write_documents
+from twotower.cli.prepare import BUILT_IN
 from twotower.lab.corpus import documents
 from twotower.tokenizer import load_tokenizer
 from twotower.train.data import Rows
-from twotower.train.prepare import encode_documents, prepare
-from twotower.train.prepare_options import PrepareOptions
-from twotower.train.shard import Shard
-from twotower.train.shard_writer import ShardWriter
+from twotower.train.prepare import PrepareOptions, encode_documents, prepare
+from twotower.train.shard import Shard, ShardWriter
 
 
 def run(**options: object) -> Shard:
     chosen = PrepareOptions(**options)  # type: ignore[arg-type]  # tests pass plain values
-    for _ in prepare(chosen):
+    for _ in prepare(chosen, BUILT_IN):
         pass
     return Shard(chosen.out)
 
@@ -146,6 +145,7 @@ def test_another_folder_is_never_replaced(tmp_path: Path) -> None:
         {"tokenizer_documents": 0},
         {"align": 0},
         {"tokenizer": Path("x"), "vocab_size": 300},
+        {"eos_token": "<eos>"},
         {"part_tokens": 0},
         {"input": (Path("x"),), "shuffle": -1},
         {"shuffle": 5},
@@ -273,9 +273,15 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not (tmp_path / "shard.partial").exists()
 
 
-def test_the_built_in_corpus_needs_no_datasets(
+def test_the_library_reads_inputs_only(tmp_path: Path) -> None:
+    """The generated corpus is the laboratory's, which the library does not import."""
+    with pytest.raises(ValueError, match="input: missing"):
+        list(prepare(PrepareOptions(out=tmp_path / "shard")))
+
+
+def test_the_built_in_corpus_needs_no_pyarrow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     options = {"tokens": 1000, "vocab_size": 260, "tokenizer_documents": 10}
     assert run(out=tmp_path / "shard", **options).meta.num_tokens >= 1000

@@ -1,7 +1,9 @@
 """Files of documents: formats, columns, and what is said about bad ones."""
 
+import bz2
 import gzip
 import json
+import lzma
 import subprocess
 import sys
 from collections.abc import Callable
@@ -69,7 +71,7 @@ def test_text_documents_are_separated_by_blank_lines(tmp_path: Path) -> None:
 
 
 def test_names_are_no_patterns_and_compressed_files_are_read(tmp_path: Path) -> None:
-    """Silent failure: `datasets` takes brackets for a pattern and reads a neighbour instead."""
+    """Silent failure: brackets are taken for a pattern and a neighbour is read instead."""
     folder = tmp_path / "a [1] #b"
     folder.mkdir()
     (tmp_path / "a 1 #b").mkdir()
@@ -181,15 +183,15 @@ def test_files_without_documents_are_refused(tmp_path: Path) -> None:
 
 
 def test_binary_files_are_no_text(tmp_path: Path) -> None:
-    file = write_parquet(tmp_path / "d.bin", text=["a"] * 50)
-    with pytest.raises(ValueError, match=r"d.bin line \d+ is not UTF-8 text"):
+    file = write_parquet(tmp_path / "d.dat", text=["a"] * 50)
+    with pytest.raises(ValueError, match=r"d.dat line \d+ is not UTF-8 text"):
         list(read_file(file))
 
 
 def test_no_network_and_nothing_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Silent failure: `datasets` fills somebody's cache folder, or reports each use to a server."""
+    """Silent failure: a library fills somebody's cache folder, or reports each use to a server."""
     code = (
         "import socket, sys, pathlib\n"
         "def refuse(*args): raise SystemExit('network')\n"
@@ -216,10 +218,61 @@ def test_no_network_and_nothing_left_behind(
     assert list(home.rglob("*")) == list(temporary.rglob("*")) == []
 
 
-def test_without_datasets_the_remedy_is_named(
+def test_without_pyarrow_the_remedy_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    file = write_jsonl(tmp_path / "d.jsonl", {"text": "a"})
+    file = write_parquet(tmp_path / "d.parquet", text=["a"])
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ImportError, match=r'pip install "twotower\[data\]"'):
+        list(read_file(file))
+    assert list(read_file(write_jsonl(tmp_path / "d.jsonl", {"text": "a"}))) == [("", "a")]
+
+
+PACKERS = {"gz": gzip.compress, "BZ2": bz2.compress, "xz": lzma.compress}
+
+
+@pytest.mark.parametrize("packing", PACKERS)
+@pytest.mark.parametrize("name", ["X.JSONL", "x.Json", "x.NDJSON"])
+def test_names_in_capitals_are_read_by_their_kind(tmp_path: Path, name: str, packing: str) -> None:
+    """Silent failure: `x.JSONL` is trained on as raw text, braces and all."""
+    content = b'{"text": "mine"}\n'
+    (tmp_path / name).write_bytes(content)
+    packed = tmp_path / f"{name}.{packing}"
+    packed.write_bytes(PACKERS[packing](content))
+    for file in (tmp_path / name, packed):
+        assert list(read_file(file)) == [("", "mine")]
+        assert is_document_file(Path(file.name)) and stem_of(file) == Path(name).stem
+    text = tmp_path / f"Y.TXT.{packing}"
+    text.write_bytes(PACKERS[packing](b"one\n\ntwo"))
+    assert list(read_file(text)) == [("", "one\n"), ("", "two")]
+    table = write_parquet(tmp_path / "T.PARQUET", text=["a"])
+    assert list(read_file(table)) == [("", "a")]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("d.CSV", "is a .csv file, which is not read"), ("d.jsonl.zst", "is a .zst file"),
+     ("d.log", "holds JSON objects but is not named .jsonl"), ("d", "holds JSON objects")],
+)  # fmt: skip
+def test_columns_are_never_trained_on_as_raw_text(tmp_path: Path, name: str, words: str) -> None:
+    """Silent failure: commas, quotes and field names become most of what a model learns."""
+    (tmp_path / name).write_bytes(b'\n{"text": "a"}\n{"text": "b"}\n')
+    with pytest.raises(ValueError, match=words) as caught:
+        list(read_file(tmp_path / name))
+    assert "\n" not in str(caught.value)
+    (tmp_path / "said.txt").write_bytes(b'{"text": "a"}\n')
+    (tmp_path / "code").write_bytes(b"{\n  int x;\n}\n")
+    assert list(read_file(tmp_path / "said.txt")) == [("", '{"text": "a"}\n')]
+    assert list(read_file(tmp_path / "code")) == [("", "{\n  int x;\n}\n")]
+
+
+def test_a_file_that_must_not_be_read_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    file = write_jsonl(tmp_path / "d.jsonl", {"text": "a"})
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(ValueError, match=r"d.jsonl cannot be opened \(Permission denied\)"):
         list(read_file(file))

@@ -1,14 +1,30 @@
 """What a shard is made of: finding inputs, weights, and the order of a mixture."""
 
 import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from twotower.cli.prepare import BUILT_IN as CORPUS
 from twotower.lab.corpus import documents
-from twotower.train.sources import BUILT_IN, find_files, find_sources, mix, parse_weights, shuffle
+from twotower.train.sources import (
+    BUILT_IN,
+    Source,
+    find_files,
+    find_sources,
+    mix,
+    parse_weights,
+    shuffle,
+)
+
+
+def sources_of(
+    inputs: Sequence[Path], weights: Mapping[str, float], columns: Sequence[str], seed: int
+) -> list[Source]:
+    return find_sources(inputs, weights, columns, CORPUS, seed)
 
 
 def make_files(folder: Path, *names: str) -> list[Path]:
@@ -57,27 +73,27 @@ def test_weights_are_pairs() -> None:
 
 
 def test_without_inputs_the_source_is_the_built_in_corpus() -> None:
-    (source,) = find_sources([], {"math": 1.0}, (), 5)
+    (source,) = sources_of([], {"math": 1.0}, (), 5)
     expected = itertools.islice(documents("train", 5, {"math": 1.0}), 20)
     assert list(itertools.islice(source.texts(), 20)) == [
         (d.prompt, d.completion) for d in expected
     ]
     with pytest.raises(ValueError, match="category 'poems' is unknown"):
-        find_sources([], {"poems": 1.0}, (), 5)
+        sources_of([], {"poems": 1.0}, (), 5)
 
 
 def test_inputs_are_named_by_stem_or_as_given(tmp_path: Path) -> None:
     files = make_files(tmp_path, "a.jsonl", "b.txt", "x/c.jsonl", "y/c.jsonl", "math.jsonl")
-    names = [source.name for source in find_sources([*files, tmp_path / "x"], {}, (), 0)]
+    names = [source.name for source in sources_of([*files, tmp_path / "x"], {}, (), 0)]
     assert names == ["a", "b", str(files[2]), str(files[3]), str(files[4]), "x"]
     pattern = tmp_path / "x*" / "*.jsonl"
-    assert find_sources([pattern], {}, (), 0)[0].name == str(pattern)
+    assert sources_of([pattern], {}, (), 0)[0].name == str(pattern)
 
 
 def test_weights_name_inputs_and_categories(tmp_path: Path) -> None:
     a, b = make_files(tmp_path, "a.jsonl", "b.jsonl")
     weights = {"a": 3.0, str(b): 1.0, "math": 1.5, "code": 0.5}
-    sources = find_sources([a, b], weights, (), 0)
+    sources = sources_of([a, b], weights, (), 0)
     assert [(s.name, s.weight) for s in sources] == [("a", 3.0), ("b", 1.0), (BUILT_IN, 2.0)]
     assert list(sources[1].texts()) == [("", "b.jsonl")]
     built_in = itertools.islice(sources[2].texts(), 50)
@@ -89,12 +105,12 @@ def test_inputs_without_weights_are_spread_by_size(tmp_path: Path) -> None:
     a, b = make_files(tmp_path, "a.jsonl", "b.jsonl")
     with b.open("ab") as stream:
         stream.write(b"\n" * 82)
-    assert [s.weight for s in find_sources([a, b], {}, (), 0)] == [20, 102]
+    assert [s.weight for s in sources_of([a, b], {}, (), 0)] == [20, 102]
 
 
 BAD_WEIGHTS = {
     "one without": ({"a": 1.0}, "weights: b has none; give b=NUMBER"),
-    "none of an input": ({"a": 1.0, "b": 0.0}, "b=0 leaves the input out"),
+    "none of an input": ({"a": 1.0, "b": 0.0}, "b=0 gives the input no share"),
     "unknown": ({"a": 1.0, "b": 1.0, "c": 1.0}, "'c' is neither input nor category; .* a, b, math"),
     "empty categories": ({"a": 1.0, "b": 1.0, "math": 0.0}, "weights sum to 0"),
 }
@@ -104,22 +120,22 @@ BAD_WEIGHTS = {
 def test_bad_weights_are_one_line(tmp_path: Path, kind: str) -> None:
     weights, words = BAD_WEIGHTS[kind]
     with pytest.raises(ValueError, match=words):
-        find_sources(make_files(tmp_path, "a.jsonl", "b.jsonl"), weights, (), 0)
+        sources_of(make_files(tmp_path, "a.jsonl", "b.jsonl"), weights, (), 0)
 
 
 def test_inputs_given_twice_and_columns_of_text_are_refused(tmp_path: Path) -> None:
     a, b = make_files(tmp_path, "a.jsonl", "b.txt")
     with pytest.raises(ValueError, match=r"a.jsonl is given twice"):
-        find_sources([a, b, a], {}, (), 0)
+        sources_of([a, b, a], {}, (), 0)
     with pytest.raises(ValueError, match="columns: no effect on b"):
-        find_sources([b], {}, ["text"], 0)
-    assert len(find_sources([a, b], {}, ["text"], 0)) == 2
+        sources_of([b], {}, ["text"], 0)
+    assert len(sources_of([a, b], {}, ["text"], 0)) == 2
 
 
 def test_columns_reach_the_files_that_have_them(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "x", "text": "y"}\n')
     (tmp_path / "b.txt").write_text("plain")
-    (source,) = find_sources([tmp_path], {}, ["body"], 0)
+    (source,) = sources_of([tmp_path], {}, ["body"], 0)
     assert list(source.texts()) == [("", "x"), ("", "plain")]
 
 

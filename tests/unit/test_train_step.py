@@ -1,4 +1,4 @@
-"""The two losses and the randomness of a step."""
+"""What a step learns: the two objectives, their masks, and noise that belongs to the row."""
 
 import math
 
@@ -9,12 +9,18 @@ from torch.nn import functional as F
 
 from twotower.model.initialise import copy_context_to_denoiser, randomise
 from twotower.model.two_tower import TwoTower
-from twotower.train.corruption import choose_blocks, corrupt_blocks
 from twotower.train.data import Batch
-from twotower.train.denoiser_options import DenoiserOptions
-from twotower.train.options import TrainOptions
+from twotower.train.objective import (
+    MaskedBlocks,
+    NextToken,
+    Noise,
+    NoisyBlocks,
+    choose_blocks,
+    corrupt_blocks,
+    row_noise,
+)
+from twotower.train.options import DiffusionObjectiveOptions
 from twotower.train.presets import preset_config
-from twotower.train.step import Loss, make_loss, next_token_loss, step_generator
 
 VOCAB = 270
 
@@ -36,8 +42,10 @@ def test_backbone_loss_is_shifted_by_one(model: TwoTower, tokens: Tensor) -> Non
     """Silent failure: the tower learns to copy its input, or to predict two ahead."""
     scores = model.context_logits(tokens).log_softmax(-1)
     picked = [scores[b, i, tokens[b, i + 1]] for b in range(3) for i in range(31)]
-    expected = -torch.stack(picked).mean()
-    assert next_token_loss(model, tokens).item() == pytest.approx(expected.item(), rel=1e-5)
+    inputs = NextToken().draw(batch_of(tokens), noise())
+    assert inputs.counts.tolist() == [93]
+    found = NextToken().loss_sums(model, inputs)
+    assert found.item() == pytest.approx(-torch.stack(picked).sum().item(), rel=1e-5)
 
 
 def test_backbone_loss_ignores_the_future(model: TwoTower, tokens: Tensor) -> None:
@@ -48,9 +56,16 @@ def test_backbone_loss_ignores_the_future(model: TwoTower, tokens: Tensor) -> No
     assert torch.equal(one, two)
 
 
-def denoiser_loss(**values: object) -> Loss:
-    options = TrainOptions.from_dict({"recipe": "denoiser", "init": "x"} | values)
-    return make_loss(options, 16, compile=False)
+def noise(num_rows: int = 3, step: int = 7) -> Noise:
+    return row_noise(0, step, range(num_rows))
+
+
+def objective(**values: object) -> MaskedBlocks:
+    return MaskedBlocks(DiffusionObjectiveOptions(**values), 16, 3)  # type: ignore[arg-type]
+
+
+def mean(model: TwoTower, objective: MaskedBlocks, inputs: NoisyBlocks) -> Tensor:
+    return (objective.loss_sums(model, inputs) / inputs.counts).sum()
 
 
 def batch_of(tokens: Tensor) -> Batch:
@@ -60,37 +75,43 @@ def batch_of(tokens: Tensor) -> Batch:
     return Batch(tokens=tokens, is_completion=is_completion)
 
 
+def corrupted(tokens: Tensor, is_target: Tensor | None = None, **values: object) -> NoisyBlocks:
+    is_target = torch.ones_like(tokens, dtype=torch.bool) if is_target is None else is_target
+    options = DiffusionObjectiveOptions(**values)  # type: ignore[arg-type]
+    return corrupt_blocks(tokens, is_target, noise(len(tokens), 0), 3, 16, options)
+
+
 def test_denoiser_loss_scores_masked_positions_of_the_same_place(
     model: TwoTower, tokens: Tensor
 ) -> None:
     """Silent failure: a shift by one, or visible tokens counted."""
-    every = torch.ones_like(tokens, dtype=torch.bool)
-    blocks = corrupt_blocks(tokens, every, 3, 16, DenoiserOptions(), step_generator(0, 7, 0))
+    blocks = objective().draw(batch_of(tokens), noise())
     logits = model.training_logits(tokens, blocks.noisy, blocks.t, 16)
     expected = F.cross_entropy(logits[blocks.is_masked], tokens[blocks.is_masked])
-    loss = denoiser_loss()(model, batch_of(tokens), step_generator(0, 7, 0))
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert mean(model, objective(), blocks).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert blocks.counts.tolist() == [blocks.is_masked.sum()]
 
 
 def test_elbo_weighted_loss_divides_by_t_and_by_all_positions(
     model: TwoTower, tokens: Tensor
 ) -> None:
     """Silent failure: a bound that is weighted by what the denoiser is told, not by t."""
-    every = torch.ones_like(tokens, dtype=torch.bool)
-    options = DenoiserOptions(t_per="block", condition_on="nothing")
-    blocks = corrupt_blocks(tokens, every, 3, 16, options, step_generator(0, 7, 0))
+    values = {"mask_rate_per": "block", "loss_weight": "elbo"}
+    t = objective(**values).draw(batch_of(tokens), noise()).t
+    elbo = objective(**values, condition_on="nothing")
+    blocks = elbo.draw(batch_of(tokens), noise())
+    assert blocks.t is None and t is not None
     logits = model.training_logits(tokens, blocks.noisy, None, 16)
     losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
-    weighted = losses.view(3, 2, 16) * blocks.is_masked.view(3, 2, 16) / blocks.sampled_t[..., None]
-    loss = denoiser_loss(loss_weight="elbo", t_per="block", condition_on="nothing")
-    found = loss(model, batch_of(tokens), step_generator(0, 7, 0))
+    weighted = losses.view(3, 2, 16) * blocks.is_masked.view(3, 2, 16) / t[..., None]
+    found = mean(model, elbo, blocks)
     assert found.item() == pytest.approx(weighted.mean().item(), rel=1e-5)
 
 
 def test_denoiser_gradients_stay_out_of_a_frozen_context(model: TwoTower, tokens: Tensor) -> None:
     model.context_tower.requires_grad_(False)
     model.context_lm_head.requires_grad_(False)
-    denoiser_loss()(model, batch_of(tokens), step_generator(0, 0, 0)).backward()
+    mean(model, objective(), objective().draw(batch_of(tokens), noise())).backward()
     for name, parameter in model.named_parameters():
         is_context = name.startswith("context_")
         assert (parameter.grad is None) == is_context, name
@@ -100,8 +121,7 @@ def test_denoiser_gradients_stay_out_of_a_frozen_context(model: TwoTower, tokens
 
 def test_corruption_masks_about_t_of_each_row() -> None:
     tokens = torch.randint(4, VOCAB, (200, 256))
-    every = torch.ones_like(tokens, dtype=torch.bool)
-    blocks = corrupt_blocks(tokens, every, 3, 16, DenoiserOptions(), step_generator(0, 0, 0))
+    blocks = corrupted(tokens)
     t, noisy, is_masked = blocks.t, blocks.noisy, blocks.is_masked
     assert t is not None and t.shape == (200,)
     assert t.min() >= 1e-3 and t.max() <= 1.0
@@ -117,11 +137,11 @@ def test_shares_of_the_corruption() -> None:
     """Silent failure: drafts are never trained for, or a given first token is scored."""
     tokens = torch.randint(4, VOCAB, (100, 256))
     is_target = batch_of(tokens).is_completion
-    options = DenoiserOptions(
-        targets="completion", blocks_per_row=20, t_per="block", draft_share=0.3,
-        first_given_share=0.5, condition_on="masked-fraction",
+    blocks = corrupted(
+        tokens, is_target, denoised_blocks_per_row=20, mask_rate_per="block",
+        fully_masked_fraction=0.3, first_token_visible_fraction=0.5,
+        condition_on="masked-fraction",
     )  # fmt: skip
-    blocks = corrupt_blocks(tokens, is_target, 3, 16, options, step_generator(0, 0, 0))
     assert blocks.index.shape == (100, 20) and blocks.index.min() == 8  # completions alone
     assert {tuple(row.bincount(minlength=16)[8:].tolist()) for row in blocks.index} <= {
         t for t in map(tuple, torch.cartesian_prod(*[torch.tensor([2, 3])] * 8).tolist())
@@ -140,9 +160,7 @@ def test_prompts_are_never_masked() -> None:
     """Silent failure: the loss is spent on what generation never has to write."""
     tokens = torch.randint(4, VOCAB, (50, 64))
     is_target = torch.rand(50, 64, generator=torch.Generator().manual_seed(0)) < 0.3
-    blocks = corrupt_blocks(
-        tokens, is_target, 3, 16, DenoiserOptions(draft_share=1.0), step_generator(0, 0, 0)
-    )
+    blocks = corrupted(tokens, is_target, fully_masked_fraction=1.0)
     assert torch.equal(blocks.is_masked, is_target)
 
 
@@ -151,18 +169,47 @@ def test_chosen_blocks_repeat_only_when_they_are_few() -> None:
     has_target = torch.tensor([[0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.bool)
     seen = set()
     for seed in range(20):
-        chosen = choose_blocks(has_target, 3, torch.Generator().manual_seed(seed))
+        keys = torch.rand(3, 4, generator=torch.Generator().manual_seed(seed))
+        chosen = choose_blocks(has_target, 3, keys)
         assert set(chosen[0].tolist()) == {1, 3}
         assert len(set(chosen[1].tolist())) == 3 and len(set(chosen[2].tolist())) == 3
         seen.add(tuple(chosen[1].tolist()))
     assert len(seen) > 10
 
 
-def test_randomness_depends_on_seed_step_and_pass_only() -> None:
-    """Silent failure: all passes of a step share one noise, or a resumed run draws other noise."""
+def test_noise_depends_on_seed_step_and_row_only() -> None:
+    """Silent failure: rows of a step share one noise, a resumed run draws other noise, or the
+    company in which a row is drawn decides it.
+    """
     draws = {}
-    for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1 << 40, 0)]:
+    for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1 << 40, 0), (0, 0, 1 << 40)]:
         torch.rand(3)  # the global generator must not matter
-        draws[key] = tuple(torch.rand(4, generator=step_generator(*key)).tolist())
-        assert draws[key] == tuple(torch.rand(4, generator=step_generator(*key)).tolist())
-    assert len(set(draws.values())) == 5
+        seed, step, row = key
+        draws[key] = tuple(row_noise(seed, step, [row])(4)[0].tolist())
+        among_others = row_noise(seed, step, [7, row, 8])(4)
+        assert draws[key] == tuple(among_others[1].tolist()) != tuple(among_others[0].tolist())
+    assert len(set(draws.values())) == 6
+
+
+def split(tokens: Tensor, sizes: list[int], **values: object) -> list[NoisyBlocks]:
+    """The rows in passes of these sizes, as the loop draws them."""
+    drawn, start = [], 0
+    for size in sizes:
+        rows = range(start, start + size)
+        batch = batch_of(tokens[rows.start : rows.stop])
+        drawn.append(objective(**values).draw(batch, row_noise(5, 3, rows)))
+        start = rows.stop
+    return drawn
+
+
+@pytest.mark.parametrize("targets", ["all", "completion"])
+@pytest.mark.parametrize("sizes", [[8], [2] * 4, [4, 4], [1] * 8, [3, 5]])
+def test_a_row_is_masked_alike_in_every_split(targets: str, sizes: list[int]) -> None:
+    """Silent failure: a batch of 4 x 2 passes that continues a run of 8 draws other noise."""
+    tokens = torch.randint(4, VOCAB, (8, 64), generator=torch.Generator().manual_seed(0))
+    values = {"targets": targets, "denoised_blocks_per_row": 3, "fully_masked_fraction": 0.3}
+    (whole,), parts = split(tokens, [8], **values), split(tokens, sizes, **values)
+    for name in ("index", "noisy", "is_masked", "t"):
+        joined = torch.cat([getattr(part, name) for part in parts])
+        assert torch.equal(joined, getattr(whole, name)), name
+    assert sum(part.counts for part in parts).tolist() == whole.counts.tolist()

@@ -11,14 +11,14 @@ from tiny_training import make_shard
 from twotower.checkpoint import load_model
 from twotower.model.two_tower import TwoTower
 from twotower.tokenizer import load_tokenizer
-from twotower.train import loop
-from twotower.train.data import Rows, Shard
-from twotower.train.loop import train
-from twotower.train.metrics import read_metrics
+from twotower.train.data import Rows
+from twotower.train.loop import train_steps
 from twotower.train.models import starting_model
+from twotower.train.objective import MaskedBlocks, row_noise
 from twotower.train.options import TrainOptions
 from twotower.train.presets import preset_config
-from twotower.train.run_folder import RunFolder
+from twotower.train.run_folder import RunFolder, read_metrics
+from twotower.train.shard import Shard
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,7 @@ def backbone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(options: TrainOptions) -> TwoTower:
-    vocab_size = Shard(options.data).meta.vocab_size
-    return starting_model(options, vocab_size, None)
+    return starting_model(options, Shard(options.data))
 
 
 def trained(model: TwoTower) -> set[str]:
@@ -108,8 +107,8 @@ def test_the_next_token_loss_keeps_the_context_head_alive(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"ema": 0.9, "denoiser_init": "scratch", "optimizer": "muon"},
-        {"ema": 0.5, "towers": "tied-ar", "early_block_size": 32, "block_size": 8},
+        {"ema_decay": 0.9, "denoiser_init": "scratch", "optimizer": "muon"},
+        {"ema_decay": 0.5, "towers": "tied-ar", "early_block_size": 32, "block_size": 8},
         {"train_context": True, "ar_loss_weight": 0.5, "bidirectional_mamba": True},
     ],
     ids=["scratch", "tied", "context"],
@@ -122,7 +121,7 @@ def test_a_resumed_variant_equals_an_unbroken_one(
     whole = denoiser(data, backbone, tmp_path / "whole", **common)
     broken = denoiser(data, backbone, tmp_path / "broken", **common)
     run(whole)
-    steps = train(broken)
+    steps = train_steps(broken)
     for _ in range(3):
         next(steps)
     del steps  # as a kill would: nothing is saved on the way out
@@ -148,7 +147,7 @@ def test_early_blocks_come_first(
 
     monkeypatch.setattr(TwoTower, "training_logits", remember)
     options = denoiser(
-        data, backbone, tmp_path / "run", steps=5, early_block_size=32, early_share=0.4,
+        data, backbone, tmp_path / "run", steps=5, early_block_size=32, early_fraction=0.4,
         eval_every=1, eval_rows=1,
     )  # fmt: skip
     run(options)
@@ -206,12 +205,12 @@ def test_a_denoiser_starts_from_the_context_its_own_or_nothing(
         ({"towers": "tied", "ar_loss_weight": 1.0}, "ar_loss_weight: no effect"),
         ({"ar_loss_weight": 1.0}, "ar_loss_weight: no effect"),
         ({"train_context": True, "ar_loss_weight": -1.0}, "ar_loss_weight: -1.0"),
-        ({"early_share": 0.3}, "early_share: no effect without early_block_size"),
-        ({"early_block_size": 32, "early_share": 1.0}, "early_share: 1.0"),
+        ({"early_fraction": 0.3}, "early_fraction: no effect without early_block_size"),
+        ({"early_block_size": 32, "early_fraction": 1.0}, "early_fraction: 1.0"),
         ({"early_block_size": 0}, "early_block_size: 0"),
         ({"early_block_size": 8, "block_size": 8}, "early_block_size: 8 is block_size itself"),
-        ({"ema": 1.0}, "ema: 1.0"),
-        ({"ema": float("nan")}, "ema: nan"),
+        ({"ema_decay": 1.0}, "ema_decay: 1.0"),
+        ({"ema_decay": float("nan")}, "ema_decay: nan"),
     ],
 )
 def test_options_without_effect_or_sense_are_refused(
@@ -233,7 +232,7 @@ def test_early_blocks_must_fit_model_and_row(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"ema": 0.5}, {"towers": "tied"}, {"bidirectional_mamba": True}]
+    "changes", [{"ema_decay": 0.5}, {"towers": "tied"}, {"bidirectional_mamba": True}]
 )
 def test_a_variant_is_not_continued_as_another(
     data: Path, backbone: Path, tmp_path: Path, changes: dict[str, object]
@@ -244,7 +243,7 @@ def test_a_variant_is_not_continued_as_another(
         run(denoiser(data, backbone, tmp_path / "run", steps=3, **changes))
     file = options.run_folder / "options.json"
     values = json.loads(file.read_text())
-    for name in ("ema", "towers", "bidirectional_mamba", "early_share", "optimizer"):
+    for name in ("ema_decay", "towers", "bidirectional_mamba", "early_fraction", "optimizer"):
         del values[name]  # as a version wrote it that had none of them
     file.write_text(json.dumps(values))
     assert [r.step for r in run(denoiser(data, backbone, tmp_path / "run", steps=3))] == [3]
@@ -253,7 +252,9 @@ def test_a_variant_is_not_continued_as_another(
 def test_a_files_own_loss_mask_is_what_is_learnt(data: Path, tmp_path: Path) -> None:
     """Silent failure: from prompt/completion JSONL to the loss, the mask slips by a token."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    options = denoiser(data, tmp_path, tmp_path / "run", targets="completion", draft_share=1.0)
+    options = denoiser(
+        data, tmp_path, tmp_path / "run", targets="completion", fully_masked_fraction=1.0
+    )
     shard = Shard(data)
     batch = Rows(shard, options.sequence_length, options.seed).training(0, 8)
     model = TwoTower(preset_config("tiny", shard.meta.vocab_size))
@@ -263,7 +264,8 @@ def test_a_files_own_loss_mask_is_what_is_learnt(data: Path, tmp_path: Path) -> 
         return torch.zeros(*noisy.shape, shard.meta.vocab_size)
 
     model.training_logits = remember  # type: ignore[method-assign, assignment]
-    loop.make_loss(options, 16, compile=False)(model, batch, loop.step_generator(0, 0, 0))
+    objective = MaskedBlocks(options, 16, 3)
+    objective.loss_sums(model, objective.draw(batch, row_noise(0, 0, range(8))))
     ((clean, noisy),) = seen
     tokenizer = load_tokenizer(data)
     texts = [tokenizer.decode(row[m].tolist()) for row, m in zip(clean, noisy == 3, strict=True)]

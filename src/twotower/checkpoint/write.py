@@ -90,12 +90,12 @@ def _json(values: Mapping[str, object]) -> bytes:
 def _write_weights(folder: Path, pieces: list[Piece], max_shard_bytes: int) -> None:
     shards = _split(pieces, max_shard_bytes)
     if len(shards) == 1:
-        _write_shard(folder / SINGLE_FILE, shards[0])
+        write_tensors(folder / SINGLE_FILE, shards[0])
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(folder / file, shard)
+        write_tensors(folder / file, shard)
         weight_map |= {piece.name: file for piece in shard}
     total = sum(piece.num_bytes for piece in pieces)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -115,8 +115,10 @@ def _split(pieces: list[Piece], max_shard_bytes: int) -> list[list[Piece]]:
     return shards
 
 
-def _write_shard(file: Path, pieces: list[Piece]) -> None:
-    """A safetensors file, one tensor in memory at a time; the library's writer wants them all."""
+def write_tensors(file: Path, pieces: list[Piece]) -> None:
+    """Write a safetensors file and sync it, one tensor in memory at a time; the library's writer
+    wants them all.
+    """
     pieces = sorted(pieces, key=lambda piece: (-piece.dtype.itemsize, piece.name))  # aligned
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0

@@ -41,16 +41,42 @@ def parse(
         if stop.code in (None, 0):
             raise
         raise ValueError(f"{_unframe(refusal.getvalue())}; see {prog} -h") from None
-    return options_class(**vars(flags))
+    return options_class(**_flat(flags))
+
+
+def _flat(flags: object) -> dict[str, Any]:
+    """Values by field name, out of their sections."""
+    values: dict[str, Any] = {}
+    for name, value in vars(flags).items():
+        values |= _flat(value) if type(value).__name__ == "Section" else {name: value}
+    return values
 
 
 def _flags_of(options_class: type) -> type:
     """The same fields without the checks: tyro would frame their one line, and it keeps the line
     breaks of a docstring that is indented.
+
+    Fields of parent classes are sections of the help with the class's name ("OptimizationOptions":
+    "optimization options"); those of the class itself come first.
     """
     assert dataclasses.is_dataclass(options_class)
+    flags = _annotated_fields(options_class)
+    own = inspect.get_annotations(options_class)
+    fields: list[tuple[str, Any, Any]] = [flags.pop(name) for name in own if name in flags]
+    for parent in options_class.__mro__[1:]:
+        if names := [name for name in inspect.get_annotations(parent) if name in flags]:
+            section = dataclasses.make_dataclass("Section", map(flags.pop, names), kw_only=True)
+            section.__doc__ = " ".join((inspect.getdoc(parent) or "").split())
+            title = re.sub("(?<!^)(?=[A-Z])", "_", parent.__name__.removesuffix("Options")).lower()
+            made = dataclasses.field(default_factory=section)
+            fields.append((title, Annotated[section, tyro.conf.OmitArgPrefixes], made))
+    return dataclasses.make_dataclass("Flags", fields, kw_only=True)
+
+
+def _annotated_fields(options_class: type) -> dict[str, tuple[str, Any, Any]]:
+    """Name, annotated type and default of every field, by name."""
     hints, docs = get_type_hints(options_class, include_extras=True), field_docs(options_class)
-    fields = []
+    found: dict[str, tuple[str, Any, Any]] = {}
     for field in dataclasses.fields(options_class):
         hint, *own = (
             get_args(hints[field.name])
@@ -67,8 +93,8 @@ def _flags_of(options_class: type) -> type:
             default=field.default, default_factory=field.default_factory
         )
         # The field's own settings come last: they win.
-        fields.append((field.name, Annotated[(hint, shown, *own)], default))
-    return dataclasses.make_dataclass("Flags", fields, kw_only=True)
+        found[field.name] = field.name, Annotated[(hint, shown, *own)], default
+    return found
 
 
 def _metavar(field: "dataclasses.Field[object]", hint: object, is_positional: bool) -> str | None:

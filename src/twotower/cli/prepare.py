@@ -1,14 +1,27 @@
 """`twotower prepare`: text in, tokenizer and token shard out, with a progress bar."""
 
-import logging
-import sys
 import time
+from collections.abc import Iterator, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from twotower.train.prepare import PrepareProgress, prepare
-from twotower.train.prepare_options import PrepareOptions
+from twotower.lab.corpus import CATEGORIES, DEFAULT_WEIGHTS, documents
+from twotower.train.prepare import PrepareOptions, PrepareProgress, prepare
+from twotower.train.readers import Text
+from twotower.train.sources import Corpus
+
+
+def _built_in(seed: int, weights: Mapping[str, float]) -> Iterator[Text]:
+    return (
+        (document.prompt, document.completion)
+        for document in documents("train", seed, weights or None)
+    )
+
+
+BUILT_IN = Corpus(
+    categories=tuple({**dict.fromkeys(CATEGORIES), **DEFAULT_WEIGHTS}), documents=_built_in
+)
 
 
 def run(options: PrepareOptions) -> int:
@@ -26,7 +39,7 @@ def run(options: PrepareOptions) -> int:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         # Without a limit nobody knows how many tokens there will be: the bar only moves.
         task = progress.add_task(record.stage, total=options.limit, speed="")
-        for record in prepare(options):
+        for record in prepare(options, BUILT_IN):
             began = began or (time.monotonic() if record.stage == "tokens" else None)
             progress.update(
                 task,
@@ -49,14 +62,3 @@ def summary(options: PrepareOptions, record: PrepareProgress) -> str:
     shares = [f"{name} {tokens / record.tokens:.1%}" for name, tokens in record.sources.items()]
     text = f"{options.out}: {record.tokens} tokens in {record.documents} documents"
     return f"{text} ({', '.join(shares)})" if len(shares) > 1 else text
-
-
-if __name__ == "__main__":
-    import tyro
-
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
-    try:
-        sys.exit(run(tyro.cli(PrepareOptions)))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -1,15 +1,19 @@
 """`twotower train`: one training run, from flags and optionally a TOML file."""
 
+from __future__ import annotations
+
 import logging
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from twotower.train.loop import train
-from twotower.train.options import TrainOptions, read_toml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from twotower.train.loop import StepReport, train_steps
+from twotower.train.options import TrainOptions, check_values, read_toml
 from twotower.train.processes import ALONE, LostProcess, Processes, SharedError, joined
-from twotower.train.progress import TrainProgress
 
 
 def run(options: TrainOptions) -> int:
@@ -37,7 +41,7 @@ def _train(options: TrainOptions, processes: Processes) -> int:
     logging.getLogger("twotower").setLevel(logging.INFO if processes.is_first else logging.ERROR)
     report = None
     with TrainProgress(options.recipe) if processes.is_first else nullcontext() as progress:
-        for report in train(options, processes):
+        for report in train_steps(options, processes):
             if progress is not None:
                 progress.update(report)
     folder = options.run_folder
@@ -62,7 +66,7 @@ def arguments_from_toml(file: Path) -> list[str]:
     unknown one.
     """
     values = read_toml(file)
-    TrainOptions.check_values(values)
+    check_values(values)
     arguments: list[str] = []
     for name, value in values.items():
         flag = name.replace("_", "-")
@@ -74,12 +78,50 @@ def arguments_from_toml(file: Path) -> list[str]:
     return arguments
 
 
-if __name__ == "__main__":
-    import tyro
+class TrainProgress:
+    """Draws step reports on stderr, a live bar in a terminal and plain lines elsewhere; a context
+    manager.
+    """
 
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    try:
-        sys.exit(run(tyro.cli(TrainOptions)))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    def __init__(self, description: str) -> None:
+        self._console = Console(stderr=True)
+        self._is_live = self._console.is_terminal
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=self._console,
+            disable=not self._is_live,
+        )
+        self._description = description
+        self._task: TaskID | None = None
+
+    def update(self, report: StepReport) -> None:
+        """Show one step; validation losses stay on the screen as a line of their own."""
+        if self._task is None:
+            self._task = self._bar.add_task(self._description, total=report.steps, status="")
+        self._bar.update(self._task, completed=report.step, status=status_text(report))
+        if report.validation_loss is not None:
+            self._print(f"step {report.step}: validation loss {report.validation_loss:.4f}")
+        if report.is_logged and not self._is_live:
+            self._print(f"step {report.step}/{report.steps}  {status_text(report)}")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+    def __enter__(self) -> TrainProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+
+def status_text(report: StepReport) -> str:
+    """loss, speed and time left, e.g. "loss 2.3456  3.1k tok/s  ETA 0:12:05"."""
+    minutes, seconds = divmod(round(report.eta_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    speed = report.tokens_per_s
+    tokens = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
+    return f"loss {report.loss:.4f}  {tokens} tok/s  ETA {hours}:{minutes:02}:{seconds:02}"

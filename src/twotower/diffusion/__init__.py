@@ -1,7 +1,7 @@
 """Masked diffusion as pure functions on tensors: noise, losses, token choice, the block loop."""
 
 from twotower.diffusion.denoise_block import Denoise, Step, denoise_block
-from twotower.diffusion.loss import elbo_weight, masked_cross_entropy, token_cross_entropy
+from twotower.diffusion.loss import elbo_weight, masked_loss_sum, token_cross_entropy
 from twotower.diffusion.noise import SCHEDULES, Schedule, alpha, alpha_prime, corrupt
 from twotower.diffusion.options import BlockSampler, Remask, SamplerKind
 from twotower.diffusion.sampling import (
@@ -31,7 +31,7 @@ __all__ = [
     "elbo_weight",
     "filter_logits",
     "gumbel",
-    "masked_cross_entropy",
+    "masked_loss_sum",
     "token_cross_entropy",
     "uniform",
 ]

@@ -1,6 +1,6 @@
 """Training losses of the denoiser: cross-entropy of the clean token at the same position.
 
-Decides the average; which tokens are masked comes from noise.corrupt.
+Decides which terms are added up; which tokens are masked comes from noise.corrupt.
 """
 
 import torch.nn.functional as F
@@ -18,20 +18,20 @@ def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return flat.view_as(targets)
 
 
-def masked_cross_entropy(
+def masked_loss_sum(
     logits: Tensor, targets: Tensor, is_masked: Tensor, weight: Tensor | None = None
 ) -> Tensor:
-    """Mean cross-entropy over the masked positions: a float32 scalar, 0 if none is masked.
+    """Sum of the cross-entropy over the masked positions: a float32 scalar, 0 if none is masked.
 
-    logits (B, L, V); targets, is_masked (B, L). With weight (B,) or (B, L), usually
-    elbo_weight, each term is multiplied by it and the sum is divided by all B*L positions:
-    the diffusion bound in nats per token (over masked ones the 1/t would count twice).
+    logits (B, L, V); targets, is_masked (B, L). With weight (B,) or (B, L), usually elbo_weight,
+    each term is multiplied by it. Who divides knows all rows of a step: the plain mean is one over
+    masked tokens, the diffusion bound one over all (over masked ones the 1/t would count twice).
     """
     losses = token_cross_entropy(logits, targets).masked_fill(~is_masked, 0.0)
     if weight is None:
-        return losses.sum() / is_masked.sum().clamp(min=1)
+        return losses.sum()
     per_token = weight[:, None] if weight.ndim == 1 else weight
-    return (losses * per_token).sum() / is_masked.numel()
+    return (losses * per_token).sum()
 
 
 def elbo_weight(schedule: Schedule, t: Tensor) -> Tensor:

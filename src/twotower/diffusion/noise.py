@@ -56,19 +56,17 @@ def corrupt(
     tokens: Tensor,
     t: Tensor,
     mask_token_id: int,
-    generator: torch.Generator,
+    uniform: Tensor,
     loss_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Replace each token of (B, L) by the mask token with probability t, independently.
 
-    t (B,), or anything that broadcasts to (B, L), is the masking probability 1 - alpha.
-    loss_mask (B, L) bool limits masking to its true positions. Returns the noisy tokens
-    and is_masked, both (B, L). Random numbers come from the generator's own device, so
-    a CPU generator gives the same noise on every device.
+    t (B,), or anything that broadcasts to (B, L), is the masking probability 1 - alpha; uniform
+    (B, L) random numbers in [0, 1). loss_mask (B, L) bool limits masking to its true positions.
+    Returns the noisy tokens and is_masked, both (B, L).
     """
     per_token = t[:, None] if t.ndim == 1 else t
-    uniform = torch.rand(tokens.shape, generator=generator, device=generator.device)
-    is_masked = uniform.to(tokens.device) < per_token.to(tokens.device)
+    is_masked = uniform < per_token
     if loss_mask is not None:
         is_masked = is_masked & loss_mask
     return tokens.masked_fill(is_masked, mask_token_id), is_masked

@@ -7,7 +7,7 @@ asks for it: a prompt which contains the letters "<mask>" is encoded as those le
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -49,13 +49,24 @@ class Tokenizer:
         self.missing_ids = frozenset(
             set(range(self.vocab_size)).difference(ids) if len(ids) < self.vocab_size else ()
         )
-        names = ROLES | (roles or {})
-        self._roles = {role: name for role, name in names.items() if self._id(name) is not None}
+        ours = {role: name for role, name in ROLES.items() if name in self.special_texts}
+        names = ours | (roles or {})
+        self._roles = {role: n for role, n in names.items() if self.token_id(n) is not None}
         self._adds_bos = adds_bos
 
-    def _id(self, token: str) -> int | None:
+    def token_id(self, token: str) -> int | None:
+        """The id of a token as the vocabulary writes it; None if it has no such token."""
         found: int | None = self._backend.token_to_id(token)
         return found
+
+    def token_name(self, token_id: int) -> str | None:
+        """How the vocabulary writes a token; None for an id without one."""
+        found: str | None = self._backend.id_to_token(token_id)
+        return found
+
+    def with_roles(self, roles: Mapping[str, str]) -> "Tokenizer":
+        """The same vocabulary with other tokens as pad, bos, eos or mask."""
+        return Tokenizer(self._backend, self._roles | dict(roles), self._adds_bos)
 
     @cached_property
     def special_texts(self) -> tuple[str, ...]:
@@ -90,7 +101,7 @@ class Tokenizer:
         return self._role_id("mask")
 
     def _role_id(self, role: str) -> int | None:
-        return self._id(self._roles[role]) if role in self._roles else None
+        return self.token_id(self._roles[role]) if role in self._roles else None
 
     @cached_property
     def fingerprint(self) -> str:

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from twotower.train.shard import Shard
 
-__all__ = ["Batch", "Rows", "Shard"]
-
 HELD_OUT = 0.01  # share of the rows that training never sees
 
 
@@ -40,20 +38,20 @@ class Rows:
     """
 
     def __init__(
-        self, shard: Shard, sequence_length: int, seed: int, shift_share: float = 0.0
+        self, shard: Shard, sequence_length: int, seed: int, unaligned_fraction: float = 0.0
     ) -> None:
         """ValueError if the shard is too short for one training row and one held-out row.
 
-        Of the training rows, `shift_share` begin up to a block (the shard's alignment) earlier.
+        Of the training rows, `unaligned_fraction` begin up to the shard's alignment earlier.
         """
         self.shard = shard
         self.sequence_length = sequence_length
         self.seed = seed
-        self.shift_share = shift_share
-        if shift_share > 0.0 and shard.meta.align == 1:
+        self.unaligned_fraction = unaligned_fraction
+        if unaligned_fraction > 0.0 and shard.meta.align == 1:
             raise ValueError(
-                f"shift_share: no effect on {shard.folder}, which is not aligned; prepare it with "
-                "--align"
+                f"unaligned_row_fraction: no effect on {shard.folder}, which is not aligned; "
+                "prepare it with --align"
             )
         if sequence_length % shard.meta.align:
             raise ValueError(
@@ -74,7 +72,7 @@ class Rows:
     @cached_property
     def fingerprint(self) -> str:
         """Changes when the order of rows would: another shard, row length or seed."""
-        shift = (self.shift_share,) if self.shift_share else ()
+        shift = (self.unaligned_fraction,) if self.unaligned_fraction else ()
         parts = (self.shard.meta.tokens_sha256, self.sequence_length, self.seed, HELD_OUT, *shift)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -96,10 +94,10 @@ class Rows:
 
     def _shift(self, index: int) -> int:
         """How many tokens earlier than on a boundary row `index` of the order begins."""
-        if self.shift_share == 0.0:
+        if self.unaligned_fraction == 0.0:
             return 0
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, index])))
-        is_shifted = generator.random() < self.shift_share
+        is_shifted = generator.random() < self.unaligned_fraction
         return int(generator.integers(1, self.shard.meta.align)) if is_shifted else 0
 
     def _read(self, starts: list[int]) -> Batch:
@@ -121,7 +119,10 @@ class Rows:
         """
         length, tokens = self.sequence_length, self.shard.tokens
         start = index * length
-        begins = np.flatnonzero(tokens[start : start + length] == self.shard.meta.bos_id)
+        window = slice(start, start + length)
+        # Where one token is both, the EOS behind a completion is marked as part of it.
+        is_bos = tokens[window] == self.shard.meta.special.bos
+        begins = np.flatnonzero(is_bos & (self.shard.completions[window] == 0))
         if len(begins):
             align = self.shard.meta.align
             first = int(begins[0]) // align * align  # with what fills up the first block

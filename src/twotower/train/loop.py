@@ -2,7 +2,7 @@
 
 Decides the order of things: gradients, checks, optimiser, metrics, evaluation, checkpoint. A run is
 a function of its options and data; stopping it at any point and starting it again changes no
-number.
+number. What is learnt from a batch is its `Objective`'s business.
 """
 
 from __future__ import annotations
@@ -10,24 +10,26 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from twotower.train.data import Rows, Shard
-from twotower.train.metrics import Metrics
+from twotower.model.two_tower import TwoTower
+from twotower.train.data import Rows
 from twotower.train.models import export
+from twotower.train.objective import InputsT, MaskedBlocks, NextToken, Objective, row_noise
+from twotower.train.optimizer import ExpertBalance, learning_rate
 from twotower.train.options import TrainOptions
 from twotower.train.parallel import clip_gradients
-from twotower.train.processes import ALONE, Processes
-from twotower.train.run_folder import RunFolder
-from twotower.train.schedule import learning_rate
-from twotower.train.sharded_checkpoint import save_sharded
-from twotower.train.signals import StopSignals
-from twotower.train.step import Loss, make_loss, step_generator
-from twotower.train.training import Training, begin
+from twotower.train.processes import ALONE, Processes, StopSignals
+from twotower.train.run_folder import Metrics, RunFolder
+from twotower.train.shard import Shard
+from twotower.train.start import begin, check_divisible, denoiser_block_size, whole_model
+from twotower.train.state import TrainState
 
 _EVALUATION = 1 << 40  # in the place of a step: the noise of every evaluation is the same
 _RECENT = 20  # steps over which the speed is averaged
@@ -48,8 +50,23 @@ class StepReport:
     validation_loss: float | None
 
 
-def train(options: TrainOptions, processes: Processes = ALONE) -> Iterator[StepReport]:
-    """Run (or continue) a training, yielding each step once it is recorded and saved.
+def train_model(options: TrainOptions) -> Path:
+    """Train to the end, or go on with a run that was stopped; returns the exported model's folder.
+
+    `train_steps` is the same as a generator of reports. ValueError (one line) as there;
+    KeyboardInterrupt after Ctrl-C or SIGTERM, when the run is saved.
+    """
+    folder, step = RunFolder(options.run_folder), options.steps
+    for report in train_steps(options):
+        step = report.step
+    if step < options.steps:
+        raise KeyboardInterrupt(f"{folder.path}: saved at step {step} of {options.steps}")
+    return folder.export
+
+
+def train_steps(options: TrainOptions, processes: Processes = ALONE) -> Iterator[StepReport]:
+    """Train, or go on with a run that was stopped, yielding each step once it is recorded and
+    saved; then write the model to the run folder's `export`.
 
     Of several processes each calls it, yields the same reports, and the first alone writes metrics
     and the model. Ends early after SIGINT or SIGTERM, saved. ValueError (one line) for unusable
@@ -59,186 +76,218 @@ def train(options: TrainOptions, processes: Processes = ALONE) -> Iterator[StepR
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     processes.on_first(lambda: Shard(options.data))
-    rows = Rows(Shard(options.data), options.sequence_length, options.seed, options.shift_share)
+    rows = Rows(
+        Shard(options.data), options.sequence_length, options.seed, options.unaligned_row_fraction
+    )
     folder = RunFolder(options.run_folder)
-    found = processes.on_first(lambda: folder.open(options))
-    training = begin(options, rows, found, processes)
-    is_patient = processes.count > 1
-    with _metrics(training, folder) as metrics, StopSignals(is_patient) as stop:
-        yield from _run(training, folder, metrics, stop)
-    if training.step >= options.steps:
-        with training.averaged():
-            model = training.whole_model()
+    state = begin(options, rows, folder, processes)
+    with _metrics(folder, options.tensorboard, state.step, processes) as metrics:
+        yield from _Run(options, rows, folder, state, metrics, processes).steps()
+    if state.step >= options.steps:
+        with state.averaged():
+            model = whole_model(state.model, options, processes)
             if model is not None:
                 export(model, folder.export, options.recipe, rows.shard)
 
 
-def check_divisible(options: TrainOptions, count: int) -> None:
-    """ValueError for options that several processes cannot follow."""
-    if options.batch_size % count:
-        raise ValueError(
-            f"batch_size: {options.batch_size} rows cannot be split evenly over {count} processes; "
-            f"use a multiple of {count}"
-        )
-    if options.compile and count > 1:
-        raise ValueError(
-            f"compile: not with {count} processes, whose gathering of weights breaks the graph at "
-            "every matrix; leave it out"
-        )
-
-
 @contextmanager
-def _metrics(training: Training, folder: RunFolder) -> Iterator[Metrics | None]:
+def _metrics(
+    folder: RunFolder, tensorboard: bool, step: int, processes: Processes
+) -> Iterator[Metrics | None]:
     """The run's record, which the first process keeps; None on the others."""
-    if not training.processes.is_first:
+    if not processes.is_first:
         yield None
         return
-    log = folder.tensorboard if training.options.tensorboard else None
-    with Metrics(folder.metrics, log, training.step) as metrics:
+    with Metrics(folder.metrics, folder.tensorboard if tensorboard else None, step) as metrics:
         yield metrics
 
 
-def _run(
-    training: Training, folder: RunFolder, metrics: Metrics | None, stop: StopSignals
-) -> Iterator[StepReport]:
-    options, processes = training.options, training.processes
-    losses = {
-        size: make_loss(options, size, options.compile, options.next_token_weight, processes)
-        for size in {training.block_size, options.early_block_size or training.block_size}
-    }
-    durations: deque[float] = deque(maxlen=_RECENT)
-    saved_step = training.step
-    while training.step < options.steps and not processes.any(stop.requested):
-        begin = time.perf_counter()
-        result = _optimiser_step(training, losses[training.block_size_now], folder)
-        durations.append(time.perf_counter() - begin)
-        report = _record(training, result, sum(durations) / len(durations), metrics)
-        if _is_due(training.step, options.checkpoint_every, options.steps):
-            _save(training, folder)
-            saved_step = training.step
-        yield report
-    if saved_step != training.step:
-        _save(training, folder)
+def objectives(
+    options: TrainOptions, model: TwoTower
+) -> tuple[Callable[[int], Objective[Any]], Objective[Any]]:
+    """What each step learns, by its number, and what evaluation measures.
 
-
-def _save(training: Training, folder: RunFolder) -> None:
-    keep, processes = training.options.keep_checkpoints, training.processes
-    if processes.count == 1:
-        folder.save(training.snapshot(), keep)
-    else:
-        save_sharded(folder, training.position(), training.state(), keep, processes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _StepResult:
-    loss: float
-    grad_norm: float
-    learning_rate: float
-
-
-def _optimiser_step(training: Training, loss: Loss, folder: RunFolder) -> _StepResult:
-    """Accumulate gradients over the passes of one step, check them, and move the weights."""
-    options = training.options
-    rate = learning_rate(training.step, options)
-    training.optimizer.set_learning_rate(rate)
-    training.optimizer.zero_grad()
-    training.balance.reset()
-    total = 0.0
-    for micro in range(options.accumulate):
-        start = training.rows_read + micro * options.batch_size
-        batch = training.rows.training(start, options.batch_size).to(training.device)
-        generator = step_generator(options.seed, training.step, micro)
-        with autocast(options):
-            value = loss(training.model, batch, generator) / options.accumulate
-        value.backward()
-        total += value.item()
-    total = training.processes.add_number(total)
-    norm = clip_gradients(training.parameters, options.grad_clip)
-    if not (math.isfinite(total) and math.isfinite(norm)):
-        raise training.processes.error(_not_finite(training, folder, total, norm))
-    training.optimizer.step()
-    for counts in training.balance.counts.values():
-        counts.copy_(training.processes.add(counts.cpu()))
-    training.balance.update()
-    training.step += 1
-    if training.average is not None:
-        training.average.update(training.step)
-    training.rows_read += options.rows_per_step
-    training.pending_losses.append(total)
-    return _StepResult(loss=total, grad_norm=norm, learning_rate=rate)
-
-
-def _not_finite(training: Training, folder: RunFolder, loss: float, norm: float) -> str:
-    first, count = training.rows_read, training.options.rows_per_step
-    newest = folder.newest()
-    kept = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
-    return (
-        f"loss: {loss} with gradient norm {norm} at step {training.step + 1}, rows {first} to "
-        f"{first + count - 1} of the training order; stopped, {kept}: "
-        "lower learning_rate or check the data and weights"
-    )
-
-
-def _record(
-    training: Training, result: _StepResult, step_s: float, metrics: Metrics | None
-) -> StepReport:
-    """Write the metric lines that are due after this step, evaluating if it is time."""
-    options, step = training.options, training.step
-    tokens_per_s = options.tokens_per_step / step_s
-    is_logged = _is_due(step, options.log_every, options.steps)
-    if is_logged:
-        values = {
-            "loss": sum(training.pending_losses) / len(training.pending_losses),
-            "learning_rate": result.learning_rate,
-            "grad_norm": result.grad_norm,
-            "tokens": training.rows_read * options.sequence_length,
-            "tokens_per_s": round(tokens_per_s, 1),
-        }
-        if metrics is not None:
-            metrics.write(step, values)
-        training.pending_losses = []
-    validation = None
-    if options.eval_every and _is_due(step, options.eval_every, options.steps):
-        validation = evaluate(training)
-        if metrics is not None:
-            metrics.write(step, {"validation_loss": validation})
-    return StepReport(
-        step=step,
-        steps=options.steps,
-        loss=result.loss,
-        learning_rate=result.learning_rate,
-        grad_norm=result.grad_norm,
-        tokens_per_s=tokens_per_s,
-        eta_s=(options.steps - step) * step_s,
-        is_logged=is_logged,
-        validation_loss=validation,
-    )
-
-
-@torch.no_grad()
-def evaluate(training: Training) -> float:
-    """Mean loss over the first `eval_rows` held-out rows, with the same noise every time.
-
-    A denoiser's is its own alone, without the context tower's, so that variants compare.
+    A denoiser's validation loss is its own alone, without the context tower's, so that variants
+    compare.
     """
-    options = training.options
-    loss = make_loss(options, training.block_size, compile=False, processes=training.processes)
-    count = min(options.eval_rows, training.rows.num_held_out)
+    if options.recipe == "backbone":
+        next_token = NextToken(options.compile)
+        return lambda step: next_token, NextToken()
+    mask, size = model.config.mask_token_id, denoiser_block_size(options, model.config)
+    sizes = {size, options.early_block_size or size}
+    weight, compile = options.next_token_weight, options.compile
+    by_size = {n: MaskedBlocks(options, n, mask, weight, compile) for n in sizes}
+    early_steps = round(options.early_fraction * options.steps) if len(sizes) > 1 else 0
+    early = by_size[options.early_block_size or size]
+    return lambda step: early if step < early_steps else by_size[size], MaskedBlocks(
+        options, size, mask
+    )
+
+
+def accumulate_gradients(
+    model: TwoTower,
+    objective: Objective[InputsT],
+    passes: Sequence[InputsT],
+    precision: torch.autocast,
+    device: str,
+    processes: Processes,
+) -> float:
+    """Add the gradient of the loss over these passes of all processes; returns the loss.
+
+    Every sum is divided by the tokens of the whole step, known before the first pass.
+    """
+    counts = processes.add(torch.stack([inputs.counts for inputs in passes]).sum(0))
+    counts, weights = counts.clamp(min=1).to(device), torch.tensor(objective.weights).to(device)
     total = 0.0
-    with training.averaged(), autocast(options):
-        for start in range(0, count, options.batch_size):
-            batch = training.rows.held_out(start, min(options.batch_size, count - start))
-            generator = step_generator(options.seed, _EVALUATION, start)
-            value = loss(training.model, batch.to(training.device), generator)
-            total += value.item() * len(batch.tokens)
-    return training.processes.add_number(total) / count
+    for inputs in passes:
+        with precision:
+            sums = objective.loss_sums(model, inputs.to(device))
+            loss = (sums / counts * weights).sum()
+        loss.backward()
+        total += loss.item()
+    return processes.add_number(total)
 
 
-def autocast(options: TrainOptions) -> torch.autocast:
-    """bfloat16 for matrix products where the options ask for it; otherwise it does nothing."""
-    kind = torch.device(options.device).type
-    return torch.autocast(kind, dtype=torch.bfloat16, enabled=options.dtype == "bfloat16")
+class _Run:
+    """One run: what it was asked for, the state that its steps change, where they are written."""
 
+    def __init__(
+        self,
+        options: TrainOptions,
+        rows: Rows,
+        folder: RunFolder,
+        state: TrainState,
+        metrics: Metrics | None,
+        processes: Processes,
+    ) -> None:
+        self.options, self.rows, self.folder = options, rows, folder
+        self.state, self.metrics, self.processes = state, metrics, processes
+        self.device = processes.device or options.device
+        self.objective_at, self.evaluation = objectives(options, state.model)
+        self.balance = ExpertBalance(state.model, options.load_balance_rate)
+        self.parameters = [p for p in state.model.parameters() if p.requires_grad]
 
-def _is_due(step: int, every: int, last: int) -> bool:
-    return step % every == 0 or step == last
+    def steps(self) -> Iterator[StepReport]:
+        """Step until the end, or until somebody stops the run."""
+        options, state, processes = self.options, self.state, self.processes
+        durations: deque[float] = deque(maxlen=_RECENT)
+        saved_step = state.step
+        with StopSignals(is_patient=processes.count > 1) as stop:
+            while state.step < options.steps and not processes.any(stop.requested):
+                begin = time.perf_counter()
+                result = self._step()
+                durations.append(time.perf_counter() - begin)
+                report = self._record(*result, sum(durations) / len(durations))
+                if self._is_due(options.checkpoint_every):
+                    self._save()
+                    saved_step = state.step
+                yield report
+        if saved_step != state.step:
+            self._save()
+
+    def _save(self) -> None:
+        keep = self.options.keep_checkpoints
+        self.folder.save(self.state, self.rows.fingerprint, keep, self.processes)
+
+    def _step(self) -> tuple[float, float, float]:
+        """Move the weights once; returns loss, gradient norm and learning rate."""
+        options, state = self.options, self.state
+        rate = learning_rate(state.step, options.steps, options.learning_rate, options)
+        state.optimizer.set_learning_rate(rate)
+        state.optimizer.zero_grad()
+        self.balance.reset()
+        objective = self.objective_at(state.step)
+        passes = [self._draw(objective, number) for number in range(options.accumulate)]
+        loss = accumulate_gradients(
+            state.model, objective, passes, self._precision(), self.device, self.processes
+        )
+        norm = clip_gradients(self.parameters, options.max_grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self.processes.error(self._not_finite(loss, norm))
+        state.optimizer.step()
+        for counts in self.balance.counts.values():
+            counts.copy_(self.processes.add(counts.cpu()))
+        self.balance.update()
+        state.step += 1
+        if state.average is not None:
+            state.average.update(state.step)
+        state.rows_read += options.batch_size * options.accumulate
+        state.pending_losses.append(loss)
+        return loss, norm, rate
+
+    def _draw(self, objective: Objective[InputsT], number: int) -> InputsT:
+        """This process's rows of one pass of the step."""
+        size = self.options.batch_size
+        own = self.processes.own_rows(self.state.rows_read + number * size, size)
+        batch = self.rows.training(own.start, len(own))
+        return objective.draw(batch, row_noise(self.options.seed, self.state.step, own))
+
+    def _precision(self) -> torch.autocast:
+        """bfloat16 for matrix products where the options ask for it; otherwise it does nothing."""
+        kind, is_narrow = torch.device(self.device).type, self.options.dtype == "bfloat16"
+        return torch.autocast(kind, dtype=torch.bfloat16, enabled=is_narrow)
+
+    def _not_finite(self, loss: float, norm: float) -> str:
+        first, count = self.state.rows_read, self.options.batch_size * self.options.accumulate
+        newest = self.folder.newest()
+        kept = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        return (
+            f"loss: {loss} with gradient norm {norm} at step {self.state.step + 1}, rows {first} "
+            f"to {first + count - 1} of the training order; stopped, {kept}: "
+            "lower learning_rate or check the data and weights"
+        )
+
+    def _is_due(self, every: int) -> bool:
+        return self.state.step % every == 0 or self.state.step == self.options.steps
+
+    def _record(self, loss: float, norm: float, rate: float, step_s: float) -> StepReport:
+        """Write the metric lines that are due after this step, evaluating if it is time."""
+        options, state, step = self.options, self.state, self.state.step
+        tokens_per_s = options.tokens_per_step / step_s
+        is_logged = self._is_due(options.log_every)
+        if is_logged:
+            values = {
+                "loss": sum(state.pending_losses) / len(state.pending_losses),
+                "learning_rate": rate,
+                "grad_norm": norm,
+                "tokens": state.rows_read * options.sequence_length,
+                "tokens_per_s": round(tokens_per_s, 1),
+            }
+            if self.metrics is not None:
+                self.metrics.write(step, values)
+            state.pending_losses = []
+        validation = None
+        if options.eval_every and self._is_due(options.eval_every):
+            validation = self._evaluate()
+            if self.metrics is not None:
+                self.metrics.write(step, {"validation_loss": validation})
+        return StepReport(
+            step=step,
+            steps=options.steps,
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            tokens_per_s=tokens_per_s,
+            eta_s=(options.steps - step) * step_s,
+            is_logged=is_logged,
+            validation_loss=validation,
+        )
+
+    @torch.no_grad()
+    def _evaluate(self) -> float:
+        """Loss over the first `eval_rows` held-out rows, with the same noise every time."""
+        options, objective = self.options, self.evaluation
+        count = min(options.eval_rows, self.rows.num_held_out)
+        totals = torch.zeros(2, len(objective.weights), dtype=torch.float64)
+        with self.state.averaged(), self._precision():
+            for start in range(0, count, options.batch_size):
+                own = self.processes.own_rows(start, min(options.batch_size, count - start))
+                # All processes must compute, because each pass gathers weights from all.
+                numbers = own or range(start, start + 1)
+                batch = self.rows.held_out(numbers.start, len(numbers))
+                inputs = objective.draw(batch, row_noise(options.seed, _EVALUATION, numbers))
+                sums = objective.loss_sums(self.state.model, inputs.to(self.device))
+                if own:
+                    totals += torch.stack([sums.cpu().double(), inputs.counts.double()])
+        sums, counts = self.processes.add(totals)
+        return float((sums / counts.clamp(min=1) * torch.tensor(objective.weights)).sum())

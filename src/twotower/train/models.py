@@ -1,48 +1,48 @@
-"""The model at the start of a run and at its end: fresh, from a checkpoint, resumed, exported."""
+"""The model at the start of a run and at its end: fresh, from a checkpoint, empty, exported.
 
+Decides its vocabulary and special tokens: those of the data's tokenizer. A model may have more ids
+than the tokenizer, which pad it; the mask token is one of these where the tokenizer has none.
+"""
+
+import logging
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from twotower.checkpoint import load_model, save_backbone, save_model
+from twotower.checkpoint import describe, load_model, resolve, save_backbone, save_model
 from twotower.checkpoint.empty import allocate, build_empty
 from twotower.config import TwoTowerConfig
 from twotower.families import config_from_dict, config_to_dict, read_config
 from twotower.model.initialise import randomise, remove_conditioning
 from twotower.model.precision import require_plain
 from twotower.model.two_tower import TwoTower
-from twotower.tokenizer import load_tokenizer
-from twotower.train.data import Shard
+from twotower.tokenizer import TOKENIZER_FILE, load_tokenizer
 from twotower.train.options import Recipe, TrainOptions
 from twotower.train.presets import preset_config
-from twotower.train.run_folder import Position, model_config
+from twotower.train.shard import Shard
 
+Towers = Literal["both", "context"]
 DEFAULT_PRESET = "small"
+_log = logging.getLogger(__name__)
 
 
-def starting_model(options: TrainOptions, vocab_size: int, snapshot: Position | None) -> TwoTower:
-    """The float32 model whose trainable parameters, and only those, require a gradient.
+def starting_model(options: TrainOptions, shard: Shard) -> TwoTower:
+    """The float32 model of a new run; what it trains, and only that, requires a gradient.
 
-    With a snapshot only the architecture is taken from it: its weights are the caller's to load.
-    ValueError if an initial checkpoint has another vocabulary than the data, or towers that differ
-    where one is to be both.
+    ValueError (one line) if an initial checkpoint has another vocabulary than the data, or towers
+    that differ where one is to be both.
     """
-    if snapshot is not None:
-        model = TwoTower(model_config(snapshot), _towers(options.recipe))
-    elif options.init is not None:
+    if options.init is None:
+        model = TwoTower(new_config(options, shard), _towers(options.recipe))
+        randomise(model, options.seed)
+    else:
         model = load_model(options.init, towers=_towers(options.recipe))
         require_plain(model, "training")
+        model = _with_tokens(model, options.init, shard)
         if options.recipe == "denoiser":
             model = _with_denoiser(model, options)
-    else:
-        model = TwoTower(new_config(options, vocab_size), _towers(options.recipe))
-        randomise(model, options.seed)
-    if model.config.vocab_size != vocab_size:
-        raise ValueError(
-            f"data: its vocabulary has {vocab_size} tokens, the model's {model.config.vocab_size}; "
-            "prepare the data with --tokenizer set to the model's folder"
-        )
     _tie_and_freeze(model, options)
     return model
 
@@ -55,20 +55,104 @@ def empty_model(options: TrainOptions, config: TwoTowerConfig) -> TwoTower:
     return model
 
 
-def new_config(options: TrainOptions, vocab_size: int) -> TwoTowerConfig:
-    """The configuration of a new backbone: the file's or the preset's, with the data's
-    vocabulary.
+def new_config(options: TrainOptions, shard: Shard) -> TwoTowerConfig:
+    """The configuration of a new backbone: the file's or the preset's, with the data's vocabulary
+    and special tokens.
     """
+    size = shard.meta.model_vocab_size
     if options.config is None:
-        return preset_config(options.preset or DEFAULT_PRESET, vocab_size)
-    given = read_config(options.config)
-    return config_from_dict(config_to_dict(given) | {"vocab_size": vocab_size})
+        given = preset_config(options.preset or DEFAULT_PRESET, size)
+    else:
+        given = read_config(options.config)
+    special, eos = shard.meta.special, shard.meta.special.eos
+    return _replace(
+        given,
+        vocab_size=size,
+        bos_token_id=special.bos,
+        eos_token_id=eos[0] if len(eos) == 1 else list(eos),
+        pad_token_id=special.pad,
+        mask_token_id=shard.meta.mask_id,
+    )
 
 
 def export(model: TwoTower, path: Path, recipe: Recipe, shard: Shard) -> None:
     """Write the trained model with its tokenizer: the backbone layout, or both towers."""
     save = save_backbone if recipe == "backbone" else save_model
     save(model, path, extra_files=load_tokenizer(shard.folder).files())
+
+
+def _with_tokens(model: TwoTower, init: Path, shard: Shard) -> TwoTower:
+    """The initial checkpoint with the special tokens of the data, and an id for the mask."""
+    _check_tokenizer(init, model.config.vocab_size, shard)
+    special, known = shard.meta.special, load_tokenizer(shard.folder).special_ids
+    mask = _mask_id(model.config, init, shard)
+    eos = [*special.eos, *(set(model.config.eos_token_ids) & known - {*special.eos})]
+    pad = model.config.pad_token_id if model.config.pad_token_id in known else None
+    model = _with_vocabulary(model, max(model.config.vocab_size, mask + 1))
+    model.config = _replace(
+        model.config,
+        bos_token_id=special.bos,
+        eos_token_id=eos[0] if len(eos) == 1 else sorted(eos),
+        pad_token_id=pad if special.pad is None else special.pad,
+        mask_token_id=mask,
+    )
+    return model
+
+
+def _check_tokenizer(init: Path, vocab_size: int, shard: Shard) -> None:
+    """ValueError if the data were made with another tokenizer than the checkpoint's."""
+    size, folder = shard.meta.vocab_size, resolve(init)
+    remedy = "prepare the data with --tokenizer set to the model's folder"
+    if vocab_size < size:
+        raise ValueError(
+            f"data: its vocabulary has {size} tokens, the model's {vocab_size}; {remedy}"
+        )
+    if not (folder / TOKENIZER_FILE).is_file():
+        if vocab_size > size:
+            _log.warning("%s has %d ids, the data's tokenizer %d", init, vocab_size, size)
+    elif load_tokenizer(folder).fingerprint != shard.meta.tokenizer_sha256:
+        raise ValueError(f"data: {shard.folder} has another tokenizer than {init}; {remedy}")
+
+
+def _mask_id(config: TwoTowerConfig, init: Path, shard: Shard) -> int:
+    """The mask token of a run from a checkpoint: a denoiser's own, or the data's, or padding."""
+    named = shard.meta.special.mask
+    files = describe(init).files
+    if files is not None and files.layout == "two-tower":
+        if named not in (None, config.mask_token_id):
+            raise ValueError(
+                f"mask_token: {named} in the data, {config.mask_token_id} in the denoiser of "
+                f"{init}; prepare the data with its tokenizer and no other --mask-token"
+            )
+        return config.mask_token_id
+    is_padding = named is None and config.mask_token_id >= shard.meta.vocab_size
+    return config.mask_token_id if is_padding else shard.meta.mask_id
+
+
+def _with_vocabulary(model: TwoTower, size: int) -> TwoTower:
+    """The model with `size` ids. New rows are the mean of all: such a logit is never the largest,
+    and its token less probable than the average one.
+    """
+    if size == model.config.vocab_size:
+        return model
+    towers: Towers = "context" if model.denoiser_tower is None else "both"
+    larger = TwoTower(_replace(model.config, vocab_size=size), towers)
+    shapes = {name: tensor.shape for name, tensor in larger.state_dict().items()}
+    larger.load_state_dict(
+        {name: _extended(values, shapes[name]) for name, values in model.state_dict().items()}
+    )
+    return larger
+
+
+def _extended(values: Tensor, shape: torch.Size) -> Tensor:
+    if values.shape == shape:
+        return values
+    more = values.mean(0, keepdim=True).expand(shape[0] - len(values), *shape[1:])
+    return torch.cat([values, more])
+
+
+def _replace(config: TwoTowerConfig, **values: object) -> TwoTowerConfig:
+    return config_from_dict(config_to_dict(config) | values)
 
 
 def _with_denoiser(model: TwoTower, options: TrainOptions) -> TwoTower:
@@ -113,5 +197,5 @@ def _choose_trained(model: TwoTower, options: TrainOptions) -> None:
         model.context_lm_head.requires_grad_(options.next_token_weight > 0.0)
 
 
-def _towers(recipe: Recipe) -> Literal["both", "context"]:
+def _towers(recipe: Recipe) -> Towers:
     return "context" if recipe == "backbone" else "both"

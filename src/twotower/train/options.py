@@ -1,13 +1,14 @@
-"""Everything a training run can be told, validated, and read from TOML.
+"""What a training run is asked for: fields, defaults, help texts and checks, and their TOML form.
 
-The only place where defaults and help texts of training are written; the command line derives its
-flags from these fields.
+The fields stand in groups by concern, so that a function names the group it reads; the command line
+derives its flags and the sections of its help from them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 import tomllib
 from collections.abc import Mapping
@@ -15,16 +16,179 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from twotower.train.denoiser_options import DenoiserOptions
-
 Recipe = Literal["backbone", "denoiser"]
 DecayShape = Literal["linear", "sqrt"]
-OptimizerName = Literal["adamw", "muon"]
-Precision = Literal["bfloat16", "float32"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(DenoiserOptions):
+class CheckedOptions:
+    """Options whose values are converted to their fields' types and checked against `_BOUNDS`."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _convert(field.name, getattr(self, field.name), hints[field.name])
+            object.__setattr__(self, field.name, value)
+            if (bounds := _BOUNDS.get(field.name)) and value is not None:
+                _check_bounds(field.name, value, *bounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(CheckedOptions):
+    """The size of a new backbone."""
+
+    preset: str | None = None
+    """Size of a new backbone: tiny, small (the default) or moe."""
+    config: Path | None = None
+    """config.json of a new backbone, instead of a preset; vocabulary and special tokens are the
+    data's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserOptions(CheckedOptions):
+    """Which parts of a two-tower model are trained; for the denoiser recipe alone."""
+
+    block_size: int | None = None
+    """Tokens per block; by default the model's own (16)."""
+    towers: Literal["two", "tied", "tied-ar"] = "two"
+    """two: a denoiser beside the context tower. tied: both towers share one set of weights, trained
+    through both uses, with two heads. tied-ar: tied, and the context head learns the next token."""
+    train_context: bool = False
+    """Train the context tower too, through the keys, values and states that the denoiser reads."""
+    bidirectional_mamba: bool = False
+    """The denoiser's Mamba layers average a forward scan and one from the end of the block. Kept
+    in config.json; a model that already has it keeps it."""
+    denoiser_init: Literal["context", "scratch"] = "context"
+    """context: start from a copy of the context tower, or from the denoiser of a two-tower
+    checkpoint. scratch: from random weights."""
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether one set of weights is both towers."""
+        return self.towers != "two"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationOptions(CheckedOptions):
+    """How gradients move the weights."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: Muon for the matrices of the layers and AdamW for the rest."""
+    accumulate: int = 1
+    """Gradient accumulation: passes per optimiser step, of --batch-size rows each. The gradient
+    is that of one pass over all rows."""
+    weight_decay: float = 0.1
+    """Weight decay of matrices; never of norms, biases, A_log, D, dt_bias and the adaLN tables."""
+    decay_embeddings: bool = False
+    """Apply the weight decay to the embeddings too."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger norm are scaled down to it. 0 switches clipping off."""
+    load_balance_rate: float = 1e-3
+    """How far a step moves the bias of a mixture-of-experts router towards experts with few tokens
+    (auxiliary-loss-free load balancing). 0 switches it off."""
+    ema_decay: float = 0.0
+    """Decay of a moving average of the trained weights, as 0.999, which evaluation and export then
+    use. 0 switches it off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions(CheckedOptions):
+    """The learning rate: linear warm-up, constant, decay (WSD)."""
+
+    warmup_steps: int = 100
+    """Steps in which the learning rate rises linearly from 0 to its peak."""
+    decay_fraction: float = 0.2
+    """Fraction of the steps, at the end, in which it falls. 0 keeps it constant."""
+    decay_shape: DecayShape = "linear"
+    """How it falls: linear, or sqrt (fast first, then slow)."""
+    final_lr_ratio: float = 0.0
+    """Last learning rate as a fraction of the peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionObjectiveOptions(CheckedOptions):
+    """Which tokens are masked and how the loss is weighted; for the denoiser recipe alone."""
+
+    targets: Literal["all", "completion"] = "all"
+    """Tokens that are masked and learnt: all, or only completions (with their EOS)."""
+    mask_rate_per: Literal["row", "block"] = "row"
+    """Draw the masking rate t, uniform in [0.001, 1], once a row, as in the paper, or for each
+    block."""
+    denoised_blocks_per_row: int | None = None
+    """Number of blocks of each row that are masked and denoised, drawn anew at every step: blocks
+    with a target first, again with other masks when they are fewer. By default every block once."""
+    fully_masked_fraction: float = 0.0
+    """Fraction of the blocks that are masked entirely (t = 1), as in the first pass of decoding."""
+    first_token_visible_fraction: float = 0.0
+    """Fraction of the blocks whose first token is never masked: in speculative decoding the context
+    tower has chosen it already."""
+    unaligned_row_fraction: float = 0.0
+    """Fraction of the rows of aligned data that start at any token instead of a multiple of the
+    alignment: speculative decoding starts blocks anywhere."""
+    condition_on: Literal["t", "masked-fraction", "nothing"] = "t"
+    """Input of the time conditioning: the rate t, the fraction of the block that is masked (as in
+    decoding), or none."""
+    loss_weight: Literal["plain", "elbo"] = "plain"
+    """plain: mean cross-entropy of the masked tokens. elbo: each weighted by 1/t, the diffusion
+    bound."""
+    ar_loss_weight: float = 0.0
+    """Weight of the context tower's next-token loss, added to the denoiser's; with
+    --train-context, or with --towers tied-ar, where it is 1 by default."""
+    early_block_size: int | None = None
+    """Tokens per block in the first steps, as the paper's 32 before 16."""
+    early_fraction: float = 0.5
+    """Fraction of the steps with --early-block-size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions(CheckedOptions):
+    """Precision, memory and processes."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of matrix products (autocast); weights, gradients and optimiser stay float32."""
+    threads: int | None = None
+    """CPU threads; PyTorch's choice when not given."""
+    compile: bool = False
+    """Compile model and loss with torch.compile: a slow start, then faster steps."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the layers' mixers and compute the rest again in the backward pass:
+    less memory, about a third more time."""
+    peer_timeout_s: int = 600
+    """Under torchrun: seconds after which a process that does not answer is taken for lost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingOptions(CheckedOptions):
+    """Checkpoints, evaluation and logs."""
+
+    resume: bool = True
+    """Continue from the newest checkpoint of the run folder. With --no-resume it must be new."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Number of newest checkpoints to keep."""
+    log_every: int = 10
+    """Steps between metric lines; their loss is the mean since the last one."""
+    eval_every: int = 200
+    """Steps between measurements of the loss on held-out rows. 0 switches them off."""
+    eval_rows: int = 64
+    """Held-out rows per measurement."""
+    tensorboard: bool = True
+    """Also write a TensorBoard log, if the library is installed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(
+    ModelOptions,
+    DenoiserOptions,
+    DiffusionObjectiveOptions,
+    OptimizationOptions,
+    ScheduleOptions,
+    ComputeOptions,
+    LoggingOptions,
+):
     """One training run. The same command again continues a run that was stopped."""
 
     recipe: Recipe
@@ -32,146 +196,93 @@ class TrainOptions(DenoiserOptions):
     the denoiser tower beside the frozen context tower that --init names."""
     data: Path = Path("data/corpus")
     """Token shard made by 'twotower prepare'."""
+    init: Path | None = None
+    """Checkpoint folder to start from; a denoiser needs a backbone or a two-tower model."""
     out: Path | None = None
     """Run folder: options, versions, metrics, checkpoints and the exported model. By default
     runs/backbone or runs/denoiser."""
-    init: Path | None = None
-    """Checkpoint folder to start from; a denoiser needs a backbone or a two-tower model."""
-    preset: str | None = None
-    """Size of a new backbone: tiny, small (the default) or moe."""
-    config: Path | None = None
-    """config.json of a new backbone, instead of a preset; its vocab_size gives way to the
-    data's.
-    """
-    block_size: int | None = None
-    """Tokens per block for the denoiser; by default the model's own (16)."""
-
+    steps: int = 4000
+    """Optimiser steps in all; a run that was trained for fewer goes on from there."""
+    batch_size: int = 16
+    """Rows per forward and backward pass, of all processes together."""
     sequence_length: int = 256
     """Tokens per row; a multiple of the block size for the denoiser."""
-    batch_size: int = 16
-    """Rows per forward and backward pass."""
-    accumulate: int = 1
-    """Passes per optimiser step: rows per step are batch_size times this."""
-    steps: int = 4000
-    """Optimiser steps in all. A longer run may continue a shorter one."""
-    optimizer: OptimizerName = "adamw"
-    """adamw, or muon: Muon for the layers' matrices and AdamW for the rest."""
     learning_rate: float = 3e-3
-    """Peak of the schedule."""
-    warmup: int = 100
-    """Steps of linear rise from 0 to the peak."""
-    decay: float = 0.2
-    """Share of the steps, at the end, in which the rate falls; 0 keeps it constant."""
-    decay_shape: DecayShape = "linear"
-    """How it falls: linear, or sqrt (fast first, then slow)."""
-    final_lr_ratio: float = 0.0
-    """Last learning rate as a share of the peak."""
-    weight_decay: float = 0.1
-    """AdamW decay of matrices; never of norms, biases, A_log, D, dt_bias and the adaLN tables."""
-    decay_embeddings: bool = False
-    """Apply the weight decay to the embeddings too."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW moment decay rates."""
-    grad_clip: float = 1.0
-    """Largest gradient norm; larger ones are scaled down. 0 switches it off."""
-    expert_balance: float = 1e-3
-    """How far a step moves the bias of a mixture-of-experts router towards experts with few tokens;
-    0 leaves it alone. Models without such layers have none."""
-    ema: float = 0.0
-    """Decay of a moving average of the trained weights, as 0.999, which evaluation and export then
-    use; 0 switches it off."""
-
+    """Peak learning rate."""
     seed: int = 0
-    """Decides initial weights, order of rows and noise; step k's randomness depends on it and k
-    only.
-    """
-    dtype: Precision = "bfloat16"
-    """Autocast precision; weights and optimiser stay float32. float32 switches autocast off."""
+    """Decides initial weights, order of rows and noise."""
     device: str = "cpu"
     """Where to train: cpu, cuda, cuda:1 ..."""
-    threads: int | None = None
-    """CPU threads; PyTorch's choice when not given."""
-    compile: bool = False
-    """Compile the model and loss with torch.compile: a slow start, then faster steps."""
-    recompute: bool = False
-    """Keep only the inputs of the layers' mixers and compute the rest again in the backward pass:
-    less memory, about a third more time."""
-    peer_timeout_s: int = 600
-    """Under torchrun: seconds until a process that does not answer is given up."""
-
-    resume: bool = True
-    """Continue from the newest checkpoint of the run folder. With --no-resume the folder must be
-    new.
-    """
-    checkpoint_every: int = 200
-    """Steps between checkpoints."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints to keep."""
-    log_every: int = 10
-    """Steps between metric lines; their loss is the mean since the last one."""
-    eval_every: int = 200
-    """Steps between measurements of the loss on held-out rows; 0 switches them off."""
-    eval_rows: int = 64
-    """Held-out rows per measurement."""
-    tensorboard: bool = True
-    """Also write a TensorBoard log, if the library is installed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, lowest in _AT_LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not (value >= lowest and math.isfinite(value)):
-                raise ValueError(f"{name}: {value} is too small; use {lowest} or more")
-        for name in ("decay", "final_lr_ratio"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name}: {getattr(self, name)} is not a share; use 0 to 1")
-        if not (self.learning_rate > 0.0 and math.isfinite(self.learning_rate)):
-            raise ValueError(f"learning_rate: {self.learning_rate} must be above 0; try 0.003")
-        if not 0.0 <= self.ema < 1.0:
-            raise ValueError(f"ema: {self.ema} must be at least 0 and below 1; try 0.999")
-        if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise ValueError(f"betas: {self.betas} must both be at least 0 and below 1")
-        for name in ("recipe", "optimizer", "decay_shape", "dtype"):
-            allowed = get_args(_type_of(name))
-            if getattr(self, name) not in allowed:
-                given = getattr(self, name)
-                raise ValueError(f"{name}: {given!r} is not one of {', '.join(allowed)}")
-        if self.recompute and self.compile:
-            raise ValueError("recompute: not together with compile; leave one out")
-        self._check_model_source()
-        if self.early_block_size is not None and self.early_block_size == self.block_size:
-            raise ValueError(
-                f"early_block_size: {self.early_block_size} is block_size itself; leave it out"
-            )
-
-    def _check_model_source(self) -> None:
         given = [name for name in ("init", "preset", "config") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(
                 f"{given[0]}: given together with {given[1]}; only one can name the model"
             )
-        if self.recipe == "denoiser" and self.init is None:
+        if self.activation_checkpointing and self.compile:
+            raise ValueError("activation_checkpointing: not together with compile; leave one out")
+        if self.recipe == "backbone":
+            self._refuse_denoiser_options()
+        elif self.init is None:
             raise ValueError(
                 "init: missing; the denoiser recipe needs the checkpoint folder of a trained "
                 "backbone"
             )
-        if self.recipe == "backbone":
-            fields = [field for field in dataclasses.fields(DenoiserOptions)]
-            without_effect = [f.name for f in fields if getattr(self, f.name) != f.default]
-            for name in [*without_effect, *["block_size"] * (self.block_size is not None)]:
-                raise ValueError(f"{name}: no effect with recipe backbone; leave it out")
+        self._check_early_blocks()
+        self._check_towers()
+
+    def _refuse_denoiser_options(self) -> None:
+        groups = (DenoiserOptions, DiffusionObjectiveOptions)
+        for field in itertools.chain.from_iterable(map(dataclasses.fields, groups)):
+            if getattr(self, field.name) != field.default:
+                raise ValueError(f"{field.name}: no effect with recipe backbone; leave it out")
+
+    def _check_early_blocks(self) -> None:
+        if (
+            self.early_block_size is None
+            and self.early_fraction != DiffusionObjectiveOptions.early_fraction
+        ):
+            raise ValueError("early_fraction: no effect without early_block_size; give both")
+        if not 0.0 < self.early_fraction < 1.0:
+            raise ValueError(
+                f"early_fraction: {self.early_fraction} must be above 0 and below 1, as 0.5"
+            )
+        if self.early_block_size is not None and self.early_block_size == self.block_size:
+            raise ValueError(
+                f"early_block_size: {self.early_block_size} is block_size itself; leave it out"
+            )
+
+    def _check_towers(self) -> None:
+        if self.is_tied and self.train_context:
+            raise ValueError(
+                f"train_context: no effect with towers={self.towers}, which trains the one tower "
+                "that there is; leave it out"
+            )
+        if self.is_tied and self.denoiser_init == "scratch":
+            raise ValueError(
+                f"denoiser_init: scratch would lose the tower that towers={self.towers} shares; "
+                "use context"
+            )
+        if self.ar_loss_weight > 0.0 and not (self.train_context or self.towers == "tied-ar"):
+            raise ValueError(
+                "ar_loss_weight: no effect on a frozen context; add train_context or towers=tied-ar"
+            )
 
     @property
     def run_folder(self) -> Path:
         return Path("runs") / self.recipe if self.out is None else self.out
 
     @property
-    def rows_per_step(self) -> int:
-        return self.batch_size * self.accumulate
+    def next_token_weight(self) -> float:
+        """What the context tower's next-token loss weighs beside the denoiser's."""
+        default = 1.0 if self.towers == "tied-ar" else 0.0
+        return self.ar_loss_weight or default
 
     @property
     def tokens_per_step(self) -> int:
-        return self.rows_per_step * self.sequence_length
+        return self.batch_size * self.accumulate * self.sequence_length
 
     def to_dict(self) -> dict[str, object]:
         """JSON-able values by field name; `from_dict` reads them back."""
@@ -180,43 +291,23 @@ class TrainOptions(DenoiserOptions):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> TrainOptions:
-        """Options from plain values (TOML, JSON). Unknown names and wrong types raise
-        ValueError.
-        """
-        converted = cls.check_values(values)
-        if "recipe" not in converted:
+        """Options from plain values (TOML, JSON); ValueError for unknown names and wrong types."""
+        check_values(values)
+        if "recipe" not in values:
             raise ValueError("recipe: missing; use backbone or denoiser")
-        return cls(**converted)  # type: ignore[arg-type]  # checked by check_values
-
-    @classmethod
-    def check_values(cls, values: Mapping[str, object]) -> dict[str, object]:
-        """Plain values as the fields' types, some fields only; ValueError as in `from_dict`."""
-        hints = get_type_hints(cls)
-        for name in values:
-            if name not in hints:
-                raise ValueError(_unknown_name(name, list(hints)))
-        return {name: _convert(name, value, hints[name]) for name, value in values.items()}
+        return cls(**values)  # type: ignore[arg-type]  # converted and checked there
 
 
-_AT_LEAST: dict[str, float] = {
-    "block_size": 1,
-    "sequence_length": 2,
-    "batch_size": 1,
-    "accumulate": 1,
-    "steps": 1,
-    "warmup": 0,
-    "weight_decay": 0,
-    "grad_clip": 0,
-    "expert_balance": 0,
-    "seed": 0,
-    "threads": 1,
-    "peer_timeout_s": 1,
-    "checkpoint_every": 1,
-    "keep_checkpoints": 1,
-    "log_every": 1,
-    "eval_every": 0,
-    "eval_rows": 1,
-}
+def check_values(values: Mapping[str, object]) -> None:
+    """ValueError for names that are no fields of TrainOptions, with the nearest, and for values of
+    other types.
+    """
+    hints = get_type_hints(TrainOptions)
+    for name, value in values.items():
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1, cutoff=0.0)
+            raise ValueError(f"{name}: no such option; the nearest is {near[0]}")
+        _convert(name, value, hints[name])
 
 
 def read_toml(file: Path) -> dict[str, object]:
@@ -227,42 +318,67 @@ def read_toml(file: Path) -> dict[str, object]:
         raise ValueError(
             f"options: cannot read {file} ({error.strerror}); check the path"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"options: {file} is not TOML ({error}); correct it") from error
     return {name.replace("-", "_"): value for name, value in content.items()}
 
 
-def _type_of(name: str) -> object:
-    return get_type_hints(TrainOptions)[name]
+_ABOVE = math.nextafter(0.0, 1.0)  # the smallest number above 0
+_BELOW_ONE = math.nextafter(1.0, 0.0)
+# What a value may lie between, both ends included.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("decay_fraction", "final_lr_ratio", "early_fraction"), (0.0, 1.0)),
+    **dict.fromkeys(("fully_masked_fraction", "first_token_visible_fraction"), (0.0, 1.0)),
+    "unaligned_row_fraction": (0.0, 1.0),
+    "ema_decay": (0.0, _BELOW_ONE),
+    "betas": (0.0, _BELOW_ONE),
+    "learning_rate": (_ABOVE, math.inf),
+    "sequence_length": (2, math.inf),
+    **dict.fromkeys(("batch_size", "accumulate", "steps", "threads", "block_size"), (1, math.inf)),
+    **dict.fromkeys(("denoised_blocks_per_row", "early_block_size", "eval_rows"), (1, math.inf)),
+    **dict.fromkeys(("checkpoint_every", "keep_checkpoints", "log_every"), (1, math.inf)),
+    **dict.fromkeys(("peer_timeout_s", "tokens", "tokenizer_documents", "align"), (1, math.inf)),
+    "part_tokens": (1, math.inf),
+    "shuffle": (0, math.inf),
+    "seed": (0, (1 << 63) - 1),
+    **dict.fromkeys(("warmup_steps", "eval_every", "weight_decay"), (0, math.inf)),
+    **dict.fromkeys(("max_grad_norm", "load_balance_rate", "ar_loss_weight"), (0, math.inf)),
+}
 
 
-def _unknown_name(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"{name}: no such option; the nearest is {near[0]}"
+def _check_bounds(name: str, value: object, low: float, high: float) -> None:
+    for number in value if isinstance(value, tuple) else (value,):
+        if low <= number <= high and math.isfinite(number):
+            continue
+        least = "more than 0" if low == _ABOVE else f"{low:g} or more"
+        most = "" if high == math.inf else f" and at most {high:g}"
+        most = " and less than 1" if high == _BELOW_ONE else most
+        what = "too small" if number < low else "out of range"
+        raise ValueError(f"{name}: {value} is {what}; use {least}{most}")
 
 
 def _convert(name: str, value: object, hint: object) -> object:
     """A plain value as the type the field wants; ValueError if it is of another kind."""
     if get_origin(hint) is Literal:
-        return value  # checked against its choices by TrainOptions
+        if value not in get_args(hint):
+            raise ValueError(f"{name}: {value!r} is not one of {', '.join(get_args(hint))}")
+        return value
     alternatives = get_args(hint) if type(None) in get_args(hint) else (hint,)
     if value is None and type(None) in alternatives:
         return None
-    if Path in alternatives and isinstance(value, str):
+    if Path in alternatives and isinstance(value, str | Path):
         return Path(value)
     if get_origin(hint) is tuple:
-        return _convert_pair(name, value)
-    if float in alternatives and type(value) in (int, float):
-        return float(value)  # type: ignore[arg-type]  # int or float, as just tested
+        kind, *more = get_args(hint)  # a list of any length, or a pair
+        if isinstance(value, list | tuple) and (... in more or len(value) == 2):
+            return tuple(_convert(name, part, kind) for part in value)
+        raise ValueError(
+            f"{name}: {value!r} is not a {'list' if ... in more else 'pair of numbers'}; write "
+            f"{'[...]' if ... in more else '[0.9, 0.95]'}"
+        )
+    if float in alternatives and type(value) is int:
+        return float(value) if abs(value) < 1 << 1000 else math.inf
     if type(value) in alternatives:
         return value
     kinds = " or ".join(getattr(kind, "__name__", str(kind)) for kind in alternatives)
     raise ValueError(f"{name}: {value!r} is of type {type(value).__name__}; use {kinds}")
-
-
-def _convert_pair(name: str, value: object) -> tuple[float, float]:
-    if isinstance(value, (list, tuple)) and len(value) == 2:
-        first, second = value
-        if isinstance(first, (int, float)) and isinstance(second, (int, float)):
-            return float(first), float(second)
-    raise ValueError(f"{name}: {value!r} is not a pair of numbers; write [0.9, 0.95]")

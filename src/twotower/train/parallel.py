@@ -7,7 +7,7 @@ gathered while it is used, its gradient added up and sharded again. What is smal
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -50,7 +50,7 @@ def shard(model: TwoTower, mesh: DeviceMesh, is_narrow: bool) -> None:
     for module in model.modules():
         if not isinstance(module, FSDPModule):
             continue
-        # Gradients are added up, not averaged: losses already are shares of the batch's mean.
+        # Gradients are added up, not averaged: losses are divided by the tokens of all processes.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     for name in _ENTRIES:
@@ -113,63 +113,3 @@ def hand_out(values: Mapping[str, Tensor] | None, into: Mapping[str, Tensor]) ->
         else:
             dist.broadcast(source, src=0)
             target.copy_(source)
-
-
-class ShardedMuon(torch.optim.Muon):
-    """Muon over matrices of which every process holds some rows.
-
-    Orthogonalising needs whole matrices: they are gathered in turns, each process works on one of
-    a turn, and its rows of the result go back to the others. Momentum stays sharded. The state is
-    the same as torch.optim.Muon's.
-    """
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Move the matrices that have a gradient; no closure."""
-        assert closure is None
-        for group in self.param_groups:
-            matrices = [p for p in group["params"] if p.grad is not None]
-            while matrices:
-                turn = matrices[: matrices[0].device_mesh.size()]
-                matrices = matrices[len(turn) :]
-                self._move(turn, group)
-
-    def _move(self, turn: Sequence[DTensor], group: Mapping[str, float]) -> None:
-        """Update at most as many matrices as there are processes."""
-        mesh = turn[0].device_mesh
-        own: Tensor | None = None
-        for owner, matrix in enumerate(turn):
-            direction = self._direction(matrix, group).full_tensor()
-            if owner == mesh.get_local_rank():
-                own = direction
-        step = None if own is None else _whole_step(own, group)
-        for owner, matrix in enumerate(turn):
-            is_own = owner == mesh.get_local_rank()
-            source = step if is_own else torch.empty_like(matrix.to_local()).new_empty(matrix.shape)
-            assert source is not None
-            change = distribute_tensor(source, mesh, matrix.placements, src_data_rank=owner)
-            matrix.mul_(1 - group["lr"] * group["weight_decay"])
-            matrix.add_(change)
-
-    def _direction(self, matrix: DTensor, group: Mapping[str, float]) -> DTensor:
-        """Momentum and gradient, of this process's rows."""
-        state, gradient = self.state[matrix], matrix.grad
-        assert isinstance(gradient, DTensor)
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        momentum: DTensor = state["momentum_buffer"]
-        momentum.lerp_(gradient, 1 - group["momentum"])
-        ahead = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        assert isinstance(ahead, DTensor)
-        return ahead
-
-
-def _whole_step(direction: Tensor, group: Mapping[str, float]) -> Tensor:
-    """What torch.optim.Muon adds to a matrix without momentum and decay."""
-    change = nn.Parameter(torch.zeros_like(direction))
-    change.grad = direction
-    settings = {
-        name: group[name] for name in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
-    }
-    torch.optim.Muon([change], weight_decay=0.0, momentum=0.0, nesterov=False, **settings).step()  # type: ignore[arg-type]
-    return change.detach()

@@ -1,4 +1,4 @@
-"""From documents to a token shard: the built-in corpus or files of text -> tokenizer + tokens.
+"""From documents to a token shard: files of text or a generated corpus -> tokenizer + tokens.
 
 Decides how a document becomes tokens: bos + prompt + completion + eos, packed back to back. Prompt
 and completion are encoded apart, because at inference the prompt is encoded alone: a token that
@@ -13,23 +13,106 @@ import itertools
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from twotower.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from twotower.train.prepare_options import PrepareOptions
+from twotower.tokenizer import MIN_VOCAB_SIZE, Tokenizer, train_tokenizer
+from twotower.train.options import CheckedOptions
 from twotower.train.readers import Text
-from twotower.train.shard import META_FILE, ShardMeta, choose_dtype
-from twotower.train.shard_writer import ShardWriter
-from twotower.train.sources import Source, find_sources, mix, parse_weights, shuffle
+from twotower.train.shard import META_FILE, PART_TOKENS, ShardMeta, ShardWriter, choose_dtype
+from twotower.train.sources import Corpus, Source, find_sources, mix, parse_weights, shuffle
+from twotower.train.special_tokens import find_special_tokens, open_tokenizer
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_VOCAB_SIZE = 1024
+_CORPUS_TOKENS = 20_000_000
 _BATCH = 512  # documents tokenised at once
 _BATCH_CHARACTERS = 1 << 20  # or fewer, if they are this long together
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Encoded = tuple[list[int], int]  # tokens, and how many of them stand before the completion
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions(CheckedOptions):
+    """Turn text into a tokenizer and a shard of tokens for training."""
+
+    out: Path = Path("data/corpus")
+    """Folder to create; it must not exist yet, unless --overwrite is given."""
+    input: tuple[Path, ...] = ()
+    """Text to use instead of the built-in corpus: files, folders, or quoted patterns such as
+    'books/*.parquet'. Files in .jsonl (an object a line) and .parquet have columns, see --columns;
+    others are plain text whose documents are separated by blank lines. .gz, .bz2 and .xz are
+    unpacked."""
+    columns: tuple[str, ...] = ()
+    """Names of the columns to read: one of text, or those of prompt and completion. By default
+    "text", or "prompt" and "completion"."""
+    weights: tuple[str, ...] = ()
+    """The mixture, as in a=3 b=1. Inputs, named by their file's or folder's name without suffix or
+    as they were given, get these shares of the tokens, until one ends; without weights all is read.
+    Categories of the built-in corpus, as in math=2, replace its own mixture (by documents); beside
+    inputs they are one source more, with the sum of their weights."""
+    tokens: int | None = None
+    """Stop after this many tokens (the last document stays whole). By default 20 million of the
+    built-in corpus, and inputs to their end."""
+    tokenizer: Path | None = None
+    """Tokenizer to reuse: a folder with tokenizer.json, such as the model's to train from. By
+    default one is trained on the same text."""
+    bos_token: str | None = None
+    """Token of the reused tokenizer that begins every document, as its vocabulary writes it; by
+    default the one that its configuration names."""
+    eos_token: str | None = None
+    """Token of the reused tokenizer that ends every document; by default the one that its
+    configuration names."""
+    mask_token: str | None = None
+    """Token of the reused tokenizer that stands for a masked position: a special one that no text
+    holds. By default the one that its configuration names, or a new id after its last."""
+    vocab_size: int | None = None
+    """Vocabulary size of the tokenizer to train: at least 260, 1024 if not given. Not together
+    with --tokenizer."""
+    tokenizer_documents: int = 40_000
+    """The tokenizer is trained on this many documents from the start of the text."""
+    seed: int = 0
+    """Seed of the built-in corpus, on which every document depends, and of --shuffle."""
+    shuffle: int = 0
+    """Draw each document of an input at random from this many that are held in memory; 0 keeps
+    their order. Rows are shuffled in training: this is for inputs that are sorted by subject."""
+    align: int = 1
+    """Pad with EOS so that every completion begins and ends at a multiple of this many tokens. Set
+    to the block size, a denoiser trains on the blocks that it will generate. 1 packs back to
+    back."""
+    part_tokens: int = PART_TOKENS
+    """Tokens in one file of the shard; longer data is cut into several. No effect on training."""
+    overwrite: bool = False
+    """Replace an existing shard in the folder once the new one is complete."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokenizer is not None and self.vocab_size is not None:
+            raise ValueError(
+                "vocab_size: a given tokenizer has its own; leave out vocab_size or tokenizer"
+            )
+        for name in ("bos_token", "eos_token", "mask_token"):
+            if getattr(self, name) is not None and self.tokenizer is None:
+                raise ValueError(f"{name}: no effect on a tokenizer trained here; give tokenizer")
+        if self.vocab_size is not None and self.vocab_size < MIN_VOCAB_SIZE:
+            raise ValueError(
+                f"vocab_size: {self.vocab_size} is too small; use at least {MIN_VOCAB_SIZE}"
+            )
+        parse_weights(self.weights)
+        if len(self.columns) > 2:
+            raise ValueError(
+                f"columns: {len(self.columns)} names; give one of text, or prompt and completion"
+            )
+        for name in ("columns", "shuffle"):
+            if getattr(self, name) and not self.input:
+                raise ValueError(f"{name}: no effect on the built-in corpus; give input as well")
+
+    @property
+    def limit(self) -> int | None:
+        """How many tokens to write at most; None reads inputs to their end."""
+        return _CORPUS_TOKENS if self.tokens is None and not self.input else self.tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +125,25 @@ class PrepareProgress:
     sources: Mapping[str, int]
 
 
-def prepare(options: PrepareOptions) -> Iterator[PrepareProgress]:
-    """Do the whole preparation, yielding progress; the shard exists only after the last record."""
+def prepare_data(options: PrepareOptions) -> Path:
+    """Turn files of text into a token shard; returns its folder. ValueError (one line) for unusable
+    options or files, which leaves a shard that was there alone.
+    """
+    for _ in prepare(options):
+        pass
+    return options.out
+
+
+def prepare(options: PrepareOptions, corpus: Corpus | None = None) -> Iterator[PrepareProgress]:
+    """Do the whole preparation, yielding progress; the shard exists only after the last record.
+
+    corpus: what to read when the options name no input, or its categories beside the inputs.
+    """
     out = options.out
     partial, old = (out.with_name(f"{out.name}.{end}") for end in ("partial", "old"))
     _restore(out, old)
     _check_out(options)
-    sources = _get_sources(options)
+    sources = _get_sources(options, corpus)
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
     try:
         partial.mkdir(parents=True)
@@ -68,9 +163,13 @@ def prepare(options: PrepareOptions) -> Iterator[PrepareProgress]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _get_sources(options: PrepareOptions) -> list[Source]:
+def _get_sources(options: PrepareOptions, corpus: Corpus | None) -> list[Source]:
     weights = parse_weights(options.weights)
-    return find_sources(options.input, weights, options.columns, options.seed)
+    if corpus is None:
+        if not options.input:
+            raise ValueError("input: missing; give files, folders or patterns of files")
+        corpus = Corpus(categories=(), documents=lambda seed, weights: iter(()))
+    return find_sources(options.input, weights, options.columns, corpus, options.seed)
 
 
 def _get_texts(options: PrepareOptions, sources: Sequence[Source]) -> list[Iterator[Text]]:
@@ -92,13 +191,8 @@ def _get_tokenizer(options: PrepareOptions, sources: Sequence[Source]) -> Tokeni
         return train_tokenizer(
             (part for _, text in sample for part in text), options.vocab_size or DEFAULT_VOCAB_SIZE
         )
-    tokenizer = load_tokenizer(options.tokenizer)
-    if tokenizer.bos_id is None or tokenizer.eos_id is None:
-        raise ValueError(
-            f"tokenizer: {options.tokenizer} names no bos or eos token; "
-            "add bos_token and eos_token to its tokenizer_config.json"
-        )
-    return tokenizer
+    named = {"bos": options.bos_token, "eos": options.eos_token, "mask": options.mask_token}
+    return open_tokenizer(options.tokenizer, {r: n for r, n in named.items() if n is not None})
 
 
 def _num_characters(text: Text) -> int:
@@ -110,7 +204,7 @@ def _write_shard(
 ) -> Iterator[PrepareProgress]:
     dtype = choose_dtype(tokenizer.vocab_size)
     by_source = dict.fromkeys((source.name for source in sources), 0)
-    with ShardWriter(folder, dtype, options.part_tokens) as writer:
+    with closing(ShardWriter(folder, dtype, options.part_tokens)) as writer:
         yield _get_progress(writer, by_source)
         for at, (ids, context) in _mix_encoded(options, sources, tokenizer):
             writer.append(ids, context)
@@ -122,10 +216,9 @@ def _write_shard(
         else:
             _warn_of_end(options, sources, writer.num_tokens)
     yield _get_progress(writer, by_source)
-    assert tokenizer.bos_id is not None
     ShardMeta(
         vocab_size=tokenizer.vocab_size,
-        bos_id=tokenizer.bos_id,
+        special=find_special_tokens(tokenizer, options.tokenizer),
         num_tokens=writer.num_tokens,
         num_documents=writer.num_documents,
         dtype=dtype,
@@ -138,12 +231,8 @@ def _write_shard(
 
 
 def _get_progress(writer: ShardWriter, by_source: Mapping[str, int]) -> PrepareProgress:
-    return PrepareProgress(
-        stage="tokens",
-        tokens=writer.num_tokens,
-        documents=writer.num_documents,
-        sources=dict(by_source),
-    )
+    tokens, documents, sources = writer.num_tokens, writer.num_documents, {**by_source}
+    return PrepareProgress(stage="tokens", tokens=tokens, documents=documents, sources=sources)
 
 
 def _mix_encoded(

@@ -1,17 +1,21 @@
-"""The processes of one training run: which this is, what all agree on, what a lost one means.
+"""The processes of one training run: which this is, what all agree on, how they end.
 
-Decides how they meet (torchrun's environment) and how an error becomes everybody's. What of the
-model a process holds is `parallel`'s matter.
+Decides how they meet (torchrun's environment), how an error becomes everybody's, and what a lost
+process, Ctrl-C and SIGTERM mean. What of the model a process holds is `parallel`'s matter. What
+they say to each other is text and numbers, never pickled objects.
 """
 
 from __future__ import annotations
 
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from twotower.checkpoint import find_device
 
 T = TypeVar("T")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # How gloo, NCCL and the store that all meet at say that somebody is not there any more.
 _LOST = re.compile(r"gloo|nccl|peer|socket|connection|timed out|timeout|store", re.IGNORECASE)
 
@@ -31,13 +36,6 @@ class SharedError(ValueError):
 
 class LostProcess(RuntimeError):
     """Another process of the run has ended or does not answer within the timeout."""
-
-
-class Part(NamedTuple):
-    """One process's rows of a batch, and what the mean over them weighs in the batch's."""
-
-    rows: slice
-    weight: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +51,10 @@ class Processes:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def part(self, num_rows: int) -> Part:
-        """Consecutive rows of a batch; without any left, row 0 with weight 0: all processes must
-        compute, because each pass gathers weights from all.
-        """
-        first, stop = (num_rows * n // self.count for n in (self.rank, self.rank + 1))
-        if first == stop:
-            return Part(slice(0, 1), 0.0)
-        return Part(slice(first, stop), (stop - first) / num_rows)
+    def own_rows(self, start: int, count: int) -> range:
+        """This process's of `count` rows that start at number `start`."""
+        first, stop = (count * n // self.count for n in (self.rank, self.rank + 1))
+        return range(start + first, start + stop)
 
     def add(self, values: Tensor) -> Tensor:
         """The sum of all processes' values, in place; a tensor on the CPU."""
@@ -72,28 +66,38 @@ class Processes:
         """Whether it is true for at least one process."""
         return flag if self.count == 1 else bool(self.add(torch.tensor(float(flag))) > 0)
 
-    def broadcast(self, value: T) -> T:
-        """The first process's value, which pickle must know."""
+    def share(self, text: str | None, source: int = 0) -> str | None:
+        """The text that process `source` has, on every process."""
         if self.count == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+            return text
+        data = b"" if text is None else text.encode()
+        length = torch.tensor(-1 if text is None else len(data))
+        dist.broadcast(length, src=source)
+        if length < 0:
+            return None
+        box = torch.tensor([*data] if self.rank == source else [0] * int(length), dtype=torch.uint8)
+        dist.broadcast(box, src=source)
+        return bytes(box.tolist()).decode()
+
+    def together(self, action: Callable[[], T]) -> T:
+        """`action()` on every process; if it fails with ValueError or OSError on one, all of them
+        raise its error.
+        """
+        if self.count == 1:
+            return action()
+        made, failure = None, None
+        try:
+            made = action()
+        except (ValueError, OSError) as error:
+            failure = " ".join(str(error).split())
+        failed = self.add(torch.eye(self.count)[self.rank] * float(failure is not None))
+        if failed.any():
+            raise SharedError(self.share(failure, source=int(failed.argmax())))
+        return made  # type: ignore[return-value]  # what `action` made, as none has failed
 
     def on_first(self, make: Callable[[], T]) -> T | None:
-        """`make()` on the first process, None on the others; its ValueError is raised on all."""
-        if self.count == 1:
-            return make()
-        made, failure = None, None
-        if self.is_first:
-            try:
-                made = make()
-            except (ValueError, OSError) as error:
-                failure = " ".join(str(error).split())
-        failure = self.broadcast(failure)
-        if failure is not None:
-            raise SharedError(failure)
-        return made
+        """`make()` on the first process, None on the others; its error is raised on all."""
+        return self.together(lambda: make() if self.is_first else None)
 
     def add_number(self, value: float) -> float:
         """The sum of all processes' numbers; of one process, the number itself."""
@@ -165,3 +169,34 @@ def _lost_peers_named() -> Iterator[None]:
             f"another process of the run was lost ({reason[:160]}); run the same command again to "
             "go on from the last checkpoint"
         ) from error
+
+
+class StopSignals:
+    """While entered, the first Ctrl-C or SIGTERM only sets `requested`: the step is finished, saved
+    and the run stops. A second one acts at once, but not under torchrun, which passes a terminal's
+    Ctrl-C on a second time.
+    """
+
+    def __init__(self, is_patient: bool = False) -> None:
+        """is_patient: further signals change nothing."""
+        self.requested = False
+        self._is_patient = is_patient
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # Python allows no other
+            self._previous = {s: signal.signal(s, self._request) for s in _SIGNALS}
+        return self
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        if not self._is_patient:
+            self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
+        self._previous = {}
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()

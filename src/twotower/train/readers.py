@@ -1,41 +1,44 @@
-"""One file of documents -> (prompt, completion) pairs, streamed by Hugging Face `datasets`.
+"""One file of documents -> (prompt, completion) pairs, as a stream.
 
-Decides by its name how a file is read, which columns hold the text, and that a fault names the file
-and the line or row. JSONL is streamed as lines and parsed here: the JSON reader of `datasets` turns
-numbers into strings, absent columns into nulls, and does not say in which line it stopped. No file
-is ever whole in memory; one document is.
+Decides by the file's name how it is read (capitals are no difference), which columns hold the text,
+and that an error names the file and the line or row. No file is ever whole in memory; one document
+is.
 """
 
 from __future__ import annotations
 
-import glob
+import bz2
+import gzip
 import itertools
 import json
-import logging
-import tempfile
-import zlib
-from collections.abc import Collection, Iterator, Sequence
+import lzma
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 Text = tuple[str, str]  # prompt, completion; the prompt may be empty
 
-_JSON, _PARQUET, _PLAIN = {".jsonl", ".ndjson", ".json"}, {".parquet"}, {".txt", ".text", ".md"}
-_COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
-_ROWS = 1000  # read at a time
+_JSON = {".jsonl", ".ndjson", ".jsonlines", ".json"}
+_PARQUET = {".parquet", ".pq"}
+_PLAIN = {".txt", ".text", ".md"}
+_OPENERS: dict[str, Callable[..., TextIO]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+# Their columns, or packed bytes, would be trained on as they stand.
+_NOT_READ = {".csv", ".tsv", ".zst", ".zip", ".lz4"}
+_ROWS = 1000  # of a Parquet file, read at a time
 _DEFAULT_COLUMNS = (("text",), ("prompt", "completion"))
 
 
 def stem_of(file: Path) -> str:
     """A file's name without what says how it is stored: "a" for a.jsonl.gz."""
-    inner = file.with_suffix("") if file.suffix in _COMPRESSED else file
+    inner = file.with_suffix("") if file.suffix.lower() in _OPENERS else file
     return inner.stem
 
 
 def suffix_of(file: Path) -> str:
-    """The suffix that says how a file is read: ".jsonl" for a.jsonl.gz."""
-    return Path(file.stem).suffix if file.suffix in _COMPRESSED else file.suffix
+    """The suffix that says how a file is read, in small letters: ".jsonl" for a.JSONL.gz."""
+    packed = file.suffix.lower() in _OPENERS
+    return (Path(file.stem).suffix if packed else file.suffix).lower()
 
 
 def is_document_file(file: Path) -> bool:
@@ -45,22 +48,28 @@ def is_document_file(file: Path) -> bool:
 
 
 def has_columns(file: Path) -> bool:
+    """Whether a file's documents have named columns."""
     return suffix_of(file) in _JSON | _PARQUET
 
 
 def read_file(file: Path, columns: Sequence[str] = ()) -> Iterator[Text]:
-    """Every document of a file in its order; an unknown suffix is read as plain text.
+    """Every document of a file in its order; a name without a known suffix is plain text.
 
     `columns` names one column of text, or those of prompt and completion; without, "text" or
     "prompt" and "completion". ValueError (one line) for whatever is wrong with the file.
     """
     suffix, is_empty = suffix_of(file), True
+    if suffix in _NOT_READ:
+        raise ValueError(
+            f"input: {file} is a {suffix} file, which is not read; convert it to .jsonl, .parquet "
+            "or .txt (.gz, .bz2 and .xz are unpacked)"
+        )
     if suffix in _JSON:
         texts = _read_json(file, columns)
     elif suffix in _PARQUET:
         texts = _read_parquet(file, columns)
     else:
-        texts = _read_plain(file)
+        texts = _read_plain(file, is_named_text=suffix in _PLAIN)
     for text in texts:
         is_empty = False
         yield text
@@ -88,22 +97,52 @@ def _parse(line: str, where: str) -> dict[str, object]:
 
 
 def _read_parquet(file: Path, columns: Sequence[str]) -> Iterator[Text]:
-    with _faults(file), tempfile.TemporaryDirectory() as cache:
-        features = _open_parquet(file, cache).features
-    names, number = _choose(features, columns, f"input: {file}"), 0
-    for batch in _parquet_batches(file, names):
-        for values in zip(*(batch[name] for name in names), strict=True):
-            number += 1
-            yield _document(values, names, f"input: {file} row {number}")
+    with _damage_named(file), _open_parquet(file) as table:
+        available = table.schema_arrow.names
+    names = _choose(available, columns, f"input: {file}")
+    for number, values in enumerate(_parquet_rows(file, names), 1):
+        yield _document(values, names, f"input: {file} row {number}")
 
 
-def _read_plain(file: Path) -> Iterator[Text]:
+def _parquet_rows(file: Path, names: Sequence[str]) -> Iterator[tuple[object, ...]]:
+    with _damage_named(file), _open_parquet(file) as table:
+        for batch in table.iter_batches(_ROWS, columns=list(names)):
+            yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
+
+
+def _open_parquet(file: Path) -> Any:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise ImportError('pyarrow is not installed: pip install "twotower[data]"') from None
+    return ParquetFile(file)
+
+
+def _read_plain(file: Path, is_named_text: bool) -> Iterator[Text]:
     """Documents are separated by blank lines."""
+    is_first = True
     for is_blank, group in itertools.groupby(_lines(file), lambda line: not line.strip()):
         if not is_blank:
             text = "".join(group)
+            if is_first and not is_named_text:
+                _refuse_json(file, text)
+            is_first = False
             _check_characters(text, f"input: {file}")
             yield "", text
+
+
+def _refuse_json(file: Path, text: str) -> None:
+    """JSONL under another name would be trained on with its braces."""
+    line = text.partition("\n")[0].strip()
+    try:
+        is_object = line.startswith("{") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        is_object = False
+    if is_object:
+        raise ValueError(
+            f"input: {file} holds JSON objects but is not named .jsonl; rename it, or name it .txt "
+            "to train on the JSON itself"
+        )
 
 
 def _choose(available: Collection[str], columns: Sequence[str], where: str) -> tuple[str, ...]:
@@ -120,11 +159,11 @@ def _document(values: Sequence[object], names: Sequence[str], where: str) -> Tex
     for name, value in zip(names, values, strict=True):
         if not isinstance(value, str):
             kind = "null" if value is None else type(value).__name__
-            raise ValueError(f"{where}: {name} is {kind}, not a string; mend or remove it")
+            raise ValueError(f"{where}: {name} is {kind}, not a string; correct or remove it")
         _check_characters(value, f"{where}: {name}")
     *prompt, completion = map(str, values)
     if not completion.strip():
-        raise ValueError(f"{where}: {names[-1]} is empty; mend or remove it")
+        raise ValueError(f"{where}: {names[-1]} is empty; correct or remove it")
     return "".join(prompt), completion
 
 
@@ -133,46 +172,33 @@ def _check_characters(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where} is not valid Unicode ({error}); mend or remove it") from error
+        raise ValueError(f"{where} is not valid Unicode ({error}); correct or remove it") from error
 
 
 def _lines(file: Path) -> Iterator[str]:
     """The lines of a text file with their ends, without a byte order mark."""
-    with _faults(file), tempfile.TemporaryDirectory() as cache:
-        dataset = _datasets().IterableDataset.from_text(
-            _literal(file), cache_dir=cache, keep_linebreaks=True, encoding="utf-8-sig"
-        )
-        for batch in dataset.iter(batch_size=_ROWS):
-            yield from batch["text"]
-
-
-def _parquet_batches(file: Path, names: Sequence[str]) -> Iterator[dict[str, list[object]]]:
-    with _faults(file), tempfile.TemporaryDirectory() as cache:
-        dataset = _open_parquet(file, cache, columns=list(names), batch_size=_ROWS)
-        yield from dataset.iter(batch_size=_ROWS)
-
-
-def _open_parquet(file: Path, cache: str, **options: object) -> Any:
-    return _datasets().IterableDataset.from_parquet(_literal(file), cache_dir=cache, **options)
-
-
-def _literal(file: Path) -> str:
-    """A path as `datasets` wants it, which would take brackets and stars for a pattern."""
-    return glob.escape(str(file.absolute()))
+    opened = _OPENERS.get(file.suffix.lower(), open)
+    with _damage_named(file), opened(file, "rt", encoding="utf-8-sig") as stream:
+        yield from stream
 
 
 @contextmanager
-def _faults(file: Path) -> Iterator[None]:
-    """Turn what the libraries below raise for a damaged file into our one line."""
+def _damage_named(file: Path) -> Iterator[None]:
+    """Turn what the libraries below raise for a damaged file into one line that names it."""
     try:
         yield
     except UnicodeDecodeError as error:
-        where = "" if file.suffix in _COMPRESSED else f" line {_undecodable_line(file)}"
+        is_packed = file.suffix.lower() in _OPENERS
+        where = "" if is_packed else f" line {_undecodable_line(file)}"
         raise ValueError(
             f"input: {file}{where} is not UTF-8 text; convert the file, or name it .parquet if "
             "that is what it holds"
         ) from error
-    except (ValueError, OSError, EOFError, zlib.error) as error:  # pyarrow's errors are ValueErrors
+    except PermissionError as error:
+        raise ValueError(f"input: {file} cannot be opened ({error.strerror})") from error
+    except ImportError:
+        raise
+    except Exception as error:  # zlib, lzma and pyarrow each raise their own kinds here
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(
             f"input: {file} cannot be read, it is cut or damaged ({reason}); get it again"
@@ -190,13 +216,3 @@ def _is_utf8(line: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise ImportError('datasets is not installed: pip install "twotower[data]"') from None
-    # It would log, below our one line, the same error in its own words.
-    logging.getLogger("datasets").setLevel(logging.CRITICAL + 1)
-    return datasets

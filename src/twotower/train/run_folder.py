@@ -1,81 +1,54 @@
-"""What a run leaves on disk: options.json, versions.json, checkpoints/, export/.
+"""What a run leaves on disk: options.json, versions.json, metrics.jsonl, checkpoints/, export/.
 
-Decides how a training state is written (aside, synced, then renamed: a kill at any instant leaves
-loadable checkpoints) and which checkpoint a resumed run takes: a file of one process or a folder of
-several (`sharded_checkpoint`). Weights for use elsewhere are exported through
-`twotower.checkpoint`; the files here hold optimiser state too and are ours alone.
+Decides how a checkpoint gets its place (aside, synced, then renamed: a kill at any instant leaves
+whole ones), which of them a resumed run takes and which options it may change. What a checkpoint
+holds is `state`'s business.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from twotower.config import TwoTowerConfig
-from twotower.families import config_from_dict
 from twotower.train.options import TrainOptions
-
-_log = logging.getLogger(__name__)
-FORMAT = 1
-POSITION_FILE = "run.json"  # of a checkpoint that several processes write
-_CHECKPOINT = re.compile(r"step-(\d{8,})(\.pt)?")
-_LIBRARIES = ("twotower", "torch", "numpy", "tokenizers", "safetensors", "tensorboard")
-# Another value of these would make another run of it, not a continued one.
-_FIXED_ON_RESUME = (
-    "recipe",
-    "seed",
-    "sequence_length",
-    "init",
-    "preset",
-    "config",
-    "block_size",
-    "optimizer",
-    "ema",
-    "early_block_size",
-    "early_share",
-    "towers",
-    "train_context",
-    "bidirectional_mamba",
-    "denoiser_init",
+from twotower.train.processes import Processes
+from twotower.train.state import (
+    Checkpoint,
+    TrainState,
+    read_checkpoint,
+    write_description,
+    write_part,
 )
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
-@dataclass(frozen=True, kw_only=True)
-class Position:
-    """How far a run has come, and of what."""
-
-    step: int  # optimiser steps done
-    rows_read: int  # position in the training order
-    rows_fingerprint: str  # of that order
-    config: dict[str, object]
-    pending_losses: list[float]  # steps since the last metrics line
-
-
-@dataclass(frozen=True, kw_only=True)
-class Snapshot(Position):
-    """All that the next step depends on, besides options and data."""
-
-    model: Mapping[str, Tensor]
-    optimizer: Mapping[str, object]
-    average: Mapping[str, Tensor] = field(default_factory=dict)  # of the trained weights, with ema
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardedSnapshot(Position):
-    """A position whose tensors lie in a folder, written by several processes."""
-
-    folder: Path
+_log = logging.getLogger(__name__)
+_CHECKPOINT = re.compile(r"step-(\d{8,})")
+_LIBRARIES = ("twotower", "torch", "numpy", "tokenizers", "safetensors", "tensorboard")
+# Another value of these would make another run of it, not a continued one.
+_FIXED = (
+    "recipe", "seed", "sequence_length", "unaligned_row_fraction", "init", "preset", "config",
+    "block_size", "towers", "train_context", "ar_loss_weight", "bidirectional_mamba",
+    "denoiser_init", "condition_on", "optimizer", "ema_decay", "early_block_size",
+    "early_fraction",
+)  # fmt: skip
+# These change nothing that is learnt.
+_UNTOLD = (
+    "data", "out", "steps", "device", "threads", "compile", "activation_checkpointing",
+    "peer_timeout_s", "resume", "checkpoint_every", "keep_checkpoints", "log_every", "eval_every",
+    "eval_rows", "tensorboard",
+)  # fmt: skip
 
 
 class RunFolder:
@@ -88,150 +61,128 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
 
-    def open(self, options: TrainOptions) -> Snapshot | ShardedSnapshot | None:
-        """Create the folder, or find the snapshot to continue from; records options and versions.
+    def open(self, options: TrainOptions) -> Checkpoint | None:
+        """Create the folder, or find the checkpoint to continue from; records options and versions.
 
         ValueError if the folder belongs to another run, or to any run without `resume`.
         """
-        existing = self._steps()
+        existing = self.steps()
         if existing and not options.resume:
             raise ValueError(
                 f"out: {self.path} holds a run at step {existing[-1]}; use a new folder, or leave "
                 "out --no-resume"
             )
-        snapshot = self._load_newest(existing) if existing else None
-        if snapshot is not None:
-            self._check_same_run(options)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / "options.json", options.to_dict())
-        write_json(self.path / "versions.json", versions())
-        return snapshot
-
-    def save(self, snapshot: Snapshot, keep: int) -> Path:
-        """Write a checkpoint, then delete all but the newest `keep`."""
-        file = self._file(snapshot.step)
-        content = {"format": FORMAT} | vars(snapshot)
-        try:
-            _write_aside(file, content)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        if not existing and (old := next(self.checkpoints.glob("step-*.pt"), None)):
             raise ValueError(
-                f"checkpoint: cannot write {file} ({_one_line(error)}); earlier checkpoints are "
-                "whole: "
+                f"out: {old} was written by an earlier version and may hold code, so it is not "
+                "read; use a new folder, with --init set to an exported model"
+            )
+        found = self._read_newest(existing) if existing else None
+        if found is not None:
+            self._check_same_run(options, found.step)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        _write_json(self.path / "options.json", options.to_dict())
+        _write_json(self.path / "versions.json", versions())
+        return found
+
+    def save(
+        self, state: TrainState, rows_fingerprint: str, keep: int, processes: Processes
+    ) -> None:
+        """Write a checkpoint from all processes, then delete all but the newest `keep`.
+
+        All must see the same file system. ValueError (one line) if it cannot be written.
+        """
+        partial, rank, count = self.partial(state.step), processes.rank, processes.count
+        try:
+            processes.on_first(lambda: _make_empty(partial))
+            processes.together(lambda: write_part(partial, state, rank, count))
+            processes.on_first(lambda: write_description(partial, state, rows_fingerprint))
+            processes.on_first(lambda: _move(partial, self.checkpoint(state.step)))
+        except (OSError, ValueError) as error:
+            processes.on_first(lambda: shutil.rmtree(partial, ignore_errors=True))
+            reason = " ".join(str(error).split())
+            raise processes.error(
+                f"checkpoint: cannot write {partial} ({reason}); earlier checkpoints are whole: "
                 "free some space and run the same command again"
             ) from error
-        self.drop_all_but(keep)
-        return file
+        processes.on_first(lambda: self.drop_all_but(keep))
 
     def drop_all_but(self, keep: int) -> None:
         """Delete all checkpoints but the newest `keep`, and what a kill left of others."""
-        for step in self._steps()[:-keep]:
-            old = self._found(step)
-            if old.is_dir():
-                old = old.rename(self.partial(step))  # half of a folder must not look like a whole
-            else:
-                old.unlink()
+        for step in self.steps()[:-keep]:
+            # Half of a folder must not look like a whole one.
+            self.checkpoint(step).rename(self.partial(step))
         for partial in self.checkpoints.glob("step-*.partial"):
-            if partial.is_dir():
-                shutil.rmtree(partial)
+            shutil.rmtree(partial)
 
     def newest(self) -> Path | None:
-        """The newest checkpoint, if any: a file, or a folder of several processes."""
-        steps = self._steps()
-        return self._found(steps[-1]) if steps else None
+        """The newest checkpoint, if any."""
+        steps = self.steps()
+        return self.checkpoint(steps[-1]) if steps else None
 
-    def sharded(self, step: int) -> Path:
-        """The folder of a checkpoint that several processes write."""
+    def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
 
     def partial(self, step: int) -> Path:
         """Where it is written before it gets its name."""
-        return self.sharded(step).with_suffix(".partial")
+        return self.checkpoint(step).with_suffix(".partial")
 
-    def _file(self, step: int) -> Path:
-        return self.checkpoints / f"step-{step:08d}.pt"
-
-    def _found(self, step: int) -> Path:
-        return self.sharded(step) if self.sharded(step).is_dir() else self._file(step)
-
-    def _steps(self) -> list[int]:
+    def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        names = [path.name for path in self.checkpoints.glob("step-*")]
-        found = (_CHECKPOINT.fullmatch(name) for name in names)
+        found = (_CHECKPOINT.fullmatch(path.name) for path in self.checkpoints.glob("step-*"))
         return sorted({int(match[1]) for match in found if match})
 
-    def _load_newest(self, steps: list[int]) -> Snapshot | ShardedSnapshot:
+    def _read_newest(self, steps: list[int]) -> Checkpoint:
         for step in reversed(steps):
-            found = self._found(step)
             try:
-                return read_position(found) if found.is_dir() else read_snapshot(found)
+                return read_checkpoint(self.checkpoint(step))
             except ValueError as error:
                 _log.warning("%s; trying the one before", error)
         raise ValueError(f"out: no checkpoint in {self.checkpoints} can be read; use a new folder")
 
-    def _check_same_run(self, options: TrainOptions) -> None:
+    def _check_same_run(self, options: TrainOptions, step: int) -> None:
+        """ValueError for options that contradict what was trained; others that change are told."""
+        before, now = self._options_before(), json.loads(json.dumps(options.to_dict()))
+        changed = {name: value for name, value in now.items() if before[name] != value}
+        for name in _FIXED:
+            if name in changed:
+                raise ValueError(
+                    f"{name}: {now[name]} differs from {before[name]} of the run in {self.path}; "
+                    "use that value, or another --out"
+                )
+        if options.steps < step:
+            raise ValueError(
+                f"steps: {options.steps}, but the run in {self.path} is at step {step} already; "
+                f"give {step} to export that, more to go on, or another --out"
+            )
+        for name in changed.keys() - {*_UNTOLD}:
+            _log.warning("%s: %s from step %d on, %s before", name, now[name], step, before[name])
+
+    def _options_before(self) -> dict[str, object]:
         file = self.path / "options.json"
         try:
             before = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"out: {file} cannot be read ({_one_line(error)}); use a new folder"
-            ) from error
-        now = json.loads(json.dumps(options.to_dict()))
-        defaults = {field.name: field.default for field in fields(TrainOptions)}
-        for name in _FIXED_ON_RESUME:
-            then = before.get(name, defaults[name])  # an older version may not have had it
-            if then != now[name]:
-                raise ValueError(
-                    f"{name}: {now[name]} differs from {then} of the run in "
-                    f"{self.path}; "
-                    "use that value, or another --out"
-                )
+            defaults = {field.name: field.default for field in fields(TrainOptions)}
+            if "recipe" not in before:
+                raise ValueError("it names no recipe")
+            return {**defaults, **before}  # an older version may not have had the others
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"out: {file} cannot be read ({reason}); use a new folder") from error
 
 
-def read_snapshot(file: Path) -> Snapshot:
-    """Read one checkpoint; ValueError (one line) if it is damaged or of another format."""
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        if content.pop("format") != FORMAT:
-            raise ValueError(f"it is not of format {FORMAT}")
-        return Snapshot(**content)
-    except Exception as error:  # zip, pickle and torch each raise their own kinds here
-        raise ValueError(f"checkpoint: {file} cannot be read ({_one_line(error)})") from error
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
-def read_position(folder: Path) -> ShardedSnapshot:
-    """What a checkpoint of several processes says of itself; ValueError (one line) if a file of it
-    is missing or cut short. Its tensors are read by `sharded_checkpoint`.
-    """
-    try:
-        content = json.loads((folder / POSITION_FILE).read_text())
-        if content.pop("format") != FORMAT:
-            raise ValueError(f"it is not of format {FORMAT}")
-        for name, size in content.pop("files").items():
-            if (folder / name).stat().st_size != size:
-                raise ValueError(f"{name} is damaged")
-        return ShardedSnapshot(folder=folder, **content)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"checkpoint: {folder} cannot be read ({_one_line(error)})") from error
+def _move(partial: Path, folder: Path) -> None:
+    """Give a written checkpoint its name; one that was there could not be read."""
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
-def model_config(snapshot: Position) -> TwoTowerConfig:
-    return config_from_dict(snapshot.config)
-
-
-def _write_aside(file: Path, content: dict[str, object]) -> None:
-    partial = file.with_suffix(".partial")
-    try:
-        with partial.open("wb") as stream:
-            torch.save(content, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(file: Path, content: Mapping[str, object]) -> None:
+def _write_json(file: Path, content: Mapping[str, object]) -> None:
     """Write aside, then rename."""
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
@@ -250,5 +201,63 @@ def versions() -> dict[str, object]:
     return found | {"threads": torch.get_num_threads(), "cuda": torch.version.cuda}
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+class Metrics:
+    """The record of a run: one JSON line per measurement, and the same numbers for TensorBoard; a
+    context manager that closes its files.
+
+    A resumed run drops the lines after its checkpoint first, so that every step is recorded once.
+    """
+
+    def __init__(self, file: Path, tensorboard: Path | None, step: int) -> None:
+        """Continue `file` after `step`, dropping later lines. `tensorboard` None: no such log."""
+        kept = [line for line in read_metrics(file) if line["step"] <= step]
+        partial = file.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        partial.replace(file)
+        self._stream = file.open("a", encoding="utf-8")
+        self._writer = None if tensorboard is None else _open_tensorboard(tensorboard, step)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Record `values` of optimiser step `step` (1 = after the first)."""
+        self._stream.write(json.dumps({"step": step} | values) + "\n")
+        self._stream.flush()
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stream.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(file: Path) -> list[dict[str, float]]:
+    """All complete lines; a line that a kill cut short is left out. ValueError (one line) for other
+    damage.
+    """
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    found = []
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        try:
+            if line.endswith("\n"):
+                record = json.loads(line)
+                found.append(record | {"step": int(record["step"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{file}: line {number} is damaged; delete the line or use a new --out"
+            ) from error
+    return found
+
+
+def _open_tensorboard(folder: Path, step: int) -> SummaryWriter | None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        _log.warning(
+            "no TensorBoard log: the library is missing; for one, pip install 'twotower[train]'"
+        )
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)

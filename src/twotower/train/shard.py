@@ -1,10 +1,10 @@
-"""What a token shard is on disk, and its memory-mapped view.
+"""What a token shard is on disk: its memory-mapped view, and how it is written.
 
 A shard is a folder: `tokens-00000.bin`, ... (little-endian uint16 or uint32, one stream of tokens
 cut into files), `completions-00000.bin`, ... (uint8, 1 where a token belongs to a completion or is
 the EOS behind it; cut at the same places), `meta.json` (what it is, with checksums) and the
-tokenizer's files. Format 2 had one file of each kind and is still read. Where the files are cut has
-no meaning: readers see one stream.
+tokenizer's files. Where the files are cut has no meaning, also inside a document: readers see one
+stream.
 """
 
 from __future__ import annotations
@@ -13,22 +13,36 @@ import dataclasses
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 META_FILE = "meta.json"
-FORMAT = 3
+FORMAT = 4
+PART_TOKENS = 1 << 27  # in one file: 256 MB of uint16
 TokenArray = np.ndarray[tuple[int], np.dtype[np.unsignedinteger]]
 DTYPES: dict[str, np.dtype[np.unsignedinteger]] = {
     "uint16": np.dtype("<u2"),
     "uint32": np.dtype("<u4"),
 }
 BYTE: np.dtype[np.unsignedinteger] = np.dtype(np.uint8)
+_Record = TypeVar("_Record")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """Ids with a role: `bos` begins documents, the first of `eos` ends them, all of `eos` end a
+    generated text. None: the tokenizer has no such token.
+    """
+
+    bos: int
+    eos: tuple[int, ...]
+    pad: int | None
+    mask: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +60,8 @@ class Part:
 class ShardMeta:
     """What `meta.json` says about a shard; `sources` are tokens by name."""
 
-    vocab_size: int
-    bos_id: int
+    vocab_size: int  # of the tokenizer
+    special: SpecialTokens
     num_tokens: int
     num_documents: int
     dtype: str
@@ -62,6 +76,28 @@ class ShardMeta:
         held = sum(part.num_tokens for part in self.parts)
         if held != self.num_tokens or not self.parts:
             raise ValueError(f"its parts hold {held} tokens, not {self.num_tokens}")
+        if self.align < 1 or self.vocab_size < 1:
+            raise ValueError(f"align={self.align} and vocab_size={self.vocab_size} must be above 0")
+        special = self.special
+        if not special.eos:
+            raise ValueError("it names no eos token")
+        for token in (special.bos, *special.eos, special.pad, special.mask):
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise ValueError(f"special token {token} is outside its vocabulary")
+        for part in self.parts:
+            for name in (part.tokens_file, part.completions_file):
+                if Path(name).name != name:
+                    raise ValueError(f"{name!r} is not a file name")
+
+    @property
+    def mask_id(self) -> int:
+        """The mask token of a new model: the tokenizer's, or the first id past its vocabulary."""
+        return self.vocab_size if self.special.mask is None else self.special.mask
+
+    @property
+    def model_vocab_size(self) -> int:
+        """How many ids a new model needs: the tokenizer's, and one more where it has no mask."""
+        return max(self.vocab_size, self.mask_id + 1)
 
     @property
     def tokens_sha256(self) -> str:
@@ -104,24 +140,13 @@ class Shard:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.meta = read_meta(self.folder)
-        dtype, parts = DTYPES[self.meta.dtype], self.meta.parts
-        self.tokens = TokenStream(
-            [
-                _map(self.folder / part.tokens_file, dtype, part.num_tokens, part.tokens_sha256)
-                for part in parts
-            ]
-        )
-        self.completions = TokenStream(
-            [
-                _map(
-                    self.folder / part.completions_file,
-                    BYTE,
-                    part.num_tokens,
-                    part.completions_sha256,
-                )
-                for part in parts
-            ]
-        )
+        dtype, tokens, marks = DTYPES[self.meta.dtype], [], []
+        for part in self.meta.parts:
+            file, sha256 = self.folder / part.tokens_file, part.tokens_sha256
+            tokens.append(_map(file, dtype, part.num_tokens, sha256))
+            file, sha256 = self.folder / part.completions_file, part.completions_sha256
+            marks.append(_map(file, BYTE, part.num_tokens, sha256))
+        self.tokens, self.completions = TokenStream(tokens), TokenStream(marks)
 
     def num_rows(self, sequence_length: int) -> int:
         return len(self.tokens) // sequence_length
@@ -140,26 +165,39 @@ def read_meta(folder: Path) -> ShardMeta:
     try:
         content = json.loads(file.read_text())
         found = content.get("format"), content.get("dtype")
-        is_known = found[0] in (2, FORMAT) and found[1] in DTYPES
+        is_known = found[0] == FORMAT and found[1] in DTYPES
         meta = _parse_meta(content) if is_known else None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"data: {file} is damaged ({error}); prepare the data again") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"data: {file} is damaged ({reason}); prepare the data again") from error
     if meta is None:
         raise ValueError(
             f"data: {file} has format {found[0]!r} and dtype {found[1]!r}; this version reads "
-            f"formats 2 and {FORMAT} with {' or '.join(DTYPES)}: prepare the data again"
+            f"format {FORMAT} with {' or '.join(DTYPES)}: prepare the data again"
         )
     return meta
 
 
 def _parse_meta(content: dict[str, Any]) -> ShardMeta:
-    if content["format"] == 2:
-        names = {"tokens_file": "tokens.bin", "completions_file": "completions.bin"}
-        sums = {name: content.pop(name) for name in ("tokens_sha256", "completions_sha256")}
-        content["sources"] = {content.pop("source"): content["num_tokens"]}
-        content["parts"] = [names | sums | {"num_tokens": content["num_tokens"]}]
-    parts = tuple(Part(**part) for part in content.pop("parts"))
-    return ShardMeta(**content | {"parts": parts})
+    special = content["special"] | {"eos": tuple(content["special"]["eos"])}
+    parts = tuple(_typed(Part, part) for part in content["parts"])
+    for tokens in (*special["eos"], *content["sources"].values()):
+        if type(tokens) is not int:
+            raise ValueError(f"{tokens!r} is not a whole number")
+    return _typed(ShardMeta, content | {"parts": parts, "special": _typed(SpecialTokens, special)})
+
+
+def _typed(kind: type[_Record], values: Mapping[str, Any]) -> _Record:
+    """A record of plain values; ValueError for a field of another type or a negative number."""
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]  # all our records are
+        value = values.get(field.name, field.default)
+        expected = str(field.type)
+        is_none = value is None and expected.endswith("None")
+        if expected.startswith("int") and not is_none and (type(value) is not int or value < 0):
+            raise ValueError(f"{field.name} is {value!r}, not a whole number")
+        if expected == "str" and type(value) is not str:
+            raise ValueError(f"{field.name} is {value!r}, not text")
+    return kind(**values)
 
 
 def _map(
@@ -174,18 +212,80 @@ def _map(
             f"{num_tokens * dtype.itemsize}; "
             "the file is cut or mixed up: prepare the data again"
         )
-    if sha256_of(file) != sha256:
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != sha256:
         raise ValueError(
             f"data: {file} does not match its checksum, it is corrupt; prepare the data again"
         )
     return np.memmap(file, dtype=dtype, mode="r", shape=(num_tokens,))
 
 
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def choose_dtype(vocab_size: int) -> str:
     """The narrowest token type that holds every id."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+class ShardWriter:
+    """Appends documents to the parts of a shard, counting on the way; `close` it at the end."""
+
+    def __init__(self, folder: Path, dtype: str, part_tokens: int = PART_TOKENS) -> None:
+        self.num_tokens = 0
+        self.num_documents = 0
+        self._folder, self._dtype, self._limit = folder, DTYPES[dtype], part_tokens
+        self._files: list[tuple[_File, _File]] = []  # tokens and completions of each part
+
+    def append(self, ids: list[int], context: int) -> None:
+        """Write a document, of whose tokens the first `context` stand before its completion."""
+        tokens, marks = np.asarray(ids, dtype=self._dtype), np.ones(len(ids), dtype=BYTE)
+        marks[:context] = 0
+        while len(tokens):
+            room = self._limit - self._files[-1][0].length if self._files else 0
+            if room == 0:
+                self._begin()
+                room = self._limit
+            for file, values in zip(self._files[-1], (tokens, marks), strict=True):
+                file.append(values[:room])
+            tokens, marks = tokens[room:], marks[room:]
+        self.num_tokens += len(ids)
+        self.num_documents += 1
+
+    def parts(self) -> tuple[Part, ...]:
+        """What was written; complete once the writer is closed."""
+        return tuple(
+            Part(
+                tokens_file=tokens.name,
+                completions_file=marks.name,
+                num_tokens=tokens.length,
+                tokens_sha256=tokens.hash.hexdigest(),
+                completions_sha256=marks.hash.hexdigest(),
+            )
+            for tokens, marks in self._files
+        )
+
+    def _begin(self) -> None:
+        self.close()
+        number = f"{len(self._files):05d}.bin"
+        tokens, marks = (self._folder / f"{kind}-{number}" for kind in ("tokens", "completions"))
+        self._files.append((_File(tokens), _File(marks)))
+
+    def close(self) -> None:
+        """Close the files of the part that is being written."""
+        for file in self._files[-1] if self._files else ():
+            file.stream.close()
+
+
+class _File:
+    """One file that is being written, with its running checksum."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+        self.length = 0  # numbers, not bytes
+        self.hash = hashlib.sha256()
+        self.stream: BinaryIO = path.open("wb")
+
+    def append(self, values: TokenArray) -> None:
+        data = values.tobytes()
+        self.stream.write(data)
+        self.hash.update(data)
+        self.length += len(values)

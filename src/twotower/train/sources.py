@@ -1,7 +1,7 @@
-"""Which texts a shard is made of: inputs, the built-in corpus, and their mixture.
+"""Which texts a shard is made of: inputs, a generated corpus, and their mixture.
 
 Decides that a weight is a share of tokens: documents differ in length by orders of magnitude, so a
-share of documents (what `datasets.interleave_datasets` draws) says little about what a model reads.
+share of documents says little about what a model reads.
 The next document comes from the source that is furthest behind its share. That is exact to one
 document, and needs no random numbers.
 """
@@ -11,18 +11,27 @@ from __future__ import annotations
 import glob
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import TypeVar
 
-from twotower.lab.corpus import CATEGORIES, DEFAULT_WEIGHTS, documents
 from twotower.train.readers import Text, has_columns, is_document_file, read_file, stem_of
 
 BUILT_IN = "built-in corpus"
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Documents that a program writes, without end: `documents` takes a seed and weights by
+    category (none: its own mixture), which must be of these `categories`.
+    """
+
+    categories: Collection[str]
+    documents: Callable[[int, Mapping[str, float]], Iterator[Text]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +44,23 @@ class Source:
 
 
 def find_sources(
-    inputs: Sequence[Path], weights: Mapping[str, float], columns: Sequence[str], seed: int
+    inputs: Sequence[Path],
+    weights: Mapping[str, float],
+    columns: Sequence[str],
+    corpus: Corpus,
+    seed: int,
 ) -> list[Source]:
     """The sources of a shard; ValueError for what is not there or has no weight.
 
-    Without inputs it is the built-in corpus, whose weights are by category. Beside inputs, the
+    Without inputs it is the corpus alone, whose weights are by category. Beside inputs, the
     categories that weights name are one source more. Inputs without weights are spread by size.
     """
     if not inputs:
-        return [_built_in(seed, weights, 1.0)]
-    names = _names(inputs)
+        return [_generated(corpus, seed, weights, 1.0)]
+    names = _names(inputs, corpus.categories)
     files = {name: find_files(path) for name, path in zip(names, inputs, strict=True)}
-    by_input, by_category = _split_weights(weights, dict(zip(map(str, inputs), names, strict=True)))
+    written = dict(zip(map(str, inputs), names, strict=True))
+    by_input, by_category = _split_weights(weights, written, corpus.categories)
     if columns and not any(has_columns(file) for found in files.values() for file in found):
         raise ValueError(f"columns: no effect on {', '.join(names)}: plain text has no columns")
     if not weights:
@@ -56,7 +70,7 @@ def find_sources(
         for name in names
     ]
     total = sum(by_category.values())
-    return [*sources, _built_in(seed, by_category, total)] if by_category else sources
+    return [*sources, _generated(corpus, seed, by_category, total)] if by_category else sources
 
 
 def find_files(path: Path) -> list[Path]:
@@ -136,16 +150,10 @@ def mix(
             going.remove(at)
 
 
-def _built_in(seed: int, weights: Mapping[str, float], weight: float) -> Source:
-    documents("train", seed, weights or None)  # an error of the weights shows before any work
-    return Source(name=BUILT_IN, weight=weight, texts=partial(_corpus, seed, weights))
-
-
-def _corpus(seed: int, weights: Mapping[str, float]) -> Iterator[Text]:
-    return (
-        (document.prompt, document.completion)
-        for document in documents("train", seed, weights or None)
-    )
+def _generated(corpus: Corpus, seed: int, weights: Mapping[str, float], weight: float) -> Source:
+    corpus.documents(seed, weights)  # an error of the weights shows before any work
+    texts = partial(corpus.documents, seed, weights)
+    return Source(name=BUILT_IN, weight=weight, texts=texts)
 
 
 def _read(files: Sequence[Path], columns: Sequence[str]) -> Iterator[Text]:
@@ -153,14 +161,14 @@ def _read(files: Sequence[Path], columns: Sequence[str]) -> Iterator[Text]:
         yield from read_file(file, columns if has_columns(file) else ())
 
 
-def _names(inputs: Sequence[Path]) -> list[str]:
+def _names(inputs: Sequence[Path], categories: Collection[str]) -> list[str]:
     """Short names of the inputs; as they were given where a short one would be ambiguous."""
     written = list(map(str, inputs))
     twice = next((name for name, count in Counter(written).items() if count > 1), None)
     if twice is not None:
         raise ValueError(f"input: {twice} is given twice; leave one out")
     short = [path.name if path.is_dir() else stem_of(path) for path in inputs]
-    taken = Counter([*short, *CATEGORIES, *DEFAULT_WEIGHTS, "", BUILT_IN])
+    taken = Counter([*short, *categories, "", BUILT_IN])
     return [
         name if taken[name] == 1 and not set(name) & set("*?[") else given
         for name, given in zip(short, written, strict=True)
@@ -168,7 +176,7 @@ def _names(inputs: Sequence[Path]) -> list[str]:
 
 
 def _split_weights(
-    weights: Mapping[str, float], names: Mapping[str, str]
+    weights: Mapping[str, float], names: Mapping[str, str], categories: Collection[str]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Weights of inputs and of categories; `names` are the inputs' names by how they were given."""
     by_input: dict[str, float] = {}
@@ -177,12 +185,14 @@ def _split_weights(
         name = names.get(key, key)
         if name in names.values():
             if weight == 0:
-                raise ValueError(f"weights: {key}=0 leaves the input out; leave it out of --input")
+                raise ValueError(
+                    f"weights: {key}=0 gives the input no share; leave it out of --input"
+                )
             by_input[name] = weight
-        elif key in {*CATEGORIES, *DEFAULT_WEIGHTS}:
+        elif key in categories:
             by_category[key] = weight
         else:
-            known = ", ".join([*names.values(), *CATEGORIES])
+            known = ", ".join([*names.values(), *categories])
             raise ValueError(f"weights: {key!r} is neither input nor category; use some of {known}")
     missing = [name for name in names.values() if name not in by_input]
     if weights and missing:
