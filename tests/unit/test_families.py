@@ -131,6 +131,7 @@ def test_an_unknown_model_type_is_refused_by_its_name(model_type: object) -> Non
         ["convert", "MODEL", "OUT"],
         ["evaluate", "--model", "MODEL"],
         ["bench", "--model", "MODEL"],
+        ["train", "denoiser", "--init", "MODEL", "--data", "OUT", "--out", "OUT"],
     ],
     ids=lambda verb: verb[0],
 )

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from twotower.checkpoint import resolve
+from twotower.families import read_config
 from twotower.model.two_tower import TwoTower
 from twotower.train.data import Rows
 from twotower.train.models import export
@@ -75,7 +77,7 @@ def train_steps(options: TrainOptions, processes: Processes = ALONE) -> Iterator
     processes.on_first(lambda: check_divisible(options, processes.count))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    processes.on_first(lambda: Shard(options.data))
+    processes.on_first(lambda: _require_readable(options))
     rows = Rows(
         Shard(options.data), options.sequence_length, options.seed, options.unaligned_row_fraction
     )
@@ -88,6 +90,13 @@ def train_steps(options: TrainOptions, processes: Processes = ALONE) -> Iterator
             model = whole_model(state.model, options, processes)
             if model is not None:
                 export(model, folder.export, options.recipe, rows.shard)
+
+
+def _require_readable(options: TrainOptions) -> None:
+    """ValueError (one line) for a model of another family first, then for what is no data."""
+    if options.init is not None:
+        read_config(resolve(options.init))
+    Shard(options.data)
 
 
 @contextmanager
