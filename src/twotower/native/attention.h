@@ -23,15 +23,15 @@ inline Step with_room_for_keys(Step s) {
 // Queries, keys and values of a tile: scratch.u to its part of scratch.q, out.k and out.v
 template <int W>
 void project(const Step &s, int first, int count) {
-    const AttentionWeights &w = weights_of<AttentionWeights>(s.layer);
+    const auto &w = weights_of<AttentionWeights>(s.layer);
     int q_width = s.layer.q_heads * s.layer.head_dim, kv_width = s.layer.kv_heads * s.layer.head_dim;
     float *flat = at_least(scratch.flat, size_t(kv_width) * W);
-    Input<W> in = input_of<W>(s, w.q, scratch.u.data(), s.call.tower.width);
-    matrix<W>(s.call.team, w.k, kv_width, in, w.k_bias.full, flat);
+    Input<W> in = input_of<W>(s, w.q_proj, scratch.u.data(), s.call.tower.width);
+    matrix<W>(s.call.team, w.k_proj, kv_width, in, w.k_proj_bias.full, flat);
     to_rows<W>(flat, kv_width, count, s.out.k + long(first) * kv_width, kv_width);
-    matrix<W>(s.call.team, w.v, kv_width, in, w.v_bias.full, flat);
+    matrix<W>(s.call.team, w.v_proj, kv_width, in, w.v_proj_bias.full, flat);
     to_rows<W>(flat, kv_width, count, s.out.v + long(first) * kv_width, kv_width);
-    matrix<W>(s.call.team, w.q, q_width, in, w.q_bias.full, scratch.q.data() + long(first) * q_width);
+    matrix<W>(s.call.team, w.q_proj, q_width, in, w.q_proj_bias.full, scratch.q.data() + long(first) * q_width);
 }
 
 struct KeyBlock {
@@ -116,7 +116,7 @@ void attend_head(const Step &s, int head, const float *q, int first, int count, 
 // A tile's part of scratch.q to that of scratch.y
 template <int W>
 void attend(const Step &s, int first, int count) {
-    const AttentionWeights &w = weights_of<AttentionWeights>(s.layer);
+    const auto &w = weights_of<AttentionWeights>(s.layer);
     int A = s.layer.head_dim, q_heads = s.layer.q_heads, width = s.call.tower.width;
     int q_width = q_heads * A, shared = q_heads / s.layer.kv_heads;
     const float *q = scratch.q.data() + long(first) * q_width;
@@ -125,7 +125,7 @@ void attend(const Step &s, int first, int count) {
         for (int head = begin; head < end; head++)
             attend_head<W>(s, head / shared * A, q + head * A * W, first, count, out + head * A * W);
     });
-    matrix<W>(s.call.team, w.o, width, input_of<W>(s, w.o, out, q_width), w.o_bias.full,
+    matrix<W>(s.call.team, w.o_proj, width, input_of<W>(s, w.o_proj, out, q_width), w.o_proj_bias.full,
               scratch.y.data() + long(first) * width);
 }
 

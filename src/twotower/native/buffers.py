@@ -16,9 +16,11 @@ from twotower.config import AttentionSpec, MambaSpec
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
 from twotower.model.state import LayerState
-from twotower.native.layout import Layer
+from twotower.native.layout import OUTPUTS, PAST, Layer
 
 _FLOAT = 4  # bytes
+# Addresses are written as plain numbers, in this order.
+assert PAST == ("k", "v", "conv", "ssm") and OUTPUTS[:2] == ("k", "v")
 _ATTENTION, _MAMBA = AttentionSpec.symbol, MambaSpec.symbol
 # Bytes from which memory is kept: the system takes back what is larger, and gives it out again page
 # by page. 8 MB of states a step cost 2,048 page faults, at 160M half as much as the step itself.
@@ -27,7 +29,7 @@ _MOST_FREE = 6  # buffers that nobody uses: passes of one and of 16 tokens take 
 
 
 class PastStates:
-    """Addresses of one row's state, a `layout.Past` per layer; and what they point into.
+    """Addresses of one row's state, a `Past` per layer; and what they point into.
 
     layers: KV with leading (B, S), Mamba with (B,) or (B, 1), on the CPU, float32.
     """
@@ -123,10 +125,10 @@ class PassOutputs:
             self.make_ssm()
 
     def address(self, row: int) -> int:
-        """Where the pass of one row finds a `layout.Outputs` for each layer."""
+        """Where the pass of one row finds an `Outputs` for each layer."""
         kv, kv_step = _place(self._kv, row)
-        parts = ("conv", "ssm", "window", "mixed", "step")
-        places = [_place(self._parts[p], row) if p in self._parts else (0, 0) for p in parts]
+        own = self._parts
+        places = [_place(own[name], row) if name in own else (0, 0) for name in OUTPUTS[2:]]
         states, steps = [begin for begin, _ in places], [step for _, step in places]
         found: list[int] = []
         for kind in self._kinds:

@@ -49,7 +49,7 @@ void pre_norm(const Step &s, int first, Before before, const float *modulation) 
     if (m && !modulates_first) modulate<W>(u, m, m + D, 0, D);
 }
 
-// One layer over all tiles. A new kind of layer is a case here and a list in layout.h.
+// One layer over all tiles. A new kind of layer is a case here and its weights in layout.py.
 void run_layer(const Step &s, Before before, const float *modulation) {
     auto all_tiles = [&](auto mix) {
         each_tile(s.call.length, [&](auto width, int first, int count) {
@@ -115,11 +115,6 @@ void linear(Team &team, const Weight &w, int rows, int K, const float *x, int co
 }  // namespace twotower
 
 using namespace twotower;
-
-extern "C" const char *twotower_layout() {
-    static const std::string text = describe_layout();
-    return text.c_str();
-}
 
 // length >= 1 tokens of one row after num_past others; past and out have an entry for each layer,
 // out may be null. 1 if an id is outside the vocabulary, else 0.

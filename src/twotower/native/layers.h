@@ -27,6 +27,11 @@ struct Step {
     bool is_last(int first, int count) const { return first + count == call.length; }
 };
 
+template <typename Weights>
+const Weights &weights_of(const Layer &layer) {
+    return *reinterpret_cast<const Weights *>(layer.weights);
+}
+
 // work(width, first, count) for each tile of `length` tokens, in order; width is W as a type.
 template <typename Work>
 void each_tile(int length, Work work) {
@@ -123,17 +128,17 @@ Input<W> input_of(const Step &s, const Weight &w, const float *x, int K) {
 // A tile: scratch.u to its part of scratch.y. relu(x)^2 keeps NaN.
 template <int W>
 void mlp(const Step &s, int first, int) {
-    const MLPWeights &w = weights_of<MLPWeights>(s.layer);
+    const auto &w = weights_of<MLPWeights>(s.layer);
     int width = s.call.tower.width, inner = s.layer.inner;
     float *a = at_least(scratch.a, size_t(inner) * W), *y = scratch.y.data() + long(first) * width;
-    Input<W> in = input_of<W>(s, w.up, scratch.u.data(), width);
-    matrix<W>(s.call.team, w.up, inner, in, w.up_bias.full, a, [a](int begin, int end) {
+    Input<W> in = input_of<W>(s, w.up_proj, scratch.u.data(), width);
+    matrix<W>(s.call.team, w.up_proj, inner, in, w.up_proj_bias.full, a, [a](int begin, int end) {
         for (long i = long(begin) * W; i < long(end) * W; i++) {
             float x = a[i] > 0.0f ? a[i] : (a[i] != a[i] ? a[i] : 0.0f);
             a[i] = x * x;
         }
     });
-    matrix<W>(s.call.team, w.down, width, input_of<W>(s, w.down, a, inner), w.down_bias.full, y);
+    matrix<W>(s.call.team, w.down_proj, width, input_of<W>(s, w.down_proj, a, inner), w.down_proj_bias.full, y);
 }
 
 }  // namespace twotower

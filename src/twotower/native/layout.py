@@ -1,36 +1,71 @@
-"""What the C++ engine reads: struct fields, and the order of each layer kind's weights.
+"""What Python fills and C++ reads: the structs, and the order of each layer kind's weights.
 
-layout.h declares the same; `compare` finds any difference when the library is loaded. `layer_of`
-alone reads a configuration.
+Declared here alone: ctypes classes and the header layout.h, with which the engine is compiled, are
+made of it. Only `layer_of` reads a configuration.
 """
 
 import ctypes
-from itertools import zip_longest
 
 from twotower.config import AttentionSpec, LayerSpec, MambaSpec, MLPSpec
 
 LANES = 16  # tokens of a tile: what the widest vector holds
+_STRUCTS = {
+    # packed: null for float32; else int8 in blocks of 16 rows, [K/4][16][4], scales, 128 * sums.
+    "Weight": "const float *full, const int8_t *packed",
+    # Sizes that a kind does not have are 0. weights: in the order of _KINDS.
+    "Layer": "int32_t kind, int32_t q_heads, int32_t kv_heads, int32_t head_dim, int32_t heads, "
+    "int32_t head_size, int32_t groups, int32_t state, int32_t taps, int32_t inner, "
+    "const Weight *weights",
+    "Tower": "int32_t vocabulary, int32_t width, int32_t num_layers, float eps, "
+    "const float *embeddings, const float *norm, const Layer *layers",
+    # A layer's state before a pass: k, v (S, Hk, A); conv (taps - 1, C), oldest first;
+    # ssm (H, P, N). Null where a kind has none.
+    "Past": "const float *k, const float *v, const float *conv, const float *ssm",
+    # What a pass of L tokens leaves of a layer, null where nobody needs it: k, v (L, Hk, A); the
+    # state after the last token, conv and ssm; or what `twotower_states` makes any state of:
+    # window (taps - 1 + L, C) before the convolution, mixed (L, C) after it, step (L, H) after
+    # softplus.
+    "Outputs": "float *k, float *v, float *conv, float *ssm, float *window, float *mixed, "
+    "float *step",
+}
+# Of each kind its symbol, and its weights' names below `layers.{i}.mixer.`, after the layer's own
+# norm; a bias that the model lacks is null.
+_KINDS = {
+    "Mamba": (
+        MambaSpec.symbol,
+        "in_proj.weight in_proj.bias conv1d.weight conv1d.bias dt_bias A_log D norm.weight "
+        "out_proj.weight out_proj.bias",
+    ),
+    "Attention": (
+        AttentionSpec.symbol,
+        "q_proj.weight q_proj.bias k_proj.weight k_proj.bias v_proj.weight v_proj.bias "
+        "o_proj.weight o_proj.bias",
+    ),
+    "MLP": (MLPSpec.symbol, "up_proj.weight up_proj.bias down_proj.weight down_proj.bias"),
+}
+_TYPES = {"int32_t": ctypes.c_int32, "float": ctypes.c_float}
 address = ctypes.c_void_p
-_int, _float = ctypes.c_int32, ctypes.c_float
-_NAMES = {_int: "int32_t", _float: "float", address: "address"}
+
+
+def _fields(name: str) -> list[tuple[str, type]]:
+    """The fields of a struct in order, and their ctypes types."""
+    pairs = (field.rsplit(" ", 1) for field in _STRUCTS[name].split(", "))
+    return [(n.lstrip("*"), address if n[0] == "*" else _TYPES[kind]) for kind, n in pairs]
+
+
+PAST, OUTPUTS = (tuple(name for name, _ in _fields(struct)) for struct in ("Past", "Outputs"))
 
 
 class Weight(ctypes.Structure):
     """A parameter in float32, and its int8 form if it has one (`packing.Packed`)."""
 
-    _fields_ = [("full", address), ("packed", address)]
+    _fields_ = _fields("Weight")
 
 
 class Layer(ctypes.Structure):
-    """Kind and sizes of a layer, and its weights in the order of `WEIGHTS`."""
+    """Kind, sizes and weights of a layer."""
 
-    _fields_ = [
-        ("kind", _int),
-        ("q_heads", _int), ("kv_heads", _int), ("head_dim", _int),
-        ("heads", _int), ("head_size", _int), ("groups", _int), ("state", _int), ("taps", _int),
-        ("inner", _int),
-        ("weights", address),
-    ]  # fmt: skip
+    _fields_ = _fields("Layer")
 
     @property
     def channels(self) -> int:
@@ -41,47 +76,32 @@ class Layer(ctypes.Structure):
 class Tower(ctypes.Structure):
     """Sizes of a tower, its embeddings, final norm and layers."""
 
-    _fields_ = [
-        ("vocabulary", _int), ("width", _int), ("num_layers", _int), ("eps", _float),
-        ("embeddings", address), ("norm", address), ("layers", address),
-    ]  # fmt: skip
+    _fields_ = _fields("Tower")
 
 
-class Past(ctypes.Structure):
-    """A layer's state before a pass."""
-
-    _fields_ = [(name, address) for name in ("k", "v", "conv", "ssm")]
-
-
-class Outputs(ctypes.Structure):
-    """What a pass leaves of a layer; null where nobody needs it."""
-
-    _fields_ = [(name, address) for name in ("k", "v", "conv", "ssm", "window", "mixed", "step")]
+def weight_names(kind: int) -> list[str]:
+    """The weights of a layer in order, below `layers.{i}.`."""
+    names = next(names for symbol, names in _KINDS.values() if ord(symbol) == kind)
+    return ["norm.weight", *(f"mixer.{name}" for name in names.split())]
 
 
-_STRUCTS: tuple[type[ctypes.Structure], ...] = (Weight, Layer, Tower, Past, Outputs)
-# Names below `layers.{i}.`; a bias that the model lacks is null.
-WEIGHTS = {
-    MambaSpec.symbol: (
-        "norm.weight", "mixer.in_proj.weight", "mixer.in_proj.bias", "mixer.conv1d.weight",
-        "mixer.conv1d.bias", "mixer.dt_bias", "mixer.A_log", "mixer.D", "mixer.norm.weight",
-        "mixer.out_proj.weight", "mixer.out_proj.bias",
-    ),
-    AttentionSpec.symbol: (
-        "norm.weight", "mixer.q_proj.weight", "mixer.q_proj.bias", "mixer.k_proj.weight",
-        "mixer.k_proj.bias", "mixer.v_proj.weight", "mixer.v_proj.bias", "mixer.o_proj.weight",
-        "mixer.o_proj.bias",
-    ),
-    MLPSpec.symbol: (
-        "norm.weight", "mixer.up_proj.weight", "mixer.up_proj.bias", "mixer.down_proj.weight",
-        "mixer.down_proj.bias",
-    ),
-}  # fmt: skip
+def header() -> str:
+    """layout.h: structs, kinds, and for each kind a struct of its weights: pre_norm, then the
+    names above without dots and `.weight`.
+    """
+    lines = [f"constexpr int LANES = {LANES};"]
+    for name, fields in _STRUCTS.items():
+        lines.append(f"struct {name} {{ {fields.replace(', ', '; ')}; }};")
+    for name, (symbol, names) in _KINDS.items():
+        members = names.replace(".weight", "").replace(".", "_").replace(" ", ", ")
+        lines.append(f"constexpr int32_t {name.upper()} = '{symbol}';")
+        lines.append(f"struct {name}Weights {{ Weight pre_norm, {members}; }};")
+    body = "\n".join(lines)
+    return f"#pragma once\n#include <cstdint>\nnamespace twotower {{\n{body}\n}}\n"
 
 
 def layer_of(spec: LayerSpec) -> Layer:
     """Kind and sizes of a layer, without weights."""
-    kind = ord(spec.symbol)
     match spec:
         case AttentionSpec():
             sizes = {
@@ -101,28 +121,4 @@ def layer_of(spec: LayerSpec) -> Layer:
             sizes = {"inner": spec.intermediate_size}
         case _:
             raise ValueError(f"native passes have no {spec.label}")
-    return Layer(kind=kind, **sizes)
-
-
-def describe() -> str:
-    """A line for each struct and each kind, as `describe_layout` of layout.h writes them."""
-    lines = [f"LANES: {LANES}"]
-    for struct in _STRUCTS:
-        fields = [
-            f"{_NAMES[kind]} {name}@{getattr(struct, name).offset}"
-            for name, kind, *_ in struct._fields_
-        ]
-        lines.append(f"{struct.__name__}: {', '.join(fields)}, size {ctypes.sizeof(struct)}")
-    lines += [f"{kind}: " + "".join(f"{n}, " for n in names) for kind, names in WEIGHTS.items()]
-    return "".join(f"{line}\n" for line in lines)
-
-
-def compare(theirs: str) -> str | None:
-    """The first difference between the library's layout and this one, in words."""
-    for one, other in zip_longest(theirs.splitlines(), describe().splitlines(), fillvalue=""):
-        if one != other:
-            (name, _, cpp), (_, _, python) = one.partition(": "), other.partition(": ")
-            parts = zip_longest(cpp.split(", "), python.split(", "), fillvalue="nothing")
-            a, b = next(((a, b) for a, b in parts if a != b), (one, other))
-            return f"{name}: {a!r} in C++, {b!r} in Python"
-    return None
+    return Layer(kind=ord(spec.symbol), **sizes)

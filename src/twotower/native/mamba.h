@@ -11,8 +11,8 @@ inline int channels_of(const Layer &s) { return s.heads * s.head_size + 2 * s.gr
 // (taps - 1, C).
 template <int W>
 void convolve(const Layer &s, const float *past, float *x, int begin, int end) {
-    const MambaWeights &w = weights_of<MambaWeights>(s);
-    const float *weight = w.conv.full, *bias = w.conv_bias.full;
+    const auto &w = weights_of<MambaWeights>(s);
+    const float *weight = w.conv1d.full, *bias = w.conv1d_bias.full;
     int kept = s.taps - 1, stride = kept + W, channels = channels_of(s);
     float *window = at_least(scratch.own, size_t(end - begin) * stride);
     for (int k = 0; k < kept; k++)
@@ -104,7 +104,7 @@ template <int W>
 void scan(const Step &step, int L, const float *z, const float *xbc, const float *dt,
           const float *state, float *next, float *y) {
     const Layer &s = step.layer;
-    const MambaWeights &w = weights_of<MambaWeights>(s);
+    const auto &w = weights_of<MambaWeights>(s);
     int P = s.head_size, N = s.state, inner = s.heads * P;
     std::vector<float> mixing(size_t(s.groups) * L * W), rows(size_t(s.groups) * L * N);
     for (int g = 0; g < s.groups; g++) {
@@ -139,7 +139,7 @@ inline float *window_of(const Step &s) {
 // A tile: scratch.u to its part of scratch.y, after the past or after the tile before it
 template <int W>
 void mamba(const Step &s, int first, int count) {
-    const MambaWeights &w = weights_of<MambaWeights>(s.layer);
+    const auto &w = weights_of<MambaWeights>(s.layer);
     int inner = s.layer.heads * s.layer.head_size, kept = s.layer.taps - 1, heads = s.layer.heads;
     int channels = channels_of(s.layer), all = inner + channels + heads;
     int width = s.call.tower.width;
@@ -150,8 +150,8 @@ void mamba(const Step &s, int first, int count) {
     float *z = at_least(scratch.a, size_t(all) * W), *xbc = z + inner * W, *dt = xbc + channels * W;
     float *mixed = s.out.mixed ? s.out.mixed + long(first) * channels : nullptr;
     float *y = at_least(scratch.b, size_t(inner) * W);
-    Input<W> in = input_of<W>(s, w.in, scratch.u.data(), width);
-    matrix<W>(s.call.team, w.in, all, in, w.in_bias.full, z, [&](int begin, int end) {
+    Input<W> in = input_of<W>(s, w.in_proj, scratch.u.data(), width);
+    matrix<W>(s.call.team, w.in_proj, all, in, w.in_proj_bias.full, z, [&](int begin, int end) {
         begin = std::max(begin - inner, 0), end = std::min(end - inner, channels);
         if (begin >= end) return;
         float *mine = xbc + long(begin) * W;
@@ -169,9 +169,9 @@ void mamba(const Step &s, int first, int count) {
     scan<W>(s, count, z, xbc, dt, first == 0 ? s.past.ssm : running, has_next ? running : nullptr, y);
     int part = inner / s.layer.groups;
     for (int g = 0; g < s.layer.groups; g++)
-        norm<W>(s.call.team, y + g * part * W, w.gated_norm.full + g * part, part, s.call.tower.eps,
+        norm<W>(s.call.team, y + g * part * W, w.norm.full + g * part, part, s.call.tower.eps,
                 y + g * part * W);
-    matrix<W>(s.call.team, w.out, width, input_of<W>(s, w.out, y, inner), w.out_bias.full,
+    matrix<W>(s.call.team, w.out_proj, width, input_of<W>(s, w.out_proj, y, inner), w.out_proj_bias.full,
               scratch.y.data() + long(first) * width);
     if (s.out.conv && s.is_last(first, count))
         std::copy_n(window + long(s.call.length) * channels, long(kept) * channels, s.out.conv);

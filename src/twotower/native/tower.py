@@ -9,7 +9,7 @@ from torch import Tensor
 from twotower.config import TowerConfig
 from twotower.kernels.quantised import Quantised
 from twotower.native import layout
-from twotower.native.layout import WEIGHTS, Weight, layer_of
+from twotower.native.layout import Weight, layer_of, weight_names
 from twotower.native.library import library
 from twotower.native.packing import Packed
 
@@ -38,7 +38,7 @@ class NativeTower:
         self._is_shared = num_weights >= LARGE
         arrays = []
         for index, layer in enumerate(self.layers):
-            names = [f"layers.{index}.{name}" for name in WEIGHTS[chr(layer.kind)]]
+            names = [f"layers.{index}.{name}" for name in weight_names(layer.kind)]
             array = (Weight * len(names))(*(_weight(name, weights, packed) for name in names))
             layer.weights = ctypes.addressof(array)
             arrays.append(array)
