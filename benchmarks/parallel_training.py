@@ -89,7 +89,7 @@ RESUMES: dict[str, list[tuple[int, int, str]]] = {
     "1 -> 2": [(1, 10, "stop"), (2, 0, "end")],
     "2 -> 1": [(2, 10, "stop"), (1, 0, "end")],
     "2 -> 2, one process killed": [(2, 10, "kill"), (2, 0, "end")],
-    "2 -> 4 -> 1": [(2, 10, "stop"), (4, 20, "stop"), (1, 0, "end")],
+    "1 -> 2 -> 4 -> 1": [(1, 10, "stop"), (2, 20, "stop"), (4, 30, "stop"), (1, 0, "end")],
     "4 -> 2, one process killed": [(4, 10, "kill"), (2, 0, "end")],
 }
 STEPS = 50
@@ -164,7 +164,7 @@ def work(folder: Path, cases: list[str]) -> None:
             options = options_of(folder, case, f"{processes.count}/{CASES_ORDER[case]}")
             for _ in train_steps(options, processes):
                 pass
-            if processes.count == 1 and options.recipe == "backbone":
+            if processes.count == 1:
                 for _ in train_steps(two_passes(options, folder / f"control/{CASES_ORDER[case]}")):
                     pass
 

@@ -275,6 +275,22 @@ def test_a_checkpoint_is_read_however_it_was_written(
         ), name
 
 
+class WithAFailingPeer(Processes):
+    """Process 0 of two, of which the other one has failed."""
+
+    def add(self, values: Tensor) -> Tensor:
+        return torch.tensor([0.0, 1.0])
+
+    def share(self, text: str | None, source: int = 0) -> str | None:
+        return "what the other one found" if source == 1 else None
+
+
+def test_the_error_of_another_process_is_raised_here() -> None:
+    """Silent failure: a process goes on alone after another's error, and waits for it for ever."""
+    with pytest.raises(SharedError, match="what the other one found"):
+        WithAFailingPeer(rank=0, count=2).together(lambda: 3)
+
+
 def test_text_and_errors_are_everybodys(mesh: DeviceMesh) -> None:
     """Silent failure: a process goes on alone after another's error, and waits for it for ever."""
     one = Processes(rank=0, count=2, mesh=mesh)  # of a group of one: the other one is silent

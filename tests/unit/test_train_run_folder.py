@@ -8,42 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
+from tiny_state import make_state
 from tiny_training import saved_tensors, tiny_options
-from twotower.model.initialise import randomise
-from twotower.model.two_tower import TwoTower
 from twotower.train import run_folder
-from twotower.train.optimizer import WeightAverage, make_optimizer
-from twotower.train.options import TrainOptions
-from twotower.train.presets import preset_config
 from twotower.train.processes import ALONE
 from twotower.train.run_folder import Metrics, RunFolder, read_metrics
 from twotower.train.state import (
     STATE_FILE,
     Checkpoint,
-    TrainState,
     load_state,
-    read_checkpoint,
-    write_description,
     write_part,
 )
-
-
-def make_state(seed: int = 0, step: int = 0, optimizer: str = "muon") -> TrainState:
-    """A tiny state that has been moved once by each of its parts."""
-    model = TwoTower(preset_config("tiny", 64), "context")
-    randomise(model, seed)
-    options = TrainOptions(recipe="backbone", optimizer=optimizer)  # type: ignore[arg-type]
-    average = WeightAverage(model, 0.5)
-    state = TrainState(model=model, optimizer=make_optimizer(model, options), average=average)
-    if step:
-        model.context_logits(torch.randint(0, 64, (2, 8))).square().mean().backward()
-        state.optimizer.set_learning_rate(0.01)
-        state.optimizer.step()
-        average.update(step)
-        state.step, state.rows_read, state.pending_losses = step, 4 * step, [0.1, step / 3]
-    return state
 
 
 def save(folder: RunFolder, step: int, keep: int = 2) -> Path:
@@ -84,38 +60,6 @@ def test_the_newest_checkpoint_comes_back_whole(folder: RunFolder) -> None:
     saved = saved_tensors(found.folder, "")
     assert all(torch.equal(value, saved[name]) for name, value in after.tensors().items())
     assert names_in(folder.checkpoints) == ["step-00000006", "step-00000009"]
-
-
-def in_rows(folder: Path, target: Path, count: int) -> Path:
-    """The checkpoint as `count` processes would have written it: each its chunk of the rows."""
-    state = json.loads((folder / STATE_FILE).read_text())
-    (file,) = folder.glob("*.safetensors")
-    whole = load_file(file)
-    target.mkdir()
-    for rank in range(count):
-        pieces = {}
-        for name, value in whole.items():
-            if name.endswith(".step") or not value.dim():
-                pieces |= {name: value} if rank == 0 else {}
-                continue
-            chunk = -(-len(value) // count)
-            own = value[rank * chunk : (rank + 1) * chunk]
-            pieces |= {name: own.contiguous()} if len(own) else {}
-        save_file(pieces, target / f"tensors-{rank:05d}-of-{count:05d}.safetensors")
-    state["files"] = {f.name: f.stat().st_size for f in target.glob("*.safetensors")}
-    (target / STATE_FILE).write_text(json.dumps(state))
-    return target
-
-
-@pytest.mark.parametrize("count", [2, 3, 7])
-def test_what_several_processes_wrote_is_one_state(folder: RunFolder, count: int) -> None:
-    """Silent failure: rows of another process in the wrong place, or left out."""
-    save(folder, 3)
-    several = in_rows(folder.checkpoint(3), folder.checkpoint(4), count)
-    after = make_state(seed=1)
-    load_state(read_checkpoint(several), after)
-    saved = saved_tensors(folder.checkpoint(3), "")
-    assert all(torch.equal(value, saved[name]) for name, value in after.tensors().items())
 
 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
@@ -216,97 +160,6 @@ def test_a_foreign_run_folder_runs_no_code(
         load_state(found, make_state())
     assert "\n" not in str(caught.value)
     assert not marker.exists()
-
-
-def edit(folder: Path, **changes: object) -> None:
-    file = folder / STATE_FILE
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-BAD_DESCRIPTIONS: dict[str, Callable[[Path], object]] = {
-    "a list": lambda f: (f / STATE_FILE).write_text("[]"),
-    "deep": lambda f: (f / STATE_FILE).write_text("[" * 100_000),
-    "large": lambda f: (f / STATE_FILE).write_text(" " * (1 << 25)),
-    "nothing": lambda f: (f / STATE_FILE).write_text("{}"),
-    "another format": lambda f: edit(f, format=1),
-    "an unknown field": lambda f: edit(f, colour="red"),
-    "a step in words": lambda f: edit(f, step="3"),
-    "no step": lambda f: edit(f, step=0),
-    "negative rows": lambda f: edit(f, rows_read=-4),
-    "losses in words": lambda f: edit(f, pending_losses=["a"]),
-    "no rows": lambda f: edit(f, rows_fingerprint=None),
-    "no files": lambda f: edit(f, files={}),
-    "files as a list": lambda f: edit(f, files=["a"]),
-    "a file elsewhere": lambda f: edit(f, files={"../../options.json": 1}),
-    "another model": lambda f: edit(f, config={"hidden_size": 1}),
-    "no model": lambda f: edit(f, config=None),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_DESCRIPTIONS)
-def test_what_we_did_not_write_is_refused(folder: RunFolder, kind: str) -> None:
-    path = save(folder, 3)
-    BAD_DESCRIPTIONS[kind](path)
-    with pytest.raises(ValueError, match=r"checkpoint: .* cannot be read") as caught:
-        read_checkpoint(path)
-    assert "\n" not in str(caught.value)
-
-
-def first(tensors: dict[str, torch.Tensor], prefix: str) -> str:
-    return next(name for name in tensors if name.startswith(prefix) and tensors[name].dim() == 2)
-
-
-def rename(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.colour"] = tensors.pop(first(tensors, "model."))
-
-
-def transpose(tensors: dict[str, torch.Tensor]) -> None:
-    name = next(n for n, v in tensors.items() if v.dim() == 2 and v.shape[0] != v.shape[1])
-    tensors[name] = tensors[name].T.contiguous()
-
-
-def narrow(tensors: dict[str, torch.Tensor]) -> None:
-    name = first(tensors, "model.")
-    tensors[name] = tensors[name].half()
-
-
-def forget_moment(tensors: dict[str, torch.Tensor]) -> None:
-    del tensors[next(name for name in tensors if name.endswith("exp_avg_sq"))]
-
-
-def forget_average(tensors: dict[str, torch.Tensor]) -> None:
-    del tensors[first(tensors, "average.")]
-
-
-@pytest.mark.parametrize("harm", [rename, transpose, narrow, forget_moment, forget_average])
-def test_tensors_that_do_not_fit_are_refused(
-    folder: RunFolder, harm: Callable[[dict[str, torch.Tensor]], None]
-) -> None:
-    """Silent failure: a weight keeps its initial value, or is cast or broadcast from another."""
-    path = save(folder, 3)
-    (file,) = path.glob("*.safetensors")
-    tensors = load_file(file)
-    harm(tensors)
-    save_file(tensors, file)
-    edit(path, files={file.name: file.stat().st_size})
-    with pytest.raises(ValueError, match=r"cannot be read .*; delete it to go on") as caught:
-        load_state(read_checkpoint(path), make_state())
-    assert "\n" not in str(caught.value)
-
-
-def test_another_optimizer_is_refused(folder: RunFolder) -> None:
-    path = save(folder, 3)
-    with pytest.raises(ValueError, match=r"unknown|has momentum_buffer"):
-        load_state(read_checkpoint(path), make_state(optimizer="adamw"))
-
-
-def test_a_description_is_written_last(tmp_path: Path) -> None:
-    """Silent failure: a folder without all of its tensors describes itself as whole."""
-    write_part(tmp_path, make_state(step=3), 0, 1)
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_checkpoint(tmp_path)
-    write_description(tmp_path, make_state(step=3), "abc")
-    assert read_checkpoint(tmp_path).step == 3
 
 
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"sequence_length": 16}, {"preset": "small"}])

@@ -91,7 +91,7 @@ class _Transformers:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         self.dtype = dtype
         self._threads = threads
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         self._model = model.eval()
 
     def decode(self, ids: Sequence[int], num_new: int) -> Decoded:
