@@ -29,7 +29,7 @@ torch.set_num_threads(1)
 plain = twotower.load_model(path)
 model = accelerate(plain, backend)
 options = twotower.GenerateOptions(
-    mode=mode, max_new_tokens=new, eos_token_id=None, seed=0, temperature=0.0
+    mode=mode, max_new_tokens=new, ignore_eos=True, seed=0, temperature=0.0
 )
 generator = torch.Generator().manual_seed(0)
 prompt = torch.randint(4, model.config.vocab_size, (length,), generator=generator).tolist()

@@ -56,7 +56,7 @@ def main() -> None:
 
 def written(model: TwoTower, length: int) -> list[int]:
     """A text of the model's own."""
-    o = GenerateOptions(mode="ar", max_new_tokens=length, temperature=1.0, eos_token_id=None)
+    o = GenerateOptions(mode="ar", max_new_tokens=length, temperature=1.0, ignore_eos=True)
     return generate(model, [[1]], o)[0].tokens
 
 
@@ -108,7 +108,7 @@ def compare(
     prompts = [beginning + own_part(model, seed, args.own) for seed in range(args.prompts)]
     found = {}
     for mode in ("ar", "diffusion", "speculative"):
-        o = GenerateOptions(mode=mode, max_new_tokens=args.new_tokens, eos_token_id=None)
+        o = GenerateOptions(mode=mode, max_new_tokens=args.new_tokens, ignore_eos=True)
         cached = EngineOptions(max_rows=1, prefix_cache_bytes=PLENTY)
         hits = generate(model, prompts, o, engine=cached)
         cold = [generate(model, [prompt], o, engine=cached)[0] for prompt in prompts]

@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="wide checkpoint; default: the shipped one")
     parser.add_argument("--items", type=int, default=25, help="prompts of each category")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--review-threshold", type=float, default=0.0, help="0: blocks as drawn")
+    parser.add_argument("--verify-threshold", type=float, default=0.0, help="0: blocks as drawn")
     parser.add_argument("--only", nargs="*", default=None, help="names of settings")
     args = parser.parse_args()
     source = Path(args.model) if args.model else shipped_model()
@@ -100,7 +100,7 @@ def main() -> None:
             record = measure(setting, source, Path(folder) / "model", args)
         records.append(record)
         print(row(record), flush=True)
-    asked = {name: getattr(args, name) for name in ("items", "batch_size", "review_threshold")}
+    asked = {name: getattr(args, name) for name in ("items", "batch_size", "verify_threshold")}
     print(json.dumps({**asked, "weights_sha256": digest(source), "settings": records}))
 
 
@@ -122,7 +122,7 @@ def measure(
         items=args.items,
         batch_size=args.batch_size,
         modes="ar,diffusion",
-        review_threshold=args.review_threshold,
+        verify_threshold=args.verify_threshold,
         dtype=setting.dtype,  # type: ignore[arg-type]  # two of its values
         threads=torch.get_num_threads(),
     )

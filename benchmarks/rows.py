@@ -3,7 +3,7 @@
 Physical limit: a pass over more rows streams the weights once for all of them, so tokens/s grow
 with the rows until arithmetic, not memory or dispatch, is what takes the time; AR decoding, which
 has one token a row and pass, gains most. Held-out prompts of the project's own corpus; modes and
-numbers of rows take turns, so that a slow spell hits all; medians. `--queues two` uses a thread per
+numbers of rows take turns, so that a slow spell hits all; medians. `--overlap on` uses a thread per
 tower: give it as many cores as threads. The last line is one JSON object.
 """
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--queues", nargs="+", choices=("one", "two"), default=["one"])
+    parser.add_argument("--overlap", nargs="+", choices=("off", "on"), default=["off"])
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     args = parser.parse_args()
@@ -63,15 +63,15 @@ def main() -> None:
     model = accelerate(twotower.load_model(path), args.backend)
     tokenizer = twotower.load_tokenizer(path)
     prompts = draw_prompts(args.prompts)
-    cases = [(q, mode, rows) for q in args.queues for mode in MODES for rows in args.rows]
+    cases = [(q, mode, rows) for q in args.overlap for mode in MODES for rows in args.rows]
     rates: dict[tuple[str, str, int], list[float]] = {case: [] for case in cases}
     for repeat in range(args.repeats + 1):
-        for queues, mode, rows in cases:
+        for overlap, mode, rows in cases:
             options = twotower.GenerateOptions(mode=mode, max_new_tokens=args.new_tokens)
-            engine = EngineOptions(max_rows=rows, queues=queues)
+            engine = EngineOptions(max_rows=rows, overlap=overlap)
             seconds, tokens = run_once(model, tokenizer, prompts, options, engine)
             if repeat:  # the first is warm-up
-                rates[queues, mode, rows].append(tokens / seconds)
+                rates[overlap, mode, rows].append(tokens / seconds)
     report(args, cases, rates)
 
 
@@ -82,13 +82,13 @@ def report(
 ) -> None:
     """A table and the JSON line."""
     results = []
-    for queues, mode, rows in cases:
-        own = rates[queues, mode, rows]
+    for overlap, mode, rows in cases:
+        own = rates[overlap, mode, rows]
         median = statistics.median(own)
-        ratio = median / statistics.median(rates[args.queues[0], "ar", rows])
+        ratio = median / statistics.median(rates[args.overlap[0], "ar", rows])
         results.append(
             {
-                "queues": queues,
+                "overlap": overlap,
                 "mode": mode,
                 "rows": rows,
                 "tokens_per_s": {"median": median, "min": min(own), "max": max(own)},
@@ -96,7 +96,7 @@ def report(
             }
         )
         print(
-            f"{queues:3s} {mode:12s} {rows:3d} rows {median:8.0f} tokens/s "
+            f"{overlap:3s} {mode:12s} {rows:3d} rows {median:8.0f} tokens/s "
             f"({min(own):.0f} to {max(own):.0f}), {ratio:.2f} times AR"
         )
     settings = {**vars(args), "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}

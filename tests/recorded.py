@@ -249,5 +249,6 @@ def options_of(entry: dict[str, Any], mode: str = "mask_diffusion") -> GenerateO
         mode=_MODES.get(mode, mode),  # type: ignore[arg-type]
         max_new_tokens=entry.get("max_new_tokens", 32),
         eos_token_id=entry.get("eos_token_id"),
+        ignore_eos=entry.get("eos_token_id") is None,
         **{name: entry[name] for name in _BLOCK_OPTIONS if name in entry},
     )

@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 
 from tiny_models import tiny_model
+from tiny_options import options_of
 from twotower import ContextCache, ContextView, GenerateOptions, TwoTower
-from twotower.engine import Completion, Event, Failed, Finished, Ticket, Worker, WorkerOptions
+from twotower.engine import (
+    Completion,
+    EngineOptions,
+    Event,
+    Failed,
+    Finished,
+    Ticket,
+    Worker,
+)
 
 MODEL = tiny_model()
 CULPRIT = 30  # a row whose context has as many tokens is the one that is broken
@@ -19,14 +28,13 @@ SECRET = "SECRET"  # what an error says of the prompt
 
 def options(**changes: object) -> GenerateOptions:
     """Blocks of 4 tokens in 4 steps."""
-    values: dict[str, object] = {"max_new_tokens": 6, "block_size": 4, "steps_per_block": 4}
-    return GenerateOptions(**(values | {"eos_token_id": None} | changes))  # type: ignore[arg-type]
+    return options_of({"max_new_tokens": 6, "block_size": 4, "steps_per_block": 4}, changes)
 
 
 @contextlib.contextmanager
 def running(**changes: object) -> Iterator[Worker]:
     """A worker that is stopped in the end, whatever happens."""
-    worker = Worker(MODEL, None, WorkerOptions(**changes))  # type: ignore[arg-type]
+    worker = Worker(MODEL, None, EngineOptions(**changes))  # type: ignore[arg-type]
     worker.start()
     try:
         yield worker

@@ -1,7 +1,7 @@
 """What does each part of block decoding give a trained model? One thing is changed at a time.
 
 The control is block decoding as published, whatever the checkpoint prefers: a block's first token
-by the context tower, or a review by it, would hide what is taken from the denoiser. The limit is
+by the context tower, or its verification, would hide what is taken from the denoiser. The limit is
 its context tower, token by token ("ar"), on the same held-out prompts. Accuracy and tokens/NFE do
 not depend on the batch size, seconds do: the latter are no result here. The last line is one JSON
 object.
@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 import twotower
-from twotower.engine import GenerateOptions
+from twotower.engine import MODES, GenerateOptions, defaults_of, resolve_options
+from twotower.engine.options import FIELD_MODES
 from twotower.lab.corpus import CATEGORIES, Document
 from twotower.lab.evaluate.run import Item, draw_groups
 
@@ -82,9 +83,7 @@ def main() -> None:
     groups = draw_groups(categories, args.items, args.seed, args.batch_size)
     options = choose_options(args.threshold, args.max_new_tokens)
     tables = args.tables.split(",")
-    control = options().with_defaults(
-        {"block_size": model.config.block_size, **model.generation_defaults}
-    )
+    control = resolve_options(options(), defaults_of(model))
     record: Record = {
         "name": args.name,
         "asked": {key: value for key, value in vars(args).items() if key != "results"},
@@ -131,11 +130,17 @@ def choose_options(threshold: float | None, max_new_tokens: int) -> Callable[...
         "mode": "diffusion",
         "max_new_tokens": max_new_tokens,
         "first_token": "denoiser",
-        "review_threshold": 0.0,
+        "verify_threshold": 0.0,
     }
     if threshold is not None:
         fixed["confidence_threshold"] = threshold
-    return lambda **given: GenerateOptions(**{**fixed, **given})
+
+    def make(**given: Any) -> GenerateOptions:
+        values = {**fixed, **given}
+        used = {n for n in values if values["mode"] in FIELD_MODES.get(n, MODES)}
+        return GenerateOptions(**{name: values[name] for name in used})
+
+    return make
 
 
 def run(

@@ -133,13 +133,13 @@ def answer_rows() -> Iterator[Row]:
 
 def batch_rows() -> Iterator[Row]:
     """Rows at a time. Tokens per pass were not recorded there: those of the evaluation's four
-    categories are taken; two queues are taken as two devices of a thread each.
+    categories are taken; overlapped towers are taken as two devices of a thread each.
     """
     categories = read_record("evaluate")["categories"]
     prompt = round(fmean(_prompt_tokens(name, 200) for name in _ROWS_CATEGORIES))
     for backend in ("eager", "native"):
         for found in read_record(f"rows_{backend}")["results"]:
-            if found["queues"] == "two" and (found["mode"] == "ar" or found["rows"] == 1):
+            if found["overlap"] == "on" and (found["mode"] == "ar" or found["rows"] == 1):
                 continue  # a tower for each queue: nothing to overlap
             kept = [categories[name][found["mode"]] for name in _ROWS_CATEGORIES]
             total = {
@@ -147,11 +147,11 @@ def batch_rows() -> Iterator[Row]:
                 for name in ("tokens", "nfe", "context_forwards", "n")
             }
             work = _recorded_work(total, prompt, found["rows"])
-            time = _time(PROFILE[backend], "bench-1-thread", work, found["mode"], found["queues"])
-            queues = "" if found["queues"] == "one" else ", two queues"
+            time = _time(PROFILE[backend], "bench-1-thread", work, found["mode"], found["overlap"])
+            overlap = "" if found["overlap"] == "off" else ", overlap"
             yield Row(
                 group=f"our rows, {backend}",
-                what=f"{found['mode']}, {found['rows']} rows{queues}",
+                what=f"{found['mode']}, {found['rows']} rows{overlap}",
                 unit="tokens/s",
                 predicted=time.tokens_per_s,
                 measured=both(found["tokens_per_s"]["median"]),
@@ -202,7 +202,9 @@ def _recorded_work(found: Mapping[str, Any], prompt: int, rows: int = 1) -> Work
     )
 
 
-def _time(profile: str, hardware: str, work: Workload, mode: Mode, queues: str = "one") -> ModeTime:
+def _time(
+    profile: str, hardware: str, work: Workload, mode: Mode, overlap: str = "off"
+) -> ModeTime:
     setup = make_setup("shipped", hardware, profile)
-    places: Sequence[Any] = list(placements(setup, work, mode, 2 if queues == "two" else 1))
+    places: Sequence[Any] = list(placements(setup, work, mode, 2 if overlap == "on" else 1))
     return time_mode(setup, work, mode, places[-1])

@@ -47,7 +47,7 @@ def commit(
     texts: str,
     drafted: int | None = None,
     accepted: int | None = None,
-    given_back: int | None = None,
+    rejected: int | None = None,
 ) -> dict[str, Any]:
     return {
         "object": "twotower.commit",
@@ -57,7 +57,7 @@ def commit(
         "elapsed_ms": 9,
         "drafted": drafted,
         "accepted": accepted,
-        "given_back": given_back,
+        "rejected": rejected,
         "tokens": [{"id": ord(text), "text": text} for text in texts],
     }
 
@@ -102,11 +102,11 @@ def test_a_text_that_ends_inside_a_draft_rejects_nothing(tab: Driver) -> None:
 def test_a_review_strikes_out_what_it_gives_back(tab: Driver) -> None:
     """Guards the marks of a reviewed block: tokens that a reader saw appear do not just vanish, and
     what lies behind the end of a text was not refused."""
-    settled = frames(tab, step(0, 0, *"abcd"), commit(0, "ab", given_back=2))[-1]
+    settled = frames(tab, step(0, 0, *"abcd"), commit(0, "ab", rejected=2))[-1]
     assert [status for status, _, _ in settled["groups"][0]] == ["kept"] * 2 + ["rejected"] * 2
-    ended = frames(tab, step(0, 0, *"abcd"), commit(0, "a", given_back=2))[-1]
+    ended = frames(tab, step(0, 0, *"abcd"), commit(0, "a", rejected=2))[-1]
     assert [status for status, _, _ in ended["groups"][0]] == ["kept"] + ["dropped"] * 3
-    whole = frames(tab, step(0, 0, *"abcd"), commit(0, "abcd", given_back=0))[-1]
+    whole = frames(tab, step(0, 0, *"abcd"), commit(0, "abcd", rejected=0))[-1]
     assert [status for status, _, _ in whole["groups"][0]] == ["kept"] * 4
 
 

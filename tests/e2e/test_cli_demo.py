@@ -15,8 +15,9 @@ from rich.console import Console
 import twotower
 from tiny_checkpoint import make_checkpoint
 from tiny_models import tiny_model
+from tiny_options import options_of
 from tiny_text import tiny_tokenizer
-from twotower import Completion, GenerateOptions
+from twotower import Completion
 from twotower.cli.comparison import Measured, print_comparison, summary
 from twotower.cli.demo import SAMPLES
 from twotower.cli.main import main
@@ -41,7 +42,7 @@ def test_json_holds_both_modes(checkpoint: str, capsys: pytest.CaptureFixture[st
     assert record["modes"]["speculative"]["tokens"] == record["modes"]["ar"]["tokens"]
     model, tokenizer = twotower.load_model(checkpoint), twotower.load_tokenizer(checkpoint)
     for mode, figures in record["modes"].items():
-        options = GenerateOptions(mode=mode, max_new_tokens=9)
+        options = twotower.GenerateOptions(mode=mode, max_new_tokens=9)
         (wanted,) = twotower.generate(model, ["abc"], options, tokenizer)
         assert figures["text"] == wanted.text and figures["nfe"] == wanted.nfe
         assert figures["context_forwards"] == wanted.context_forwards
@@ -84,9 +85,8 @@ def scene(colour: bool = False) -> Scene:
 
 
 def recorded(mode: twotower.engine.Mode) -> list[twotower.Event]:
-    options = GenerateOptions(
-        mode=mode, max_new_tokens=22, block_size=16, eos_token_id=None, confidence_threshold=0.3
-    )
+    defaults: dict[str, object] = {"block_size": 16, "confidence_threshold": 0.3}
+    options = options_of(defaults, {"mode": mode, "max_new_tokens": 22, "ignore_eos": True})
     with pytest.warns(UserWarning) if mode == "diffusion" else io.StringIO():
         return list(twotower.stream(tiny_model(), ["abc"], options, tiny_tokenizer()))
 

@@ -13,7 +13,7 @@ from twotower.cli import loading
 from twotower.cli.main import main
 from twotower.cli.text import printable
 
-FEW = ["--max-new-tokens", "6", "--eos-token-id", "none"]
+FEW = ["--max-new-tokens", "6", "--ignore-eos"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_json_holds_what_the_library_returns(
     flags = ["--mode", mode, "--temperature", "0.7", "--top-k", "9", "--seed", "5", *FEW]
     record = run_json(capsys, "abc", "a", "--model", checkpoint, *flags)
     options = twotower.GenerateOptions(
-        mode=mode, temperature=0.7, top_k=9, seed=5, max_new_tokens=6, eos_token_id=None
+        mode=mode, temperature=0.7, top_k=9, seed=5, max_new_tokens=6, ignore_eos=True
     )
     model, tokenizer = twotower.load_model(checkpoint), twotower.load_tokenizer(checkpoint)
     expected = twotower.generate(model, ["abc", "a"], options, tokenizer)
@@ -68,11 +68,11 @@ def test_only_given_flags_override_the_checkpoints_defaults(
 ) -> None:
     """Guards against library defaults that arrive as if the user had typed them."""
     folder = make_checkpoint(tmp_path / "m", max_new_tokens=5, temperature=0.5, steps_per_block=3)
-    record = run_json(capsys, "a", "--model", str(folder), "--temperature", "0", "--top-k", "none")
+    record = run_json(capsys, "a", "--model", str(folder), "--temperature", "0", "--top-k", "0")
     options = record["options"]
     assert isinstance(options, dict)
     assert options["max_new_tokens"] == 5 and options["steps_per_block"] == 3
-    assert options["temperature"] == 0.0 and options["top_k"] is None
+    assert options["temperature"] == 0.0 and options["top_k"] == 0
 
 
 @pytest.mark.parametrize(("mode", "towers"), [("ar", "context"), ("diffusion", "both")])

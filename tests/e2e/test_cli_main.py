@@ -15,7 +15,7 @@ from twotower.cli import inspect
 from twotower.cli.inspect import InspectOptions
 from twotower.cli.main import VERBS, main, train_arguments
 from twotower.cli.parse import parse
-from twotower.engine import GenerateOptions
+from twotower.engine import ResolvedOptions
 from twotower.train.options import TrainOptions
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -57,11 +57,16 @@ def test_generate_has_a_flag_with_the_default_of_every_option(
     """Guards against a second copy of a default that drifts from the library's."""
     monkeypatch.setenv("COLUMNS", "400")
     assert main(["generate", "-h"]) == 0
-    out = capsys.readouterr().out.replace("\u2502", " ").replace("--adaptive, --no-", "--")
+    out = capsys.readouterr().out.replace("\u2502", " ")
+    for name in ("adaptive", "ignore-eos"):
+        out = out.replace(f"--{name}, --no-", "--")
     helps = dict(re.findall(r" --([\w-]+) (.*?)(?= --\w|$)", " ".join(out.split())))
-    for field in dataclasses.fields(GenerateOptions):
+    for field in dataclasses.fields(ResolvedOptions):
         shown = "(repeatable)" if field.name == "stop" else f"(default: {field.default})"
-        assert shown.replace("None", "none") in helps[field.name.replace("_", "-")]
+        assert (
+            shown.replace("None", "none").replace("()", "none")
+            in helps[field.name.replace("_", "-")]
+        )
 
 
 @pytest.mark.parametrize(
@@ -73,7 +78,7 @@ def test_generate_has_a_flag_with_the_default_of_every_option(
             ["generate", "--tpo-k", "3"],
             "unrecognized options: --tpo-k, 3; perhaps you meant --top-k",
         ),
-        (["generate", "--top-k", "x"], "--top-k: 'x' is not INT|none"),
+        (["generate", "--logprobs", "x"], "--logprobs: 'x' is not INT|none"),
         (["generate", "--max-new-tokens", "x"], "--max-new-tokens"),
         (["generate", "--mode", "magic"], "invalid choice 'magic' for argument '--mode'"),
         (["generate", "--seed"], "missing value for argument '--seed'"),

@@ -15,7 +15,7 @@ from tiny_checkpoint import make_checkpoint
 from twotower.cli import offline
 from twotower.cli.main import main
 
-SHAPE = ["--max-new-tokens", "6", "--eos-token-id", "none", "--max-rows", "3"]
+SHAPE = ["--max-new-tokens", "6", "--ignore-eos", "--max-rows", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_results_are_the_librarys_in_the_order_of_the_input(
     for line, record in zip(lines, found, strict=True):
         assert isinstance(line, dict)
         own = {k: v for k, v in line.items() if k not in ("prompt", "id")}
-        o = twotower.GenerateOptions(**{"max_new_tokens": 6, "eos_token_id": None, **own})
+        o = twotower.GenerateOptions(**{"max_new_tokens": 6, "ignore_eos": True, **own})
         (expected,) = twotower.generate(model, [line["prompt"]], o, tokenizer)
         assert record.pop("key") and record.pop("line")
         assert record == {
@@ -79,7 +79,7 @@ BAD = {
         b'{"prompt": "a", "temprature": 1}',
         "'temprature' is no option; did you mean temperature?",
     ),
-    6: (b'{"prompt": "a", "temperature": "hot"}', "temperature='hot' must be of type"),
+    6: (b'{"prompt": "a", "temperature": "hot"}', "temperature='hot' must be a number"),
     7: (b'"a"', 'not an object; write {"prompt": ...}'),
     8: (b'{"prompt": "\xe9"}', "not UTF-8 text"),
     9: (b'{"prompt": [1, 41]}', "token 41 outside the vocabulary"),

@@ -17,7 +17,7 @@ WEIGHTS = {
     "int8-int8": ["--quantization", "int8", "--activations", "int8"],
     "int4": ["--quantization", "int4", "--group-size", "64"],
 }
-SHORT = ["--max-new-tokens", "6", "--eos-token-id", "none", "--json"]
+SHORT = ["--max-new-tokens", "6", "--ignore-eos", "--json"]
 
 
 @pytest.fixture(scope="module")

@@ -112,13 +112,13 @@ from pathlib import Path
 import torch
 from tiny_models import prompts_of, tiny_model
 from twotower import GenerateOptions, generate
-from twotower.hosts import ApartTwoTower, Link, PeerLostError, join_ranks, serve_blocks
+from twotower.hosts import SplitTwoTower, Link, PeerLostError, join_ranks, serve_blocks
 
 rank = join_ranks(8.0)
 link = Link(1 - rank, 8.0)
 if rank == 1:
     serve_blocks(tiny_model(), link)
-model = ApartTwoTower(tiny_model(), link)
+model = SplitTwoTower(tiny_model(), link)
 try:
     while True:
         generate(model, prompts_of([5]), GenerateOptions(mode="diffusion", max_new_tokens=8))
@@ -135,7 +135,9 @@ def start_rank(rank: int, *script: str) -> "subprocess.Popen[str]":
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(20000 + os.getpid() % 20000),
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        ),
     }
     return subprocess.Popen(
         [sys.executable, "-c", *script],

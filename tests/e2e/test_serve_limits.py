@@ -11,8 +11,9 @@ import pytest
 from raw_http import LONG, SHORT, URL, client_of, error_of, stream, wait_for
 from serving import running, tiny
 from twotower.engine import WorkerStats
-from twotower.engine.faults import HopelessError
-from twotower.engine.scheduler import Lane
+from twotower.engine.batch import Group
+from twotower.engine.faults import EngineDeadError
+from twotower.engine.scheduler import Scheduler
 from twotower.serve.keys import read_keys
 from twotower.serve.options import ServeOptions
 
@@ -192,15 +193,17 @@ def test_a_dead_worker_is_started_again() -> None:
         assert "twotower_worker_restarts_total 1.0" in client.get("/metrics").text
 
 
-def test_a_hopeless_worker_is_not_ready_and_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_worker_is_not_ready_and_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a server that looks ready, or starts its thread again and again, while
     nothing can be decoded: the other rank is lost.
     """
 
-    def lost(lane: Lane) -> object:
-        raise HopelessError("lost the other rank")
+    def lost(scheduler: Scheduler, group: Group) -> object:
+        if group.rows:
+            raise EngineDeadError("lost the other rank")
+        return iter(())
 
-    monkeypatch.setattr(Lane, "propose", lost)
+    monkeypatch.setattr(Scheduler, "_read", lost)
     with running(loaded=tiny()) as server, server.client() as client:
         told = client.post(URL, json=SHORT)
         assert told.status_code == 503 and "nothing can be decoded" in str(error_of(told))

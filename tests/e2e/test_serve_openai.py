@@ -13,7 +13,7 @@ import pytest
 
 from serving import Running, running, shipped
 from twotower.engine import GenerateOptions, generate
-from twotower.engine import requests as engine_requests
+from twotower.engine import request as engine_request
 
 SUM = "Q: How much is 48 - 44?\nA:"
 ORDER = "7 times salad for Irene, please."
@@ -244,7 +244,7 @@ def test_a_schema_is_kept_by_a_model_that_does_not_know_it(
 
 
 def test_diffusion_refuses_a_schema_with_the_reason(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="commits tokens before") as refused:
+    with pytest.raises(openai.BadRequestError, match="cannot follow a grammar") as refused:
         client.completions.create(
             model="twotower",
             prompt=SUM,
@@ -285,14 +285,14 @@ def test_slow_grammars_keep_nobody_waiting_who_has_none(
 ) -> None:
     """Guards the threads that all requests need: schemas exist that take minutes to read."""
     is_over, entered = threading.Event(), []
-    begun = engine_requests.begin
+    begun = engine_request.begin
 
     def slow(*given: object) -> object:
         entered.append(1)
         is_over.wait(30)
         return begun(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine_requests, "begin", slow)
+    monkeypatch.setattr(engine_request, "begin", slow)
 
     def ask() -> None:
         body = {"prompt": "a", "max_tokens": 4, "response_format": {"type": "json_object"}}

@@ -67,7 +67,7 @@ def test_the_file_is_loaded_and_decoded(trained: tuple[list[float], TrainOptions
     folder = options.run_folder / "export"
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     for mode in ("ar", "diffusion"):
-        chosen = GenerateOptions(mode=mode, max_new_tokens=16, eos_token_id=None)
+        chosen = GenerateOptions(mode=mode, max_new_tokens=16, ignore_eos=True)
         (row,) = generate(model, ["Say 7: "], chosen, tokenizer)
         assert len(row.tokens) == 16
         if mode == "ar":

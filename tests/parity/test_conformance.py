@@ -215,7 +215,7 @@ def test_a_prompt_of_one_token(case: Case) -> None:
     recorded_logits = case.tensors["p1/context_logits"][:, -1]
     torch.testing.assert_close(case.model.next_logits(cache), recorded_logits, rtol=0, atol=5e-4)
     for mode in ("ar", "mock-ar", "diffusion"):
-        options = GenerateOptions(mode=mode, max_new_tokens=20, eos_token_id=None)
+        options = GenerateOptions(mode=mode, max_new_tokens=20, ignore_eos=True)
         (completion,) = generate(case.model, [prompt], options)
         assert len(completion.tokens) == 20
 
@@ -237,7 +237,7 @@ def small_copy(folder: Path, tokens: list[int]) -> None:
 def test_table_script(tmp_path: Path) -> None:
     """Guards the conformance table: cases anywhere are compared, and a difference is not hidden."""
     script = Path(__file__).parents[2] / "scripts" / "conformance_table.py"
-    options = GenerateOptions(mode="ar", max_new_tokens=4, eos_token_id=None)
+    options = GenerateOptions(mode="ar", max_new_tokens=4, ignore_eos=True)
     (right,) = generate(CASES[2].model, [[5, 9]], options)
     small_copy(tmp_path / "case_98", right.tokens)
     small_copy(tmp_path / "case_99", [1, 1, 1, 1])

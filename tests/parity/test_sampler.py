@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from twotower.diffusion import BlockSampler, Denoise, Step, denoise_block
+from tiny_sampler import RowSampler, sampler_of
+from twotower.diffusion import Denoise, Step, denoise_block
 from twotower.diffusion.commit import posterior_commit_probability
 from twotower.diffusion.loss import masked_loss_sum
 from twotower.diffusion.noise import SCHEDULES, alpha, alpha_prime
@@ -48,7 +49,7 @@ def fake_denoiser(gain: float) -> Callable[[Tensor, Tensor], Tensor]:
     return logits
 
 
-def recorded_sampler(args: dict[str, Any], **changes: Any) -> BlockSampler:
+def recorded_sampler(args: dict[str, Any], **changes: Any) -> RowSampler:
     """Our options for the recorded keyword arguments."""
     args = {**RECORD["defaults"], **args}
     if args["confidence_margin_based_noising"]:
@@ -58,14 +59,14 @@ def recorded_sampler(args: dict[str, Any], **changes: Any) -> BlockSampler:
     fields = dict(
         kind=KINDS[args["sampling_strategy"]],
         steps=args["num_steps"],
-        confidence_threshold=args["confidence_threshold"],
+        threshold=args["confidence_threshold"],
         schedule=args["noise_schedule"],
         remask=remask,
         adaptive=args["adaptive_unmasking"],
         reuse_unchanged=args["use_model_output_cache"],
         mask_token_id=MASK,
     )
-    return BlockSampler(**{**fields, **changes})
+    return RowSampler(**{**fields, **changes})
 
 
 def replay(case: dict[str, Any], **changes: Any) -> tuple[list[dict[str, Tensor]], list[Step]]:
@@ -78,7 +79,9 @@ def replay(case: dict[str, Any], **changes: Any) -> tuple[list[dict[str, Tensor]
         return fake(tokens, t)
 
     block = torch.tensor(RECORD["init_ids"][case["init"]])
-    return calls, list(denoise_block(denoise, block, recorded_sampler(case["args"], **changes)))
+    sampler = sampler_of(recorded_sampler(case["args"], **changes), len(block))
+    seeds = [torch.Generator().manual_seed(row) for row in range(len(block))]
+    return calls, list(denoise_block(denoise, block, sampler, seeds))
 
 
 def case_id(case: dict[str, Any]) -> str:
@@ -125,9 +128,10 @@ def test_reuse_depends_on_the_row_alone(gain: float, schedule: str, nfe: list[in
     fake = fake_denoiser(gain)
     args = {"sampling_strategy": "posterior", "num_steps": 6, "noise_schedule": schedule}
     block = torch.tensor(RECORD["init_ids"]["mixed"])
-    together = list(denoise_block(lambda x, t, _: fake(x, t), block, recorded_sampler(args)))[-1]
+    own = sampler_of(recorded_sampler(args), len(block))
+    together = list(denoise_block(lambda x, t, _: fake(x, t), block, own))[-1]
     assert together.nfe.tolist() == nfe
-    sampler = recorded_sampler(args, reuse_unchanged=False)
+    sampler = sampler_of(recorded_sampler(args, reuse_unchanged=False))
     for row in range(len(block)):
         calls: list[Tensor] = []
 
@@ -173,7 +177,7 @@ def test_constrained_probabilities() -> None:
     """Confidence is the recorded probability with the mask token excluded; given tokens stay."""
     golden = load_file(GOLDEN / "golden.safetensors")
     logits, tokens, recorded = (golden[f"mdlm/{name}"] for name in ("logits", "xt", "log_probs"))
-    sampler = BlockSampler(steps=1, mask_token_id=MASK)
+    sampler = sampler_of(RowSampler(steps=1, mask_token_id=MASK), len(tokens))
     (step,) = denoise_block(lambda x, t, rows: logits, tokens, sampler)
     best = recorded.max(-1)
     assert torch.equal(step.tokens, best.indices)

@@ -12,9 +12,9 @@ from tiny_text import byte_tokenizer
 from twotower import GenerateOptions, StepTaken, TokensCommitted
 from twotower.engine import Event, Failed, Finished, Request, stream_requests
 from twotower.engine.filters import Filter, function_filter, pattern_filter
-from twotower.engine.pace import Pace
-from twotower.engine.row import Row
-from twotower.engine.row_text import RowText
+from twotower.engine.options import resolve_options
+from twotower.engine.request import Row
+from twotower.engine.text import RowText
 
 EOS = 2
 # No condition on the character behind: a match in a text is one in every longer text.
@@ -57,9 +57,9 @@ def run(
     blocks: list[list[int]], filters: tuple[Filter, ...], stop: str | None = None
 ) -> tuple[list[str], list[int], str, str]:
     """The texts that were shown one after the other, all tokens given out, the text, the reason."""
-    options = GenerateOptions(stop=stop, max_new_tokens=1000)
-    text = RowText(byte_tokenizer(), options.stop_strings, filters)
-    row = Row(0, [5], options, (EOS,), text, Pace(3.0))
+    given = GenerateOptions(stop=stop, max_new_tokens=1000, eos_token_id=EOS)
+    options = resolve_options(given, {})
+    row = Row(0, [5], options, RowText(byte_tokenizer(), options.stop, filters))
     shown, tokens = [], []
     for block in [*blocks, [EOS]]:
         event = row.commit(block)
@@ -138,7 +138,7 @@ PROMPT = random_ids(6, seed=2).tolist()
 
 
 def decode(mode: str, *filters: Filter, **changes: object) -> list[Event]:
-    values: dict[str, object] = {"max_new_tokens": 24, "eos_token_id": None, "logprobs": 0}
+    values: dict[str, object] = {"max_new_tokens": 24, "logprobs": 0}
     o = GenerateOptions(mode=mode, **(values | changes))  # type: ignore[arg-type]
     return list(stream_requests(MODEL, [Request(PROMPT, o, filters)], byte_tokenizer()))
 
@@ -185,7 +185,7 @@ def fail(text: str) -> int | None:
 
 def test_a_broken_filter_ends_its_row_alone() -> None:
     """Guards the neighbours, and the row's own text: nothing more of it goes out unseen."""
-    o = GenerateOptions(mode="ar", max_new_tokens=20, eos_token_id=None)
+    o = GenerateOptions(mode="ar", max_new_tokens=20)
     broken = function_filter(f"{__name__}:fail", max_match_chars=4)
     requests = [Request(PROMPT, o), Request(PROMPT, o, (broken,)), Request(PROMPT, o)]
     events = list(stream_requests(MODEL, requests, byte_tokenizer()))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tiny_models import MASK, random_ids, tiny_model
+from tiny_options import options_of
 from tiny_text import byte_tokenizer
 from twotower import Completion, ContextView, GenerateOptions, TokensCommitted, generate, stream
 from twotower.engine import Failed, Finished, Request, stream_requests
@@ -51,8 +52,8 @@ GRAMMARS = {
 
 
 def options(mode: str, grammar: Grammar | None, **changes: object) -> GenerateOptions:
-    values: dict[str, object] = {"max_new_tokens": 45, "eos_token_id": EOS}
-    return GenerateOptions(mode=mode, grammar=grammar, **(values | changes))  # type: ignore[arg-type]
+    values = {"mode": mode, "grammar": grammar, "eos_token_id": EOS} | changes
+    return options_of({"max_new_tokens": 45}, values)
 
 
 def complete(mode: str, grammar: Grammar | None, **changes: object) -> Completion:
@@ -294,7 +295,7 @@ def test_what_a_grammar_needs() -> None:
     with pytest.raises(ValueError, match="grammar needs a tokenizer"):
         generate(MODEL, [PROMPT], options("ar", GRAMMARS["schema"]))
     with pytest.raises(ValueError, match="grammar needs a token that ends the text"):
-        complete("ar", GRAMMARS["schema"], eos_token_id=None)
+        complete("ar", GRAMMARS["schema"], eos_token_id=None, ignore_eos=True)
     with pytest.raises(ValueError, match="json_schema: Invalid type"):
         complete("ar", json_schema({"type": "thing"}))
 

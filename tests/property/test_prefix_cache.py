@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tiny_models import fresh_model, prompts_of, random_ids
+from tiny_options import options_of
 from twotower import ContextCache, GenerateOptions, TwoTower, accelerate, generate
 from twotower.engine import MODES, EngineOptions
 from twotower.engine.prefix_cache import PrefixCache, boundary_after, last_boundary
@@ -168,21 +169,14 @@ def test_boundaries_are_those_of_every_text(chunk: int) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("queues", ["one", "two"])
-def test_rows_that_begin_alike_write_what_they_write_alone(mode: str, queues: str) -> None:
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_rows_that_begin_alike_write_what_they_write_alone(mode: str, overlap: str) -> None:
     """Guards the way from the cache into a batch: lengths, states and outputs of rows that took
     much, little or nothing from it."""
     beginning = random_ids(33, seed=5).tolist()
     prompts = [beginning[:n] + prompts_of([3], seed=n)[0] for n in (33, 20, 7, 33, 1)]
-    o = GenerateOptions(
-        mode=mode,  # type: ignore[arg-type]
-        max_new_tokens=6,
-        block_size=4,
-        steps_per_block=4,
-        eos_token_id=None,
-        temperature=0.8,
-    )
-    engine = EngineOptions(max_rows=2, queues=queues, prefix_cache_bytes=PLENTY)  # type: ignore[arg-type]
+    o = options_of({"steps_per_block": 4}, {"mode": mode, "max_new_tokens": 6, "temperature": 0.8})
+    engine = EngineOptions(max_rows=2, overlap=overlap, prefix_cache_bytes=PLENTY)  # type: ignore[arg-type]
     done = generate(MODEL, prompts, o, engine=engine)
     alone = [generate(MODEL, [prompt], o)[0] for prompt in prompts]
     assert [row.tokens for row in done] == [row.tokens for row in alone]
@@ -194,7 +188,7 @@ def test_rows_that_begin_alike_write_what_they_write_alone(mode: str, queues: st
 def test_a_known_prompt_costs_no_pass() -> None:
     """Guards the count: context forwards are those that ran."""
     prompt = random_ids(8).tolist()
-    o = GenerateOptions(mode="ar", max_new_tokens=1, eos_token_id=None)
+    o = GenerateOptions(mode="ar", max_new_tokens=1)
     engine = EngineOptions(max_rows=1, prefix_cache_bytes=PLENTY)
     first, second = generate(MODEL, [prompt, prompt], o, engine=engine)
     assert (first.cached_tokens, second.cached_tokens) == (0, 8)

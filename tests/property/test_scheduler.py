@@ -184,13 +184,13 @@ def test_joined_caches_go_on_as_before(lengths: tuple[list[int], list[int]]) -> 
 def test_engine_options_are_checked() -> None:
     with pytest.raises(ValueError, match="max_rows=0 must be at least 1"):
         EngineOptions(max_rows=0)
-    with pytest.raises(ValueError, match="queues='three' is unknown; use one of auto, one, two"):
-        EngineOptions(queues="three")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="overlap='both' is unknown; use one of auto, on, off"):
+        EngineOptions(overlap="both")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("max_rows", [1, 4])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_two_queues_give_the_texts_of_one(max_rows: int, temperature: float) -> None:
+def test_overlap_gives_the_texts_of_one_group(max_rows: int, temperature: float) -> None:
     """Guards the threads: rows of two groups whose work interleaves in any order."""
     modes = itertools.cycle(MODES)
     prompts = prompts_of([1, 7, 2, 19, 4, 3, 30, 5, 8, 2])
@@ -198,11 +198,11 @@ def test_two_queues_give_the_texts_of_one(max_rows: int, temperature: float) -> 
         options(mode=mode, max_new_tokens=NEW_TOKENS[i % 5], temperature=temperature, seed=i)
         for i, mode in zip(range(len(prompts)), modes, strict=False)
     ]
-    two = EngineOptions(queues="two", max_rows=max_rows)
+    two = EngineOptions(overlap="on", max_rows=max_rows)
     assert generate(MODEL, prompts, o, engine=two) == generate(MODEL, prompts, o)
 
 
-def test_both_queues_are_busy_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_towers_are_busy_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the gain: an extension and a denoiser pass meet, or both wait until they time out."""
     meeting = threading.Barrier(2, timeout=20)
     extending, met = threading.Event(), threading.Event()
@@ -226,22 +226,22 @@ def test_both_queues_are_busy_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     spy("extend")
     o = options(max_new_tokens=16, confidence_threshold=1.0)
     prompts = prompts_of([9, 9, 9, 9])
-    done = generate(MODEL, prompts, o, engine=EngineOptions(queues="two"))
+    done = generate(MODEL, prompts, o, engine=EngineOptions(overlap="on"))
     assert met.is_set() and len(done) == 4
     assert len(threads["denoise"]) == len(threads["extend"]) == 1
     assert threads["denoise"] != threads["extend"]
 
 
-def test_an_error_in_a_queue_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_thread_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a thread that dies while the caller waits for ever."""
     monkeypatch.setattr(TwoTower, "denoise", lambda model, block, view, t: block / 0 * float("nan"))
     with pytest.raises(ValueError, match="logits are not finite"):
-        generate(MODEL, PROMPTS, options(), engine=EngineOptions(queues="two"))
+        generate(MODEL, PROMPTS, options(), engine=EngineOptions(overlap="on"))
 
 
 def test_a_stream_that_is_left_ends_its_threads() -> None:
     before = threading.active_count()
-    events = stream(MODEL, PROMPTS, options(), engine=EngineOptions(queues="two"))
+    events = stream(MODEL, PROMPTS, options(), engine=EngineOptions(overlap="on"))
     next(events)
     events.close()  # type: ignore[attr-defined]  # a generator
     assert threading.active_count() == before

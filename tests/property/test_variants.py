@@ -159,7 +159,7 @@ def test_the_context_tower_alone() -> None:
     half.load_state_dict(
         {name: v for name, v in both.state_dict().items() if name.startswith("context_")}
     )
-    o = GenerateOptions(mode="ar", max_new_tokens=8, eos_token_id=None)
+    o = GenerateOptions(mode="ar", max_new_tokens=8, ignore_eos=True)
     assert generate(half, [[5, 6]], o) == generate(both, [[5, 6]], o)
     assert half.denoiser_device == half.context_device
     with pytest.raises(ValueError, match="needs the denoiser tower"):
@@ -225,7 +225,7 @@ def test_towers_of_different_dtypes(dtype: torch.dtype) -> None:
     error = float((ours - exact).square().mean().sqrt() / exact.square().mean().sqrt())
     assert error < 0.1, error
     for mode in MODES:
-        o = GenerateOptions(mode=mode, max_new_tokens=5, block_size=4, eos_token_id=None)
+        o = GenerateOptions(mode=mode, max_new_tokens=5, block_size=4, ignore_eos=True)
         assert len(generate(model, [[5, 6]], o)[0].tokens) == 5
 
 

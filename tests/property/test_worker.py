@@ -34,14 +34,16 @@ from twotower.engine import (
     Ticket,
     Worker,
 )
-from twotower.engine.faults import HopelessError
-from twotower.engine.inbox import Inbox
-from twotower.engine.row import Row
-from twotower.engine.scheduler import Lane
+from twotower.engine.batch import Group
+from twotower.engine.events import FailureKind
+from twotower.engine.faults import EngineDeadError
+from twotower.engine.request import Row
+from twotower.engine.request_queue import RequestQueue
+from twotower.engine.scheduler import Scheduler
 from twotower.measure import give_back_memory
 
 PROMPTS = prompts_of([5, 3, 9, 2])
-both_queues = pytest.mark.parametrize("queues", ["one", "two"])
+with_and_without_overlap = pytest.mark.parametrize("overlap", ["off", "on"])
 
 
 def alone(prompt: list[int], **changes: object) -> list[int]:
@@ -53,32 +55,30 @@ def alone(prompt: list[int], **changes: object) -> list[int]:
 @given(
     modes=st.lists(st.sampled_from(MODES), min_size=6, max_size=6),
     patience=st.lists(st.none() | st.integers(1, 5), min_size=6, max_size=6),
-    queues=st.sampled_from(["one", "two"]),
+    overlap=st.sampled_from(["off", "on"]),
     cache=st.sampled_from([0, 10**6]),
 )
 def test_rows_that_are_called_off_change_no_other(
-    modes: list[str], patience: list[int | None], queues: str, cache: int
+    modes: list[str], patience: list[int | None], overlap: str, cache: int
 ) -> None:
     """Guards the cache when rows leave in the middle of others: a neighbour that goes on with the
     wrong row's state writes a fluent text that is another's."""
     prompts = prompts_of([4, 9, 1, 17, 3, 6])
     num_asked: Counter[int] = Counter()
-    method = Inbox.reason_to_leave
+    method = RequestQueue.reason_to_leave
 
-    def impatient(inbox: Inbox, row: Row) -> Failed | None:
+    def impatient(queue: RequestQueue, row: Row, now: float) -> FailureKind | None:
         """Each row's client goes before the row's cycle of that number."""
         num_asked[row.index] += 1
-        ticket = inbox.ticket(row.index)
-        if ticket is not None and num_asked[row.index] == patience[row.index]:
-            ticket.cancel()
-        return method(inbox, row)
+        row.is_cancelled |= num_asked[row.index] == patience[row.index]
+        return method(queue, row, now)
 
     def of(i: int) -> dict[str, object]:
         return {"mode": modes[i], "temperature": 0.8, "seed": i, "max_new_tokens": 12}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Inbox, "reason_to_leave", impatient)
-        with running(max_rows=4, queues=queues, prefix_cache_bytes=cache) as worker:
+        patch.setattr(RequestQueue, "reason_to_leave", impatient)
+        with running(max_rows=4, overlap=overlap, prefix_cache_bytes=cache) as worker:
             tickets = [worker.submit(Request(p, options(**of(i)))) for i, p in enumerate(prompts)]
             ends = [end_of(ticket) for ticket in tickets]
     for i, end in enumerate(ends):
@@ -91,7 +91,6 @@ def test_rows_that_are_called_off_change_no_other(
 
 # Which passes a mode makes: (mode, pass, whether it gives NaN instead of an error).
 FAULTS = [
-    ("ar", "prefill", False),
     ("ar", "next_logits", True),
     ("ar", "next_logits", False),
     ("ar", "extend", False),
@@ -104,14 +103,14 @@ FAULTS = [
     ("speculative", "verify", False),
     ("speculative", "denoise", True),
     ("posterior", "denoise", False),
-    ("reviewed", "verify", False),
-    ("reviewed", "next_logits", True),
+    ("verified", "verify", False),
+    ("verified", "next_logits", True),
     ("told", "verify", False),
     ("told", "next_logits", True),
 ]
 # Modes in which the context tower judges blocks before they are committed.
 READ_FIRST: dict[str, dict[str, object]] = {
-    "reviewed": {"mode": "diffusion", "first_token": "context", "review_threshold": 0.1},
+    "verified": {"mode": "diffusion", "first_token": "context", "verify_threshold": 0.1},
     "told": {"mode": "diffusion", "logprobs": 1},
 }
 
@@ -121,14 +120,14 @@ def counted(completion: Completion) -> Completion:
 
 
 @pytest.mark.parametrize(("mode", "name", "with_nan"), FAULTS)
-@both_queues
+@with_and_without_overlap
 def test_a_broken_row_ends_alone(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     mode: str,
     name: str,
     with_nan: bool,
-    queues: str,
+    overlap: str,
 ) -> None:
     """Guards neighbours and server: one row whose passes fail, in any phase of a cycle. The others
     sample, so that randomness which was spent twice would show; the log must not quote prompts."""
@@ -137,7 +136,7 @@ def test_a_broken_row_ends_alone(
     expected = [generate(MODEL, [p], own)[0] for p, own in zip(PROMPTS, o, strict=False)]
     break_rows(monkeypatch, name, with_nan)
     culprit = prompts_of([CULPRIT + 1], seed=7)[0]
-    with running(queues=queues) as worker, caplog.at_level(logging.INFO):
+    with running(overlap=overlap) as worker, caplog.at_level(logging.INFO):
         rows = list(zip(PROMPTS, o, strict=False))
         rows.insert(2, (culprit, o[4]))
         tickets = [worker.submit(Request(prompt, own)) for prompt, own in rows]
@@ -155,9 +154,9 @@ def test_a_broken_row_ends_alone(
     assert len(errors) == 1 and errors[0].startswith("row 2: ")
 
 
-@both_queues
+@with_and_without_overlap
 def test_a_row_that_cannot_take_its_tokens_ends_alone(
-    monkeypatch: pytest.MonkeyPatch, queues: str
+    monkeypatch: pytest.MonkeyPatch, overlap: str
 ) -> None:
     """Guards the moment of commitment, which cannot be repeated: tokenizers, filters, grammars."""
     commit = Row.commit
@@ -169,7 +168,7 @@ def test_a_row_that_cannot_take_its_tokens_ends_alone(
 
     expected = [alone(prompt, mode="ar") for prompt in PROMPTS]
     monkeypatch.setattr(Row, "commit", broken)
-    with running(queues=queues) as worker:
+    with running(overlap=overlap) as worker:
         prompts = [*PROMPTS, prompts_of([CULPRIT])[0]]  # the others have committed before it
         tickets = [worker.submit(Request(p, options(mode="ar"))) for p in prompts]
         *others, last = tickets
@@ -179,21 +178,21 @@ def test_a_row_that_cannot_take_its_tokens_ends_alone(
         assert [completion_of(ticket).tokens for ticket in others] == expected
 
 
-@both_queues
+@with_and_without_overlap
 def test_an_error_of_the_scheduler_ends_rows_but_not_the_worker(
-    monkeypatch: pytest.MonkeyPatch, queues: str
+    monkeypatch: pytest.MonkeyPatch, overlap: str
 ) -> None:
     """Guards against a thread that dies and a server that accepts what nobody will decode."""
-    propose, calls = Lane.propose, []
+    read, calls = Scheduler._read, []
 
-    def broken(lane: Lane) -> object:
-        calls.append(lane)
+    def broken(scheduler: Scheduler, group: Group) -> object:
+        calls.append(group)
         if len(calls) == 2:
             raise RuntimeError(SECRET)
-        return propose(lane)
+        return read(scheduler, group)
 
-    monkeypatch.setattr(Lane, "propose", broken)
-    with running(queues=queues, max_rows=2) as worker:
+    monkeypatch.setattr(Scheduler, "_read", broken)
+    with running(overlap=overlap, max_rows=2) as worker:
         tickets = [worker.submit(Request(p, options(mode="ar"))) for p in PROMPTS * 2]
         ends = [end_of(ticket) for ticket in tickets]
         failed = [end for end in ends if isinstance(end, Failed)]
@@ -201,19 +200,21 @@ def test_an_error_of_the_scheduler_ends_rows_but_not_the_worker(
         assert worker.stats().is_alive
 
 
-@both_queues
-def test_a_hopeless_worker_tells_everyone_and_takes_no_more(
-    monkeypatch: pytest.MonkeyPatch, queues: str
+@with_and_without_overlap
+def test_a_dead_worker_tells_everyone_and_takes_no_more(
+    monkeypatch: pytest.MonkeyPatch, overlap: str
 ) -> None:
     """Guards against a lost peer that is asked again for every request, and rows that wait for it:
     the thread ends, whoever is decoded or waits is told, and whoever comes later is refused.
     """
 
-    def lost(lane: Lane) -> object:
-        raise HopelessError("lost the other rank")
+    def lost(scheduler: Scheduler, group: Group) -> object:
+        if group.rows:
+            raise EngineDeadError("lost the other rank")
+        return iter(())
 
-    monkeypatch.setattr(Lane, "propose", lost)
-    with running(queues=queues, max_rows=1) as worker:
+    monkeypatch.setattr(Scheduler, "_read", lost)
+    with running(overlap=overlap, max_rows=1) as worker:
         tickets = []
         with contextlib.suppress(Stopped):
             for _ in range(5):
@@ -221,7 +222,7 @@ def test_a_hopeless_worker_tells_everyone_and_takes_no_more(
         assert tickets
         assert {failure_of(ticket).kind for ticket in tickets} == {"stopped"}
         wait_for(lambda: not worker.stats().is_alive)
-        assert worker.is_hopeless and worker.stats().num_failed == len(tickets)
+        assert worker.is_dead and worker.stats().num_failed == len(tickets)
         with pytest.raises(Stopped, match="nothing can be decoded any more"):
             worker.submit(Request(PROMPTS[0], options()))
 
@@ -277,13 +278,13 @@ def alive() -> int:
     return sum(type(one) in (Row, Ticket, ContextCache) for one in gc.get_objects())
 
 
-@both_queues
-def test_nothing_of_an_ended_row_stays(monkeypatch: pytest.MonkeyPatch, queues: str) -> None:
+@with_and_without_overlap
+def test_nothing_of_an_ended_row_stays(monkeypatch: pytest.MonkeyPatch, overlap: str) -> None:
     """Guards memory over many requests: also of rows that failed (their errors hold frames, and
     these the tensors of a pass), were called off, or nobody listened to."""
     break_rows(monkeypatch, "next_logits", with_nan=True)
     long = prompts_of([CULPRIT])[0]
-    with running(queues=queues, max_waiting=1000) as worker:
+    with running(overlap=overlap, max_waiting=1000) as worker:
         before, told = alive(), []
         for round in range(3):
             tickets = [worker.submit(Request(PROMPTS[0], options(mode="ar"))) for _ in range(8)]

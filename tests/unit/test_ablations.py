@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tiny_models import MASK, random_ids, tiny_model
 from twotower import GenerateOptions, generate
+from twotower.engine import resolve_options
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
 from twotower.model import ContextView
@@ -115,10 +116,10 @@ def test_decoding_takes_an_intervened_model(interventions) -> None:
 
 
 def test_the_control_decodes_as_published(interventions) -> None:
-    """Silent failure: reviews by the context tower make up for what is taken from the denoiser."""
+    """Silent failure: verification makes up for what is taken from the denoiser."""
     from benchmarks.ablations.sample import choose_options
 
-    preferred = {"first_token": "context", "review_threshold": 0.1, "confidence_threshold": 0.8}
-    control = choose_options(0.95, 96)().with_defaults(preferred)
-    assert (control.first_token, control.is_reviewed) == ("denoiser", False)
+    preferred = {"first_token": "context", "verify_threshold": 0.1, "confidence_threshold": 0.8}
+    control = resolve_options(choose_options(0.95, 96)(), preferred)
+    assert (control.first_token, control.verify_threshold) == ("denoiser", 0.0)
     assert control.confidence_threshold == 0.95

@@ -34,7 +34,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def tokens(model: TwoTower, mode: str) -> list[list[int]]:
-    options = GenerateOptions(mode=mode, max_new_tokens=9, eos_token_id=None)  # type: ignore[arg-type]
+    options = GenerateOptions(mode=mode, max_new_tokens=9, ignore_eos=True)  # type: ignore[arg-type]
     return [list(found.tokens) for found in generate(model, prompts_of([5, 3]), options)]
 
 

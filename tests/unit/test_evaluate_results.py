@@ -7,11 +7,21 @@ import pytest
 
 pytest.importorskip("jsonschema")
 
+from tiny_models import tiny_model
+from tiny_text import tiny_tokenizer
 from twotower.engine import GenerateOptions
 from twotower.lab.corpus import Document
 from twotower.lab.evaluate.options import EvalOptions
 from twotower.lab.evaluate.results import kendall_tau, measure, summarise, summarise_traces
-from twotower.lab.evaluate.run import Item, Judged, Output, Trace, draw_groups, is_loop
+from twotower.lab.evaluate.run import (
+    Item,
+    Judged,
+    Output,
+    Subject,
+    Trace,
+    draw_groups,
+    is_loop,
+)
 from twotower.lab.evaluate.statistics import interval, resample_means, retention
 from twotower.lab.evaluate.suite import Verdict
 from twotower.lab.evaluate.sweep import PASS_LIMITS, THRESHOLDS, settings
@@ -165,9 +175,15 @@ def test_a_group_is_of_one_category_and_categories_take_turns() -> None:
 def test_the_sweep_keeps_the_other_options() -> None:
     """Silent failure: points of a sweep that are decoded in blocks of another size."""
     base = GenerateOptions(
-        block_size=8, max_new_tokens=40, steps_per_block=3, confidence_threshold=0.7
+        mode="diffusion",
+        block_size=8,
+        max_new_tokens=40,
+        steps_per_block=3,
+        confidence_threshold=0.7,
     )
-    points = settings(base)
+    points = settings(
+        Subject(model=tiny_model(), tokenizer=tiny_tokenizer(), options={"diffusion": base})
+    )
     assert [(p.confidence_threshold, p.steps_per_block) for p in points] == [
         *[(threshold, 8) for threshold in THRESHOLDS],
         *[(0.7, limit) for limit in PASS_LIMITS if limit < 8],

@@ -12,9 +12,9 @@ from twotower.engine.filters import (
     function_filter,
     pattern_filter,
 )
-from twotower.engine.pace import Pace
-from twotower.engine.row import Row
-from twotower.engine.row_text import RowText
+from twotower.engine.options import resolve_options
+from twotower.engine.request import Row
+from twotower.engine.text import RowText
 
 EOS = 2
 
@@ -166,9 +166,9 @@ def test_a_function_that_fails_ends_the_row(name: str) -> None:
 
 
 def row(*filters: Filter, stop: str | None = None, length: int = 30) -> Row:
-    options = GenerateOptions(stop=stop, max_new_tokens=length)
-    text = RowText(tiny_tokenizer(), options.stop_strings, filters)
-    return Row(0, [5], options, (EOS,), text, Pace(3.0))
+    given = GenerateOptions(stop=stop, max_new_tokens=length, eos_token_id=EOS)
+    options = resolve_options(given, {})
+    return Row(0, [5], options, RowText(tiny_tokenizer(), options.stop, filters))
 
 
 def feed(own: Row, *blocks: list[int]) -> tuple[list[TokensCommitted], Completion | None]:
@@ -266,10 +266,8 @@ def test_a_match_of_half_characters() -> None:
     first, second = tokenizer.encode("\u00e9")
     letter = tokenizer.encode("a")[0]
     for pattern, tokens in (("\u00e9", [letter]), ("x", [letter, first, second])):
-        options = GenerateOptions(max_new_tokens=3)
-        own = Row(
-            0, [5], options, (EOS,), RowText(tokenizer, (), (pattern_filter(pattern),)), Pace(3.0)
-        )
+        options = resolve_options(GenerateOptions(max_new_tokens=3), {})
+        own = Row(0, [5], options, RowText(tokenizer, (), (pattern_filter(pattern),)))
         assert own.commit([letter, first]).tokens == [letter]
         own.commit([second])
         assert own.finished().completion.tokens == tokens

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tiny_models import MASK, fresh_model, prompts_of, tiny_model
+from tiny_options import options_of
 from tiny_text import WORDS, ids_of, tiny_tokenizer
 from twotower import GenerateOptions, StepTaken, TokensCommitted, TwoTower, generate, stream
 from twotower.engine import MODES, prefill
@@ -19,8 +20,7 @@ TOKENIZER = tiny_tokenizer()
 
 
 def options(**changes: object) -> GenerateOptions:
-    values: dict[str, object] = {"max_new_tokens": 8, "block_size": 4, "steps_per_block": 4}
-    return GenerateOptions(**(values | {"eos_token_id": None} | changes))  # type: ignore[arg-type]
+    return options_of({"max_new_tokens": 8, "block_size": 4, "steps_per_block": 4}, changes)
 
 
 def refusal(*arguments: Any) -> str:
@@ -49,12 +49,11 @@ def test_unusable_prompts(prompt: object, message: str) -> None:
 
 
 def test_unusable_calls() -> None:
-    assert "pass a list of prompts" in refusal(MODEL, "abc", options(), TOKENIZER)
+    assert "must be a list of prompts" in refusal(MODEL, "abc", options(), TOKENIZER)
     assert "pass tokenizer=" in refusal(MODEL, ["abc"], options())
     assert "stop needs a tokenizer" in refusal(MODEL, [[5]], options(stop="a"))
     assert "2 given for 1 prompts" in refusal(MODEL, [[5]], [options(), options()])
     assert "eos_token_id=41 is outside" in refusal(MODEL, [[5]], options(eos_token_id=41))
-    assert "eos_token_id=x is outside" in refusal(MODEL, [[5]], options(eos_token_id=("x",)))
     large = train_tokenizer(["abc"], vocab_size=260)
     assert "the tokenizer has 260 tokens and the model 41" in refusal(MODEL, ["a"], None, large)
 
@@ -120,21 +119,23 @@ def test_blocks_larger_than_trained_warn_in_block_modes_alone() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generate(MODEL, [[5]], options(block_size=4))
-        generate(MODEL, [[5]], options(block_size=8, mode="ar"))
+        model = fresh_model()
+        model.generation_defaults = {"block_size": 8}
+        generate(model, [[5]], GenerateOptions(mode="ar", max_new_tokens=2))
 
 
 def test_eos_of_the_configuration() -> None:
-    """Guards the default: "config" is the checkpoint's, None is none, several may end a row."""
+    """Guards the default: the checkpoint's, ignore_eos is none, several may end a row."""
     (free,) = generate(MODEL, [[5, 6]], options(mode="ar", temperature=1.0, max_new_tokens=12))
     first, second = free.tokens[4], free.tokens[7]
     for eos in (first, (first,), [second, first]):
         model = fresh_model(eos_token_id=list(eos) if isinstance(eos, tuple) else eos)
         ends = {eos} if isinstance(eos, int) else set(eos)
         end = next(i for i, token in enumerate(free.tokens) if token in ends) + 1
-        o = options(mode="ar", temperature=1.0, max_new_tokens=12, eos_token_id="config")
+        o = options(mode="ar", temperature=1.0, max_new_tokens=12)
         (row,) = generate(model, [[5, 6]], o)
         assert (row.tokens, row.finish_reason) == (free.tokens[:end], "eos")
-        (row,) = generate(model, [[5, 6]], dataclasses.replace(o, eos_token_id=None))
+        (row,) = generate(model, [[5, 6]], dataclasses.replace(o, ignore_eos=True))
         assert row.tokens == free.tokens
 
 

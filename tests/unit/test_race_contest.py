@@ -91,8 +91,7 @@ def test_our_laps_leave_out_the_prompt(mode: str, given: int) -> None:
     options = GenerateOptions(
         mode=mode,  # type: ignore[arg-type]
         max_new_tokens=9,
-        block_size=4,
-        eos_token_id=None,
+        ignore_eos=True,
     )
     contestant = OurContestant("pytorch", tiny_model(), options)
     lap = contestant.run(Heat(ids=prompts_of([5])[0], max_new_tokens=9))

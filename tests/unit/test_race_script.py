@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import tiny_options
 from tiny_models import fresh_model, prompts_of, tiny_model
 from twotower import GenerateOptions
 from twotower.engine import Finished, StepTaken, TokensCommitted, stream
@@ -19,21 +20,17 @@ PROMPT = prompts_of([7])[0]
 
 
 def options_of(mode: str) -> GenerateOptions:
-    reviewed = {"mode": "diffusion", "first_token": "context", "review_threshold": 0.02}
-    return GenerateOptions(
-        **(reviewed if mode == "reviewed" else {"mode": mode}),  # type: ignore[arg-type]
-        max_new_tokens=23,
-        block_size=4,
-        confidence_threshold=0.6,
-        eos_token_id=None,
-    )
+    verified = {"mode": "diffusion", "first_token": "context", "verify_threshold": 0.02}
+    own = verified if mode == "verified" else {"mode": mode}
+    values: dict[str, object] = {"max_new_tokens": 23, "ignore_eos": True}
+    return tiny_options.options_of(values | {"block_size": 4, "confidence_threshold": 0.6}, own)
 
 
 def script_of(model: TwoTower, mode: str) -> Script:
     return record_script(stream(model, [PROMPT], options_of(mode)))
 
 
-@pytest.mark.parametrize("mode", ["ar", "diffusion", "reviewed", "speculative"])
+@pytest.mark.parametrize("mode", ["ar", "diffusion", "verified", "speculative"])
 @pytest.mark.parametrize("seed", [0, 1, 5])  # none chooses the mask token, which is drafted anew
 def test_another_model_repeats_the_commits(mode: str, seed: int) -> None:
     """Silent failure: a random model commits at a pace of its own, and its cost is not the
@@ -92,7 +89,7 @@ def test_the_towers_compute_every_pass() -> None:
     contestant = OurContestant("pytorch", counting, options_of("diffusion"))  # type: ignore[arg-type]
     lap = contestant.run(Heat(ids=PROMPT, max_new_tokens=99, scripts={"diffusion": script}))
     assert counting.calls["denoise"] == lap.nfe == script.nfe
-    assert counting.calls["extend"] == len(script.commits) - 1
+    assert counting.calls["extend"] == len(script.commits)  # the prompt, all blocks but the last
     assert len(lap.tokens) == 23  # the script's, not the heat's
 
 

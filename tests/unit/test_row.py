@@ -4,17 +4,17 @@ import pytest
 
 from tiny_text import ids_of, tiny_tokenizer
 from twotower import Completion, GenerateOptions
-from twotower.engine.pace import Pace
-from twotower.engine.row import Row
-from twotower.engine.row_text import RowText
+from twotower.engine import resolve_options
+from twotower.engine.request import Row
+from twotower.engine.text import RowText
 
 EOS = 2
 
 
 def row(stop: str | tuple[str, ...] | None = None, length: int = 20, text: bool = True) -> Row:
-    options = GenerateOptions(stop=stop, max_new_tokens=length)
-    own = RowText(tiny_tokenizer(), options.stop_strings) if text else None
-    return Row(0, [5], options, (EOS,), own, Pace(3.0))
+    options = GenerateOptions(stop=stop, max_new_tokens=length, eos_token_id=EOS)
+    resolved = resolve_options(options, {})
+    return Row(0, [5], resolved, RowText(tiny_tokenizer(), resolved.stop) if text else None)
 
 
 def feed(r: Row, *blocks: list[int]) -> tuple[list[str], Completion | None]:
@@ -120,8 +120,7 @@ def test_half_characters_wait() -> None:
 
     tokenizer = train_tokenizer(["abc"], vocab_size=260)
     first, second = tokenizer.encode("\u00e9")
-    options = GenerateOptions(max_new_tokens=4)
-    r = Row(0, [5], options, (EOS,), RowText(tokenizer), Pace(3.0))
+    r = Row(0, [5], resolve_options(GenerateOptions(max_new_tokens=4), {}), RowText(tokenizer))
     assert r.commit([first]).text == ""
     assert r.commit([second]).text == "\u00e9"
     r.commit([first])

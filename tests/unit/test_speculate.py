@@ -2,8 +2,13 @@
 
 import torch
 
-from twotower.engine.pace import FIRST_PAUSE, LONGEST_PAUSE, Pace
-from twotower.engine.speculate import count_accepted, draft_lengths
+from twotower.engine.speculative import (
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    DraftController,
+    count_accepted,
+    draft_lengths,
+)
 
 
 def test_count_accepted() -> None:
@@ -21,13 +26,13 @@ def test_draft_lengths() -> None:
 
 def cost(tokens_of_a_draft: int, num_tokens: int, break_even: float) -> float:
     """AR steps that a text of num_tokens costs when every draft yields the same number."""
-    pace, written, spent = Pace(break_even), 0, 0.0
+    controller, written, spent = DraftController(break_even), 0, 0.0
     while written < num_tokens:
-        if pace.is_drafting:
-            pace.record_draft(tokens_of_a_draft)
+        if controller.is_drafting:
+            controller.record_draft(tokens_of_a_draft)
             written, spent = written + tokens_of_a_draft, spent + break_even
         else:
-            pace.record_token()
+            controller.record_token()
             written, spent = written + 1, spent + 1
     return spent
 
@@ -44,12 +49,12 @@ def test_good_drafts_never_pause() -> None:
 
 
 def test_pauses_double_and_one_good_draft_ends_them() -> None:
-    pace, pauses = Pace(3.0), []
+    controller, pauses = DraftController(3.0), []
     for accepted in (2, 1, 1, 1, 1, 1, 8, 1, 1):
-        pace.record_draft(accepted)
+        controller.record_draft(accepted)
         length = 0
-        while not pace.is_drafting:
-            pace.record_token()
+        while not controller.is_drafting:
+            controller.record_token()
             length += 1
         pauses.append(length)
     doubled = [FIRST_PAUSE, 2 * FIRST_PAUSE, LONGEST_PAUSE, LONGEST_PAUSE, LONGEST_PAUSE]

@@ -23,7 +23,6 @@ from twotower.engine import (
     Ticket,
     TokensCommitted,
     Worker,
-    WorkerOptions,
     prefill,
     stream_requests,
 )
@@ -32,7 +31,7 @@ from twotower.engine.prefix_cache import PrefixCache
 PROMPTS = prompts_of([5, 3, 9, 2])
 LONG = Request(PROMPTS[0], options(mode="ar", max_new_tokens=100_000))
 SHORT = Request(PROMPTS[1], options(mode="ar", max_new_tokens=2))
-both_queues = pytest.mark.parametrize("queues", ["one", "two"])
+with_and_without_overlap = pytest.mark.parametrize("overlap", ["off", "on"])
 
 
 @contextlib.contextmanager
@@ -56,9 +55,9 @@ def test_events_are_those_of_a_stream() -> None:
     assert len(steps) == expected.nfe and {event.row for event in detailed} == {ticket.index}
 
 
-@both_queues
+@with_and_without_overlap
 def test_a_cancelled_row_leaves_before_the_next_cycle(
-    monkeypatch: pytest.MonkeyPatch, queues: str
+    monkeypatch: pytest.MonkeyPatch, overlap: str
 ) -> None:
     """Guards the machine's time: passes for a client that has gone, memory of its cache."""
     tickets: list[Ticket] = []
@@ -72,7 +71,7 @@ def test_a_cancelled_row_leaves_before_the_next_cycle(
         return method(model, cache)
 
     monkeypatch.setattr(TwoTower, "next_logits", spy)
-    with running(queues=queues) as worker:
+    with running(overlap=overlap) as worker:
         request = Request(PROMPTS[2], options(mode="ar", max_new_tokens=1000))
         tickets.append(worker.submit(request))
         events = list(tickets[0].events())
@@ -97,9 +96,9 @@ def test_who_leaves_its_events_has_cancelled() -> None:
         assert completion_of(worker.submit(SHORT)).tokens
 
 
-@both_queues
-def test_a_deadline_ends_rows_that_run_and_rows_that_wait(queues: str) -> None:
-    with running(max_rows=1, queues=queues) as worker:
+@with_and_without_overlap
+def test_a_deadline_ends_rows_that_run_and_rows_that_wait(overlap: str) -> None:
+    with running(max_rows=1, overlap=overlap) as worker:
         start = time.monotonic()
         tickets = [worker.submit(LONG, deadline_s=0.3), worker.submit(SHORT, deadline_s=0.1)]
         ends = [failure_of(ticket) for ticket in tickets]
@@ -146,10 +145,10 @@ def test_memory_that_runs_out_in_a_pass_is_named(monkeypatch: pytest.MonkeyPatch
     assert end.kind == "memory" and end.message.startswith("there was not enough memory for this")
 
 
-@both_queues
-def test_a_stop_finishes_rows(queues: str) -> None:
+@with_and_without_overlap
+def test_a_stop_finishes_rows(overlap: str) -> None:
     """Guards answers that are all but ready, also of those that have not begun."""
-    worker = Worker(MODEL, None, WorkerOptions(max_rows=1, queues=queues))  # type: ignore[arg-type]
+    worker = Worker(MODEL, None, EngineOptions(max_rows=1, overlap=overlap))  # type: ignore[arg-type]
     worker.start()
     tickets = [worker.submit(SHORT) for _ in range(3)]
     worker.stop(grace_s=100)
@@ -159,10 +158,10 @@ def test_a_stop_finishes_rows(queues: str) -> None:
         worker.submit(SHORT)
 
 
-@both_queues
-def test_a_stop_tells_those_it_cannot_finish(queues: str) -> None:
+@with_and_without_overlap
+def test_a_stop_tells_those_it_cannot_finish(overlap: str) -> None:
     """Guards clients that would wait for ever."""
-    with one_at_a_time(queues=queues) as (worker, ticket):
+    with one_at_a_time(overlap=overlap) as (worker, ticket):
         waiting = worker.submit(SHORT)
         start = time.monotonic()
         worker.stop(grace_s=0.2)
@@ -249,8 +248,8 @@ def test_totals_are_those_of_the_rows() -> None:
     assert all(e.drafted is None for e in events[0] if isinstance(e, TokensCommitted))
 
 
-@both_queues
-def test_an_idle_worker_sleeps(monkeypatch: pytest.MonkeyPatch, queues: str) -> None:
+@with_and_without_overlap
+def test_an_idle_worker_sleeps(monkeypatch: pytest.MonkeyPatch, overlap: str) -> None:
     """Guards the processor of a server that nobody asks anything."""
     num_waits = 0
     wait, strangers = threading.Condition.wait, threading.enumerate()  # a library's may wake up
@@ -261,7 +260,7 @@ def test_an_idle_worker_sleeps(monkeypatch: pytest.MonkeyPatch, queues: str) -> 
         return wait(condition, timeout)
 
     monkeypatch.setattr(threading.Condition, "wait", spy)
-    with running(queues=queues, prefix_cache_bytes=10**6) as worker:
+    with running(overlap=overlap, prefix_cache_bytes=10**6) as worker:
         completion_of(worker.submit(SHORT))
         wait_for(lambda: worker.stats().rows_in_flight == 0)
         time.sleep(0.5)
@@ -272,8 +271,8 @@ def test_an_idle_worker_sleeps(monkeypatch: pytest.MonkeyPatch, queues: str) -> 
         assert completion_of(worker.submit(SHORT)).tokens
 
 
-@both_queues
-def test_an_iterator_that_has_nothing_is_left_alone(queues: str) -> None:
+@with_and_without_overlap
+def test_an_iterator_that_has_nothing_is_left_alone(overlap: str) -> None:
     """Guards the processor again: a source of None was asked without a pause."""
     num_asked = 0
 
@@ -285,7 +284,7 @@ def test_an_iterator_that_has_nothing_is_left_alone(queues: str) -> None:
             yield None
         yield SHORT
 
-    events = list(stream_requests(MODEL, requests(), engine=EngineOptions(queues=queues)))  # type: ignore[arg-type]
+    events = list(stream_requests(MODEL, requests(), engine=EngineOptions(overlap=overlap)))  # type: ignore[arg-type]
     assert isinstance(events[-1], Finished) and 2 <= num_asked <= 100
 
 
@@ -293,7 +292,7 @@ def test_the_next_turn_of_a_chat_knows_the_last() -> None:
     """Guards what an idle moment is for: the answer's own context, read as a prompt would be."""
     model = fresh_model()
     model.prefix_chunk = 4
-    worker = Worker(model, None, WorkerOptions(prefix_cache_bytes=10**7))
+    worker = Worker(model, None, EngineOptions(prefix_cache_bytes=10**7))
     worker.start()
     o = options(mode="ar", max_new_tokens=11)
     prompt = PROMPTS[2]  # 9 tokens
@@ -307,7 +306,7 @@ def test_the_next_turn_of_a_chat_knows_the_last() -> None:
     worker.stop(0)
     assert second.cached_tokens == 20
     assert worker.stats().cache_saved_tokens == 20 and worker.stats().cache_hits == 1
-    cold = Worker(model, None, WorkerOptions(prefix_cache_bytes=10**7))
+    cold = Worker(model, None, EngineOptions(prefix_cache_bytes=10**7))
     cold.start()
     alone = completion_of(cold.submit(Request(turn, o)))
     cold.stop(0)
@@ -330,7 +329,7 @@ def test_idle_work_ends_when_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -
 
 def test_threads_end_with_the_worker() -> None:
     before = threading.active_count()
-    with running(queues="two") as worker:
+    with running(overlap="on") as worker:
         completion_of(worker.submit(SHORT))
         end_of(worker.submit(SHORT))
     assert threading.active_count() == before
@@ -338,4 +337,4 @@ def test_threads_end_with_the_worker() -> None:
 
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match="max_waiting=0 must be at least 1"):
-        WorkerOptions(max_waiting=0)
+        EngineOptions(max_waiting=0)

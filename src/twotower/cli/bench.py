@@ -25,7 +25,7 @@ from twotower.cli.evaluation_tables import describe_range
 from twotower.cli.loading import Loaded, Placement, load
 from twotower.cli.machine import describe_cpu
 from twotower.cli.race_tables import print_race
-from twotower.engine import GenerateOptions
+from twotower.engine import GenerateOptions, defaults_of, resolve_options
 from twotower.lab.corpus import CATEGORIES
 from twotower.lab.evaluate.suite import make_judge
 from twotower.lab.race.contest import Heat
@@ -150,7 +150,7 @@ def run_size(
     model = loaded.model
     assert loaded.tokenizer is not None
     if size != SHIPPED:
-        modes = mode_options(loaded.model, options)
+        modes = mode_options(options)
         heats = record_replays(loaded.model, heats[: options.replays], modes, options.seed)
         model = make_random(size, loaded.model, options.seed)
     with enter(size, model, heats, options) as entry, progress_bar(len(heats)) as bar:
@@ -170,7 +170,8 @@ def describe_race(options: BenchOptions, loaded: Loaded) -> dict[str, object]:
         "model": loaded.name,
         "options": asked,
         "mode_options": {
-            o.mode: dataclasses.asdict(o) for o in mode_options(loaded.model, options)
+            str(o.mode): dataclasses.asdict(resolve_options(o, defaults_of(loaded.model)))
+            for o in mode_options(options)
         },
         "threads": torch.get_num_threads(),
         "dtype": options.dtype,

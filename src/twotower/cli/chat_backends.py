@@ -12,7 +12,7 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from twotower.cli.loading import Loaded
-from twotower.engine import TokensCommitted, Worker, WorkerOptions
+from twotower.engine import EngineOptions, TokensCommitted, Worker
 from twotower.engine.events import Failed, Finished
 from twotower.serve.options import ServeOptions
 from twotower.serve.served import Served
@@ -98,7 +98,7 @@ class Local:
     """A model in this process, behind the same checks as a server's."""
 
     def __init__(self, loaded: Loaded, served: Served) -> None:
-        options = WorkerOptions(max_rows=1, prefix_cache_bytes=_CACHE_BYTES)
+        options = EngineOptions(max_rows=1, prefix_cache_bytes=_CACHE_BYTES)
         self._worker = Worker(loaded.model, loaded.tokenizer, options)
         self._worker.start()
         self._served = served

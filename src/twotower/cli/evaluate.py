@@ -18,7 +18,7 @@ from twotower.checkpoint.empty import count_parameters
 from twotower.cli.evaluation_tables import print_results
 from twotower.cli.loading import Loaded, Placement, load
 from twotower.cli.machine import describe_cpu
-from twotower.engine import GenerateOptions
+from twotower.engine import GenerateOptions, defaults_of, resolve_options
 from twotower.lab.corpus import Document
 from twotower.lab.evaluate.options import EvalOptions
 from twotower.lab.evaluate.references import Reference, score_references, summarise_references
@@ -154,7 +154,7 @@ def collect(
     num_swept = -(-rounds // SWEEP_SHARE) * len(options.category_names) if options.sweep else 0
     swept = groups[:num_swept]
     advance = sum(map(len, swept))
-    points = len(settings(subject.options["diffusion"])) if swept else 0
+    points = len(settings(subject)) if swept else 0
     with progress_bar(len(documents) + points * advance + len(scored)) as bar:
         task = bar.task_ids[0]
         warm_up(subject, documents[0])
@@ -190,25 +190,24 @@ def load_subject(options: EvaluateOptions) -> Loaded:
 
 
 def make_subject(options: EvaluateOptions, loaded: Loaded) -> Subject:
-    """Each mode's options: the checkpoint's defaults under what was asked for."""
+    """Each mode's options: what was asked for."""
     assert loaded.tokenizer is not None
     if options.sweep and not {"ar", "diffusion"} <= set(options.mode_names):
         raise ValueError("sweep: needs the modes ar and diffusion; add them to --modes")
     asked = {
         name: value
-        for name in ("confidence_threshold", "steps_per_block", "first_token", "review_threshold")
+        for name in ("confidence_threshold", "steps_per_block", "first_token", "verify_threshold")
         if (value := getattr(options, name)) is not None
     }
     if asked and "diffusion" not in options.mode_names:
         raise ValueError(f"{next(iter(asked))}: no effect without diffusion among --modes")
-    defaults = {"block_size": loaded.model.config.block_size, **loaded.model.generation_defaults}
     chosen = {}
     for mode in options.mode_names:
         given = {"mode": mode, "max_new_tokens": options.max_new_tokens}
         if mode == "diffusion":
             given |= asked
         # GenerateOptions checks names and values itself.
-        chosen[mode] = GenerateOptions(**given).with_defaults(defaults)  # type: ignore[arg-type]
+        chosen[mode] = GenerateOptions(**given)  # type: ignore[arg-type]
     return Subject(model=loaded.model, tokenizer=loaded.tokenizer, options=chosen)
 
 
@@ -234,7 +233,10 @@ def describe_run(options: EvaluateOptions, loaded: Loaded, subject: Subject) -> 
         "backend": loaded.model.backend.name,
         "quantization": options.quantization,
         "threads": torch.get_num_threads(),
-        "options": {mode: dataclasses.asdict(o) for mode, o in subject.options.items()},
+        "options": {
+            mode: dataclasses.asdict(resolve_options(o, defaults_of(loaded.model)))
+            for mode, o in subject.options.items()
+        },
     }
 
 

@@ -14,7 +14,7 @@ import tyro
 
 from twotower.backends import BackendName, Quantization
 from twotower.checkpoint import ExpertsIn
-from twotower.cli.flags import field_docs, optional_flags
+from twotower.cli.flags import optional_flags
 from twotower.cli.loading import DType, Loaded, Placement, load
 from twotower.cli.prompts import Prompt, read_grammar, read_prompts
 from twotower.cli.records import completion_record
@@ -25,19 +25,24 @@ from twotower.engine import (
     Event,
     Finished,
     GenerateOptions,
+    ResolvedOptions,
     TokensCommitted,
+    defaults_of,
+    resolve_options,
     stream,
 )
+from twotower.engine.options import Overlap, field_docs
 
+_DOCS, _ENGINE_DOCS = field_docs(GenerateOptions), field_docs(EngineOptions)
 if TYPE_CHECKING:
     Decoding = dict[str, object]
 else:
     # `stop` is repeatable, which tyro cannot combine with "not given".
-    Decoding = optional_flags(GenerateOptions, leave_out=("stop", "grammar"))
+    Decoding = optional_flags(ResolvedOptions, _DOCS, leave_out=("stop", "grammar"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateArguments(EngineOptions):
+class GenerateArguments:
     """Complete prompts and print the new text.
 
     Decoding options that are not given take the checkpoint's own defaults
@@ -95,13 +100,18 @@ class GenerateArguments(EngineOptions):
     stop: Annotated[
         tuple[str, ...],
         tyro.conf.UseAppendAction,
-        tyro.conf.arg(metavar="TEXT", help=field_docs(GenerateOptions)["stop"]),
+        tyro.conf.arg(metavar="TEXT", help=_DOCS["stop"]),
     ] = ()
+    max_rows: Annotated[int, tyro.conf.arg(help=_ENGINE_DOCS["max_rows"])] = EngineOptions.max_rows
+    overlap: Annotated[Overlap, tyro.conf.arg(help=_ENGINE_DOCS["overlap"])] = EngineOptions.overlap
+    prefix_cache_bytes: Annotated[int, tyro.conf.arg(help=_ENGINE_DOCS["prefix_cache_bytes"])] = (
+        EngineOptions.prefix_cache_bytes
+    )
     decoding: Annotated[Decoding, tyro.conf.arg(name="")]
     """How to decode."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        self.engine()
         if self.output is None:
             if "logprobs" in self.decoding and not (self.json or self.trace):
                 raise ValueError(
@@ -128,6 +138,14 @@ class GenerateArguments(EngineOptions):
         given = self.given()
         return GenerateOptions(**given)  # type: ignore[arg-type]  # checked by __post_init__
 
+    def engine(self) -> EngineOptions:
+        """How prompts share the machine."""
+        return EngineOptions(
+            max_rows=self.max_rows,
+            overlap=self.overlap,
+            prefix_cache_bytes=self.prefix_cache_bytes,
+        )
+
     def placement(self) -> Placement:
         """Precision and devices."""
         return Placement(
@@ -149,7 +167,7 @@ def run(options: GenerateArguments) -> int:
     with _open_trace(options.trace) as trace:
         loaded = load(options.model, decoding, options.placement())
         start = time.perf_counter()
-        events = stream(loaded.model, prompts, decoding, loaded.tokenizer, options)
+        events = stream(loaded.model, prompts, decoding, loaded.tokenizer, options.engine())
         events = events if trace is None else _traced(events, trace)
         is_live = len(prompts) == 1 and not options.json and sys.stdout.isatty()
         completions = _finished(_shown(events) if is_live else events)
@@ -173,7 +191,7 @@ def _complete_file(options: GenerateArguments, source: Path, target: Path) -> in
             model=options.model,
             given=options.given(),
             placement=options.placement(),
-            engine=options,
+            engine=options.engine(),
         )
     )
 
@@ -249,7 +267,7 @@ def _record(
     completions: Sequence[Completion],
     seconds: float,
 ) -> dict[str, object]:
-    decoding = options.generate_options().with_defaults(loaded.model.generation_defaults)
+    decoding = resolve_options(options.generate_options(), defaults_of(loaded.model))
     results = [
         {
             "prompt": prompt,

@@ -11,7 +11,7 @@ import torch
 from twotower.backends import BackendName, Quantization, accelerate
 from twotower.checkpoint import ExpertsIn, generation_defaults, load_model, resolve
 from twotower.checkpoint.empty import Towers
-from twotower.engine import GenerateOptions
+from twotower.engine import GenerateOptions, resolve_options
 from twotower.model import TwoTower
 from twotower.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
@@ -66,11 +66,11 @@ def load(path: str | None, options: GenerateOptions, placement: Placement) -> Lo
     AR decoding loads the context tower alone. ValueError (one line) for anything unusable.
     """
     folder = shipped_model() if path is None else resolve(path)
-    mode = options.with_defaults(generation_defaults(folder)).mode
+    mode = resolve_options(options, generation_defaults(folder)).mode
     has_tokenizer = (folder / TOKENIZER_FILE).exists()
     tokenizer = load_tokenizer(folder) if has_tokenizer else None
     if placement.denoiser_device == "peer":
-        model = _load_apart(folder, placement)
+        model = _load_split(folder, placement)
     else:
         towers: Towers = "context" if mode == "ar" else "both"
         model = _load_towers(folder, placement, towers, placement.denoiser_device)
@@ -93,17 +93,17 @@ def _load_towers(
     return accelerate(model, placement.backend, placement.quantization)
 
 
-def _load_apart(folder: Path, placement: Placement) -> TwoTower:
+def _load_split(folder: Path, placement: Placement) -> TwoTower:
     """The context rank's model. In the denoiser rank this fills blocks and then ends the process:
     the command is the context rank's to run.
     """
-    from twotower.hosts import ApartTwoTower, Link, join_ranks, serve_blocks
+    from twotower.hosts import Link, SplitTwoTower, join_ranks, serve_blocks
 
     rank = join_ranks(START_TIMEOUT_S)
     link = Link(1 - rank, PEER_TIMEOUT_S)
     if rank == 1:
         serve_blocks(_load_towers(folder, placement, "denoiser", placement.context_device), link)
         raise SystemExit(0)
-    model = ApartTwoTower(_load_towers(folder, placement, "context", "cpu"), link)
+    model = SplitTwoTower(_load_towers(folder, placement, "context", "cpu"), link)
     atexit.register(model.close)
     return model

@@ -138,10 +138,10 @@ def _report(error: Exception) -> int:
             where = f"{error.filename}: " if error.filename else ""
             status, text = 2, f"{where}{error.strerror or one_line(error)}"
         case _:
-            from twotower.engine.faults import HopelessError  # torch comes too late to delay help
+            from twotower.engine.faults import EngineDeadError  # torch comes too late to delay help
 
             status, text = 1, one_line(error)
-            if not isinstance(error, HopelessError):
+            if not isinstance(error, EngineDeadError):
                 kind = type(error).__name__
                 text = f"{kind}: {text} (a defect of twotower? see twotower --debug VERB ...)"
     print(f"error: {text}", file=sys.stderr)

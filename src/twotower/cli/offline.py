@@ -27,8 +27,11 @@ from twotower.engine import (
     Finished,
     GenerateOptions,
     Request,
+    defaults_of,
+    resolve_options,
     stream_requests,
 )
+from twotower.engine.options import FIELD_MODES
 
 REFUSED_LINES = 3  # exit status: all is done, but some lines were no request
 # Lines between the first unwritten and the last read, for each place: a long text holds up the
@@ -55,7 +58,7 @@ def complete_file(job: Job) -> int:
     total = sum(1 for _ in read_lines(job.input))
     with OutputFile(job.output) as output:
         loaded = load(job.model, options, job.placement)
-        key = run_key(loaded, options.with_defaults(loaded.model.generation_defaults))
+        key = run_key(loaded, resolve_options(options, defaults_of(loaded.model)))
         lines = read_lines(job.input)
         output.resume(lines, key)
         before, start = output.counts["done"], time.perf_counter()
@@ -170,5 +173,19 @@ def _request(record: Mapping[str, object], given: Mapping[str, object]) -> Reque
             near = difflib.get_close_matches(name, [*_OPTION_NAMES, "prompt", "id"], 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"{name!r} is no option{hint or '; see twotower generate -h'}")
-    values = {**given, **own}
+    values = {**_defaults_beside(own, given), **own}
     return Request(prompt, GenerateOptions(**values))  # type: ignore[arg-type]  # checks itself
+
+
+def _defaults_beside(
+    own: Mapping[str, object], given: Mapping[str, object]
+) -> Mapping[str, object]:
+    """The command's options that count beside a line's own."""
+    mode, unused = own.get("mode", given.get("mode")), set[str]()
+    if mode is not None:
+        unused |= {name for name, modes in FIELD_MODES.items() if mode not in modes}
+    if own.get("temperature") == 0:
+        unused |= {"top_k", "top_p"}
+    if "eos_token_id" in own:
+        unused.add("ignore_eos")
+    return {name: value for name, value in given.items() if name not in unused}

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from twotower.cli.loading import Loaded
-from twotower.engine import GenerateOptions
+from twotower.engine import ResolvedOptions
 
 _SAMPLED = 64  # values of each tensor that identify a model
 
@@ -39,7 +39,7 @@ def read_lines(file: Path) -> Iterator[InputLine]:
         raise ValueError(f"input: cannot read {file} ({error.strerror})") from None
 
 
-def run_key(loaded: Loaded, options: GenerateOptions) -> str:
+def run_key(loaded: Loaded, options: ResolvedOptions) -> str:
     """Eight hexadecimal digits for all that decides a text beside its line."""
     digest = hashlib.sha256(repr(dataclasses.astuple(options)).encode())
     for name, tensor in sorted(loaded.model.state_dict().items()):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
-from twotower.cli.flags import field_docs
+from twotower.engine.options import field_docs
 
 T = TypeVar("T")
 _METAVARS = {Path: "PATH", str: "TEXT", int: "INT", float: "FLOAT"}

@@ -13,7 +13,14 @@ import tyro
 from twotower.backends import BackendName, Quantization
 from twotower.checkpoint import ExpertsIn, resolve
 from twotower.cli.loading import DType, Loaded, Placement, load, shipped_model
-from twotower.engine import MODES, GenerateOptions, Worker, WorkerOptions
+from twotower.engine import (
+    MODES,
+    EngineOptions,
+    GenerateOptions,
+    Worker,
+    defaults_of,
+    resolve_options,
+)
 from twotower.serve import ServeOptions, replicas
 from twotower.serve.replicas import ReplicaOptions, ReplicatedOptions
 from twotower.tokenizer import Tokenizer
@@ -31,7 +38,7 @@ _SHOWN = (
     "confidence_threshold",
     "steps_per_block",
     "first_token",
-    "review_threshold",
+    "verify_threshold",
     "draft_passes",
     "block_size",
 )
@@ -45,8 +52,8 @@ class ServeArguments(ReplicatedOptions):
     """
 
     prefix_cache_bytes: int = 256 << 20
-    """Memory for contexts of earlier texts, which prompts that begin alike need not read again;
-    0 keeps none."""
+    """Memory for cached prefixes: prompts that begin like an earlier text skip what is cached. 0 is
+    off."""
     model: Annotated[
         str | None,
         tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: the shipped model)"),
@@ -77,7 +84,7 @@ class ServeArguments(ReplicatedOptions):
 
     def __post_init__(self) -> None:
         ServeOptions.__post_init__(self)
-        WorkerOptions.__post_init__(self)
+        EngineOptions.__post_init__(self)
         ReplicaOptions.__post_init__(self)
         if self.ray and self.denoiser_device == "peer":
             raise ValueError(
@@ -137,9 +144,7 @@ def describe(loaded: Loaded, options: ServeArguments) -> "Served":
         raise ValueError(f"model={loaded.name} has no tokenizer.json; a server needs one")
     folder = shipped_model() if options.model is None else resolve(options.model)
     model = loaded.model
-    defaults = GenerateOptions().with_defaults(
-        {"block_size": model.config.block_size, **model.generation_defaults}
-    )
+    defaults = resolve_options(GenerateOptions(), defaults_of(model))
     return Served(
         name=options.model_name or ("twotower" if options.model is None else folder.name),
         created=int((folder / "config.json").stat().st_mtime),

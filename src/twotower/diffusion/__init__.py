@@ -3,9 +3,10 @@
 from twotower.diffusion.denoise_block import Denoise, Step, denoise_block
 from twotower.diffusion.loss import elbo_weight, masked_loss_sum, token_cross_entropy
 from twotower.diffusion.noise import SCHEDULES, Schedule, alpha, alpha_prime, corrupt
-from twotower.diffusion.options import BlockSampler, Remask, SamplerKind
 from twotower.diffusion.sampling import (
-    SamplingParams,
+    Remask,
+    Sampler,
+    SamplerKind,
     choose,
     draw_noise,
     filter_logits,
@@ -15,11 +16,10 @@ from twotower.diffusion.sampling import (
 
 __all__ = [
     "SCHEDULES",
-    "BlockSampler",
     "Denoise",
     "Remask",
+    "Sampler",
     "SamplerKind",
-    "SamplingParams",
     "Schedule",
     "Step",
     "alpha",

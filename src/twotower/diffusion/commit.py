@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from twotower.diffusion.noise import alpha, grid_time
-from twotower.diffusion.options import BlockSampler, Remask, RowOptions, SamplerKind
-from twotower.diffusion.sampling import uniform
+from twotower.diffusion.sampling import Remask, Sampler, SamplerKind, uniform
 
 ADAPTIVE_START = 0.4  # fraction of the steps during which the adaptive rule commits one token
 
@@ -84,58 +83,50 @@ class Predictions:
     """What the R rows of one step predict, before any of it is committed."""
 
     step: int  # from 0
-    options: RowOptions  # (R,) each
     generators: Sequence[torch.Generator]  # R, or none if nothing is random
     is_masked: Tensor  # (R, T)
     probs: Tensor  # (R, T, V) unscaled, 0 for the mask token
     tokens: Tensor  # (R, T)
     confidence: Tensor  # (R, T) probs of tokens
 
-    @property
-    def steps_left(self) -> Tensor:
-        """Steps each row has left, this one included: (R,)."""
-        return self.options.steps - self.step
 
-
-def choose_commits(sampler: BlockSampler, found: Predictions) -> Tensor:
+def choose_commits(sampler: Sampler, found: Predictions) -> Tensor:
     """The masked positions that take their predicted token in this step: bool (R, T)."""
     return _RULES[sampler.kind](sampler, found)
 
 
-def _commit_confident(sampler: BlockSampler, found: Predictions) -> Tensor:
-    counts = count_confident(
-        found.confidence, found.is_masked, found.options.threshold, found.steps_left
-    )
+def _commit_confident(sampler: Sampler, found: Predictions) -> Tensor:
+    steps_left = sampler.steps - found.step
+    counts = count_confident(found.confidence, found.is_masked, sampler.threshold, steps_left)
     return select_commits(found.confidence, found.is_masked, counts)
 
 
-def _commit_remasked(sampler: BlockSampler, found: Predictions) -> Tensor:
+def _commit_remasked(sampler: Sampler, found: Predictions) -> Tensor:
     """Commit all but what the schedule, or the adaptive rule, returns to the mask token."""
     num_masked = found.is_masked.sum(-1)
     if sampler.adaptive:
-        counts = count_adaptive(num_masked, found.step, found.options.steps)
+        counts = count_adaptive(num_masked, found.step, sampler.steps)
     else:
-        t_next = grid_time(found.step + 1, found.options.steps)
+        t_next = grid_time(found.step + 1, sampler.steps)
         keep = (1.0 - alpha(sampler.schedule, t_next)) * found.is_masked.shape[-1]
         counts = count_scheduled(num_masked, keep)  # at the end of the grid keep rounds to 0
     return select_commits(_REMASK_SCORES[sampler.remask](found), found.is_masked, counts)
 
 
-def _commit_posterior(sampler: BlockSampler, found: Predictions) -> Tensor:
+def _commit_posterior(sampler: Sampler, found: Predictions) -> Tensor:
     """Commit each position by itself: drawn at temperature > 0, else the likelier outcome."""
-    steps = found.options.steps
-    alpha_t = alpha(sampler.schedule, grid_time(found.step, steps))
-    alpha_next = alpha(sampler.schedule, grid_time(found.step + 1, steps))
+    is_last = sampler.steps == found.step + 1
+    alpha_t = alpha(sampler.schedule, grid_time(found.step, sampler.steps))
+    alpha_next = alpha(sampler.schedule, grid_time(found.step + 1, sampler.steps))
     # the last step ends at MIN_T, where a token could stay masked with a probability of 1e-5
-    alpha_next = alpha_next.masked_fill(found.steps_left == 1, 1.0)
+    alpha_next = alpha_next.masked_fill(is_last, 1.0)
     chance = posterior_commit_probability(alpha_t, alpha_next)[:, None]  # (R, 1)
-    is_last = (found.steps_left == 1)[:, None]  # NaN compares false: without it no end
-    likelier = (found.confidence * chance > 1.0 - chance) | is_last
+    # NaN compares false: without is_last no end
+    likelier = (found.confidence * chance > 1.0 - chance) | is_last[:, None]
     if not found.generators:
         return found.is_masked & likelier
     drawn = uniform(found.is_masked.shape[-1:], found.generators).to(chance.device) < chance
-    temperature = torch.as_tensor(found.options.params.temperature, device=chance.device)
-    is_sampled = temperature[:, None] > 0
+    is_sampled = sampler.temperature.to(chance.device)[:, None] > 0
     return found.is_masked & torch.where(is_sampled, drawn, likelier)
 
 
@@ -143,7 +134,7 @@ def _random_scores(found: Predictions) -> Tensor:
     return uniform(found.is_masked.shape[-1:], found.generators).to(found.probs.device)
 
 
-_RULES: dict[SamplerKind, Callable[[BlockSampler, Predictions], Tensor]] = {
+_RULES: dict[SamplerKind, Callable[[Sampler, Predictions], Tensor]] = {
     "confidence": _commit_confident,
     "predict-and-noise": _commit_remasked,
     "posterior": _commit_posterior,

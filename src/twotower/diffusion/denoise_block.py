@@ -6,15 +6,14 @@ context by the finished block, and drops rows that ended.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from twotower.diffusion.commit import Predictions, choose_commits
 from twotower.diffusion.noise import alpha, grid_time
-from twotower.diffusion.options import BlockSampler, RowOptions, SamplerKind, collate
-from twotower.diffusion.sampling import choose, draw_noise
+from twotower.diffusion.sampling import Sampler, choose, draw_noise
 
 # tokens (R, T), t (R,) float32, rows (R,) int64 ascending, of the batch -> logits (R, T, V)
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -42,38 +41,39 @@ class Step:
 def denoise_block(
     denoise: Denoise,
     block: Tensor,
-    sampler: BlockSampler | Sequence[BlockSampler],
+    sampler: Sampler,
     generators: Sequence[torch.Generator] = (),
 ) -> Iterator[Step]:
     """Fill the masked positions of block (B, T) int64, yielding a Step per step.
 
-    sampler: one for all rows, or one per row; rows may differ in steps, threshold,
-    temperature, top_k and top_p only. generators: one CPU generator per row, needed if
-    anything is random. Committed tokens never change; a block without masked positions
-    yields nothing. Raises ValueError on options that do not fit together.
+    generators: one CPU generator per row, needed if anything is random. Committed tokens never
+    change; a block without masked positions yields nothing.
     """
-    shared, options = collate(sampler, block.shape[0], block.device)
-    _check_generators(shared, options, len(generators))
-    if options.params.is_greedy and not shared.is_random:
+    assert len(generators) == len(block) or not (generators or sampler.is_random)
+    if not sampler.is_random:
         generators = ()  # nothing to draw
+    device = block.device
+    sampler = replace(
+        sampler, steps=sampler.steps.to(device), threshold=sampler.threshold.to(device)
+    )
     tokens = block
-    is_masked = block == shared.mask_token_id
+    is_masked = block == sampler.mask_token_id
     confidence = (~is_masked).float()
-    nfe = torch.zeros(block.shape[0], dtype=torch.int64, device=block.device)
-    every = torch.arange(block.shape[0], device=block.device)
+    nfe = torch.zeros(block.shape[0], dtype=torch.int64, device=device)
+    every = torch.arange(block.shape[0], device=device)
     rows = is_masked.any(-1).nonzero().flatten()  # rows that need a new pass
     kept_rows, kept_logits = rows[:0], None  # unfinished rows that reuse their last pass
     step = 0
     while len(rows) + len(kept_rows) > 0:
         is_whole = len(rows) == len(every)  # as it mostly is: nothing to pick out and put back
         now = every if is_whole else torch.cat([rows, kept_rows])
-        own = options if is_whole else options.select(now)
-        times = _TIMES[shared.kind](shared, _pick(is_masked, now, is_whole), step, own.steps)
+        own = sampler if is_whole else sampler.select(now)
+        times = _times(own, _pick(is_masked, now, is_whole), step)
         t = _put(torch.zeros_like(nfe, dtype=torch.float32), now, times, is_whole)
-        logits = _logits(denoise, shared, tokens, t, rows, kept_logits)
+        logits = _logits(denoise, own.mask_token_id, tokens, t, rows, kept_logits)
         row_generators = [generators[row] for row in now.tolist()] if generators else ()
         found = _predict(step, logits, _pick(is_masked, now, is_whole), own, row_generators)
-        commit = choose_commits(shared, found)
+        commit = choose_commits(own, found)
 
         nfe = nfe.index_add(0, rows, torch.ones_like(rows))
         newest = torch.where(commit, found.tokens, _pick(tokens, now, is_whole))
@@ -94,7 +94,7 @@ def denoise_block(
         is_open = still_masked.any(-1)
         if not bool(is_open.any()):
             return
-        is_kept = is_open & ~commit.any(-1) & shared.reuse_unchanged
+        is_kept = is_open & ~commit.any(-1) & sampler.reuse_unchanged
         rows, kept_rows = now[is_open & ~is_kept].sort().values, now[is_kept]
         kept_logits = logits[is_kept] if len(kept_rows) > 0 else None
         step += 1
@@ -110,19 +110,16 @@ def _put(value: Tensor, rows: Tensor, new: Tensor, is_whole: bool) -> Tensor:
     return new if is_whole else value.index_copy(0, rows, new)
 
 
-def _check_generators(sampler: BlockSampler, options: RowOptions, num_given: int) -> None:
-    num_rows = len(options.steps)
-    is_random = not options.params.is_greedy or sampler.is_random
-    if num_given not in ({num_rows} if is_random else {0, num_rows}):
-        raise ValueError(
-            f"generators: {num_given} given for {num_rows} rows; pass one per row "
-            "(none only at temperature 0 without random re-masking)"
-        )
+def _times(sampler: Sampler, is_masked: Tensor, step: int) -> Tensor:
+    """The t of each row: its masked fraction, or what the schedule says."""
+    if sampler.kind == "confidence":
+        return is_masked.float().mean(-1)
+    return (1.0 - alpha(sampler.schedule, grid_time(step, sampler.steps))).float()
 
 
 def _logits(
     denoise: Denoise,
-    sampler: BlockSampler,
+    mask_token_id: int,
     tokens: Tensor,
     t: Tensor,
     rows: Tensor,
@@ -134,8 +131,8 @@ def _logits(
         return kept_logits
     is_whole = len(rows) == len(tokens)
     logits = denoise(_pick(tokens, rows, is_whole), _pick(t, rows, is_whole), rows).float()
-    if sampler.mask_token_id < logits.shape[-1]:  # else it is no token that could be chosen
-        banned = torch.tensor([sampler.mask_token_id], device=logits.device)
+    if mask_token_id < logits.shape[-1]:  # else it is no token that could be chosen
+        banned = torch.tensor([mask_token_id], device=logits.device)
         logits = logits.index_fill(-1, banned, float("-inf"))
     return logits if kept_logits is None else torch.cat([logits, kept_logits])
 
@@ -144,35 +141,18 @@ def _predict(
     step: int,
     logits: Tensor,
     is_masked: Tensor,
-    options: RowOptions,
+    sampler: Sampler,
     generators: Sequence[torch.Generator],
 ) -> Predictions:
     """Choose a token for every position; its confidence is the unscaled probability."""
-    params = options.params
-    noise = draw_noise(logits, params.temperature, generators) if generators else None
-    tokens = choose(logits, params, noise)
+    noise = draw_noise(logits, sampler, generators) if generators else None
+    tokens = choose(logits, sampler, noise)
     probs = logits.softmax(-1)
     return Predictions(
         step=step,
-        options=options,
         generators=generators,
         is_masked=is_masked,
         probs=probs,
         tokens=tokens,
         confidence=probs.gather(-1, tokens[..., None]).squeeze(-1),
     )
-
-
-def _masked_fraction(sampler: BlockSampler, is_masked: Tensor, step: int, steps: Tensor) -> Tensor:
-    return is_masked.float().mean(-1)
-
-
-def _scheduled_t(sampler: BlockSampler, is_masked: Tensor, step: int, steps: Tensor) -> Tensor:
-    return (1.0 - alpha(sampler.schedule, grid_time(step, steps))).float()
-
-
-_TIMES: dict[SamplerKind, Callable[[BlockSampler, Tensor, int, Tensor], Tensor]] = {
-    "confidence": _masked_fraction,
-    "predict-and-noise": _scheduled_t,
-    "posterior": _scheduled_t,
-}

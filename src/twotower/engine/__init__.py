@@ -13,10 +13,16 @@ from twotower.engine.events import (
 from twotower.engine.filters import Filter
 from twotower.engine.generate import generate, stream, stream_requests
 from twotower.engine.grammar import Grammar
-from twotower.engine.options import MODES, EngineOptions, GenerateOptions, Mode, WorkerOptions
-from twotower.engine.requests import Request
-from twotower.engine.ticket import Ticket
-from twotower.engine.worker import QueueFull, Stopped, Worker, WorkerStats
+from twotower.engine.options import (
+    MODES,
+    EngineOptions,
+    GenerateOptions,
+    Mode,
+    ResolvedOptions,
+    resolve_options,
+)
+from twotower.engine.request import Request, defaults_of
+from twotower.engine.worker import QueueFull, Stopped, Ticket, Worker, WorkerStats
 
 __all__ = [
     "MODES",
@@ -32,15 +38,17 @@ __all__ = [
     "Mode",
     "QueueFull",
     "Request",
+    "ResolvedOptions",
     "StepTaken",
     "Stopped",
     "Ticket",
     "TokenLogprob",
     "TokensCommitted",
     "Worker",
-    "WorkerOptions",
     "WorkerStats",
+    "defaults_of",
     "generate",
+    "resolve_options",
     "stream",
     "stream_requests",
 ]

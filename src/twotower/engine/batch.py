@@ -1,36 +1,106 @@
-"""Rows that share passes, and what a mode does with them in one cycle."""
+"""Rows that share passes, what a mode does with them, and how their texts are read."""
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from functools import reduce
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from twotower.diffusion import Sampler, SamplerKind
+from twotower.engine.denoiser import Denoiser
 from twotower.engine.events import Event, TokenLogprob
-from twotower.engine.faults import attempt, failure
-from twotower.engine.row import Row
-from twotower.engine.seat import Seat
+from twotower.engine.request import Row
 from twotower.model import ContextCache, TwoTower
 
-Logprobs = Sequence[TokenLogprob] | None  # of a row's new tokens, when it asked for them
-Proposal = tuple[Tensor, ...]  # what a mode's denoiser work leaves for its context work
+_SAMPLERS: dict[str, SamplerKind] = {
+    "posterior": "posterior",
+    "predict-and-noise": "predict-and-noise",
+}
+
+
+class Choice(NamedTuple):
+    """What a cycle adds to the texts of a batch's rows."""
+
+    tokens: Sequence[list[int]]  # of each row
+    logprobs: Sequence[Sequence[TokenLogprob] | None] | None = None  # None if no row asked
+    counts: Sequence[dict[str, int]] | None = None  # of each row: drafted, accepted, rejected
+
+
+def no_draft(batch: "Batch") -> Iterator[Event]:
+    """The draft of a mode without one."""
+    return iter(())
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Unfinished rows that are equal in all that shapes a pass, the cache of their texts, and what
-    the denoiser has of it.
+class DecodingMode:
+    """How a mode advances a batch by one unit: a block, a draft, a token.
+
+    `draft` is the denoiser's work: it leaves the cache alone and puts what it proposes into
+    `batch.draft`. `choose` is the context tower's: what of it is committed. The cache may keep what
+    was read for that; where it fails, the cache is as it was. `start` is `choose` for rows whose
+    prompts have just been read.
     """
 
+    choose: Callable[["Batch"], Choice]
+    draft: Callable[["Batch"], Iterator[Event]] = no_draft
+    start: Callable[["Batch"], Choice] | None = None
+    num_unread: int = 0  # newest tokens of a text that the cache does not hold
+
+    @property
+    def num_unread_prompt(self) -> int:
+        """The same of a prompt, before the start."""
+        return self.num_unread if self.start is None else 0
+
+
+@dataclass(eq=False)
+class Batch:
+    """Rows that are equal in all that shapes a pass, and the cache of their texts."""
+
+    model: TwoTower
+    mode: DecodingMode
     rows: list[Row]
     cache: ContextCache
-    seat: Seat
+    denoiser: Denoiser
+    draft: tuple[Tensor, ...] = ()  # what the denoiser proposes, (B, ...) each
+    choice: Choice | None = None  # what the context tower made of it
 
-    def join(self, other: "Batch") -> "Batch":
-        """These rows and then the other's."""
-        seat = self.seat.join(self.cache, other.seat, other.cache)
-        return Batch(self.rows + other.rows, self.cache.concat(other.cache), seat)
+    @property
+    def kind(self) -> object:
+        """Batches of one kind may be joined."""
+        return kind_of(self.rows[0])
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """How the rows choose tokens."""
+        options = [row.options for row in self.rows]
+        first = options[0]
+        steps = [o.draft_passes if o.mode == "speculative" else o.steps_per_block for o in options]
+        return Sampler(
+            temperature=torch.tensor([float(o.temperature) for o in options]),
+            top_k=torch.tensor([o.top_k for o in options]),
+            top_p=torch.tensor([float(o.top_p) for o in options]),
+            steps=torch.tensor(steps),
+            threshold=torch.tensor([float(o.confidence_threshold) for o in options]),
+            kind=_SAMPLERS.get(first.mode, "confidence"),
+            schedule=first.schedule,
+            remask=first.remask,
+            adaptive=first.adaptive,
+            mask_token_id=self.model.config.mask_token_id,
+        )
+
+    @property
+    def num_read(self) -> int:
+        """Tokens of the longest text in the cache."""
+        return self.cache.num_past
+
+    @property
+    def has_read_prompts(self) -> bool:
+        """Whether the cache holds all prompts."""
+        lengths, num_unread = self.cache.lengths.tolist(), self.mode.num_unread_prompt
+        pairs = zip(self.rows, lengths, strict=True)
+        return all(length >= len(row.prompt) - num_unread for row, length in pairs)
 
     def part(self, places: Sequence[int]) -> "Batch":
         """The rows at some places, in order; the batch itself when these are all."""
@@ -38,77 +108,73 @@ class Batch:
             return self
         chosen = torch.tensor(places, dtype=torch.int64)
         rows = [self.rows[place] for place in places]
-        return Batch(rows, self.cache.select(chosen), self.seat.part(chosen))
+        draft = tuple(of_rows[chosen.to(of_rows.device)] for of_rows in self.draft)
+        cache = self.cache.select(chosen)
+        return Batch(self.model, self.mode, rows, cache, self.denoiser, draft)
+
+    def join(self, other: "Batch") -> "Batch":
+        """These rows and then the other's."""
+        cache = self.cache.concat(other.cache)
+        return Batch(self.model, self.mode, self.rows + other.rows, cache, self.denoiser)
+
+    def read(self, num_unread: int, most: int | None = None) -> None:
+        """Let the context tower read what the cache lacks of each row's text, but for its last
+        num_unread tokens: at most `most` tokens a row.
+        """
+        starts = self.cache.lengths.tolist()
+        ends = [len(row.prompt) + len(row.tokens) - num_unread for row in self.rows]
+        bounds = list(zip(self.rows, starts, ends, strict=True))
+        pieces = [row.between(a, b if most is None else min(a + most, b)) for row, a, b in bounds]
+        counts = [len(piece) for piece in pieces]
+        if (longest := max(counts)) == 0:
+            return
+        ids = torch.tensor([piece + [0] * (longest - len(piece)) for piece in pieces])
+        self.model.extend(self.cache, ids, None if min(counts) == longest else torch.tensor(counts))
+        for (row, start, end), count in zip(bounds, counts, strict=True):
+            row.context_forwards += start < start + count == end  # a prompt counts as one
 
 
-@dataclass(frozen=True)
-class Cycle:
-    """How a mode advances a batch by one unit: a block, a draft, a token.
+@dataclass
+class Group:
+    """Rows that are in one tower at a time."""
 
-    `propose` is the denoiser's work and leaves the cache alone; `start` (of rows whose prompts have
-    just been read) and `settle` (what the rows commit) are the context tower's. So one batch can be
-    in one queue while another is in the other. `start` and `settle` return the rows that go on.
-    """
+    batches: list[Batch] = field(default_factory=list)  # one of each kind
+    prompts: list[Batch] = field(default_factory=list)  # that are not read to their end
 
-    start: Callable[[TwoTower, Batch], Generator[Event, None, Batch]]
-    propose: Callable[[TwoTower, Batch], Generator[Event, None, Proposal]]
-    settle: Callable[[TwoTower, Batch, Proposal], Generator[Event, None, Batch]]
-    num_unread: int = 0  # tokens at a prompt's end that are not in the cache when rows start
+    @property
+    def rows(self) -> list[Row]:
+        return [row for batch in (*self.batches, *self.prompts) for row in batch.rows]
 
+    def add(self, batch: Batch) -> None:
+        """Let rows decode with those of their kind, or have their prompts read."""
+        if not batch.has_read_prompts:
+            self.prompts.append(batch)
+            return
+        for own in self.batches:
+            if own.kind == batch.kind:
+                self.batches.remove(own)
+                batch = own.join(batch)
+                break
+        self.batches.append(batch)
 
-def start_at_once(model: TwoTower, batch: Batch) -> Generator[Event, None, Batch]:
-    """Nothing to do but to read the prompts, which has been done."""
-    yield from ()
-    return batch
+    def keep(self, stays: Callable[[Row], bool]) -> None:
+        """Drop all other rows, and their parts of the caches."""
+        for batches in (self.batches, self.prompts):
+            places = [[i for i, row in enumerate(b.rows) if stays(row)] for b in batches]
+            batches[:] = [b.part(own) for b, own in zip(batches, places, strict=True) if own]
 
-
-def commit(
-    batch: Batch, tokens: Sequence[list[int]], logprobs: Sequence[Logprobs] | None = None
-) -> Generator[Event, None, tuple[Batch, Tensor]]:
-    """Hand each row its tokens; returns the batch of the rows that go on, and their numbers.
-
-    logprobs: of each row's tokens, if it asked for them; None if no row did.
-    A row that cannot take them (its text, its filters) ends alone.
-    """
-    going = []
-    known = [None] * len(tokens) if logprobs is None else logprobs
-    for place, (row, own) in enumerate(zip(batch.rows, tokens, strict=True)):
-        try:
-            yield row.commit(own, known[place])
-            if row.is_finished:
-                yield row.finished()
-            else:
-                going.append(place)
-        except Exception as error:
-            yield failure(row, error)
-    kept = torch.tensor(going, dtype=torch.int64)
-    return batch.part(going), kept
+    def remove(self, row: Row) -> Batch:
+        """A row with its part of the cache, which leave the group."""
+        batch = next(b for b in (*self.batches, *self.prompts) if row in b.rows)
+        own = batch.part([batch.rows.index(row)])
+        self.keep(lambda other: other is not row)
+        return own
 
 
-def extend(model: TwoTower, batch: Batch, tokens: Tensor) -> Generator[Event, None, Batch]:
-    """Let the context tower read tokens (B, n) of the batch's rows; none, no pass.
-
-    Returns the rows that go on: those whose reading fails do not.
-    """
-    if not batch.rows:
-        return batch
-
-    def read(places: Sequence[int]) -> Generator[Event, None, Batch]:
-        yield from ()
-        some = batch.part(places)
-        model.extend(some.cache, tokens[list(places)])
-        for row in some.rows:
-            row.context_forwards += 1
-        return some
-
-    return joined((yield from attempt(batch.rows, read, batch.cache)), batch)
-
-
-def joined(parts: Sequence[Batch], whole: Batch) -> Batch:
-    """Parts of a batch as one batch again; an empty one where none is left."""
-    return reduce(Batch.join, parts) if parts else whole.part([])
-
-
-def last_tokens(rows: list[Row]) -> Tensor:
-    """The newest token of each row: (B, 1) on the CPU."""
-    return torch.tensor([[(row.tokens or row.prompt)[-1]] for row in rows])
+def kind_of(row: Row) -> object:
+    """Equal for rows that can share passes: equal in all that shapes a pass."""
+    o = row.options
+    if o.mode in ("ar", "mock-ar"):
+        return (o.mode,)
+    is_verified = o.verify_threshold > 0 or o.logprobs is not None
+    return o.mode, o.block_size, o.schedule, o.remask, o.adaptive, is_verified

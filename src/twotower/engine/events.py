@@ -28,7 +28,7 @@ class StepTaken:
     row: int  # number of the prompt
     block_index: int  # from 0
     step: int  # from 0
-    t: float  # masked fraction that the denoiser was told
+    t: float  # masked fraction that the denoiser was given
     tokens: list[int]  # masked positions hold the mask token
     is_masked: list[bool]
     confidence: list[float]  # probability of each position's newest prediction; 1 if given
@@ -46,9 +46,9 @@ class TokensCommitted:
     nfe: int
     context_forwards: int
     logprobs: tuple[TokenLogprob, ...] | None = None  # of each token, when asked for
-    drafted: int | None = None  # speculative: draft tokens that were read
-    accepted: int | None = None  # speculative: those of them that stand
-    given_back: int | None = None  # reviewed diffusion: how many of the block's last do not stand
+    drafted: int | None = None  # speculative: draft tokens that were verified
+    accepted: int | None = None  # speculative: those of them that were accepted
+    rejected: int | None = None  # diffusion with verify_threshold: how many of the block were not
 
 
 @dataclass(frozen=True, kw_only=True)

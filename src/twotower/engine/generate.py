@@ -1,14 +1,14 @@
-"""The public door to decoding: check prompts and options, then let the scheduler run."""
+"""Decoding for a caller in the same thread: check all arguments, then let the scheduler run."""
 
+import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
-from twotower.engine import queues
 from twotower.engine.events import Completion, Event, Failed, Finished
 from twotower.engine.options import EngineOptions, GenerateOptions
-from twotower.engine.requests import Prompt, Request, check_tokenizer, make_row
-from twotower.engine.row import Row
-from twotower.engine.scheduler import WaitingLine
+from twotower.engine.request import Prompt, Request, Row, check_tokenizer, make_row
+from twotower.engine.request_queue import RequestQueue
+from twotower.engine.scheduler import Scheduler
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 
@@ -23,9 +23,9 @@ def generate(
     """Decode prompts of any, different lengths >= 1; the results are in the prompts' order.
 
     prompts: lists of token ids, or strings when a tokenizer is given. options: one for all, or one
-    per prompt; a field that is not named takes the checkpoint's default. engine: how
-    many prompts at the same time, the others wait; a row's result does not depend on its
-    neighbours. Raises ValueError (one line) for anything unusable.
+    per prompt; a field that is not given takes the checkpoint's default. engine: how many prompts
+    at the same time, the others wait; a prompt's text does not depend on its neighbours. Raises
+    ValueError (one line) for anything unusable.
     """
     events = stream(model, prompts, options, tokenizer, engine)
     results = {event.row: event.completion for event in events if isinstance(event, Finished)}
@@ -43,8 +43,16 @@ def stream(
 
     Checks all arguments at once, before the first event is asked for.
     """
-    rows = _make_rows(model, prompts, _per_prompt(options, len(prompts)), tokenizer)
-    return _run(model, rows, engine or EngineOptions())
+    engine = _checked(model, tokenizer, engine)
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts={prompts!r} must be a list of prompts, e.g. [prompt]")
+    per_prompt = _per_prompt(options, len(prompts))
+    rows = [
+        make_row(model, index, Request(prompt, own), tokenizer, f"prompt {index}")
+        for index, (prompt, own) in enumerate(zip(prompts, per_prompt, strict=True))
+    ]
+    _warn_of_block_size(model, rows)
+    return _or_raise(Scheduler(model, RequestQueue(rows), engine).run())
 
 
 def stream_requests(
@@ -58,16 +66,53 @@ def stream_requests(
     None in place of a request means nothing at present: it is asked again after a cycle. A request
     that cannot be decoded yields Failed and does not end the others.
     """
+    engine = _checked(model, tokenizer, engine)
+    queue = RequestQueue(_rows_or_failures(model, requests, tokenizer))
+    return Scheduler(model, queue, engine).run()
+
+
+def _checked(
+    model: TwoTower, tokenizer: Tokenizer | None, engine: EngineOptions | None
+) -> EngineOptions:
+    """The engine's options; ValueError for arguments of wrong types."""
+    if not hasattr(model, "context_tower"):
+        raise ValueError(f"model={model!r} is no loaded model; pass twotower.load_model(path)")
     check_tokenizer(model, tokenizer)
-    line = WaitingLine(_rows_or_failures(model, requests, tokenizer))
-    return queues.run(model, line, engine or EngineOptions())
+    if engine is not None and not isinstance(engine, EngineOptions):
+        raise ValueError(f"engine={engine!r} must be EngineOptions")
+    return engine or EngineOptions()
 
 
-def _run(model: TwoTower, rows: list[Row], engine: EngineOptions) -> Iterator[Event]:
-    for event in queues.run(model, WaitingLine(rows), engine):
-        if isinstance(event, Failed):
-            raise event.error or ValueError(event.message)
-        yield event
+def _per_prompt(
+    options: GenerateOptions | Sequence[GenerateOptions] | None, num_prompts: int
+) -> Sequence[GenerateOptions]:
+    if options is None or isinstance(options, GenerateOptions):
+        return [options or GenerateOptions()] * num_prompts
+    if not isinstance(options, Sequence) or isinstance(options, str):
+        raise ValueError(f"options={options!r} must be GenerateOptions, or a list of them")
+    if len(options) != num_prompts:
+        raise ValueError(
+            f"options: {len(options)} given for {num_prompts} prompts; pass one, or one per prompt"
+        )
+    return options
+
+
+def _warn_of_block_size(model: TwoTower, rows: Sequence[Row]) -> None:
+    sizes = {row.options.block_size for row in rows if row.options.mode not in ("ar", "mock-ar")}
+    for size in sorted(size for size in sizes if size > model.config.block_size):
+        warnings.warn(
+            f"block_size={size} is larger than the {model.config.block_size} the model was "
+            "trained with; expect the text to collapse",
+            stacklevel=4,
+        )
+
+
+def _or_raise(events: Generator[Event, None, None]) -> Iterator[Event]:
+    with contextlib.closing(events):
+        for event in events:
+            if isinstance(event, Failed):
+                raise event.error or ValueError(event.message)
+            yield event
 
 
 def _rows_or_failures(
@@ -84,38 +129,3 @@ def _rows_or_failures(
             row = Failed(row=index, kind="invalid", message=str(error))
         yield row
         index += 1
-
-
-def _per_prompt(
-    options: GenerateOptions | Sequence[GenerateOptions] | None, num_prompts: int
-) -> list[GenerateOptions]:
-    if options is None or isinstance(options, GenerateOptions):
-        return [options or GenerateOptions()] * num_prompts
-    if len(options) != num_prompts:
-        raise ValueError(
-            f"options: {len(options)} given for {num_prompts} prompts; pass one, or one per prompt"
-        )
-    return list(options)
-
-
-def _make_rows(
-    model: TwoTower,
-    prompts: Sequence[Prompt],
-    options: list[GenerateOptions],
-    tokenizer: Tokenizer | None,
-) -> list[Row]:
-    if isinstance(prompts, str):
-        raise ValueError("prompts is a string; pass a list of prompts, e.g. [prompt]")
-    check_tokenizer(model, tokenizer)
-    rows = [
-        make_row(model, index, Request(prompt, option), tokenizer, f"prompt {index}")
-        for index, (prompt, option) in enumerate(zip(prompts, options, strict=True))
-    ]
-    for size in sorted({row.options.block_size for row in rows if row.options.is_block_mode}):
-        if size > model.config.block_size:
-            warnings.warn(
-                f"block_size={size} is larger than the {model.config.block_size} the model was "
-                "trained with; expect the text to collapse",
-                stacklevel=4,
-            )
-    return rows

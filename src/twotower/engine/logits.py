@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twotower.diffusion import choose
+from twotower.diffusion import Sampler, choose, draw_noise
 from twotower.engine.events import TokenLogprob
-from twotower.engine.options import sampling_params
-from twotower.engine.row import Row
+from twotower.engine.request import Row
 
 
 def require_finite(logits: Tensor) -> Tensor:
@@ -50,12 +49,26 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], num_top: int) -> list[
     ]
 
 
-def choose_allowed(row: Row, logits: Tensor, noise: Tensor | None) -> int:
+def choose_tokens(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tensor:
+    """One token per row from its logits (B, V), by the row's own options and randomness: (B,)."""
+    noise = draw_noise(logits, sampler, [row.generator for row in rows])
+    tokens = choose(require_finite(logits), sampler, noise)
+    for place, row in enumerate(rows):
+        if row.grammar is not None:
+            row.grammar.follow(row.tokens)
+            own = None if noise is None else noise[place]
+            tokens[place] = choose_allowed(row, logits[place], sampler, place, own)
+    return tokens
+
+
+def choose_allowed(
+    row: Row, logits: Tensor, sampler: Sampler, place: int, noise: Tensor | None
+) -> int:
     """The token that a row with a grammar chooses from logits (V,): among those it allows next.
 
-    noise (V,): as for `choose`; None when no row samples.
+    place: of the row in the sampler. noise (V,): as for `choose`; None when no row samples.
     """
     assert row.grammar is not None
     allowed = logits.masked_fill(~row.grammar.mask().to(logits.device), float("-inf"))
-    noises = None if noise is None else noise.unsqueeze(0)
-    return int(choose(allowed.unsqueeze(0), sampling_params([row.options]), noises))
+    own = sampler.select(torch.tensor([place]))
+    return int(choose(allowed.unsqueeze(0), own, None if noise is None else noise.unsqueeze(0)))

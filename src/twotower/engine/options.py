@@ -1,285 +1,352 @@
-"""What a request may ask of decoding, validated, with the checkpoint's own defaults behind it."""
+"""What a request may ask of decoding and how an engine runs, checked here and nowhere else.
 
+A field that is not given takes the checkpoint's default, and without one the library's:
+`resolve_options` decides it once, and refuses what the chosen mode does not use.
+"""
+
+import ast
 import dataclasses
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
-import torch
-
-from twotower.diffusion import BlockSampler, Remask, SamplerKind, SamplingParams, Schedule
+from twotower.diffusion import SCHEDULES, Remask, Schedule
 from twotower.engine.grammar import Grammar
 
 Mode = Literal["diffusion", "speculative", "posterior", "predict-and-noise", "ar", "mock-ar"]
-Queues = Literal["auto", "one", "two"]
+Overlap = Literal["auto", "on", "off"]
 FirstToken = Literal["denoiser", "context"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 MOST_LOGPROBS = 100  # alternatives to each token
 LEAST_TOP_P = 1e-6  # float32 must tell it from 0
-_SAMPLERS: dict[str, SamplerKind] = {
-    "diffusion": "confidence",
-    "posterior": "posterior",
-    "predict-and-noise": "predict-and-noise",
+_BLOCKS: tuple[Mode, ...] = ("diffusion", "posterior", "predict-and-noise")
+
+# Fields that only some modes use: given in another mode they are refused, in Python, on the command
+# line and over HTTP alike.
+FIELD_MODES: Mapping[str, tuple[Mode, ...]] = {
+    "block_size": (*_BLOCKS, "speculative"),
+    "steps_per_block": _BLOCKS,
+    "first_token": ("diffusion",),
+    "verify_threshold": ("diffusion",),
+    "draft_passes": ("speculative",),
+    "confidence_threshold": ("diffusion", "speculative"),
+    "schedule": ("posterior", "predict-and-noise"),
+    "remask": ("predict-and-noise",),
+    "adaptive": ("predict-and-noise",),
+    "logprobs": (*_BLOCKS, "speculative", "ar"),
+    "grammar": ("speculative", "ar"),
 }
 
+T = TypeVar("T")
 
+
+def field_docs(options_class: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass, on one line; {} without its source."""
+    docs: dict[str, str] = {}
+    for parent in options_class.__mro__[1:]:
+        if dataclasses.is_dataclass(parent):
+            docs |= field_docs(parent)
+    try:
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(options_class))).body
+    except OSError:
+        return docs
+    assert isinstance(body, ast.ClassDef)
+    for field, doc in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            match doc:
+                case ast.Expr(value=ast.Constant(value=str(text))):
+                    docs[field.target.id] = " ".join(text.split())
+    return docs
+
+
+def documented(options_class: type[T]) -> type[T]:
+    """The class, whose `help` explains every field."""
+    lines = [f"{name}: {doc}" for name, doc in field_docs(options_class).items()]
+    filled = (textwrap.fill(line, 96, subsequent_indent="    ") for line in lines)
+    options_class.__doc__ = f"{inspect.getdoc(options_class)}\n\n" + "\n".join(filled)
+    return options_class
+
+
+@documented
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How prompts share the machine; no text depends on it."""
+    """How requests share the machine. No text depends on it."""
 
     max_rows: int = 16
-    """Prompts decoded at the same time; the others wait for a place."""
-    queues: Queues = "auto"
-    """one: denoiser and context work follow one another. two: rows are dealt to two groups, and
-    while one is in the denoiser the other is in the context tower. auto: two where the towers are
-    on two devices."""
-    prefix_cache_bytes: int = 0
-    """Memory for contexts of earlier texts, which prompts that begin alike need not read again;
-    0 keeps none."""
-
-    def __post_init__(self) -> None:
-        if self.max_rows < 1:
-            raise ValueError(f"max_rows={self.max_rows} must be at least 1")
-        if self.prefix_cache_bytes < 0:
-            raise ValueError(f"prefix_cache_bytes={self.prefix_cache_bytes} must be at least 0")
-        if self.queues not in get_args(Queues):
-            raise ValueError(
-                f"queues={self.queues!r} is unknown; use one of {', '.join(get_args(Queues))}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerOptions(EngineOptions):
-    """`EngineOptions` of a worker, whose requests come while it runs."""
-
+    """Maximum number of prompts decoded at the same time; others wait."""
     max_waiting: int = 256
-    """Requests that may wait for a place; more are refused."""
+    """Maximum number of prompts that wait in a `Worker`; further ones are refused."""
+    overlap: Overlap = "auto"
+    """Run the two towers at the same time, each on one of two groups of rows: while one group is
+    denoised, the context tower reads the other's text. auto: on where the towers are on two
+    devices."""
+    prefix_cache_bytes: int = 0
+    """Memory for cached prefixes: prompts that begin like an earlier text skip what is cached. 0 is
+    off."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_waiting < 1:
-            raise ValueError(f"max_waiting={self.max_waiting} must be at least 1")
+        _check({name: getattr(self, name) for name in _ENGINE_CHECKS}, _ENGINE_CHECKS)
 
 
-@dataclass(frozen=True, kw_only=True)
+@documented
+@dataclass(frozen=True, kw_only=True, repr=False)
 class GenerateOptions:
-    """How to decode one prompt. A checkpoint's `generation_config.json` may set other defaults; a
-    field that is given here wins. Source: system.md section 4.
+    """How to decode one prompt.
+
+    A field that is None (not given) takes the checkpoint's default from generation_config.json, and
+    without one the value in `ResolvedOptions`.
     """
 
-    mode: Mode = "diffusion"
-    """diffusion: commit confident tokens of a block, pass after pass. speculative: the text of ar,
-    drafted by the denoiser and verified by the context tower. posterior, predict-and-noise: the
-    other block samplers. ar: the context tower alone, token by token.
-    mock-ar: the denoiser, token by token."""
-    max_new_tokens: int = 128
-    """Most tokens to write; the last block is cut to it."""
-    block_size: int = 16
-    """Tokens per block; what the model was trained on unless given. More ruins the text."""
-    steps_per_block: int = 16
-    """Most denoiser passes per block."""
-    first_token: FirstToken = "denoiser"
-    """diffusion: who chooses a block's first token: the denoiser, as published, or the context
-    tower, which has read all before it and so needs no pass for it."""
-    review_threshold: float = 0.0
-    """diffusion: the context tower, which must read a block anyway, gives back the first token to
-    which it gives a probability below this, and all behind it; its own opens the next block there.
-    0, as published, keeps all. Above 0 it needs first_token="context"."""
-    draft_passes: int = 1
-    """speculative: most denoiser passes per draft."""
-    confidence_threshold: float = 0.8
-    """diffusion: predictions more probable than this are committed at once."""
-    temperature: float = 0.0
-    """0 takes the most probable token; above it, samples."""
+    mode: Mode | None = None
+    """Decoding algorithm. diffusion: fill blocks of mask tokens, committing confident predictions
+    pass by pass. speculative: the text of ar, drafted in blocks by the denoiser and verified by the
+    context tower. ar: the context tower alone, token by token. posterior, predict-and-noise: other
+    samplers of the block. mock-ar: the denoiser alone, token by token."""
+    max_new_tokens: int | None = None
+    """Maximum number of new tokens."""
+    block_size: int | None = None
+    """Tokens per block. The default is what the model was trained with; larger blocks ruin the
+    text."""
+    steps_per_block: int | None = None
+    """Maximum number of denoiser passes per block."""
+    first_token: FirstToken | None = None
+    """diffusion: which tower predicts the first token of a block. denoiser: as published. context:
+    the context tower, at no extra forward pass."""
+    verify_threshold: float | None = None
+    """diffusion: verify each block with the context tower. The first token whose probability is
+    below this threshold is rejected with all that follow it, and the next block starts there with
+    the context tower's own token, at no extra forward pass. 0 accepts all, as published. Needs
+    first_token=context."""
+    draft_passes: int | None = None
+    """speculative: maximum number of denoiser passes per draft."""
+    confidence_threshold: float | None = None
+    """diffusion, speculative: predictions with a higher probability than this are committed in the
+    same pass."""
+    temperature: float | None = None
+    """Sampling temperature; 0 is greedy."""
     top_k: int | None = None
-    """Sample among the k most probable tokens only."""
+    """Sample from the k most probable tokens only; 0 is off."""
     top_p: float | None = None
-    """Sample among the most probable tokens that make up this probability only."""
-    seed: int = 0
-    """Seed of the row's own randomness: a row's text does not depend on its neighbours."""
-    eos_token_id: int | tuple[int, ...] | Literal["config"] | None = "config"
-    """Token that ends a row; "config" takes the checkpoint's, None never ends."""
+    """Sample from the smallest set of most probable tokens with this total probability; 1 is
+    off."""
+    seed: int | None = None
+    """Seed of this prompt's own random numbers; other prompts of a batch never change its text."""
+    eos_token_id: int | tuple[int, ...] | None = None
+    """Token ids that end the text instead of the checkpoint's."""
+    ignore_eos: bool | None = None
+    """Go on after an end-of-text token, up to max_new_tokens."""
     stop: str | tuple[str, ...] | None = None
-    """Text that ends a row; it is not part of the returned text. Needs a tokenizer."""
+    """Strings that end the text and are not part of it. Needs a tokenizer."""
     logprobs: int | None = None
-    """Report each token's log-probability under the context tower, with this many of the most
-    probable ones beside it; 0 reports the token's own."""
+    """Return the log-probability of each token under the context tower and this many of the most
+    probable alternatives; 0 returns the token's own."""
     grammar: Grammar | None = None
-    """ar, speculative: what the text must match, from json_schema, tool_call, regex or lark."""
-    schedule: Schedule = "linear"
-    """posterior, predict-and-noise: how the masked share falls over the steps."""
-    remask: Remask = "confidence"
-    """predict-and-noise: what returns to the mask: least confident, least margin, or random."""
-    adaptive: bool = False
-    """predict-and-noise: commit one token a step at first, equal shares later."""
-
-    # Which fields the caller named: only the others take a checkpoint's defaults.
-    def __new__(cls, **given: object) -> "GenerateOptions":
-        options = super().__new__(cls)
-        object.__setattr__(options, "given", frozenset(given))
-        return options
+    """ar, speculative: grammar that the text must match. Made by json_schema, regex or lark of
+    twotower.engine.grammar; needs a tokenizer."""
+    schedule: Schedule | None = None
+    """posterior, predict-and-noise: noise schedule, how the masked share falls over the steps."""
+    remask: Remask | None = None
+    """predict-and-noise: which predictions are masked again after a step: those of least
+    confidence, of least margin to the second choice, or random ones."""
+    adaptive: bool | None = None
+    """predict-and-noise: instead of the schedule, commit one token a step at first and equal shares
+    later."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.eos_token_id, list):
-            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
-        if isinstance(self.stop, list):
-            object.__setattr__(self, "stop", tuple(self.stop))
-        for name, kind in _KINDS.items():
-            _check_kind(name, getattr(self, name), kind)
-        for name, allowed in (
-            ("mode", MODES),
-            ("first_token", get_args(FirstToken)),
-            ("schedule", get_args(Schedule)),
-            ("remask", get_args(Remask)),
-        ):
-            if getattr(self, name) not in allowed:
+        for name in ("eos_token_id", "stop"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        _check(self.given(), _CHECKS)
+        if self.mode is not None:
+            _refuse_unused(self, self.mode)
+        if self.ignore_eos and self.eos_token_id is not None:
+            raise ValueError("eos_token_id: has no effect with ignore_eos; leave one of them out")
+
+    def given(self) -> dict[str, Any]:
+        """The fields that are not None."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.given().items())
+        return f"GenerateOptions({shown})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedOptions:
+    """`GenerateOptions` with a value for every field; made by `resolve_options`, valid."""
+
+    mode: Mode = "diffusion"
+    max_new_tokens: int = 128
+    block_size: int = 16
+    steps_per_block: int = 16
+    first_token: FirstToken = "denoiser"
+    verify_threshold: float = 0.0
+    draft_passes: int = 1
+    confidence_threshold: float = 0.8
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    eos_token_id: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    grammar: Grammar | None = None
+    schedule: Schedule = "linear"
+    remask: Remask = "confidence"
+    adaptive: bool = False
+
+
+def resolve_options(options: GenerateOptions, defaults: Mapping[str, object]) -> ResolvedOptions:
+    """The options with a checkpoint's defaults, and the library's, for fields that are not given.
+
+    Defaults that are no fields of ours, or that the mode does not use, are passed over. ValueError
+    (one line) for a bad default, and for fields that have no effect together.
+    """
+    given, known = options.given(), _checked_defaults(defaults)
+    mode: Mode = given.get("mode") or known.get("mode") or ResolvedOptions.mode
+    _refuse_unused(options, mode)
+    known = {name: value for name, value in known.items() if mode in FIELD_MODES.get(name, MODES)}
+    if given.get("first_token") == "denoiser":
+        known.pop("verify_threshold", None)  # which needs the other
+    if defaults.get("do_sample") is False:
+        known.pop("temperature", None)
+    values = {**known, **given, "mode": mode}
+    for name in ("eos_token_id", "stop"):
+        if name in values and not isinstance(values[name], tuple):
+            values[name] = (values[name],)
+    if values.get("ignore_eos"):
+        values["eos_token_id"] = ()
+    resolved = ResolvedOptions(**values)
+    _refuse_combinations(resolved, given)
+    return resolved
+
+
+def _checked_defaults(defaults: Mapping[str, object]) -> dict[str, Any]:
+    """Those that are fields of ours, valid; ValueError names the file they come from."""
+    known: dict[str, Any] = {
+        name: value for name, value in defaults.items() if name in _CHECKS and value is not None
+    }
+    mode = known.pop("mode", None)  # alone, so that other fields may be of other modes
+    try:
+        checked = GenerateOptions(**known).given() | GenerateOptions(mode=mode).given()
+    except ValueError as error:
+        raise ValueError(f"generation_config.json: {error}") from None
+    return checked
+
+
+def _refuse_unused(options: GenerateOptions, mode: Mode) -> None:
+    """ValueError for a given field that the mode does not use."""
+    for name, modes in FIELD_MODES.items():
+        if getattr(options, name) is not None and mode not in modes:
+            if name == "grammar":
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}"
+                    f"mode={mode!r} commits tokens that the context tower did not choose from left "
+                    "to right, so it cannot follow a grammar; use mode='speculative' or 'ar'"
                 )
-        for name, lowest in (
-            ("max_new_tokens", 1),
-            ("block_size", 1),
-            ("steps_per_block", 1),
-            ("draft_passes", 1),
-        ):
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {lowest}")
-        _check_range("confidence_threshold", self.confidence_threshold, 0.0, 1.0)
-        _check_range("review_threshold", self.review_threshold, 0.0, 1.0)
-        if "first_token" in self.given:  # type: ignore[attr-defined]  # else defaults may bring it
-            self._require_opening()
-        _check_range("temperature", self.temperature, 0.0, math.inf)
-        _check_range("seed", self.seed, 0, 2**63 - 1)
-        if self.top_k is not None:
-            _check_range("top_k", self.top_k, 1, math.inf)
-        if self.top_p is not None:
-            _check_range("top_p", self.top_p, LEAST_TOP_P, 1.0)
-        if self.logprobs is not None:
-            _check_range("logprobs", self.logprobs, 0, MOST_LOGPROBS)
-        if not all(self.stop_strings):
-            raise ValueError("stop has an empty string; leave it out")
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """The stop strings as a tuple, empty when there are none."""
-        return (
-            () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
-        )
-
-    @property
-    def is_opened_by_context(self) -> bool:
-        """Whether the context tower chooses the first token of each block."""
-        return self.mode == "diffusion" and self.first_token == "context"
-
-    @property
-    def is_reviewed(self) -> bool:
-        """Whether the context tower may give tokens of a block back."""
-        return self.mode == "diffusion" and self.review_threshold > 0
-
-    @property
-    def is_block_mode(self) -> bool:
-        """Whether the mode fills blocks with denoiser passes."""
-        return self.mode in _SAMPLERS or self.mode == "speculative"
-
-    def with_defaults(self, defaults: Mapping[str, object]) -> "GenerateOptions":
-        """These options with a checkpoint's values for every field that was not given.
-
-        Fields that are not ours are passed over; ValueError names the file for a bad value.
-        """
-        given: frozenset[str] = self.given  # type: ignore[attr-defined]  # set by __new__
-        names = {field.name for field in dataclasses.fields(self)}
-        taken = {n: v for n, v in defaults.items() if n in names - given and v is not None}
-        if defaults.get("do_sample") is False:
-            taken.pop("temperature", None)
-        if "first_token" in given and self.first_token == "denoiser":
-            taken.pop("review_threshold", None)  # which needs the other
-        found = self
-        if taken:
-            values = {n: getattr(self, n) for n in given} | {n: _plain(v) for n, v in taken.items()}
-            try:
-                found = GenerateOptions(**values)  # types are checked by __post_init__
-                if "review_threshold" in taken:
-                    found._require_opening()
-            except ValueError as error:
-                raise ValueError(f"generation_config.json: {error}") from None
-        found._require_opening()
-        return found
-
-    def _require_opening(self) -> None:
-        """ValueError for a review without what it stands on."""
-        if self.review_threshold > 0 and self.first_token != "context":
             raise ValueError(
-                f"review_threshold={self.review_threshold} needs first_token='context': the "
-                "context tower's token takes the place of one that is given back"
+                f"{name}: has no effect in mode {mode}; leave it out, or use mode "
+                f"{' or '.join(modes)}"
             )
 
-    def block_sampler(self, mask_token_id: int) -> BlockSampler:
-        """The sampler of a block mode."""
-        return BlockSampler(
-            kind=_SAMPLERS[self.mode],
-            steps=self.steps_per_block,
-            confidence_threshold=self.confidence_threshold,
-            schedule=self.schedule,
-            remask=self.remask,
-            adaptive=self.adaptive,
-            temperature=self.temperature,
-            top_k=self.top_k or 0,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            mask_token_id=mask_token_id,
+
+def _refuse_combinations(resolved: ResolvedOptions, given: Mapping[str, object]) -> None:
+    """ValueError for values that make no sense together."""
+    if resolved.verify_threshold > 0 and resolved.first_token != "context":
+        source = "" if "verify_threshold" in given else "generation_config.json: "
+        raise ValueError(
+            f"{source}verify_threshold={resolved.verify_threshold} needs first_token='context': "
+            "the context tower's token takes the place of the one that is rejected"
         )
-
-    def draft_sampler(self, mask_token_id: int) -> BlockSampler:
-        """The sampler of a draft: greedy, because the context tower has the last word anyway."""
-        return BlockSampler(
-            kind="confidence",
-            steps=self.draft_passes,
-            confidence_threshold=self.confidence_threshold,
-            mask_token_id=mask_token_id,
-        )
-
-
-def sampling_params(options: Sequence[GenerateOptions]) -> SamplingParams:
-    """How each of several rows chooses its tokens."""
-    return SamplingParams(
-        temperature=torch.tensor([o.temperature for o in options]),
-        top_k=torch.tensor([o.top_k or 0 for o in options]),
-        top_p=torch.tensor([1.0 if o.top_p is None else o.top_p for o in options]),
-    )
+    if resolved.temperature > 0:
+        return
+    for name, off in (("top_k", 0), ("top_p", 1.0)):
+        if given.get(name, off) != off:
+            raise ValueError(
+                f"{name}={given[name]}: has no effect at temperature 0, which is greedy; leave it "
+                "out, or set a temperature above 0"
+            )
 
 
-_KINDS: dict[str, tuple[type, ...]] = {
-    "max_new_tokens": (int,),
-    "block_size": (int,),
-    "steps_per_block": (int,),
-    "draft_passes": (int,),
-    "confidence_threshold": (int, float),
-    "review_threshold": (int, float),
-    "temperature": (int, float),
-    "top_k": (int, type(None)),
-    "top_p": (int, float, type(None)),
-    "seed": (int,),
-    "eos_token_id": (int, tuple, str, type(None)),
-    "stop": (str, tuple, type(None)),
-    "adaptive": (bool,),
-    "logprobs": (int, type(None)),
-    "grammar": (Grammar, type(None)),
+Problem = Callable[[object], str | None]  # what is wrong with a value, if anything
+
+
+def _number(low: float, high: float = math.inf, is_whole: bool = False) -> Problem:
+    kinds = (int,) if is_whole else (int, float)
+    allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+
+    def problem(value: object) -> str | None:
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            return f"must be a {'whole ' * is_whole}number"
+        is_inside = low <= value <= high and not math.isinf(value)
+        return None if is_inside else f"must be {allowed}"
+
+    return problem
+
+
+def _one_of(*choices: str) -> Problem:
+    def problem(value: object) -> str | None:
+        return None if value in choices else f"is unknown; use one of {', '.join(choices)}"
+
+    return problem
+
+
+def _instance(kind: type, words: str) -> Problem:
+    return lambda value: None if isinstance(value, kind) else f"must be {words}"
+
+
+def _token_ids(value: object) -> str | None:
+    ids = value if isinstance(value, tuple) else (value,)
+    are_ids = all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids)
+    return None if are_ids else "must be a token id, or a list of them"
+
+
+def _strings(value: object) -> str | None:
+    texts = value if isinstance(value, tuple) else (value,)
+    if not all(isinstance(text, str) for text in texts):
+        return "must be text, or a list of texts"
+    return None if all(texts) else "has an empty string; leave it out"
+
+
+_count = _number(1, is_whole=True)
+_flag = _instance(bool, "True or False")
+_share = _number(0.0, 1.0)
+_ENGINE_CHECKS: dict[str, Problem] = {
+    "max_rows": _count,
+    "max_waiting": _count,
+    "overlap": _one_of(*get_args(Overlap)),
+    "prefix_cache_bytes": _number(0, is_whole=True),
+}
+_CHECKS: dict[str, Problem] = {
+    "mode": _one_of(*MODES),
+    "max_new_tokens": _count,
+    "block_size": _count,
+    "steps_per_block": _count,
+    "first_token": _one_of(*get_args(FirstToken)),
+    "verify_threshold": _share,
+    "draft_passes": _count,
+    "confidence_threshold": _share,
+    "temperature": _number(0.0),
+    "top_k": _number(0, is_whole=True),
+    "top_p": _number(LEAST_TOP_P, 1.0),
+    "seed": _number(0, 2**63 - 1, is_whole=True),
+    "eos_token_id": _token_ids,
+    "ignore_eos": _flag,
+    "stop": _strings,
+    "logprobs": _number(0, MOST_LOGPROBS, is_whole=True),
+    "grammar": _instance(Grammar, "a Grammar"),
+    "schedule": _one_of(*SCHEDULES),
+    "remask": _one_of(*get_args(Remask)),
+    "adaptive": _flag,
 }
 
 
-def _check_kind(name: str, value: object, kinds: tuple[type, ...]) -> None:
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise ValueError(f"{name}={value!r} must be of type {wanted}")
-    if name == "eos_token_id" and isinstance(value, str) and value != "config":
-        raise ValueError(f"eos_token_id={value!r} must be a token id, 'config' or None")
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high or math.isinf(value):
-        allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-        raise ValueError(f"{name}={value} must be {allowed}")
-
-
-def _plain(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
+def _check(values: Mapping[str, object], checks: Mapping[str, Problem]) -> None:
+    """ValueError (one line) for the first field that has a bad value."""
+    for name, value in values.items():
+        if (problem := checks[name](value)) is not None:
+            raise ValueError(f"{name}={value!r} {problem}")

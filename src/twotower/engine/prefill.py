@@ -1,43 +1,33 @@
-"""Read the prompts of many rows into one cache, if memory allows."""
+"""How rows begin: whether memory allows it, and how their prompts are read, piece by piece."""
 
-from functools import reduce
+from collections.abc import Iterator, Mapping, Sequence
 
-import torch
-
+from twotower.engine.ar import AR
+from twotower.engine.batch import Batch, DecodingMode, kind_of
+from twotower.engine.blocks import BLOCKS
+from twotower.engine.denoiser import new_denoiser
+from twotower.engine.mock_ar import MOCK_AR
+from twotower.engine.options import Mode
 from twotower.engine.prefix_cache import PrefixCache
-from twotower.engine.row import Row
+from twotower.engine.request import Row
+from twotower.engine.speculative import SPECULATIVE
 from twotower.measure import available_bytes
-from twotower.model import ContextCache, TwoTower
+from twotower.model import TwoTower
+from twotower.model.two_tower import PREFILL_CHUNK
+
+DECODING_MODES: Mapping[Mode, DecodingMode] = {
+    "diffusion": BLOCKS,
+    "posterior": BLOCKS,
+    "predict-and-noise": BLOCKS,
+    "speculative": SPECULATIVE,
+    "ar": AR,
+    "mock-ar": MOCK_AR,
+}
+# Tokens of prompts that are read at a time; then other rows decode, and may leave.
+READ_TOKENS = 1024
 
 
-def prefill(
-    model: TwoTower, rows: list[Row], num_unread: int, prefixes: PrefixCache | None
-) -> ContextCache:
-    """A cache with the rows' prompts, but for their last num_unread tokens."""
-    prompts = [row.prompt[: len(row.prompt) - num_unread] for row in rows]
-    if prefixes is None:
-        return _read_together(model, rows, prompts)
-    # One by one: what a row's neighbours are must not decide how its prompt is read.
-    caches = []
-    for row, prompt in zip(rows, prompts, strict=True):
-        cache, row.cached_tokens = prefixes.read(prompt)
-        row.context_forwards += row.cached_tokens < len(prompt)
-        caches.append(cache)
-    return reduce(ContextCache.concat, caches)
-
-
-def _read_together(model: TwoTower, rows: list[Row], prompts: list[list[int]]) -> ContextCache:
-    longest = max(map(len, prompts))
-    for row, prompt in zip(rows, prompts, strict=True):
-        row.context_forwards += bool(prompt)
-    if longest == 0:
-        return model.empty_cache(len(rows))
-    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    return model.prefill(ids, None if bool((lengths == longest).all()) else lengths)
-
-
-def refusal(model: TwoTower, rows: list[Row]) -> str | None:
+def refusal(model: TwoTower, rows: Sequence[Row]) -> str | None:
     """Why these rows cannot share a batch: keys and values of their prompts and new tokens would
     not fit into memory. One line, or None when they do.
     """
@@ -59,3 +49,38 @@ def refusal(model: TwoTower, rows: list[Row]) -> str | None:
         f"a prompt of {num_prompt} tokens in {len(rows)} rows needs about {needed / 1e9:.1f} GB "
         f"of cache and {free / 1e9:.1f} GB are free; shorten it or send fewer rows at once"
     )
+
+
+def open_batches(model: TwoTower, rows: Sequence[Row], are_alone: bool) -> Iterator[Batch]:
+    """Batches of rows of one kind whose prompts differ in length by less than a factor of two:
+    reading them together, padded, costs less than twice what they cost alone.
+    """
+    groups: dict[object, list[list[Row]]] = {}
+    for row in rows:
+        size = 1 << len(row.prompt).bit_length()
+        own = groups.setdefault((kind_of(row), size), [])
+        if own and not are_alone and (len(own[-1]) + 1) * size <= READ_TOKENS:
+            own[-1].append(row)
+        else:
+            own.append([row])
+    for row_lists in groups.values():
+        for some in row_lists:
+            mode, cache = DECODING_MODES[some[0].options.mode], model.empty_cache(len(some))
+            yield Batch(model, mode, some, cache, new_denoiser(model))
+
+
+def read_prompts(batch: Batch, prefixes: PrefixCache | None) -> None:
+    """Read prompts on, READ_TOKENS of all rows together. Pieces end where the model says or, with
+    a prefix cache, that: what else is read in between changes no bit.
+    """
+    num_unread = batch.mode.num_unread_prompt
+    if prefixes is not None and batch.num_read == 0:
+        (row,) = batch.rows
+        batch.cache, row.cached_tokens = prefixes.take(row.prompt[: len(row.prompt) - num_unread])
+    num_left = READ_TOKENS // len(batch.rows)
+    while num_left > 0 and not batch.has_read_prompts:
+        size = PREFILL_CHUNK if prefixes is None else prefixes.piece(batch.num_read)
+        batch.read(num_unread, size)
+        if prefixes is not None:
+            prefixes.keep(batch.rows[0].prompt, batch.cache)
+        num_left -= size

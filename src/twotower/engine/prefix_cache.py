@@ -39,7 +39,7 @@ class _Node:
         return nodes[::-1]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class PrefixStats:
     """What a prefix cache holds and has saved."""
 
@@ -60,39 +60,48 @@ class PrefixCache:
         self._model, self._max_bytes = model, max_bytes
         self._root = _Node(None, b"", 0)
         self._used: OrderedDict[_Node, None] = OrderedDict()  # nodes with a mark, oldest use first
-        self._num_bytes = 0
-        self._hits = self._misses = self._saved_tokens = self._evictions = 0
+        self.stats = PrefixStats()
 
-    @property
-    def stats(self) -> PrefixStats:
-        return PrefixStats(
-            cache_hits=self._hits,
-            cache_misses=self._misses,
-            cache_saved_tokens=self._saved_tokens,
-            cache_bytes=self._num_bytes,
-            cache_evictions=self._evictions,
-        )
+    def take(self, tokens: Sequence[int]) -> tuple[ContextCache, int]:
+        """A cache of one row that holds the longest known beginning of the tokens, and its length.
+
+        What follows is to be read in pieces of `piece` tokens, each with a `keep` behind it.
+        """
+        node = self._known(tokens)
+        self.stats.cache_hits += node.end > 0
+        self.stats.cache_misses += node.end == 0
+        self.stats.cache_saved_tokens += node.end
+        return self._context(node), node.end
+
+    def piece(self, start: int) -> int:
+        """How many tokens are to be read together after `start` others."""
+        return boundary_after(start, self._model.prefix_chunk) - start
+
+    def keep(self, tokens: Sequence[int], cache: ContextCache) -> bool:
+        """Keep the context of a cache that holds the first of the tokens, if it ends with a piece
+        and those before it are known; returns whether it is known now.
+        """
+        end, node, start = int(cache.lengths[0]), self._root, 0
+        while (stop := boundary_after(start, self._model.prefix_chunk)) < end:
+            child = node.children.get(_packed(tokens[start:stop]))
+            if child is None:  # forgotten to make room
+                return False
+            node, start = child, stop
+        return stop == end and self._keep(node, _packed(tokens[start:end]), end, cache)
 
     def read(self, tokens: Sequence[int]) -> tuple[ContextCache, int]:
         """A cache of one row that holds the tokens, and how many of them were known."""
-        node = self._known(tokens)
-        self._hits += node.end > 0
-        self._misses += node.end == 0
-        self._saved_tokens += node.end
-        cache = self._context(node)
-        for _ in self._read_after(cache, node, tokens):
+        cache, known = self.take(tokens)
+        for _ in self._read_after(cache, tokens):
             pass
-        return cache, node.end
+        return cache, known
 
     def remember(self, tokens: Sequence[int]) -> Iterator[None]:
-        """Read a text only to know it later: one piece at each step.
-
-        To be given up, and begun anew, when anything else is read in between.
-        """
+        """Read a text only to know it later: one piece at each step."""
         node = self._known(tokens)
         whole = tokens[: last_boundary(len(tokens), self._model.prefix_chunk)]
         if node.end < len(whole):
-            for is_kept in self._read_after(self._context(node), node, whole):
+            for is_kept in self._read_after(self._context(node), whole):
                 if not is_kept:
                     return
                 yield
@@ -117,48 +126,37 @@ class PrefixCache:
             self._used.move_to_end(node)
         return cache
 
-    def _read_after(
-        self, cache: ContextCache, node: _Node, tokens: Sequence[int]
-    ) -> Iterator[bool]:
-        """Read what follows the node piece by piece, and keep the context after each; yields
-        whether there was room for it.
-        """
-        last: _Node | None = node
-        start = node.end
-        while start < len(tokens):
-            end = boundary_after(start, self._model.prefix_chunk)
-            piece = tokens[start:end]
-            self._model.extend(cache, torch.tensor([piece]))
-            if last is not None and end <= len(tokens):
-                last = self._keep(last, _packed(piece), end, cache)
-            start = end
-            yield last is not None
+    def _read_after(self, cache: ContextCache, tokens: Sequence[int]) -> Iterator[bool]:
+        """Read what the cache lacks of the tokens, piece by piece; yields whether each is known."""
+        while (start := int(cache.lengths[0])) < len(tokens):
+            self._model.extend(cache, torch.tensor([tokens[start : start + self.piece(start)]]))
+            yield self.keep(tokens, cache)
 
-    def _keep(self, parent: _Node, tokens: bytes, end: int, cache: ContextCache) -> _Node | None:
-        """Keep the context after a piece; None if there is no room for it."""
+    def _keep(self, parent: _Node, tokens: bytes, end: int, cache: ContextCache) -> bool:
+        """Keep the context after a piece; False if there is no room for it."""
         node = parent.children.get(tokens)
         if node is None:
             node = parent.children[tokens] = _Node(parent, tokens, end)
             node.keys = copy_keys(cache, parent.end)
-            self._num_bytes += keys_bytes(node.keys) + len(tokens)
+            self.stats.cache_bytes += keys_bytes(node.keys) + len(tokens)
         if node.mark is None:
             node.mark = copy_mark(cache)
-            self._num_bytes += mark_bytes(node.mark)
+            self.stats.cache_bytes += mark_bytes(node.mark)
         self._used[node] = None
         self._used.move_to_end(node)
-        while self._num_bytes > self._max_bytes:
+        while self.stats.cache_bytes > self._max_bytes:
             oldest, _ = self._used.popitem(last=False)
             self._forget(oldest)
-            self._evictions += 1
-        return node if node.mark is not None else None
+            self.stats.cache_evictions += 1
+        return node.mark is not None
 
     def _forget(self, node: _Node) -> None:
         """Drop a context, and the keys that no other needs."""
         assert node.mark is not None
-        self._num_bytes -= mark_bytes(node.mark)
+        self.stats.cache_bytes -= mark_bytes(node.mark)
         node.mark = None
         while node.parent is not None and node.mark is None and not node.children:
-            self._num_bytes -= keys_bytes(node.keys) + len(node.tokens)
+            self.stats.cache_bytes -= keys_bytes(node.keys) + len(node.tokens)
             del node.parent.children[node.tokens]
             node = node.parent
 

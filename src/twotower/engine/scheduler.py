@@ -1,237 +1,234 @@
-"""Who is decoded when: rows are admitted and retired between cycles, in every mode.
+"""Who is decoded when. `Scheduler.step` is one cycle of every row that has a place.
 
-Rows wait in a line and enter in its order, as many at a time as `max_rows`. Rows that are equal in
-all that shapes a pass share a batch; batches of other kinds take turns with it. Whose work runs
-where is decided in `queues.py`.
+Places are shared among callers: while rows wait, the caller with the most places gives some up, and
+a row that had one for long makes room for one that did not. A row without a place keeps its cache
+and goes on later as if nothing had been; no text depends on who else is there.
 """
 
 import time
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from functools import partial
-from typing import Protocol
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
-from twotower.engine.batch import Batch, Cycle, Proposal
-from twotower.engine.block_cycle import BLOCK_CYCLE
+from twotower.engine.batch import Batch, Choice, Group, kind_of
+from twotower.engine.denoiser import new_denoiser
 from twotower.engine.events import Event, Failed
-from twotower.engine.faults import attempt
-from twotower.engine.options import Mode
-from twotower.engine.prefill import prefill, refusal
+from twotower.engine.faults import attempt, failed, failure
+from twotower.engine.options import EngineOptions
+from twotower.engine.prefill import READ_TOKENS, open_batches, read_prompts, refusal
 from twotower.engine.prefix_cache import PrefixCache
-from twotower.engine.row import Row
-from twotower.engine.seat import take_seat
-from twotower.engine.speculate import SPECULATIVE_CYCLE
-from twotower.engine.token_cycle import AR_CYCLE, MOCK_AR_CYCLE
+from twotower.engine.request import Row
+from twotower.engine.request_queue import RequestQueue
 from twotower.model import TwoTower
 
-_IDLE_S = 0.01  # between two questions to an iterator that has nothing at present
-
-CYCLES: dict[Mode, Cycle] = {
-    "diffusion": BLOCK_CYCLE,
-    "posterior": BLOCK_CYCLE,
-    "predict-and-noise": BLOCK_CYCLE,
-    "ar": AR_CYCLE,
-    "mock-ar": MOCK_AR_CYCLE,
-    "speculative": SPECULATIVE_CYCLE,
-}
+# A row makes room for another of its caller, or of one with as many places, after this many steps
+# and twice as many as the other has had: new rows begin soon, and old ones change places rarely.
+TURN = 8
 
 
-class Line(Protocol):
-    """Where rows wait to enter, and what those who brought them say later."""
+class Scheduler:
+    """Decodes the rows of a queue, up to max_rows at a time."""
 
-    @property
-    def is_over(self) -> bool:
-        """Whether no row waits and none will come."""
-
-    def look(self, count: int) -> int:
-        """How many rows wait, counted up to `count`."""
-
-    def take(self, count: int) -> list[Row]:
-        """The first rows, at most `count`."""
-
-    def put_back(self, rows: list[Row]) -> None:
-        """Rows that could not enter are the first again."""
-
-    def failed(self) -> list[Failed]:
-        """Rows that have ended while they waited, since the last call."""
-
-    def reason_to_leave(self, row: Row) -> Failed | None:
-        """Why a row that is being decoded is to go no further; asked before each cycle."""
-
-    def wait(self) -> None:
-        """Return when there may be something to do; called when nothing is being decoded."""
-
-
-class WaitingLine:
-    """Rows of an iterator in its order; it is read no further than needed.
-
-    A source that gives None has nothing at present and is asked again after a cycle, or after a
-    moment when nothing is being decoded.
-    """
-
-    def __init__(self, source: Iterable[Row | Failed | None]) -> None:
-        self._source = iter(source)
-        self._failed: list[Failed] = []
-        self._rows: deque[Row] = deque()
-        self._is_read = False
-
-    @property
-    def is_over(self) -> bool:
-        """Whether no row waits and none will come."""
-        return self._is_read and not self._rows
-
-    def look(self, count: int) -> int:
-        """How many rows wait, counted up to `count`."""
-        while len(self._rows) < count and not self._is_read:
-            try:
-                row = next(self._source)
-            except StopIteration:
-                self._is_read = True
-                break
-            if row is None:
-                break
-            if isinstance(row, Failed):
-                self._failed.append(row)
-            else:
-                self._rows.append(row)
-        return min(count, len(self._rows))
-
-    def take(self, count: int) -> list[Row]:
-        """The first rows, at most `count`."""
-        return [self._rows.popleft() for _ in range(self.look(count))]
-
-    def failed(self) -> list[Failed]:
-        """What the source gave instead of rows since the last call."""
-        failed, self._failed = self._failed, []
-        return failed
-
-    def put_back(self, rows: list[Row]) -> None:
-        """Rows that could not enter are the first again."""
-        self._rows.extendleft(reversed(rows))
-
-    def reason_to_leave(self, row: Row) -> Failed | None:
-        """Nobody calls these rows off."""
-        return None
-
-    def wait(self) -> None:
-        """An iterator cannot tell when it will have something, so it is left alone for a moment."""
-        if not self._rows and not self._is_read:
-            time.sleep(_IDLE_S)
-
-
-class Lane:
-    """Batches that are in one queue together: one of each kind of row."""
-
-    def __init__(self, model: TwoTower, prefixes: PrefixCache | None) -> None:
-        self._model, self._prefixes = model, prefixes
-        self._batches: dict[object, Batch] = {}
-        self._proposed: list[tuple[Batch, Proposal]] = []
-        self.newcomers: list[Row] = []  # taken from the line, not yet read
-        # Of all rows, newcomers included; brought up to date between jobs, since others look at it
-        # while a job runs.
-        self.num_rows = 0
-
-    def leave(self, line: Line) -> Iterator[Event]:
-        """Rows that are called off go, and their part of the cache with them."""
-        batches, self._batches = self._batches, {}
-        for batch in batches.values():
-            reasons = [line.reason_to_leave(row) for row in batch.rows]
-            yield from (reason for reason in reasons if reason is not None)
-            staying = [i for i, reason in enumerate(reasons) if reason is None]
-            self._put(batch.part(staying))
-        self._count()
-
-    def take(self, line: Line, count: int, is_alone: bool) -> Iterator[Event]:
-        """Take up to `count` rows from the line, as far as memory allows.
-
-        is_alone: nothing else is decoded, so memory will not become free: a row that does not fit
-        has failed.
+    def __init__(
+        self,
+        model: TwoTower,
+        queue: RequestQueue,
+        options: EngineOptions,
+        prefixes: PrefixCache | None = None,
+    ) -> None:
+        """prefixes: contexts of earlier runs; by default of this one alone, if the options want
+        any.
         """
-        rows = line.take(count)
-        yield from line.failed()
-        while rows:
-            kind = kind_of(rows[0])
-            batch = self._batches.get(kind)
-            sharing = [row for row in self.newcomers if kind_of(row) == kind]
-            message = refusal(self._model, [*(batch.rows if batch else []), *sharing, rows[0]])
-            if message is None:
-                self.newcomers.append(rows.pop(0))
-                self.num_rows += 1
-            elif is_alone and not self.num_rows:
-                yield Failed(row=rows.pop(0).index, kind="memory", message=message)
-            else:
+        self._model, self._queue, self._max_rows = model, queue, options.max_rows
+        if prefixes is None and options.prefix_cache_bytes:
+            prefixes = PrefixCache(model, options.prefix_cache_bytes)
+        self._prefixes = prefixes
+        is_apart = model.denoiser_device != model.context_device
+        has_overlap = options.overlap == "on" or (options.overlap == "auto" and is_apart)
+        self._pool = ThreadPoolExecutor(1, "twotower-denoiser") if has_overlap else None
+        self._groups = [Group(), Group()] if has_overlap else [Group()]
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows that have a place."""
+        return [row for group in self._groups for row in group.rows]
+
+    def run(self) -> Generator[Event, None, None]:
+        """Decode until the queue is over."""
+        try:
+            while self.rows or not self._queue.is_over:
+                yield from self.step()
+                if not self.rows:
+                    self._queue.wait()
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown()
+
+    def step(self) -> Iterator[Event]:
+        """One cycle: commit what is drafted, let rows leave and enter, read their texts, draft.
+
+        With overlap the denoiser drafts for another group of rows meanwhile; then they change.
+        """
+        group = self._groups[0]
+        drafting = self._pool.submit(list, _draft(self._groups[1])) if self._pool else None
+        yield from _commit(group)
+        yield from self._leave(group)
+        yield from self._admit(group)
+        yield from self._read(group)
+        yield from drafting.result() if drafting else _draft(group)
+        self._groups.reverse()
+
+    def _leave(self, group: Group) -> Iterator[Event]:
+        """Rows that were cancelled or are too late go, and their part of the cache with them."""
+        now = time.monotonic()
+        yield from self._queue.leaving(now)
+        reasons = {row: self._queue.reason_to_leave(row, now) for row in group.rows}
+        group.keep(lambda row: reasons[row] is None)
+        for row, reason in reasons.items():
+            row.num_served += 1
+            if reason is not None:
+                yield failed(row.index, reason)
+
+    def _admit(self, group: Group) -> Iterator[Event]:
+        """Give places to rows that wait, in the queue's order, as far as memory allows."""
+        newcomers, paused = list[Row](), list[Row]()
+        present = group.rows  # who may have to make room; not those that enter now
+        places = Counter(row.caller for row in self.rows)
+        num_waiting = self._queue.count(self._max_rows - places.total())
+        share = -(-(places.total() + num_waiting) // len(self._groups))  # both get as many
+        is_short = False  # of memory: only paused rows, whose caches are there, can enter
+        while (row := self._queue.peek(places, is_short)) is not None:
+            message = None if row.paused else self._refusal([*group.rows, *newcomers], row)
+            if message is not None:
+                is_short = places.total() > 0 or self._queue.peek(places, True) is not None
+                if not is_short:  # no memory will become free
+                    self._queue.take(row)
+                    yield Failed(row=row.index, kind="memory", message=message)
+                continue
+            if places.total() >= self._max_rows:
+                if (victim := _victim(present, row, places)) is None:
+                    break
+                present.remove(victim)
+                paused.append(victim)
+                places[victim.caller] -= 1
+            elif len(group.rows) + len(newcomers) >= share:
                 break
-        line.put_back(rows)
+            self._queue.take(row)
+            places[row.caller] += 1
+            if row.paused is None:
+                newcomers.append(row)
+            else:
+                group.add(row.paused)
+                row.paused = None
+        for row in paused:
+            self._pause(group, row)
+        for batch in open_batches(self._model, newcomers, self._prefixes is not None):
+            group.add(batch)
 
-    def start(self) -> Iterator[Event]:
-        """Context work: read the prompts of the newcomers, who join their batches."""
-        rows, self.newcomers = self.newcomers, []
-        for group in _groups(rows):
-            for batch in (yield from attempt(group, partial(self._start, group))):
-                self._put(batch)
-        self._count()
+    def _refusal(self, rows: Sequence[Row], row: Row) -> str | None:
+        return refusal(self._model, [*(r for r in rows if kind_of(r) == kind_of(row)), row])
 
-    def propose(self) -> Iterator[Event]:
-        """Denoiser work of one cycle of every batch."""
-        batches, self._batches = self._batches, {}
-        for batch in batches.values():
-            self._proposed += yield from attempt(batch.rows, partial(self._propose, batch))
+    def _pause(self, group: Group, row: Row) -> None:
+        """Take a row's place; it waits with all that was read of it."""
+        row.paused = group.remove(row)
+        row.paused.denoiser = new_denoiser(self._model)  # the old one goes on with the others
+        self._queue.put_back(row)
 
-    def settle(self) -> Iterator[Event]:
-        """Context work of one cycle of every batch; finished rows leave."""
-        proposed, self._proposed = self._proposed, []
-        for batch, proposal in proposed:
-            work = partial(self._settle, batch, proposal)
-            for part in (yield from attempt(batch.rows, work, batch.cache)):
-                self._put(part)
-        self._count()
+    def _read(self, group: Group) -> Iterator[Event]:
+        """Let the context tower read what was committed, and pieces of prompts."""
+        batches, group.batches = group.batches, []
+        for batch in batches:
+            group.batches += yield from attempt(batch, _extend)
+        places = Counter(row.caller for row in self.rows)
+        num_left = READ_TOKENS
+        while group.prompts and num_left > 0:
+            batch = min(group.prompts, key=lambda one: _turn(one, places))
+            group.prompts.remove(batch)
+            before = batch.num_read
+            for part in (yield from attempt(batch, self._read_prompts)):
+                num_left -= len(part.rows) * (part.num_read - before)
+                if part.mode.start is not None and part.has_read_prompts:
+                    yield from _advance(group, part, part.mode.start)
+                else:
+                    group.add(part)
 
-    def _start(self, group: list[Row], places: Sequence[int]) -> Generator[Event, None, Batch]:
-        rows = [group[place] for place in places]
-        cycle = _cycle(rows[0])
-        cache = prefill(self._model, rows, cycle.num_unread, self._prefixes)
-        batch = Batch(rows, cache, take_seat(self._model))
-        return (yield from cycle.start(self._model, batch))
-
-    def _propose(
-        self, batch: Batch, places: Sequence[int]
-    ) -> Generator[Event, None, tuple[Batch, Proposal]]:
-        some = batch.part(places)
-        return some, (yield from _cycle(some.rows[0]).propose(self._model, some))
-
-    def _settle(
-        self, batch: Batch, proposal: Proposal, places: Sequence[int]
-    ) -> Generator[Event, None, Batch]:
-        some = batch.part(places)
-        own = proposal if some is batch else tuple(part[list(places)] for part in proposal)
-        return (yield from _cycle(some.rows[0]).settle(self._model, some, own))
-
-    def _put(self, batch: Batch) -> None:
-        if batch.rows:
-            kind = kind_of(batch.rows[0])
-            old = self._batches.get(kind)
-            self._batches[kind] = batch if old is None else old.join(batch)
-
-    def _count(self) -> None:
-        self.num_rows = sum(len(batch.rows) for batch in self._batches.values())
+    def _read_prompts(self, batch: Batch) -> Iterator[Event]:
+        read_prompts(batch, self._prefixes)
+        return iter(())
 
 
-def kind_of(row: Row) -> object:
-    """Equal for rows that can share passes: equal in all that shapes a pass."""
-    o = row.options
-    shape = (o.block_size, o.schedule, o.remask, o.adaptive) if o.is_block_mode else ()
-    return o.mode, shape
-
-
-def _cycle(row: Row) -> Cycle:
-    return CYCLES[row.options.mode]
-
-
-def _groups(rows: list[Row]) -> Iterable[list[Row]]:
-    """Rows of one kind whose prompts differ in length by less than a factor of two: reading them
-    together, padded, costs less than twice what they cost alone.
+def _victim(rows: Sequence[Row], waiting: Row, places: Mapping[str | None, int]) -> Row | None:
+    """The row that has to make room for one that waits, if any: of a caller with more places, or
+    one of its own caller's, if it has one.
     """
-    groups: dict[tuple[object, int], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((kind_of(row), len(row.prompt).bit_length()), []).append(row)
-    return groups.values()
+    own, caller = places[waiting.caller], waiting.caller
+    peers = [row for row in rows if row.caller == caller] if caller is not None else []
+    others = [row for row in rows if places[row.caller] > own]
+    victim = max(
+        [*others, *peers], key=lambda row: (places[row.caller], row.num_served), default=None
+    )
+    if victim is None:
+        return None
+    has_more = places[victim.caller] > own + 1
+    was_longer = victim.num_served >= TURN + 2 * waiting.num_served
+    return victim if has_more or was_longer else None
+
+
+def _turn(batch: Batch, places: Mapping[str | None, int]) -> tuple[int, int]:
+    """Whose prompts are read first, as a key: of callers with few places, then the least read."""
+    return min(places[row.caller] for row in batch.rows), batch.num_read // READ_TOKENS
+
+
+def _draft(group: Group) -> Iterator[Event]:
+    """Let the denoiser propose what the rows may write."""
+    batches: list[Batch] = []
+    for batch in group.batches:
+        batches += yield from attempt(batch, batch.mode.draft)
+    group.batches = batches
+
+
+def _commit(group: Group) -> Iterator[Event]:
+    """Let the context tower decide about drafts, and add what it chose to the texts."""
+    batches, group.batches = group.batches, []
+    for batch in batches:
+        yield from _advance(group, batch, batch.mode.choose)
+
+
+def _advance(group: Group, batch: Batch, choose: Callable[[Batch], Choice]) -> Iterator[Event]:
+    """Add what is chosen to the rows' texts; those that go on stay in the group."""
+
+    def work(part: Batch) -> Iterator[Event]:
+        part.choice = choose(part)
+        return iter(())
+
+    for part in (yield from attempt(batch, work)):
+        going = yield from _write(part)
+        if going:
+            group.add(part.part(going))
+
+
+def _write(batch: Batch) -> Generator[Event, None, list[int]]:
+    """Hand each row its tokens; the places of the rows that go on. One that cannot take them (its
+    text, its filters) ends alone.
+    """
+    assert batch.choice is not None
+    tokens, logprobs, counts = batch.choice
+    batch.choice, batch.draft = None, ()
+    going = []
+    for place, row in enumerate(batch.rows):
+        told = {} if counts is None else counts[place]
+        try:
+            yield row.commit(tokens[place], None if logprobs is None else logprobs[place], **told)
+            if row.is_finished:
+                yield row.finished()
+            else:
+                going.append(place)
+        except Exception as error:
+            yield failure(row, error)
+    return going
+
+
+def _extend(batch: Batch) -> Iterator[Event]:
+    """Read what was committed since."""
+    batch.read(batch.mode.num_unread)
+    return iter(())

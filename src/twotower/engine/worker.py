@@ -1,28 +1,31 @@
 """The thread that owns a model: requests come in at any time, each client gets its row's events."""
 
+import asyncio
+import contextlib
 import dataclasses
 import itertools
 import logging
 import math
+import queue
 import threading
 import time
 from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass
 
-from twotower.engine import queues
-from twotower.engine.events import Event, Failed, Finished, StepTaken, TokensCommitted
-from twotower.engine.faults import HopelessError, internal_failure, log_failure
-from twotower.engine.inbox import Inbox, Stopped
-from twotower.engine.options import WorkerOptions
+from twotower.engine.events import Event, Failed, Finished, StepTaken
+from twotower.engine.faults import EngineDeadError, failed, log_failure
+from twotower.engine.options import EngineOptions
 from twotower.engine.prefix_cache import PrefixCache, PrefixStats
-from twotower.engine.requests import Request, check_tokenizer, make_row
-from twotower.engine.ticket import Ticket, failed
+from twotower.engine.request import Request, Row, check_tokenizer, make_row
+from twotower.engine.request_queue import RequestQueue, Stopped
+from twotower.engine.scheduler import Scheduler
 from twotower.measure import give_back_memory
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 
 _LONGEST_RETRY_S = 60
-_HOPELESS = "nothing can be decoded any more; the server has to be started again"
+_DEAD = "nothing can be decoded any more; the server has to be started again"
 _MOST_UNREAD = 64  # ended texts that wait for an idle moment
 _log = logging.getLogger(__name__)
 
@@ -30,72 +33,133 @@ _log = logging.getLogger(__name__)
 class QueueFull(Exception):
     """Too many requests wait; another try after `retry_after_s` seconds may find a place."""
 
-    def __init__(self, max_waiting: int, retry_after_s: int) -> None:
+    def __init__(self, num_waiting: int, max_waiting: int, retry_after_s: int) -> None:
         super().__init__(
-            f"{max_waiting} requests wait already; try again in {retry_after_s} seconds"
+            f"{num_waiting} requests wait already; try again in {retry_after_s} seconds"
         )
         self.max_waiting = max_waiting
         self.retry_after_s = retry_after_s
 
 
+class Ticket:
+    """What a client holds of its row. Its events are read once, by `events` or by `aevents`.
+
+    The last event is Finished or Failed. Leaving either iterator before it cancels the row.
+    """
+
+    def __init__(self, row: Row, wants_steps: bool) -> None:
+        self.row = row
+        self._wants_steps = wants_steps
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._wake: Callable[[], None] | None = None
+
+    @property
+    def index(self) -> int:
+        """`row` of its events."""
+        return self.row.index
+
+    def cancel(self) -> None:
+        """Let the row leave within one cycle, with Failed(kind="cancelled") as its last event."""
+        self.row.is_cancelled = True
+
+    def events(self) -> Generator[Event, None, None]:
+        """The row's events as they happen; blocks between them."""
+        event: Event | None = None
+        try:
+            while not isinstance(event, Finished | Failed):
+                event = self._events.get()
+                yield event
+        finally:
+            self.cancel()
+
+    async def aevents(self) -> AsyncGenerator[Event, None]:
+        """`events` for an event loop, which goes on between them."""
+        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+        self._wake = lambda: _call_in(loop, arrived.set)
+        event: Event | None = None
+        try:
+            while not isinstance(event, Finished | Failed):
+                arrived.clear()  # before looking: an event that comes now is not missed
+                while self._events.empty():
+                    await arrived.wait()
+                    arrived.clear()
+                event = self._events.get()
+                yield event
+        finally:
+            self.cancel()
+
+    def deliver(self, event: Event) -> None:
+        """Hand over an event; called by the thread that decodes."""
+        if isinstance(event, StepTaken) and not self._wants_steps:
+            return
+        self._events.put(event)
+        if self._wake is not None:
+            self._wake()
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
+    """Call the function in the loop's thread; a loop that is closed has no one left to tell."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function)
+
+
 @dataclass(kw_only=True)
-class _Totals:
+class Totals:
+    """What a worker has done, the rows that have not ended included."""
+
     num_finished: int = 0
-    num_failed: int = 0
-    tokens: int = 0
+    num_failed: int = 0  # cancelled ones included
+    tokens: int = 0  # given out
     nfe: int = 0
     context_forwards: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
+    drafted_tokens: int = 0  # that the context tower verified, in mode="speculative"
+    accepted_tokens: int = 0  # and those of them that it accepted
+
+    def add(self, row: Row) -> None:
+        """Count what a row has cost and given."""
+        self.tokens += row.num_released
+        self.nfe += row.nfe
+        self.context_forwards += row.context_forwards
+        self.drafted_tokens += row.num_drafted
+        self.accepted_tokens += row.num_accepted
 
 
-@dataclass(frozen=True, kw_only=True)
-class WorkerStats:
-    """What a worker does and has done. Totals count the rows that have not ended, too."""
+@dataclass(kw_only=True)
+class WorkerStats(Totals, PrefixStats):
+    """Figures of a moment."""
 
     is_alive: bool  # whether its thread runs
     rows_waiting: int
     rows_in_flight: int
-    num_finished: int
-    num_failed: int  # cancelled ones included
-    tokens: int  # given out
-    nfe: int
-    context_forwards: int
-    drafted_tokens: int  # that the context tower read, in mode="speculative"
-    accepted_tokens: int  # and those of them that stood
-    cache_hits: int  # prompts of which the prefix cache knew a part
-    cache_misses: int
-    cache_saved_tokens: int  # of prompts, that were not read again
-    cache_bytes: int
-    cache_evictions: int
 
 
 class Worker:
     """Decodes rows for clients of other threads. `start` first; `stop` at the end.
 
-    An error ends the rows that it concerns and never the thread, but for a HopelessError: then all
-    rows are told and no more are taken. The log names no text.
+    An error ends the rows that it concerns and never the thread, but for an EngineDeadError: then
+    all rows are told and no more are taken. The log names no text.
     """
 
     def __init__(
         self,
         model: TwoTower,
         tokenizer: Tokenizer | None = None,
-        options: WorkerOptions | None = None,
+        options: EngineOptions | None = None,
     ) -> None:
         check_tokenizer(model, tokenizer)
         self._model, self._tokenizer = model, tokenizer
-        self._options = options or WorkerOptions()
-        self._inbox = Inbox(self._options.max_waiting, self._read_an_ended_text)
+        self._options = options or EngineOptions()
+        self._queue = RequestQueue((), self._options.max_waiting, self._read_an_ended_text)
+        self._tickets: dict[int, Ticket] = {}  # of all rows that have not ended
         self._prefixes: PrefixCache | None = None
         if self._options.prefix_cache_bytes:
             self._prefixes = PrefixCache(model, self._options.prefix_cache_bytes)
         self._unread: deque[list[int]] = deque(maxlen=_MOST_UNREAD)
         self._numbers = itertools.count()
         self._newest_end: tuple[Ticket, Event] | None = None
-        self.is_hopeless = False  # nothing can be decoded any more; a new worker is needed
+        self.is_dead = False  # nothing can be decoded any more; a new worker is needed
         self._thread = self._make_thread()
-        self._totals = _Totals()
+        self._totals = Totals()
         self._seconds_between_ends = 1.0  # of rows; a running mean
         self._last_end_s = time.monotonic()
 
@@ -114,10 +178,11 @@ class Worker:
         """Take no more requests, finish what can be finished in grace_s seconds, tell the others
         and return when the thread has ended.
         """
-        self._inbox.close(grace_s, "the server is stopping")
+        self._queue.close(grace_s, "the server is stopping")
         if self._thread.is_alive():
             self._thread.join()
-        for index in self._inbox.empty():  # of a worker that was never started
+        self._queue.clear()
+        for index in list(self._tickets):  # of a worker that was never started
             self._deliver(failed(index, "stopped"))
 
     def submit(
@@ -128,31 +193,41 @@ class Worker:
         deadline_s: seconds from now after which the row has failed. wants_steps: whether StepTaken
         events are wanted. Raises ValueError (one line) for an unusable request, QueueFull, Stopped.
         """
-        index = next(self._numbers)
-        row = make_row(self._model, index, request, self._tokenizer, "the prompt")
-        ticket = Ticket(row, deadline_s, wants_steps)
-        if not self._inbox.put(row, ticket):
-            num_waiting = self._options.max_waiting
+        row = make_row(self._model, next(self._numbers), request, self._tokenizer, "the prompt")
+        if deadline_s is not None:
+            row.deadline_s = row.submitted_s + deadline_s
+        ticket = self._tickets[row.index] = Ticket(row, wants_steps)
+        is_waiting = False
+        try:
+            is_waiting = self._queue.put(row)
+        finally:
+            if not is_waiting:
+                del self._tickets[row.index]
+        if not is_waiting:
+            num_waiting, most = self._queue.num_waiting, self._options.max_waiting
             # By then about half of those who wait now have their place.
             retry_after_s = math.ceil(self._seconds_between_ends * num_waiting / 2)
-            raise QueueFull(num_waiting, min(max(retry_after_s, 1), _LONGEST_RETRY_S))
+            raise QueueFull(num_waiting, most, min(max(retry_after_s, 1), _LONGEST_RETRY_S))
         return ticket
 
     def stats(self) -> WorkerStats:
         """Figures of this moment."""
-        waiting = self._inbox.num_waiting
+        waiting, open_rows = self._queue.num_waiting, [t.row for t in [*self._tickets.values()]]
+        totals = dataclasses.replace(self._totals)
+        for row in open_rows:
+            totals.add(row)
         return WorkerStats(
             is_alive=self._thread.is_alive(),
             rows_waiting=waiting,
-            rows_in_flight=max(0, self._inbox.num_open - waiting),
-            **dataclasses.asdict(self._totals),
-            **dataclasses.asdict(PrefixStats() if self._prefixes is None else self._prefixes.stats),
+            rows_in_flight=max(0, len(open_rows) - waiting),
+            **vars(totals),
+            **vars(PrefixStats() if self._prefixes is None else self._prefixes.stats),
         )
 
     def _run(self) -> None:
         try:
             self._decode()
-        except HopelessError as error:
+        except EngineDeadError as error:
             self._give_up(error)
         except BaseException as error:
             # Somebody ends the thread (SystemExit raised in it): its rows are lost and told so.
@@ -160,32 +235,38 @@ class Worker:
             cause.with_traceback(error.__traceback__)
             if self._newest_end is not None:  # it may have been counted and not told
                 self._newest_end[0].deliver(self._newest_end[1])
-            for index in self._inbox.entered():
-                self._deliver(internal_failure(index, cause))
+            self._fail_rows(cause)
             if self._prefixes is not None:  # it may have been cut off in the middle of a change
                 self._prefixes = PrefixCache(self._model, self._options.prefix_cache_bytes)
 
-    def _give_up(self, error: HopelessError) -> None:
+    def _give_up(self, error: EngineDeadError) -> None:
         _log.error("decoding has ended for good: %s", error)
-        self.is_hopeless = True
-        self._inbox.close(0.0, _HOPELESS)
-        for index in self._inbox.empty():
-            self._deliver(Failed(row=index, kind="stopped", message=_HOPELESS))
+        self.is_dead = True
+        self._queue.close(0.0, _DEAD)
+        self._queue.clear()
+        for index in list(self._tickets):
+            self._deliver(Failed(row=index, kind="stopped", message=_DEAD))
 
     def _decode(self) -> None:
-        while not self._inbox.is_over:
+        while not self._queue.is_over:
+            scheduler = Scheduler(self._model, self._queue, self._options, self._prefixes)
             try:
-                for event in queues.run(self._model, self._inbox, self._options, self._prefixes):
+                for event in scheduler.run():
                     self._deliver(event)
-            except HopelessError:
+            except EngineDeadError:
                 raise
             except Exception as error:  # ours; those of a row's own work do not come this far
-                for index in self._inbox.entered():
-                    self._deliver(internal_failure(index, error))
+                self._fail_rows(error)
+
+    def _fail_rows(self, error: Exception) -> None:
+        """End the rows that have a place; those that wait go on."""
+        for index, ticket in list(self._tickets.items()):
+            if ticket.row.started_s is not None and ticket.row.paused is None:
+                self._deliver(failed(index, "internal", error))
 
     def _deliver(self, event: Event) -> None:
         """Count an event and hand it to its client."""
-        ticket = self._inbox.ticket(event.row)
+        ticket = self._tickets.get(event.row)
         if ticket is None:
             return
         if isinstance(event, Failed):
@@ -194,23 +275,10 @@ class Worker:
             event = dataclasses.replace(event, error=None)
         if isinstance(event, Finished | Failed):
             self._newest_end = ticket, event
-            self._inbox.forget(event.row)
+            self._totals.add(ticket.row)
+            del self._tickets[event.row]
             self._note_end(event, ticket)
-        self._add(event, ticket)
         ticket.deliver(event)
-
-    def _add(self, event: Event, ticket: Ticket) -> None:
-        totals = self._totals
-        if isinstance(event, Failed | StepTaken):
-            return
-        now = event.completion if isinstance(event, Finished) else event
-        totals.nfe += now.nfe - ticket.nfe
-        totals.context_forwards += now.context_forwards - ticket.context_forwards
-        ticket.nfe, ticket.context_forwards = now.nfe, now.context_forwards
-        if isinstance(event, TokensCommitted):
-            totals.tokens += len(event.tokens)
-            totals.drafted_tokens += event.drafted or 0
-            totals.accepted_tokens += event.accepted or 0
 
     def _note_end(self, event: Finished | Failed, ticket: Ticket) -> None:
         if isinstance(event, Failed):
@@ -218,11 +286,11 @@ class Worker:
             return
         self._totals.num_finished += 1
         now = time.monotonic()
-        since = now - max(self._last_end_s, ticket.submitted_s)  # idle time is no sign of load
+        since = now - max(self._last_end_s, ticket.row.submitted_s)  # idle time is no sign of load
         self._seconds_between_ends += 0.1 * (since - self._seconds_between_ends)
         self._last_end_s = now
         if self._prefixes is not None:
-            self._unread.append([*ticket.prompt, *event.completion.tokens])
+            self._unread.append([*ticket.row.prompt, *event.completion.tokens])
 
     def _read_an_ended_text(self) -> bool:
         """Read a piece of an ended row's text, for a prompt that goes on from it.
@@ -238,8 +306,8 @@ class Worker:
             if next(self._prefixes.remember(text), self) is not self:
                 self._unread.append(text)
         except Exception as error:
-            log_failure(internal_failure(-1, error))
+            log_failure(failed(-1, "internal", error))
         return True
 
 
-__all__ = ["QueueFull", "Stopped", "Worker", "WorkerStats"]
+__all__ = ["QueueFull", "Stopped", "Ticket", "Worker", "WorkerStats"]

@@ -4,8 +4,7 @@ Per block the new keys, values and states go one way and the filled block the ot
 rank keeps its own copy of the cache. Docs: docs/hosts.md.
 """
 
-from twotower.hosts.context_rank import ApartTwoTower
-from twotower.hosts.denoiser_rank import serve_blocks
 from twotower.hosts.link import Link, Message, PeerLostError, join_ranks
+from twotower.hosts.ranks import SplitTwoTower, serve_blocks
 
-__all__ = ["ApartTwoTower", "Link", "Message", "PeerLostError", "join_ranks", "serve_blocks"]
+__all__ = ["Link", "Message", "PeerLostError", "SplitTwoTower", "join_ranks", "serve_blocks"]

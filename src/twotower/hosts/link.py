@@ -1,8 +1,8 @@
 """Messages between two ranks of torch.distributed: a kind, plain values and tensors.
 
 Built on gloo, which runs everywhere: tensors of a CUDA device travel through host memory. Each rank
-sends signs of life and has a thread that listens, whatever the rank is busy with or waits for: a
-send takes until the other side listens, and silence longer than the timeout means a lost peer.
+has a thread that sends heartbeats and one that receives, whatever the rank is busy with: a send
+takes until the other side receives, and silence longer than the timeout means a lost peer.
 """
 
 import atexit
@@ -22,13 +22,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from twotower.engine.faults import HopelessError
+from twotower.engine.faults import EngineDeadError
 
-END = "end"  # the last message each way: who hears it first answers with it
+END = "end"  # the last message each way: who receives it first answers with it
 _FIRST_BYTES = 4096  # the first frame: small messages need no second one
 _FRAME_BYTES = 2**24  # of the others: each must arrive within the timeout, on a slow line as well
-_SIGNS_PER_TIMEOUT = 4
-_SIGN_OF_LIFE = "alive"
+_BEATS_PER_TIMEOUT = 4
+_HEARTBEAT = "heartbeat"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Message:
     tensors: list[Tensor] = field(default_factory=list)
 
 
-class PeerLostError(HopelessError):
+class PeerLostError(EngineDeadError):
     """The other rank has gone, or was silent for too long: nothing can be decoded any more."""
 
 
@@ -56,11 +56,11 @@ class Link:
         self._timeout = timedelta(seconds=timeout_s)
         self._sending, self._ending = threading.Lock(), threading.Lock()
         self._is_closed = threading.Event()
-        self._heard: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
-        self._ear = threading.Thread(target=self._listen, name="ear", daemon=True)
-        self._signs = threading.Thread(target=self._send_signs, name="signs of life", daemon=True)
-        self._ear.start()
-        self._signs.start()
+        self._received: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
+        self._receiver = threading.Thread(target=self._receive_all, name="receiver", daemon=True)
+        self._heart = threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True)
+        self._receiver.start()
+        self._heart.start()
         atexit.register(self.close)
 
     def send(self, message: Message) -> None:
@@ -71,7 +71,7 @@ class Link:
         head = data[: _FIRST_BYTES - 8]
         first[8 : 8 + len(head)] = head
         with self._sending, self._watched("sending to"):
-            if self._is_closed.is_set() and message.kind != END:  # nobody listens after it
+            if self._is_closed.is_set() and message.kind != END:  # nobody receives after it
                 raise PeerLostError("it has ended")
             for frame in (first, *_frames(data[len(head) :])):
                 self._wait(dist.isend(frame, self._peer))
@@ -79,39 +79,39 @@ class Link:
 
     def receive(self) -> Message:
         """The next message, `END` when either rank has closed; PeerLostError without the peer."""
-        heard = self._heard.get()
-        if isinstance(heard, Exception) or heard.kind == END:
-            self._heard.put(heard)  # for whoever asks next
-        if isinstance(heard, Exception):
-            raise heard
-        return heard
+        received = self._received.get()
+        if isinstance(received, Exception) or received.kind == END:
+            self._received.put(received)  # for whoever asks next
+        if isinstance(received, Exception):
+            raise received
+        return received
 
     def close(self) -> None:
-        """Say that no more will be sent, and wait until the peer has heard it, or is lost."""
+        """Say that no more will be sent, and wait until the peer knows it, or is lost."""
         self._end()
-        self._signs.join()
-        self._ear.join(self._timeout.total_seconds())
+        self._heart.join()
+        self._receiver.join(self._timeout.total_seconds())
 
     def _end(self) -> None:
-        """Say `END`, once."""
+        """Send `END`, once."""
         with self._ending:
             is_first = not self._is_closed.is_set()
             self._is_closed.set()
-        if is_first and self._ear.is_alive():
+        if is_first and self._receiver.is_alive():
             with contextlib.suppress(PeerLostError):
                 self.send(Message(END))
 
-    def _listen(self) -> None:
-        """Hear everything until the end."""
+    def _receive_all(self) -> None:
+        """Receive until the end."""
         kind = ""
         while kind != END:
             try:
                 message = self._read()
             except (RuntimeError, ValueError) as error:  # lost, or a message that is none
-                self._heard.put(error)
+                self._received.put(error)
                 return
-            if (kind := message.kind) != _SIGN_OF_LIFE:
-                self._heard.put(message)
+            if (kind := message.kind) != _HEARTBEAT:
+                self._received.put(message)
         self._end()
 
     def _read(self) -> Message:
@@ -130,10 +130,10 @@ class Link:
         assert work is not None  # None is for processes outside the group
         work.wait(self._timeout)
 
-    def _send_signs(self) -> None:
-        while not self._is_closed.wait(self._timeout.total_seconds() / _SIGNS_PER_TIMEOUT):
+    def _send_heartbeats(self) -> None:
+        while not self._is_closed.wait(self._timeout.total_seconds() / _BEATS_PER_TIMEOUT):
             try:
-                self.send(Message(_SIGN_OF_LIFE))
+                self.send(Message(_HEARTBEAT))
             except PeerLostError:
                 return  # who sends or receives next will notice too
 

@@ -90,7 +90,7 @@ class Decoding(Record):
     first_token: str | None = None
     draft_passes: Count | None = None
     confidence_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
-    review_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    verify_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Count | None = None
     schedule: str | None = None
     remask: str | None = None

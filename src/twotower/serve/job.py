@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from twotower.engine import GenerateOptions, Mode, Request
+from twotower.engine.options import FIELD_MODES
 from twotower.serve.errors import ApiError, bad_value
 from twotower.serve.fields import Decoding
 from twotower.serve.options import ServeOptions
@@ -13,20 +14,8 @@ from twotower.serve.served import Served
 from twotower.serve.structure import structure_of
 from twotower.serve.turns import encode_chat
 
-_BLOCK_MODES: tuple[Mode, ...] = ("diffusion", "posterior", "predict-and-noise")
-# Our fields and the modes that they change; in another mode they would be ignored: an error.
-_MODES_OF: dict[str, tuple[Mode, ...]] = {
-    "block_size": (*_BLOCK_MODES, "speculative"),
-    "steps_per_block": _BLOCK_MODES,
-    "first_token": ("diffusion",),
-    "draft_passes": ("speculative",),
-    "confidence_threshold": ("diffusion", "speculative"),
-    "review_threshold": ("diffusion",),
-    "schedule": ("posterior", "predict-and-noise"),
-    "remask": ("predict-and-noise",),
-    "adaptive": ("predict-and-noise",),
-}
-_SHARED = ("temperature", "top_p", "top_k", "stop")
+# Decoding options that a body may name; one that its mode does not use is an error.
+_NAMED = ("temperature", "top_p", "top_k", "stop", "ignore_eos", *FIELD_MODES)
 _SEEDS = 1 << 63
 
 
@@ -95,9 +84,7 @@ def _job(
     if grammar is not None:
         extra["grammar"] = grammar
     mode = _mode(body, served, needs_order=grammar is not None)
-    given = _given(body, mode) | extra | {"mode": mode}
-    if body.ignore_eos:
-        given["eos_token_id"] = None
+    given = _given(body, served) | extra | {"mode": mode}
     default = served.defaults["max_new_tokens"]
     assert isinstance(default, int)
     if max_tokens is not None or default > options.max_new_tokens:
@@ -139,17 +126,13 @@ def _mode(body: Decoding, served: Served, needs_order: bool) -> Mode:
     return mode
 
 
-def _given(body: Decoding, mode: Mode) -> dict[str, object]:
-    given = {name: getattr(body, name) for name in (*_SHARED, *_MODES_OF)}
+def _given(body: Decoding, served: Served) -> dict[str, object]:
+    """The decoding options that the body names."""
+    given = {name: getattr(body, name) for name in _NAMED if name in Decoding.model_fields}
     given = {name: value for name, value in given.items() if value is not None}
-    for name, modes in _MODES_OF.items():
-        if name in given and mode not in modes:
-            raise ApiError(
-                400,
-                f"{name}: has no effect in mode {mode}; leave it out, or use mode "
-                f"{' or '.join(modes)}",
-                param=name,
-            )
+    if not given.get("temperature", served.defaults["temperature"]):
+        for name in ("top_k", "top_p"):  # OpenAI's clients send them with temperature 0, too
+            given.pop(name, None)
     return given
 
 

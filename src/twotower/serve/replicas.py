@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from twotower.engine import WorkerOptions
+from twotower.engine import EngineOptions
 from twotower.serve.options import ServeOptions
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Replica:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplicatedOptions(ServeOptions, WorkerOptions, ReplicaOptions):
+class ReplicatedOptions(ServeOptions, EngineOptions, ReplicaOptions):
     """All that a server of replicas is told."""
 
 

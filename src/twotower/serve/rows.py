@@ -23,12 +23,17 @@ from twotower.serve.job import Job
 T = TypeVar("T")
 
 
-def submit(worker: Worker, job: Job, filters: tuple[Filter, ...]) -> list[Ticket]:
-    """A ticket for every row, or none and an ApiError. Blocks for as long as a grammar takes."""
+def submit(
+    worker: Worker, job: Job, filters: tuple[Filter, ...], caller: str | None = None
+) -> list[Ticket]:
+    """A ticket for every row, or none and an ApiError. Blocks for as long as a grammar takes.
+
+    caller: who asks; callers share the worker's places.
+    """
     tickets: list[Ticket] = []
     try:
         for asked in job.requests:
-            request = asked._replace(filters=filters)
+            request = asked._replace(filters=filters, caller=caller)
             tickets.append(worker.submit(request, job.deadline_s, job.wants_steps))
         return tickets
     except QueueFull as error:

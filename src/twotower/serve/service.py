@@ -35,7 +35,7 @@ class Service:
         """Whether a request would be decoded now: ready, or why not; failed is for good."""
         if self.is_stopping:
             return "stopping"
-        if self.worker.is_hopeless:
+        if self.worker.is_dead:
             return "failed"
         return "ready" if self.worker.stats().is_alive else "restarting"
 

@@ -97,15 +97,15 @@ class Viewer:
             ],
             "drafted": event.drafted,
             "accepted": event.accepted,
-            "given_back": event.given_back,
+            "rejected": event.rejected,
             "nfe": event.nfe,
             "context_forwards": event.context_forwards,
             "elapsed_ms": self._elapsed_ms(index),
         }
 
     def _elapsed_ms(self, index: int) -> float:
-        ticket = self._tickets[index]
-        start_s = ticket.submitted_s if ticket.started_s is None else ticket.started_s
+        row = self._tickets[index].row
+        start_s = row.submitted_s if row.started_s is None else row.started_s
         return round((time.monotonic() - start_s) * 1000, 1)
 
 

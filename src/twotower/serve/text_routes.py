@@ -87,7 +87,10 @@ async def _answer(
     observed = Observed(job, service.metrics, entry)
     threads = service.grammar_threads if job.has_grammar else None
     loop = asyncio.get_running_loop()
-    tickets = await loop.run_in_executor(threads, submit, service.worker, job, service.filters)
+    caller = str(entry.get("key", entry["client"]))
+    tickets = await loop.run_in_executor(
+        threads, submit, service.worker, job, service.filters, caller
+    )
     if not body.stream:
         completions = await until_gone(request.receive, _gather(tickets, observed))
         if service.options.log_prompts:

@@ -48,7 +48,7 @@ class HarnessOptions:
     batch_size: int = 1
     confidence_threshold: float | None = None
     steps_per_block: int | None = None
-    review_threshold: float | None = None
+    verify_threshold: float | None = None
     seed: int = 0
 
     @classmethod
@@ -127,7 +127,7 @@ class Decoder:
         if asked.get("do_sample", asked.get("temperature", 0.0) > 0.0):
             given["temperature"] = float(asked.get("temperature", 1.0))
             given |= {name: asked[name] for name in ("top_p", "top_k") if name in asked}
-        mine = ("mode", "confidence_threshold", "steps_per_block", "review_threshold")
+        mine = ("mode", "confidence_threshold", "steps_per_block", "verify_threshold")
         given |= {n: v for n in mine if (v := getattr(self.options, n)) is not None}
         return GenerateOptions(**given)
 

@@ -32,8 +32,8 @@ class EvalOptions:
     first_token: FirstToken | None = None
     """diffusion: who chooses a block's first token, instead of the checkpoint's own; denoiser is as
     published."""
-    review_threshold: float | None = None
-    """diffusion: instead of the checkpoint's own; 0 is as published, without a review."""
+    verify_threshold: float | None = None
+    """diffusion: instead of the checkpoint's own; 0 is as published, without verification."""
     sweep: bool = False
     """Also measure diffusion at other thresholds and pass limits, on a quarter of the items."""
     likelihood: bool = False

@@ -43,7 +43,7 @@ class OurContestant:
 
     def __init__(self, engine: str, model: TwoTower, options: GenerateOptions) -> None:
         self.engine = engine
-        self.mode = options.mode
+        self.mode = str(options.mode)
         self._model = model
         self._options = options
 
@@ -53,14 +53,14 @@ class OurContestant:
         if script is not None:
             model = cast(TwoTower, ScriptedModel(model, script))
             options = dataclasses.replace(
-                options, max_new_tokens=script.num_tokens, eos_token_id=None
+                options, max_new_tokens=script.num_tokens, ignore_eos=True
             )
         return time_stream(model, heat.ids, options)
 
 
 def time_stream(model: TwoTower, ids: list[int], options: GenerateOptions) -> Lap:
     """Decode one prompt of token ids; when decoding begins is told in `Lap`."""
-    watched = Watched(model)
+    watched = Watched(model, len(ids))
     first: tuple[float, TokensCommitted] | None = None
     last: Event | None = None
     begin = time.perf_counter()
@@ -83,16 +83,17 @@ def time_stream(model: TwoTower, ids: list[int], options: GenerateOptions) -> La
 
 
 class Watched:
-    """A model that notes when it has read its prompt."""
+    """A model that notes when it has read its prompt of so many tokens."""
 
-    def __init__(self, model: TwoTower) -> None:
-        self._model = model
+    def __init__(self, model: TwoTower, num_prompt: int) -> None:
+        self._model, self._num_prompt = model, num_prompt
         self.read_at = 0.0
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._model, name)
 
-    def prefill(self, ids: Tensor, lengths: Tensor | None = None) -> ContextCache:
-        cache = self._model.prefill(ids, lengths)
-        self.read_at = time.perf_counter()
-        return cache
+    def extend(self, cache: ContextCache, ids: Tensor, counts: Tensor | None = None) -> Tensor:
+        hidden = self._model.extend(cache, ids, counts)
+        if cache.num_past <= self._num_prompt:
+            self.read_at = time.perf_counter()
+        return hidden

@@ -71,12 +71,11 @@ def _is_right(judge: Judge, document: Document, text: str) -> bool:
     return judge(document, text).correct
 
 
-def mode_options(model: TwoTower, options: RaceOptions) -> list[GenerateOptions]:
-    """Each mode's options: the checkpoint's defaults under the race's."""
-    defaults = {"block_size": model.config.block_size, **model.generation_defaults}
+def mode_options(options: RaceOptions) -> list[GenerateOptions]:
+    """Each mode's options; all else is the checkpoint's."""
     return [
         # GenerateOptions checks the mode itself.
-        GenerateOptions(mode=mode, max_new_tokens=options.max_new_tokens).with_defaults(defaults)  # type: ignore[arg-type]
+        GenerateOptions(mode=mode, max_new_tokens=options.max_new_tokens)  # type: ignore[arg-type]
         for mode in options.mode_names
     ]
 
@@ -105,7 +104,7 @@ def enter(
 ) -> Iterator[Entry]:
     """A size's entrants, ready to start; rivals are closed at the end."""
     engines, unable = open_engines(model, options.engine_names)
-    modes = mode_options(model, options)
+    modes = mode_options(options)
     ours = [OurContestant(n, m, mode) for n, m in engines.items() for mode in modes]
     threads, dtype = torch.get_num_threads(), model.context_lm_head.weight.dtype
     with open_rivals(model if options.rivals else None, threads, dtype) as (rivals, missing):

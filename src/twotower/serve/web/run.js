@@ -167,7 +167,7 @@ function filledCells(before, event) {
 /**
  * The cells of a block once it is text. A draft token stands where the context tower chose the
  * same one; behind the last of those comes the tower's own token; what it read beyond is rejected.
- * So are the last tokens of a block that a review gives back, unless the text ended before them.
+ * So are the last tokens of a block that verification rejects, unless the text ended before them.
  */
 function settledCells(before, event) {
   const isDraft = event.drafted !== null && event.drafted !== undefined;
@@ -175,12 +175,12 @@ function settledCells(before, event) {
   const stands = (token, at) => at < read && before[at]?.id === token.id;
   const isCut = event.tokens.every(stands); // the text ended inside the block or draft
   const size = Math.max(before.length, event.tokens.length);
-  const isGivenBack = event.given_back && event.tokens.length + event.given_back === size;
+  const isCutShort = event.rejected && event.tokens.length + event.rejected === size;
   return Array.from({ length: size }, (_, at) => {
     const token = event.tokens[at];
     if (token && stands(token, at)) return { ...before[at], status: "kept", isNew: false };
     if (token) return ownCell(token);
-    const isRejected = isGivenBack || (isDraft && at < read && !isCut);
+    const isRejected = isCutShort || (isDraft && at < read && !isCut);
     return { ...before[at], status: isRejected ? "rejected" : "dropped", isNew: false };
   });
 }

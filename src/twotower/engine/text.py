@@ -1,4 +1,4 @@
-"""The text of a row: what it is, how much of it may be shown, and where it ends.
+"""The text of a row: what it is, how much of it may be shown, where it ends.
 
 Stop strings and filters are looked for character by character: the first character that completes
 a match of any of them ends the text where that match begins.

@@ -1,0 +1,70 @@
+"""The modes that fill blocks of mask tokens: diffusion, posterior, predict-and-noise.
+
+The context tower may verify a block of mode="diffusion": it must read it anyway, and rejects what
+it finds improbable. Source: system.md section 4.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from twotower.engine.batch import Batch, Choice, DecodingMode
+from twotower.engine.denoiser import fill_blocks
+from twotower.engine.events import Event
+from twotower.engine.logits import choose_tokens, require_finite, rows_logprobs
+
+
+def draft(batch: Batch) -> Iterator[Event]:
+    """One block of every row, from masked to all committed: its tokens (B, T)."""
+    last = yield from fill_blocks(batch, _open_blocks(batch), batch.sampler)
+    batch.draft = (last.tokens,)
+
+
+def _open_blocks(batch: Batch) -> Tensor:
+    """Blocks (B, T) before the first pass: masks, but for first tokens of the context tower."""
+    rows, model = batch.rows, batch.model
+    block_size = rows[0].options.block_size
+    blocks = torch.full((len(rows), block_size), model.config.mask_token_id)
+    places = [i for i, row in enumerate(rows) if row.options.first_token == "context"]
+    if places and block_size > 1:  # a block needs something to fill
+        logits = model.next_logits(batch.cache)[places]
+        sampler = batch.sampler.select(torch.tensor(places))
+        blocks[places, 0] = choose_tokens(logits, [rows[i] for i in places], sampler).cpu()
+    return blocks
+
+
+def choose(batch: Batch) -> Choice:
+    """The blocks, or what is left of them after verification."""
+    (blocks,) = batch.draft
+    options = batch.rows[0].options  # all rows are of one kind
+    if options.verify_threshold == 0 and options.logprobs is None:
+        return Choice(blocks.tolist())
+    output = batch.model.verify(batch.cache, blocks)
+    first = batch.model.next_logits(batch.cache).unsqueeze(1)
+    logits = torch.cat([first, batch.model.context_head(output.hidden[:, :-1])], dim=1)
+    thresholds = torch.tensor([row.options.verify_threshold for row in batch.rows])
+    counts = count_plausible(
+        blocks.to(logits.device), require_finite(logits), thresholds.to(logits.device)
+    ).cpu()
+    kept = [own[:count] for own, count in zip(blocks.tolist(), counts.tolist(), strict=True)]
+    logprobs = rows_logprobs(batch.rows, logits, kept)
+    batch.cache.commit(output, counts)
+    rejected = []
+    for row, tokens in zip(batch.rows, kept, strict=True):
+        row.context_forwards += 1
+        is_verified = row.options.verify_threshold > 0
+        rejected.append({"rejected": blocks.shape[1] - len(tokens)} if is_verified else {})
+    return Choice(kept, logprobs, rejected)
+
+
+def count_plausible(tokens: Tensor, logits: Tensor, least: Tensor) -> Tensor:
+    """How many tokens of blocks (B, T) stand: the first, and all up to one whose probability under
+    the logits (B, T, V) that chose its place is below least (B,). Returns (B,) >= 1.
+    """
+    chances = logits.softmax(-1).gather(2, tokens.unsqueeze(2)).squeeze(2)
+    is_plausible = chances[:, 1:] >= least.unsqueeze(1)
+    return is_plausible.long().cumprod(1).sum(1) + 1
+
+
+BLOCKS = DecodingMode(choose=choose, draft=draft)

@@ -1,0 +1,31 @@
+"""mode="mock-ar": the denoiser chooses token by token, a check of it without diffusion.
+
+It reads each row's last token, which the cache does not hold yet. Source: system.md section 4.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from twotower.engine.batch import Batch, Choice, DecodingMode
+from twotower.engine.events import Event
+from twotower.engine.logits import choose_tokens
+
+
+def draft(batch: Batch) -> Iterator[Event]:
+    """The denoiser's choice after each row's last token, without t."""
+    last = torch.tensor([[(row.tokens or row.prompt)[-1]] for row in batch.rows])
+    logits = batch.model.denoise(last, batch.cache.view(), None)[:, 0]
+    for row in batch.rows:
+        row.nfe += 1
+    batch.draft = (choose_tokens(logits, batch.rows, batch.sampler),)
+    return iter(())
+
+
+def choose(batch: Batch) -> Choice:
+    """What the denoiser chose."""
+    (tokens,) = batch.draft
+    return Choice([[token] for token in tokens.tolist()])
+
+
+MOCK_AR = DecodingMode(choose=choose, draft=draft, num_unread=1)

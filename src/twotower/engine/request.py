@@ -1,0 +1,284 @@
+"""A request and its row: from a prompt that is checked, in one line if unusable, to its last event.
+
+A row waits in the queue, gets one of the engine's places, has its prompt read, writes, and ends. It
+may be paused in between, so that others get their turn.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from twotower.engine.events import (
+    Completion,
+    FailureKind,
+    Finished,
+    FinishReason,
+    TokenLogprob,
+    TokensCommitted,
+)
+from twotower.engine.filters import Filter
+from twotower.engine.grammar import GrammarState, TokenRules, begin
+from twotower.engine.options import GenerateOptions, ResolvedOptions, resolve_options
+from twotower.engine.text import RowText
+from twotower.model import TwoTower
+from twotower.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from twotower.engine.batch import Batch
+    from twotower.engine.speculative import DraftController
+
+Prompt = str | Sequence[int]
+
+
+class Request(NamedTuple):
+    """One prompt, text or token ids, and how to decode it.
+
+    filters: what no reader may see of its text. caller: who asks; callers share the engine's places
+    evenly, and a caller's long rows make room for its short ones. Rows without one are served in
+    the order in which they come.
+    """
+
+    prompt: Prompt
+    options: GenerateOptions
+    filters: tuple[Filter, ...] = ()
+    caller: str | None = None
+
+
+class Row:
+    """The state of one prompt. Its randomness is its own: a row never depends on its neighbours."""
+
+    def __init__(
+        self,
+        index: int,
+        prompt: list[int],
+        options: ResolvedOptions,
+        text: RowText | None = None,
+        grammar: GrammarState | None = None,
+        caller: str | None = None,
+    ) -> None:
+        self.index, self.prompt, self.options = index, prompt, options
+        self.text, self.grammar, self.caller = text, grammar, caller
+        self.generator = torch.Generator().manual_seed(options.seed)
+        self.tokens: list[int] = []  # all, also those that filters hold back
+        self.finish_reason: FinishReason | None = None
+        self.nfe = self.context_forwards = 0
+        self.cached_tokens = 0  # of the prompt, taken from the prefix cache
+        self.num_commits = self.num_drafted = self.num_accepted = 0
+        # Of the engine: its client's wishes, and its share of the machine.
+        self.is_cancelled = False
+        self.deadline_s = math.inf  # of time.monotonic()
+        self.submitted_s = time.monotonic()
+        self.started_s: float | None = None  # when it first got a place
+        self.num_served = 0  # steps in which it had a place
+        self.paused: Batch | None = None  # all that was read, while it has no place
+        # Of speculation.
+        self.controller: DraftController | None = None
+        self.noise_ahead: list[Tensor] = []  # (V,) of each token to come, once drawn
+        self._logprobs: list[TokenLogprob] = []
+        self.num_released = 0  # tokens that were given out
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether nobody may see what filters have not: there are no StepTaken events then."""
+        return self.text is not None and self.text.is_filtered
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that the row may still write."""
+        return self.options.max_new_tokens - len(self.tokens)
+
+    def between(self, start: int, end: int) -> list[int]:
+        """Tokens of prompt and text from `start` to `end`."""
+        known = len(self.prompt)
+        return self.prompt[start:end] + self.tokens[max(0, start - known) : max(0, end - known)]
+
+    def reason_to_leave(self, now: float) -> FailureKind | None:
+        """Why the row must not go on at the time now, in seconds of time.monotonic()."""
+        if self.is_cancelled:
+            return "cancelled"
+        return "deadline" if now >= self.deadline_s else None
+
+    def save(self) -> tuple[int, Tensor, list[Tensor]]:
+        """What a pass that fails may have changed, to try it again after `restore`."""
+        return self.nfe, self.generator.get_state(), list(self.noise_ahead)
+
+    def restore(self, saved: tuple[int, Tensor, list[Tensor]]) -> None:
+        self.nfe, state, noise = saved
+        self.generator.set_state(state)
+        self.noise_ahead = list(noise)
+
+    def commit(
+        self,
+        tokens: Sequence[int],
+        logprobs: Sequence[TokenLogprob] | None = None,
+        drafted: int | None = None,
+        accepted: int | None = None,
+        rejected: int | None = None,
+    ) -> TokensCommitted:
+        """Take tokens one by one until the row ends; what follows the end is dropped.
+
+        logprobs: of each token, if the row asked for them. Raises FilterFailed.
+        """
+        before = len(self.tokens)
+        for token in tokens:
+            self._take(token)
+            if self.is_finished:
+                break
+        if logprobs is not None:
+            self._logprobs += logprobs[: len(self.tokens) - before]
+        del self.noise_ahead[: len(tokens)]  # spent
+        self.num_commits += 1
+        self.num_drafted += drafted or 0
+        self.num_accepted += accepted or 0
+        text = "" if self.text is None else self.text.show()
+        released = self._release()
+        return TokensCommitted(
+            row=self.index,
+            block_index=self.num_commits - 1,
+            tokens=self.tokens[released],
+            text=text,
+            nfe=self.nfe,
+            context_forwards=self.context_forwards,
+            logprobs=self._logprobs_of(released),
+            drafted=drafted,
+            accepted=accepted,
+            rejected=rejected,
+        )
+
+    def _take(self, token: int) -> None:
+        self.tokens.append(token)
+        if self.text is not None:
+            self.text.push(token)
+        if token in self.options.eos_token_id:
+            self.finish_reason = "eos"
+        elif self.num_left == 0:
+            self.finish_reason = "length"
+        if self.text is not None:
+            if self.is_finished:
+                self.text.close()
+            self.finish_reason = self.text.ending or self.finish_reason
+
+    def _release(self) -> slice:
+        """The tokens that may be given out now, from the first that was not."""
+        end = len(self.tokens)
+        if self.text is not None and self.text.is_filtered:
+            end = self.text.num_released
+        released, self.num_released = slice(self.num_released, end), end
+        return released
+
+    def _logprobs_of(self, tokens: slice) -> tuple[TokenLogprob, ...] | None:
+        return None if self.options.logprobs is None else tuple(self._logprobs[tokens])
+
+    def finished(self) -> Finished:
+        """The row's last event."""
+        assert self.finish_reason is not None
+        released = slice(0, self.num_released)
+        completion = Completion(
+            tokens=self.tokens[released],
+            text=None if self.text is None else self.text.text,
+            nfe=self.nfe,
+            context_forwards=self.context_forwards,
+            finish_reason=self.finish_reason,
+            logprobs=self._logprobs_of(released),
+            cached_tokens=self.cached_tokens,
+        )
+        return Finished(row=self.index, completion=completion)
+
+
+def make_row(
+    model: TwoTower, index: int, request: Request, tokenizer: Tokenizer | None, name: str
+) -> Row:
+    """The row of a request; ValueError (one line, which calls the prompt `name`) if unusable."""
+    if not isinstance(request.options, GenerateOptions):
+        raise ValueError(f"options of {name} must be GenerateOptions, not {request.options!r}")
+    options = resolve_options(request.options, defaults_of(model))
+    _check(model, options, tokenizer, request.filters)
+    prompt = _prompt_ids(model, name, request.prompt, tokenizer)
+    text = None if tokenizer is None else RowText(tokenizer, options.stop, request.filters)
+    grammar = None
+    if options.grammar is not None:
+        assert tokenizer is not None  # checked
+        ids = model.config.mask_token_id, model.config.vocab_size
+        grammar = begin(options.grammar, tokenizer, TokenRules(options.eos_token_id, *ids))
+    return Row(index, prompt, options, text, grammar, request.caller)
+
+
+def defaults_of(model: TwoTower) -> dict[str, object]:
+    """What a model's checkpoint prefers, for `resolve_options`."""
+    config = model.config
+    own = {"block_size": config.block_size, "eos_token_id": config.eos_token_ids or None}
+    return {**own, **model.generation_defaults}
+
+
+def check_tokenizer(model: TwoTower, tokenizer: Tokenizer | None) -> None:
+    """ValueError for what is no tokenizer, or one of a larger vocabulary than the model's."""
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise ValueError(f"tokenizer={tokenizer!r} is no Tokenizer; pass load_tokenizer(path)")
+    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
+            f"{model.config.vocab_size}; load the tokenizer of the same checkpoint"
+        )
+
+
+def _check(
+    model: TwoTower,
+    options: ResolvedOptions,
+    tokenizer: Tokenizer | None,
+    filters: tuple[Filter, ...],
+) -> None:
+    """ValueError for what this model, or a row without a tokenizer, cannot do."""
+    if options.mode != "ar" and not model.has_denoiser:
+        raise ValueError(
+            f"mode={options.mode!r} needs the denoiser tower; load both towers, or use mode='ar'"
+        )
+    needs = {"stop": options.stop, "filters": filters, "grammar": options.grammar}
+    for name, value in needs.items():
+        if value and tokenizer is None:
+            raise ValueError(f"{name} needs a tokenizer; pass tokenizer=load_tokenizer(path)")
+    if options.grammar is not None and not options.eos_token_id:
+        raise ValueError("grammar needs a token that ends the text; leave out ignore_eos")
+    for token in options.eos_token_id:
+        if token >= model.config.vocab_size:
+            raise ValueError(
+                f"eos_token_id={token} is outside the vocabulary; "
+                f"use 0 to {model.config.vocab_size - 1}"
+            )
+
+
+def _prompt_ids(
+    model: TwoTower, name: str, prompt: Prompt, tokenizer: Tokenizer | None
+) -> list[int]:
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError(f"{name} is text; pass tokenizer=load_tokenizer(path) with it")
+        if not prompt:
+            raise ValueError(f"{name} is empty; give at least one character")
+        return tokenizer.encode(prompt, add_bos=tokenizer.bos_id is not None)
+    try:
+        ids = [operator.index(token) for token in prompt]  # int() would take 5.7 and "5"
+    except TypeError:
+        raise ValueError(f"{name} must be text or a list of whole token ids") from None
+    if not ids:
+        raise ValueError(f"{name} is empty; give at least one token")
+    vocab_size, mask_token_id = model.config.vocab_size, model.config.mask_token_id
+    if bad := [token for token in ids if not 0 <= token < vocab_size]:
+        raise ValueError(
+            f"{name} has token {bad[0]} outside the vocabulary; use 0 to {vocab_size - 1}"
+        )
+    if mask_token_id in ids:
+        raise ValueError(
+            f"{name} has the mask token {mask_token_id}; a prompt is committed text, remove it"
+        )
+    return ids

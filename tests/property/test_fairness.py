@@ -1,0 +1,238 @@
+"""Places are shared: nobody waits for somebody else's long text, and no text depends on it."""
+
+import itertools
+import time
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tiny_models import prompts_of
+from tiny_worker import MODEL, completion_of, failure_of, options, running, wait_for
+from twotower import ContextCache, Event, Finished, TokensCommitted, TwoTower, generate
+from twotower.engine import MODES, EngineOptions, Failed, Request, Ticket, stream_requests
+from twotower.engine.prefill import READ_TOKENS
+from twotower.engine.request_queue import RequestQueue
+from twotower.engine.scheduler import TURN, Scheduler
+
+PROMPT = prompts_of([5])[0]
+LONG = options(mode="ar", max_new_tokens=100_000)
+SHORT = options(mode="ar", max_new_tokens=3)
+
+
+def request(caller: str | None, o: object = SHORT, prompt: list[int] = PROMPT) -> Request:
+    return Request(prompt, o, caller=caller)  # type: ignore[arg-type]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.sampled_from(MODES),
+            st.sampled_from([None, "a", "b", "c"]),
+            st.integers(1, 30),
+            st.integers(1, 40),
+        ),
+        min_size=2,
+        max_size=8,
+    ),
+    max_rows=st.integers(1, 3),
+    overlap=st.sampled_from(["off", "on"]),
+    cache=st.sampled_from([0, 10**6]),
+    temperature=st.sampled_from([0.0, 0.8]),
+)
+def test_a_row_that_was_paused_writes_what_it_writes_alone(
+    rows: list[tuple[str, str | None, int, int]],
+    max_rows: int,
+    overlap: str,
+    cache: int,
+    temperature: float,
+) -> None:
+    """Guards pauses, in prompts and between cycles: a row that goes on with less than all of its
+    state, its randomness or its draft controller writes a fluent text that is not its own."""
+    prompts = prompts_of([length for *_, length in rows])
+    o = [
+        options(mode=mode, max_new_tokens=n, temperature=temperature, seed=i)
+        for i, (mode, _, n, _) in enumerate(rows)
+    ]
+    alone = [generate(MODEL, [p], own)[0] for p, own in zip(prompts, o, strict=True)]
+    requests = [
+        request(caller, own, prompt)
+        for (_, caller, _, _), own, prompt in zip(rows, o, prompts, strict=True)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("twotower.engine.scheduler.TURN", 1)  # so that places change hands often
+        patch.setattr("twotower.engine.prefill.READ_TOKENS", 8)
+        patch.setattr("twotower.engine.scheduler.READ_TOKENS", 8)
+        patch.setattr(TwoTower, "prefill_chunk", lambda model, num_past: 4)
+        with running(max_rows=max_rows, overlap=overlap, prefix_cache_bytes=cache) as worker:
+            tickets = [worker.submit(one) for one in requests]
+            done = [completion_of(ticket) for ticket in tickets]
+    for found, expected in zip(done, alone, strict=True):
+        assert (found.tokens, found.nfe) == (expected.tokens, expected.nfe)
+        if not cache:
+            assert found.context_forwards == expected.context_forwards
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_one_caller_s_long_rows_make_room_for_others(overlap: str) -> None:
+    """Guards everybody behind a request of n long rows: until its deadline nobody else would get a
+    place."""
+    with running(max_rows=4, overlap=overlap) as worker:
+        greedy = [worker.submit(request("greedy", LONG)) for _ in range(32)]
+        wait_for(lambda: worker.stats().tokens > 40)
+        for caller in ("one", "two", "three"):
+            done = [worker.submit(request(caller)) for _ in range(2)]
+            assert all(len(completion_of(ticket).tokens) == 3 for ticket in done)
+        # A row as long as theirs gets its share, too.
+        fair = worker.submit(request("fair", options(mode="ar", max_new_tokens=200)))
+        assert len(completion_of(fair).tokens) == 200
+        assert all(ticket.row.finish_reason is None for ticket in greedy)
+
+
+def test_a_caller_s_own_long_rows_make_room_for_its_short_ones() -> None:
+    with running(max_rows=2) as worker:
+        long = [worker.submit(request("a", LONG)) for _ in range(4)]
+        wait_for(lambda: worker.stats().tokens > 40)
+        assert len(completion_of(worker.submit(request("a"))).tokens) == 3
+        wait_for(lambda: all(len(ticket.row.tokens) > 20 for ticket in long))
+
+
+def test_rows_of_no_caller_keep_their_places() -> None:
+    """Guards files of prompts: of a million rows only those that are decoded are in memory."""
+    with running(max_rows=1) as worker:
+        first, second = worker.submit(request(None, LONG)), worker.submit(request(None))
+        wait_for(lambda: len(first.row.tokens) > 10 * TURN)
+        assert second.row.started_s is None
+        first.cancel()
+        assert completion_of(second).tokens
+
+
+def steps_of(requests: list[Request], max_rows: int, num_steps: int) -> list[list[Event]]:
+    """The events of each of the first steps."""
+    from twotower.engine.request import make_row
+
+    rows = [make_row(MODEL, i, one, None, "it") for i, one in enumerate(requests)]
+    scheduler = Scheduler(MODEL, RequestQueue(rows), EngineOptions(max_rows=max_rows))
+    scheduler._queue.count(len(rows))  # all are there from the beginning
+    return [list(scheduler.step()) for _ in range(num_steps)]
+
+
+def test_callers_with_as_much_to_do_write_as_much() -> None:
+    """Guards against one who sends more rows and so gets more of the machine, and against rows that
+    change places all the time."""
+    requests = [request("a", LONG) for _ in range(12)] + [request("b", LONG) for _ in range(4)]
+    events = [e for step in steps_of(requests, 4, 200) for e in step]
+    written: Counter[str] = Counter()
+    for event in events:
+        if isinstance(event, TokensCommitted):
+            written["a" if event.row < 12 else "b"] += 1
+    assert abs(written["a"] - written["b"]) < 0.1 * written.total()
+    rows = [e.row for e in events if isinstance(e, TokensCommitted)]
+    steps = [set(rows[i : i + 4]) for i in range(0, len(rows) - 4, 4)]
+    changes = sum(len(new - old) for old, new in itertools.pairwise(steps))
+    assert changes < 60, "of 800 tokens"
+
+
+def test_the_queue_has_room_for_another_caller() -> None:
+    """Guards a queue that one caller fills: everybody else would be told to come later."""
+    with running(max_rows=1, max_waiting=20) as worker:
+        worker.submit(request("greedy", LONG))
+        wait_for(lambda: worker.stats().rows_in_flight == 1)
+        count = 0
+        with pytest.raises(Exception, match="requests wait already"):
+            for _ in range(30):
+                worker.submit(request("greedy", LONG))
+                count += 1
+        assert 10 < count < 20
+        assert completion_of(worker.submit(request("other"))).tokens
+
+
+def watch_reads(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> list[int]:
+    """Tokens of every pass over a prompt."""
+    reads: list[int] = []
+    extend = TwoTower.extend
+
+    def spy(
+        model: TwoTower, cache: ContextCache, ids: Tensor, counts: Tensor | None = None
+    ) -> Tensor:
+        if ids.shape[1] > 1:
+            reads.append(ids.numel())
+            time.sleep(seconds)
+        return extend(model, cache, ids, counts)
+
+    monkeypatch.setattr(TwoTower, "extend", spy)
+    return reads
+
+
+def test_others_decode_while_a_prompt_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards streams that stand still: between two pieces of a long prompt all others go on."""
+    reads = watch_reads(monkeypatch)
+    many = 10 * READ_TOKENS
+    requests = [request("a", LONG), request("b", SHORT, prompts_of([many])[0])]
+    steps = steps_of(requests, 2, 14)
+    assert max(reads) <= READ_TOKENS and sum(reads) >= many
+    first_of_b = next(
+        i for i, step in enumerate(steps) for e in step if isinstance(e, TokensCommitted) and e.row
+    )
+    assert first_of_b >= 10
+    for step in steps[1:first_of_b]:
+        assert [e.row for e in step if isinstance(e, TokensCommitted)] == [0]
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the first token of a small question behind somebody's book."""
+    books = [request("a", SHORT, prompts_of([8 * READ_TOKENS], i)[0]) for i in range(3)]
+    steps = steps_of([*books, request("b")], 4, 6)
+    begun = {e.row for step in steps for e in step if isinstance(e, TokensCommitted)}
+    assert begun == {3}
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_prompts_of_a_client_that_left_are_not_read(
+    monkeypatch: pytest.MonkeyPatch, overlap: str
+) -> None:
+    """Guards the machine: long prompts of which nobody will hear the answer."""
+    reads = watch_reads(monkeypatch, seconds=0.005)
+    prompts = prompts_of([4 * READ_TOKENS] * 20)
+    with running(max_rows=16, overlap=overlap) as worker:
+        tickets = [worker.submit(request("gone", SHORT, prompt)) for prompt in prompts]
+        wait_for(lambda: len(reads) > 2)
+        for ticket in tickets:
+            ticket.cancel()
+        count = len(reads)
+        ends = [failure_of(ticket) for ticket in tickets]
+        assert {end.kind for end in ends} == {"cancelled"}
+        assert completion_of(worker.submit(request("here"))).tokens
+        assert len(reads) <= count + 2 * (READ_TOKENS // 512) + 2
+        assert {ticket.row.started_s is None for ticket in tickets} == {False, True}
+
+
+def test_a_deadline_is_kept_while_prompts_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards an answer that is late by all that stands before it."""
+    watch_reads(monkeypatch, seconds=0.02)
+    prompts = prompts_of([20 * READ_TOKENS] * 4)
+    with running() as worker:
+        start = time.monotonic()
+        tickets: list[Ticket] = [
+            worker.submit(request("a", SHORT, prompt), deadline_s=0.3) for prompt in prompts
+        ]
+        assert {failure_of(ticket).kind for ticket in tickets} == {"deadline"}
+        # At least a second and a half of pauses alone if the prompts were read to their end.
+        assert 0.3 <= time.monotonic() - start < 1.2
+
+
+def test_little_memory_lets_paused_rows_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a standstill: a new row that does not fit while those that would make room
+    wait behind it."""
+    one_row = 3 * (5 + 60 + 4) * MODEL.config.kv_elements * 4
+    monkeypatch.setattr("twotower.engine.prefill.available_bytes", lambda device: one_row)
+    monkeypatch.setattr("twotower.engine.scheduler.TURN", 1)
+    o = options(mode="ar", max_new_tokens=60)
+    requests = [request(caller, o) for caller in "abcabc"]
+    too_large = request("d", SHORT, prompts_of([9000])[0])
+    events = list(stream_requests(MODEL, [*requests, too_large], engine=EngineOptions(max_rows=2)))
+    ends = {e.row: type(e) for e in events if isinstance(e, Finished | Failed)}
+    assert ends == {**dict.fromkeys(range(6), Finished), 6: Failed}
