@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 
-from twotower.cli.loading import shipped_model
+from twotower.loading import shipped_folder
 
 MODES = ("ar", "diffusion", "speculative", "posterior", "predict-and-noise", "mock-ar")
 LENGTHS = (256, 1024, 4096, 16384)
@@ -26,7 +26,7 @@ def peak():
     return int(line.split()[1]) * 1024
 
 torch.set_num_threads(1)
-plain = twotower.load_model(path)
+plain = load_checkpoint(path)
 model = accelerate(plain, backend)
 options = twotower.GenerateOptions(
     mode=mode, max_new_tokens=new, ignore_eos=True, seed=0, temperature=0.0
@@ -71,7 +71,7 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, mode: str, length: int) -> dict[str, int]:
     """One case in a fresh process."""
-    path = str(shipped_model()) if args.model == "shipped" else args.model
+    path = str(shipped_folder()) if args.model == "shipped" else args.model
     given = [path, mode, str(length), str(args.new_tokens), args.backend]
     command = [sys.executable, "-c", CHILD, *given]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -16,7 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import twotower
-from twotower import GenerateOptions, generate, load_model, load_tokenizer
+from twotower import GenerateOptions, generate, load_tokenizer
+from twotower.checkpoint import load_checkpoint
 from twotower.engine.grammar import Grammar, TokenRules, begin, json_schema, regex
 from twotower.lab.corpus import tools
 from twotower.serve.tool_calls import HERMES, tool_call
@@ -113,7 +114,7 @@ def acceptance() -> dict[str, dict[str, float]]:
     """Tokens per context pass: tool calls free and under their grammar, and a grammar that the
     model has never seen.
     """
-    model, tokenizer = load_model(ASSETS), load_tokenizer(ASSETS)
+    model, tokenizer = load_checkpoint(ASSETS), load_tokenizer(ASSETS)
     rng = random.Random(7)
     drafts = [tools.draw(rng) for _ in range(NUM_PROMPTS)]
     shown = [[line.split("(")[0] for line in d.prompt.split("\n")[1:-2]] for d in drafts]

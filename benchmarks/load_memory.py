@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from twotower.checkpoint import save_model
+from twotower.checkpoint import save_two_towers
 from twotower.families import config_from_dict
 from twotower.model import TwoTower
 from twotower.model.initialise import randomise
@@ -26,7 +26,7 @@ def peak():
     return int(line.split()[1]) * 1024
 before = peak()
 dtype = {"keep": None, "float32": torch.float32}[sys.argv[2]]
-model = twotower.load_model(sys.argv[1], dtype=dtype, towers=sys.argv[3])
+model = load_checkpoint(sys.argv[1], dtype=dtype, towers=sys.argv[3])
 size = sum(p.numel() * p.element_size() for p in model.parameters())
 print(peak() - before, size)
 """
@@ -57,7 +57,7 @@ def main() -> None:
         path = Path(folder) / "model"
         model = TwoTower(config)
         randomise(model, seed=0)
-        save_model(model, path, dtype=torch.bfloat16, max_shard_bytes=args.shard_mb * 2**20)
+        save_two_towers(model, path, dtype=torch.bfloat16, max_shard_bytes=args.shard_mb * 2**20)
         del model
         file_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         rows = [

@@ -3,6 +3,7 @@
 A checkpoint of random experts is generated, its pages are dropped from the page cache, and fresh
 processes load it under a limit: a memory cgroup, which counts cached file pages too (one must have
 the right to make one), and RLIMIT_DATA, which counts private memory only. Limit of speed: the disk,
+from twotower.checkpoint import load_checkpoint
 from which dropped pages of experts are read again. The last line is one JSON object.
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from twotower.checkpoint import save_model
+from twotower.checkpoint import save_two_towers
 from twotower.checkpoint.empty import allocate, build_empty
 from twotower.families import config_from_dict
 from twotower.model import TwoTower
@@ -59,7 +60,7 @@ def read_bytes():
     return int(next(l for l in open("/proc/self/io") if l.startswith("read_bytes")).split()[1])
 start, before = time.perf_counter(), read_bytes()
 try:
-    model = twotower.load_model(path, dtype=None, experts=experts)
+    model = load_checkpoint(path, dtype=None, experts=experts)
 except ValueError as error:
     print(json.dumps({"refused": str(error)}))
     sys.exit(3)
@@ -129,7 +130,7 @@ def generate(path: Path, num_experts: int) -> dict[str, int]:
             continue
         for index, part in enumerate(target):  # experts, or the router's rows
             part.copy_(source[name][index % 4].roll(index // 4, -1))
-    save_model(model, path, max_shard_bytes=250_000_000)
+    save_two_towers(model, path, max_shard_bytes=250_000_000)
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     return {"file_mb": size // 10**6, "experts_mb": of_experts // 10**6}
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from twotower.checkpoint import load_model, save_backbone
+from twotower.checkpoint import load_checkpoint, save_backbone
 from twotower.families import config_from_dict
 from twotower.model.initialise import randomise
 from twotower.model.two_tower import TwoTower
@@ -199,7 +199,7 @@ def compare(one: Path, many: Path) -> dict[str, float]:
     """Largest differences of losses and of exported weights."""
     first, second = (losses(folder) for folder in (one, many))
     assert first.keys() == second.keys() and len(first) >= STEPS
-    models = [load_model(folder / "export", towers=towers(folder)) for folder in (one, many)]
+    models = [load_checkpoint(folder / "export", towers=towers(folder)) for folder in (one, many)]
     weights = [model.state_dict() for model in models]
     return {
         "loss": max(abs(first[key] - second[key]) for key in first),

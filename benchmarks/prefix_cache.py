@@ -17,6 +17,7 @@ import torch
 
 import twotower
 from twotower import ContextCache, GenerateOptions, TwoTower, accelerate, generate
+from twotower.checkpoint import load_checkpoint
 from twotower.engine import EngineOptions
 from twotower.engine.prefix_cache import PrefixCache
 
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    plain = twotower.load_model(args.model or twotower.__path__[0] + "/assets")
+    plain = load_checkpoint(args.model or twotower.__path__[0] + "/assets")
     beginning = written(plain, max(args.shared))
     rows = []
     for backend in args.backends:

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twotower.checkpoint import convert, load_model, save_model
+from twotower.checkpoint import convert, load_checkpoint, save_two_towers
 from twotower.checkpoint.quantize import quantise
 from twotower.cli.evaluate import EvaluateOptions, run_suite
-from twotower.cli.loading import shipped_model
 from twotower.kernels.quantised import dequantise
+from twotower.loading import shipped_folder
 from twotower.model.precision import Scheme, weight_bits
 
 INT4 = Scheme(weights="int4")
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--verify-threshold", type=float, default=0.0, help="0: blocks as drawn")
     parser.add_argument("--only", nargs="*", default=None, help="names of settings")
     args = parser.parse_args()
-    source = Path(args.model) if args.model else shipped_model()
+    source = Path(args.model) if args.model else shipped_folder()
     records = []
     by_name = {setting.name: setting for setting in SETTINGS}
     for setting in [by_name[name] for name in args.only or by_name]:
@@ -144,13 +144,13 @@ def write(setting: Setting, source: Path, folder: Path) -> None:
     convert(source, folder, "released", scheme=setting.scheme)
     if setting.is_narrow is None or setting.round_matrix is None:
         return
-    model = load_model(source)
+    model = load_checkpoint(source)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if setting.is_narrow(name, tensor):
                 rows = tensor.reshape(-1, tensor.shape[-1])
                 tensor.copy_(setting.round_matrix(rows).view_as(tensor))
-    save_model(model, folder)
+    save_two_towers(model, folder)
 
 
 def row(record: dict[str, object]) -> str:

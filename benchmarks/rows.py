@@ -19,9 +19,10 @@ import torch
 
 import twotower
 from twotower.backends import BACKENDS, accelerate
-from twotower.cli.loading import shipped_model
+from twotower.checkpoint import load_checkpoint
 from twotower.engine import EngineOptions, Finished, stream
 from twotower.lab.evaluate.suite import held_out
+from twotower.loading import shipped_folder
 
 MODES = ("ar", "diffusion", "speculative")
 ROWS = (1, 2, 4, 8, 16)
@@ -59,8 +60,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    path = shipped_model() if args.model == "shipped" else Path(args.model)
-    model = accelerate(twotower.load_model(path), args.backend)
+    path = shipped_folder() if args.model == "shipped" else Path(args.model)
+    model = accelerate(load_checkpoint(path), args.backend)
     tokenizer = twotower.load_tokenizer(path)
     prompts = draw_prompts(args.prompts)
     cases = [(q, mode, rows) for q in args.overlap for mode in MODES for rows in args.rows]

@@ -11,6 +11,7 @@ import json
 import torch
 
 import twotower
+from twotower.checkpoint import load_checkpoint
 from twotower.cli.machine import describe_cpu
 from twotower.engine import GenerateOptions
 from twotower.lab.corpus import CATEGORIES
@@ -37,7 +38,7 @@ def main() -> None:
         for n in args.passes
     }
     subject = Subject(
-        model=twotower.load_model(args.model),
+        model=load_checkpoint(args.model),
         tokenizer=twotower.load_tokenizer(args.model),
         options=options,
     )

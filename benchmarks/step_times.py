@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 
 import twotower
+from twotower.checkpoint import load_checkpoint
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=100)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = twotower.load_model(args.model)
+    model = load_checkpoint(args.model)
     calls: dict[str, Callable[[], object]] = {}
     for backend in args.backends.split(","):
         name, _, quantization = backend.partition("-")

@@ -27,9 +27,9 @@ import time
 from collections.abc import Iterator
 
 from twotower import TwoTowerConfig
-from twotower.cli.loading import shipped_model
 from twotower.cli.main import main as twotower_command
 from twotower.families import read_config
+from twotower.loading import shipped_folder
 
 SPACES, ADDRESSES = ("near", "far"), ("10.77.0.1", "10.77.0.2")
 PROMPTS = (
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     alone = in_one_process(options)
-    needed = bytes_per_block(read_config(shipped_model()), 4)
+    needed = bytes_per_block(read_config(shipped_folder()), 4)
     results = []
     for delay_ms in options.delays_ms:
         runs = []

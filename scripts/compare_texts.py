@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from twotower.checkpoint import load_checkpoint
+
 MODES = ("ar", "speculative", "diffusion", "posterior", "predict-and-noise", "mock-ar")
 TEXTS = (
     "Q: What is 25 + 99?\nA:",
@@ -86,7 +88,7 @@ def digests() -> Iterator[str]:
 
     torch.set_num_threads(1)
     assets = str(Path(twotower.__file__).parent / "assets")
-    shipped, tokenizer = twotower.load_model(assets), twotower.load_tokenizer(assets)
+    shipped, tokenizer = load_checkpoint(assets), twotower.load_tokenizer(assets)
     for name, model in (("eager", shipped), ("native", twotower.accelerate(shipped))):
         for mode in MODES:
             for changes in ({"mode": mode}, {"mode": mode, **SAMPLED}):

@@ -12,13 +12,14 @@ from types import FrameType
 
 import twotower
 from twotower import checkpoint, engine, tokenizer  # noqa: F401  # imports are not the path
+from twotower.checkpoint import load_checkpoint
 
 ROOT = Path(twotower.__file__).parent
 
 
 def main(mode: str = "diffusion", backend: str = "eager") -> None:
     """Print a line per file and their sum."""
-    model = twotower.load_model(str(ROOT / "assets"))
+    model = load_checkpoint(str(ROOT / "assets"))
     if backend == "native":
         model = twotower.accelerate(model, "native")
     words = twotower.load_tokenizer(str(ROOT / "assets"))

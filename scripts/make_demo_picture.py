@@ -12,18 +12,19 @@ from pathlib import Path
 from rich.console import Console
 
 import twotower
+from twotower.checkpoint import load_checkpoint
 from twotower.cli.demo import SAMPLES
-from twotower.cli.loading import shipped_model
 from twotower.cli.replay import Scene, block_frames
 from twotower.engine import GenerateOptions, stream
+from twotower.loading import shipped_folder
 
 WIDTH, PACE = 96, 0.45  # characters; slower than in the terminal
 LINES = 16
 
 
 def main(target: str = "docs/demo.svg", sample: str = "tools") -> None:
-    path = shipped_model()
-    model, tokenizer = twotower.load_model(path), twotower.load_tokenizer(path)
+    path = shipped_folder()
+    model, tokenizer = load_checkpoint(path), twotower.load_tokenizer(path)
     prompt = SAMPLES[sample]  # type: ignore[index]  # one of the demo's own names
     options = GenerateOptions(mode="diffusion", max_new_tokens=96)
     events = list(stream(model, [prompt], options, tokenizer))

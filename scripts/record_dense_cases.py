@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from recorded import GOLDEN, options_of, replay_record  # noqa: E402
 from tiny_models import MASK, fresh_model, masked_like, random_ids  # noqa: E402
 from twotower import TwoTower, generate  # noqa: E402
-from twotower.checkpoint import save_model  # noqa: E402
+from twotower.checkpoint import save_two_towers  # noqa: E402
 
 CASES: dict[str, dict[str, object]] = {
     "dense_01": {"hybrid_override_pattern": "M*-MM*-"},
@@ -98,7 +98,7 @@ def record(name: str, sizes: dict[str, object]) -> None:
         "extra_generate": runs,
     }
     folder = GOLDEN / "ours" / name
-    save_model(model, folder)
+    save_two_towers(model, folder)
     replayed = replay_record(model, golden)
     tensors = {one.key: one.ours.clone(memory_format=torch.contiguous_format) for one in replayed}
     save_file(tensors, folder / "golden.safetensors")

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from twotower import ContextCache, GenerateOptions, TwoTower, load_model
+from twotower import ContextCache, GenerateOptions, TwoTower
+from twotower.checkpoint import load_checkpoint
 from twotower.layers.adaln import TimestepEmbedder, time_features
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
@@ -82,12 +83,12 @@ class Case:
 
     @cached_property
     def model(self) -> TwoTower:
-        return load_model(self.folder, dtype=self.dtype)
+        return load_checkpoint(self.folder, dtype=self.dtype)
 
     @cached_property
     def wide_model(self) -> TwoTower:
         """The same weights with float32 arithmetic, but time features rounded as recorded."""
-        model = load_model(self.folder, dtype=torch.float32)
+        model = load_checkpoint(self.folder, dtype=torch.float32)
         model.t_embedder = _RoundedTime(model.t_embedder, self.dtype)
         return model
 

@@ -13,9 +13,9 @@ import httpx
 import uvicorn
 
 from tiny_checkpoint import make_text_checkpoint
-from twotower.cli.loading import Loaded, Placement, load
 from twotower.cli.serve import ServeArguments, describe
-from twotower.engine import GenerateOptions, Worker
+from twotower.engine import Worker
+from twotower.loading import Loaded, Placement, load
 from twotower.serve.app import create_app
 from twotower.serve.keys import Keys
 from twotower.serve.server import Server
@@ -25,14 +25,14 @@ from twotower.serve.service import Service
 @functools.cache
 def shipped() -> Loaded:
     """The model inside the package, eager: nothing is compiled for a test."""
-    return load(None, GenerateOptions(), Placement(backend="eager"))
+    return load(Placement(backend="eager"))
 
 
 @functools.cache
 def tiny() -> Loaded:
     """A tiny random model, for tests that do not look at the text; its folder is `name`."""
     folder = make_text_checkpoint(Path(tempfile.mkdtemp()) / "tiny")
-    return load(str(folder), GenerateOptions(), Placement(backend="eager"))
+    return load(Placement(model=str(folder), backend="eager"))
 
 
 @dataclass(frozen=True)

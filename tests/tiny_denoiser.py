@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tiny_training import tiny_options
-from twotower.checkpoint import load_model
+from twotower.checkpoint import load_checkpoint
 from twotower.model.two_tower import TwoTower
 from twotower.train.loop import StepReport, train_steps
 from twotower.train.options import TrainOptions
@@ -28,4 +28,4 @@ def denoiser(data: Path, init: Path, out: Path, **changes: object) -> TrainOptio
 
 
 def exported(options: TrainOptions) -> TwoTower:
-    return load_model(RunFolder(options.run_folder).export)
+    return load_checkpoint(RunFolder(options.run_folder).export)

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import twotower
+from twotower.checkpoint import load_checkpoint
 from twotower.engine import MODES, GenerateOptions, defaults_of, resolve_options
 from twotower.engine.options import FIELD_MODES
 from twotower.lab.corpus import CATEGORIES, Document
@@ -78,7 +79,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="block_size=.* is larger")  # that is the question
     begin = time.perf_counter()
     path = args.model or twotower.__path__[0] + "/assets"
-    model, tokenizer = twotower.load_model(path), twotower.load_tokenizer(path)
+    model, tokenizer = load_checkpoint(path), twotower.load_tokenizer(path)
     categories = tuple(args.categories.split(","))
     groups = draw_groups(categories, args.items, args.seed, args.batch_size)
     options = choose_options(args.threshold, args.max_new_tokens)

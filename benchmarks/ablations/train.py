@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import twotower
+from twotower.checkpoint import load_checkpoint
 from twotower.cli.prepare import BUILT_IN
 from twotower.cli.train import TrainProgress
 from twotower.engine import GenerateOptions
@@ -165,11 +166,11 @@ def score(
     tokenizer = twotower.load_tokenizer(args.out / "packed")
     groups = draw_groups(CATEGORIES, args.items, args.seed, args.batch_size)
     if not baseline:
-        backbone = twotower.load_model(args.out / "backbone" / "export", towers="context")
+        backbone = load_checkpoint(args.out / "backbone" / "export", towers="context")
         baseline += answer(backbone, tokenizer, {"ar": decoding("ar")}, groups)
     items = baseline
     if name != "backbone":
-        model = twotower.load_model(options.run_folder / "export")
+        model = load_checkpoint(options.run_folder / "export")
         # As many passes as tokens are allowed: a limit would commit unsure tokens of large blocks.
         passes = model.config.block_size
         modes = {

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from twotower.backends import accelerate
-    from twotower.checkpoint import load_model
     from twotower.config import TwoTowerConfig
     from twotower.engine.events import Completion, Event, Finished, StepTaken, TokensCommitted
     from twotower.engine.generate import generate, stream
     from twotower.engine.options import GenerateOptions
     from twotower.lab.evaluate.likelihood import Score, score_texts
+    from twotower.loading import Placement, load_model, save_model
     from twotower.model import ContextCache, ContextView, TwoTower
     from twotower.tokenizer import Tokenizer
     from twotower.train.loop import StepReport, train_model, train_steps
@@ -27,6 +27,7 @@ __all__ = [
     "Event",
     "Finished",
     "GenerateOptions",
+    "Placement",
     "PrepareOptions",
     "Score",
     "StepReport",
@@ -41,6 +42,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "prepare_data",
+    "save_model",
     "score_texts",
     "stream",
     "train_model",
@@ -48,7 +50,6 @@ __all__ = [
 ]
 
 _HOMES = {
-    "checkpoint": ("load_model",),
     "config": ("TwoTowerConfig",),
     "engine": (
         "Completion", "Event", "Finished", "GenerateOptions", "StepTaken", "TokensCommitted",
@@ -56,6 +57,7 @@ _HOMES = {
     ),
     "backends": ("accelerate",),
     "lab.evaluate.likelihood": ("Score", "score_texts"),
+    "loading": ("Placement", "load_model", "save_model"),
     "model": ("ContextCache", "ContextView", "TwoTower"),
     "tokenizer": ("Tokenizer",),
     "train.loop": ("StepReport", "train_model", "train_steps"),
@@ -74,12 +76,20 @@ def __getattr__(name: str) -> object:
     return value
 
 
-def load_tokenizer(path: "str | Path") -> "Tokenizer":
-    """The tokenizer of a checkpoint folder, hub id, GGUF file or tokenizer.json.
+def __dir__() -> list[str]:
+    """The public names, for completion: none is imported before it is used."""
+    return sorted([*globals(), *__all__])
 
-    ValueError (one line) where there is none.
+
+def load_tokenizer(model: "str | Path | None" = None) -> "Tokenizer":
+    """The tokenizer of a checkpoint folder, hub id, GGUF file or tokenizer.json; without an
+    argument of the model inside this package. ValueError (one line) where there is none.
     """
-    from twotower import checkpoint, tokenizer
+    from twotower import checkpoint, loading, tokenizer
 
-    is_tokenizer = Path(path).is_file() and Path(path).suffix == ".json"
-    return tokenizer.load_tokenizer(path if is_tokenizer else checkpoint.resolve(path))
+    if model is None:
+        return tokenizer.load_tokenizer(loading.shipped_folder())
+    path = Path(model)
+
+    is_tokenizer = path.is_file() and path.suffix == ".json"
+    return tokenizer.load_tokenizer(path if is_tokenizer else checkpoint.resolve(model))

@@ -11,7 +11,7 @@ pytest.importorskip("jsonschema")
 
 from tiny_models import fresh_model, tiny_config
 from tiny_text import tiny_tokenizer
-from twotower.checkpoint import save_model
+from twotower.checkpoint import save_two_towers
 from twotower.cli.main import main
 from twotower.families import config_to_dict
 from twotower.lab.race import sizes
@@ -26,7 +26,7 @@ TINY = config_to_dict(tiny_config(hybrid_override_pattern="M*-", hidden_size=32,
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("bench") / "model"
     model = fresh_model(hybrid_override_pattern="M*-M*-", hidden_size=32)
-    save_model(model, folder, extra_files=tiny_tokenizer().files())
+    save_two_towers(model, folder, extra_files=tiny_tokenizer().files())
     return str(folder)
 
 

@@ -18,6 +18,7 @@ from tiny_models import tiny_model
 from tiny_options import options_of
 from tiny_text import tiny_tokenizer
 from twotower import Completion
+from twotower.checkpoint import load_checkpoint
 from twotower.cli.comparison import Measured, print_comparison, summary
 from twotower.cli.demo import SAMPLES
 from twotower.cli.main import main
@@ -40,7 +41,7 @@ def test_json_holds_both_modes(checkpoint: str, capsys: pytest.CaptureFixture[st
     assert err == "" and record["prompt"] == "abc"
     assert set(record["modes"]) == {"ar", "diffusion", "speculative"}
     assert record["modes"]["speculative"]["tokens"] == record["modes"]["ar"]["tokens"]
-    model, tokenizer = twotower.load_model(checkpoint), twotower.load_tokenizer(checkpoint)
+    model, tokenizer = load_checkpoint(checkpoint), twotower.load_tokenizer(checkpoint)
     for mode, figures in record["modes"].items():
         options = twotower.GenerateOptions(mode=mode, max_new_tokens=9)
         (wanted,) = twotower.generate(model, ["abc"], options, tokenizer)

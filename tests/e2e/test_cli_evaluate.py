@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from twotower.checkpoint import load_checkpoint
+
 pytest.importorskip("num2words")
 pytest.importorskip("jsonschema")
 
@@ -40,7 +42,7 @@ def test_the_record_and_its_files(
     assert record["modes"]["ar"]["nfe"] == 0 and record["modes"]["diffusion"]["nfe"] > 0
     assert record["options"]["ar"]["max_new_tokens"] == 20
     # What ran, not "auto": speeds of two records compare only if it is the same.
-    ran = accelerate(twotower.load_model(checkpoint), "auto").backend.name
+    ran = accelerate(load_checkpoint(checkpoint), "auto").backend.name
     assert record["backend"] == ran
     assert record["versions"]["twotower"] == twotower.__version__
     stored = json.loads((out / "results.json").read_text())
@@ -55,7 +57,7 @@ def test_items_are_what_the_engine_writes(checkpoint: str, tmp_path: Path) -> No
     """Silent failure: the modes' answers are mixed up, or judged against another item."""
     assert main(["evaluate", "--out", str(tmp_path), "--model", checkpoint, *FLAGS]) == 0
     items = json.loads((tmp_path / "results.json").read_text())["items"]
-    model, tokenizer = twotower.load_model(checkpoint), twotower.load_tokenizer(checkpoint)
+    model, tokenizer = load_checkpoint(checkpoint), twotower.load_tokenizer(checkpoint)
     documents = held_out("math", 2, seed=0)
     for item, document in zip(items[::2], documents, strict=True):
         assert item["prompt"] == document.prompt and item["category"] == "math"

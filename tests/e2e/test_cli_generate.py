@@ -9,7 +9,8 @@ import pytest
 
 import twotower
 from tiny_checkpoint import make_checkpoint
-from twotower.cli import loading
+from twotower import loading
+from twotower.checkpoint import load_checkpoint
 from twotower.cli.main import main
 from twotower.cli.text import printable
 
@@ -43,7 +44,7 @@ def test_json_holds_what_the_library_returns(
     options = twotower.GenerateOptions(
         mode=mode, temperature=0.7, top_k=9, seed=5, max_new_tokens=6, ignore_eos=True
     )
-    model, tokenizer = twotower.load_model(checkpoint), twotower.load_tokenizer(checkpoint)
+    model, tokenizer = load_checkpoint(checkpoint), twotower.load_tokenizer(checkpoint)
     expected = twotower.generate(model, ["abc", "a"], options, tokenizer)
     assert record["model"] == checkpoint
     assert record["results"] == [
@@ -86,11 +87,11 @@ def test_ar_loads_the_context_tower_alone(
     """Guards against AR that needs twice the memory."""
     asked = []
 
-    def load_model(*arguments: object, **named: object) -> twotower.TwoTower:
+    def watched(*arguments: object, **named: object) -> twotower.TwoTower:
         asked.append(named["towers"])
-        return twotower.load_model(*arguments, **named)  # type: ignore[arg-type]  # as they came
+        return load_checkpoint(*arguments, **named)  # type: ignore[arg-type]  # as they came
 
-    monkeypatch.setattr(loading, "load_model", load_model)
+    monkeypatch.setattr(loading, "load_checkpoint", watched)
     assert main(["generate", "a", "--model", checkpoint, "--mode", mode, *FEW]) == 0
     assert asked == [towers]
 

@@ -12,6 +12,7 @@ import pytest
 
 import twotower
 from tiny_checkpoint import make_checkpoint
+from twotower.checkpoint import load_checkpoint
 from twotower.cli import offline
 from twotower.cli.main import main
 
@@ -53,7 +54,7 @@ def test_results_are_the_librarys_in_the_order_of_the_input(
     assert answer(source, tmp_path / "out.jsonl", checkpoint) == 0
     out, err = capsys.readouterr()
     assert out == "" and "11 lines in " in err and "0 of 11 refused" in err
-    model, tokenizer = twotower.load_model(checkpoint), twotower.load_tokenizer(checkpoint)
+    model, tokenizer = load_checkpoint(checkpoint), twotower.load_tokenizer(checkpoint)
     found = records(tmp_path / "out.jsonl")
     assert [record["line"] for record in found] == list(range(2, 13))
     for line, record in zip(lines, found, strict=True):

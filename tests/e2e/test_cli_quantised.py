@@ -8,7 +8,7 @@ import pytest
 
 from tiny_quantised import groupable_model
 from tiny_text import tiny_tokenizer
-from twotower.checkpoint import save_model
+from twotower.checkpoint import save_two_towers
 from twotower.cli.main import main
 from twotower.engine.options import MODES
 
@@ -23,7 +23,7 @@ SHORT = ["--max-new-tokens", "6", "--ignore-eos", "--json"]
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantised") / "wide"
-    save_model(groupable_model(), folder, extra_files=tiny_tokenizer().files())
+    save_two_towers(groupable_model(), folder, extra_files=tiny_tokenizer().files())
     return folder
 
 

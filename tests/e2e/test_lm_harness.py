@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from twotower.checkpoint import load_checkpoint
+
 pytest.importorskip("jsonschema")
 pytest.importorskip("num2words")
 
@@ -41,7 +43,7 @@ def decoder(checkpoint: str, **values: object) -> Decoder:
 
 def test_generation_honours_each_requests_arguments(checkpoint: str) -> None:
     """Silent failure: a stop string or a token limit of one request is used for another."""
-    model = twotower.load_model(checkpoint)
+    model = load_checkpoint(checkpoint)
     tokenizer = twotower.load_tokenizer(checkpoint)
     plain = twotower.GenerateOptions(mode="ar", max_new_tokens=12)
     (whole,) = twotower.generate(model, ["abc"], plain, tokenizer)
@@ -201,7 +203,7 @@ def test_lm_eval_runs_our_tasks_and_all_kinds_of_requests(tmp_path: Path) -> Non
 
 def scores_by_hand(folder: Path) -> list[float]:
     """Of TEXT from the start, and of each choice after the question."""
-    model, tokenizer = twotower.load_model(folder), twotower.load_tokenizer(folder)
+    model, tokenizer = load_checkpoint(folder), twotower.load_tokenizer(folder)
     question = tokenizer.encode("The old clock", add_bos=True)
     texts = [tokenizer.encode(f" {choice}") for choice in QUESTION["choices"]]
     prompts = [[tokenizer.bos_id], question, question]

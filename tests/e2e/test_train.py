@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tiny_training import make_shard, tiny_options
-from twotower.checkpoint import load_model
+from twotower.checkpoint import load_checkpoint
 from twotower.tokenizer import load_tokenizer
 from twotower.train.loop import train_steps
 from twotower.train.options import TrainOptions
@@ -97,7 +97,7 @@ def test_a_killed_and_a_stopped_run_equal_an_unbroken_one(data: Path, tmp_path: 
     assert [step for step, _ in losses(broken)] == list(range(1, STEPS + 1))
     assert losses(broken) == losses(whole)
     one, two = (
-        load_model(RunFolder(o.run_folder).export, towers="context") for o in (whole, broken)
+        load_checkpoint(RunFolder(o.run_folder).export, towers="context") for o in (whole, broken)
     )
     ids = torch.tensor([[1, 5, 9]])
     assert torch.equal(one.context_logits(ids), two.context_logits(ids))
@@ -114,8 +114,8 @@ def test_a_backbone_becomes_a_denoiser(data: Path, tmp_path: Path) -> None:
     values = [loss for _, loss in losses(denoiser)]
     assert sum(values[-10:]) < 0.6 * sum(values[:10])
 
-    before = load_model(source, towers="context")
-    model = load_model(RunFolder(denoiser.run_folder).export)
+    before = load_checkpoint(source, towers="context")
+    model = load_checkpoint(RunFolder(denoiser.run_folder).export)
     ids = torch.tensor([[1, 5, 9, 12]])
     assert torch.equal(model.context_logits(ids), before.context_logits(ids))
     tokenizer = load_tokenizer(RunFolder(denoiser.run_folder).export)

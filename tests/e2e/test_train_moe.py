@@ -8,7 +8,7 @@ import torch
 from tiny_denoiser import denoiser, exported, run
 from tiny_training import make_shard, tiny_options
 from twotower import GenerateOptions, generate
-from twotower.checkpoint import describe, load_model, save_model
+from twotower.checkpoint import describe, load_checkpoint, save_two_towers
 from twotower.model.initialise import randomise
 from twotower.model.two_tower import TwoTower
 from twotower.tokenizer import load_tokenizer
@@ -47,7 +47,7 @@ def test_gradients_reach_routers_and_every_expert(
     """
     _, options = trained
     assert options.init is not None
-    before, after = load_model(options.init).state_dict(), exported(options).state_dict()
+    before, after = load_checkpoint(options.init).state_dict(), exported(options).state_dict()
     for layer in (2, 5):
         for part in ("gate.weight", "experts.up_proj", "experts.down_proj"):
             name = f"layers.{layer}.mixer.{part}"
@@ -65,7 +65,7 @@ def test_the_file_is_loaded_and_decoded(trained: tuple[list[float], TrainOptions
     """Silent failure: experts are exchanged between training and file, and still decode."""
     _, options = trained
     folder = options.run_folder / "export"
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    model, tokenizer = load_checkpoint(folder), load_tokenizer(folder)
     for mode in ("ar", "diffusion"):
         chosen = GenerateOptions(mode=mode, max_new_tokens=16, ignore_eos=True)
         (row,) = generate(model, ["Say 7: "], chosen, tokenizer)
@@ -83,7 +83,7 @@ def test_the_file_is_loaded_and_decoded(trained: tuple[list[float], TrainOptions
 
 def test_the_packaged_size_is_below_6_mb(tmp_path: Path) -> None:
     model = TwoTower(preset_config("moe", 1024))
-    save_model(model, tmp_path / "model", dtype=torch.bfloat16)
+    save_two_towers(model, tmp_path / "model", dtype=torch.bfloat16)
     assert sum(f.stat().st_size for f in (tmp_path / "model").iterdir()) < 6_000_000
 
 

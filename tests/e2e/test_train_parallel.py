@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tiny_training import make_shard, tiny_options
-from twotower.checkpoint import load_model, save_backbone
+from twotower.checkpoint import load_checkpoint, save_backbone
 from twotower.families import config_from_dict, config_to_dict
 from twotower.model.initialise import randomise
 from twotower.model.two_tower import TwoTower
@@ -108,7 +108,7 @@ def assert_same(one: TrainOptions, other: TrainOptions, loss: float, weights: fl
     assert max(abs(found[key] - value) / max(1.0, value) for key, value in expected.items()) < loss
     kind = "context" if one.recipe == "backbone" else "both"
     first, second = (
-        load_model(RunFolder(options.run_folder).export, towers=kind).state_dict()
+        load_checkpoint(RunFolder(options.run_folder).export, towers=kind).state_dict()
         for options in (one, other)
     )
     assert max((first[name] - second[name]).abs().max().item() for name in first) < weights

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from tiny_models import fresh_model, random_ids
-from twotower import TwoTower, load_model
-from twotower.checkpoint import convert_to_gguf, export_gguf
+from twotower import TwoTower
+from twotower.checkpoint import convert_to_gguf, export_gguf, load_checkpoint
 from twotower.checkpoint.gguf import Precision
-from twotower.cli.loading import shipped_model
 from twotower.engine import GenerateOptions, generate
 from twotower.lab.race.rivals import Rival, load_llama_cpp
+from twotower.loading import shipped_folder
 from twotower.tokenizer import load_tokenizer
 
 pytest.importorskip("xllamacpp")
@@ -37,21 +37,21 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def model() -> TwoTower:
-    return load_model(shipped_model(), dtype=torch.float32)
+    return load_checkpoint(shipped_folder(), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
 def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rival]:
     """llama.cpp on the shipped model in float32."""
     file = tmp_path_factory.mktemp("gguf") / "shipped.gguf"
-    convert_to_gguf(shipped_model(), file, "float32")
+    convert_to_gguf(shipped_folder(), file, "float32")
     rival = load_llama_cpp(file, threads=1)
     yield rival
     rival.close()
 
 
 def prompts() -> list[list[int]]:
-    tokenizer = load_tokenizer(shipped_model())
+    tokenizer = load_tokenizer(shipped_folder())
     return [tokenizer.encode(text, add_bos=True) for text in TEXTS]
 
 
@@ -98,7 +98,7 @@ def test_llama_cpp_splits_text_as_we_do(llama_cpp: Rival) -> None:
     connection = HTTPConnection(llama_cpp._address)  # type: ignore[attr-defined]  # no public door
     connection.request("POST", "/tokenize", json.dumps({"content": text}))
     tokens = json.load(connection.getresponse())["tokens"]
-    assert tokens == load_tokenizer(shipped_model()).encode(text)
+    assert tokens == load_tokenizer(shipped_folder()).encode(text)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_smaller_precisions_stay_close(
     model: TwoTower, tmp_path: Path, dtype: Precision, worst: float
 ) -> None:
     """Bounds are about twice what was seen; a wrong value is off by many units somewhere."""
-    convert_to_gguf(shipped_model(), tmp_path / "small.gguf", dtype)
+    convert_to_gguf(shipped_folder(), tmp_path / "small.gguf", dtype)
     rival = load_llama_cpp(tmp_path / "small.gguf", threads=1)
     assert rival.dtype == dtype
     found = [difference(model, rival, ids) for ids in prompts()]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from twotower import GenerateOptions, TwoTower, generate
-from twotower.checkpoint import export_gguf, export_transformers, gguf_reader, load_model
+from twotower.checkpoint import export_gguf, export_transformers, gguf_reader, load_checkpoint
 from twotower.lab.race.rivals import load_llama_cpp
 
 transformers = pytest.importorskip("transformers")
@@ -65,7 +65,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         parameter.add_(scale * torch.randn(parameter.shape))
     folder = tmp_path_factory.mktemp("model")
     theirs.save_pretrained(folder)
-    return theirs, load_model(folder, towers="context"), folder
+    return theirs, load_checkpoint(folder, towers="context"), folder
 
 
 def ids(*shape: int, seed: int = 0) -> Tensor:
@@ -129,7 +129,7 @@ def test_a_denoiser_starts_as_its_backbone(pair: Any) -> None:
     backbone does.
     """
     _, context, folder = pair
-    both: TwoTower = load_model(folder)
+    both: TwoTower = load_checkpoint(folder)
     assert both.config.mask_token_id == both.config.vocab_size
     tokens = ids(3, 14, seed=6)
     lengths = torch.tensor([13, 5, 9])
@@ -143,7 +143,7 @@ def test_a_denoiser_starts_as_its_backbone(pair: Any) -> None:
 def test_blocks_in_training_are_blocks_in_decoding(pair: Any) -> None:
     """Silent failure: training turns keys and queries by other positions than decoding."""
     _, _, folder = pair
-    model = load_model(folder)
+    model = load_checkpoint(folder)
     clean = ids(2, 24, seed=9)
     noisy = clean.masked_fill(
         torch.rand(2, 24, generator=torch.Generator().manual_seed(1)) < 0.6, 67
@@ -215,9 +215,9 @@ def test_a_gguf_file_is_read_as_the_model_that_wrote_it(
         return
     if ours.config.context.rotary[0].scaling == "llama3":  # not one of the releases' scalings
         with pytest.raises(ValueError, match="factors of no known scaling"):
-            load_model(file, towers="context")
+            load_checkpoint(file, towers="context")
         return
-    again = load_model(file, towers="context")
+    again = load_checkpoint(file, towers="context")
     assert again.config.context.layers == ours.config.context.layers
     assert again.config.context.norm_eps == ours.config.context.norm_eps
     if dtype == "float32":

@@ -9,7 +9,7 @@ import pytest
 
 import twotower
 from tiny_checkpoint import TEXT, make_text_checkpoint
-from twotower.checkpoint import export_transformers
+from twotower.checkpoint import export_transformers, load_checkpoint
 from twotower.cli.lm_eval import load_decoder
 from twotower.lab.evaluate.lm_harness import make_model_class
 
@@ -36,7 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, object]:
     """Ours on the checkpoint, lm-eval's `hf` on its export."""
     folder = tmp_path_factory.mktemp("models")
     make_text_checkpoint(folder / "ours")
-    export_transformers(twotower.load_model(folder / "ours"), folder / "theirs")
+    export_transformers(load_checkpoint(folder / "ours"), folder / "theirs")
     twotower.load_tokenizer(folder / "ours").save(folder / "theirs")
     ours = make_model_class(load_decoder).create_from_arg_string(
         f"pretrained={folder / 'ours'},mode=ar,batch_size=3", {"device": "cpu"}

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from twotower import load_model
-from twotower.checkpoint import convert_to_gguf, export_transformers
-from twotower.cli.loading import shipped_model
+from twotower.checkpoint import convert_to_gguf, export_transformers, load_checkpoint
 from twotower.engine import GenerateOptions, generate
 from twotower.lab.race.rivals import (
     Decoded,
@@ -19,6 +17,7 @@ from twotower.lab.race.rivals import (
     load_llama_cpp,
     load_transformers,
 )
+from twotower.loading import shipped_folder
 from twotower.tokenizer import load_tokenizer
 
 TEXTS = ["Translate to German: The cat", "def add(a, b):\n", "12 + 30 ="]
@@ -32,23 +31,23 @@ def rival(
     pytest.importorskip(request.param)
     place = tmp_path_factory.mktemp("rival") / "model"
     if request.param == "transformers":
-        export_transformers(load_model(shipped_model(), towers="context"), place)
+        export_transformers(load_checkpoint(shipped_folder(), towers="context"), place)
         loaded = load_transformers(place, threads=1)
     else:
-        convert_to_gguf(shipped_model(), place, "float32")
+        convert_to_gguf(shipped_folder(), place, "float32")
         loaded = load_llama_cpp(place, threads=1)
     yield loaded
     loaded.close()
 
 
 def prompts() -> list[list[int]]:
-    tokenizer = load_tokenizer(shipped_model())
+    tokenizer = load_tokenizer(shipped_folder())
     return [tokenizer.encode(text, add_bos=True) for text in TEXTS]
 
 
 def test_a_rival_computes_and_writes_what_we_do(rival: Rival) -> None:
     """Guards both of a rival's paths, whole prompt and cached step, and its end of text."""
-    model = load_model(shipped_model(), dtype=torch.float32, towers="context")
+    model = load_checkpoint(shipped_folder(), dtype=torch.float32, towers="context")
     ours = generate(model, prompts(), GenerateOptions(mode="ar", max_new_tokens=20))
     assert {completion.finish_reason for completion in ours} == {"eos", "length"}
     for ids, completion in zip(prompts(), ours, strict=True):
@@ -104,7 +103,7 @@ def test_bad_files_and_long_prompts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"not a model")
     with pytest.raises(ValueError, match=r"a\.gguf: not a GGUF file of a language model"):
         load_llama_cpp(tmp_path / "a.gguf", 1)
-    convert_to_gguf(shipped_model(), tmp_path / "b.gguf", "q8_0")
+    convert_to_gguf(shipped_folder(), tmp_path / "b.gguf", "q8_0")
     loaded = load_llama_cpp(tmp_path / "b.gguf", 1)
     with pytest.raises(ValueError, match="prompt of 4000 tokens and num_new=97 exceed the 4096"):
         loaded.decode([5] * 4000, 97)

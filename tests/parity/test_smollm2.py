@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from twotower import GenerateOptions, Tokenizer, TwoTower, generate, load_model, load_tokenizer
+from twotower import GenerateOptions, Tokenizer, TwoTower, generate, load_tokenizer
+from twotower.checkpoint import load_checkpoint
 
 FILE = Path.home() / ".cache/twotower/models/SmolLM2-135M-Instruct.Q4_1.gguf"
 pytestmark = pytest.mark.skipif(
@@ -24,7 +25,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def model() -> TwoTower:
-    return load_model(FILE, towers="context")
+    return load_checkpoint(FILE, towers="context")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from twotower.checkpoint import export_transformers, load_model
+from twotower.checkpoint import export_transformers, load_checkpoint
 from twotower.families import config_from_dict, config_to_dict, read_config
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -49,7 +49,7 @@ def recorded_prompt(case: str) -> torch.Tensor:
 @torch.no_grad()
 def difference(theirs: nn.Module, path: Path, tokens: torch.Tensor) -> float:
     """Largest absolute difference of the logits."""
-    ours = load_model(path, towers="context")
+    ours = load_checkpoint(path, towers="context")
     return (theirs(tokens).logits - ours.context_logits(tokens)).abs().max().item()
 
 
@@ -66,14 +66,14 @@ def load_theirs(path: Path) -> nn.Module:
 @pytest.mark.parametrize("case", ["case_01", "case_02", "case_03"])
 def test_transformers_loads_the_export(tmp_path: Path, case: str) -> None:
     """Guards against tensors that transformers fills with random values, and its step clamp."""
-    export_transformers(load_model(GOLDEN / case), tmp_path)
+    export_transformers(load_checkpoint(GOLDEN / case), tmp_path)
     theirs = load_theirs(tmp_path)
     assert difference(theirs, GOLDEN / case, recorded_prompt(case)) < TOLERANCE
 
 
 def test_the_step_limit_matters(tmp_path: Path) -> None:
     """Pins the reason for `time_step_min` in the export: with the original value logits differ."""
-    export_transformers(load_model(GOLDEN / "case_01"), tmp_path)
+    export_transformers(load_checkpoint(GOLDEN / "case_01"), tmp_path)
     theirs = load_theirs(tmp_path)
     for module in theirs.modules():
         if hasattr(module, "time_step_limit"):
@@ -112,7 +112,7 @@ def test_what_transformers_saves_loads_here(
         assert any(name.startswith(prefix) for name in file.keys())  # noqa: SIM118
     tokens = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(1))
     assert difference(theirs, tmp_path, tokens) < TOLERANCE
-    assert load_model(tmp_path).config.context.pattern == "M*E-ME"
+    assert load_checkpoint(tmp_path).config.context.pattern == "M*E-ME"
 
 
 def test_the_export_refuses_what_transformers_cannot_represent(tmp_path: Path) -> None:

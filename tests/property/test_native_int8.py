@@ -16,19 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from tiny_models import fresh_model, masked_like, random_ids, tiny_model
-from twotower import (
-    GenerateOptions,
-    TwoTower,
-    accelerate,
-    generate,
-    load_model,
-    load_tokenizer,
-)
+from twotower import GenerateOptions, TwoTower, accelerate, generate, load_tokenizer
+from twotower.checkpoint import load_checkpoint
 from twotower.cli.bench import BenchOptions
 from twotower.cli.demo import SAMPLES
-from twotower.cli.loading import shipped_model
 from twotower.cli.main import main
 from twotower.engine import MODES
+from twotower.loading import shipped_folder
 from twotower.model.precision import Scheme, quantise_modules, weight_bits
 from twotower.native import buffers, library, tower
 from twotower.native.backend import NativeBackend
@@ -305,7 +299,7 @@ def test_speculative_texts_are_those_of_ar_at_every_block_size(block_size: int) 
 def test_the_shipped_model_writes_the_same_at_every_block_size() -> None:
     """Guards the same on real text, where 3 of 8 differed at 32 tokens a block; the tests' random
     models decide by other margins."""
-    plain, tokenizer = load_model(shipped_model()), load_tokenizer(shipped_model())
+    plain, tokenizer = load_checkpoint(shipped_folder()), load_tokenizer(shipped_folder())
     ours = accelerate(plain, "native", "int8")
     prompts = list(SAMPLES.values())
     ar = GenerateOptions(mode="ar", max_new_tokens=48)

@@ -8,7 +8,7 @@ import torch
 
 from tiny_models import fresh_model, masked_like, prompts_of, random_ids, tiny_config, tiny_model
 from twotower import GenerateOptions, TwoTower, generate
-from twotower.checkpoint import load_model, save_model
+from twotower.checkpoint import load_checkpoint, save_two_towers
 from twotower.engine import MODES
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
@@ -197,8 +197,8 @@ def test_bidirectional_mamba_is_the_mean_of_two_scans() -> None:
 def test_bidirectional_mamba_survives_a_file(tmp_path: Path) -> None:
     """Silent failure: a model is decoded by another scan than it was trained with."""
     model = fresh_model(bidirectional_mamba=True)
-    save_model(model, tmp_path / "model")
-    loaded = load_model(tmp_path / "model")
+    save_two_towers(model, tmp_path / "model")
+    loaded = load_checkpoint(tmp_path / "model")
     block = masked_like(random_ids(1, 4))
     ids = random_ids(1, 5)
     one, two = (m.denoise(block, m.prefill(ids).view(), None) for m in (model, loaded))
@@ -207,7 +207,7 @@ def test_bidirectional_mamba_survives_a_file(tmp_path: Path) -> None:
     values = json.loads(file.read_text())
     assert values.pop("bidirectional_mamba") is True
     file.write_text(json.dumps(values))  # as every released one
-    assert not load_model(tmp_path / "model").config.bidirectional_mamba
+    assert not load_checkpoint(tmp_path / "model").config.bidirectional_mamba
 
 
 @every_dtype

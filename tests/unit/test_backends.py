@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tiny_models import masked_like, random_ids, random_model, tiny_model
 from tiny_quantised import SCHEMES, groupable_model
-from twotower import TwoTower, accelerate, load_model
+from twotower import TwoTower, accelerate
 from twotower.backends import BACKENDS, Setup, refusal, setup_of
-from twotower.checkpoint import convert, save_model
+from twotower.checkpoint import convert, load_checkpoint, save_two_towers
 from twotower.config import AttentionSpec, MambaSpec
 from twotower.families import config_from_dict
 
@@ -49,7 +49,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str
         for name, (dtype, scheme) in backend_table.WEIGHTS.items():
             found[name, kind] = parent / name
             if scheme is None:
-                save_model(model, parent / name, dtype=dtype)
+                save_two_towers(model, parent / name, dtype=dtype)
             else:
                 convert(parent / "float32", parent / name, "released", scheme=SCHEMES[name])
     return found
@@ -70,7 +70,7 @@ def test_every_combination_runs_or_is_refused(
     name. What runs gives the eager backend's logits, but for the rounding to int8."""
     folder = checkpoints[case.weights, case.layers.partition(",")[0]]
     storage = "mapped" if "mmap" in case.layers else "memory"
-    model = load_model(folder, dtype=next(iter(case.setup.dtypes)), experts=storage)
+    model = load_checkpoint(folder, dtype=next(iter(case.setup.dtypes)), experts=storage)
     assert setup_of(model, case.quantization).scheme == case.setup.scheme
     expected = passes(model)
     rounds = case.quantization != "none" or case.weights == "int8-int8"

@@ -11,7 +11,7 @@ import torch
 from tiny_checkpoint import TEXT
 from tiny_models import fresh_model, tiny_config
 from twotower import TwoTower
-from twotower.checkpoint import export_gguf, save_model
+from twotower.checkpoint import export_gguf, save_two_towers
 from twotower.checkpoint.gguf import Precision
 from twotower.checkpoint.gguf_vocabulary import read_vocabulary
 from twotower.cli.convert import ConvertOptions
@@ -150,7 +150,7 @@ def test_convert_takes_the_tokenizer_along(
     tokenizer = train_tokenizer([TEXT] * 20, vocab_size=300)
     size = tokenizer.vocab_size + 2
     model = fresh_model(hybrid_override_pattern="M*-", vocab_size=size, eos_token_id=[2, 7])
-    save_model(model, tmp_path / "model", extra_files=tokenizer.files(), dtype=torch.bfloat16)
+    save_two_towers(model, tmp_path / "model", extra_files=tokenizer.files(), dtype=torch.bfloat16)
     file = tmp_path / "new" / "a.gguf"
     options = ConvertOptions(source=str(tmp_path / "model"), target=str(file), to="gguf")
     assert run_convert(options) == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from twotower.checkpoint import convert, describe, load_model
+from twotower.checkpoint import convert, describe, load_checkpoint
 from twotower.checkpoint.inspect import describe_preset
 from twotower.cli.convert import ConvertOptions
 from twotower.cli.convert import run as run_convert
@@ -36,7 +36,9 @@ def test_counts_agree_with_the_files(case: str) -> None:
     record = describe(GOLDEN / case)
     assert record.files is not None and record.files.problem is None
     assert record.total == sum(record.files.elements_by_dtype.values())
-    assert record.total == sum(t.numel() for t in load_model(GOLDEN / case).state_dict().values())
+    assert record.total == sum(
+        t.numel() for t in load_checkpoint(GOLDEN / case).state_dict().values()
+    )
     for tower in record.towers.values():
         assert tower.total == sum(tower.parameters.values())
     assert record.files.files == (3 if case == "case_02" else 1)
@@ -110,7 +112,7 @@ def test_convert_takes_the_other_files_along(
         assert run_convert(options) == 0
         assert (tmp_path / to / "tokenizer.json").read_text() == "{}"
         assert not (tmp_path / to / "model.safetensors.index.json").exists()
-        model = load_model(tmp_path / to, dtype=None, towers="context")
+        model = load_checkpoint(tmp_path / to, dtype=None, towers="context")
         assert model.context_lm_head.weight.dtype == torch.bfloat16
     assert capsys.readouterr().out.count("written in the") == 3
     with pytest.raises(ValueError, match="is the source itself"):

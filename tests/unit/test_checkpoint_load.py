@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from twotower.checkpoint import generation_defaults, load_model, resolve, save_model
+from twotower.checkpoint import generation_defaults, load_checkpoint, resolve, save_two_towers
 from twotower.families import config_from_dict, config_to_dict, read_config
 from twotower.model.initialise import randomise
 from twotower.model.two_tower import TwoTower
@@ -43,7 +43,7 @@ def as_backbone(tensors: dict[str, Tensor], prefix: str = "backbone.") -> None:
 
 def message(path: Path) -> str:
     with pytest.raises(ValueError) as error:
-        load_model(path)
+        load_checkpoint(path)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -56,7 +56,7 @@ def same(a: TwoTower, b: TwoTower, prefix: str = "") -> bool:
 
 def test_every_parameter_holds_the_files_value() -> None:
     """Guards against tensors left uninitialised: memory that happens to be zero looks trained."""
-    model = load_model(GOLDEN / "case_03", dtype=None)
+    model = load_checkpoint(GOLDEN / "case_03", dtype=None)
     assert not model.training
     tensors = load_file(GOLDEN / "case_03" / "model.safetensors")
     for name, value in model.state_dict().items():
@@ -72,13 +72,13 @@ def test_every_parameter_holds_the_files_value() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_everything_but_routers_takes_the_dtype(dtype: torch.dtype) -> None:
     """Guards against routers in bfloat16: other experts are chosen and only quality shows it."""
-    model = load_model(GOLDEN / "case_03", dtype=dtype)
+    model = load_checkpoint(GOLDEN / "case_03", dtype=dtype)
     for name, value in model.state_dict().items():
         assert value.dtype == (torch.float32 if ".gate." in name else dtype), name
 
 
 def test_each_tower_may_have_its_own_dtype() -> None:
-    model = load_model(GOLDEN / "case_03", dtype=torch.float32, denoiser_dtype=torch.bfloat16)
+    model = load_checkpoint(GOLDEN / "case_03", dtype=torch.float32, denoiser_dtype=torch.bfloat16)
     assert model.context_lm_head.weight.dtype == torch.float32
     assert model.t_block[1].weight.dtype == model.lm_head.weight.dtype == torch.bfloat16
     ids = torch.tensor([[1, 5, 9]])
@@ -88,12 +88,12 @@ def test_each_tower_may_have_its_own_dtype() -> None:
 
 def test_the_context_alone_reads_no_denoiser(tmp_path: Path) -> None:
     """Guards against AR decoding that needs twice its memory, or a denoiser that is not there."""
-    whole = load_model(GOLDEN / "case_03")
-    alone = load_model(GOLDEN / "case_03", towers="context")
+    whole = load_checkpoint(GOLDEN / "case_03")
+    alone = load_checkpoint(GOLDEN / "case_03", towers="context")
     assert alone.denoiser_tower is None and same(alone, whole)
     parts = ("denoiser_tower", "lm_head", "t_", "scale")
     cut = edited(tmp_path, lambda t: [t.pop(n) for n in list(t) if n.startswith(parts)])
-    assert same(load_model(cut, towers="context"), alone)
+    assert same(load_checkpoint(cut, towers="context"), alone)
     assert "missing: " in message(cut)
 
 
@@ -101,7 +101,7 @@ def test_the_context_alone_reads_no_denoiser(tmp_path: Path) -> None:
 def test_a_backbone_fills_both_towers_and_starts_unconditioned(tmp_path: Path, prefix: str) -> None:
     """Guards against an initial gate of 0 or a shift: training would start from another model."""
     path = edited(tmp_path, lambda tensors: as_backbone(tensors, prefix))
-    model, released = load_model(path), load_model(GOLDEN / "case_03")
+    model, released = load_checkpoint(path), load_checkpoint(GOLDEN / "case_03")
     assert same(model, released, "context")
     state = model.state_dict()
     for name in [n for n in state if n.startswith("denoiser_tower.")]:
@@ -120,7 +120,7 @@ def test_stacked_experts_are_accepted(tmp_path: Path) -> None:
             parts = [tensors.pop(f"{stem}.{e}.{projection}.weight") for e in range(8)]
             tensors[f"{stem}.{projection}"] = torch.stack(parts)
 
-    assert same(load_model(edited(tmp_path, stack)), load_model(GOLDEN / "case_03"))
+    assert same(load_checkpoint(edited(tmp_path, stack)), load_checkpoint(GOLDEN / "case_03"))
 
 
 def test_tied_heads_may_be_left_out_and_stay_tied(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_tied_heads_may_be_left_out_and_stay_tied(tmp_path: Path) -> None:
     def drop_heads(tensors: dict[str, Tensor]) -> None:
         del tensors["lm_head.weight"], tensors["context_lm_head.weight"]
 
-    model = load_model(edited(tmp_path, drop_heads, tie_word_embeddings=True))
+    model = load_checkpoint(edited(tmp_path, drop_heads, tie_word_embeddings=True))
     assert model.context_lm_head.weight is model.context_tower.embeddings.weight
     assert model.denoiser_tower is not None
     assert model.lm_head.weight is model.denoiser_tower.embeddings.weight
@@ -138,9 +138,9 @@ def test_tied_heads_may_be_left_out_and_stay_tied(tmp_path: Path) -> None:
 
 def test_a_head_of_its_own_is_kept_though_the_configuration_ties_it(tmp_path: Path) -> None:
     """transformers writes such files: its model of this architecture never ties the head."""
-    model = load_model(edited(tmp_path, lambda tensors: None, tie_word_embeddings=True))
+    model = load_checkpoint(edited(tmp_path, lambda tensors: None, tie_word_embeddings=True))
     assert not model.config.tie_word_embeddings
-    assert same(model, load_model(GOLDEN / "case_03"))
+    assert same(model, load_checkpoint(GOLDEN / "case_03"))
 
 
 def test_tensor_faults_are_one_line_that_lists_them(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_the_index_decides_between_two_shards(tmp_path: Path) -> None:
     last = tmp_path / "model-00003-of-00003.safetensors"
     stale = {"context_tower.norm_f.weight": torch.zeros(48)}
     save_file(load_file(last) | stale, last)
-    assert same(load_model(tmp_path), load_model(GOLDEN / "case_02"))
+    assert same(load_checkpoint(tmp_path), load_checkpoint(GOLDEN / "case_02"))
 
 
 @pytest.mark.parametrize(
@@ -238,11 +238,11 @@ def test_places_without_a_checkpoint_are_one_clear_line(tmp_path: Path) -> None:
 
 def test_bad_arguments_are_one_clear_line() -> None:
     with pytest.raises(ValueError, match=r"dtype=torch\.int8 is not supported"):
-        load_model(GOLDEN / "case_03", dtype=torch.int8)
+        load_checkpoint(GOLDEN / "case_03", dtype=torch.int8)
     with pytest.raises(ValueError, match="device='gpu' is unknown"):
-        load_model(GOLDEN / "case_03", context_device="gpu")
+        load_checkpoint(GOLDEN / "case_03", context_device="gpu")
     with pytest.raises(ValueError, match="is not on this machine"):
-        load_model(GOLDEN / "case_03", denoiser_device="cuda:99")
+        load_checkpoint(GOLDEN / "case_03", denoiser_device="cuda:99")
 
 
 def test_generation_defaults(tmp_path: Path) -> None:
@@ -256,15 +256,15 @@ def test_generation_defaults(tmp_path: Path) -> None:
 
 MEMORY_PROBE = """
 import sys, torch
-from twotower.checkpoint import load_model
+from twotower.checkpoint import load_checkpoint
 
 def peak_bytes():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
-load_model(sys.argv[2])  # what only the first load needs
+load_checkpoint(sys.argv[2])  # what only the first load needs
 before = peak_bytes()
-model = load_model(sys.argv[1], dtype=None)
+model = load_checkpoint(sys.argv[1], dtype=None)
 print(peak_bytes() - before)
 """
 
@@ -276,7 +276,7 @@ def test_peak_memory_is_the_model_plus_one_shard(tmp_path: Path) -> None:
     config = config_from_dict(values | {"hidden_size": 512, "vocab_size": 16384})
     model = TwoTower(config)
     randomise(model, 0)
-    save_model(model, tmp_path / "big", max_shard_bytes=16_000_000, dtype=torch.bfloat16)
+    save_two_towers(model, tmp_path / "big", max_shard_bytes=16_000_000, dtype=torch.bfloat16)
     size = sum(file.stat().st_size for file in (tmp_path / "big").glob("*.safetensors"))
     command = [sys.executable, "-c", MEMORY_PROBE, str(tmp_path / "big"), str(GOLDEN / "case_03")]
     growth = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

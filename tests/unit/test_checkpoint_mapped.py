@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import fresh_model, prompts_of
 from tiny_quantised import SCHEMES, groupable_model
 from twotower import TwoTower
-from twotower.checkpoint import convert, load_model, save_backbone, save_model
+from twotower.checkpoint import convert, load_checkpoint, save_backbone, save_two_towers
 from twotower.checkpoint.mapped import _Files
 from twotower.engine import GenerateOptions, generate
 from twotower.layers.quantised import MappedExperts
@@ -26,7 +26,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {"bfloat16": parent / "bfloat16", "float32": parent / "float32"}
     for name, folder in found.items():
         dtype = getattr(torch, name)
-        save_model(groupable_model(), folder, dtype=dtype, max_shard_bytes=200_000)
+        save_two_towers(groupable_model(), folder, dtype=dtype, max_shard_bytes=200_000)
     for name in ("int8", "int8-int8", "int4"):
         found[name] = parent / name
         convert(found["float32"], found[name], "released", scheme=SCHEMES[name])
@@ -44,9 +44,9 @@ def test_mapped_experts_write_the_same_tokens(
     folders: dict[str, Path], name: str, mode: str
 ) -> None:
     """Guards an expert that is read from another's place, and a product of another rounding."""
-    mapped = load_model(folders[name], experts="mapped")
+    mapped = load_checkpoint(folders[name], expert_storage="mmap")
     assert has_mapped_experts(mapped)
-    assert tokens(mapped, mode) == tokens(load_model(folders[name]), mode)
+    assert tokens(mapped, mode) == tokens(load_checkpoint(folders[name]), mode)
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "int4"])
@@ -54,14 +54,14 @@ def test_logits_are_bit_equal(folders: dict[str, Path], name: str) -> None:
     ids = torch.arange(4, 14).unsqueeze(0)
     found = []
     for experts in ("memory", "mapped"):
-        model = load_model(folders[name], experts=experts)  # type: ignore[arg-type]
+        model = load_checkpoint(folders[name], experts=experts)  # type: ignore[arg-type]
         found.append(model.next_logits(model.prefill(ids)))
     assert torch.equal(*found)
 
 
 def test_mapped_experts_take_no_memory_of_their_own(folders: dict[str, Path]) -> None:
     """Guards against a view that has become a copy: by addresses, and by bytes of the rest."""
-    model = load_model(folders["bfloat16"], dtype=None, experts="mapped")
+    model = load_checkpoint(folders["bfloat16"], dtype=None, expert_storage="mmap")
     regions = [
         tuple(int(edge, 16) for edge in line.split()[0].split("-"))
         for line in Path("/proc/self/maps").read_text().splitlines()
@@ -74,7 +74,7 @@ def test_mapped_experts_take_no_memory_of_their_own(folders: dict[str, Path]) ->
             begin = matrix.data_ptr()
             assert any(low <= begin < high for low, high in regions)
     left = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    whole = load_model(folders["bfloat16"], dtype=None).state_dict()
+    whole = load_checkpoint(folders["bfloat16"], dtype=None).state_dict()
     of_experts = sum(t.numel() * 2 for n, t in whole.items() if ".experts." in n)
     assert left + of_experts == sum(t.numel() * t.element_size() for t in whole.values())
 
@@ -90,25 +90,28 @@ def test_stacked_experts_and_a_backbone_are_mapped_too(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "two" / "model.safetensors")
     config = (tmp_path / "one" / "config.json").read_bytes()
     (tmp_path / "two" / "config.json").write_bytes(config)
-    expected = tokens(load_model(tmp_path / "one"), "diffusion")
+    expected = tokens(load_checkpoint(tmp_path / "one"), "diffusion")
     for folder in ("one", "two"):
-        assert tokens(load_model(tmp_path / folder, experts="mapped"), "diffusion") == expected
+        assert (
+            tokens(load_checkpoint(tmp_path / folder, expert_storage="mmap"), "diffusion")
+            == expected
+        )
 
 
 def test_what_cannot_be_mapped_is_one_line(folders: dict[str, Path], tmp_path: Path) -> None:
     dense = tmp_path / "dense"
-    save_model(fresh_model(hybrid_override_pattern="M*-", num_hidden_layers=3), dense)
+    save_two_towers(fresh_model(hybrid_override_pattern="M*-", num_hidden_layers=3), dense)
     with pytest.raises(ValueError, match="this model has no experts"):
-        load_model(dense, experts="mapped")
+        load_checkpoint(dense, expert_storage="mmap")
     with pytest.raises(ValueError, match="experts='disk' is unknown"):
-        load_model(folders["int8"], experts="disk")  # type: ignore[arg-type]
+        load_checkpoint(folders["int8"], experts="disk")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs both towers on the CPU, not on 'meta'"):
-        load_model(folders["int8"], denoiser_device="meta", experts="mapped")
+        load_checkpoint(folders["int8"], denoiser_device="meta", expert_storage="mmap")
     with pytest.raises(ValueError, match="activations=int8 needs both towers on the CPU"):
-        load_model(folders["int8-int8"], context_device="meta")
-    mapped = load_model(folders["int8"], experts="mapped")
+        load_checkpoint(folders["int8-int8"], context_device="meta")
+    mapped = load_checkpoint(folders["int8"], expert_storage="mmap")
     with pytest.raises(ValueError, match="saving needs the experts in memory"):
-        save_model(mapped, tmp_path / "copy")
+        save_two_towers(mapped, tmp_path / "copy")
 
 
 def test_a_tensor_at_an_odd_place_is_refused(tmp_path: Path) -> None:
@@ -128,8 +131,8 @@ def test_a_tensor_at_an_odd_place_is_refused(tmp_path: Path) -> None:
 
 def test_a_replaced_file_keeps_its_old_readers(folders: dict[str, Path], tmp_path: Path) -> None:
     """Guards a mapping that follows the name of its file to another model's weights."""
-    save_model(groupable_model(), tmp_path / "model")
-    mapped = load_model(tmp_path / "model", experts="mapped")
+    save_two_towers(groupable_model(), tmp_path / "model")
+    mapped = load_checkpoint(tmp_path / "model", expert_storage="mmap")
     before = tokens(mapped, "ar")
-    save_model(fresh_model(7, **{"hidden_size": 64}), tmp_path / "model")
+    save_two_towers(fresh_model(7, **{"hidden_size": 64}), tmp_path / "model")
     assert mmap.PAGESIZE and tokens(mapped, "ar") == before

@@ -17,10 +17,10 @@ from twotower.checkpoint import (
     convert,
     convert_to_gguf,
     describe,
-    load_model,
+    load_checkpoint,
     load_quantised,
     save_backbone,
-    save_model,
+    save_two_towers,
 )
 from twotower.checkpoint.empty import count_parameters
 from twotower.checkpoint.quantize import read_scheme
@@ -38,7 +38,9 @@ QDATA = "context_tower.layers.2.mixer.experts.1.up_proj.weight.qdata"
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wide") / "model"
-    save_model(groupable_model(), folder, dtype=torch.bfloat16, extra_files={"note.md": b"kept"})
+    save_two_towers(
+        groupable_model(), folder, dtype=torch.bfloat16, extra_files={"note.md": b"kept"}
+    )
     return folder
 
 
@@ -71,7 +73,7 @@ def same(a: TwoTower, b: TwoTower) -> bool:
 
 def message(path: Path) -> str:
     with pytest.raises(ValueError) as error:
-        load_model(path)
+        load_checkpoint(path)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -82,8 +84,8 @@ def test_what_is_saved_is_loaded_bit_for_bit(
 ) -> None:
     """Guards packed numbers that pass through a float, and a second generation of rounding."""
     made = load_quantised(wide, SCHEMES[name])
-    assert same(load_model(narrow[name], dtype=None), made)
-    save_model(load_model(narrow[name], dtype=None), tmp_path / "again")
+    assert same(load_checkpoint(narrow[name], dtype=None), made)
+    save_two_towers(load_checkpoint(narrow[name], dtype=None), tmp_path / "again")
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "again" / file).read_bytes() == (narrow[name] / file).read_bytes()
     assert (narrow[name] / "note.md").read_bytes() == b"kept"
@@ -95,7 +97,7 @@ def test_the_scheme_is_in_the_configuration_and_not_in_the_path(
 ) -> None:
     assert read_scheme(narrow[name]) == SCHEMES[name]
     elsewhere = edited(narrow[name], tmp_path / "float32", lambda t, c: None)
-    assert scheme_of(load_model(elsewhere)) == SCHEMES[name]
+    assert scheme_of(load_checkpoint(elsewhere)) == SCHEMES[name]
 
 
 def test_wide_weights_keep_their_bits(wide: Path, narrow: dict[str, Path]) -> None:
@@ -117,7 +119,7 @@ def test_logits_are_near_those_of_the_wide_model(
     ids, block, t = torch.arange(4, 24).view(2, 10), torch.full((2, 4), 3), torch.ones(2)
     found = []
     for path in (wide, narrow[name]):
-        model = load_model(path)
+        model = load_checkpoint(path)
         cache = model.prefill(ids)
         found.append((model.next_logits(cache), model.denoise(block, cache.view(), t)))
     for expected, logits in zip(*found, strict=True):
@@ -129,14 +131,14 @@ def test_a_backbone_is_quantised_and_fills_both_towers(tmp_path: Path) -> None:
     model = groupable_model()
     save_backbone(model, tmp_path / "backbone")
     convert(tmp_path / "backbone", tmp_path / "small", "backbone", scheme=SCHEMES["int8"])
-    both = load_model(tmp_path / "small")
+    both = load_checkpoint(tmp_path / "small")
     state = both.state_dict()
     assert "denoiser_tower.layers.0.mixer.in_proj.weight.qdata" in state
     for name in [n for n in state if n.startswith("denoiser_tower.")]:
         assert torch.equal(state[name], state[name.replace("denoiser_", "context_")]), name
     assert torch.equal(state["lm_head.weight.qdata"], state["context_lm_head.weight.qdata"])
     assert same(load_quantised(tmp_path / "backbone", SCHEMES["int8"]), both)
-    alone = load_model(tmp_path / "small", towers="context")
+    alone = load_checkpoint(tmp_path / "small", towers="context")
     assert alone.denoiser_tower is None and scheme_of(alone) == SCHEMES["int8"]
 
 
@@ -270,13 +272,13 @@ def test_the_forecast_is_what_the_files_then_hold(
 
 
 def test_parameters_are_counted_as_weights(wide: Path, narrow: dict[str, Path]) -> None:
-    counted = {count_parameters(load_model(path)) for path in (wide, *narrow.values())}
-    assert counted == {sum(p.numel() for p in load_model(wide).parameters())}
+    counted = {count_parameters(load_checkpoint(path)) for path in (wide, *narrow.values())}
+    assert counted == {sum(p.numel() for p in load_checkpoint(wide).parameters())}
 
 
 MEMORY_PROBE = """
 import sys, torch
-from twotower.checkpoint import load_model, load_quantised
+from twotower.checkpoint import load_checkpoint, load_quantised
 from twotower.model.precision import Scheme
 
 def peak_bytes():
@@ -285,7 +287,7 @@ def peak_bytes():
 
 def load(path):
     if sys.argv[3] == "stored":
-        return load_model(path, dtype=None)
+        return load_checkpoint(path, dtype=None)
     return load_quantised(path, Scheme(weights=sys.argv[3]))
 
 load(sys.argv[2])  # what only the first load needs
@@ -305,7 +307,7 @@ def test_peak_memory_is_about_the_quantised_size(wide: Path, narrow: dict[str, P
     model = TwoTower(config_from_dict(values | sizes))
     randomise(model, 0)
     big = wide.parent / "big"
-    save_model(model, big, dtype=torch.bfloat16)
+    save_two_towers(model, big, dtype=torch.bfloat16)
     convert(big, wide.parent / "big4", "released", scheme=Scheme(weights="int4"))
     wide_bytes = (big / "model.safetensors").stat().st_size
     assert wide_bytes > 70_000_000

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from twotower.checkpoint import load_model, save_backbone, save_model
+from twotower.checkpoint import load_checkpoint, save_backbone, save_two_towers
 from twotower.checkpoint.write import Piece, write_checkpoint
 from twotower.families import config_from_dict, config_to_dict, read_config
 from twotower.model.two_tower import TwoTower
@@ -47,17 +47,17 @@ def assert_same(a: TwoTower, b: TwoTower) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_a_recorded_checkpoint_survives_the_round_trip(tmp_path: Path, case: str) -> None:
     """Guards against a transposed, reordered or rounded tensor, and against names of our own."""
-    model = load_model(GOLDEN / case, dtype=None)
-    save_model(model, tmp_path / "out")
+    model = load_checkpoint(GOLDEN / case, dtype=None)
+    save_two_towers(model, tmp_path / "out")
     before, after = headers(GOLDEN / case), headers(tmp_path / "out")
     assert {n: shape for n, (shape, _) in after.items()} == {n: s for n, (s, _) in before.items()}
     for name, (_, dtype) in after.items():
         assert dtype == ("F32" if ".gate." in name else before[name][1]), name
-    assert_same(load_model(tmp_path / "out", dtype=None), model)
+    assert_same(load_checkpoint(tmp_path / "out", dtype=None), model)
 
 
 def test_config_json_holds_the_released_fields_and_ours(tmp_path: Path) -> None:
-    save_model(load_model(GOLDEN / "case_03"), tmp_path / "out", dtype=torch.bfloat16)
+    save_two_towers(load_checkpoint(GOLDEN / "case_03"), tmp_path / "out", dtype=torch.bfloat16)
     written = json.loads((tmp_path / "out/config.json").read_text())
     released = json.loads((GOLDEN / "case_03/config.json").read_text())
     hints = {
@@ -76,15 +76,15 @@ def test_config_json_holds_the_released_fields_and_ours(tmp_path: Path) -> None:
 
 
 def test_shards_with_an_index(tmp_path: Path) -> None:
-    model = load_model(GOLDEN / "case_01")
-    save_model(model, tmp_path / "out", max_shard_bytes=300_000)
+    model = load_checkpoint(GOLDEN / "case_01")
+    save_two_towers(model, tmp_path / "out", max_shard_bytes=300_000)
     files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     assert all((tmp_path / "out" / file).stat().st_size < 310_000 for file in files)
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.state_dict().values())
     assert index["weight_map"].keys() == headers(GOLDEN / "case_01").keys()
-    assert_same(load_model(tmp_path / "out"), model)
+    assert_same(load_checkpoint(tmp_path / "out"), model)
 
 
 def test_values_are_aligned_in_the_file(tmp_path: Path) -> None:
@@ -102,9 +102,9 @@ def test_values_are_aligned_in_the_file(tmp_path: Path) -> None:
 
 def test_fewer_shards_leave_none_of_the_old_ones(tmp_path: Path) -> None:
     """Guards against old shards beside a new file: half of each could be loaded."""
-    model = load_model(GOLDEN / "case_03")
-    save_model(model, tmp_path / "out", max_shard_bytes=200_000)
-    save_model(model, tmp_path / "out", extra_files={"tokenizer.json": b"{}"})
+    model = load_checkpoint(GOLDEN / "case_03")
+    save_two_towers(model, tmp_path / "out", max_shard_bytes=200_000)
+    save_two_towers(model, tmp_path / "out", extra_files={"tokenizer.json": b"{}"})
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "config.json",
         "model.safetensors",
@@ -114,10 +114,10 @@ def test_fewer_shards_leave_none_of_the_old_ones(tmp_path: Path) -> None:
 
 
 def test_a_dtype_applies_to_all_but_routers(tmp_path: Path) -> None:
-    save_model(load_model(GOLDEN / "case_01"), tmp_path / "out", dtype=torch.bfloat16)
+    save_two_towers(load_checkpoint(GOLDEN / "case_01"), tmp_path / "out", dtype=torch.bfloat16)
     for name, (_, dtype) in headers(tmp_path / "out").items():
         assert dtype == ("F32" if ".gate." in name else "BF16"), name
-    model = load_model(tmp_path / "out", dtype=None)
+    model = load_checkpoint(tmp_path / "out", dtype=None)
     assert model.lm_head.weight.dtype == torch.bfloat16
 
 
@@ -127,11 +127,11 @@ def test_a_tied_model_stays_tied_and_names_its_heads(tmp_path: Path) -> None:
         config_to_dict(read_config(GOLDEN / "case_03")) | {"tie_word_embeddings": True}
     )
     model = TwoTower(config)
-    state = load_model(GOLDEN / "case_03").state_dict()
+    state = load_checkpoint(GOLDEN / "case_03").state_dict()
     tied = {n: v for n, v in state.items() if not n.endswith("lm_head.weight")}
     model.load_state_dict(tied, strict=False)
-    save_model(model, tmp_path / "out")
-    again = load_model(tmp_path / "out")
+    save_two_towers(model, tmp_path / "out")
+    again = load_checkpoint(tmp_path / "out")
     assert again.config == config
     assert again.context_lm_head.weight is again.context_tower.embeddings.weight
     assert_same(again, model.eval())
@@ -141,20 +141,20 @@ def test_a_tied_model_stays_tied_and_names_its_heads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_backbone_to_two_towers_and_back(tmp_path: Path, case: str) -> None:
     """Guards the way of every trained model: backbone, both towers, backbone again."""
-    model = load_model(GOLDEN / case, towers="context", dtype=None)
+    model = load_checkpoint(GOLDEN / case, towers="context", dtype=None)
     save_backbone(model, tmp_path / "one")
     assert all(n.startswith(("backbone.", "lm_head.")) for n in headers(tmp_path / "one"))
-    both = load_model(tmp_path / "one", dtype=None)
-    save_model(both, tmp_path / "two")
+    both = load_checkpoint(tmp_path / "one", dtype=None)
+    save_two_towers(both, tmp_path / "two")
     assert headers(tmp_path / "two").keys() == headers(GOLDEN / case).keys()
-    save_backbone(load_model(tmp_path / "two", dtype=None), tmp_path / "three")
-    assert_same(load_model(tmp_path / "three", dtype=None, towers="context"), model)
+    save_backbone(load_checkpoint(tmp_path / "two", dtype=None), tmp_path / "three")
+    assert_same(load_checkpoint(tmp_path / "three", dtype=None, towers="context"), model)
 
 
 def test_one_tower_cannot_be_saved_as_two(tmp_path: Path) -> None:
-    model = load_model(GOLDEN / "case_03", towers="context")
+    model = load_checkpoint(GOLDEN / "case_03", towers="context")
     with pytest.raises(ValueError, match="save it with save_backbone"):
-        save_model(model, tmp_path / "out")
+        save_two_towers(model, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -169,20 +169,20 @@ def test_one_tower_cannot_be_saved_as_two(tmp_path: Path) -> None:
 def test_bad_arguments_are_one_clear_line(
     tmp_path: Path, arguments: dict[str, object], expected: str
 ) -> None:
-    model = load_model(GOLDEN / "case_03")
+    model = load_checkpoint(GOLDEN / "case_03")
     with pytest.raises(ValueError, match=expected):
-        save_model(model, tmp_path / "out", **arguments)  # type: ignore[arg-type]  # on purpose
+        save_two_towers(model, tmp_path / "out", **arguments)  # type: ignore[arg-type]  # on purpose
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_with_something_else_is_not_replaced(tmp_path: Path) -> None:
     """Guards against `convert SRC ~`: the folder is exchanged as a whole."""
     (tmp_path / "letters.txt").write_text("dear")
-    model = load_model(GOLDEN / "case_03")
+    model = load_checkpoint(GOLDEN / "case_03")
     with pytest.raises(ValueError, match="is not empty and not a checkpoint"):
-        save_model(model, tmp_path)
+        save_two_towers(model, tmp_path)
     with pytest.raises(ValueError, match="is a file"):
-        save_model(model, tmp_path / "letters.txt")
+        save_two_towers(model, tmp_path / "letters.txt")
     assert [p.name for p in tmp_path.iterdir()] == ["letters.txt"]
 
 
@@ -198,11 +198,11 @@ def file_size_limit(num_bytes: int) -> Iterator[None]:
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path: Path) -> None:
-    old = load_model(GOLDEN / "case_03")
-    save_model(old, tmp_path / "out", extra_files={"README.md": b"card"})
+    old = load_checkpoint(GOLDEN / "case_03")
+    save_two_towers(old, tmp_path / "out", extra_files={"README.md": b"card"})
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     with file_size_limit(100_000), pytest.raises(ValueError) as error:
-        save_model(load_model(GOLDEN / "case_01"), tmp_path / "out")
+        save_two_towers(load_checkpoint(GOLDEN / "case_01"), tmp_path / "out")
     assert "cannot be saved (File too large); what was there is unchanged" in str(error.value)
     assert "\n" not in str(error.value)
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
@@ -212,8 +212,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path: Path) -> None:
 def test_a_failed_swap_brings_the_old_checkpoint_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load_model(GOLDEN / "case_03")
-    save_model(model, tmp_path / "out")
+    model = load_checkpoint(GOLDEN / "case_03")
+    save_two_towers(model, tmp_path / "out")
     rename = Path.rename
 
     def fail_on_the_new_one(self: Path, target: Path) -> Path:
@@ -223,44 +223,44 @@ def test_a_failed_swap_brings_the_old_checkpoint_back(
 
     monkeypatch.setattr(Path, "rename", fail_on_the_new_one)
     with pytest.raises(ValueError, match="Input/output error"):
-        save_model(model, tmp_path / "out", dtype=torch.bfloat16)
+        save_two_towers(model, tmp_path / "out", dtype=torch.bfloat16)
     monkeypatch.undo()
-    assert_same(load_model(tmp_path / "out", dtype=None), model)
+    assert_same(load_checkpoint(tmp_path / "out", dtype=None), model)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_kill_between_the_renames_loses_nothing(tmp_path: Path) -> None:
     """The state on disk after such a kill: the old folder set aside, the new one not in place."""
-    model = load_model(GOLDEN / "case_03")
-    save_model(model, tmp_path / "out", extra_files={"README.md": b"card"})
+    model = load_checkpoint(GOLDEN / "case_03")
+    save_two_towers(model, tmp_path / "out", extra_files={"README.md": b"card"})
     (tmp_path / "out").rename(tmp_path / ".out.old")
     (tmp_path / ".out.new").mkdir()
     (tmp_path / ".out.new/model.safetensors").write_bytes(b"half")
-    assert_same(load_model(tmp_path / "out"), model)
-    save_model(model, tmp_path / "out")
+    assert_same(load_checkpoint(tmp_path / "out"), model)
+    save_two_towers(model, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out/README.md").read_bytes() == b"card"
 
 
 SAVE_FOREVER = """
 import sys
-from twotower.checkpoint import load_model, save_model
-model = load_model(sys.argv[1])
+from twotower.checkpoint import load_checkpoint, save_two_towers
+model = load_checkpoint(sys.argv[1])
 print("ready", flush=True)
 while True:
-    save_model(model, sys.argv[2], max_shard_bytes=50_000)
+    save_two_towers(model, sys.argv[2], max_shard_bytes=50_000)
 """
 
 
 def test_a_kill_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path: Path) -> None:
     """Guards against a half-written checkpoint after kill -9."""
-    model = load_model(GOLDEN / "case_03")
-    save_model(model, tmp_path / "out")
+    model = load_checkpoint(GOLDEN / "case_03")
+    save_two_towers(model, tmp_path / "out")
     command = [sys.executable, "-c", SAVE_FOREVER, str(GOLDEN / "case_03"), str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline()
         time.sleep(0.13)
         os.kill(process.pid, signal.SIGKILL)
-    assert_same(load_model(tmp_path / "out"), model)
-    save_model(model, tmp_path / "out")
+    assert_same(load_checkpoint(tmp_path / "out"), model)
+    save_two_towers(model, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

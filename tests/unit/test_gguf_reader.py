@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from twotower import load_model, load_tokenizer
-from twotower.checkpoint import gguf_reader, inspect
+from twotower import load_tokenizer
+from twotower.checkpoint import gguf_reader, inspect, load_checkpoint
 from twotower.checkpoint.gguf_tokenizer import tokenizer_files
 from twotower.tokenizer import TOKENIZER_FILE
 
@@ -99,7 +99,7 @@ def blocks(shape: tuple[int, ...], kind: Any, seed: int) -> np.ndarray:
 def test_every_type_becomes_the_numbers_it_means(tmp_path: Path, kind: str) -> None:
     """Silent failure: a block type is read with another one's layout, or rows get mixed up."""
     values = write(tmp_path / "m.gguf", Kind[kind])
-    model = load_model(tmp_path / "m.gguf", towers="context")
+    model = load_checkpoint(tmp_path / "m.gguf", towers="context")
     found = {name: value.numpy() for name, value in model.state_dict().items()}
     tower = "context_tower"
     for ours, theirs in (
@@ -156,7 +156,7 @@ def test_a_file_that_cannot_be_read_is_one_line(
     """Silent failure: half a model is loaded, or a traceback shown."""
     write(tmp_path / "m.gguf", **changes)
     with pytest.raises(ValueError) as error:
-        load_model(tmp_path / "m.gguf", towers="context")
+        load_checkpoint(tmp_path / "m.gguf", towers="context")
     assert expected in str(error.value) and "\n" not in str(error.value)
     assert "m.gguf" in str(error.value) or "config.json" in str(error.value)
 
@@ -170,7 +170,7 @@ def test_a_truncated_file_is_one_line_and_leaves_nothing(
     count = int(keep * len(content)) if isinstance(keep, float) else int(keep)
     (tmp_path / "m.gguf").write_bytes(content[:count])
     with pytest.raises(ValueError, match="truncated") as error:
-        load_model(tmp_path / "m.gguf", towers="context")
+        load_checkpoint(tmp_path / "m.gguf", towers="context")
     assert "\n" not in str(error.value)
     assert not cache.exists() or not [*cache.iterdir()]
 
@@ -180,7 +180,7 @@ def test_a_file_that_has_gone_is_named(tmp_path: Path) -> None:
     folder = gguf_reader.open_gguf(tmp_path / "m.gguf")
     (tmp_path / "m.gguf").unlink()
     with pytest.raises(ValueError, match=r"m\.gguf: has gone"):
-        load_model(folder, towers="context")
+        load_checkpoint(folder, towers="context")
 
 
 def metadata(**changes: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from tiny_denoiser import denoiser, exported, run
 from tiny_training import tiny_options, write_documents
-from twotower.checkpoint import load_model, save_backbone
+from twotower.checkpoint import load_checkpoint, save_backbone
 from twotower.families import config_from_dict, config_to_dict, read_config
 from twotower.tokenizer import load_tokenizer
 from twotower.train.data import Rows
@@ -164,7 +164,7 @@ def test_a_backbone_gets_a_mask_past_its_tokenizer(
     init = foreign_backbone(tmp_path / "backbone", shard, vocab_size)
     options = denoiser(shard.folder, init, tmp_path / "run", steps=2)
     run(options)
-    model, before = exported(options), load_model(init, towers="context")
+    model, before = exported(options), load_checkpoint(init, towers="context")
     assert (model.config.vocab_size, model.config.mask_token_id) == (expected, 257)
     ids = torch.tensor([[0, 40, 41, 42]])
     logits = model.context_logits(ids)

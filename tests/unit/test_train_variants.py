@@ -8,7 +8,7 @@ import torch
 
 from tiny_denoiser import denoiser, exported, make_backbone, run
 from tiny_training import make_shard
-from twotower.checkpoint import load_model
+from twotower.checkpoint import load_checkpoint
 from twotower.model.two_tower import TwoTower
 from twotower.tokenizer import load_tokenizer
 from twotower.train.data import Rows
@@ -60,7 +60,7 @@ def test_what_each_variant_trains(
     options = denoiser(data, backbone, tmp_path / "run", **changes)
     assert trained(start(options)) == parts | CONDITIONING
     run(options)
-    before, after = load_model(backbone), exported(options)
+    before, after = load_checkpoint(backbone), exported(options)
     then, now = before.state_dict(), after.state_dict()
     moved = {name.split(".")[0] for name in now if not torch.equal(now[name], then[name])}
     is_tied = options.towers != "two"
@@ -174,7 +174,7 @@ def test_a_denoiser_starts_from_the_context_its_own_or_nothing(
     """Silent failure: 'scratch' keeps norms or heads of the backbone, or 'context' overwrites a
     trained denoiser.
     """
-    source = load_model(backbone)
+    source = load_checkpoint(backbone)
     fresh = start(denoiser(data, backbone, tmp_path / "x", denoiser_init="scratch", seed=4))
     other = start(denoiser(data, backbone, tmp_path / "x", denoiser_init="scratch", seed=5))
     assert fresh.denoiser_tower is not None and source.denoiser_tower is not None

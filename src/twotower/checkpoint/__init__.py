@@ -4,12 +4,17 @@ from twotower.checkpoint.convert import convert, convert_to_gguf, export_transfo
 from twotower.checkpoint.files import generation_defaults, resolve
 from twotower.checkpoint.gguf import export_gguf
 from twotower.checkpoint.inspect import describe
-from twotower.checkpoint.load import find_device, load_model, load_quantised
-from twotower.checkpoint.mapped import ExpertsIn
-from twotower.checkpoint.save import save_backbone, save_model
+from twotower.checkpoint.load import (
+    find_device,
+    has_denoiser,
+    load_checkpoint,
+    load_quantised,
+)
+from twotower.checkpoint.mapped import ExpertStorage
+from twotower.checkpoint.save import save_backbone, save_two_towers
 
 __all__ = [
-    "ExpertsIn",
+    "ExpertStorage",
     "convert",
     "convert_to_gguf",
     "describe",
@@ -17,9 +22,10 @@ __all__ = [
     "export_transformers",
     "find_device",
     "generation_defaults",
-    "load_model",
+    "has_denoiser",
+    "load_checkpoint",
     "load_quantised",
     "resolve",
     "save_backbone",
-    "save_model",
+    "save_two_towers",
 ]

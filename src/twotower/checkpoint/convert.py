@@ -9,13 +9,13 @@ import torch
 from twotower.checkpoint.empty import Towers
 from twotower.checkpoint.files import INDEX_FILE, resolve
 from twotower.checkpoint.gguf import Precision, export_gguf
-from twotower.checkpoint.load import load_model, load_quantised
+from twotower.checkpoint.load import load_checkpoint, load_quantised
 from twotower.checkpoint.save import (
     MAX_SHARD_BYTES,
     backbone_pieces,
     main_dtype,
     save_backbone,
-    save_model,
+    save_two_towers,
 )
 from twotower.checkpoint.write import write_checkpoint
 from twotower.families import family_of
@@ -67,11 +67,11 @@ def convert(
         raise ValueError(f"{target}: is the source itself; choose another folder")
     towers: Towers = "both" if to == "released" else "context"
     if scheme is None:
-        model = load_model(folder, dtype=dtype, towers=towers)
+        model = load_checkpoint(folder, dtype=dtype, towers=towers)
     else:
         model = load_quantised(folder, scheme, towers)
     write = {
-        "released": save_model,
+        "released": save_two_towers,
         "backbone": save_backbone,
         "transformers": export_transformers,
     }[to]
@@ -86,7 +86,7 @@ def convert_to_gguf(
     None keeps the precision of the embeddings. Its tokenizer.json, if there is one, goes in.
     """
     folder = resolve(source)
-    model = load_model(folder, dtype=None, towers="context")
+    model = load_checkpoint(folder, dtype=None, towers="context")
     tokenizer = folder / "tokenizer.json"
     export_gguf(
         model,

@@ -50,9 +50,9 @@ class Entry(NamedTuple):
         return tensor
 
 
-def resolve(path: str | Path) -> Path:
+def resolve(path: str | Path, revision: str | None = None) -> Path:
     """The folder of a checkpoint: a local folder, a hub id "owner/name", which is downloaded, or
-    the one that stands for a GGUF file.
+    the one that stands for a GGUF file. revision: branch, tag or commit of a hub id.
 
     ValueError (one line) if there is neither.
     """
@@ -67,7 +67,7 @@ def resolve(path: str | Path) -> Path:
     if replaced.is_dir():  # a save was killed between its two renames
         return replaced
     if _HUB_ID.fullmatch(str(path)):
-        return _download(str(path))
+        return _download(str(path), revision)
     raise ValueError(f"{path}: no such folder; give a checkpoint folder or a hub id owner/name")
 
 
@@ -76,12 +76,12 @@ def set_aside(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.old"
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(

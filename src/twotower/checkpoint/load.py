@@ -22,7 +22,7 @@ from twotower.checkpoint.files import (
 )
 from twotower.checkpoint.fill import Plan, fill
 from twotower.checkpoint.layout import read_layout, with_heads
-from twotower.checkpoint.mapped import ExpertsIn, of_both_towers, split_experts
+from twotower.checkpoint.mapped import ExpertStorage, of_both_towers, split_experts
 from twotower.checkpoint.names import Slot
 from twotower.checkpoint.quantize import read_scheme
 from twotower.config import TwoTowerConfig
@@ -35,7 +35,7 @@ _LISTED = 8  # tensors that an error names
 _log = logging.getLogger(__name__)
 
 
-def load_model(
+def load_checkpoint(
     path: str | Path,
     *,
     dtype: torch.dtype | None = torch.float32,
@@ -43,14 +43,14 @@ def load_model(
     context_device: torch.device | str = "cpu",
     denoiser_device: torch.device | str = "cpu",
     towers: Towers = "both",
-    experts: ExpertsIn = "memory",
+    expert_storage: ExpertStorage = "memory",
 ) -> TwoTower:
     """Load a checkpoint folder or hub id in eval mode; a single-tower backbone fills both towers.
 
     dtype None keeps each tower's own; denoiser_dtype None means `dtype`. Routers stay float32,
-    quantised weights as they are. experts="mapped" leaves them in the files, which must not change
-    meanwhile. towers="denoiser" leaves the context tower without memory. ValueError (one line) for
-    a damaged checkpoint, or one of another model.
+    quantised weights as they are. expert_storage="mmap" leaves routed experts in the files, which
+    must not change meanwhile. towers="denoiser" leaves the context tower without memory. ValueError
+    (one line) for a damaged checkpoint, or one of another model.
     """
     built: Towers = "both" if towers == "denoiser" else towers
     source = _open(resolve(path), built)
@@ -61,15 +61,15 @@ def load_model(
         _tower_dtypes(source.entries, dtype, denoiser_dtype),
         (find_device(context_device), find_device(denoiser_device)),
     )
-    storage, devices = "mmap" if experts == "mapped" else "memory", map(str, room.devices)
-    if (misplaced := placement_refusal(scheme, storage, [*devices])) is not None:
+    devices = map(str, room.devices)
+    if (misplaced := placement_refusal(scheme, expert_storage, [*devices])) is not None:
         raise ValueError(f"{path}: {misplaced}")
     shape = build_empty(source.config, source.towers, scheme)
     plan, mapped = plan_tensors(source.folder, shape, source.entries), None
-    if experts == "mapped":
+    if expert_storage == "mmap":
         plan, mapped = split_experts(shape, plan)
-    elif experts != "memory":
-        raise ValueError(f"experts={experts!r} is unknown; use 'memory' or 'mapped'")
+    elif expert_storage != "memory":
+        raise ValueError(f"expert_storage={expert_storage!r} is unknown; use 'memory' or 'mmap'")
     model = build_empty(source.config, built, scheme)
     if mapped is not None:
         map_experts(model, mapped if source.towers == built else of_both_towers(mapped))
@@ -78,8 +78,8 @@ def load_model(
 
 
 def load_quantised(path: str | Path, scheme: Scheme, towers: Towers = "both") -> TwoTower:
-    """Load a wide checkpoint as `load_model` with dtype None, each matrix quantised as it is read:
-    peak memory is about the quantised size.
+    """Load a full-precision checkpoint with dtype None, each matrix quantised as it is read: peak
+    memory is about the quantised size.
 
     ValueError (one line) if it is quantised already; ImportError without torchao.
     """
@@ -91,6 +91,12 @@ def load_quantised(path: str | Path, scheme: Scheme, towers: Towers = "both") ->
     cpu = torch.device("cpu")
     room = _Room(_tower_dtypes(source.entries, None, None), (cpu, cpu))
     return _with_values(build_empty(source.config, towers, scheme), source, plan, room)
+
+
+def has_denoiser(folder: Path) -> bool:
+    """Whether a checkpoint folder holds a denoiser tower, by the names of its tensors."""
+    _, layout = read_layout(folder, read_config(folder))
+    return layout == names.TWO_TOWER
 
 
 class _Source(NamedTuple):

@@ -20,7 +20,7 @@ from twotower.kernels.quantised import Matrices, Quantised
 from twotower.model.precision import matrix_at, scheme_of, stacks
 from twotower.model.two_tower import TwoTower
 
-ExpertsIn = Literal["memory", "mapped"]
+ExpertStorage = Literal["memory", "mmap"]
 
 
 def split_experts(model: TwoTower, plan: Plan) -> tuple[Plan, dict[str, Matrices]]:
@@ -30,7 +30,9 @@ def split_experts(model: TwoTower, plan: Plan) -> tuple[Plan, dict[str, Matrices
     """
     wanted = stacks(model)
     if not wanted:
-        raise ValueError("experts='mapped': this model has no experts; use experts='memory'")
+        raise ValueError(
+            "expert_storage='mmap': this model has no experts; use expert_storage='memory'"
+        )
     found: dict[str, dict[int, Tensor]] = defaultdict(dict)
     rest, files = Plan(), _Files()
     for name, (entry, slot) in plan.items():

@@ -19,7 +19,7 @@ from twotower.model.two_tower import TwoTower
 MAX_SHARD_BYTES = 5_000_000_000
 
 
-def save_model(
+def save_two_towers(
     model: TwoTower,
     path: str | Path,
     *,
@@ -50,7 +50,7 @@ def save_backbone(
     extra_files: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write the context tower as a single-tower backbone; the rest as in `save_model`."""
+    """Write the context tower as a single-tower backbone; the rest as in `save_two_towers`."""
     pieces = backbone_pieces(model, dtype)
     architecture = family_of(model.config).ARCHITECTURE
     config = released_config(model.config, main_dtype(model, dtype), architecture)
@@ -61,7 +61,7 @@ def save_backbone(
 def released_pieces(model: TwoTower, dtype: torch.dtype | None) -> Iterator[Piece]:
     """Every tensor under its released name; tied heads too, because not every reader ties them."""
     if has_mapped_experts(model):
-        raise ValueError("saving needs the experts in memory; load with experts='memory'")
+        raise ValueError("saving needs the experts in memory; load with expert_storage='memory'")
     tensors = model.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name, slot in names.released_slots(shapes).items():

@@ -22,10 +22,9 @@ from twotower.cli.evaluate import (
     say_protection,
 )
 from twotower.cli.evaluation_tables import describe_range
-from twotower.cli.loading import Loaded, Placement, load
 from twotower.cli.machine import describe_cpu
 from twotower.cli.race_tables import print_race
-from twotower.engine import GenerateOptions, defaults_of, resolve_options
+from twotower.engine import defaults_of, resolve_options
 from twotower.lab.corpus import CATEGORIES
 from twotower.lab.evaluate.suite import make_judge
 from twotower.lab.race.contest import Heat
@@ -41,6 +40,7 @@ from twotower.lab.race.run import (
     record_replays,
     run_entry,
 )
+from twotower.loading import Loaded, Placement, load, placement_of
 from twotower.model.precision import require_plain
 
 RECORD_FILE = "race.json"
@@ -59,21 +59,18 @@ class BenchOptions(RaceOptions, Placement):
     quality: bool = False
     """Instead: quality kept and wall-clock ratio of diffusion against our own AR decoding of the
     same weights, modes taking turns on every prompt."""
-    threads: int | None = None
-    """CPU threads of every contestant; PyTorch's choice when not given."""
     json: bool = False
     """One JSON object on stdout instead of text."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads: {self.threads} is too small; use at least 1")
+        Placement.__post_init__(self)
         if self.quality:
             self._require_usual_race()
         for name, value, usual in (
             ("backend", self.backend, "auto"),
             ("quantization", self.quantization, "none"),
-            ("experts", self.experts, "memory"),
+            ("expert_storage", self.expert_storage, "memory"),
         ):
             if value != usual and not self.quality:
                 raise ValueError(f"{name}: for --quality alone; a race has --engines")
@@ -114,7 +111,7 @@ def run_race(options: BenchOptions) -> dict[str, object]:
     """The record of every size; after Ctrl-C, of those that were finished."""
     warnings = watch_idle()
     sandbox = open_sandbox(CATEGORIES, options.allow_unsandboxed_code)
-    loaded = load(options.model, GenerateOptions(mode="diffusion"), _placement(options))
+    loaded = load(placement_of(options, backend="eager"), "diffusion")
     require_plain(loaded.model, "a race")
     if loaded.tokenizer is None:
         raise ValueError(
@@ -203,30 +200,14 @@ def _version(library: str) -> str | None:
         return None
 
 
-def _placement(options: BenchOptions) -> Placement:
-    return Placement(
-        dtype=options.dtype,
-        context_device=options.context_device,
-        denoiser_device=options.denoiser_device,
-        backend="eager",  # the engines of the race take it from there
-    )
-
-
 def run_pair(options: BenchOptions) -> int:
     """Measure and print quality kept and speed ratio; returns the exit status."""
     results, _ = run_suite(
         EvaluateOptions(
-            model=options.model,
             items=options.items or PAIR_ITEMS,
             seed=options.seed,
             allow_unsandboxed_code=options.allow_unsandboxed_code,
-            threads=options.threads,
-            dtype=options.dtype,
-            context_device=options.context_device,
-            denoiser_device=options.denoiser_device,
-            backend=options.backend,
-            quantization=options.quantization,
-            experts=options.experts,
+            **dataclasses.asdict(placement_of(options)),
         )
     )
     modes = results["modes"]

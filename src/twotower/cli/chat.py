@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from twotower.cli.loading import Placement, load
 from twotower.cli.serve import ServeArguments, describe, need_extra
 from twotower.cli.text import printable
-from twotower.engine import GenerateOptions, Mode
+from twotower.engine import Mode
+from twotower.loading import Placement, load, placement_of
 
 if TYPE_CHECKING:
     from twotower.cli.chat_backends import Backend
@@ -32,7 +32,7 @@ Ctrl-C stops a reply. A line that ends with \\ goes on in the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatArguments:
+class ChatArguments(Placement):
     """Talk to a model in the terminal: a server's, or one in this process. /help lists commands.
 
     The shipped model knows questions of a few kinds only; it is no assistant.
@@ -42,11 +42,6 @@ class ChatArguments:
     """Server to talk to, such as http://127.0.0.1:8000; any that speaks OpenAI's API."""
     api_key_env: str = "TWOTOWER_API_KEY"
     """Name of the environment variable that holds the server's API key, if it wants one."""
-    model: Annotated[
-        str | None,
-        tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: the shipped model)"),
-    ] = None
-    """Checkpoint folder or hub id to load here; with --url, the name of the server's model."""
     chat_template: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Jinja template of conversations instead of the checkpoint's own."""
     system: str | None = None
@@ -59,6 +54,7 @@ class ChatArguments:
     """0 takes the most probable token; above it, samples."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.url is not None and self.chat_template is not None:
             raise ValueError("chat_template: is the server's with --url; leave it out")
 
@@ -94,7 +90,7 @@ def _backend(options: ChatArguments) -> "Backend":
 
         if options.url is not None:
             return Remote(options.url, os.environ.get(options.api_key_env))
-        loaded = load(options.model, GenerateOptions(), Placement())
+        loaded = load(placement_of(options), options.mode)
         arguments = ServeArguments(model=options.model, chat_template=options.chat_template)
         served = describe(loaded, arguments)
         if served.template is None:

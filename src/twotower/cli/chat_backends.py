@@ -11,9 +11,9 @@ from collections.abc import Generator, Mapping
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from twotower.cli.loading import Loaded
 from twotower.engine import EngineOptions, TokensCommitted, Worker
 from twotower.engine.events import Failed, Finished
+from twotower.loading import Loaded
 from twotower.serve.options import ServeOptions
 from twotower.serve.served import Served
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from twotower.cli.loading import Loaded
 from twotower.engine import Completion, Event, Finished, GenerateOptions, stream
+from twotower.loading import Loaded
 
 NAMES = {"diffusion": "Diffusion", "speculative": "Self-speculation"}  # at a sentence's start
 _WIDE = 72  # columns of a terminal that has room between the table's

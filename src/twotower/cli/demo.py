@@ -8,19 +8,18 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 from rich.console import Console
 from rich.text import Text
 
-from twotower.backends import Quantization
 from twotower.cli.comparison import Measured, measure, print_comparison
-from twotower.cli.loading import Loaded, Placement, load
 from twotower.cli.prompts import require_utf8
 from twotower.cli.replay import TITLES, Scene, block_frames, play, token_frames
 from twotower.cli.text import printable
 from twotower.engine import GenerateOptions, Mode
+from twotower.loading import Loaded, Placement, load, placement_of
 
 Sample = Literal["math", "code", "editing", "tools", "knowledge"]
 # Held-out documents of the built-in corpus: their keys are not in its training split.
@@ -40,7 +39,7 @@ MODES: tuple[Mode, ...] = ("diffusion", "speculative", "ar")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoOptions:
+class DemoOptions(Placement):
     """Watch the model fill blocks of text, then draft blocks that the context tower verifies, then
     write token by token; a table compares the three. Needs no arguments and no network.
     """
@@ -49,14 +48,6 @@ class DemoOptions:
     """Held-out prompt to complete."""
     prompt: str | None = None
     """A prompt of your own instead."""
-    model: Annotated[
-        str | None,
-        tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: the shipped model)"),
-    ] = None
-    """Checkpoint folder or hub id owner/name, with both towers and a tokenizer."""
-    quantization: Quantization = "none"
-    """int8: round the weights of projections and heads to int8 at load, for the native backend.
-    none: as the checkpoint has them."""
     max_new_tokens: int = 96
     """Most tokens to write."""
     repeats: int = 3
@@ -67,6 +58,7 @@ class DemoOptions:
     """One JSON object on stdout instead of text."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.repeats < 1:
             raise ValueError(f"repeats={self.repeats} must be at least 1")
         if not 0.0 < self.pace < float("inf"):
@@ -82,9 +74,7 @@ def run(options: DemoOptions) -> int:
         mode: GenerateOptions(mode=mode, max_new_tokens=options.max_new_tokens) for mode in MODES
     }
     with Console(stderr=True).status("decoding, to take the times ..."):
-        loaded = load(
-            options.model, modes["diffusion"], Placement(quantization=options.quantization)
-        )
+        loaded = load(placement_of(options), "diffusion")
         results = measure(loaded, prompt, modes, options.repeats)
     if options.json:
         print(json.dumps(_record(loaded.name, prompt, results), indent=2))

@@ -16,7 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import twotower
 from twotower.checkpoint.empty import count_parameters
 from twotower.cli.evaluation_tables import print_results
-from twotower.cli.loading import Loaded, Placement, load
 from twotower.cli.machine import describe_cpu
 from twotower.engine import GenerateOptions, defaults_of, resolve_options
 from twotower.lab.corpus import Document
@@ -28,6 +27,7 @@ from twotower.lab.evaluate.run import Item, Subject, Trace, draw_groups, evaluat
 from twotower.lab.evaluate.sandbox import Sandbox, find_sandbox
 from twotower.lab.evaluate.suite import EXECUTED, Judge, make_judge
 from twotower.lab.evaluate.sweep import settings, sweep
+from twotower.loading import Loaded, Placement, load, placement_of
 
 SWEEP_SHARE = 4  # the first of so many parts of each category is swept
 INTERRUPTED = 130  # exit status, as a shell reports Ctrl-C
@@ -37,13 +37,9 @@ INTERRUPTED = 130  # exit status, as a shell reports Ctrl-C
 class EvaluateOptions(EvalOptions, Placement):
     """Quality and speed of a checkpoint, task by task, every mode on the same held-out prompts."""
 
-    threads: int | None = None
-    """CPU threads; PyTorch's choice when not given."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads: {self.threads} is too small; use at least 1")
+        Placement.__post_init__(self)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -173,15 +169,7 @@ def collect(
 def load_subject(options: EvaluateOptions) -> Loaded:
     """The model with all towers that the modes need; ValueError if it has no tokenizer."""
     wanted = next((mode for mode in options.mode_names if mode != "ar"), "ar")
-    placement = Placement(
-        dtype=options.dtype,
-        context_device=options.context_device,
-        denoiser_device=options.denoiser_device,
-        backend=options.backend,
-        quantization=options.quantization,
-        experts=options.experts,
-    )
-    loaded = load(options.model, GenerateOptions(mode=wanted), placement)  # type: ignore[arg-type]  # checked
+    loaded = load(placement_of(options), wanted)
     if loaded.tokenizer is None:
         raise ValueError(
             f"model: {options.model} has no tokenizer.json; add the one it was made for"
@@ -228,8 +216,11 @@ def describe_run(options: EvaluateOptions, loaded: Loaded, subject: Subject) -> 
             "platform": platform.platform(),
             "cpu": describe_cpu(),
         },
-        "device": {"context": options.context_device, "denoiser": options.denoiser_device},
-        "dtype": options.dtype,
+        "device": {
+            "context": str(loaded.model.context_device),
+            "denoiser": str(loaded.model.denoiser_device),
+        },
+        "dtype": str(loaded.model.context_tower.embeddings.weight.dtype).removeprefix("torch."),
         "backend": loaded.model.backend.name,
         "quantization": options.quantization,
         "threads": torch.get_num_threads(),

@@ -11,6 +11,15 @@ from typing import Annotated, Literal, TypedDict, get_args, get_origin, get_type
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+# Other spellings of flags, the same in every verb.
+ALIASES: Mapping[str, tuple[str, ...]] = {
+    "model": ("-m",),
+    "max_new_tokens": ("-n", "--max-tokens"),
+    "temperature": ("--temp",),
+    "output": ("-o",),
+    "prompt": ("-p",),
+}
+
 
 def optional_flags(
     options_class: type, docs: Mapping[str, str], leave_out: Collection[str] = ()
@@ -21,7 +30,9 @@ def optional_flags(
     for field in dataclasses.fields(options_class):
         if field.name not in leave_out:
             shown = tyro.conf.arg(
-                help=docs[field.name], help_behavior_hint=f"(default: {_spell(field.default)})"
+                aliases=ALIASES.get(field.name),
+                help=docs[field.name],
+                help_behavior_hint=f"(default: {_spell(field.default)})",
             )
             # Of several numbers one: a list would swallow the prompts behind it.
             hint = int if hints[field.name] == tuple[int, ...] else hints[field.name]

@@ -12,10 +12,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import tyro
 
-from twotower.backends import BackendName, Quantization
-from twotower.checkpoint import ExpertsIn
 from twotower.cli.flags import optional_flags
-from twotower.cli.loading import DType, Loaded, Placement, load
 from twotower.cli.prompts import Prompt, read_grammar, read_prompts
 from twotower.cli.records import completion_record
 from twotower.cli.text import printable
@@ -32,6 +29,7 @@ from twotower.engine import (
     stream,
 )
 from twotower.engine.options import Overlap, field_docs
+from twotower.loading import Loaded, Placement, load, placement_of
 
 _DOCS, _ENGINE_DOCS = field_docs(GenerateOptions), field_docs(EngineOptions)
 if TYPE_CHECKING:
@@ -42,7 +40,7 @@ else:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateArguments:
+class GenerateArguments(Placement):
     """Complete prompts and print the new text.
 
     Decoding options that are not given take the checkpoint's own defaults
@@ -56,42 +54,21 @@ class GenerateArguments:
     ] = ()
     """Prompts; - reads one from stdin, and so does giving none. Put -- before one that starts
     with a dash."""
+    prompt: Annotated[
+        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")
+    ] = ()
+    """A prompt, like those without a flag; may be given several times."""
     input: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """File of prompts: .jsonl has one object a line, {"prompt": text or token ids}; any other
     file is one prompt, without its last line break."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Answer a .jsonl --input of any length into this file, one object a line, in order. A line
     may have options of its own and an "id". The same command again goes on after a kill."""
-    model: Annotated[
-        str | None,
-        tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: the shipped model)"),
-    ] = None
-    """Checkpoint folder or hub id owner/name."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """One JSON object on stdout instead of text."""
     trace: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write every event as a line of JSON while it happens: StepTaken, TokensCommitted,
     Finished."""
-    dtype: DType = "float32"
-    """Precision of the weights in memory."""
-    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "cpu"
-    """Where the model runs: cpu, cuda, cuda:1 ..."""
-    denoiser_device: Annotated[
-        str | None,
-        tyro.conf.arg(metavar="DEVICE", help_behavior_hint="(default: same as --device)"),
-    ] = None
-    """Where the denoiser tower runs, if elsewhere; peer: the other of two processes that torchrun
-    started, on this host or another."""
-    backend: BackendName = "auto"
-    """What runs forward passes. eager: plain PyTorch, every model and device. native: C++, compiled
-    on first use, for float32 models without experts on a CPU. auto: native if it runs the model,
-    else eager."""
-    quantization: Quantization = "none"
-    """int8: round the weights of projections and heads to int8 at load, for the native backend.
-    none: as the checkpoint has them."""
-    experts: ExpertsIn = "memory"
-    """mapped: leave routed experts in their files and read those that are chosen, for towers larger
-    than memory; slow where the disk is."""
     grammar: Annotated[
         Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")
     ] = None
@@ -111,6 +88,7 @@ class GenerateArguments:
     """How to decode."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.engine()
         if self.output is None:
             if "logprobs" in self.decoding and not (self.json or self.trace):
@@ -122,7 +100,7 @@ class GenerateArguments:
             raise ValueError(
                 f"output: answers a file; give --input FILE.jsonl ({self.input} given)"
             )
-        if self.prompts or self.json or self.trace:
+        if self.prompts or self.prompt or self.json or self.trace:
             raise ValueError(
                 "output: takes the prompts of --input alone and writes lines of JSON; "
                 "leave out other prompts, --json and --trace"
@@ -146,26 +124,15 @@ class GenerateArguments:
             prefix_cache_bytes=self.prefix_cache_bytes,
         )
 
-    def placement(self) -> Placement:
-        """Precision and devices."""
-        return Placement(
-            dtype=self.dtype,
-            context_device=self.device,
-            denoiser_device=self.denoiser_device or self.device,
-            backend=self.backend,
-            quantization=self.quantization,
-            experts=self.experts,
-        )
-
 
 def run(options: GenerateArguments) -> int:
     """Generate; returns the exit status. Errors of the user arrive as ValueError."""
     decoding = options.generate_options()
     if options.input is not None and options.output is not None:
         return _complete_file(options, options.input, options.output)
-    prompts = read_prompts(options.prompts, options.input)
+    prompts = read_prompts([*options.prompts, *options.prompt], options.input)
     with _open_trace(options.trace) as trace:
-        loaded = load(options.model, decoding, options.placement())
+        loaded = load(placement_of(options), decoding.mode)
         start = time.perf_counter()
         events = stream(loaded.model, prompts, decoding, loaded.tokenizer, options.engine())
         events = events if trace is None else _traced(events, trace)
@@ -188,9 +155,8 @@ def _complete_file(options: GenerateArguments, source: Path, target: Path) -> in
         Job(
             input=source,
             output=target,
-            model=options.model,
             given=options.given(),
-            placement=options.placement(),
+            placement=placement_of(options),
             engine=options.engine(),
         )
     )
@@ -278,7 +244,7 @@ def _record(
     ]
     return {
         "model": loaded.name,
-        "options": dataclasses.asdict(decoding) | dataclasses.asdict(options.placement()),
+        "options": dataclasses.asdict(decoding) | dataclasses.asdict(placement_of(options)),
         "results": results,
         "seconds": seconds,
         "tokens_per_s": sum(len(c.tokens) for c in completions) / seconds,

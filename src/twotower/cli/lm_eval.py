@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from twotower.cli.loading import Placement, load
-from twotower.engine import GenerateOptions
 from twotower.lab.evaluate.lm_harness import (
     Decoder,
     HarnessOptions,
@@ -12,6 +10,7 @@ from twotower.lab.evaluate.lm_harness import (
     run_harness,
     write_tasks,
 )
+from twotower.loading import Placement, load
 
 USAGE = """usage: twotower lm-eval --write-tasks FOLDER [--items N] [--seed N]
        twotower lm-eval LM_EVAL_ARGUMENTS ...
@@ -52,12 +51,12 @@ def load_decoder(options: HarnessOptions) -> Decoder:
     """Load what `pretrained` names; ValueError (one line) if it cannot be."""
     # HarnessOptions has checked mode and dtype.
     placement = Placement(
+        model=options.pretrained,
         dtype=options.dtype,  # type: ignore[arg-type]
-        context_device=options.context_device,
+        device=options.context_device,
         denoiser_device=options.denoiser_device,
     )
-    asked = GenerateOptions() if options.mode is None else GenerateOptions(mode=options.mode)  # type: ignore[arg-type]
-    loaded = load(options.pretrained, asked, placement)
+    loaded = load(placement, options.mode)
     if loaded.tokenizer is None:
         raise ValueError(f"model_args: {loaded.name} has no tokenizer.json; add its tokenizer")
     return Decoder(model=loaded.model, tokenizer=loaded.tokenizer, options=options)

@@ -17,7 +17,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from twotower.cli.loading import Loaded, Placement, load
 from twotower.cli.output_file import InputLine, OutputFile, read_lines, run_key
 from twotower.cli.prompts import parse_prompt
 from twotower.cli.records import completion_record
@@ -32,6 +31,7 @@ from twotower.engine import (
     stream_requests,
 )
 from twotower.engine.options import FIELD_MODES
+from twotower.loading import Loaded, Placement, load
 
 REFUSED_LINES = 3  # exit status: all is done, but some lines were no request
 # Lines between the first unwritten and the last read, for each place: a long text holds up the
@@ -46,7 +46,6 @@ class Job:
 
     input: Path
     output: Path
-    model: str | None
     given: Mapping[str, object]  # decoding options that the user named
     placement: Placement
     engine: EngineOptions
@@ -57,7 +56,7 @@ def complete_file(job: Job) -> int:
     options = GenerateOptions(**job.given)  # type: ignore[arg-type]  # checked by __post_init__
     total = sum(1 for _ in read_lines(job.input))
     with OutputFile(job.output) as output:
-        loaded = load(job.model, options, job.placement)
+        loaded = load(job.placement, options.mode)
         key = run_key(loaded, resolve_options(options, defaults_of(loaded.model)))
         lines = read_lines(job.input)
         output.resume(lines, key)

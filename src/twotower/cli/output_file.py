@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from twotower.cli.loading import Loaded
 from twotower.engine import ResolvedOptions
+from twotower.loading import Loaded
 
 _SAMPLED = 64  # values of each tensor that identify a model
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
+from twotower.cli.flags import ALIASES
 from twotower.engine.options import field_docs
 
 T = TypeVar("T")
@@ -85,6 +86,7 @@ def _annotated_fields(options_class: type) -> dict[str, tuple[str, Any, Any]]:
         )
         is_optional = NoneType in get_args(hint) and field.default is None
         shown = tyro.conf.arg(
+            aliases=ALIASES.get(field.name),
             help=docs.get(field.name),
             metavar=_metavar(field, hint, tyro.conf.Positional in own),
             help_behavior_hint="" if is_optional else None,

@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from twotower.backends import BackendName, Quantization
-from twotower.checkpoint import ExpertsIn, resolve
-from twotower.cli.loading import DType, Loaded, Placement, load, shipped_model
 from twotower.engine import (
     MODES,
     EngineOptions,
@@ -21,9 +18,9 @@ from twotower.engine import (
     defaults_of,
     resolve_options,
 )
+from twotower.loading import SHIPPED, Loaded, Placement, load, placement_of
 from twotower.serve import ServeOptions, replicas
 from twotower.serve.replicas import ReplicaOptions, ReplicatedOptions
-from twotower.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from twotower.serve.app import App
@@ -45,7 +42,7 @@ _SHOWN = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeArguments(ReplicatedOptions):
+class ServeArguments(ReplicatedOptions, Placement):
     """Serve a model over HTTP: /v1/completions, /v1/chat/completions, and a page at /.
 
     A client of OpenAI's takes it with base_url=http://127.0.0.1:8000/v1.
@@ -54,35 +51,11 @@ class ServeArguments(ReplicatedOptions):
     prefix_cache_bytes: int = 256 << 20
     """Memory for cached prefixes: prompts that begin like an earlier text skip what is cached. 0 is
     off."""
-    model: Annotated[
-        str | None,
-        tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: the shipped model)"),
-    ] = None
-    """Checkpoint folder or hub id owner/name."""
     chat_template: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Jinja template of conversations instead of the checkpoint's own."""
-    dtype: DType = "float32"
-    """Precision of the weights in memory."""
-    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "cpu"
-    """Where the model runs: cpu, cuda, cuda:1 ..."""
-    denoiser_device: Annotated[
-        str | None,
-        tyro.conf.arg(metavar="DEVICE", help_behavior_hint="(default: same as --device)"),
-    ] = None
-    """Where the denoiser tower runs, if elsewhere; peer: the other of two processes that torchrun
-    started, on this host or another."""
-    backend: BackendName = "auto"
-    """What runs forward passes. eager: plain PyTorch, every model and device. native: C++, compiled
-    on first use, for float32 models without experts on a CPU. auto: native if it runs the model,
-    else eager."""
-    quantization: Quantization = "none"
-    """int8: round the weights of projections and heads to int8 at load, for the native backend.
-    none: as the checkpoint has them."""
-    experts: ExpertsIn = "memory"
-    """mapped: leave routed experts in their files and read those that are chosen, for towers larger
-    than memory; slow where the disk is."""
 
     def __post_init__(self) -> None:
+        Placement.__post_init__(self)
         ServeOptions.__post_init__(self)
         EngineOptions.__post_init__(self)
         ReplicaOptions.__post_init__(self)
@@ -110,15 +83,7 @@ def build_app(options: ServeArguments, keys: "Keys") -> "App":
     """The app with a model of its own; in this process, or in a replica."""
     from twotower.serve.app import create_app
 
-    placement = Placement(
-        dtype=options.dtype,
-        context_device=options.device,
-        denoiser_device=options.denoiser_device or options.device,
-        backend=options.backend,
-        quantization=options.quantization,
-        experts=options.experts,
-    )
-    loaded = load(options.model, GenerateOptions(), placement)
+    loaded = load(placement_of(options))
     worker = Worker(loaded.model, loaded.tokenizer, options)
     return create_app(worker, options, describe(loaded, options), keys)
 
@@ -142,25 +107,30 @@ def describe(loaded: Loaded, options: ServeArguments) -> "Served":
 
     if loaded.tokenizer is None:
         raise ValueError(f"model={loaded.name} has no tokenizer.json; a server needs one")
-    folder = shipped_model() if options.model is None else resolve(options.model)
     model = loaded.model
     defaults = resolve_options(GenerateOptions(), defaults_of(model))
     return Served(
-        name=options.model_name or ("twotower" if options.model is None else folder.name),
-        created=int((folder / "config.json").stat().st_mtime),
+        name=options.model_name or served_name(loaded),
+        created=int((loaded.folder / "config.json").stat().st_mtime),
         tokenizer=loaded.tokenizer,
         block_size=model.config.block_size,
         modes=MODES if model.has_denoiser else ("ar",),
         default_mode=defaults.mode,
         defaults={name: getattr(defaults, name) for name in _SHOWN},
-        template=_template(options, folder, loaded.tokenizer),
+        template=_template(options, loaded),
     )
 
 
-def _template(options: ServeArguments, folder: Path, tokenizer: Tokenizer) -> "ChatTemplate | None":
+def served_name(loaded: Loaded) -> str:
+    """What callers name the model: the end of its path or id."""
+    return "twotower" if loaded.name == SHIPPED else Path(loaded.name).name.removesuffix(".gguf")
+
+
+def _template(options: ServeArguments, loaded: Loaded) -> "ChatTemplate | None":
     """The given template, the checkpoint's, or for the shipped model the plain one."""
     from twotower.serve.chat_template import plain_template, read_template
 
-    if options.model is None and options.chat_template is None:
-        return plain_template(tokenizer)
-    return read_template(folder, options.chat_template)
+    if loaded.name == SHIPPED and options.chat_template is None:
+        assert loaded.tokenizer is not None
+        return plain_template(loaded.tokenizer)
+    return read_template(loaded.folder, options.chat_template)

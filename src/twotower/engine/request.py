@@ -218,7 +218,8 @@ def defaults_of(model: TwoTower) -> dict[str, object]:
     """What a model's checkpoint prefers, for `resolve_options`."""
     config = model.config
     own = {"block_size": config.block_size, "eos_token_id": config.eos_token_ids or None}
-    return {**own, **model.generation_defaults}
+    only = {} if model.has_denoiser else {"mode": "ar"}
+    return {**own, **model.generation_defaults, **only}
 
 
 def check_tokenizer(model: TwoTower, tokenizer: Tokenizer | None) -> None:
@@ -241,7 +242,7 @@ def _check(
     """ValueError for what this model, or a row without a tokenizer, cannot do."""
     if options.mode != "ar" and not model.has_denoiser:
         raise ValueError(
-            f"mode={options.mode!r} needs the denoiser tower; load both towers, or use mode='ar'"
+            f"mode={options.mode!r} needs a denoiser tower, and this model has none; use mode='ar'"
         )
     needs = {"stop": options.stop, "filters": filters, "grammar": options.grammar}
     for name, value in needs.items():

@@ -162,7 +162,7 @@ def placement_refusal(
     """Why weights of a scheme cannot lie on these devices, in one sentence, or None if they can."""
     elsewhere = [device for device in devices if device.partition(":")[0] != "cpu"]
     for is_bound, what, remedy in (
-        (expert_storage == "mmap", "experts='mapped'", "experts='memory'"),
+        (expert_storage == "mmap", "expert_storage='mmap'", "expert_storage='memory'"),
         (
             scheme is not None and scheme.activations is not None,
             "activations=int8",
@@ -182,4 +182,6 @@ def require_plain(model: nn.Module, purpose: str) -> None:
             "that they were made from"
         )
     if has_mapped_experts(model):
-        raise ValueError(f"{purpose} needs the experts in memory; load with experts='memory'")
+        raise ValueError(
+            f"{purpose} needs the experts in memory; load with expert_storage='memory'"
+        )

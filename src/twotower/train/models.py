@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from twotower.checkpoint import describe, load_model, resolve, save_backbone, save_model
+from twotower.checkpoint import describe, load_checkpoint, resolve, save_backbone, save_two_towers
 from twotower.checkpoint.empty import allocate, build_empty
 from twotower.config import TwoTowerConfig
 from twotower.families import config_from_dict, config_to_dict, read_config
@@ -38,7 +38,7 @@ def starting_model(options: TrainOptions, shard: Shard) -> TwoTower:
         model = TwoTower(new_config(options, shard), _towers(options.recipe))
         randomise(model, options.seed)
     else:
-        model = load_model(options.init, towers=_towers(options.recipe))
+        model = load_checkpoint(options.init, towers=_towers(options.recipe))
         require_plain(model, "training")
         model = _with_tokens(model, options.init, shard)
         if options.recipe == "denoiser":
@@ -77,7 +77,7 @@ def new_config(options: TrainOptions, shard: Shard) -> TwoTowerConfig:
 
 def export(model: TwoTower, path: Path, recipe: Recipe, shard: Shard) -> None:
     """Write the trained model with its tokenizer: the backbone layout, or both towers."""
-    save = save_backbone if recipe == "backbone" else save_model
+    save = save_backbone if recipe == "backbone" else save_two_towers
     save(model, path, extra_files=load_tokenizer(shard.folder).files())
 
 

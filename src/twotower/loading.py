@@ -1,0 +1,244 @@
+"""A model by its name, ready to decode: where it lies, on which devices, in which precision, and
+what runs its passes.
+"""
+
+import atexit
+import json
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from twotower.backends import (
+    BACKENDS,
+    QUANTIZATIONS,
+    BackendName,
+    ExpertStorage,
+    Quantization,
+    Setup,
+    accelerate,
+    refusal,
+)
+from twotower.checkpoint import (
+    generation_defaults,
+    has_denoiser,
+    load_checkpoint,
+    resolve,
+    save_backbone,
+    save_two_towers,
+)
+from twotower.checkpoint.empty import Towers
+from twotower.checkpoint.files import GENERATION_FILE
+from twotower.families import read_config
+from twotower.model import TwoTower
+from twotower.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+SHIPPED = "shipped"
+PEER = "peer"
+START_TIMEOUT_S = 300.0  # until both ranks are there; the first import of torch may take long
+PEER_TIMEOUT_S = 30.0  # of silence, from then on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Which model to load, where and how."""
+
+    model: str | None = None
+    """Checkpoint folder, GGUF file or hub id owner/name. Default: shipped, the small model inside
+    this package."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps. auto: the first CUDA device if there is one, else the CPU."""
+    denoiser_device: str | None = None
+    """Device of the denoiser tower, if not the same; peer: the other of two processes that torchrun
+    started, on this host or another."""
+    dtype: DTypeName = "auto"
+    """Weights and arithmetic. auto: the checkpoint's own on an accelerator; on a CPU float32 where
+    native passes run the model, else the checkpoint's own."""
+    quantization: Quantization = "none"
+    """int8, int4: round the loaded weights, for native passes. none: as the checkpoint has them."""
+    backend: BackendName = "auto"
+    """What runs forward passes. native: C++ on a CPU, compiled on first use. eager: plain PyTorch,
+    every model and device. auto: native if it runs the model, else eager."""
+    threads: int | None = None
+    """CPU threads of a forward pass. Default: PyTorch's choice."""
+    expert_storage: ExpertStorage = "memory"
+    """mmap: leave routed experts in their files and read those that are chosen, for models larger
+    than memory; slow where the disk is."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("dtype", get_args(DTypeName)),
+            ("quantization", QUANTIZATIONS),
+            ("backend", BACKENDS),
+            ("expert_storage", get_args(ExpertStorage)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}"
+                )
+        if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
+            raise ValueError(f"threads={self.threads!r} must be a whole number, at least 1")
+        if self.revision is not None and (self.model is None or Path(self.model).exists()):
+            raise ValueError(
+                f"revision={self.revision!r} is of a hub id, and the model is a local one; leave "
+                "it out"
+            )
+
+    @property
+    def name(self) -> str:
+        """What the model is called in messages and records."""
+        return self.model or SHIPPED
+
+    def find(self) -> Path:
+        """The model's folder, downloaded if it must be; ValueError (one line) if there is none."""
+        if self.model in (None, SHIPPED) and not Path(SHIPPED).is_dir():
+            return shipped_folder()
+        return resolve(self.name, self.revision)
+
+
+def placement_of(options: Placement, **changes: object) -> Placement:
+    """The placement among the options of a verb."""
+    values = {field.name: getattr(options, field.name) for field in fields(Placement)}
+    return Placement(**values | changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model, its tokenizer (None if it has none), its folder, and how it was named."""
+
+    name: str
+    model: TwoTower
+    tokenizer: Tokenizer | None
+    folder: Path
+
+
+def load(placement: Placement, mode: str | None = None) -> Loaded:
+    """The model of a placement and its tokenizer, with the towers that a decoding mode needs.
+
+    mode None: the model's own default. AR decoding loads the context tower alone.
+    """
+    if placement.threads is not None:
+        torch.set_num_threads(placement.threads)
+    folder = placement.find()
+    preferred = generation_defaults(folder).get("mode")
+    has_tokenizer = (folder / TOKENIZER_FILE).exists()
+    tokenizer = load_tokenizer(folder) if has_tokenizer else None
+    if placement.denoiser_device == PEER:
+        model = _load_split(folder, placement)
+    else:
+        is_ar = (mode or preferred) == "ar" or not has_denoiser(folder)
+        model = _load_towers(folder, placement, "context" if is_ar else "both")
+    return Loaded(name=placement.name, model=model, tokenizer=tokenizer, folder=folder)
+
+
+def load_model(
+    model: str | Path | None = None,
+    *,
+    device: str | torch.device = "auto",
+    dtype: DTypeName | torch.dtype = "auto",
+    revision: str | None = None,
+    denoiser_device: str | torch.device | None = None,
+    quantization: Quantization = "none",
+    backend: BackendName = "auto",
+    threads: int | None = None,
+    expert_storage: ExpertStorage = "memory",
+) -> TwoTower:
+    """A model ready to decode; without arguments the small one inside this package.
+
+    model: checkpoint folder, GGUF file or hub id; the other arguments are those of `Placement`.
+    `has_denoiser` tells whether it can fill blocks or decodes token by token alone. ValueError
+    (one line) for anything unusable.
+    """
+    placement = Placement(
+        model=None if model is None else str(model),
+        revision=revision,
+        device=str(device),
+        denoiser_device=None if denoiser_device is None else str(denoiser_device),
+        dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]  # checked there
+        quantization=quantization,
+        backend=backend,
+        threads=threads,
+        expert_storage=expert_storage,
+    )
+    return load(placement).model
+
+
+def save_model(
+    model: TwoTower,
+    folder: str | Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model, its tokenizer and its generation defaults to a folder that `load_model` takes.
+
+    Both towers, or the context tower alone where there is no other. dtype None keeps each weight's.
+    Whole or not at all; ValueError (one line) for a full disk, or a folder of something else.
+    """
+    files = {} if tokenizer is None else tokenizer.files()
+    if model.generation_defaults:
+        files[GENERATION_FILE] = json.dumps(dict(model.generation_defaults), indent=2).encode()
+    save = save_backbone if model.denoiser_tower is None else save_two_towers
+    save(model, folder, dtype=dtype, extra_files=files)
+
+
+def shipped_folder() -> Path:
+    """Folder of the model inside the package; ValueError (one line) if there is none."""
+    folder = Path(str(resources.files("twotower") / "assets"))
+    if not (folder / "config.json").is_file():
+        raise ValueError("this installation has no model inside; give one with --model PATH")
+    return folder
+
+
+def _load_towers(folder: Path, placement: Placement, towers: Towers) -> TwoTower:
+    device = _device(placement.device)
+    apart = placement.denoiser_device not in (None, PEER)
+    model = load_checkpoint(
+        folder,
+        dtype=_dtype(folder, placement, device),
+        context_device=device,
+        denoiser_device=_device(str(placement.denoiser_device)) if apart else device,
+        towers=towers,
+        expert_storage=placement.expert_storage,
+    )
+    return accelerate(model, placement.backend, placement.quantization)
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(folder: Path, placement: Placement, device: str) -> torch.dtype | None:
+    """The dtype to load in; None is the checkpoint's own."""
+    if placement.dtype != "auto":
+        found: torch.dtype = getattr(torch, placement.dtype)
+        return found
+    if device != "cpu":
+        return None
+    config = read_config(folder)
+    layers = frozenset(config.context.layers + config.denoiser.layers)
+    setup = Setup(layers=layers, bidirectional_mamba=config.bidirectional_mamba)
+    return torch.float32 if refusal("native", setup) is None else None
+
+
+def _load_split(folder: Path, placement: Placement) -> TwoTower:
+    """The context rank's model. In the denoiser rank this fills blocks and then ends the process:
+    the command is the context rank's to run.
+    """
+    from twotower.hosts import Link, SplitTwoTower, join_ranks, serve_blocks
+
+    rank = join_ranks(START_TIMEOUT_S)
+    link = Link(1 - rank, PEER_TIMEOUT_S)
+    if rank == 1:
+        serve_blocks(_load_towers(folder, placement, "denoiser"), link)
+        raise SystemExit(0)
+    model = SplitTwoTower(_load_towers(folder, placement, "context"), link)
+    atexit.register(model.close)
+    return model
