@@ -16,6 +16,7 @@ import torch
 
 import twotower
 from twotower.checkpoint import save_backbone
+from twotower.cli.prepare import BUILT_IN
 from twotower.model.initialise import randomise
 from twotower.train.loop import train_steps
 from twotower.train.options import TrainOptions
@@ -45,7 +46,9 @@ def main() -> None:
 
 def measure(folder: Path, args: argparse.Namespace) -> float:
     """Median tokens/s of `args.steps` steps after three of warm-up."""
-    for _ in prepare(PrepareOptions(out=folder / "data", tokens=200_000, vocab_size=1024)):
+    for _ in prepare(
+        PrepareOptions(out=folder / "data", tokens=200_000, vocab_size=1024), BUILT_IN
+    ):
         pass
     init = None
     if args.recipe == "denoiser":

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from twotower.checkpoint import resolve
 from twotower.families import read_config
 from twotower.model.two_tower import TwoTower
 from twotower.train.data import Rows
@@ -78,13 +77,23 @@ def train_steps(options: TrainOptions, processes: Processes = ALONE) -> Iterator
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     processes.on_first(lambda: _require_readable(options))
-    rows = Rows(
-        Shard(options.data), options.sequence_length, options.seed, options.unaligned_row_fraction
-    )
+    length, fraction = options.sequence_length, options.unaligned_row_fraction
+    rows = processes.together(lambda: Rows(Shard(options.data), length, options.seed, fraction))
     folder = RunFolder(options.run_folder)
     state = begin(options, rows, folder, processes)
+    objective_at, evaluation = objectives(options, state.model)
     with _metrics(folder, options.tensorboard, state.step, processes) as metrics:
-        yield from _Run(options, rows, folder, state, metrics, processes).steps()
+        run = Run(
+            options=options,
+            rows=rows,
+            state=state,
+            objective_at=objective_at,
+            evaluation=evaluation,
+            folder=folder,
+            metrics=metrics,
+            processes=processes,
+        )
+        yield from run.steps()
     if state.step >= options.steps:
         with state.averaged():
             model = whole_model(state.model, options, processes)
@@ -93,10 +102,11 @@ def train_steps(options: TrainOptions, processes: Processes = ALONE) -> Iterator
 
 
 def _require_readable(options: TrainOptions) -> None:
-    """ValueError (one line) for a model of another family first, then for what is no data."""
-    if options.init is not None:
-        read_config(resolve(options.init))
-    Shard(options.data)
+    """ValueError (one line) for a model of another family, before anything is said of the data. A
+    resumed run does not need its initial checkpoint any more.
+    """
+    if options.init is not None and options.init.is_dir():
+        read_config(options.init)
 
 
 @contextmanager
@@ -126,11 +136,10 @@ def objectives(
     sizes = {size, options.early_block_size or size}
     weight, compile = options.next_token_weight, options.compile
     by_size = {n: MaskedBlocks(options, n, mask, weight, compile) for n in sizes}
-    early_steps = round(options.early_fraction * options.steps) if len(sizes) > 1 else 0
-    early = by_size[options.early_block_size or size]
-    return lambda step: early if step < early_steps else by_size[size], MaskedBlocks(
-        options, size, mask
-    )
+    early, late = by_size[options.early_block_size or size], by_size[size]
+    early_steps = round(options.early_fraction * options.steps)
+    evaluation = MaskedBlocks(options, size, mask)
+    return lambda step: early if step < early_steps else late, evaluation
 
 
 def accumulate_gradients(
@@ -157,24 +166,27 @@ def accumulate_gradients(
     return processes.add_number(total)
 
 
-class _Run:
-    """One run: what it was asked for, the state that its steps change, where they are written."""
+@dataclass(kw_only=True)
+class Run:
+    """One run: what it was asked for, the state that its steps change, where they are written.
 
-    def __init__(
-        self,
-        options: TrainOptions,
-        rows: Rows,
-        folder: RunFolder,
-        state: TrainState,
-        metrics: Metrics | None,
-        processes: Processes,
-    ) -> None:
-        self.options, self.rows, self.folder = options, rows, folder
-        self.state, self.metrics, self.processes = state, metrics, processes
-        self.device = processes.device or options.device
-        self.objective_at, self.evaluation = objectives(options, state.model)
-        self.balance = ExpertBalance(state.model, options.load_balance_rate)
-        self.parameters = [p for p in state.model.parameters() if p.requires_grad]
+    objective_at: what step number n learns. Another kind of training brings rows, a state and
+    objectives of its own.
+    """
+
+    options: TrainOptions
+    rows: Rows
+    state: TrainState
+    objective_at: Callable[[int], Objective[Any]]
+    evaluation: Objective[Any]
+    folder: RunFolder
+    metrics: Metrics | None
+    processes: Processes
+
+    def __post_init__(self) -> None:
+        self.device = self.processes.device or self.options.device
+        self.balance = ExpertBalance(self.state.model, self.options.load_balance_rate)
+        self.parameters = [p for p in self.state.model.parameters() if p.requires_grad]
 
     def steps(self) -> Iterator[StepReport]:
         """Step until the end, or until somebody stops the run."""
