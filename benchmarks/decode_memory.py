@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 
+from twotower.cli.machine import recorded
 from twotower.loading import shipped_folder
 
 MODES = ("ar", "diffusion", "speculative", "posterior", "predict-and-noise", "mock-ar")
@@ -66,7 +67,7 @@ def main() -> None:
                 f"cache {cache / 1e6:6.1f} MB, peak +{row['growth_bytes'] / 1e6:6.1f} MB "
                 f"({row['growth_bytes'] / cache:.2f} times the cache)"
             )
-    print(json.dumps({"cases": rows, "settings": vars(args)}))
+    print(json.dumps({"recorded": recorded(), "cases": rows, "settings": vars(args)}))
 
 
 def measure(args: argparse.Namespace, mode: str, length: int) -> dict[str, int]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import twotower
 from twotower import GenerateOptions, generate, load_tokenizer
 from twotower.checkpoint import load_checkpoint
+from twotower.cli.machine import recorded
 from twotower.engine.grammar import Grammar, TokenRules, begin, json_schema, regex
 from twotower.lab.corpus import tools
 from twotower.serve.tool_calls import HERMES, tool_call
@@ -157,8 +158,8 @@ def main() -> int:
         "speculative": acceptance()
     }
     versions = {name: version(name) for name in ("torch", "llguidance", "tokenizers")}
-    about = {"machine": platform.machine(), "python": platform.python_version(), **versions}
-    print(json.dumps({"about": about, **result}))
+    about = {"python": platform.python_version(), **versions}
+    print(json.dumps({"recorded": recorded(), "about": about, **result}))
     return 0
 
 

@@ -20,13 +20,14 @@ from twotower.model import TwoTower
 from twotower.model.initialise import randomise
 
 CHILD = """
-import sys, torch, twotower
+import sys, torch
+from twotower import checkpoint
 def peak():
     line = next(l for l in open("/proc/self/status") if l.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 before = peak()
 dtype = {"keep": None, "float32": torch.float32}[sys.argv[2]]
-model = load_checkpoint(sys.argv[1], dtype=dtype, towers=sys.argv[3])
+model = checkpoint.load_checkpoint(sys.argv[1], dtype=dtype, towers=sys.argv[3])
 size = sum(p.numel() * p.element_size() for p in model.parameters())
 print(peak() - before, size)
 """

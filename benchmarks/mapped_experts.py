@@ -1,9 +1,8 @@
-"""Does a model whose experts exceed memory run with mapped experts, and how fast?
+"""Does a model whose experts exceed memory run with experts in mapped files, and how fast?
 
 A checkpoint of random experts is generated, its pages are dropped from the page cache, and fresh
 processes load it under a limit: a memory cgroup, which counts cached file pages too (one must have
 the right to make one), and RLIMIT_DATA, which counts private memory only. Limit of speed: the disk,
-from twotower.checkpoint import load_checkpoint
 from which dropped pages of experts are read again. The last line is one JSON object.
 """
 
@@ -20,6 +19,7 @@ import torch
 
 from twotower.checkpoint import save_two_towers
 from twotower.checkpoint.empty import allocate, build_empty
+from twotower.cli.machine import recorded
 from twotower.families import config_from_dict
 from twotower.model import TwoTower
 from twotower.model.initialise import randomise
@@ -60,7 +60,7 @@ def read_bytes():
     return int(next(l for l in open("/proc/self/io") if l.startswith("read_bytes")).split()[1])
 start, before = time.perf_counter(), read_bytes()
 try:
-    model = load_checkpoint(path, dtype=None, experts=experts)
+    model = checkpoint.load_checkpoint(path, dtype=None, expert_storage=experts)
 except ValueError as error:
     print(json.dumps({"refused": str(error)}))
     sys.exit(3)
@@ -99,7 +99,7 @@ def main() -> None:
         limits += [("cgroup", str(group))] if group else []
         try:
             for how, value in limits:
-                for experts, mode in (("memory", "ar"), ("mapped", "ar"), ("mapped", "diffusion")):
+                for experts, mode in (("memory", "ar"), ("mmap", "ar"), ("mmap", "diffusion")):
                     forget(path)
                     run = run_child(how, value, path, (experts, mode), args)
                     runs.append({"limit": how, "experts": experts, "mode": mode, **run})
@@ -107,7 +107,7 @@ def main() -> None:
         finally:
             if group:
                 group.rmdir()
-    print(json.dumps({"limit_mb": args.limit_mb, **sizes, "runs": runs}))
+    print(json.dumps({"recorded": recorded(), "limit_mb": args.limit_mb, **sizes, "runs": runs}))
 
 
 def generate(path: Path, num_experts: int) -> dict[str, int]:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from twotower.checkpoint import load_checkpoint, save_backbone
+from twotower.cli.machine import recorded
 from twotower.families import config_from_dict
 from twotower.model.initialise import randomise
 from twotower.model.two_tower import TwoTower
@@ -109,7 +110,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(folder)
-        found: dict[str, object] = {"torch": torch.__version__, "backend": "gloo", "steps": STEPS}
+        found: dict[str, object] = {
+            "recorded": recorded(),
+            "torch": torch.__version__,
+            "backend": "gloo",
+            "steps": STEPS,
+        }
         if "equality" not in args.skip:
             found["equality"] = equality(folder, names, args.cases)
         if "resume" not in args.skip:

@@ -18,6 +18,7 @@ import torch
 import twotower
 from twotower import ContextCache, GenerateOptions, TwoTower, accelerate, generate
 from twotower.checkpoint import load_checkpoint
+from twotower.cli.machine import recorded
 from twotower.engine import EngineOptions
 from twotower.engine.prefix_cache import PrefixCache
 
@@ -52,7 +53,7 @@ def main() -> None:
         texts = compare(model, beginning[: args.shared[0] + 1], args)
         print(backend, texts, flush=True)
         rows.append({"backend": backend, "texts": texts})
-    print(json.dumps({"options": vars(args), "rows": rows}))
+    print(json.dumps({"recorded": recorded(), "options": vars(args), "rows": rows}))
 
 
 def written(model: TwoTower, length: int) -> list[int]:

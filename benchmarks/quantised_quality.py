@@ -19,6 +19,7 @@ from torch import Tensor
 from twotower.checkpoint import convert, load_checkpoint, save_two_towers
 from twotower.checkpoint.quantize import quantise
 from twotower.cli.evaluate import EvaluateOptions, run_suite
+from twotower.cli.machine import recorded
 from twotower.kernels.quantised import dequantise
 from twotower.loading import shipped_folder
 from twotower.model.precision import Scheme, weight_bits
@@ -101,7 +102,11 @@ def main() -> None:
         records.append(record)
         print(row(record), flush=True)
     asked = {name: getattr(args, name) for name in ("items", "batch_size", "verify_threshold")}
-    print(json.dumps({**asked, "weights_sha256": digest(source), "settings": records}))
+    print(
+        json.dumps(
+            {"recorded": recorded(), **asked, "weights_sha256": digest(source), "settings": records}
+        )
+    )
 
 
 def digest(folder: Path) -> str:

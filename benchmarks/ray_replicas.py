@@ -23,6 +23,7 @@ from ray import serve
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 
+from twotower.cli.machine import recorded
 from twotower.cli.serve import ServeArguments, build_app
 from twotower.serve import replicas
 from twotower.serve.keys import Keys
@@ -147,7 +148,17 @@ def main() -> None:
     records["after version-2 replaced version-1"] = counts.record()
     for name, record in records.items():
         print(name, record)
-    print(json.dumps({"clients": given.clients, "nodes": 2, "replicas": 2, "counts": records}))
+    print(
+        json.dumps(
+            {
+                "recorded": recorded(),
+                "clients": given.clients,
+                "nodes": 2,
+                "replicas": 2,
+                "counts": records,
+            }
+        )
+    )
     serve.shutdown()
     ray.shutdown()
     cluster.shutdown()

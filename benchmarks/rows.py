@@ -10,7 +10,6 @@ tower: give it as many cores as threads. The last line is one JSON object.
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 import twotower
 from twotower.backends import BACKENDS, accelerate
 from twotower.checkpoint import load_checkpoint
+from twotower.cli.machine import recorded
 from twotower.engine import EngineOptions, Finished, stream
 from twotower.lab.evaluate.suite import held_out
 from twotower.loading import shipped_folder
@@ -101,8 +101,7 @@ def report(
             f"({min(own):.0f} to {max(own):.0f}), {ratio:.2f} times AR"
         )
     settings = {**vars(args), "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
-    machine = platform.processor() or platform.machine()
-    print(json.dumps({"results": results, "settings": settings, "machine": machine}))
+    print(json.dumps({"recorded": recorded(), "results": results, "settings": settings}))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,9 @@ thread; the clients (serve_clients.py), for locust patches whatever it is loaded
 
 import argparse
 import ctypes
-import datetime
 import json
 import os
 import pathlib
-import platform
 import re
 import signal
 import subprocess
@@ -26,6 +24,8 @@ import threading
 import time
 import urllib.request
 from importlib.metadata import version
+
+from twotower.cli.machine import recorded
 
 CLIENTS = pathlib.Path(__file__).with_name("serve_clients.py")
 ENDS = ("answered", "told", "refused", "left", "lost")
@@ -149,13 +149,12 @@ def main() -> None:
     print(
         json.dumps(
             {
+                "recorded": recorded(),
                 "results": results,
                 "server_exit": status,
                 "settings": vars(args),
                 "versions": {name: version(name) for name in names},
-                "machine": platform.processor() or platform.machine(),
                 "cores": len(os.sched_getaffinity(0)),
-                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             }
         )
     )

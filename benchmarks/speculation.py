@@ -12,7 +12,7 @@ import torch
 
 import twotower
 from twotower.checkpoint import load_checkpoint
-from twotower.cli.machine import describe_cpu
+from twotower.cli.machine import recorded
 from twotower.engine import GenerateOptions
 from twotower.lab.corpus import CATEGORIES
 from twotower.lab.evaluate.results import summarise
@@ -56,7 +56,7 @@ def main() -> None:
             )
     print(
         json.dumps(
-            {**record, "options": vars(args), "torch": torch.__version__, "machine": describe_cpu()}
+            {**record, "options": vars(args), "torch": torch.__version__, "recorded": recorded()}
         )
     )
 

@@ -9,7 +9,6 @@ others. The last line is one JSON object.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch
 
 import twotower
 from twotower.checkpoint import load_checkpoint
+from twotower.cli.machine import recorded
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -81,13 +81,13 @@ def main() -> None:
         ready = passes(twotower.accelerate(model, name, quantization or "none"), args.prompt_tokens)
         calls |= {f"{backend} {name}": call for name, call in ready.items()}
     result = {
+        "recorded": recorded(),
         "ms": median_ms(calls, args.repeats, CLOCKS[args.clock]),
         "clock": args.clock,
         "block_size": model.config.block_size,
         "threads": args.threads,
         "model": args.model,
         "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
     }
     for name, times in result["ms"].items():
         print(f"{name:22s} {times['median']:8.3f} ms  ({times['min']:.3f} to {times['max']:.3f})")

@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterator
 
 from twotower import TwoTowerConfig
+from twotower.cli.machine import recorded
 from twotower.cli.main import main as twotower_command
 from twotower.families import read_config
 from twotower.loading import shipped_folder
@@ -198,7 +199,16 @@ def main() -> None:
         }
         print(result, flush=True)
         results.append(result)
-    print(json.dumps({"formula_bytes": needed, "mode": options.mode, "results": results}))
+    print(
+        json.dumps(
+            {
+                "recorded": recorded(),
+                "formula_bytes": needed,
+                "mode": options.mode,
+                "results": results,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

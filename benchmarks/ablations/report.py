@@ -1,12 +1,11 @@
-"""What do the ablations' records say? Rewrites the tables and pictures of docs/ablations.md.
+"""What do the ablations' records say? Draws the pictures of docs/ablations.md.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; the rest of the page is written
-by hand. The last line is one JSON object.
+The tables, by `tables`, stand in docs/figures.md: scripts/make_figures.py. The last line printed
+is one JSON object.
 """
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,20 +16,14 @@ from benchmarks.ablations.variants import BASE, TABLES, VARIANTS
 
 REFERENCES = ("ar", "diffusion")  # of every sampling record: the limit and the control
 MISSING = "Not measured yet."
-TRAINING_PICTURES = """![Accuracy of every variant](ablations/variants.png)
-![Validation loss of the variants with blocks of 16](ablations/curves.png)"""
-PAGE = Path("docs/ablations.md")
-TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PICTURES = Path("docs/ablations")
 
 
 def main() -> None:
     args = parser().parse_args()
     trained, sampled = read_records(args.results)
-    page = args.page.read_text(encoding="utf-8")
-    written, names = fill(page, tables(trained, sampled))
-    args.page.write_text(written, encoding="utf-8")
-    drawn = pictures.draw(trained, sampled, args.page.with_suffix(""))
-    print(json.dumps({"tables": names, "pictures": [path.name for path in drawn]}))
+    drawn = pictures.draw(trained, sampled, args.pictures)
+    print(json.dumps({"pictures": [path.name for path in drawn]}))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.ablations.report", description=__doc__.splitlines()[0]
     )
     found.add_argument("--results", type=Path, default=RESULTS)
-    found.add_argument("--page", type=Path, default=PAGE, help="pictures go to a folder beside it")
+    found.add_argument("--pictures", type=Path, default=PICTURES, help="folder for them")
     return found
 
 
@@ -68,30 +61,15 @@ def join(first: Record, second: Record) -> Record:
     return {**first, **{part: {**first[part], **second[part]} for part in parts}}
 
 
-def fill(page: str, makers: Mapping[str, Callable[[], str]]) -> tuple[str, list[str]]:
-    """The page with every table made anew, and their names; ValueError for an unknown one."""
-    names: list[str] = []
-
-    def replace(match: re.Match[str]) -> str:
-        name = match[2]
-        if name not in makers:
-            raise ValueError(f"table: {name!r} is unknown; use {', '.join(makers)}")
-        names.append(name)
-        return f"{match[1]}\n{makers[name]()}\n\n{match[3]}"
-
-    return TABLE.sub(replace, page), names
-
-
 def tables(
     trained: Mapping[str, Record], sampled: Mapping[str, Record]
 ) -> dict[str, Callable[[], str]]:
-    """Makers of tables by the name that the page uses."""
+    """Makers of tables by name."""
     made: dict[str, Callable[[], str]] = {
         name: lambda names=names: trained_table(trained, names) for name, names in TABLES.items()
     }
     made["tied-own"] = lambda: own_table(trained)
     made["categories"] = lambda: category_table(trained)
-    made["pictures"] = lambda: TRAINING_PICTURES
     made = {name: maker if BASE in trained else lambda: MISSING for name, maker in made.items()}
     for name, record in sampled.items():
         for table, settings in record["tables"].items():

@@ -17,16 +17,18 @@ from typing import Any
 
 import torch
 from benchmarks.ablations import interventions
-from benchmarks.ablations.scoring import RESULTS, Record, judge, machine, merge, to_record, write
+from benchmarks.ablations.scoring import RESULTS, Record, judge, merge, to_record, write
 from rich.console import Console
 from rich.progress import Progress
 
 import twotower
 from twotower.checkpoint import load_checkpoint
+from twotower.cli.machine import recorded
 from twotower.engine import MODES, GenerateOptions, defaults_of, resolve_options
 from twotower.engine.options import FIELD_MODES
 from twotower.lab.corpus import CATEGORIES, Document
 from twotower.lab.evaluate.run import Item, draw_groups
+from twotower.train.run_folder import versions
 
 BLOCK_SIZES = (8, 16, 32, 64)
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -91,7 +93,8 @@ def main() -> None:
         "block_size": model.config.block_size,
         "confidence_threshold": control.confidence_threshold,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "machine": machine(),
+        "recorded": recorded(),
+        "versions": versions(),
     }
     references = run(model, tokenizer, {"ar": options(mode="ar"), CONTROL: options()}, groups)
     for table in tables:  # a record each: an interrupted run keeps its tables

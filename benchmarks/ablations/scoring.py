@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from twotower.cli.machine import describe_cpu
 from twotower.engine import GenerateOptions
 from twotower.lab.corpus import Document
 from twotower.lab.evaluate.likelihood import bound_text
@@ -21,7 +20,6 @@ from twotower.lab.evaluate.run import Item, Subject, Trace, evaluate
 from twotower.lab.evaluate.sandbox import find_sandbox
 from twotower.lab.evaluate.statistics import interval, resample_means
 from twotower.lab.evaluate.suite import make_judge
-from twotower.train.run_folder import versions
 
 RESULTS = Path("benchmarks/results/ablations")
 Record = dict[str, Any]
@@ -78,11 +76,6 @@ def answer_bounds(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         prompt = tokenizer.encode(document.prompt, add_bos=True)
         yield bound_text(model, prompt, text, samples, generator).nats
-
-
-def machine() -> Record:
-    """Versions and processor of a record."""
-    return {**versions(), "cpu": describe_cpu()}
 
 
 def write(record: Record, file: Path) -> None:

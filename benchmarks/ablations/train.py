@@ -19,7 +19,6 @@ from benchmarks.ablations.scoring import (
     Record,
     answer_bounds,
     judge,
-    machine,
     merge,
     to_record,
     write,
@@ -38,6 +37,7 @@ from rich.progress import Progress
 
 import twotower
 from twotower.checkpoint import load_checkpoint
+from twotower.cli.machine import recorded
 from twotower.cli.prepare import BUILT_IN
 from twotower.cli.train import TrainProgress
 from twotower.engine import GenerateOptions
@@ -46,6 +46,7 @@ from twotower.lab.evaluate.run import Item, draw_groups
 from twotower.train.loop import train_steps
 from twotower.train.options import TrainOptions
 from twotower.train.prepare import prepare
+from twotower.train.run_folder import versions
 
 THRESHOLDS = (0.8, 0.95)
 BOUND_SAMPLES = 8  # noisings of each answer's blocks
@@ -119,7 +120,8 @@ def run_once(
         {
             "name": name,
             "asked": wanted,
-            "machine": machine(),
+            "recorded": recorded(),
+            "versions": versions(),
             **seconds,
             "score_seconds": time.perf_counter() - begin,
             "curve": [json.loads(line) for line in read_lines(options.run_folder)],

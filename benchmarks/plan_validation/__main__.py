@@ -1,9 +1,9 @@
 """How well does `twotower plan` predict what was measured, by others on the 30B and by us?
 
 Every published speed and every figure of our own benchmarks beside its prediction, with no
-parameter of its own for any row. Rewrites the tables of docs/plan.md between their marks and
-benchmarks/results/plan_validation.json; `--check` only says whether they are up to date. Run as
-`python -m benchmarks.plan_validation`.
+parameter of its own for any row. Rewrites benchmarks/results/plan_validation.json, from which
+scripts/make_figures.py makes its section of docs/figures.md, and the examples of docs/plan.md;
+`--check` only says whether they are up to date. Run as `python -m benchmarks.plan_validation`.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from benchmarks.plan_validation.bench import (
     batch_rows,
     memory_rows,
     pass_rows,
+    read_record,
     rival_rows,
 )
 from benchmarks.plan_validation.calibration import calibrate_cpu, calibrate_gpu
@@ -30,7 +31,7 @@ from benchmarks.plan_validation.published import (
     speed_rows,
 )
 from benchmarks.plan_validation.rows import Row
-from benchmarks.plan_validation.tables import put_between, summary_table, whole_table
+from benchmarks.plan_validation.tables import put_between, summary_table
 
 from twotower.lab.plan.efficiency import PROFILES, Efficiency
 
@@ -68,18 +69,18 @@ def solved_profiles() -> dict[str, Efficiency]:
 
 
 def make_record(rows: Sequence[Row]) -> dict[str, object]:
+    raced = read_record("race_1_thread")["recorded"]
     return {
+        "recorded": {**raced, "command": "python -m benchmarks.plan_validation"},
         "rows": [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows],
         "profiles": {name: dataclasses.asdict(found) for name, found in PROFILES.items()},
         "solved": {name: dataclasses.asdict(found) for name, found in solved_profiles().items()},
     }
 
 
-def make_page(text: str, rows: Sequence[Row]) -> str:
-    """docs/plan.md with its tables renewed."""
-    text = put_between(text, "examples", example_table())
-    text = put_between(text, "summary", summary_table(rows))
-    return put_between(text, "rows", whole_table(rows, read_published()["not_predicted"]))
+def make_page(text: str) -> str:
+    """docs/plan.md with its examples renewed."""
+    return put_between(text, "examples", example_table())
 
 
 def main() -> int:
@@ -87,7 +88,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     rows = all_rows()
-    page = make_page(DOCS.read_text(encoding="utf-8"), rows)
+    page = make_page(DOCS.read_text(encoding="utf-8"))
     record = json.dumps(make_record(rows), indent=1) + "\n"
     if args.check:
         is_new = page == DOCS.read_text(encoding="utf-8") and record == RECORD.read_text()

@@ -22,7 +22,7 @@ from twotower.cli.evaluate import (
     say_protection,
 )
 from twotower.cli.evaluation_tables import describe_range
-from twotower.cli.machine import describe_cpu
+from twotower.cli.machine import recorded
 from twotower.cli.race_tables import print_race
 from twotower.engine import defaults_of, resolve_options
 from twotower.lab.corpus import CATEGORIES
@@ -164,6 +164,7 @@ def describe_race(options: BenchOptions, loaded: Loaded) -> dict[str, object]:
     """What raced, with which options and versions, on what."""
     asked = {name: value for name, value in dataclasses.asdict(options).items() if name != "out"}
     return {
+        "recorded": recorded(),
         "model": loaded.name,
         "options": asked,
         "mode_options": {
@@ -180,7 +181,6 @@ def describe_race(options: BenchOptions, loaded: Loaded) -> dict[str, object]:
         },
         "machine": {
             "platform": platform.platform(),
-            "cpu": describe_cpu(),
             "cache_bytes": cache_bytes(),
         },
     }

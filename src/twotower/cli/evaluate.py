@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import twotower
 from twotower.checkpoint.empty import count_parameters
 from twotower.cli.evaluation_tables import print_results
-from twotower.cli.machine import describe_cpu
+from twotower.cli.machine import recorded
 from twotower.engine import GenerateOptions, defaults_of, resolve_options
 from twotower.lab.corpus import Document
 from twotower.lab.evaluate.options import EvalOptions
@@ -202,6 +202,7 @@ def make_subject(options: EvaluateOptions, loaded: Loaded) -> Subject:
 def describe_run(options: EvaluateOptions, loaded: Loaded, subject: Subject) -> dict[str, object]:
     """What was measured, with which options and versions, on what."""
     return {
+        "recorded": recorded(),
         "items_per_category": options.items,
         "seed": options.seed,
         "batch_size": options.batch_size,
@@ -214,7 +215,6 @@ def describe_run(options: EvaluateOptions, loaded: Loaded, subject: Subject) -> 
             "torch": torch.__version__,
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "cpu": describe_cpu(),
         },
         "device": {
             "context": str(loaded.model.context_device),

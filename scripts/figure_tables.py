@@ -1,0 +1,385 @@
+"""Tables of docs/figures.md: a function for each kind of record, JSON to Markdown."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ablations import report
+from benchmarks.plan_validation.published import read_published
+from benchmarks.plan_validation.rows import Row
+from benchmarks.plan_validation.tables import summary_table, whole_table
+
+Record = Mapping[str, Any]
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+PASSES = ("ar_step", "denoise_pass", "extend", "verify")
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def between(ends: Sequence[float] | None, scale: float = 1, digits: int = 2) -> str:
+    return "-" if ends is None else f"{scale * ends[0]:.{digits}f} to {scale * ends[1]:.{digits}f}"
+
+
+# Quality ------------------------------------------------------------------------------------
+
+
+def quality(record: Record) -> str:
+    """A row per category: what the block modes keep of AR and what they gain."""
+    head = ["category", "AR right"]
+    if has_diffusion := "diffusion" in record["modes"]:
+        head += ["diffusion right", "kept", "95 %", "tokens/NFE", "NFE", "x AR"]
+    if has_speculation := "speculative" in record["modes"]:
+        head += ["speculative = AR", "tokens/cycle", "NFE", "x AR"]
+    rows = []
+    for category, modes in {**record["categories"], "all": record["modes"]}.items():
+        row = [category, share(modes["ar"])]
+        if has_diffusion:
+            row += diffusion_cells(modes["diffusion"])
+        if has_speculation:
+            row += speculative_cells(modes["speculative"])
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def share(found: Record) -> str:
+    return f"{found['correct']}/{found['n']}"
+
+
+def diffusion_cells(found: Record) -> list[str]:
+    interval = between(found["retention_interval"], 100, 1)
+    cells = [share(found), percent(found["retention"]), interval]
+    return [
+        *cells,
+        number(found["tokens_per_nfe"]),
+        str(found["nfe"]),
+        number(found["speed_ratio"]),
+    ]
+
+
+def speculative_cells(found: Record) -> list[str]:
+    same = f"{found['same_as_ar']}/{found['n']}"
+    cycle = number(found["tokens_per_forward"])
+    return [same, cycle, str(found["nfe"]), number(found["speed_ratio"])]
+
+
+def quality_line(record: Record) -> str:
+    """The result of all categories in two sentences."""
+    ours, drafts = record["modes"]["diffusion"], record["modes"]["speculative"]
+    return (
+        f"Diffusion keeps {percent(ours['retention'])} of the AR accuracy "
+        f"(95 %: {between(ours['retention_interval'], 100, 1)}) at "
+        f"{number(ours['tokens_per_nfe'])} tokens/NFE.\nSpeculative texts equal AR's in "
+        f"{drafts['same_as_ar']} of {drafts['n']} answers, "
+        f"{number(drafts['tokens_per_forward'])} tokens a cycle."
+    )
+
+
+def quality_modes(record: Record) -> str:
+    """A row per mode over all categories: the short form."""
+    rows = []
+    for mode, found in record["modes"].items():
+        kept = f"{percent(found['retention'])} ({between(found['retention_interval'], 100, 1)})"
+        per_pass = (number(found[name]) for name in ("tokens_per_nfe", "tokens_per_forward"))
+        rows.append([mode, share(found), kept, *per_pass, number(found["speed_ratio"])])
+    head = ["mode", "right", "kept of AR (95 %)", "tokens/NFE", "tokens/context pass", "x AR"]
+    return markdown(head, rows)
+
+
+# Speed --------------------------------------------------------------------------------------
+
+
+def race(record: Record) -> str:
+    """Every engine and mode: time a token of the first size, tokens a second of all sizes."""
+    sizes = record["sizes"]
+    first = next(iter(sizes))
+    head = ["engine", "mode", f"ms/token, {first}", "quartiles", "x AR, same engine", "x best AR"]
+    rows = []
+    for engine, modes in sizes[first]["engines"].items():
+        for mode, found in modes.items():
+            rates = [size["engines"].get(engine, {}).get(mode) for size in sizes.values()]
+            rows.append(
+                [
+                    *(engine, mode, number(found["ms_per_token"])),
+                    between(found["ms_per_token_quartiles"]),
+                    number(found["speedup_vs_own_ar"]),
+                    number(found["speedup_vs_best_ar"]),
+                    *("-" if rate is None else f"{rate['tokens_per_s']:,.0f}" for rate in rates),
+                ]
+            )
+    return markdown([*head, *(f"tokens/s, {size}" for size in sizes)], rows)
+
+
+def race_short(record: Record) -> str:
+    """The shipped model alone, without what few readers look for."""
+    engines = record["sizes"]["shipped"]["engines"]
+    return markdown(
+        ["engine", "mode", "ms/token", "quartiles", "x AR, same engine"],
+        [
+            [
+                *(engine, mode, number(found["ms_per_token"])),
+                between(found["ms_per_token_quartiles"]),
+                number(found["speedup_vs_own_ar"]),
+            ]
+            for engine, modes in engines.items()
+            for mode, found in modes.items()
+        ],
+    )
+
+
+def passes(record: Record) -> str:
+    """Milliseconds of each pass by size and engine, and from how many tokens a pass pays."""
+    rows = []
+    for size, found in record["sizes"].items():
+        for engine, times in found["ms_by_engine"].items():
+            cost = found["pays"][engine]["denoise_per_ar_step"]
+            cells = (f"{times[name]['median']:.3g}" for name in PASSES)
+            rows.append([size, engine, *cells, number(cost)])
+    head = ["size", "engine", "AR step, ms", "pass of 16", "extension", "verification"]
+    return markdown([*head, "pass / AR step"], rows)
+
+
+def decode_only(record: Record) -> str:
+    """Milliseconds a token without reading the prompt, by size."""
+    sizes = record["sizes"]
+    first = next(iter(sizes.values()))["engines"]
+    rows = [
+        [engine, mode, *(number(size["engines"][engine][mode]["decode_ms_per_token"])
+                         for size in sizes.values())]
+        for engine, modes in first.items() for mode in modes
+    ]  # fmt: skip
+    return markdown(["engine", "mode", *(f"ms/token, {size}" for size in sizes)], rows)
+
+
+def rows_table(record: Record) -> str:
+    """Tokens a second by rows decoded at a time."""
+    found = {
+        (one["overlap"], one["mode"], one["rows"]): one["tokens_per_s"]["median"]
+        for one in record["results"]
+    }
+    counts = sorted({rows for _, _, rows in found})
+    modes = dict.fromkeys(mode for _, mode, _ in found)
+    table = [
+        [
+            mode,
+            *(f"{found['off', mode, rows]:,.0f}" for rows in counts),
+            f"{found['on', mode, counts[-1]]:,.0f}",
+        ]
+        for mode in modes
+    ]
+    head = ["tokens/s", *(f"{rows} row{'s' * (rows > 1)}" for rows in counts)]
+    return markdown([*head, f"{counts[-1]} rows, towers overlapping"], table)
+
+
+def prefix_cache(record: Record) -> str:
+    """Processor seconds of reading a prompt, by what the cache knows."""
+    measured = [row for row in record["rows"] if "shared" in row]
+    rows = [
+        [
+            *(row["backend"], f"{row['shared']:,}"),
+            *(number(row[f"{name}_s"], 3) for name in ("plain", "cold", "known")),
+            f"{row['cache_bytes'] / 1e6:.1f} MB",
+        ]
+        for row in measured
+    ]
+    head = ["backend", "shared tokens", "without cache, s", "empty cache, s", "beginning known, s"]
+    return markdown([*head, "contexts kept"], rows)
+
+
+def grammar_costs(record: Record) -> str:
+    """Microseconds of compiling a grammar and of each token's mask."""
+    sizes = {name: part for name, part in record.items() if name.startswith("masks")}
+    rows = []
+    for grammar in next(iter(sizes.values())):
+        cells = []
+        for found in (part[grammar] for part in sizes.values()):
+            marks = (f"{found[name]:,}" for name in ("median_us", "p99_us", "max_us"))
+            cells.append(f"{found['compile_us']:,}; {', '.join(marks)}")
+        rows.append([grammar, *cells])
+    head = ["compile; a token's median, 99 %, maximum, in us"]
+    table = markdown([*head, *(name.removeprefix("masks, ") for name in sizes)], rows)
+    free, calls = record["speculative"]["free"], record["speculative"]["calls"]
+    return (
+        f"{table}\n\nTokens a context pass on tool calls: "
+        f"{free['tokens_per_context_forward']} without a grammar, "
+        f"{calls['tokens_per_context_forward']} with it."
+    )
+
+
+# Memory, precision --------------------------------------------------------------------------
+
+
+def decode_memory(record: Record) -> str:
+    """Growth of the resident peak over the loaded model, by prompt length and mode."""
+    cases = {(case["prompt_tokens"], case["mode"]): case for case in record["cases"]}
+    modes = list(dict.fromkeys(mode for _, mode in cases))
+    rows = []
+    for length in sorted({length for length, _ in cases}):
+        one = cases[length, modes[0]]
+        cache = (one["kv_bytes"] + one["state_bytes"]) / 1e6
+        growth = (f"+{cases[length, mode]['growth_bytes'] / 1e6:.1f} MB" for mode in modes)
+        rows.append([f"{length:,}", f"{cache:.1f} MB", *growth])
+    return markdown(["prompt tokens", "cache", *modes], rows)
+
+
+def quantised_quality(record: Record) -> str:
+    """Quality and file size by precision."""
+    rows = [
+        [
+            one["setting"],
+            f"{one['file_mb']} MB" if one.get("file_mb") else "-",
+            *(one["ar"]["correct"], one["diffusion"]["correct"]),
+            percent(one["diffusion"]["retention"]),
+            between(one["diffusion"]["retention_interval"], 100, 1),
+            number(one["diffusion"]["tokens_per_nfe"]),
+        ]
+        for one in record["settings"]
+    ]
+    head = ["setting", "file", "AR right", "diffusion right", "kept of AR, same setting", "95 %"]
+    return markdown([*head, "tokens/NFE"], rows)
+
+
+def mapped_experts(record: Record) -> str:
+    """What a memory limit does to experts in memory and in their files."""
+    rows = []
+    for run in record["runs"]:
+        limit = {"data": "RLIMIT_DATA"}.get(run["limit"], run["limit"])
+        outcome = "refused: does not fit" if "refused" in run else run.get("note", "")
+        sizes = ("peak_rss_mb", "private_mb", "read_from_disk_mb")
+        cells = [f"{run[name]:,} MB" if name in run else "-" for name in sizes]
+        loaded, rate = (number(run.get(name)) for name in ("load_s", "tokens_per_s"))
+        head = [limit, run["experts"], run["mode"]]
+        rows.append([*head, loaded, *cells, rate, outcome])
+    head = ["limit", "experts", "mode", "loading, s", "peak resident", "private", "read from disk"]
+    return markdown([*head, "tokens/s", ""], rows)
+
+
+# Serving, hosts -----------------------------------------------------------------------------
+
+
+def serve_load(record: Record) -> str:
+    """What happened to every request, and how long answers took."""
+    runs = record["results"]
+    labels = {
+        "told": "ended with an error (decoding thread killed)",
+        "refused": "refused (429, 503)",
+        "left": "left by the client",
+    }
+    rows: list[list[str]] = [
+        [labels.get(name, name), *(f"{run[name]:,}" for run in runs)]
+        for name in ("sent", "answered", "told", "refused", "left", "lost")
+    ]
+    malformed = (sum(run["malformed"].values()) for run in runs)
+    rows.append(["malformed, all answered 400", *(f"{count:,}" for count in malformed)])
+    rows.append(["tokens/s", *(f"{run['tokens_per_s']:,.0f}" for run in runs)])
+    for name, label, scale in (
+        ("time_to_first_block_s", "time to first block, p50, p95, ms", 1000),
+        ("time_per_token_s", "time per token, p50, p95, ms", 1000),
+        ("whole_answer_s", "whole answer, p50, p95, s", 1),
+    ):
+        ends = ([run[name][p] * scale for p in ("p50", "p95")] for run in runs)
+        rows.append([label, *(f"{low:.3g}, {high:.3g}" for low, high in ends)])
+    memory = ([run["memory_mb"][name] for name in ("before", "after")] for run in runs)
+    rows.append(["resident memory, before, after, MB", *(f"{a:,.0f}, {b:,.0f}" for a, b in memory)])
+    return markdown(["", *(run["mode"] for run in runs)], rows)
+
+
+def ray_replicas(record: Record) -> str:
+    """Requests while replicas die and are replaced."""
+    names = ("sent", "answered", "tried_again", "lost", "different")
+    rows = [[when, *(f"{found[n]:,}" for n in names)] for when, found in record["counts"].items()]
+    return markdown(["so far", "sent", "answered", "tried again", "lost", "other texts"], rows)
+
+
+def two_hosts(record: Record) -> str:
+    """Texts, bytes and waiting by the delay of the connection."""
+    rows = [
+        [
+            f"{one['delay_ms']} ms",
+            one["equal_texts"],
+            f"{one['bytes_sent_per_block']:,.0f}",
+            f"{one['bytes_received_per_block']:,.0f}",
+            f"{one['ms_per_block']:.0f} ms",
+        ]
+        for one in record["results"]
+    ]
+    head = ["delay each way", "texts equal to one process's", "bytes to the denoiser, per block"]
+    return markdown([*head, "bytes back", "wait per block"], rows)
+
+
+# Training -----------------------------------------------------------------------------------
+
+
+def parallel_training(record: Record) -> str:
+    """Largest difference of any step's loss from one process's."""
+    runs = ("processes_2", "processes_4", "one_process_in_two_passes")
+    rows = [
+        [case["case"], *(f"{case[run]['loss']:.1e}" if run in case else "-" for run in runs)]
+        for case in record["equality"]
+    ]
+    resumed = [
+        [f"resumed, {one['legs']}", f"{one['loss']:.1e}", "-", "-"] for one in record["resume"]
+    ]
+    lost = record["lost_process"]
+    ended = ", ".join(f"{one['process']} {one['ended_after_s']} s" for one in lost)
+    head = ["run", "2 processes", "4 processes", "1 process, twice the passes"]
+    return (
+        f"{markdown(head, [*rows, *resumed])}\n\n"
+        f"The other process ended after one was lost: {ended} later."
+    )
+
+
+def training_runs(record: Record) -> str:
+    """Every run of the shipped model, from its metrics."""
+    rows = []
+    for run in record["runs"]:
+        logs = [read_metrics(file) for file in run["files"]]
+        losses = [number(last(log, "validation_loss"), 4) for log in logs]
+        steps = [f"{log[-1]['step']:,}" for log in logs]
+        rates = [f"{max(line.get('learning_rate', 0) for line in log):.2g}" for log in logs]
+        cells = (steps, rates, losses)
+        rows.append([run["run"], *(", ".join(each) for each in cells), run["time"]])
+    head = ["run", "steps of 16 x 256 tokens", "peak rate", "last held-out loss, nats a token"]
+    return markdown([*head, "time"], rows)
+
+
+def read_metrics(name: str) -> list[dict[str, float]]:
+    lines = (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def last(lines: Sequence[Mapping[str, float]], name: str) -> float | None:
+    found = [line[name] for line in lines if name in line]
+    return found[-1] if found else None
+
+
+# Predictions, ablations ---------------------------------------------------------------------
+
+
+def plan_validation(record: Record) -> str:
+    """Every prediction of `twotower plan` beside what was measured."""
+    rows = [Row(**{k: v for k, v in row.items() if k != "ratio"}) for row in record["rows"]]
+    return f"{summary_table(rows)}\n\n{whole_table(rows, read_published()['not_predicted'])}"
+
+
+def ablations(names: str) -> Callable[[Record], str]:
+    """A maker of those tables whose name matches; it reads all records of ablations."""
+
+    def make(_: Record) -> str:
+        makers = report.tables(*report.read_records(RESULTS / "ablations"))
+        chosen = {name: maker for name, maker in makers.items() if re.fullmatch(names, name)}
+        return "\n\n".join(f"#### Ablation: {name}\n\n{maker()}" for name, maker in chosen.items())
+
+    return make

@@ -1,0 +1,307 @@
+"""Write docs/figures.md, and the marked blocks of other pages, from benchmarks/results.
+
+A block stands between `<!-- figures: NAME -->` and `<!-- end figures -->`, NAME one of BLOCKS, in
+README.md, docs/*.md or the model card. Every record names its processor, date and command.
+Usage: python scripts/make_figures.py
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import figure_tables as tables  # noqa: E402  (the path above)
+
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "figures.md"
+CARD = ROOT / "src" / "twotower" / "assets" / "MODEL_CARD.md"
+BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end figures -->)", re.DOTALL)
+FIELDS = ("processor", "date", "command")
+
+
+class Record(NamedTuple):
+    """One file of results: `kind` is its name without machine and date."""
+
+    file: Path
+    kind: str
+    recorded: Mapping[str, str]
+    data: Mapping[str, Any]
+
+
+class Kind(NamedTuple):
+    """What a kind of record shows."""
+
+    name: str
+    title: str
+    table: Callable[[Mapping[str, Any]], str]
+
+
+class Section(NamedTuple):
+    title: str
+    note: str
+    kinds: Sequence[Kind]
+
+
+def race_kinds(title: str, table: Callable[[Mapping[str, Any]], str]) -> list[Kind]:
+    """The races that there are, for one table."""
+    return [
+        Kind("race_1_thread", f"{title}, one thread", table),
+        Kind("race_2_threads", f"{title}, two threads", table),
+        Kind("race_again_1_thread", f"{title}, one thread, repeated in a slower hour", table),
+        Kind("race_again_2_threads", f"{title}, two threads, repeated in a slower hour", table),
+    ]
+
+
+SECTIONS = (
+    Section(
+        "Quality by category",
+        "How much of AR's quality does each mode keep, and at what speed? 200 held-out prompts a "
+        "category, greedy, one thread.\nRight answers and passes do not depend on the processor; "
+        "`x AR` does: the median speed-up over our own AR\ndecoding in the same engine.",
+        [
+            Kind("evaluate", "The shipped model's own defaults", tables.quality),
+            Kind("evaluate_int8", "The same in int8", tables.quality),
+            Kind(
+                "evaluate_as_published",
+                "Diffusion without verification, confidence threshold 0.95",
+                tables.quality,
+            ),
+        ],
+    ),
+    Section(
+        "Race",
+        "How fast is each engine and mode, prompt included, one prompt at a time? "
+        "[Method](race.md#method)."
+        "\n`shipped` is real text; 32M and 160M parameters a tower are random weights that repeat "
+        "recorded commits.",
+        race_kinds("Texts", tables.race),
+    ),
+    Section(
+        "Passes",
+        "What does one pass cost, after as many tokens as the median prompt has?",
+        race_kinds("Passes", tables.passes)[:2],
+    ),
+    Section(
+        "Decoding without the prompt",
+        "What does a token cost once the prompt has been read?",
+        race_kinds("Decoding", tables.decode_only)[:2],
+    ),
+    Section(
+        "Rows and throughput",
+        "How does the throughput of one process grow with the rows decoded at a time?",
+        [
+            Kind("rows_eager", "Eager backend", tables.rows_table),
+            Kind("rows_native", "Native backend", tables.rows_table),
+        ],
+    ),
+    Section(
+        "Prefix cache",
+        "How long does a prompt take to read whose beginning is known? Its last 24 tokens are new.",
+        [Kind("prefix_cache", "Processor seconds", tables.prefix_cache)],
+    ),
+    Section(
+        "Memory",
+        "How much memory does decoding take beside the weights, by prompt length and mode?",
+        [Kind("decode_memory", "Growth of the resident peak, eager", tables.decode_memory)],
+    ),
+    Section(
+        "Quantised checkpoints",
+        "What does a smaller precision cost in quality? 40 prompts a category, without "
+        "verification, at the model's default\nthreshold: compare the settings with each other, "
+        "and take the level from [the full suite](#quality-by-category).",
+        [Kind("quantised_quality", "Quality by precision", tables.quantised_quality)],
+    ),
+    Section(
+        "Experts in files",
+        "Does a model run whose experts are larger than memory?",
+        [Kind("mapped_experts", "A limit of 600 MB", tables.mapped_experts)],
+    ),
+    Section(
+        "Grammars",
+        "What does following a grammar cost?",
+        [Kind("grammar_costs", "By vocabulary", tables.grammar_costs)],
+    ),
+    Section(
+        "Server under load",
+        "Is a request lost when clients leave and the decoding thread is killed?",
+        [
+            Kind("serve_load", "32 clients, 5 minutes a mode", tables.serve_load),
+            Kind("ray_replicas", "Replicas killed and replaced", tables.ray_replicas),
+        ],
+    ),
+    Section(
+        "Two hosts",
+        "What travels between the towers, and what does the delay of the connection cost?",
+        [Kind("two_hosts", "Three prompts in one batch, eager", tables.two_hosts)],
+    ),
+    Section(
+        "Training",
+        "How was the shipped model trained, and do several processes train the same model?",
+        [
+            Kind("training_runs", "Runs, each going on from the one before", tables.training_runs),
+            Kind("parallel_training", "Largest difference of a loss", tables.parallel_training),
+        ],
+    ),
+    Section(
+        "Plan validation",
+        "How well does [`twotower plan`](plan.md) predict what was measured, by others on the 30B "
+        "and by us?\n\"Off by\" counts too fast and too slow alike; calibrated rows are left out.",
+        [Kind("plan_validation", "Predicted and measured", tables.plan_validation)],
+    ),
+    Section(
+        "Ablations",
+        "What does each part of the method give? [Set-up and reading](ablations.md).",
+        [
+            Kind("ablations_train", "Training", tables.ablations(r"(?!sample-).*")),
+            Kind("ablations_sample", "Sampling", tables.ablations("sample-.*")),
+        ],
+    ),
+)  # fmt: skip
+
+
+class Block(NamedTuple):
+    """A table for other pages: of the newest record of a kind, with a link to its section."""
+
+    kind: str
+    section: str
+    table: Callable[[Mapping[str, Any]], str]
+
+
+BLOCKS = {
+    "quality": Block("evaluate", "quality-by-category", tables.quality),
+    "quality-modes": Block("evaluate", "quality-by-category", tables.quality_modes),
+    "quality-line": Block("evaluate", "quality-by-category", tables.quality_line),
+    "race": Block("race_1_thread", "race", tables.race_short),
+    "training-runs": Block("training_runs", "training", tables.training_runs),
+}
+
+
+def read_records() -> list[Record]:
+    """Every record, of the ablations the first of each kind; ValueError for one without machine."""
+    records = [read_record(file) for file in sorted(RESULTS.glob("*.json"))]
+    for kind in ("train", "sample"):
+        found = [
+            read_record(file) for file in sorted((RESULTS / "ablations").glob(f"{kind}-*.json"))
+        ]
+        records.append(found[0]._replace(kind=f"ablations_{kind}"))
+    return records
+
+
+def read_record(file: Path) -> Record:
+    data = json.loads(file.read_text(encoding="utf-8"))
+    recorded = data.get("recorded", {})
+    if missing := [name for name in FIELDS if not recorded.get(name)]:
+        raise ValueError(
+            f"{file.name}: recorded must name {', '.join(missing)}; measure it again, or add them "
+            "as twotower.cli.machine.recorded gives them on the machine that measured it"
+        )
+    return Record(file, re.sub(r"_cpu_[\d-]+$", "", file.stem), recorded, data)
+
+
+def newest(records: Sequence[Record], kind: str) -> tuple[list[Record], list[Record]]:
+    """Of a kind the newest record of each processor, newest first, and the older ones."""
+    own = sorted((r for r in records if r.kind == kind), key=lambda r: r.recorded["date"])[::-1]
+    kept = list({r.recorded["processor"]: r for r in reversed(own)}.values())
+    kept.sort(key=own.index)
+    return kept, [record for record in own if record not in kept]
+
+
+def make_page(records: Sequence[Record]) -> str:
+    """docs/figures.md; ValueError for a record that no section shows."""
+    kinds = {kind.name for section in SECTIONS for kind in section.kinds}
+    if unknown := [record.file.name for record in records if record.kind not in kinds]:
+        raise ValueError(f"{unknown[0]}: no section shows it; add its kind to SECTIONS")
+    parts = [
+        "# Figures",
+        "Look up what was measured, on which machine and by which command. "
+        "`python scripts/make_figures.py` writes this page\nfrom the "
+        "[records](../benchmarks/results); do not edit it. Commands are those of the day: an "
+        "option\nmay have another name since.",
+        "\n".join(f"- [{s.title}](#{s.title.lower().replace(' ', '-')})" for s in SECTIONS),
+    ]
+    return "\n\n".join([*parts, *(make_section(one, records) for one in SECTIONS)]) + "\n"
+
+
+def make_section(section: Section, records: Sequence[Record]) -> str:
+    parts = [f"## {section.title}", section.note]
+    older: list[Record] = []
+    for kind in section.kinds:
+        kept, rest = newest(records, kind.name)
+        older += rest
+        for record in kept:
+            parts += [f"### {kind.title}: {record.recorded['processor']}", source(record)]
+            parts.append(kind.table(record.data))
+    if older:
+        links = ", ".join(f"{link(r, PAGE)} ({r.recorded['processor']})" for r in older)
+        parts.append(f"Older: {links}.")
+    return "\n\n".join(parts)
+
+
+def source(record: Record) -> str:
+    """Date, record and command of a table."""
+    return f"{record.recorded['date']}, {link(record, PAGE)}:\n\n    {record.recorded['command']}"
+
+
+def link(record: Record, page: Path) -> str:
+    target = os.path.relpath(record.file, page.parent)
+    return f"[{record.file.stem}]({Path(target).as_posix()})"
+
+
+def fill_blocks(text: str, page: Path, records: Sequence[Record]) -> str:
+    """The text of a page with its marked blocks made anew; ValueError for a wrong mark."""
+    begins, ends = text.count("<!-- figures: "), text.count("<!-- end figures -->")
+    if begins != ends:
+        raise ValueError(f"{page.name}: {begins} blocks of figures begin, {ends} end")
+
+    def replace(match: re.Match[str]) -> str:
+        if match[2] not in BLOCKS:
+            raise ValueError(
+                f"{page.name}: figures: {match[2]!r} is unknown; use {', '.join(BLOCKS)}"
+            )
+        block = BLOCKS[match[2]]
+        record = newest(records, block.kind)[0][0]
+        target = Path(os.path.relpath(PAGE, page.parent)).as_posix()
+        where = f"[command and record]({target}#{block.section})"
+        if page == CARD:  # which is also read where there is no docs/
+            where = f"command and record: docs/figures.md of the source, {block.section}"
+        caption = f"{record.recorded['processor']}, {record.recorded['date']};\n{where}."
+        return f"{match[1]}\n{block.table(record.data)}\n\n{caption}\n\n{match[3]}"
+
+    return BLOCK.sub(replace, text)
+
+
+def pages() -> Iterator[Path]:
+    """Where marked blocks may stand."""
+    yield from (ROOT / "README.md", CARD)
+    yield from sorted(set((ROOT / "docs").glob("*.md")) - {PAGE})
+
+
+def outputs() -> dict[Path, str]:
+    """Every file that the script writes, with its text."""
+    records = read_records()
+    found = {PAGE: make_page(records)}
+    for page in pages():
+        found[page] = fill_blocks(page.read_text(encoding="utf-8"), page, records)
+    return found
+
+
+def main() -> int:
+    try:
+        written = outputs()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for page, text in written.items():
+        page.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
