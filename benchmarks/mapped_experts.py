@@ -49,6 +49,7 @@ if how == "cgroup":
     with open(os.path.join(value, "cgroup.procs"), "w") as file:
         file.write(str(os.getpid()))
 import torch, twotower
+from twotower import checkpoint
 if how == "data":  # what the interpreter and its libraries hold already is not the model's
     held = int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1])
     resource.setrlimit(resource.RLIMIT_DATA, (held * 1024 + int(value),) * 2)
