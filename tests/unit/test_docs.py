@@ -1,4 +1,4 @@
-"""Links in the documentation lead somewhere, and the README tells of every source folder."""
+"""Links in the documentation lead somewhere, and the map tells of every source folder."""
 
 import re
 from pathlib import Path
@@ -60,9 +60,9 @@ def test_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     exec(compile(block, name, "exec"), {})
 
 
-def test_readme_maps_every_source_folder() -> None:
+def test_the_map_has_every_source_folder() -> None:
     """Guards against a map that keeps a folder that has gone or misses one that has come."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Map of the source")[1]
+    section = (ROOT / "docs/architecture.md").read_text("utf-8").split("## Map of the source")[1]
     block = section.split("```")[1]
     told = set(re.findall(r"^  (\w+)/", block, flags=re.MULTILINE))
     there = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} | {"assets"}
