@@ -118,7 +118,7 @@ def test_a_missing_rival_is_printed(
     [
         (["--sizes", "9M"], "sizes: '9M' is unknown"),
         (["--modes", "diffusion"], "lacks ar"),
-        (["--threads", "0"], "threads: 0 is too small"),
+        (["--threads", "0"], "threads=0 must be a whole number, at least 1"),
         (["--max-prompt-tokens", "1"], "leaves out every prompt"),
         (["--out", "/dev/null/x"], "out: cannot write into /dev/null/x"),
         (["--model", "/nowhere"], "/nowhere"),

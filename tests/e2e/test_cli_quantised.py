@@ -49,7 +49,7 @@ def test_every_mode_runs_and_speculation_is_lossless(
     found = {mode: text(narrow[name], capsys, "--mode", mode) for mode in MODES}
     assert all(found.values())
     assert found["speculative"] == found["ar"]
-    mapped = text(narrow[name], capsys, "--mode", "diffusion", "--experts", "mapped")
+    mapped = text(narrow[name], capsys, "--mode", "diffusion", "--expert-storage", "mmap")
     assert mapped == found["diffusion"]
 
 

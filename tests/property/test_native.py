@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tiny_models import fresh_model, masked_like, random_ids, random_model, tiny_config, tiny_model
-from twotower import ContextCache, GenerateOptions, TwoTower, accelerate, generate
+from tiny_options import options_of
+from twotower import ContextCache, TwoTower, accelerate, generate
 from twotower.engine import MODES
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
@@ -214,11 +215,10 @@ def test_a_denoiser_pass_leaves_the_cache_bit_identical() -> None:
 def test_the_same_texts(mode: str, temperature: float, block_size: int) -> None:
     """Guards decoding as a whole: rows that leave, caches cut to those that stay."""
     prompts = [random_ids(length, seed=length).tolist() for length in (1, 7, 30)]
-    o = GenerateOptions(
-        mode=mode,  # type: ignore[arg-type]
-        max_new_tokens=26, steps_per_block=3, temperature=temperature, eos_token_id=7,
-        block_size=block_size,
-    )  # fmt: skip
+    o = options_of(
+        {"steps_per_block": 3, "block_size": block_size},
+        {"mode": mode, "max_new_tokens": 26, "temperature": temperature, "eos_token_id": 7},
+    )
     plain, ours = pair()
     found, expected = (generate(m, prompts, o) for m in (ours, plain))
     assert [row.tokens for row in found] == [row.tokens for row in expected]

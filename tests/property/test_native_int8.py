@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tiny_models import fresh_model, masked_like, random_ids, tiny_model
+from tiny_options import options_of
 from twotower import GenerateOptions, TwoTower, accelerate, generate, load_tokenizer
 from twotower.checkpoint import load_checkpoint
 from twotower.cli.bench import BenchOptions
@@ -277,7 +278,8 @@ def test_memory_does_not_grow_with_the_text(monkeypatch: pytest.MonkeyPatch) -> 
 def test_texts_do_not_depend_on_the_batch(mode: str) -> None:
     """Guards decoding as a whole in int8."""
     prompts = [random_ids(length, seed=length).tolist() for length in (1, 7, 30)]
-    o = GenerateOptions(mode=mode, max_new_tokens=18, steps_per_block=3, eos_token_id=7)  # type: ignore[arg-type]
+    values = {"mode": mode, "max_new_tokens": 18, "eos_token_id": 7}
+    o = options_of({"steps_per_block": 3}, values)
     ours = int8_model()
     together = [row.tokens for row in generate(ours, prompts, o)]
     assert together == [generate(ours, [prompt], o)[0].tokens for prompt in prompts]
@@ -291,7 +293,8 @@ def test_speculative_texts_are_those_of_ar_at_every_block_size(block_size: int) 
     prompts = [random_ids(length, seed=length).tolist() for length in (1, 5, 30, 70)]
     texts = {}
     for mode in ("ar", "speculative"):
-        o = GenerateOptions(mode=mode, max_new_tokens=60, block_size=block_size, eos_token_id=7)
+        values = {"mode": mode, "max_new_tokens": 60, "eos_token_id": 7}
+        o = options_of({"block_size": block_size}, values)
         texts[mode] = [row.tokens for row in generate(ours, prompts, o)]
     assert texts["speculative"] == texts["ar"]
 

@@ -91,7 +91,7 @@ def test_bfloat16_is_the_same_model(changes: dict[str, object]) -> None:
 @pytest.mark.parametrize("name", ["plain", "fp32 residual", "mamba alone", "attention alone"])
 def test_every_mode_runs(name: str, dtype: torch.dtype, mode: str) -> None:
     model = tiny_model(dtype=dtype, **VARIANTS[name])
-    o = GenerateOptions(mode=mode, max_new_tokens=6, block_size=4, temperature=0.5)  # type: ignore[arg-type]
+    o = GenerateOptions(mode=mode, max_new_tokens=6, temperature=0.5)  # type: ignore[arg-type]
     found = generate(model, prompts_of([1, 6]), o)
     assert [len(row.tokens) for row in found] == [6, 6]
     if mode not in (
@@ -162,7 +162,7 @@ def test_the_context_tower_alone() -> None:
     o = GenerateOptions(mode="ar", max_new_tokens=8, ignore_eos=True)
     assert generate(half, [[5, 6]], o) == generate(both, [[5, 6]], o)
     assert half.denoiser_device == half.context_device
-    with pytest.raises(ValueError, match="needs the denoiser tower"):
+    with pytest.raises(ValueError, match="needs a denoiser tower"):
         generate(half, [[5, 6]], GenerateOptions(mode="diffusion"))
     with pytest.raises(ValueError, match="no denoiser tower"):
         half.denoise(random_ids(1, 4), half.empty_cache(1).view(), None)
@@ -225,7 +225,7 @@ def test_towers_of_different_dtypes(dtype: torch.dtype) -> None:
     error = float((ours - exact).square().mean().sqrt() / exact.square().mean().sqrt())
     assert error < 0.1, error
     for mode in MODES:
-        o = GenerateOptions(mode=mode, max_new_tokens=5, block_size=4, ignore_eos=True)
+        o = GenerateOptions(mode=mode, max_new_tokens=5)
         assert len(generate(model, [[5, 6]], o)[0].tokens) == 5
 
 

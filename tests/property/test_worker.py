@@ -227,19 +227,18 @@ def test_a_dead_worker_tells_everyone_and_takes_no_more(
             worker.submit(Request(PROMPTS[0], options()))
 
 
-@pytest.mark.parametrize("moment", ["_note_end", "_add"])
 def test_an_end_is_told_even_if_the_thread_dies_just_before(
-    monkeypatch: pytest.MonkeyPatch, moment: str
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Guards a client whose row has ended, and is forgotten, before it has heard of it."""
-    method = getattr(Worker, moment)
+    method = Worker._note_end
 
     def dying(worker: Worker, event: object, ticket: Ticket) -> None:
         method(worker, event, ticket)
         if isinstance(event, Finished):
             raise SystemExit
 
-    monkeypatch.setattr(Worker, moment, dying)
+    monkeypatch.setattr(Worker, "_note_end", dying)
     with running() as worker:
         ticket = worker.submit(Request(PROMPTS[0], options()))
         wait_for(lambda: not worker.stats().is_alive)

@@ -159,7 +159,7 @@ class Worker:
         self._newest_end: tuple[Ticket, Event] | None = None
         self.is_dead = False  # nothing can be decoded any more; a new worker is needed
         self._thread = self._make_thread()
-        self._totals = Totals()
+        self._totals, self._counting = Totals(), threading.Lock()  # so that no row counts twice
         self._seconds_between_ends = 1.0  # of rows; a running mean
         self._last_end_s = time.monotonic()
 
@@ -212,10 +212,12 @@ class Worker:
 
     def stats(self) -> WorkerStats:
         """Figures of this moment."""
-        waiting, open_rows = self._queue.num_waiting, [t.row for t in [*self._tickets.values()]]
-        totals = dataclasses.replace(self._totals)
+        with self._counting:
+            open_rows = [ticket.row for ticket in list(self._tickets.values())]
+            totals = dataclasses.replace(self._totals)
         for row in open_rows:
             totals.add(row)
+        waiting = self._queue.num_waiting
         return WorkerStats(
             is_alive=self._thread.is_alive(),
             rows_waiting=waiting,
@@ -275,8 +277,9 @@ class Worker:
             event = dataclasses.replace(event, error=None)
         if isinstance(event, Finished | Failed):
             self._newest_end = ticket, event
-            self._totals.add(ticket.row)
-            del self._tickets[event.row]
+            with self._counting:
+                self._totals.add(ticket.row)
+                del self._tickets[event.row]
             self._note_end(event, ticket)
         ticket.deliver(event)
 
