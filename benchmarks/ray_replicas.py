@@ -26,7 +26,7 @@ from ray.util.state import list_actors
 from twotower.cli.machine import recorded
 from twotower.cli.serve import ServeArguments, build_app
 from twotower.serve import replicas
-from twotower.serve.keys import Keys
+from twotower.serve.access import Keys
 
 PROMPTS = ("Q: What is 47 + 38?\nA:", "Q: What is 12 + 95?\nA:", "Q: What is 8 + 77?\nA:")
 MOST_TRIES = 8

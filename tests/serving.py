@@ -1,6 +1,8 @@
 """A real server on a free port, in a thread: uvicorn, the app, a worker, the shipped model."""
 
+import asyncio
 import contextlib
+import dataclasses
 import functools
 import tempfile
 import threading
@@ -10,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import uvicorn
 
 from tiny_checkpoint import make_text_checkpoint
 from twotower.cli.serve import ServeArguments, describe
 from twotower.engine import Worker
 from twotower.loading import Loaded, Placement, load
+from twotower.serve.access import Keys
 from twotower.serve.app import create_app
-from twotower.serve.keys import Keys
-from twotower.serve.server import Server
+from twotower.serve.server import Server, _listen, configure
 from twotower.serve.service import Service
 
 
@@ -44,6 +45,12 @@ class Running:
     worker: Worker
     server: Server
 
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The server's event loop."""
+        loop: asyncio.AbstractEventLoop = self.server.servers[0].get_loop()
+        return loop
+
     def client(self, **given: object) -> httpx.Client:
         """A client of its API."""
         return httpx.Client(base_url=self.url, timeout=60, **given)  # type: ignore[arg-type]
@@ -58,17 +65,23 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    keys: Keys | None = None, loaded: Loaded | None = None, **given: object
+    keys: Keys | None = None,
+    loaded: Loaded | None = None,
+    has_own_listener: bool = False,
+    **given: object,
 ) -> Iterator[Running]:
-    """Serve a model (the shipped one) with these options of `twotower serve`."""
+    """Serve a model (the shipped one) with these options of `twotower serve`.
+
+    has_own_listener: on a socket as the command makes it.
+    """
     loaded = loaded or shipped()
     model = None if loaded.name == "shipped" else loaded.name
     options = ServeArguments(model=model, **given)  # type: ignore[arg-type]  # as a test names them
     worker = Worker(loaded.model, loaded.tokenizer, options)
     app = create_app(worker, options, describe(loaded, options), keys)
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning")
-    server = Server(config, app.state.service)
-    thread = threading.Thread(target=server.run)
+    server = Server(configure(app, options, host="127.0.0.1", port=0), app.state.service)
+    sockets = [_listen(dataclasses.replace(options, port=0))] if has_own_listener else None
+    thread = threading.Thread(target=server.run, args=(sockets,))
     thread.start()
     try:
         while not server.started:

@@ -13,8 +13,10 @@ import pytest
 import twotower
 from tiny_checkpoint import make_checkpoint
 from twotower.checkpoint import load_checkpoint
-from twotower.cli import offline
+from twotower.cli import offline, output_file
+from twotower.cli import prompts as prompt_files
 from twotower.cli.main import main
+from twotower.cli.output_file import OutputFile, read_lines
 
 SHAPE = ["--max-new-tokens", "6", "--ignore-eos", "--max-rows", "3"]
 
@@ -285,3 +287,77 @@ def test_memory_holds_a_window_of_lines(
     assert answer(source, tmp_path / "out.jsonl", checkpoint) == 0
     assert most == 6  # two for each of three places
     assert len(records(tmp_path / "out.jsonl")) == 41
+
+
+def test_two_runs_do_not_write_one_file(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against lines that are written twice, and a file that no run goes on with."""
+    source, target = write_lines(tmp_path / "in.jsonl", prompts(2)), tmp_path / "out.jsonl"
+    with OutputFile(target):
+        assert answer(source, target, checkpoint) == 2
+        assert "output: " in (err := capsys.readouterr().err) and "by another run" in err
+        assert target.read_bytes() == b""
+    assert answer(source, target, checkpoint) == 0
+    assert len(records(target)) == 2
+    with OutputFile(Path("/dev/null")), OutputFile(Path("/dev/null")):  # no file of results
+        pass
+
+
+def test_a_very_long_line_is_refused_as_it_is_read(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards memory: a line of 50 MB took 9.5 GB before it was refused."""
+    monkeypatch.setattr(output_file, "MOST_LINE_BYTES", 1000)
+    lines = [b'{"prompt": "a"}', b'{"prompt": "' + b"a" * 300_000 + b'"}', b" " * 3000]
+    exact = b'{"prompt": "' + b"a" * 986 + b'"}'
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b"\n".join([*lines, exact, b'{"prompt": "b"}']))
+    assert len(exact) == 1000
+    found = list(read_lines(source))
+    assert [line.number for line in found] == [1, 2, 3, 4, 5]
+    assert [line.content is None for line in found] == [False, True, True, False, False]
+    assert len({line.digest for line in found}) == 5
+    target = tmp_path / "out.jsonl"
+    assert answer(source, target, checkpoint) == offline.REFUSED_LINES
+    results = records(target)
+    assert ["error" in result for result in results] == [False, True, True, False, False]
+    assert "longer than" in str(results[1]["error"])
+    assert answer(source, target, checkpoint) == offline.REFUSED_LINES
+    assert records(target) == results, "the same lines are found again"
+    source.write_bytes(source.read_bytes().replace(b"a" * 300_000, b"a" * 299_999))
+    assert answer(source, target, checkpoint) == 2
+
+
+def test_long_prompts_of_other_kinds_are_refused(
+    checkpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(output_file, "MOST_LINE_BYTES", 1000)
+    monkeypatch.setattr(prompt_files, "MOST_LINE_BYTES", 1000)
+    for name, content in (("a.txt", "a" * 1001), ("a.jsonl", json.dumps({"prompt": "a" * 1001}))):
+        (tmp_path / name).write_text(content)
+        given = ["--input", str(tmp_path / name), "--model", checkpoint, *SHAPE]
+        assert main(["generate", *given]) == 2
+        assert "is longer than" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bad", ['"\\ud800"', "[" * 5000 + "]" * 5000])
+def test_an_id_that_cannot_be_written_is_a_bad_line(
+    bad: str, checkpoint: str, tmp_path: Path
+) -> None:
+    """Guards a run that would stop at this line, every time."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(f'{{"prompt": "a", "id": {bad}}}\n{{"prompt": "a"}}\n')
+    assert answer(source, target, checkpoint) == offline.REFUSED_LINES
+    assert ["error" in record for record in records(target)] == [True, False]
+
+
+def test_what_an_error_quotes_is_short(checkpoint: str, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    long = "x" * 100_000
+    write_lines(source, [{"prompt": "a", "mode": long}, {"prompt": "a", long: 1}])
+    assert answer(source, target, checkpoint) == offline.REFUSED_LINES
+    assert all(len(str(record["error"])) < 400 for record in records(target))

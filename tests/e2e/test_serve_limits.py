@@ -14,7 +14,7 @@ from twotower.engine import WorkerStats
 from twotower.engine.batch import Group
 from twotower.engine.faults import EngineDeadError
 from twotower.engine.scheduler import Scheduler
-from twotower.serve.keys import read_keys
+from twotower.serve.access import read_keys
 from twotower.serve.options import ServeOptions
 
 

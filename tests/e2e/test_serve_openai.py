@@ -4,16 +4,17 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import httpx
 import jsonschema
 import openai
 import pytest
 
+from raw_http import wait_for
 from serving import Running, running, shipped
 from twotower.engine import GenerateOptions, generate
-from twotower.engine import request as engine_request
+from twotower.engine.grammar_builder import build
 
 SUM = "Q: How much is 48 - 44?\nA:"
 ORDER = "7 times salad for Irene, please."
@@ -257,7 +258,7 @@ NOTHING_FITS = {"type": "integer", "minimum": 3, "maximum": 2}
 
 
 @pytest.mark.parametrize(
-    ("schema", "reason"), [(NOTHING_FITS, "Unsatisfiable"), ({"$ref": "#"}, "grammar: ")]
+    ("schema", "reason"), [(NOTHING_FITS, "Unsatisfiable"), ({"$ref": "#"}, "no token can follow")]
 )
 def test_a_schema_that_cannot_be_kept_is_refused_by_its_field(
     client: openai.OpenAI, schema: dict[str, object], reason: str
@@ -272,39 +273,39 @@ def test_a_schema_that_cannot_be_kept_is_refused_by_its_field(
     assert refused.value.param == "response_format" and refused.value.code == "bad_value"
 
 
-def wait_until_still(count: Callable[[], int]) -> None:
-    """Until a count has risen and stays as it is for a second."""
-    before = 0
-    while before == 0 or count() != before:
-        before = count()
-        time.sleep(1)
-
-
 def test_slow_grammars_keep_nobody_waiting_who_has_none(
     server: Running, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards the threads that all requests need: schemas exist that take minutes to read."""
+    """Guards the threads that all requests need, and those whose grammar is there already."""
     is_over, entered = threading.Event(), []
-    begun = engine_request.begin
 
     def slow(*given: object) -> object:
         entered.append(1)
         is_over.wait(30)
-        return begun(*given)  # type: ignore[arg-type]
+        return build(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine_request, "begin", slow)
+    known = {"type": "json_schema", "json_schema": {"schema": {"type": "integer"}}}
+    first = {"prompt": "a", "max_tokens": 4, "response_format": known}
+    httpx.post(f"{server.url}/v1/completions", json=first, timeout=60).raise_for_status()
+    monkeypatch.setattr("twotower.serve.service.build", slow)
 
-    def ask() -> None:
-        body = {"prompt": "a", "max_tokens": 4, "response_format": {"type": "json_object"}}
+    def ask(number: int) -> None:
+        schema = {"type": "integer", "minimum": number}
+        form = {"type": "json_schema", "json_schema": {"schema": schema}}
+        body = {"prompt": "a", "max_tokens": 4, "response_format": form}
         httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
 
-    threads = [threading.Thread(target=ask) for _ in range(40)]
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(40)]
     for thread in threads:
         thread.start()
     try:
-        wait_until_still(lambda: len(entered))
+        wait_for(lambda: len(entered) > 0)
+        time.sleep(0.5)
         answer = client.with_options(timeout=15).completions.create(model="twotower", prompt=SUM)
         assert answer.choices[0].text
+        again = httpx.post(f"{server.url}/v1/completions", json=first, timeout=15)
+        assert again.status_code == 200
+        assert len(entered) == 1, "a caller has one grammar built at a time"
     finally:
         is_over.set()
         for thread in threads:

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 
 from serving import Running, running, tiny
-from twotower.serve.chat_template import PLAIN
+from twotower.serve.chat import PLAIN
 
 FEW = settings(
     max_examples=8,

@@ -15,15 +15,8 @@ from tiny_options import options_of
 from tiny_text import byte_tokenizer
 from twotower import Completion, ContextView, GenerateOptions, TokensCommitted, generate, stream
 from twotower.engine import Failed, Finished, Request, stream_requests
-from twotower.engine.grammar import (
-    Grammar,
-    GrammarState,
-    TokenRules,
-    begin,
-    json_schema,
-    lark,
-    regex,
-)
+from twotower.engine.grammar import Grammar, json_schema, lark, regex
+from twotower.engine.grammar_state import GrammarState, TokenRules, begin
 from twotower.serve.tool_calls import read_tool_calls, tool_call
 
 EOS, VOCAB = 2, byte_tokenizer().vocab_size

@@ -1,22 +1,20 @@
 """Grammars: which tokens they allow where, what they refuse, and how they are taken back."""
 
 import json
+import resource
+import time
 
 import pytest
 import torch
 
 from tiny_models import MASK
 from tiny_text import byte_tokenizer, tiny_tokenizer
-from twotower.engine.grammar import (
-    Grammar,
-    GrammarFailed,
-    GrammarState,
-    TokenRules,
-    begin,
-    json_schema,
-    lark,
-    regex,
-)
+from twotower.engine import grammar_builder
+from twotower.engine.fork_server import Forked
+from twotower.engine.grammar import Grammar, GrammarFailed, json_schema, lark, regex
+from twotower.engine.grammar_builder import GrammarsFull
+from twotower.engine.grammar_state import GrammarState, TokenRules, begin
+from twotower.tokenizer import train_tokenizer
 
 EOS = 2
 RULES = TokenRules(eos=(EOS,), mask_token_id=MASK, vocab_size=330)
@@ -124,6 +122,7 @@ def test_a_forbidden_token_is_an_error() -> None:
     found = state(regex("abc"))
     with pytest.raises(GrammarFailed, match=r"^grammar: ") as raised:
         found.follow(byte_tokenizer().encode("x"))
+        found.mask()
     assert not raised.value.is_of_grammar  # whoever chose the token is to blame
 
 
@@ -132,6 +131,7 @@ def test_a_grammar_that_grows_too_large_is_to_blame_itself() -> None:
     found = state(json_schema({"type": "object", "properties": wide}))
     with pytest.raises(GrammarFailed, match=r"^grammar: .* max is 2000") as raised:
         found.follow(byte_tokenizer().encode('{"'))
+        found.mask()
     assert raised.value.is_of_grammar
 
 
@@ -207,8 +207,146 @@ def test_a_schema_deeper_than_python_is_an_error() -> None:
     deep: dict[str, object] = {}
     for _ in range(100_000):
         deep = {"items": deep}
-    with pytest.raises(ValueError, match="json_schema: not JSON"):
+    with pytest.raises(ValueError, match="json_schema: has more than"):
         json_schema(deep)
+    with pytest.raises(ValueError, match="json_schema: not JSON"):
+        json_schema('{"items":' * 100_000)
+
+
+def chain(length: int) -> dict[str, object]:
+    """A schema of so many references one behind the other."""
+    definitions: dict[str, object] = {
+        str(i): {"type": "object", "properties": {"a": {"$ref": f"#/$defs/{i + 1}"}}}
+        for i in range(length)
+    }
+    definitions[str(length)] = {"type": "null"}
+    return {"$defs": definitions, "$ref": "#/$defs/0"}
+
+
+def nested(depth: int, wrap: str) -> dict[str, object]:
+    schema: dict[str, object] = {"type": "string"}
+    for _ in range(depth):
+        schema = {wrap: schema if wrap == "items" else [schema]}
+    return schema
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        chain(1001),
+        nested(101, "items"),
+        nested(51, "anyOf"),
+        nested(51, "allOf"),
+        {"enum": list(range(20_001))},
+        {"const": "x" * 2_001},
+        {"enum": ["x" * 2_001]},
+        {"type": "object", "properties": {"x" * 2_001: {}}},
+        {"type": "string", "pattern": "x" * 2_001},
+        {"enum": ["x" * 1_000 + str(i) for i in range(300)]},
+    ],
+)
+def test_a_schema_larger_than_any_that_is_meant_is_refused(schema: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"json_schema: has .*(more than|at most)") as error:
+        json_schema(schema)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+def test_long_descriptions_are_no_constants() -> None:
+    assert "1" in allowed(state(json_schema({"type": "integer", "description": "x" * 9_000})))
+
+
+def test_a_long_pattern_or_grammar_is_refused() -> None:
+    for make in (regex, lark):
+        with pytest.raises(ValueError, match="at most 32768"):
+            make("a" * 40_000)
+
+
+HOSTILE = {
+    "1,000 references": json_schema(chain(999)),
+    "twenty patterns at once": json_schema(
+        {"allOf": [{"pattern": f"(a|b)*a(a|b){{{i}}}", "type": "string"} for i in range(20)]}
+    ),
+    "thirty at once": lark("start: T\nT: " + " & ".join(f"/.*a.{{{i}}}b.*/" for i in range(30))),
+    "many names": json_schema(
+        {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(6_000)}}
+    ),
+    "many patterns of names": json_schema(
+        {
+            "type": "object",
+            "patternProperties": {f"^a{{{i}}}b*{i}$": {"type": "integer"} for i in range(400)},
+        }
+    ),
+    "a multiple": json_schema({"type": "integer", "multipleOf": 1_000_003}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_grammar_that_takes_too_much_ends_itself(name: str) -> None:
+    """Guards the server: in its own process each of these ends it, or keeps it for minutes."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(ValueError, match=r": building it needs more than 2 s or 128 MiB") as error:
+        state(HOSTILE[name])
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - start < 12
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10, "KiB, of ours"
+    assert allowed(state(regex("[ab]c"))) == {"a", "b"}, "others go on"
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        lark('start: e\ne: e e | e e e | /[a-z]/ | "(" e ")"'),
+        lark('start: s\ns: s s | "a" | "b" |'),
+        regex("a{100000}"),
+    ],
+)
+def test_following_a_text_has_limits_as_well(grammar: Grammar) -> None:
+    """Guards other rows, which wait for each mask."""
+    found, text, start = state(grammar), byte_tokenizer().encode("a") * 3_000, time.monotonic()
+    with pytest.raises(GrammarFailed, match="more time or memory than it may") as error:
+        for length in range(len(text)):
+            found.follow(text[:length])
+            found.mask()
+    assert error.value.is_of_grammar
+    assert time.monotonic() - start < 5
+
+
+def test_grammars_are_bounded_in_number_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards memory: seventy constants of 900 kB once kept 3.4 GB."""
+    other = train_tokenizer(["c"], vocab_size=260)
+
+    def first(number: int) -> GrammarState:
+        return begin(regex(f"a{{{number}}}"), other, RULES)
+
+    monkeypatch.setattr(grammar_builder, "_MOST_GRAMMARS", 3)
+    held = [first(number) for number in range(1, 4)]
+    with pytest.raises(GrammarsFull, match="try again later"):
+        first(4)
+    again = first(3)  # one that is in use
+    del again, held[0]
+    assert first(4), "the place of one that has ended"
+    monkeypatch.setattr(grammar_builder, "_MOST_GRAMMARS", 100)
+    monkeypatch.setattr(grammar_builder, "_MOST_BYTES", 1)
+    with pytest.raises(GrammarsFull):
+        first(5)
+    monkeypatch.setattr(grammar_builder, "_MOST_BYTES", 1 << 30)
+    monkeypatch.setattr(grammar_builder, "_MOST_KEPT", (1, 1 << 30))
+    del held
+    for number in range(10, 20):
+        first(number)
+    assert len(grammar_builder._builder(other)._alive) <= 2
+
+
+def test_a_lost_root_is_started_again() -> None:
+    """Guards a server that could build no grammar any more after one process was killed."""
+    other = train_tokenizer(["d"], vocab_size=260)
+    begin(regex("a"), other, RULES)
+    process = grammar_builder._builder(other)._root._process
+    assert isinstance(process, Forked)
+    process._connection.close()
+    with pytest.raises(GrammarsFull, match="no process"):
+        begin(regex("b"), other, RULES)
+    assert begin(regex("b"), other, RULES).mask().any()
 
 
 def test_a_tokenizer_without_bytes_is_refused() -> None:
@@ -217,8 +355,6 @@ def test_a_tokenizer_without_bytes_is_refused() -> None:
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    from twotower.tokenizer import train_tokenizer
-
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     other = train_tokenizer(["b"], vocab_size=260)
     with pytest.raises(ValueError, match=r"pip install 'twotower\[serve\]'"):

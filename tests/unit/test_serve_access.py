@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from twotower.serve.access import Keys, Limits, check_exposure, read_keys
 from twotower.serve.errors import ApiError
-from twotower.serve.filters import read_filters
-from twotower.serve.keys import Keys, check_exposure, read_keys
-from twotower.serve.limits import Limits
 from twotower.serve.options import ServeOptions
+from twotower.serve.service import read_filters
 
 
 @pytest.mark.parametrize(

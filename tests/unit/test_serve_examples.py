@@ -12,7 +12,7 @@ import pytest
 from twotower.cli.parse import parse
 from twotower.cli.serve import ServeArguments
 from twotower.engine import WorkerStats
-from twotower.serve.keys import Keys, check_exposure
+from twotower.serve.access import Keys, check_exposure
 from twotower.serve.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]

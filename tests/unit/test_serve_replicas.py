@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("fastapi")
 
 from twotower.cli.serve import ServeArguments, build_app
-from twotower.serve.keys import Keys
+from twotower.serve.access import Keys
 from twotower.serve.replicas import Replica, ReplicaOptions
 
 

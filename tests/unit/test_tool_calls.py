@@ -6,7 +6,8 @@ import pytest
 
 from tiny_models import MASK
 from tiny_text import byte_tokenizer
-from twotower.engine.grammar import GrammarFailed, TokenRules, begin
+from twotower.engine.grammar import GrammarFailed
+from twotower.engine.grammar_state import TokenRules, begin
 from twotower.serve.tool_calls import (
     BARE,
     HERMES,

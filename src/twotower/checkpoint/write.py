@@ -4,6 +4,7 @@ Everything is written into a sibling folder, which then takes the old one's plac
 kill leaves the old checkpoint whole. Files beside the weights in the old folder are kept.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from twotower.checkpoint.files import DTYPES, INDEX_FILE, PACKED_DTYPES, SINGLE_FILE, set_aside
+from twotower.file_lock import only_writer
 
 _SPELLING = {dtype: name for name, dtype in {**DTYPES, **PACKED_DTYPES}.items()}
 
@@ -43,22 +45,30 @@ def write_checkpoint(
     folder = Path(path).resolve()
     extra = {**(extra_files or {}), "config.json": _json(config)}
     _check(folder, pieces, extra, max_shard_bytes)
-    aside = folder.parent / f".{folder.name}.new"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _restore(folder)
-        shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
-        aside.mkdir()
-        _write_weights(aside, pieces, max_shard_bytes)
-        for name, content in extra.items():
-            _write(aside / name, [content])
-        _keep_others(folder, aside)
-        _swap(folder, aside)
+        with only_writer(folder), _made_aside(folder) as aside:
+            _write_weights(aside, pieces, max_shard_bytes)
+            for name, content in extra.items():
+                _write(aside / name, [content])
+            _keep_others(folder, aside)
+            _swap(folder, aside)
     except OSError as error:
         raise ValueError(
             f"{folder}: cannot be saved ({error.strerror or error}); what was there is unchanged; "
             "free some space or choose another place"
         ) from None
+
+
+@contextlib.contextmanager
+def _made_aside(folder: Path) -> Iterator[Path]:
+    """An empty folder beside it, which is gone in the end."""
+    _restore(folder)
+    aside = folder.parent / f".{folder.name}.new"
+    shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
+    aside.mkdir()
+    try:
+        yield aside
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

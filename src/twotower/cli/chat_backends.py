@@ -8,14 +8,16 @@ import contextlib
 import http.client
 import json
 from collections.abc import Generator, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
 from twotower.engine import EngineOptions, TokensCommitted, Worker
 from twotower.engine.events import Failed, Finished
 from twotower.loading import Loaded
 from twotower.serve.options import ServeOptions
-from twotower.serve.served import Served
+
+if TYPE_CHECKING:
+    from twotower.serve.requests import Served
 
 Body = Mapping[str, object]
 Chunk = dict[str, object]
@@ -97,7 +99,7 @@ def _message(body: bytes, status: int) -> str:
 class Local:
     """A model in this process, behind the same checks as a server's."""
 
-    def __init__(self, loaded: Loaded, served: Served) -> None:
+    def __init__(self, loaded: Loaded, served: "Served") -> None:
         options = EngineOptions(max_rows=1, prefix_cache_bytes=_CACHE_BYTES)
         self._worker = Worker(loaded.model, loaded.tokenizer, options)
         self._worker.start()
@@ -106,22 +108,20 @@ class Local:
 
     def reply(self, body: Body) -> Generator[Chunk, None, None]:
         """See Backend."""
+        from twotower.serve.answers import ChatShape, usage_of
         from twotower.serve.errors import ApiError
-        from twotower.serve.fields import parse
-        from twotower.serve.job import chat_job
-        from twotower.serve.rows import submit
-        from twotower.serve.schema import ChatRequest
-        from twotower.serve.shapes import ChatShape
-        from twotower.serve.usage import usage_of
+        from twotower.serve.requests import Reader
+        from twotower.serve.schema import ChatRequest, parse
+        from twotower.serve.service import submit
 
+        reader = Reader(self._served, ServeOptions(max_rows_per_request=1))
         try:
-            asked = parse(ChatRequest, json.dumps(body).encode())
-            job = chat_job(asked, self._served, ServeOptions(max_rows_per_request=1))
-            (ticket,) = submit(self._worker, job, ())
+            asked = reader.chat(parse(ChatRequest, json.dumps(body).encode()))
+            (ticket,) = submit(self._worker, asked, asked.deadline_s)
         except ApiError as error:
             raise ValueError(error.message) from None
         template = self._served.template
-        assert template is not None  # chat_job has refused
+        assert template is not None  # which the reader has refused
         shape = ChatShape(self.name, self._served.tokenizer, None, template.strips_reply)
         with contextlib.closing(ticket.events()) as events:
             for event in events:
@@ -129,7 +129,7 @@ class Local:
                     case TokensCommitted(text=text) if chunk := shape.text(0, text, None):
                         yield chunk
                     case Finished(completion=completion):
-                        yield shape.usage(usage_of(job, [completion]))
+                        yield shape.usage(usage_of(asked, [completion]))
                     case Failed(message=message):
                         raise ValueError(message)
 

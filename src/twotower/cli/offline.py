@@ -17,7 +17,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from twotower.cli.output_file import InputLine, OutputFile, read_lines, run_key
+from twotower.cli.output_file import (
+    MOST_LINE_BYTES,
+    InputLine,
+    OutputFile,
+    read_lines,
+    run_key,
+)
 from twotower.cli.prompts import parse_prompt
 from twotower.cli.records import completion_record
 from twotower.engine import (
@@ -30,6 +36,7 @@ from twotower.engine import (
     resolve_options,
     stream_requests,
 )
+from twotower.engine.grammar import shortened
 from twotower.engine.options import FIELD_MODES
 from twotower.loading import Loaded, Placement, load
 
@@ -131,7 +138,7 @@ class Window:
                     entry.copied["id"] = record["id"]
                 request = _request(record, self._given)
             except ValueError as error:
-                self._set(entry, {"error": str(error)})
+                self._set(entry, {"error": shortened(str(error))})
                 continue
             self._requested[number] = entry
             number += 1
@@ -152,6 +159,8 @@ class Window:
 
 
 def _parse(line: InputLine) -> dict[str, object]:
+    if line.content is None:
+        raise ValueError(f"longer than {MOST_LINE_BYTES >> 20} MiB; split it, or leave it out")
     try:
         record = json.loads(line.content.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -160,6 +169,10 @@ def _parse(line: InputLine) -> dict[str, object]:
         raise ValueError(f"not JSON ({error}); write one object a line") from None
     if not isinstance(record, dict):
         raise ValueError('not an object; write {"prompt": ...}')
+    try:
+        json.dumps(record.get("id"), ensure_ascii=False).encode()  # as its result repeats it
+    except (ValueError, RecursionError):
+        raise ValueError("its id is half a character or nested too deeply; give text") from None
     return record
 
 
@@ -169,9 +182,9 @@ def _request(record: Mapping[str, object], given: Mapping[str, object]) -> Reque
     own = {name: value for name, value in record.items() if name not in ("prompt", "id")}
     for name in own:
         if name not in _OPTION_NAMES:
-            near = difflib.get_close_matches(name, [*_OPTION_NAMES, "prompt", "id"], 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{name!r} is no option{hint or '; see twotower generate -h'}")
+            near = difflib.get_close_matches(name[:50], [*_OPTION_NAMES, "prompt", "id"], 1)
+            hint = f"did you mean {near[0]}?" if near else "see twotower generate -h"
+            raise ValueError(f"{name[:50]!r} is no option; {hint}")
     values = {**_defaults_beside(own, given), **own}
     return Request(prompt, GenerateOptions(**values))  # type: ignore[arg-type]  # checks itself
 

@@ -6,18 +6,23 @@ options, eight for the input line. So a file says by itself how far it is and wh
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 
 from twotower.engine import ResolvedOptions
+from twotower.file_lock import try_lock
 from twotower.loading import Loaded
 
+MOST_LINE_BYTES = 4 << 20  # of the input; to encode them takes some hundred times as many
+_MOST_RESULT_BYTES = 256 << 20
 _SAMPLED = 64  # values of each tensor that identify a model
 
 
@@ -25,18 +30,36 @@ class InputLine(NamedTuple):
     """A line of the input that is not blank; `number` counts from 1."""
 
     number: int
-    content: bytes
+    content: bytes | None  # None: longer than MOST_LINE_BYTES
+    digest: str
 
 
 def read_lines(file: Path) -> Iterator[InputLine]:
-    """The lines of a file that are not blank, one at a time; ValueError if it cannot be read."""
+    """The lines of a file that are not blank, one at a time; ValueError if it cannot be read.
+
+    However long a line is, no more than MOST_LINE_BYTES of it are held.
+    """
     try:
         with file.open("rb") as stream:
-            for number, content in enumerate(stream, 1):
-                if content.strip():
-                    yield InputLine(number, content.strip())
+            for number in itertools.count(1):
+                content = stream.readline(MOST_LINE_BYTES + 1)
+                if not content:
+                    return
+                if len(content) > MOST_LINE_BYTES and not content.endswith(b"\n"):
+                    yield InputLine(number, None, _digest_of_rest(content, stream))
+                elif content := content.strip():
+                    yield InputLine(number, content, hashlib.sha256(content).hexdigest()[:8])
     except OSError as error:
         raise ValueError(f"input: cannot read {file} ({error.strerror})") from None
+
+
+def _digest_of_rest(beginning: bytes, stream: BinaryIO) -> str:
+    """Read a line to its end, part by part."""
+    digest, part = hashlib.sha256(), beginning
+    while part:
+        digest.update(part)
+        part = b"" if part.endswith(b"\n") else stream.readline(1 << 16)
+    return digest.hexdigest()[:8]
 
 
 def run_key(loaded: Loaded, options: ResolvedOptions) -> str:
@@ -57,13 +80,20 @@ class OutputFile:
     """Results in the order of the input, appended line by line; nothing is ever rewritten."""
 
     def __init__(self, file: Path) -> None:
-        """ValueError (one line) if the file cannot be written."""
+        """ValueError (one line) if the file cannot be written, or another run writes it."""
         self._file = file
         self.counts: Counter[str] = Counter()  # lines by "done" and, among them, "refused"
         try:
             self._stream = file.open("a+b", buffering=0)
         except OSError as error:
             raise self._unwritable(error) from None
+        is_file = stat.S_ISREG(os.fstat(self._stream.fileno()).st_mode)  # not a device or a pipe
+        if is_file and not try_lock(self._stream.fileno()):
+            self._stream.close()
+            raise ValueError(
+                f"output: {file} is being written by another run; wait for its end, or give "
+                "another file"
+            )
 
     def __enter__(self) -> "OutputFile":
         return self
@@ -80,8 +110,9 @@ class OutputFile:
             return
         self._stream.seek(0)
         end = 0
-        for number, content in enumerate(self._stream, 1):
-            if not content.endswith(b"\n"):
+        for number in itertools.count(1):
+            content = self._stream.readline(_MOST_RESULT_BYTES)
+            if not content.endswith(b"\n") and len(content) < _MOST_RESULT_BYTES:
                 break
             self._require_answer(number, content, next(lines, None), key)
             end += len(content)
@@ -129,4 +160,4 @@ class OutputFile:
 
 
 def _key(line: InputLine, key: str) -> str:
-    return f"{key}-{hashlib.sha256(line.content).hexdigest()[:8]}"
+    return f"{key}-{line.digest}"

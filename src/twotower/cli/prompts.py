@@ -4,11 +4,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
+from twotower.cli.output_file import MOST_LINE_BYTES, InputLine, read_lines
 from twotower.engine.grammar import Grammar, json_schema, lark, regex
 
 Prompt = str | list[int]
 STDIN = "-"
+_TOO_LONG = f"is longer than {MOST_LINE_BYTES >> 20} MiB; give a shorter prompt"
 
 
 def read_prompts(arguments: Sequence[str], file: Path | None) -> list[Prompt]:
@@ -34,31 +37,38 @@ def read_prompts(arguments: Sequence[str], file: Path | None) -> list[Prompt]:
 
 
 def _read_stdin() -> str:
-    return _decoded(sys.stdin.buffer.read(), "stdin").removesuffix("\n")
+    return _decoded(_bounded(sys.stdin.buffer, "stdin"), "stdin").removesuffix("\n")
 
 
 def _read_file(file: Path) -> list[Prompt]:
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise ValueError(f"input: cannot read {file} ({error.strerror})") from None
-    text = _decoded(content, f"input: {file}")
     if file.suffix != ".jsonl":
-        return [text.removesuffix("\n")]
-    lines = [
-        _parse_line(line, f"input: {file} line {number}")
-        for number, line in enumerate(text.split("\n"), 1)
-        if line.strip()
-    ]
+        try:
+            with file.open("rb") as stream:
+                content = _bounded(stream, f"input: {file}")
+        except OSError as error:
+            raise ValueError(f"input: cannot read {file} ({error.strerror})") from None
+        return [_decoded(content, f"input: {file}").removesuffix("\n")]
+    lines = [_parse_line(line, f"input: {file} line {line.number}") for line in read_lines(file)]
     if not lines:
         raise ValueError(f"input: {file} holds no prompt; write one object a line")
     return lines
 
 
-def _parse_line(line: str, where: str) -> Prompt:
+def _bounded(stream: BinaryIO, where: str) -> bytes:
+    """All of it, unless it is longer than a prompt may be."""
+    content = stream.read(MOST_LINE_BYTES + 1)
+    if len(content) > MOST_LINE_BYTES:
+        raise ValueError(f"{where} {_TOO_LONG}")
+    return content
+
+
+def _parse_line(line: InputLine, where: str) -> Prompt:
+    if line.content is None:
+        raise ValueError(f"{where} {_TOO_LONG}")
+    text = _decoded(line.content, where)
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON ({error}); write one object a line") from None
     return parse_prompt(record, where)
 
@@ -92,7 +102,8 @@ def require_utf8(text: str, where: str) -> str:
 def read_grammar(file: Path) -> Grammar:
     """The grammar in a file, by the end of its name."""
     try:
-        text = file.read_text(encoding="utf-8")
+        with file.open(encoding="utf-8") as stream:
+            text = stream.read(MOST_LINE_BYTES)  # of which a grammar may have a part
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"grammar: cannot read {file} ({error}); name a text file") from None
     if file.suffix == ".json":

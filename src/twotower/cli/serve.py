@@ -23,10 +23,10 @@ from twotower.serve import ServeOptions, replicas
 from twotower.serve.replicas import ReplicaOptions, ReplicatedOptions
 
 if TYPE_CHECKING:
+    from twotower.serve.access import Keys
     from twotower.serve.app import App
-    from twotower.serve.chat_template import ChatTemplate
-    from twotower.serve.keys import Keys
-    from twotower.serve.served import Served
+    from twotower.serve.chat import ChatTemplate
+    from twotower.serve.requests import Served
 
 # What a client wants to know of a request that names nothing.
 _SHOWN = (
@@ -103,7 +103,7 @@ def need_extra(verb: str) -> Iterator[None]:
 
 def describe(loaded: Loaded, options: ServeArguments) -> "Served":
     """The model as its callers see it; ValueError without a tokenizer."""
-    from twotower.serve.served import Served
+    from twotower.serve.requests import Served
 
     if loaded.tokenizer is None:
         raise ValueError(f"model={loaded.name} has no tokenizer.json; a server needs one")
@@ -128,7 +128,7 @@ def served_name(loaded: Loaded) -> str:
 
 def _template(options: ServeArguments, loaded: Loaded) -> "ChatTemplate | None":
     """The given template, the checkpoint's, or for the shipped model the plain one."""
-    from twotower.serve.chat_template import plain_template, read_template
+    from twotower.serve.chat import plain_template, read_template
 
     if loaded.name == SHIPPED and options.chat_template is None:
         assert loaded.tokenizer is not None

@@ -24,7 +24,7 @@ from twotower.engine.events import (
     TokensCommitted,
 )
 from twotower.engine.filters import Filter
-from twotower.engine.grammar import GrammarState, TokenRules, begin
+from twotower.engine.grammar_state import GrammarState, TokenRules, begin
 from twotower.engine.options import GenerateOptions, ResolvedOptions, resolve_options
 from twotower.engine.text import RowText
 from twotower.model import TwoTower
@@ -141,6 +141,8 @@ class Row:
         self.num_commits += 1
         self.num_drafted += drafted or 0
         self.num_accepted += accepted or 0
+        if self.grammar is not None and not self.is_finished:
+            self.grammar.follow(self.tokens)  # which goes on beside the next pass
         text = "" if self.text is None else self.text.show()
         released = self._release()
         return TokensCommitted(

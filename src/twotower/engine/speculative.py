@@ -82,7 +82,9 @@ def draft(batch: Batch) -> Iterator[Event]:
         last = yield from fill_blocks(batch, blocks[places], sampler, places, num_known=1)
         # Not the first column: AR may have chosen the mask token, which the denoiser then fills.
         blocks[places, 1:] = last.tokens[:, 1:].cpu()
-        pairs = zip(places.tolist(), blocks[places].tolist(), strict=True)
+        pairs = list(zip(places.tolist(), blocks[places].tolist(), strict=True))
+        for place, tokens in pairs:  # all of them, before any answer is waited for
+            _look_ahead(rows[place], tokens[1:])
         most = torch.tensor([_num_possible(rows[place], tokens) for place, tokens in pairs])
         lengths[places] = torch.minimum(draft_lengths(last.confidence.cpu()), most)
     batch.draft = blocks[:, : int(lengths.max())], lengths, is_drafting
@@ -103,8 +105,15 @@ def _write_forced(row: Row, block: Tensor) -> int:
         return 0
     row.grammar.follow(row.tokens)
     forced = row.grammar.forced()[: max(0, len(block) - 2)]
+    _look_ahead(row, forced)
     block[1 : 1 + len(forced)] = torch.tensor(forced)
     return len(forced)
+
+
+def _look_ahead(row: Row, tokens: list[int]) -> None:
+    """Let the row's grammar work on what may come, while the towers do."""
+    if row.grammar is not None:
+        row.grammar.look_ahead(tokens)
 
 
 def _num_possible(row: Row, block: list[int]) -> int:

@@ -1,27 +1,48 @@
-"""The FastAPI app: routes, the page's files, and what happens at start and stop."""
+"""The FastAPI app: routes, the page's files, and what happens at start and stop.
+
+The two endpoints that write text turn a body into rows, and rows into an answer or a stream.
+"""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from importlib import resources
 from pathlib import Path
+from typing import TypeVar
 
+import anyio
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
+from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from twotower.engine import Worker
+from twotower.serve.access import Keys, Limits
+from twotower.serve.answers import ChatShape, CompletionShape, Shape, Viewer, usage_of
 from twotower.serve.errors import ApiError
-from twotower.serve.filters import read_filters
-from twotower.serve.guard import ENTRY, Guard, Rules
-from twotower.serve.keys import Keys
-from twotower.serve.limits import Limits
-from twotower.serve.metrics import Metrics
+from twotower.serve.guard import CALLER, ENTRY, Guard, Rules
+from twotower.serve.metrics import Entry, Metrics, Observed
 from twotower.serve.options import ServeOptions
-from twotower.serve.served import Served
-from twotower.serve.service import Service
-from twotower.serve.text_routes import add_text_routes
+from twotower.serve.requests import Generation, Served
+from twotower.serve.schema import (
+    ChatRequest,
+    CompletionRequest,
+    Decoding,
+    answers_of,
+    body_of,
+    parse,
+)
+from twotower.serve.service import (
+    DONE,
+    Service,
+    gather,
+    stopping,
+    stream_lines,
+    to_json,
+    until_gone,
+    whole_to_json,
+)
 
 App = FastAPI  # for those who may not import the framework
 
@@ -35,7 +56,7 @@ def create_app(
     `app.state.service` is its Service. Other servers can mount it as it is.
     """
     metrics = Metrics(worker.stats)
-    service = Service(worker, options, served, metrics, read_filters(options.filter))
+    service = Service(worker, options, served, metrics)
     app = FastAPI(
         title="twotower",
         version="1",
@@ -141,3 +162,103 @@ def _add_page(app: FastAPI, folder: Path) -> None:
         add(f"/{file.name}", file)
         if file.name == "index.html":
             add("/", file)
+
+
+_SMALL_BODY = 16 << 10  # bytes that are read at once, which is less than a change of threads
+BodyT = TypeVar("BodyT", bound=Decoding)
+
+
+def add_text_routes(app: FastAPI, service: Service) -> None:
+    """/v1/completions and /v1/chat/completions."""
+
+    @app.post(
+        "/v1/completions",
+        responses=answers_of("text_completion"),
+        openapi_extra=body_of(CompletionRequest),
+    )
+    async def completions(request: Request) -> Response:
+        """Continue prompts."""
+        body = await _read(request, service, CompletionRequest)
+        caller = request.scope[CALLER]
+        asked, shape = await asyncio.to_thread(_completion, body, service, caller)
+        return await _answer(request, service, body, asked, shape)
+
+    @app.post(
+        "/v1/chat/completions",
+        responses=answers_of("chat.completion"),
+        openapi_extra=body_of(ChatRequest),
+    )
+    async def chat(request: Request) -> Response:
+        """Answer a conversation."""
+        body = await _read(request, service, ChatRequest)
+        asked, shape = await asyncio.to_thread(_chat, body, service, request.scope[CALLER])
+        return await _answer(request, service, body, asked, shape)
+
+
+def _completion(body: CompletionRequest, service: Service, caller: str) -> tuple[Generation, Shape]:
+    asked, served = service.reader.completion(body, caller), service.served
+    echo = [served.tokenizer.decode(p) if body.echo else "" for p in asked.prompts]
+    each = [text for text in echo for _ in range(asked.num_choices)]
+    return asked, CompletionShape(served.name, served.tokenizer, each, body.logprobs is not None)
+
+
+def _chat(body: ChatRequest, service: Service, caller: str) -> tuple[Generation, Shape]:
+    asked, served = service.reader.chat(body, caller), service.served
+    assert served.template is not None  # which the reader has refused
+    has_calls = body.tools is not None and body.tool_choice != "none"
+    style = served.template.tool_style if has_calls else None
+    return asked, ChatShape(served.name, served.tokenizer, style, served.template.strips_reply)
+
+
+async def _read(request: Request, service: Service, record: type[BodyT]) -> BodyT:
+    if service.is_stopping:
+        raise stopping()
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # a form or text/plain is what foreign web pages can send
+        raise ApiError(415, f"Content-Type must be application/json, not {kind!r}")
+    content = await request.body()
+    is_small = len(content) < _SMALL_BODY
+    body = parse(record, content) if is_small else await asyncio.to_thread(parse, record, content)
+    entry: Entry = request.scope[ENTRY]
+    if body.user is not None:
+        entry["user"] = body.user
+    return body
+
+
+async def _answer(
+    request: Request, service: Service, body: Decoding, asked: Generation, shape: Shape
+) -> Response:
+    entry: Entry = request.scope[ENTRY]
+    tokenizer = service.served.tokenizer
+    if service.options.log_prompts:
+        entry["prompts"] = [tokenizer.decode(p, skip_special=False) for p in asked.prompts]
+    observed = Observed(asked, service.metrics, entry)
+    tickets = await service.submit(asked, request.scope[CALLER])
+    if not body.stream:
+        completions = await until_gone(request.receive, gather(tickets, observed))
+        if service.options.log_prompts:
+            entry["texts"] = [completion.text for completion in completions]
+        answer = await asyncio.to_thread(
+            lambda: whole_to_json(shape.whole(completions, usage_of(asked, completions)))
+        )
+        return Response(answer, media_type="application/json")
+    viewer = Viewer(tokenizer, tickets) if body.twotower_events else None
+    has_usage = body.stream_options is not None and body.stream_options.include_usage
+    lines = _events(stream_lines(asked, tickets, shape, viewer, observed), has_usage)
+    return EventSourceResponse(
+        lines,
+        sep="\n",
+        # The library would cut streams at once when the server stops; the worker ends them.
+        shutdown_event=anyio.Event(),
+        shutdown_grace_period=service.options.grace_s + 5,
+    )
+
+
+async def _events(
+    lines: AsyncGenerator[dict[str, object], None], has_usage: bool
+) -> AsyncIterator[dict[str, str]]:
+    async with contextlib.aclosing(lines):  # whoever goes away closes us, and we the rows
+        async for record in lines:
+            if "usage" not in record or has_usage:
+                yield {"data": to_json(record)}
+    yield {"data": DONE}

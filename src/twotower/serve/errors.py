@@ -21,6 +21,7 @@ _CODES = {
     405: "no_such_method",
     415: "content_type",
 }
+_LONGEST = 500  # characters of a message
 # What requests call the engine's fields.
 _API_NAMES = {
     "grammar": "response_format",
@@ -44,8 +45,9 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = " ".join(message.split())
-        self.param = param
+        line = " ".join(message.split())  # it may quote all that a caller sent
+        self.message = line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
+        self.param = param and param[:100]
         self.code = code or _CODES.get(status, "internal")
         self.headers = dict(headers or {})
 
@@ -74,8 +76,14 @@ def _type_of(status: int) -> str:
 
 def bad_value(error: ValueError) -> ApiError:
     """The engine's refusal of a request; its messages begin with the name of the field."""
-    name = re.match(r"(?:the )?(prompt|[a-z_]+(?=[=:[]))", str(error))
-    return ApiError(400, str(error), param=name and _API_NAMES.get(name[1], name[1]))
+    message = str(error)
+    found = re.match(r"(?:the )?(prompt|[a-z_]+(?=[=:[]))", message)
+    if found is None:
+        return ApiError(400, message)
+    name = _API_NAMES.get(found[1], found[1])
+    if message.startswith(found[1]):
+        message = name + message[len(found[1]) :]
+    return ApiError(400, message, param=name)
 
 
 def from_failure(failed: Failed) -> ApiError:

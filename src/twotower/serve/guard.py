@@ -10,22 +10,22 @@ import logging
 import secrets
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from twotower.serve.access import Keys, Limits
 from twotower.serve.errors import ApiError
-from twotower.serve.keys import Keys
-from twotower.serve.limits import Limits
-from twotower.serve.metrics import Metrics
-from twotower.serve.observe import Entry
+from twotower.serve.metrics import Entry, Metrics
 from twotower.serve.options import ServeOptions
 
 _log = logging.getLogger("twotower.serve")
 ENTRY = "twotower.entry"  # where the scope holds the request's line of the log
+CALLER = "twotower.caller"  # and whose request it is
+_MOST_HELD = 256 << 20  # bytes of all bodies that are not answered yet
 _KNOWN_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/metrics")
 _OPEN_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 CSP = (
@@ -58,6 +58,7 @@ class Guard:
     def __init__(self, app: ASGIApp, rules: Rules) -> None:
         self._app = app
         self._rules = rules
+        self._held = 0  # bytes of bodies that are not answered yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -93,16 +94,52 @@ class Guard:
     async def _admit(self, scope: Scope, receive: Receive, reply: "_Reply") -> None:
         headers, rules = Headers(scope=scope), self._rules
         self._check_host(headers)
-        caller = self._caller(scope, headers)
+        caller = scope[CALLER] = self._caller(scope, headers)
         if scope["method"] != "POST":
             await self._app(scope, receive, reply)
             return
         rules.limits.enter(caller)
+        body = bytearray()
+
+        def release() -> None:
+            self._held -= len(body)
+            body.clear()
+
+        reply.when_begun = release
         try:
-            body = await _read_body(headers, receive, rules.options)
-            await self._app(scope, _replay(body, receive), reply)
+            await self._read(body, headers, receive)
+            await self._app(scope, _replay(bytes(body), receive), reply)
         finally:
+            release()
             rules.limits.leave(caller)
+
+    async def _read(self, body: bytearray, headers: Headers, receive: Receive) -> None:
+        """All of a body; ApiError as soon as it is known to be too large or too slow."""
+        options = self._rules.options
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > options.max_body_bytes:
+            raise _too_large(options)
+        try:
+            await asyncio.wait_for(self._fill(body, receive), options.body_timeout_s)
+        except TimeoutError:
+            raise ApiError(
+                408, f"the body took longer than {options.body_timeout_s:g} s", code="body_timeout"
+            ) from None
+
+    async def _fill(self, body: bytearray, receive: Receive) -> None:
+        has_more = True
+        while has_more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ApiError(499, "the client has gone", code="cancelled")
+            part = message.get("body", b"")
+            body += part
+            self._held += len(part)
+            if len(body) > self._rules.options.max_body_bytes:
+                raise _too_large(self._rules.options)
+            if self._held > _MOST_HELD:
+                raise _too_many()
+            has_more = message.get("more_body", False)
 
     def _check_host(self, headers: Headers) -> None:
         """Without keys, a web page must not reach us by a name that it owns (DNS rebinding)."""
@@ -151,11 +188,13 @@ class _Reply:
         self._send = send
         self._entry = entry
         self._has_begun = False
+        self.when_begun: Callable[[], None] = lambda: None
         self.status = 499  # unless something is sent: the client went away
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._has_begun = True
+            self.when_begun()
             self.status = message["status"]
             extra = {**_SECURITY_HEADERS, "X-Request-Id": str(self._entry["request"])}
             message["headers"] = [*message.get("headers", ()), *_raw(extra)]
@@ -171,7 +210,7 @@ class _Reply:
             "Content-Type": "application/json",
             "Content-Length": str(len(body)),
             # What is left of a body must not be taken for the next request.
-            **({"Connection": "close"} if error.status in (408, 413) else {}),
+            **({"Connection": "close"} if error.status in (408, 413, 429) else {}),
             **error.headers,
         }
         start = {"type": "http.response.start", "status": error.status, "headers": _raw(headers)}
@@ -190,37 +229,15 @@ def _raw(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
     return [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
 
 
-async def _read_body(headers: Headers, receive: Receive, options: ServeOptions) -> bytes:
-    """The whole body; ApiError as soon as it is known to be too large or too slow."""
-    length = headers.get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > options.max_body_bytes:
-        raise _too_large(options)
-    try:
-        return await asyncio.wait_for(_all_of(receive, options), options.body_timeout_s)
-    except TimeoutError:
-        raise ApiError(
-            408, f"the body took longer than {options.body_timeout_s:g} s", code="body_timeout"
-        ) from None
-
-
-async def _all_of(receive: Receive, options: ServeOptions) -> bytes:
-    parts, size, has_more = [], 0, True
-    while has_more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ApiError(499, "the client has gone", code="cancelled")
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > options.max_body_bytes:
-            raise _too_large(options)
-        has_more = message.get("more_body", False)
-    return b"".join(parts)
-
-
 def _too_large(options: ServeOptions) -> ApiError:
     return ApiError(
         413, f"the body is larger than {options.max_body_bytes} bytes", code="body_too_large"
     )
+
+
+def _too_many() -> ApiError:
+    message = "too many large requests at a time; try again later"
+    return ApiError(429, message, code="queue_full", headers={"Retry-After": "2"})
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -1,6 +1,11 @@
-"""The figures of /metrics. Every one is explained in docs/serving.md; a test compares."""
+"""The figures of /metrics, and a line of the log for each request.
 
-from collections.abc import Callable, Iterator
+Every figure is explained in docs/serving.md; a test compares.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -14,9 +19,14 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from twotower.engine import WorkerStats
+from twotower.engine import Completion, Event, TokensCommitted, WorkerStats
+from twotower.serve.answers import usage_of
+from twotower.serve.errors import ApiError
+from twotower.serve.requests import Generation
 
 Family = CounterMetricFamily | GaugeMetricFamily
+_LONGEST = 300  # characters of a value; a path may have 64 thousand
+_BURST, _LINES_A_SECOND = 2_000, 200
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOKEN_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
 _PER_PASS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
@@ -115,3 +125,105 @@ class _WorkerCollector(Collector):
         for name, field, explanation in _LEVELS:
             value = float(getattr(stats, field))
             yield GaugeMetricFamily(f"twotower_{name}", explanation, value=value)
+
+
+class Entry(dict[str, object]):
+    """Fields of a request's line in the log, in the order in which they are set."""
+
+    def line(self) -> str:
+        """`name=value` pairs; text is quoted so that nobody can write a line of their own."""
+        return " ".join(f"{name}={_quoted(value)}" for name, value in self.items())
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    is_plain = text.isascii() and text.isprintable() and text and not set(' "=') & set(text)
+    return text if is_plain else ascii(text)
+
+
+class RateLimit(logging.Filter):
+    """Lets so many lines pass and then so many a second, and says how many it has left out.
+
+    Whoever can cause a line can cause any number: a full disk ends more than this server.
+    """
+
+    def __init__(self, burst: int = _BURST, lines_a_second: float = _LINES_A_SECOND) -> None:
+        super().__init__()
+        self._burst, self._rate = burst, lines_a_second
+        self._left, self._last_s = float(burst), time.monotonic()
+        self._num_dropped = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line is written."""
+        now = time.monotonic()
+        self._left = min(self._burst, self._left + (now - self._last_s) * self._rate)
+        self._last_s = now
+        if self._left < 1:
+            self._num_dropped += 1
+            return False
+        self._left -= 1
+        if self._num_dropped:
+            record.msg = f"{record.getMessage()} ({self._num_dropped} lines before were left out)"
+            record.args = ()
+            self._num_dropped = 0
+        return True
+
+
+class Observed:
+    """Watches the rows of one request."""
+
+    def __init__(self, asked: Generation, metrics: Metrics, entry: Entry) -> None:
+        self._asked = asked
+        self._metrics = metrics
+        self._entry = entry
+        self._start_s = time.monotonic()
+        self._first: dict[int, tuple[float, int]] = {}  # row: moment, tokens of its first commit
+        self._last: dict[int, float] = {}
+        self._drafts: dict[int, tuple[int, int]] = {}  # row: drafted, accepted
+        entry["mode"] = asked.mode
+        entry["rows"] = len(asked.requests)
+        entry["prompt_tokens"] = sum(map(len, asked.prompts))
+
+    def hear(self, index: int, event: Event) -> None:
+        """Take the time of a commit."""
+        if not isinstance(event, TokensCommitted):
+            return
+        now = self._last[index] = time.monotonic()
+        if index not in self._first:
+            self._first[index] = now, len(event.tokens)
+            self._metrics.first_block_s.labels(self._asked.mode).observe(now - self._start_s)
+            self._entry.setdefault("first_block_s", round(now - self._start_s, 4))
+        if event.drafted is not None and event.accepted is not None:
+            drafted, accepted = self._drafts.get(index, (0, 0))
+            self._drafts[index] = drafted + event.drafted, accepted + event.accepted
+
+    def finish(self, completions: Sequence[Completion]) -> None:
+        """All rows are decoded."""
+        metrics, mode = self._metrics, self._asked.mode
+        usage = usage_of(self._asked, completions)
+        for index, completion in enumerate(completions):
+            self._measure(index, completion)
+            metrics.ends.labels(mode, completion.finish_reason).inc()
+        metrics.prompt_tokens.inc(sum(map(len, self._asked.prompts)))
+        metrics.request_s.labels(mode).observe(time.monotonic() - self._start_s)
+        for name in ("completion_tokens", "nfe", "context_forwards"):
+            self._entry[name] = usage[name]
+        self._entry["finish"] = ",".join(sorted({c.finish_reason for c in completions}))
+
+    def _measure(self, index: int, completion: Completion) -> None:
+        metrics, mode = self._metrics, self._asked.mode
+        moment, num_first = self._first[index]
+        later = len(completion.tokens) - num_first
+        if later > 0:
+            metrics.token_s.labels(mode).observe((self._last[index] - moment) / later)
+        if completion.nfe:
+            metrics.per_nfe.labels(mode).observe(len(completion.tokens) / completion.nfe)
+        drafted, accepted = self._drafts.get(index, (0, 0))
+        if drafted:
+            metrics.acceptance.labels(mode).observe(accepted / drafted)
+
+    def fail(self, error: ApiError) -> None:
+        """The request ends with an error."""
+        self._metrics.ends.labels(self._asked.mode, error.code).inc()
+        self._entry["error"] = error.code

@@ -26,6 +26,9 @@ class ServeOptions:
     allowed_hosts: tuple[str, ...] = ()
     """Further host names under which this machine is called; without API keys only its own
     addresses are answered, so that no web page can reach the server under another name."""
+    max_connections: int = 512
+    """Most connections at a time; for one more, the one that has kept the server waiting longest
+    is closed."""
     max_body_bytes: int = 1 << 20
     """Largest request body; more is refused before it is read."""
     body_timeout_s: float = 10.0
@@ -84,6 +87,7 @@ class ServeOptions:
 
 
 _COUNTS = (
+    "max_connections",
     "max_body_bytes",
     "max_prompt_tokens",
     "max_new_tokens",

@@ -1,26 +1,169 @@
-"""The bodies of the two endpoints that write text."""
+"""The bodies of the two endpoints that write text, and how a bad one becomes one line.
 
-from typing import Annotated, Literal
+A field that is not listed here is refused. Fields of OpenAI's that this server cannot honour are
+listed with the values that ask for nothing; any other value is refused. What a decoding option may
+be is the engine's to say (`GenerateOptions`): here they have types only.
 
-from pydantic import Field
+Validation ends at the first thing that is wrong in a list or object: a body of a megabyte could
+otherwise have half a million errors, which nobody reads and everybody waits for.
+"""
 
-from twotower.serve.fields import Count, Decoding, Record, TokenId, Unsupported
+import difflib
+import json
+from typing import Annotated, Any, Literal, TypeVar
 
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.functional_validators import PlainValidator
+from pydantic_core import ErrorDetails, PydanticCustomError, from_json
+
+from twotower.engine import Mode
+from twotower.serve.errors import ApiError
+
+RecordT = TypeVar("RecordT", bound="Record")
 _PROMPT = "must be non-empty text, a non-empty list of token ids, or a list of either"
+_MAX_STOPS, _MAX_STOP_LENGTH = 16, 256
 _MAX_ALTERNATIVES = 20
-Text = Annotated[str, Field(min_length=1)]
-Ids = Annotated[list[TokenId], Field(min_length=1)]
+_MAX_ID = 1 << 31
+_MAX_CONTAINERS = 100_000  # of a body; to make them takes the interpreter, which all wait for
+
+Count = Annotated[int, Field(ge=1, lt=1 << 31)]
+StopText = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LENGTH)]
+
+
+def _is_neutral(value: object) -> object:
+    if value:
+        raise PydanticCustomError("unsupported", "is not supported by this server; leave it out")
+    return value
+
+
+# What asks for nothing, in any of the types that OpenAI's fields have.
+Unsupported = Annotated[
+    object,
+    PlainValidator(_is_neutral),
+    WithJsonSchema({"enum": [None, False, 0, "", [], {}]}),
+]
+
+
+def _is_prompt(value: object) -> object:
+    prompts = value if isinstance(value, list) and value and not _is_id(value[0]) else [value]
+    is_text = isinstance(prompts[0], str)
+    if not all(_is_text(one) if is_text else _are_ids(one) for one in prompts):
+        raise PydanticCustomError("prompt", _PROMPT)
+    return value
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_id(value: object) -> bool:
+    return type(value) is int and 0 <= value < _MAX_ID
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, list) and value != [] and all(map(_is_id, value))
+
+
+_TEXT_SCHEMA = {"type": "string", "minLength": 1}
+_ID_SCHEMA = {"type": "integer", "minimum": 0, "exclusiveMaximum": _MAX_ID}
+_IDS_SCHEMA = {"type": "array", "items": _ID_SCHEMA, "minItems": 1}
+_EITHER = [_TEXT_SCHEMA, _IDS_SCHEMA]
+# Checked by hand: a union of lists would be tried list by list to its end.
+Prompt = Annotated[
+    object,
+    PlainValidator(_is_prompt),
+    WithJsonSchema(
+        {"anyOf": [*_EITHER, *({"type": "array", "items": s, "minItems": 1} for s in _EITHER)]}
+    ),
+]
+
+
+class Record(BaseModel):
+    """A JSON object whose fields are all known and of exactly their types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, value: object) -> object:
+        """The first of them; `extra="forbid"` would list them all."""
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        for name in value if isinstance(value, dict) else ():
+            if name not in known:
+                raise PydanticCustomError("unknown_field", "{name}", {"name": name[:100]})
+        return value
+
+
+class StreamOptions(Record):
+    """What a stream tells besides text."""
+
+    include_usage: bool = False
+    include_obfuscation: Unsupported = None
+
+
+class JsonSchema(Record):
+    """A schema with the name that OpenAI wants for it."""
+
+    name: str = "answer"
+    description: str | None = None
+    schema_: dict[str, object] = Field(alias="schema")
+    strict: bool | None = None  # always exact here
+
+
+class ResponseFormat(Record):
+    """Text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class Decoding(Record):
+    """How to decode: OpenAI's fields and ours. What is not given takes the checkpoint's default."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: Count | None = None
+    stop: (
+        StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=_MAX_STOPS)] | None
+    ) = None
+    seed: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Annotated[str, Field(max_length=256)] | None = None
+    response_format: ResponseFormat | None = None
+    presence_penalty: Unsupported = None
+    frequency_penalty: Unsupported = None
+    logit_bias: Unsupported = None
+
+    mode: Mode | None = None
+    block_size: int | None = None
+    steps_per_block: int | None = None
+    first_token: str | None = None
+    draft_passes: int | None = None
+    confidence_threshold: float | None = None
+    verify_threshold: float | None = None
+    top_k: int | None = None
+    schedule: str | None = None
+    remask: str | None = None
+    adaptive: bool | None = None
+    ignore_eos: bool | None = None
+    deadline_s: Annotated[float, Field(ge=1)] | None = None
+    twotower_events: bool | None = None
 
 
 class CompletionRequest(Decoding):
     """Body of /v1/completions."""
 
-    prompt: (
-        Text
-        | Ids
-        | Annotated[list[Text], Field(min_length=1)]
-        | Annotated[list[Ids], Field(min_length=1)]
-    ) = Field(description=_PROMPT)
+    prompt: Prompt = Field(description=_PROMPT)
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=_MAX_ALTERNATIVES)] | None = None
     best_of: Literal[1] | None = None
@@ -53,9 +196,9 @@ class Message(Record):
     """One turn of a conversation; the fields without effect are those clients send back to us."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=1024)] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=128)] | None = None
     tool_call_id: str | None = None
     refusal: Unsupported = None
     annotations: Unsupported = None
@@ -95,12 +238,148 @@ class ChosenTool(Record):
 class ChatRequest(Decoding):
     """Body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
-    max_completion_tokens: Count | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=1024)]
+    max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=_MAX_ALTERNATIVES)] | None = None
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, min_length=1, max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = None  # a reply holds one call, which either value allows
     store: Unsupported = None
     metadata: Unsupported = None
+
+
+def parse(record: type[RecordT], body: bytes) -> RecordT:
+    """The record in a JSON body; ApiError 400 (one line) that names the first field at fault."""
+    if body.count(b"[") + body.count(b"{") > _MAX_CONTAINERS:
+        message = f"the body has more than {_MAX_CONTAINERS} lists and objects; send less"
+        raise ApiError(400, message, code="too_large")
+    try:
+        value = from_json(body)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON: {error}", code="json_invalid") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, "the body must be a JSON object", code="json_invalid")
+    try:
+        return record.model_validate(value)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False)
+        raise _refusal(record, _telling(found)) from None
+
+
+def _refusal(record: type[Record], problem: ErrorDetails) -> ApiError:
+    path = _path(problem["loc"])
+    if problem["type"] == "unknown_field":
+        name = ".".join([*path, problem["msg"]])
+        return ApiError(400, _unknown(record, name), param=name, code="unknown_field")
+    name = ".".join(path)
+    if problem["type"] == "unsupported":
+        return ApiError(400, f"{name} {problem['msg']}", param=name, code="unsupported_field")
+    message = problem["msg"]
+    return ApiError(
+        400, f"{name}: {message[:1].lower()}{message[1:]}", param=name, code="bad_value"
+    )
+
+
+def _telling(problems: list[ErrorDetails]) -> ErrorDetails:
+    """Of a field with several possible types, what is wrong with the one that was meant."""
+    same_field = [problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]]
+    others = [problem for problem in same_field if not problem["type"].endswith("_type")]
+    return (others or same_field)[0]
+
+
+def _path(location: tuple[int | str, ...]) -> list[str]:
+    """Names from the body's field inwards, without the types that were tried on the way."""
+    return [str(part) for number, part in enumerate(location) if not number or _is_name(part)]
+
+
+def _is_name(part: int | str) -> bool:
+    """Whether a part of a location is a field or a number, not a type such as list[int]."""
+    text = str(part)
+    is_type = text in ("str", "int", "float", "bool", "none") or "[" in text or "-" in text
+    return isinstance(part, int) or (not is_type and not text[:1].isupper())
+
+
+def _unknown(record: type[BaseModel], name: str) -> str:
+    known = [field.alias or key for key, field in record.model_fields.items()]
+    near = [] if "." in name else difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else "; see /openapi.json for the fields"
+    return f"{name} is not a field of this request{hint}"
+
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+_REFUSALS = {
+    400: "A field is wrong; the message names it.",
+    401: "No valid API key.",
+    403: "This host name is not answered.",
+    404: "No such model.",
+    408: "The body took too long.",
+    413: "Body or prompt are too large.",
+    415: "The body is not declared as JSON.",
+    429: "The queue is full or a limit of the caller is reached; see Retry-After.",
+    500: "An internal error.",
+    503: "The server is stopping.",
+    504: "The deadline has passed.",
+}
+
+
+def body_of(record: type[BaseModel]) -> dict[str, Any]:
+    """The operation's request body: the record's JSON schema, its parts inlined."""
+    schema = record.model_json_schema(ref_template="#/{model}")
+    parts = schema.pop("$defs", {})
+    content = {"application/json": {"schema": _inlined(schema, parts)}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _inlined(schema: object, parts: dict[str, object]) -> object:
+    if isinstance(schema, list):
+        return [_inlined(item, parts) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        rest = {key: value for key, value in schema.items() if key != "$ref"}
+        part = parts[schema["$ref"].removeprefix("#/")]
+        assert isinstance(part, dict)
+        return _inlined({**part, **rest}, parts)
+    return {key: _inlined(value, parts) for key, value in schema.items()}
+
+
+def answers_of(kind: str) -> dict[int | str, dict[str, Any]]:
+    """The operation's answers: an object of the kind or its stream, and every refusal."""
+    whole = {
+        "type": "object",
+        "required": ["id", "object", "created", "model", "choices", "usage"],
+        "properties": {
+            "object": {"const": kind},
+            "choices": {"type": "array", "items": {"type": "object"}},
+            "usage": {"type": "object"},
+        },
+    }
+    answers: dict[int | str, dict[str, Any]] = {
+        200: {
+            "description": "The answer, or its stream of server-sent events.",
+            "content": {
+                "application/json": {"schema": whole},
+                "text/event-stream": {"schema": {"type": "string"}},
+            },
+        }
+    }
+    for status, description in _REFUSALS.items():
+        content = {"application/json": {"schema": json.loads(json.dumps(_ERROR))}}
+        answers[status] = {"description": description, "content": content}
+    return answers

@@ -1,34 +1,71 @@
-"""What the routes share, and how the worker behind them is kept alive and brought to an end."""
+"""The worker behind the routes: kept alive, brought to an end, asked for rows.
+
+The rows of one HTTP request are submitted together, heard together, called off together.
+"""
 
 import asyncio
+import json
 import logging
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+import re
+import time
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+from weakref import WeakValueDictionary
 
-from twotower.engine import Filter, Worker
-from twotower.serve.metrics import Metrics
+from starlette.types import Receive
+
+from twotower.engine import (
+    Completion,
+    Event,
+    Failed,
+    Finished,
+    QueueFull,
+    StepTaken,
+    Stopped,
+    Ticket,
+    TokensCommitted,
+    Worker,
+)
+from twotower.engine.filters import Filter, function_filter, pattern_filter
+from twotower.engine.grammar import Grammar
+from twotower.engine.grammar_builder import Built, GrammarsFull, build, find
+from twotower.serve.answers import Shape, Viewer, usage_of
+from twotower.serve.errors import ApiError, bad_value, from_failure
+from twotower.serve.metrics import Metrics, Observed
 from twotower.serve.options import ServeOptions
-from twotower.serve.served import Served
+from twotower.serve.requests import Generation, Reader, Served
 
 _log = logging.getLogger("twotower.serve")
-_GRAMMARS_AT_A_TIME = 2
+_BUILDING = 8  # callers whose grammars are built or wait for it
 _WATCH_S = 0.25  # how often the worker's thread is looked at
+_ENTRY_POINT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
-@dataclass
+def read_filters(named: Sequence[str]) -> tuple[Filter, ...]:
+    """A filter for each pattern or module:function; ValueError (one line) for a bad one.
+
+    A pattern that looks like module:function is spelt module[:]function.
+    """
+    return tuple(
+        function_filter(name) if _ENTRY_POINT.fullmatch(name) else pattern_filter(name)
+        for name in named
+    )
+
+
 class Service:
     """A worker with its options, its model's description and its figures."""
 
-    worker: Worker
-    options: ServeOptions
-    served: Served
-    metrics: Metrics
-    filters: tuple[Filter, ...]
-    # Of their own, so that a schema made to be slow keeps no request waiting that has none.
-    grammar_threads: Executor = field(
-        default_factory=lambda: ThreadPoolExecutor(_GRAMMARS_AT_A_TIME, "twotower-grammar")
-    )
-    is_stopping: bool = field(default=False)
+    def __init__(
+        self, worker: Worker, options: ServeOptions, served: Served, metrics: Metrics
+    ) -> None:
+        """ValueError (one line) for a bad filter."""
+        self.worker, self.options, self.served, self.metrics = worker, options, served, metrics
+        self.reader = Reader(served, options, read_filters(options.filter))
+        self.is_stopping = False
+        # Of their own, so that a grammar made to be slow keeps no request waiting that has none.
+        self._building = ThreadPoolExecutor(_BUILDING, "twotower-grammar")
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @property
     def state(self) -> str:
@@ -39,10 +76,35 @@ class Service:
             return "failed"
         return "ready" if self.worker.stats().is_alive else "restarting"
 
+    async def submit(self, asked: Generation, caller: str) -> list[Ticket]:
+        """A ticket for every row. ApiError for what the engine refuses."""
+        start_s = time.monotonic()
+        built = None  # held until each row holds it
+        if asked.grammar is not None:
+            built = await self._build(asked.grammar, caller, asked.deadline_s)
+        left_s = max(0.0, start_s + asked.deadline_s - time.monotonic())
+        tickets = await asyncio.to_thread(submit, self.worker, asked, left_s)
+        del built
+        return tickets
+
+    async def _build(self, grammar: Grammar, caller: str, most_s: float) -> Built:
+        """A grammar made ready, one at a time for each caller."""
+        tokenizer = self.served.tokenizer
+        turn = self._turns.setdefault(caller, asyncio.Lock())
+        try:
+            if (known := find(grammar, tokenizer)) is not None:
+                return known
+            async with turn:
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(self._building, build, grammar, tokenizer, most_s)
+        except ValueError as error:
+            raise refused(error) from None
+
     async def stop(self) -> None:
         """Take no more requests; finish or tell every row; return when that is done."""
         if not self.is_stopping:
             self.is_stopping = True
+            self._building.shutdown(wait=False, cancel_futures=True)
             await asyncio.to_thread(self.worker.stop, self.options.grace_s)
 
     async def keep_alive(self) -> None:
@@ -53,3 +115,177 @@ class Service:
                 _log.error("the decoding thread has died; it is started again")
                 self.metrics.restarts.inc()
                 self.worker.start()
+
+
+T = TypeVar("T")
+_MOST_UNSEEN = 256  # events that wait for a client, beside those that hold its text
+DONE = "[DONE]"
+
+
+def submit(worker: Worker, asked: Generation, deadline_s: float) -> list[Ticket]:
+    """A ticket for every row, or none and an ApiError."""
+    tickets: list[Ticket] = []
+    try:
+        for request in asked.requests:
+            tickets.append(worker.submit(request, deadline_s, asked.wants_steps))
+        return tickets
+    except QueueFull as error:
+        refusal = _queue_full(error, len(asked.requests))
+    except Stopped as error:
+        refusal = stopping(str(error))
+    except ValueError as error:
+        refusal = refused(error)
+    for ticket in tickets:
+        ticket.cancel()
+    raise refusal
+
+
+def refused(error: ValueError) -> ApiError:
+    """The engine's refusal of a request."""
+    if isinstance(error, GrammarsFull):
+        return ApiError(429, str(error), code="queue_full", headers={"Retry-After": "2"})
+    return bad_value(error)
+
+
+def _queue_full(error: QueueFull, num_rows: int) -> ApiError:
+    if num_rows > error.max_waiting:  # whoever tries again would be refused for ever
+        message = f"n: {num_rows} rows (prompts times n) never fit into a queue"
+        return ApiError(400, f"{message} of {error.max_waiting}; ask for fewer", param="n")
+    headers = {"Retry-After": str(error.retry_after_s)}
+    return ApiError(429, f"queue full: {error}", code="queue_full", headers=headers)
+
+
+def stopping(reason: str = "the server is stopping") -> ApiError:
+    """The refusal of a server that will answer nobody any more."""
+    return ApiError(
+        503,
+        f"{reason}; send the request to another, or again later",
+        code="stopped",
+        headers={"Retry-After": "5"},
+    )
+
+
+async def _merged(tickets: Sequence[Ticket]) -> AsyncGenerator[tuple[int, Event], None]:
+    """Events of all rows as they come, each with the number of its row; ends when all have ended.
+
+    Leaving it early cancels the rows.
+    """
+    events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+
+    async def pass_on(number: int, ticket: Ticket) -> None:
+        async for event in ticket.aevents():
+            # What a viewer does not take in time it need not see; there is no end of it.
+            if not isinstance(event, StepTaken) or events.qsize() < _MOST_UNSEEN:
+                events.put_nowait((number, event))
+
+    tasks = [asyncio.create_task(pass_on(n, ticket)) for n, ticket in enumerate(tickets)]
+    left = len(tickets)
+    try:
+        while left:
+            number, event = await events.get()
+            left -= isinstance(event, Finished | Failed)
+            yield number, event
+    finally:
+        for ticket, task in zip(tickets, tasks, strict=True):
+            ticket.cancel()
+            task.cancel()
+
+
+def _finished(event: Event) -> Completion | None:
+    """The completion if the event is a row's good end; ApiError if it is a bad one."""
+    if isinstance(event, Failed):
+        raise from_failure(event)
+    return event.completion if isinstance(event, Finished) else None
+
+
+async def gather(tickets: Sequence[Ticket], observed: Observed) -> list[Completion]:
+    """All completions, in order. ApiError when a row fails; the others are then called off."""
+    completions: dict[int, Completion] = {}
+    events = _merged(tickets)
+    try:
+        async for index, event in events:
+            observed.hear(index, event)
+            if (completion := _finished(event)) is not None:
+                completions[index] = completion
+    except ApiError as error:
+        observed.fail(error)
+        raise
+    finally:
+        await events.aclose()
+    ordered = [completions[index] for index in range(len(tickets))]
+    observed.finish(ordered)
+    return ordered
+
+
+async def until_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of the work, unless the client goes away first: then the work is cancelled."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ApiError(499, "the client has gone", code="cancelled")
+        return working.result()
+    finally:
+        watching.cancel()
+        if not working.done():
+            working.cancel()
+            await asyncio.wait((working,))  # so that the rows are called off before we go on
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def stream_lines(
+    asked: Generation,
+    tickets: Sequence[Ticket],
+    shape: Shape,
+    viewer: Viewer | None,
+    observed: Observed,
+) -> AsyncGenerator[dict[str, object], None]:
+    """Chunks of an answer as JSON-able records; after an error of a row, it is the last record."""
+    completions: dict[int, Completion] = {}
+    for index in range(len(tickets)):
+        if (chunk := shape.begin(index)) is not None:
+            yield chunk
+    events = _merged(tickets)
+    try:
+        async for index, event in events:
+            observed.hear(index, event)
+            if viewer is not None and (record := viewer.record(index, event)) is not None:
+                yield record
+            if isinstance(event, TokensCommitted) and (event.text or event.logprobs):
+                chunk = shape.text(index, event.text, event.logprobs)
+                if chunk is not None:
+                    yield chunk
+            if (completion := _finished(event)) is not None:
+                completions[index] = completion
+                yield shape.end(index, completion)
+    except ApiError as error:
+        observed.fail(error)
+        yield error.body()
+        return
+    finally:
+        await events.aclose()
+    ordered = [completions[index] for index in range(len(tickets))]
+    observed.finish(ordered)
+    yield shape.usage(usage_of(asked, ordered))
+
+
+def to_json(record: object) -> str:
+    """One record as JSON on one line."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def whole_to_json(answer: dict[str, object]) -> bytes:
+    """A whole answer as JSON, choice by choice: nobody else runs while one is written."""
+    choices = answer["choices"]
+    assert isinstance(choices, list)
+    parts = []
+    for choice in choices:
+        parts.append(to_json(choice))
+        time.sleep(0)
+    head = to_json({**answer, "choices": []})
+    return head.replace('"choices":[]', f'"choices":[{",".join(parts)}]', 1).encode()

@@ -5,6 +5,7 @@ choices have the form of the OpenAI API.
 """
 
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from twotower.engine.grammar import Grammar, schema_rule
 
 Tools = Sequence[Mapping[str, object]]
 CHOICES = ("none", "auto", "required")
+_MOST_DEPTH = 100  # of lists and objects
+_TOO_DEEP = f"more than {_MOST_DEPTH} lists and objects in one another"
 _NO_ARGUMENTS: dict[str, object] = {"type": "object", "properties": {}}
 
 
@@ -129,6 +132,22 @@ def _named(
     )
 
 
+def split_calls(text: str, style: ToolStyle | None) -> tuple[str, list[dict[str, object]]]:
+    """Text and calls of a reply, as OpenAI writes them; without a style there are no calls."""
+    if style is None:
+        return text, []
+    taken = read_tool_calls(text, style)
+    calls: list[dict[str, object]] = [
+        {
+            "id": f"call_{secrets.token_hex(12)}",
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for call in taken.calls
+    ]
+    return taken.content, calls
+
+
 def read_tool_calls(text: str, style: ToolStyle = BARE) -> ToolText:
     """Take a text apart; what is no whole call stays content."""
     if not style.begin:
@@ -148,8 +167,8 @@ def read_tool_calls(text: str, style: ToolStyle = BARE) -> ToolText:
 
 def _read_call(text: str) -> ToolCall | None:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse_json(text)
+    except ValueError:
         return None
     if not isinstance(value, dict) or set(value) != {"name", "arguments"}:
         return None
@@ -160,3 +179,21 @@ def _read_call(text: str) -> ToolCall | None:
     if text.strip().startswith(opening):  # as written: a number stays what it was
         return ToolCall(name, text.strip()[len(opening) : -1].strip())
     return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
+
+
+def parse_json(text: str) -> object:
+    """A JSON value in a text of a caller or a model; ValueError for one that is damaged, or deeper
+    than anyone means and than recursion goes.
+    """
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_MOST_DEPTH):
+        inner = [one.values() if isinstance(one, dict) else one for one in level]
+        level = [part for one in inner for part in one if isinstance(part, dict | list)]
+        if not level:
+            return value
+    raise ValueError(_TOO_DEEP)

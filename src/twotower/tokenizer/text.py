@@ -140,7 +140,9 @@ class Tokenizer:
         """
         backend = self._reading_special if allow_special else self._backend
         with refused_panics("this text"):
-            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+            # As a batch of one: `encode` would keep every other thread waiting for a long text.
+            (encoding,) = backend.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = encoding.ids
         return self._with_bos(ids) if add_bos else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

@@ -8,12 +8,13 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from twotower.engine import Completion
+from twotower.engine import Completion, StepTaken, Ticket, TokensCommitted
 from twotower.engine.events import TokenLogprob
-from twotower.serve.tool_calls import ToolStyle
-from twotower.serve.tools import Calls, split_calls
+from twotower.serve.requests import Generation
+from twotower.serve.tool_calls import ToolStyle, split_calls
 from twotower.tokenizer import Tokenizer
 
+Calls = list[dict[str, object]]
 Logprobs = Sequence[TokenLogprob] | None
 _FINISH = {"eos": "stop"}  # OpenAI's word for a text that ended by itself; the others agree
 
@@ -199,3 +200,86 @@ def _reason(completion: Completion, calls: Calls) -> str:
 def _head(prefix: str, kind: str, model: str) -> dict[str, object]:
     number = f"{prefix}-{secrets.token_hex(12)}"
     return {"id": number, "object": kind, "created": int(time.time()), "model": model}
+
+
+def usage_of(asked: Generation, completions: Sequence[Completion]) -> dict[str, object]:
+    """Counts over all rows; prompts count once, however many choices were asked for."""
+    num_prompt = sum(map(len, asked.prompts))
+    num_new = sum(len(completion.tokens) for completion in completions)
+    nfe = sum(completion.nfe for completion in completions)
+    # With n choices, the later ones may find the first one's prompt in the cache.
+    cached = [
+        min(c.cached_tokens for c in completions[at : at + asked.num_choices])
+        for at in range(0, len(completions), asked.num_choices)
+    ]
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_new,
+        "total_tokens": num_prompt + num_new,
+        "prompt_tokens_details": {"cached_tokens": sum(cached)},
+        "nfe": nfe,
+        "context_forwards": sum(completion.context_forwards for completion in completions),
+        "tokens_per_nfe": round(num_new / nfe, 3) if nfe else None,
+    }
+
+
+class Viewer:
+    """Block states for those who want to see blocks resolve."""
+
+    def __init__(self, tokenizer: Tokenizer, tickets: Sequence[Ticket]) -> None:
+        self._tokenizer = tokenizer
+        self._tickets = tickets
+
+    def record(self, index: int, event: object) -> dict[str, object] | None:
+        """The record of a step or of a commit; None for other events."""
+        match event:
+            case StepTaken():
+                return self._step(index, event)
+            case TokensCommitted():
+                return self._commit(index, event)
+            case _:
+                return None
+
+    def _step(self, index: int, event: StepTaken) -> dict[str, object]:
+        tokens = [
+            {
+                "id": None if is_masked else token,
+                "text": "" if is_masked else self._tokenizer.token_text(token),
+                "masked": is_masked,
+                "confidence": round(confidence, 4),
+            }
+            for token, is_masked, confidence in zip(
+                event.tokens, event.is_masked, event.confidence, strict=True
+            )
+        ]
+        return {
+            "object": "twotower.step",
+            "index": index,
+            "block": event.block_index,
+            "step": event.step,
+            "t": event.t,
+            "nfe": event.nfe,
+            "tokens": tokens,
+            "elapsed_ms": self._elapsed_ms(index),
+        }
+
+    def _commit(self, index: int, event: TokensCommitted) -> dict[str, object]:
+        return {
+            "object": "twotower.commit",
+            "index": index,
+            "block": event.block_index,
+            "tokens": [
+                {"id": token, "text": self._tokenizer.token_text(token)} for token in event.tokens
+            ],
+            "drafted": event.drafted,
+            "accepted": event.accepted,
+            "rejected": event.rejected,
+            "nfe": event.nfe,
+            "context_forwards": event.context_forwards,
+            "elapsed_ms": self._elapsed_ms(index),
+        }
+
+    def _elapsed_ms(self, index: int) -> float:
+        row = self._tickets[index].row
+        start_s = row.submitted_s if row.started_s is None else row.started_s
+        return round((time.monotonic() - start_s) * 1000, 1)

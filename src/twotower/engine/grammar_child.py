@@ -1,0 +1,124 @@
+"""Grammars in processes of their own: the program that `grammar.py` runs in a fork server.
+
+A process first reads a vocabulary; a copy of it builds one grammar; copies of that follow one text
+each. A request is a letter and what belongs to it; numbers have 32 bits.
+"""
+
+import array
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = b"v"  # its size, then the text of a tokenizer file
+BUILD = b"b"  # a grammar as JSON: told is how many bytes of memory it takes
+FOLLOW = b"f"  # tokens to take back, then new ones: told is what can come next, see `_next`
+ALLOWED = b"a"  # tokens: told is how many of them could come next, one after the other
+MASKS = b"m"  # tokens that could: told are the masks after each of them
+
+
+def numbers(values: Sequence[int]) -> bytes:
+    """Numbers as they travel."""
+    return array.array("I", values).tobytes()
+
+
+def from_numbers(content: bytes) -> list[int]:
+    """The numbers of `numbers`."""
+    return array.array("I", content).tolist()
+
+
+class Program:
+    """What one process knows."""
+
+    def __init__(self) -> None:
+        self._vocabulary: Any = None
+        self._matcher: Any = None
+
+    def copy(self) -> "Program":
+        """Another that goes its own way."""
+        other = copy.copy(self)
+        if self._matcher is not None:
+            other._matcher = self._matcher.deep_copy()
+        return other
+
+    def answer(self, request: bytes) -> bytes:
+        """Do what the first letter says. ValueError in the library's words."""
+        kind, content = request[:1], request[1:]
+        if kind == VOCABULARY:
+            return self._read_vocabulary(from_numbers(content[:4])[0], content[4:].decode())
+        if kind == BUILD:
+            return self._build(**json.loads(content))
+        tokens = from_numbers(content)
+        if kind == FOLLOW:
+            return self._follow(tokens[0], tokens[1:])
+        # What is only looked at must not end the text with an error.
+        ahead = self._matcher.deep_copy()
+        if kind == ALLOWED:
+            return numbers([ahead.validate_tokens(tokens)])
+        return b"".join(_masks(ahead, tokens))
+
+    def _read_vocabulary(self, size: int, text: str) -> bytes:
+        from llguidance import LLTokenizer
+
+        self._vocabulary = LLTokenizer(text, n_vocab=size)
+        return b""
+
+    def _build(self, kind: str, source: str) -> bytes:
+        from llguidance import LLMatcher, LLParserLimits
+
+        if kind == "regex":
+            source = LLMatcher.grammar_from_regex(source)
+        elif kind == "lark":
+            source = LLMatcher.grammar_from_lark(source)
+        limits = LLParserLimits(verbose_errors=False)  # which would quote the text
+        self._matcher = LLMatcher(self._vocabulary, source, log_level=0, limits=limits)
+        self._check()
+        return numbers([_own_memory() >> 10])
+
+    def _follow(self, num_back: int, new: list[int]) -> bytes:
+        if num_back:
+            self._matcher.rollback(num_back)
+        if new:
+            self._matcher.consume_tokens(new)
+        self._check()
+        told = _next(self._matcher)
+        self._check()
+        return told
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise ValueError(self._matcher.get_error())
+
+
+def _next(matcher: Any) -> bytes:
+    """How many tokens spell what must come next, these, and a mask."""
+    forced = matcher.compute_ff_tokens()
+    return numbers([len(forced), *forced]) + _mask(matcher)
+
+
+def _mask(matcher: Any) -> bytes:
+    """Whether the text may end, as a byte, and a bit for each token that may come next."""
+    is_accepting = bytes([matcher.is_accepting()])
+    return is_accepting + bytes(matcher.compute_bitmask())
+
+
+def _masks(matcher: Any, tokens: list[int]) -> list[bytes]:
+    """As far as they can be had."""
+    masks = []
+    for token in tokens:
+        if not matcher.consume_token(token):
+            break
+        masks.append(_mask(matcher))
+        if matcher.is_error():
+            return masks[:-1]
+    return masks
+
+
+def _own_memory() -> int:
+    """Bytes of this process that it shares with no other; 0 where that is not known."""
+    maps = Path("/proc/self/smaps_rollup")
+    if not maps.exists():
+        return 0
+    lines = [line.split() for line in maps.read_text().splitlines()]
+    return sum(int(line[1]) for line in lines if line[0].startswith("Private_")) << 10

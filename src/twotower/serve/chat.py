@@ -1,0 +1,277 @@
+"""A conversation into token ids, by the checkpoint's own Jinja template."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+from twotower.engine.fork_server import Process, ProcessDied, Root
+from twotower.serve import template_child as child
+from twotower.serve.errors import ApiError
+from twotower.serve.schema import ChatRequest, Message
+from twotower.serve.tool_calls import BARE, HERMES, ToolStyle, parse_json
+from twotower.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer
+
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+_MOST_TEMPLATE_BYTES = 1 << 20
+_MOST_CONFIG_BYTES = 16 << 20
+_RENDER_CPU_S, _RENDER_S = 1.0, 10.0
+_RENDER_MEMORY = 256 << 20
+_CHARS_PER_TOKEN = 8  # text has seldom more
+_MOST_AT_A_CUT = 64  # tokens by which the beginning of a text may differ from that of its ids
+# As the shipped model's training text writes questions and tool calls; see docs/serving.md.
+PLAIN = """\
+{{- bos_token }}
+{%- set asks, answers = ('User: ', 'Call:') if tools else ('Q: ', 'A:') %}
+{%- for message in messages if message.role == 'system' %}{{ message.content }}
+{% endfor %}
+{%- if tools %}Tools:
+{% for tool in tools %}{{ tool.function.name }}(
+{%- for name, field in ((tool.function.parameters or {}).properties or {}).items() %}
+{{- name }}: {{ field.type or 'string' }}{{ ', ' if not loop.last }}
+{%- endfor %})
+{% endfor %}{% endif %}
+{%- for message in messages if message.role != 'system' %}
+{%- if message.role == 'user' %}{{ asks }}{{ message.content }}
+{% elif message.role == 'tool' %}Result: {{ message.content }}
+{% elif message.tool_calls %}{% for call in message.tool_calls %}Call: {{ {'name':
+call.function.name, 'arguments': call.function.arguments} | tojson }}
+{% endfor %}{% else %}{{ answers }} {{ message.content }}
+{% endif %}{% endfor %}
+{{- answers }}"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatTemplate:
+    """A template's source and the special tokens that it may write."""
+
+    source: str
+    special: Mapping[str, str]  # such as bos_token, by the names that templates use
+    strips_reply: bool = False  # whether a reply's first blank belongs to the format
+
+    @property
+    def tool_style(self) -> ToolStyle:
+        """How the model was taught to write calls, as far as its template shows."""
+        return HERMES if HERMES.begin.strip() in self.source else BARE
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether the template shows tools to the model."""
+        return "tools" in self.source
+
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] | None,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+    ) -> list[int]:
+        """Token ids of a prompt for the next reply; ApiError 400 where the template refuses, takes
+        too much, or makes more tokens than that.
+        """
+        context = {"messages": messages, "tools": tools, "add_generation_prompt": True}
+        request = json.dumps({"context": context, "most_pieces": max_tokens}).encode()
+        variables = tuple(sorted(self.special.items()))
+        try:
+            process = _root(self.source, variables, tokenizer.special_texts).copy()
+            told, _ = process.ask(child.RENDER + request, _RENDER_CPU_S, _RENDER_S)
+        except ProcessDied:
+            raise _refusal("takes too much time or memory") from None
+        except ValueError as error:
+            raise _refusal(str(error)) from None
+        return encode_pieces(tokenizer, json.loads(told), max_tokens)
+
+
+def _refusal(reason: str) -> ApiError:
+    return ApiError(400, f"messages: the model's chat template {reason}", param="messages")
+
+
+@lru_cache(maxsize=8)
+def _root(
+    source: str, variables: tuple[tuple[str, str], ...], special_texts: tuple[str, ...]
+) -> Root:
+    """The process that has compiled a template."""
+    given = {"source": source, "variables": dict(variables), "special": special_texts}
+    request = child.COMPILE + json.dumps(given).encode()
+    return Root(Path(child.__file__), partial(_compile, request))
+
+
+def _compile(request: bytes, process: Process) -> None:
+    process.limit_memory(_RENDER_MEMORY)
+    process.ask(request, _RENDER_CPU_S, _RENDER_S)
+
+
+def encode_pieces(
+    tokenizer: Tokenizer,
+    pieces: Iterable[tuple[str, bool]],
+    max_tokens: int,
+    start: Sequence[int] = (),
+) -> list[int]:
+    """Token ids of parts of a text, each with whether special tokens in it are meant, after those
+    at the start.
+
+    ApiError 400 for more than max_tokens, which is seen without encoding all of a long text.
+    """
+    ids = list(start)
+    for text, allow_special in pieces:
+        try:
+            ids += _encode(tokenizer, text, allow_special, max_tokens - len(ids))
+        except ValueError as error:  # the tokenizer's own rules fail on it
+            raise ApiError(400, f"prompt: {error}", param="prompt") from None
+        check_length(len(ids), max_tokens)
+    return ids
+
+
+def _encode(tokenizer: Tokenizer, text: str, allow_special: bool, most: int) -> list[int]:
+    """All token ids, or more than `most`."""
+    beginning = text[: _CHARS_PER_TOKEN * most + 1]
+    ids = tokenizer.encode(beginning, allow_special=allow_special)
+    if len(beginning) == len(text) or len(ids) > most + _MOST_AT_A_CUT:
+        return ids
+    return tokenizer.encode(text, allow_special=allow_special)
+
+
+def check_length(num_tokens: int, max_tokens: int) -> None:
+    """ApiError 400 for a prompt that is too long."""
+    if num_tokens > max_tokens:
+        raise ApiError(
+            400,
+            f"prompt: is too long; this server reads at most {max_tokens} tokens",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+
+
+def read_template(folder: Path, instead: Path | None = None) -> ChatTemplate | None:
+    """The template of a checkpoint folder, from chat_template.jinja or tokenizer_config.json,
+    or from the file that is given instead; ValueError (one line) if that cannot be read.
+    """
+    file, config_file = instead or folder / CHAT_TEMPLATE_FILE, folder / TOKENIZER_CONFIG_FILE
+    if instead is not None and not instead.is_file():
+        raise ValueError(f"chat_template: there is no file {instead}")
+    config = _read_config(config_file) if config_file.is_file() else {}
+    source = _named_default(config)
+    if file.is_file():
+        source = _read(file, _MOST_TEMPLATE_BYTES)
+    if source is None:
+        return None
+    if len(source.encode()) > _MOST_TEMPLATE_BYTES:
+        raise _too_large(config_file, _MOST_TEMPLATE_BYTES, "the chat template of ")
+    return ChatTemplate(source=source, special=_special(config))
+
+
+def plain_template(tokenizer: Tokenizer) -> ChatTemplate:
+    """The format of the shipped model."""
+    bos = "" if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id)
+    return ChatTemplate(source=PLAIN, special={"bos_token": bos}, strips_reply=True)
+
+
+def _read(file: Path, most_bytes: int) -> str:
+    """A text file of a bounded size."""
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(most_bytes + 1)
+            text = content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"chat_template: cannot read {file} ({error})") from None
+    if len(content) > most_bytes:
+        raise _too_large(file, most_bytes)
+    return text
+
+
+def _too_large(file: Path, most_bytes: int, what: str = "") -> ValueError:
+    return ValueError(
+        f"chat_template: {what}{file} has more than {most_bytes} bytes; no template needs so many"
+    )
+
+
+def _read_config(file: Path) -> Mapping[str, object]:
+    try:
+        config = json.loads(_read(file, _MOST_CONFIG_BYTES))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"chat_template: {file} is not JSON ({error})") from None
+    return config if isinstance(config, dict) else {}
+
+
+def _named_default(config: Mapping[str, object]) -> str | None:
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        template = {entry.get("name"): entry.get("template") for entry in entries}.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _special(config: Mapping[str, object]) -> dict[str, str]:
+    special = {}
+    for name, token in config.items():
+        text = token.get("content") if isinstance(token, dict) else token
+        if name.endswith("_token") and isinstance(text, str):
+            special[name] = text
+    return special
+
+
+def encode_chat(
+    body: ChatRequest,
+    name: str,
+    template: ChatTemplate | None,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+) -> list[int]:
+    """Token ids of the prompt; ApiError 400 without a template or where it refuses.
+
+    name: of the model.
+    """
+    if template is None:
+        raise ApiError(
+            400,
+            f"model {name!r} has no chat template; use /v1/completions, or start the "
+            "server with --chat-template FILE",
+            code="no_chat_template",
+        )
+    if body.tools is not None and not template.has_tools:
+        raise ApiError(400, "tools: the model's chat template has no place for them", param="tools")
+    turns = [_turn(number, message) for number, message in enumerate(body.messages)]
+    # A caller who forbids calls is answered as if there were no tools.
+    tools = None if body.tools is None or body.tool_choice == "none" else body.tools
+    tool_records = None if tools is None else [tool.model_dump(exclude_none=True) for tool in tools]
+    ids = template.encode(turns, tool_records, tokenizer, max_tokens)
+    if not ids:
+        raise ApiError(400, "messages: the chat template makes no text of them", param="messages")
+    return ids
+
+
+def _turn(number: int, message: Message) -> dict[str, object]:
+    content = message.content
+    if isinstance(content, list):
+        content = "".join(part.text for part in content)
+    if content is None and not message.tool_calls:
+        raise ApiError(400, f"messages.{number}.content: is missing; give text", param="messages")
+    turn: dict[str, object] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": content or "",
+    }
+    for name in ("name", "tool_call_id"):
+        if getattr(message, name) is not None:
+            turn[name] = getattr(message, name)
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {
+                    "name": call.function.name,
+                    "arguments": _arguments(number, call.function.arguments),
+                },
+            }
+            for call in message.tool_calls
+        ]
+    return turn
+
+
+def _arguments(number: int, text: str) -> object:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        message = f"messages.{number}.tool_calls: arguments are not JSON ({error})"
+        raise ApiError(400, message, param="messages") from None

@@ -1,0 +1,279 @@
+"""A body into rows for the engine: prompts as ids, options, a grammar, limits.
+
+What the engine checks is not checked here: its one-line refusals are passed on.
+"""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from twotower.engine import Filter, GenerateOptions, Grammar, Mode, Request
+from twotower.engine.grammar import json_schema
+from twotower.engine.options import FIELD_MODES
+from twotower.serve.chat import ChatTemplate, check_length, encode_chat, encode_pieces
+from twotower.serve.errors import ApiError, bad_value
+from twotower.serve.options import ServeOptions
+from twotower.serve.schema import ChatRequest, CompletionRequest, Decoding, ResponseFormat
+from twotower.serve.tool_calls import tool_call
+from twotower.tokenizer import Tokenizer
+
+# Decoding options that a body may name; one that its mode does not use is an error.
+_NAMED = ("temperature", "top_p", "top_k", "stop", "ignore_eos", *FIELD_MODES)
+_SEEDS = 1 << 63
+_MOST_LOGPROBS = 1 << 17  # values in an answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A model as its callers see it."""
+
+    name: str
+    created: int  # seconds since 1970
+    tokenizer: Tokenizer
+    block_size: int  # what it was trained with
+    modes: tuple[Mode, ...]
+    default_mode: Mode
+    defaults: Mapping[str, object]  # decoding options of a request that names none
+    template: ChatTemplate | None
+
+    def card(self) -> dict[str, object]:
+        """Its entry in /v1/models."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "twotower",
+            "twotower": {
+                "modes": list(self.modes),
+                "default_mode": self.default_mode,
+                "block_size": self.block_size,
+                "defaults": dict(self.defaults),
+                "has_chat": self.template is not None,
+            },
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What one HTTP request asks of the engine: `num_choices` rows for each prompt, in the order of
+    the prompts.
+    """
+
+    requests: tuple[Request, ...]
+    num_choices: int
+    mode: Mode
+    deadline_s: float
+    wants_steps: bool
+
+    @property
+    def prompts(self) -> list[Sequence[int]]:
+        """Token ids of each prompt once."""
+        rows = self.requests[:: self.num_choices]
+        return [row.prompt for row in rows if not isinstance(row.prompt, str)]
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What every row must match."""
+        return self.requests[0].options.grammar
+
+
+class Reader:
+    """Reads bodies for one server. ApiError (one line) for what cannot be asked."""
+
+    def __init__(
+        self, served: Served, options: ServeOptions, filters: tuple[Filter, ...] = ()
+    ) -> None:
+        self._served, self._options, self._filters = served, options, filters
+
+    def completion(self, body: CompletionRequest, caller: str | None = None) -> Generation:
+        """Of /v1/completions. caller: who asks; callers share the engine's places."""
+        self._check(body)
+        if body.echo and body.logprobs is not None:
+            raise ApiError(
+                400,
+                "echo: the prompt's own log-probabilities are not supported; leave out echo or "
+                "logprobs",
+                param="echo",
+            )
+        texts = _prompts(body.prompt)
+        self._check_rows(len(texts) * (body.n or 1))
+        prompts = [self._ids(text) for text in texts]
+        return self._generation(body, prompts, body.max_tokens, body.logprobs, caller)
+
+    def chat(self, body: ChatRequest, caller: str | None = None) -> Generation:
+        """Of /v1/chat/completions, likewise."""
+        self._check(body)
+        self._check_rows(body.n or 1)
+        if None not in (body.max_tokens, body.max_completion_tokens):
+            raise ApiError(
+                400, "max_tokens: give it or max_completion_tokens, not both", param="max_tokens"
+            )
+        if body.top_logprobs is not None and not body.logprobs:
+            raise ApiError(400, "top_logprobs: needs logprobs to be true", param="top_logprobs")
+        served, most = self._served, self._options.max_prompt_tokens
+        prompt = encode_chat(body, served.name, served.template, served.tokenizer, most)
+        limit = body.max_tokens
+        if body.max_completion_tokens is not None:
+            limit = body.max_completion_tokens
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        return self._generation(body, [prompt], limit, logprobs, caller)
+
+    def _generation(
+        self,
+        body: Decoding,
+        prompts: Sequence[list[int]],
+        max_tokens: int | None,
+        logprobs: int | None,
+        caller: str | None,
+    ) -> Generation:
+        self._check_sizes(body, max_tokens)
+        self._check_logprobs(len(prompts) * (body.n or 1), max_tokens, logprobs)
+        try:
+            grammar = _grammar(body, self._served.template)
+            mode = self._mode(body, needs_order=grammar is not None)
+            given = self._given(body) | {"mode": mode, "logprobs": logprobs, "grammar": grammar}
+            given["max_new_tokens"] = self._num_tokens(max_tokens)
+            seed = secrets.randbelow(_SEEDS) if body.seed is None else body.seed
+            choices = [
+                GenerateOptions(**given, seed=(seed + choice) % _SEEDS)  # type: ignore[arg-type]
+                for choice in range(body.n or 1)
+            ]
+        except ValueError as error:
+            raise bad_value(error) from None
+        return Generation(
+            requests=tuple(
+                Request(prompt, choice, self._filters, caller)
+                for prompt in prompts
+                for choice in choices
+            ),
+            num_choices=len(choices),
+            mode=mode,
+            deadline_s=min(self._options.deadline_s, body.deadline_s or self._options.deadline_s),
+            wants_steps=bool(body.twotower_events),
+        )
+
+    def _check(self, body: Decoding) -> None:
+        if body.model not in (None, self._served.name):
+            raise ApiError(
+                404,
+                f"model: {body.model!r} is not served here; use {self._served.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+        for name in ("stream_options", "twotower_events"):
+            if getattr(body, name) and not body.stream:
+                raise ApiError(400, f"{name}: needs stream to be true", param=name)
+
+    def _check_rows(self, num_rows: int) -> None:
+        _check_size("n", num_rows, self._options.max_rows_per_request, " rows (prompts times n)")
+
+    def _check_sizes(self, body: Decoding, max_tokens: int | None) -> None:
+        options = self._options
+        for name, asked, most in (
+            ("max_tokens", max_tokens, options.max_new_tokens),
+            ("block_size", body.block_size, options.max_block_size),
+            ("steps_per_block", body.steps_per_block, options.max_steps_per_block),
+            ("draft_passes", body.draft_passes, options.max_steps_per_block),
+        ):
+            _check_size(name, asked or 0, most)
+
+    def _check_logprobs(self, num_rows: int, max_tokens: int | None, logprobs: int | None) -> None:
+        """An answer of them must not be of hundreds of megabytes."""
+        if logprobs is not None:
+            asked = num_rows * self._num_tokens(max_tokens) * (logprobs + 1)
+            what = " values (rows times max_tokens times alternatives and one)"
+            _check_size("logprobs", asked, _MOST_LOGPROBS, what)
+
+    def _given(self, body: Decoding) -> dict[str, object]:
+        """The decoding options that the body names."""
+        named = (name for name in _NAMED if name in Decoding.model_fields)
+        given = {name: value for name in named if (value := getattr(body, name)) is not None}
+        if not given.get("temperature", self._served.defaults["temperature"]):
+            # OpenAI's clients send them with temperature 0, too: they are checked and left out.
+            unused = {name: given.pop(name) for name in ("top_k", "top_p") if name in given}
+            GenerateOptions(**unused)
+        return given
+
+    def _num_tokens(self, max_tokens: int | None) -> int:
+        default = self._served.defaults["max_new_tokens"]
+        assert isinstance(default, int)
+        return min(default, self._options.max_new_tokens) if max_tokens is None else max_tokens
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        most, tokenizer = self._options.max_prompt_tokens, self._served.tokenizer
+        if not isinstance(prompt, str):
+            check_length(len(prompt), most)
+            return prompt
+        start = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+        return encode_pieces(tokenizer, [(prompt, False)], most, start)
+
+    def _mode(self, body: Decoding, needs_order: bool) -> Mode:
+        """The mode asked for, or the default; where the default cannot follow a grammar,
+        speculative.
+
+        A mode that was asked for and cannot is refused by the engine, with the reason.
+        """
+        served = self._served
+        mode: Mode = body.mode or served.default_mode
+        if body.mode is None and needs_order and mode not in ("ar", "speculative"):
+            mode = "speculative"
+        if mode not in served.modes:
+            raise ApiError(
+                400,
+                f"mode: {mode} is not offered by this server; use one of {', '.join(served.modes)}",
+                param="mode",
+            )
+        return mode
+
+
+def _prompts(prompt: object) -> list[str | list[int]]:
+    if isinstance(prompt, str):
+        return [prompt]
+    assert isinstance(prompt, list)
+    return [prompt] if isinstance(prompt[0], int) else prompt
+
+
+def _check_size(name: str, asked: int, most: int, what: str = "") -> None:
+    if asked > most:
+        message = f"{name}: {asked}{what} is more than this server allows; at most {most}"
+        raise ApiError(400, message, param=name, code="too_large")
+
+
+def _grammar(body: Decoding, template: ChatTemplate | None) -> Grammar | None:
+    """What a reply must match: by response_format, or by tools and tool_choice; None where any text
+    will do. ValueError for what no grammar can be made of.
+    """
+    chosen = _format(body.response_format)
+    if not isinstance(body, ChatRequest) or (body.tools is None and body.tool_choice is None):
+        return chosen
+    calls = _calls(body, template)
+    if chosen is not None and calls is not None:
+        raise ApiError(
+            400, "response_format: leave it out, or tools; a reply keeps one form", param="tools"
+        )
+    return chosen or calls
+
+
+def _format(wanted: ResponseFormat | None) -> Grammar | None:
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return json_schema({"type": "object"})
+    if wanted.json_schema is None:
+        raise ApiError(
+            400, "response_format: type json_schema needs json_schema", param="response_format"
+        )
+    return json_schema(wanted.json_schema.schema_)
+
+
+def _calls(body: ChatRequest, template: ChatTemplate | None) -> Grammar | None:
+    if body.tools is None:
+        raise ApiError(400, "tool_choice: needs tools", param="tool_choice")
+    assert template is not None  # the prompt has been made
+    choice = body.tool_choice or "auto"
+    return tool_call(
+        [tool.model_dump(exclude_none=True) for tool in body.tools],
+        choice if isinstance(choice, str) else choice.model_dump(),
+        template.tool_style,
+        body.parallel_tool_calls is not False,
+    )

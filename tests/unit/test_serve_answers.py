@@ -1,0 +1,167 @@
+"""Answers in OpenAI's shape, and their usage."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator
+
+import pytest
+
+from tiny_text import tiny_tokenizer
+from twotower.engine import (
+    Completion,
+    Event,
+    Finished,
+    GenerateOptions,
+    Request,
+    StepTaken,
+    TokenLogprob,
+    TokensCommitted,
+)
+from twotower.serve.answers import ChatShape, CompletionShape, usage_of
+from twotower.serve.metrics import Entry, RateLimit
+from twotower.serve.requests import Generation
+from twotower.serve.service import _merged, whole_to_json
+from twotower.serve.tool_calls import BARE, HERMES
+
+TOKENIZER = tiny_tokenizer()
+
+
+def completion(**given: object) -> Completion:
+    values = {"tokens": [5, 6], "text": "ab", "nfe": 2, "context_forwards": 3}
+    return Completion(**{**values, "finish_reason": "eos", **given})  # type: ignore[arg-type]
+
+
+def test_a_probability_of_zero_is_still_json() -> None:
+    """Guards against an answer that fails when a log-probability is minus infinity."""
+    never = float("-inf")
+    logprobs = tuple(
+        TokenLogprob(token=token, logprob=logprob, top=((6, never),))
+        for token, logprob in ((5, -0.5), (6, never))
+    )
+    texts = CompletionShape("m", TOKENIZER, ["P"], has_logprobs=True)
+    chat = ChatShape("m", TOKENIZER, None, strips_reply=False)
+    for shape in (texts, chat):
+        whole = shape.whole([completion(logprobs=logprobs)], {})
+        assert "-9999.0" in json.dumps(whole, allow_nan=False)
+
+
+def test_calls_and_text_around_them_are_taken_apart() -> None:
+    shape = ChatShape("m", TOKENIZER, HERMES, strips_reply=False)
+    call = '<tool_call>\n{"name": "f", "arguments": {"x": 1.50}}\n</tool_call>'
+    written = completion(text=f"Wait. {call}{call}")
+    choice = shape.whole([written], {})["choices"][0]  # type: ignore[index]
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] == "Wait."
+    calls = choice["message"]["tool_calls"]
+    assert [one["function"] for one in calls] == [{"name": "f", "arguments": '{"x": 1.50}'}] * 2
+    assert calls[0]["id"] != calls[1]["id"]
+    assert shape.text(0, "Wait.", None) is None, "half a call was shown"
+    delta = shape.end(0, written)["choices"][0]["delta"]  # type: ignore[index]
+    assert [one["index"] for one in delta["tool_calls"]] == [0, 1]
+    cut = shape.whole([completion(text=call[:30], finish_reason="length")], {})
+    choice = cut["choices"][0]  # type: ignore[index]
+    assert choice["finish_reason"] == "length" and choice["message"]["content"] == call[:30]
+
+
+def test_a_replys_first_blanks_belong_to_the_format() -> None:
+    shape = ChatShape("m", TOKENIZER, None, strips_reply=True)
+    chunks = [shape.text(0, text, None) for text in (" ", " a", " b")]
+    assert chunks[0] is None
+    deltas = [chunk["choices"][0]["delta"]["content"] for chunk in chunks[1:] if chunk]  # type: ignore[index]
+    assert deltas == ["a", " b"]
+
+
+def test_prompts_count_once_and_cached_tokens_are_those_of_all_choices() -> None:
+    """Guards against n choices that are billed n prompts, or find themselves in the cache."""
+    first, second = (Request(prompt, GenerateOptions()) for prompt in ([1, 2, 3], [4, 5]))
+    asked = Generation(
+        requests=(first, first, second, second),
+        num_choices=2,
+        mode="ar",
+        deadline_s=1.0,
+        wants_steps=False,
+    )
+    usage = usage_of(asked, [completion(cached_tokens=n) for n in (0, 3, 2, 2)])
+    assert usage == {
+        "prompt_tokens": 5,
+        "completion_tokens": 8,
+        "total_tokens": 13,
+        "prompt_tokens_details": {"cached_tokens": 2},
+        "nfe": 8,
+        "context_forwards": 12,
+        "tokens_per_nfe": 1.0,
+    }
+    without = [completion(nfe=0) for _ in range(4)]
+    assert usage_of(asked, without)["tokens_per_nfe"] is None
+
+
+def test_a_line_of_the_log_is_one_line() -> None:
+    """Guards against callers who write lines, fields or terminal commands of their own."""
+    entry = Entry(a="plain", b="two words", c="x\ny=1", d="\x1b[2J", e=3, f="")
+    assert entry.line() == r"a=plain b='two words' c='x\ny=1' d='\x1b[2J' e=3 f=''"
+
+
+def test_a_value_in_the_log_is_short() -> None:
+    assert len(Entry(path="/" + "a" * 64_000).line()) < 400
+
+
+def test_lines_come_no_faster_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the disk: whoever can cause a line can cause millions."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    limit = RateLimit(burst=3, lines_a_second=1.0)
+
+    def passes() -> str | None:
+        record = logging.LogRecord("n", logging.INFO, "f", 1, "line %d", (7,), None)
+        return record.getMessage() if limit.filter(record) else None
+
+    assert [passes() for _ in range(5)] == ["line 7"] * 3 + [None] * 2
+    now[0] += 1.5
+    assert passes() == "line 7 (2 lines before were left out)"
+    assert passes() is None
+
+
+def test_a_whole_answer_is_the_same_json_piece_by_piece() -> None:
+    shape = CompletionShape('m"choices":[]', TOKENIZER, ["", ""], has_logprobs=False)
+    answer = shape.whole([completion(), completion(text='[]"choices":[]é')], {"n": 1})
+    assert json.loads(whole_to_json(answer)) == answer
+
+
+def test_a_deep_reply_is_text_and_no_error() -> None:
+    """Guards a reply that a model began with a thousand brackets."""
+    shape = ChatShape("m", TOKENIZER, BARE, strips_reply=False)
+    for depth in (50, 101, 500, 900, 5_000):
+        text = '{"name": "f",  "arguments": {"a": ' + "[" * depth + "]" * depth + "}}"
+        choice = shape.whole([completion(text=text)], {})["choices"][0]  # type: ignore[index]
+        calls = choice["message"].get("tool_calls")
+        assert (calls is not None) == (depth == 50)
+        assert calls is not None or choice["message"]["content"] == text
+
+
+def test_a_viewer_who_does_not_look_is_spared_steps_and_no_text() -> None:
+    """Guards memory: one request can take half a million steps, which wait for a slow reader."""
+
+    class Row:
+        def cancel(self) -> None:
+            """Nothing to cancel."""
+
+        async def aevents(self) -> AsyncGenerator[Event, None]:
+            for number in range(3_000):
+                state = {"t": 0.5, "tokens": [1], "is_masked": [True], "confidence": [0.5]}
+                yield StepTaken(row=0, block_index=0, step=number, nfe=1, **state)  # type: ignore[arg-type]
+                if number % 10 == 0:
+                    yield TokensCommitted(
+                        row=0, block_index=0, tokens=[1], text="a", nfe=1, context_forwards=1
+                    )
+            yield Finished(row=0, completion=completion())
+
+    async def hear() -> list[Event]:
+        found = []
+        async for _, event in _merged([Row()]):  # type: ignore[list-item]
+            found.append(event)
+            await asyncio.sleep(0)
+        return found
+
+    found = asyncio.run(hear())
+    assert sum(isinstance(event, TokensCommitted) for event in found) == 300
+    assert sum(isinstance(event, StepTaken) for event in found) < 1_000

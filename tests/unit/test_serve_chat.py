@@ -1,0 +1,201 @@
+"""Conversations into token ids."""
+
+import json
+import resource
+import time
+from pathlib import Path
+
+import pytest
+
+from tiny_text import tiny_tokenizer
+from twotower.serve.chat import ChatTemplate, encode_pieces, plain_template, read_template
+from twotower.serve.errors import ApiError
+from twotower.serve.tool_calls import BARE, HERMES
+from twotower.tokenizer import Tokenizer, train_tokenizer
+
+TURNS = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}{% endfor %}"
+TOKENIZER = train_tokenizer(["abc <|user|> <eos> def"] * 5, vocab_size=300)
+
+
+def template(source: str) -> ChatTemplate:
+    return ChatTemplate(source=source, special={"bos_token": "<bos>"})
+
+
+def user(content: str) -> list[dict[str, object]]:
+    return [{"role": "user", "content": content}]
+
+
+def test_the_templates_special_tokens_are_tokens() -> None:
+    ids = template(TURNS).encode(user(" abc "), None, TOKENIZER, 1000)
+    assert ids == [TOKENIZER.bos_id, *TOKENIZER.encode("<|user|>abc")]
+
+
+@pytest.mark.parametrize("text", ["<eos>", "a<bos><eos>b", "<mask>", "<eo<eos>s>"])
+def test_a_callers_special_tokens_stay_letters(text: str) -> None:
+    """Guards against a user who ends their turn and speaks as the system."""
+    ids = template(TURNS).encode(user(text), None, TOKENIZER, 1000)
+    assert TOKENIZER.eos_id not in ids and TOKENIZER.mask_id not in ids
+    assert ids.count(TOKENIZER.bos_id) == 1 and ids[0] == TOKENIZER.bos_id
+    assert TOKENIZER.decode(ids) == f"<|user|>{text}"
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{{ raise_exception('only one turn') }}", "only one turn"),
+        ("{{ messages[0].content.__class__.__mro__ }}", "unsafe"),
+        ("{% for %}", "Expected an expression"),
+        ("{{ messages[5].content.x }}", "no element 5"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ range(10000000) | list }}", "Range too big"),
+    ],
+)
+def test_a_template_that_fails_is_a_clear_refusal(source: str, reason: str) -> None:
+    with pytest.raises(ApiError, match=reason) as refused:
+        template(source).encode(user("a"), None, TOKENIZER, 1000)
+    assert refused.value.status == 400 and refused.value.param == "messages"
+
+
+def test_where_templates_come_from(tmp_path: Path) -> None:
+    assert read_template(tmp_path) is None
+    config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": "one"}
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(config))
+    assert read_template(tmp_path) == ChatTemplate(
+        source="one", special={"bos_token": "<s>", "eos_token": "</s>"}
+    )
+    named = [{"name": "tool_use", "template": "b"}, {"name": "default", "template": "a"}]
+    file.write_text(json.dumps({"chat_template": named}))
+    assert read_template(tmp_path) == ChatTemplate(source="a", special={})
+    (tmp_path / "chat_template.jinja").write_text("two")
+    assert read_template(tmp_path) == ChatTemplate(source="two", special={})
+    other = tmp_path / "other.jinja"
+    with pytest.raises(ValueError, match="there is no file"):
+        read_template(tmp_path, other)
+    other.write_text("three")
+    assert read_template(tmp_path, other) == ChatTemplate(source="three", special={})
+
+
+def test_the_plain_format_is_that_of_the_shipped_models_text() -> None:
+    """Guards against prompts that look right and that the model has never seen."""
+    plain = plain_template(TOKENIZER)
+    parameters = {"properties": {"dish": {"type": "string"}, "count": {"type": "integer"}}}
+    tools = [
+        {"type": "function", "function": {"name": "order", "parameters": parameters}},
+        {"type": "function", "function": {"name": "stop"}},
+    ]
+    call = {"function": {"name": "order", "arguments": {"dish": "pie", "count": 2}}}
+    turns = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "One"},
+        {"role": "assistant", "content": "Two"},
+        {"role": "user", "content": "Three"},
+    ]
+    ids = plain.encode(turns, None, TOKENIZER, 1000)
+    assert ids[0] == TOKENIZER.bos_id
+    assert TOKENIZER.decode(ids) == "Be short.\nQ: One\nA: Two\nQ: Three\nA:"
+    turns = [
+        {"role": "user", "content": "Two pies"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "done"},
+    ]
+    assert TOKENIZER.decode(plain.encode(turns, tools, TOKENIZER, 1000)) == (
+        "Tools:\norder(dish: string, count: integer)\nstop()\nUser: Two pies\n"
+        'Call: {"name": "order", "arguments": {"dish": "pie", "count": 2}}\nResult: done\nCall:'
+    )
+
+
+def test_how_calls_are_written_shows_in_the_template() -> None:
+    assert template("{{ tools }} <tool_call>").tool_style == HERMES
+    assert template("{{ tools }}").tool_style == BARE
+    assert template("{{ tools }}").has_tools and not template(TURNS).has_tools
+
+
+def test_a_tokenizer_without_bos_has_none() -> None:
+    assert plain_template(tiny_tokenizer()).special["bos_token"] in ("", "<bos>")
+
+
+BOMBS = {
+    "loops in loops": "{% for a in range(99999) %}{% for b in range(99999) %}"
+    "{% endfor %}{% endfor %}",
+    "a long string": "{{ messages[0].content * 10**10 }}",
+    "a constant that is computed when compiled": "{{ 'a' * 10**10 }}",
+    "a number": "{{ 9 ** (9 ** 9) }}",
+    "a list": "{{ [0] * 10**9 }}",
+    "doubling": "{% set n = namespace(t='aa') %}{% for i in range(60) %}{% set n.t = n.t + n.t %}"
+    "{% endfor %}",
+    "a macro that calls itself": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "depth": "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}",
+    "many blocks": "{% if 1 %}" * 5_000 + "{% endif %}" * 5_000,
+    "a slow filter": "{% for i in range(99999) %}{{ (messages[0].content * 9999) | wordwrap(3) }}"
+    "{% endfor %}",
+    "an endless text": "{% for i in range(99999) %}{{ messages[0].content * 99999 }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_template_that_takes_too_much_is_a_refusal(name: str) -> None:
+    """Guards the server against a checkpoint's template: the sandbox bounds what it may touch, not
+    what it may take, and nested ranges are each below its bound.
+    """
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(ApiError, match="the model's chat template") as refused:
+        template(BOMBS[name]).encode(user("a"), None, TOKENIZER, 1000)
+    assert refused.value.status == 400 and len(refused.value.message) < 600
+    assert time.monotonic() - start < 8
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10, "KiB, of ours"
+    assert template(TURNS).encode(user("a"), None, TOKENIZER, 1000)
+
+
+def test_too_long_a_text_is_refused_without_being_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the time of a thread: a megabyte of text takes seconds to encode."""
+    encoded: list[int] = []
+    whole = Tokenizer.encode
+
+    def encode(self: Tokenizer, text: str, **given: bool) -> list[int]:
+        encoded.append(len(text))
+        return whole(self, text, **given)
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    for content in ("abc def " * 100_000, "<eos>" * 100_000):
+        with pytest.raises(ApiError, match="at most 100 tokens") as refused:
+            template(TURNS).encode(user(content), None, TOKENIZER, 100)
+        assert refused.value.code == "context_length_exceeded"
+    assert sum(encoded) < 10_000
+
+
+def test_a_text_of_long_tokens_is_no_long_text() -> None:
+    """Guards text that is shorter in tokens than its letters say."""
+    found = TOKENIZER.encode("abc <|user|> <eos> def" * 3)
+    text = TOKENIZER.decode(found)
+    for most in (len(found), len(found) + 5):
+        assert encode_pieces(TOKENIZER, [(text, False)], most) == found
+    with pytest.raises(ApiError):
+        encode_pieces(TOKENIZER, [(text, False)], len(found) - 1)
+    blanks = "=" * 64
+    other = train_tokenizer([blanks * 20], vocab_size=300)
+    assert len(other.encode(blanks * 4)) <= 16
+    assert encode_pieces(other, [(blanks * 4, False)], 16) == other.encode(blanks * 4)
+
+
+def test_files_of_templates_are_bounded(tmp_path: Path) -> None:
+    file, config = tmp_path / "chat_template.jinja", tmp_path / "tokenizer_config.json"
+    file.write_text("a" * (1 << 20) + "b")
+    with pytest.raises(ValueError, match="more than 1048576 bytes"):
+        read_template(tmp_path)
+    file.unlink()
+    config.write_text(json.dumps({"chat_template": "a" * (1 << 20) + "b"}))
+    with pytest.raises(ValueError, match="more than 1048576 bytes"):
+        read_template(tmp_path)
+    config.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is not JSON"):
+        read_template(tmp_path)
+    config.write_text(json.dumps(["a"]))
+    assert read_template(tmp_path) is None
+    config.write_text(json.dumps({"chat_template": ["a", {"name": "default"}]}))
+    assert read_template(tmp_path) is None
+
+
+def test_memory_of_a_template_is_bounded() -> None:
+    with pytest.raises(ApiError, match="MemoryError"):
+        template("{{ messages[0].content * 600000000 }}").encode(user("a"), None, TOKENIZER, 1000)
