@@ -47,26 +47,26 @@ def test_aligned_completions_fill_whole_blocks(tmp_path: Path) -> None:
     """
     tokenizer = load_tokenizer(make_shard(tmp_path / "shard"))
     texts = [("Say 1: ", "it is 1.\n"), ("Say 10 and 2 and 3: ", "it is.\n"), ("", "it")]
-    for (plain, _), (aligned, context) in zip(
+    for (plain, start, _), (aligned, begin, context) in zip(
         encode_documents(tokenizer, texts), encode_documents(tokenizer, texts, 8), strict=True
     ):
         assert context % 8 == 0
-        begin = aligned.index(1)
+        assert (start, begin) == (0, aligned.index(1))
         assert begin < 8 and set(aligned[:begin]) <= {2}
         assert aligned[begin : begin + len(plain)] == plain
         rest = aligned[begin + len(plain) :]
         assert len(rest) < 8 and set(rest) <= {2}
         assert len(aligned) % 8 == 0
     prompt = 1 + len(tokenizer.encode(texts[0][0]))
-    first, context = encode_documents(tokenizer, texts, 8)[0]
-    assert first.index(1) + prompt == context
+    first, begin, context = encode_documents(tokenizer, texts, 8)[0]
+    assert first.index(1) + prompt == begin + prompt == context
 
 
 def test_shards_say_which_tokens_are_completions(tmp_path: Path) -> None:
     """Silent failure: the denoiser is trained on prompts, or never on the EOS that ends a text."""
     shard = Shard(make_shard(tmp_path / "shard", count=20))
     tokenizer = load_tokenizer(shard.folder)
-    marked = shard.tokens[:][shard.completions[:] == 1].tolist()
+    marked = shard.tokens[:][shard.is_completion(slice(None))].tolist()
     expected = [[*tokenizer.encode(f"it is {i % 10}.\n"), 2] for i in range(20)]
     assert marked == [token for ids in expected for token in ids]
 
@@ -77,7 +77,7 @@ def test_built_in_corpus_is_the_default(tmp_path: Path) -> None:
     )
     tokenizer = load_tokenizer(shard.folder)
     first = next(iter(documents("train", 7)))
-    ids, _ = encode_documents(tokenizer, [(first.prompt, first.completion)])[0]
+    ids, _, _ = encode_documents(tokenizer, [(first.prompt, first.completion)])[0]
     assert shard.tokens[: len(ids)].tolist() == ids
     assert shard.meta.vocab_size == tokenizer.vocab_size == 400
     assert shard.meta.tokenizer_sha256 == tokenizer.fingerprint
@@ -262,7 +262,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     folder = make_shard(tmp_path / "shard")
     before = Shard(folder).meta
 
-    def fill(self: ShardWriter, ids: list[int], context: int) -> None:
+    def fill(self: ShardWriter, ids: list[int], begin: int, context: int) -> None:
         with Path("/dev/full").open("wb", buffering=0) as stream:
             stream.write(b"0")
 

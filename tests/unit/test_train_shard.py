@@ -46,15 +46,15 @@ def test_a_stream_reads_across_its_parts() -> None:
 
 def test_the_writer_cuts_files_at_the_limit(tmp_path: Path) -> None:
     with closing(ShardWriter(tmp_path, "uint16", part_tokens=4)) as writer:
-        writer.append([1, 5, 6, 7, 8, 9, 10, 11, 2], context=3)
-        writer.append([1, 2], context=1)
+        writer.append([1, 5, 6, 7, 8, 9, 10, 11, 2], begin=0, context=3)
+        writer.append([2, 1, 2], begin=1, context=2)
     parts = writer.parts()
-    assert [part.num_tokens for part in parts] == [4, 4, 3]
+    assert [part.num_tokens for part in parts] == [4, 4, 4]
     read = [np.fromfile(tmp_path / p.tokens_file, "<u2").tolist() for p in parts]
-    assert read == [[1, 5, 6, 7], [8, 9, 10, 11], [2, 1, 2]]
-    marks = [np.fromfile(tmp_path / p.completions_file, "u1").tolist() for p in parts]
-    assert marks == [[0, 0, 0, 1], [1, 1, 1, 1], [1, 0, 1]]
-    assert (writer.num_tokens, writer.num_documents) == (11, 2)
+    assert read == [[1, 5, 6, 7], [8, 9, 10, 11], [2, 2, 1, 2]]
+    marks = [np.fromfile(tmp_path / p.marks_file, "u1").tolist() for p in parts]
+    assert marks == [[2, 0, 0, 1], [1, 1, 1, 1], [1, 0, 2, 1]]
+    assert (writer.num_tokens, writer.num_documents) == (12, 2)
 
 
 @pytest.mark.parametrize("part_tokens", [7, 100, 1000])
@@ -118,7 +118,7 @@ DAMAGE = {
     "meta with an odd field": (lambda f: set_meta(f, colour="red"), "damaged"),
     "meta that forgets a part": (_forget_part, "its parts hold 5000 tokens, not 5200"),
     "later format": (lambda f: set_meta(f, format=9), "format 9"),
-    "older format": (lambda f: set_meta(f, format=3), "reads format 4 .* prepare the data again"),
+    "older format": (lambda f: set_meta(f, format=3), "reads format 5 .* prepare the data again"),
     "no eos": (lambda f: _set_special(f, eos=[]), "names no eos token"),
     "a bos past the vocabulary": (lambda f: _set_special(f, bos=999), "token 999 is outside"),
     "an eos in words": (lambda f: _set_special(f, eos="2"), "'2' is not a whole number"),
@@ -129,11 +129,11 @@ DAMAGE = {
     "a negative part": (lambda f: _set_part(f, num_tokens=-1), "num_tokens is -1"),
     "other dtype": (lambda f: set_meta(f, dtype="int8"), "int8"),
     "a part is missing": (lambda f: (f / "tokens-00001.bin").unlink(), "00001.bin is missing"),
-    "marks are missing": (lambda f: (f / "completions-00002.bin").unlink(), "00002.bin is missing"),
+    "marks are missing": (lambda f: (f / "marks-00002.bin").unlink(), "00002.bin is missing"),
     "empty part": (lambda f: (f / "tokens-00000.bin").write_bytes(b""), "missing or empty"),
     "cut part": (_cut, r"tokens-00001.bin has 1998 bytes where meta.json promises 2000"),
     "corrupt tokens": (lambda f: _flip("tokens-00001.bin", f), "00001.bin does not match its"),
-    "corrupt marks": (lambda f: _flip("completions-00001.bin", f), "completions-00001.bin does"),
+    "corrupt marks": (lambda f: _flip("marks-00001.bin", f), "marks-00001.bin does"),
 }
 
 

@@ -47,7 +47,7 @@ def make_shard(folder: Path, tokenizer: Path, **options: object) -> Shard:
     return Shard(folder)
 
 
-def special(shard: Shard) -> tuple[int, tuple[int, ...], int | None, int | None]:
+def special(shard: Shard) -> tuple[int | None, tuple[int, ...], int | None, int | None]:
     found = shard.meta.special
     return found.bos, found.eos, found.pad, found.mask
 
@@ -74,16 +74,26 @@ def test_one_token_that_begins_and_ends_texts(tmp_path: Path) -> None:
     assert exported(options).denoiser_tower is not None
 
 
-def test_rows_begin_at_documents_where_bos_is_eos(tmp_path: Path) -> None:
-    """Silent failure: a row begins at the end of the document before, one token early."""
-    foreign = make_foreign(tmp_path / "foreign")
-    for align in (1, 8):
-        shard = make_shard(tmp_path / f"shard {align}", foreign, align=align)
-        rows = Rows(shard, 32, seed=1).training(0, 60)
-        say = load_tokenizer(shard.folder).encode("Say ")
-        for tokens in rows.tokens.tolist():
-            begin = next(at for at, token in enumerate(tokens) if token != 0)
-            assert tokens[begin : begin + 4] == say and begin <= align
+@pytest.mark.parametrize("align", [1, 8])
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_documents_are_what_generation_sees(tmp_path: Path, align: int, adds_bos: bool) -> None:
+    """Silent failure: documents begin with a bos that prompts have not, or rows begin at the end of
+    the document before, because its token is the bos too.
+    """
+    config = {"bos_token": END, "eos_token": END, "add_bos_token": adds_bos}
+    foreign = make_foreign(tmp_path / "foreign", tokenizer_config=config)
+    shard = make_shard(tmp_path / "shard", foreign, align=align)
+    tokenizer = load_tokenizer(shard.folder)
+    prompt = tokenizer.encode_prompt("Say ")
+    assert (prompt[0] == 0) == adds_bos
+    rows = Rows(shard, 32, seed=1).training(0, 60)
+    for tokens in rows.tokens.tolist():
+        begins = [at for at in range(28) if tokens[at : at + len(prompt)] == prompt]
+        assert begins[0] < align
+        assert set(tokens[: begins[0]]) <= {0}
+    begins = shard.beginnings(slice(None))
+    assert len(begins) == shard.meta.num_documents == 400
+    assert all(shard.tokens[at : at + len(prompt)].tolist() == prompt for at in begins)
 
 
 @pytest.mark.parametrize(
@@ -110,11 +120,14 @@ def test_ids_come_from_the_tokenizers_files(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "bos_token: .* names none; say which token it is with --bos-token, e.g. one of <"),
-        ({"bos_token": END}, "eos_token: .* names none; say which token it is with --eos-token"),
-        ({"bos_token": END, "eos_token": "</s>"}, "eos_token: '</s>' is not a token of"),
-        ({"bos_token": END, "eos_token": END, "mask_token": "#"}, "'#' .* is an ordinary token"),
-        ({"bos_token": END, "eos_token": END, "mask_token": END}, "begins or ends documents"),
+        (
+            {},
+            "eos_token: .* names none; say which token ends a text with --eos-token, e.g. ",
+        ),
+        ({"eos_token": "</s>"}, "eos_token: '</s>' is not a token of"),
+        ({"bos_token": "<s>", "eos_token": END}, "bos_token: '<s>' is not a token of"),
+        ({"eos_token": END, "mask_token": "#"}, "'#' .* is an ordinary token"),
+        ({"eos_token": END, "mask_token": END}, "begins or ends documents"),
     ],
 )
 def test_a_missing_token_is_asked_for(
@@ -134,6 +147,17 @@ def test_named_tokens_reach_the_exported_tokenizer(tmp_path: Path) -> None:
     run(tiny_options(shard.folder, tmp_path / "run", steps=1))
     tokenizer = load_tokenizer(tmp_path / "run" / "export")
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id) == (257, 0, 258)
+    assert tokenizer.encode_prompt("") == [257] and shard.tokens[:][0] == 257
+
+
+def test_a_tokenizer_without_bos_needs_none(tmp_path: Path) -> None:
+    """Silent failure: a refusal of most tokenizers, or token 0 before every prompt."""
+    foreign = make_foreign(tmp_path / "foreign", tokenizer_config={"eos_token": END})
+    shard = make_shard(tmp_path / "shard", foreign)
+    assert special(shard) == (None, (0,), None, None)
+    run(tiny_options(shard.folder, tmp_path / "run", steps=1))
+    config = read_config(tmp_path / "run" / "export")
+    assert (config.bos_token_id, config.eos_token_ids) == (None, (0,))
 
 
 def foreign_backbone(folder: Path, shard: Shard, vocab_size: int) -> Path:

@@ -1,6 +1,7 @@
 """Variants of the denoiser recipe: shared or trained context, early blocks, new starts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,17 @@ def test_a_resumed_variant_equals_an_unbroken_one(
     a, b = (exported(o).state_dict() for o in (whole, broken))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert exported(broken).config == exported(whole).config
+
+
+def test_a_resumed_run_does_not_need_its_initial_checkpoint(
+    data: Path, backbone: Path, tmp_path: Path
+) -> None:
+    """Silent failure: a run is lost with the backbone that it has taken over long ago."""
+    init = tmp_path / "init"
+    shutil.copytree(backbone, init)
+    run(denoiser(data, init, tmp_path / "run", steps=2))
+    shutil.rmtree(init)
+    assert [r.step for r in run(denoiser(data, init, tmp_path / "run", steps=3))] == [3]
 
 
 def test_early_blocks_come_first(

@@ -64,9 +64,10 @@ class Tokenizer:
         found: str | None = self._backend.id_to_token(token_id)
         return found
 
-    def with_roles(self, roles: Mapping[str, str]) -> "Tokenizer":
-        """The same vocabulary with other tokens as pad, bos, eos or mask."""
-        return Tokenizer(self._backend, self._roles | dict(roles), self._adds_bos)
+    def with_roles(self, roles: Mapping[str, str], adds_bos: bool | None = None) -> "Tokenizer":
+        """The same vocabulary with other tokens as pad, bos, eos or mask; adds_bos None: as now."""
+        adds_bos = self._adds_bos if adds_bos is None else adds_bos
+        return Tokenizer(self._backend, self._roles | dict(roles), adds_bos)
 
     @cached_property
     def special_texts(self) -> tuple[str, ...]:

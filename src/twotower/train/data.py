@@ -108,25 +108,22 @@ class Rows:
                 f"data: {self.shard.folder} has token {tokens.max()} in the rows at {starts}, "
                 f"outside its vocabulary of {self.shard.meta.vocab_size}; prepare the data again"
             )
-        completions = np.stack([self.shard.completions[span] for span in spans]).astype(bool)
+        completions = np.stack([self.shard.is_completion(span) for span in spans])
         return Batch(tokens=torch.from_numpy(tokens), is_completion=torch.from_numpy(completions))
 
     def _start(self, index: int) -> int:
         """Where window `index` begins, moved to the first document that begins in it.
 
-        A prompt is read from its <bos> with nothing before it: a model that never trained on rows
-        which begin there meets that state for the first time when it generates.
+        A prompt is read with nothing before it: a model that never trained on rows which begin
+        there meets that state for the first time when it generates.
         """
-        length, tokens = self.sequence_length, self.shard.tokens
+        length, num_tokens = self.sequence_length, len(self.shard.tokens)
         start = index * length
-        window = slice(start, start + length)
-        # Where one token is both, the EOS behind a completion is marked as part of it.
-        is_bos = tokens[window] == self.shard.meta.special.bos
-        begins = np.flatnonzero(is_bos & (self.shard.completions[window] == 0))
+        begins = self.shard.beginnings(slice(start, start + length))
         if len(begins):
             align = self.shard.meta.align
             first = int(begins[0]) // align * align  # with what fills up the first block
-            start = min(start + first, (len(tokens) - length) // align * align)
+            start = min(start + first, (num_tokens - length) // align * align)
         return start
 
 

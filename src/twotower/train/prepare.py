@@ -1,9 +1,9 @@
 """From documents to a token shard: files of text or a generated corpus -> tokenizer + tokens.
 
-Decides how a document becomes tokens: bos + prompt + completion + eos, packed back to back. Prompt
-and completion are encoded apart, because at inference the prompt is encoded alone: a token that
-spans both would never be seen there. Everything is written aside and renamed, so a shard is whole
-or absent.
+Decides how a document becomes tokens: bos (where the tokenizer puts one before a prompt) + prompt +
+completion + eos, packed back to back. Prompt and completion are encoded apart, because at inference
+the prompt is encoded alone: a token that spans both would never be seen there. Everything is
+written aside and renamed, so a shard is whole or absent.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _CORPUS_TOKENS = 20_000_000
 _BATCH = 512  # documents tokenised at once
 _BATCH_CHARACTERS = 1 << 20  # or fewer, if they are this long together
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-Encoded = tuple[list[int], int]  # tokens, and how many of them stand before the completion
+# Tokens, at which of them the document begins, how many of them stand before the completion.
+Encoded = tuple[list[int], int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +61,8 @@ class PrepareOptions(CheckedOptions):
     """Tokenizer to reuse: a folder with tokenizer.json, such as the model's to train from. By
     default one is trained on the same text."""
     bos_token: str | None = None
-    """Token of the reused tokenizer that begins every document, as its vocabulary writes it; by
-    default the one that its configuration names."""
+    """Token of the reused tokenizer to begin every document and prompt with, as its vocabulary
+    writes it; by default its configuration says which, and whether."""
     eos_token: str | None = None
     """Token of the reused tokenizer that ends every document; by default the one that its
     configuration names."""
@@ -206,8 +207,8 @@ def _write_shard(
     by_source = dict.fromkeys((source.name for source in sources), 0)
     with closing(ShardWriter(folder, dtype, options.part_tokens)) as writer:
         yield _get_progress(writer, by_source)
-        for at, (ids, context) in _mix_encoded(options, sources, tokenizer):
-            writer.append(ids, context)
+        for at, (ids, begin, context) in _mix_encoded(options, sources, tokenizer):
+            writer.append(ids, begin, context)
             by_source[sources[at].name] += len(ids)
             if writer.num_documents % _BATCH == 0:
                 yield _get_progress(writer, by_source)
@@ -265,18 +266,19 @@ def _encode_stream(tokenizer: Tokenizer, texts: Iterable[Text], align: int) -> I
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Sequence[Text], align: int = 1) -> list[Encoded]:
-    """Each (prompt, completion) as bos + prompt + completion + eos.
+    """Each (prompt, completion) as bos + prompt + completion + eos, as generation sees it.
 
-    With `align`, more eos before bos and at the end: prompt and completion each fill up a multiple.
+    With `align`, more eos before and behind: prompt and completion each fill up a multiple.
     """
-    assert tokenizer.bos_id is not None and tokenizer.eos_id is not None
+    assert tokenizer.eos_id is not None
     parts = tokenizer.encode_batch([part for text in texts for part in text])
-    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    start, eos = tokenizer.encode_prompt(""), tokenizer.eos_id
     documents = []
     for prompt, completion in zip(parts[::2], parts[1::2], strict=True):
-        before, after = -(1 + len(prompt)) % align, -(len(completion) + 1) % align
-        context = [*[eos] * before, bos, *prompt]
-        documents.append(([*context, *completion, *[eos] * (1 + after)], len(context)))
+        context, ended = [*start, *prompt], [*completion, eos]
+        before, after = -len(context) % align, -len(ended) % align
+        ids = [*[eos] * before, *context, *ended, *[eos] * after]
+        documents.append((ids, before, before + len(context)))
     return documents
 
 

@@ -1,10 +1,10 @@
 """What a token shard is on disk: its memory-mapped view, and how it is written.
 
 A shard is a folder: `tokens-00000.bin`, ... (little-endian uint16 or uint32, one stream of tokens
-cut into files), `completions-00000.bin`, ... (uint8, 1 where a token belongs to a completion or is
-the EOS behind it; cut at the same places), `meta.json` (what it is, with checksums) and the
-tokenizer's files. Where the files are cut has no meaning, also inside a document: readers see one
-stream.
+cut into files), `marks-00000.bin`, ... (uint8, cut at the same places: 1 where a token belongs to a
+completion or is the EOS behind it, plus 2 where a document begins), `meta.json` (what it is, with
+checksums) and the tokenizer's files. Where the files are cut has no meaning, also inside a
+document: readers see one stream.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 
 META_FILE = "meta.json"
-FORMAT = 4
+FORMAT = 5
 PART_TOKENS = 1 << 27  # in one file: 256 MB of uint16
 TokenArray = np.ndarray[tuple[int], np.dtype[np.unsignedinteger]]
 DTYPES: dict[str, np.dtype[np.unsignedinteger]] = {
@@ -30,16 +30,17 @@ DTYPES: dict[str, np.dtype[np.unsignedinteger]] = {
     "uint32": np.dtype("<u4"),
 }
 BYTE: np.dtype[np.unsignedinteger] = np.dtype(np.uint8)
+COMPLETION, BEGINNING = 1, 2  # marks, which add up
 _Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialTokens:
-    """Ids with a role: `bos` begins documents, the first of `eos` ends them, all of `eos` end a
-    generated text. None: the tokenizer has no such token.
+    """Ids with a role: the first of `eos` ends documents, all of them end a generated text. None:
+    the tokenizer has no such token.
     """
 
-    bos: int
+    bos: int | None
     eos: tuple[int, ...]
     pad: int | None
     mask: int | None
@@ -47,13 +48,13 @@ class SpecialTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A pair of files of a shard: the same stretch of tokens and of completion marks."""
+    """A pair of files of a shard: the same stretch of tokens and of marks."""
 
     tokens_file: str
-    completions_file: str
+    marks_file: str
     num_tokens: int
     tokens_sha256: str
-    completions_sha256: str
+    marks_sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ class ShardMeta:
             if token is not None and not 0 <= token < self.vocab_size:
                 raise ValueError(f"special token {token} is outside its vocabulary")
         for part in self.parts:
-            for name in (part.tokens_file, part.completions_file):
+            for name in (part.tokens_file, part.marks_file):
                 if Path(name).name != name:
                     raise ValueError(f"{name!r} is not a file name")
 
@@ -144,12 +145,20 @@ class Shard:
         for part in self.meta.parts:
             file, sha256 = self.folder / part.tokens_file, part.tokens_sha256
             tokens.append(_map(file, dtype, part.num_tokens, sha256))
-            file, sha256 = self.folder / part.completions_file, part.completions_sha256
+            file, sha256 = self.folder / part.marks_file, part.marks_sha256
             marks.append(_map(file, BYTE, part.num_tokens, sha256))
-        self.tokens, self.completions = TokenStream(tokens), TokenStream(marks)
+        self.tokens, self._marks = TokenStream(tokens), TokenStream(marks)
 
     def num_rows(self, sequence_length: int) -> int:
         return len(self.tokens) // sequence_length
+
+    def is_completion(self, span: slice) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Which tokens belong to completions, with the EOS behind them."""
+        return self._marks[span] & COMPLETION > 0
+
+    def beginnings(self, span: slice) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
+        """Where documents begin, counted from the start of the span."""
+        return np.flatnonzero(self._marks[span] & BEGINNING)
 
 
 def read_meta(folder: Path) -> ShardMeta:
@@ -233,12 +242,15 @@ class ShardWriter:
         self.num_tokens = 0
         self.num_documents = 0
         self._folder, self._dtype, self._limit = folder, DTYPES[dtype], part_tokens
-        self._files: list[tuple[_File, _File]] = []  # tokens and completions of each part
+        self._files: list[tuple[_File, _File]] = []  # tokens and marks of each part
 
-    def append(self, ids: list[int], context: int) -> None:
-        """Write a document, of whose tokens the first `context` stand before its completion."""
-        tokens, marks = np.asarray(ids, dtype=self._dtype), np.ones(len(ids), dtype=BYTE)
-        marks[:context] = 0
+    def append(self, ids: list[int], begin: int, context: int) -> None:
+        """Write a document that begins at its token number `begin`, after what fills up a block;
+        its first `context` tokens stand before its completion.
+        """
+        tokens, marks = np.asarray(ids, dtype=self._dtype), np.zeros(len(ids), dtype=BYTE)
+        marks[context:] = COMPLETION
+        marks[begin] += BEGINNING
         while len(tokens):
             room = self._limit - self._files[-1][0].length if self._files else 0
             if room == 0:
@@ -255,10 +267,10 @@ class ShardWriter:
         return tuple(
             Part(
                 tokens_file=tokens.name,
-                completions_file=marks.name,
+                marks_file=marks.name,
                 num_tokens=tokens.length,
                 tokens_sha256=tokens.hash.hexdigest(),
-                completions_sha256=marks.hash.hexdigest(),
+                marks_sha256=marks.hash.hexdigest(),
             )
             for tokens, marks in self._files
         )
@@ -266,7 +278,7 @@ class ShardWriter:
     def _begin(self) -> None:
         self.close()
         number = f"{len(self._files):05d}.bin"
-        tokens, marks = (self._folder / f"{kind}-{number}" for kind in ("tokens", "completions"))
+        tokens, marks = (self._folder / f"{kind}-{number}" for kind in ("tokens", "marks"))
         self._files.append((_File(tokens), _File(marks)))
 
     def close(self) -> None:

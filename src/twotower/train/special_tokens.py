@@ -16,37 +16,37 @@ _GENERATION_FILE = "generation_config.json"
 
 
 def open_tokenizer(path: Path, named: Mapping[str, str]) -> Tokenizer:
-    """The tokenizer of a folder or file, with a bos and an eos; `named` are tokens by role (bos,
-    eos, mask) that win over its own.
+    """The tokenizer of a folder or file, with an eos; `named` are tokens by role (bos, eos, mask)
+    that win over its own. A named bos begins prompts too.
 
-    ValueError (one line) for a token that it does not have, for a missing bos or eos, and for a
-    mask that text can hold.
+    ValueError (one line) for a token that it does not have, for a missing eos, and for a mask that
+    text can hold.
     """
     tokenizer = load_tokenizer(path)
-    tokenizer = tokenizer.with_roles(_roles_by_id(tokenizer, path))
     for role, name in named.items():
         if tokenizer.token_id(name) is None:
             raise ValueError(
                 f"{role}_token: {name!r} is not a token of {path}; write it as its vocabulary does"
             )
-    tokenizer = tokenizer.with_roles(named)
-    for role, token in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
-        if token is None:
-            raise ValueError(
-                f"{role}_token: {path} names none; say which token it is with --{role}-token, e.g. "
-                f"one of {', '.join(tokenizer.special_texts[:4]) or 'its special tokens'}"
-            )
+    roles = _roles_by_id(tokenizer, path) | dict(named)
+    tokenizer = tokenizer.with_roles(roles, adds_bos=True if "bos" in named else None)
+    if tokenizer.eos_id is None:
+        raise ValueError(
+            f"eos_token: {path} names none; say which token ends a text with --eos-token, e.g. one "
+            f"of {', '.join(tokenizer.special_texts[:4]) or 'its special tokens'}"
+        )
     _check_mask(tokenizer, path)
     return tokenizer
 
 
 def find_special_tokens(tokenizer: Tokenizer, path: Path | None) -> SpecialTokens:
-    """The ids of a tokenizer that has bos and eos, and of the folder that it came from, if any."""
-    bos, eos = tokenizer.bos_id, tokenizer.eos_id
-    assert bos is not None and eos is not None
+    """The ids of a tokenizer that has an eos, and of the folder that it came from, if any."""
+    eos = tokenizer.eos_id
+    assert eos is not None
     more = () if path is None else _generation_ids(path, "eos", tokenizer.vocab_size)
     ends = (eos, *(token for token in more if token != eos))
-    return SpecialTokens(bos=bos, eos=ends, pad=tokenizer.pad_id, mask=tokenizer.mask_id)
+    ids = {"bos": tokenizer.bos_id, "pad": tokenizer.pad_id, "mask": tokenizer.mask_id}
+    return SpecialTokens(eos=ends, **ids)
 
 
 def _check_mask(tokenizer: Tokenizer, path: Path) -> None:
