@@ -34,7 +34,7 @@ def test_a_replica_has_both_towers() -> None:
         ServeArguments(ray=True, denoiser_device="peer")
 
 
-@pytest.mark.parametrize("given", [{"quantization": "int8"}, {"experts": "mapped"}])
+@pytest.mark.parametrize("given", [{"quantization": "int8"}, {"expert_storage": "mmap"}])
 def test_a_server_passes_on_what_weights_to_run(given: dict[str, str]) -> None:
     """Silent failure: an option of the command that never reaches the model. Both are refused for
     this model and backend, which shows that they arrived."""
