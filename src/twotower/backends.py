@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import torch
 
-from twotower.config import AttentionSpec, LayerSpec, MambaSpec, MLPSpec, MoESpec
+from twotower.config import AttentionSpec, LayerSpec, MambaSpec, MoESpec
 from twotower.model import TwoTower
 from twotower.model.backend import Backend, EagerBackend
 from twotower.model.precision import Scheme, has_mapped_experts, placement_refusal, scheme_of
@@ -40,8 +40,6 @@ class Setup:
     devices: frozenset[str] = frozenset({"cpu"})
     expert_storage: ExpertStorage = "memory"
     bidirectional_mamba: bool = False
-    has_own_mask: bool = False
-    """Whether the mask is no token of the vocabulary."""
 
 
 def setup_of(model: TwoTower, quantization: Quantization = "none") -> Setup:
@@ -55,7 +53,6 @@ def setup_of(model: TwoTower, quantization: Quantization = "none") -> Setup:
         devices=frozenset(p.device.type for p in loaded),
         expert_storage="mmap" if has_mapped_experts(model) else "memory",
         bidirectional_mamba=model.config.bidirectional_mamba,
-        has_own_mask=model.config.has_own_mask,
     )
 
 
@@ -73,11 +70,6 @@ def _eager_refusal(setup: Setup) -> str | None:
 
 def _native_refusal(setup: Setup) -> str | None:
     has_experts = any(isinstance(layer, MoESpec) for layer in setup.layers)
-    has_llama_layers = any(
-        (isinstance(x, AttentionSpec) and (x.rope is not None or x.qk_norm or x.bias != x.out_bias))
-        or (isinstance(x, MLPSpec) and x.gated)
-        for x in setup.layers
-    )
     keys = {(x.num_kv_heads, x.head_dim) for x in setup.layers if isinstance(x, AttentionSpec)}
     states = {
         (x.num_heads, x.head_dim, x.num_groups, x.state_size, x.conv_width)
@@ -89,13 +81,15 @@ def _native_refusal(setup: Setup) -> str | None:
     rounds_weights_alone = setup.scheme is not None and setup.scheme.activations is None
     for is_refused, sentence in (
         (has_experts, f"native passes have no {MoESpec.label}"),
-        (has_llama_layers, "native passes have no rotary positions, head norms or gated MLPs"),
         (len(keys) > 1 or len(states) > 1, "native passes need states of one size in all layers"),
         (setup.devices != {"cpu"}, f"native passes run on the CPU, not on {_list(setup.devices)}"),
         (dtypes != ["float32"], f"native passes compute in float32, not in {_list(dtypes)}"),
         (setup.bidirectional_mamba, "native passes have no bidirectional Mamba"),
-        (setup.has_own_mask, "native passes have no mask outside the vocabulary"),
-        (is_int4 or setup.quantization == "int4", "native passes have no 4-bit weights"),
+        (is_int4, "native passes round to 4 bits themselves and run no checkpoint that has them"),
+        (
+            setup.scheme is not None and setup.quantization == "int4",
+            "native passes round full-precision weights to 4 bits, not those of an int8 checkpoint",
+        ),
         (
             rounds_weights_alone and setup.quantization == "none",
             "native int8 products round activations too, and this checkpoint's weights alone are "
@@ -131,9 +125,9 @@ def accelerate(
 
     eager: plain PyTorch, every model and device. native: C++, compiled on first use and kept in the
     user's cache; float32, CPU, no experts. auto: the first of native and eager that runs the model;
-    one log line says which, and why not the other. quantization=int8: native passes with
-    projections rounded to int8 now. The weights must not change afterwards. ValueError (one line)
-    for what cannot run.
+    one log line says which, and why not the other. quantization=int8, int4: native passes with
+    projections rounded to 8 or 4 bits now. The weights must not change afterwards. ValueError (one
+    line) for what cannot run.
     """
     for name, value, known in (
         ("backend", backend, BACKENDS),

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from twotower import GenerateOptions, Tokenizer, TwoTower, generate, load_tokenizer
+from twotower import GenerateOptions, Tokenizer, TwoTower, accelerate, generate, load_tokenizer
 from twotower.checkpoint import load_checkpoint
+from twotower.native import library
+from twotower.native.packing import quantise_groups
 
 FILE = Path.home() / ".cache/twotower/models/SmolLM2-135M-Instruct.Q4_1.gguf"
 pytestmark = pytest.mark.skipif(
@@ -71,6 +73,58 @@ def test_greedy_texts_are_those_of_transformers(
     for ids, completion in zip(prompts, found, strict=True):
         expected = theirs.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
         assert completion.tokens == expected[0, len(ids) :].tolist()
+
+
+@pytest.fixture
+def compiled() -> None:
+    try:
+        library.library()
+    except OSError as error:
+        pytest.skip(f"no native library: {error}")
+
+
+@torch.no_grad()
+def test_native_passes(model: TwoTower, tokenizer: Tokenizer, theirs: Any, compiled: None) -> None:
+    """Silent failure: a real model has a size, an outlier or a position that no tiny one has."""
+    prompts = [prompt(tokenizer, question) for question in QUESTIONS]
+    ours = accelerate(model, "native")
+    found = generate(ours, prompts, GenerateOptions(mode="ar", max_new_tokens=16))
+    for ids, completion in zip(prompts, found, strict=True):
+        expected = theirs.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False)
+        assert completion.tokens == expected[0, len(ids) :].tolist()
+    text = torch.tensor([[*prompts[0], *prompts[1]] * 3])
+    expected = theirs(text).logits
+    hidden = ours.extend(ours.empty_cache(1), text)
+    assert (ours.context_head(hidden) - expected).abs().max() < 1e-4 * expected.std()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_native_passes_in_few_bits(
+    model: TwoTower, tokenizer: Tokenizer, quantization: str, compiled: None
+) -> None:
+    """Silent failure: tokens whose outliers drown the rest in one scale; bits that depend on how
+    many tokens a pass has, so that speculation changes texts."""
+    ours = accelerate(model, "native", quantization)  # type: ignore[arg-type]
+    text = torch.tensor([prompt(tokenizer, QUESTIONS[0]) + prompt(tokenizer, QUESTIONS[1])])
+    hidden = ours.extend(ours.empty_cache(1), text)
+    expected = model.context_logits(text)
+    found = ours.context_head(hidden)
+    assert (found - expected).square().mean().sqrt() < 0.09 * expected.std()
+    cache = ours.prefill(text[:, :20])
+    alone = [ours.extend(cache, token) for token in text[:, 20:40].split(1, dim=1)]
+    assert torch.equal(torch.cat(alone, dim=1), hidden[:, 20:40])
+
+
+def test_the_file_is_kept_exactly_in_int4(model: TwoTower) -> None:
+    """Silent failure: 4 bits of the file become other 4 bits."""
+    for layer in (0, 1, 58, 59):
+        for name, weight in model.context_tower.layers[layer].named_parameters():
+            if name.endswith("_proj.weight"):
+                numbers, *grid = quantise_groups(weight)
+                scale, offset = (part.float().unsqueeze(-1) for part in grid)
+                kept = (numbers.unflatten(1, (-1, 32)) * scale + offset).flatten(1)
+                assert (kept - weight).abs().max() < 1e-6 * weight.abs().max(), (layer, name)
 
 
 def test_texts_come_back(tokenizer: Tokenizer) -> None:

@@ -46,12 +46,19 @@ SHAPES: dict[str, dict[str, object]] = {
 
 
 def quantised_product(x: Tensor, weight: Tensor) -> Tensor:
-    """What an int8 product is, in plain PyTorch: whole numbers, then two scales."""
+    """What an int8 product is, in plain PyTorch: whole numbers in groups of 32, then two scales."""
     numbers, scales, *_ = quantise(weight)
-    most = x.abs().amax(-1, keepdim=True)
-    whole = (x * torch.where(most > 0, 127 / most, 0.0)).round()
-    sums = whole.long() @ numbers.long().mT
-    return sums.float() * (scales.squeeze(-1) * (most / 127))
+    groups, others = (grouped(part) for part in (x, numbers.double()))
+    most = groups.abs().amax(-1, keepdim=True)
+    whole = (groups * torch.where(most > 0, 127 / most, 0.0)).round()
+    sums = torch.einsum("...gk,ngk->...ng", whole.double(), others)
+    sums = sums * (most / 127).double().mT
+    return (sums.sum(-1) * scales.squeeze(-1)).float()
+
+
+def grouped(x: Tensor) -> Tensor:
+    """x (..., K) -> (..., groups, 32), zeros beyond K."""
+    return nn.functional.pad(x, (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
 
 
 class Quantised(nn.Module):
@@ -95,10 +102,10 @@ def shared_work(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
 
 
 def whole_numbers(rows: int, width: int, seed: int) -> Tensor:
-    """Whole numbers from -127 to 127, of which each row has 127: their scales are exactly 1."""
+    """Whole numbers from -127 to 127; each group of a row has 127, so that its scale is 1."""
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randint(-127, 128, (rows, width), generator=generator).float()
-    numbers[:, 0] = 127.0
+    numbers[:, ::32] = 127.0
     return numbers
 
 
@@ -121,8 +128,9 @@ def test_products_of_any_values() -> None:
     x = torch.randn(40, 70, generator=generator) * torch.logspace(3, -6, 40).unsqueeze(1)
     weight[7], x[5] = 0.0, 0.0  # no scale at all
     found = NativeLinear(quantise(weight))(x)
-    # Two roundings of a float32 product; the sums are exact.
-    torch.testing.assert_close(found, quantised_product(x, weight), rtol=3e-7, atol=0.0)
+    expected = quantised_product(x, weight)
+    size = x.abs().amax(1, keepdim=True) * weight.abs().amax(1)  # three groups' sums may cancel
+    torch.testing.assert_close(found / size, expected / size, rtol=0.0, atol=1e-5, equal_nan=True)
     assert not found[5].any() and not found[:, 7].any()
 
 
@@ -141,7 +149,7 @@ def test_processors_without_the_instruction_give_the_same_bits(tmp_path: Path) -
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     assert compiler is not None
     file = tmp_path / "plain.so"
-    library.compile_library(compiler, file, ("-DTWOTOWER_PLAIN", "-O1"))
+    library.compile_library(compiler, file, ("-DTWOTOWER_PLAIN", "-O2"))
     plain = library.load_library(file)
     generator = torch.Generator().manual_seed(0)
     product = NativeLinear(quantise(torch.randn(37, 70, generator=generator)))
@@ -357,8 +365,9 @@ def test_nan_is_not_hidden() -> None:
 
 
 def test_a_quantised_checkpoint_keeps_its_numbers() -> None:
-    """Guards against rounding twice: numbers that were chosen once are the model."""
-    plain = copy.deepcopy(tiny_model(hybrid_override_pattern=DENSE))
+    """Guards against rounding twice: numbers that were chosen once are the model, and its tokens
+    have one scale each."""
+    plain = copy.deepcopy(tiny_model(hybrid_override_pattern=DENSE, hidden_size=48))
     rounded = copy.deepcopy(plain)
     quantise_modules(rounded, INT8)
     for name, module in plain.named_modules():
@@ -366,9 +375,11 @@ def test_a_quantised_checkpoint_keeps_its_numbers() -> None:
             twin = rounded.get_submodule(f"{name}.weight")
             matrix = quantise(module.weight)
             twin.qdata.copy_(matrix.qdata), twin.scale.copy_(matrix.scale)
-    ours, other = accelerate(rounded, "native"), accelerate(plain, "native", "int8")
-    for found, expected in zip(passes(ours, 16), passes(other, 16), strict=True):
-        assert torch.equal(found, expected)
+    ours = accelerate(rounded, "native")
+    for found, expected in zip(passes(ours, 16), passes(rounded, 16), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=0.02)
+    other = accelerate(plain, "native", "int8")
+    assert not torch.equal(passes(ours, 16)[0], passes(other, 16)[0])
     assert [w.shape for w in ours.buffers()] == [w.shape for w in rounded.buffers()]
 
 

@@ -53,8 +53,8 @@ def test_mapped_experts_write_the_same_tokens(
 def test_logits_are_bit_equal(folders: dict[str, Path], name: str) -> None:
     ids = torch.arange(4, 14).unsqueeze(0)
     found = []
-    for experts in ("memory", "mapped"):
-        model = load_checkpoint(folders[name], experts=experts)  # type: ignore[arg-type]
+    for storage in ("memory", "mmap"):
+        model = load_checkpoint(folders[name], expert_storage=storage)  # type: ignore[arg-type]
         found.append(model.next_logits(model.prefill(ids)))
     assert torch.equal(*found)
 
@@ -103,8 +103,8 @@ def test_what_cannot_be_mapped_is_one_line(folders: dict[str, Path], tmp_path: P
     save_two_towers(fresh_model(hybrid_override_pattern="M*-", num_hidden_layers=3), dense)
     with pytest.raises(ValueError, match="this model has no experts"):
         load_checkpoint(dense, expert_storage="mmap")
-    with pytest.raises(ValueError, match="experts='disk' is unknown"):
-        load_checkpoint(folders["int8"], experts="disk")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expert_storage='disk' is unknown"):
+        load_checkpoint(folders["int8"], expert_storage="disk")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs both towers on the CPU, not on 'meta'"):
         load_checkpoint(folders["int8"], denoiser_device="meta", expert_storage="mmap")
     with pytest.raises(ValueError, match="activations=int8 needs both towers on the CPU"):

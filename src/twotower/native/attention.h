@@ -20,18 +20,67 @@ inline Step with_room_for_keys(Step s) {
     return s;
 }
 
+// Cosines and sines [A][W] of a tile's angles: halves make the pairs, as in the PyTorch layers
+template <int W>
+void make_angles(const Call &call, int head_dim, int first, int count) {
+    int half = head_dim / 2;
+    float *cosines = scratch.angles.data() + long(first) * head_dim, *sines = cosines + half * W;
+    for (int l = 0; l < W; l++)
+        for (int i = 0; i < half; i++) {
+            float position = float(call.num_past + first + std::min(l, count - 1));
+            float angle = position * call.tower.frequencies[i];
+            cosines[i * W + l] = std::cos(angle), sines[i * W + l] = std::sin(angle);
+        }
+}
+
+// x[A][W] turned
+template <int W>
+void rotate(float *x, const float *angles, int A) {
+    int half = A / 2 * W;
+    for (int i = 0; i < half; i++) {
+        float one = x[i], two = x[i + half], cosine = angles[i], sine = angles[i + half];
+        x[i] = std::fma(one, cosine, -(two * sine));
+        x[i + half] = std::fma(two, cosine, one * sine);
+    }
+}
+
+// What comes between a product and attention: x[heads][A][W] normed per head and turned, where the
+// layer has that
+template <int W>
+void finish_heads(const Step &s, const Weight &weight, int heads, const float *angles, float *x) {
+    int A = s.layer.head_dim;
+    if (!weight.full && !angles) return;
+    over_features<W>(s.call.team, heads, [&s, &weight, angles, x, A](int begin, int end) {
+        float part[PARTS * W], scale[W];
+        for (float *head = x + begin * A * W; head < x + end * A * W; head += A * W) {
+            if (weight.full) {
+                square_parts<W>(head, A, 0, PARTS, part);
+                scale_by_parts<W>(part, A, s.call.tower.eps, scale);
+                multiply<W>(head, scale, weight.full, 0, A, head);
+            }
+            if (angles) rotate<W>(head, angles, A);
+        }
+    });
+}
+
 // Queries, keys and values of a tile: scratch.u to its part of scratch.q, out.k and out.v
 template <int W>
 void project(const Step &s, int first, int count) {
     const auto &w = weights_of<AttentionWeights>(s.layer);
-    int q_width = s.layer.q_heads * s.layer.head_dim, kv_width = s.layer.kv_heads * s.layer.head_dim;
-    float *flat = at_least(scratch.flat, size_t(kv_width) * W);
+    int A = s.layer.head_dim, q_width = s.layer.q_heads * A, kv_width = s.layer.kv_heads * A;
+    float *k = at_least(scratch.flat, 2 * size_t(kv_width) * W), *v = k + kv_width * W;
+    float *q = scratch.q.data() + long(first) * q_width;
+    const float *angles = s.layer.rotary ? scratch.angles.data() + long(first) * A : nullptr;
     Input<W> in = input_of<W>(s, w.q_proj, scratch.u.data(), s.call.tower.width);
-    matrix<W>(s.call.team, w.k_proj, kv_width, in, w.k_proj_bias.full, flat);
-    to_rows<W>(flat, kv_width, count, s.out.k + long(first) * kv_width, kv_width);
-    matrix<W>(s.call.team, w.v_proj, kv_width, in, w.v_proj_bias.full, flat);
-    to_rows<W>(flat, kv_width, count, s.out.v + long(first) * kv_width, kv_width);
-    matrix<W>(s.call.team, w.q_proj, q_width, in, w.q_proj_bias.full, scratch.q.data() + long(first) * q_width);
+    matrices<W>(s.call.team,
+                {{w.q_proj, q_width, w.q_proj_bias.full, q},
+                 {w.k_proj, kv_width, w.k_proj_bias.full, k},
+                 {w.v_proj, kv_width, w.v_proj_bias.full, v}},
+                in);
+    finish_heads<W>(s, w.q_norm, s.layer.q_heads, angles, q);
+    finish_heads<W>(s, w.k_norm, s.layer.kv_heads, angles, k);
+    to_rows<W>(k, kv_width, count, s.out.k + long(first) * kv_width, kv_width);
+    to_rows<W>(v, kv_width, count, s.out.v + long(first) * kv_width, kv_width);
 }
 
 struct KeyBlock {
@@ -59,10 +108,7 @@ inline KeyBlock find_keys(const Step &s, int head, int at, int count, float *roo
 // y[width][W]: the sum of rows of v (count, width), weighted by p[count][W]
 template <int W>
 void weighted_sum(const float *v, long stride, int width, int count, const float *p, float *y) {
-    if (W > 1) return product<W>(v, 1, stride, width, count, p, nullptr, y);
-    std::fill(y, y + width, 0.0f);
-    for (int i = 0; i < count; i++)
-        for (int f = 0; f < width; f++) y[f] += p[i] * v[i * stride + f];
+    product<W>(v, 1, stride, width, count, p, nullptr, y);
 }
 
 // score[count][W] of some keys to weights against the largest score so far, `most`; what was summed
@@ -88,11 +134,11 @@ void weigh(float *score, int count, float root, float *most, float *total, float
     before = largest;
 }
 
-// One head of a tile: y[A][W] of q[A][W]
+// y[A][W] of q[A][W] to the keys of a head; lane l sees those up to `last + l * is_causal`
 template <int W>
-void attend_head(const Step &s, int head, const float *q, int first, int count, float *y) {
-    int A = s.layer.head_dim, S = s.call.num_past;
-    int visible = S + (s.call.causal ? first + count : s.call.length);
+void attend_head(const Step &s, int head, const float *q, int last, bool is_causal, int visible,
+                 float *y) {
+    int A = s.layer.head_dim;
     float *score = at_least(scratch.own, size_t(KEYS + A) * W + 2 * size_t(KEYS) * A);
     float *part = score + KEYS * W, *room = part + A * W;
     float root = 1.0f / std::sqrt(float(A)), most[W], total[W] = {};
@@ -102,9 +148,9 @@ void attend_head(const Step &s, int head, const float *q, int first, int count, 
         int here = std::min(KEYS, visible - at);
         KeyBlock keys = find_keys(s, head, at, here, room);
         product<W>(keys.k, keys.stride, 1, here, A, q, nullptr, score);
-        if (s.call.causal)
-            for (int j = std::max(0, S + first + 1 - at); j < here; j++)
-                for (int l = 0; l < std::min(at + j - S - first, W); l++) score[j * W + l] = -INFINITY;
+        if (is_causal)
+            for (int j = std::max(0, last + 1 - at); j < here; j++)
+                for (int l = 0; l < std::min(at + j - last, W); l++) score[j * W + l] = -INFINITY;
         weigh<W>(score, here, root, most, total, y, A);
         weighted_sum<W>(keys.v, keys.stride, A, here, score, part);
         for (int i = 0; i < A * W; i++) y[i] += part[i];
@@ -113,18 +159,57 @@ void attend_head(const Step &s, int head, const float *q, int first, int count, 
         for (int l = 0; l < W; l++) y[a * W + l] /= total[l];
 }
 
+// V lanes of a head and tile of W: tokens, and of a single token the queries that share keys. from
+// and to: the first number of each lane's query and output, `step` floats apart by feature, `lane`
+// by lane.
+template <int V>
+void attend_lanes(const Step &s, int head, const float *from, float *to, long step, long lane,
+                  int lanes, int last, bool is_causal, int visible) {
+    int A = s.layer.head_dim;
+    float *q = at_least(scratch.lanes, 2 * size_t(A) * V), *y = q + A * V;
+    for (int a = 0; a < A; a++)
+        for (int l = 0; l < V; l++) q[a * V + l] = from[a * step + std::min(l, lanes - 1) * lane];
+    attend_head<V>(s, head, q, last, is_causal, visible, y);
+    for (int a = 0; a < A; a++)
+        for (int l = 0; l < lanes; l++) to[a * step + l * lane] = y[a * V + l];
+}
+
+// Heads of one token: those that share keys are lanes, so that keys are read once.
+inline void attend_token(const Step &s, const float *q, int visible, float *out) {
+    int A = s.layer.head_dim, shared = s.layer.q_heads / s.layer.kv_heads;
+    s.call.team.split(s.layer.kv_heads, [&s, A, shared, q, visible, out](int begin, int end) {
+        for (int head = begin; head < end; head++)
+            for (int done = 0; done < shared; done += 8) {
+                int lanes = std::min(8, shared - done);
+                long at = long(head * shared + done) * A;
+                auto attend = lanes <= 4 ? attend_lanes<4> : attend_lanes<8>;
+                attend(s, head * A, q + at, out + at, 1, A, lanes, visible - 1, false, visible);
+            }
+    });
+}
+
 // A tile's part of scratch.q to that of scratch.y
 template <int W>
 void attend(const Step &s, int first, int count) {
+    constexpr int V = std::min(W, LANES);
     const auto &w = weights_of<AttentionWeights>(s.layer);
     int A = s.layer.head_dim, q_heads = s.layer.q_heads, width = s.call.tower.width;
-    int q_width = q_heads * A, shared = q_heads / s.layer.kv_heads;
+    int q_width = q_heads * A, shared = q_heads / s.layer.kv_heads, S = s.call.num_past;
     const float *q = scratch.q.data() + long(first) * q_width;
     float *out = at_least(scratch.b, size_t(q_width) * W);
-    s.call.team.split(q_heads, [&s, A, shared, q, first, count, out](int begin, int end) {
-        for (int head = begin; head < end; head++)
-            attend_head<W>(s, head / shared * A, q + head * A * W, first, count, out + head * A * W);
-    });
+    bool is_causal = s.call.causal;
+    if constexpr (W == 1)
+        attend_token(s, q, S + (is_causal ? first + 1 : s.call.length), out);
+    else
+        s.call.team.split(q_heads * (W / V), [=, &s](int begin, int end) {
+            for (int item = begin; item < end; item++) {
+                int head = item / (W / V), lane = item % (W / V) * V;
+                int seen = first + std::min(count, lane + V);
+                long at = long(head) * A * W + lane;
+                attend_lanes<V>(s, head / shared * A, q + at, out + at, W, 1, V, S + first + lane,
+                                is_causal, S + (is_causal ? seen : s.call.length));
+            }
+        });
     matrix<W>(s.call.team, w.o_proj, width, input_of<W>(s, w.o_proj, out, q_width), w.o_proj_bias.full,
               scratch.y.data() + long(first) * width);
 }

@@ -6,7 +6,7 @@ Passes have any number of tokens. The equations are those of the PyTorch layers.
 import torch
 from torch import Tensor, nn
 
-from twotower.kernels.quantised import Quantised
+from twotower.kernels.quantised import Bits, Quantised
 from twotower.layers.mamba2 import MambaState
 from twotower.layers.quantised import QuantisedMatrix
 from twotower.model.precision import Scheme, weight_bits
@@ -18,16 +18,17 @@ from twotower.native.layout import LANES
 from twotower.native.packing import quantise
 from twotower.native.tower import Modulations, NativeLinear, NativeTower
 
-_INT8 = Scheme(weights="int8", activations="int8")
+# What --quantization rounds weights to; products with them round the tokens, too.
+_SCHEMES = {"int8": Scheme(weights="int8", activations="int8"), "int4": Scheme(weights="int4")}
 _MAX_TABLES = 64  # remembered times; a block of 16 tokens has 16 masked fractions
 
 
 class NativeBackend:
     """Passes of a model that `twotower.backends.refusal` lets through.
 
-    quantization=int8 rounds the projections now. The weights must neither change nor move
-    afterwards. OSError (one line) where the library cannot be made. A tower without memory has no
-    passes.
+    quantization=int8, int4 rounds the projections now, heads to int8. The weights must neither
+    change nor move afterwards. OSError (one line) where the library cannot be made. A tower without
+    memory has no passes.
     """
 
     name = "native"
@@ -35,14 +36,15 @@ class NativeBackend:
 
     def __init__(self, model: TwoTower, quantization: str) -> None:
         self.quantization = quantization
-        self._model, self._width, is_int8 = model, model.config.hidden_size, quantization == "int8"
+        self._model, self._width = model, model.config.hidden_size
+        scheme = _SCHEMES.get(quantization)
         if not all(parameter.is_contiguous() for parameter in model.parameters()):
             raise ValueError("the native backend needs contiguous weights")
-        self._context = _native_tower(model.context_tower, "context_tower", True, is_int8)
-        self._context_head = _native_head(model.context_lm_head, is_int8)
+        self._context = _native_tower(model.context_tower, "context_tower", True, scheme)
+        self._context_head = _native_head(model.context_lm_head, scheme)
         if model.denoiser_tower is not None:
-            self._denoiser = _native_tower(model.denoiser_tower, "denoiser_tower", False, is_int8)
-            self._denoiser_head = _native_head(model.lm_head, is_int8)
+            self._denoiser = _native_tower(model.denoiser_tower, "denoiser_tower", False, scheme)
+            self._denoiser_head = _native_head(model.lm_head, scheme)
         self._pool = BufferPool()
         self._tables: dict[float, Modulations] = {}
 
@@ -108,8 +110,10 @@ class NativeBackend:
         return self._tables[t]
 
 
-def _native_tower(tower: Tower, name: str, is_causal: bool, is_int8: bool) -> NativeTower | None:
-    """A tower with what of it is in int8: what is so already, and all that may be if is_int8."""
+def _native_tower(
+    tower: Tower, name: str, is_causal: bool, scheme: Scheme | None
+) -> NativeTower | None:
+    """A tower with what of it is packed: what is so already, and all that the scheme quantises."""
     if tower.embeddings.weight.is_meta:
         return None
     weights = {key: weight.detach() for key, weight in tower.named_parameters()}
@@ -118,17 +122,20 @@ def _native_tower(tower: Tower, name: str, is_causal: bool, is_int8: bool) -> Na
         for key, module in tower.named_modules()
         if isinstance(module, QuantisedMatrix)
     }
-    for key, weight in weights.items():
-        if is_int8 and weight_bits(f"{name}.{key}", weight.shape, _INT8):
-            matrices[key] = weight
-    return NativeTower(tower.config, weights, is_causal, matrices)
+    bits: dict[str, Bits] = {}
+    if scheme is not None:
+        for key, weight in weights.items():
+            found = weight_bits(f"{name}.{key}", weight.shape, scheme)
+            if found is not None:
+                matrices[key], bits[key] = weight, found
+    return NativeTower(tower.config, weights, is_causal, matrices, bits)
 
 
-def _native_head(head: nn.Module, is_int8: bool) -> NativeLinear | None:
+def _native_head(head: nn.Module, scheme: Scheme | None) -> NativeLinear | None:
     weight = head.weight
     if isinstance(weight, Tensor) and weight.is_meta:
         return None
     if isinstance(weight, QuantisedMatrix):
         return NativeLinear(weight.matrix)
     assert isinstance(weight, Tensor)
-    return NativeLinear(quantise(weight) if is_int8 else weight.detach())
+    return NativeLinear(quantise(weight) if scheme else weight.detach())

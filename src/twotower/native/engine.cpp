@@ -3,7 +3,7 @@
 // Small models wait for dispatch, not for arithmetic; here nothing is dispatched. Activations lie
 // feature by feature, the tokens of a tile (lanes) side by side, so that every operation runs over
 // the lanes and a weight, read once, serves all of them. A longer pass goes tile by tile through one
-// layer, while its weights are in the cache, and then through the next.
+// layer and then through the next.
 #include "attention.h"
 #include "mamba.h"
 
@@ -22,7 +22,8 @@ template <int W>
 void embed(const Tower &tower, const int64_t *ids, int first, int count) {
     float *h = scratch.h.data() + long(first) * tower.width;
     for (int l = 0; l < W; l++) {
-        const float *row = tower.embeddings + ids[first + std::min(l, count - 1)] * tower.width;
+        int64_t id = ids[first + std::min(l, count - 1)];
+        const float *row = id == tower.vocabulary ? tower.mask : tower.embeddings + id * tower.width;
         for (int f = 0; f < tower.width; f++) h[f * W + l] = row[f];
     }
 }
@@ -52,7 +53,7 @@ void pre_norm(const Step &s, int first, Before before, const float *modulation) 
 // One layer over all tiles. A new kind of layer is a case here and its weights in layout.py.
 void run_layer(const Step &s, Before before, const float *modulation) {
     auto all_tiles = [&](auto mix) {
-        each_tile(s.call.length, [&](auto width, int first, int count) {
+        each_tile(s.call.length, s.call.is_wide, [&](auto width, int first, int count) {
             pre_norm<decltype(width)::value>(s, first, before, modulation);
             mix(width, first, count);
         });
@@ -60,14 +61,15 @@ void run_layer(const Step &s, Before before, const float *modulation) {
     switch (s.layer.kind) {
     case MAMBA:
         return all_tiles([&](auto width, int first, int count) {
-            mamba<decltype(width)::value>(s, first, count);
+            constexpr int W = decltype(width)::value;
+            if constexpr (W <= LANES) mamba<W>(s, first, count);
         });
     case ATTENTION: {
         Step with_keys = with_room_for_keys(s);
         all_tiles([&](auto width, int first, int count) {
             project<decltype(width)::value>(with_keys, first, count);
         });
-        return each_tile(s.call.length, [&](auto width, int first, int count) {
+        return each_tile(s.call.length, s.call.is_wide, [&](auto width, int first, int count) {
             attend<decltype(width)::value>(with_keys, first, count);
         });
     }
@@ -78,22 +80,42 @@ void run_layer(const Step &s, Before before, const float *modulation) {
     }
 }
 
+// Angles of the pass's positions, for all layers that turn queries and keys
+void turn(const Call &call) {
+    const Tower &tower = call.tower;
+    for (int i = 0; i < tower.num_layers; i++) {
+        if (!tower.layers[i].rotary) continue;
+        int A = tower.layers[i].head_dim;
+        at_least(scratch.angles, size_t(call.length + LANES) * A);
+        return each_tile(call.length, call.is_wide, [&](auto width, int first, int count) {
+            make_angles<decltype(width)::value>(call, A, first, count);
+        });
+    }
+}
+
+// Mamba layers have tiles of 16: their recurrence is a product of a tile's tokens with each other.
+bool may_be_wide(const Tower &tower) {
+    auto is_mamba = [](const Layer &layer) { return layer.kind == MAMBA; };
+    return std::none_of(tower.layers, tower.layers + tower.num_layers, is_mamba);
+}
+
 void run(const Call &call, const int64_t *ids, const float *const *modulations, const Past *past,
          const Outputs *out, float *hidden) {
     const Tower &tower = call.tower;
     int D = tower.width;
     at_least(scratch.h, size_t(call.length + LANES) * D);
     at_least(scratch.y, size_t(call.length + LANES) * D);
-    each_tile(call.length, [&](auto width, int first, int count) {
+    each_tile(call.length, call.is_wide, [&](auto width, int first, int count) {
         embed<decltype(width)::value>(tower, ids, first, count);
     });
+    turn(call);
     Before before{true, nullptr};
     for (int i = 0; i < tower.num_layers; i++) {
         const float *modulation = modulations ? modulations[i] : nullptr;
         run_layer({call, tower.layers[i], past[i], out ? out[i] : Outputs{}}, before, modulation);
         before = {false, modulation ? modulation + 2 * D : nullptr};
     }
-    each_tile(call.length, [&](auto width, int first, int count) {
+    each_tile(call.length, call.is_wide, [&](auto width, int first, int count) {
         constexpr int W = decltype(width)::value;
         float *h = scratch.h.data() + long(first) * D, *u = at_least(scratch.u, size_t(D) * W);
         if (!before.is_first) add_residual<W>(scratch.y.data() + long(first) * D, before.gate, h, 0, D);
@@ -105,9 +127,11 @@ void run(const Call &call, const int64_t *ids, const float *const *modulations, 
 template <int W>
 void linear(Team &team, const Weight &w, int rows, int K, const float *x, int count, float *y) {
     float *lanes = at_least(scratch.u, size_t(K) * W), *out = at_least(scratch.a, size_t(rows) * W);
-    for (int l = 0; l < W; l++)
-        for (int f = 0; f < K; f++) lanes[size_t(f) * W + l] = x[long(std::min(l, count - 1)) * K + f];
-    Input<W> in = as_input<W>(team, w, lanes, K, at_least(scratch.bytes, size_t(K + 4) * W));
+    for (int first = 0; first < K; first += 16)
+        for (int l = 0; l < W; l++)
+            for (int f = first; f < std::min(K, first + 16); f++)
+                lanes[size_t(f) * W + l] = x[long(std::min(l, count - 1)) * K + f];
+    Input<W> in = as_input<W>(team, w, lanes, K, at_least(scratch.bytes, input_bytes<W>(K)));
     matrix<W>(team, w, rows, in, nullptr, out);
     to_rows<W>(out, rows, count, y, rows);
 }
@@ -123,9 +147,10 @@ extern "C" int32_t twotower_pass(const Tower *tower, int32_t length, int32_t num
                                  const float *const *modulations, const Past *past,
                                  const Outputs *out, float *hidden) {
     for (int t = 0; t < length; t++)
-        if (ids[t] < 0 || ids[t] >= tower->vocabulary) return 1;
+        if (ids[t] < 0 || ids[t] >= tower->vocabulary + (tower->mask != nullptr)) return 1;
     Team team(threads);
-    run({*tower, length, num_past, causal != 0, team}, ids, modulations, past, out, hidden);
+    Call call{*tower, length, num_past, causal != 0, may_be_wide(*tower), team};
+    run(call, ids, modulations, past, out, hidden);
     return 0;
 }
 
@@ -133,7 +158,7 @@ extern "C" int32_t twotower_pass(const Tower *tower, int32_t length, int32_t num
 extern "C" void twotower_states(const Tower *tower, int32_t count, int32_t threads,
                                 const Past *past, const Outputs *out) {
     Team team(threads);
-    Call call{*tower, count, 0, true, team};
+    Call call{*tower, count, 0, true, false, team};
     for (int i = 0; i < tower->num_layers; i++)
         if (tower->layers[i].kind == MAMBA) state_after({call, tower->layers[i], past[i], out[i]}, count);
 }
@@ -142,7 +167,7 @@ extern "C" void twotower_states(const Tower *tower, int32_t count, int32_t threa
 extern "C" void twotower_linear(const Weight *w, int32_t rows, int32_t K, int32_t threads,
                                 const float *x, int32_t length, float *y) {
     Team team(threads);
-    each_tile(length, [&](auto width, int first, int count) {
+    each_tile(length, true, [&](auto width, int first, int count) {
         linear<decltype(width)::value>(team, *w, rows, K, x + long(first) * K, count,
                                        y + long(first) * rows);
     });

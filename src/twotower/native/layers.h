@@ -1,4 +1,4 @@
-// What all layers share: a pass, its tiles of up to 16 tokens, scratch memory, norms; and the MLP.
+// What all layers share: a pass, its tiles of tokens, scratch memory, norms; and the MLP.
 //
 // The equations are those of system.md sections 2 and 3; the PyTorch layers are the truth that
 // tests compare with. What follows a product stays float32.
@@ -13,7 +13,7 @@ namespace twotower {
 struct Call {
     const Tower &tower;
     int length, num_past;
-    bool causal;
+    bool causal, is_wide;
     Team &team;
 };
 
@@ -32,14 +32,19 @@ const Weights &weights_of(const Layer &layer) {
     return *reinterpret_cast<const Weights *>(layer.weights);
 }
 
-// work(width, first, count) for each tile of `length` tokens, in order; width is W as a type.
+constexpr int WIDE = 64;  // tokens of a tile where a weight that is read once serves more
+
+// work(width, first, count) for each tile of `length` tokens, in order; width is W as a type. A
+// token's numbers do not depend on the width of its tile, but for W = 1.
 template <typename Work>
-void each_tile(int length, Work work) {
-    for (int first = 0; first < length; first += LANES) {
-        int count = std::min(LANES, length - first);
+void each_tile(int length, bool is_wide, Work work) {
+    for (int first = 0; first < length;) {
+        int left = length - first, count = is_wide && left >= WIDE ? WIDE : std::min(left, LANES);
         if (count == 1) work(std::integral_constant<int, 1>(), first, count);
         else if (count <= 8) work(std::integral_constant<int, 8>(), first, count);
-        else work(std::integral_constant<int, LANES>(), first, count);
+        else if (count <= LANES) work(std::integral_constant<int, LANES>(), first, count);
+        else work(std::integral_constant<int, WIDE>(), first, count);
+        first += count;
     }
 }
 
@@ -70,38 +75,64 @@ T *at_least(std::vector<T> &buffer, size_t count) {
     return buffer.data();
 }
 
-// Memory of a pass, kept for the next one. All tokens: h, y, q, keys, values, window. One tile: u,
-// a, b, flat, bytes. ssm: a layer's state between tiles. All belong to the thread that runs the pass
-// but `own`, which is of each helper.
+// Memory of a pass, kept for the next one. All tokens: h, y, q, keys, values, window, angles. One
+// tile: u, a, b, flat, bytes. ssm: a layer's state between tiles. All belong to the thread that runs
+// the pass but `own` and `lanes`, which are of each helper.
 struct Scratch {
-    std::vector<float> h, y, q, keys, values, window, u, a, b, flat, ssm, own;
+    std::vector<float> h, y, q, keys, values, window, angles, u, a, b, flat, ssm, own,
+        lanes;
     std::vector<uint8_t> bytes;
 };
 
 inline thread_local Scratch scratch;
 
-// Sums of squares over chunks of features: whoever makes them, they are added in one order.
+constexpr int PARTS = 16;  // of a sum of squares: features p, p + 16, p + 32 and so on
+
+// part[PARTS][W], those from begin to end: in the same order for one token and for many.
+template <int W>
+void square_parts(const float *x, int width, int begin, int end, float *part) {
+    std::fill(part + begin * W, part + end * W, 0.0f);
+    int first = 0;
+    if constexpr (W == 1) {
+        Floats<PARTS> sum = {};
+        for (; first + PARTS <= width; first += PARTS)
+            sum += floats<PARTS>(x + first) * floats<PARTS>(x + first);
+        std::memcpy(part, &sum, sizeof sum);
+    }
+    for (; first < width; first += PARTS)
+        for (int p = begin; p < std::min(end, width - first); p++)
+            for (int l = 0; l < W; l++) {
+                float value = x[long(first + p) * W + l];
+                part[p * W + l] += value * value;
+            }
+}
+
+// scale[W]: 1 / rms
+template <int W>
+void scale_by_parts(const float *part, int width, float eps, float *scale) {
+    float sum[W] = {};
+    for (int p = 0; p < PARTS; p++)
+        for (int l = 0; l < W; l++) sum[l] += part[p * W + l];
+    for (int l = 0; l < W; l++) scale[l] = 1.0f / std::sqrt(sum[l] / width + eps);
+}
+
+template <int W>
+void multiply(const float *x, const float *scale, const float *weight, int begin, int end, float *y) {
+    float own[W];
+    std::copy(scale, scale + W, own);
+    for (int f = begin; f < end; f++)
+        for (int l = 0; l < W; l++) y[f * W + l] = x[f * W + l] * own[l] * weight[f];
+}
+
 template <int W>
 void norm(Team &team, const float *x, const float *weight, int width, float eps, float *y) {
-    constexpr int CHUNK = 64;
-    int chunks = (width + CHUNK - 1) / CHUNK;
-    float *part = at_least(scratch.own, size_t(chunks) * W), scale[W] = {};
-    over_features<W>(team, chunks, [x, width, part](int begin, int end) {
-        for (int c = begin; c < end; c++) {
-            float sum[W] = {};
-            for (int f = c * CHUNK; f < std::min(width, (c + 1) * CHUNK); f++)
-                for (int l = 0; l < W; l++) sum[l] += x[f * W + l] * x[f * W + l];
-            for (int l = 0; l < W; l++) part[c * W + l] = sum[l];
-        }
+    float part[PARTS * W], scale[W];
+    over_features<W>(team, PARTS, [x, width, &part](int begin, int end) {
+        square_parts<W>(x, width, begin, end, part);
     });
-    for (int c = 0; c < chunks; c++)
-        for (int l = 0; l < W; l++) scale[l] += part[c * W + l];
-    for (int l = 0; l < W; l++) scale[l] = 1.0f / std::sqrt(scale[l] / width + eps);
+    scale_by_parts<W>(part, width, eps, scale);
     over_features<W>(team, width, [&scale, x, weight, y](int begin, int end) {
-        float own[W];
-        std::copy(scale, scale + W, own);
-        for (int f = begin; f < end; f++)
-            for (int l = 0; l < W; l++) y[f * W + l] = x[f * W + l] * own[l] * weight[f];
+        multiply<W>(x, scale, weight, begin, end, y);
     });
 }
 
@@ -112,33 +143,61 @@ void modulate(float *x, const float *shift, const float *scale, int begin, int e
         for (int l = 0; l < W; l++) x[f * W + l] = x[f * W + l] * (1.0f + scale[f]) + shift[f];
 }
 
-// Lanes x[width][W] to rows y (count, width), `stride` floats apart
+// Lanes x[width][W] to rows y (count, width), `stride` floats apart; 16 features at a time, since
+// rows may lie so far apart that they push each other out of the cache
 template <int W>
 void to_rows(const float *x, int width, int count, float *y, long stride) {
-    for (int f = 0; f < width; f++)
-        for (int t = 0; t < count; t++) y[t * stride + f] = x[f * W + t];
+    for (int first = 0; first < width; first += 16)
+        for (int t = 0; t < count; t++)
+            for (int f = first; f < std::min(width, first + 16); f++) y[t * stride + f] = x[f * W + t];
 }
 
 // The input of a tile's next product
 template <int W>
 Input<W> input_of(const Step &s, const Weight &w, const float *x, int K) {
-    return as_input<W>(s.call.team, w, x, K, at_least(scratch.bytes, size_t(K + 4) * W));
+    return as_input<W>(s.call.team, w, x, K, at_least(scratch.bytes, input_bytes<W>(K)));
 }
 
-// A tile: scratch.u to its part of scratch.y. relu(x)^2 keeps NaN.
+inline bool exists(const Weight &w) { return w.full || w.int8 || w.int4; }
+
+// a[inner][W], rows of blocks begin to end: relu(up u)^2, where NaN stays NaN
+template <int W>
+void squared(const Step &s, const Input<W> &in, float *a, int begin, int end) {
+    const auto &w = weights_of<MLPWeights>(s.layer);
+    int inner = s.layer.inner;
+    product_blocks<W>(w.up_proj, inner, in, w.up_proj_bias.full, a, begin, end);
+    for (long i = long(begin) * ROWS * W; i < long(std::min(inner, end * ROWS)) * W; i++) {
+        float x = a[i] > 0.0f ? a[i] : (a[i] != a[i] ? a[i] : 0.0f);
+        a[i] = x * x;
+    }
+}
+
+// The same: silu(gate u) times up u
+template <int W>
+void gated(const Step &s, const Input<W> &in, float *a, float *up, int begin, int end) {
+    const auto &w = weights_of<MLPWeights>(s.layer);
+    int inner = s.layer.inner;
+    product_blocks<W>(w.gate_proj, inner, in, w.gate_proj_bias.full, a, begin, end);
+    product_blocks<W>(w.up_proj, inner, in, w.up_proj_bias.full, up, begin, end);
+    for (long i = long(begin) * ROWS * W; i < long(std::min(inner, end * ROWS)) * W; i++)
+        a[i] = silu(a[i]) * up[i];
+}
+
+// A tile: scratch.u to its part of scratch.y
 template <int W>
 void mlp(const Step &s, int first, int) {
     const auto &w = weights_of<MLPWeights>(s.layer);
     int width = s.call.tower.width, inner = s.layer.inner;
-    float *a = at_least(scratch.a, size_t(inner) * W), *y = scratch.y.data() + long(first) * width;
+    bool is_gated = exists(w.gate_proj);
+    float *a = at_least(scratch.a, size_t(inner) * W);
+    float *up = is_gated ? at_least(scratch.flat, size_t(inner) * W) : nullptr;
     Input<W> in = input_of<W>(s, w.up_proj, scratch.u.data(), width);
-    matrix<W>(s.call.team, w.up_proj, inner, in, w.up_proj_bias.full, a, [a](int begin, int end) {
-        for (long i = long(begin) * W; i < long(end) * W; i++) {
-            float x = a[i] > 0.0f ? a[i] : (a[i] != a[i] ? a[i] : 0.0f);
-            a[i] = x * x;
-        }
+    s.call.team.split(blocks_of(inner), [&s, &in, a, up](int begin, int end) {
+        if (up) gated<W>(s, in, a, up, begin, end);
+        else squared<W>(s, in, a, begin, end);
     });
-    matrix<W>(s.call.team, w.down_proj, width, input_of<W>(s, w.down_proj, a, inner), w.down_proj_bias.full, y);
+    matrix<W>(s.call.team, w.down_proj, width, input_of<W>(s, w.down_proj, a, inner), w.down_proj_bias.full,
+              scratch.y.data() + long(first) * width);
 }
 
 }  // namespace twotower

@@ -10,14 +10,19 @@ from twotower.config import AttentionSpec, LayerSpec, MambaSpec, MLPSpec
 
 LANES = 16  # tokens of a tile: what the widest vector holds
 _STRUCTS = {
-    # packed: null for float32; else int8 in blocks of 16 rows, [K/4][16][4], scales, 128 * sums.
-    "Weight": "const float *full, const int8_t *packed",
-    # Sizes that a kind does not have are 0. weights: in the order of _KINDS.
-    "Layer": "int32_t kind, int32_t q_heads, int32_t kv_heads, int32_t head_dim, int32_t heads, "
-    "int32_t head_size, int32_t groups, int32_t state, int32_t taps, int32_t inner, "
+    # A matrix as float32, or packed as `packing.Packed` describes, others null; group: columns of
+    # which a token has one scale.
+    "Weight": "const float *full, const uint8_t *int8, const uint8_t *int4, int32_t group",
+    # Sizes that a kind does not have are 0. rotary: whether positions turn queries and keys.
+    # weights: in the order of _KINDS.
+    "Layer": "int32_t kind, int32_t q_heads, int32_t kv_heads, int32_t head_dim, int32_t rotary, "
+    "int32_t heads, int32_t head_size, int32_t groups, int32_t state, int32_t taps, int32_t inner, "
     "const Weight *weights",
+    # mask: the embedding of the id `vocabulary`, null where there is none; frequencies (A/2,): the
+    # angle of each pair per position, null without rotary layers.
     "Tower": "int32_t vocabulary, int32_t width, int32_t num_layers, float eps, "
-    "const float *embeddings, const float *norm, const Layer *layers",
+    "const float *embeddings, const float *mask, const float *norm, const float *frequencies, "
+    "const Layer *layers",
     # A layer's state before a pass: k, v (S, Hk, A); conv (taps - 1, C), oldest first;
     # ssm (H, P, N). Null where a kind has none.
     "Past": "const float *k, const float *v, const float *conv, const float *ssm",
@@ -29,7 +34,7 @@ _STRUCTS = {
     "float *step",
 }
 # Of each kind its symbol, and its weights' names below `layers.{i}.mixer.`, after the layer's own
-# norm; a bias that the model lacks is null.
+# norm; those of `OPTIONAL` that the model lacks are null.
 _KINDS = {
     "Mamba": (
         MambaSpec.symbol,
@@ -39,10 +44,15 @@ _KINDS = {
     "Attention": (
         AttentionSpec.symbol,
         "q_proj.weight q_proj.bias k_proj.weight k_proj.bias v_proj.weight v_proj.bias "
-        "o_proj.weight o_proj.bias",
+        "o_proj.weight o_proj.bias q_norm.weight k_norm.weight",
     ),
-    "MLP": (MLPSpec.symbol, "up_proj.weight up_proj.bias down_proj.weight down_proj.bias"),
+    "MLP": (
+        MLPSpec.symbol,
+        "gate_proj.weight gate_proj.bias up_proj.weight up_proj.bias "
+        "down_proj.weight down_proj.bias",
+    ),
 }
+OPTIONAL = (".bias", ".q_norm.weight", ".k_norm.weight", ".gate_proj.weight")
 _TYPES = {"int32_t": ctypes.c_int32, "float": ctypes.c_float}
 address = ctypes.c_void_p
 
@@ -57,7 +67,7 @@ PAST, OUTPUTS = (tuple(name for name, _ in _fields(struct)) for struct in ("Past
 
 
 class Weight(ctypes.Structure):
-    """A parameter in float32, and its int8 form if it has one (`packing.Packed`)."""
+    """A parameter in float32, and its packed form if it has one (`packing.Packed`)."""
 
     _fields_ = _fields("Weight")
 
@@ -74,7 +84,7 @@ class Layer(ctypes.Structure):
 
 
 class Tower(ctypes.Structure):
-    """Sizes of a tower, its embeddings, final norm and layers."""
+    """Sizes of a tower, its embeddings, final norm, rotary frequencies and layers."""
 
     _fields_ = _fields("Tower")
 
@@ -108,6 +118,7 @@ def layer_of(spec: LayerSpec) -> Layer:
                 "q_heads": spec.num_heads,
                 "kv_heads": spec.num_kv_heads,
                 "head_dim": spec.head_dim,
+                "rotary": spec.rope is not None,
             }
         case MambaSpec():
             sizes = {

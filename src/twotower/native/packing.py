@@ -1,73 +1,148 @@
-"""Matrices in int8: how they are rounded, and how products.h wants them to lie.
+"""Matrices in int8 and int4: how they are rounded, and how integers.h wants them to lie.
 
-A row (one output) has one float32 scale and whole numbers from -127 to 127.
+int8: a row (one output) has one float32 scale and whole numbers from -127 to 127. int4: a group of
+32 numbers of a row has a scale and an offset in half precision and whole numbers from 0 to 15.
 """
 
 import ctypes
 import sys
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.kernels.quantised import Quantised
+from twotower.kernels.quantised import Bits, Quantised
 
 MOST = 127
+GROUP = 32  # numbers of an int4 group, and of a token's group
 _ROWS = 16  # of a block: the outputs of one vector
 _QUAD = 4  # inputs that one instruction multiplies and adds
 _LONGEST_ROW = 65_536  # inputs: 255 * 127 * this is still an int32
+_ZERO = 128  # of int8 bytes
 _HUGE_PAGE = 2**21
 _MADV_HUGEPAGE = 14
 
 
+class Grouped(NamedTuple):
+    """A matrix (N, K) in int4: numbers uint8 (N, K), scale and offset float16 (N, K/32); a weight
+    is number * scale + offset.
+    """
+
+    numbers: Tensor
+    scale: Tensor
+    offset: Tensor
+
+
 def quantise(weight: Tensor) -> Quantised:
-    """weight (N, K) of any float type, rounded to int8; its products round the tokens, too."""
+    """weight (N, K) of any float type, rounded to int8."""
     weight = weight.detach().float()
     scale = weight.abs().amax(1, keepdim=True) / MOST
     numbers = (weight * torch.where(scale > 0, 1 / scale, 0.0)).round().clamp(-MOST, MOST)
     qdata = numbers.nan_to_num(0.0).to(torch.int8)  # NaN stays in the scale
-    return Quantised(qdata, scale, rounds_input=True)
+    return Quantised(qdata, scale)
+
+
+def quantise_groups(weight: Tensor) -> Grouped:
+    """weight (N, K), K a multiple of 32, rounded to int4.
+
+    Each group takes the better of two grids: from its least to its largest number, as GGUF's Q4_1,
+    and from -8 to 7 times a scale, as Q4_0; so weights that lie on either are kept exactly.
+    """
+    groups = weight.detach().float().unflatten(1, (-1, GROUP))
+    least, most = groups.aminmax(dim=-1)
+    largest = torch.where(most > -least, most, least)
+    one = _on_grid(groups, (most - least) / 15, least)
+    two = _on_grid(groups, largest / -8, largest)
+    is_second = _error(groups, two) < _error(groups, one)
+    numbers = torch.where(is_second.unsqueeze(-1), two.numbers, one.numbers)
+    parts = zip(two[1:], one[1:], strict=True)
+    return Grouped(numbers.flatten(1), *(torch.where(is_second, a, b) for a, b in parts))
+
+
+def _on_grid(groups: Tensor, scale: Tensor, offset: Tensor) -> Grouped:
+    """groups (N, G, 32) on the grids of scale and offset (N, G), which are rounded first."""
+    scale, offset = scale.half(), offset.half()
+    step, start = scale.float().unsqueeze(-1), offset.float().unsqueeze(-1)
+    numbers = ((groups - start) * torch.where(step != 0, 1 / step, 0.0)).round().clamp(0, 15)
+    return Grouped(numbers.nan_to_num(0.0).to(torch.uint8), scale, offset)
+
+
+def _error(groups: Tensor, found: Grouped) -> Tensor:
+    """Sums of squares (N, G)."""
+    step, start = found.scale.float().unsqueeze(-1), found.offset.float().unsqueeze(-1)
+    return (found.numbers * step + start - groups).square().sum(-1)
 
 
 class Packed:
     """Matrices (N, K), rounded here or before, one behind the other; `addresses` by name.
 
-    Each is blocks of 16 rows, [K/4][16][4] with zeros beyond K and rows, then a float32 scale and
-    an int32 128 * sum of each row: the library's tokens are unsigned, 128 too large.
+    bits: of each, 8 where not given. groups: columns of which a token has one scale, 32 or, where a
+    checkpoint's `rounds_input` says how tokens are rounded, all of a row.
+    Blocks of 16 rows, with zeros beyond the last. int8: bytes [K/4][16][4], 128 too large, and
+    behind all blocks a float32 scale of each row. int4: for each group [4][16][4] bytes, of which
+    number i of four has column 4 i + j low and 16 + 4 i + j high, then 16 scales and 16 offsets.
     """
 
-    def __init__(self, matrices: Mapping[str, Tensor | Quantised]) -> None:
-        sizes = {name: _num_bytes(matrix) for name, matrix in matrices.items()}
+    def __init__(
+        self, matrices: Mapping[str, Tensor | Quantised], bits: Mapping[str, Bits] | None = None
+    ) -> None:
+        self.bits: dict[str, Bits] = {name: (bits or {}).get(name, 8) for name in matrices}
+        sizes = {name: _num_bytes(one, self.bits[name]) for name, one in matrices.items()}
         self._buffer = _huge_pages(sum(sizes.values()))
         self.num_bytes = len(self._buffer)
         self.addresses: dict[str, int] = {}
+        self.groups = {name: _token_group(matrix) for name, matrix in matrices.items()}
         at = 0
         for name, matrix in matrices.items():
             place = self._buffer[at : at + sizes[name]]
-            place.copy_(_pack(matrix))
+            if self.bits[name] == 8:
+                place.copy_(_pack(quantise(matrix) if isinstance(matrix, Tensor) else matrix))
+            else:
+                assert isinstance(matrix, Tensor)
+                place.copy_(_pack_groups(quantise_groups(matrix)))
             self.addresses[name] = place.data_ptr()
             at += sizes[name]
 
 
-def _num_bytes(matrix: Tensor | Quantised) -> int:
+def _token_group(matrix: Tensor | Quantised) -> int:
+    if isinstance(matrix, Quantised) and matrix.rounds_input:
+        return matrix.qdata.shape[1]
+    return GROUP
+
+
+def _num_bytes(matrix: Tensor | Quantised, bits: Bits) -> int:
     rows, width = (matrix if isinstance(matrix, Tensor) else matrix.qdata).shape
     if width > _LONGEST_ROW:
         raise ValueError(f"a row of {width} weights is too long for int8; at most {_LONGEST_ROW}")
-    blocks = -(-rows // _ROWS)
-    return blocks * _ROWS * (-(-width // _QUAD) * _QUAD + 8)
+    rows = -(-rows // _ROWS) * _ROWS
+    if bits == 4:
+        return rows * (width // GROUP) * (GROUP // 2 + 4)
+    return rows * (-(-width // _QUAD) * _QUAD + 4)
 
 
-def _pack(matrix: Tensor | Quantised) -> Tensor:
+def _pack(matrix: Quantised) -> Tensor:
     """One matrix's bytes (num_bytes,) int8."""
-    quantised = quantise(matrix) if isinstance(matrix, Tensor) else matrix
-    rows, width = quantised.qdata.shape
-    numbers = F.pad(quantised.qdata, (0, -width % _QUAD, 0, -rows % _ROWS))
-    scales = F.pad(quantised.scale.float().flatten(), (0, -rows % _ROWS))
-    sums = 128 * numbers.sum(1, dtype=torch.int32)
+    rows, width = matrix.qdata.shape
+    numbers = F.pad(matrix.qdata, (0, -width % _QUAD, 0, -rows % _ROWS))
+    scales = F.pad(matrix.scale.float().flatten(), (0, -rows % _ROWS))
     blocks = numbers.view(-1, _ROWS, numbers.shape[1] // _QUAD, _QUAD).transpose(1, 2)
-    parts = (blocks.contiguous(), scales, sums.to(torch.int32))
-    return torch.cat([part.flatten().view(torch.int8) for part in parts])
+    # As unsigned bytes they are 128 too large.
+    return torch.cat([blocks.flatten() ^ -_ZERO, scales.view(torch.int8)])
+
+
+def _pack_groups(matrix: Grouped) -> Tensor:
+    """One matrix's bytes (num_bytes,) int8."""
+    rows = matrix.numbers.shape[0]
+    numbers, scale, offset = (F.pad(part, (0, 0, 0, -rows % _ROWS)) for part in matrix)
+    halves = numbers.view(-1, _ROWS, scale.shape[1], 2, 4, _QUAD)  # block, row, group, half, i, j
+    both = halves[:, :, :, 0] | (halves[:, :, :, 1] << 4)
+    parts = [both.permute(0, 2, 3, 1, 4).flatten(2)]  # block, group, i row j
+    for values in (scale, offset):
+        per_group = values.view(-1, _ROWS, scale.shape[1]).transpose(1, 2).contiguous()
+        parts.append(per_group.view(torch.uint8))
+    return torch.cat(parts, dim=2).flatten().view(torch.int8)
 
 
 def _huge_pages(num_bytes: int) -> Tensor:

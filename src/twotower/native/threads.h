@@ -1,12 +1,14 @@
 // Threads that share one pass: every output is computed whole by one of them, so that results do
 // not depend on their number.
 //
-// Helpers wait for a pass asleep and, while it runs, for its next piece of work awake: pieces
-// follow each other within microseconds. One pass at a time has helpers; another one runs alone.
+// Helpers wait for a pass asleep and, while it runs and a little longer, for its next piece of work
+// awake: pieces follow each other within microseconds, and the head's product follows its pass. One
+// pass at a time has helpers; another one runs alone.
 #pragma once
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -15,6 +17,9 @@
 #include <vector>
 
 namespace twotower {
+
+constexpr int PARTS_EACH = 4;  // pieces of a split for each thread
+constexpr int RESTLESS = 4096;  // turns, some 0.2 ms, before who waits falls asleep
 
 inline void spin(int &turns) {
     if (++turns % 1024 == 0) std::this_thread::yield();  // somebody else may need the core
@@ -26,7 +31,7 @@ inline void spin(int &turns) {
 class Helpers {
   public:
     explicit Helpers(int count) {
-        for (int i = 0; i < count; i++) threads_.emplace_back([this, i] { serve(i + 1); });
+        for (int i = 0; i < count; i++) threads_.emplace_back([this] { serve(); });
     }
 
     ~Helpers() {
@@ -38,14 +43,15 @@ class Helpers {
     void wake() { set(is_awake_, true); }
     void sleep() { is_awake_.store(false, std::memory_order_release); }
 
-    // work(context, part) for parts 0 (here) to count().
-    void run(void (*work)(void *, int), void *context) {
+    // work(context, part) for each part, by whoever is free: nobody waits for a helper that the system
+    // has not let run, only for a part that somebody has begun.
+    void run(void (*work)(void *, int), void *context, int parts) {
         work_ = work, context_ = context;
         finished_.store(0, std::memory_order_relaxed);
-        round_.fetch_add(1, std::memory_order_release);
-        work(context, 0);
-        for (int turns = 0; finished_.load(std::memory_order_acquire) < count();)
-            spin(turns);
+        round_++;
+        open_.store(round_ << 32 | uint32_t(parts), std::memory_order_release);
+        take_parts();
+        for (int turns = 0; finished_.load(std::memory_order_acquire) < parts;) spin(turns);
     }
 
   private:
@@ -54,18 +60,28 @@ class Helpers {
         condition_.notify_all();
     }
 
-    void serve(int part) {
-        uint64_t seen = 0;
+    // Whether there was any. Who takes a part keeps the round, and so work_ and context_, alive.
+    bool take_parts() {
+        bool found = false;
+        uint64_t open = open_.load(std::memory_order_acquire);
+        while (uint32_t(open) != 0) {
+            if (!open_.compare_exchange_weak(open, open - 1, std::memory_order_acq_rel)) continue;
+            work_(context_, int(uint32_t(open)) - 1);
+            finished_.fetch_add(1, std::memory_order_release);
+            found = true, open = open_.load(std::memory_order_acquire);
+        }
+        return found;
+    }
+
+    void serve() {
         for (int turns = 0;;) {
-            if (round_.load(std::memory_order_acquire) != seen) {
-                seen++, turns = 0;
-                work_(context_, part);
-                finished_.fetch_add(1, std::memory_order_release);
-            } else if (is_awake_.load(std::memory_order_acquire)) {
+            if (take_parts()) {
+                turns = 0;
+            } else if (is_awake_.load(std::memory_order_acquire) || turns < RESTLESS) {
                 spin(turns);
             } else {
                 std::unique_lock<std::mutex> lock(mutex_);
-                condition_.wait(lock, [&] { return is_awake_ || is_over_ || round_ != seen; });
+                condition_.wait(lock, [&] { return is_awake_ || is_over_; });
                 if (is_over_) return;
             }
         }
@@ -75,7 +91,8 @@ class Helpers {
     std::mutex mutex_;
     std::condition_variable condition_;
     std::atomic<bool> is_awake_{false}, is_over_{false};
-    std::atomic<uint64_t> round_{0};
+    uint64_t round_ = 0;
+    std::atomic<uint64_t> open_{0};  // the round, and below it how many of its parts are not begun
     std::atomic<int> finished_{0};
     void (*work_)(void *, int) = nullptr;
     void *context_ = nullptr;
@@ -113,15 +130,17 @@ class Team {
     template <typename Work>
     void split(int count, Work work) {
         if (mine_ == nullptr || count < 2) return work(0, count);
-        struct Shared { Work *work; int count, parts; } shared{&work, count, mine_->count() + 1};
+        int parts = std::min(count, PARTS_EACH * (mine_->count() + 1));
+        struct Shared { Work *work; int count, parts; } shared{&work, count, parts};
         mine_->run(
-            [](void *context, int part) {
+            [](void *context, int left) {
                 Shared &s = *static_cast<Shared *>(context);
+                int part = s.parts - 1 - left;  // in the order of memory
                 int begin = int(int64_t(s.count) * part / s.parts);
                 int end = int(int64_t(s.count) * (part + 1) / s.parts);
                 if (begin < end) (*s.work)(begin, end);
             },
-            &shared);
+            &shared, parts);
     }
 
   private:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from twotower.config import TowerConfig
-from twotower.kernels.quantised import Quantised
+from twotower.kernels.quantised import Bits, Quantised
+from twotower.layers.rope import inverse_frequencies
 from twotower.native import layout
-from twotower.native.layout import Weight, layer_of, weight_names
+from twotower.native.layout import OPTIONAL, Weight, layer_of, weight_names
 from twotower.native.library import library
 from twotower.native.packing import Packed
 
@@ -19,10 +20,10 @@ LARGE = 4_000_000
 
 
 class NativeTower:
-    """One tower's passes. The weights are not copied but for int8 matrices; they must stay.
+    """One tower's passes. The weights are not copied but for packed matrices; they must stay.
 
     weights: the parameters by name, float32 and contiguous. is_causal: whether a token is hidden
-    from those before it. matrices: what is int8, by name.
+    from those before it. matrices: what is packed, by name; bits: of each, 8 where not given.
     """
 
     def __init__(
@@ -31,8 +32,9 @@ class NativeTower:
         weights: Mapping[str, Tensor],
         is_causal: bool,
         matrices: Mapping[str, Tensor | Quantised],
+        bits: Mapping[str, Bits],
     ) -> None:
-        packed = Packed(matrices)
+        packed = Packed(matrices, bits)
         self._is_causal, self.layers = is_causal, [layer_of(x) for x in config.layers]
         num_weights = sum(w.numel() for w in weights.values()) + packed.num_bytes
         self._is_shared = num_weights >= LARGE
@@ -43,12 +45,15 @@ class NativeTower:
             layer.weights = ctypes.addressof(array)
             arrays.append(array)
         layers = (layout.Layer * len(self.layers))(*self.layers)
+        mask = weights.get("mask_embedding")
+        turns = None if config.rotary is None else inverse_frequencies(*config.rotary)
         self._tower = layout.Tower(
             config.vocab_size, config.hidden_size, len(layers), config.norm_eps,
-            weights["embeddings.weight"].data_ptr(), weights["norm_f.weight"].data_ptr(),
+            weights["embeddings.weight"].data_ptr(), None if mask is None else mask.data_ptr(),
+            weights["norm_f.weight"].data_ptr(), None if turns is None else turns.data_ptr(),
             ctypes.addressof(layers),
         )  # fmt: skip
-        self._kept = weights, packed, arrays, layers  # what the addresses point to
+        self._kept = weights, packed, arrays, layers, turns  # what the addresses point to
         self._run, self._run_states = library().twotower_pass, library().twotower_states
 
     def __call__(
@@ -114,7 +119,11 @@ class NativeLinear:
 
 
 def _weight(name: str, weights: Mapping[str, Tensor], packed: Packed) -> Weight:
-    full, in_int8 = weights.get(name), packed.addresses.get(name)
-    if full is None and in_int8 is None and not name.endswith(".bias"):
+    full, place = weights.get(name), packed.addresses.get(name)
+    if full is None and place is None and not name.endswith(OPTIONAL):
         raise ValueError(f"the native backend needs the weight {name}, which this model lacks")
-    return Weight(None if full is None else full.data_ptr(), in_int8)
+    found = Weight(full=None if full is None else full.data_ptr())
+    if place is not None:
+        found.group = packed.groups[name]
+        setattr(found, f"int{packed.bits[name]}", place)
+    return found

@@ -1,0 +1,262 @@
+// Products in int8 and int4: tokens become whole numbers, sums of whole numbers are exact, scales
+// come afterwards, in one order for any number of tokens (docs/quantisation.md).
+//
+// int8: a scale per row. int4: scale and offset per row and group of 32 columns. A token has a scale
+// per group, or one alone for matrices of a checkpoint that says so.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+#include <vector>
+
+#include "layout.h"
+#include "threads.h"
+#include "vectors.h"
+
+namespace twotower {
+
+constexpr int ROWS = 16;  // of a packed block
+constexpr int AHEAD = 8192;  // bytes that a product asks for in advance
+constexpr int GROUP = 32;  // columns of an int4 group
+constexpr int GROUP_BYTES = ROWS * (GROUP / 2 + 4);  // two numbers a byte, half scales, half offsets
+constexpr int ZERO = 128;  // what the bytes of an int8 matrix are too large
+
+// What tokens are to a packed matrix: signed bytes, and for each group of `group` columns a scale,
+// the scale times the sum of the bytes, and -ZERO times this sum.
+template <int W>
+struct Input {
+    const float *x;  // [K][W]
+    int K, group = 0;
+    const uint8_t *bytes = nullptr;  // [K/4][W][4]; null where the matrix is float32
+    const float *scales = nullptr, *sums = nullptr;  // [groups][W]
+    const int32_t *zeros = nullptr;
+};
+
+template <int W>
+size_t input_bytes(int K) {
+    return size_t(K + 4) * W + 3 * sizeof(float) * W * (K / GROUP + 1);
+}
+
+// work(begin, end) over features; those of one token are too few to share.
+template <int W, typename Work>
+void over_features(Team &team, int count, Work work) {
+    if (W == 1) work(0, count);
+    else team.split(count, work);
+}
+
+// The largest magnitude of each token in x[count][W], as bits: NaN is more than infinity and so is
+// not lost.
+template <int W>
+inline void largest_bits(const float *x, int count, uint32_t *most) {
+    uint32_t found[W] = {};
+    for (int f = 0; f < count; f++)
+        for (int l = 0; l < W; l++) {
+            uint32_t bits;
+            std::memcpy(&bits, x + long(f) * W + l, 4);
+            found[l] = std::max(found[l], bits & 0x7fffffffu);
+        }
+    std::copy(found, found + W, most);
+}
+
+// The scale of numbers whose largest magnitude has these bits, and its inverse; 0 for what is as
+// good as zero, and an inverse of 0 for what is not finite.
+inline void scale_of(uint32_t bits, float &scale, float &inverse) {
+    float largest;
+    std::memcpy(&largest, &bits, 4);
+    scale = largest / 127.0f;
+    inverse = largest > 0.0f && largest < INFINITY ? 127.0f / largest : 0.0f;
+    if (!(inverse < INFINITY)) inverse = 0.0f, scale = 0.0f;
+}
+
+inline int32_t as_whole(float x) {
+    float value = std::min(std::max(std::nearbyint(x), -127.0f), 127.0f);
+    return int32_t(value == value ? value : 0.0f);
+}
+
+// x[count][W] as bytes [count/4][W][4], zeros beyond
+template <int W>
+void to_bytes(const float *x, const float *inverse, int count, uint8_t *buffer) {
+    typedef uint32_t Four __attribute__((aligned(4), may_alias));
+    float own[W];
+    std::copy(inverse, inverse + W, own);
+    for (int q = 0; q * 4 < count; q++) {
+        const float *in = x + long(q) * 4 * W;
+        Four *out = reinterpret_cast<Four *>(buffer) + long(q) * W;
+        for (int l = 0; l < W; l++) out[l] = uint8_t(as_whole(in[l] * own[l]));
+        for (int j = 1; j < std::min(4, count - q * 4); j++)
+            for (int l = 0; l < W; l++)
+                out[l] |= uint32_t(uint8_t(as_whole(in[j * W + l] * own[l]))) << (8 * j);
+    }
+}
+
+// buffer: at least input_bytes<W>(K) bytes.
+template <int W>
+Input<W> as_input(Team &team, const Weight &w, const float *x, int K, uint8_t *buffer) {
+    if (w.int8 == nullptr && w.int4 == nullptr) return {x, K};
+    int group = w.group, groups = (K + group - 1) / group;
+    float *scales = reinterpret_cast<float *>(buffer + (long(K) + 3) / 4 * 4 * W);
+    float *sums = scales + groups * W;
+    int32_t *zeros = reinterpret_cast<int32_t *>(sums + groups * W);
+    over_features<W>(team, groups, [=](int begin, int end) {
+        for (int g = begin; g < end; g++) {
+            int count = std::min(group, K - g * group), quads = (count + 3) / 4;
+            const float *in = x + long(g) * group * W;
+            uint8_t *out = buffer + long(g) * group * W;
+            float *scale = scales + g * W, inverse[W];
+            uint32_t most[W];
+            int32_t total[W] = {};
+            largest_bits<W>(in, count, most);
+            for (int l = 0; l < W; l++) scale_of(most[l], scale[l], inverse[l]);
+            if (W == 1) {
+                std::memset(out + (quads - 1) * 4, 0, 4);
+                for (int j = 0; j < count; j++) out[j] = uint8_t(as_whole(in[j] * inverse[0]));
+            } else
+                to_bytes<W>(in, inverse, count, out);
+            for (int q = 0; q < quads; q++)
+                for (int l = 0; l < W; l++)
+                    for (int j = 0; j < 4; j++) total[l] += int8_t(out[(q * W + l) * 4 + j]);
+            for (int l = 0; l < W; l++) {
+                sums[g * W + l] = scale[l] * float(total[l]);
+                zeros[g * W + l] = -ZERO * total[l];
+            }
+        }
+    });
+    return {x, K, group, buffer, scales, sums, zeros};
+}
+
+inline Ints<16> four_bytes(const uint8_t *bytes) {
+    int32_t four;
+    std::memcpy(&four, bytes, 4);
+    return Ints<16>{} + four;
+}
+
+// sum[16]: a block's rows times one token; w [K/4][16][4]
+inline void int8_token(const uint8_t *w, const Input<1> &in, float *sum) {
+    Floats<16> total = {};
+    int quads = (in.K + 3) / 4, group = (in.group + 3) / 4;
+    for (int g = 0; g * group < quads; g++) {
+        Ints<16> one = Ints<16>{} + in.zeros[g], two = {};  // neither waits for the other
+        int q = g * group, end = std::min(quads, q + group);
+        for (; q + 2 <= end; q += 2) {
+            const uint8_t *own = w + long(q) * 64;
+            __builtin_prefetch(own + AHEAD), __builtin_prefetch(own + AHEAD + 64);
+            one = add_quads<16>(one, ints<16>(own), four_bytes(in.bytes + q * 4));
+            two = add_quads<16>(two, ints<16>(own + 64), four_bytes(in.bytes + q * 4 + 4));
+        }
+        if (q < end) one = add_quads<16>(one, ints<16>(w + long(q) * 64), four_bytes(in.bytes + q * 4));
+        total += __builtin_convertvector(one + two, Floats<16>) * in.scales[g];
+    }
+    std::memcpy(sum, &total, 64);
+}
+
+// The same in int4; w: groups of GROUP_BYTES
+inline void int4_token(const uint8_t *w, const Input<1> &in, float *sum) {
+    Floats<16> total = {};
+    Ints<16> low = Ints<16>{} + 0x0f0f0f0f;
+    for (int g = 0; g < in.K / GROUP; g++, w += GROUP_BYTES) {
+        Ints<16> one = {}, two = {};
+        const uint8_t *token = in.bytes + g * GROUP;
+        for (int line = 0; line < GROUP_BYTES; line += 64) __builtin_prefetch(w + AHEAD + line);
+        for (int i = 0; i < 4; i++) {
+            Ints<16> both = ints<16>(w + i * 64);
+            one = add_quads<16>(one, both & low, four_bytes(token + i * 4));
+            two = add_quads<16>(two, (both >> 4) & low, four_bytes(token + 16 + i * 4));
+        }
+        Floats<16> part = __builtin_convertvector(one + two, Floats<16>) * from_halves(w + 256);
+        total += part * in.scales[g];
+        total += from_halves(w + 288) * in.sums[g];
+    }
+    std::memcpy(sum, &total, 64);
+}
+
+// A block of 16 rows as bytes [K/4][16][4]; scales and offsets [K/32][16] of int4, else null.
+struct Block {
+    const uint8_t *bytes;
+    const float *scales, *offsets;
+};
+
+// An int4 block in `room` of at least K * 20 bytes
+inline Block unpack(const uint8_t *w, int groups, uint8_t *room) {
+    Ints<16> low = Ints<16>{} + 0x0f0f0f0f;
+    float *scales = reinterpret_cast<float *>(room + groups * GROUP * ROWS);
+    float *offsets = scales + groups * ROWS;
+    for (int g = 0; g < groups; g++, w += GROUP_BYTES) {
+        for (int line = 0; line < GROUP_BYTES; line += 64) __builtin_prefetch(w + AHEAD + line);
+        for (int i = 0; i < 4; i++) {
+            Ints<16> both = ints<16>(w + i * 64), one = both & low, two = (both >> 4) & low;
+            std::memcpy(room + (g * 8 + i) * 64, &one, 64);
+            std::memcpy(room + (g * 8 + i + 4) * 64, &two, 64);
+        }
+        floats<16>(scales + g * ROWS) = from_halves(w + 256);
+        floats<16>(offsets + g * ROWS) = from_halves(w + 288);
+    }
+    return {room, scales, offsets};
+}
+
+// N vectors of V lanes at sum[R][W], of the rows from r on and the tokens from l on.
+template <int W, int V, int N, int R, bool IS_INT4>
+inline void integer_rows(const Block &w, const Input<W> &in, int r, int l, float *sum) {
+    Floats<V> total[R][N] = {};
+    int quads = (in.K + 3) / 4, group = (in.group + 3) / 4;
+    for (int g = 0; g * group < quads; g++) {
+        int at = g * W + l, end = std::min(quads, (g + 1) * group);
+        Ints<V> part[R][N];
+        for (int i = 0; i < R; i++)
+            for (int n = 0; n < N; n++)
+                part[i][n] = IS_INT4 ? Ints<V>{} : ints<V>(in.zeros + at + n * V);
+        for (int q = g * group; q < end; q++) {
+            Ints<V> value[N];
+            const uint8_t *own = w.bytes + (long(q) * ROWS + r) * 4;
+            if (!IS_INT4 && r == 0 && l == 0) __builtin_prefetch(own + AHEAD, 0, 2);
+            for (int n = 0; n < N; n++) value[n] = ints<V>(in.bytes + (long(q) * W + l + n * V) * 4);
+#pragma GCC unroll 8
+            for (int i = 0; i < R; i++) {
+                int32_t four;
+                std::memcpy(&four, own + i * 4, 4);
+                for (int n = 0; n < N; n++)
+                    part[i][n] = add_quads<V>(part[i][n], Ints<V>{} + four, value[n]);
+            }
+        }
+        for (int i = 0; i < R; i++)
+            for (int n = 0; n < N; n++) {
+                Floats<V> scaled = __builtin_convertvector(part[i][n], Floats<V>);
+                if (IS_INT4) scaled *= w.scales[g * ROWS + r + i];
+                total[i][n] += scaled * floats<V>(in.scales + at + n * V);
+                if (IS_INT4) total[i][n] += w.offsets[g * ROWS + r + i] * floats<V>(in.sums + at + n * V);
+            }
+    }
+    for (int i = 0; i < R; i++)
+        for (int n = 0; n < N; n++) floats<V>(sum + (r + i) * W + l + n * V) = total[i][n];
+}
+
+// y[rows][W] of blocks `begin` to `end` of a packed matrix.
+template <int W, bool IS_INT4>
+void integer_product(const uint8_t *packed, int rows, const Input<W> &in, const float *bias, float *y,
+                     int begin, int end) {
+    constexpr int V = std::min(W, 16), N = W > 16 ? 2 : 1, R = 8;
+    static thread_local std::vector<uint8_t> room;
+    if (IS_INT4 && room.size() < size_t(in.K) * 20) room.resize(size_t(in.K) * 20);
+    int groups = in.K / GROUP, blocks = (rows + ROWS - 1) / ROWS;
+    long size = IS_INT4 ? groups * GROUP_BYTES : (in.K + 3) / 4 * 64;
+    const float *scales = reinterpret_cast<const float *>(packed + blocks * size);  // of int8
+    for (int b = begin; b < end; b++) {
+        float sum[ROWS * W];
+        const uint8_t *own = packed + b * size;
+        if constexpr (W == 1) IS_INT4 ? int4_token(own, in, sum) : int8_token(own, in, sum);
+        else {
+            Block block = IS_INT4 ? unpack(own, groups, room.data()) : Block{own, nullptr, nullptr};
+            for (int l = 0; l < W; l += V * N)
+                for (int r = 0; r < ROWS; r += R)
+                    integer_rows<W, V, N, R, IS_INT4>(block, in, r, l, sum);
+        }
+        int first = b * ROWS, here = std::min(ROWS, rows - first);
+        for (int r = 0; r < here; r++) {
+            float added = bias ? bias[first + r] : 0.0f, scale = IS_INT4 ? 1.0f : scales[first + r];
+            for (int l = 0; l < W; l++)
+                y[long(first + r) * W + l] = std::fma(sum[r * W + l], scale, added);
+        }
+    }
+}
+
+}  // namespace twotower

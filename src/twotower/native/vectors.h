@@ -1,0 +1,77 @@
+// Vectors of V numbers, and the one instruction that products of whole numbers are made of.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__) && !defined(TWOTOWER_PLAIN)
+#define TWOTOWER_VNNI
+#include <immintrin.h>
+#endif
+
+namespace twotower {
+
+template <int V>
+struct Vectors {
+    typedef float Floats __attribute__((vector_size(V * 4), aligned(4), may_alias));
+    typedef int32_t Ints __attribute__((vector_size(V * 4), aligned(4), may_alias));
+};
+template <int V>
+using Floats = typename Vectors<V>::Floats;
+template <int V>
+using Ints = typename Vectors<V>::Ints;
+
+template <int V>
+inline Floats<V> &floats(float *x) { return *reinterpret_cast<Floats<V> *>(x); }
+template <int V>
+inline const Floats<V> &floats(const float *x) { return *reinterpret_cast<const Floats<V> *>(x); }
+template <int V>
+inline Ints<V> ints(const void *x) { return *static_cast<const Ints<V> *>(x); }
+
+// sum + the products of the four unsigned bytes of each number with the four signed ones.
+template <int V>
+inline Ints<V> add_quads(Ints<V> sum, Ints<V> unsigned_bytes, Ints<V> signed_bytes) {
+#ifdef TWOTOWER_VNNI
+    if constexpr (V == 16)
+        return Ints<V>(_mm512_dpbusd_epi32(__m512i(sum), __m512i(unsigned_bytes), __m512i(signed_bytes)));
+    else if constexpr (V == 8)
+        return Ints<V>(_mm256_dpbusd_epi32(__m256i(sum), __m256i(unsigned_bytes), __m256i(signed_bytes)));
+    else
+#endif
+    {
+        uint8_t one[V * 4];
+        int8_t two[V * 4];
+        std::memcpy(one, &unsigned_bytes, sizeof one), std::memcpy(two, &signed_bytes, sizeof two);
+        for (int l = 0; l < V; l++)
+            for (int j = 0; j < 4; j++) sum[l] += int(one[l * 4 + j]) * two[l * 4 + j];
+        return sum;
+    }
+}
+
+// A half-precision number (GGUF's scales) of any size, exactly.
+inline float from_half(uint16_t half) {
+    uint32_t magnitude = uint32_t(half & 0x7fff) << 13, bits;
+    float value;
+    if ((half & 0x7c00) == 0x7c00) {
+        bits = magnitude | 0x7f800000u;  // infinite or NaN
+        std::memcpy(&value, &bits, 4);
+    } else {
+        std::memcpy(&value, &magnitude, 4);
+        value *= 0x1p112f;  // the exponent's other bias; subnormal halves become normal
+    }
+    return half & 0x8000 ? -value : value;
+}
+
+inline Floats<16> from_halves(const uint8_t *halves) {
+#ifdef TWOTOWER_VNNI
+    return Floats<16>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(halves))));
+#else
+    Floats<16> found;
+    uint16_t own[16];
+    std::memcpy(own, halves, sizeof own);
+    for (int i = 0; i < 16; i++) found[i] = from_half(own[i]);
+    return found;
+#endif
+}
+
+}  // namespace twotower
