@@ -46,13 +46,13 @@ def test_raw_files_become_a_shard_that_trains(
     out = tmp_path / "data" / "mixed"
     inputs = [tmp_path / "pairs.jsonl", tmp_path / "notes", tmp_path / "rows-*.parquet"]
     weights = ["pairs=2", "notes=1", f"{inputs[2]}=1"]
-    files = ["--part-tokens", 2000, "--vocab-size", 270, "--out", out]
+    files = ["--vocab-size", 270, "--out", out]
     assert prepare("--input", *inputs, "--weights", *weights, "--tokens", 9000, *files) == 0
     said, errors = capsys.readouterr()
     assert re.match(rf"{out}: \d+ tokens in \d+ documents \(pairs (49|50)\.\d%, notes 2[45]", said)
     assert errors == ""
     shard = Shard(out)
-    assert 9000 <= shard.meta.num_tokens < 9200 and len(shard.meta.parts) == 5
+    assert 9000 <= shard.meta.num_tokens < 9200
     for name, share in zip(["pairs", "notes", str(inputs[2])], [0.5, 0.25, 0.25], strict=True):
         assert shard.meta.sources[name] / shard.meta.num_tokens == pytest.approx(share, abs=0.03)
     options = tiny_options(out, tmp_path / "run", steps=30, learning_rate=0.02)
@@ -65,15 +65,15 @@ def test_raw_files_become_a_shard_that_trains(
 def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
     """Silent failure: a run cannot be repeated because its data cannot."""
     write_inputs(tmp_path)
-    command = ["--input", tmp_path, "--shuffle", 50, "--vocab-size", 270, "--part-tokens", 5000]
+    command = ["--input", tmp_path, "--shuffle", 50, "--vocab-size", 270]
     for name, seed in [("one", 1), ("two", 1), ("three", 2)]:
         assert prepare(*command, "--seed", seed, "--out", tmp_path.parent / name) == 0
     one, two, three = (
         {file.name: file.read_bytes() for file in (tmp_path.parent / name).iterdir()}
         for name in ("one", "two", "three")
     )
-    assert one == two and len(one) > 6
-    assert one["tokens-00000.bin"] != three["tokens-00000.bin"]
+    assert one == two and len(one) == 5
+    assert one["tokens.bin"] != three["tokens.bin"]
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
@@ -92,15 +92,16 @@ def test_a_kill_leaves_the_shard_and_the_next_run_is_whole(tmp_path: Path) -> No
     """
     write_inputs(tmp_path)
     out, expected = tmp_path / "data", tmp_path / "expected"
-    command = ["--input", tmp_path / "pairs.jsonl", "--vocab-size", 270, "--part-tokens", 500]
+    command = ["--input", tmp_path / "pairs.jsonl", "--vocab-size", 270]
     assert prepare(*command, "--tokens", 1000, "--out", out) == 0
     before = Shard(out).meta
 
     # The built-in corpus as well, which does not end: the process is surely at it when killed.
-    endless = ["--tokens", 10**12, "--part-tokens", 500, "--tokenizer", out, "--out", out]
+    endless = ["--tokens", 10**12, "--tokenizer", out, "--out", out]
     process = start(*endless, "--overwrite")
     deadline = time.monotonic() + 60
-    while not (tmp_path / "data.partial" / "tokens-00003.bin").exists():
+    written = tmp_path / "data.partial" / "tokens.bin"
+    while not written.exists() or written.stat().st_size < 10_000:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

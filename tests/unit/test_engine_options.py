@@ -8,11 +8,12 @@ import pytest
 
 from tiny_models import tiny_model
 from twotower import GenerateOptions
+from twotower.documented import field_docs
 from twotower.engine import MODES, EngineOptions, ResolvedOptions, defaults_of, resolve_options
 from twotower.engine.batch import Batch
 from twotower.engine.blocks import BLOCKS
 from twotower.engine.denoiser import LocalDenoiser
-from twotower.engine.options import FIELD_MODES, field_docs
+from twotower.engine.options import FIELD_MODES
 from twotower.engine.request import Row
 
 

@@ -18,7 +18,7 @@ def shard_folder(tmp_path: Path) -> Path:
 
 def naive_rows(folder: Path, length: int) -> list[list[int]]:
     """Every window, moved to its first <bos>; one at the end of the stream stays inside it."""
-    stream = np.fromfile(folder / "tokens-00000.bin", dtype="<u2").tolist()
+    stream = np.fromfile(folder / "tokens.bin", dtype="<u2").tolist()
     rows = []
     for start in range(0, len(stream) - length + 1, length):
         begins = [i for i in range(start, start + length) if stream[i] == 1]

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from twotower.cli.flags import field_docs
 from twotower.cli.train import arguments_from_toml
+from twotower.documented import field_docs, summary
 from twotower.model.two_tower import TwoTower
 from twotower.train.optimizer import is_decayed, learning_rate, make_optimizer
 from twotower.train.options import TrainOptions, read_toml
+from twotower.train.prepare import PrepareOptions
 from twotower.train.presets import PRESET_NAMES, preset_config
 
 
@@ -97,6 +98,16 @@ def test_every_option_has_a_group_and_a_help_text() -> None:
     assert all(docs.get(field.name) for field in dataclasses.fields(TrainOptions))
     own = TrainOptions.__annotations__
     assert len(own) == 10  # those that matter first
+
+
+@pytest.mark.parametrize("options_class", [TrainOptions, PrepareOptions])
+def test_help_explains_every_field_and_the_command_line_does_not_repeat_it(
+    options_class: type,
+) -> None:
+    text = options_class.__doc__ or ""
+    for field in dataclasses.fields(options_class):
+        assert f"\n{field.name}: " in text
+    assert "\n" not in summary(options_class) and text.startswith(summary(options_class))
 
 
 def test_options_survive_json() -> None:

@@ -146,7 +146,6 @@ def test_another_folder_is_never_replaced(tmp_path: Path) -> None:
         {"align": 0},
         {"tokenizer": Path("x"), "vocab_size": 300},
         {"eos_token": "<eos>"},
-        {"part_tokens": 0},
         {"input": (Path("x"),), "shuffle": -1},
         {"shuffle": 5},
         {"columns": ("text",)},

@@ -16,6 +16,7 @@ from twotower.cli.flags import optional_flags
 from twotower.cli.prompts import Prompt, read_grammar, read_prompts
 from twotower.cli.records import completion_record
 from twotower.cli.text import printable
+from twotower.documented import field_docs
 from twotower.engine import (
     Completion,
     EngineOptions,
@@ -28,7 +29,7 @@ from twotower.engine import (
     resolve_options,
     stream,
 )
-from twotower.engine.options import Overlap, field_docs
+from twotower.engine.options import Overlap
 from twotower.loading import Loaded, Placement, load, placement_of
 
 _DOCS, _ENGINE_DOCS = field_docs(GenerateOptions), field_docs(EngineOptions)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 
 from twotower.cli.flags import ALIASES
-from twotower.engine.options import field_docs
+from twotower.documented import field_docs, summary
 
 T = TypeVar("T")
 _METAVARS = {Path: "PATH", str: "TEXT", int: "INT", float: "FLOAT"}
@@ -35,7 +35,7 @@ def parse(
             flags: object = tyro.cli(
                 _flags_of(options_class),
                 prog=prog,
-                description=description or inspect.getdoc(options_class),
+                description=description or summary(options_class),
                 args=arguments,
             )
     except SystemExit as stop:
@@ -67,7 +67,7 @@ def _flags_of(options_class: type) -> type:
     for parent in options_class.__mro__[1:]:
         if names := [name for name in inspect.get_annotations(parent) if name in flags]:
             section = dataclasses.make_dataclass("Section", map(flags.pop, names), kw_only=True)
-            section.__doc__ = " ".join((inspect.getdoc(parent) or "").split())
+            section.__doc__ = summary(parent)
             title = re.sub("(?<!^)(?=[A-Z])", "_", parent.__name__.removesuffix("Options")).lower()
             made = dataclasses.field(default_factory=section)
             fields.append((title, Annotated[section, tyro.conf.OmitArgPrefixes], made))

@@ -4,16 +4,14 @@ A field that is not given takes the checkpoint's default, and without one the li
 `resolve_options` decides it once, and refuses what the chosen mode does not use.
 """
 
-import ast
 import dataclasses
-import inspect
 import math
-import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 from twotower.diffusion import SCHEDULES, Remask, Schedule
+from twotower.documented import documented
 from twotower.engine.grammar import Grammar
 
 Mode = Literal["diffusion", "speculative", "posterior", "predict-and-noise", "ar", "mock-ar"]
@@ -39,35 +37,6 @@ FIELD_MODES: Mapping[str, tuple[Mode, ...]] = {
     "logprobs": (*_BLOCKS, "speculative", "ar"),
     "grammar": ("speculative", "ar"),
 }
-
-T = TypeVar("T")
-
-
-def field_docs(options_class: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, on one line; {} without its source."""
-    docs: dict[str, str] = {}
-    for parent in options_class.__mro__[1:]:
-        if dataclasses.is_dataclass(parent):
-            docs |= field_docs(parent)
-    try:
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(options_class))).body
-    except OSError:
-        return docs
-    assert isinstance(body, ast.ClassDef)
-    for field, doc in zip(body.body, body.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            match doc:
-                case ast.Expr(value=ast.Constant(value=str(text))):
-                    docs[field.target.id] = " ".join(text.split())
-    return docs
-
-
-def documented(options_class: type[T]) -> type[T]:
-    """The class, whose `help` explains every field."""
-    lines = [f"{name}: {doc}" for name, doc in field_docs(options_class).items()]
-    filled = (textwrap.fill(line, 96, subsequent_indent="    ") for line in lines)
-    options_class.__doc__ = f"{inspect.getdoc(options_class)}\n\n" + "\n".join(filled)
-    return options_class
 
 
 @documented

@@ -58,7 +58,7 @@ class Rows:
                 f"sequence_length: {sequence_length} is not a multiple of {shard.meta.align}, to "
                 f"which {shard.folder} is aligned"
             )
-        total = shard.num_rows(sequence_length)
+        total = len(shard.tokens) // sequence_length
         if total < 3:
             raise ValueError(
                 f"data: {shard.folder} holds {len(shard.tokens)} tokens, too few for rows of "

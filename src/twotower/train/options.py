@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from twotower.documented import documented
+
 Recipe = Literal["backbone", "denoiser"]
 DecayShape = Literal["linear", "sqrt"]
 
@@ -179,6 +181,7 @@ class LoggingOptions(CheckedOptions):
     """Also write a TensorBoard log, if the library is installed."""
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(
     ModelOptions,
@@ -338,7 +341,6 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("denoised_blocks_per_row", "early_block_size", "eval_rows"), (1, math.inf)),
     **dict.fromkeys(("checkpoint_every", "keep_checkpoints", "log_every"), (1, math.inf)),
     **dict.fromkeys(("peer_timeout_s", "tokens", "tokenizer_documents", "align"), (1, math.inf)),
-    "part_tokens": (1, math.inf),
     "shuffle": (0, math.inf),
     "seed": (0, (1 << 63) - 1),
     **dict.fromkeys(("warmup_steps", "eval_every", "weight_decay"), (0, math.inf)),

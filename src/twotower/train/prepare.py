@@ -17,10 +17,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from twotower.documented import documented
 from twotower.tokenizer import MIN_VOCAB_SIZE, Tokenizer, train_tokenizer
 from twotower.train.options import CheckedOptions
 from twotower.train.readers import Text
-from twotower.train.shard import META_FILE, PART_TOKENS, ShardMeta, ShardWriter, choose_dtype
+from twotower.train.shard import META_FILE, ShardMeta, ShardWriter, choose_dtype
 from twotower.train.sources import Corpus, Source, find_sources, mix, parse_weights, shuffle
 from twotower.train.special_tokens import find_special_tokens, open_tokenizer
 
@@ -35,6 +36,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Encoded = tuple[list[int], int, int]
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions(CheckedOptions):
     """Turn text into a tokenizer and a shard of tokens for training."""
@@ -83,8 +85,6 @@ class PrepareOptions(CheckedOptions):
     """Pad with EOS so that every completion begins and ends at a multiple of this many tokens. Set
     to the block size, a denoiser trains on the blocks that it will generate. 1 packs back to
     back."""
-    part_tokens: int = PART_TOKENS
-    """Tokens in one file of the shard; longer data is cut into several. No effect on training."""
     overwrite: bool = False
     """Replace an existing shard in the folder once the new one is complete."""
 
@@ -205,7 +205,7 @@ def _write_shard(
 ) -> Iterator[PrepareProgress]:
     dtype = choose_dtype(tokenizer.vocab_size)
     by_source = dict.fromkeys((source.name for source in sources), 0)
-    with closing(ShardWriter(folder, dtype, options.part_tokens)) as writer:
+    with closing(ShardWriter(folder, dtype)) as writer:
         yield _get_progress(writer, by_source)
         for at, (ids, begin, context) in _mix_encoded(options, sources, tokenizer):
             writer.append(ids, begin, context)
@@ -217,13 +217,15 @@ def _write_shard(
         else:
             _warn_of_end(options, sources, writer.num_tokens)
     yield _get_progress(writer, by_source)
+    tokens_sha256, marks_sha256 = writer.checksums()
     ShardMeta(
         vocab_size=tokenizer.vocab_size,
         special=find_special_tokens(tokenizer, options.tokenizer),
         num_tokens=writer.num_tokens,
         num_documents=writer.num_documents,
         dtype=dtype,
-        parts=writer.parts(),
+        tokens_sha256=tokens_sha256,
+        marks_sha256=marks_sha256,
         tokenizer_sha256=tokenizer.fingerprint,
         sources=by_source,
         seed=options.seed,
