@@ -75,13 +75,13 @@ def test_every_recorded_tensor(case: Case) -> None:
 
 @every_case
 def test_every_recorded_run(case: Case) -> None:
-    """Guards decoding as a whole. bfloat16 leaves out runs whose decisions hang on rounding."""
+    """Guards decoding as a whole. bfloat16 leaves out runs whose decisions depend on rounding."""
     runs = [run for run in recorded.recorded_runs(case) if run.is_robust]
     assert len(runs) == (40 if case.is_exact else 27)
     assert wrong(case, case.model, runs) == []
 
 
-def test_bfloat16_runs_do_not_hang_on_our_rounding() -> None:
+def test_bfloat16_runs_do_not_depend_on_our_rounding() -> None:
     """Guards against equality by luck: the same weights in float32 choose the same tokens, if the
     time features alone are rounded to bfloat16."""
     (case,) = [case for case in CASES if not case.is_exact]

@@ -1,9 +1,16 @@
-"""Links in the documentation lead somewhere, and the map tells of every source folder."""
+"""The documentation: links lead somewhere, its code runs, the map has every source folder."""
 
+import importlib
 import re
+import shlex
+from itertools import groupby
 from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
 
 import pytest
+
+from twotower.cli.main import main, train_arguments
+from twotower.cli.parse import parse
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "twotower"
@@ -47,17 +54,95 @@ def test_a_dead_link_is_found() -> None:
     assert dead_links(text, ROOT / "README.md") == ["gone.md", "#no-such"]
 
 
-def python_blocks(text: str) -> list[str]:
-    """Its Python that stands on its own: blocks which begin with an import of ours."""
-    return re.findall(r"^```python\n(import twotower\n.*?)^```", text, re.DOTALL | re.MULTILINE)
+class Block(NamedTuple):
+    """A block of code; marked: a line `<!-- not run: reason -->` stands before it."""
+
+    code: str
+    is_marked: bool
 
 
-@pytest.mark.parametrize("name", ["engine.md", "speculation.md", "training.md"])
-def test_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against first lines of a page that end in a TypeError."""
+def code_blocks(text: str, language: str) -> list[Block]:
+    pattern = rf"(<!-- not run: .+ -->\n)?^```{language}\n(.*?)^```"
+    found = re.findall(pattern, text, re.DOTALL | re.MULTILINE)
+    return [Block(code, bool(marker)) for marker, code in found]
+
+
+def blocks_of_pages(language: str) -> list[Any]:
+    """Each block of each page, as a test's parameter."""
+    return [
+        pytest.param(block, id=f"{page.stem}-{number}")
+        for page in PAGES
+        for number, block in enumerate(code_blocks(page.read_text("utf-8"), language), 1)
+    ]
+
+
+@pytest.mark.parametrize("block", [b for b in blocks_of_pages("python") if not b.values[0][1]])
+def test_python_of_the_pages_runs(
+    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against first lines of a page that end in a TypeError. Each block stands alone."""
     monkeypatch.chdir(tmp_path)
-    (block,) = python_blocks((ROOT / "docs" / name).read_text(encoding="utf-8"))
-    exec(compile(block, name, "exec"), {})
+    exec(compile(block.code, "a page", "exec"), {"__name__": "page"})
+
+
+def verb_lines(code: str) -> list[list[str]]:
+    """The arguments of each `twotower` command in a shell block, also behind && and torchrun."""
+    found, held = list[list[str]](), ""
+    for line in code.replace("\\\n", " ").splitlines():
+        held += line + "\n"
+        try:
+            words = shlex.split(held, comments=True)
+        except ValueError:  # a quoted text goes on in the next line
+            continue
+        held = ""
+        for _, group in groupby(words, key=lambda word: word == "&&"):
+            command = list(group)
+            if command[0] == "twotower" or command[0] == "torchrun":
+                found.append(command[command.index("twotower") + 1 :])
+    return found
+
+
+def parse_verb(arguments: list[str]) -> None:
+    """ValueError for flags and values that the verb does not have."""
+    verb, *rest = arguments
+    if verb == "lm-eval":  # lm-eval's own flags
+        return
+    module = importlib.import_module(f"twotower.cli.{verb}")
+    rest = train_arguments(rest) if verb == "train" and "--options" not in rest else rest
+    parse(get_type_hints(module.run)["options"], verb, rest)
+
+
+def is_quick(arguments: list[str]) -> bool:
+    """Whether a command needs no files, network or GPU and ends within two seconds."""
+    named = {"-m", "--model", "--results", "--out", "--denoiser-device"} & {*arguments}
+    return arguments[0] in ("generate", "plan") and not named
+
+
+@pytest.mark.parametrize("block", blocks_of_pages("sh"))
+def test_commands_of_the_pages(
+    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against flags that have gone and values that are refused; quick commands are run."""
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text('{"prompt": "2 + 2 ="}\n')
+    for arguments in verb_lines(block.code):
+        parse_verb(arguments)
+        if is_quick(arguments) and not block.is_marked:
+            assert main(arguments) == 0, arguments
+
+
+def test_a_stale_command_is_found() -> None:
+    block = "pip install x && twotower generate 'a\nb' \\\n  --no-such 1  # it's\ntwotower plan"
+    assert verb_lines(block) == [["generate", "a\nb", "--no-such", "1"], ["plan"]]
+    with pytest.raises(ValueError, match="no-such"):
+        parse_verb(verb_lines(block)[0])
+    with pytest.raises(ValueError, match="dtype"):
+        parse_verb(["generate", "--dtype", "half"])
+
+
+def test_marked_blocks_are_told_from_others() -> None:
+    text = "<!-- not run: needs a server -->\n```python\na\n```\n\n```python\nb\n```\n"
+    assert code_blocks(text, "python") == [Block("a\n", True), Block("b\n", False)]
 
 
 def test_the_map_has_every_source_folder() -> None:
