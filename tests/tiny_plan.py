@@ -2,11 +2,9 @@
 
 from tiny_models import tiny_config
 from twotower.checkpoint.inspect import describe_config
-from twotower.lab.plan.efficiency import PROFILES, Efficiency
 from twotower.lab.plan.hardware import Hardware
+from twotower.lab.plan.inputs import PROFILES, Efficiency, Width, Workload, uniform
 from twotower.lab.plan.passes import Setup, Shape
-from twotower.lab.plan.precision import Width, uniform
-from twotower.lab.plan.workload import Workload
 
 
 def machine(**changes: object) -> Hardware:
@@ -34,7 +32,7 @@ def setup(
     return Setup(
         shape=shape,
         hardware=hardware or machine(),
-        precision=uniform(width),
+        widths=uniform(width),
         efficiency=efficiency,
         compute="bfloat16",
     )
@@ -43,7 +41,7 @@ def setup(
 def workload(**changes: object) -> Workload:
     """One row of 8 prompt tokens and 16 new ones in blocks of 4, two tokens a pass."""
     values: dict[str, object] = {
-        "batch": 1,
+        "batch_size": 1,
         "prompt_tokens": 8,
         "new_tokens": 16,
         "block_size": 4,

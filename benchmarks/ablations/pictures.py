@@ -8,7 +8,7 @@ from benchmarks.ablations.scoring import Record, compare
 from benchmarks.ablations.variants import BASE, VARIANTS
 from matplotlib.axes import Axes
 
-from twotower.lab.evaluate.plots import COLORS, new_figure
+from twotower.lab.report import COLORS, new_figure
 
 MARKS = ("o", "s")
 SIZES = (8, 16, 32, 64)

@@ -15,10 +15,9 @@ import torch
 from twotower.engine import GenerateOptions
 from twotower.lab.corpus import Document
 from twotower.lab.evaluate.likelihood import bound_text
-from twotower.lab.evaluate.results import summarise
+from twotower.lab.evaluate.results import interval, resample_means, summarise
 from twotower.lab.evaluate.run import Item, Subject, Trace, evaluate
 from twotower.lab.evaluate.sandbox import find_sandbox
-from twotower.lab.evaluate.statistics import interval, resample_means
 from twotower.lab.evaluate.suite import make_judge
 
 RESULTS = Path("benchmarks/results/ablations")

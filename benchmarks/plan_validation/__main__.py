@@ -16,11 +16,11 @@ from pathlib import Path
 from benchmarks.plan_validation.bench import (
     RESULTS,
     answer_rows,
+    baseline_rows,
     batch_rows,
     memory_rows,
     pass_rows,
     read_record,
-    rival_rows,
 )
 from benchmarks.plan_validation.calibration import calibrate_cpu, calibrate_gpu
 from benchmarks.plan_validation.examples import example_table
@@ -33,7 +33,7 @@ from benchmarks.plan_validation.published import (
 from benchmarks.plan_validation.rows import Row
 from benchmarks.plan_validation.tables import put_between, summary_table
 
-from twotower.lab.plan.efficiency import PROFILES, Efficiency
+from twotower.lab.plan.inputs import PROFILES, Efficiency
 
 DOCS = Path(__file__).parents[2] / "docs" / "plan.md"
 RECORD = RESULTS / "plan_validation.json"
@@ -48,8 +48,8 @@ def all_rows() -> list[Row]:
         *counted_rows(published),
         *pass_rows("1_thread", "bench-1-thread"),
         *pass_rows("2_threads", "bench-2-threads"),
-        *rival_rows("1_thread", "bench-1-thread"),
-        *rival_rows("2_threads", "bench-2-threads"),
+        *baseline_rows("1_thread", "bench-1-thread"),
+        *baseline_rows("2_threads", "bench-2-threads"),
         *answer_rows(),
         *batch_rows(),
         *memory_rows(),

@@ -13,14 +13,12 @@ from benchmarks.plan_validation.rows import Row, both
 from twotower import load_tokenizer
 from twotower.checkpoint.inspect import describe, describe_config
 from twotower.lab.evaluate.suite import held_out
-from twotower.lab.plan.decode import ModeTime, time_mode
-from twotower.lab.plan.efficiency import PROFILES
 from twotower.lab.plan.hardware import built_in
-from twotower.lab.plan.memory import placements
+from twotower.lab.plan.inputs import PROFILES, Mode, Width, Widths, Workload, uniform
+from twotower.lab.plan.memory import device_maps
+from twotower.lab.plan.modes import ModeTime, time_mode
 from twotower.lab.plan.passes import Pass, Setup, Shape, Tower, time_pass
-from twotower.lab.plan.precision import Precision, Width, uniform
-from twotower.lab.plan.workload import Mode, Workload
-from twotower.lab.race.sizes import random_config
+from twotower.lab.race.replay import random_config
 
 RESULTS = Path(__file__).parents[1] / "results"
 DATE = "cpu_2026-11-26.json"
@@ -59,13 +57,13 @@ def make_setup(size: str, hardware: str, profile: str, width: Width = "float32")
     is_int8 = profile in INT8
     width = "int8" if is_int8 else width
     wide = uniform(width)
-    precision = Precision(
+    widths = Widths(
         experts=width, projections=width, head=wide.head, dtype="float32"
-    )  # rivals keep keys and norms in float32 or near it
+    )  # baselines keep keys and norms in float32 or near it
     return Setup(
         shape=shape_of(size),
         hardware=built_in()[hardware],
-        precision=precision,
+        widths=widths,
         efficiency=PROFILES[profile],
         compute="int8" if is_int8 else "float32",
     )
@@ -98,8 +96,8 @@ def pass_rows(threads: str, hardware: str) -> Iterator[Row]:
                 )
 
 
-def rival_rows(threads: str, hardware: str) -> Iterator[Row]:
-    """A rival's AR token without its prompt."""
+def baseline_rows(threads: str, hardware: str) -> Iterator[Row]:
+    """A baseline's AR token without its prompt."""
     for size, found in read_record(f"race_{threads}")["sizes"].items():
         for engine, modes in found["engines"].items():
             if engine in found["ms_by_engine"]:
@@ -164,14 +162,14 @@ def memory_rows() -> Iterator[Row]:
     setup = make_setup("shipped", "bench-1-thread", "eager-cpu")
     for case in record["cases"]:
         work = Workload(
-            batch=1,
+            batch_size=1,
             prompt_tokens=case["prompt_tokens"],
             new_tokens=record["settings"]["new_tokens"],
             block_size=16,
             tokens_per_nfe=6.0,
             tokens_per_cycle=9.0,
         )
-        (device,) = next(placements(setup, work, case["mode"], 1)).devices
+        (device,) = next(device_maps(setup, work, case["mode"], 1)).devices
         yield Row(
             group="our memory beside weights",
             what=f"{case['mode']}, prompt of {case['prompt_tokens']}",
@@ -193,7 +191,7 @@ def _recorded_work(found: Mapping[str, Any], prompt: int, rows: int = 1) -> Work
     """The workload of recorded sums: `n` answers, their tokens, passes and context forwards."""
     cycles = found["context_forwards"] - found["n"]
     return Workload(
-        batch=rows,
+        batch_size=rows,
         prompt_tokens=prompt,
         new_tokens=max(2, round(found["tokens"] / found["n"])),
         block_size=16,
@@ -206,5 +204,5 @@ def _time(
     profile: str, hardware: str, work: Workload, mode: Mode, overlap: str = "off"
 ) -> ModeTime:
     setup = make_setup("shipped", hardware, profile)
-    places: Sequence[Any] = list(placements(setup, work, mode, 2 if overlap == "on" else 1))
+    places: Sequence[Any] = list(device_maps(setup, work, mode, 2 if overlap == "on" else 1))
     return time_mode(setup, work, mode, places[-1])

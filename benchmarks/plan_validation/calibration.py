@@ -8,10 +8,9 @@ from typing import Any
 from benchmarks.plan_validation.bench import CALLS, make_setup, read_record
 from benchmarks.plan_validation.published import read_published, released
 
-from twotower.lab.plan.efficiency import PROFILES, Efficiency
 from twotower.lab.plan.hardware import built_in
+from twotower.lab.plan.inputs import PROFILES, Efficiency, Widths
 from twotower.lab.plan.passes import Pass, PassTime, Setup, Shape, time_pass
-from twotower.lab.plan.precision import Precision
 
 _TURNS = 60  # of the fixed point; it converges in a dozen
 
@@ -40,8 +39,8 @@ def _limit(shape: Shape, run: dict[str, Any]) -> Setup:
     return Setup(
         shape=shape,
         hardware=built_in()[run["hardware"]],
-        precision=Precision(
-            experts=run.get("experts", "bfloat16"),
+        widths=Widths(
+            experts=run.get("expert_weights", "bfloat16"),
             projections="bfloat16",
             head="bfloat16",
             dtype="bfloat16",

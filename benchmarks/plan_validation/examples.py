@@ -6,22 +6,22 @@ from typing import Any
 from benchmarks.plan_validation.published import released
 
 from twotower.lab.plan import PlanOptions
-from twotower.lab.plan.make import plan_shape
+from twotower.lab.plan.record import plan_shape
 
 EXAMPLES: Sequence[Mapping[str, Any]] = (
     {"hardware": "h100-sxm"},
-    {"hardware": "h100-sxm", "precision": "int8"},
+    {"hardware": "h100-sxm", "quantization": "int8"},
     {"hardware": "h100-sxm", "devices": 2},
-    {"hardware": "h100-sxm", "devices": 2, "batch": 32},
+    {"hardware": "h100-sxm", "devices": 2, "batch_size": 32},
     {"hardware": "h100-sxm", "devices": 2, "efficiency": "graph-gpu"},
-    {"hardware": "h100-sxm", "devices": 2, "batch": 32, "efficiency": "graph-gpu"},
-    {"hardware": "rtx-4090", "precision": "int4"},
-    {"hardware": "rtx-4090", "precision": "int4", "devices": 2},
+    {"hardware": "h100-sxm", "devices": 2, "batch_size": 32, "efficiency": "graph-gpu"},
+    {"hardware": "rtx-4090", "quantization": "int4"},
+    {"hardware": "rtx-4090", "quantization": "int4", "devices": 2},
     {"hardware": "m3-ultra"},
-    {"hardware": "m3-ultra", "precision": "int4"},
-    {"hardware": "m3-ultra", "precision": "int4", "batch": 16},
+    {"hardware": "m3-ultra", "quantization": "int4"},
+    {"hardware": "m3-ultra", "quantization": "int4", "batch_size": 16},
     {"hardware": "epyc-9654"},
-    {"hardware": "epyc-9654", "precision": "int4"},
+    {"hardware": "epyc-9654", "quantization": "int4"},
 )
 
 
@@ -40,10 +40,10 @@ def example_table() -> str:
 
 def _cells(example: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[str]:
     modes = [record["modes"][mode] for mode in ("ar", "diffusion")]
-    yield " ".join(f"`--{name} {value}`" for name, value in example.items())
+    yield " ".join(f"`--{name.replace('_', '-')} {value}`" for name, value in example.items())
     for found in modes:
         yield f"{found['tokens_per_s']:.0f}" if found["fits"] else "does not fit"
-    yield modes[1]["placement"]["name"].replace(" in host memory", " in the host")
+    yield modes[1]["device_map"]["name"].replace(" in host memory", " in the host")
     yield ", ".join(_cost(found) for found in modes)
     even = record["break_even"]
     needed = None if even is None else even["tokens_per_nfe"]["1"]

@@ -10,10 +10,10 @@ from benchmarks.plan_validation.rows import Row, both
 
 from twotower.checkpoint.inspect import describe_preset
 from twotower.lab.plan import PlanOptions
-from twotower.lab.plan.decode import break_even_tokens_per_nfe
-from twotower.lab.plan.make import plan_shape
+from twotower.lab.plan.inputs import Workload
+from twotower.lab.plan.modes import break_even_tokens_per_nfe
 from twotower.lab.plan.passes import Shape
-from twotower.lab.plan.workload import Workload
+from twotower.lab.plan.record import plan_shape
 
 FILE = Path(__file__).with_name("published.toml")
 GROUP, COUNTED = "published, 30B", "published, counted"
@@ -67,7 +67,7 @@ def ratio_rows(published: Mapping[str, Any]) -> Iterator[Row]:
 
 def counted_rows(published: Mapping[str, Any]) -> Iterator[Row]:
     """Experts, parameters, the cost of a pass in AR steps and the break-even that follows."""
-    spark = {"hardware": "dgx-spark", "devices": 2, "experts": "int4", "mode": "diffusion"}
+    spark = {"hardware": "dgx-spark", "devices": 2, "expert_weights": "int4", "mode": "diffusion"}
     record = plan_shape(released(), _options(spark | {"new_tokens": 256, "nfe": 66}, 128))
     passes, even = record["passes"], record["break_even"]
     towers = describe_preset("nano-30b").towers
@@ -90,19 +90,20 @@ def counted_rows(published: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def _wide_plan() -> dict[str, Any]:
-    return plan_shape(released(), PlanOptions(hardware="h100-sxm", devices=2, max_batch=1))
+    return plan_shape(released(), PlanOptions(hardware="h100-sxm", devices=2, max_batch_size=1))
 
 
 def _options(run: Mapping[str, Any], past: int) -> PlanOptions:
     nfe = run.get("nfe")
-    parts = {name: run[name] for name in ("experts", "projections", "head") if name in run}
+    names = [name for name in run if name.endswith("_weights")]
+    parts = {name: run[name] for name in names}
     return PlanOptions(
         hardware=run["hardware"],
         devices=run.get("devices", 1),
         prompt_tokens=past,
         new_tokens=run["new_tokens"],
         tokens_per_nfe=None if nfe is None else run["new_tokens"] / nfe,
-        max_batch=1,
+        max_batch_size=1,
         **parts,
     )
 
@@ -115,7 +116,7 @@ def _ratio_options(run: Mapping[str, Any], tokens_per_nfe: float, past: int) -> 
         new_tokens=256,
         block_size=run["block_size"],
         tokens_per_nfe=tokens_per_nfe,
-        max_batch=1,
+        max_batch_size=1,
     )
 
 

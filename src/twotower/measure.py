@@ -21,7 +21,7 @@ def available_bytes(device: torch.device) -> int | None:
     return None
 
 
-def give_back_memory() -> None:
+def release_memory() -> None:
     """Return to the system what the C allocator holds and nobody uses; glibc alone can."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -1,4 +1,4 @@
-"""`twotower bench`: the race with and without rivals, its record, pictures and refusals."""
+"""`twotower bench`: the race with and without baselines, its record, pictures and refusals."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from tiny_text import tiny_tokenizer
 from twotower.checkpoint import save_two_towers
 from twotower.cli.main import main
 from twotower.families import config_to_dict
-from twotower.lab.race import sizes
+from twotower.lab.race import replay
 
 FLAGS = ["--items", "1", "--max-new-tokens", "12", "--repeats", "3", "--replays", "2"]
 FLAGS += ["--max-prompt-tokens", "1000"]
@@ -33,20 +33,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(autouse=True)
 def tiny_random_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """The 32M of these tests is tiny: what is tested does not depend on its size."""
-    monkeypatch.setitem(sizes._CONFIGS, "32M", TINY)
+    monkeypatch.setitem(replay.SIZES, "32M", TINY)
 
 
-def test_the_race_without_rivals(
+def test_the_race_without_baselines(
     checkpoint: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Silent failure: a missing rival is left out, and our AR looks like the best there is."""
+    """Silent failure: a missing baseline is left out, and our AR looks like the best there is."""
     for library in ("transformers", "xllamacpp", "gguf"):
         monkeypatch.setitem(sys.modules, library, None)
     out = tmp_path / "race"
-    flags = ["--model", checkpoint, "--sizes", "shipped,32M", "--out", str(out), *FLAGS]
+    flags = ["--model", checkpoint, "--sizes", "shipped,32M", "--output", str(out), *FLAGS]
     assert main(["bench", "--json", *flags]) == 0
     record = json.loads(capsys.readouterr().out)
     assert list(record["sizes"]) == ["shipped", "32M"] and record["complete"] is True
@@ -57,7 +57,7 @@ def test_the_race_without_rivals(
             assert row["ms_per_token"] > 0 and row["speedup_vs_best_ar"] > 0
             assert row["decode_ms_per_token"] > 0 and row["n"] == found["n"]
         assert found["best_ar"][1] == "ar"
-        assert {"ar_step", "denoise_pass", "extend"} <= set(found["ms"])
+        assert {"ar_step", "denoise_pass", "extend"} <= set(found["ms_by_engine"]["native"])
         assert [row["regime"].split("-")[1] for row in found["limits"]] == ["bound"] * 12
         missing = " ".join(found["missing"])
         assert "transformers" in missing and "llama.cpp-q8_0" in missing
@@ -81,7 +81,7 @@ def test_replays_repeat_what_the_checkpoint_commits(
     checkpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Silent failure: the random model decodes at its own pace, and its row means nothing."""
-    flags = ["--model", checkpoint, "--sizes", "shipped,32M", "--no-rivals", *FLAGS]
+    flags = ["--model", checkpoint, "--sizes", "shipped,32M", "--no-baselines", *FLAGS]
     assert main(["bench", "--json", *flags, "--replays", "99"]) == 0
     found = json.loads(capsys.readouterr().out)["sizes"]
     shipped, random = (found[size]["engines"]["pytorch"] for size in ("shipped", "32M"))
@@ -91,26 +91,26 @@ def test_replays_repeat_what_the_checkpoint_commits(
     assert found["32M"]["missing"] == []
 
 
-def test_the_race_with_rivals(checkpoint: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_race_with_baselines(checkpoint: str, capfd: pytest.CaptureFixture[str]) -> None:
     for library in ("transformers", "xllamacpp", "gguf"):
         pytest.importorskip(library)
     assert main(["bench", "--model", checkpoint, "--threads", "1", *FLAGS]) == 0
     text, err = capfd.readouterr()
-    assert "falling back" not in err  # a rival's notes about itself are no result of the race
+    assert "falling back" not in err  # a baseline's notes about itself are no result of the race
     for name in ("pytorch", "transformers", "llama.cpp-f32", "llama.cpp-f16", "llama.cpp-q8_0"):
         assert name in text
     assert "x best" in text and "overhead-bound" in text and "tokens/NFE" in text
-    assert "not raced" not in text
+    assert "not measured" not in text
 
 
-def test_a_missing_rival_is_printed(
+def test_a_missing_baseline_is_printed(
     checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for library in ("transformers", "xllamacpp", "gguf"):
         monkeypatch.setitem(sys.modules, library, None)
     assert main(["bench", "--model", checkpoint, *FLAGS]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "not raced: transformers" in text and "not raced: llama.cpp-f32" in text
+    assert "not measured: transformers" in text and "not measured: llama.cpp-f32" in text
 
 
 @pytest.mark.parametrize(
@@ -120,11 +120,9 @@ def test_a_missing_rival_is_printed(
         (["--modes", "diffusion"], "lacks ar"),
         (["--threads", "0"], "threads=0 must be a whole number, at least 1"),
         (["--max-prompt-tokens", "1"], "leaves out every prompt"),
-        (["--out", "/dev/null/x"], "out: cannot write into /dev/null/x"),
+        (["--output", "/dev/null/x"], "output: cannot write into /dev/null/x"),
         (["--model", "/nowhere"], "/nowhere"),
-        (["--quality", "--sizes", "32M"], "sizes: for a race alone"),
-        (["--quality", "--out", "x"], "out: for a race alone"),
-        (["--quality", "--no-rivals"], "rivals: for a race alone"),
+        (["--quantization", "int8"], "--quantization"),
     ],
 )
 def test_bad_input_is_one_line(

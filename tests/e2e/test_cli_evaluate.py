@@ -1,4 +1,4 @@
-"""`twotower evaluate` and `twotower bench --quality`: records, tables, files, bad input."""
+"""`twotower evaluate`: records, tables, files, bad input."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def test_the_record_and_its_files(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "report"
-    assert main(["evaluate", "--json", "--out", str(out), "--model", checkpoint, *FLAGS]) == 0
+    assert main(["evaluate", "--json", "--output", str(out), "--model", checkpoint, *FLAGS]) == 0
     printed, err = capsys.readouterr()
     record = json.loads(printed)
     assert set(record["modes"]) == {"ar", "diffusion", "speculative"} and err == ""
@@ -55,7 +55,7 @@ def test_the_record_and_its_files(
 
 def test_items_are_what_the_engine_writes(checkpoint: str, tmp_path: Path) -> None:
     """Silent failure: the modes' answers are mixed up, or judged against another item."""
-    assert main(["evaluate", "--out", str(tmp_path), "--model", checkpoint, *FLAGS]) == 0
+    assert main(["evaluate", "--output", str(tmp_path), "--model", checkpoint, *FLAGS]) == 0
     items = json.loads((tmp_path / "results.json").read_text())["items"]
     model, tokenizer = load_checkpoint(checkpoint), twotower.load_tokenizer(checkpoint)
     documents = held_out("math", 2, seed=0)
@@ -73,7 +73,7 @@ def test_batches_give_the_same_texts(checkpoint: str, tmp_path: Path) -> None:
     texts = []
     for size in ("1", "3"):
         out = tmp_path / size
-        flags = ["--batch-size", size, "--out", str(out), "--model", checkpoint, *FLAGS]
+        flags = ["--batch-size", size, "--output", str(out), "--model", checkpoint, *FLAGS]
         assert main(["evaluate", *flags]) == 0
         items = json.loads((out / "results.json").read_text())["items"]
         items.sort(key=lambda item: (item["category"], item["index"]))
@@ -98,17 +98,32 @@ def test_the_sweep_is_printed(checkpoint: str, capsys: pytest.CaptureFixture[str
     """Silent failure: minutes of sweeping of which a terminal shows nothing."""
     assert main(["evaluate", "--sweep", "--model", checkpoint, *FLAGS]) == 0
     _, _, table = capsys.readouterr().out.partition("diffusion with other settings (2 items)")
-    limits = [line.split()[1] for line in table.splitlines() if re.match(r" +0?\.\d|^ 0", line)]
+    limits = [line.split()[1] for line in table.splitlines() if re.match(r"0\.\d", line)]
     assert limits == ["-"] * 7 + ["1", "2", "3"]
 
 
-def test_the_pair_is_printed(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--quality", "--items", "1", "--model", checkpoint]
-    assert main(["bench", *flags]) == 0
-    assert "AR" in capsys.readouterr().out
-    assert main(["bench", "--json", *flags]) == 0
-    found = set(json.loads(capsys.readouterr().out)["modes"])
-    assert found == {"ar", "diffusion", "speculative"}
+def test_the_pair_is_said_in_words(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--model", checkpoint, "--modes", "ar", *FLAGS]) == 0
+    assert "there is no retention" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_a_narrow_terminal_loses_nothing(
+    width: int,
+    checkpoint: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Silent failure: columns of the table that a narrow window cuts off."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(["evaluate", "--likelihood", "--model", checkpoint, *FLAGS]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= width
+    for name in ("acc %", "95 %", "kept %", "=ar", "t/NFE", "NFE", "t/ctx", "t/s", "x ar", "loops"):
+        assert " ".join(text.split()).count(name) >= 3, name  # math, tools, all
+    for name in ("ar", "diffusion", "speculative", "ar nats/token", "bound nats/token", "+-"):
+        assert name in " ".join(text.split()), name
+    assert "\u2026" not in text
 
 
 @pytest.mark.parametrize(
@@ -120,7 +135,7 @@ def test_the_pair_is_printed(checkpoint: str, capsys: pytest.CaptureFixture[str]
         (["evaluate", "--modes", "ar", "--confidence-threshold", "0.5"], "confidence_threshold"),
         (["evaluate", "--modes", "ar", "--sweep"], "sweep"),
         (["evaluate", "--threads", "0"], "threads"),
-        (["evaluate", "--out", "/dev/null/x"], "out: cannot write into /dev/null/x"),
+        (["evaluate", "--output", "/dev/null/x"], "output: cannot write into /dev/null/x"),
         (["evaluate", "--items", "900", "--categories", "knowledge"], "items: 900 is more"),
     ],
 )
@@ -148,7 +163,7 @@ def test_an_interrupted_run_keeps_what_it_has(
             yield item
 
     monkeypatch.setattr(evaluation, "evaluate", stops_at_the_third)
-    assert main(["evaluate", "--out", str(tmp_path), "--model", checkpoint, *FLAGS]) == 130
+    assert main(["evaluate", "--output", str(tmp_path), "--model", checkpoint, *FLAGS]) == 130
     out, err = capsys.readouterr()
     assert "math (2 items)" in out and "tools (1 items)" in out
     assert err == "interrupted: results of 3 of 4 items\n"
@@ -167,5 +182,5 @@ def test_a_missing_library_is_said_before_the_run(
     """Silent failure: an hour of decoding that ends in an error instead of a report."""
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.setattr(evaluation, "load_subject", None)  # would fail with another error
-    assert main(["evaluate", "--out", str(tmp_path)]) == 2
+    assert main(["evaluate", "--output", str(tmp_path)]) == 2
     assert f'{library} is not installed: pip install "twotower[eval]"' in capsys.readouterr().err

@@ -19,7 +19,7 @@ def test_likelihoods_of_the_reference_answers(
 ) -> None:
     checkpoint = str(make_checkpoint(tmp_path / "model"))
     flags = ["--likelihood", "--model", checkpoint, *FLAGS]
-    assert main(["evaluate", "--out", str(tmp_path), *flags]) == 0
+    assert main(["evaluate", "--output", str(tmp_path), *flags]) == 0
     assert "bound nats/token" in capsys.readouterr().out
     found = json.loads((tmp_path / "results.json").read_text())["likelihood"]
     assert list(found["categories"]) == ["math", "refusal"] and found["all"]["n"] == 4

@@ -87,8 +87,8 @@ def test_generate_has_a_flag_with_the_default_of_every_option(
         (["train", "--options"], "--options needs a TOML file"),
         (["train", "backbone", "--steps", "0"], "steps: 0 is too small"),
         (["inspect"], "inspect needs either a PATH or --preset NAME"),
-        (["demo", "--repeats", "0"], "repeats=0"),
-        (["demo", "--pace", "0"], "pace=0"),
+        (["demo", "--repeats", "0"], "repeats: 0"),
+        (["demo", "--speed", "0"], "speed: 0"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_status_2(
@@ -105,10 +105,10 @@ def test_a_wrong_flag_is_one_line_and_status_2(
     [
         (["convert"], "missing: SOURCE, TARGET; see twotower convert -h"),
         (
-            ["demo", "--pase", "2"],
-            "unrecognized options: --pase, 2; perhaps you meant --pace FLOAT",
+            ["demo", "--sped", "2"],
+            "unrecognized options: --sped, 2; perhaps you meant --speed FLOAT",
         ),
-        (["demo", "--pace", "x"], "--pace: could not convert string to float: 'x'"),
+        (["demo", "--speed", "x"], "--speed: could not convert string to float: 'x'"),
     ],
 )
 def test_a_refusal_reads_the_same_in_a_terminal(

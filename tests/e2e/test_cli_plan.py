@@ -8,6 +8,7 @@ import pytest
 from tiny_models import tiny_config
 from twotower.cli.main import main
 from twotower.families import config_to_dict
+from twotower.lab.plan.report import MODE_COLUMNS, PASS_COLUMNS
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def config(tmp_path: Path) -> str:
 
 def test_text(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model", config, "--hardware", "h100-sxm", "--tokens-per-nfe", "2"]
-    assert main(["plan", *flags, "--max-batch", "4", "--devices", "2"]) == 0
+    assert main(["plan", *flags, "--max-batch-size", "4", "--devices", "2"]) == 0
     out = capsys.readouterr().out
     for said in (
         "Weights: context",
@@ -29,15 +30,34 @@ def test_text(config: str, capsys: pytest.CaptureFixture[str]) -> None:
         "A denoiser pass takes",
         "reaches AR's speed from",
         "speculative fits (one device); tokens per cycle are not known",
-        "Faster, by rows at a time:",
+        "Faster, by batch size",
         "ruled by",
         "Predicted, not measured",
     ):
         assert said in " ".join(out.split()), said
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_a_narrow_terminal_loses_nothing(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Silent failure: columns of the tables that a narrow window cuts off."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(["plan", "--max-batch-size", "1"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= width and "\u2026" not in text
+    words = " ".join(text.split())
+    for name in (*MODE_COLUMNS, *PASS_COLUMNS, "one device, 43% of the experts in host memory"):
+        assert all(word in words for word in name.split()), name
+    assert main(["plan", "--list-hardware"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= width and "\u2026" not in text
+    for word in ("fpsbench.com", "rtx-4090", "989", "source"):
+        assert word in text
+
+
 def test_text_of_a_machine_where_ar_stays_faster(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--hardware", "rtx-4090", "--precision", "int4", "--max-batch", "1"]
+    flags = ["--hardware", "rtx-4090", "--quantization", "int4", "--max-batch-size", "1"]
     assert main(["plan", *flags]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "A device offers 22.1 GiB, there is 1." in out
@@ -46,7 +66,7 @@ def test_text_of_a_machine_where_ar_stays_faster(capsys: pytest.CaptureFixture[s
 
 def test_json(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", config, "--json", "--tokens-per-cycle", "3",
-                 "--price-per-hour", "2", "--max-batch", "2"]) == 0  # fmt: skip
+                 "--price-per-hour", "2", "--max-batch-size", "2"]) == 0  # fmt: skip
     record = json.loads(capsys.readouterr().out)
     assert record["model"]["name"] == config and record["price_per_hour"] == 2
     assert record["workload"]["tokens_per_cycle"] == 3
@@ -61,7 +81,9 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config_to_dict(tiny_config())))
     out = tmp_path / "plan"
-    assert main(["plan", "--model", str(folder), "--out", str(out), "--max-batch", "4"]) == 0
+    assert (
+        main(["plan", "--model", str(folder), "--output", str(out), "--max-batch-size", "4"]) == 0
+    )
     capsys.readouterr()
     names = ["break_even.png", "memory.png", "passes.png", "plan.json", "report.html", "speed.png"]
     assert sorted(path.name for path in out.iterdir()) == names
@@ -77,7 +99,7 @@ def test_report_of_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixtu
     """Only memory can be drawn."""
     pytest.importorskip("matplotlib")
     out = tmp_path / "plan"
-    assert main(["plan", "--hardware", "bench-1-thread", "--out", str(out)]) == 0
+    assert main(["plan", "--hardware", "bench-1-thread", "--output", str(out)]) == 0
     assert "ar does not fit: context needs" in " ".join(capsys.readouterr().out.split())
     assert sorted(path.name for path in out.iterdir()) == ["memory.png", "plan.json", "report.html"]
 
@@ -102,13 +124,13 @@ def test_the_list_of_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--model", "nano30b"], "model: 'nano30b' is no file or folder, perhaps nano-30b"),
         (["--devices", "4"], "devices: 4 is not possible"),
         (["--hardware", "power8", "--devices", "2"], "devices: power8 has no link_gb_s"),
-        (["--precision", "int3"], "precision"),
-        (["--head", "int4"], "head: 'int4' breaks the choice of tokens"),
-        (["--batch", "0"], "batch: 0 is too small"),
+        (["--quantization", "int3"], "quantization"),
+        (["--head-weights", "int4"], "head_weights: int4 breaks the choice of tokens"),
+        (["--batch-size", "0"], "batch_size: 0 is too small"),
         (["--tokens-per-nfe", "17"], "tokens_per_nfe: 17.0 must be above 0 and at most the block"),
         (["--compute", "int8", "--hardware", "m3-ultra"], "compute: m3-ultra has no rate for 'int"),
         (["--results", "gone.json"], "results: cannot read gone.json (No such file"),
-        (["--bandwidth-share", "2"], "bandwidth=2.0 is a share of the peak"),
+        (["--bandwidth-share", "2"], "bandwidth_share: 2.0 must be above 0"),
     ],
 )
 def test_errors_are_one_line(

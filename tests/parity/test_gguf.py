@@ -19,7 +19,7 @@ from twotower import TwoTower
 from twotower.checkpoint import convert_to_gguf, export_gguf, load_checkpoint
 from twotower.checkpoint.gguf import Precision
 from twotower.engine import GenerateOptions, generate
-from twotower.lab.race.rivals import Rival, load_llama_cpp
+from twotower.lab.race.baselines import Baseline, load_llama_cpp
 from twotower.loading import shipped_folder
 from twotower.tokenizer import load_tokenizer
 
@@ -41,13 +41,13 @@ def model() -> TwoTower:
 
 
 @pytest.fixture(scope="module")
-def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rival]:
+def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Baseline]:
     """llama.cpp on the shipped model in float32."""
     file = tmp_path_factory.mktemp("gguf") / "shipped.gguf"
     convert_to_gguf(shipped_folder(), file, "float32")
-    rival = load_llama_cpp(file, threads=1)
-    yield rival
-    rival.close()
+    baseline = load_llama_cpp(file, threads=1)
+    yield baseline
+    baseline.close()
 
 
 def prompts() -> list[list[int]]:
@@ -60,9 +60,9 @@ def our_logprobs(model: TwoTower, ids: list[int]) -> Tensor:
     return model.context_logits(torch.tensor([ids]))[0, -1].log_softmax(-1)
 
 
-def difference(model: TwoTower, rival: Rival, ids: list[int]) -> float:
+def difference(model: TwoTower, baseline: Baseline, ids: list[int]) -> float:
     """Largest absolute difference of the next token's log-probabilities, over the vocabulary."""
-    theirs = torch.tensor(rival.logprobs(ids))
+    theirs = torch.tensor(baseline.logprobs(ids))
     assert theirs.shape == (model.config.vocab_size,)
     return (theirs - our_logprobs(model, ids)).abs().max().item()  # NaN, if any is missing
 
@@ -71,20 +71,20 @@ def run_tiny(folder: Path, **changes: object) -> float:
     """Worst difference of a tiny random model over prompts of 1 to 70 tokens."""
     model = fresh_model(**changes)
     export_gguf(model, folder / "tiny.gguf")
-    rival = load_llama_cpp(folder / "tiny.gguf", threads=1)
-    worst = max(difference(model, rival, random_ids(n).tolist()) for n in (1, 3, 17, 70))
-    rival.close()
+    baseline = load_llama_cpp(folder / "tiny.gguf", threads=1)
+    worst = max(difference(model, baseline, random_ids(n).tolist()) for n in (1, 3, 17, 70))
+    baseline.close()
     return worst
 
 
-def test_llama_cpp_computes_our_distribution(model: TwoTower, llama_cpp: Rival) -> None:
-    """Guards the rival's weights: a race against a model that computes something else is void."""
-    assert (llama_cpp.name, llama_cpp.dtype) == ("llama.cpp", "float32")
+def test_llama_cpp_computes_our_distribution(model: TwoTower, llama_cpp: Baseline) -> None:
+    """Guards the baseline's weights: a race against a model that computes otherwise is void."""
+    assert (llama_cpp.name, llama_cpp.dtype) == ("llama.cpp-f32", "float32")
     for ids in prompts():
         assert difference(model, llama_cpp, ids) < TOLERANCE
 
 
-def test_llama_cpp_writes_our_greedy_tokens(model: TwoTower, llama_cpp: Rival) -> None:
+def test_llama_cpp_writes_our_greedy_tokens(model: TwoTower, llama_cpp: Baseline) -> None:
     """Guards its cache and its states between tokens, which one prompt's logits do not show."""
     ours = generate(model, prompts(), GenerateOptions(mode="ar", max_new_tokens=40))
     theirs = [llama_cpp.decode(ids, 40).tokens for ids in prompts()]
@@ -92,7 +92,7 @@ def test_llama_cpp_writes_our_greedy_tokens(model: TwoTower, llama_cpp: Rival) -
     assert all(tokens[-1] == model.config.eos_token_id for tokens in theirs)  # each reaches its end
 
 
-def test_llama_cpp_splits_text_as_we_do(llama_cpp: Rival) -> None:
+def test_llama_cpp_splits_text_as_we_do(llama_cpp: Baseline) -> None:
     """Guards the vocabulary: digits one by one, contractions, runs of spaces, other scripts."""
     text = "\n\n".join(TEXTS) + "  a  5 77\n\n\n  it's 3.14 \t caf\u00e9 \u6771\u4eac 12\u0663 x"
     connection = HTTPConnection(llama_cpp._address)  # type: ignore[attr-defined]  # no public door
@@ -129,10 +129,10 @@ def test_smaller_precisions_stay_close(
 ) -> None:
     """Bounds are about twice what was seen; a wrong value is off by many units somewhere."""
     convert_to_gguf(shipped_folder(), tmp_path / "small.gguf", dtype)
-    rival = load_llama_cpp(tmp_path / "small.gguf", threads=1)
-    assert rival.dtype == dtype
-    found = [difference(model, rival, ids) for ids in prompts()]
-    rival.close()
+    baseline = load_llama_cpp(tmp_path / "small.gguf", threads=1)
+    assert baseline.dtype == dtype
+    found = [difference(model, baseline, ids) for ids in prompts()]
+    baseline.close()
     assert 1e-3 < max(found) < worst, found
 
 
@@ -140,6 +140,6 @@ def test_a_model_without_an_end_token_runs_on(tmp_path: Path) -> None:
     """Guards the length of replays: llama.cpp would take some token for the end."""
     model = fresh_model(hybrid_override_pattern="M*EM*")
     export_gguf(model, tmp_path / "tiny.gguf")
-    rival = load_llama_cpp(tmp_path / "tiny.gguf", threads=1)
-    assert len(rival.decode(random_ids(70).tolist(), 30).tokens) == 30
-    rival.close()
+    baseline = load_llama_cpp(tmp_path / "tiny.gguf", threads=1)
+    assert len(baseline.decode(random_ids(70).tolist(), 30).tokens) == 30
+    baseline.close()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twotower import GenerateOptions, TwoTower, generate
 from twotower.checkpoint import export_gguf, export_transformers, gguf_reader, load_checkpoint
-from twotower.lab.race.rivals import load_llama_cpp
+from twotower.lab.race.baselines import load_llama_cpp
 
 transformers = pytest.importorskip("transformers")
 
@@ -193,15 +193,15 @@ def test_llama_cpp_computes_our_distribution(pair: Any, tmp_path: Path) -> None:
     _, ours, _ = pair
     if not written(ours, tmp_path / "model.gguf"):
         return
-    rival = load_llama_cpp(tmp_path / "model.gguf", threads=1)
+    baseline = load_llama_cpp(tmp_path / "model.gguf", threads=1)
     try:
         for length in (1, 3, 90):
             prompt = ids(1, length, seed=length)
-            theirs = torch.tensor(rival.logprobs(prompt[0].tolist()))
+            theirs = torch.tensor(baseline.logprobs(prompt[0].tolist()))
             expected = ours.context_logits(prompt)[0, -1].log_softmax(-1)
             assert (theirs - expected).abs().max() < TOLERANCE * expected.std()
     finally:
-        rival.close()
+        baseline.close()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])

@@ -6,19 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiny_plan import machine, setup, workload
-from twotower.lab.plan.decode import (
+from twotower.lab.plan.inputs import BITS, MODES, Efficiency, Workload, uniform
+from twotower.lab.plan.memory import cache_bytes, device_maps, tower_bytes
+from twotower.lab.plan.modes import (
     DENOISE,
     break_even_tokens_per_nfe,
+    overlapped_seconds,
     pass_times,
-    pipelined_seconds,
     time_mode,
     turns,
 )
-from twotower.lab.plan.efficiency import Efficiency
-from twotower.lab.plan.memory import cache_bytes, placements, tower_bytes
 from twotower.lab.plan.passes import Pass, Setup, expected_experts, pass_parts, time_pass
-from twotower.lab.plan.precision import BITS, uniform
-from twotower.lab.plan.workload import MODES, Workload
 
 SHARES = st.floats(0.05, 1.0)
 EFFICIENCIES = st.builds(
@@ -42,7 +40,7 @@ CALLS = st.builds(
 )
 WORKLOADS = st.builds(
     lambda batch, prompt, new, per_nfe, per_cycle: workload(
-        batch=batch,
+        batch_size=batch,
         prompt_tokens=prompt,
         new_tokens=new,
         tokens_per_nfe=per_nfe,
@@ -69,7 +67,7 @@ def test_experts_grow_towards_all_of_them(total: int, data: st.DataObject) -> No
 @given(SETUPS, CALLS)
 def test_a_pass_takes_at_least_what_each_limit_says(made: Setup, call: Pass) -> None:
     """Silent failure: a part that is counted in neither limit, and speeds beyond the hardware."""
-    parts = pass_parts(made.shape, call, made.precision)
+    parts = pass_parts(made.shape, call, made.widths)
     found = time_pass(made, call)
     bandwidth = 1e9 * made.hardware.bandwidth_gb_s * made.efficiency.bandwidth
     peak = 1e12 * made.hardware.tflops["bfloat16"] * made.efficiency.arithmetic
@@ -104,10 +102,10 @@ def test_better_hardware_is_never_slower(made: Setup, call: Pass, factor: float)
 def test_fewer_bits_are_never_slower_nor_larger(made: Setup, call: Pass) -> None:
     """Silent failure: scales, or a part at the wrong width, that make int4 larger than int8."""
     widths = sorted(BITS, key=lambda width: -BITS[width])
-    setups = [replace(made, precision=uniform(width)) for width in widths]  # type: ignore[arg-type]  # names of BITS
+    setups = [replace(made, widths=uniform(width)) for width in widths]  # type: ignore[arg-type]  # names of BITS
     times = [time_pass(one, call).seconds for one in setups]
-    sizes = [sum(tower_bytes(made.shape, "denoiser", one.precision)) for one in setups]
-    caches = [cache_bytes(made.shape, 3, 50, one.precision) for one in setups]
+    sizes = [sum(tower_bytes(made.shape, "denoiser", one.widths)) for one in setups]
+    caches = [cache_bytes(made.shape, 3, 50, one.widths) for one in setups]
     for falling in (times, sizes, caches):
         assert falling == sorted(falling, reverse=True)
 
@@ -115,8 +113,8 @@ def test_fewer_bits_are_never_slower_nor_larger(made: Setup, call: Pass) -> None
 @given(SETUPS, WORKLOADS)
 def test_at_break_even_the_modes_are_level(made: Setup, work: Workload) -> None:
     """Silent failure: a break-even that, put in, is none."""
-    (ar_place,) = placements(made, work, "ar", 1)
-    (place,) = placements(made, work, "diffusion", 1)
+    (ar_place,) = device_maps(made, work, "ar", 1)
+    (place,) = device_maps(made, work, "diffusion", 1)
     ar_s = time_mode(made, work, "ar", ar_place).decode_s
     calls, reads_s = pass_times(made, work, place), turns(made, work, "diffusion", place).context_s
     needed = break_even_tokens_per_nfe(ar_s, calls[DENOISE].seconds, reads_s, work)
@@ -132,22 +130,22 @@ def test_at_break_even_the_modes_are_level(made: Setup, work: Workload) -> None:
 def test_overlap_is_bounded_by_the_work(made: Setup, work: Workload) -> None:
     """Silent failure: two devices that do more than twice the work of one."""
     for mode in ("diffusion", "speculative"):
-        *_, place = placements(made, work, mode, 2)  # type: ignore[arg-type]  # of the modes
+        *_, place = device_maps(made, work, mode, 2)  # type: ignore[arg-type]  # of the modes
         whole = turns(made, work, mode, place)  # type: ignore[arg-type]
         found = time_mode(made, work, mode, place)  # type: ignore[arg-type]
         assert found.decode_s <= whole.in_sequence * (1 + 1e-9)
-        half = turns(made, replace(work, batch=-(-work.batch // 2)), mode, place)  # type: ignore[arg-type]
-        assert pipelined_seconds(half) >= half.in_sequence * (1 - 1e-9)
+        half = turns(made, replace(work, batch_size=-(-work.batch_size // 2)), mode, place)  # type: ignore[arg-type]
+        assert overlapped_seconds(half) >= half.in_sequence * (1 - 1e-9)
 
 
 @given(SETUPS, WORKLOADS)
 def test_speeds_and_memory_grow_with_what_is_asked(made: Setup, work: Workload) -> None:
     """Silent failure: more tokens per pass that slow diffusion, or more rows that need less."""
-    (place,) = placements(made, work, "diffusion", 1)
+    (place,) = device_maps(made, work, "diffusion", 1)
     slow, fast = replace(work, tokens_per_nfe=1.0), replace(work, tokens_per_nfe=4.0)
     speeds = [time_mode(made, w, "diffusion", place).tokens_per_s for w in (slow, work, fast)]
     assert speeds[0] <= speeds[2] and speeds[1] <= speeds[2] * (1 + 1e-9)
     for mode in MODES:
-        (one,) = placements(made, work, mode, 1)
-        (more,) = placements(made, replace(work, batch=work.batch + 1), mode, 1)
+        (one,) = device_maps(made, work, mode, 1)
+        (more,) = device_maps(made, replace(work, batch_size=work.batch_size + 1), mode, 1)
         assert more.devices[0].total > one.devices[0].total

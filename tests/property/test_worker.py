@@ -40,7 +40,7 @@ from twotower.engine.faults import EngineDeadError
 from twotower.engine.request import Row
 from twotower.engine.request_queue import RequestQueue
 from twotower.engine.scheduler import Scheduler
-from twotower.measure import give_back_memory
+from twotower.measure import release_memory
 
 PROMPTS = prompts_of([5, 3, 9, 2])
 with_and_without_overlap = pytest.mark.parametrize("overlap", ["off", "on"])
@@ -251,9 +251,9 @@ def test_a_new_thread_gives_back_what_the_dead_one_had(monkeypatch: pytest.Monke
 
     def give_back() -> None:
         calls.append(1)
-        give_back_memory()
+        release_memory()
 
-    monkeypatch.setattr("twotower.engine.worker.give_back_memory", give_back)
+    monkeypatch.setattr("twotower.engine.worker.release_memory", give_back)
     note_end = Worker._note_end
 
     def dying(worker: Worker, event: Finished, ticket: Ticket) -> None:

@@ -18,8 +18,7 @@ pytest.importorskip("babel")
 
 from twotower.lab.corpus import CATEGORIES, DEFAULT_WEIGHTS, Document, documents, sample, split_of
 from twotower.lab.corpus.arithmetic import apply_step, draw, write_step
-from twotower.lab.corpus.code import Function, arguments_for, make_tests
-from twotower.lab.corpus.code_families import FAMILIES, NAMES_OF
+from twotower.lab.corpus.code import FAMILIES, NAMES_OF, Function, arguments_for, make_tests
 from twotower.lab.corpus.knowledge import facts
 from twotower.lab.corpus.knowledge import write_sentence as write_fact
 from twotower.lab.corpus.multilingual import (
@@ -329,10 +328,10 @@ def test_bad_input_is_one_clear_line(call, message):
 
 @pytest.mark.parametrize("library", ["babel", "num2words"])
 def test_a_missing_library_says_what_to_install(library, monkeypatch):
-    from twotower.lab.corpus import multilingual, territories
+    from twotower.lab.corpus import knowledge, multilingual
 
-    for table in (territories.countries, multilingual.number_word):
+    for table in (knowledge.countries, multilingual.number_word):
         table.cache_clear()
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ImportError, match=r'pip install "twotower\[data\]"'):
-        territories.countries() if library == "babel" else multilingual.number_word(3, "fr")
+        knowledge.countries() if library == "babel" else multilingual.number_word(3, "fr")

@@ -17,10 +17,9 @@ pytest.importorskip("num2words")
 pytest.importorskip("babel")
 
 from twotower.lab.corpus import knowledge, multilingual, refusal, sample, tools
-from twotower.lab.corpus.code_families import FAMILIES, Family
-from twotower.lab.corpus.document import HASHED_AS, split_of
+from twotower.lab.corpus.code import FAMILIES, Family
+from twotower.lab.corpus.document import CITIES, HASHED_AS, NAMES, split_of
 from twotower.lab.corpus.documents import DRAWS
-from twotower.lab.corpus.vocabulary import CITIES, NAMES
 
 LONG = ("long_context", "lookup")
 

@@ -9,12 +9,15 @@ from tiny_models import fresh_model, tiny_config, tiny_model
 from tiny_text import ids_of, tiny_tokenizer
 from twotower import TwoTower
 from twotower.lab.corpus import Document
-from twotower.lab.evaluate.likelihood import Bound, Score, bound_text, score_texts
-from twotower.lab.evaluate.references import (
+from twotower.lab.evaluate.likelihood import (
     NOISINGS,
+    Bound,
     Reference,
+    Score,
     answer_ids,
+    bound_text,
     score_references,
+    score_texts,
     summarise_references,
 )
 

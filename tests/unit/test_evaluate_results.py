@@ -11,9 +11,20 @@ from tiny_models import tiny_model
 from tiny_text import tiny_tokenizer
 from twotower.engine import GenerateOptions
 from twotower.lab.corpus import Document
-from twotower.lab.evaluate.options import EvalOptions
-from twotower.lab.evaluate.results import kendall_tau, measure, summarise, summarise_traces
+from twotower.lab.evaluate.results import (
+    PASS_LIMITS,
+    THRESHOLDS,
+    interval,
+    kendall_tau,
+    measure,
+    resample_means,
+    retention,
+    settings,
+    summarise,
+    summarise_traces,
+)
 from twotower.lab.evaluate.run import (
+    EvaluationOptions,
     Item,
     Judged,
     Output,
@@ -22,9 +33,7 @@ from twotower.lab.evaluate.run import (
     draw_groups,
     is_loop,
 )
-from twotower.lab.evaluate.statistics import interval, resample_means, retention
 from twotower.lab.evaluate.suite import Verdict
-from twotower.lab.evaluate.sweep import PASS_LIMITS, THRESHOLDS, settings
 
 
 def item(category: str, ar: bool, diffusion: bool, index: int = 0) -> Item:
@@ -153,7 +162,7 @@ def test_traces() -> None:
 )
 def test_bad_options_are_one_line(values: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words) as caught:
-        EvalOptions(**values)  # type: ignore[arg-type]
+        EvaluationOptions(**values)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 

@@ -8,16 +8,15 @@ import pytest
 
 from tiny_plan import machine, setup, workload
 from twotower.checkpoint.inspect import describe, describe_preset
-from twotower.lab.plan.efficiency import PROFILES
+from twotower.lab.plan.inputs import PROFILES, uniform
 from twotower.lab.plan.memory import (
     activation_bytes,
     block_transfer_bytes,
     cache_bytes,
-    placements,
+    device_maps,
     tower_bytes,
 )
 from twotower.lab.plan.passes import Setup, Shape
-from twotower.lab.plan.precision import uniform
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -51,13 +50,13 @@ def test_cache_is_what_was_measured() -> None:
 def test_a_block_moves_its_keys_and_the_states() -> None:
     """The whole cache grows with the text; what crosses the link for a block does not."""
     made = setup()
-    assert block_transfer_bytes(made.shape, 3, 4, made.precision) == 3 * (
+    assert block_transfer_bytes(made.shape, 3, 4, made.widths) == 3 * (
         4 * 64 * 2 + 2 * (256 * 4 + 192 * 2)
     )
 
 
 def test_activations_go_with_what_a_pass_reads() -> None:
-    made, work = setup(), workload(batch=2)
+    made, work = setup(), workload(batch_size=2)
     width = 4 * 16 + 2 * 32 + 2 * 2 * 8 + 4  # four hidden states, the projection of a Mamba layer
     logits = 2 * 41 * 4  # of one token a row
     assert activation_bytes(made, work, "context", "ar") == 16 * width * 2 + logits
@@ -65,13 +64,13 @@ def test_activations_go_with_what_a_pass_reads() -> None:
     assert activation_bytes(made, work, "denoiser", "diffusion") == 8 * width * 2 + 4 * logits
     long = replace(work, prompt_tokens=10**6)  # read in chunks of 512, sixteen rows at a time
     assert activation_bytes(made, long, "context", "ar") == 2 * 512 * width * 2 + logits
-    many = replace(long, batch=40)
+    many = replace(long, batch_size=40)
     assert activation_bytes(made, many, "context", "ar") == 16 * 512 * width * 2 + 20 * logits
 
 
 def needed(mode: str = "ar", devices: int = 1) -> float:
-    (*_, placement) = placements(setup(), workload(), mode, devices)  # type: ignore[arg-type]  # one of the modes
-    return max(device.total for device in placement.devices)
+    (*_, device_map) = device_maps(setup(), workload(), mode, devices)  # type: ignore[arg-type]  # one of the modes
+    return max(device.total for device in device_map.devices)
 
 
 def on(num_bytes: float, **changes: object) -> Setup:
@@ -82,12 +81,12 @@ def test_it_fits_to_the_byte() -> None:
     """Silent failure: a plan a few bytes too large for the device passes, or the reverse."""
     size = needed()
     for offered, fits in ((size, True), (size - 1, False), (size + 1, True)):
-        (placement,) = placements(on(offered), workload(), "ar", 2)
-        assert placement.fits is fits and placement.name == "one device"
+        (device_map,) = device_maps(on(offered), workload(), "ar", 2)
+        assert device_map.fits is fits and device_map.name == "one device"
     # AR needs one tower, the others two; two devices hold one each.
     assert needed("diffusion") > 1.8 * size
     assert needed("diffusion", 2) < 1.3 * size
-    one, two = placements(on(needed("diffusion", 2)), workload(), "diffusion", 2)
+    one, two = device_maps(on(needed("diffusion", 2)), workload(), "diffusion", 2)
     assert (one.fits, two.fits, two.name) == (False, True, "two devices")
     assert [device.towers for device in two.devices] == [("context",), ("denoiser",)]
     assert two.devices[1].cache == two.devices[0].cache  # each has its own copy
@@ -95,27 +94,27 @@ def test_it_fits_to_the_byte() -> None:
 
 def test_rows_and_lengths_need_memory() -> None:
     made = setup()
-    (one,) = placements(made, workload(), "ar", 1)
-    (many,) = placements(made, workload(batch=5), "ar", 1)
+    (one,) = device_maps(made, workload(), "ar", 1)
+    (many,) = device_maps(made, workload(batch_size=5), "ar", 1)
     assert many.devices[0].cache == 5 * one.devices[0].cache
-    (long,) = placements(made, workload(new_tokens=116), "ar", 1)
+    (long,) = device_maps(made, workload(new_tokens=116), "ar", 1)
     assert long.devices[0].cache - one.devices[0].cache == 100 * 64 * 2
 
 
 def test_experts_go_to_the_host_as_far_as_they_must() -> None:
     size = needed()
-    (placement,) = placements(on(size - 500, host_gib=1, host_gb_s=1), workload(), "ar", 1)
+    (device_map,) = device_maps(on(size - 500, host_gib=1, host_gb_s=1), workload(), "ar", 1)
     experts = 4 * 2 * 384  # of the one layer, in bfloat16
     # A layer's experts need a place to arrive in, which here is all of them.
-    assert placement.host_share == (1.0,) and placement.host_bytes == experts
-    assert not placement.fits and placement.devices[0].experts == experts
+    assert device_map.host_share == (1.0,) and device_map.host_bytes == experts
+    assert not device_map.fits and device_map.devices[0].experts == experts
     deep = {"hybrid_override_pattern": "EEEE"}
     base = setup(**deep)
-    (full,) = placements(base, workload(), "ar", 1)
+    (full,) = device_maps(base, workload(), "ar", 1)
     less = setup(
         machine(memory_gib=(full.devices[0].total - 5000) / GIB, host_gib=1, host_gb_s=1), **deep
     )
-    (split,) = placements(less, workload(), "ar", 1)
+    (split,) = device_maps(less, workload(), "ar", 1)
     assert split.fits
     # 5000 bytes too many, and a layer's worth of 3072 bytes to arrive in.
     assert split.host_bytes == pytest.approx(5000 + 3072)
@@ -126,17 +125,17 @@ def test_experts_go_to_the_host_as_far_as_they_must() -> None:
 
 def test_a_host_that_is_too_small() -> None:
     deep = {"hybrid_override_pattern": "EEEE"}
-    (full,) = placements(setup(**deep), workload(), "ar", 1)
+    (full,) = device_maps(setup(**deep), workload(), "ar", 1)
     short = (full.devices[0].total - 5000) / GIB
     for host, fits in ((8072 / 0.9 + 2, True), (8072 / 0.9 - 2, False)):
         made = setup(machine(memory_gib=short, host_gib=host / GIB, host_gb_s=1), **deep)
-        (placement,) = placements(made, workload(), "ar", 1)
-        assert placement.fits is fits
+        (device_map,) = device_maps(made, workload(), "ar", 1)
+        assert device_map.fits is fits
 
 
 def test_dense_models_have_nothing_to_move() -> None:
     """Silent failure: a division by no experts, or a plan that pretends to stream a dense tower."""
     made = setup(machine(memory_gib=1000 / GIB, host_gib=1, host_gb_s=1), PROFILES["limit"],
                  hybrid_override_pattern="M*-")  # fmt: skip
-    (placement,) = placements(made, workload(), "ar", 1)
-    assert placement.host_share == (0.0,) and not placement.fits
+    (device_map,) = device_maps(made, workload(), "ar", 1)
+    assert device_map.host_share == (0.0,) and not device_map.fits

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import tiny_config
 from twotower.families import config_to_dict
 from twotower.lab.plan import PlanOptions, make_plan
-from twotower.lab.plan.efficiency import PROFILES
+from twotower.lab.plan.inputs import PROFILES, Widths, Workload
 from twotower.lab.plan.options import (
     PUBLISHED_TOKENS_PER_NFE,
     describe_model,
@@ -18,8 +18,6 @@ from twotower.lab.plan.options import (
     read_recorded,
 )
 from twotower.lab.plan.passes import Setup, Shape
-from twotower.lab.plan.precision import Precision
-from twotower.lab.plan.workload import Workload
 
 MINE = """
 [l4]
@@ -70,13 +68,13 @@ def test_a_file_of_machines_wins(tmp_path: Path) -> None:
 
 
 def test_widths_by_part() -> None:
-    assert made(precision="int4", projections="bfloat16").precision == Precision(
+    assert made(quantization="int4", projection_weights="bfloat16").widths == Widths(
         experts="int4", projections="bfloat16", head="int8", dtype="bfloat16"
     )
-    wide = made(precision="float32")
-    assert (wide.precision.dtype, wide.compute) == ("float32", "float32")
-    assert made(precision="float32", compute="bfloat16").compute == "bfloat16"
-    assert made(experts="int8", dtype="float32").precision.cache_bytes == 4
+    wide = made(dtype="float32")
+    assert (wide.widths.dtype, wide.compute) == ("float32", "float32")
+    assert made(dtype="float32", compute="bfloat16").compute == "bfloat16"
+    assert made(expert_weights="int8", dtype="float32").widths.cache_bytes == 4
 
 
 def test_efficiency_by_kind_and_by_number() -> None:
@@ -89,7 +87,7 @@ def test_efficiency_by_kind_and_by_number() -> None:
     found = made(efficiency="graph-gpu", bandwidth_share=0.5, arithmetic_share=0.25, layer_us=7.0)
     assert (found.efficiency.bandwidth, found.efficiency.arithmetic) == (0.5, 0.25)
     assert found.efficiency.layer_s == pytest.approx(7e-6)
-    with pytest.raises(ValueError, match=r"bandwidth=1\.5 is a share of the peak"):
+    with pytest.raises(ValueError, match=r"bandwidth_share: 1\.5 must be above 0"):
         made(bandwidth_share=1.5)
 
 
@@ -137,7 +135,7 @@ def test_results_that_are_none(tmp_path: Path, content: str, message: str) -> No
     ("options", "message"),
     [
         ({"devices": 3}, "devices: 3 is not possible; a tower each on 1 or 2"),
-        ({"max_batch": 0}, "max_batch: 0 must be between 1 and 65536"),
+        ({"max_batch_size": 0}, "max_batch_size: 0 must be between 1 and 65536"),
         ({"price_per_hour": -1.0}, "price_per_hour: -1.0 must be 0 or more"),
         ({"price_per_hour": float("nan")}, "price_per_hour: nan must be 0 or more"),
         ({"efficiency": "eager"}, "efficiency: 'eager' is unknown, perhaps eager-gpu; allowed are"),
@@ -155,7 +153,7 @@ def test_impossible_options(options: dict[str, Any], message: str) -> None:
 
 def test_a_record_is_plain_and_adds_up() -> None:
     """Silent failure: a cost per token of one device where two are paid for."""
-    record = make_plan(PlanOptions(devices=2, batch=2, tokens_per_cycle=8.0, max_batch=8))
+    record = make_plan(PlanOptions(devices=2, batch_size=2, tokens_per_cycle=8.0, max_batch_size=8))
     assert json.loads(json.dumps(record)) == record
     for mode, used in (("ar", 1), ("diffusion", 2), ("speculative", 2)):
         found = record["modes"][mode]
@@ -168,12 +166,12 @@ def test_a_record_is_plain_and_adds_up() -> None:
         assert found["tokens_per_s_of_a_row"] == pytest.approx(tokens / 2)
     blocks = record["modes"]["diffusion"]
     ways = [blocks["decode_ms_in_sequence"], blocks["decode_ms_overlapped"]]
-    assert blocks["decode_ms"] == min(ways) and blocks["pipelined"] is (ways[1] < ways[0])
+    assert blocks["decode_ms"] == min(ways) and blocks["overlapped"] is (ways[1] < ways[0])
     assert record["modes"]["ar"]["decode_ms_overlapped"] is None
     for call in record["passes"].values():
         parts = sum(call[name] for name in ("overhead_ms", "stream_ms", "compute_ms", "host_ms"))
         assert call["ms"] == pytest.approx(parts)
-    assert [point["batch"] for point in record["sweep"]] == [1, 2, 4, 8]
+    assert [point["batch_size"] for point in record["sweep"]] == [1, 2, 4, 8]
     assert record["sweep"][1]["modes"]["ar"]["tokens_per_s"] == pytest.approx(
         record["modes"]["ar"]["tokens_per_s"]
     )
@@ -181,30 +179,30 @@ def test_a_record_is_plain_and_adds_up() -> None:
 
 
 def test_what_does_not_fit_says_what_is_missing() -> None:
-    record = make_plan(PlanOptions(hardware="m4-max", max_batch=4))
+    record = make_plan(PlanOptions(hardware="m4-max", max_batch_size=4))
     ar, blocks = record["modes"]["ar"], record["modes"]["diffusion"]
     assert ar["fits"] and not blocks["fits"] and record["break_even"] is None
     assert blocks["missing"] == "context and denoiser need 117.8 GiB of a device that offers 96.0"
     assert {"ar_step", "extend", "verify"} >= set(record["passes"])
     assert record["modes"]["speculative"]["fits"] is False
-    nothing = make_plan(PlanOptions(hardware="bench-1-thread", precision="float32", max_batch=4))
+    nothing = make_plan(PlanOptions(hardware="bench-1-thread", dtype="float32", max_batch_size=4))
     assert nothing["sweep"] == [] and nothing["spans"] == {"all": [], "per_device": []}
     assert nothing["passes"] == {} and not nothing["modes"]["ar"]["fits"]
     # In the host: a device that takes no experts at all, and a host that is too small for them.
-    host = make_plan(PlanOptions(hardware="l4", precision="float32", max_batch=1))
+    host = make_plan(PlanOptions(hardware="l4", dtype="float32", max_batch_size=1))
     assert "GiB of host memory that offers 57.6" in host["modes"]["ar"]["missing"]
 
 
 def test_one_new_token_has_no_break_even() -> None:
-    record = make_plan(PlanOptions(model="shipped", hardware="l4", new_tokens=1, max_batch=1))
+    record = make_plan(PlanOptions(model="shipped", hardware="l4", new_tokens=1, max_batch_size=1))
     assert record["break_even"] is None
     assert record["modes"]["ar"]["decode_tokens_per_s"] is None
     assert record["modes"]["ar"]["tokens_per_s"] > 0
 
 
 @pytest.mark.parametrize(("weights", "given", "wanted"), [
-    ("int4", None, "int4"), ("int8", None, "int8"), (None, None, "bfloat16"),
-    ("int4", "bfloat16", "bfloat16"),
+    ("int4", {}, "int4"), ("int8", {}, "int8"), (None, {}, "bfloat16"),
+    ("int4", {"quantization": "none"}, "bfloat16"), (None, {"dtype": "float32"}, "float32"),
 ])  # fmt: skip
 @pytest.mark.parametrize("is_folder", [True, False])
 def test_a_quantised_checkpoint_is_planned_in_its_own_bits(
@@ -217,6 +215,6 @@ def test_a_quantised_checkpoint_is_planned_in_its_own_bits(
         config["quantization_config"] |= {"group_size": 32} if weights == "int4" else {}
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = tmp_path if is_folder else tmp_path / "config.json"
-    setup = make_setup(PlanOptions(model=str(model), precision=given), shape())
-    assert setup.precision.projections == wanted
-    assert setup.precision.head == ("int8" if wanted == "int4" else wanted)
+    setup = make_setup(PlanOptions(model=str(model), **given), shape())
+    assert setup.widths.projections == wanted
+    assert setup.widths.head == ("int8" if wanted == "int4" else wanted)

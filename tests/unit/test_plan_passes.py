@@ -7,10 +7,8 @@ import pytest
 from tiny_models import tiny_config
 from tiny_plan import machine, setup
 from twotower.checkpoint.inspect import describe_config
-from twotower.lab.plan.efficiency import Efficiency
+from twotower.lab.plan.inputs import Efficiency, Widths, uniform
 from twotower.lab.plan.passes import Pass, Setup, Shape, expected_experts, pass_parts, time_pass
-from twotower.lab.plan.precision import Precision, uniform
-from twotower.lab.race.limits import pass_work
 
 STEP = Pass(tower="context", rows=1, tokens=1, logits=1, past=10)
 BLOCK = Pass(tower="denoiser", rows=3, tokens=4, logits=4, past=10)
@@ -73,32 +71,18 @@ def test_causal_passes_see_half_of_their_own_call() -> None:
     assert found.operations == 9 * (2 * 4 * 32 * 5 + 5 * 512)
 
 
-def test_without_experts_it_is_the_races_roofline() -> None:
-    """Two accounts of one model. Norms and the convolution's bias are counted the same way."""
-    config = tiny_config(hybrid_override_pattern="M*-M*-")
-    made = setup(width="float32", hybrid_override_pattern="M*-M*-")
-    for tokens, logits in ((1, 1), (4, 4), (4, 0)):
-        call = Pass(tower="context", rows=1, tokens=tokens, logits=logits, past=50)
-        parts = pass_parts(made.shape, call, made.precision)
-        theirs = pass_work(config, tokens, 50, logits, 4)
-        assert sum(p.weight_bytes for p in parts) == theirs.weight_bytes
-        conv = 2 * made.shape.conv_elements * 4  # read and written; the race leaves it out
-        assert sum(p.cache_bytes for p in parts) == theirs.state_bytes + conv
-        assert sum(p.operations for p in parts) == pytest.approx(theirs.operations, rel=0.02)
-
-
 def test_seconds_of_a_pass() -> None:
     """By bytes and by operations part by part; one Gop/s and one GB/s make them comparable."""
     made = setup(hybrid_override_pattern="*")
     # 12 tokens: each weight is 2 bytes and 24 operations, so all matrices are ruled by arithmetic.
     found = time_pass(made, BLOCK)
-    parts = pass_parts(made.shape, BLOCK, made.precision)
+    parts = pass_parts(made.shape, BLOCK, made.widths)
     assert found.seconds == pytest.approx(sum(p.operations for p in parts) / 1e9)
     assert (found.stream_s, found.host_s, found.ruled_by) == (0.0, 0.0, "arithmetic")
     # One token and a hundred times the arithmetic: all is streaming.
     fast = setup(machine(tflops={"bfloat16": 0.1}), hybrid_override_pattern="*")
     found = time_pass(fast, STEP)
-    parts = pass_parts(made.shape, STEP, made.precision)
+    parts = pass_parts(made.shape, STEP, made.widths)
     assert found.seconds == pytest.approx(sum(p.weight_bytes + p.cache_bytes for p in parts) / 1e9)
     assert (found.compute_s, found.ruled_by) == (0.0, "bandwidth")
 
@@ -141,8 +125,8 @@ def test_int8_arithmetic_needs_a_rate() -> None:
 def test_a_model_without_experts_counts_none() -> None:
     dense: Setup = setup(hybrid_override_pattern="M*-")
     assert time_pass(dense, STEP).num_experts == 0
-    wide = Precision(experts="int4", projections="bfloat16", head="bfloat16", dtype="bfloat16")
-    assert time_pass(replace(dense, precision=wide), STEP) == time_pass(dense, STEP)
+    wide = Widths(experts="int4", projections="bfloat16", head="bfloat16", dtype="bfloat16")
+    assert time_pass(replace(dense, widths=wide), STEP) == time_pass(dense, STEP)
 
 
 def test_a_backbone_alone_is_planned_with_a_copy_of_it() -> None:

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("num2words")
 pytest.importorskip("jsonschema")
 
-from twotower.lab.plan.efficiency import PROFILES
+from twotower.lab.plan.inputs import PROFILES
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from tiny_text import tiny_tokenizer
+from tiny_text import byte_tokenizer, tiny_tokenizer
 from twotower.engine import (
     Completion,
     Event,
@@ -44,6 +44,27 @@ def test_a_probability_of_zero_is_still_json() -> None:
     for shape in (texts, chat):
         whole = shape.whole([completion(logprobs=logprobs)], {})
         assert "-9999.0" in json.dumps(whole, allow_nan=False)
+
+
+def test_parts_of_a_character_have_names_and_bytes_of_their_own() -> None:
+    """Silent failure: three tokens of one character are all U+FFFD, and only one of two
+    alternatives of that name is left.
+    """
+    tokenizer = byte_tokenizer()
+    first, *_ = ids = tokenizer.encode("\u20ac")
+    assert len(ids) == 3
+    tops = ((first, -0.1), (ids[1], -2.5))
+    logprobs = tuple(TokenLogprob(token=token, logprob=-0.1, top=tops) for token in ids)
+    chat = ChatShape("m", tokenizer, None, strips_reply=False)
+    (choice,) = chat.whole([completion(tokens=ids, logprobs=logprobs)], {})["choices"]  # type: ignore[misc]
+    shown = choice["logprobs"]["content"]
+    assert [byte for one in shown for byte in one["bytes"]] == list("\u20ac".encode())
+    assert [one["token"] for one in shown] == ["bytes:\\xe2", "bytes:\\x82", "bytes:\\xac"]
+    texts = CompletionShape("m", tokenizer, [""], has_logprobs=True)
+    after = (*logprobs, *logprobs[:1])
+    (choice,) = texts.whole([completion(tokens=ids, logprobs=after)], {})["choices"]  # type: ignore[misc]
+    assert len(choice["logprobs"]["top_logprobs"][0]) == 2
+    assert choice["logprobs"]["text_offset"] == [0, 0, 0, 1]
 
 
 def test_calls_and_text_around_them_are_taken_apart() -> None:

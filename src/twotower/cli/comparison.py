@@ -5,16 +5,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from twotower.cli.tables import print_table
 from twotower.engine import Completion, Event, Finished, GenerateOptions, stream
+from twotower.lab.report import Table, number
 from twotower.loading import Loaded
 
 NAMES = {"diffusion": "Diffusion", "speculative": "Self-speculation"}  # at a sentence's start
-_WIDE = 72  # columns of a terminal that has room between the table's
+_COLUMNS = ("mode", "tokens/s", "NFE", "tokens/NFE", "context forwards", "seconds", "text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +65,11 @@ def measure(
     """Decode the prompt in every mode: once untimed, then `repeats` times in turn."""
     events: dict[str, list[Event]] = {}
     seconds: dict[str, list[float]] = {mode: [] for mode in modes}
-    for number in range(repeats + 1):
+    for turn in range(repeats + 1):
         for mode, options in modes.items():
             start = time.perf_counter()
             events[mode] = list(stream(loaded.model, [prompt], options, loaded.tokenizer))
-            if number:
+            if turn:
                 seconds[mode].append(time.perf_counter() - start)
     return {
         mode: Measured(
@@ -90,24 +90,20 @@ def _completion(events: list[Event]) -> Completion:
 def print_comparison(console: Console, results: Mapping[str, Measured]) -> None:
     """The table of all modes and what it says in words."""
     ar = results["ar"]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1 if console.width > _WIDE else 0))
-    table.add_column("mode", vertical="bottom")
-    for name in ("tokens/s", "NFE", "tokens\n/NFE", "context\nforwards", "seconds"):
-        table.add_column(name, justify="right", vertical="bottom")
-    table.add_column("text", vertical="bottom")
-    for mode, result in results.items():
-        rate = result.tokens_per_nfe
-        is_same = result.completion.text == ar.completion.text
-        table.add_row(
+    rows = [
+        [
             mode,
             f"{result.tokens_per_s:.0f}",
             str(result.completion.nfe),
-            "-" if rate is None else f"{rate:.2f}",
+            number(result.tokens_per_nfe),
             str(result.completion.context_forwards),
             f"{result.seconds:.2f}",
-            "same" if is_same else "differs",
-        )
-    console.print(table)
+            "same" if result.completion.text == ar.completion.text else "differs",
+        ]
+        for mode, result in results.items()
+    ]
+    print_table(console, Table("Compared", _COLUMNS, rows))
+    console.print()
     for mode, result in results.items():
         if mode != "ar":
             console.print(Text(summary(ar, result, NAMES.get(mode, mode))))

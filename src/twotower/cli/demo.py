@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import tyro
 from rich.console import Console
 from rich.text import Text
 
@@ -45,24 +44,24 @@ class DemoOptions(Placement):
     """
 
     sample: Sample = "tools"
-    """Held-out prompt to complete."""
+    """Built-in prompt to complete; the model was not trained on it."""
     prompt: str | None = None
     """A prompt of your own instead."""
     max_new_tokens: int = 96
-    """Most tokens to write."""
+    """Maximum number of new tokens."""
     repeats: int = 3
     """Timed runs of each mode, after one that is not timed; the median counts."""
-    pace: float = 1.0
-    """Speed of the view in a terminal: 2 is twice as fast. The figures do not depend on it."""
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
-    """One JSON object on stdout instead of text."""
+    speed: float = 1.0
+    """Playback speed in a terminal, 2 for twice as fast; the timings do not depend on it."""
+    json: bool = False
+    """Print one JSON object instead of text."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.repeats < 1:
-            raise ValueError(f"repeats={self.repeats} must be at least 1")
-        if not 0.0 < self.pace < float("inf"):
-            raise ValueError(f"pace={self.pace} must be above 0")
+            raise ValueError(f"repeats: {self.repeats} is too small; use at least 1")
+        if not 0.0 < self.speed < float("inf"):
+            raise ValueError(f"speed: {self.speed} must be above 0")
 
 
 def run(options: DemoOptions) -> int:
@@ -81,7 +80,7 @@ def run(options: DemoOptions) -> int:
         return 0
     console = Console(highlight=False)
     if sys.stdout.isatty() and not console.is_dumb_terminal:
-        _show(console, loaded, prompt, results, options.pace)
+        _show(console, loaded, prompt, results, options.speed)
     else:
         _print(console, prompt, results)
     print_comparison(console, results)
@@ -89,14 +88,14 @@ def run(options: DemoOptions) -> int:
 
 
 def _show(
-    console: Console, loaded: Loaded, prompt: str, results: Mapping[str, Measured], pace: float
+    console: Console, loaded: Loaded, prompt: str, results: Mapping[str, Measured], speed: float
 ) -> None:
     assert loaded.tokenizer is not None
     has_colour = console.color_system is not None and not console.no_color
     scene = Scene(prompt, loaded.tokenizer, console.width, has_colour)
     for mode, result in results.items():
         frames = token_frames if mode == "ar" else block_frames
-        play(console, frames(scene, result.events, mode), pace)
+        play(console, frames(scene, result.events, mode), speed)
 
 
 def _print(console: Console, prompt: str, results: Mapping[str, Measured]) -> None:

@@ -2,39 +2,46 @@
 
 import dataclasses
 import json
-import platform
 import sys
-import tempfile
-from collections.abc import Sequence
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import twotower
 from twotower.checkpoint.empty import count_parameters
-from twotower.cli.evaluation_tables import print_results
 from twotower.cli.machine import recorded
+from twotower.cli.measuring import (
+    INTERRUPTED,
+    describe_versions,
+    open_folder,
+    open_sandbox,
+    progress_bar,
+    require_library,
+    say_protection,
+)
+from twotower.cli.tables import make_console, print_table
 from twotower.engine import GenerateOptions, defaults_of, resolve_options
 from twotower.lab.corpus import Document
-from twotower.lab.evaluate.options import EvalOptions
-from twotower.lab.evaluate.references import Reference, score_references, summarise_references
-from twotower.lab.evaluate.report import write_report
-from twotower.lab.evaluate.results import summarise, summarise_traces
-from twotower.lab.evaluate.run import Item, Subject, Trace, draw_groups, evaluate, warm_up
-from twotower.lab.evaluate.sandbox import Sandbox, find_sandbox
-from twotower.lab.evaluate.suite import EXECUTED, Judge, make_judge
-from twotower.lab.evaluate.sweep import settings, sweep
+from twotower.lab.evaluate.likelihood import Reference, score_references, summarise_references
+from twotower.lab.evaluate.report import headline, tables, write_report
+from twotower.lab.evaluate.results import settings, summarise, summarise_traces, sweep
+from twotower.lab.evaluate.run import (
+    EvaluationOptions,
+    Item,
+    Subject,
+    Trace,
+    draw_groups,
+    evaluate,
+    warm_up,
+)
+from twotower.lab.evaluate.suite import Judge, make_judge
 from twotower.loading import Loaded, Placement, load, placement_of
 
 SWEEP_SHARE = 4  # the first of so many parts of each category is swept
-INTERRUPTED = 130  # exit status, as a shell reports Ctrl-C
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(EvalOptions, Placement):
+class EvaluateOptions(EvaluationOptions, Placement):
     """Quality and speed of a checkpoint, task by task, every mode on the same held-out prompts."""
 
     def __post_init__(self) -> None:
@@ -55,62 +62,34 @@ class Findings:
 
 def run(options: EvaluateOptions) -> int:
     """Evaluate, print, write; returns the exit status. Errors of the user arrive as ValueError."""
-    if options.out is not None:
-        open_folder(options.out)
+    if options.output is not None:
+        open_folder(options.output)
+        require_library("matplotlib")
     results, items = run_suite(options)
-    if options.out is not None:
-        record = {**results, "items": [item.to_dict() for item in items]}
-        (options.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-        write_report(record, options.out)
+    if options.output is not None:
+        write_report({**results, "items": [item.to_dict() for item in items]}, options.output)
     if options.json:
         print(json.dumps(results))
     else:
-        print_results(results, Console())
+        print_results(results)
     return 0 if results["complete"] else INTERRUPTED
 
 
-def open_folder(folder: Path) -> None:
-    """Make the folder of the results; ValueError, before the run, if nothing can be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = error.strerror or "not writable"
-        raise ValueError(f"out: cannot write into {folder} ({reason}); use another") from None
-
-
-def require_libraries(options: EvaluateOptions) -> None:
-    """ImportError, before the run, for libraries that only its end would miss."""
-    needed = {
-        "matplotlib": options.out is not None,
-        "jsonschema": "tools" in options.category_names,
-    }
-    for name, is_needed in needed.items():
-        if is_needed and find_spec(name) is None:
-            raise ImportError(f'{name} is not installed: pip install "twotower[eval]"')
-
-
-def open_sandbox(categories: Sequence[str], allow_unsandboxed: bool) -> Sandbox | None:
-    """The sandbox for what these categories execute; None if they execute nothing.
-
-    ValueError, before the run, where there is none and that is not allowed.
-    """
-    return find_sandbox(allow_unsandboxed) if EXECUTED.keys() & set(categories) else None
-
-
-def say_protection(sandbox: Sandbox | None) -> None:
-    """Which protection is on, on stderr."""
-    if sandbox is not None:
-        print(sandbox.description, file=sys.stderr)
+def print_results(results: Mapping[str, Any]) -> None:
+    """A table per category and one for all, the sweep, the likelihoods; then the pair in words."""
+    console = make_console()
+    overall, *others = tables(results, digits=0)
+    count = len(results["categories"])
+    for table in [*others[:count], overall, *others[count:]]:
+        print_table(console, table)
+    console.print(f"\n{headline(results)}")
 
 
 def run_suite(options: EvaluateOptions) -> tuple[dict[str, object], list[Item]]:
     """The results record (without its items) and the items; after Ctrl-C, of what was measured."""
-    require_libraries(options)
+    if "tools" in options.category_names:
+        require_library("jsonschema")
     sandbox = open_sandbox(options.category_names, options.allow_unsandboxed_code)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     loaded = load_subject(options)
     subject = make_subject(options, loaded)
     groups = draw_groups(options.category_names, options.items, options.seed, options.batch_size)
@@ -210,12 +189,7 @@ def describe_run(options: EvaluateOptions, loaded: Loaded, subject: Subject) -> 
             "path": loaded.name,
             "parameters": count_parameters(loaded.model),
         },
-        "versions": {
-            "twotower": twotower.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-        },
+        "versions": describe_versions(),
         "device": {
             "context": str(loaded.model.context_device),
             "denoiser": str(loaded.model.denoiser_device),
@@ -229,14 +203,3 @@ def describe_run(options: EvaluateOptions, loaded: Loaded, subject: Subject) -> 
             for mode, o in subject.options.items()
         },
     }
-
-
-def progress_bar(total: int) -> Progress:
-    """One task on stderr, shown only at a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn())
-    bar = Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty()
-    )
-    bar.add_task("warm-up", total=total)
-    return bar

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from twotower.cli.measuring import say_protection
 from twotower.lab.evaluate.lm_harness import (
     Decoder,
     HarnessOptions,
@@ -10,6 +11,7 @@ from twotower.lab.evaluate.lm_harness import (
     run_harness,
     write_tasks,
 )
+from twotower.lab.evaluate.sandbox import find_sandbox
 from twotower.loading import Placement, load
 
 USAGE = """usage: twotower lm-eval --write-tasks FOLDER [--items N] [--seed N]
@@ -29,6 +31,8 @@ def run_arguments(arguments: Sequence[str]) -> int:
     if arguments[0] == "--write-tasks":
         return _write(arguments[1:])
     register(load_decoder)
+    if "--confirm_run_unsafe_code" in arguments:
+        say_protection(find_sandbox(allow_unsandboxed=True))
     run_harness(arguments)
     return 0
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -85,15 +85,18 @@ def _annotated_fields(options_class: type) -> dict[str, tuple[str, Any, Any]]:
             else (hints[field.name],)
         )
         is_optional = NoneType in get_args(hint) and field.default is None
+        is_switch = hint is bool and field.default is False
         shown = tyro.conf.arg(
             aliases=ALIASES.get(field.name),
             help=docs.get(field.name),
             metavar=_metavar(field, hint, tyro.conf.Positional in own),
-            help_behavior_hint="" if is_optional else None,
+            help_behavior_hint="" if is_optional or is_switch else None,
         )
         default: Any = dataclasses.field(
             default=field.default, default_factory=field.default_factory
         )
+        if is_switch:  # --json alone, without --no-json
+            own = [tyro.conf.FlagCreatePairsOff, *own]
         # The field's own settings come last: they win.
         found[field.name] = field.name, Annotated[(hint, shown, *own)], default
     return found
@@ -105,7 +108,12 @@ def _metavar(field: "dataclasses.Field[object]", hint: object, is_positional: bo
         name = field.name.upper()
         return name if field.default is dataclasses.MISSING else f"[{name}]"
     kinds = set(get_args(hint)) - {NoneType} or {hint}
-    return _METAVARS.get(kinds.pop()) if len(kinds) == 1 else None
+    if len(kinds) > 1:
+        return None
+    kind = kinds.pop()
+    if get_origin(kind) is Literal:  # a choice that may be left out: without "None"
+        return "{" + ",".join(map(str, get_args(kind))) + "}"
+    return _METAVARS.get(kind)
 
 
 def _unframe(box: str) -> str:

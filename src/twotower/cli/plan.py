@@ -2,71 +2,54 @@
 
 import json
 from dataclasses import asdict
-from importlib.util import find_spec
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-from twotower.cli.evaluate import open_folder
+from twotower.cli.measuring import open_folder, require_library
+from twotower.cli.tables import make_console, print_table
 from twotower.lab.plan import PlanOptions, make_plan
 from twotower.lab.plan.hardware import Hardware
 from twotower.lab.plan.options import known_hardware
-from twotower.lab.plan.report import write_plan
-from twotower.lab.plan.sentences import (
-    MODE_COLUMNS,
-    PASS_COLUMNS,
-    Record,
-    headline,
-    memory_lines,
-    mode_row,
-    pass_row,
-)
-
-_WIDTH = 120  # of tables that go into a file
+from twotower.lab.plan.report import headline, tables, write_plan
+from twotower.lab.report import Record, Table
 
 
 def run(options: PlanOptions) -> int:
     """Print the plan; returns the exit status. Errors of the user arrive as ValueError."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=_WIDTH)
     if options.list_hardware:
         known = known_hardware(options.hardware_file)
         if options.json:
             print(json.dumps({name: asdict(machine) for name, machine in known.items()}, indent=1))
         else:
-            console.print(hardware_table(known))
+            print_table(make_console(), hardware_table(known))
         return 0
-    if options.out is not None and find_spec("matplotlib") is None:
-        raise ImportError('matplotlib is not installed: pip install "twotower[eval]"')
+    if options.output is not None:
+        require_library("matplotlib")
     record = make_plan(options)
-    if options.out is not None:
-        open_folder(options.out)
-        write_plan(record, options.out)
+    if options.output is not None:
+        open_folder(options.output)
+        write_plan(record, options.output)
     if options.json:
         print(json.dumps(record, indent=1))
     else:
-        print_plan(record, console)
+        print_plan(record)
     return 0
 
 
-def print_plan(record: Record, console: Console) -> None:
+def print_plan(record: Record) -> None:
     """Findings in sentences, then a table of modes and one of passes."""
-    for line in [*memory_lines(record), *headline(record)]:
-        console.print(line, highlight=False, markup=False)
-    rows = {mode: mode_row(found) for mode, found in record["modes"].items()}
-    console.print(_table("modes", ("mode", *MODE_COLUMNS), rows))
-    rows = {call: pass_row(found) for call, found in record["passes"].items()}
-    if rows:
-        console.print(_table("passes, ms", ("pass", *PASS_COLUMNS), rows))
-    console.print("Predicted, not measured; docs/plan.md says how well.", highlight=False)
+    console = make_console()
+    for line in headline(record):
+        console.print(line, markup=False)
+    for table in tables(record):
+        print_table(console, table)
+    console.print("\nPredicted, not measured; docs/plan.md says how well.")
 
 
 def hardware_table(known: dict[str, Hardware]) -> Table:
     """Every machine with its figures and where they come from."""
     columns = ("name", "kind", "GiB", "GB/s", "TFLOP/s", "link GB/s", "$/h", "source")
-    rows = {
-        name: [
+    rows = [
+        [
+            name,
             machine.kind,
             f"{machine.memory_gib:g}",
             f"{machine.bandwidth_gb_s:g}",
@@ -76,15 +59,5 @@ def hardware_table(known: dict[str, Hardware]) -> Table:
             machine.source,
         ]
         for name, machine in known.items()
-    }
-    return _table("machines", columns, rows)
-
-
-def _table(title: str, columns: tuple[str, ...], rows: dict[str, list[str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE)
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("where", "source") else "right")
-    table.columns[0].justify = "left"
-    for name, cells in rows.items():
-        table.add_row(name, *cells)
-    return table
+    ]
+    return Table("machines", columns, rows)

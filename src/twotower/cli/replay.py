@@ -21,7 +21,7 @@ TITLES = {
     "speculative": "Self-speculation: drafts in one pass, kept as far as AR agrees",
     "ar": "AR: the context tower alone, token by token",
 }
-STEP_S, BLOCK_S, TOKEN_S = 0.18, 0.5, 0.035  # how long a picture stays at pace 1
+STEP_S, BLOCK_S, TOKEN_S = 0.18, 0.5, 0.035  # how long a picture stays at speed 1
 _CELLS_PER_LINE = 8
 _CELL_WIDTH = 10  # at most
 # Confidence at which a band ends, its colour, its name in the legend.
@@ -35,7 +35,7 @@ _BANDS = (
 
 @dataclass(frozen=True)
 class Frame:
-    """A picture and how long it is to be seen at pace 1."""
+    """A picture and how long it is to be seen at speed 1."""
 
     picture: RenderableType
     wait_s: float
@@ -51,12 +51,12 @@ class Scene:
     has_colour: bool
 
 
-def play(console: Console, frames: Iterable[Frame], pace: float) -> None:
-    """Show the frames in place, `pace` times as fast as written; the last one stays."""
+def play(console: Console, frames: Iterable[Frame], speed: float) -> None:
+    """Show the frames in place, `speed` times as fast as written; the last one stays."""
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         for frame in frames:
             live.update(frame.picture, refresh=True)
-            time.sleep(frame.wait_s / pace)
+            time.sleep(frame.wait_s / speed)
     console.print()
 
 

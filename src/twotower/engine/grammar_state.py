@@ -99,7 +99,7 @@ class GrammarState:
         self._rules = rules
         # A model may have more tokens than its tokenizer; the library must not be asked for those.
         beyond = range(tokenizer.vocab_size, rules.vocab_size)
-        special = {*tokenizer.special_ids, *beyond, rules.mask_token_id}
+        special = {*tokenizer.special_ids, *tokenizer.missing_ids, *beyond, rules.mask_token_id}
         self._banned = frozenset(special - set(rules.eos))
         self._own: _RowProcess | None = None  # once it has anything to do
         self._read: list[int] = []  # tokens that it has read

@@ -268,7 +268,7 @@ def _prompt_ids(
             raise ValueError(f"{name} is text; pass tokenizer=load_tokenizer(path) with it")
         if not prompt:
             raise ValueError(f"{name} is empty; give at least one character")
-        return tokenizer.encode(prompt, add_bos=tokenizer.bos_id is not None)
+        return tokenizer.encode_prompt(prompt)
     try:
         ids = [operator.index(token) for token in prompt]  # int() would take 5.7 and "5"
     except TypeError:

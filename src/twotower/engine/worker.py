@@ -20,7 +20,7 @@ from twotower.engine.prefix_cache import PrefixCache, PrefixStats
 from twotower.engine.request import Request, Row, check_tokenizer, make_row
 from twotower.engine.request_queue import RequestQueue, Stopped
 from twotower.engine.scheduler import Scheduler
-from twotower.measure import give_back_memory
+from twotower.measure import release_memory
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 
@@ -167,7 +167,7 @@ class Worker:
         """Begin to decode. After the thread has died: go on with the rows that waited."""
         if self._thread.ident is not None and not self._thread.is_alive():
             # A new thread may allocate elsewhere, beside what the old one's prefix cache had.
-            give_back_memory()
+            release_memory()
             self._thread = self._make_thread()
         self._thread.start()
 

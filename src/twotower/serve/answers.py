@@ -50,6 +50,7 @@ class CompletionShape:
         self._echo = echo
         self._has_logprobs = has_logprobs
         self._offset = dict.fromkeys(range(len(echo)), 0)  # characters of each choice so far
+        self._streams = {index: tokenizer.stream() for index in self._offset}
 
     def whole(self, completions: Sequence[Completion], usage: object) -> dict[str, object]:
         choices = [
@@ -83,16 +84,15 @@ class CompletionShape:
         return {"index": index, "text": text, "logprobs": shown, "finish_reason": reason}
 
     def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, object]:
-        names = [self._tokenizer.token_text(one.token) for one in logprobs]
         offsets = []
-        for name in names:
+        for one in logprobs:  # a part of a character stands where the character will
             offsets.append(self._offset[index])
-            self._offset[index] += len(name)
+            self._offset[index] += len(self._streams[index].push([one.token]))
         return {
-            "tokens": names,
+            "tokens": [token_name(self._tokenizer, one.token) for one in logprobs],
             "token_logprobs": [_finite(one.logprob) for one in logprobs],
             "top_logprobs": [
-                {self._tokenizer.token_text(id_): _finite(value) for id_, value in one.top} or None
+                {token_name(self._tokenizer, id_): _finite(value) for id_, value in one.top} or None
                 for one in logprobs
             ],
             "text_offset": offsets,
@@ -182,8 +182,20 @@ class ChatShape:
         return {"content": content}
 
     def _named(self, token: int, logprob: float) -> dict[str, object]:
-        text = self._tokenizer.token_text(token)
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+        return {
+            "token": token_name(self._tokenizer, token),
+            "logprob": _finite(logprob),
+            "bytes": list(self._tokenizer.token_bytes(token)),
+        }
+
+
+def token_name(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text; of a part of a character its bytes, as OpenAI writes them: two names for two."""
+    data = tokenizer.token_bytes(token)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def _finite(logprob: float) -> float:

@@ -8,8 +8,7 @@ only, commutative operands sorted: a test problem is never a training problem wi
 from collections.abc import Callable
 from random import Random
 
-from twotower.lab.corpus.document import Draft
-from twotower.lab.corpus.vocabulary import MEN, NAMES, THINGS
+from twotower.lab.corpus.document import MEN, NAMES, THINGS, Draft
 
 Step = tuple[int, str, int]  # left, operator, right
 Problem = tuple[str, list[Step]]  # question text, steps

@@ -8,16 +8,45 @@ import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
+from typing import Literal, get_args
 
-from twotower.lab.corpus.code_families import FAMILIES, NAMES_OF, Argument, Family
-from twotower.lab.corpus.document import Draft
-from twotower.lab.corpus.vocabulary import word_list
+from twotower.lab.corpus.document import Draft, entries, word_list
 
 LETTERS = "abcdefghiklmnoprstuvw"
 MARKS = (",", ", ", "-", " ", ";", ":", "/", "_", ".", "+", "|", " - ")
 TAGS = word_list(
     "cat dog tea pen cup map key box red blue gold milk rice salt corn fish bird tree lake hill "
     "end new old big top one two six ten day"
+)
+
+
+Argument = Literal["numbers", "words", "text", "number", "pair", "table"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of function: names to choose from, the argument, constants, comment and body."""
+
+    names: str
+    argument: Argument
+    constants: str
+    comment: str
+    body: str
+
+
+NAMES_OF: dict[Argument, tuple[str, ...]] = {
+    "numbers": ("xs", "items", "values", "numbers", "nums", "data"),
+    "words": ("words", "names", "tokens", "strings", "lines", "parts"),
+    "text": ("s", "text", "word", "line", "name", "title"),
+    "number": ("n", "num", "value", "size", "count", "k"),
+    "pair": ("a, b", "p, q", "m, n", "i, j", "left, right", "first, last"),
+    "table": ("d", "table", "prices", "scores", "ages", "stock"),
+}
+
+FAMILIES = tuple(
+    Family(names, argument, constants, comment, "\n".join(body))
+    for argument in get_args(Argument)
+    for (names, constants, comment), body in entries("functions", argument)
 )
 
 

@@ -10,10 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
 
-from twotower.lab.corpus.code import TAGS, Function, draw_constants, draw_function, make_tests
-from twotower.lab.corpus.code_families import FAMILIES, NAMES_OF
-from twotower.lab.corpus.document import Draft, split_of
-from twotower.lab.corpus.vocabulary import word_list
+from twotower.lab.corpus.code import (
+    FAMILIES,
+    NAMES_OF,
+    TAGS,
+    Function,
+    draw_constants,
+    draw_function,
+    make_tests,
+)
+from twotower.lab.corpus.document import Draft, split_of, word_list
 
 Edit = tuple[str, str, str]  # instruction, edited source, name of the edited function
 NEW_NAMES = tuple(

@@ -8,72 +8,90 @@ from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
 
-from twotower.lab.corpus.document import Draft
-from twotower.lab.corpus.territories import (
-    countries,
-    currency_names,
-    currency_symbols,
-    language_names,
-)
+from twotower.lab.corpus.document import Draft, entries, words
 
 FRAMES = ("Q: {}\nA:", "Question: {}\nAnswer:", "{}\n=>")
+_KINDS = entries("facts", "kinds")
 # Questions about {x} by kind of fact; the answer is one sentence with {y}.
-KINDS = {
-    "currency": (
-        "What is the currency of {x}?",
-        "Which currency is used in {x}?",
-        "What money do people use in {x}?",
-        "Name the currency of {x}.",
-        "How do people pay in {x}?",
-    ),
-    "languages": (
-        "What is the official language of {x}?",
-        "Which language is official in {x}?",
-        "Name the official language of {x}.",
-        "What do people officially speak in {x}?",
-    ),
-    "country_code": (
-        "What is the country code of {x}?",
-        "Which two letters stand for {x}?",
-        "Give the code of {x}.",
-        "How is {x} abbreviated?",
-    ),
-    "code_country": (
-        "Which country has the code {x}?",
-        "What country is {x}?",
-        "Name the country with the code {x}.",
-    ),
-    "currency_code": (
-        "What is the code of the {x}?",
-        "Which three letters stand for the {x}?",
-        "How is the {x} abbreviated?",
-    ),
-    "symbol": (
-        "What is the symbol of the {x}?",
-        "Which sign is used for the {x}?",
-        "How do you write the {x} as a sign?",
-    ),
-    "language_code": (
-        "What is the language code of {x}?",
-        "Which two letters mean {x}?",
-        "Give the language code of {x}.",
-    ),
-    "code_language": (
-        "Which language has the code {x}?",
-        "What does the language code {x} mean?",
-        "Name the language with the code {x}.",
-    ),
-}
-SENTENCES = {
-    "currency": "The currency of {x} is {y}.",
-    "languages": "The official language of {x} is {y}.",
-    "country_code": "The country code of {x} is {y}.",
-    "code_country": "{x} is the code of {y}.",
-    "currency_code": "The code of the {x} is {y}.",
-    "symbol": "The symbol of the {x} is {y}.",
-    "language_code": "The language code of {x} is {y}.",
-    "code_language": "The language code {x} means {y}.",
-}
+KINDS = {kind: tuple(line.strip() for line in questions) for (kind, _), questions in _KINDS}
+SENTENCES = {kind: sentence for (kind, sentence), _ in _KINDS}
+# Well-known countries and languages, few enough for a model of three million parameters to learn by
+# heart; only the choice is ours.
+COUNTRIES, LANGUAGES = words("facts", "countries"), words("facts", "languages")
+WITH_ARTICLE = ("GB", "NL", "PH", "US")
+# CLDR's list of official languages is partial or disputed for these, so no fact is made of them.
+UNCERTAIN_LANGUAGES = ("AU", "IN", "MX", "NO", "NZ", "PE", "PH", "TN", "US", "NG", "IQ")
+
+
+class MissingDataError(ImportError):
+    """A library whose data the corpus is made from is not installed."""
+
+
+def missing_library(name: str) -> MissingDataError:
+    """Return the one-line error that says how to install the data libraries."""
+    return MissingDataError(f'{name} is not installed: pip install "twotower[data]"')
+
+
+@dataclass(frozen=True)
+class Country:
+    """A country in English: `name` bare, `phrase` with its article, languages may be empty."""
+
+    code: str
+    name: str
+    phrase: str
+    currency_code: str
+    languages: tuple[str, ...]
+
+
+@lru_cache(maxsize=1)
+def countries() -> tuple[Country, ...]:
+    """Return the chosen countries; currency_code is empty where babel lists none or several."""
+    try:
+        from babel import Locale
+        from babel.languages import get_official_languages
+        from babel.numbers import get_territory_currencies
+    except ImportError:
+        raise missing_library("babel") from None
+    english = Locale("en")
+    rows = []
+    for code in COUNTRIES:
+        name = english.territories[code]
+        currencies = get_territory_currencies(code)
+        official = [tag.split("_")[0] for tag in get_official_languages(code)]
+        known = code not in UNCERTAIN_LANGUAGES and len(official) <= 3
+        spoken = tuple(dict.fromkeys(english.languages[tag] for tag in official)) if known else ()
+        phrase = f"the {name}" if code in WITH_ARTICLE else name
+        currency = currencies[0] if len(currencies) == 1 else ""
+        rows.append(Country(code, name, phrase, currency, spoken))
+    return tuple(rows)
+
+
+@lru_cache(maxsize=1)
+def currency_names() -> dict[str, str]:
+    """Return the English name of every currency of the chosen countries, as in "Japanese yen"."""
+    from babel.numbers import get_currency_name
+
+    codes = [country.currency_code for country in countries() if country.currency_code]
+    return {code: get_currency_name(code, count=1, locale="en") for code in dict.fromkeys(codes)}
+
+
+@lru_cache(maxsize=1)
+def currency_symbols() -> dict[str, str]:
+    """Return the symbols that differ from the currency's code."""
+    from babel.numbers import get_currency_symbol
+
+    symbols = {code: get_currency_symbol(code, locale="en") for code in currency_names()}
+    return {code: symbol for code, symbol in symbols.items() if symbol != code}
+
+
+@lru_cache(maxsize=1)
+def language_names() -> dict[str, str]:
+    """Return the English names of the chosen languages by their code."""
+    try:
+        from babel import Locale
+    except ImportError:
+        raise missing_library("babel") from None
+    return {code: Locale("en").languages[code] for code in LANGUAGES}
 
 
 @dataclass(frozen=True)

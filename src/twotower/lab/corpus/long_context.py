@@ -7,11 +7,10 @@
 import math
 from random import Random
 
-from twotower.lab.corpus.document import Draft
-from twotower.lab.corpus.vocabulary import CITIES, MEN, NAMES, THINGS, word_list
+from twotower.lab.corpus.document import CITIES, MEN, NAMES, THINGS, Draft, words
 
-COLORS = word_list("red blue green white black yellow brown grey pink silver")
-HOLDERS = word_list("box door safe bag drawer locker case chest cabinet folder")
+COLORS = words("words", "colors")
+HOLDERS = words("words", "holders")
 NEAR, FAR = 24, 400  # sentences between the fact and the question
 FACT = "The code of the {} is {}."
 NUM_OTHER_FACTS = 4

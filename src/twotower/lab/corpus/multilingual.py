@@ -9,9 +9,8 @@ from datetime import date
 from functools import lru_cache
 from random import Random
 
-from twotower.lab.corpus.document import Draft
-from twotower.lab.corpus.territories import missing_library
-from twotower.lab.corpus.vocabulary import NAMES, word_list
+from twotower.lab.corpus.document import NAMES, Draft, lines
+from twotower.lab.corpus.knowledge import missing_library
 
 LANGUAGES = {
     "fr": "French",
@@ -41,47 +40,10 @@ DATE_FORMS = (
     ("Q: How do you write the date {x} in {l}?\nA:", " {w}"),
     ("Write {x} in {l}.\n{l}:", " {w}"),
 )
-# English first, then a word for each of FOREIGN: third person singular, and plural nouns.
-VERBS = {
-    row[0]: row[1:]
-    for row in map(
-        word_list,
-        (
-            "has a hat tiene ha tem heeft har",
-            "buys achète kauft compra compra compra koopt köper",
-            "sells vend verkauft vende vende vende verkoopt säljer",
-            "sees voit sieht ve vede vê ziet ser",
-            "finds trouve findet encuentra trova encontra vindt hittar",
-            "draws dessine zeichnet dibuja disegna desenha tekent ritar",
-            "counts compte zählt cuenta conta conta telt räknar",
-            "washes lave wäscht lava lava lava wast tvättar",
-        ),
-    )
-}
-NOUNS = {
-    row[0]: row[1:]
-    for row in map(
-        word_list,
-        (
-            "books livres Bücher libros libri livros boeken böcker",
-            "dogs chiens Hunde perros cani cães honden hundar",
-            "cats chats Katzen gatos gatti gatos katten katter",
-            "houses maisons Häuser casas case casas huizen hus",
-            "apples pommes Äpfel manzanas mele maçãs appels äpplen",
-            "eggs œufs Eier huevos uova ovos eieren ägg",
-            "keys clés Schlüssel llaves chiavi chaves sleutels nycklar",
-            "tables tables Tische mesas tavoli mesas tafels bord",
-            "birds oiseaux Vögel pájaros uccelli pássaros vogels fåglar",
-            "horses chevaux Pferde caballos cavalli cavalos paarden hästar",
-            "letters lettres Briefe cartas lettere cartas brieven brev",
-            "flowers fleurs Blumen flores fiori flores bloemen blommor",
-            "chairs chaises Stühle sillas sedie cadeiras stoelen stolar",
-            "bottles bouteilles Flaschen botellas bottiglie garrafas flessen flaskor",
-            "stones pierres Steine piedras pietre pedras stenen stenar",
-            "trees arbres Bäume árboles alberi árvores bomen träd",
-        ),
-    )
-}
+VERBS, NOUNS = (
+    {english: tuple(others) for english, *others in map(str.split, lines("sentences", name))}
+    for name in ("verbs", "nouns")
+)
 COUNTS = range(3, 21)  # no number here changes with the gender of its noun in any language
 SENTENCE_FORMS = (
     ("Translate to {l}: {e}\n{l}:", " {s}"),

@@ -7,8 +7,7 @@ import json
 from dataclasses import dataclass
 from random import Random
 
-from twotower.lab.corpus.document import Draft
-from twotower.lab.corpus.vocabulary import CITIES, NAMES, word_list
+from twotower.lab.corpus.document import CITIES, NAMES, Draft, entries, word_list
 
 CHOICES = {
     "city": CITIES,
@@ -59,124 +58,15 @@ class Tool:
     requests: tuple[str, ...]
 
 
-def _tool(name: str, slots: str, *requests: str) -> Tool:
-    pairs = [slot.split("=") for slot in slots.split()]
-    return Tool(name, {pair[0]: pair[-1] for pair in pairs}, requests)
+def _slots(text: str) -> dict[str, str]:
+    """ "from=city days": a parameter is filled by the slot of its name, or by another one."""
+    pairs = [slot.split("=") for slot in text.split()]
+    return {pair[0]: pair[-1] for pair in pairs}
 
 
-TOOLS = (
-    _tool(
-        "get_weather",
-        "city days",
-        "What is the weather in {city} for the next {days} days?",
-        "Show me the {days} day forecast for {city}.",
-        "Weather in {city}, {days} days please.",
-    ),
-    _tool("get_time", "city", "What time is it in {city}?", "Tell me the time in {city}."),
-    _tool(
-        "get_temperature",
-        "city unit",
-        "How warm is it in {city} in {unit}?",
-        "Give me the temperature in {city} in {unit}.",
-    ),
-    _tool(
-        "send_email",
-        "to=email subject=title",
-        "Send an email to {to} about the {subject}.",
-        "Email {to} with the subject {subject}.",
-        "Write to {to} about the {subject}.",
-    ),
-    _tool("set_alarm", "time", "Wake me up at {time}.", "Set an alarm for {time}."),
-    _tool(
-        "set_timer",
-        "minutes",
-        "Set a timer for {minutes} minutes.",
-        "Remind me in {minutes} minutes.",
-    ),
-    _tool(
-        "convert_currency",
-        "amount from=currency to=currency",
-        "Convert {amount} {from} to {to}.",
-        "How much is {amount} {from} in {to}?",
-        "Change {amount} {from} into {to}.",
-    ),
-    _tool(
-        "translate",
-        "text=phrase language",
-        'Translate "{text}" to {language}.',
-        'How do you say "{text}" in {language}?',
-        'Put "{text}" into {language}.',
-    ),
-    _tool(
-        "book_flight",
-        "from=city to=city date",
-        "Book a flight from {from} to {to} on {date}.",
-        "I want to fly from {from} to {to} on {date}.",
-        "Fly me to {to} from {from} on {date}.",
-    ),
-    _tool(
-        "find_route",
-        "from=city to=city mode=travel",
-        "How do I get from {from} to {to} by {mode}?",
-        "Find a {mode} route from {from} to {to}.",
-    ),
-    _tool(
-        "add_event",
-        "title date time",
-        "Add the {title} on {date} at {time}.",
-        "Put the {title} in my calendar on {date} at {time}.",
-        "Plan a {title} for {date}, {time}.",
-    ),
-    _tool(
-        "search_products",
-        "query=product max_price=price",
-        "Find a {query} under {max_price} dollars.",
-        "Search for a {query} that costs at most {max_price}.",
-        "I need a {query} below {max_price}.",
-    ),
-    _tool(
-        "add_numbers", "a=number b=number", "Add {a} and {b}.", "What is the sum of {a} and {b}?"
-    ),
-    _tool("multiply", "a=number b=number", "Multiply {a} by {b}.", "What is {a} times {b}?"),
-    _tool(
-        "play_music",
-        "genre minutes",
-        "Play {genre} for {minutes} minutes.",
-        "I want to hear {minutes} minutes of {genre}.",
-    ),
-    _tool(
-        "set_heating",
-        "room degrees",
-        "Set the {room} to {degrees} degrees.",
-        "Make the {room} {degrees} degrees warm.",
-        "Heat the {room} to {degrees}.",
-    ),
-    _tool(
-        "set_light",
-        "room color",
-        "Make the light in the {room} {color}.",
-        "Turn the {room} light {color}.",
-    ),
-    _tool("call_contact", "name=person time", "Call {name} at {time}.", "Phone {name} at {time}."),
-    _tool(
-        "order_food",
-        "dish count name=person",
-        "Order {count} portions of {dish} for {name}.",
-        "Get {name} {count} portions of {dish}.",
-        "{count} times {dish} for {name}, please.",
-    ),
-    _tool(
-        "book_table",
-        "name=person people=count time",
-        "Book a table for {people} at {time} for {name}.",
-        "Reserve a table at {time} for {people} people, name {name}.",
-    ),
-    _tool(
-        "get_stock_price",
-        "symbol=stock date",
-        "What did {symbol} cost on {date}?",
-        "Show the price of {symbol} on {date}.",
-    ),
+TOOLS = tuple(
+    Tool(name, _slots(slots), tuple(line.strip() for line in requests))
+    for (name, slots), requests in entries("tools", "calls")
 )
 
 

@@ -1,15 +1,23 @@
 """From judged items to the results record: what `--json` prints and results.json holds."""
 
+import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from twotower.lab.evaluate.run import Item, Output, Trace
-from twotower.lab.evaluate.statistics import Interval, interval, resample_means, retention
+from twotower.engine import GenerateOptions, defaults_of, resolve_options
+from twotower.lab.corpus import Document
+from twotower.lab.evaluate.run import Item, Output, Subject, Trace, evaluate
+from twotower.lab.evaluate.suite import Judge
 
 BASELINE = "ar"
+RESAMPLES = 10_000
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+PASS_LIMITS = (1, 2, 3, 4, 8)
+Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+Interval = tuple[float, float]
 
 
 def summarise(items: Sequence[Item], modes: Sequence[str], seed: int) -> dict[str, object]:
@@ -129,3 +137,77 @@ def kendall_tau(steps: Sequence[int]) -> float | None:
 
 def _plain(bounds: Interval) -> list[float | None]:
     return [None if math.isnan(bound) else bound for bound in bounds]
+
+
+def resample_means(correct: Array, seed: int) -> Array:
+    """Accuracies of every mode in resampled sets of items: correct (modes, n) -> (10000, modes).
+
+    All modes of a resample share its items: their differences keep the pairing. Items on which all
+    modes fare alike are interchangeable, so that only the count of each such kind is drawn.
+    """
+    generator = np.random.Generator(np.random.PCG64(seed))
+    n = correct.shape[1]
+    kinds, counts = np.unique(correct, axis=1, return_counts=True)  # (modes, kinds)
+    chosen = generator.multinomial(n, counts / n, size=RESAMPLES)
+    means: Array = chosen @ kinds.T / n
+    return means
+
+
+def interval(values: Array) -> Interval:
+    """The central 95 % of resampled values, without those that are not finite."""
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return (float("nan"), float("nan"))
+    low, high = np.quantile(finite, [0.025, 0.975])
+    return (float(low), float(high))
+
+
+def retention(means: Array, mode: int, baseline: int) -> Array:
+    """Resampled accuracies of one mode over those of the baseline; nan where that is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio: Array = np.where(means[:, baseline] > 0, means[:, mode] / means[:, baseline], np.nan)
+    return ratio
+
+
+def settings(subject: Subject) -> list[GenerateOptions]:
+    """The points of the sweep: each threshold without a limit, each limit at the base threshold."""
+    base = subject.options["diffusion"]
+    known = resolve_options(base, defaults_of(subject.model))
+    base = dataclasses.replace(base, confidence_threshold=known.confidence_threshold)
+    points = [
+        dataclasses.replace(base, confidence_threshold=threshold, steps_per_block=known.block_size)
+        for threshold in THRESHOLDS
+    ]
+    points += [
+        dataclasses.replace(base, steps_per_block=limit)
+        for limit in PASS_LIMITS
+        if limit < known.block_size  # as many passes as positions limit nothing
+    ]
+    return points
+
+
+def sweep(
+    subject: Subject, groups: Sequence[Sequence[Document]], judge: Judge, seed: int
+) -> Iterator[dict[str, object]]:
+    """Yield one record per setting of `subject.options["diffusion"]`, each paired with ar."""
+    for point in settings(subject):
+        chosen = {"ar": subject.options["ar"], "diffusion": point}
+        pair = Subject(model=subject.model, tokenizer=subject.tokenizer, options=chosen)
+        traces = {mode: Trace() for mode in chosen}
+        measured = measure(list(evaluate(pair, groups, traces, judge)), list(chosen), seed)
+        found, baseline = measured["diffusion"], measured["ar"]
+        assert isinstance(found, dict) and isinstance(baseline, dict)
+        known = resolve_options(point, defaults_of(subject.model))
+        limited = known.steps_per_block < known.block_size
+        yield {
+            "mode": "diffusion",
+            "confidence_threshold": point.confidence_threshold,
+            "steps_per_block": known.steps_per_block if limited else None,
+            "ar_accuracy": baseline["accuracy"],
+            **{
+                name: found[name]
+                for name in (
+                    "n", "accuracy", "retention", "tokens_per_nfe", "tokens_per_s", "speed_ratio",
+                )
+            },
+        }  # fmt: skip

@@ -8,14 +8,87 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from twotower.engine import Finished, GenerateOptions, StepTaken, stream
-from twotower.lab.corpus import Document
+from twotower.engine.options import MODES, FirstToken
+from twotower.lab.corpus import CATEGORIES, Document
 from twotower.lab.evaluate.suite import Judge, Verdict, held_out
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 
 REPEATS, REPEATED_TOKENS, LONGEST_LOOP = 4, 16, 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """Quality and speed of a checkpoint, task by task, every mode on the same held-out prompts."""
+
+    modes: str = "ar,diffusion,speculative"
+    """Decoding modes to compare, separated by commas; retention is measured against ar."""
+    categories: str = ",".join(CATEGORIES)
+    """Categories of the suite, separated by commas."""
+    items: int = 200
+    """Held-out prompts per category."""
+    max_new_tokens: int = 128
+    """Maximum number of new tokens per answer."""
+    batch_size: int = 1
+    """Prompts decoded together."""
+    seed: int = 0
+    """Seed of the prompts and of the resampling."""
+    sweep: bool = False
+    """Also measure diffusion at other thresholds and pass limits, on a quarter of the prompts."""
+    likelihood: bool = False
+    """Also score the reference answers: exactly under ar, by an upper bound under the denoiser."""
+    output: Path | None = None
+    """Folder for results.json, report.html and its pictures."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+    allow_unsandboxed_code: bool = False
+    """Run code that the model writes even where this machine has no sandbox for it."""
+    confidence_threshold: float | None = None
+    """diffusion: commit predictions of at least this confidence; the checkpoint's own when not
+    given."""
+    steps_per_block: int | None = None
+    """diffusion: maximum number of denoiser passes per block; the checkpoint's own when not
+    given."""
+    first_token: FirstToken | None = None
+    """diffusion: which tower chooses a block's first token; the checkpoint's own when not given,
+    denoiser is as published."""
+    verify_threshold: float | None = None
+    """diffusion: reject committed tokens that the context tower finds less probable than this; the
+    checkpoint's own when not given, 0 is as published."""
+
+    def __post_init__(self) -> None:
+        for name in ("items", "batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is too small; use at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed: {self.seed} is negative; use 0 or more")
+        check_names("modes", self.mode_names, MODES)
+        check_names("categories", self.category_names, CATEGORIES)
+
+    @property
+    def mode_names(self) -> tuple[str, ...]:
+        return split_names(self.modes)
+
+    @property
+    def category_names(self) -> tuple[str, ...]:
+        return split_names(self.categories)
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """The names of a comma-separated list, each once."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def check_names(field: str, given: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """ValueError (one line) unless some names are given and all are known."""
+    if not given:
+        raise ValueError(f"{field}: none given; use some of {', '.join(known)}")
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{field}: {name!r} is unknown; use some of {', '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True)

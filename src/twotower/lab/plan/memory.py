@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from twotower.config import AttentionSpec, LayerSpec, MambaSpec, MoESpec, TowerConfig
+from twotower.lab.plan.inputs import Mode, Widths, Workload
 from twotower.lab.plan.passes import EXPERTS, Setup, Shape, Tower
-from twotower.lab.plan.precision import Precision
-from twotower.lab.plan.workload import Mode, Workload
 
 # Prompts are read as the engine does: so many tokens of so many rows in a pass.
 CHUNK, NEWCOMERS = 512, 16
@@ -39,7 +38,7 @@ class DeviceMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placement:
+class DeviceMap:
     """Towers by device; `host_share` of each device's routed experts is in host memory."""
 
     devices: tuple[DeviceMemory, ...]
@@ -65,24 +64,24 @@ class Placement:
         return next(share for device, share in places if tower in device.towers)
 
 
-def tower_bytes(shape: Shape, tower: Tower, precision: Precision) -> tuple[float, float]:
+def tower_bytes(shape: Shape, tower: Tower, widths: Widths) -> tuple[float, float]:
     """Bytes of a tower's weights: all but the routed experts; the routed experts."""
-    sizes = {k: n * precision.weight_bytes(k) for k, n in shape.parameters[tower].items()}
+    sizes = {k: n * widths.weight_bytes(k) for k, n in shape.parameters[tower].items()}
     experts = sizes.pop(EXPERTS, 0.0)
     return sum(sizes.values()), experts
 
 
-def cache_bytes(shape: Shape, rows: int, length: int, precision: Precision) -> float:
+def cache_bytes(shape: Shape, rows: int, length: int, widths: Widths) -> float:
     """Bytes of the context cache of `rows` rows of `length` tokens."""
-    keys = shape.config.context.kv_elements * length * precision.cache_bytes
-    return rows * (keys + 4.0 * shape.state_elements + shape.conv_elements * precision.cache_bytes)
+    keys = shape.config.context.kv_elements * length * widths.cache_bytes
+    return rows * (keys + 4.0 * shape.state_elements + shape.conv_elements * widths.cache_bytes)
 
 
-def block_transfer_bytes(shape: Shape, rows: int, tokens: int, precision: Precision) -> float:
+def block_transfer_bytes(shape: Shape, rows: int, tokens: int, widths: Widths) -> float:
     """What goes from the context tower's device to the denoiser's after `tokens` committed tokens:
     their keys and values, and the states as they are then.
     """
-    return cache_bytes(shape, rows, tokens, precision)
+    return cache_bytes(shape, rows, tokens, widths)
 
 
 def activation_bytes(setup: Setup, workload: Workload, tower: Tower, mode: Mode) -> float:
@@ -92,14 +91,14 @@ def activation_bytes(setup: Setup, workload: Workload, tower: Tower, mode: Mode)
     logits of a block in a pass that makes them, of a token in the others.
     """
     config, block = setup.shape.config, workload.block_size
-    tokens = workload.batch * (1 if mode == "ar" else block)
+    tokens = workload.batch_size * (1 if mode == "ar" else block)
     if tower == "context":
-        rows = min(workload.batch, NEWCOMERS)
+        rows = min(workload.batch_size, NEWCOMERS)
         tokens = max(tokens, rows * min(workload.prompt_tokens, CHUNK))
     makes_block = tower == "denoiser" or mode == "speculative"
-    logits = workload.batch * (block if makes_block else 1) * config.vocab_size * 4.0
+    logits = workload.batch_size * (block if makes_block else 1) * config.vocab_size * 4.0
     width = _STREAMS * config.hidden_size + _widest(config.context)
-    return tokens * width * setup.precision.cache_bytes + logits
+    return tokens * width * setup.widths.cache_bytes + logits
 
 
 def _widest(config: TowerConfig) -> int:
@@ -119,9 +118,9 @@ def _mixer_width(spec: LayerSpec, width: int) -> int:
     return spec.intermediate_size
 
 
-def placements(
+def device_maps(
     setup: Setup, workload: Workload, mode: Mode, num_devices: int
-) -> Iterator[Placement]:
+) -> Iterator[DeviceMap]:
     """Every way to place the towers that the mode needs, whether it fits or not."""
     if mode == "ar":
         yield _place(setup, workload, mode, [("context",)])
@@ -133,14 +132,14 @@ def placements(
 
 def _place(
     setup: Setup, workload: Workload, mode: Mode, groups: Sequence[tuple[Tower, ...]]
-) -> Placement:
+) -> DeviceMap:
     devices, shares, host_bytes = [], [], 0.0
     for towers in groups:
         device, share = _fill_device(setup, workload, mode, towers)
         devices.append(device)
         shares.append(share)
-        host_bytes += sum(share * tower_bytes(setup.shape, t, setup.precision)[1] for t in towers)
-    return Placement(
+        host_bytes += sum(share * tower_bytes(setup.shape, t, setup.widths)[1] for t in towers)
+    return DeviceMap(
         devices=tuple(devices),
         host_share=tuple(shares),
         host_bytes=host_bytes,
@@ -152,10 +151,10 @@ def _fill_device(
     setup: Setup, workload: Workload, mode: Mode, towers: tuple[Tower, ...]
 ) -> tuple[DeviceMemory, float]:
     """A device with its towers, and the share of their experts that had to go to the host."""
-    sizes = [tower_bytes(setup.shape, tower, setup.precision) for tower in towers]
+    sizes = [tower_bytes(setup.shape, tower, setup.widths) for tower in towers]
     dense, experts = (sum(column) for column in zip(*sizes, strict=True))
     length = workload.prompt_tokens + workload.new_tokens + workload.block_size
-    cache = cache_bytes(setup.shape, workload.batch, length, setup.precision)
+    cache = cache_bytes(setup.shape, workload.batch_size, length, setup.widths)
     activations = max(activation_bytes(setup, workload, tower, mode) for tower in towers)
     usable = setup.hardware.usable_bytes
     room = usable - dense - cache - activations

@@ -4,11 +4,11 @@ import json
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 from twotower.checkpoint.inspect import Description, describe, describe_preset
 from twotower.checkpoint.quantize import read_scheme
 from twotower.families import PRESETS
-from twotower.lab.plan.efficiency import DEFAULTS, PROFILES, Efficiency
 from twotower.lab.plan.hardware import (
     Compute,
     Hardware,
@@ -17,9 +17,17 @@ from twotower.lab.plan.hardware import (
     nearest,
     read_hardware,
 )
+from twotower.lab.plan.inputs import (
+    DEFAULTS,
+    PROFILES,
+    DType,
+    Efficiency,
+    Width,
+    Widths,
+    Workload,
+    uniform,
+)
 from twotower.lab.plan.passes import Setup, Shape
-from twotower.lab.plan.precision import DType, Precision, Width, uniform
-from twotower.lab.plan.workload import Workload
 
 SHIPPED = "shipped"
 # A published run of the 30B model: 66 denoiser passes for 256 tokens (the port on two DGX Sparks).
@@ -29,73 +37,77 @@ _MOST_BATCH = 2**16
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """Whether a model fits a machine, how fast each mode is there, and what a token costs: a
-    roofline with three stated parameters of efficiency. Nothing is loaded and nothing measured.
+    """Whether a model fits a machine, how fast each mode would be there, and what a token would
+    cost: a roofline with three stated parameters of efficiency. Loads and measures nothing.
     """
 
     model: str = "nano-30b"
-    """A preset (nano-30b), "shipped", a checkpoint folder or a config.json."""
+    """nano-30b (the released model), shipped, a checkpoint folder, a GGUF file or a config.json."""
     hardware: str = "h100-sxm"
-    """A machine of the built-in table or of --hardware-file; --list-hardware shows them."""
-    hardware_file: Path | None = None
-    """TOML file with machines of your own; they win over built-in ones of the same name."""
+    """Machine, by its name in --list-hardware or in --hardware-file."""
     devices: int = 1
-    """Devices of that kind, or hosts: 1 or 2."""
-    precision: Width | None = None
-    """Weights of all matrices; a quantised checkpoint's own, else bfloat16. Beside int4 the head
-    has 8 bits."""
-    experts: Width | None = None
-    """Weights of routed and shared experts."""
-    projections: Width | None = None
-    """Weights of Mamba, attention and MLP matrices."""
-    head: Width | None = None
-    """Weights of the head."""
+    """How many of it: 1, or 2 with a tower each."""
     dtype: DType | None = None
-    """Embedding table, norms, time conditioning, cache; float32 with float32 weights, else
-    bfloat16."""
-    compute: Compute | None = None
-    """Arithmetic; float32 with float32 weights or where the machine has no bfloat16."""
-    efficiency: str | None = None
-    """limit, eager-gpu, graph-gpu, eager-cpu, native-cpu or native-int8-cpu; by the kind of
-    machine."""
-    bandwidth_share: float | None = None
-    """Share of the peak bandwidth that is reached; the profile's."""
-    arithmetic_share: float | None = None
-    """Share of the peak arithmetic that is reached; the profile's."""
-    layer_us: float | None = None
-    """Microseconds of a layer that are neither; the profile's."""
-    batch: int = 1
+    """Precision of weights and cache; bfloat16 when not given."""
+    quantization: Literal["none", "int8", "int4"] | None = None
+    """Precision of all matrices, if lower; what the checkpoint has when not given. With int4 the
+    head has 8 bits."""
+    batch_size: int = 1
     """Rows decoded at a time."""
     prompt_tokens: int = 512
-    """Tokens of a prompt."""
+    """Tokens of each prompt."""
     new_tokens: int = 256
-    """Tokens of an answer."""
+    """Tokens of each answer."""
     block_size: int | None = None
-    """Tokens of a block; the model's."""
+    """Tokens per block; the model's own when not given."""
     tokens_per_nfe: float | None = None
-    """Tokens that a denoiser pass commits, from --results or 3.88, a published run of the 30B."""
+    """Tokens that diffusion commits per denoiser pass; from --results, or 3.88, a published run of
+    the 30B model."""
     tokens_per_cycle: float | None = None
-    """Tokens that a draft and its verification yield, from --results; else only break-even."""
+    """Tokens that speculation yields per draft and verification; from --results. Without either
+    only its break-even is shown."""
     draft_passes: int = 1
-    """Denoiser passes of a draft."""
+    """Denoiser passes per draft."""
     results: Path | None = None
-    """results.json of twotower evaluate: tokens per pass and per cycle as measured there."""
-    max_batch: int = 1024
-    """Largest batch of the sweep."""
+    """results.json of twotower evaluate: the two rates as measured there."""
+    max_batch_size: int = 1024
+    """Largest batch of the table by batch size."""
     price_per_hour: float | None = None
-    """Dollars an hour for one device; the table's."""
-    out: Path | None = None
+    """Dollars per hour and device; the table's when not given."""
+    output: Path | None = None
     """Folder for plan.json, report.html and its pictures."""
-    list_hardware: bool = False
-    """Instead: the machines that are known, with the source of their figures."""
     json: bool = False
-    """One JSON object on stdout instead of text."""
+    """Print one JSON object instead of text."""
+    list_hardware: bool = False
+    """Print the known machines, with the source of their figures, and nothing else."""
+    hardware_file: Path | None = None
+    """TOML file with machines of your own."""
+    expert_weights: Width | None = None
+    """Precision of routed and shared experts, if another."""
+    projection_weights: Width | None = None
+    """Precision of the matrices of Mamba, attention and MLP layers, if another."""
+    head_weights: Width | None = None
+    """Precision of the head, if another."""
+    compute: Compute | None = None
+    """Precision of arithmetic; bfloat16 when not given, float32 with float32 weights or where the
+    machine has no bfloat16."""
+    efficiency: str | None = None
+    """How well code uses the machine: limit, eager-gpu, graph-gpu, eager-cpu, native-cpu or
+    native-int8-cpu; chosen by the kind of machine when not given."""
+    bandwidth_share: float | None = None
+    """Share of the peak bandwidth that is reached, instead of the profile's."""
+    arithmetic_share: float | None = None
+    """Share of the peak arithmetic that is reached, instead of the profile's."""
+    layer_us: float | None = None
+    """Microseconds per layer that are neither (launches, Python), instead of the profile's."""
 
     def __post_init__(self) -> None:
         if self.devices not in (1, 2):
             raise ValueError(f"devices: {self.devices} is not possible; a tower each on 1 or 2")
-        if not 1 <= self.max_batch <= _MOST_BATCH:
-            raise ValueError(f"max_batch: {self.max_batch} must be between 1 and {_MOST_BATCH}")
+        if not 1 <= self.max_batch_size <= _MOST_BATCH:
+            raise ValueError(
+                f"max_batch_size: {self.max_batch_size} must be between 1 and {_MOST_BATCH}"
+            )
         if self.price_per_hour is not None and not 0 <= self.price_per_hour < float("inf"):
             raise ValueError(f"price_per_hour: {self.price_per_hour} must be 0 or more")
         if self.efficiency is not None and self.efficiency not in PROFILES:
@@ -138,13 +150,13 @@ def make_setup(options: PlanOptions, shape: Shape) -> Setup:
             f"devices: {hardware.name} has no link_gb_s, so two cannot be joined; "
             "give it in a --hardware-file"
         )
-    precision = _make_precision(options)
+    widths = _make_widths(options)
     return Setup(
         shape=shape,
         hardware=hardware,
-        precision=precision,
+        widths=widths,
         efficiency=_make_efficiency(options, hardware),
-        compute=options.compute or _default_compute(precision, hardware),
+        compute=options.compute or _default_compute(widths, hardware),
     )
 
 
@@ -157,7 +169,7 @@ def make_workload(options: PlanOptions, block_size: int) -> Workload:
         per_cycle = recorded.get("tokens_per_cycle") if per_cycle is None else per_cycle
     size = options.block_size or block_size
     return Workload(
-        batch=options.batch,
+        batch_size=options.batch_size,
         prompt_tokens=options.prompt_tokens,
         new_tokens=options.new_tokens,
         block_size=size,
@@ -179,7 +191,7 @@ def read_recorded(file: Path) -> dict[str, float]:
         raise ValueError(f"results: cannot read {file} ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
-            f"results: {file} is no results.json; twotower evaluate --out writes one"
+            f"results: {file} is no results.json; twotower evaluate --output writes one"
         ) from None
     kept = {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
     if not kept:
@@ -187,20 +199,24 @@ def read_recorded(file: Path) -> dict[str, float]:
     return kept
 
 
-def _own_width(model: str) -> Width:
-    """The weights of a checkpoint that is quantised; bfloat16 for all other models."""
+def _own_width(model: str) -> Width | None:
+    """The weights of a checkpoint that is quantised; None for all other models."""
     path = Path(model)
     folder = path.parent if path.name == "config.json" else path
     scheme = read_scheme(folder) if (folder / "config.json").is_file() else None
-    return "bfloat16" if scheme is None else scheme.weights
+    return None if scheme is None else scheme.weights
 
 
-def _make_precision(options: PlanOptions) -> Precision:
-    base = uniform(options.precision or _own_width(options.model))
-    return Precision(
-        experts=options.experts or base.experts,
-        projections=options.projections or base.projections,
-        head=options.head or base.head,
+def _make_widths(options: PlanOptions) -> Widths:
+    quantized = options.quantization or _own_width(options.model)
+    if quantized is None or quantized == "none":
+        base = uniform(options.dtype or "bfloat16")
+    else:
+        base = uniform(quantized)
+    return Widths(
+        experts=options.expert_weights or base.experts,
+        projections=options.projection_weights or base.projections,
+        head=options.head_weights or base.head,
         dtype=options.dtype or base.dtype,
     )
 
@@ -216,6 +232,6 @@ def _make_efficiency(options: PlanOptions, hardware: Hardware) -> Efficiency:
     return profile
 
 
-def _default_compute(precision: Precision, hardware: Hardware) -> Compute:
-    is_wide = precision.projections == "float32" or "bfloat16" not in hardware.tflops
+def _default_compute(widths: Widths, hardware: Hardware) -> Compute:
+    is_wide = widths.projections == "float32" or "bfloat16" not in hardware.tflops
     return "float32" if is_wide else "bfloat16"

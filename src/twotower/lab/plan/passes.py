@@ -11,9 +11,8 @@ from typing import Literal
 
 from twotower.checkpoint.inspect import Description
 from twotower.config import AttentionSpec, MoESpec, TwoTowerConfig
-from twotower.lab.plan.efficiency import Efficiency
 from twotower.lab.plan.hardware import Compute, Hardware
-from twotower.lab.plan.precision import Precision
+from twotower.lab.plan.inputs import Efficiency, Widths
 
 Tower = Literal["context", "denoiser"]
 _MATRICES = ("mamba", "attention", "mlp", "norms", "moe router", "moe shared")
@@ -62,7 +61,7 @@ class Setup:
 
     shape: Shape
     hardware: Hardware
-    precision: Precision
+    widths: Widths
     efficiency: Efficiency
     compute: Compute
 
@@ -86,7 +85,7 @@ class Pass:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class PassPart:
     """Bytes that a part of a pass moves (weights apart from cache) and operations it computes."""
 
     name: str
@@ -128,55 +127,55 @@ def expected_experts(num_experts: int, per_token: int, num_tokens: float) -> flo
     return num_experts * (1.0 - missed)
 
 
-def pass_parts(shape: Shape, call: Pass, precision: Precision) -> list[Part]:
+def pass_parts(shape: Shape, call: Pass, widths: Widths) -> list[PassPart]:
     """The parts of a pass: matrices, routed experts, head, time conditioning, cache."""
     counts, n = shape.parameters[call.tower], call.rows * call.tokens
-    parts = [_matrices(k, counts[k], n, precision) for k in _MATRICES if k in counts]
+    parts = [_matrices(k, counts[k], n, widths) for k in _MATRICES if k in counts]
     if EXPERTS in counts:
         assert shape.experts is not None
-        parts.append(_experts(shape.experts, counts[EXPERTS], n, precision))
+        parts.append(_experts(shape.experts, counts[EXPERTS], n, widths))
     if call.logits:
         # Tied heads count as embeddings: the same table.
         head = shape.config.hidden_size * shape.config.vocab_size
-        parts.append(_matrices("head", head, call.rows * call.logits, precision))
+        parts.append(_matrices("head", head, call.rows * call.logits, widths))
     if call.tower == "denoiser" and "time conditioning" in counts:
         kind = "time conditioning"
-        parts.append(_matrices(kind, counts[kind], call.rows, precision))
-    return [*parts, _mixing(shape, call, precision)]
+        parts.append(_matrices(kind, counts[kind], call.rows, widths))
+    return [*parts, _mixing(shape, call, widths)]
 
 
-def _matrices(kind: str, count: int, num_tokens: float, precision: Precision) -> Part:
-    return Part(
+def _matrices(kind: str, count: int, num_tokens: float, widths: Widths) -> PassPart:
+    return PassPart(
         name=kind,
-        weight_bytes=count * precision.weight_bytes(kind),
+        weight_bytes=count * widths.weight_bytes(kind),
         cache_bytes=0.0,
         operations=2.0 * count * num_tokens,
     )
 
 
-def _experts(moe: MoESpec, count: int, num_tokens: int, precision: Precision) -> Part:
+def _experts(moe: MoESpec, count: int, num_tokens: int, widths: Widths) -> PassPart:
     total, chosen = moe.num_experts, moe.experts_per_token
     touched = expected_experts(total, chosen, num_tokens) / total
-    return Part(
+    return PassPart(
         name=EXPERTS,
-        weight_bytes=count * touched * precision.weight_bytes(EXPERTS),
+        weight_bytes=count * touched * widths.weight_bytes(EXPERTS),
         cache_bytes=0.0,
         operations=2.0 * count * chosen / total * num_tokens,
     )
 
 
-def _mixing(shape: Shape, call: Pass, precision: Precision) -> Part:
+def _mixing(shape: Shape, call: Pass, widths: Widths) -> PassPart:
     """Attention over keys and the scan: their weights are among the matrices, here is the rest."""
     config, length = shape.config.context, call.past + call.tokens
-    state_bytes = 4.0 * shape.state_elements + shape.conv_elements * precision.cache_bytes
+    state_bytes = 4.0 * shape.state_elements + shape.conv_elements * widths.cache_bytes
     if call.tower == "context":
         state_bytes *= 2  # the denoiser only reads them
-    keys = config.kv_elements * length * precision.cache_bytes
+    keys = config.kv_elements * length * widths.cache_bytes
     # A causal token sees half of its own call on average, a masked one the whole block.
     seen = length if call.tower == "denoiser" else call.past + (call.tokens + 1) / 2
     queries = sum(one.num_heads * one.head_dim for one in config.layers_of(AttentionSpec))
     attention = 4.0 * queries * seen
-    return Part(
+    return PassPart(
         name="cache",
         weight_bytes=0.0,
         cache_bytes=call.rows * (keys + state_bytes),
@@ -189,7 +188,7 @@ def time_pass(setup: Setup, call: Pass, host_share: float = 0.0) -> PassTime:
     if setup.efficiency.rows_in_turn and call.rows > 1:
         one = time_pass(setup, replace(call, rows=1), host_share)
         return _scale(one, call.rows)
-    parts = pass_parts(setup.shape, call, setup.precision)
+    parts = pass_parts(setup.shape, call, setup.widths)
     hardware, efficiency = setup.hardware, setup.efficiency
     bandwidth = hardware.bytes_per_s(sum(part.weight_bytes for part in parts))
     bandwidth *= efficiency.bandwidth

@@ -1,54 +1,46 @@
-"""What a pass must move and compute, what the machine can, and which of the two rules.
+"""Each pass beside the least time that the machine allows: which limit rules it.
 
 A pass streams its tower's weights, keys and states once and multiplies each weight with every
-token. Bandwidth and arithmetic peak are measured here, not taken from a data sheet.
+token, as `lab.plan` counts them. Bandwidth and arithmetic peak are measured here, not taken from a
+data sheet.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
-from twotower.checkpoint.empty import build_empty
-from twotower.config import AttentionSpec, MoESpec, TwoTowerConfig
+from twotower.checkpoint.inspect import describe_config
+from twotower.lab.plan.inputs import uniform
+from twotower.lab.plan.passes import Pass, Shape, Tower, pass_parts
+from twotower.lab.race.passes import PassShape
+from twotower.model import TwoTower
 from twotower.native.layout import LANES
 from twotower.native.packing import quantise
 from twotower.native.tower import NativeLinear
 
 Regime = Literal["overhead-bound", "compute-bound", "bandwidth-bound"]
 OVERHEAD = 2.0  # above so many times its limit, a pass waits for something else
+_CREDIBLE = 0.8  # of its limit: the least time that a pass can have taken
+# Bytes of a weight by the end of an engine's name; q8_0 has one 2-byte scale per 32 weights.
+_WEIGHT_BYTES = {"-f32": 4.0, "-f16": 2.0, "-bf16": 2.0, "-q8_0": 34 / 32, "-int8": 1.0}
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 _GEMM = 1024  # rows and columns of the matrices that measure the peak
 _LEAST_READ = 2**20  # bytes; below, a timed read would be all overhead
 _SECONDS = 0.3  # least time of a measurement
 
 
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What one pass moves (bytes, each once) and computes (operations; a multiply-add is two)."""
+class MeasuredPass(NamedTuple):
+    """A pass of an engine (its tower, tokens read, positions with logits), and how long it took."""
 
-    weight_bytes: float
-    state_bytes: float
-    operations: float
-
-    @property
-    def total_bytes(self) -> float:
-        return self.weight_bytes + self.state_bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limit:
-    """The least time of a pass on this machine, by what it moves and by what it computes."""
-
-    stream_ms: float
-    compute_ms: float
-
-    @property
-    def ms(self) -> float:
-        return max(self.stream_ms, self.compute_ms)
+    engine: str
+    call: str
+    ms: float
+    tower: Tower
+    tokens: int
+    logits: int
 
 
 class Machine:
@@ -72,58 +64,118 @@ class Machine:
         return self._peaks[dtype]
 
 
-def pass_work(
-    config: TwoTowerConfig, num_tokens: int, num_past: int, num_logits: int, weight_bytes: float
+def describe_limits(
+    model: TwoTower, record: Mapping[str, object], shape: PassShape, machine: Machine
+) -> list[dict[str, object]]:
+    """A row per pass of ours and per baseline's AR token: bytes, operations, limits, regime.
+
+    Bandwidth is measured with a buffer as large as the weights, so that small models are held
+    against the cache's. Baselines compute in float32 whatever their weights are, our int8 in int8.
+    """
+    dtype = model.context_lm_head.weight.dtype
+    ours = list(_our_passes(record, shape.block_size))
+    planned = Shape.of(describe_config(model.config, "race"))
+    rows = []
+    for taken in [*ours, *_baseline_passes(record, {one.engine for one in ours})]:
+        size = weight_bytes_of(taken.engine, float(dtype.itemsize))
+        work = count_work(planned, taken, shape.num_past, size, dtype)
+        computes_in = dtype if taken in ours else torch.float32
+        if taken in ours and taken.engine.endswith("-int8"):
+            computes_in = torch.int8
+        rows.append(_describe(taken, work, machine, computes_in))
+    return rows
+
+
+class Work(NamedTuple):
+    """What a pass moves (bytes, each once) and computes (operations; a multiply-add is two)."""
+
+    weight_bytes: float
+    cache_bytes: float
+    operations: float
+
+
+def count_work(
+    shape: Shape, taken: MeasuredPass, num_past: int, weight_bytes: float, dtype: torch.dtype
 ) -> Work:
-    """Work of one pass of a tower over num_tokens after num_past, its head over num_logits of them.
-
-    weight_bytes: of one weight; keys and values take as much, SSM states are float32, read and
-    written. Experts count as often as different ones can be chosen. The arithmetic of norms and of
-    the convolution and the denoiser's time conditioning are left out: a few per cent at most.
-    """
-    tower = config.context
-    head = tower.hidden_size * tower.vocab_size
-    weights = _streamed_weights(config, num_tokens) + (head if num_logits else 0)
-    keys = tower.kv_elements * (num_past + num_tokens) * weight_bytes
-    states = 2 * 4 * tower.ssm_elements
-    queries = sum(one.num_heads * one.head_dim for one in tower.layers_of(AttentionSpec))
-    scan = 5 * tower.ssm_elements  # decay, outer product, sum; readout
-    mixing = 4 * queries * (num_past + num_tokens) + scan
-    active = _streamed_weights(config, 1)
+    """Work of one row's pass with weights of so many bytes each, keys and values in `dtype`."""
+    widths = uniform("float32" if dtype == torch.float32 else "bfloat16")
+    call = Pass(tower=taken.tower, rows=1, tokens=taken.tokens, logits=taken.logits, past=num_past)
+    parts = pass_parts(shape, call, widths)
     return Work(
-        weight_bytes=weights * weight_bytes,
-        state_bytes=keys + states,
-        operations=num_tokens * (2 * active + mixing) + num_logits * 2 * head,
+        sum(part.weight_bytes for part in parts) * weight_bytes / dtype.itemsize,
+        sum(part.cache_bytes for part in parts),
+        sum(part.operations for part in parts),
     )
 
 
-def _streamed_weights(config: TwoTowerConfig, num_tokens: int) -> float:
-    """Weights of a tower that num_tokens tokens touch: no embedding table, and of the experts at
-    most as many as are chosen.
-    """
-    model = build_empty(config, "context")
-    total = 0.0
-    moe = config.context.shared_spec(MoESpec)
-    share = 1.0 if moe is None else min(1.0, num_tokens * moe.experts_per_token / moe.num_experts)
-    for name, parameter in model.context_tower.named_parameters():
-        if not name.startswith("embeddings."):
-            total += parameter.numel() * (share if ".experts." in name else 1.0)
-    return total
+def _our_passes(record: Mapping[str, object], size: int) -> Iterator[MeasuredPass]:
+    by_engine = record["ms_by_engine"]
+    assert isinstance(by_engine, dict)
+    # What `passes.py` calls: tower, tokens read, positions whose logits are made.
+    calls: dict[str, tuple[Tower, int, int]] = {
+        "ar_step": ("context", 1, 1),
+        "denoise_pass": ("denoiser", size, size),
+        "extend": ("context", size, 0),
+        "verify": ("context", size, size),
+    }
+    for engine, times in by_engine.items():
+        for call, found in times.items():
+            yield MeasuredPass(engine, call, found["median"], *calls[call])
 
 
-def pass_limit(work: Work, bytes_per_s: float, operations_per_s: float) -> Limit:
-    """The least time of the work at a bandwidth and a peak."""
-    return Limit(
-        stream_ms=1e3 * work.total_bytes / bytes_per_s,
-        compute_ms=1e3 * work.operations / operations_per_s,
-    )
+def _baseline_passes(record: Mapping[str, object], ours: set[str]) -> Iterator[MeasuredPass]:
+    engines = record["engines"]
+    assert isinstance(engines, dict)
+    for engine, modes in engines.items():
+        ms = modes.get("ar", {}).get("decode_ms_per_token")
+        if engine not in ours and ms is not None:
+            yield MeasuredPass(engine, "ar_step", ms, "context", 1, 1)
 
 
-def regime(measured_ms: float, limit: Limit) -> Regime:
+def weight_bytes_of(engine: str, otherwise: float) -> float:
+    """Bytes of a weight in an engine whose name ends in its precision; else the model's."""
+    return next((size for end, size in _WEIGHT_BYTES.items() if engine.endswith(end)), otherwise)
+
+
+def _describe(
+    taken: MeasuredPass, work: Work, machine: Machine, dtype: torch.dtype
+) -> dict[str, object]:
+    bandwidth, peak = machine.bytes_per_s(work.weight_bytes), machine.operations_per_s(dtype)
+    num_bytes = work.weight_bytes + work.cache_bytes
+    stream_ms, compute_ms = 1e3 * num_bytes / bandwidth, 1e3 * work.operations / peak
+    largest_cache = cache_bytes()
+    return {
+        "engine": taken.engine,
+        "call": taken.call,
+        "ms": taken.ms,
+        "bytes": num_bytes,
+        "operations": work.operations,
+        "gbytes_per_s": bandwidth / 1e9,
+        "goperations_per_s": peak / 1e9,
+        "stream_ms": stream_ms,
+        "compute_ms": compute_ms,
+        "is_in_cache": None if largest_cache is None else work.weight_bytes <= largest_cache,
+        "regime": regime(taken.ms, stream_ms, compute_ms),
+    }
+
+
+def regime(measured_ms: float, stream_ms: float, compute_ms: float) -> Regime:
     """What a pass waits for: neither limit explains more than half of it, or the larger one."""
-    if measured_ms > OVERHEAD * limit.ms:
+    if measured_ms > OVERHEAD * max(stream_ms, compute_ms):
         return "overhead-bound"
-    return "bandwidth-bound" if limit.stream_ms >= limit.compute_ms else "compute-bound"
+    return "bandwidth-bound" if stream_ms >= compute_ms else "compute-bound"
+
+
+def doubt_limits(size: str, rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """A line if a pass took clearly less than its limit: then the limit was measured too low."""
+    for row in rows:
+        ms, stream_ms, compute_ms = (float(str(row[k])) for k in ("ms", "stream_ms", "compute_ms"))
+        if ms < _CREDIBLE * max(stream_ms, compute_ms):
+            return [
+                f"{size}: {row['engine']} {row['call']} took {ms:.2f} ms, less than its limit of "
+                f"{max(stream_ms, compute_ms):.2f} ms; the limits were measured on a busy machine"
+            ]
+    return []
 
 
 def measure_bandwidth(num_bytes: float) -> float:

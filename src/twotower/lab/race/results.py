@@ -1,97 +1,149 @@
-"""From laps and pass times to the record: what `twotower bench --json` prints."""
+"""From measurements and pass times to the record: what `twotower bench --json` prints.
 
+Times are milliseconds, costs milliseconds per token.
+"""
+
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from twotower.lab.race.contest import Contestant, Heat, Lap
-from twotower.lab.race.costs import (
-    TARGET,
-    Spread,
-    best_ar,
-    block_cost,
-    break_even,
-    cycle_break_even,
-    own_ar,
-    paired_speedup,
-    spread,
-    tokens_per_nfe,
-)
+from twotower.lab.race.runners import AR, Measurement, TimedPrompt
 
-Decode = Callable[[list[int]], str]
-Laps = Sequence[Sequence[Lap]]  # by heat, then by contestant
+TARGET = 2.42  # the announcement's speed-up of diffusion over AR decoding
 SPEEDUPS = (1.0, TARGET)
 RATES = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)  # tokens/NFE at which the cost of a token is composed
+Name = tuple[str, str]  # engine, mode
+Columns = Mapping[Name, Sequence[Measurement]]  # in the order of the prompts
 
 
-def summarise_laps(
-    contestants: Sequence[Contestant], heats: Sequence[Heat], laps: Laps, ours: Sequence[str]
-) -> dict[str, object]:
-    """`engines` and the best AR contestants of a size; `ours` names our engines.
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Median and quartiles of n measured values."""
+
+    median: float
+    low: float
+    high: float
+    n: int
+
+    def to_dict(self) -> dict[str, object]:
+        return {"median": self.median, "quartiles": [self.low, self.high], "n": self.n}
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles (inclusive); a single value is its own quartiles."""
+    if len(values) == 1:
+        return Spread(median=values[0], low=values[0], high=values[0], n=1)
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median=middle, low=low, high=high, n=len(values))
+
+
+def best_ar(costs: Mapping[Name, Sequence[float]], engines: Sequence[str]) -> Name:
+    """The AR runner of these engines with the lowest median cost."""
+    medians = {
+        c: statistics.median(values) if values else math.inf
+        for c, values in costs.items()
+        if c[0] in engines and c[1] == AR
+    }
+    assert medians, "a race without AR has nothing to compare with"
+    return min(medians, key=lambda name: medians[name])
+
+
+def own_ar(engine: str, ours: Sequence[str]) -> Name:
+    """The AR runner of an engine of ours; for a baseline, that of our first engine."""
+    return (engine if engine in ours else ours[0], AR)
+
+
+def paired_speedup(baseline: Sequence[float], own: Sequence[float]) -> Spread:
+    """Baseline's cost over one's own, item by item: costs of the same items in the same order."""
+    return spread([theirs / ours for theirs, ours in zip(baseline, own, strict=True)])
+
+
+def block_cost(
+    denoise_ms: float, extend_ms: float, tokens_per_nfe: float, block_size: int
+) -> float:
+    """Cost of a token: its share of the block's denoiser passes and of the one extension."""
+    return denoise_ms / tokens_per_nfe + extend_ms / block_size
+
+
+def break_even(
+    ar_ms: float, denoise_ms: float, extend_ms: float, speedup: float, block_size: int
+) -> float | None:
+    """Tokens per pass from which blocks are `speedup` times as fast as AR; None: none suffices.
+
+    The block's size is the most that a pass can commit, so a larger answer is None as well.
+    """
+    left = ar_ms / speedup - extend_ms / block_size  # what a token may cost in passes
+    if left <= 0:
+        return None
+    needed = denoise_ms / left
+    return needed if needed <= block_size else None
+
+
+def cycle_break_even(ar_ms: float, denoise_ms: float, verify_ms: float, speedup: float) -> float:
+    """Tokens that a cycle of one draft pass and one verification must accept for the speed-up."""
+    return speedup * (denoise_ms + verify_ms) / ar_ms
+
+
+def summarise_measurements(columns: Columns, ours: Sequence[str]) -> dict[str, object]:
+    """`engines` and the best AR of a size; `ours` names our engines.
 
     Costs include reading the prompt; those that begin with `decode` do not.
     """
-    names = [(c.engine, c.mode) for c in contestants]
-    columns = {name: [row[at] for row in laps] for at, name in enumerate(names)}
-    costs = {name: [lap.ms_per_token for lap in column] for name, column in columns.items()}
-    everyone = [engine for engine, _ in names]
+    costs = {name: [one.ms_per_token for one in column] for name, column in columns.items()}
     decode_costs = {name: _decode_costs(column) for name, column in columns.items()}
+    everyone = [engine for engine, _ in columns]
     best, best_decode = best_ar(costs, everyone), best_ar(decode_costs, everyone)
-    our, our_decode = best_ar(costs, ours), best_ar(decode_costs, ours)
     engines: dict[str, dict[str, object]] = {}
     for name, column in columns.items():
         record = _costs(column)
         own = own_ar(name[0], ours)
-        for against, baseline in (("best_ar", best), ("our_ar", our), ("own_ar", own)):
-            found = paired_speedup(costs[baseline], costs[name])
-            record |= _quartiled(f"speedup_vs_{against}", found)
-        for against, baseline in (
-            ("best_ar", best_decode), ("our_ar", our_decode), ("own_ar", own),
-        ):  # fmt: skip
-            speedup = _decode_speedup(columns[baseline], column)
-            record |= _quartiled(f"decode_speedup_vs_{against}", speedup)
+        for against, whole, decode in (("best_ar", best, best_decode), ("own_ar", own, own)):
+            record |= _quartiled(f"speedup_vs_{against}", paired_speedup(costs[whole], costs[name]))
+            record |= _quartiled(
+                f"decode_speedup_vs_{against}", _decode_speedup(columns[decode], column)
+            )
         engines.setdefault(name[0], {})[name[1]] = record
     return {
         "engines": engines,
         "best_ar": list(best),
-        "our_best_ar": list(our),
         "best_ar_decode": list(best_decode),
         # Where no answer has two tokens, reading the prompt is all that there is.
         "best_ar_decode_ms": spread(decode_costs[best_decode] or costs[best_decode]).median,
-        "n": len(heats),
+        "n": len(columns[best]),
     }
 
 
 def count_right(
-    contestants: Sequence[Contestant], heats: Sequence[Heat], laps: Laps, decode: Decode
-) -> dict[tuple[str, str], int]:
-    """Right answers of each contestant; heats that cannot be judged count as wrong."""
-    right = {(c.engine, c.mode): 0 for c in contestants}
-    for heat, row in zip(heats, laps, strict=True):
-        for contestant, lap in zip(contestants, row, strict=True):
-            if heat.is_right is not None and heat.is_right(decode(lap.tokens)):
-                right[contestant.engine, contestant.mode] += 1
-    return right
+    columns: Columns, prompts: Sequence[TimedPrompt], decode: Callable[[list[int]], str]
+) -> dict[Name, int]:
+    """Right answers of each runner; prompts that cannot be judged count as wrong."""
+    return {
+        name: sum(
+            prompt.is_right is not None and prompt.is_right(decode(one.tokens))
+            for prompt, one in zip(prompts, column, strict=True)
+        )
+        for name, column in columns.items()
+    }
 
 
-def count_same(
-    contestants: Sequence[Contestant], laps: Laps, ours: Sequence[str]
-) -> dict[tuple[str, str], int]:
-    """Answers of each contestant that equal its own AR's token by token: the same engine's, so that
+def count_same(columns: Columns, ours: Sequence[str]) -> dict[Name, int]:
+    """Answers of each runner that equal its own AR's token by token: the same engine's, so that
     another one's rounding is not taken for a lossy mode.
     """
-    names = [(c.engine, c.mode) for c in contestants]
-    columns = {name: [row[at].tokens for row in laps] for at, name in enumerate(names)}
-    same = {}
-    for (engine, mode), column in columns.items():
-        reference = columns[own_ar(engine, ours)]
-        pairs = zip(column, reference, strict=True)
-        same[engine, mode] = sum(mine == theirs for mine, theirs in pairs)
-    return same
+    return {
+        name: sum(
+            one.tokens == other.tokens
+            for one, other in zip(column, columns[own_ar(name[0], ours)], strict=True)
+        )
+        for name, column in columns.items()
+    }
 
 
 def summarise_passes(
     times: Mapping[tuple[str, str], Sequence[float]], best_ar_ms: float, block_size: int
 ) -> dict[str, object]:
-    """`ms` of the first engine, spreads of all, ratios, and where block decoding breaks even.
+    """Spreads of all passes, ratios, and where block decoding breaks even.
 
     best_ar_ms: what a token costs the fastest AR decoder of the size, reading the prompt apart.
     """
@@ -102,7 +154,6 @@ def summarise_passes(
         for engine in engines
     }
     return {
-        "ms": {call: found.median for call, found in by_engine[engines[0]].items()},
         "ms_by_engine": {
             engine: {call: found.to_dict() for call, found in calls.items()}
             for engine, calls in by_engine.items()
@@ -147,11 +198,11 @@ def when_it_pays(ms: Mapping[str, float], best_ar_ms: float, block_size: int) ->
     }
 
 
-def _costs(column: Sequence[Lap]) -> dict[str, object]:
-    tokens, nfe = sum(len(lap.tokens) for lap in column), sum(lap.nfe for lap in column)
-    whole = spread([lap.ms_per_token for lap in column])
+def _costs(column: Sequence[Measurement]) -> dict[str, object]:
+    tokens, nfe = sum(len(one.tokens) for one in column), sum(one.nfe for one in column)
+    whole = spread([one.ms_per_token for one in column])
     decode = _decode_costs(column)
-    seconds = sum(lap.seconds for lap in column)
+    seconds = sum(one.seconds for one in column)
     return {
         "ms_per_token": whole.median,
         "ms_per_token_quartiles": [whole.low, whole.high],
@@ -159,18 +210,20 @@ def _costs(column: Sequence[Lap]) -> dict[str, object]:
         "tokens_per_s": tokens / seconds,
         "tokens": tokens,
         "nfe": nfe,
-        "tokens_per_nfe": tokens_per_nfe(tokens, nfe),
-        "context_forwards": sum(lap.context_forwards for lap in column),
+        "tokens_per_nfe": tokens / nfe if nfe else None,
+        "context_forwards": sum(one.context_forwards for one in column),
         "n": len(column),
     }
 
 
-def _decode_costs(column: Sequence[Lap]) -> list[float]:
-    return [cost for lap in column if (cost := lap.decode_ms_per_token) is not None]
+def _decode_costs(column: Sequence[Measurement]) -> list[float]:
+    return [cost for one in column if (cost := one.decode_ms_per_token) is not None]
 
 
-def _decode_speedup(baseline: Sequence[Lap], column: Sequence[Lap]) -> Spread | None:
-    """Speed-up without reading the prompt, over heats in which both decoded anything."""
+def _decode_speedup(
+    baseline: Sequence[Measurement], column: Sequence[Measurement]
+) -> Spread | None:
+    """Speed-up without reading the prompt, over prompts of which both decoded anything."""
     pairs = [
         (before, after)
         for theirs, ours in zip(baseline, column, strict=True)

@@ -1,70 +1,126 @@
-"""One size's race from its entrants to its record."""
+"""What is raced, with which options, and one size's race from its prompts to its record."""
 
+import os
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
-from twotower.engine import GenerateOptions, stream
+from twotower.engine import MODES, GenerateOptions, stream
 from twotower.lab.corpus import CATEGORIES, Document
-from twotower.lab.evaluate.run import draw_groups
+from twotower.lab.evaluate.run import check_names, draw_groups, split_names
 from twotower.lab.evaluate.suite import Judge
-from twotower.lab.race.contest import Contestant, Heat, Lap, RivalContestant, race
-from twotower.lab.race.interference import disturbances, take_snapshot
-from twotower.lab.race.limits import Machine
-from twotower.lab.race.options import NUM_ITEMS, SHIPPED, RaceOptions
-from twotower.lab.race.ours import ENGINES, OurContestant
+from twotower.lab.race.baselines import open_baselines
+from twotower.lab.race.limits import Machine, describe_limits, doubt_limits
 from twotower.lab.race.passes import PassShape, time_passes
-from twotower.lab.race.regimes import describe_limits, doubt_limits
+from twotower.lab.race.replay import SIZES, record_script
 from twotower.lab.race.results import (
-    Decode,
     count_right,
     count_same,
-    summarise_laps,
+    summarise_measurements,
     summarise_passes,
 )
-from twotower.lab.race.script import record_script
-from twotower.lab.race.sizes import open_rivals, random_config, random_model
+from twotower.lab.race.runners import (
+    AR,
+    ENGINES,
+    BaselineRunner,
+    Measurement,
+    OurRunner,
+    Runner,
+    TimedPrompt,
+    open_engines,
+    race,
+)
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 
+SHIPPED = "shipped"
+OUR_MODES = ("ar", "diffusion", "speculative")
 REPLAY_PROMPT = 256  # most tokens of a prompt before a replay: reading it is not what is replayed
-Advance = Callable[[str], None]
+_STAT = Path("/proc/stat")
+_MOST_OTHERS = 0.07  # cores, on average
+_IDLE_S = 1.0  # how long others are watched before the race
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A size with what races on it: our engines' models by name, and the prompts."""
+class RaceOptions:
+    """Which of our modes is how fast against AR decoding by us and by others, and why."""
+
+    sizes: str = SHIPPED
+    """Models, separated by commas: shipped (the model, on real text); 32M and 160M (random weights
+    that repeat what the model commits)."""
+    modes: str = ",".join(OUR_MODES)
+    """Our decoding modes, separated by commas; ar must be among them."""
+    engines: str = ",".join(ENGINES)
+    """What runs our passes, separated by commas."""
+    baselines: bool = True
+    """Also measure AR decoding by transformers and llama.cpp, where they are installed."""
+    items: int = 10
+    """Held-out prompts per category."""
+    max_new_tokens: int = 128
+    """Maximum number of new tokens per answer."""
+    max_prompt_tokens: int = 2048
+    """Leave out prompts with more tokens than this."""
+    replays: int = 16
+    """Answers that each random model repeats."""
+    repeats: int = 30
+    """Timed calls of each forward pass."""
+    seed: int = 0
+    """Seed of the prompts and of random weights."""
+    allow_unsandboxed_code: bool = False
+    """Run code that the model writes even where this machine has no sandbox for it."""
+    output: Path | None = None
+    """Folder for race.json and its pictures."""
+
+    def __post_init__(self) -> None:
+        for name in ("items", "max_new_tokens", "max_prompt_tokens", "replays", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is too small; use at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed: {self.seed} is negative; use 0 or more")
+        check_names("sizes", split_names(self.sizes), (SHIPPED, *SIZES))
+        check_names("modes", split_names(self.modes), MODES)
+        check_names("engines", split_names(self.engines), tuple(ENGINES))
+        if AR not in split_names(self.modes):
+            raise ValueError(f"modes: {self.modes} lacks ar, which all others are compared with")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """A size with what is measured on it: our engines' models by name, runners and prompts."""
 
     size: str
     model: TwoTower
     engines: Mapping[str, TwoTower]
-    contestants: Sequence[Contestant]
-    heats: Sequence[Heat]
+    runners: Sequence[Runner]
+    prompts: Sequence[TimedPrompt]
     missing: Sequence[str]
 
 
-def draw_heats(tokenizer: Tokenizer, options: RaceOptions, judge: Judge) -> tuple[list[Heat], int]:
+def draw_prompts(
+    tokenizer: Tokenizer, options: RaceOptions, judge: Judge
+) -> tuple[list[TimedPrompt], int]:
     """Held-out prompts of every category in turns, and how many were too long."""
-    groups = draw_groups(CATEGORIES, options.items or NUM_ITEMS, options.seed, 1)
-    heats = [
-        Heat(
+    prompts = [
+        TimedPrompt(
             ids=tokenizer.encode_prompt(document.prompt),
             max_new_tokens=options.max_new_tokens,
             is_right=partial(_is_right, judge, document),
         )
-        for group in groups
+        for group in draw_groups(CATEGORIES, options.items, options.seed, 1)
         for document in group
     ]
-    kept = [heat for heat in heats if len(heat.ids) <= options.max_prompt_tokens]
+    kept = [prompt for prompt in prompts if len(prompt.ids) <= options.max_prompt_tokens]
     if not kept:
         raise ValueError(
             f"max_prompt_tokens: {options.max_prompt_tokens} leaves out every prompt; use more"
         )
-    return kept, len(heats) - len(kept)
+    return kept, len(prompts) - len(kept)
 
 
 def _is_right(judge: Judge, document: Document, text: str) -> bool:
@@ -76,104 +132,87 @@ def mode_options(options: RaceOptions) -> list[GenerateOptions]:
     return [
         # GenerateOptions checks the mode itself.
         GenerateOptions(mode=mode, max_new_tokens=options.max_new_tokens)  # type: ignore[arg-type]
-        for mode in options.mode_names
+        for mode in split_names(options.modes)
     ]
 
 
 def record_replays(
-    model: TwoTower, heats: Sequence[Heat], modes: Sequence[GenerateOptions], seed: int
-) -> list[Heat]:
-    """Heats with each mode's script on this model, behind random prompts as long as the real ones.
+    model: TwoTower, prompts: Sequence[TimedPrompt], modes: Sequence[GenerateOptions], seed: int
+) -> list[TimedPrompt]:
+    """Each mode's script on this model, behind random prompts as long as the real ones.
 
     Prompts are cut to 256 tokens.
     """
     generator = torch.Generator().manual_seed(seed)
     low = model.config.mask_token_id + 1
     replays = []
-    for heat in heats:
-        length = min(len(heat.ids), REPLAY_PROMPT)
-        ids = torch.randint(low, model.config.vocab_size, (length,), generator=generator)
-        scripts = {str(o.mode): record_script(stream(model, [heat.ids], o)) for o in modes}
-        replays.append(Heat(ids=ids.tolist(), max_new_tokens=heat.max_new_tokens, scripts=scripts))
+    for prompt in prompts:
+        length = min(len(prompt.ids), REPLAY_PROMPT)
+        ids = torch.randint(low, model.config.vocab_size, (length,), generator=generator).tolist()
+        scripts = {str(o.mode): record_script(stream(model, [prompt.ids], o)) for o in modes}
+        replays.append(TimedPrompt(ids=ids, max_new_tokens=prompt.max_new_tokens, scripts=scripts))
     return replays
 
 
 @contextmanager
-def enter(
-    size: str, model: TwoTower, heats: Sequence[Heat], options: RaceOptions
-) -> Iterator[Entry]:
-    """A size's entrants, ready to start; rivals are closed at the end."""
-    engines, unable = open_engines(model, options.engine_names)
+def open_race(
+    size: str, model: TwoTower, prompts: Sequence[TimedPrompt], options: RaceOptions
+) -> Iterator[Race]:
+    """A size's runners, ready to start; baselines are closed at the end."""
+    engines, unable = open_engines(model, split_names(options.engines))
     modes = mode_options(options)
-    ours = [OurContestant(n, m, mode) for n, m in engines.items() for mode in modes]
+    ours = [OurRunner(n, m, mode) for n, m in engines.items() for mode in modes]
     threads, dtype = torch.get_num_threads(), model.context_lm_head.weight.dtype
-    with open_rivals(model if options.rivals else None, threads, dtype) as (rivals, missing):
-        yield Entry(
+    wanted = model if options.baselines else None
+    with open_baselines(wanted, threads, dtype) as (baselines, missing):
+        yield Race(
             size=size,
             model=model,
             engines=engines,
-            contestants=[*ours, *map(RivalContestant, rivals)],
-            heats=heats,
+            runners=[*ours, *map(BaselineRunner, baselines)],
+            prompts=prompts,
             missing=[*unable, *missing],
         )
 
 
-def open_engines(model: TwoTower, names: Sequence[str]) -> tuple[dict[str, TwoTower], list[str]]:
-    """The model on each engine, and a line for each that cannot run it; ValueError if none can."""
-    engines: dict[str, TwoTower] = {}
-    unable: list[str] = []
-    for name in names:
-        try:
-            engines[name] = ENGINES[name](model)
-        except (ValueError, ImportError) as error:
-            unable.append(f"{name}: {error}")
-    if not engines:
-        raise ValueError(f"engines: none can run this model ({'; '.join(unable)}); use pytorch")
-    return engines, unable
-
-
-def make_random(size: str, shipped: TwoTower, seed: int) -> TwoTower:
-    """The random model of a size, with the shipped model's block, dtype and decoding defaults."""
-    config = random_config(size, shipped.config.block_size)
-    model = random_model(config, seed, shipped.context_lm_head.weight.dtype)
-    model.generation_defaults = shipped.generation_defaults
-    return model
-
-
-def run_entry(
-    entry: Entry, options: RaceOptions, decode: Decode, machine: Machine, advance: Advance
+def run_race(
+    found: Race,
+    options: RaceOptions,
+    decode: Callable[[list[int]], str],
+    machine: Machine,
+    advance: Callable[[str], None],
 ) -> tuple[dict[str, object], list[str]]:
-    """Race, time the passes, set both against the limits: a size's record and its warnings."""
-    before = take_snapshot()
-    laps: list[list[Lap]] = []
-    for row in race(entry.contestants, entry.heats):
-        laps.append(row)
-        advance(entry.size)
+    """Measure, time the passes, set both against the limits: a size's record and its warnings."""
+    before = take_load()
+    columns: dict[tuple[str, str], list[Measurement]] = {
+        (runner.engine, runner.mode): [] for runner in found.runners
+    }
+    for row in race(found.runners, found.prompts):
+        for column, measurement in zip(columns.values(), row, strict=True):
+            column.append(measurement)
+        advance(found.size)
     shape = PassShape(
-        num_past=round(statistics.median(len(heat.ids) for heat in entry.heats)),
-        block_size=entry.model.config.block_size,
+        num_past=round(statistics.median(len(prompt.ids) for prompt in found.prompts)),
+        block_size=found.model.config.block_size,
         repeats=options.repeats,
         seed=options.seed,
     )
-    times = time_passes(entry.engines, shape)
-    warnings = disturbances(before, take_snapshot(), entry.size)
-    record = summarise_laps(entry.contestants, entry.heats, laps, list(entry.engines))
+    times = time_passes(found.engines, shape)
+    warnings = others_used(before, take_load(), found.size)
+    ours = list(found.engines)
+    record = summarise_measurements(columns, ours)
     best_ar_ms = record["best_ar_decode_ms"]
     assert isinstance(best_ar_ms, float)
     record |= summarise_passes(times, best_ar_ms, shape.block_size)
-    record["limits"] = limits = describe_limits(entry.model, record, shape, machine)
-    warnings += doubt_limits(entry.size, limits)
-    if entry.size == SHIPPED:
-        _add_quality(
-            record,
-            count_right(entry.contestants, entry.heats, laps, decode),
-            count_same(entry.contestants, laps, list(entry.engines)),
-        )
+    record["limits"] = limits = describe_limits(found.model, record, shape, machine)
+    warnings += doubt_limits(found.size, limits)
+    if found.size == SHIPPED:
+        _add_quality(record, count_right(columns, found.prompts, decode), count_same(columns, ours))
     record |= {
-        "model": _describe(entry.model),
+        "model": _describe(found.model),
         "num_past": shape.num_past,
-        "is_replay": entry.size != SHIPPED,
-        "missing": list(entry.missing),
+        "is_replay": found.size != SHIPPED,
+        "missing": list(found.missing),
     }
     return record, warnings
 
@@ -186,10 +225,10 @@ def _add_quality(
     engines = record["engines"]
     assert isinstance(engines, dict)
     for (engine, mode), count in right.items():
-        found = engines[engine][mode]
-        found |= {
+        row = engines[engine][mode]
+        row |= {
             "correct": count,
-            "accuracy": count / found["n"],
+            "accuracy": count / row["n"],
             "same_tokens_as_own_ar": same[engine, mode],
         }
 
@@ -204,3 +243,53 @@ def _describe(model: TwoTower) -> dict[str, object]:
         "vocab_size": model.config.vocab_size,
         "block_size": model.config.block_size,
     }
+
+
+@dataclass(frozen=True)
+class Load:
+    """Seconds up to now: of the clock, of this process, of all processes on all cores (None where
+    the system does not say).
+    """
+
+    wall_s: float
+    own_s: float
+    busy_s: float | None
+
+
+def take_load() -> Load:
+    """The load so far; Linux counts it, with what a virtual machine's host took away."""
+    text = _STAT.read_text() if _STAT.is_file() else ""
+    return Load(time.perf_counter(), time.process_time(), parse_stat(text))
+
+
+def parse_stat(text: str) -> float | None:
+    """Busy seconds of all cores, from the `cpu` line of /proc/stat.
+
+    Its fields: user, nice, system, idle, iowait, irq, softirq, steal, ... in ticks.
+    """
+    line = next((line for line in text.splitlines() if line.startswith("cpu ")), None)
+    if line is None:
+        return None
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(int, line.split()[1:])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def others_used(before: Load, after: Load, during: str) -> list[str]:
+    """A line if other processes kept cores busy between two loads: the timings are doubtful."""
+    if before.busy_s is None or after.busy_s is None or after.wall_s <= before.wall_s:
+        return []
+    busy = (after.busy_s - before.busy_s) - (after.own_s - before.own_s)
+    cores = busy / (after.wall_s - before.wall_s)
+    if cores <= _MOST_OTHERS:
+        return []
+    return [
+        f"{during}: other processes used {cores:.2f} cores; timings of several threads suffer "
+        "most, measure again on an idle machine"
+    ]
+
+
+def watch_idle() -> list[str]:
+    """What others do while we do nothing: the machine's state before the race."""
+    before = take_load()
+    time.sleep(_IDLE_S)
+    return others_used(before, take_load(), "before the race")

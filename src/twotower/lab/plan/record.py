@@ -4,22 +4,27 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from twotower.lab.plan.decode import (
+from twotower.lab.plan.inputs import MODES, Mode, Workload
+from twotower.lab.plan.memory import DeviceMap, cache_bytes, tower_bytes
+from twotower.lab.plan.modes import (
     AR_STEP,
     DENOISE,
     EXTEND,
     VERIFY,
     ModeTime,
+    Point,
+    all_times,
+    best_times,
     break_even_tokens_per_cycle,
     break_even_tokens_per_nfe,
+    faster_mode,
+    nearest_misfit,
     pass_times,
+    sweep,
     turns,
 )
-from twotower.lab.plan.memory import Placement, cache_bytes, tower_bytes
 from twotower.lab.plan.options import PlanOptions, describe_model, make_setup, make_workload
 from twotower.lab.plan.passes import Setup, Shape
-from twotower.lab.plan.sweep import Point, all_times, best_times, block_spans, nearest_misfit, sweep
-from twotower.lab.plan.workload import MODES, Mode, Workload
 
 TARGETS = (1.0, 2.42)  # speed-ups over AR: equal, and what the announcement reports
 _GIB = 2**30
@@ -37,12 +42,12 @@ def plan_shape(shape: Shape, options: PlanOptions) -> dict[str, Any]:
     best = best_times(setup, workload, options.devices)
     price = options.price_per_hour
     price = setup.hardware.price_per_hour if price is None else price
-    points = sweep(setup, workload, options.devices, options.max_batch)
+    points = sweep(setup, workload, options.devices, options.max_batch_size)
     return {
         "model": {"name": options.model, "parameters": _parameters(shape)},
         "hardware": dataclasses.asdict(setup.hardware),
         "devices": options.devices,
-        "precision": dataclasses.asdict(setup.precision),
+        "widths": dataclasses.asdict(setup.widths),
         "compute": setup.compute,
         "efficiency": dataclasses.asdict(setup.efficiency),
         "workload": {**dataclasses.asdict(workload), "source": _source(options)},
@@ -53,10 +58,7 @@ def plan_shape(shape: Shape, options: PlanOptions) -> dict[str, Any]:
         "break_even": _break_even(setup, workload, best),
         "sweep": [_point(point) for point in points],
         "spans": {
-            name: [
-                dataclasses.asdict(span)
-                for span in block_spans(setup, workload, options.devices, points, name != "all")
-            ]
+            name: [dataclasses.asdict(span) for span in faster_mode(points, name != "all")]
             for name in ("all", "per_device")
         },
     }
@@ -76,10 +78,10 @@ def _source(options: PlanOptions) -> str:
 def _memory(setup: Setup, workload: Workload) -> dict[str, Any]:
     """Bytes of each tower, of a row's cache when its answer ends, and what a device offers."""
     length = workload.prompt_tokens + workload.new_tokens
-    towers = {t: sum(tower_bytes(setup.shape, t, setup.precision)) for t in setup.shape.parameters}
+    towers = {t: sum(tower_bytes(setup.shape, t, setup.widths)) for t in setup.shape.parameters}
     return {
         "tower_bytes": towers,
-        "cache_bytes_per_row": cache_bytes(setup.shape, 1, length, setup.precision),
+        "cache_bytes_per_row": cache_bytes(setup.shape, 1, length, setup.widths),
         "usable_bytes_per_device": setup.hardware.usable_bytes,
         "host_bytes": setup.hardware.host_bytes,
     }
@@ -88,26 +90,26 @@ def _memory(setup: Setup, workload: Workload) -> dict[str, Any]:
 def _mode(
     setup: Setup, workload: Workload, mode: Mode, num_devices: int, price: float | None
 ) -> dict[str, Any]:
-    """One mode on its fastest placement, the other ones that fit, or what is missing."""
+    """One mode on its fastest device_map, the other ones that fit, or what is missing."""
     times = all_times(setup, workload, mode, num_devices)
     if times:
         first, *others = (_time(time, num_devices, price) for time in times)
         return {"fits": True, **first, "others": others}
     misfit = nearest_misfit(setup, workload, mode, num_devices)
-    record: dict[str, Any] = {"fits": misfit.fits, "placement": _placement(misfit)}
+    record: dict[str, Any] = {"fits": misfit.fits, "device_map": _device_map(misfit)}
     if misfit.fits:
-        record["missing"] = "tokens per cycle are not known: --tokens-per-cycle or --results"
+        record["missing"] = "tokens per cycle are not known: give --tokens-per-cycle or --results"
     else:
         record["missing"] = _describe_misfit(misfit)
     return record
 
 
 def _time(time: ModeTime, num_devices: int, price: float | None) -> dict[str, Any]:
-    used = len(time.placement.devices)
+    used = len(time.device_map.devices)
     cost = None if price is None else used * price / 3600 / time.tokens_per_s * 1e6
     return {
-        "placement": _placement(time.placement),
-        "pipelined": time.pipelined,
+        "device_map": _device_map(time.device_map),
+        "overlapped": time.overlapped,
         "prefill_ms": 1e3 * time.prefill_s,
         "first_tokens_ms": 1e3 * time.first_s,
         "decode_ms": 1e3 * time.decode_s,
@@ -122,23 +124,23 @@ def _time(time: ModeTime, num_devices: int, price: float | None) -> dict[str, An
     }
 
 
-def _placement(placement: Placement) -> dict[str, Any]:
+def _device_map(device_map: DeviceMap) -> dict[str, Any]:
     return {
-        "name": placement.name,
+        "name": device_map.name,
         "devices": [
             dataclasses.asdict(device)
             | {"towers": list(device.towers), "total": device.total, "fits": device.fits}
-            for device in placement.devices
+            for device in device_map.devices
         ],
-        "host_share": list(placement.host_share),
-        "host_bytes": placement.host_bytes,
-        "host_room": placement.host_room,
+        "host_share": list(device_map.host_share),
+        "host_bytes": device_map.host_bytes,
+        "host_room": device_map.host_room,
     }
 
 
-def _describe_misfit(placement: Placement) -> str:
+def _describe_misfit(device_map: DeviceMap) -> str:
     """What a device or the host would need, in GiB."""
-    for device in placement.devices:
+    for device in device_map.devices:
         if not device.fits:
             verb = "needs" if len(device.towers) == 1 else "need"
             return (
@@ -146,8 +148,8 @@ def _describe_misfit(placement: Placement) -> str:
                 f"that offers {device.usable / _GIB:.1f}"
             )
     return (
-        f"experts need {placement.host_bytes / _GIB:.1f} GiB of host memory "
-        f"that offers {placement.host_room / _GIB:.1f}"
+        f"experts need {device_map.host_bytes / _GIB:.1f} GiB of host memory "
+        f"that offers {device_map.host_room / _GIB:.1f}"
     )
 
 
@@ -160,7 +162,7 @@ def _passes(
     for call, mode in [*owners.items(), (VERIFY, "speculative")]:
         time = best[mode] or (best["diffusion"] if call == VERIFY else None)
         if time is not None:
-            took = pass_times(setup, workload, time.placement)[call]
+            took = pass_times(setup, workload, time.device_map)[call]
             found[call] = {**_ms(dataclasses.asdict(took)), "ruled_by": took.ruled_by}
     return found
 
@@ -183,11 +185,11 @@ def _break_even(
     ar, blocks = best["ar"], best["diffusion"]
     if ar is None or blocks is None or workload.new_tokens < 2:
         return None
-    calls = pass_times(setup, workload, blocks.placement)
-    reads_s = turns(setup, workload, "diffusion", blocks.placement).context_s
+    calls = pass_times(setup, workload, blocks.device_map)
+    reads_s = turns(setup, workload, "diffusion", blocks.device_map).context_s
     draft_s = workload.draft_passes * calls[DENOISE].seconds
     probe = dataclasses.replace(workload, tokens_per_cycle=float(workload.block_size))
-    cycle = turns(setup, probe, "speculative", blocks.placement)
+    cycle = turns(setup, probe, "speculative", blocks.device_map)
     cycle_s = draft_s + cycle.context_s / cycle.cycles
     per_nfe, per_cycle = {}, {}
     for target in TARGETS:
@@ -206,9 +208,9 @@ def _break_even(
 def _point(point: Point) -> dict[str, Any]:
     """Tokens a second and rows at a time of each mode."""
     modes = {mode: None if time is None else _rate(time) for mode, time in point.times.items()}
-    return {"batch": point.batch, "modes": modes}
+    return {"batch_size": point.batch_size, "modes": modes}
 
 
 def _rate(time: ModeTime) -> dict[str, float]:
-    used = len(time.placement.devices)
+    used = len(time.device_map.devices)
     return {"tokens_per_s": time.tokens_per_s, "rows": time.rows, "devices_used": used}

@@ -1,8 +1,9 @@
-"""Repeat on one model what another one committed: same passes, same commits, other sizes.
+"""Larger models of a race: random weights that repeat what another model committed.
 
 Cost does not depend on content. A model with random weights would commit nonsense at its own pace,
 so that its towers compute as ever and only the logits that leave them are replaced by ones that
-lead the engine to the recorded commits.
+lead the engine to the recorded commits: same passes, same commits, another size. The vocabulary is
+not a power of two, because PyTorch's float32 product is far slower at 8,192 outputs than beside it.
 """
 
 import math
@@ -12,12 +13,63 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from twotower.config import TwoTowerConfig
 from twotower.engine import Event, StepTaken, TokensCommitted
+from twotower.families import config_from_dict
 from twotower.model import ContextCache, ContextView, TwoTower
+from twotower.model.initialise import copy_context_to_denoiser, randomise
 
 FILL, OTHER = 4, 5  # tokens that every vocabulary has and that mean nothing to the engine
 _CERTAIN = 1 - 1e-6
 _SURE = 40.0  # a logit beside zeros
+
+
+_BOTH: dict[str, object] = {
+    "vocab_size": 8000,
+    "head_dim": 64,
+    "mamba_head_dim": 64,
+    "n_groups": 1,
+    "conv_kernel": 4,
+    "eos_token_id": None,  # it never ends a text, so that all write alike
+}
+SIZES: dict[str, dict[str, object]] = {
+    "32M": _BOTH
+    | {
+        "hybrid_override_pattern": "M*-" * 6,
+        "hidden_size": 512,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "mamba_num_heads": 16,
+        "ssm_state_size": 64,
+        "intermediate_size": 1664,
+    },
+    "160M": _BOTH
+    | {
+        "hybrid_override_pattern": "M*-" * 8,
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "mamba_num_heads": 32,
+        "ssm_state_size": 128,
+        "intermediate_size": 4224,
+    },
+}
+
+
+def random_config(size: str, block_size: int) -> TwoTowerConfig:
+    return config_from_dict({**SIZES[size], "block_size": block_size})
+
+
+def make_random(size: str, like: TwoTower, seed: int) -> TwoTower:
+    """Both towers of a size with seeded random weights; its block, dtype and decoding defaults are
+    those of another model.
+    """
+    model = TwoTower(random_config(size, like.config.block_size))
+    randomise(model, seed)
+    copy_context_to_denoiser(model, seed)
+    model = model.to(like.context_lm_head.weight.dtype).eval().requires_grad_(False)
+    model.generation_defaults = like.generation_defaults
+    return model
 
 
 @dataclass(frozen=True, kw_only=True)

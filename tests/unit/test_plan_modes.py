@@ -5,22 +5,23 @@ from dataclasses import replace
 import pytest
 
 from tiny_plan import machine, setup, workload
-from twotower.lab.plan.decode import (
+from twotower.lab.plan.inputs import Efficiency, Mode, Workload
+from twotower.lab.plan.memory import DeviceMap, device_maps
+from twotower.lab.plan.modes import (
     EXTEND,
     Turns,
-    bisect_change,
+    all_times,
+    best_times,
     break_even_tokens_per_cycle,
     break_even_tokens_per_nfe,
+    faster_mode,
+    overlapped_seconds,
     pass_times,
-    pipelined_seconds,
+    sweep,
     time_mode,
     turns,
 )
-from twotower.lab.plan.efficiency import Efficiency
-from twotower.lab.plan.memory import Placement, placements
 from twotower.lab.plan.passes import Setup
-from twotower.lab.plan.sweep import all_times, best_times, block_spans, sweep
-from twotower.lab.plan.workload import Mode, Workload
 
 # A machine so fast that only the six layers' overhead is left: 6 ms a pass.
 FAST = machine(bandwidth_gb_s=1e9, tflops={"bfloat16": 1e6}, link_gb_s=1e9)
@@ -28,8 +29,8 @@ STEADY = Efficiency(bandwidth=1.0, arithmetic=1.0, layer_s=1e-3)
 MS = 1e-3
 
 
-def placed(made: Setup, work: Workload, mode: Mode, devices: int = 1) -> Placement:
-    *_, last = placements(made, work, mode, devices)
+def placed(made: Setup, work: Workload, mode: Mode, devices: int = 1) -> DeviceMap:
+    *_, last = device_maps(made, work, mode, devices)
     return last
 
 
@@ -64,15 +65,15 @@ def test_an_answer_by_drafts() -> None:
 def test_long_prompts_take_several_passes_and_rows_share_them() -> None:
     made = setup(FAST, STEADY)
     for prompt, batch, passes in ((512, 1, 1), (513, 1, 2), (512, 16, 1), (600, 17, 4), (1, 9, 1)):
-        work = workload(prompt_tokens=prompt, batch=batch)
+        work = workload(prompt_tokens=prompt, batch_size=batch)
         found = time_mode(made, work, "ar", placed(made, work, "ar"))
         assert found.prefill_s == pytest.approx(passes * 6 * MS, rel=1e-3), (prompt, batch)
 
 
 def test_two_groups_of_rows_overlap() -> None:
     """30 s of the denoiser and 10 of the context tower a group: the denoiser is never idle."""
-    assert pipelined_seconds(Turns(denoiser_s=30, context_s=10, cycles=5)) == 60 + 10 / 5
-    assert pipelined_seconds(Turns(denoiser_s=10, context_s=30, cycles=5)) == 60 + 10 / 5
+    assert overlapped_seconds(Turns(denoiser_s=30, context_s=10, cycles=5)) == 60 + 10 / 5
+    assert overlapped_seconds(Turns(denoiser_s=10, context_s=30, cycles=5)) == 60 + 10 / 5
     assert Turns(denoiser_s=30, context_s=10, cycles=5).in_sequence == 40
 
 
@@ -81,17 +82,17 @@ def test_overlap_is_used_where_it_gains() -> None:
     from being halved, so only what is shorter for fewer rows does. One row has no second group.
     """
     steady = setup(FAST, STEADY)
-    work = workload(batch=8, tokens_per_cycle=4.0)
+    work = workload(batch_size=8, tokens_per_cycle=4.0)
     found = time_mode(steady, work, "speculative", placed(steady, work, "speculative", 2))
-    assert not found.pipelined and found.decode_s == pytest.approx(15 / 4 * 12 * MS)
+    assert not found.overlapped and found.decode_s == pytest.approx(15 / 4 * 12 * MS)
     # All arithmetic: half of the rows take half of the time, and two devices share the work.
     busy = setup(machine(bandwidth_gb_s=1e9, link_gb_s=1e9))
     place = placed(busy, work, "speculative", 2)
     found = time_mode(busy, work, "speculative", place)
     whole = turns(busy, work, "speculative", place).in_sequence
-    assert found.pipelined and whole / 2 < found.decode_s < 0.7 * whole
+    assert found.overlapped and whole / 2 < found.decode_s < 0.7 * whole
     assert found.sequence_s == pytest.approx(whole) and found.overlapped_s == found.decode_s
-    alone = replace(work, batch=1)
+    alone = replace(work, batch_size=1)
     assert time_mode(busy, alone, "speculative", place).overlapped_s is None
     near = placed(busy, work, "speculative", 1)
     assert time_mode(busy, work, "speculative", near).overlapped_s is None
@@ -100,8 +101,8 @@ def test_overlap_is_used_where_it_gains() -> None:
 def test_a_link_costs_what_it_moves() -> None:
     """Silent failure: two devices look as fast as one with twice the memory."""
     made = setup(replace(FAST, link_gb_s=1e-3), STEADY)
-    work = workload(batch=3)
-    one, two = placements(made, work, "diffusion", 2)
+    work = workload(batch_size=3)
+    one, two = device_maps(made, work, "diffusion", 2)
     near, far = (turns(made, work, "diffusion", place).context_s for place in (one, two))
     block = 3 * (4 * 64 * 2 + 2 * (256 * 4 + 192 * 2))  # keys of four tokens, states; per row
     assert far - near == pytest.approx(3 * block / 1e6)  # three extensions
@@ -121,11 +122,6 @@ def test_break_even() -> None:
     assert break_even_tokens_per_cycle(0.0, 0.012, workload()) is None
 
 
-def test_bisection() -> None:
-    for first in range(11, 21):
-        assert bisect_change(10, 20, lambda n, first=first: n >= first) == first  # type: ignore[misc]  # a default argument
-
-
 def test_ar_needs_no_denoiser() -> None:
     made, work = setup(FAST, STEADY), workload()
     assert set(pass_times(made, work, placed(made, work, "ar"))) == {"ar_step", EXTEND, "verify"}
@@ -135,51 +131,48 @@ def test_the_fastest_placement_comes_first() -> None:
     """Two devices with a slow link lose against one, if one has room for both towers."""
     made = setup(replace(FAST, link_gb_s=1e-6), STEADY)
     first, second = all_times(made, workload(), "diffusion", 2)
-    assert (len(first.placement.devices), len(second.placement.devices)) == (1, 2)
+    assert (len(first.device_map.devices), len(second.device_map.devices)) == (1, 2)
     assert first.tokens_per_s > second.tokens_per_s
     assert all_times(made, workload(), "speculative", 2) == []  # no tokens per cycle
     small = setup(replace(FAST, memory_gib=1e-9), STEADY)
     assert best_times(small, workload(), 1) == dict.fromkeys(("ar", "diffusion", "speculative"))
 
 
-def test_spans_find_every_change() -> None:
-    """Arithmetic in the way of blocks: beyond some batch AR wins, and every batch agrees."""
+def test_the_faster_mode_at_each_batch_size() -> None:
+    """Arithmetic in the way of blocks: beyond some batch AR wins, and every batch size agrees."""
     # 6 ms a pass are shared by all rows; the arithmetic of a token is every row's own.
     made = setup(machine(bandwidth_gb_s=1e9), STEADY)
     work = workload(prompt_tokens=1)
     points = sweep(made, work, 1, 64)
-    assert [point.batch for point in points] == [1, 2, 4, 8, 16, 32, 64]
-    spans = block_spans(made, work, 1, points, per_device=False)
-    assert [span.winner for span in spans] == ["diffusion", "ar"]
-    assert spans[0].first == 1 and spans[0].last + 1 == spans[1].first and spans[1].last == 64
-    assert spans[1].first & (spans[1].first - 1)  # not one of the batches looked at
-    for batch in range(1, 65):
-        times = best_times(made, replace(work, batch=batch), 1)
-        ar, blocks = times["ar"], times["diffusion"]
-        assert ar is not None and blocks is not None
-        (winner,) = [span.winner for span in spans if span.first <= batch <= span.last]
-        is_diffusion = blocks.tokens_per_s > ar.tokens_per_s
-        assert winner == ("diffusion" if is_diffusion else "ar"), batch
+    assert [point.batch_size for point in points] == [1, 2, 4, 8, 16, 32, 64]
+    first, second = faster_mode(points, per_device=False)
+    assert (first.winner, second.winner) == ("diffusion", "ar")
+    assert first.first == 1 and first.last * 2 == second.first and second.last == 64
+    for span in (first, second):
+        for batch in (span.first, span.last):
+            times = best_times(made, replace(work, batch_size=batch), 1)
+            ar, blocks = times["ar"], times["diffusion"]
+            assert ar is not None and blocks is not None
+            is_diffusion = blocks.tokens_per_s > ar.tokens_per_s
+            assert span.winner == ("diffusion" if is_diffusion else "ar"), batch
 
 
 def test_two_devices_are_two_replicas_of_ar() -> None:
     """Silent failure: a mode that occupies two devices is praised for beating one."""
     made, work = setup(FAST, STEADY), workload(tokens_per_nfe=4.0)
     small = replace(made, hardware=replace(FAST, memory_gib=60_000 / 2**30))
-    one, two = placements(small, work, "diffusion", 2)
+    one, two = device_maps(small, work, "diffusion", 2)
     assert (one.fits, two.fits) == (False, True)
     points = sweep(small, work, 2, 1)
-    assert [s.winner for s in block_spans(small, work, 2, points, per_device=False)] == [
-        "diffusion"
-    ]
-    assert [s.winner for s in block_spans(small, work, 2, points, per_device=True)] == ["ar"]
+    assert [s.winner for s in faster_mode(points, per_device=False)] == ["diffusion"]
+    assert [s.winner for s in faster_mode(points, per_device=True)] == ["ar"]
 
 
 def test_more_rows_never_slow_a_sweep_down() -> None:
     """Where the cache would push experts behind a slow link, rows wait instead."""
     deep = {"hybrid_override_pattern": "EME*"}
     base = setup(**deep)
-    need = next(placements(base, workload(batch=4), "ar", 1)).devices[0].total
+    need = next(device_maps(base, workload(batch_size=4), "ar", 1)).devices[0].total
     made = setup(machine(memory_gib=need / 2**30, host_gib=1, host_gb_s=1e-6), **deep)
     points = sweep(made, workload(), 1, 64)
     speeds = [time.tokens_per_s for p in points if (time := p.times["ar"]) is not None]
@@ -191,7 +184,7 @@ def test_more_rows_never_slow_a_sweep_down() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch": 0}, "batch: 0 is too small; use at least 1"),
+        ({"batch_size": 0}, "batch_size: 0 is too small; use at least 1"),
         ({"new_tokens": 0}, "new_tokens: 0 is too small"),
         ({"tokens_per_nfe": 4.5}, "tokens_per_nfe: 4.5 must be above 0 and at most the block's 4"),
         ({"tokens_per_nfe": 0.0}, "tokens_per_nfe: 0.0 must be above 0"),

@@ -8,12 +8,21 @@ import torch
 from torch import Tensor
 
 import tiny_options
-from tiny_models import fresh_model, prompts_of, tiny_model
+from tiny_models import fresh_model, prompts_of, tiny_config, tiny_model
 from twotower import GenerateOptions
+from twotower.checkpoint.empty import build_empty
 from twotower.engine import Finished, StepTaken, TokensCommitted, stream
-from twotower.lab.race.contest import Heat
-from twotower.lab.race.ours import OurContestant
-from twotower.lab.race.script import Script, ScriptedModel, logit_of, record_script
+from twotower.families import config_to_dict
+from twotower.lab.race import replay
+from twotower.lab.race.replay import (
+    Script,
+    ScriptedModel,
+    logit_of,
+    make_random,
+    random_config,
+    record_script,
+)
+from twotower.lab.race.runners import OurRunner, TimedPrompt
 from twotower.model import ContextCache, ContextView, TwoTower
 
 PROMPT = prompts_of([7])[0]
@@ -86,11 +95,11 @@ def test_the_towers_compute_every_pass() -> None:
     """Silent failure: replaced logits that cost nothing make a big model look fast."""
     script = script_of(tiny_model(), "diffusion")
     counting = Counting(tiny_model(1))
-    contestant = OurContestant("pytorch", counting, options_of("diffusion"))  # type: ignore[arg-type]
-    lap = contestant.run(Heat(ids=PROMPT, max_new_tokens=99, scripts={"diffusion": script}))
-    assert counting.calls["denoise"] == lap.nfe == script.nfe
+    runner = OurRunner("pytorch", counting, options_of("diffusion"))  # type: ignore[arg-type]
+    one = runner.run(TimedPrompt(ids=PROMPT, max_new_tokens=99, scripts={"diffusion": script}))
+    assert counting.calls["denoise"] == one.nfe == script.nfe
     assert counting.calls["extend"] == len(script.commits)  # the prompt, all blocks but the last
-    assert len(lap.tokens) == 23  # the script's, not the heat's
+    assert len(one.tokens) == 23  # the script's, not the prompt's
 
 
 def test_what_is_recorded() -> None:
@@ -134,3 +143,24 @@ def test_the_last_event_is_the_rows_end() -> None:
     """What `time_stream` reads its result from."""
     *_, last = stream(tiny_model(), [PROMPT], options_of("ar"))
     assert isinstance(last, Finished)
+
+
+def test_random_models_have_the_sizes_of_their_names() -> None:
+    """Silent failure: a row of the table is called 160M and streams something else."""
+    for size, wanted in (("32M", 32e6), ("160M", 160e6)):
+        config = random_config(size, block_size=16)
+        model = build_empty(config, "context")
+        count = sum(parameter.numel() for parameter in model.parameters())
+        assert abs(count / wanted - 1) < 0.03
+        assert config.eos_token_ids == () and config.block_size == 16
+    assert (config.hidden_size, config.context.num_layers) == (1024, 24)
+
+
+def test_random_models_repeat_with_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = config_to_dict(tiny_config())
+    monkeypatch.setitem(replay.SIZES, "32M", tiny)
+    one, same, other = (make_random("32M", tiny_model(), seed) for seed in (3, 3, 4))
+    assert torch.equal(one.lm_head.weight, same.lm_head.weight)
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+    assert torch.equal(one.lm_head.weight, one.context_lm_head.weight)
+    assert not any(parameter.requires_grad for parameter in one.parameters())

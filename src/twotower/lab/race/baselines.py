@@ -10,19 +10,26 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
+
+from twotower.checkpoint import export_transformers
+from twotower.checkpoint.gguf import Precision, export_gguf
+from twotower.model import TwoTower
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "Q8_0": "q8_0"}
+LLAMA_CPP_DTYPES: tuple[Precision, ...] = ("float32", "float16", "q8_0")
+_SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _LLAMA_CPP_CONTEXT = 4096  # tokens of a prompt and what is written after it
 
 
-class MissingRival(ValueError):
-    """A rival's library is not installed; the message says how to get it."""
+class MissingBaseline(ValueError):
+    """A baseline's library is not installed; the message says how to get it."""
 
 
 class Decoded(NamedTuple):
@@ -35,18 +42,11 @@ class Decoded(NamedTuple):
     prefill_seconds: float
     decode_seconds: float
 
-    @property
-    def ms_per_token(self) -> float:
-        """Milliseconds of a forward pass of one token; ValueError if there was none."""
-        if len(self.tokens) < 2:
-            raise ValueError("ms_per_token needs at least 2 new tokens; ask for more")
-        return 1000 * self.decode_seconds / (len(self.tokens) - 1)
 
-
-class Rival(Protocol):
+class Baseline(Protocol):
     """Greedy decoding by somebody else's code."""
 
-    name: str
+    name: str  # in the table
     dtype: str
 
     def decode(self, ids: Sequence[int], num_new: int) -> Decoded:
@@ -56,24 +56,29 @@ class Rival(Protocol):
         """Natural-log probability of every token of the vocabulary as the next one."""
 
     def close(self) -> None:
-        """Give back memory and threads."""
+        """Free memory and threads."""
+
+
+def llama_cpp_name(dtype: str) -> str:
+    """What the table calls llama.cpp with weights of a precision."""
+    return f"llama.cpp-{_SHORT.get(dtype, dtype)}"
 
 
 def load_transformers(
     folder: str | Path, threads: int, dtype: Literal["float32", "bfloat16"] = "float32"
-) -> Rival:
+) -> Baseline:
     """transformers' NemotronHForCausalLM from a folder that `export_transformers` wrote.
 
-    Plain PyTorch on the CPU, with its own cache. MissingRival when it is not installed.
+    Plain PyTorch on the CPU, with its own cache. MissingBaseline when it is not installed.
     """
     return _Transformers(Path(folder), threads, dtype)
 
 
-def load_llama_cpp(file: str | Path, threads: int) -> Rival:
+def load_llama_cpp(file: str | Path, threads: int) -> Baseline:
     """llama.cpp's own server inside this process, on a file that `export_gguf` wrote.
 
     A float32 file gets a float32 KV cache and plain attention, which is exact; others run as
-    llama.cpp does by default. MissingRival when it is not installed; ValueError for a bad file.
+    llama.cpp does by default. MissingBaseline when it is not installed; ValueError for a bad file.
     """
     return _LlamaCpp(Path(file), threads)
 
@@ -142,14 +147,13 @@ def _torch_threads(count: int) -> Iterator[None]:
 
 
 class _LlamaCpp:
-    name = "llama.cpp"
-
     def __init__(self, file: Path, threads: int) -> None:
         try:
             import xllamacpp
         except ImportError:
             raise _missing("xllamacpp") from None
         self.dtype, self._vocab_size, self._has_end = _read_header(file)
+        self.name = llama_cpp_name(self.dtype)
         try:
             self._server = xllamacpp.Server(_server_options(file, threads, self.dtype))
         except RuntimeError:
@@ -221,8 +225,8 @@ def _server_options(file: Path, threads: int, dtype: str) -> Any:
     return options
 
 
-def _missing(package: str) -> MissingRival:
-    return MissingRival(f"{package} is not installed; get it with: pip install 'twotower[bench]'")
+def _missing(package: str) -> MissingBaseline:
+    return MissingBaseline(f'{package} is not installed: pip install "twotower[bench]"')
 
 
 def _read_header(file: Path) -> tuple[str, int, bool]:
@@ -250,3 +254,46 @@ def _read_header(file: Path) -> tuple[str, int, bool]:
         ) from None
     name = kind.name.removeprefix("ALL_").removeprefix("MOSTLY_")
     return _DTYPES.get(name, name), vocab_size, end != mask
+
+
+@contextmanager
+def open_baselines(
+    model: TwoTower | None, threads: int, dtype: torch.dtype
+) -> Iterator[tuple[list[Baseline], list[str]]]:
+    """Baselines on the weights of the context tower, and a line for each that cannot run.
+
+    The files they need are written for them and removed with them. None: none are wanted.
+    """
+    baselines: list[Baseline] = []
+    missing: list[str] = []
+    with TemporaryDirectory(prefix="twotower-race-") as folder:
+        try:
+            if model is not None:
+                _open_all(model, Path(folder), (threads, dtype), baselines, missing)
+            yield baselines, missing
+        finally:
+            for baseline in baselines:
+                baseline.close()
+
+
+def _open_all(
+    model: TwoTower,
+    folder: Path,
+    how: tuple[int, torch.dtype],
+    baselines: list[Baseline],
+    missing: list[str],
+) -> None:
+    threads, dtype = how
+    try:
+        export_transformers(model, folder / "transformers")
+        name = str(dtype).removeprefix("torch.")
+        baselines.append(load_transformers(folder / "transformers", threads, name))  # type: ignore[arg-type]  # checked there
+    except ValueError as error:  # not installed, or a model that it cannot represent
+        missing.append(f"transformers: {error}")
+    for kind in LLAMA_CPP_DTYPES:
+        file = folder / f"{kind}.gguf"
+        try:
+            export_gguf(model, file, dtype=kind)
+            baselines.append(load_llama_cpp(file, threads))
+        except ValueError as error:
+            missing.append(f"{llama_cpp_name(kind)}: {error}")

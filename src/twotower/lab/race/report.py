@@ -1,18 +1,20 @@
-"""Pictures of a race's record, each a matplotlib figure; a part that is missing gives none."""
-
-from __future__ import annotations
+"""A race's record for readers: tables and sentences for the terminal, and pictures."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from twotower.lab.evaluate.plots import COLORS, new_figure
-from twotower.lab.race.costs import TARGET, block_cost
+from twotower.lab.race.results import TARGET, block_cost
+from twotower.lab.report import COLORS, Record, Table, new_figure, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Record = Mapping[str, Any]
+_COSTS = (
+    "engine", "mode", "ms/token", "quartiles", "tokens/s", "decode ms", "x best", "x own",
+    "tok/NFE", "right",
+)  # fmt: skip
+_LIMITS = ("engine", "pass", "ms", "MB", "Mop", "by bytes", "by ops", "regime")
 CALLS = ("ar_step", "denoise_pass", "extend", "verify")
 MODE_MARKERS = "s^vDP*"  # rings are where curves cross a level
 REGIME_COLORS = {
@@ -20,7 +22,78 @@ REGIME_COLORS = {
 }  # fmt: skip
 
 
-def race_figures(record: Record) -> dict[str, Figure]:
+def tables(size: str, found: Record) -> list[Table]:
+    """What a token costs each runner, and each pass beside the least that the machine allows."""
+    title = f"{size}: {found['n']} {'replays' if found['is_replay'] else 'prompts'}"
+    costs = [
+        _cost_row(engine, mode, row, found["is_replay"])
+        for engine, modes in found["engines"].items()
+        for mode, row in modes.items()
+    ]
+    limits = [_limit_row(row) for row in found["limits"]]
+    passes = f"{size}: passes after {found['num_past']} tokens"
+    return [Table(title, _COSTS, costs), Table(passes, _LIMITS, limits)]
+
+
+def _cost_row(engine: str, mode: str, row: Record, is_replay: bool) -> list[str]:
+    """A replay's speed-ups are those of decoding: its prompts are not real."""
+    decode = "decode_" if is_replay else ""
+    low, high = row["ms_per_token_quartiles"]
+    return [
+        engine,
+        mode,
+        number(row["ms_per_token"]),
+        f"{low:.2f}-{high:.2f}",
+        number(row["tokens_per_s"], 0),
+        number(row["decode_ms_per_token"]),
+        number(row[f"{decode}speedup_vs_best_ar"]),
+        number(row[f"{decode}speedup_vs_own_ar"]),
+        number(row["tokens_per_nfe"]),
+        f"{row['correct']}/{row['n']}" if "correct" in row else "-",
+    ]
+
+
+def _limit_row(row: Record) -> list[str]:
+    return [
+        row["engine"],
+        row["call"],
+        number(row["ms"]),
+        number(row["bytes"] / 1e6, 1),
+        number(row["operations"] / 1e6, 0),
+        number(row["stream_ms"]),
+        number(row["compute_ms"]),
+        row["regime"] + (", in cache" if row["is_in_cache"] else ""),
+    ]
+
+
+def describe_break_even(engine: str, pays: Record, found: Record) -> str:
+    """What a pass of a block costs in AR steps, and how many tokens it must commit."""
+    needed, cycle = pays["needed_tokens_per_nfe"], pays["needed_tokens_per_cycle"]
+    size = found["model"]["block_size"]
+    lines = [
+        f"{engine}: a pass of {size} tokens costs {pays['denoise_per_ar_step']:.2f} AR steps, "
+        f"an extension {pays['extend_per_ar_step']:.2f}, a verification "
+        f"{pays['verify_per_ar_step']:.2f}."
+    ]
+    for name, words in (
+        ("own_ar", "its own AR step"),
+        ("best_ar", f"the best AR ({found['best_ar_decode'][0]})"),
+    ):
+        for speedup, tokens in needed[name].items():
+            accepted = cycle[name][speedup]
+            blocks = (
+                "out of reach in blocks" if tokens is None else f"{tokens:.1f} tokens/NFE in blocks"
+            )
+            cycles = (
+                "out of reach of speculation"
+                if accepted > size
+                else f"{accepted:.1f} tokens a cycle of speculation"
+            )
+            lines.append(f"  {speedup} times {words}: {blocks}, {cycles}.")
+    return "\n".join(lines)
+
+
+def race_figures(record: Record) -> dict[str, "Figure"]:
     """Every picture of the record by the name of its file."""
     made = {"passes": plot_passes(record), "speed": plot_speed(record)}
     for size, found in record["sizes"].items():
@@ -29,7 +102,7 @@ def race_figures(record: Record) -> dict[str, Figure]:
     return made
 
 
-def plot_passes(record: Record) -> Figure:
+def plot_passes(record: Record) -> "Figure":
     """Milliseconds of each pass by size and engine, over those of the engine's AR step."""
     rows = [
         (f"{size}, {engine}", calls)
@@ -62,15 +135,15 @@ def plot_passes(record: Record) -> Figure:
     return figure
 
 
-def _scale_log(axes: Axes, values: Sequence[float]) -> None:
+def _scale_log(axes: "Axes", values: Sequence[float]) -> None:
     """A logarithmic axis from below the least value, with room for labels behind the largest."""
     axes.set_xscale("log")
     axes.set_xlim(min(values) / 3, max(values) * 6)
     axes.tick_params(axis="x", which="minor", labelbottom=False)
 
 
-def plot_speed(record: Record) -> Figure:
-    """Tokens per second of every contestant, decoding alone, by size."""
+def plot_speed(record: Record) -> "Figure":
+    """Tokens per second of every runner, decoding alone, by size."""
     rows = [
         (f"{size}, {engine} {mode}", mode, found)
         for size, entry in record["sizes"].items()
@@ -95,7 +168,7 @@ def plot_speed(record: Record) -> Figure:
     return figure
 
 
-def plot_break_even(size: str, found: Record) -> Figure:
+def plot_break_even(size: str, found: Record) -> "Figure":
     """Speed-up over the best AR against tokens per pass: composed of pass times, and measured."""
     figure = new_figure(height=5.0)
     axes = figure.add_subplot()
@@ -122,7 +195,7 @@ def plot_break_even(size: str, found: Record) -> Figure:
     return figure
 
 
-def _mark_break_even(axes: Axes, needed: Mapping[str, float | None], color: str) -> None:
+def _mark_break_even(axes: "Axes", needed: Mapping[str, float | None], color: str) -> None:
     """A ring where a line crosses a level, with its tokens per pass."""
     for speedup, tokens in needed.items():
         if tokens is not None and tokens >= 1:
@@ -133,7 +206,7 @@ def _mark_break_even(axes: Axes, needed: Mapping[str, float | None], color: str)
             )
 
 
-def _mark_measured(axes: Axes, found: Record) -> None:
+def _mark_measured(axes: "Axes", found: Record) -> None:
     """A point for each mode with denoiser passes, over the best AR, in its engine's colour."""
     colors = dict(zip(found["ms_by_engine"], COLORS, strict=False))
     shapes: dict[str, str] = {}
@@ -148,7 +221,7 @@ def _mark_measured(axes: Axes, found: Record) -> None:
         axes.plot([], [], shape, color="gray", label=f"{mode}, measured over the best AR")
 
 
-def plot_limits(size: str, found: Record) -> Figure:
+def plot_limits(size: str, found: Record) -> "Figure":
     """Measured time of a pass against the least that the machine allows, coloured by regime."""
     figure = new_figure(height=1.4 + 0.35 * len(found["limits"]))
     axes = figure.add_subplot()

@@ -7,8 +7,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from twotower.cli.race_tables import describe_break_even
-from twotower.lab.race.plots import plot_break_even
+from twotower.lab.race.report import describe_break_even, plot_break_even
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 

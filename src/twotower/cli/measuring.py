@@ -1,0 +1,75 @@
+"""What the verbs that measure share: output folder, libraries, progress, the sandbox."""
+
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import twotower
+from twotower.lab.evaluate.sandbox import Sandbox, find_sandbox
+from twotower.lab.evaluate.suite import EXECUTED
+
+INTERRUPTED = 130  # exit status, as a shell reports Ctrl-C
+
+
+def open_folder(folder: Path) -> None:
+    """Make the output folder; ValueError, before the run, if nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or "not writable"
+        raise ValueError(f"output: cannot write into {folder} ({reason}); use another") from None
+
+
+def require_library(name: str) -> None:
+    """ImportError, before the run, for a library that only its end would miss."""
+    if find_spec(name) is None:
+        raise ImportError(f'{name} is not installed: pip install "twotower[eval]"')
+
+
+def open_sandbox(categories: Sequence[str], allow_unsandboxed: bool) -> Sandbox | None:
+    """The sandbox for what these categories execute; None if they execute nothing.
+
+    ValueError, before the run, where there is none and that is not allowed.
+    """
+    return find_sandbox(allow_unsandboxed) if EXECUTED.keys() & set(categories) else None
+
+
+def say_protection(sandbox: Sandbox | None) -> None:
+    """Which protection is on, on stderr."""
+    if sandbox is not None:
+        print(sandbox.description, file=sys.stderr)
+
+
+def progress_bar(total: int) -> Progress:
+    """One task on stderr, shown only at a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn())
+    bar = Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty()
+    )
+    bar.add_task("warm-up", total=total)
+    return bar
+
+
+def describe_versions(*libraries: str) -> dict[str, str | None]:
+    """Ours, Python's, the system's, the libraries'; None for a library that is missing."""
+    found: dict[str, str | None] = {
+        "twotower": twotower.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    for name in ("torch", *libraries):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found

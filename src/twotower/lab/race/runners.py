@@ -1,0 +1,197 @@
+"""Who is measured: each of our modes on each of our engines, and the baselines.
+
+All take turns on every prompt, so that a slow moment of the machine falls on all of them.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, cast
+
+from torch import Tensor
+
+from twotower.backends import accelerate
+from twotower.engine import GenerateOptions, TokensCommitted, stream
+from twotower.engine.events import Event, Finished
+from twotower.lab.race.baselines import Baseline
+from twotower.lab.race.replay import Script, ScriptedModel
+from twotower.model import ContextCache, TwoTower
+
+AR = "ar"
+PAUSE_S = 0.01  # before each start: idle threads of the one before stop spinning
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedPrompt:
+    """One prompt that every runner continues.
+
+    is_right: judges a text, None where texts mean nothing. scripts: by mode, the commits to repeat;
+    empty where a runner decides itself what it writes, up to max_new_tokens.
+    """
+
+    ids: list[int]
+    max_new_tokens: int
+    is_right: Callable[[str], bool] | None = None
+    scripts: Mapping[str, Script] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One runner's answer to one prompt and what it cost.
+
+    Decoding begins when the first token is known (block modes: when the prompt is read) and yields
+    `decode_tokens` tokens.
+    """
+
+    tokens: list[int]
+    seconds: float
+    decode_seconds: float
+    decode_tokens: int
+    nfe: int
+    context_forwards: int
+
+    @property
+    def ms_per_token(self) -> float:
+        """From the prompt to the last token, by tokens."""
+        return 1e3 * self.seconds / max(1, len(self.tokens))
+
+    @property
+    def decode_ms_per_token(self) -> float | None:
+        """Without reading the prompt; None where that was all."""
+        return 1e3 * self.decode_seconds / self.decode_tokens if self.decode_tokens else None
+
+
+class Runner(Protocol):
+    """An engine in one mode."""
+
+    @property
+    def engine(self) -> str: ...
+
+    @property
+    def mode(self) -> str: ...
+
+    def run(self, prompt: TimedPrompt) -> Measurement:
+        """Continue the prompt, timed."""
+
+
+def race(runners: Sequence[Runner], prompts: Sequence[TimedPrompt]) -> Iterator[list[Measurement]]:
+    """Yield each prompt's measurements in the runners' order; who starts rotates.
+
+    Before the first prompt each runner continues it once untimed: first calls pay for later ones.
+    """
+    for runner in runners:
+        runner.run(prompts[0])
+    for turn, prompt in enumerate(prompts):
+        found: dict[int, Measurement] = {}
+        for place in range(len(runners)):
+            number = (turn + place) % len(runners)
+            time.sleep(PAUSE_S)
+            found[number] = runners[number].run(prompt)
+        yield [found[number] for number in range(len(runners))]
+
+
+class BaselineRunner:
+    """Somebody else's greedy decoding. In a replay it writes as many tokens as our AR did."""
+
+    mode = AR
+
+    def __init__(self, baseline: Baseline) -> None:
+        self._baseline = baseline
+        self.engine = baseline.name
+
+    def run(self, prompt: TimedPrompt) -> Measurement:
+        script = prompt.scripts.get(AR)
+        limit = prompt.max_new_tokens if script is None else script.num_tokens
+        found = self._baseline.decode(prompt.ids, limit)
+        return Measurement(
+            tokens=found.tokens,
+            seconds=found.prefill_seconds + found.decode_seconds,
+            decode_seconds=found.decode_seconds,
+            decode_tokens=len(found.tokens) - 1,
+            nfe=0,
+            context_forwards=len(found.tokens),
+        )
+
+
+# Name in the table -> the model as that engine runs it; ValueError (one line) where it cannot.
+ENGINES: Mapping[str, Callable[[TwoTower], TwoTower]] = {
+    "pytorch": lambda model: model,
+    "native": lambda model: accelerate(model, "native"),
+    "native-int8": lambda model: accelerate(model, "native", "int8"),
+}
+
+
+def open_engines(model: TwoTower, names: Sequence[str]) -> tuple[dict[str, TwoTower], list[str]]:
+    """The model on each engine, and a line for each that cannot run it; ValueError if none can."""
+    engines: dict[str, TwoTower] = {}
+    unable: list[str] = []
+    for name in names:
+        try:
+            engines[name] = ENGINES[name](model)
+        except (ValueError, ImportError) as error:
+            unable.append(f"{name}: {error}")
+    if not engines:
+        raise ValueError(f"engines: none can run this model ({'; '.join(unable)}); use pytorch")
+    return engines, unable
+
+
+class OurRunner:
+    """One of our modes on one of our engines."""
+
+    def __init__(self, engine: str, model: TwoTower, options: GenerateOptions) -> None:
+        self.engine = engine
+        self.mode = str(options.mode)
+        self._model = model
+        self._options = options
+
+    def run(self, prompt: TimedPrompt) -> Measurement:
+        script = prompt.scripts.get(self.mode)
+        model, options = self._model, self._options
+        if script is not None:
+            model = cast(TwoTower, ScriptedModel(model, script))
+            options = dataclasses.replace(
+                options, max_new_tokens=script.num_tokens, ignore_eos=True
+            )
+        return time_stream(model, prompt.ids, options)
+
+
+def time_stream(model: TwoTower, ids: list[int], options: GenerateOptions) -> Measurement:
+    """Decode one prompt of token ids; when decoding begins is said in `Measurement`."""
+    watched = Watched(model, len(ids))
+    first: tuple[float, TokensCommitted] | None = None
+    last: Event | None = None
+    begin = time.perf_counter()
+    for last in stream(cast(TwoTower, watched), [ids], options):
+        if first is None and isinstance(last, TokensCommitted):
+            first = time.perf_counter(), last
+    end = time.perf_counter()
+    assert isinstance(last, Finished) and first is not None
+    first_at, commit = first
+    done = last.completion
+    has_token = commit.nfe == 0  # the prompt alone gave it, as it gives a baseline's
+    return Measurement(
+        tokens=done.tokens,
+        seconds=end - begin,
+        decode_seconds=end - (first_at if has_token else watched.read_at),
+        decode_tokens=len(done.tokens) - (len(commit.tokens) if has_token else 0),
+        nfe=done.nfe,
+        context_forwards=done.context_forwards,
+    )
+
+
+class Watched:
+    """A model that notes when it has read its prompt of so many tokens."""
+
+    def __init__(self, model: TwoTower, num_prompt: int) -> None:
+        self._model, self._num_prompt = model, num_prompt
+        self.read_at = 0.0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._model, name)
+
+    def extend(self, cache: ContextCache, ids: Tensor, counts: Tensor | None = None) -> Tensor:
+        hidden = self._model.extend(cache, ids, counts)
+        if cache.num_past <= self._num_prompt:
+            self.read_at = time.perf_counter()
+        return hidden
