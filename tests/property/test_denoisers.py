@@ -88,6 +88,8 @@ def test_a_copy_follows_whatever_becomes_of_a_batch(data: st.DataObject) -> None
         elif change == "return" and waiting:
             batch = batch.join(waiting.pop())
         elif change == "fail":
+            batch.rows[0].tokens += [7, 8]
+            batch.read(0)
             denoiser._follower.lacks(batch)  # and the copy never gets it
             continue
         fill(batch)

@@ -23,7 +23,7 @@ from tiny_worker import (
     running,
     wait_for,
 )
-from twotower import ContextCache, generate
+from twotower import ContextCache, TwoTower, generate
 from twotower.engine import (
     MODES,
     Completion,
@@ -208,12 +208,10 @@ def test_a_dead_worker_tells_everyone_and_takes_no_more(
     the thread ends, whoever is decoded or waits is told, and whoever comes later is refused.
     """
 
-    def lost(scheduler: Scheduler, group: Group) -> object:
-        if group.rows:
-            raise EngineDeadError("lost the other rank")
-        return iter(())
+    def lost(model: TwoTower, cache: ContextCache) -> object:
+        raise EngineDeadError("lost the other rank")
 
-    monkeypatch.setattr(Scheduler, "_read", lost)
+    monkeypatch.setattr(TwoTower, "next_logits", lost)
     with running(overlap=overlap, max_rows=1) as worker:
         tickets = []
         with contextlib.suppress(Stopped):

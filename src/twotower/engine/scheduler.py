@@ -174,9 +174,12 @@ def _victim(rows: Sequence[Row], waiting: Row, places: Mapping[str | None, int])
     return victim if has_more or was_longer else None
 
 
-def _turn(batch: Batch, places: Mapping[str | None, int]) -> tuple[int, int]:
-    """Whose prompts are read first, as a key: of callers with few places, then the least read."""
-    return min(places[row.caller] for row in batch.rows), batch.num_read // READ_TOKENS
+def _turn(batch: Batch, places: Mapping[str | None, int]) -> tuple[int, int, int]:
+    """Whose prompts are read first, as a key: of callers with few places, then those that had the
+    fewest turns, then the shortest.
+    """
+    num_turns, length = batch.num_read // READ_TOKENS, max(len(row.prompt) for row in batch.rows)
+    return min(places[row.caller] for row in batch.rows), num_turns, length
 
 
 def _draft(group: Group) -> Iterator[Event]:
