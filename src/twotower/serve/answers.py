@@ -190,7 +190,7 @@ class ChatShape:
 
 
 def token_name(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text; of a part of a character its bytes, as OpenAI writes them: two names for two."""
+    """A token's text; of a part of a character its bytes, in OpenAI's spelling."""
     data = tokenizer.token_bytes(token)
     try:
         return data.decode()
