@@ -13,6 +13,7 @@ import pytest
 
 from raw_http import LONG, SHORT, URL, client_of, error_of, wait_for
 from serving import Running, running, shipped, tiny
+from twotower.engine.grammar_builder import build
 from twotower.serve import server as connections
 
 CHAT = "/v1/chat/completions"
@@ -109,6 +110,33 @@ def test_a_deadline_counts_while_a_grammar_is_built(client: httpx.Client) -> Non
     start = time.monotonic()
     answer = client.post(CHAT, json={**with_format(patterns(2)), "deadline_s": 1.0})
     assert answer.status_code == 400 and time.monotonic() - start < 4
+    assert "more than 1.0 s" in str(error_of(answer)["message"])
+
+
+def test_a_client_that_leaves_has_no_grammar_built_for_it(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards the one place in which grammars are built against those who only leave them there."""
+    entered: list[object] = []
+
+    def slow(*given: object) -> object:
+        entered.append(given)
+        time.sleep(1.5)
+        return build(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("twotower.serve.service.build", slow)
+    schemas: list[dict[str, object]] = [{"type": "integer", "minimum": n} for n in range(100, 108)]
+    bodies = [
+        {"prompt": "a", "response_format": with_format(schema)["response_format"]}
+        for schema in schemas
+    ]
+    threads = [threading.Thread(target=client_of(server, body, 0.5)) for body in bodies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    time.sleep(2)
+    assert len(entered) == 1, "the others left while the first was built"
 
 
 def filled(head: str, part: str, tail: str) -> bytes:

@@ -99,7 +99,7 @@ def test_prompts_count_once_and_cached_tokens_are_those_of_all_choices() -> None
         requests=(first, first, second, second),
         num_choices=2,
         mode="ar",
-        deadline_s=1.0,
+        ends_s=1.0,
         wants_steps=False,
     )
     usage = usage_of(asked, [completion(cached_tokens=n) for n in (0, 3, 2, 2)])

@@ -117,7 +117,7 @@ class Local:
         reader = Reader(self._served, ServeOptions(max_rows_per_request=1))
         try:
             asked = reader.chat(parse(ChatRequest, json.dumps(body).encode()))
-            (ticket,) = submit(self._worker, asked, asked.deadline_s)
+            (ticket,) = submit(self._worker, asked)
         except ApiError as error:
             raise ValueError(error.message) from None
         template = self._served.template

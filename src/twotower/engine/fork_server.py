@@ -24,7 +24,7 @@ from twotower.engine import fork_server_child as child
 
 _log = logging.getLogger(__name__)
 _SLACK_S = 1.0  # beyond its time, for a process to be ended and for the answer to arrive
-_MOST_TOLD = 256 << 20  # bytes of an answer
+_MOST_REPLY = 256 << 20  # bytes of an answer
 
 
 class ProcessDied(Exception):
@@ -145,8 +145,8 @@ class Forked:
         self, kind: bytes, request: bytes, cpu_s: float, wall_s: float, passed: Sequence[int] = ()
     ) -> None:
         self._longest_s = wall_s + _SLACK_S
-        head = child.ASK.pack(kind, cpu_s, wall_s, len(request))
-        with contextlib.suppress(OSError):  # which `receive` will tell
+        head = child.REQUEST.pack(kind, cpu_s, wall_s, len(request))
+        with contextlib.suppress(OSError):  # which `receive` will raise
             self._connection.settimeout(self._longest_s)
             if passed:
                 socket.send_fds(self._connection, [head], passed)
@@ -156,18 +156,18 @@ class Forked:
     def receive(self) -> tuple[bytes, float]:
         try:
             self._connection.settimeout(self._longest_s)
-            how, spent_s, size = child.TELL.unpack(self._read(child.TELL.size))
-            told = self._read(size)
+            status, spent_s, size = child.REPLY.unpack(self._read(child.REPLY.size))
+            content = self._read(size)
         except OSError as error:
             self._connection.close()  # an answer that comes late must not be taken for another
             raise ProcessDied(str(error)) from None
-        if how == child.DONE:
-            return told, spent_s
-        message = told.decode(errors="replace")
-        raise ValueError(message) if how == child.REFUSED else ProcessDied(message)
+        if status == child.DONE:
+            return content, spent_s
+        message = content.decode(errors="replace")
+        raise ValueError(message) if status == child.REFUSED else ProcessDied(message)
 
     def _read(self, size: int) -> bytes:
-        if size > _MOST_TOLD:
+        if size > _MOST_REPLY:
             raise OSError(f"an answer of {size} bytes")
         parts = []
         while size:

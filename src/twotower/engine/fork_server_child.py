@@ -20,11 +20,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# Asked: what for, seconds of CPU, seconds in all, bytes that follow.
-ASK = struct.Struct("<cddQ")
+# A request: what for, seconds of CPU, seconds in all, bytes that follow.
+REQUEST = struct.Struct("<cddQ")
 ANSWER, FORK, LIMIT = b"a", b"f", b"l"
-# Told: how it went, seconds of CPU that the process has taken so far, bytes that follow.
-TELL = struct.Struct("<cdQ")
+# A reply: how it went, seconds of CPU that the process has taken so far, bytes that follow.
+REPLY = struct.Struct("<cdQ")
 DONE, REFUSED, FAILED = b"d", b"r", b"f"
 
 
@@ -36,25 +36,25 @@ def serve(connection: socket.socket, answer: Callable[[bytes], bytes]) -> None:
             connection = _fork(connection, descriptors[0])
         elif kind == LIMIT:
             _limit_memory(int(content))
-            _tell(connection, DONE)
+            _reply(connection, DONE)
         else:
             _set_alarms(cpu_s, wall_s)
-            how, told = _answered(answer, content)
+            status, content = _answered(answer, content)
             _set_alarms(0.0, 0.0)
-            _tell(connection, how, told)
+            _reply(connection, status, content)
 
 
-def _tell(connection: socket.socket, how: bytes, told: bytes = b"") -> None:
+def _reply(connection: socket.socket, status: bytes, content: bytes = b"") -> None:
     try:
-        connection.sendall(TELL.pack(how, time.process_time(), len(told)) + told)
+        connection.sendall(REPLY.pack(status, time.process_time(), len(content)) + content)
     except OSError:  # nobody waits for it any more
         os._exit(0)
 
 
 def _receive(connection: socket.socket) -> tuple[bytes, float, float, bytes, list[int]]:
-    head, descriptors, _, _ = socket.recv_fds(connection, ASK.size, 1)
-    head += _read(connection, ASK.size - len(head))
-    kind, cpu_s, wall_s, size = ASK.unpack(head)
+    head, descriptors, _, _ = socket.recv_fds(connection, REQUEST.size, 1)
+    head += _read(connection, REQUEST.size - len(head))
+    kind, cpu_s, wall_s, size = REQUEST.unpack(head)
     return kind, cpu_s, wall_s, _read(connection, size), descriptors
 
 
@@ -75,9 +75,9 @@ def _fork(connection: socket.socket, descriptor: int) -> socket.socket:
         if os.fork() == 0:
             connection.close()
             return socket.socket(fileno=descriptor)
-        _tell(connection, DONE)
+        _reply(connection, DONE)
     except OSError as error:
-        _tell(connection, FAILED, _said(error))
+        _reply(connection, FAILED, _message(error))
     os.close(descriptor)
     return connection
 
@@ -86,12 +86,12 @@ def _answered(answer: Callable[[bytes], bytes], request: bytes) -> tuple[bytes, 
     try:
         return DONE, answer(request)
     except ValueError as error:
-        return REFUSED, _said(error)
+        return REFUSED, _message(error)
     except BaseException as error:  # a library's panic is none of Exception
-        return FAILED, _said(error)
+        return FAILED, _message(error)
 
 
-def _said(error: BaseException) -> bytes:
+def _message(error: BaseException) -> bytes:
     return f"{str(error) or type(error).__name__}"[:2000].encode(errors="replace")
 
 

@@ -128,7 +128,10 @@ def _length(value: object) -> int:
 
 def one_line(message: str) -> str:
     """What the library says, for one line of ours."""
-    return shortened(" ".join(message.replace("<non-verbose/>", "").split()))
+    line = " ".join(message.replace("<non-verbose/>", "").split())
+    if " " not in line:  # its name for that, such as NoExtensionBias
+        line = f"no token can follow this text ({line})"
+    return shortened(line)
 
 
 def shortened(line: str) -> str:

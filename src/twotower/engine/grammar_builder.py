@@ -37,11 +37,9 @@ class GrammarsFull(ValueError):
 class Built:
     """A grammar that the library has accepted, in the process that holds it."""
 
-    def __init__(self, process: Process, num_bytes: int) -> None:
-        self.process = process
-        self.num_bytes = num_bytes
-        # What can come before all others, equal for every row.
-        self.first, _ = process.ask(child.FOLLOW + child.numbers([0]), _BUILD_CPU_S, BUILD_S)
+    def __init__(self, process: Process, num_bytes: int, first: bytes) -> None:
+        """first: the reply on what can come before all others, equal for every row."""
+        self.process, self.num_bytes, self.first = process, num_bytes, first
 
 
 class _Builder:
@@ -97,11 +95,11 @@ class _Builder:
         request = child.BUILD + json.dumps(dataclasses.asdict(grammar)).encode()
         process = self._copy()
         try:
-            told, _ = process.ask(request, _BUILD_CPU_S, wall_s)
-            return Built(process, child.from_numbers(told)[0] << 10)
+            reply, _ = process.ask(request, _BUILD_CPU_S, wall_s)
+            return Built(process, child.from_numbers(reply[:4])[0] << 10, reply[4:])
         except ProcessDied:
             raise ValueError(
-                f"{grammar.kind}: building it needs more than {_BUILD_CPU_S:g} s or "
+                f"{grammar.kind}: building it needs more than {min(_BUILD_CPU_S, wall_s):.1f} s or "
                 f"{_MEMORY >> 20} MiB, or is too deep; give a simpler one"
             ) from None
         except ValueError as error:

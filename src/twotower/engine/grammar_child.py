@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARY = b"v"  # its size, then the text of a tokenizer file
-BUILD = b"b"  # a grammar as JSON: told is how many bytes of memory it takes
-FOLLOW = b"f"  # tokens to take back, then new ones: told is what can come next, see `_next`
-ALLOWED = b"a"  # tokens: told is how many of them could come next, one after the other
-MASKS = b"m"  # tokens that could: told are the masks after each of them
+BUILD = b"b"  # a grammar as JSON: the reply is its memory in KiB, then what can come first
+FOLLOW = b"f"  # tokens to take back, then new ones: the reply is what can come next, see `_next`
+ALLOWED = b"a"  # tokens: the reply is how many of them could come next, one after the other
+MASKS = b"m"  # tokens that could: the reply is the masks after each of them
 
 
 def numbers(values: Sequence[int]) -> bytes:
@@ -73,8 +73,8 @@ class Program:
             source = LLMatcher.grammar_from_lark(source)
         limits = LLParserLimits(verbose_errors=False)  # which would quote the text
         self._matcher = LLMatcher(self._vocabulary, source, log_level=0, limits=limits)
-        self._check()
-        return numbers([_own_memory() >> 10])
+        first = self._follow(0, [])  # which may take more than all before
+        return numbers([_own_memory() >> 10]) + first
 
     def _follow(self, num_back: int, new: list[int]) -> bytes:
         if num_back:
@@ -82,9 +82,9 @@ class Program:
         if new:
             self._matcher.consume_tokens(new)
         self._check()
-        told = _next(self._matcher)
+        reply = _next(self._matcher)
         self._check()
-        return told
+        return reply
 
     def _check(self) -> None:
         if self._matcher.is_error():

@@ -35,10 +35,10 @@ class TokenRules:
 
 
 class _Answer:
-    """What a process says to one question, once it has been heard."""
+    """What a process says to one question, once it has come."""
 
-    def __init__(self, told: bytes | None = None) -> None:
-        self.told = told
+    def __init__(self, reply: bytes | None = None) -> None:
+        self.reply = reply
         self.error: GrammarFailed | None = None
 
 
@@ -62,18 +62,18 @@ class _RowProcess:
         self._pending.append(_Answer())
         return self._pending[-1]
 
-    def hear(self, answer: _Answer) -> bytes:
+    def wait_for(self, answer: _Answer) -> bytes:
         """The answer, when it has come. GrammarFailed."""
-        while answer.told is None and answer.error is None:
-            self._hear(self._pending.popleft())
+        while answer.reply is None and answer.error is None:
+            self._receive(self._pending.popleft())
         if answer.error is not None:
             raise answer.error
-        assert answer.told is not None
-        return answer.told
+        assert answer.reply is not None
+        return answer.reply
 
-    def _hear(self, first: _Answer) -> None:
+    def _receive(self, first: _Answer) -> None:
         try:
-            first.told, self._spent_s = self._process.receive()
+            first.reply, self._spent_s = self._process.receive()
         except ProcessDied:
             first.error = GrammarFailed(
                 "grammar: following it takes more time or memory than it may; give a simpler one",
@@ -81,8 +81,6 @@ class _RowProcess:
             )
         except ValueError as error:
             message = one_line(str(error))
-            if " " not in message:  # the library's name for it
-                message = f"no token can follow this text ({message})"
             is_ours = _FORBIDDEN in message  # we gave it a token that it forbids
             first.error = GrammarFailed(f"grammar: {message}", not is_ours)
 
@@ -101,13 +99,14 @@ class GrammarState:
         beyond = range(tokenizer.vocab_size, rules.vocab_size)
         special = {*tokenizer.special_ids, *tokenizer.missing_ids, *beyond, rules.mask_token_id}
         self._banned = frozenset(special - set(rules.eos))
+        self._banned_ids = torch.tensor(sorted(self._banned), dtype=torch.int64)
+        self._never = self._banned | set(rules.eos)  # in the middle of a text
         self._own: _RowProcess | None = None  # once it has anything to do
         self._read: list[int] = []  # tokens that it has read
         self._next = _Answer(built.first)  # what can come after them
-        self._draft: list[int] = []  # further tokens, at which it has looked
-        self._allowed = self._masks = _Answer(
-            child.numbers([0])
-        )  # how many of them can come; masks after each
+        self._draft: list[int] = []  # further tokens, at which it has looked:
+        self._allowed = _Answer(child.numbers([0]))  # how many of them can come
+        self._masks = _Answer(b"")  # masks after each of those
         self._place = 0  # behind how many of them the state is
 
     def follow(self, tokens: Sequence[int]) -> None:
@@ -134,27 +133,27 @@ class GrammarState:
 
         Where the grammar leaves one way to go on, its characters are spelt as the tokenizer would.
         """
-        told = self._mask()
-        bits = np.frombuffer(told, dtype=np.uint8, offset=1)
+        reply = self._mask()
+        bits = np.frombuffer(reply, dtype=np.uint8, offset=1)
         found = np.unpackbits(bits, bitorder="little")[: self._rules.vocab_size].astype(bool)
         mask = torch.zeros(self._rules.vocab_size, dtype=torch.bool)
         mask[: len(found)] = torch.from_numpy(found)
-        mask[list(self._banned)] = False
-        mask[list(self._rules.eos)] = bool(told[0])
+        mask[self._banned_ids] = False
+        mask[list(self._rules.eos)] = bool(reply[0])
         if not bool(mask.any()):
             raise GrammarFailed("grammar: no token can follow this text")
         return mask
 
     def forced(self) -> list[int]:
         """Tokens that spell what must come next, if anything must."""
-        tokens, _ = self._heard_next()
+        tokens, _ = self._next_reply()
         return [] if self._banned.intersection(tokens) else tokens
 
     def num_allowed(self, tokens: Sequence[int]) -> int:
         """How many of these tokens could come next, one after the other; the end comes last."""
         self.look_ahead(tokens)
         num_usual = len(self._usual(tokens))
-        (most,) = child.from_numbers(self._process().hear(self._allowed))
+        (most,) = child.from_numbers(self._process().wait_for(self._allowed))
         count = min(most, num_usual)
         is_end = count == num_usual and tokens[count : count + 1] in [
             [eos] for eos in self._rules.eos
@@ -163,8 +162,7 @@ class GrammarState:
 
     def _usual(self, tokens: Sequence[int]) -> list[int]:
         """The tokens up to the first that the library must not be asked for."""
-        never = self._banned | set(self._rules.eos)
-        return list(itertools.takewhile(lambda token: token not in never, tokens))
+        return list(itertools.takewhile(lambda token: token not in self._never, tokens))
 
     def _process(self) -> _RowProcess:
         if self._own is None:
@@ -182,27 +180,27 @@ class GrammarState:
             self._read = [*self._read[: len(self._read) - num_back], *new]
         self._draft, self._place = [], 0
 
-    def _heard_next(self) -> tuple[list[int], bytes]:
+    def _next_reply(self) -> tuple[list[int], bytes]:
         """What must come next, if anything must, and the mask of what can."""
         if self._place:
             self._go(0, self._draft[: self._place])
-        return _parted(self._next.told or self._process().hear(self._next))
+        return _parted(self._next.reply or self._process().wait_for(self._next))
 
     def _mask(self) -> bytes:
-        """The mask where the state is, as it was told."""
+        """The mask where the state is, as the process gave it."""
         if self._place:
             size = len(_parted(self._built.first)[1])
-            masks = self._process().hear(self._masks)
+            masks = self._process().wait_for(self._masks)
             mask = masks[size * (self._place - 1) : size * self._place]
             if mask:
                 return mask
-        return self._heard_next()[1]
+        return self._next_reply()[1]
 
 
-def _parted(told: bytes) -> tuple[list[int], bytes]:
-    """What a process tells of what comes next: tokens that must, and a mask."""
-    end = 4 + 4 * child.from_numbers(told[:4])[0]
-    return child.from_numbers(told[4:end]), told[end:]
+def _parted(reply: bytes) -> tuple[list[int], bytes]:
+    """A reply on what comes next: tokens that must, and the mask of what can."""
+    end = 4 + 4 * child.from_numbers(reply[:4])[0]
+    return child.from_numbers(reply[4:end]), reply[end:]
 
 
 def begin(grammar: Grammar, tokenizer: Tokenizer, rules: TokenRules) -> "GrammarState":

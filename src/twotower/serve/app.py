@@ -39,6 +39,7 @@ from twotower.serve.service import (
     gather,
     stopping,
     stream_lines,
+    submit,
     to_json,
     until_gone,
     whole_to_json,
@@ -233,7 +234,9 @@ async def _answer(
     if service.options.log_prompts:
         entry["prompts"] = [tokenizer.decode(p, skip_special=False) for p in asked.prompts]
     observed = Observed(asked, service.metrics, entry)
-    tickets = await service.submit(asked, request.scope[CALLER])
+    built = await until_gone(request.receive, service.build(asked))
+    tickets = await asyncio.to_thread(submit, service.worker, asked)
+    del built  # the rows hold it
     if not body.stream:
         completions = await until_gone(request.receive, gather(tickets, observed))
         if service.options.log_prompts:

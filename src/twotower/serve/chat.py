@@ -75,12 +75,12 @@ class ChatTemplate:
         variables = tuple(sorted(self.special.items()))
         try:
             process = _root(self.source, variables, tokenizer.special_texts).copy()
-            told, _ = process.ask(child.RENDER + request, _RENDER_CPU_S, _RENDER_S)
+            reply, _ = process.ask(child.RENDER + request, _RENDER_CPU_S, _RENDER_S)
         except ProcessDied:
             raise _refusal("takes too much time or memory") from None
         except ValueError as error:
             raise _refusal(str(error)) from None
-        return encode_pieces(tokenizer, json.loads(told), max_tokens)
+        return encode_pieces(tokenizer, json.loads(reply), max_tokens)
 
 
 def _refusal(reason: str) -> ApiError:

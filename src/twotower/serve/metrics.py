@@ -185,8 +185,8 @@ class Observed:
         entry["rows"] = len(asked.requests)
         entry["prompt_tokens"] = sum(map(len, asked.prompts))
 
-    def hear(self, index: int, event: Event) -> None:
-        """Take the time of a commit."""
+    def observe(self, index: int, event: Event) -> None:
+        """Note the time of a commit."""
         if not isinstance(event, TokensCommitted):
             return
         now = self._last[index] = time.monotonic()

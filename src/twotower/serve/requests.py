@@ -4,6 +4,7 @@ What the engine checks is not checked here: its one-line refusals are passed on.
 """
 
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -62,7 +63,7 @@ class Generation:
     requests: tuple[Request, ...]
     num_choices: int
     mode: Mode
-    deadline_s: float
+    ends_s: float  # its deadline, in time.monotonic()
     wants_steps: bool
 
     @property
@@ -70,6 +71,16 @@ class Generation:
         """Token ids of each prompt once."""
         rows = self.requests[:: self.num_choices]
         return [row.prompt for row in rows if not isinstance(row.prompt, str)]
+
+    @property
+    def seconds_left(self) -> float:
+        """Until its deadline."""
+        return max(0.0, self.ends_s - time.monotonic())
+
+    @property
+    def caller(self) -> str:
+        """Who asks."""
+        return self.requests[0].caller or ""
 
     @property
     def grammar(self) -> Grammar | None:
@@ -148,7 +159,8 @@ class Reader:
             ),
             num_choices=len(choices),
             mode=mode,
-            deadline_s=min(self._options.deadline_s, body.deadline_s or self._options.deadline_s),
+            ends_s=time.monotonic()
+            + min(self._options.deadline_s, body.deadline_s or self._options.deadline_s),
             wants_steps=bool(body.twotower_events),
         )
 

@@ -1,14 +1,15 @@
 """The worker behind the routes: kept alive, brought to an end, asked for rows.
 
-The rows of one HTTP request are submitted together, heard together, called off together.
+The rows of one HTTP request are submitted together, read together, cancelled together.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 from weakref import WeakValueDictionary
@@ -27,9 +28,9 @@ from twotower.engine import (
     TokensCommitted,
     Worker,
 )
+from twotower.engine.faults import failed
 from twotower.engine.filters import Filter, function_filter, pattern_filter
-from twotower.engine.grammar import Grammar
-from twotower.engine.grammar_builder import Built, GrammarsFull, build, find
+from twotower.engine.grammar_builder import BUILD_S, Built, GrammarsFull, build, find
 from twotower.serve.answers import Shape, Viewer, usage_of
 from twotower.serve.errors import ApiError, bad_value, from_failure
 from twotower.serve.metrics import Metrics, Observed
@@ -76,27 +77,27 @@ class Service:
             return "failed"
         return "ready" if self.worker.stats().is_alive else "restarting"
 
-    async def submit(self, asked: Generation, caller: str) -> list[Ticket]:
-        """A ticket for every row. ApiError for what the engine refuses."""
-        start_s = time.monotonic()
-        built = None  # held until each row holds it
-        if asked.grammar is not None:
-            built = await self._build(asked.grammar, caller, asked.deadline_s)
-        left_s = max(0.0, start_s + asked.deadline_s - time.monotonic())
-        tickets = await asyncio.to_thread(submit, self.worker, asked, left_s)
-        del built
-        return tickets
-
-    async def _build(self, grammar: Grammar, caller: str, most_s: float) -> Built:
-        """A grammar made ready, one at a time for each caller."""
-        tokenizer = self.served.tokenizer
-        turn = self._turns.setdefault(caller, asyncio.Lock())
+    async def build(self, asked: Generation) -> Built | None:
+        """Its grammar made ready, one at a time for each caller; to be held until it is submitted.
+        ApiError for one that cannot be built by the deadline.
+        """
+        if asked.grammar is None:
+            return None
+        grammar, tokenizer = asked.grammar, self.served.tokenizer
+        if (known := find(grammar, tokenizer)) is not None:
+            return known
+        turn = self._turns.setdefault(asked.caller, asyncio.Lock())
         try:
-            if (known := find(grammar, tokenizer)) is not None:
-                return known
-            async with turn:
-                loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(self._building, build, grammar, tokenizer, most_s)
+            await asyncio.wait_for(turn.acquire(), asked.seconds_left)
+        except TimeoutError:
+            raise from_failure(failed(-1, "deadline")) from None
+        most_s = min(BUILD_S, asked.seconds_left)
+        building = self._building.submit(build, grammar, tokenizer, most_s)
+        loop = asyncio.get_running_loop()
+        # Not when we are cancelled: the thread goes on until then.
+        building.add_done_callback(lambda _: _call_in(loop, turn.release))
+        try:
+            return await asyncio.wrap_future(building)
         except ValueError as error:
             raise refused(error) from None
 
@@ -104,7 +105,6 @@ class Service:
         """Take no more requests; finish or tell every row; return when that is done."""
         if not self.is_stopping:
             self.is_stopping = True
-            self._building.shutdown(wait=False, cancel_futures=True)
             await asyncio.to_thread(self.worker.stop, self.options.grace_s)
 
     async def keep_alive(self) -> None:
@@ -117,17 +117,22 @@ class Service:
                 self.worker.start()
 
 
+def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
+    with contextlib.suppress(RuntimeError):  # it is closed
+        loop.call_soon_threadsafe(function)
+
+
 T = TypeVar("T")
 _MOST_UNSEEN = 256  # events that wait for a client, beside those that hold its text
 DONE = "[DONE]"
 
 
-def submit(worker: Worker, asked: Generation, deadline_s: float) -> list[Ticket]:
+def submit(worker: Worker, asked: Generation) -> list[Ticket]:
     """A ticket for every row, or none and an ApiError."""
     tickets: list[Ticket] = []
     try:
         for request in asked.requests:
-            tickets.append(worker.submit(request, deadline_s, asked.wants_steps))
+            tickets.append(worker.submit(request, asked.seconds_left, asked.wants_steps))
         return tickets
     except QueueFull as error:
         refusal = _queue_full(error, len(asked.requests))
@@ -204,7 +209,7 @@ async def gather(tickets: Sequence[Ticket], observed: Observed) -> list[Completi
     events = _merged(tickets)
     try:
         async for index, event in events:
-            observed.hear(index, event)
+            observed.observe(index, event)
             if (completion := _finished(event)) is not None:
                 completions[index] = completion
     except ApiError as error:
@@ -253,7 +258,7 @@ async def stream_lines(
     events = _merged(tickets)
     try:
         async for index, event in events:
-            observed.hear(index, event)
+            observed.observe(index, event)
             if viewer is not None and (record := viewer.record(index, event)) is not None:
                 yield record
             if isinstance(event, TokensCommitted) and (event.text or event.logprobs):
