@@ -100,7 +100,7 @@ def test_a_text_that_ends_inside_a_draft_rejects_nothing(tab: Driver) -> None:
 
 
 def test_a_review_strikes_out_what_it_gives_back(tab: Driver) -> None:
-    """Guards the marks of a reviewed block: tokens that a reader saw appear do not just vanish, and
+    """Guards the marks of a verified block: tokens that a reader saw appear do not just vanish, and
     what lies behind the end of a text was not refused."""
     settled = frames(tab, step(0, 0, *"abcd"), commit(0, "ab", rejected=2))[-1]
     assert [status for status, _, _ in settled["groups"][0]] == ["kept"] * 2 + ["rejected"] * 2

@@ -89,7 +89,7 @@ def test_a_killed_and_a_stopped_run_equal_an_unbroken_one(data: Path, tmp_path: 
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert f"of {STEPS}; run it again to go on" in out
+    assert f"of {STEPS}; run it again to resume" in out
     assert not RunFolder(broken.run_folder).export.exists()
 
     run_here(broken)

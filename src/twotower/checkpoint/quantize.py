@@ -1,4 +1,4 @@
-"""How a quantised checkpoint says so in config.json, and wide weights in fewer bits by torchao.
+"""How config.json records a quantised checkpoint; weights in fewer bits by torchao.
 
 Which weights are quantised is `model.precision`'s business, how products run is
 `kernels.quantised`'s; neither needs torchao, so a quantised checkpoint runs without it.

@@ -28,7 +28,7 @@ _HELP = """\
 /show           settings and conversation
 /help           this
 /exit           the end; so does Ctrl-D
-Ctrl-C stops a reply. A line that ends with \\ goes on in the next."""
+Ctrl-C stops a reply. A line that ends with \\ continues on the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,9 @@ class ChatArguments(Placement):
     mode: Mode | None = None
     """How to decode; what the checkpoint or the server names unless given."""
     max_tokens: int | None = None
-    """Most tokens of a reply."""
+    """Maximum number of new tokens of a reply."""
     temperature: float | None = None
-    """0 takes the most probable token; above it, samples."""
+    """Sampling temperature; 0 is greedy."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -64,7 +64,7 @@ class GenerateArguments(Placement):
     file is one prompt, without its last line break."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Answer a .jsonl --input of any length into this file, one object a line, in order. A line
-    may have options of its own and an "id". The same command again goes on after a kill."""
+    may have options of its own and an "id". Run the same command again to resume."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """One JSON object on stdout instead of text."""
     trace: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None

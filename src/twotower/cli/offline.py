@@ -1,7 +1,7 @@
 """`twotower generate --input FILE --output FILE`: any number of prompts, line by line.
 
 Lines are read as places become free and written in the input's order, so that memory holds a
-window of them; the same command again goes on where a killed one stopped.
+window of them; the same command again resumes where a killed one stopped.
 """
 
 import dataclasses

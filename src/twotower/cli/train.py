@@ -18,7 +18,7 @@ from twotower.train.processes import ALONE, LostProcess, Processes, SharedError,
 
 def run(options: TrainOptions) -> int:
     """Train until done or stopped, alone or as one of torchrun's processes; returns the exit
-    status. Errors of the user arrive as ValueError, or are told by the first process.
+    status. Errors of the user arrive as ValueError, or are printed by the first process.
     """
     processes = ALONE
     try:
@@ -48,7 +48,7 @@ def _train(options: TrainOptions, processes: Processes) -> int:
     if not processes.is_first:
         return 0
     if report is not None and report.step < report.steps:
-        print(f"{folder}: saved at step {report.step} of {report.steps}; run it again to go on")
+        print(f"{folder}: saved at step {report.step} of {report.steps}; run it again to resume")
     else:
         print(f"{folder}: {options.steps} steps done; the model is in {folder / 'export'}")
     return 0

@@ -1,4 +1,4 @@
-"""What decoding tells its caller, as small records in the order in which things happen."""
+"""What decoding reports to its caller, as small records in the order in which things happen."""
 
 from dataclasses import dataclass, field
 from typing import Literal

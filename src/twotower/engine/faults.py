@@ -31,7 +31,7 @@ def attempt(batch: Batch, work: Work) -> Generator[Event, None, list[Batch]]:
     """Work on a batch; where that fails, on each of its rows alone. Returns what succeeded.
 
     The work must leave the batch's cache and texts as they are where it fails. A row whose own work
-    fails ends with Failed; steps of a second try are told again.
+    fails ends with Failed; steps of a second try are reported again.
     """
     saved = [row.save() for row in batch.rows]
     try:

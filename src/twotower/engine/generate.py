@@ -76,7 +76,7 @@ def _checked(
 ) -> EngineOptions:
     """The engine's options; ValueError for arguments of wrong types."""
     if not hasattr(model, "context_tower"):
-        raise ValueError(f"model={model!r} is no loaded model; pass twotower.load_checkpoint(path)")
+        raise ValueError(f"model={model!r} is no loaded model; pass twotower.load_model(path)")
     check_tokenizer(model, tokenizer)
     if engine is not None and not isinstance(engine, EngineOptions):
         raise ValueError(f"engine={engine!r} must be EngineOptions")

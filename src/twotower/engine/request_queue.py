@@ -74,7 +74,7 @@ class RequestQueue:
     def close(self, grace_s: float, reason: str) -> None:
         """Take no more rows; those that have not ended in grace_s seconds have to leave.
 
-        reason: what those who come later are told.
+        reason: the message for later requests.
         """
         with self._changed:
             self._reason = self._reason or reason

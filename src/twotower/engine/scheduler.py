@@ -219,9 +219,11 @@ def _write(batch: Batch) -> Generator[Event, None, list[int]]:
     batch.choice, batch.draft = None, ()
     going = []
     for place, row in enumerate(batch.rows):
-        told = {} if counts is None else counts[place]
+        counted = {} if counts is None else counts[place]
         try:
-            yield row.commit(tokens[place], None if logprobs is None else logprobs[place], **told)
+            yield row.commit(
+                tokens[place], None if logprobs is None else logprobs[place], **counted
+            )
             if row.is_finished:
                 yield row.finished()
             else:

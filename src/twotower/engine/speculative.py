@@ -125,7 +125,7 @@ def _num_possible(row: Row, block: list[int]) -> int:
 
 
 def draft_lengths(confidence: Tensor) -> Tensor:
-    """How much of each draft is worth reading: confidence (B, n) -> (B,), at least 2, at most n."""
+    """How much of each draft to verify: confidence (B, n) -> (B,), at least 2, at most n."""
     return (confidence.cumprod(1) >= LEAST_CHANCE).sum(1).clamp(min=2)
 
 
@@ -140,7 +140,7 @@ def choose(batch: Batch) -> Choice:
     tokens = [own[:count] for own, count in zip(choices.tolist(), counts, strict=True)]
     logprobs = rows_logprobs(batch.rows, logits, tokens)
     batch.cache.commit(output, accepted)
-    told = []
+    counted = []
     each = zip(batch.rows, lengths.tolist(), counts, is_drafting.tolist(), strict=True)
     for row, length, count, has_draft in each:
         row.context_forwards += 1
@@ -149,8 +149,8 @@ def choose(batch: Batch) -> Choice:
             row.controller.record_draft(count)
         else:
             row.controller.record_token()
-        told.append({"drafted": length - 1, "accepted": count - 1})
-    return Choice(tokens, logprobs, told)
+        counted.append({"drafted": length - 1, "accepted": count - 1})
+    return Choice(tokens, logprobs, counted)
 
 
 def count_accepted(drafts: Tensor, choices: Tensor, lengths: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ class Worker:
     """Decodes rows for clients of other threads. `start` first; `stop` at the end.
 
     An error ends the rows that it concerns and never the thread, but for an EngineDeadError: then
-    all rows are told and no more are taken. The log names no text.
+    all rows fail and no more are accepted. The log names no text.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Worker:
         return threading.Thread(target=self._run, name="twotower-worker", daemon=True)
 
     def stop(self, grace_s: float = 30.0) -> None:
-        """Take no more requests, finish what can be finished in grace_s seconds, tell the others
+        """Take no more requests, finish what can be finished in grace_s seconds, fail the others
         and return when the thread has ended.
         """
         self._queue.close(grace_s, "the server is stopping")
@@ -232,10 +232,10 @@ class Worker:
         except EngineDeadError as error:
             self._give_up(error)
         except BaseException as error:
-            # Somebody ends the thread (SystemExit raised in it): its rows are lost and told so.
+            # Somebody ends the thread (SystemExit raised in it): its rows are lost and fail.
             cause = RuntimeError(f"the decoding thread was ended by {type(error).__name__}")
             cause.with_traceback(error.__traceback__)
-            if self._newest_end is not None:  # it may have been counted and not told
+            if self._newest_end is not None:  # it may have been counted and not delivered
                 self._newest_end[0].deliver(self._newest_end[1])
             self._fail_rows(cause)
             if self._prefixes is not None:  # it may have been cut off in the middle of a change
@@ -299,7 +299,7 @@ class Worker:
         """Read a piece of an ended row's text, for a prompt that goes on from it.
 
         What a row wrote was read in other pieces than a prompt's, and contexts of those differ in
-        the last bits. So it costs a second reading, for which no row should wait.
+        the last bits. So it costs a second prefill, for which no row should wait.
         """
         if not self._unread:
             return False

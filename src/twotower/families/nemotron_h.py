@@ -280,7 +280,7 @@ def gguf_extra_tensors(config: TwoTowerConfig) -> Iterator[tuple[str, Tensor]]:
 
 
 def add_gguf_sizes(writer: "GGUFWriter", config: TwoTowerConfig) -> None:
-    """The sizes; a layer's kind is told by its feed-forward width and number of KV heads alone."""
+    """The sizes; a layer's kind follows from its feed-forward width and KV heads alone."""
     tower = config.context
     attention, mamba = tower.shared_spec(AttentionSpec), tower.shared_spec(MambaSpec)
     assert attention is not None and mamba is not None  # gguf_architecture has asked for both

@@ -114,8 +114,8 @@ class NoisyBlocks:
     """Rows `context` (B, K*T) and N blocks of each to denoise: `index` (B, N) says which, the rest
     is (B, N*T).
 
-    `t` is what the denoiser is told: (B,), (B, N) or None; `weight` (B, N*T) that of each loss, or
-    None.
+    `t` conditions the denoiser on time: (B,), (B, N) or None; `weight` (B, N*T) is the weight of
+    each loss, or None.
     """
 
     context: Tensor

@@ -205,7 +205,7 @@ class TrainOptions(
     """Run folder: options, versions, metrics, checkpoints and the exported model. By default
     runs/backbone or runs/denoiser."""
     steps: int = 4000
-    """Optimiser steps in all; a run that was trained for fewer goes on from there."""
+    """Optimiser steps in all; a run with fewer steps done continues from there."""
     batch_size: int = 16
     """Rows per forward and backward pass, of all processes together."""
     sequence_length: int = 256

@@ -141,7 +141,7 @@ class RunFolder:
         raise ValueError(f"out: no checkpoint in {self.checkpoints} can be read; use a new folder")
 
     def _check_same_run(self, options: TrainOptions, step: int) -> None:
-        """ValueError for options that contradict what was trained; others that change are told."""
+        """ValueError for options that contradict what was trained; other changes are logged."""
         before, now = self._options_before(), json.loads(json.dumps(options.to_dict()))
         changed = {name: value for name, value in now.items() if before[name] != value}
         for name in _FIXED:
