@@ -37,6 +37,12 @@ def request(caller: str | None, o: object = SHORT, prompt: list[int] = PROMPT) -
     return Request(prompt, o, caller=caller)  # type: ignore[arg-type]
 
 
+def set_chunk(patch: pytest.MonkeyPatch, size: int) -> None:
+    """Prompts in passes of so many tokens, in decoding as in `prefill`."""
+    patch.setattr("twotower.engine.prefill.PREFILL_CHUNK", size)
+    patch.setattr("twotower.model.two_tower.PREFILL_CHUNK", size)
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     modes=st.lists(st.sampled_from(MODES), min_size=1, max_size=2),  # so that rows share batches
@@ -74,7 +80,7 @@ def test_a_row_that_was_paused_writes_what_it_writes_alone(
         patch.setattr("twotower.engine.scheduler.TURN", 1)  # so that places change hands often
         patch.setattr("twotower.engine.prefill.READ_TOKENS", 8)
         patch.setattr("twotower.engine.scheduler.READ_TOKENS", 8)
-        patch.setattr(TwoTower, "prefill_chunk", lambda model, num_past: 4)
+        set_chunk(patch, 4)
         with running(max_rows=max_rows, overlap=overlap, prefix_cache_bytes=cache) as worker:
             tickets = [worker.submit(one) for one in requests]
             done = [completion_of(ticket) for ticket in tickets]
@@ -177,7 +183,7 @@ def test_a_prompt_in_pieces_is_read_as_at_once(
     o = resolve_options(SHORT, {})
     rows = [Row(i, prompt, o) for i, prompt in enumerate(prompts_of(lengths))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TwoTower, "prefill_chunk", lambda model, num_past: 5)
+        set_chunk(patch, 5)
         patch.setattr(prefill, "READ_TOKENS", 10**6)
         for batch in prefill.open_batches(MODEL, rows, are_alone=False):
             for budget in itertools.cycle(budgets):
@@ -198,7 +204,7 @@ def test_a_prompt_in_pieces_is_read_as_at_once(
 
 def test_pieces_end_where_the_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the same by the sizes of the passes, whatever the budget and the neighbours."""
-    monkeypatch.setattr(TwoTower, "prefill_chunk", lambda model, num_past: 3 + num_past // 8)
+    set_chunk(monkeypatch, 7)
     sizes: list[int] = []
     extend = TwoTower.extend
 
@@ -317,7 +323,7 @@ def test_little_memory_lets_paused_rows_go_on(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_row_that_never_fits_fails_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    one_row = 3 * (5 + 60 + 4) * MODEL.config.kv_elements * 4
+    one_row = 3 * (5 + 60 + 4) * MODEL.config.context.kv_elements * 4
     monkeypatch.setattr(prefill, "available_bytes", lambda device: one_row)
     monkeypatch.setattr("twotower.engine.scheduler.TURN", 1)
     o = options(mode="ar", max_new_tokens=60)
