@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from twotower import ContextCache, GenerateOptions, TwoTower
 from twotower.checkpoint import load_checkpoint
+from twotower.engine import MODES
+from twotower.engine.options import FIELD_MODES
 from twotower.layers.adaln import TimestepEmbedder, time_features
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
@@ -246,10 +248,12 @@ def _run(name: str, mode: str, prompt: list[int], entry: dict[str, Any]) -> Run:
 
 def options_of(entry: dict[str, Any], mode: str = "mask_diffusion") -> GenerateOptions:
     """Our options for a recorded entry; the recorded length is 32 tokens where it names none."""
+    mode = _MODES.get(mode, mode)
+    used = {n: entry[n] for n in _BLOCK_OPTIONS if n in entry and mode in FIELD_MODES.get(n, MODES)}
     return GenerateOptions(
-        mode=_MODES.get(mode, mode),  # type: ignore[arg-type]
+        mode=mode,  # type: ignore[arg-type]
         max_new_tokens=entry.get("max_new_tokens", 32),
         eos_token_id=entry.get("eos_token_id"),
         ignore_eos=entry.get("eos_token_id") is None,
-        **{name: entry[name] for name in _BLOCK_OPTIONS if name in entry},
+        **used,
     )

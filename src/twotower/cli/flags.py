@@ -16,7 +16,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "model": ("-m",),
     "max_new_tokens": ("-n", "--max-tokens"),
     "temperature": ("--temp",),
-    "output": ("-o",),
+    "output": ("-o", "--out"),
     "prompt": ("-p",),
 }
 
