@@ -183,4 +183,4 @@ def test_a_missing_library_is_said_before_the_run(
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.setattr(evaluation, "load_subject", None)  # would fail with another error
     assert main(["evaluate", "--output", str(tmp_path)]) == 2
-    assert f'{library} is not installed: pip install "twotower[eval]"' in capsys.readouterr().err
+    assert f'{library} is not installed: pip install ".[eval]"' in capsys.readouterr().err

@@ -113,5 +113,5 @@ def test_without_torchao_only_quantising_fails(
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     assert main(["convert", str(wide), str(tmp_path / "out"), "--quantization", "int8"]) == 2
-    assert 'pip install "twotower[quant]"' in capsys.readouterr().err
+    assert 'pip install ".[quant]"' in capsys.readouterr().err
     assert text(narrow["int4"], capsys, "--mode", "diffusion")

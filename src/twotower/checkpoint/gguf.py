@@ -76,7 +76,7 @@ def _import_gguf() -> None:
         import gguf  # noqa: F401
     except ImportError:
         raise ValueError(
-            "writing GGUF needs the package gguf; install it with: pip install 'twotower[bench]'"
+            "writing GGUF needs the package gguf; install it with: pip install '.[bench]'"
         ) from None
 
 

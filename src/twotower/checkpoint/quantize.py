@@ -111,7 +111,7 @@ def import_torchao() -> ModuleType:
     try:
         from torchao import quantization
     except ImportError:
-        raise ImportError('torchao is not installed: pip install "twotower[quant]"') from None
+        raise ImportError('torchao is not installed: pip install ".[quant]"') from None
     finally:
         logging.disable(previous)
     found: ModuleType = quantization

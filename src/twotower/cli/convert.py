@@ -28,7 +28,7 @@ class ConvertOptions:
     dtype: DType = "keep"
     """Of the weights written; routers stay float32. q8_0 (GGUF only): 8 bits, a scale for 32."""
     quantization: Literal["none", "int8", "int4"] = "none"
-    """int8, int4: quantise experts and projections (with pip install "twotower[quant]"); heads take
+    """int8, int4: quantise experts and projections (with pip install ".[quant]"); heads take
     8 bits, time conditioning, routers, norms, convolutions and embeddings keep their dtype."""
     group_size: int | None = None
     """Numbers of a row that share a scale, with int4: 32 (the default), 64 or 128."""

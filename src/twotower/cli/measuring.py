@@ -32,7 +32,7 @@ def open_folder(folder: Path) -> None:
 def require_library(name: str) -> None:
     """ImportError, before the run, for a library that only its end would miss."""
     if find_spec(name) is None:
-        raise ImportError(f'{name} is not installed: pip install "twotower[eval]"')
+        raise ImportError(f'{name} is not installed: pip install ".[eval]"')
 
 
 def open_sandbox(categories: Sequence[str], allow_unsandboxed: bool) -> Sandbox | None:

@@ -97,7 +97,7 @@ def need_extra(verb: str) -> Iterator[None]:
         if error.name and error.name.startswith("twotower"):
             raise
         raise ValueError(
-            f"twotower {verb} needs {error.name}; pip install 'twotower[serve]'"
+            f"twotower {verb} needs {error.name}; pip install '.[serve]'"
         ) from None
 
 

@@ -127,7 +127,7 @@ def _builder(tokenizer: Tokenizer) -> _Builder:
 def _read_vocabulary(tokenizer: Tokenizer, process: Process) -> None:
     if find_spec("llguidance") is None:
         raise ValueError(
-            "grammar needs the library llguidance; install it with: pip install 'twotower[serve]'"
+            "grammar needs the library llguidance; install it with: pip install '.[serve]'"
         )
     size = child.numbers([tokenizer.vocab_size])
     try:

@@ -64,7 +64,7 @@ def new_figure(width: float = 7.0, height: float = 3.8) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        message = 'matplotlib is not installed: pip install "twotower[eval]"'
+        message = 'matplotlib is not installed: pip install ".[eval]"'
         raise ImportError(message) from None
     return Figure(figsize=(width, height), layout="constrained")
 

@@ -123,6 +123,6 @@ def _ray() -> tuple[Any, Any]:
         from ray import serve
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"twotower serve --ray needs {error.name}; pip install 'twotower[ray]'"
+            f"twotower serve --ray needs {error.name}; pip install '.[ray]'"
         ) from None
     return ray, serve

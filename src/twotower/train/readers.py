@@ -114,7 +114,7 @@ def _open_parquet(file: Path) -> Any:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise ImportError('pyarrow is not installed: pip install "twotower[data]"') from None
+        raise ImportError('pyarrow is not installed: pip install ".[data]"') from None
     return ParquetFile(file)
 
 

@@ -257,7 +257,7 @@ def _open_tensorboard(folder: Path, step: int) -> SummaryWriter | None:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         _log.warning(
-            "no TensorBoard log: the library is missing; for one, pip install 'twotower[train]'"
+            "no TensorBoard log: the library is missing; for one, pip install '.[train]'"
         )
         return None
     return SummaryWriter(str(folder), purge_step=step + 1)

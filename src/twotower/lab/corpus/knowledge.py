@@ -29,7 +29,7 @@ class MissingDataError(ImportError):
 
 def missing_library(name: str) -> MissingDataError:
     """Return the one-line error that says how to install the data libraries."""
-    return MissingDataError(f'{name} is not installed: pip install "twotower[data]"')
+    return MissingDataError(f'{name} is not installed: pip install ".[data]"')
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def register(load: Load) -> None:
     try:
         from lm_eval.api.registry import model_registry, register_model
     except ImportError:
-        raise ImportError('lm_eval is not installed: pip install "twotower[lm-eval]"') from None
+        raise ImportError('lm_eval is not installed: pip install ".[lm-eval]"') from None
 
     if MODEL_NAME not in model_registry:
         register_model(MODEL_NAME)(make_model_class(load))

@@ -222,7 +222,7 @@ def check_call(document: Document, text: str) -> Verdict:
     try:
         import jsonschema
     except ImportError:
-        message = 'jsonschema is not installed: pip install "twotower[eval]"'
+        message = 'jsonschema is not installed: pip install ".[eval]"'
         raise ImportError(message) from None
     try:
         call = json.loads(text)

@@ -226,7 +226,7 @@ def _server_options(file: Path, threads: int, dtype: str) -> Any:
 
 
 def _missing(package: str) -> MissingBaseline:
-    return MissingBaseline(f'{package} is not installed: pip install "twotower[bench]"')
+    return MissingBaseline(f'{package} is not installed: pip install ".[bench]"')
 
 
 def _read_header(file: Path) -> tuple[str, int, bool]:
