@@ -122,7 +122,7 @@ def test_a_missing_baseline_is_printed(
         (["--max-prompt-tokens", "1"], "leaves out every prompt"),
         (["--output", "/dev/null/x"], "output: cannot write into /dev/null/x"),
         (["--model", "/nowhere"], "/nowhere"),
-        (["--quantization", "int8"], "--quantization"),
+        (["--quantization", "int8"], "quantization: has no effect here; a race compares --engines"),
     ],
 )
 def test_bad_input_is_one_line(

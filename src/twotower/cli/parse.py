@@ -95,7 +95,8 @@ def _annotated_fields(options_class: type) -> dict[str, tuple[str, Any, Any]]:
         default: Any = dataclasses.field(
             default=field.default, default_factory=field.default_factory
         )
-        if is_switch:  # --json alone, without --no-json
+        # A switch that a file of options may turn on needs its --no-; --json comes from no file.
+        if is_switch and field.name == "json":
             own = [tyro.conf.FlagCreatePairsOff, *own]
         # The field's own settings come last: they win.
         found[field.name] = field.name, Annotated[(hint, shown, *own)], default

@@ -96,9 +96,7 @@ def need_extra(verb: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("twotower"):
             raise
-        raise ValueError(
-            f"twotower {verb} needs {error.name}; pip install '.[serve]'"
-        ) from None
+        raise ValueError(f"twotower {verb} needs {error.name}; pip install '.[serve]'") from None
 
 
 def describe(loaded: Loaded, options: ServeArguments) -> "Served":

@@ -122,7 +122,5 @@ def _ray() -> tuple[Any, Any]:
         import ray
         from ray import serve
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"twotower serve --ray needs {error.name}; pip install '.[ray]'"
-        ) from None
+        raise ValueError(f"twotower serve --ray needs {error.name}; pip install '.[ray]'") from None
     return ray, serve

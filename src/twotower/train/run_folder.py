@@ -256,8 +256,6 @@ def _open_tensorboard(folder: Path, step: int) -> SummaryWriter | None:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        _log.warning(
-            "no TensorBoard log: the library is missing; for one, pip install '.[train]'"
-        )
+        _log.warning("no TensorBoard log: the library is missing; for one, pip install '.[train]'")
         return None
     return SummaryWriter(str(folder), purge_step=step + 1)
