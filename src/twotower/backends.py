@@ -15,12 +15,17 @@ import torch
 from twotower.config import AttentionSpec, LayerSpec, MambaSpec, MoESpec
 from twotower.model import TwoTower
 from twotower.model.backend import Backend, EagerBackend
-from twotower.model.precision import Scheme, has_mapped_experts, placement_refusal, scheme_of
+from twotower.model.precision import (
+    ExpertStorage,
+    Scheme,
+    has_mapped_experts,
+    placement_refusal,
+    scheme_of,
+)
 from twotower.native.backend import NativeBackend
 
 BackendName = Literal["auto", "eager", "native"]
 Quantization = Literal["none", "int8", "int4"]
-ExpertStorage = Literal["memory", "mmap"]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 _log = logging.getLogger(__name__)

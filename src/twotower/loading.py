@@ -15,7 +15,6 @@ from twotower.backends import (
     BACKENDS,
     QUANTIZATIONS,
     BackendName,
-    ExpertStorage,
     Quantization,
     Setup,
     accelerate,
@@ -33,6 +32,7 @@ from twotower.checkpoint.empty import Towers
 from twotower.checkpoint.files import GENERATION_FILE
 from twotower.families import read_config
 from twotower.model import TwoTower
+from twotower.model.precision import ExpertStorage
 from twotower.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]

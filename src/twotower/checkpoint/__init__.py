@@ -10,11 +10,9 @@ from twotower.checkpoint.load import (
     load_checkpoint,
     load_quantised,
 )
-from twotower.checkpoint.mapped import ExpertStorage
 from twotower.checkpoint.save import save_backbone, save_two_towers
 
 __all__ = [
-    "ExpertStorage",
     "convert",
     "convert_to_gguf",
     "describe",

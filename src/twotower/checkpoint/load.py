@@ -22,13 +22,13 @@ from twotower.checkpoint.files import (
 )
 from twotower.checkpoint.fill import Plan, fill
 from twotower.checkpoint.layout import read_layout, with_heads
-from twotower.checkpoint.mapped import ExpertStorage, of_both_towers, split_experts
+from twotower.checkpoint.mapped import of_both_towers, split_experts
 from twotower.checkpoint.names import Slot
 from twotower.checkpoint.quantize import read_scheme
 from twotower.config import TwoTowerConfig
 from twotower.families import read_config
 from twotower.model.initialise import copy_context_to_denoiser
-from twotower.model.precision import Scheme, map_experts, placement_refusal
+from twotower.model.precision import ExpertStorage, Scheme, map_experts, placement_refusal
 from twotower.model.two_tower import TwoTower
 
 _LISTED = 8  # tensors that an error names

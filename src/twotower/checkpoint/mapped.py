@@ -8,7 +8,7 @@ import mmap
 import warnings
 from collections import defaultdict
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,6 @@ from twotower.checkpoint.fill import Plan
 from twotower.kernels.quantised import Matrices, Quantised
 from twotower.model.precision import matrix_at, scheme_of, stacks
 from twotower.model.two_tower import TwoTower
-
-ExpertStorage = Literal["memory", "mmap"]
 
 
 def split_experts(model: TwoTower, plan: Plan) -> tuple[Plan, dict[str, Matrices]]:

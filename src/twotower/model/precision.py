@@ -21,6 +21,7 @@ from twotower.layers.quantised import (
 from twotower.model.two_tower import TwoTower
 
 Weights = Literal["int8", "int4"]
+ExpertStorage = Literal["memory", "mmap"]
 GROUP_SIZES = (32, 64, 128)
 GROUP_SIZE = 32  # of int4 when none is named
 _HEAD = re.compile(r"(context_)?lm_head\.weight")
@@ -157,7 +158,7 @@ def has_mapped_experts(model: nn.Module) -> bool:
 
 
 def placement_refusal(
-    scheme: Scheme | None, expert_storage: str, devices: Collection[str]
+    scheme: Scheme | None, expert_storage: ExpertStorage, devices: Collection[str]
 ) -> str | None:
     """Why weights of a scheme cannot lie on these devices, in one sentence, or None if they can."""
     elsewhere = [device for device in devices if device.partition(":")[0] != "cpu"]
