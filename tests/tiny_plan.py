@@ -4,7 +4,7 @@ from tiny_models import tiny_config
 from twotower.checkpoint.inspect import describe_config
 from twotower.lab.plan.hardware import Hardware
 from twotower.lab.plan.inputs import PROFILES, Efficiency, Width, Workload, uniform
-from twotower.lab.plan.passes import Setup, Shape
+from twotower.lab.plan.passes import ModelShape, PlanSetup
 
 
 def machine(**changes: object) -> Hardware:
@@ -26,10 +26,10 @@ def setup(
     efficiency: Efficiency = PROFILES["limit"],
     width: Width = "bfloat16",
     **config: object,
-) -> Setup:
+) -> PlanSetup:
     """A tiny model on a machine of round numbers, at its limits unless told otherwise."""
-    shape = Shape.of(describe_config(tiny_config(**config), "tiny"))
-    return Setup(
+    shape = ModelShape.of(describe_config(tiny_config(**config), "tiny"))
+    return PlanSetup(
         shape=shape,
         hardware=hardware or machine(),
         widths=uniform(width),

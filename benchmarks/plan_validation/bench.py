@@ -11,13 +11,13 @@ from typing import Any
 from benchmarks.plan_validation.rows import Row, both
 
 from twotower import load_tokenizer
-from twotower.checkpoint.inspect import describe, describe_config
+from twotower.checkpoint.inspect import Tower, describe, describe_config
 from twotower.lab.evaluate.suite import held_out
 from twotower.lab.plan.hardware import built_in
 from twotower.lab.plan.inputs import PROFILES, Mode, Width, Widths, Workload, uniform
 from twotower.lab.plan.memory import device_maps
 from twotower.lab.plan.modes import ModeTime, time_mode
-from twotower.lab.plan.passes import Pass, Setup, Shape, Tower, time_pass
+from twotower.lab.plan.passes import ModelShape, Pass, PlanSetup, time_pass
 from twotower.lab.race.replay import random_config
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -45,14 +45,14 @@ def read_record(name: str) -> dict[str, Any]:
 
 
 @cache
-def shape_of(size: str) -> Shape:
+def shape_of(size: str) -> ModelShape:
     """The shipped model, or one of the race's random ones."""
     if size == "shipped":
-        return Shape.of(describe(Path(str(resources.files("twotower") / "assets"))))
-    return Shape.of(describe_config(random_config(size, 16), size))
+        return ModelShape.of(describe(Path(str(resources.files("twotower") / "assets"))))
+    return ModelShape.of(describe_config(random_config(size, 16), size))
 
 
-def make_setup(size: str, hardware: str, profile: str, width: Width = "float32") -> Setup:
+def make_setup(size: str, hardware: str, profile: str, width: Width = "float32") -> PlanSetup:
     """A model on the bench machine; what is not int8 arithmetic is float32 throughout."""
     is_int8 = profile in INT8
     width = "int8" if is_int8 else width
@@ -60,7 +60,7 @@ def make_setup(size: str, hardware: str, profile: str, width: Width = "float32")
     widths = Widths(
         experts=width, projections=width, head=wide.head, dtype="float32"
     )  # baselines keep keys and norms in float32 or near it
-    return Setup(
+    return PlanSetup(
         shape=shape_of(size),
         hardware=built_in()[hardware],
         widths=widths,
@@ -69,7 +69,7 @@ def make_setup(size: str, hardware: str, profile: str, width: Width = "float32")
     )
 
 
-def predict_call(setup: Setup, call: str, past: int) -> float:
+def predict_call(setup: PlanSetup, call: str, past: int) -> float:
     """Milliseconds of one of the race's passes."""
     tower, tokens, logits = CALLS[call]
     made = Pass(tower=tower, rows=1, tokens=tokens, logits=logits, past=past)

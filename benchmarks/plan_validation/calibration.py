@@ -10,7 +10,7 @@ from benchmarks.plan_validation.published import read_published, released
 
 from twotower.lab.plan.hardware import built_in
 from twotower.lab.plan.inputs import PROFILES, Efficiency, Widths
-from twotower.lab.plan.passes import Pass, PassTime, Setup, Shape, time_pass
+from twotower.lab.plan.passes import ModelShape, Pass, PassTime, PlanSetup, time_pass
 
 _TURNS = 60  # of the fixed point; it converges in a dozen
 
@@ -35,8 +35,8 @@ def calibrate_gpu() -> Efficiency:
     return replace(PROFILES["eager-gpu"], bandwidth=bandwidth, layer_s=layer_s)
 
 
-def _limit(shape: Shape, run: dict[str, Any]) -> Setup:
-    return Setup(
+def _limit(shape: ModelShape, run: dict[str, Any]) -> PlanSetup:
+    return PlanSetup(
         shape=shape,
         hardware=built_in()[run["hardware"]],
         widths=Widths(

@@ -12,7 +12,7 @@ from twotower.checkpoint.inspect import describe_preset
 from twotower.lab.plan import PlanOptions
 from twotower.lab.plan.inputs import Workload
 from twotower.lab.plan.modes import break_even_tokens_per_nfe
-from twotower.lab.plan.passes import Shape
+from twotower.lab.plan.passes import ModelShape
 from twotower.lab.plan.record import plan_shape
 
 FILE = Path(__file__).with_name("published.toml")
@@ -20,9 +20,9 @@ GROUP, COUNTED = "published, 30B", "published, counted"
 
 
 @cache
-def released() -> Shape:
+def released() -> ModelShape:
     """The released model."""
-    return Shape.of(describe_preset("nano-30b"))
+    return ModelShape.of(describe_preset("nano-30b"))
 
 
 def read_published() -> dict[str, Any]:

@@ -65,7 +65,7 @@ def test_piped_it_is_plain_text(checkpoint: str) -> None:
     assert done.stderr == "" and "\x1b" not in done.stdout
     assert done.stdout.startswith("Prompt\nabc\n")
     assert re.search(
-        r"^diffusion +[\d,]+ +\d+ +\d+\.\d\d +\d+ +\d+\.\d\d (same|differs)", done.stdout, re.M
+        r"^diffusion +[\d,]+ +\d+ +\d+\.\d\d +\d+ +\d+\.\d\d +(same|differs)", done.stdout, re.M
     )
     assert re.search(r"^ar +[\d,]+ +0 +- +9 ", done.stdout, re.M)
     assert re.search(r"^speculative .* same", done.stdout, re.M)

@@ -16,7 +16,7 @@ from twotower.lab.plan.modes import (
     time_mode,
     turns,
 )
-from twotower.lab.plan.passes import Pass, Setup, expected_experts, pass_parts, time_pass
+from twotower.lab.plan.passes import Pass, PlanSetup, expected_experts, pass_parts, time_pass
 
 SHARES = st.floats(0.05, 1.0)
 EFFICIENCIES = st.builds(
@@ -65,7 +65,7 @@ def test_experts_grow_towards_all_of_them(total: int, data: st.DataObject) -> No
 
 
 @given(SETUPS, CALLS)
-def test_a_pass_takes_at_least_what_each_limit_says(made: Setup, call: Pass) -> None:
+def test_a_pass_takes_at_least_what_each_limit_says(made: PlanSetup, call: Pass) -> None:
     """Silent failure: a part that is counted in neither limit, and speeds beyond the hardware."""
     parts = pass_parts(made.shape, call, made.widths)
     found = time_pass(made, call)
@@ -78,7 +78,7 @@ def test_a_pass_takes_at_least_what_each_limit_says(made: Setup, call: Pass) -> 
 
 
 @given(SETUPS, CALLS)
-def test_more_work_never_takes_less_time(made: Setup, call: Pass) -> None:
+def test_more_work_never_takes_less_time(made: PlanSetup, call: Pass) -> None:
     """Silent failure: a batch or a longer text that makes a pass faster."""
     now = time_pass(made, call).seconds
     for name in ("rows", "tokens", "past"):
@@ -90,7 +90,7 @@ def test_more_work_never_takes_less_time(made: Setup, call: Pass) -> None:
 
 
 @given(SETUPS, CALLS, st.floats(1.0, 10.0))
-def test_better_hardware_is_never_slower(made: Setup, call: Pass, factor: float) -> None:
+def test_better_hardware_is_never_slower(made: PlanSetup, call: Pass, factor: float) -> None:
     now, hardware = time_pass(made, call).seconds, made.hardware
     wider = replace(hardware, bandwidth_gb_s=factor * hardware.bandwidth_gb_s)
     rates = {name: factor * rate for name, rate in hardware.tflops.items()}
@@ -99,7 +99,7 @@ def test_better_hardware_is_never_slower(made: Setup, call: Pass, factor: float)
 
 
 @given(SETUPS, CALLS)
-def test_fewer_bits_are_never_slower_nor_larger(made: Setup, call: Pass) -> None:
+def test_fewer_bits_are_never_slower_nor_larger(made: PlanSetup, call: Pass) -> None:
     """Silent failure: scales, or a part at the wrong width, that make int4 larger than int8."""
     widths = sorted(BITS, key=lambda width: -BITS[width])
     setups = [replace(made, widths=uniform(width)) for width in widths]  # type: ignore[arg-type]  # names of BITS
@@ -111,7 +111,7 @@ def test_fewer_bits_are_never_slower_nor_larger(made: Setup, call: Pass) -> None
 
 
 @given(SETUPS, WORKLOADS)
-def test_at_break_even_the_modes_are_level(made: Setup, work: Workload) -> None:
+def test_at_break_even_the_modes_are_level(made: PlanSetup, work: Workload) -> None:
     """Silent failure: a break-even that, put in, is none."""
     (ar_place,) = device_maps(made, work, "ar", 1)
     (place,) = device_maps(made, work, "diffusion", 1)
@@ -127,7 +127,7 @@ def test_at_break_even_the_modes_are_level(made: Setup, work: Workload) -> None:
 
 
 @given(SETUPS, WORKLOADS)
-def test_overlap_is_bounded_by_the_work(made: Setup, work: Workload) -> None:
+def test_overlap_is_bounded_by_the_work(made: PlanSetup, work: Workload) -> None:
     """Silent failure: two devices that do more than twice the work of one."""
     for mode in ("diffusion", "speculative"):
         *_, place = device_maps(made, work, mode, 2)  # type: ignore[arg-type]  # of the modes
@@ -139,7 +139,7 @@ def test_overlap_is_bounded_by_the_work(made: Setup, work: Workload) -> None:
 
 
 @given(SETUPS, WORKLOADS)
-def test_speeds_and_memory_grow_with_what_is_asked(made: Setup, work: Workload) -> None:
+def test_speeds_and_memory_grow_with_what_is_asked(made: PlanSetup, work: Workload) -> None:
     """Silent failure: more tokens per pass that slow diffusion, or more rows that need less."""
     (place,) = device_maps(made, work, "diffusion", 1)
     slow, fast = replace(work, tokens_per_nfe=1.0), replace(work, tokens_per_nfe=4.0)

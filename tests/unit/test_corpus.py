@@ -18,7 +18,7 @@ pytest.importorskip("babel")
 
 from twotower.lab.corpus import CATEGORIES, DEFAULT_WEIGHTS, Document, documents, sample, split_of
 from twotower.lab.corpus.arithmetic import apply_step, draw, write_step
-from twotower.lab.corpus.code import FAMILIES, NAMES_OF, Function, arguments_for, make_tests
+from twotower.lab.corpus.code import FAMILIES, NAMES_OF, WrittenFunction, arguments_for, make_tests
 from twotower.lab.corpus.knowledge import facts
 from twotower.lab.corpus.knowledge import write_sentence as write_fact
 from twotower.lab.corpus.multilingual import (
@@ -183,7 +183,7 @@ def test_the_tests_tell_families_apart(values):
     results: dict[tuple[str, ...], str] = {}
     for family in FAMILIES:
         if family.constants in constants:
-            function = Function(
+            function = WrittenFunction(
                 family=family,
                 name="f",
                 variables=NAMES_OF[family.argument][0],

@@ -17,7 +17,7 @@ pytest.importorskip("num2words")
 pytest.importorskip("babel")
 
 from twotower.lab.corpus import knowledge, multilingual, refusal, sample, tools
-from twotower.lab.corpus.code import FAMILIES, Family
+from twotower.lab.corpus.code import FAMILIES, FunctionFamily
 from twotower.lab.corpus.document import CITIES, HASHED_AS, NAMES, split_of
 from twotower.lab.corpus.documents import DRAWS
 
@@ -67,13 +67,13 @@ def _sum_key(steps: list[tuple[int, str, int]]) -> str:
 
 
 @lru_cache(maxsize=1)
-def families_by_name() -> dict[str, Family]:
+def families_by_name() -> dict[str, FunctionFamily]:
     named = [(name, family) for family in FAMILIES for name in family.names.split()]
     assert len({name for name, _ in named}) == len(named)  # so a name tells its family
     return dict(named)
 
 
-def _function_key(head: str, text: str, template: Callable[[Family], str]) -> str:
+def _function_key(head: str, text: str, template: Callable[[FunctionFamily], str]) -> str:
     """The key of a function by its head and a text that its template wrote."""
     name, variables = re.fullmatch(r"def (\w+)\(([\w, ]+)\):", head).groups()
     family = families_by_name()[name]
@@ -120,7 +120,7 @@ def read_editing(prompt: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def request_patterns() -> list[tuple[tools.Tool, re.Pattern[str]]]:
+def request_patterns() -> list[tuple[tools.ToolForm, re.Pattern[str]]]:
     shapes = {
         "date": r"\d{4}-\d\d-\d\d",
         "time": r"\d\d:\d\d",

@@ -16,7 +16,7 @@ from twotower.lab.plan.memory import (
     device_maps,
     tower_bytes,
 )
-from twotower.lab.plan.passes import Setup, Shape
+from twotower.lab.plan.passes import ModelShape, PlanSetup
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -25,7 +25,7 @@ GIB = 2**30
 def test_weights_are_those_that_inspect_counts() -> None:
     """118 GB, as published: 58.8 and 58.9 GiB in bfloat16."""
     record = describe_preset("nano-30b")
-    shape = Shape.of(record)
+    shape = ModelShape.of(record)
     total = sum(sum(tower_bytes(shape, t, uniform("bfloat16"))) for t in shape.parameters)
     # inspect counts a router's correction as a vector of its dtype, as we do: float32.
     assert total == pytest.approx(record.weight_bytes["bfloat16"], rel=1e-6)
@@ -38,7 +38,7 @@ def test_weights_are_those_that_inspect_counts() -> None:
 def test_cache_is_what_was_measured() -> None:
     """benchmarks/decode_memory.py counted the bytes of real caches, in float32."""
     record = json.loads((ROOT / "benchmarks/results/decode_memory_cpu_2026-11-26.json").read_text())
-    shape = Shape.of(describe(ROOT / "src" / "twotower" / "assets"))
+    shape = ModelShape.of(describe(ROOT / "src" / "twotower" / "assets"))
     for case in record["cases"]:
         length = case["prompt_tokens"] + record["settings"]["new_tokens"]
         counted = case["kv_bytes"] + case["state_bytes"]
@@ -73,7 +73,7 @@ def needed(mode: str = "ar", devices: int = 1) -> float:
     return max(device.total for device in device_map.devices)
 
 
-def on(num_bytes: float, **changes: object) -> Setup:
+def on(num_bytes: float, **changes: object) -> PlanSetup:
     return setup(machine(memory_gib=num_bytes / GIB, **changes))
 
 

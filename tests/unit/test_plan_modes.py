@@ -21,7 +21,7 @@ from twotower.lab.plan.modes import (
     time_mode,
     turns,
 )
-from twotower.lab.plan.passes import Setup
+from twotower.lab.plan.passes import PlanSetup
 
 # A machine so fast that only the six layers' overhead is left: 6 ms a pass.
 FAST = machine(bandwidth_gb_s=1e9, tflops={"bfloat16": 1e6}, link_gb_s=1e9)
@@ -29,7 +29,7 @@ STEADY = Efficiency(bandwidth=1.0, arithmetic=1.0, layer_s=1e-3)
 MS = 1e-3
 
 
-def placed(made: Setup, work: Workload, mode: Mode, devices: int = 1) -> DeviceMap:
+def placed(made: PlanSetup, work: Workload, mode: Mode, devices: int = 1) -> DeviceMap:
     *_, last = device_maps(made, work, mode, devices)
     return last
 

@@ -17,7 +17,7 @@ from twotower.lab.plan.options import (
     make_workload,
     read_recorded,
 )
-from twotower.lab.plan.passes import Setup, Shape
+from twotower.lab.plan.passes import ModelShape, PlanSetup
 
 MINE = """
 [l4]
@@ -29,13 +29,13 @@ source = "smaller than the real one"
 """
 
 
-def shape(**changes: object) -> Shape:
+def shape(**changes: object) -> ModelShape:
     from twotower.checkpoint.inspect import describe_config
 
-    return Shape.of(describe_config(tiny_config(**changes), "tiny"))
+    return ModelShape.of(describe_config(tiny_config(**changes), "tiny"))
 
 
-def made(**options: Any) -> Setup:
+def made(**options: Any) -> PlanSetup:
     return make_setup(PlanOptions(**options), shape())
 
 

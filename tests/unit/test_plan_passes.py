@@ -8,7 +8,14 @@ from tiny_models import tiny_config
 from tiny_plan import machine, setup
 from twotower.checkpoint.inspect import describe_config
 from twotower.lab.plan.inputs import Efficiency, Widths, uniform
-from twotower.lab.plan.passes import Pass, Setup, Shape, expected_experts, pass_parts, time_pass
+from twotower.lab.plan.passes import (
+    ModelShape,
+    Pass,
+    PlanSetup,
+    expected_experts,
+    pass_parts,
+    time_pass,
+)
 
 STEP = Pass(tower="context", rows=1, tokens=1, logits=1, past=10)
 BLOCK = Pass(tower="denoiser", rows=3, tokens=4, logits=4, past=10)
@@ -123,7 +130,7 @@ def test_int8_arithmetic_needs_a_rate() -> None:
 
 
 def test_a_model_without_experts_counts_none() -> None:
-    dense: Setup = setup(hybrid_override_pattern="M*-")
+    dense: PlanSetup = setup(hybrid_override_pattern="M*-")
     assert time_pass(dense, STEP).num_experts == 0
     wide = Widths(experts="int4", projections="bfloat16", head="bfloat16", dtype="bfloat16")
     assert time_pass(replace(dense, widths=wide), STEP) == time_pass(dense, STEP)
@@ -133,7 +140,7 @@ def test_a_backbone_alone_is_planned_with_a_copy_of_it() -> None:
     """Silent failure: a checkpoint without a denoiser has one that weighs nothing."""
     record = describe_config(tiny_config(), "tiny")
     alone = replace(record, towers={"context": record.towers["context"]})
-    shape = Shape.of(alone)
+    shape = ModelShape.of(alone)
     assert shape.parameters["denoiser"] == shape.parameters["context"]
-    both = Shape.of(record).parameters
+    both = ModelShape.of(record).parameters
     assert sum(both["denoiser"].values()) > sum(both["context"].values())  # time conditioning

@@ -5,7 +5,7 @@ import torch
 
 from tiny_models import fresh_model, tiny_config
 from twotower.checkpoint.inspect import describe_config
-from twotower.lab.plan.passes import Shape, Tower
+from twotower.lab.plan.passes import ModelShape, Tower
 from twotower.lab.race.limits import (
     Machine,
     MeasuredPass,
@@ -25,7 +25,7 @@ def work_of(
 ) -> Work:
     config = tiny_config(hybrid_override_pattern=pattern)
     taken = MeasuredPass("one", "extend", 1.0, tower, tokens, logits)
-    shape = Shape.of(describe_config(config, "tiny"))
+    shape = ModelShape.of(describe_config(config, "tiny"))
     return count_work(shape, taken, past, size, torch.float32)
 
 

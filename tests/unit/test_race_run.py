@@ -4,7 +4,7 @@ import pytest
 
 from tiny_models import tiny_model
 from twotower.lab.race.passes import PassShape, time_passes
-from twotower.lab.race.run import Load, RaceOptions, others_used, parse_stat, take_load
+from twotower.lab.race.run import CpuLoad, RaceOptions, others_used, parse_stat, take_load
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,8 @@ def test_every_pass_is_timed_on_every_engine() -> None:
     assert all(0 < ms < 60_000 for values in times.values() for ms in values)
 
 
-def load(wall_s: float, own_s: float, busy_s: float | None) -> Load:
-    return Load(wall_s, own_s, busy_s)
+def load(wall_s: float, own_s: float, busy_s: float | None) -> CpuLoad:
+    return CpuLoad(wall_s, own_s, busy_s)
 
 
 def test_other_processes_are_noticed() -> None:

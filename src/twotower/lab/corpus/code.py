@@ -24,7 +24,7 @@ Argument = Literal["numbers", "words", "text", "number", "pair", "table"]
 
 
 @dataclass(frozen=True)
-class Family:
+class FunctionFamily:
     """One kind of function: names to choose from, the argument, constants, comment and body."""
 
     names: str
@@ -44,17 +44,17 @@ NAMES_OF: dict[Argument, tuple[str, ...]] = {
 }
 
 FAMILIES = tuple(
-    Family(names, argument, constants, comment, "\n".join(body))
+    FunctionFamily(names, argument, constants, comment, "\n".join(body))
     for argument in get_args(Argument)
     for (names, constants, comment), body in entries("functions", argument)
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Function:
+class WrittenFunction:
     """A family with its names and constants chosen."""
 
-    family: Family
+    family: FunctionFamily
     name: str
     variables: str
     constants: tuple[str, ...]
@@ -69,7 +69,7 @@ class Function:
 
     @property
     def key(self) -> str:
-        """Family and constants, without the names that do not change what is asked."""
+        """FunctionFamily and constants, without the names that do not change what is asked."""
         family = self.family.names.split()[0]
         return f"{family}({', '.join(self.constants) or self.variables})"
 
@@ -98,7 +98,7 @@ def _constant(kind: str, rng: Random) -> str:
     return rng.choice({"letter": LETTERS, "mark": MARKS, "tag": TAGS}[kind])
 
 
-def draw_constants(family: Family, rng: Random) -> tuple[str, ...]:
+def draw_constants(family: FunctionFamily, rng: Random) -> tuple[str, ...]:
     """Draw a family's constants: different ones, two numbers in ascending order."""
     kinds = family.constants.split() if family.constants != "-" else []
     values = [_constant(kind, rng) for kind in kinds]
@@ -107,10 +107,10 @@ def draw_constants(family: Family, rng: Random) -> tuple[str, ...]:
     return tuple(sorted(values, key=int) if kinds == ["num", "num"] else values)
 
 
-def draw_function(rng: Random) -> Function:
+def draw_function(rng: Random) -> WrittenFunction:
     """Draw a function: family first, so that every family is equally frequent."""
     family = rng.choice(FAMILIES)
-    return Function(
+    return WrittenFunction(
         family=family,
         name=rng.choice(family.names.split()),
         variables=rng.choice(NAMES_OF[family.argument]),
@@ -152,7 +152,7 @@ def _expected(
     return tests
 
 
-def make_tests(function: Function, source: str, name: str) -> list[dict[str, str]]:
+def make_tests(function: WrittenFunction, source: str, name: str) -> list[dict[str, str]]:
     """Run `source`; each test holds Python literals, as {"args": "[[1, 2]]", "expected": "3"}.
 
     Literals, not JSON values: JSON would turn the integer keys of a returned dict into strings.

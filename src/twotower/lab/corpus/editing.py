@@ -14,7 +14,7 @@ from twotower.lab.corpus.code import (
     FAMILIES,
     NAMES_OF,
     TAGS,
-    Function,
+    WrittenFunction,
     draw_constants,
     draw_function,
     make_tests,
@@ -32,13 +32,13 @@ NEW_ARGUMENTS = ("limit", "step", "mode", "depth", "scale", "offset", "start", "
 TYPES = {"numbers": "list", "words": "list", "text": "str", "number": "int", "table": "dict"}
 
 
-def _rename_function(function: Function, rng: Random) -> Edit | None:
+def _rename_function(function: WrittenFunction, rng: Random) -> Edit | None:
     name = rng.choice(NEW_NAMES)
     source = function.source.replace(f"def {function.name}(", f"def {name}(")
     return f"Rename the function to {name}.", source, name
 
 
-def _rename_argument(function: Function, rng: Random) -> Edit | None:
+def _rename_argument(function: WrittenFunction, rng: Random) -> Edit | None:
     choices = [name for name in NAMES_OF[function.family.argument] if name != function.variables]
     old, new = function.variables.split(", "), rng.choice(choices).split(", ")
     if set(old) & set(new):
@@ -49,7 +49,7 @@ def _rename_argument(function: Function, rng: Random) -> Edit | None:
     return f"Rename {old[0]} to {new[0]}.", changed.source, function.name
 
 
-def _change_constant(function: Function, rng: Random) -> Edit | None:
+def _change_constant(function: WrittenFunction, rng: Random) -> Edit | None:
     if not function.constants:
         return None
     place = rng.randrange(len(function.constants))
@@ -69,7 +69,7 @@ def _change_constant(function: Function, rng: Random) -> Edit | None:
     return f"Change {written} to {wanted}.", changed.source, function.name
 
 
-def _is_held_out(function: Function, body: str) -> bool:
+def _is_held_out(function: WrittenFunction, body: str) -> bool:
     """Tell whether another operator made this body the answer to a held-out code item."""
     for family in FAMILIES:
         if family.argument == function.family.argument:
@@ -79,12 +79,12 @@ def _is_held_out(function: Function, body: str) -> bool:
     return False
 
 
-def _change_operator(function: Function, rng: Random) -> Edit | None:
+def _change_operator(function: WrittenFunction, rng: Random) -> Edit | None:
     found = re.findall(r" ([<>]=?|[!=]=) ", function.body)
     return _change_sign(function, found[0], COMPARISONS, rng) if len(found) == 1 else None
 
 
-def _change_arithmetic(function: Function, rng: Random) -> Edit | None:
+def _change_arithmetic(function: WrittenFunction, rng: Random) -> Edit | None:
     if function.family.argument not in ("numbers", "number", "pair"):
         return None
     found = re.findall(r"\b\w+ ([-+*]) \d", function.body)
@@ -93,7 +93,9 @@ def _change_arithmetic(function: Function, rng: Random) -> Edit | None:
     return _change_sign(function, found[0], "+-*", rng)
 
 
-def _change_sign(function: Function, old: str, signs: Sequence[str], rng: Random) -> Edit | None:
+def _change_sign(
+    function: WrittenFunction, old: str, signs: Sequence[str], rng: Random
+) -> Edit | None:
     new = rng.choice([sign for sign in signs if sign != old])
     body = function.body.replace(f" {old} ", f" {new} ")
     if _is_held_out(function, body):
@@ -101,7 +103,7 @@ def _change_sign(function: Function, old: str, signs: Sequence[str], rng: Random
     return f"Change {old} to {new}.", f"{function.head}\n{body}", function.name
 
 
-def _add_default(function: Function, rng: Random) -> Edit | None:
+def _add_default(function: WrittenFunction, rng: Random) -> Edit | None:
     name = function.variables.split(", ")[-1]
     if function.family.argument in ("number", "pair"):
         default = str(rng.randint(0, 99))
@@ -113,7 +115,7 @@ def _add_default(function: Function, rng: Random) -> Edit | None:
     return f"Give {name} the default {default}.", source, function.name
 
 
-def _wrap_result(function: Function, rng: Random) -> Edit | None:
+def _wrap_result(function: WrittenFunction, rng: Random) -> Edit | None:
     if "\n" in function.body or not function.body.startswith("    return "):
         return None
     wrapper = rng.choice(("str", "repr", "bool"))
@@ -122,7 +124,7 @@ def _wrap_result(function: Function, rng: Random) -> Edit | None:
     return f"Wrap the result in {wrapper}().", source, function.name
 
 
-def _change_result(function: Function, rng: Random) -> Edit | None:
+def _change_result(function: WrittenFunction, rng: Random) -> Edit | None:
     match = re.search(r'return (None|-1|"high"|"low")$', function.body, re.MULTILINE)
     if match is None:
         return None
@@ -132,14 +134,14 @@ def _change_result(function: Function, rng: Random) -> Edit | None:
     return f"Return {new} instead of {old}.", source, function.name
 
 
-def _add_docstring(function: Function, rng: Random) -> Edit | None:
+def _add_docstring(function: WrittenFunction, rng: Random) -> Edit | None:
     verb, noun = rng.choice(("Compute", "Return", "Make", "Find")), rng.choice(TAGS)
     text = f"{verb} the {noun} {rng.choice(('list', 'value', 'result', 'number', 'name'))}."
     source = f'{function.head}\n    """{text}"""\n{function.body}'
     return f'Add the docstring "{text}"', source, function.name
 
 
-def _add_first_line(function: Function, rng: Random) -> Edit | None:
+def _add_first_line(function: WrittenFunction, rng: Random) -> Edit | None:
     name = function.variables.split(", ")[0]
     number, tag = rng.randint(2, 99), rng.choice(TAGS)
     values = {
@@ -155,7 +157,7 @@ def _add_first_line(function: Function, rng: Random) -> Edit | None:
     return f"Add the first line {line}", source, function.name
 
 
-def _add_argument(function: Function, rng: Random) -> Edit | None:
+def _add_argument(function: WrittenFunction, rng: Random) -> Edit | None:
     argument = f"{rng.choice(NEW_ARGUMENTS)}={rng.randint(0, 99)}"
     source = function.source.replace(
         f"({function.variables}):", f"({function.variables}, {argument}):", 1
@@ -163,7 +165,7 @@ def _add_argument(function: Function, rng: Random) -> Edit | None:
     return f"Add the argument {argument}.", source, function.name
 
 
-def _annotate(function: Function, rng: Random) -> Edit | None:
+def _annotate(function: WrittenFunction, rng: Random) -> Edit | None:
     if function.family.argument == "pair":
         return None
     name, kind = function.variables, TYPES[function.family.argument]
@@ -171,7 +173,7 @@ def _annotate(function: Function, rng: Random) -> Edit | None:
     return f"Annotate {name} as {kind}.", source, function.name
 
 
-KINDS: tuple[tuple[str, Callable[[Function, Random], Edit | None]], ...] = (
+KINDS: tuple[tuple[str, Callable[[WrittenFunction, Random], Edit | None]], ...] = (
     ("rename_function", _rename_function),
     ("rename_argument", _rename_argument),
     ("rename_argument", _rename_argument),

@@ -50,7 +50,7 @@ RANGES = {
 
 
 @dataclass(frozen=True)
-class Tool:
+class ToolForm:
     """A tool: its parameters with the slot that fills each, and ways to ask for it."""
 
     name: str
@@ -65,7 +65,7 @@ def _slots(text: str) -> dict[str, str]:
 
 
 TOOLS = tuple(
-    Tool(name, _slots(slots), tuple(line.strip() for line in requests))
+    ToolForm(name, _slots(slots), tuple(line.strip() for line in requests))
     for (name, slots), requests in entries("tools", "calls")
 )
 
@@ -90,7 +90,7 @@ def _property(slot: str) -> dict[str, object]:
     return {"type": "integer" if slot in RANGES else "string"}
 
 
-def write_signature(tool: Tool) -> str:
+def write_signature(tool: ToolForm) -> str:
     """Return the compact form shown in the prompt, as in "get_time(city: string)"."""
     parts = []
     for name, slot in tool.slots.items():
@@ -101,7 +101,7 @@ def write_signature(tool: Tool) -> str:
     return f"{tool.name}({', '.join(parts)})"
 
 
-def schema_of(tool: Tool) -> dict[str, object]:
+def schema_of(tool: ToolForm) -> dict[str, object]:
     """Return the JSON schema (draft 2020-12) of the tool's arguments."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -115,7 +115,7 @@ def schema_of(tool: Tool) -> dict[str, object]:
 SIGNATURES = {tool.name: write_signature(tool) for tool in TOOLS}
 
 
-def _arguments(tool: Tool, rng: Random) -> dict[str, str | int]:
+def _arguments(tool: ToolForm, rng: Random) -> dict[str, str | int]:
     """Draw the arguments, all different, so that swapped arguments are a visible mistake."""
     while True:
         values = {name: draw_value(slot, rng) for name, slot in tool.slots.items()}

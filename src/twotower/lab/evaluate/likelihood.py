@@ -101,8 +101,8 @@ def bound_text(
     """The masked-diffusion bound of `text` after `prompt` (>= 1 token), block by block.
 
     Per block of T tokens and sample: n uniform in 1..T, n positions masked, T/n times the sum of
-    their cross-entropies, the denoiser told n/T as in generation. In expectation this is the
-    integral over t of system.md section 5. The last block may be shorter.
+    their cross-entropies, the denoiser conditioned on n/T as in generation. In expectation this is
+    the integral over t of system.md section 5. The last block may be shorter.
     """
     if not prompt or not text or samples < 2:
         raise ValueError("prompt and text need a token each, and samples must be at least 2")

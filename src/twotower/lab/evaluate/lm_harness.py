@@ -132,10 +132,7 @@ class Decoder:
         return GenerateOptions(**given)
 
 
-Load = Callable[[HarnessOptions], Decoder]
-
-
-def make_model_class(load: Load) -> type:
+def make_model_class(load: Callable[[HarnessOptions], Decoder]) -> type:
     """The lm_eval model class."""
     from lm_eval.api.model import LM
 
@@ -182,7 +179,7 @@ def make_model_class(load: Load) -> type:
     return TwoTowerLM
 
 
-def register(load: Load) -> None:
+def register(load: Callable[[HarnessOptions], Decoder]) -> None:
     """Make `--model twotower` known to lm-eval in this process; ImportError says what to install.
 
     lm-eval looks for no plug-ins: whoever wants the name calls this before lm-eval asks for it.

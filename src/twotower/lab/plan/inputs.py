@@ -19,7 +19,7 @@ BITS: dict[str, float] = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.0, "int4"
 class Widths:
     """Widths of the parts: routed and shared experts; matrices of Mamba, attention and MLP; head.
 
-    `dtype` is of what is never narrowed (embedding table, norms, time conditioning) and of the
+    `dtype` is of what is never quantised (embedding table, norms, time conditioning) and of the
     cache. Routers are float32.
     """
 

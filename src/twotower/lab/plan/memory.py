@@ -7,9 +7,10 @@ host memory and crosses the link in every pass that needs it.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from twotower.checkpoint.inspect import Tower
 from twotower.config import AttentionSpec, LayerSpec, MambaSpec, MoESpec, TowerConfig
 from twotower.lab.plan.inputs import Mode, Widths, Workload
-from twotower.lab.plan.passes import EXPERTS, Setup, Shape, Tower
+from twotower.lab.plan.passes import EXPERTS, ModelShape, PlanSetup
 
 # Prompts are read as the engine does: so many tokens of so many rows in a pass.
 CHUNK, NEWCOMERS = 512, 16
@@ -64,27 +65,27 @@ class DeviceMap:
         return next(share for device, share in places if tower in device.towers)
 
 
-def tower_bytes(shape: Shape, tower: Tower, widths: Widths) -> tuple[float, float]:
+def tower_bytes(shape: ModelShape, tower: Tower, widths: Widths) -> tuple[float, float]:
     """Bytes of a tower's weights: all but the routed experts; the routed experts."""
     sizes = {k: n * widths.weight_bytes(k) for k, n in shape.parameters[tower].items()}
     experts = sizes.pop(EXPERTS, 0.0)
     return sum(sizes.values()), experts
 
 
-def cache_bytes(shape: Shape, rows: int, length: int, widths: Widths) -> float:
+def cache_bytes(shape: ModelShape, rows: int, length: int, widths: Widths) -> float:
     """Bytes of the context cache of `rows` rows of `length` tokens."""
     keys = shape.config.context.kv_elements * length * widths.cache_bytes
     return rows * (keys + 4.0 * shape.state_elements + shape.conv_elements * widths.cache_bytes)
 
 
-def block_transfer_bytes(shape: Shape, rows: int, tokens: int, widths: Widths) -> float:
+def block_transfer_bytes(shape: ModelShape, rows: int, tokens: int, widths: Widths) -> float:
     """What goes from the context tower's device to the denoiser's after `tokens` committed tokens:
     their keys and values, and the states as they are then.
     """
     return cache_bytes(shape, rows, tokens, widths)
 
 
-def activation_bytes(setup: Setup, workload: Workload, tower: Tower, mode: Mode) -> float:
+def activation_bytes(setup: PlanSetup, workload: Workload, tower: Tower, mode: Mode) -> float:
     """Peak of what a pass holds beside weights and cache: an estimate from widths.
 
     The tokens of a pass over prompts or over a block of every row, whichever is more; float32
@@ -119,7 +120,7 @@ def _mixer_width(spec: LayerSpec, width: int) -> int:
 
 
 def device_maps(
-    setup: Setup, workload: Workload, mode: Mode, num_devices: int
+    setup: PlanSetup, workload: Workload, mode: Mode, num_devices: int
 ) -> Iterator[DeviceMap]:
     """Every way to place the towers that the mode needs, whether it fits or not."""
     if mode == "ar":
@@ -131,7 +132,7 @@ def device_maps(
 
 
 def _place(
-    setup: Setup, workload: Workload, mode: Mode, groups: Sequence[tuple[Tower, ...]]
+    setup: PlanSetup, workload: Workload, mode: Mode, groups: Sequence[tuple[Tower, ...]]
 ) -> DeviceMap:
     devices, shares, host_bytes = [], [], 0.0
     for towers in groups:
@@ -148,7 +149,7 @@ def _place(
 
 
 def _fill_device(
-    setup: Setup, workload: Workload, mode: Mode, towers: tuple[Tower, ...]
+    setup: PlanSetup, workload: Workload, mode: Mode, towers: tuple[Tower, ...]
 ) -> tuple[DeviceMemory, float]:
     """A device with its towers, and the share of their experts that had to go to the host."""
     sizes = [tower_bytes(setup.shape, tower, setup.widths) for tower in towers]

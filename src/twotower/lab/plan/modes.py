@@ -6,9 +6,10 @@ Pure arithmetic on what `passes` and `memory` say.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from twotower.checkpoint.inspect import Tower
 from twotower.lab.plan.inputs import MODES, Mode, Workload
 from twotower.lab.plan.memory import CHUNK, NEWCOMERS, DeviceMap, block_transfer_bytes, device_maps
-from twotower.lab.plan.passes import Pass, PassTime, Setup, Tower, time_pass
+from twotower.lab.plan.passes import Pass, PassTime, PlanSetup, time_pass
 
 AR_STEP, DENOISE, EXTEND, VERIFY = "ar_step", "denoise_pass", "extend", "verify"
 
@@ -65,7 +66,7 @@ class Turns:
         return self.denoiser_s + self.context_s
 
 
-def pass_times(setup: Setup, workload: Workload, device_map: DeviceMap) -> dict[str, PassTime]:
+def pass_times(setup: PlanSetup, workload: Workload, device_map: DeviceMap) -> dict[str, PassTime]:
     """Each pass that the modes are made of, half-way through the answer, with all rows."""
     size, calls = workload.block_size, {}
     shapes: dict[str, tuple[Tower, int, int]] = {
@@ -88,7 +89,7 @@ def pass_times(setup: Setup, workload: Workload, device_map: DeviceMap) -> dict[
     return calls
 
 
-def time_mode(setup: Setup, workload: Workload, mode: Mode, device_map: DeviceMap) -> ModeTime:
+def time_mode(setup: PlanSetup, workload: Workload, mode: Mode, device_map: DeviceMap) -> ModeTime:
     """The mode on that device map, overlapped where two devices gain by it.
 
     Speculation needs `tokens_per_cycle`.
@@ -118,7 +119,7 @@ def time_mode(setup: Setup, workload: Workload, mode: Mode, device_map: DeviceMa
     )
 
 
-def turns(setup: Setup, workload: Workload, mode: Mode, device_map: DeviceMap) -> Turns:
+def turns(setup: PlanSetup, workload: Workload, mode: Mode, device_map: DeviceMap) -> Turns:
     """An answer of a block mode, split by tower; the link counts as the context tower's."""
     calls = pass_times(setup, workload, device_map)
     if mode == "diffusion":
@@ -147,7 +148,7 @@ def overlapped_seconds(group: Turns) -> float:
     return 2 * busier + other / group.cycles
 
 
-def prefill_seconds(setup: Setup, workload: Workload, device_map: DeviceMap) -> float:
+def prefill_seconds(setup: PlanSetup, workload: Workload, device_map: DeviceMap) -> float:
     """Reading all prompts, NEWCOMERS rows at a time, and sending the cache to a second device."""
     share = device_map.share_of("context")
     whole, rest = divmod(workload.batch_size, NEWCOMERS)
@@ -156,7 +157,7 @@ def prefill_seconds(setup: Setup, workload: Workload, device_map: DeviceMap) -> 
     return seconds + _link_seconds(setup, workload, device_map, workload.prompt_tokens)
 
 
-def _read_seconds(setup: Setup, workload: Workload, rows: int, share: float) -> float:
+def _read_seconds(setup: PlanSetup, workload: Workload, rows: int, share: float) -> float:
     """Prompts of so many rows, a chunk of each in a pass; the last pass makes their logits."""
     seconds, length = 0.0, workload.prompt_tokens
     for past in range(0, length, CHUNK):
@@ -183,7 +184,9 @@ def break_even_tokens_per_cycle(ar_s: float, cycle_s: float, workload: Workload)
     return needed if needed <= workload.block_size else None
 
 
-def _link_seconds(setup: Setup, workload: Workload, device_map: DeviceMap, tokens: float) -> float:
+def _link_seconds(
+    setup: PlanSetup, workload: Workload, device_map: DeviceMap, tokens: float
+) -> float:
     """Sending keys of so many new tokens, and the states, to a second device if there is one."""
     if len(device_map.devices) == 1:
         return 0.0
@@ -209,7 +212,7 @@ class Span:
     winner: Mode
 
 
-def all_times(setup: Setup, workload: Workload, mode: Mode, num_devices: int) -> list[ModeTime]:
+def all_times(setup: PlanSetup, workload: Workload, mode: Mode, num_devices: int) -> list[ModeTime]:
     """The mode on every device_map that fits, fastest first; speculation needs tokens per cycle."""
     if mode == "speculative" and workload.tokens_per_cycle is None:
         return []
@@ -218,13 +221,15 @@ def all_times(setup: Setup, workload: Workload, mode: Mode, num_devices: int) ->
     return sorted(times, key=lambda time: time.prefill_s + time.decode_s)
 
 
-def best_times(setup: Setup, workload: Workload, num_devices: int) -> dict[Mode, ModeTime | None]:
+def best_times(
+    setup: PlanSetup, workload: Workload, num_devices: int
+) -> dict[Mode, ModeTime | None]:
     """Each mode on its fastest device_map; None where nothing fits."""
     found = {mode: all_times(setup, workload, mode, num_devices) for mode in MODES}
     return {mode: times[0] if times else None for mode, times in found.items()}
 
 
-def nearest_misfit(setup: Setup, workload: Workload, mode: Mode, num_devices: int) -> DeviceMap:
+def nearest_misfit(setup: PlanSetup, workload: Workload, mode: Mode, num_devices: int) -> DeviceMap:
     """The device_map that lacks the least memory, to say what is missing."""
     return min(device_maps(setup, workload, mode, num_devices), key=_lacking)
 
@@ -234,7 +239,9 @@ def _lacking(device_map: DeviceMap) -> float:
     return over + max(0.0, device_map.host_bytes - device_map.host_room)
 
 
-def sweep(setup: Setup, workload: Workload, num_devices: int, max_batch_size: int) -> list[Point]:
+def sweep(
+    setup: PlanSetup, workload: Workload, num_devices: int, max_batch_size: int
+) -> list[Point]:
     """At most 1, 2, 4, ... rows at a time, as long as any mode fits.
 
     Where more rows would only push experts out of the device, a mode stays at fewer: the others

@@ -27,7 +27,7 @@ from twotower.lab.plan.inputs import (
     Workload,
     uniform,
 )
-from twotower.lab.plan.passes import Setup, Shape
+from twotower.lab.plan.passes import ModelShape, PlanSetup
 
 SHIPPED = "shipped"
 # A published run of the 30B model: 66 denoiser passes for 256 tokens (the port on two DGX Sparks).
@@ -142,7 +142,7 @@ def describe_model(name: str) -> Description:
     )
 
 
-def make_setup(options: PlanOptions, shape: Shape) -> Setup:
+def make_setup(options: PlanOptions, shape: ModelShape) -> PlanSetup:
     """The model on the machine with widths and efficiency as asked."""
     hardware = find_hardware(options.hardware, known_hardware(options.hardware_file))
     if options.devices > 1 and hardware.link_gb_s is None:
@@ -151,7 +151,7 @@ def make_setup(options: PlanOptions, shape: Shape) -> Setup:
             "give it in a --hardware-file"
         )
     widths = _make_widths(options)
-    return Setup(
+    return PlanSetup(
         shape=shape,
         hardware=hardware,
         widths=widths,

@@ -7,21 +7,19 @@ another; each takes the longer of its streaming and its arithmetic.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from twotower.checkpoint.inspect import Description
+from twotower.checkpoint.inspect import Description, Tower
 from twotower.config import AttentionSpec, MoESpec, TwoTowerConfig
 from twotower.lab.plan.hardware import Compute, Hardware
 from twotower.lab.plan.inputs import Efficiency, Widths
 
-Tower = Literal["context", "denoiser"]
 _MATRICES = ("mamba", "attention", "mlp", "norms", "moe router", "moe shared")
 EXPERTS = "moe routed"
 _SCAN = 5  # operations on each number of an SSM state: decay, outer product, sum; readout
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class ModelShape:
     """A model as a plan sees it: parameters of each tower by kind, and the configuration."""
 
     name: str
@@ -29,7 +27,7 @@ class Shape:
     parameters: Mapping[Tower, Mapping[str, int]]
 
     @classmethod
-    def of(cls, record: Description) -> "Shape":
+    def of(cls, record: Description) -> "ModelShape":
         """From what `twotower inspect` knows; the denoiser is a copy where there is none."""
         context = record.towers["context"].parameters
         denoiser = record.towers["denoiser"].parameters if "denoiser" in record.towers else context
@@ -56,10 +54,10 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class PlanSetup:
     """What stays fixed over a plan: the model, one device, widths, how well code runs on it."""
 
-    shape: Shape
+    shape: ModelShape
     hardware: Hardware
     widths: Widths
     efficiency: Efficiency
@@ -127,7 +125,7 @@ def expected_experts(num_experts: int, per_token: int, num_tokens: float) -> flo
     return num_experts * (1.0 - missed)
 
 
-def pass_parts(shape: Shape, call: Pass, widths: Widths) -> list[PassPart]:
+def pass_parts(shape: ModelShape, call: Pass, widths: Widths) -> list[PassPart]:
     """The parts of a pass: matrices, routed experts, head, time conditioning, cache."""
     counts, n = shape.parameters[call.tower], call.rows * call.tokens
     parts = [_matrices(k, counts[k], n, widths) for k in _MATRICES if k in counts]
@@ -164,7 +162,7 @@ def _experts(moe: MoESpec, count: int, num_tokens: int, widths: Widths) -> PassP
     )
 
 
-def _mixing(shape: Shape, call: Pass, widths: Widths) -> PassPart:
+def _mixing(shape: ModelShape, call: Pass, widths: Widths) -> PassPart:
     """Attention over keys and the scan: their weights are among the matrices, here is the rest."""
     config, length = shape.config.context, call.past + call.tokens
     state_bytes = 4.0 * shape.state_elements + shape.conv_elements * widths.cache_bytes
@@ -183,7 +181,7 @@ def _mixing(shape: Shape, call: Pass, widths: Widths) -> PassPart:
     )
 
 
-def time_pass(setup: Setup, call: Pass, host_share: float = 0.0) -> PassTime:
+def time_pass(setup: PlanSetup, call: Pass, host_share: float = 0.0) -> PassTime:
     """How long a pass takes; `host_share` of the routed experts' bytes cross the host link."""
     if setup.efficiency.rows_in_turn and call.rows > 1:
         one = time_pass(setup, replace(call, rows=1), host_share)

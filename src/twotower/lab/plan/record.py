@@ -24,7 +24,7 @@ from twotower.lab.plan.modes import (
     turns,
 )
 from twotower.lab.plan.options import PlanOptions, describe_model, make_setup, make_workload
-from twotower.lab.plan.passes import Setup, Shape
+from twotower.lab.plan.passes import ModelShape, PlanSetup
 
 TARGETS = (1.0, 2.42)  # speed-ups over AR: equal, and what the announcement reports
 _GIB = 2**30
@@ -32,10 +32,10 @@ _GIB = 2**30
 
 def make_plan(options: PlanOptions) -> dict[str, Any]:
     """The whole record; ValueError (one line) for whatever the options name wrongly."""
-    return plan_shape(Shape.of(describe_model(options.model)), options)
+    return plan_shape(ModelShape.of(describe_model(options.model)), options)
 
 
-def plan_shape(shape: Shape, options: PlanOptions) -> dict[str, Any]:
+def plan_shape(shape: ModelShape, options: PlanOptions) -> dict[str, Any]:
     """The record of a model that is described already."""
     setup = make_setup(options, shape)
     workload = make_workload(options, shape.config.block_size)
@@ -64,7 +64,7 @@ def plan_shape(shape: Shape, options: PlanOptions) -> dict[str, Any]:
     }
 
 
-def _parameters(shape: Shape) -> dict[str, int]:
+def _parameters(shape: ModelShape) -> dict[str, int]:
     return {tower: sum(counts.values()) for tower, counts in shape.parameters.items()}
 
 
@@ -75,7 +75,7 @@ def _source(options: PlanOptions) -> str:
     return "results" if options.results is not None else "published"
 
 
-def _memory(setup: Setup, workload: Workload) -> dict[str, Any]:
+def _memory(setup: PlanSetup, workload: Workload) -> dict[str, Any]:
     """Bytes of each tower, of a row's cache when its answer ends, and what a device offers."""
     length = workload.prompt_tokens + workload.new_tokens
     towers = {t: sum(tower_bytes(setup.shape, t, setup.widths)) for t in setup.shape.parameters}
@@ -88,7 +88,7 @@ def _memory(setup: Setup, workload: Workload) -> dict[str, Any]:
 
 
 def _mode(
-    setup: Setup, workload: Workload, mode: Mode, num_devices: int, price: float | None
+    setup: PlanSetup, workload: Workload, mode: Mode, num_devices: int, price: float | None
 ) -> dict[str, Any]:
     """One mode on its fastest device_map, the other ones that fit, or what is missing."""
     times = all_times(setup, workload, mode, num_devices)
@@ -154,7 +154,7 @@ def _describe_misfit(device_map: DeviceMap) -> str:
 
 
 def _passes(
-    setup: Setup, workload: Workload, best: Mapping[Mode, ModeTime | None]
+    setup: PlanSetup, workload: Workload, best: Mapping[Mode, ModeTime | None]
 ) -> dict[str, dict[str, Any]]:
     """Each pass where the modes that need it run fastest."""
     owners: dict[str, Mode] = {AR_STEP: "ar", DENOISE: "diffusion", EXTEND: "diffusion"}
@@ -177,7 +177,7 @@ def _ms(seconds: Mapping[str, float]) -> dict[str, float]:
 
 
 def _break_even(
-    setup: Setup, workload: Workload, best: Mapping[Mode, ModeTime | None]
+    setup: PlanSetup, workload: Workload, best: Mapping[Mode, ModeTime | None]
 ) -> dict[str, Any] | None:
     """Tokens per pass and per cycle that reach each speed-up over AR, decoding alone and one
     group of rows; None where AR or both towers do not fit, null where a whole block does not do.

@@ -12,9 +12,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from twotower.checkpoint.inspect import describe_config
+from twotower.checkpoint.inspect import Tower, describe_config
 from twotower.lab.plan.inputs import uniform
-from twotower.lab.plan.passes import Pass, Shape, Tower, pass_parts
+from twotower.lab.plan.passes import ModelShape, Pass, pass_parts
 from twotower.lab.race.passes import PassShape
 from twotower.model import TwoTower
 from twotower.native.layout import LANES
@@ -74,7 +74,7 @@ def describe_limits(
     """
     dtype = model.context_lm_head.weight.dtype
     ours = list(_our_passes(record, shape.block_size))
-    planned = Shape.of(describe_config(model.config, "race"))
+    planned = ModelShape.of(describe_config(model.config, "race"))
     rows = []
     for taken in [*ours, *_baseline_passes(record, {one.engine for one in ours})]:
         size = weight_bytes_of(taken.engine, float(dtype.itemsize))
@@ -95,7 +95,7 @@ class Work(NamedTuple):
 
 
 def count_work(
-    shape: Shape, taken: MeasuredPass, num_past: int, weight_bytes: float, dtype: torch.dtype
+    shape: ModelShape, taken: MeasuredPass, num_past: int, weight_bytes: float, dtype: torch.dtype
 ) -> Work:
     """Work of one row's pass with weights of so many bytes each, keys and values in `dtype`."""
     widths = uniform("float32" if dtype == torch.float32 else "bfloat16")

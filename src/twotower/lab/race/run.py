@@ -246,7 +246,7 @@ def _describe(model: TwoTower) -> dict[str, object]:
 
 
 @dataclass(frozen=True)
-class Load:
+class CpuLoad:
     """Seconds up to now: of the clock, of this process, of all processes on all cores (None where
     the system does not say).
     """
@@ -256,10 +256,10 @@ class Load:
     busy_s: float | None
 
 
-def take_load() -> Load:
+def take_load() -> CpuLoad:
     """The load so far; Linux counts it, with what a virtual machine's host took away."""
     text = _STAT.read_text() if _STAT.is_file() else ""
-    return Load(time.perf_counter(), time.process_time(), parse_stat(text))
+    return CpuLoad(time.perf_counter(), time.process_time(), parse_stat(text))
 
 
 def parse_stat(text: str) -> float | None:
@@ -274,7 +274,7 @@ def parse_stat(text: str) -> float | None:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def others_used(before: Load, after: Load, during: str) -> list[str]:
+def others_used(before: CpuLoad, after: CpuLoad, during: str) -> list[str]:
     """A line if other processes kept cores busy between two loads: the timings are doubtful."""
     if before.busy_s is None or after.busy_s is None or after.wall_s <= before.wall_s:
         return []
