@@ -75,6 +75,23 @@ def test_results_are_the_librarys_in_the_order_of_the_input(
         }
 
 
+def test_the_command_s_options_count_beside_a_line_s_own(checkpoint: str, tmp_path: Path) -> None:
+    """Guards lines that are refused for an option that they never named: the command's are for
+    lines that can use them."""
+    lines: list[object] = [
+        {"prompt": "a"},
+        {"prompt": "a", "mode": "ar"},
+        {"prompt": "a", "temperature": 0},
+        {"prompt": "a", "eos_token_id": 5},
+    ]
+    source, target = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    flags = ["--mode", "diffusion", "--confidence-threshold", "0.5", "--temperature", "1"]
+    assert answer(source, target, checkpoint, *flags, "--top-k", "5") == 0
+    found = records(target)
+    assert not any("error" in record for record in found)
+    assert [record["nfe"] == 0 for record in found] == [False, True, False, False]
+
+
 BAD = {
     2: (b'{"prompt": "a"', "not JSON"),
     3: (b'{"prompt": ""}', "the prompt is empty; give at least one character"),

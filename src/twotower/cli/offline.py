@@ -198,6 +198,6 @@ def _defaults_beside(
         unused |= {name for name, modes in FIELD_MODES.items() if mode not in modes}
     if own.get("temperature") == 0:
         unused |= {"top_k", "top_p"}
-    if "eos_token_id" in own:
+    if own.get("eos_token_id") is not None:
         unused.add("ignore_eos")
     return {name: value for name, value in given.items() if name not in unused}

@@ -21,8 +21,8 @@ from twotower.engine.request import Row
 from twotower.engine.request_queue import RequestQueue
 from twotower.model import TwoTower
 
-# A row makes room for another of its caller, or of one with as many places, after this many steps
-# and twice as many as the other has had: new rows begin soon, and old ones change places rarely.
+# A row makes room for another of its caller, or of one with fewer places, after this many steps and
+# twice as many as the other has had: new rows begin soon, and old ones change places rarely.
 TURN = 8
 
 
