@@ -87,7 +87,9 @@ def test_a_missing_library_is_said(
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     load = load_transformers if library == "transformers" else load_llama_cpp
-    with pytest.raises(MissingBaseline, match=rf"^{library} is not installed: pip install .two"):
+    with pytest.raises(
+        MissingBaseline, match=rf'^{library} is not installed: pip install "\.\[bench\]"'
+    ):
         load(tmp_path, 1)
 
 

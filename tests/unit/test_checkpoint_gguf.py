@@ -139,7 +139,7 @@ def test_without_gguf_the_message_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ValueError, match=r"pip install 'twotower\[bench\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[bench\]'"):
         export_gguf(dense(), tmp_path / "a.gguf")
 
 

@@ -333,5 +333,5 @@ def test_a_missing_library_says_what_to_install(library, monkeypatch):
     for table in (knowledge.countries, multilingual.number_word):
         table.cache_clear()
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ImportError, match=r'pip install "twotower\[data\]"'):
+    with pytest.raises(ImportError, match=r'pip install "\.\[data\]"'):
         knowledge.countries() if library == "babel" else multilingual.number_word(3, "fr")

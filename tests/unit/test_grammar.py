@@ -357,5 +357,5 @@ def test_a_tokenizer_without_bytes_is_refused() -> None:
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     other = train_tokenizer(["b"], vocab_size=260)
-    with pytest.raises(ValueError, match=r"pip install 'twotower\[serve\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[serve\]'"):
         begin(regex("a"), other, RULES)

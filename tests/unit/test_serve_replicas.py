@@ -63,5 +63,5 @@ def test_missing_ray_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from twotower.serve import replicas
 
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r"pip install 'twotower\[ray\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[ray\]'"):
         replicas.run(lambda: pytest.fail(str(Path())), ServeArguments())

@@ -223,7 +223,7 @@ def test_without_pyarrow_the_remedy_is_named(
 ) -> None:
     file = write_parquet(tmp_path / "d.parquet", text=["a"])
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ImportError, match=r'pip install "twotower\[data\]"'):
+    with pytest.raises(ImportError, match=r'pip install "\.\[data\]"'):
         list(read_file(file))
     assert list(read_file(write_jsonl(tmp_path / "d.jsonl", {"text": "a"}))) == [("", "a")]
 
