@@ -54,6 +54,8 @@ def test_json_holds_what_the_library_returns(
             "tokens": out.tokens,
             "nfe": out.nfe,
             "context_forwards": out.context_forwards,
+            "lookup_tokens": out.lookup_tokens,
+            "denoiser_tokens": out.denoiser_tokens,
             "tokens_per_nfe": 6 / out.nfe if out.nfe else None,
             "finish_reason": "length",
         }

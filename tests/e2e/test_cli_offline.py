@@ -71,6 +71,8 @@ def test_results_are_the_librarys_in_the_order_of_the_input(
             "tokens": expected.tokens,
             "nfe": expected.nfe,
             "context_forwards": expected.context_forwards,
+            "lookup_tokens": expected.lookup_tokens,
+            "denoiser_tokens": expected.denoiser_tokens,
             "finish_reason": "length",
         }
 

@@ -116,6 +116,20 @@ def test_native_passes_in_few_bits(
     assert torch.equal(torch.cat(alone, dim=1), hidden[:, 20:40])
 
 
+def test_lookup_writes_the_text_of_ar_in_fewer_passes(
+    model: TwoTower, tokenizer: Tokenizer, compiled: None
+) -> None:
+    """Silent failure: drafts that are never found, or never right, on a real model's text."""
+    ours = accelerate(model, "native", "int4")
+    ids = prompt(tokenizer, "Tom has 3 apples and buys 4 more apples. How many apples has Tom?")
+    shape = {"max_new_tokens": 64, "temperature": 0.0}
+    (expected,) = generate(ours, [ids], GenerateOptions(mode="ar", **shape))  # type: ignore[arg-type]
+    (found,) = generate(ours, [ids], GenerateOptions(**shape))  # type: ignore[arg-type]
+    assert found.tokens == expected.tokens
+    assert found.context_forwards == expected.context_forwards - found.lookup_tokens
+    assert found.lookup_tokens > 0.3 * len(found.tokens)
+
+
 def test_the_file_is_kept_exactly_in_int4(model: TwoTower) -> None:
     """Silent failure: 4 bits of the file become other 4 bits."""
     for layer in (0, 1, 58, 59):

@@ -11,7 +11,15 @@ from torch import Tensor
 from property.test_cache import CLOSE, assert_same_rows, snapshot
 from tiny_models import MASK, prompts_of, random_ids, tiny_model
 from tiny_options import options_of
-from twotower import ContextView, GenerateOptions, StepTaken, TwoTower, generate, stream
+from twotower import (
+    ContextView,
+    GenerateOptions,
+    StepTaken,
+    TokensCommitted,
+    TwoTower,
+    generate,
+    stream,
+)
 
 MODEL = tiny_model()
 PROMPTS = prompts_of([1, 7, 2, 19, 4])
@@ -54,7 +62,7 @@ def test_any_draft_gives_the_text_of_ar(
     prompt = PROMPTS[3]
     expected = generate(MODEL, [prompt], options("ar", **shape))[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODEL, "draft_cost", 1.0)  # no pauses: every acceptance length comes up
+        patch.setattr(MODEL, "verify_cost", 0.5)  # no pauses: every acceptance length comes up
         patch.setattr(MODEL, "denoise", Drafter(len(prompt), expected.tokens, wrong))
         (found,) = generate(MODEL, [prompt], options("speculative", block_size=block_size, **shape))
     assert found.tokens == expected.tokens
@@ -67,10 +75,15 @@ def test_right_drafts_save_passes() -> None:
     expected = generate(MODEL, [prompt], options("ar"))[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MODEL, "denoise", Drafter(len(prompt), expected.tokens, set()))
-        (found,) = generate(MODEL, [prompt], options("speculative"))
+        (found,) = generate(MODEL, [prompt], options("speculative", drafts="denoiser"))
     assert found.tokens == expected.tokens
     # the prompt gives 1 token, four cycles 4 each
     assert (found.nfe, found.context_forwards, expected.context_forwards) == (4, 5, 17)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODEL, "denoise", Drafter(len(prompt), expected.tokens, set()))
+        o = options("speculative", drafts="denoiser", max_new_tokens=18)
+        (longer,) = generate(MODEL, [prompt], o)
+    assert (longer.nfe, longer.context_forwards) == (4, 6), "the last token alone needs no draft"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -171,3 +184,55 @@ def _third_token(model: TwoTower, prompt: list[int], temperature: float) -> Tens
     first = probs[torch.arange(49), len(prompt) - 1, pairs[:, 0]]
     second = probs[torch.arange(49), len(prompt), pairs[:, 1]]
     return (probs[:, -1] * (first * second).unsqueeze(1)).sum(0)
+
+
+def half_of(model: TwoTower) -> TwoTower:
+    """The context tower of a model alone."""
+    half = TwoTower(model.config, towers="context").eval()
+    own = {n: v for n, v in model.state_dict().items() if n.startswith("context_")}
+    half.load_state_dict(own)
+    return half
+
+
+# What these write repeats itself, so that lookup finds its drafts.
+LOOPING = tiny_model(vocab_size=6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("drafts", ["auto", "lookup"])
+def test_lookup_gives_the_texts_of_ar(drafts: str, temperature: float) -> None:
+    """Guards drafts of the text itself: in batches whose rows have drafts of either kind or none,
+    with a denoiser and without, sampled and greedy."""
+    shape = {"max_new_tokens": 60, "temperature": temperature, "seed": 5, "ignore_eos": True}
+    prompts = [[4, 5], [4], [5, 4, 5, 4, 5], [4, 5, 5, 5, 4, 4, 5]]
+    expected = generate(LOOPING, prompts, options("ar", **shape))
+    for model in (LOOPING, half_of(LOOPING)):
+        found = generate(model, prompts, options("speculative", drafts=drafts, **shape))
+        assert [row.tokens for row in found] == [row.tokens for row in expected]
+        assert sum(row.lookup_tokens for row in found) > 10, "the test tests nothing"
+        assert sum(row.denoiser_tokens for row in found) == 0 or drafts == "auto"
+        for row, plain in zip(found, expected, strict=True):
+            accepted = row.lookup_tokens + row.denoiser_tokens
+            assert row.context_forwards == plain.context_forwards - accepted
+
+
+def test_a_model_without_a_denoiser_looks_up_by_default() -> None:
+    """Guards the speed of a backbone, which would decode token by token in silence."""
+    half = half_of(LOOPING)
+    shape = {"max_new_tokens": 40, "ignore_eos": True}
+    (found,) = generate(half, [[4, 5]], GenerateOptions(**shape))  # type: ignore[arg-type]
+    assert found.lookup_tokens > 0 and found.nfe == 0
+    with pytest.raises(ValueError, match="drafts='denoiser' needs a denoiser tower"):
+        generate(half, [[4, 5]], GenerateOptions(mode="speculative", drafts="denoiser"))
+    with pytest.raises(ValueError, match="draft_passes=2: has no effect on drafts='lookup'"):
+        generate(half, [[4, 5]], GenerateOptions(draft_passes=2))
+
+
+def test_the_events_name_the_drafter() -> None:
+    """Guards the record of who wrote what was accepted."""
+    shape = {"max_new_tokens": 60, "ignore_eos": True}
+    events = list(stream(LOOPING, [[4, 5]], options("speculative", drafts="lookup", **shape)))
+    commits = [event for event in events if isinstance(event, TokensCommitted)]
+    assert {event.drafter for event in commits if event.drafted} == {"lookup"}
+    assert all(event.drafter is None for event in commits if not event.drafted)
+    assert not any(isinstance(event, StepTaken) for event in events)

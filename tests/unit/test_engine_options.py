@@ -100,6 +100,7 @@ USEFUL: dict[str, object] = {
     "steps_per_block": 4,
     "first_token": "context",
     "verify_threshold": 0.0,
+    "drafts": "lookup",
     "draft_passes": 2,
     "confidence_threshold": 0.7,
     "schedule": "cosine",

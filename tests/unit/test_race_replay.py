@@ -31,7 +31,7 @@ PROMPT = prompts_of([7])[0]
 def options_of(mode: str) -> GenerateOptions:
     verified = {"mode": "diffusion", "first_token": "context", "verify_threshold": 0.02}
     own = verified if mode == "verified" else {"mode": mode}
-    values: dict[str, object] = {"max_new_tokens": 23, "ignore_eos": True}
+    values: dict[str, object] = {"max_new_tokens": 23, "ignore_eos": True, "drafts": "denoiser"}
     return tiny_options.options_of(values | {"block_size": 4, "confidence_threshold": 0.6}, own)
 
 

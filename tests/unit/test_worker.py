@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from property.test_scheduler import watched
-from tiny_models import fresh_model, prompts_of
+from tiny_models import fresh_model, prompts_of, tiny_model
 from tiny_worker import MODEL, completion_of, end_of, failure_of, options, running, wait_for
 from twotower import ContextCache, TwoTower, generate
 from twotower.engine import (
@@ -246,6 +246,19 @@ def test_totals_are_those_of_the_rows() -> None:
         assert len(commit.tokens) == (commit.accepted or 0) + 1
         assert 0 <= (commit.accepted or 0) <= (commit.drafted or 0) <= 3
     assert all(e.drafted is None for e in events[0] if isinstance(e, TokensCommitted))
+
+
+def test_totals_tell_lookup_from_the_denoiser() -> None:
+    """Guards the record of who drafted what was accepted."""
+    model = tiny_model(vocab_size=6)  # its texts repeat themselves
+    own = options(mode="speculative", max_new_tokens=40)
+    worker = Worker(model)
+    worker.start()
+    done = completion_of(worker.submit(Request([4, 5], own)))
+    worker.stop()
+    stats = worker.stats()
+    assert stats.lookup_tokens == done.lookup_tokens > 0
+    assert stats.accepted_tokens == done.lookup_tokens + done.denoiser_tokens
 
 
 @with_and_without_overlap

@@ -208,11 +208,13 @@ def _finished(events: Iterable[Event]) -> list[Completion]:
 def _print_figures(completion: Completion, seconds: float) -> None:
     """Finish a streamed text: its last line break, and the cost on stderr."""
     tokens, rate = len(completion.tokens), per_pass(completion)
+    drafted = ("lookup", completion.lookup_tokens), ("the denoiser", completion.denoiser_tokens)
     print(" ".join(map(str, completion.tokens)) if completion.text is None else "")
     parts = [
         f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.0f} tokens/s)",
         f"NFE {completion.nfe}" + ("" if rate is None else f" ({rate:.1f} tokens each)"),
         f"context forwards {completion.context_forwards}",
+        *(f"{n} tokens from {name}" for name, n in drafted if n),
         f"ended by {completion.finish_reason}",
     ]
     print(", ".join(parts), file=sys.stderr)

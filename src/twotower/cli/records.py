@@ -12,6 +12,8 @@ def completion_record(completion: Completion) -> dict[str, object]:
         "tokens": completion.tokens,
         "nfe": completion.nfe,
         "context_forwards": completion.context_forwards,
+        "lookup_tokens": completion.lookup_tokens,
+        "denoiser_tokens": completion.denoiser_tokens,
         "finish_reason": completion.finish_reason,
     }
     if completion.logprobs is not None:

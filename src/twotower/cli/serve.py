@@ -36,6 +36,7 @@ _SHOWN = (
     "steps_per_block",
     "first_token",
     "verify_threshold",
+    "drafts",
     "draft_passes",
     "block_size",
 )
@@ -112,7 +113,7 @@ def describe(loaded: Loaded, options: ServeArguments) -> "Served":
         created=int((loaded.folder / "config.json").stat().st_mtime),
         tokenizer=loaded.tokenizer,
         block_size=model.config.block_size,
-        modes=MODES if model.has_denoiser else ("ar",),
+        modes=MODES if model.has_denoiser else ("speculative", "ar"),
         default_mode=defaults.mode,
         defaults={name: getattr(defaults, name) for name in _SHOWN},
         template=_template(options, loaded),

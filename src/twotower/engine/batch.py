@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twotower.diffusion import Sampler, SamplerKind
 from twotower.engine.denoiser import Denoiser
-from twotower.engine.events import Event, TokenLogprob
+from twotower.engine.events import Event, TokenLogprob, Verified
 from twotower.engine.request import Row
 from twotower.model import ContextCache, TwoTower
 
@@ -25,7 +25,7 @@ class Choice(NamedTuple):
 
     tokens: Sequence[list[int]]  # of each row
     logprobs: Sequence[Sequence[TokenLogprob] | None] | None = None  # None if no row asked
-    counts: Sequence[dict[str, int]] | None = None  # of each row: drafted, accepted, rejected
+    verified: Sequence[Verified] | None = None  # of each row
 
 
 def no_draft(batch: "Batch") -> Iterator[Event]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twotower.engine.batch import Batch, Choice, DecodingMode
 from twotower.engine.denoiser import fill_blocks
-from twotower.engine.events import Event
+from twotower.engine.events import Event, Verified
 from twotower.engine.logits import choose_tokens, require_finite, rows_logprobs
 
 
@@ -54,7 +54,8 @@ def choose(batch: Batch) -> Choice:
     for row, tokens in zip(batch.rows, kept, strict=True):
         row.context_forwards += 1
         is_verified = row.options.verify_threshold > 0
-        rejected.append({"rejected": blocks.shape[1] - len(tokens)} if is_verified else {})
+        count = blocks.shape[1] - len(tokens) if is_verified else None
+        rejected.append(Verified(rejected=count))
     return Choice(kept, logprobs, rejected)
 
 

@@ -1,7 +1,9 @@
 """What decoding reports to its caller, as small records in the order in which things happen."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
+
+from twotower.engine.drafts import DrafterName
 
 # invalid: no usable request, or a grammar that cannot be followed; memory: does not fit;
 # internal: our fault, details are in the log.
@@ -35,6 +37,15 @@ class StepTaken:
     nfe: int  # denoiser passes of the row so far
 
 
+class Verified(NamedTuple):
+    """What the context tower made of a draft, or of a block; None where there was none."""
+
+    drafted: int | None = None  # speculative: draft tokens that were verified
+    accepted: int | None = None  # speculative: those of them that were accepted
+    drafter: DrafterName | None = None  # speculative: who wrote them, if not the grammar alone
+    rejected: int | None = None  # diffusion with verify_threshold: how many of the block were not
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokensCommitted:
     """Tokens that became part of a row's text: a block, or one token in token-by-token modes."""
@@ -46,9 +57,10 @@ class TokensCommitted:
     nfe: int
     context_forwards: int
     logprobs: tuple[TokenLogprob, ...] | None = None  # of each token, when asked for
-    drafted: int | None = None  # speculative: draft tokens that were verified
-    accepted: int | None = None  # speculative: those of them that were accepted
-    rejected: int | None = None  # diffusion with verify_threshold: how many of the block were not
+    drafted: int | None = None  # these as in Verified
+    accepted: int | None = None
+    drafter: DrafterName | None = None
+    rejected: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +73,8 @@ class Completion:
     context_forwards: int  # context tower passes: the prefill and each extension
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] | None = None  # of each token, when asked for
+    lookup_tokens: int = 0  # speculative: tokens that prompt lookup drafted and AR chose as well
+    denoiser_tokens: int = 0  # speculative: those that the denoiser drafted
     cached_tokens: int = 0  # prompt tokens that were taken from the prefix cache
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from twotower.diffusion import SCHEDULES, Remask, Schedule
 from twotower.documented import documented
+from twotower.engine.drafts import Drafts
 from twotower.engine.grammar import Grammar
 
 Mode = Literal["diffusion", "speculative", "posterior", "predict-and-noise", "ar", "mock-ar"]
@@ -29,6 +30,7 @@ FIELD_MODES: Mapping[str, tuple[Mode, ...]] = {
     "steps_per_block": _BLOCKS,
     "first_token": ("diffusion",),
     "verify_threshold": ("diffusion",),
+    "drafts": ("speculative",),
     "draft_passes": ("speculative",),
     "confidence_threshold": ("diffusion", "speculative"),
     "schedule": ("posterior", "predict-and-noise"),
@@ -71,9 +73,9 @@ class GenerateOptions:
 
     mode: Mode | None = None
     """Decoding algorithm. diffusion: fill blocks of mask tokens, committing confident predictions
-    pass by pass. speculative: the text of ar, drafted in blocks by the denoiser and verified by the
-    context tower. ar: the context tower alone, token by token. posterior, predict-and-noise: other
-    samplers of the block. mock-ar: the denoiser alone, token by token."""
+    pass by pass. speculative: the text of ar, from drafts that the context tower verifies. ar: the
+    context tower alone, token by token. posterior, predict-and-noise: other samplers of the block.
+    mock-ar: the denoiser alone, token by token."""
     max_new_tokens: int | None = None
     """Maximum number of new tokens."""
     block_size: int | None = None
@@ -89,6 +91,10 @@ class GenerateOptions:
     below this threshold is rejected with all that follow it, and the next block starts there with
     the context tower's own token, at no extra forward pass. 0 accepts all, as published. Needs
     first_token=context."""
+    drafts: Drafts | None = None
+    """speculative: where drafts come from. lookup: from prompt and text, what followed the newest
+    tokens where they occurred before; needs no denoiser. denoiser: the denoiser tower. auto:
+    whichever promises more, by what it has yielded in this text."""
     draft_passes: int | None = None
     """speculative: maximum number of denoiser passes per draft."""
     confidence_threshold: float | None = None
@@ -154,6 +160,7 @@ class ResolvedOptions:
     steps_per_block: int = 16
     first_token: FirstToken = "denoiser"
     verify_threshold: float = 0.0
+    drafts: Drafts = "auto"
     draft_passes: int = 1
     confidence_threshold: float = 0.8
     temperature: float = 0.0
@@ -231,6 +238,13 @@ def _refuse_combinations(resolved: ResolvedOptions, given: Mapping[str, object])
             f"{source}verify_threshold={resolved.verify_threshold} needs first_token='context': "
             "the context tower's token takes the place of the one that is rejected"
         )
+    if resolved.drafts == "lookup":
+        for name in ("draft_passes", "confidence_threshold"):
+            if resolved.mode == "speculative" and name in given:
+                raise ValueError(
+                    f"{name}={given[name]}: has no effect on drafts='lookup', which no denoiser "
+                    "writes; leave it out"
+                )
     if resolved.temperature > 0:
         return
     for name, off in (("top_k", 0), ("top_p", 1.0)):
@@ -297,6 +311,7 @@ _CHECKS: dict[str, Problem] = {
     "steps_per_block": _count,
     "first_token": _one_of(*get_args(FirstToken)),
     "verify_threshold": _share,
+    "drafts": _one_of(*get_args(Drafts)),
     "draft_passes": _count,
     "confidence_threshold": _share,
     "temperature": _number(0.0),

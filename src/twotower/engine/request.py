@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,6 +23,7 @@ from twotower.engine.events import (
     FinishReason,
     TokenLogprob,
     TokensCommitted,
+    Verified,
 )
 from twotower.engine.filters import Filter
 from twotower.engine.grammar_state import GrammarState, TokenRules, begin
@@ -32,7 +34,8 @@ from twotower.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from twotower.engine.batch import Batch
-    from twotower.engine.speculative import DraftController
+    from twotower.engine.drafts import DraftController, DrafterName, Proposal
+    from twotower.engine.drafts_lookup import LookupIndex
 
 Prompt = str | Sequence[int]
 
@@ -71,6 +74,7 @@ class Row:
         self.nfe = self.context_forwards = 0
         self.cached_tokens = 0  # of the prompt, taken from the prefix cache
         self.num_commits = self.num_drafted = self.num_accepted = 0
+        self.accepted_of: Counter[DrafterName] = Counter()
         # Of the engine: its client's wishes, and its share of the machine.
         self.is_cancelled = False
         self.deadline_s = math.inf  # of time.monotonic()
@@ -79,7 +83,9 @@ class Row:
         self.num_served = 0  # steps in which it had a place
         self.paused: Batch | None = None  # all that was read, while it has no place
         # Of speculation.
-        self.controller: DraftController | None = None
+        self.controllers: dict[str, DraftController] = {}  # of each kind of draft
+        self.proposal: Proposal | None = None  # what this cycle's draft is, if it has one
+        self.lookup: LookupIndex | None = None
         self.noise_ahead: list[Tensor] = []  # (V,) of each token to come, once drawn
         self._logprobs: list[TokenLogprob] = []
         self.num_released = 0  # tokens that were given out
@@ -122,9 +128,7 @@ class Row:
         self,
         tokens: Sequence[int],
         logprobs: Sequence[TokenLogprob] | None = None,
-        drafted: int | None = None,
-        accepted: int | None = None,
-        rejected: int | None = None,
+        verified: Verified = Verified(),  # noqa: B008  # a tuple
     ) -> TokensCommitted:
         """Take tokens one by one until the row ends; what follows the end is dropped.
 
@@ -139,8 +143,10 @@ class Row:
             self._logprobs += logprobs[: len(self.tokens) - before]
         del self.noise_ahead[: len(tokens)]  # spent
         self.num_commits += 1
-        self.num_drafted += drafted or 0
-        self.num_accepted += accepted or 0
+        self.num_drafted += verified.drafted or 0
+        self.num_accepted += verified.accepted or 0
+        if verified.drafter is not None:
+            self.accepted_of[verified.drafter] += verified.accepted or 0
         if self.grammar is not None and not self.is_finished:
             self.grammar.follow(self.tokens)  # which goes on beside the next pass
         text = "" if self.text is None else self.text.show()
@@ -153,9 +159,7 @@ class Row:
             nfe=self.nfe,
             context_forwards=self.context_forwards,
             logprobs=self._logprobs_of(released),
-            drafted=drafted,
-            accepted=accepted,
-            rejected=rejected,
+            **verified._asdict(),
         )
 
     def _take(self, token: int) -> None:
@@ -193,6 +197,8 @@ class Row:
             context_forwards=self.context_forwards,
             finish_reason=self.finish_reason,
             logprobs=self._logprobs_of(released),
+            lookup_tokens=self.accepted_of["lookup"],
+            denoiser_tokens=self.accepted_of["denoiser"],
             cached_tokens=self.cached_tokens,
         )
         return Finished(row=self.index, completion=completion)
@@ -220,8 +226,11 @@ def defaults_of(model: TwoTower) -> dict[str, object]:
     """What a model's checkpoint prefers, for `resolve_options`."""
     config = model.config
     own = {"block_size": config.block_size, "eos_token_id": config.eos_token_ids or None}
-    only = {} if model.has_denoiser else {"mode": "ar"}
-    return {**own, **model.generation_defaults, **only}
+    preferred = {**own, **model.generation_defaults}
+    if not model.has_denoiser:
+        is_ar = preferred.get("mode") == "ar"
+        preferred |= {"mode": "ar" if is_ar else "speculative", "drafts": "lookup"}
+    return preferred
 
 
 def check_tokenizer(model: TwoTower, tokenizer: Tokenizer | None) -> None:
@@ -242,9 +251,13 @@ def _check(
     filters: tuple[Filter, ...],
 ) -> None:
     """ValueError for what this model, or a row without a tokenizer, cannot do."""
-    if options.mode != "ar" and not model.has_denoiser:
+    is_speculative = options.mode == "speculative"
+    needs_denoiser = options.drafts == "denoiser" if is_speculative else options.mode != "ar"
+    if needs_denoiser and not model.has_denoiser:
+        asked = f"drafts={options.drafts!r}" if is_speculative else f"mode={options.mode!r}"
         raise ValueError(
-            f"mode={options.mode!r} needs a denoiser tower, and this model has none; use mode='ar'"
+            f"{asked} needs a denoiser tower, and this model has none; use mode='ar', or "
+            "mode='speculative' with drafts='lookup'"
         )
     needs = {"stop": options.stop, "filters": filters, "grammar": options.grammar}
     for name, value in needs.items():

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from twotower.engine.batch import Batch, Choice, Group, kind_of
 from twotower.engine.denoiser import new_denoiser
-from twotower.engine.events import Event, Failed
+from twotower.engine.events import Event, Failed, Verified
 from twotower.engine.faults import attempt, failed, failure
 from twotower.engine.options import EngineOptions
 from twotower.engine.prefill import READ_TOKENS, open_batches, read_prompts, refusal
@@ -215,14 +215,14 @@ def _write(batch: Batch) -> Generator[Event, None, list[int]]:
     text, its filters) ends alone.
     """
     assert batch.choice is not None
-    tokens, logprobs, counts = batch.choice
+    tokens, logprobs, verified = batch.choice
     batch.choice, batch.draft = None, ()
     going = []
     for place, row in enumerate(batch.rows):
-        counted = {} if counts is None else counts[place]
+        own = None if logprobs is None else logprobs[place]
         try:
             yield row.commit(
-                tokens[place], None if logprobs is None else logprobs[place], **counted
+                tokens[place], own, Verified() if verified is None else verified[place]
             )
             if row.is_finished:
                 yield row.finished()

@@ -114,6 +114,7 @@ class Totals:
     context_forwards: int = 0
     drafted_tokens: int = 0  # that the context tower verified, in mode="speculative"
     accepted_tokens: int = 0  # and those of them that it accepted
+    lookup_tokens: int = 0  # of these, what prompt lookup had drafted
 
     def add(self, row: Row) -> None:
         """Count what a row has cost and given."""
@@ -122,6 +123,7 @@ class Totals:
         self.context_forwards += row.context_forwards
         self.drafted_tokens += row.num_drafted
         self.accepted_tokens += row.num_accepted
+        self.lookup_tokens += row.accepted_of["lookup"]
 
 
 @dataclass(kw_only=True)

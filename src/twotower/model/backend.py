@@ -24,8 +24,8 @@ class Backend(Protocol):
     name: str
     quantization: str
     """To what the loaded weights were rounded for these passes; none: they are as loaded."""
-    draft_cost: float
-    """AR steps that a draft and its verification cost (benchmarks/step_times.py)."""
+    verify_cost: float
+    """AR steps that a forward pass over a block costs, with its head (benchmarks/step_times.py)."""
     prefix_chunk: int
     """Tokens that are read at a time where contexts are kept for prompts that begin alike: fewer
     find longer common beginnings and cost more passes."""
@@ -53,7 +53,7 @@ class EagerBackend:
     """Plain PyTorch: every model and device; what the other backends are compared with."""
 
     name, quantization = "eager", "none"
-    draft_cost, prefix_chunk = 3.5, 64
+    verify_cost, prefix_chunk = 1.75, 64
 
     def __init__(self, model: "TwoTower") -> None:
         self._model = model

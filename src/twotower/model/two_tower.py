@@ -31,7 +31,7 @@ class TwoTower(nn.Module):
     is no denoiser (`denoiser_tower` is None): AR decoding and backbone training need no more.
     """
 
-    draft_cost, prefix_chunk = EagerBackend.draft_cost, EagerBackend.prefix_chunk
+    verify_cost, prefix_chunk = EagerBackend.verify_cost, EagerBackend.prefix_chunk
     _backend: Backend | None = None  # None: eager
 
     def __init__(self, config: TwoTowerConfig, towers: Literal["both", "context"] = "both") -> None:
@@ -80,7 +80,7 @@ class TwoTower(nn.Module):
         """This model's modules, with decoding passes by another backend."""
         found = copy.copy(self)
         found._backend = backend
-        found.draft_cost, found.prefix_chunk = backend.draft_cost, backend.prefix_chunk
+        found.verify_cost, found.prefix_chunk = backend.verify_cost, backend.prefix_chunk
         return found
 
     @property

@@ -148,6 +148,7 @@ class Decoding(Record):
     block_size: int | None = None
     steps_per_block: int | None = None
     first_token: str | None = None
+    drafts: str | None = None
     draft_passes: int | None = None
     confidence_threshold: float | None = None
     verify_threshold: float | None = None

@@ -128,12 +128,16 @@ def _is_right(judge: Judge, document: Document, text: str) -> bool:
 
 
 def mode_options(options: RaceOptions) -> list[GenerateOptions]:
-    """Each mode's options; all else is the checkpoint's."""
-    return [
+    """Each mode's options; all else is the checkpoint's. Drafts are the denoiser's: they are what a
+    script repeats.
+    """
+    found = []
+    for mode in split_names(options.modes):
+        drafts = {"drafts": "denoiser"} if mode == "speculative" else {}
         # GenerateOptions checks the mode itself.
-        GenerateOptions(mode=mode, max_new_tokens=options.max_new_tokens)  # type: ignore[arg-type]
-        for mode in split_names(options.modes)
-    ]
+        own = GenerateOptions(mode=mode, max_new_tokens=options.max_new_tokens, **drafts)  # type: ignore[arg-type]
+        found.append(own)
+    return found
 
 
 def record_replays(
