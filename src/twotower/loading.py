@@ -133,6 +133,8 @@ def load(placement: Placement, mode: str | None = None) -> Loaded:
     else:
         is_ar = (mode or preferred) == "ar" or not has_denoiser(folder)
         model = _load_towers(folder, placement, "context" if is_ar else "both")
+    if tokenizer is not None:
+        model.unused_ids = tokenizer.unused_ids(model.config.vocab_size)
     return Loaded(name=placement.name, model=model, tokenizer=tokenizer, folder=folder)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from twotower.diffusion.commit import Predictions, choose_commits
 from twotower.diffusion.noise import alpha, grid_time
-from twotower.diffusion.sampling import Sampler, choose, draw_noise
+from twotower.diffusion.sampling import Sampler, ban, choose, draw_noise
 
 # tokens (R, T), t (R,) float32, rows (R,) int64 ascending, of the batch -> logits (R, T, V)
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -131,9 +131,7 @@ def _logits(
         return kept_logits
     is_whole = len(rows) == len(tokens)
     logits = denoise(_pick(tokens, rows, is_whole), _pick(t, rows, is_whole), rows).float()
-    if mask_token_id < logits.shape[-1]:  # else it is no token that could be chosen
-        banned = torch.tensor([mask_token_id], device=logits.device)
-        logits = logits.index_fill(-1, banned, float("-inf"))
+    logits = ban(logits, [mask_token_id])
     return logits if kept_logits is None else torch.cat([logits, kept_logits])
 
 

@@ -40,6 +40,7 @@ class Sampler:
     adaptive: bool = False
     reuse_unchanged: bool = True
     mask_token_id: int
+    unused_ids: tuple[int, ...] = ()  # of the vocabulary, that are no token: never chosen
 
     @cached_property
     def is_greedy(self) -> bool:
@@ -62,6 +63,14 @@ class Sampler:
             steps=_of(self.steps, rows),
             threshold=_of(self.threshold, rows),
         )
+
+
+def ban(logits: Tensor, ids: Sequence[int]) -> Tensor:
+    """Logits (..., V) with -inf for ids that must not be chosen; an id past V is none already."""
+    known = [i for i in ids if i < logits.shape[-1]]
+    if not known:
+        return logits
+    return logits.index_fill(-1, torch.tensor(known, device=logits.device), float("-inf"))
 
 
 def _of(values: Tensor, rows: Tensor) -> Tensor:
@@ -138,6 +147,7 @@ def choose(logits: Tensor, sampler: Sampler, noise: Tensor | None = None) -> Ten
     Rows at temperature 0 take exactly the argmax; others the Gumbel-max of the filtered
     distribution with noise from draw_noise.
     """
+    logits = ban(logits, sampler.unused_ids)
     greedy = logits.argmax(-1)
     if noise is None:
         assert sampler.is_greedy, "temperature > 0 needs noise"

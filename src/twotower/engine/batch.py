@@ -88,6 +88,7 @@ class Batch:
             remask=first.remask,
             adaptive=first.adaptive,
             mask_token_id=self.model.config.mask_token_id,
+            unused_ids=self.rows[0].unused_ids,  # all rows have one tokenizer
         )
 
     @property

@@ -96,8 +96,8 @@ class GrammarState:
         self._built = built
         self._rules = rules
         # A model may have more tokens than its tokenizer; the library must not be asked for those.
-        beyond = range(tokenizer.vocab_size, rules.vocab_size)
-        special = {*tokenizer.special_ids, *tokenizer.missing_ids, *beyond, rules.mask_token_id}
+        unused = tokenizer.unused_ids(rules.vocab_size)
+        special = {*tokenizer.special_ids, *unused, rules.mask_token_id}
         self._banned = frozenset(special - set(rules.eos))
         self._banned_ids = torch.tensor(sorted(self._banned), dtype=torch.int64)
         self._never = self._banned | set(rules.eos)  # in the middle of a text

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twotower.diffusion import Sampler, choose, draw_noise
+from twotower.diffusion import Sampler, ban, choose, draw_noise
 from twotower.engine.events import TokenLogprob
 from twotower.engine.request import Row
 
@@ -30,17 +30,23 @@ def rows_logprobs(
     if all(row.options.logprobs is None for row in rows):
         return None
     return [
-        None if (num_top := row.options.logprobs) is None else token_logprobs(one, own, num_top)
+        None
+        if (num_top := row.options.logprobs) is None
+        else token_logprobs(one, own, num_top, row.unused_ids)
         for row, one, own in zip(rows, logits, tokens, strict=True)
     ]
 
 
-def token_logprobs(logits: Tensor, tokens: Sequence[int], num_top: int) -> list[TokenLogprob]:
-    """How probable tokens are under logits (n, V), n >= len(tokens), with the best alternatives."""
-    num_top = min(num_top, logits.shape[-1])
+def token_logprobs(
+    logits: Tensor, tokens: Sequence[int], num_top: int, unused_ids: Sequence[int] = ()
+) -> list[TokenLogprob]:
+    """How probable tokens are under logits (n, V), n >= len(tokens), with the best alternatives;
+    unused ids, which are no token, are none of these.
+    """
+    num_top = min(num_top, logits.shape[-1] - len(unused_ids))
     logprobs = logits[: len(tokens)].float().log_softmax(-1)
     own = logprobs.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1)
-    best, ids = logprobs.topk(num_top, -1)
+    best, ids = ban(logprobs, unused_ids).topk(num_top, -1)
     return [
         TokenLogprob(token=token, logprob=logprob, top=tuple(zip(others, values, strict=True)))
         for token, logprob, others, values in zip(

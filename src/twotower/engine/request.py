@@ -65,7 +65,9 @@ class Row:
         text: RowText | None = None,
         grammar: GrammarState | None = None,
         caller: str | None = None,
+        unused_ids: tuple[int, ...] = (),
     ) -> None:
+        self.unused_ids = unused_ids  # of the vocabulary, that no text has
         self.index, self.prompt, self.options = index, prompt, options
         self.text, self.grammar, self.caller = text, grammar, caller
         self.generator = torch.Generator().manual_seed(options.seed)
@@ -219,7 +221,10 @@ def make_row(
         assert tokenizer is not None  # checked
         ids = model.config.mask_token_id, model.config.vocab_size
         grammar = begin(options.grammar, tokenizer, TokenRules(options.eos_token_id, *ids))
-    return Row(index, prompt, options, text, grammar, request.caller)
+    unused = (
+        model.unused_ids if tokenizer is None else tokenizer.unused_ids(model.config.vocab_size)
+    )
+    return Row(index, prompt, options, text, grammar, request.caller, unused)
 
 
 def defaults_of(model: TwoTower) -> dict[str, object]:

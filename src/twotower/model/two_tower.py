@@ -38,6 +38,7 @@ class TwoTower(nn.Module):
         super().__init__()
         self.config = config
         self.generation_defaults: Mapping[str, object] = {}  # what a checkpoint prefers
+        self.unused_ids: tuple[int, ...] = ()  # of the vocabulary, that its tokenizer lacks
         width, vocab = config.hidden_size, config.vocab_size
         self.context_tower = ContextTower(config.context)
         self.context_lm_head = nn.Linear(width, vocab, bias=False)

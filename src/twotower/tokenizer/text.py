@@ -54,6 +54,10 @@ class Tokenizer:
         self._roles = {role: n for role, n in names.items() if self.token_id(n) is not None}
         self._adds_bos = adds_bos
 
+    def unused_ids(self, vocab_size: int) -> tuple[int, ...]:
+        """Ids below a model's vocab_size that are no token: holes, and those past the last."""
+        return (*sorted(self.missing_ids), *range(self.vocab_size, vocab_size))
+
     def token_id(self, token: str) -> int | None:
         """The id of a token as the vocabulary writes it; None if it has no such token."""
         found: int | None = self._backend.token_to_id(token)
