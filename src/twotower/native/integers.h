@@ -20,6 +20,7 @@ constexpr int ROWS = 16;  // of a packed block
 constexpr int AHEAD = 8192;  // bytes that a product asks for in advance
 constexpr int GROUP = 32;  // columns of an int4 group
 constexpr int GROUP_BYTES = ROWS * (GROUP / 2 + 4);  // two numbers a byte, half scales, half offsets
+constexpr int FEW = 8;  // tokens whose sums stay in registers, a block's rows side by side
 constexpr int ZERO = 128;  // what the bytes of an int8 matrix are too large
 
 // What tokens are to a packed matrix: signed bytes, and for each group of `group` columns a scale,
@@ -131,43 +132,53 @@ inline Ints<16> four_bytes(const uint8_t *bytes) {
     return Ints<16>{} + four;
 }
 
-// sum[16]: a block's rows times one token; w [K/4][16][4]
-inline void int8_token(const uint8_t *w, const Input<1> &in, float *sum) {
-    Floats<16> total = {};
+// sum[16][W]: a block's rows times a few tokens, each weight read once; w [K/4][16][4]
+template <int W, int N>
+inline void int8_tokens(const uint8_t *w, const Input<W> &in, int first, Floats<16> *sum) {
     int quads = (in.K + 3) / 4, group = (in.group + 3) / 4;
     for (int g = 0; g * group < quads; g++) {
-        Ints<16> one = Ints<16>{} + in.zeros[g], two = {};  // neither waits for the other
+        Ints<16> one[N], two[N] = {};  // of a single token neither waits for the other
+        for (int l = 0; l < N; l++) one[l] = Ints<16>{} + in.zeros[g * W + first + l];
         int q = g * group, end = std::min(quads, q + group);
         for (; q + 2 <= end; q += 2) {
-            const uint8_t *own = w + long(q) * 64;
+            const uint8_t *own = w + long(q) * 64, *token = in.bytes + (q * W + first) * 4;
             __builtin_prefetch(own + AHEAD), __builtin_prefetch(own + AHEAD + 64);
-            one = add_quads<16>(one, ints<16>(own), four_bytes(in.bytes + q * 4));
-            two = add_quads<16>(two, ints<16>(own + 64), four_bytes(in.bytes + q * 4 + 4));
+            for (int l = 0; l < N; l++) {
+                Ints<16> &other = N == 1 ? two[l] : one[l];
+                one[l] = add_quads<16>(one[l], ints<16>(own), four_bytes(token + l * 4));
+                other = add_quads<16>(other, ints<16>(own + 64), four_bytes(token + (W + l) * 4));
+            }
         }
-        if (q < end) one = add_quads<16>(one, ints<16>(w + long(q) * 64), four_bytes(in.bytes + q * 4));
-        total += __builtin_convertvector(one + two, Floats<16>) * in.scales[g];
+        for (int l = 0; l < N && q < end; l++)
+            one[l] = add_quads<16>(one[l], ints<16>(w + long(q) * 64), four_bytes(in.bytes + (q * W + first + l) * 4));
+        for (int l = 0; l < N; l++)
+            sum[l] += __builtin_convertvector(one[l] + two[l], Floats<16>) * in.scales[g * W + first + l];
     }
-    std::memcpy(sum, &total, 64);
 }
 
 // The same in int4; w: groups of GROUP_BYTES
-inline void int4_token(const uint8_t *w, const Input<1> &in, float *sum) {
-    Floats<16> total = {};
+template <int W, int N>
+inline void int4_tokens(const uint8_t *w, const Input<W> &in, int first, Floats<16> *sum) {
     Ints<16> low = Ints<16>{} + 0x0f0f0f0f;
     for (int g = 0; g < in.K / GROUP; g++, w += GROUP_BYTES) {
-        Ints<16> one = {}, two = {};
-        const uint8_t *token = in.bytes + g * GROUP;
+        Ints<16> one[N] = {}, two[N] = {};
+        const uint8_t *token = in.bytes + g * GROUP * W + first * 4;
         for (int line = 0; line < GROUP_BYTES; line += 64) __builtin_prefetch(w + AHEAD + line);
         for (int i = 0; i < 4; i++) {
-            Ints<16> both = ints<16>(w + i * 64);
-            one = add_quads<16>(one, both & low, four_bytes(token + i * 4));
-            two = add_quads<16>(two, (both >> 4) & low, four_bytes(token + 16 + i * 4));
+            Ints<16> both = ints<16>(w + i * 64), high = (both >> 4) & low;
+            both &= low;
+            for (int l = 0; l < N; l++) {
+                Ints<16> &other = N == 1 ? two[l] : one[l];
+                one[l] = add_quads<16>(one[l], both, four_bytes(token + (i * W + l) * 4));
+                other = add_quads<16>(other, high, four_bytes(token + ((i + 4) * W + l) * 4));
+            }
         }
-        Floats<16> part = __builtin_convertvector(one + two, Floats<16>) * from_halves(w + 256);
-        total += part * in.scales[g];
-        total += from_halves(w + 288) * in.sums[g];
+        Floats<16> scale = from_halves(w + 256), offset = from_halves(w + 288);
+        for (int l = 0; l < N; l++) {
+            sum[l] += __builtin_convertvector(one[l] + two[l], Floats<16>) * scale * in.scales[g * W + first + l];
+            sum[l] += offset * in.sums[g * W + first + l];
+        }
     }
-    std::memcpy(sum, &total, 64);
 }
 
 // A block of 16 rows as bytes [K/4][16][4]; scales and offsets [K/32][16] of int4, else null.
@@ -243,8 +254,15 @@ void integer_product(const uint8_t *packed, int rows, const Input<W> &in, const 
     for (int b = begin; b < end; b++) {
         float sum[ROWS * W];
         const uint8_t *own = packed + b * size;
-        if constexpr (W == 1) IS_INT4 ? int4_token(own, in, sum) : int8_token(own, in, sum);
-        else {
+        if constexpr (W <= FEW || (IS_INT4 && W == 2 * FEW)) {  // what is not unpacked first is faster
+            constexpr int N = std::min(W, FEW);
+            for (int first = 0; first < W; first += N) {
+                Floats<16> lanes[N] = {};
+                IS_INT4 ? int4_tokens<W, N>(own, in, first, lanes) : int8_tokens<W, N>(own, in, first, lanes);
+                for (int l = 0; l < N; l++)
+                    for (int r = 0; r < ROWS; r++) sum[r * W + first + l] = lanes[l][r];
+            }
+        } else {
             Block block = IS_INT4 ? unpack(own, groups, room.data()) : Block{own, nullptr, nullptr};
             for (int l = 0; l < W; l += V * N)
                 for (int r = 0; r < ROWS; r += R)

@@ -41,6 +41,7 @@ void each_tile(int length, bool is_wide, Work work) {
     for (int first = 0; first < length;) {
         int left = length - first, count = is_wide && left >= WIDE ? WIDE : std::min(left, LANES);
         if (count == 1) work(std::integral_constant<int, 1>(), first, count);
+        else if (count <= 4) work(std::integral_constant<int, 4>(), first, count);
         else if (count <= 8) work(std::integral_constant<int, 8>(), first, count);
         else if (count <= LANES) work(std::integral_constant<int, LANES>(), first, count);
         else work(std::integral_constant<int, WIDE>(), first, count);
