@@ -127,7 +127,7 @@ def test_lookup_writes_the_text_of_ar_in_fewer_passes(
     (found,) = generate(ours, [ids], GenerateOptions(**shape))  # type: ignore[arg-type]
     assert found.tokens == expected.tokens
     assert found.context_forwards == expected.context_forwards - found.lookup_tokens
-    assert found.lookup_tokens > 0.3 * len(found.tokens)
+    assert found.lookup_tokens > 0.15 * len(found.tokens)
 
 
 def test_the_file_is_kept_exactly_in_int4(model: TwoTower) -> None:

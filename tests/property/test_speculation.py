@@ -62,7 +62,7 @@ def test_any_draft_gives_the_text_of_ar(
     prompt = PROMPTS[3]
     expected = generate(MODEL, [prompt], options("ar", **shape))[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODEL, "verify_cost", 0.5)  # no pauses: every acceptance length comes up
+        patch.setattr(MODEL, "pass_costs", {16: 0.5})  # no pauses: every acceptance length comes up
         patch.setattr(MODEL, "denoise", Drafter(len(prompt), expected.tokens, wrong))
         (found,) = generate(MODEL, [prompt], options("speculative", block_size=block_size, **shape))
     assert found.tokens == expected.tokens

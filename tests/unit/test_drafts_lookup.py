@@ -42,7 +42,7 @@ def test_the_first_tokens_are_found() -> None:
 def test_the_index_follows_the_row() -> None:
     """Guards an index that holds tokens twice, or not those of the newest cycle."""
     row = Row(0, [1, 2, 3], ResolvedOptions(drafts="lookup"))
-    batch = SimpleNamespace(model=SimpleNamespace(verify_cost=2.0))
+    batch = SimpleNamespace()
     for new, expected in (([1], None), ([2], (3, 1)), ([3], (1, 2)), ([3], None)):
         row.tokens += new
         proposal = propose(row, batch, [], room=2)  # type: ignore[arg-type]
@@ -51,6 +51,16 @@ def test_the_index_follows_the_row() -> None:
     assert sorted(row.controllers) == ["lookup 2", "lookup 3"]
     row.options = ResolvedOptions(drafts="denoiser")
     assert propose(row, batch, [1, 2], room=2) is None  # type: ignore[arg-type]
+
+
+def test_longer_matches_have_longer_drafts() -> None:
+    """Guards the cost of drafts that are seldom right beyond their first tokens."""
+    text = list(range(100, 140))
+    for match, expected in ((2, 3), (3, 7), (4, 7), (5, 15), (9, 15)):
+        row = Row(0, [*text, 7, *text[:match]], ResolvedOptions())
+        proposal = propose(row, SimpleNamespace(), [], room=20)  # type: ignore[arg-type]
+        assert proposal is not None and proposal.cost == 0
+        assert list(proposal.tokens) == text[match : match + expected]
 
 
 def test_no_match_of_one_token() -> None:

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from twotower.engine.drafts import DraftController, Proposal, best
-from twotower.engine.drafts_denoiser import draft_cost, draft_lengths
+from twotower.engine.drafts import DraftController, Proposal, best, pass_cost
+from twotower.engine.drafts_denoiser import draft_lengths, writing_cost
+from twotower.engine.options import ResolvedOptions
+from twotower.engine.request import Row
 from twotower.engine.speculative import count_accepted
 
 FIRST_PAUSE, LONGEST_PAUSE = PAUSES = 24, 96
@@ -21,16 +23,26 @@ def test_count_accepted() -> None:
 
 
 def test_draft_lengths() -> None:
+    """Guards drafts that are verified beyond what pays, or cut where more costs nothing."""
     confidence = torch.tensor([[1.0, 0.9, 0.9, 0.9], [1.0, 0.01, 0.9, 0.9], [1.0, 0.5, 0.2, 0.2]])
-    assert draft_lengths(confidence).tolist() == [4, 2, 3]
+    no_writing, flat, steep = torch.zeros(3), {4: 1.3}, {1: 1.0, 2: 1.1, 3: 1.6, 4: 2.0}
+    assert draft_lengths(confidence, flat, no_writing).tolist() == [4, 4, 4]
+    assert draft_lengths(confidence, steep, no_writing).tolist() == [2, 2, 2]
+    # 1.9 / 11.1, 2.71 / 11.6, 3.44 / 12; 1.5, 1.6, 1.62
+    assert draft_lengths(confidence, steep, torch.full((3,), 10.0)).tolist() == [4, 2, 3]
+
+
+def test_pass_costs() -> None:
+    costs = {1: 1.0, 4: 1.3, 16: 2.0}
+    assert [pass_cost(costs, n) for n in (1, 2, 4, 5, 16, 32)] == [1.0, 1.3, 1.3, 2.0, 2.0, 4.0]
 
 
 def cost(tokens_of_a_draft: int, num_tokens: int, break_even: float) -> float:
     """AR steps that a text of num_tokens costs when every draft yields the same number."""
-    controller, written, spent = DraftController(break_even, 0.5, PAUSES), 0, 0.0
+    controller, written, spent = DraftController(0.5, PAUSES), 0, 0.0
     while written < num_tokens:
         if controller.is_drafting:
-            controller.record_draft(tokens_of_a_draft)
+            controller.record_draft(tokens_of_a_draft / break_even)
             written, spent = written + tokens_of_a_draft, spent + break_even
         else:
             controller.record_other()
@@ -50,9 +62,9 @@ def test_good_drafts_never_pause() -> None:
 
 
 def test_pauses_double_and_one_good_draft_ends_them() -> None:
-    controller, pauses = DraftController(3.0, 0.5, PAUSES), []
+    controller, pauses = DraftController(0.5, PAUSES), []
     for accepted in (2, 1, 1, 1, 1, 1, 8, 1, 1):
-        controller.record_draft(accepted)
+        controller.record_draft(accepted / 3)
         length = 0
         while not controller.is_drafting:
             controller.record_other()
@@ -62,21 +74,21 @@ def test_pauses_double_and_one_good_draft_ends_them() -> None:
     assert pauses == [0, *doubled, 0, 0, FIRST_PAUSE]
 
 
-def controller_of(*drafts: int) -> DraftController:
-    """One with a break-even of 2 that has seen drafts of so many tokens."""
-    found = DraftController(2.0, 0.5, PAUSES)
-    for accepted in drafts:
-        found.record_draft(accepted)
+def controller_of(*gains: float) -> DraftController:
+    """One that has seen drafts."""
+    found = DraftController(0.5, PAUSES)
+    for gain in gains:
+        found.record_draft(gain)
     return found
 
 
 def test_the_draft_that_promises_most_is_tried() -> None:
     """Guards the choice between drafters: none that pauses, and the cheap one first."""
-    new, good, paused = controller_of(), controller_of(9), controller_of(1, 1)
+    new, good, paused = controller_of(), controller_of(4.5), controller_of(0.5, 0.4)
     assert not paused.is_drafting and good.gain > new.gain > 1
     lookup, denoiser = Proposal("lookup", new, [7]), Proposal("denoiser", controller_of())
     assert best(iter([lookup, denoiser])) is lookup
-    assert best(iter([lookup, Proposal("denoiser", good)])) == ("denoiser", good, ())
+    assert best(iter([lookup, Proposal("denoiser", good)])) == ("denoiser", good, (), 0.0)
     assert best(iter([Proposal("lookup", paused, [7]), None, denoiser])) is denoiser
     assert best(iter([Proposal("lookup", paused, [7]), None])) is None
 
@@ -86,6 +98,8 @@ def test_a_thin_denoiser_costs_less() -> None:
     towers = SimpleNamespace(
         context=SimpleNamespace(num_layers=30), denoiser=SimpleNamespace(num_layers=3)
     )
-    batch = SimpleNamespace(model=SimpleNamespace(config=towers, verify_cost=2.0))
-    assert draft_cost(batch, 1) == pytest.approx(2.2)  # type: ignore[arg-type]
-    assert draft_cost(batch, 5) == pytest.approx(3.0)  # type: ignore[arg-type]
+    batch = SimpleNamespace(model=SimpleNamespace(config=towers, pass_costs={16: 2.0}))
+    row = Row(0, [5], ResolvedOptions(draft_passes=1))
+    assert writing_cost(row, batch) == pytest.approx(0.2)  # type: ignore[arg-type]
+    row.options = ResolvedOptions(draft_passes=5, block_size=32)
+    assert writing_cost(row, batch) == pytest.approx(2.0)  # type: ignore[arg-type]

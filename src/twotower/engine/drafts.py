@@ -5,7 +5,7 @@ drafts_denoiser lets the denoiser tower write. Each row has a controller for eac
 which knows what drafts of that kind have yielded in this row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 Drafts = Literal["auto", "lookup", "denoiser"]
@@ -16,16 +16,15 @@ class DraftController:
     """Whether a kind of draft pays in a row, by the row's own history alone, so that rows stay
     independent.
 
-    break_even: AR steps that a draft and its verification cost; with fewer tokens a cycle AR
-    decoding is faster. weight: of the newest draft in the running mean of their tokens. pauses: how
-    many cycles pass before the next trial after a failed one, and the most that they double to.
-    A text that drafts badly costs one trial at the start and then one in a pause.
+    The gain of a draft: tokens of its cycle by AR steps that they cost; AR decoding has 1. weight:
+    of the newest in the running mean. pauses: how many cycles pass before the next trial after a
+    failed one, and the most that they double to. A text that drafts badly costs one trial at the
+    start and then one in a pause.
     """
 
-    def __init__(self, break_even: float, weight: float, pauses: tuple[int, int]) -> None:
-        self._break_even, self._weight = break_even, weight
-        self._first_pause, self._longest_pause = pauses
-        self._expected = 1.5 * break_even  # tokens of a cycle
+    def __init__(self, weight: float, pauses: tuple[int, int]) -> None:
+        self.gain = 1.5  # expected
+        self._weight, (self._first_pause, self._longest_pause) = weight, pauses
         self._pause, self._next_pause = 0, self._first_pause
 
     @property
@@ -33,20 +32,15 @@ class DraftController:
         """Whether the next cycle may have such a draft."""
         return self._pause == 0
 
-    @property
-    def gain(self) -> float:
-        """Expected tokens of a cycle by what it costs; AR decoding has 1."""
-        return self._expected / self._break_even
-
-    def record_draft(self, accepted: int) -> None:
-        """A cycle with such a draft yielded `accepted` >= 1 tokens."""
-        self._expected += self._weight * (accepted - self._expected)
-        if self._expected >= self._break_even:
+    def record_draft(self, gain: float) -> None:
+        """A cycle had such a draft."""
+        self.gain += self._weight * (gain - self.gain)
+        if self.gain >= 1:
             self._next_pause = self._first_pause
             return
         self._pause = self._next_pause
         self._next_pause = min(2 * self._next_pause, self._longest_pause)
-        self._expected = self._break_even  # after the pause one good draft is enough to go on
+        self.gain = 1.0  # after the pause one good draft is enough to go on
 
     def record_other(self) -> None:
         """A cycle went by without such a draft."""
@@ -59,6 +53,15 @@ class Proposal(NamedTuple):
     drafter: DrafterName
     controller: DraftController
     tokens: Sequence[int] = ()  # what follows the known ones, where that is known already
+    cost: float = 0.0  # AR steps that it takes to write it
+
+
+def pass_cost(costs: Mapping[int, float], num_tokens: int) -> float:
+    """AR steps that a pass over so many tokens costs, by `Backend.pass_costs`."""
+    for most, cost in costs.items():
+        if num_tokens <= most:
+            return cost
+    return cost * num_tokens / most
 
 
 def best(proposals: Iterator[Proposal | None]) -> Proposal | None:

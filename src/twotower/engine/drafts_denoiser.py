@@ -1,6 +1,6 @@
 """Drafts of the denoiser tower: all masked positions of a block at once."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -8,13 +8,10 @@ from torch import Tensor
 
 from twotower.engine.batch import Batch
 from twotower.engine.denoiser import fill_blocks
-from twotower.engine.drafts import DraftController, Proposal
+from twotower.engine.drafts import DraftController, Proposal, pass_cost
 from twotower.engine.events import Event
 from twotower.engine.request import Row
 
-# A draft is verified as far as its predictions are all right with at least this probability, by the
-# denoiser's own account.
-LEAST_CHANCE = 0.05
 _WEIGHT, _PAUSES = 0.5, (24, 96)  # one very bad draft leads to a pause
 
 
@@ -23,16 +20,15 @@ def propose(row: Row, batch: Batch, known: Sequence[int], room: int) -> Proposal
     if row.options.drafts == "lookup" or not batch.model.has_denoiser:
         return None
     if "denoiser" not in row.controllers:
-        cost = draft_cost(batch, row.options.draft_passes)
-        row.controllers["denoiser"] = DraftController(cost, _WEIGHT, _PAUSES)
-    return Proposal("denoiser", row.controllers["denoiser"])
+        row.controllers["denoiser"] = DraftController(_WEIGHT, _PAUSES)
+    return Proposal("denoiser", row.controllers["denoiser"], cost=writing_cost(row, batch))
 
 
-def draft_cost(batch: Batch, num_passes: int) -> float:
-    """AR steps that a draft and its verification cost: a layer of either tower costs as much."""
-    config = batch.model.config
+def writing_cost(row: Row, batch: Batch) -> float:
+    """AR steps that the passes of a draft take: a layer of either tower costs as much."""
+    config, options = batch.model.config, row.options
     share = config.denoiser.num_layers / config.context.num_layers
-    return batch.model.verify_cost * (1 + num_passes * share)
+    return options.draft_passes * share * pass_cost(batch.model.pass_costs, options.block_size)
 
 
 def write(batch: Batch, blocks: Tensor, places: Tensor) -> Generator[Event, None, Tensor]:
@@ -42,9 +38,17 @@ def write(batch: Batch, blocks: Tensor, places: Tensor) -> Generator[Event, None
     last = yield from fill_blocks(batch, blocks[places], sampler, places, num_known=1)
     # Not the first column: AR may have chosen the mask token, which the denoiser then fills.
     blocks[places, 1:] = last.tokens[:, 1:].cpu()
-    return draft_lengths(last.confidence.cpu())
+    rows = [batch.rows[place] for place in places.tolist()]
+    writing = torch.tensor([row.proposal.cost for row in rows if row.proposal is not None])
+    return draft_lengths(last.confidence.cpu(), batch.model.pass_costs, writing)
 
 
-def draft_lengths(confidence: Tensor) -> Tensor:
-    """How much of each draft to verify: confidence (B, n) -> (B,), at least 2, at most n."""
-    return (confidence.cumprod(1) >= LEAST_CHANCE).sum(1).clamp(min=2)
+def draft_lengths(confidence: Tensor, costs: Mapping[int, float], writing: Tensor) -> Tensor:
+    """How much of each draft to verify, (B,), at least 2: where the expected gain is largest.
+
+    confidence (B, n): the denoiser's own account of how probable each token is, given those before;
+    writing (B,): AR steps that the draft took; costs: of passes.
+    """
+    expected = confidence.cumprod(1).cumsum(1)[:, 1:]
+    passes = torch.tensor([pass_cost(costs, n) for n in range(2, confidence.shape[1] + 1)])
+    return (expected / (passes + writing.unsqueeze(1))).argmax(1) + 2

@@ -12,8 +12,9 @@ from twotower.engine.request import Row
 
 LEAST_MATCH, MOST_MATCH = 2, 16  # tokens that must have occurred before, and that are compared
 MOST_TRIED = 32  # occurrences of the last two tokens that are compared, the newest first
-# Matches from so many tokens on are of one kind: of 3 as many tokens follow as of 4, and of 5 more.
-_KINDS = (LEAST_MATCH, 3, 5)
+# The longer a match, the more of what follows is right. Matches from so many tokens on are of one
+# kind, and have drafts of so many, which with the newest token fill 4, 8 and 16 places of a pass.
+_KINDS, _DRAFTS = (LEAST_MATCH, 3, 5), (3, 7, 15)
 _WEIGHT, _PAUSES = 0.25, (8, 96)
 
 
@@ -80,7 +81,8 @@ def propose(row: Row, batch: Batch, known: Sequence[int], room: int) -> Proposal
     length, tokens = row.lookup.find(known, room)
     if length == 0:
         return None
-    kind = f"lookup {_KINDS[bisect_right(_KINDS, length) - 1]}"
-    if kind not in row.controllers:
-        row.controllers[kind] = DraftController(batch.model.verify_cost, _WEIGHT, _PAUSES)
-    return Proposal("lookup", row.controllers[kind], tokens)
+    kind = bisect_right(_KINDS, length) - 1
+    name = f"lookup {_KINDS[kind]}"
+    if name not in row.controllers:
+        row.controllers[name] = DraftController(_WEIGHT, _PAUSES)
+    return Proposal("lookup", row.controllers[name], tokens[: _DRAFTS[kind]])

@@ -13,7 +13,7 @@ from twotower.diffusion import choose as choose_each
 from twotower.diffusion import gumbel
 from twotower.engine import ar, drafts_denoiser, drafts_lookup
 from twotower.engine.batch import Batch, Choice, DecodingMode
-from twotower.engine.drafts import Proposal, best
+from twotower.engine.drafts import Proposal, best, pass_cost
 from twotower.engine.events import Event, Verified
 from twotower.engine.logits import choose_allowed, require_finite, rows_logprobs
 from twotower.engine.request import Row
@@ -94,18 +94,17 @@ def choose(batch: Batch) -> Choice:
     verified = []
     for row, length, count in zip(batch.rows, lengths.tolist(), counts, strict=True):
         row.context_forwards += 1
-        _record(row, count)
+        _record(row, count, pass_cost(batch.model.pass_costs, length))
         drafter = None if row.proposal is None else row.proposal.drafter
         verified.append(Verified(length - 1, count - 1, drafter))
     return Choice(tokens, logprobs, verified)
 
 
-def _record(row: Row, accepted: int) -> None:
-    """Let the row's controllers learn from a cycle that yielded `accepted` tokens."""
-    used = None if row.proposal is None else row.proposal.controller
+def _record(row: Row, num_tokens: int, verifying: float) -> None:
+    """Let the row's controllers learn from a cycle's tokens; verifying: AR steps that this took."""
     for controller in row.controllers.values():
-        if controller is used:
-            controller.record_draft(accepted)
+        if row.proposal is not None and controller is row.proposal.controller:
+            controller.record_draft(num_tokens / (row.proposal.cost + verifying))
         else:
             controller.record_other()
 

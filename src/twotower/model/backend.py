@@ -4,6 +4,7 @@ A backend runs every pass that it is asked for: what it cannot run it refused wh
 (`twotower.backends`). Training has no backend; it is always plain PyTorch.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,8 +25,9 @@ class Backend(Protocol):
     name: str
     quantization: str
     """To what the loaded weights were rounded for these passes; none: they are as loaded."""
-    verify_cost: float
-    """AR steps that a forward pass over a block costs, with its head (benchmarks/step_times.py)."""
+    pass_costs: Mapping[int, float]
+    """AR steps that a pass over up to so many tokens costs, with its head, for a few numbers of
+    tokens in ascending order (benchmarks/step_times.py)."""
     prefix_chunk: int
     """Tokens that are read at a time where contexts are kept for prompts that begin alike: fewer
     find longer common beginnings and cost more passes."""
@@ -53,7 +55,8 @@ class EagerBackend:
     """Plain PyTorch: every model and device; what the other backends are compared with."""
 
     name, quantization = "eager", "none"
-    verify_cost, prefix_chunk = 1.75, 64
+    prefix_chunk = 64
+    pass_costs: Mapping[int, float] = {1: 1.0, 4: 1.4, 8: 1.6, 16: 1.75}
 
     def __init__(self, model: "TwoTower") -> None:
         self._model = model

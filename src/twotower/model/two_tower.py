@@ -31,7 +31,7 @@ class TwoTower(nn.Module):
     is no denoiser (`denoiser_tower` is None): AR decoding and backbone training need no more.
     """
 
-    verify_cost, prefix_chunk = EagerBackend.verify_cost, EagerBackend.prefix_chunk
+    pass_costs, prefix_chunk = EagerBackend.pass_costs, EagerBackend.prefix_chunk
     _backend: Backend | None = None  # None: eager
 
     def __init__(self, config: TwoTowerConfig, towers: Literal["both", "context"] = "both") -> None:
@@ -81,7 +81,7 @@ class TwoTower(nn.Module):
         """This model's modules, with decoding passes by another backend."""
         found = copy.copy(self)
         found._backend = backend
-        found.verify_cost, found.prefix_chunk = backend.verify_cost, backend.prefix_chunk
+        found.pass_costs, found.prefix_chunk = backend.pass_costs, backend.prefix_chunk
         return found
 
     @property

@@ -3,6 +3,8 @@
 Passes have any number of tokens. The equations are those of the PyTorch layers.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,11 @@ from twotower.native.tower import Modulations, NativeLinear, NativeTower
 # What --quantization rounds weights to; products with them round the tokens, too.
 _SCHEMES = {"int8": Scheme(weights="int8", activations="int8"), "int4": Scheme(weights="int4")}
 # The fewer bits, the less a single token costs, and the more of a block's time is arithmetic.
-_VERIFY_COSTS = {"none": 1.5, "int8": 2.0, "int4": 2.7}
+_PASS_COSTS: Mapping[str, Mapping[int, float]] = {
+    "none": {1: 1.0, 4: 1.3, 8: 1.35, 16: 1.5},
+    "int8": {1: 1.0, 4: 1.35, 8: 1.65, 16: 2.0},
+    "int4": {1: 1.0, 4: 1.35, 8: 1.75, 16: 2.4},
+}
 _MAX_TABLES = 64  # remembered times; a block of 16 tokens has 16 masked fractions
 
 
@@ -38,7 +44,7 @@ class NativeBackend:
 
     def __init__(self, model: TwoTower, quantization: str) -> None:
         self.quantization = quantization
-        self.verify_cost = _VERIFY_COSTS[quantization]
+        self.pass_costs = _PASS_COSTS[quantization]
         self._model, self._width = model, model.config.hidden_size
         scheme = _SCHEMES.get(quantization)
         if not all(parameter.is_contiguous() for parameter in model.parameters()):
