@@ -56,7 +56,7 @@ def test_the_index_follows_the_row() -> None:
 def test_longer_matches_have_longer_drafts() -> None:
     """Guards the cost of drafts that are seldom right beyond their first tokens."""
     text = list(range(100, 140))
-    for match, expected in ((2, 3), (3, 7), (4, 7), (5, 15), (9, 15)):
+    for match, expected in ((2, 3), (3, 3), (4, 3), (5, 7), (7, 7), (8, 15), (9, 15)):
         row = Row(0, [*text, 7, *text[:match]], ResolvedOptions())
         proposal = propose(row, SimpleNamespace(), [], room=20)  # type: ignore[arg-type]
         assert proposal is not None and proposal.cost == 0

@@ -14,8 +14,8 @@ LEAST_MATCH, MOST_MATCH = 2, 16  # tokens that must have occurred before, and th
 MOST_TRIED = 32  # occurrences of the last two tokens that are compared, the newest first
 # The longer a match, the more of what follows is right. Matches from so many tokens on are of one
 # kind, and have drafts of so many, which with the newest token fill 4, 8 and 16 places of a pass.
-_KINDS, _DRAFTS = (LEAST_MATCH, 3, 5), (3, 7, 15)
-_WEIGHT, _PAUSES = 0.25, (8, 96)
+_KINDS, _DRAFTS = (LEAST_MATCH, 3, 5, 8), (3, 3, 7, 15)
+_WEIGHT, _PAUSES = 0.15, (8, 96)
 
 
 class LookupIndex:
