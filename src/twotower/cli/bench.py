@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from twotower.cli import contest
 from twotower.cli.machine import recorded
 from twotower.cli.measuring import (
     INTERRUPTED,
@@ -66,7 +67,10 @@ def run(options: BenchOptions) -> int:
     if options.output is not None:
         open_folder(options.output)
         require_library("matplotlib")
-    record = measure(options)
+    loaded = load(placement_of(options, backend="eager"), "diffusion")
+    if options.prompts or not loaded.model.has_denoiser:
+        return contest.run(options, loaded)
+    record = measure(options, loaded)
     if options.output is not None:
         pictures = {name: to_png(figure) for name, figure in race_figures(record).items()}
         write_files(options.output, RECORD_FILE, record, pictures, None)
@@ -94,11 +98,10 @@ def print_race(record: Record) -> None:
         console.print(f"warning: {line}")
 
 
-def measure(options: BenchOptions) -> dict[str, Any]:
+def measure(options: BenchOptions, loaded: Loaded) -> dict[str, Any]:
     """The record of every size; after Ctrl-C, of those that were finished."""
     warnings = watch_idle()
     sandbox = open_sandbox(CATEGORIES, options.allow_unsandboxed_code)
-    loaded = load(placement_of(options, backend="eager"), "diffusion")
     require_plain(loaded.model, "a race")
     if loaded.tokenizer is None:
         raise ValueError(f"model: {loaded.name} has no tokenizer.json; add the one it was made for")

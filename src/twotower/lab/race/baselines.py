@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "Q8_0": "q8_0"}
 LLAMA_CPP_DTYPES: tuple[Precision, ...] = ("float32", "float16", "q8_0")
 _SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_BITS = {"F32": "f32", "Q8_0": "int8", "Q4_0": "int4", "Q4_1": "int4"}
+SPECULATIONS = ("ngram-simple", "ngram-map-k", "ngram-mod")  # of llama.cpp, without a draft model
+_LOOKUP_TOKENS = 10  # of transformers' prompt lookup
 _LLAMA_CPP_CONTEXT = 4096  # tokens of a prompt and what is written after it
 
 
@@ -65,28 +68,33 @@ def llama_cpp_name(dtype: str) -> str:
 
 
 def load_transformers(
-    folder: str | Path, threads: int, dtype: Literal["float32", "bfloat16"] = "float32"
+    folder: str | Path,
+    threads: int,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    lookup: bool = False,
 ) -> Baseline:
-    """transformers' NemotronHForCausalLM from a folder that `export_transformers` wrote.
+    """transformers' own class of the family, from a folder that `export_transformers` wrote.
 
-    Plain PyTorch on the CPU, with its own cache. MissingBaseline when it is not installed.
+    Plain PyTorch on the CPU, with its own cache; lookup: with its prompt lookup. MissingBaseline
+    when it is not installed.
     """
-    return _Transformers(Path(folder), threads, dtype)
+    return _Transformers(Path(folder), threads, dtype, lookup)
 
 
-def load_llama_cpp(file: str | Path, threads: int) -> Baseline:
+def load_llama_cpp(file: str | Path, threads: int, speculation: str = "plain") -> Baseline:
     """llama.cpp's own server inside this process, on a file that `export_gguf` wrote.
 
     A float32 file gets a float32 KV cache and plain attention, which is exact; others run as
-    llama.cpp does by default. MissingBaseline when it is not installed; ValueError for a bad file.
+    llama.cpp does by default. speculation: plain, or one of SPECULATIONS with its own defaults.
+    MissingBaseline when it is not installed; ValueError for a bad file.
     """
-    return _LlamaCpp(Path(file), threads)
+    return _LlamaCpp(Path(file), threads, speculation)
 
 
 class _Transformers:
     name = "transformers"
 
-    def __init__(self, folder: Path, threads: int, dtype: str) -> None:
+    def __init__(self, folder: Path, threads: int, dtype: str, lookup: bool) -> None:
         try:
             from transformers import AutoModelForCausalLM, logging
         except ImportError:
@@ -96,6 +104,7 @@ class _Transformers:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         self.dtype = dtype
         self._threads = threads
+        self._lookup = {"prompt_lookup_num_tokens": _LOOKUP_TOKENS} if lookup else {}
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         self._model = model.eval()
 
@@ -109,6 +118,7 @@ class _Transformers:
                 max_new_tokens=num_new,
                 do_sample=False,
                 streamer=stopwatch,
+                **self._lookup,
             )
         start, first, last = (stopwatch.seconds[index] for index in (0, 1, -1))
         return Decoded(found[0, len(ids) :].tolist(), first - start, last - first)
@@ -147,7 +157,7 @@ def _torch_threads(count: int) -> Iterator[None]:
 
 
 class _LlamaCpp:
-    def __init__(self, file: Path, threads: int) -> None:
+    def __init__(self, file: Path, threads: int, speculation: str) -> None:
         try:
             import xllamacpp
         except ImportError:
@@ -155,7 +165,12 @@ class _LlamaCpp:
         self.dtype, self._vocab_size, self._has_end = _read_header(file)
         self.name = llama_cpp_name(self.dtype)
         try:
-            self._server = xllamacpp.Server(_server_options(file, threads, self.dtype))
+            options = _server_options(file, threads, self.dtype)
+            if speculation != "plain":
+                kinds = xllamacpp.common_speculative_type
+                name = f"COMMON_SPECULATIVE_TYPE_{speculation.upper().replace('-', '_')}"
+                options.speculative.types = [getattr(kinds, name)]
+            self._server = xllamacpp.Server(options)
         except RuntimeError:
             raise ValueError(f"{file}: llama.cpp cannot load it; its reason stands above") from None
         self._address = self._server.listening_address.removeprefix("http://")
@@ -227,6 +242,12 @@ def _server_options(file: Path, threads: int, dtype: str) -> Any:
 
 def _missing(package: str) -> MissingBaseline:
     return MissingBaseline(f'{package} is not installed: pip install ".[bench]"')
+
+
+def gguf_bits(file: Path) -> str | None:
+    """f32, int8 or int4: the bits of a GGUF file's matrices; None for others."""
+    name = _read_header(file)[0]
+    return {_DTYPES.get(kind, kind): bits for kind, bits in _BITS.items()}.get(name)
 
 
 def _read_header(file: Path) -> tuple[str, int, bool]:

@@ -16,6 +16,7 @@ from twotower.lab.corpus import CATEGORIES, Document
 from twotower.lab.evaluate.run import check_names, draw_groups, split_names
 from twotower.lab.evaluate.suite import Judge
 from twotower.lab.race.baselines import open_baselines
+from twotower.lab.race.contestant import BITS
 from twotower.lab.race.limits import Machine, describe_limits, doubt_limits
 from twotower.lab.race.passes import PassShape, time_passes
 from twotower.lab.race.replay import SIZES, record_script
@@ -60,8 +61,14 @@ class RaceOptions:
     """What runs our passes, separated by commas."""
     baselines: bool = True
     """Also measure AR decoding by transformers and llama.cpp, where they are installed."""
+    prompts: tuple[Path, ...] = ()
+    """JSONL files of questions for a contest on a real model: our modes, llama.cpp and
+    transformers, each in a process of its own, with the same weights and bits. A line has a prompt,
+    question, instruction or turns. Models without a denoiser always race so."""
+    bits: str = ",".join(BITS)
+    """Bits of weights in a contest, separated by commas."""
     items: int = 10
-    """Held-out prompts per category."""
+    """Held-out prompts per category; in a contest, prompts per file."""
     max_new_tokens: int = 128
     """Maximum number of new tokens per answer."""
     max_prompt_tokens: int = 2048
@@ -85,6 +92,7 @@ class RaceOptions:
             raise ValueError(f"seed: {self.seed} is negative; use 0 or more")
         check_names("sizes", split_names(self.sizes), (SHIPPED, *SIZES))
         check_names("modes", split_names(self.modes), MODES)
+        check_names("bits", split_names(self.bits), tuple(BITS))
         check_names("engines", split_names(self.engines), tuple(ENGINES))
         if AR not in split_names(self.modes):
             raise ValueError(f"modes: {self.modes} lacks ar, which all others are compared with")

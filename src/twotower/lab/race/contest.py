@@ -1,0 +1,224 @@
+"""A contest on a real model: our modes, llama.cpp and transformers on the same weights and bits,
+each in a process of its own, plain and with their own lookup of n-grams.
+
+All of the same bits continue one prompt, one after the other, before the next prompt begins; who
+starts rotates. Ratios are of the same prompt; medians are shown.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from twotower.checkpoint import export_transformers
+from twotower.checkpoint.gguf import export_gguf
+from twotower.lab.race.baselines import SPECULATIONS, gguf_bits
+from twotower.lab.race.contestant import Answer, Contestant
+from twotower.lab.report import Record, Table, number
+from twotower.model import TwoTower
+
+OURS = "twotower"
+_COLUMNS = (
+    "engine", "bits", "mode", "decode ms", "x plain", "x best", "prompt tok/s", "tokens/pass",
+    "as plain", "as f32",
+)  # fmt: skip
+
+
+def contestants(
+    model: TwoTower, file: Path, bits: Sequence[str], threads: int, folder: Path
+) -> tuple[list[Contestant], list[str]]:
+    """Who takes part, by bits, and a line for each that cannot; files of others go to the folder.
+
+    file: the model's own. Weights of 4 bits are only those of a GGUF file that has them.
+    """
+    found: list[Contestant] = []
+    missing: list[str] = []
+    for own in bits:
+        sources: list[tuple[str, Sequence[str], Callable[[], Path]]] = [
+            (OURS, ("ar", "speculative"), lambda: file),
+            ("llama.cpp", ("plain", *SPECULATIONS), partial(_gguf, model, file, own, folder)),
+        ]
+        if own == "f32":
+            target = folder / "transformers"
+            sources.append(("transformers", ("plain", "lookup"), partial(_exported, model, target)))
+        for engine, modes, source in sources:
+            try:
+                name = str(source())
+            except ValueError as error:  # a model that it cannot represent
+                missing.append(f"{engine} {own}: {error}")
+                continue
+            found += [
+                Contestant(engine=engine, bits=own, mode=mode, file=name, threads=threads)
+                for mode in modes
+            ]
+    return found, missing
+
+
+def _exported(model: TwoTower, folder: Path) -> Path:
+    export_transformers(model, folder)
+    return folder
+
+
+def _gguf(model: TwoTower, file: Path, bits: str, folder: Path) -> Path:
+    if file.suffix == ".gguf" and gguf_bits(file) == bits:
+        return file
+    if bits == "int4":
+        raise ValueError("4 bits are raced on a GGUF file that has them; give it as --model")
+    target = folder / f"{bits}.gguf"
+    export_gguf(model, target, dtype="float32" if bits == "f32" else "q8_0")
+    return target
+
+
+class _Process:
+    """A contestant's process, asked a prompt at a time."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "twotower.lab.race.contestant"]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def start(self, who: Contestant) -> None:
+        """Load it. ValueError where it cannot run."""
+        self._ask(asdict(who))
+
+    def decode(self, ids: Sequence[int], num_new: int) -> Answer:
+        """Continue a prompt. ValueError where it could not."""
+        return Answer(**self._ask({"ids": list(ids), "max_new_tokens": num_new}))
+
+    def _ask(self, request: Mapping[str, object]) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        answer: dict[str, Any] = json.loads(line or '{"error": "its process has ended"}')
+        if answer.get("error"):
+            raise ValueError(str(answer["error"]))
+        return answer
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@contextmanager
+def _opened(
+    who: Sequence[Contestant], first: Sequence[int], missing: list[str]
+) -> Iterator[list[tuple[Contestant, _Process]]]:
+    """Those that can continue a first prompt; first calls pay for later ones."""
+    with ExitStack() as stack:
+        found = []
+        for one in who:
+            process = _Process()
+            stack.callback(process.close)
+            try:
+                process.start(one)
+                process.decode(first, 8)
+            except ValueError as error:
+                missing.append(f"{one.name}: {error}")
+                continue
+            found.append((one, process))
+        yield found
+
+
+def run_contest(
+    who: Sequence[Contestant], prompts: Sequence[Sequence[int]], num_new: int
+) -> tuple[dict[Contestant, list[Answer]], list[str]]:
+    """Everybody's answers in the prompts' order, and a line for each that could not start."""
+    answers: dict[Contestant, list[Answer]] = {}
+    missing: list[str] = []
+    for bits in dict.fromkeys(one.bits for one in who):
+        own = [one for one in who if one.bits == bits]
+        with _opened(own, prompts[0], missing) as opened:
+            for turn, prompt in enumerate(prompts):
+                for place in range(len(opened)):
+                    one, process = opened[(turn + place) % len(opened)]
+                    answers.setdefault(one, []).append(process.decode(prompt, num_new))
+    return answers, missing
+
+
+def summarise(
+    answers: Mapping[Contestant, Sequence[Answer]], prompts: Sequence[Sequence[int]]
+) -> list[dict[str, object]]:
+    """A record of each contestant.
+
+    x_plain: over the same engine without drafts; x_best: over the fastest of the others with the
+    same bits, prompt by prompt; same_as_plain, same_as_f32: texts that are that engine's own.
+    """
+    records: list[dict[str, object]] = []
+    for one, own in answers.items():
+        peers = {w: a for w, a in answers.items() if w.bits == one.bits and w.engine != one.engine}
+        plain = _find(answers, one.engine, one.bits)
+        best = min(peers, key=lambda w: statistics.median(map(_decode_ms, peers[w])), default=None)
+        passes = [a.passes for a in own if a.passes]
+        records.append(
+            {
+                **asdict(one),
+                "decode_ms": statistics.median(map(_decode_ms, own)),
+                "x_plain": _ratio(plain, own),
+                "x_best": None if best is None else _ratio(peers[best], own),
+                "best": None if best is None else best.name,
+                "prompt_tokens_per_s": statistics.median(
+                    len(p) / a.prompt_s for p, a in zip(prompts, own, strict=True)
+                ),
+                "tokens_per_pass": sum(len(a.tokens) - 1 for a in own) / sum(passes)
+                if passes
+                else None,
+                "same_as_plain": _same(plain, own),
+                "same_as_f32": _same(_find(answers, one.engine, "f32"), own),
+                "n": len(own),
+            }
+        )
+    return records
+
+
+def _find(
+    answers: Mapping[Contestant, Sequence[Answer]], engine: str, bits: str
+) -> Sequence[Answer] | None:
+    """Answers of an engine without drafts."""
+    for one, own in answers.items():
+        if (one.engine, one.bits) == (engine, bits) and one.mode in ("ar", "plain"):
+            return own
+    return None
+
+
+def _decode_ms(answer: Answer) -> float:
+    return 1e3 * answer.decode_s / max(1, len(answer.tokens) - 1)
+
+
+def _ratio(slow: Sequence[Answer] | None, fast: Sequence[Answer]) -> float | None:
+    if slow is None:
+        return None
+    pairs = zip(slow, fast, strict=True)
+    return statistics.median(_decode_ms(a) / _decode_ms(b) for a, b in pairs)
+
+
+def _same(first: Sequence[Answer] | None, second: Sequence[Answer]) -> int | None:
+    if first is None:
+        return None
+    return sum(a.tokens == b.tokens for a, b in zip(first, second, strict=True))
+
+
+def contest_table(records: Sequence[Record], title: str) -> Table:
+    """What a token costs each, beside the others with the same bits."""
+    rows = [
+        [
+            r["engine"], r["bits"], r["mode"], number(r["decode_ms"]), number(r["x_plain"]),
+            number(r["x_best"]), number(r["prompt_tokens_per_s"], 0), number(r["tokens_per_pass"]),
+            _count(r, "same_as_plain"), _count(r, "same_as_f32"),
+        ]
+        for r in records
+    ]  # fmt: skip
+    return Table(title, _COLUMNS, rows)
+
+
+def _count(record: Record, field: str) -> str:
+    return "-" if record[field] is None else f"{record[field]}/{record['n']}"

@@ -1,0 +1,112 @@
+"""One contestant of a contest in a process of its own: `python -m twotower.lab.race.contestant`.
+
+Threads that one engine leaves spinning would slow another down in the same process. stdin has the
+contestant as a line of JSON, then a request a line; stdout has a line when it is ready, and an
+answer a line.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from twotower.backends import accelerate
+from twotower.checkpoint import load_checkpoint
+from twotower.checkpoint.empty import Towers
+from twotower.engine import GenerateOptions
+from twotower.lab.race.baselines import load_llama_cpp, load_transformers
+from twotower.lab.race.runners import time_stream
+
+BITS = {"f32": "none", "int8": "int8", "int4": "int4"}  # ours, by --quantization
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """An engine with weights of some bits, and how it decodes."""
+
+    engine: str  # twotower, llama.cpp or transformers
+    bits: str  # f32, int8 or int4
+    mode: str  # ours; plain, or what drafts, for others
+    file: str
+    threads: int
+
+    @property
+    def name(self) -> str:
+        """In tables."""
+        return f"{self.engine} {self.bits} {self.mode}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a contestant wrote behind a prompt; prompt_s: until the first token is known."""
+
+    tokens: list[int]
+    prompt_s: float
+    decode_s: float
+    passes: int | None = None  # of decoding, where they are known
+
+
+Decode = Callable[[Sequence[int], int], Answer]
+
+
+def open_contestant(who: Contestant) -> Decode:
+    """Load it; ValueError (one line) where it cannot run."""
+    torch.set_num_threads(who.threads)
+    return _twotower(who) if who.engine == "twotower" else _baseline(who)
+
+
+def _twotower(who: Contestant) -> Decode:
+    towers: Towers = "context" if who.mode == "ar" else "both"  # of those that it has
+    model = load_checkpoint(who.file, dtype=torch.float32, towers=towers)
+    model = accelerate(model, quantization=BITS[who.bits])  # type: ignore[arg-type]  # a key of it
+
+    def decode(ids: Sequence[int], num_new: int) -> Answer:
+        options = GenerateOptions(mode=who.mode, max_new_tokens=num_new, temperature=0.0)  # type: ignore[arg-type]
+        found = time_stream(model, list(ids), options)
+        return Answer(
+            tokens=found.tokens,
+            prompt_s=found.seconds - found.decode_seconds,
+            decode_s=found.decode_seconds,
+            passes=found.context_forwards - 1,
+        )
+
+    return decode
+
+
+def _baseline(who: Contestant) -> Decode:
+    if who.engine == "transformers":
+        baseline = load_transformers(who.file, who.threads, lookup=who.mode == "lookup")
+    else:
+        baseline = load_llama_cpp(who.file, who.threads, who.mode)
+
+    def decode(ids: Sequence[int], num_new: int) -> Answer:
+        found = baseline.decode(ids, num_new)
+        return Answer(
+            tokens=found.tokens, prompt_s=found.prefill_seconds, decode_s=found.decode_seconds
+        )
+
+    return decode
+
+
+def main() -> int:
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints must not stand between answers
+    who = Contestant(**json.loads(sys.stdin.readline()))
+    try:
+        decode = open_contestant(who)
+        print(json.dumps({"error": None}), file=out, flush=True)
+        for line in sys.stdin:
+            asked = json.loads(line)
+            answer = decode(asked["ids"], asked["max_new_tokens"])
+            print(json.dumps(asdict(answer)), file=out, flush=True)
+    except ValueError as error:
+        print(json.dumps({"error": str(error)}), file=out, flush=True)
+    out.flush()
+    os._exit(0)  # llama.cpp's server thread may take long to end
+
+
+if __name__ == "__main__":
+    sys.exit(main())

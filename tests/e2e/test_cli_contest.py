@@ -1,0 +1,70 @@
+"""`twotower bench` on a backbone: a contest of processes, its record and refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("num2words")
+pytest.importorskip("fastapi")
+
+from tiny_models import tiny_config
+from tiny_text import byte_tokenizer
+from twotower import TwoTower
+from twotower.checkpoint import save_backbone
+from twotower.cli.main import main
+from twotower.model.initialise import randomise
+
+LINES = [
+    {"question": "the secret is"},
+    {"turns": ["the secret", "and then"]},
+    {"prompt": "is here"},
+]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("contest") / "model"
+    model = TwoTower(
+        tiny_config(hybrid_override_pattern="M*-", hidden_size=32, vocab_size=320), towers="context"
+    )
+    randomise(model, 3)
+    save_backbone(model, folder, extra_files=byte_tokenizer().files())
+    return str(folder)
+
+
+def write(folder: Path, *lines: object) -> str:
+    file = folder / "prompts.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(file)
+
+
+def test_a_backbone_races_in_processes(
+    backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Silent failure: a contestant that could not start is missing without a word, or answers get
+    into one another."""
+    flags = ["--model", backbone, "--prompts", write(tmp_path, *LINES), "--bits", "f32,int4"]
+    flags += ["--max-new-tokens", "24", "--items", "3", "--threads", "1"]
+    assert main(["bench", "--json", *flags, "--output", str(tmp_path / "out")]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["prompts"] == 3
+    ours = [r for r in record["contestants"] if r["engine"] == "twotower"]
+    assert [r["mode"] for r in ours if r["bits"] == "f32"] == ["ar", "speculative"]
+    assert all(r["same_as_plain"] == r["n"] == 3 and r["decode_ms"] > 0 for r in ours)
+    told = " ".join(record["missing"])
+    assert "llama.cpp int4: 4 bits are raced on a GGUF file that has them" in told
+    saved = json.loads((tmp_path / "out" / "contest.json").read_text())
+    assert saved["contestants"] == record["contestants"]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [({"text": "x"}, "line 1 must be an object with one of prompt"), (5, "line 1 must be")],
+)
+def test_prompts_that_cannot_be_used(
+    line: object, told: str, backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--model", backbone, "--prompts", write(tmp_path, line)]) != 0
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1

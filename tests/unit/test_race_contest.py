@@ -1,0 +1,50 @@
+"""A contest's arithmetic: who is compared with whom, prompt by prompt."""
+
+import pytest
+
+from twotower.lab.race.contest import contest_table, summarise
+from twotower.lab.race.contestant import Answer, Contestant
+
+PROMPTS = [[5] * 10, [5] * 20]
+
+
+def who(engine: str, bits: str, mode: str) -> Contestant:
+    return Contestant(engine=engine, bits=bits, mode=mode, file="f", threads=1)
+
+
+def answers(*decode_s: float, tokens: int = 7, passes: int | None = None) -> list[Answer]:
+    text = [tokens] * 11  # ten after the first
+    return [Answer(tokens=text, prompt_s=0.5, decode_s=s, passes=passes) for s in decode_s]
+
+
+def test_ratios_are_of_the_same_bits_and_prompt() -> None:
+    """Guards the table against a speed-up over other weights, over an engine's own drafts, or of
+    medians of different prompts."""
+    found = summarise(
+        {
+            who("twotower", "f32", "ar"): answers(0.1, 0.3, passes=10),
+            who("twotower", "int4", "ar"): answers(0.04, 0.06, tokens=8, passes=10),
+            who("twotower", "int4", "speculative"): answers(0.02, 0.06, tokens=8, passes=5),
+            who("llama.cpp", "f32", "plain"): answers(0.2, 0.3),
+            who("llama.cpp", "int4", "plain"): answers(0.08, 0.09),
+            who("llama.cpp", "int4", "ngram-mod"): answers(0.06, 0.06, tokens=9),
+        },
+        PROMPTS,
+    )
+    full, plain, drafts, _, theirs, mod = found
+    assert drafts["best"] == mod_name() and plain["best"] == mod_name()
+    assert drafts["x_best"] == pytest.approx((3 + 1) / 2)
+    assert drafts["x_plain"] == pytest.approx((2 + 1) / 2) and plain["x_plain"] == 1
+    assert full["x_best"] == pytest.approx((2 + 1) / 2)
+    assert theirs["best"] == "twotower int4 speculative"
+    assert (plain["decode_ms"], plain["prompt_tokens_per_s"]) == (pytest.approx(5.0), 30.0)
+    assert (plain["tokens_per_pass"], drafts["tokens_per_pass"]) == (1.0, 2.0)
+    assert mod["tokens_per_pass"] is None
+    assert [r["same_as_plain"] for r in (plain, drafts, mod)] == [2, 2, 0]
+    assert [r["same_as_f32"] for r in (full, plain, theirs)] == [2, 0, 2]
+    rows = contest_table(found, "t").rows
+    assert rows[2][-2:] == ["2/2", "0/2"] and rows[2][5] == "2.00"
+
+
+def mod_name() -> str:
+    return who("llama.cpp", "int4", "ngram-mod").name
