@@ -5,6 +5,8 @@ import os
 # Before any test module imports a library that reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny models: threads cost more than they give, in processes that tests start as well.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -24,8 +26,9 @@ settings.load_profile("default-twotower")
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
-    """Every test starts from the same global seed, whatever ran before it."""
+    """Every test starts from the same global seed and one thread, whatever ran before it."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

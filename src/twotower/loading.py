@@ -31,6 +31,7 @@ from twotower.checkpoint import (
 from twotower.checkpoint.empty import Towers
 from twotower.checkpoint.files import GENERATION_FILE
 from twotower.families import read_config
+from twotower.measure import usable_cores
 from twotower.model import TwoTower
 from twotower.model.precision import ExpertStorage
 from twotower.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -65,7 +66,8 @@ class Placement:
     """What runs forward passes. native: C++ on a CPU, compiled on first use. eager: plain PyTorch,
     every model and device. auto: native if it runs the model, else eager."""
     threads: int | None = None
-    """CPU threads of a forward pass. Default: PyTorch's choice."""
+    """CPU threads of a forward pass. Default: the physical cores that this process may use, or
+    fewer where OMP_NUM_THREADS says so."""
     expert_storage: ExpertStorage = "memory"
     """mmap: leave routed experts in their files and read those that are chosen, for models larger
     than memory; slow where the disk is."""
@@ -122,8 +124,7 @@ def load(placement: Placement, mode: str | None = None) -> Loaded:
 
     mode None: the model's own default. AR decoding loads the context tower alone.
     """
-    if placement.threads is not None:
-        torch.set_num_threads(placement.threads)
+    torch.set_num_threads(placement.threads or min(torch.get_num_threads(), usable_cores()))
     folder = placement.find()
     preferred = generation_defaults(folder).get("mode")
     has_tokenizer = (folder / TOKENIZER_FILE).exists()

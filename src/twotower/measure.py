@@ -1,12 +1,15 @@
-"""What the machine has and how long things take."""
+"""What this process may use of the machine."""
 
 import ctypes
+import os
 import sys
 from pathlib import Path
 
 import torch
 
 _MEMINFO = Path("/proc/meminfo")
+_CPUS = Path("/sys/devices/system/cpu")
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -19,6 +22,28 @@ def available_bytes(device: torch.device) -> int | None:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return None
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use, at least 1: two hardware threads of a core share
+    its arithmetic, and a container may have less of the machine than it sees.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cpus = os.sched_getaffinity(0)
+    cores = {_siblings(cpu) for cpu in cpus}
+    quota, _, period = (_read(_CPU_QUOTA) or "max").partition(" ")
+    most = len(cores) if quota == "max" else round(int(quota) / int(period))
+    return max(1, min(len(cores), most))
+
+
+def _siblings(cpu: int) -> str:
+    """The hardware threads of a CPU's core, as Linux writes them."""
+    return _read(_CPUS / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu)
+
+
+def _read(file: Path) -> str | None:
+    return file.read_text().strip() if file.is_file() else None
 
 
 def release_memory() -> None:

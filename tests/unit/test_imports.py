@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "train": COMMON | {"families", "layers", "model", "diffusion", "checkpoint", "tokenizer"},
     "serve": COMMON | {"engine", "tokenizer"},
     "hosts": COMMON | {"engine", "model", "diffusion", "layers"},
-    "loading": COMMON | {"families", "model", "backends", "checkpoint", "tokenizer", "hosts"},
+    "loading": COMMON
+    | {"families", "model", "backends", "checkpoint", "tokenizer", "hosts", "measure"},
     # The laboratory measures the library: it may use all of it, and nothing of the library uses it.
     "lab": set(),
     "lab.corpus": COMMON,
