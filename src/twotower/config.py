@@ -263,6 +263,28 @@ class TowerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DraftSpec:
+    """What a thin denoiser has where a full tower has embeddings, a head and time conditioning.
+
+    It shares the context tower's embeddings and rows of its head, both frozen, and writes all
+    masked tokens of a block in one pass.
+    """
+
+    vocab_size: int | None = None
+    """Tokens that it can draft, the most frequent of its training; None: all."""
+    reads_hidden: bool = True
+    """Whether the context tower's output before a block is added to the block's input."""
+    bigram_rank: int = 0
+    """Rank of what the token before adds to the logits; 0: tokens of a block are independent."""
+
+    def __post_init__(self) -> None:
+        if self.vocab_size is not None:
+            _check_sizes(self, "vocab_size")
+        if not 0 <= self.bigram_rank <= MAX_SIZE:
+            raise ValueError(f"bigram_rank={self.bigram_rank} must be between 0 and {MAX_SIZE}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TwoTowerConfig:
     """A context tower, a denoiser tower that reads its layers, and the tokens they agree on.
 
@@ -284,6 +306,8 @@ class TwoTowerConfig:
     block_size: int = 16
     bidirectional_mamba: bool = False
     """Of the denoiser; the context tower is always causal."""
+    draft: DraftSpec | None = None
+    """Of a thin denoiser; None: the denoiser has embeddings, head and time conditioning."""
 
     def __post_init__(self) -> None:
         _check_sizes(self, "block_size")
@@ -305,6 +329,11 @@ class TwoTowerConfig:
     def vocab_size(self) -> int:
         """Tokens of both heads."""
         return self.context.vocab_size
+
+    @property
+    def draft_vocab_size(self) -> int:
+        """Tokens of the denoiser's head."""
+        return (self.draft and self.draft.vocab_size) or self.vocab_size
 
     @property
     def has_own_mask(self) -> bool:
@@ -337,6 +366,16 @@ class TwoTowerConfig:
                     f"layer {source} ({self.context.layers[source].label}); choose a layer of the "
                     "same kind and sizes"
                 )
+
+        if self.draft is not None and self.draft_vocab_size > self.vocab_size:
+            raise ValueError(
+                f"draft vocab_size={self.draft_vocab_size} must be at most {self.vocab_size}"
+            )
+        if self.draft is not None and not self.has_own_mask:
+            raise ValueError(
+                f"mask_token_id={self.mask_token_id}: a thin denoiser has a mask of its own, "
+                f"{self.vocab_size}"
+            )
 
     def _check_ids(self) -> None:
         ids: list[tuple[str, int | None]] = [

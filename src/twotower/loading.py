@@ -28,6 +28,7 @@ from twotower.checkpoint import (
     save_backbone,
     save_two_towers,
 )
+from twotower.checkpoint.denoiser import load_denoiser
 from twotower.checkpoint.empty import Towers
 from twotower.checkpoint.files import GENERATION_FILE
 from twotower.families import read_config
@@ -50,6 +51,9 @@ class Placement:
     model: str | None = None
     """Checkpoint folder, GGUF file or hub id owner/name. Default: shipped, the small model inside
     this package."""
+    denoiser: str | None = None
+    """Folder or hub id of a denoiser that `twotower adapt` trained for this model: it drafts, the
+    model verifies, and the text stays the model's own."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     device: str = "auto"
@@ -133,7 +137,8 @@ def load(placement: Placement, mode: str | None = None) -> Loaded:
         model = _load_split(folder, placement)
     else:
         is_ar = (mode or preferred) == "ar" or not has_denoiser(folder)
-        model = _load_towers(folder, placement, "context" if is_ar else "both")
+        is_alone = is_ar or placement.denoiser is not None  # which takes the place of its own
+        model = _load_towers(folder, placement, "context" if is_alone else "both")
     if tokenizer is not None:
         model.unused_ids = tokenizer.unused_ids(model.config.vocab_size)
     return Loaded(name=placement.name, model=model, tokenizer=tokenizer, folder=folder)
@@ -144,6 +149,7 @@ def load_model(
     *,
     device: str | torch.device = "auto",
     dtype: DTypeName | torch.dtype = "auto",
+    denoiser: str | Path | None = None,
     revision: str | None = None,
     denoiser_device: str | torch.device | None = None,
     quantization: Quantization = "none",
@@ -159,6 +165,7 @@ def load_model(
     """
     placement = Placement(
         model=None if model is None else str(model),
+        denoiser=None if denoiser is None else str(denoiser),
         revision=revision,
         device=str(device),
         denoiser_device=None if denoiser_device is None else str(denoiser_device),
@@ -209,6 +216,8 @@ def _load_towers(folder: Path, placement: Placement, towers: Towers) -> TwoTower
         towers=towers,
         expert_storage=placement.expert_storage,
     )
+    if placement.denoiser is not None:
+        model = load_denoiser(model, placement.denoiser)
     return accelerate(model, placement.backend, placement.quantization)
 
 

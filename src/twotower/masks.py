@@ -46,3 +46,15 @@ def block_causal(index: Tensor, num_clean: int, block_size: int) -> Tensor:
     clean = torch.arange(num_clean, device=index.device) // block_size < block
     same = (own.unsqueeze(0) == own.unsqueeze(1)).expand(len(index), -1, -1)
     return torch.cat([clean, same], dim=2).unsqueeze(1)
+
+
+def anchored(starts: Tensor, num_past: int, block_size: int) -> Tensor:
+    """Blocks that begin at any token of their rows, starts (B, N), see all before and themselves.
+
+    Returns (B, 1, N*T, S + N*T), columns of the past first.
+    """
+    own = torch.arange(starts.shape[1], device=starts.device).repeat_interleave(block_size)
+    before = starts.repeat_interleave(block_size, dim=1).unsqueeze(2)  # (B, N*T, 1)
+    past = torch.arange(num_past, device=starts.device) < before
+    same = (own.unsqueeze(0) == own.unsqueeze(1)).expand(len(starts), -1, -1)
+    return torch.cat([past, same], dim=2).unsqueeze(1)

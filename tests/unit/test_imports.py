@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": COMMON | {"families", "model", "kernels"},
     "engine": COMMON | {"model", "diffusion", "tokenizer", "measure"},
     "train": COMMON | {"families", "layers", "model", "diffusion", "checkpoint", "tokenizer"},
+    "adapt": COMMON | {"layers", "model", "engine", "checkpoint"},
     "serve": COMMON | {"engine", "tokenizer"},
     "hosts": COMMON | {"engine", "model", "diffusion", "layers"},
     "loading": COMMON
@@ -50,7 +51,7 @@ TOP = {"__init__", "__main__", "cli"}  # these import all; nothing imports them
 
 # Third-party library -> the only modules (path prefixes) that may import it.
 FENCES: dict[str, tuple[str, ...]] = {
-    "safetensors": ("checkpoint", "train.state"),
+    "safetensors": ("checkpoint", "train.state", "adapt"),
     "huggingface_hub": ("checkpoint",),
     "tokenizers": ("tokenizer",),
     "tyro": ("cli",),

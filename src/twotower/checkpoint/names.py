@@ -18,6 +18,7 @@ CONTEXT_PARTS = ("context_tower.", "context_lm_head.")
 DENOISER_PARTS = (
     "denoiser_tower.",
     "lm_head.",
+    "bigram.",
     "t_embedder.",
     "t_block.",
     "scale_shift_tables.",

@@ -18,7 +18,8 @@ from torch import Tensor
 from twotower.checkpoint.files import DTYPES, INDEX_FILE, PACKED_DTYPES, SINGLE_FILE, set_aside
 from twotower.file_lock import only_writer
 
-_SPELLING = {dtype: name for name, dtype in {**DTYPES, **PACKED_DTYPES}.items()}
+_IDS_DTYPES = {"I64": torch.int64}  # of token ids
+_SPELLING = {d: name for name, d in {**DTYPES, **PACKED_DTYPES, **_IDS_DTYPES}.items()}
 
 
 class Piece(NamedTuple):

@@ -29,6 +29,7 @@ VERBS = {
     "convert": "a checkpoint into another layout or dtype",
     "prepare": "text into a tokenizer and a token shard for training",
     "train": "pretrain a backbone, then its denoiser",
+    "adapt": "a thin denoiser for the model you have: it drafts, your model verifies",
     "bench": "a race of our modes against AR decoding of the same weights, ours and others'",
     "evaluate": "quality kept and speed of a checkpoint, task by task, mode by mode",
     "lm-eval": "lm-eval's tasks on a checkpoint, and our suite as its tasks",

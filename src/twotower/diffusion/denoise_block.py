@@ -43,11 +43,13 @@ def denoise_block(
     block: Tensor,
     sampler: Sampler,
     generators: Sequence[torch.Generator] = (),
+    token_ids: Tensor | None = None,
 ) -> Iterator[Step]:
     """Fill the masked positions of block (B, T) int64, yielding a Step per step.
 
-    generators: one CPU generator per row, needed if anything is random. Committed tokens never
-    change; a block without masked positions yields nothing.
+    generators: one CPU generator per row, needed if anything is random. token_ids (V,): what the
+    logits are of, where they are not of the whole vocabulary. Committed tokens never change; a
+    block without masked positions yields nothing.
     """
     assert len(generators) == len(block) or not (generators or sampler.is_random)
     if not sampler.is_random:
@@ -56,6 +58,8 @@ def denoise_block(
     sampler = replace(
         sampler, steps=sampler.steps.to(device), threshold=sampler.threshold.to(device)
     )
+    if token_ids is not None:
+        sampler = replace(sampler, unused_ids=())  # of the vocabulary; these logits are of tokens
     tokens = block
     is_masked = block == sampler.mask_token_id
     confidence = (~is_masked).float()
@@ -73,6 +77,8 @@ def denoise_block(
         logits = _logits(denoise, own.mask_token_id, tokens, t, rows, kept_logits)
         row_generators = [generators[row] for row in now.tolist()] if generators else ()
         found = _predict(step, logits, _pick(is_masked, now, is_whole), own, row_generators)
+        if token_ids is not None:
+            found = replace(found, tokens=token_ids[found.tokens])
         commit = choose_commits(own, found)
 
         nfe = nfe.index_add(0, rows, torch.ones_like(rows))

@@ -161,4 +161,5 @@ def denoise_rows(model: TwoTower, view: ContextView, blocks: Blocks) -> Iterator
             held = wanted, own.select(rows)
         return require_finite(model.denoise(tokens, held[1], t))
 
-    return denoise_block(denoise, tokens.to(model.denoiser_device), sampler, generators)
+    tokens = tokens.to(model.denoiser_device)
+    return denoise_block(denoise, tokens, sampler, generators, model.draft_ids)

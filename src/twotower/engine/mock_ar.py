@@ -18,7 +18,8 @@ def draft(batch: Batch) -> Iterator[Event]:
     logits = batch.model.denoise(last, batch.cache.view(), None)[:, 0]
     for row in batch.rows:
         row.nfe += 1
-    batch.draft = (choose_tokens(logits, batch.rows, batch.sampler),)
+    chosen, ids = choose_tokens(logits, batch.rows, batch.sampler), batch.model.draft_ids
+    batch.draft = (chosen if ids is None else ids[chosen],)
     return iter(())
 
 

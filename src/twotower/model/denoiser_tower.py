@@ -22,9 +22,12 @@ class DenoiserTower(Tower):
     def __init__(self, config: TwoTowerConfig) -> None:
         super().__init__(config.denoiser)
         self.reads, self._bidirectional = config.reads, config.bidirectional_mamba
+        width = config.hidden_size
         self.mask_embedding: nn.Parameter | None = None
         if config.has_own_mask:
-            self.mask_embedding = nn.Parameter(torch.zeros(config.hidden_size))
+            self.mask_embedding = nn.Parameter(torch.zeros(width))
+        reads_hidden = config.draft is not None and config.draft.reads_hidden
+        self.hidden_proj = nn.Linear(width, width, bias=False) if reads_hidden else None
 
     def forward(
         self,
@@ -40,6 +43,9 @@ class DenoiserTower(Tower):
         (B, Hq, K*T, S + K*T), or None: every block sees all keys.
         """
         h = self.embed(blocks)
+        if self.hidden_proj is not None:
+            assert view.hidden is not None
+            h = h + self.hidden_proj(view.hidden.to(h.dtype)).unsqueeze(2)
         rotation = self._block_rotation(start, blocks)
         for index, layer in enumerate(self.each_layer()):
             modulation = None if modulations is None else modulations[index]

@@ -69,8 +69,24 @@ def copy_context_to_denoiser(model: TwoTower, seed: int) -> None:
     denoiser.norm_f.load_state_dict(context.norm_f.state_dict())
     if denoiser.mask_embedding is not None:  # like an average token, until training moves it
         denoiser.mask_embedding.copy_(context.embeddings.weight.mean(0))
+    if model.config.draft is not None:
+        _start_thin(model, seed)
+        return
     model.lm_head.load_state_dict(model.context_lm_head.state_dict())
     remove_conditioning(model, seed)
+
+
+def _start_thin(model: TwoTower, seed: int) -> None:
+    """A thin denoiser's head is rows of the context tower's; what else it has adds nothing yet."""
+    ids, head = model.draft_ids, model.context_lm_head.weight
+    model.lm_head.weight.copy_(head if ids is None else head[ids])
+    denoiser = model.denoiser()
+    if denoiser.hidden_proj is not None:
+        denoiser.hidden_proj.weight.zero_()
+    if model.bigram is not None:
+        down, generator = model.bigram.down_proj.weight, torch.Generator().manual_seed(seed)
+        down.copy_(torch.randn(down.shape, generator=generator))
+        model.bigram.up_proj.weight.zero_()
 
 
 @torch.no_grad()

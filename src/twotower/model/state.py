@@ -30,13 +30,15 @@ class ContextView:
 
     `layers[i]`: KV of S tokens (B, S, Hk, A); MambaState at the start of each of K blocks, conv
     (B, K, C, W-1), ssm (B, K, H, P, N), K = 1 in generation; None for a layer without state.
-    `lengths` (B,) on the CPU, or None when every row has all S tokens.
+    `lengths` (B,) on the CPU, or None when every row has all S tokens. `hidden` (B, K, D): the
+    tower's output at the last token before each block, zeros where there is none.
     """
 
     layers: tuple[LayerState, ...]
     lengths: Tensor | None
     num_past: int
     num_rows: int
+    hidden: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "ContextView":
         """The same view on another device; itself when it is there already."""
@@ -44,12 +46,14 @@ class ContextView:
             None if state is None else type(state)(*(part.to(device) for part in state))
             for state in self.layers
         )
-        return ContextView(layers, self.lengths, self.num_past, self.num_rows)
+        hidden = None if self.hidden is None else self.hidden.to(device)
+        return ContextView(layers, self.lengths, self.num_past, self.num_rows, hidden)
 
     def select(self, rows: Tensor) -> "ContextView":
         """The view of some rows: rows (R,) int64."""
         lengths = None if self.lengths is None else self.lengths[rows.cpu()]
-        return ContextView(_select(self.layers, rows), lengths, self.num_past, len(rows))
+        hidden = None if self.hidden is None else self.hidden[rows.to(self.hidden.device)]
+        return ContextView(_select(self.layers, rows), lengths, self.num_past, len(rows), hidden)
 
 
 class ForwardOutput(NamedTuple):
@@ -134,7 +138,8 @@ class ContextCache:
             for state in self.layers
         )
         lengths = None if self.is_uniform else self.lengths
-        return ContextView(layers, lengths, self.num_past, self.num_rows)
+        hidden = None if self.last_hidden is None else self.last_hidden.unsqueeze(1)
+        return ContextView(layers, lengths, self.num_past, self.num_rows, hidden)
 
     @torch.no_grad()
     def commit(self, output: ForwardOutput, counts: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from twotower import masks
 from twotower.config import TwoTowerConfig
 from twotower.layers.adaln import Modulation, TimestepEmbedder
+from twotower.layers.bigram import Bigram
 from twotower.layers.mamba2 import MambaState
 from twotower.model.backend import Backend, EagerBackend
 from twotower.model.context_tower import ContextTower
@@ -32,6 +33,7 @@ class TwoTower(nn.Module):
     """
 
     pass_costs, prefix_chunk = EagerBackend.pass_costs, EagerBackend.prefix_chunk
+    draft_ids: Tensor | None  # (draft_vocab_size,): the tokens of a smaller head of the denoiser
     _backend: Backend | None = None  # None: eager
 
     def __init__(self, config: TwoTowerConfig, towers: Literal["both", "context"] = "both") -> None:
@@ -43,9 +45,18 @@ class TwoTower(nn.Module):
         self.context_tower = ContextTower(config.context)
         self.context_lm_head = nn.Linear(width, vocab, bias=False)
         self.denoiser_tower: DenoiserTower | None = None
+        self.bigram: Bigram | None = None
         if towers == "both":
             self.denoiser_tower = DenoiserTower(config)
-            self.lm_head = nn.Linear(width, vocab, bias=False)
+            self.lm_head = nn.Linear(width, config.draft_vocab_size, bias=False)
+        draft = config.draft if towers == "both" else None
+        is_smaller = draft is not None and draft.vocab_size is not None
+        ids = torch.arange(config.draft_vocab_size) if is_smaller else None
+        self.register_buffer("draft_ids", ids)
+        if draft is not None:
+            if draft.bigram_rank:
+                self.bigram = Bigram(width, draft.bigram_rank, config.draft_vocab_size)
+        elif towers == "both":
             self.t_embedder = TimestepEmbedder(width)
             self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
             self.scale_shift_tables = nn.ParameterList(
@@ -54,11 +65,15 @@ class TwoTower(nn.Module):
         self.tie_heads()
 
     def tie_heads(self) -> None:
-        """Let the heads share the embeddings' weights where the configuration says so."""
+        """Let the heads share the embeddings' weights where the configuration says so, and a thin
+        denoiser the context tower's.
+        """
         if self.config.tie_word_embeddings:
             self.context_lm_head.weight = self.context_tower.embeddings.weight
-            if self.denoiser_tower is not None:
+            if self.denoiser_tower is not None and self.config.draft is None:
                 self.lm_head.weight = self.denoiser_tower.embeddings.weight
+        if self.denoiser_tower is not None and self.config.draft is not None:
+            self.denoiser_tower.embeddings = self.context_tower.embeddings
 
     def tie_towers(self) -> None:
         """Let the denoiser tower be the context tower's weights; heads and time conditioning stay
@@ -174,11 +189,29 @@ class TwoTower(nn.Module):
 
     @torch.no_grad()
     def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
-        """One denoiser pass: block (B, T) of ids with masks -> logits (B, T, V) float32.
+        """One denoiser pass: block (B, T) of ids with masks -> logits (B, T, V) float32, of the
+        `draft_ids` where there are any.
 
-        t (B,): masked fraction; None switches time conditioning off. The view is only read.
+        t (B,): masked fraction; None, or a thin denoiser, has no time conditioning. The view is
+        only read.
         """
-        return self.backend.denoise(self._checked(block, "block"), view, t).float()
+        t = None if self.config.draft is not None else t
+        logits = self.backend.denoise(self._checked(block, "block"), view, t).float()
+        return logits if self.bigram is None else self._add_bigrams(logits, block)
+
+    def _add_bigrams(self, logits: Tensor, block: Tensor) -> Tensor:
+        """Logits (B, T, V) with what the token before adds to each, from left to right: the block's
+        own, or the most probable where that is masked.
+        """
+        assert self.bigram is not None
+        block = block.to(logits.device)
+        for place in range(1, block.shape[1]):
+            before = block[:, place - 1]
+            drafted = logits[:, place - 1].argmax(-1)
+            drafted = drafted if self.draft_ids is None else self.draft_ids[drafted]
+            before = torch.where(before == self.config.mask_token_id, drafted, before)
+            logits[:, place] += self.bigram(self.denoiser().embeddings(before)).float()
+        return logits
 
     def training_logits(
         self,

@@ -12,23 +12,31 @@ namespace twotower {
 constexpr int KEYS = 64;  // of a block
 
 // Room for all queries, and for keys and values that nobody else keeps
-inline Step with_room_for_keys(Step s) {
-    size_t length = s.call.length, kv_width = s.layer.kv_heads * s.layer.head_dim;
-    at_least(scratch.q, (length + LANES) * s.layer.q_heads * s.layer.head_dim);
-    if (s.out.k == nullptr) s.out.k = at_least(scratch.keys, length * kv_width);
-    if (s.out.v == nullptr) s.out.v = at_least(scratch.values, length * kv_width);
-    return s;
+inline void make_room_for_keys(const Step &s) {
+    size_t kv_width = s.layer.kv_heads * s.layer.head_dim, total = 0;
+    at_least(scratch.q, size_t(s.call.num_lanes) * s.layer.q_heads * s.layer.head_dim);
+    for (int r = 0; r < s.call.num_rows; r++) total += s.rows[r].length;
+    float *k = at_least(scratch.keys, total * kv_width), *v = at_least(scratch.values, total * kv_width);
+    for (int r = 0; r < s.call.num_rows; r++) {
+        RowState &row = s.rows[r];
+        if (row.out.k == nullptr) row.out.k = k;
+        if (row.out.v == nullptr) row.out.v = v;
+        k += row.length * kv_width, v += row.length * kv_width;
+    }
 }
 
 // Cosines and sines [A][W] of a tile's angles: halves make the pairs, as in the PyTorch layers
 template <int W>
-void make_angles(const Call &call, int head_dim, int first, int count) {
+void make_angles(const Call &call, int head_dim, const Tile &tile) {
     int half = head_dim / 2;
-    float *cosines = scratch.angles.data() + long(first) * head_dim, *sines = cosines + half * W;
+    float *cosines = scratch.angles.data() + long(tile.place) * head_dim, *sines = cosines + half * W;
+    float positions[W] = {};
+    each_segment(call, tile, [&](const Segment &s) {
+        for (int t = 0; t < s.count; t++) positions[s.lane + t] = float(call.rows[s.row].num_past + s.at + t);
+    });
     for (int l = 0; l < W; l++)
         for (int i = 0; i < half; i++) {
-            float position = float(call.num_past + first + std::min(l, count - 1));
-            float angle = position * call.tower.frequencies[i];
+            float angle = positions[std::min(l, tile.count - 1)] * call.tower.frequencies[i];
             cosines[i * W + l] = std::cos(angle), sines[i * W + l] = std::sin(angle);
         }
 }
@@ -63,14 +71,14 @@ void finish_heads(const Step &s, const Weight &weight, int heads, const float *a
     });
 }
 
-// Queries, keys and values of a tile: scratch.u to its part of scratch.q, out.k and out.v
+// Queries, keys and values of a tile: scratch.u to its part of scratch.q, and the rows' out.k, out.v
 template <int W>
-void project(const Step &s, int first, int count) {
+void project(const Step &s, const Tile &tile) {
     const auto &w = weights_of<AttentionWeights>(s.layer);
     int A = s.layer.head_dim, q_width = s.layer.q_heads * A, kv_width = s.layer.kv_heads * A;
     float *k = at_least(scratch.flat, 2 * size_t(kv_width) * W), *v = k + kv_width * W;
-    float *q = scratch.q.data() + long(first) * q_width;
-    const float *angles = s.layer.rotary ? scratch.angles.data() + long(first) * A : nullptr;
+    float *q = scratch.q.data() + long(tile.place) * q_width;
+    const float *angles = s.layer.rotary ? scratch.angles.data() + long(tile.place) * A : nullptr;
     Input<W> in = input_of<W>(s, w.q_proj, scratch.u.data(), s.call.tower.width);
     matrices<W>(s.call.team,
                 {{w.q_proj, q_width, w.q_proj_bias.full, q},
@@ -79,8 +87,11 @@ void project(const Step &s, int first, int count) {
                 in);
     finish_heads<W>(s, w.q_norm, s.layer.q_heads, angles, q);
     finish_heads<W>(s, w.k_norm, s.layer.kv_heads, angles, k);
-    to_rows<W>(k, kv_width, count, s.out.k + long(first) * kv_width, kv_width);
-    to_rows<W>(v, kv_width, count, s.out.v + long(first) * kv_width, kv_width);
+    each_segment(s.call, tile, [&](const Segment &part) {
+        const Outputs &out = s.rows[part.row].out;
+        to_rows<W>(k + part.lane, kv_width, part.count, out.k + long(part.at) * kv_width, kv_width);
+        to_rows<W>(v + part.lane, kv_width, part.count, out.v + long(part.at) * kv_width, kv_width);
+    });
 }
 
 struct KeyBlock {
@@ -90,9 +101,9 @@ struct KeyBlock {
 
 // Keys `at` to `at + count` of the head whose features begin at `head`: where they lie, or in room
 // for 2 * KEYS * A floats where the past ends among them.
-inline KeyBlock find_keys(const Step &s, int head, int at, int count, float *room) {
-    int A = s.layer.head_dim, S = s.call.num_past;
-    long stride = long(s.layer.kv_heads) * A, own = long(at - S) * stride + head;
+inline KeyBlock find_keys(const Layer &layer, const RowState &s, int head, int at, int count, float *room) {
+    int A = layer.head_dim, S = s.num_past;
+    long stride = long(layer.kv_heads) * A, own = long(at - S) * stride + head;
     if (at >= S) return {s.out.k + own, s.out.v + own, stride};
     const float *k = s.past.k + at * stride + head, *v = s.past.v + at * stride + head;
     if (at + count <= S) return {k, v, stride};
@@ -136,9 +147,9 @@ void weigh(float *score, int count, float root, float *most, float *total, float
 
 // y[A][W] of q[A][W] to the keys of a head; lane l sees those up to `last + l * is_causal`
 template <int W>
-void attend_head(const Step &s, int head, const float *q, int last, bool is_causal, int visible,
-                 float *y) {
-    int A = s.layer.head_dim;
+void attend_head(const Layer &layer, const RowState &row, int head, const float *q, int last,
+                 bool is_causal, int visible, float *y) {
+    int A = layer.head_dim;
     float *score = at_least(scratch.own, size_t(KEYS + A) * W + 2 * size_t(KEYS) * A);
     float *part = score + KEYS * W, *room = part + A * W;
     float root = 1.0f / std::sqrt(float(A)), most[W], total[W] = {};
@@ -146,7 +157,7 @@ void attend_head(const Step &s, int head, const float *q, int last, bool is_caus
     std::fill(y, y + A * W, 0.0f);
     for (int at = 0; at < visible; at += KEYS) {
         int here = std::min(KEYS, visible - at);
-        KeyBlock keys = find_keys(s, head, at, here, room);
+        KeyBlock keys = find_keys(layer, row, head, at, here, room);
         product<W>(keys.k, keys.stride, 1, here, A, q, nullptr, score);
         if (is_causal)
             for (int j = std::max(0, last + 1 - at); j < here; j++)
@@ -159,59 +170,70 @@ void attend_head(const Step &s, int head, const float *q, int last, bool is_caus
         for (int l = 0; l < W; l++) y[a * W + l] /= total[l];
 }
 
-// V lanes of a head and tile of W: tokens, and of a single token the queries that share keys. from
-// and to: the first number of each lane's query and output, `step` floats apart by feature, `lane`
-// by lane.
+// `lanes` of V lanes: a head's tokens, or of a single token the queries that share keys. from and to:
+// the first number of each lane's query and output, `step` floats apart by feature, `lane` by lane.
 template <int V>
-void attend_lanes(const Step &s, int head, const float *from, float *to, long step, long lane,
-                  int lanes, int last, bool is_causal, int visible) {
-    int A = s.layer.head_dim;
+void attend_lanes(const Layer &layer, const RowState &row, int head, const float *from, float *to,
+                  long step, long lane, int lanes, int last, bool is_causal, int visible) {
+    int A = layer.head_dim;
     float *q = at_least(scratch.lanes, 2 * size_t(A) * V), *y = q + A * V;
     for (int a = 0; a < A; a++)
         for (int l = 0; l < V; l++) q[a * V + l] = from[a * step + std::min(l, lanes - 1) * lane];
-    attend_head<V>(s, head, q, last, is_causal, visible, y);
+    attend_head<V>(layer, row, head, q, last, is_causal, visible, y);
     for (int a = 0; a < A; a++)
         for (int l = 0; l < lanes; l++) to[a * step + l * lane] = y[a * V + l];
 }
 
-// Heads of one token: those that share keys are lanes, so that keys are read once.
-inline void attend_token(const Step &s, const float *q, int visible, float *out) {
-    int A = s.layer.head_dim, shared = s.layer.q_heads / s.layer.kv_heads;
-    s.call.team.split(s.layer.kv_heads, [&s, A, shared, q, visible, out](int begin, int end) {
-        for (int head = begin; head < end; head++)
-            for (int done = 0; done < shared; done += 8) {
-                int lanes = std::min(8, shared - done);
-                long at = long(head * shared + done) * A;
-                auto attend = lanes <= 4 ? attend_lanes<4> : attend_lanes<8>;
-                attend(s, head * A, q + at, out + at, 1, A, lanes, visible - 1, false, visible);
-            }
-    });
+// How many parts the attention of a segment has: of a single token the heads that share keys, up to
+// eight at a time, so that keys are read once; else a head and up to 16 tokens.
+inline int parts_of(const Layer &layer, const Segment &s) {
+    int shared = layer.q_heads / layer.kv_heads;
+    return s.count == 1 ? layer.kv_heads * ((shared + 7) / 8) : layer.q_heads * ((s.count + LANES - 1) / LANES);
+}
+
+// One part of a segment of a tile of W lanes: q and out [q_heads * A][W]
+template <int W>
+void attend_part(const Step &s, const Segment &segment, int part, const float *q, float *out) {
+    const RowState &row = s.rows[segment.row];
+    int A = s.layer.head_dim, shared = s.layer.q_heads / s.layer.kv_heads, S = row.num_past;
+    bool is_causal = s.call.causal;
+    if (segment.count == 1) {
+        int turns = (shared + 7) / 8, head = part / turns, done = part % turns * 8;
+        int lanes = std::min(8, shared - done), visible = S + (is_causal ? segment.at + 1 : row.length);
+        long at = long(head * shared + done) * A * W + segment.lane;
+        auto attend = lanes <= 4 ? attend_lanes<4> : attend_lanes<8>;
+        attend(s.layer, row, head * A, q + at, out + at, W, long(A) * W, lanes, visible - 1, false, visible);
+        return;
+    }
+    int turns = (segment.count + LANES - 1) / LANES, head = part / turns, done = part % turns * LANES;
+    int lanes = std::min(LANES, segment.count - done), first = segment.at + done;
+    int visible = S + (is_causal ? first + lanes : row.length);
+    long at = long(head) * A * W + segment.lane + done;
+    auto attend = lanes <= 8 ? attend_lanes<8> : attend_lanes<LANES>;
+    attend(s.layer, row, head / shared * A, q + at, out + at, W, 1, lanes, S + first, is_causal, visible);
 }
 
 // A tile's part of scratch.q to that of scratch.y
 template <int W>
-void attend(const Step &s, int first, int count) {
-    constexpr int V = std::min(W, LANES);
+void attend(const Step &s, const Tile &tile) {
     const auto &w = weights_of<AttentionWeights>(s.layer);
-    int A = s.layer.head_dim, q_heads = s.layer.q_heads, width = s.call.tower.width;
-    int q_width = q_heads * A, shared = q_heads / s.layer.kv_heads, S = s.call.num_past;
-    const float *q = scratch.q.data() + long(first) * q_width;
+    int width = s.call.tower.width, q_width = s.layer.q_heads * s.layer.head_dim, total = 0;
+    const float *q = scratch.q.data() + long(tile.place) * q_width;
     float *out = at_least(scratch.b, size_t(q_width) * W);
-    bool is_causal = s.call.causal;
-    if constexpr (W == 1)
-        attend_token(s, q, S + (is_causal ? first + 1 : s.call.length), out);
-    else
-        s.call.team.split(q_heads * (W / V), [=, &s](int begin, int end) {
-            for (int item = begin; item < end; item++) {
-                int head = item / (W / V), lane = item % (W / V) * V;
-                int seen = first + std::min(count, lane + V);
-                long at = long(head) * A * W + lane;
-                attend_lanes<V>(s, head / shared * A, q + at, out + at, W, 1, V, S + first + lane,
-                                is_causal, S + (is_causal ? seen : s.call.length));
-            }
+    each_segment(s.call, tile, [&](const Segment &part) { total += parts_of(s.layer, part); });
+    s.call.team.split(total, [=, &s, &tile](int begin, int end) {
+        int before = 0;
+        each_segment(s.call, tile, [&](const Segment &segment) {
+            int count = parts_of(s.layer, segment), from = std::max(begin - before, 0);
+            for (int part = from; part < std::min(end - before, count); part++)
+                attend_part<W>(s, segment, part, q, out);
+            before += count;
         });
+    });
+    for (int f = 0; f < q_width; f++)  // lanes that are nobody's must be numbers
+        for (int l = tile.count; l < W; l++) out[f * W + l] = 0.0f;
     matrix<W>(s.call.team, w.o_proj, width, input_of<W>(s, w.o_proj, out, q_width), w.o_proj_bias.full,
-              scratch.y.data() + long(first) * width);
+              scratch.y.data() + long(tile.place) * width);
 }
 
 }  // namespace twotower

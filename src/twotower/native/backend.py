@@ -1,6 +1,7 @@
-"""The native backend: each pass is one C++ call a row, with the weights where they lie.
+"""The native backend: each pass is one C++ call, with the weights where they lie.
 
-Passes have any number of tokens. The equations are those of the PyTorch layers.
+Passes have any number of tokens, of any number of rows, which share each weight that is read. The
+equations are those of the PyTorch layers.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from twotower.model.state import ContextCache, ContextView, ForwardOutput
 from twotower.model.tower import Tower
 from twotower.model.two_tower import TwoTower
 from twotower.native.buffers import BufferPool, PassOutputs, PastStates
-from twotower.native.layout import LANES
+from twotower.native.layout import LANES, Row
 from twotower.native.packing import quantise
 from twotower.native.tower import Modulations, NativeLinear, NativeTower
 
@@ -54,13 +55,15 @@ class NativeBackend:
         if model.denoiser_tower is not None:
             self._denoiser = _native_tower(model.denoiser_tower, "denoiser_tower", False, scheme)
             self._denoiser_head = _native_head(model.lm_head, scheme)
+            proj = model.denoiser_tower.hidden_proj
+            self._hidden_proj = None if proj is None else _native_head(proj, scheme)
         self._pool = BufferPool()
         self._tables: dict[float, Modulations] = {}
 
     def context_pass(
         self, cache: ContextCache, tokens: Tensor, counts: Tensor | None, is_draft: bool
     ) -> ForwardOutput:
-        """Row by row, each with its own past and its own number of tokens."""
+        """Each row with its own past and its own number of tokens."""
         tower, tokens = self._context, tokens.contiguous()
         assert tower is not None
         num_rows, length = tokens.shape
@@ -70,12 +73,15 @@ class NativeBackend:
         outputs = PassOutputs(tower.layers, (num_rows, length), is_draft, is_whole, self._pool)
         hidden = (torch.empty if is_whole else torch.zeros)(num_rows, length, self._width)
         pasts = [PastStates(layers, row) for row in range(num_rows)]
+        rows = list[Row]()
         for row, (past, count) in enumerate(zip(pasts, given, strict=True)):
             if count:
-                ids, room = tokens[row, :count], outputs.address(row)
-                tower(ids, lengths[row], past.address, room, hidden[row])
+                places = past.address, outputs.address(row), None, hidden[row].data_ptr()
+                rows.append(Row(count, lengths[row], tokens[row].data_ptr(), *places))
             else:
                 outputs.keep(layers, row)
+        if rows:
+            tower(rows)
         if not is_draft:
             return ForwardOutput(hidden, outputs.states())
 
@@ -94,18 +100,24 @@ class NativeBackend:
         return self._context_head(hidden)
 
     def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
-        """Row by row; leaves no state."""
+        """Rows of one time share a pass; leaves no state."""
         self._model.denoiser()  # there is one
         assert self._denoiser is not None and self._denoiser_head is not None
         block = block.contiguous()
         hidden = torch.empty(*block.shape, self._width)
-        times = [None] * len(block) if t is None else t.tolist()
-        layers = [view.layers[read] for read in self._model.config.reads]
-        for row, time in enumerate(times):
+        layers, added = [view.layers[read] for read in self._model.config.reads], None
+        if self._hidden_proj is not None:
+            assert view.hidden is not None
+            added = self._hidden_proj(view.hidden.squeeze(1))
+        pasts = [PastStates(layers, row) for row in range(len(block))]
+        times: dict[float | None, list[Row]] = {}
+        for row, time in enumerate([None] * len(block) if t is None else t.tolist()):
             length = view.num_past if view.lengths is None else int(view.lengths[row])
-            past = PastStates(layers, row)
-            table = None if time is None else self._table(time)
-            self._denoiser(block[row], length, past.address, None, hidden[row], table)
+            place = None if added is None else added[row].data_ptr()
+            own = block[row].data_ptr(), pasts[row].address, None, place, hidden[row].data_ptr()
+            times.setdefault(time, []).append(Row(block.shape[1], length, *own))
+        for time, rows in times.items():
+            self._denoiser(rows, None if time is None else self._table(time))
         return self._denoiser_head(hidden)
 
     def _table(self, t: float) -> Modulations:

@@ -115,6 +115,7 @@ class PassOutputs:
         self._leading = self._kinds.count(_MAMBA), num_rows
         self._kept, self._mamba = max(mamba.taps - 1, 0), mamba
         self._parts: dict[str, Tensor] = {}
+        self._addresses: list[array[int]] = []  # they stay valid as long as this lives
         if keeps_inputs:
             window = make(*self._leading, self._kept + length, mamba.channels)
             mixed = make(*self._leading, length, mamba.channels)
@@ -140,8 +141,9 @@ class PassOutputs:
                 states = [begin + step for begin, step in zip(states, steps, strict=True)]
             else:
                 found += (0, 0, 0, 0, 0, 0, 0)
-        self._addresses = array("q", found)  # of this row; the one before has been read
-        return self._addresses.buffer_info()[0]
+        addresses = array("q", found)
+        self._addresses.append(addresses)
+        return addresses.buffer_info()[0]
 
     def keep(self, layers: Sequence[LayerState], row: int) -> None:
         """A row without tokens: its state stays as it was."""

@@ -1,9 +1,9 @@
-// One tower's pass over any number of tokens of one row, in one call.
+// One tower's pass over any number of tokens of any number of rows, in one call.
 //
 // Small models wait for dispatch, not for arithmetic; here nothing is dispatched. Activations lie
 // feature by feature, the tokens of a tile (lanes) side by side, so that every operation runs over
-// the lanes and a weight, read once, serves all of them. A longer pass goes tile by tile through one
-// layer and then through the next.
+// the lanes and a weight, read once, serves all of them, of whichever row they are. A longer pass goes
+// tile by tile through one layer and then through the next.
 #include "attention.h"
 #include "mamba.h"
 
@@ -19,13 +19,20 @@ void add_residual(const float *y, const float *gate, float *h, int begin, int en
 }
 
 template <int W>
-void embed(const Tower &tower, const int64_t *ids, int first, int count) {
-    float *h = scratch.h.data() + long(first) * tower.width;
-    for (int l = 0; l < W; l++) {
-        int64_t id = ids[first + std::min(l, count - 1)];
-        const float *row = id == tower.vocabulary ? tower.mask : tower.embeddings + id * tower.width;
-        for (int f = 0; f < tower.width; f++) h[f * W + l] = row[f];
-    }
+void embed(const Call &call, const Tile &tile) {
+    const Tower &tower = call.tower;
+    float *h = scratch.h.data() + long(tile.place) * tower.width;
+    each_segment(call, tile, [&](const Segment &s) {
+        const Row &row = call.rows[s.row];
+        for (int t = 0; t < s.count; t++) {
+            int64_t id = row.ids[s.at + t];
+            const float *own = id == tower.vocabulary ? tower.mask : tower.embeddings + id * tower.width;
+            float *lane = h + s.lane + t;
+            for (int f = 0; f < tower.width; f++) lane[f * W] = own[f] + (row.added ? row.added[f] : 0.0f);
+        }
+    });
+    for (int f = 0; f < tower.width; f++)
+        for (int l = tile.count; l < W; l++) h[f * W + l] = h[f * W + tile.count - 1];
 }
 
 // What the residual of a tile gets from the layer before (y times gate, none before the first).
@@ -36,10 +43,10 @@ struct Before {
 
 // A tile's input of a layer in scratch.u; modulation: shift, scale, gate (3, width) or null
 template <int W>
-void pre_norm(const Step &s, int first, Before before, const float *modulation) {
+void pre_norm(const Step &s, const Tile &tile, Before before, const float *modulation) {
     int D = s.call.tower.width;
-    const float *y = scratch.y.data() + long(first) * D, *m = modulation;
-    float *h = scratch.h.data() + long(first) * D, *u = at_least(scratch.u, size_t(D) * W);
+    const float *y = scratch.y.data() + long(tile.place) * D, *m = modulation;
+    float *h = scratch.h.data() + long(tile.place) * D, *u = at_least(scratch.u, size_t(D) * W);
     bool modulates_first = s.layer.kind != MLP;  // a fact of the released weights
     over_features<W>(s.call.team, D, [=](int begin, int end) {
         if (!before.is_first) add_residual<W>(y, before.gate, h, begin, end);
@@ -53,30 +60,24 @@ void pre_norm(const Step &s, int first, Before before, const float *modulation) 
 // One layer over all tiles. A new kind of layer is a case here and its weights in layout.py.
 void run_layer(const Step &s, Before before, const float *modulation) {
     auto all_tiles = [&](auto mix) {
-        each_tile(s.call.length, s.call.is_wide, [&](auto width, int first, int count) {
-            pre_norm<decltype(width)::value>(s, first, before, modulation);
-            mix(width, first, count);
+        each_tile(s.call, [&](auto width, const Tile &tile) {
+            pre_norm<decltype(width)::value>(s, tile, before, modulation);
+            mix(width, tile);
         });
     };
     switch (s.layer.kind) {
     case MAMBA:
-        return all_tiles([&](auto width, int first, int count) {
+        return all_tiles([&](auto width, const Tile &tile) {
             constexpr int W = decltype(width)::value;
-            if constexpr (W <= LANES) mamba<W>(s, first, count);
+            if constexpr (W <= LANES) mamba<W>(s, tile);
         });
     case ATTENTION: {
-        Step with_keys = with_room_for_keys(s);
-        all_tiles([&](auto width, int first, int count) {
-            project<decltype(width)::value>(with_keys, first, count);
-        });
-        return each_tile(s.call.length, s.call.is_wide, [&](auto width, int first, int count) {
-            attend<decltype(width)::value>(with_keys, first, count);
-        });
+        make_room_for_keys(s);
+        all_tiles([&](auto width, const Tile &tile) { project<decltype(width)::value>(s, tile); });
+        return each_tile(s.call, [&](auto width, const Tile &tile) { attend<decltype(width)::value>(s, tile); });
     }
     case MLP:
-        return all_tiles([&](auto width, int first, int count) {
-            mlp<decltype(width)::value>(s, first, count);
-        });
+        return all_tiles([&](auto width, const Tile &tile) { mlp<decltype(width)::value>(s, tile); });
     }
 }
 
@@ -86,9 +87,9 @@ void turn(const Call &call) {
     for (int i = 0; i < tower.num_layers; i++) {
         if (!tower.layers[i].rotary) continue;
         int A = tower.layers[i].head_dim;
-        at_least(scratch.angles, size_t(call.length + LANES) * A);
-        return each_tile(call.length, call.is_wide, [&](auto width, int first, int count) {
-            make_angles<decltype(width)::value>(call, A, first, count);
+        at_least(scratch.angles, size_t(call.num_lanes) * A);
+        return each_tile(call, [&](auto width, const Tile &tile) {
+            make_angles<decltype(width)::value>(call, A, tile);
         });
     }
 }
@@ -99,28 +100,32 @@ bool may_be_wide(const Tower &tower) {
     return std::none_of(tower.layers, tower.layers + tower.num_layers, is_mamba);
 }
 
-void run(const Call &call, const int64_t *ids, const float *const *modulations, const Past *past,
-         const Outputs *out, float *hidden) {
+void run(const Call &call, const float *const *modulations) {
     const Tower &tower = call.tower;
     int D = tower.width;
-    at_least(scratch.h, size_t(call.length + LANES) * D);
-    at_least(scratch.y, size_t(call.length + LANES) * D);
-    each_tile(call.length, call.is_wide, [&](auto width, int first, int count) {
-        embed<decltype(width)::value>(tower, ids, first, count);
-    });
+    std::vector<RowState> states(call.num_rows);
+    at_least(scratch.h, size_t(call.num_lanes) * D);
+    at_least(scratch.y, size_t(call.num_lanes) * D);
+    each_tile(call, [&](auto width, const Tile &tile) { embed<decltype(width)::value>(call, tile); });
     turn(call);
     Before before{true, nullptr};
     for (int i = 0; i < tower.num_layers; i++) {
         const float *modulation = modulations ? modulations[i] : nullptr;
-        run_layer({call, tower.layers[i], past[i], out ? out[i] : Outputs{}}, before, modulation);
+        for (int r = 0; r < call.num_rows; r++) {
+            const Row &row = call.rows[r];
+            states[r] = {row.past[i], row.out ? row.out[i] : Outputs{}, row.length, row.num_past};
+        }
+        run_layer({call, tower.layers[i], states.data()}, before, modulation);
         before = {false, modulation ? modulation + 2 * D : nullptr};
     }
-    each_tile(call.length, call.is_wide, [&](auto width, int first, int count) {
+    each_tile(call, [&](auto width, const Tile &tile) {
         constexpr int W = decltype(width)::value;
-        float *h = scratch.h.data() + long(first) * D, *u = at_least(scratch.u, size_t(D) * W);
-        if (!before.is_first) add_residual<W>(scratch.y.data() + long(first) * D, before.gate, h, 0, D);
+        float *h = scratch.h.data() + long(tile.place) * D, *u = at_least(scratch.u, size_t(D) * W);
+        if (!before.is_first) add_residual<W>(scratch.y.data() + long(tile.place) * D, before.gate, h, 0, D);
         norm<W>(call.team, h, tower.norm, D, tower.eps, u);
-        to_rows<W>(u, D, count, hidden + long(first) * D, D);
+        each_segment(call, tile, [&](const Segment &s) {
+            to_rows<W>(u + s.lane, D, s.count, call.rows[s.row].hidden + long(s.at) * D, D);
+        });
     });
 }
 
@@ -140,17 +145,16 @@ void linear(Team &team, const Weight &w, int rows, int K, const float *x, int co
 
 using namespace twotower;
 
-// length >= 1 tokens of one row after num_past others; past and out have an entry for each layer,
-// out may be null. 1 if an id is outside the vocabulary, else 0.
-extern "C" int32_t twotower_pass(const Tower *tower, int32_t length, int32_t num_past, int32_t causal,
-                                 int32_t threads, const int64_t *ids,
-                                 const float *const *modulations, const Past *past,
-                                 const Outputs *out, float *hidden) {
-    for (int t = 0; t < length; t++)
-        if (ids[t] < 0 || ids[t] >= tower->vocabulary + (tower->mask != nullptr)) return 1;
+// One pass over the tokens of all rows. 1 if an id is outside the vocabulary, else 0.
+extern "C" int32_t twotower_pass(const Tower *tower, int32_t num_rows, const Row *rows, int32_t causal,
+                                 int32_t threads, const float *const *modulations) {
+    for (int r = 0; r < num_rows; r++)
+        for (int t = 0; t < rows[r].length; t++)
+            if (rows[r].ids[t] < 0 || rows[r].ids[t] >= tower->vocabulary + (tower->mask != nullptr)) return 1;
     Team team(threads);
-    Call call{*tower, length, num_past, causal != 0, may_be_wide(*tower), team};
-    run(call, ids, modulations, past, out, hidden);
+    Call call{*tower, rows, num_rows, causal != 0, team, {}, {}};
+    make_tiles(call, may_be_wide(*tower));
+    run(call, modulations);
     return 0;
 }
 
@@ -158,17 +162,19 @@ extern "C" int32_t twotower_pass(const Tower *tower, int32_t length, int32_t num
 extern "C" void twotower_states(const Tower *tower, int32_t count, int32_t threads,
                                 const Past *past, const Outputs *out) {
     Team team(threads);
-    Call call{*tower, count, 0, true, false, team};
     for (int i = 0; i < tower->num_layers; i++)
-        if (tower->layers[i].kind == MAMBA) state_after({call, tower->layers[i], past[i], out[i]}, count);
+        if (tower->layers[i].kind == MAMBA) state_after(team, tower->layers[i], past[i], out[i], count);
 }
 
 // y (length, rows) = x (length, K) w^T for any length >= 1.
 extern "C" void twotower_linear(const Weight *w, int32_t rows, int32_t K, int32_t threads,
                                 const float *x, int32_t length, float *y) {
     Team team(threads);
-    each_tile(length, true, [&](auto width, int first, int count) {
-        linear<decltype(width)::value>(team, *w, rows, K, x + long(first) * K, count,
-                                       y + long(first) * rows);
-    });
+    for (int first = 0, count; first < length; first += count) {
+        count = tile_of(length - first, true);
+        with_width(width_of(count), [&](auto width) {
+            linear<decltype(width)::value>(team, *w, rows, K, x + long(first) * K, count,
+                                           y + long(first) * rows);
+        });
+    }
 }

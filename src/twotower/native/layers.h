@@ -10,21 +10,44 @@
 
 namespace twotower {
 
-struct Call {
-    const Tower &tower;
-    int length, num_past;
-    bool causal, is_wide;
-    Team &team;
+constexpr int WIDE = 64;  // tokens of a tile where a weight that is read once serves more
+
+// Tokens of one row in a tile: `count` from its `at`-th on, in the lanes from `lane` on.
+struct Segment {
+    int row, at, count, lane;
 };
 
-// One layer of a pass. A tile's tokens are `first` to `first + count`, W lanes wide.
+// Tokens that are computed side by side: `count` of `width` lanes, whose activations lie `place`
+// lanes behind the first tile's.
+struct Tile {
+    int place, width, count, first_segment, num_segments;
+};
+
+struct Call {
+    const Tower &tower;
+    const Row *rows;
+    int num_rows;
+    bool causal;
+    Team &team;
+    std::vector<Tile> tiles;
+    std::vector<Segment> segments;
+    int num_lanes = 0;
+};
+
+// One row's side of a layer.
+struct RowState {
+    Past past;
+    Outputs out;
+    int length, num_past;
+
+    bool is_last(const Segment &s) const { return s.at + s.count == length; }
+};
+
+// One layer of a pass.
 struct Step {
     const Call &call;
     const Layer &layer;
-    Past past;
-    Outputs out;
-
-    bool is_last(int first, int count) const { return first + count == call.length; }
+    RowState *rows;
 };
 
 template <typename Weights>
@@ -32,21 +55,63 @@ const Weights &weights_of(const Layer &layer) {
     return *reinterpret_cast<const Weights *>(layer.weights);
 }
 
-constexpr int WIDE = 64;  // tokens of a tile where a weight that is read once serves more
-
-// work(width, first, count) for each tile of `length` tokens, in order; width is W as a type. A
-// token's numbers do not depend on the width of its tile, but for W = 1.
+// work(width) with the width of a tile as a type. A token's numbers do not depend on it, but for 1.
 template <typename Work>
-void each_tile(int length, bool is_wide, Work work) {
-    for (int first = 0; first < length;) {
-        int left = length - first, count = is_wide && left >= WIDE ? WIDE : std::min(left, LANES);
-        if (count == 1) work(std::integral_constant<int, 1>(), first, count);
-        else if (count <= 4) work(std::integral_constant<int, 4>(), first, count);
-        else if (count <= 8) work(std::integral_constant<int, 8>(), first, count);
-        else if (count <= LANES) work(std::integral_constant<int, LANES>(), first, count);
-        else work(std::integral_constant<int, WIDE>(), first, count);
-        first += count;
+void with_width(int width, Work work) {
+    if (width == 1) work(std::integral_constant<int, 1>());
+    else if (width <= 4) work(std::integral_constant<int, 4>());
+    else if (width <= 8) work(std::integral_constant<int, 8>());
+    else if (width <= LANES) work(std::integral_constant<int, LANES>());
+    else if (width <= 2 * LANES) work(std::integral_constant<int, 2 * LANES>());
+    else work(std::integral_constant<int, WIDE>());
+}
+
+inline int width_of(int count) {
+    for (int width : {1, 4, 8, LANES, 2 * LANES})
+        if (count <= width) return width;
+    return WIDE;
+}
+
+// How many of the `left` tokens of a long row its next tile takes
+inline int tile_of(int left, bool is_wide) {
+    return is_wide && left >= WIDE ? WIDE : std::min(left, LANES);
+}
+
+// The tiles of a pass: short rows share one, a long row has its own.
+inline void make_tiles(Call &call, bool is_wide) {
+    int count = 0;
+    auto add = [&](int row, int at, int tokens) {
+        call.segments.push_back({row, at, tokens, count});
+        count += tokens;
+    };
+    auto close = [&] {
+        if (count == 0) return;
+        int known = call.tiles.empty() ? 0 : call.tiles.back().first_segment + call.tiles.back().num_segments;
+        call.tiles.push_back({call.num_lanes, width_of(count), count, known, int(call.segments.size()) - known});
+        call.num_lanes += call.tiles.back().width;
+        count = 0;
+    };
+    for (int r = 0; r < call.num_rows; r++) {
+        int length = call.rows[r].length, most = is_wide ? WIDE : LANES;
+        if (length > LANES || count + length > most) close();
+        for (int at = 0; at < length; at += call.segments.back().count) {
+            add(r, at, length > LANES ? tile_of(length - at, is_wide) : length);
+            if (length > LANES) close();
+        }
     }
+    close();
+}
+
+// work(width, tile) for each tile, in order; width is its width as a type.
+template <typename Work>
+void each_tile(const Call &call, Work work) {
+    for (const Tile &tile : call.tiles)
+        with_width(tile.width, [&](auto width) { work(width, tile); });
+}
+
+template <typename Work>
+void each_segment(const Call &call, const Tile &tile, Work work) {
+    for (int i = 0; i < tile.num_segments; i++) work(call.segments[tile.first_segment + i]);
 }
 
 inline float exponential(float x) {
@@ -186,7 +251,7 @@ void gated(const Step &s, const Input<W> &in, float *a, float *up, int begin, in
 
 // A tile: scratch.u to its part of scratch.y
 template <int W>
-void mlp(const Step &s, int first, int) {
+void mlp(const Step &s, const Tile &tile) {
     const auto &w = weights_of<MLPWeights>(s.layer);
     int width = s.call.tower.width, inner = s.layer.inner;
     bool is_gated = exists(w.gate_proj);
@@ -198,7 +263,7 @@ void mlp(const Step &s, int first, int) {
         else squared<W>(s, in, a, begin, end);
     });
     matrix<W>(s.call.team, w.down_proj, width, input_of<W>(s, w.down_proj, a, inner), w.down_proj_bias.full,
-              scratch.y.data() + long(first) * width);
+              scratch.y.data() + long(tile.place) * width);
 }
 
 }  // namespace twotower

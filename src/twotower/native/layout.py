@@ -32,6 +32,10 @@ _STRUCTS = {
     # softplus.
     "Outputs": "float *k, float *v, float *conv, float *ssm, float *window, float *mixed, "
     "float *step",
+    # One text of a pass: length >= 1 tokens after num_past others, past and out with an entry for
+    # each layer; out and added (width,), which is added to its embeddings, may be null.
+    "Row": "int32_t length, int32_t num_past, const int64_t *ids, const Past *past, "
+    "const Outputs *out, const float *added, float *hidden",
 }
 # Of each kind its symbol, and its weights' names below `layers.{i}.mixer.`, after the layer's own
 # norm; those of `OPTIONAL` that the model lacks are null.
@@ -70,6 +74,12 @@ class Weight(ctypes.Structure):
     """A parameter in float32, and its packed form if it has one (`packing.Packed`)."""
 
     _fields_ = _fields("Weight")
+
+
+class Row(ctypes.Structure):
+    """One text of a pass."""
+
+    _fields_ = _fields("Row")
 
 
 class Layer(ctypes.Structure):

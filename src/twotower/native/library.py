@@ -41,7 +41,7 @@ def library() -> ctypes.CDLL:
 def load_library(file: Path) -> ctypes.CDLL:
     """A compiled library with the types of its functions."""
     found = ctypes.CDLL(str(file))
-    found.twotower_pass.argtypes = [address, *[_int] * 4, *[address] * 5]
+    found.twotower_pass.argtypes = [address, _int, address, _int, _int, address]
     found.twotower_pass.restype = _int
     found.twotower_states.argtypes = [address, _int, _int, address, address]
     found.twotower_linear.argtypes = [address, *[_int] * 3, address, _int, address]

@@ -126,78 +126,101 @@ void scan(const Step &step, int L, const float *z, const float *xbc, const float
     });
 }
 
-// Whether a later tile or the caller needs a tile's inputs of the convolution
-inline bool keeps_window(const Step &s, int first, int count) {
-    return s.out.window || s.out.conv || !s.is_last(first, count);
-}
-
-inline float *window_of(const Step &s) {
-    size_t rows = s.layer.taps - 1 + s.call.length;
-    return s.out.window ? s.out.window : at_least(scratch.window, rows * channels_of(s.layer));
-}
-
-// A tile: scratch.u to its part of scratch.y, after the past or after the tile before it
+// What is between a tile's two products for the tokens of one row: in[inner + C + H][W] holds z, xbc
+// and dt; fills y[inner][W].
 template <int W>
-void mamba(const Step &s, int first, int count) {
+void mix(const Step &s, const Segment &part, float *in, float *y) {
     const auto &w = weights_of<MambaWeights>(s.layer);
-    int inner = s.layer.heads * s.layer.head_size, kept = s.layer.taps - 1, heads = s.layer.heads;
-    int channels = channels_of(s.layer), all = inner + channels + heads;
-    int width = s.call.tower.width;
-    bool keeps = keeps_window(s, first, count);
-    float *window = keeps || first ? window_of(s) : nullptr;  // row i: input i - kept of the pass
-    if (keeps && first == 0) std::copy_n(s.past.conv, long(kept) * channels, window);
-    const float *before = first == 0 ? s.past.conv : window + long(first) * channels;
-    float *z = at_least(scratch.a, size_t(all) * W), *xbc = z + inner * W, *dt = xbc + channels * W;
-    float *mixed = s.out.mixed ? s.out.mixed + long(first) * channels : nullptr;
-    float *y = at_least(scratch.b, size_t(inner) * W);
-    Input<W> in = input_of<W>(s, w.in_proj, scratch.u.data(), width);
-    matrix<W>(s.call.team, w.in_proj, all, in, w.in_proj_bias.full, z, [&](int begin, int end) {
-        begin = std::max(begin - inner, 0), end = std::min(end - inner, channels);
-        if (begin >= end) return;
+    const RowState &row = s.rows[part.row];
+    int heads = s.layer.heads, inner = heads * s.layer.head_size, kept = s.layer.taps - 1;
+    int channels = channels_of(s.layer), count = part.count;
+    bool is_first = part.at == 0, is_last = row.is_last(part);
+    float *z = in, *xbc = z + inner * W, *dt = xbc + channels * W;
+    // Inputs of the convolution, for a later tile or the caller; row i: input i - kept of the pass.
+    bool keeps = row.out.window || row.out.conv || !is_last;
+    float *window = row.out.window;
+    if (!window && (keeps || !is_first))
+        window = at_least(scratch.window, size_t(kept + row.length) * channels);
+    if (keeps && is_first) std::copy_n(row.past.conv, long(kept) * channels, window);
+    const float *before = is_first ? row.past.conv : window + long(part.at) * channels;
+    float *mixed = row.out.mixed ? row.out.mixed + long(part.at) * channels : nullptr;
+    s.call.team.split(blocks_of(channels), [&](int begin, int end) {
+        begin *= ROWS, end = std::min(channels, end * ROWS);
         float *mine = xbc + long(begin) * W;
         if (keeps)
-            to_rows<W>(mine, end - begin, count, window + long(kept + first) * channels + begin,
+            to_rows<W>(mine, end - begin, count, window + long(kept + part.at) * channels + begin,
                        channels);
         convolve<W>(s.layer, before, xbc, begin, end);
         if (mixed) to_rows<W>(mine, end - begin, count, mixed + begin, channels);
     });
     for (int h = 0; h < heads; h++)
         for (int l = 0; l < W; l++) dt[h * W + l] = softplus(dt[h * W + l] + w.dt_bias.full[h]);
-    if (s.out.step) to_rows<W>(dt, heads, count, s.out.step + long(first) * heads, heads);
-    float *running = s.out.ssm ? s.out.ssm : at_least(scratch.ssm, size_t(inner) * s.layer.state);
-    bool has_next = s.out.ssm || !s.is_last(first, count);
-    scan<W>(s, count, z, xbc, dt, first == 0 ? s.past.ssm : running, has_next ? running : nullptr, y);
+    if (row.out.step) to_rows<W>(dt, heads, count, row.out.step + long(part.at) * heads, heads);
+    float *running = row.out.ssm ? row.out.ssm : at_least(scratch.ssm, size_t(inner) * s.layer.state);
+    bool has_next = row.out.ssm || !is_last;
+    scan<W>(s, count, z, xbc, dt, is_first ? row.past.ssm : running, has_next ? running : nullptr, y);
+    if (row.out.conv && is_last)
+        std::copy_n(window + long(row.length) * channels, long(kept) * channels, row.out.conv);
+}
+
+// The same for one of several rows of a tile of W lanes: V of them are taken out and put back.
+template <int W, int V>
+void mix_part(const Step &s, const Segment &part, const float *in, float *y) {
+    int inner = s.layer.heads * s.layer.head_size, all = inner + channels_of(s.layer) + s.layer.heads;
+    float *own = at_least(scratch.flat, size_t(all + inner) * V), *found = own + long(all) * V;
+    for (int f = 0; f < all; f++)
+        for (int l = 0; l < V; l++) own[f * V + l] = in[f * W + part.lane + std::min(l, part.count - 1)];
+    mix<V>(s, part, own, found);
+    for (int f = 0; f < inner; f++)
+        for (int l = 0; l < part.count; l++) y[f * W + part.lane + l] = found[f * V + l];
+}
+
+// A tile: scratch.u to its part of scratch.y, each row after its past or after the tile before
+template <int W>
+void mamba(const Step &s, const Tile &tile) {
+    const auto &w = weights_of<MambaWeights>(s.layer);
+    int inner = s.layer.heads * s.layer.head_size, width = s.call.tower.width;
+    int all = inner + channels_of(s.layer) + s.layer.heads;
+    float *z = at_least(scratch.a, size_t(all) * W), *y = at_least(scratch.b, size_t(inner) * W);
+    matrix<W>(s.call.team, w.in_proj, all, input_of<W>(s, w.in_proj, scratch.u.data(), width),
+              w.in_proj_bias.full, z);
+    if (tile.num_segments == 1)
+        mix<W>(s, s.call.segments[tile.first_segment], z, y);
+    else {
+        std::fill(y, y + long(inner) * W, 0.0f);  // lanes that are nobody's must be numbers
+        each_segment(s.call, tile, [&](const Segment &part) {
+            auto each = part.count == 1 ? mix_part<W, 1> : part.count <= 8 ? mix_part<W, 8> : mix_part<W, LANES>;
+            each(s, part, z, y);
+        });
+    }
     int part = inner / s.layer.groups;
     for (int g = 0; g < s.layer.groups; g++)
         norm<W>(s.call.team, y + g * part * W, w.norm.full + g * part, part, s.call.tower.eps,
                 y + g * part * W);
     matrix<W>(s.call.team, w.out_proj, width, input_of<W>(s, w.out_proj, y, inner), w.out_proj_bias.full,
-              scratch.y.data() + long(first) * width);
-    if (s.out.conv && s.is_last(first, count))
-        std::copy_n(window + long(s.call.length) * channels, long(kept) * channels, s.out.conv);
+              scratch.y.data() + long(tile.place) * width);
 }
 
 // out.ssm after the first `count` tokens of a pass that left `mixed` and `step`
-inline void state_after(const Step &s, int count) {
+inline void state_after(Team &team, const Layer &layer, const Past &past, const Outputs &out, int count) {
     constexpr int W = LANES;
-    const Layer &layer = s.layer;
     int P = layer.head_size, N = layer.state, channels = channels_of(layer);
-    s.call.team.split(layer.heads, [&](int begin, int end) {
+    team.split(layer.heads, [&](int begin, int end) {
         float *x = at_least(scratch.own, size_t(P) * W + 2 * size_t(W) * N);
         float *B = x + P * W, *added = B + W * N;
         for (int head = begin; head < end; head++) {
             long at = long(head) * P * N;
             int group = layer.heads * P + head / (layer.heads / layer.groups) * N;
             float A = -std::exp(weights_of<MambaWeights>(layer).A_log.full[head]);
-            const float *state = s.past.ssm + at;
-            float *next = s.out.ssm + at;
+            const float *state = past.ssm + at;
+            float *next = out.ssm + at;
             if (count == 0) std::copy_n(state, long(P) * N, next);
             for (int first = 0; first < count; first += W, state = next) {
                 int here = std::min(W, count - first);
                 float dt[W], decay[W], total = 0.0f;
                 for (int t = 0; t < here; t++) {
-                    const float *row = s.out.mixed + long(first + t) * channels;
-                    dt[t] = s.out.step[(first + t) * layer.heads + head];
+                    const float *row = out.mixed + long(first + t) * channels;
+                    dt[t] = out.step[(first + t) * layer.heads + head];
                     decay[t] = total += dt[t] * A;
                     for (int p = 0; p < P; p++) x[p * W + t] = row[head * P + p];
                     std::copy_n(row + group, N, B + t * N);

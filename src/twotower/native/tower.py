@@ -1,7 +1,7 @@
 """A tower, and a head, as the library sees them: addresses of weights, then one call a pass."""
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from twotower.config import TowerConfig
 from twotower.kernels.quantised import Bits, Quantised
 from twotower.layers.rope import inverse_frequencies
 from twotower.native import layout
-from twotower.native.layout import OPTIONAL, Weight, layer_of, weight_names
+from twotower.native.layout import OPTIONAL, Row, Weight, layer_of, weight_names
 from twotower.native.library import library
 from twotower.native.packing import Packed
 
@@ -56,24 +56,14 @@ class NativeTower:
         self._kept = weights, packed, arrays, layers, turns  # what the addresses point to
         self._run, self._run_states = library().twotower_pass, library().twotower_states
 
-    def __call__(
-        self,
-        ids: Tensor,
-        num_past: int,
-        past: int,
-        outputs: int | None,
-        hidden: Tensor,
-        modulations: "Modulations | None" = None,
-    ) -> None:
-        """ids (L,) int64 of one row, L >= 1; fills hidden (L, D), normed, and the outputs.
-
-        past, outputs: addresses of an array with a `Past`, an `Outputs` of each layer.
-        """
+    def __call__(self, rows: Sequence[Row], modulations: "Modulations | None" = None) -> None:
+        """One pass over rows of tokens; fills each one's hidden (L, D), normed, and outputs."""
+        array = (Row * len(rows))(*rows)
         if self._run(
-            ctypes.byref(self._tower), ids.shape[0], num_past, self._is_causal, self._threads(),
-            ids.data_ptr(), modulations and modulations.address, past, outputs, hidden.data_ptr(),
+            ctypes.byref(self._tower), len(rows), array, self._is_causal, self._threads(),
+            modulations and modulations.address,
         ):  # fmt: skip
-            raise IndexError(f"token ids {ids.tolist()} leave the vocabulary")
+            raise IndexError("token ids leave the vocabulary")
 
     def fill_states(self, count: int, past: int, outputs: int) -> None:
         """The Mamba states after the first `count` of the tokens whose inputs a pass has left."""

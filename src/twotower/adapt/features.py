@@ -1,0 +1,145 @@
+"""What a thin denoiser reads of the backbone's own answers, computed once and kept on disk.
+
+Training reads it thousands of times; to let the context tower read the texts anew at every step
+would take twenty times as long. A part is one file of some answers, written whole or not at all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from twotower.adapt.answers import Answer
+from twotower.layers.attention import KV
+from twotower.model import TwoTower
+
+READ_AT_ONCE = 512  # tokens
+PART = 64  # answers of a file
+
+
+@torch.no_grad()
+def write_part(
+    model: TwoTower, answers: Sequence[Answer], reads: Sequence[int], file: Path
+) -> None:
+    """What layers `reads` and the last norm make of answers, after one another, in bfloat16.
+
+    ValueError (one line) where the disk is full; what was there is unchanged.
+    """
+    columns: dict[str, list[Tensor]] = {"hidden": []}
+    for answer in answers:
+        ids = torch.tensor([answer.prompt + answer.tokens], device=model.context_device)
+        cache, hidden = model.empty_cache(1), list[Tensor]()
+        for chunk in ids.split(READ_AT_ONCE, dim=1):
+            hidden.append(model.extend(cache, chunk)[0])
+        columns["hidden"].append(torch.cat(hidden).bfloat16().cpu())
+        for read in reads:
+            state = cache.layers[read]
+            if isinstance(state, KV):
+                for name, part in zip("kv", state, strict=True):
+                    columns.setdefault(f"{name}.{read}", []).append(part[0].bfloat16().cpu())
+    tensors = {name: torch.cat(parts).contiguous() for name, parts in columns.items()}
+    tokens = [torch.tensor(a.prompt + a.tokens) for a in answers]
+    tensors["tokens"] = torch.cat(tokens)
+    tensors["lengths"] = torch.tensor([len(one) for one in tokens])
+    tensors["starts"] = torch.tensor([len(a.prompt) for a in answers])
+    save_whole(tensors, file)
+
+
+def save_whole(tensors: dict[str, Tensor], file: Path, told: dict[str, str] | None = None) -> None:
+    """Tensors into a file in one piece, or not at all: ValueError (one line) for a full disk."""
+    aside = file.with_suffix(".tmp")
+    try:
+        save_file(tensors, aside, told)
+        aside.replace(file)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{file}: cannot be written ({reason}); what was done is kept: free some space and run "
+            "the same command again"
+        ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where an answer lies in its part: tokens first to last, the answer from `start` on."""
+
+    file: Path
+    first: int
+    last: int
+    start: int
+
+
+def find_places(folder: Path) -> list[Place]:
+    """All answers of a folder's parts, in order."""
+    places = []
+    for file in sorted(folder.glob("part-*.safetensors")):
+        with safe_open(file, framework="pt") as part:
+            lengths, starts = (part.get_tensor(name) for name in ("lengths", "starts"))
+        first = 0
+        for length, start in zip(lengths.tolist(), starts.tolist(), strict=True):
+            places.append(Place(file=file, first=first, last=first + length, start=start))
+            first += length
+    return places
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Some answers, right-padded to S tokens: tokens (B, S), hidden (B, S, D), a KV of each read
+    layer; lengths and starts (B,) of text and answer.
+    """
+
+    tokens: Tensor
+    hidden: Tensor
+    states: dict[int, KV]
+    lengths: Tensor
+    starts: Tensor
+
+    def to(self, device: torch.device) -> "Rows":
+        """The same on a device."""
+        states = {i: KV(*(part.to(device) for part in kv)) for i, kv in self.states.items()}
+        moved = {n: v.to(device) for n, v in vars(self).items() if isinstance(v, Tensor)}
+        return Rows(states=states, **moved)
+
+
+def count_answers(file: Path) -> int:
+    """How many a part holds."""
+    with safe_open(file, framework="pt") as part:
+        return len(part.get_tensor("lengths"))
+
+
+class Features:
+    """The parts of a folder, opened once."""
+
+    def __init__(self, reads: Sequence[int]) -> None:
+        self._reads = tuple(dict.fromkeys(reads))
+        self._open: dict[Path, dict[str, Tensor]] = {}
+
+    def rows(self, places: Sequence[Place], dtype: torch.dtype = torch.float32) -> Rows:
+        """The answers at some places."""
+
+        def padded(name: str, kind: torch.dtype) -> Tensor:
+            parts = [self._part(p.file)[name][p.first : p.last].to(kind) for p in places]
+            return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+
+        states = {}
+        for read in self._reads:
+            if f"k.{read}" in self._part(places[0].file):
+                states[read] = KV(padded(f"k.{read}", dtype), padded(f"v.{read}", dtype))
+        return Rows(
+            tokens=padded("tokens", torch.int64),
+            hidden=padded("hidden", dtype),
+            states=states,
+            lengths=torch.tensor([p.last - p.first for p in places]),
+            starts=torch.tensor([p.start for p in places]),
+        )
+
+    def _part(self, file: Path) -> dict[str, Tensor]:
+        if file not in self._open:
+            with safe_open(file, framework="pt") as part:
+                self._open[file] = {name: part.get_tensor(name) for name in part.keys()}  # noqa: SIM118
+        return self._open[file]

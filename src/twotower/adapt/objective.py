@@ -1,0 +1,108 @@
+"""The loss of a thin denoiser: blocks that begin anywhere in an answer, one clean token and masks.
+
+The same blocks are what decoding asks for: the newest token, chosen but not yet read, and masks
+behind it. Nearer tokens weigh more, because a token counts only if all before it are right.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twotower import masks
+from twotower.adapt.features import Rows
+from twotower.model import ContextView, TwoTower
+from twotower.model.state import LayerState
+
+NO_TARGET = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anchored:
+    """N blocks of T tokens of each row: starts (B, N); clean (B, N, T), `NO_TARGET` where the text
+    is over.
+    """
+
+    starts: Tensor
+    clean: Tensor
+
+
+def anchor_at(rows: Rows, starts: Tensor, block_size: int) -> Anchored:
+    """The blocks of rows that begin at starts (B, N), each with a token before it."""
+    at = starts.unsqueeze(2) + torch.arange(block_size, device=starts.device)
+    is_text = at < rows.lengths[:, None, None]
+    index = torch.arange(len(starts), device=starts.device)[:, None, None]
+    clean = rows.tokens[index, at.clamp(max=rows.tokens.shape[1] - 1)]
+    return Anchored(starts=starts, clean=clean.masked_fill(~is_text, NO_TARGET))
+
+
+def random_starts(rows: Rows, uniform: Tensor) -> Tensor:
+    """Where N blocks begin: any token of the answer but the last; uniform (B, N) in [0, 1)."""
+    room = (rows.lengths - 1 - rows.starts).clamp(min=1).unsqueeze(1)
+    return rows.starts.unsqueeze(1) + (uniform * room).long()
+
+
+def draft_logits(model: TwoTower, rows: Rows, blocks: Anchored) -> Tensor:
+    """The denoiser's logits (B, N, T - 1, V) of all tokens of the blocks but the first, without
+    what the tokens before add to them.
+    """
+    tower, config = model.denoiser(), model.config
+    (num_rows, _, size), num_past = blocks.clean.shape, rows.tokens.shape[1]
+    noisy = torch.full_like(blocks.clean, config.mask_token_id)
+    noisy[:, :, 0] = blocks.clean[:, :, 0]
+    layers: list[LayerState] = [rows.states.get(i) for i in range(config.context.num_layers)]
+    index = torch.arange(num_rows, device=noisy.device).unsqueeze(1)
+    hidden = rows.hidden[index, blocks.starts - 1]
+    view = ContextView(tuple(layers), None, num_past, num_rows, hidden)
+    mask = masks.anchored(blocks.starts, num_past, size)
+    found = tower(noisy, view, mask, None, blocks.starts)[:, :, 1:]
+    # Contiguous: of a slice, PyTorch makes one small product a block.
+    logits: Tensor = model.lm_head(found.contiguous())
+    return logits
+
+
+def add_true_bigrams(model: TwoTower, logits: Tensor, blocks: Anchored) -> Tensor:
+    """The logits with what the true token before adds to each."""
+    if model.bigram is None:
+        return logits
+    before = blocks.clean[:, :, :-1].clamp(min=0)
+    added: Tensor = model.bigram(model.denoiser().embeddings(before).detach())
+    return logits + added
+
+
+def choose_drafts(model: TwoTower, logits: Tensor, blocks: Anchored) -> Tensor:
+    """The most probable tokens (B, N, T - 1) from left to right, as decoding chooses them: numbers
+    of the draft vocabulary.
+    """
+    if model.bigram is None:
+        return logits.argmax(-1)
+    before, found = blocks.clean[:, :, 0], list[Tensor]()
+    for place in range(logits.shape[2]):
+        added = model.bigram(model.denoiser().embeddings(before))
+        found.append((logits[:, :, place] + added).argmax(-1))
+        before = found[-1] if model.draft_ids is None else model.draft_ids[found[-1]]
+    return torch.stack(found, 2)
+
+
+def targets_of(blocks: Anchored, draft_index: Tensor | None) -> Tensor:
+    """What logits are scored on (B, N, T - 1): numbers in the draft vocabulary, `NO_TARGET` where
+    there is no such token. draft_index (vocabulary,): each id's number, -1 for none.
+    """
+    wanted = blocks.clean[:, :, 1:]
+    if draft_index is None:
+        return wanted
+    found = draft_index[wanted.clamp(min=0)]
+    return torch.where((wanted < 0) | (found < 0), NO_TARGET, found)
+
+
+def weighted_loss(logits: Tensor, targets: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """The sum of cross-entropies, each token's with weight exp(-(k - 1) / decay) for the k-th of
+    its block, and the sum of those weights.
+    """
+    weights = torch.exp(-torch.arange(targets.shape[-1], device=targets.device) / decay)
+    weights = weights.expand_as(targets) * (targets != NO_TARGET)
+    each = F.cross_entropy(
+        logits.flatten(0, -2), targets.flatten(), ignore_index=NO_TARGET, reduction="none"
+    )
+    return (each * weights.flatten()).sum(), weights.sum()

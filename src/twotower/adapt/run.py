@@ -1,0 +1,242 @@
+"""From a backbone and questions to a denoiser, stage by stage; each can be run alone and resumed.
+
+Every stage yields what it has done so far, so that a caller can show it. What the budget says holds
+for all runs of one work folder together: time that a killed run had is not given again.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from twotower.adapt.answers import Question, read_answers, write_answers
+from twotower.adapt.features import PART, Features, Place, count_answers, find_places, write_part
+from twotower.adapt.options import (
+    AnswerOptions,
+    Budget,
+    Stage,
+    StepOptions,
+    ThinOptions,
+    WorkFolder,
+)
+from twotower.adapt.training import Acceptance, Trainer, measure
+from twotower.checkpoint.denoiser import save_denoiser, with_new_denoiser
+from twotower.model import TwoTower
+from twotower.model.thin import blocks_of, spread, thin_config
+
+LEAST_ANSWERS = 20
+HELD_OUT = 20  # one answer in so many is never trained on
+_MOST_HELD = 24  # answers that the curve is measured on
+_SAVE_S = 60.0
+_CURVE_POINTS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a stage is: of its seconds, and in words."""
+
+    stage: Stage
+    seconds: float
+    of_seconds: float
+    words: str
+
+
+def reads_of(model: TwoTower, options: ThinOptions) -> list[int]:
+    """The context layers that the denoiser reads; ValueError (one line) for too many."""
+    blocks = blocks_of(model.config.context)
+    if options.layers > len(blocks):
+        raise ValueError(f"layers={options.layers} must be at most {len(blocks)}, as the model has")
+    return [index for block in spread(options.layers, len(blocks)) for index in blocks[block]]
+
+
+def collect_answers(
+    model: TwoTower,
+    questions: Sequence[Question],
+    work: WorkFolder,
+    thin: ThinOptions,
+    options: AnswerOptions,
+    budget: Budget,
+) -> Iterator[Progress]:
+    """Stage answers: the backbone answers questions, and what a denoiser reads of them is kept."""
+    work.features.mkdir(parents=True, exist_ok=True)
+    reads, clock = reads_of(model, thin), _Clock(work, "answers", budget)
+    _write_features(model, work, reads)  # what a killed run left undone
+    answers = len(read_answers(work.answers))
+    tokens, began = 0, time.monotonic()
+    for answer in write_answers(model, questions, work.answers, options, clock.left):
+        answers, tokens = answers + 1, tokens + len(answer.tokens)
+        if answers % PART == 0:
+            _write_features(model, work, reads)
+        rate = tokens / (time.monotonic() - began)
+        yield clock.progress(f"{answers} of {len(questions)} answers, {rate:.0f} tokens/s")
+        if clock.left <= 0:
+            break
+    _write_features(model, work, reads, is_last=True)
+    clock.save()
+    usable = sum(_is_usable(place) for place in find_places(work.features))
+    if usable < LEAST_ANSWERS:
+        raise ValueError(
+            f"minutes={budget.minutes:g}: the model has written {usable} usable answers, and "
+            f"{LEAST_ANSWERS} are needed; give more minutes or prompts (what is done is kept)"
+        )
+
+
+def train(
+    model: TwoTower,
+    work: WorkFolder,
+    thin: ThinOptions,
+    options: StepOptions,
+    budget: Budget,
+    out: Path,
+    backbone: str,
+) -> Iterator[Progress]:
+    """Stage train: a denoiser from the features, its curve, and in the end its folder."""
+    places = [place for place in find_places(work.features) if _is_usable(place)]
+    if len(places) < LEAST_ANSWERS:
+        raise ValueError(
+            f"{work.features}: holds {len(places)} answers; run the stage answers first"
+        )
+    made = new_denoiser(model, work, thin, options.seed)
+    features = Features(reads_of(model, thin))
+    trainer, clock = Trainer(made, features, options), _Clock(work, "train", budget)
+    if work.checkpoint.is_file():
+        trainer.load(work.checkpoint)
+        clock.used = trainer.seconds
+    (trained, held), of_seconds = split(places), budget.seconds("train")
+    average, words, saved, measured = None, "", clock.used, clock.used
+    while clock.left > 0:
+        loss = trainer.take_step(trained, clock.used / of_seconds)
+        trainer.seconds = clock.used
+        average = loss if average is None else 0.98 * average + 0.02 * loss
+        if trainer.seconds - measured > of_seconds / _CURVE_POINTS:
+            words = _add_to_curve(work, trainer, measure(made, features, held), options)
+            measured = clock.used
+        if trainer.seconds - saved > _SAVE_S:
+            trainer.save(work.checkpoint)
+            saved = clock.used
+        yield clock.progress(f"{trainer.step * options.blocks} blocks, loss {average:.2f}{words}")
+    trainer.save(work.checkpoint)
+    words = _add_to_curve(work, trainer, measure(made, features, held), options)
+    save_denoiser(made, out, backbone)
+    yield clock.progress(f"{trainer.step * options.blocks} blocks{words}")
+
+
+def split(places: Sequence[Place]) -> tuple[list[Place], list[Place]]:
+    """Answers to train on, and those held out."""
+    trained = [place for number, place in enumerate(places) if number % HELD_OUT]
+    return trained, list(places[::HELD_OUT])[:_MOST_HELD]
+
+
+def new_denoiser(model: TwoTower, work: WorkFolder, thin: ThinOptions, seed: int) -> TwoTower:
+    """The model with a denoiser before its first step, of the draft vocabulary of the answers."""
+    reads = reads_of(model, thin)
+    ids = draft_vocabulary(work, thin.draft_vocab, model.config.vocab_size)
+    spec = thin.draft if ids is None else replace(thin.draft, vocab_size=len(ids))
+    return with_new_denoiser(
+        model, thin_config(model.config, reads, thin.block_size, spec), ids, seed
+    )
+
+
+def draft_vocabulary(work: WorkFolder, size: int, vocab_size: int) -> Tensor | None:
+    """The ids of most answers' tokens and prompts', ascending; those of the first training stay.
+    None where all tokens can be drafted.
+    """
+    if size == 0 or size >= vocab_size:
+        return None
+    file = work.path / f"draft_vocabulary-{size}.json"
+    if not file.is_file():
+        counts = Counter[int]()
+        for answer in read_answers(work.answers):
+            counts.update(answer.prompt)
+            for token in answer.tokens:
+                counts[token] += 20  # what was written is likelier than what was asked
+        most = [token for token, _ in counts.most_common(size)]
+        rest = (token for token in range(vocab_size) if token not in counts)
+        most += [token for _, token in zip(range(size - len(most)), rest, strict=False)]
+        _write_whole(file, json.dumps(sorted(most)))
+    return torch.tensor(json.loads(file.read_text()))
+
+
+def _write_features(
+    model: TwoTower, work: WorkFolder, reads: Sequence[int], is_last: bool = False
+) -> None:
+    """The parts that are missing; a last one of fewer answers only if no more will come."""
+    answers = read_answers(work.answers)
+    for number, first in enumerate(range(0, len(answers), PART)):
+        part = answers[first : first + PART]
+        file = work.features / f"part-{number:05d}.safetensors"
+        if len(part) < PART and not is_last:
+            return
+        if not file.is_file() or count_answers(file) < len(part):
+            write_part(model, part, reads, file)
+
+
+def _is_usable(place: Place) -> bool:
+    """Whether an answer is long enough for a block."""
+    return place.last - place.start >= 2
+
+
+def _add_to_curve(
+    work: WorkFolder, trainer: Trainer, found: Acceptance, options: StepOptions
+) -> str:
+    """Write down what was measured; returns it in words."""
+    point = {
+        "seconds": round(trainer.seconds, 1),
+        "steps": trainer.step,
+        "blocks": trainer.step * options.blocks,
+        "tokens_per_cycle": round(found.tokens_per_cycle, 4),
+        "right": [round(share, 4) for share in found.right],
+    }
+    with work.curve.open("a") as lines:
+        lines.write(json.dumps(point) + "\n")
+    return f", {found.tokens_per_cycle:.2f} tokens a cycle on held-out answers"
+
+
+class _Clock:
+    """The seconds that a stage has had, in all runs of a work folder."""
+
+    def __init__(self, work: WorkFolder, stage: Stage, budget: Budget) -> None:
+        self._work, self._stage, self._of = work, stage, budget.seconds(stage)
+        self._before: float = _read_spent(work).get(stage, 0.0)
+        self._began, self._saved = time.monotonic(), 0.0
+
+    @property
+    def used(self) -> float:
+        """Seconds until now."""
+        return self._before + time.monotonic() - self._began
+
+    @used.setter
+    def used(self, seconds: float) -> None:
+        self._before, self._began = seconds, time.monotonic()
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self._of - self.used
+
+    def progress(self, words: str) -> Progress:
+        """Where the stage is; written down now and then."""
+        if self.used - self._saved > 5:
+            self.save()
+        return Progress(stage=self._stage, seconds=self.used, of_seconds=self._of, words=words)
+
+    def save(self) -> None:
+        """Write down the seconds."""
+        self._saved = self.used
+        spent = _read_spent(self._work) | {self._stage: round(self._saved, 1)}
+        _write_whole(self._work.spent, json.dumps(spent))
+
+
+def _read_spent(work: WorkFolder) -> dict[str, float]:
+    return json.loads(work.spent.read_text()) if work.spent.is_file() else {}
+
+
+def _write_whole(file: Path, text: str) -> None:
+    aside = file.with_suffix(".tmp")
+    aside.write_text(text)
+    aside.replace(file)

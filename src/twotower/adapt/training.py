@@ -1,0 +1,181 @@
+"""Training of a thin denoiser on cached features, for as long as is given.
+
+A step's answers and blocks are a function of (seed, step): a run that was killed goes on as if it
+had not been.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from twotower.adapt.features import Features, Place, save_whole
+from twotower.adapt.objective import (
+    add_true_bigrams,
+    anchor_at,
+    choose_drafts,
+    draft_logits,
+    random_starts,
+    targets_of,
+    weighted_loss,
+)
+from twotower.adapt.options import StepOptions
+from twotower.model import TwoTower
+
+_POOL = 16  # steps whose answers are drawn at once and sorted by length
+_LEAST_RATE = 0.02  # of the largest learning rate, at the end
+_AT_ONCE = 64  # blocks that are measured at once
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def places_of_step(places: Sequence[Place], step: int, options: StepOptions) -> list[Place]:
+    """The answers of a step: random ones, of similar lengths, so that little of them is padding."""
+    pool, turn = divmod(step, _POOL)
+    draw, count = np.random.default_rng([options.seed, pool]), options.answers_per_step
+    chosen = [places[i] for i in draw.integers(len(places), size=_POOL * count)]
+    chosen.sort(key=lambda place: place.last - place.first)
+    first = int(draw.permutation(_POOL)[turn]) * count
+    return chosen[first : first + count]
+
+
+def trained_parameters(model: TwoTower) -> dict[str, nn.Parameter]:
+    """What training moves, and only that requires a gradient: the denoiser without what it shares
+    with the context tower.
+    """
+    model.requires_grad_(False)
+    found = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.startswith(("denoiser_tower.", "bigram.")) and ".embeddings." not in name
+    }
+    for parameter in found.values():
+        parameter.requires_grad_(True)
+    return found
+
+
+def draft_numbers(model: TwoTower) -> Tensor | None:
+    """Each id's number in the draft vocabulary (vocabulary,), -1 where it has none; None where it
+    is the whole one.
+    """
+    if model.draft_ids is None:
+        return None
+    numbers = torch.full((model.config.vocab_size,), -1, device=model.draft_ids.device)
+    numbers[model.draft_ids] = torch.arange(len(model.draft_ids), device=numbers.device)
+    return numbers
+
+
+class Trainer:
+    """A denoiser, its optimiser, and how far they are."""
+
+    def __init__(self, model: TwoTower, features: Features, options: StepOptions) -> None:
+        self.model, self.step, self.seconds = model, 0, 0.0  # of the budget, as the caller counts
+        self._features, self._options, self._numbers = features, options, draft_numbers(model)
+        self._parameters = trained_parameters(model)
+        matrices = [p for p in self._parameters.values() if p.dim() == 2]
+        others = [p for p in self._parameters.values() if p.dim() != 2]
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": options.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=0.0,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+
+    def take_step(self, places: Sequence[Place], used: float) -> float:
+        """One step on answers at some of the places, at the learning rate that belongs to the used
+        share of the budget. Returns the loss, nats a token, as they are weighted.
+        """
+        options, device = self._options, self.model.denoiser_device
+        rows = self._features.rows(places_of_step(places, self.step, options))
+        shape = len(rows.starts), options.blocks_per_answer
+        uniform = np.random.default_rng([options.seed, 1, self.step]).random(shape)
+        starts = random_starts(rows, torch.from_numpy(uniform)).to(device)
+        rows = rows.to(device)
+        blocks = anchor_at(rows, starts, self.model.config.block_size)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = add_true_bigrams(self.model, draft_logits(self.model, rows, blocks), blocks)
+        targets = targets_of(blocks, self._numbers)
+        loss, weight = weighted_loss(logits.float(), targets, options.loss_decay)
+        mean = loss / weight.clamp(min=1e-6)
+        mean.backward()
+        nn.utils.clip_grad_norm_(self._parameters.values(), options.clip)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate(used)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return mean.item()
+
+    def _rate(self, used: float) -> float:
+        warm = min(1.0, (self.step + 1) / max(1, self._options.warmup_steps))
+        fall = _LEAST_RATE + (1 - _LEAST_RATE) * (1 + math.cos(math.pi * min(1.0, used))) / 2
+        return self._options.learning_rate * warm * fall
+
+    def save(self, file: Path) -> None:
+        """Weights, moments and progress, whole or not at all."""
+        tensors = {f"model.{name}": p.detach() for name, p in self._parameters.items()}
+        for name, parameter in self._parameters.items():
+            state = self._optimizer.state.get(parameter, {})
+            tensors |= {f"{key}.{name}": state[key] for key in _MOMENTS if key in state}
+        save_whole(tensors, file, {"step": str(self.step), "seconds": str(self.seconds)})
+
+    def load(self, file: Path) -> None:
+        """The inverse of `save`; ValueError (one line) for the state of another denoiser."""
+        with safe_open(file, framework="pt", device=str(self.model.denoiser_device)) as opened:
+            told = opened.metadata()
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        for name, parameter in self._parameters.items():
+            found = tensors.get(f"model.{name}")
+            if found is None or found.shape != parameter.shape:
+                raise ValueError(
+                    f"{file}: is of a denoiser of another shape; give the same options, or another "
+                    "--work"
+                )
+            parameter.data.copy_(found)
+            if f"{_MOMENTS[0]}.{name}" in tensors:
+                moments = {key: tensors[f"{key}.{name}"] for key in _MOMENTS}
+                step = torch.tensor(float(told["step"]), device=found.device)
+                self._optimizer.state[parameter] = {"step": step, **moments}
+        self.step, self.seconds = int(told["step"]), float(told["seconds"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Acceptance:
+    """How far drafts agree with answers that were not trained on."""
+
+    tokens_per_cycle: float
+    """Of a draft and its verification, which always gives one token itself."""
+    right: list[float]
+    """Share of first, second and so on guessed tokens that are right, each by itself."""
+
+
+@torch.no_grad()
+def measure(model: TwoTower, features: Features, places: Sequence[Place]) -> Acceptance:
+    """What greedy decoding of the answers at some places would accept."""
+    numbers, size, device = draft_numbers(model), model.config.block_size, model.denoiser_device
+    tokens = cycles = 0
+    right, count = torch.zeros(size - 1), torch.zeros(size - 1)
+    for place in places:
+        rows = features.rows([place]).to(device)
+        first, last = int(rows.starts[0]), int(rows.lengths[0])
+        hits = list[Tensor]()
+        for starts in torch.arange(first, last, device=device).unsqueeze(0).split(_AT_ONCE, dim=1):
+            blocks = anchor_at(rows, starts, size)
+            chosen = choose_drafts(model, draft_logits(model, rows, blocks), blocks)
+            hits.append((chosen == targets_of(blocks, numbers))[0].cpu())
+            right += hits[-1].sum(0)
+            count += (blocks.clean[0, :, 1:] >= 0).sum(0).cpu()
+        accepted, at = torch.cat(hits).long().cumprod(1).sum(1).tolist(), first
+        while at < last - 1:
+            step = min(accepted[at - first] + 1, last - 1 - at)
+            tokens, cycles, at = tokens + step, cycles + 1, at + step
+    return Acceptance(
+        tokens_per_cycle=tokens / max(1, cycles), right=(right / count.clamp(min=1)).tolist()
+    )

@@ -1,0 +1,146 @@
+"""A thin denoiser beside a loaded backbone: made new, saved alone, loaded again.
+
+Its folder holds what the backbone does not have, how to put both together, and a sketch of the
+backbone's weights: beside another one it would draft nonsense, and is refused.
+"""
+
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from twotower.checkpoint import names
+from twotower.checkpoint.empty import allocate, build_empty
+from twotower.checkpoint.files import SINGLE_FILE, resolve
+from twotower.checkpoint.write import Piece, write_checkpoint
+from twotower.config import DraftSpec, TwoTowerConfig
+from twotower.families import read_json
+from twotower.model.initialise import copy_context_to_denoiser
+from twotower.model.thin import sketch, thin_config
+from twotower.model.two_tower import TwoTower
+
+MODEL_TYPE = "twotower_denoiser"
+_LEAST_ALIKE = 0.95  # of two sketches: 4-bit weights of one model have 0.99, other models 0
+_SPEC = tuple(field.name for field in fields(DraftSpec))
+
+
+def with_new_denoiser(
+    backbone: TwoTower, config: TwoTowerConfig, draft_ids: Tensor | None, seed: int
+) -> TwoTower:
+    """A denoiser before its first step: each layer equal to the one it reads. Float32."""
+    made = _with_empty_denoiser(backbone, config, torch.float32)
+    if draft_ids is not None:
+        made.draft_ids = draft_ids.to(backbone.context_device)
+    copy_context_to_denoiser(made, seed)
+    return made.eval()
+
+
+def save_denoiser(
+    model: TwoTower, folder: str | Path, backbone: str, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write a model's thin denoiser alone. backbone: the name under which people find the other
+    half. Whole or not at all; ValueError (one line) for a full disk or a folder of something else.
+    """
+    spec, denoiser = model.config.draft, model.denoiser()
+    if spec is None:
+        raise ValueError("this denoiser is a full tower; save both towers with save_model")
+    assert denoiser is not None
+    pieces = [
+        Piece(name, tensor, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in _own_tensors(model).items()
+    ]
+    pieces.append(Piece("backbone_sketch", sketch(model), torch.float32))
+    config = {
+        "model_type": MODEL_TYPE,
+        "backbone": backbone,
+        "backbone_hidden_size": model.config.hidden_size,
+        "backbone_layers": model.config.context.num_layers,
+        "reads": list(model.config.reads),
+        "block_size": model.config.block_size,
+        **{name: getattr(spec, name) for name in _SPEC},
+    }
+    write_checkpoint(folder, pieces, config, None, 2**62)
+
+
+def load_denoiser(backbone: TwoTower, path: str | Path) -> TwoTower:
+    """The backbone with the denoiser of a folder or hub id, in the backbone's dtype and on its
+    device; both share the backbone's weights. ValueError (one line) for a denoiser of another one.
+    """
+    folder = resolve(path)
+    values = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if values.get("model_type") != MODEL_TYPE:
+        raise ValueError(f"{path}: is no denoiser alone; give a folder that `twotower adapt` made")
+    name = values.get("backbone")
+    sizes = backbone.config.hidden_size, backbone.config.context.num_layers
+    if sizes != (values.get("backbone_hidden_size"), values.get("backbone_layers")):
+        raise ValueError(f"{path}: is the denoiser of another model, {name}; give that as --model")
+    try:
+        spec = DraftSpec(**{field: values[field] for field in _SPEC})  # type: ignore[arg-type]  # checked there
+        config = thin_config(backbone.config, values["reads"], values["block_size"], spec)  # type: ignore[arg-type]
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}; restore the file") from None
+    made = _with_empty_denoiser(backbone, config, backbone.context_tower.norm_f.weight.dtype)
+    _fill(made, folder / SINGLE_FILE, f"{path}: is the denoiser of another model, {name}")
+    head = made.context_lm_head.weight
+    made.lm_head.weight.data.copy_(head if made.draft_ids is None else head[made.draft_ids])
+    preferred = {"mode": "speculative", "block_size": config.block_size}
+    made.generation_defaults = {**backbone.generation_defaults, **preferred}
+    return made.eval()
+
+
+def _with_empty_denoiser(
+    backbone: TwoTower, config: TwoTowerConfig, dtype: torch.dtype
+) -> TwoTower:
+    """The backbone's own modules beside a denoiser that has memory and no values yet."""
+    made, device = build_empty(config, "both"), backbone.context_device
+    made.context_tower, made.context_lm_head = backbone.context_tower, backbone.context_lm_head
+    allocate(made, (dtype, dtype), (device, device), names.DENOISER_PARTS)
+    made.generation_defaults = backbone.generation_defaults
+    made.unused_ids = backbone.unused_ids
+    if made.draft_ids is not None:
+        made.draft_ids = torch.empty_like(made.draft_ids, device=device)
+    return made
+
+
+def _own_tensors(model: TwoTower) -> dict[str, Tensor]:
+    """What a denoiser's file holds: all of it but what it shares with the context tower."""
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name == "draft_ids"
+        or (name.startswith(("denoiser_tower.", "bigram.")) and ".embeddings." not in name)
+    }
+
+
+def _fill(model: TwoTower, file: Path, complaint: str) -> None:
+    """Copy a file's tensors into the denoiser; ValueError for what does not fit."""
+    wanted = _own_tensors(model)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{file}: truncated or not a safetensors file ({reason}); fetch it again"
+        ) from None
+    known = found.pop("backbone_sketch", None)
+    if known is None or known.shape != sketch(model).shape or not _are_alike(known, sketch(model)):
+        raise ValueError(f"{complaint}; give that as --model")
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    if shapes != {name: tuple(tensor.shape) for name, tensor in wanted.items()}:
+        raise ValueError(f"{file}: the tensors do not fit its config.json; fetch both again")
+    for name, tensor in found.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{file}: {name} holds NaN or infinite values; fetch it again")
+        wanted[name].copy_(tensor)
+    ids = model.draft_ids
+    if ids is not None and not (int(ids.min()) >= 0 and int(ids.max()) < model.config.vocab_size):
+        raise ValueError(f"{file}: draft_ids leave the vocabulary; fetch it again")
+
+
+def _are_alike(one: Tensor, two: Tensor) -> bool:
+    """Whether the sketches are of one model, by the matrices that both know."""
+    known = (one != 0).any(1) & (two != 0).any(1)
+    return bool(known.any()) and float((one * two).sum(1)[known].median()) >= _LEAST_ALIKE

@@ -1,0 +1,260 @@
+"""`twotower adapt`: a thin denoiser for the model you have, in one command."""
+
+import dataclasses
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from twotower.adapt import run as stages
+from twotower.adapt.answers import Question
+from twotower.adapt.options import (
+    STAGES,
+    AnswerOptions,
+    Budget,
+    StepOptions,
+    ThinOptions,
+    WorkFolder,
+)
+from twotower.adapt.report import by_task, compare
+from twotower.cli.output_file import read_lines
+from twotower.cli.serve import need_extra
+from twotower.cli.tables import make_console, print_table
+from twotower.file_lock import only_writer
+from twotower.lab.report import Table
+from twotower.loading import SHIPPED, Loaded, Placement, load, placement_of
+
+T = TypeVar("T")
+_PROMPT_FIELDS = ("prompt", "question", "instruction", "text")
+_MEASURED = 200  # prompts that are kept to measure, at most
+_LINE_EVERY_S = 30.0  # where there is no terminal
+_MOST_TOKENS = 2**20  # of a prompt: longer ones are left out later
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptArguments(ThinOptions, AnswerOptions, StepOptions, Placement):
+    """Train a thin denoiser for a model of yours: it drafts, the model verifies, and the text stays
+    the model's own.
+
+    The model answers the prompts, a denoiser learns to draft the answers, and what it is worth is
+    measured on prompts that it never saw. Run the same command again to resume.
+    """
+
+    prompts: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")]
+    """Questions like those that the model will get. .jsonl: one object a line with a prompt,
+    question, instruction or text; any other file: one prompt a line."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR", aliases=("-o",))]
+    """Folder of the denoiser, for --denoiser DIR of the other verbs."""
+    minutes: float = 60.0
+    """All the time that it may take: two fifths for answers, a twentieth to measure, the rest to
+    train."""
+    stage: Literal["all", "answers", "train", "measure"] = "all"
+    """Run one stage alone, on what those before have left."""
+    work: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder of answers, features and checkpoints. Default: OUT-work."""
+    plain_prompts: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Give the model the prompts as they are, without its chat template."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """The report as one JSON object on stdout instead of a table."""
+
+    def __post_init__(self) -> None:
+        for part in (ThinOptions, AnswerOptions, StepOptions, Placement):
+            part.__post_init__(self)
+        Budget(minutes=self.minutes)
+
+
+def run(options: AdaptArguments) -> int:
+    """All stages, or one; returns the exit status. Errors of the user arrive as ValueError."""
+    budget = Budget(minutes=options.minutes)
+    work = WorkFolder(options.work or options.out.with_name(options.out.name + "-work"))
+    thin = _part(options, ThinOptions)
+    answers, steps = _part(options, AnswerOptions), _part(options, StepOptions)
+    prompts = read_prompts(options.prompts)
+    work.path.mkdir(parents=True, exist_ok=True)
+    with only_writer(work.path):
+        loaded = _load(options)
+        if loaded.model.has_denoiser:
+            raise ValueError(f"model={loaded.name} has a denoiser of its own; give a backbone")
+        questions, held = _questions(prompts, loaded, options)
+        wanted = STAGES if options.stage == "all" else (options.stage,)
+        if "answers" in wanted:
+            _show(stages.collect_answers(loaded.model, questions, work, thin, answers, budget))
+        if "train" in wanted:
+            _show(stages.train(loaded.model, work, thin, steps, budget, options.out, loaded.name))
+        if "measure" in wanted:
+            _report(options, loaded, held, budget)
+    return 0
+
+
+def _part(options: AdaptArguments, kind: type[T]) -> T:
+    """The options of one stage."""
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]  # a dataclass
+    return kind(**{name: getattr(options, name) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prompt:
+    text: str | list[int]
+    task: str
+
+
+def read_prompts(files: Sequence[Path]) -> list[_Prompt]:
+    """All prompts of files; ValueError (one line) for a file that cannot be read, a line that is no
+    prompt, and for none at all.
+    """
+    found: list[_Prompt] = []
+    for file in files:
+        for line in read_lines(file):
+            where = f"prompts: {file} line {line.number}"
+            if line.content is None:
+                raise ValueError(f"{where} is too long; leave it out")
+            try:
+                text = line.content.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{where} is not UTF-8 text (byte {error.start}); convert it"
+                ) from None
+            if not text.strip():
+                continue
+            found.append(
+                _from_json(text, where, file.stem)
+                if file.suffix.lower() == ".jsonl"
+                else _Prompt(text=text.strip(), task=file.stem)
+            )
+    if not found:
+        raise ValueError(f"prompts: {', '.join(map(str, files))} hold no prompt; add some")
+    return found
+
+
+def _from_json(text: str, where: str, name: str) -> _Prompt:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON ({error}); write one object a line") from None
+    record = record if isinstance(record, dict) else {}
+    prompt: Any = next((record[key] for key in _PROMPT_FIELDS if record.get(key)), None)
+    is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
+    if not is_ids and not isinstance(prompt, str):
+        names = ", ".join(_PROMPT_FIELDS)
+        raise ValueError(f"{where} has none of {names} that is text or token ids; add one")
+    return _Prompt(text=prompt, task=name)
+
+
+def _load(options: AdaptArguments) -> Loaded:
+    """The backbone alone: its drafts are what is to be made."""
+    return load(placement_of(options), "ar")
+
+
+def _questions(
+    prompts: Sequence[_Prompt], loaded: Loaded, options: AdaptArguments
+) -> tuple[list[Question], list[Question]]:
+    """The prompts as token ids in a random order, through the model's chat template where it has
+    one: those to answer, and those that are kept to measure. Prompts that are too long are left
+    out; ValueError where none is left.
+    """
+    encode = _encoder(loaded, options)
+    order = random.Random(options.seed).sample(range(len(prompts)), len(prompts))
+    kept = min(_MEASURED, len(prompts) // 10)
+    found: list[Question] = []
+    for number in order:
+        ids = encode(prompts[number].text)
+        if 0 < len(ids) <= options.max_prompt_tokens:
+            found.append(Question(number=number, prompt=ids, task=prompts[number].task))
+    if len(found) < len(order):
+        print(
+            f"{len(order) - len(found)} of {len(order)} prompts have more than "
+            f"{options.max_prompt_tokens} tokens and are left out",
+            file=sys.stderr,
+        )
+    if len(found) < stages.LEAST_ANSWERS:
+        raise ValueError(
+            f"prompts: {len(found)} are usable, and {stages.LEAST_ANSWERS} are needed; add some"
+        )
+    return found[kept:], found[:kept]
+
+
+def _encoder(loaded: Loaded, options: AdaptArguments) -> Callable[[str | list[int]], list[int]]:
+    """How a prompt becomes token ids."""
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"model={loaded.name} has no tokenizer.json; add it to the folder")
+    template = None
+    if not options.plain_prompts and loaded.name != SHIPPED:
+        with need_extra("adapt"):
+            from twotower.serve.chat import read_template
+
+        template = read_template(loaded.folder)
+
+    def encode(text: str | list[int]) -> list[int]:
+        if not isinstance(text, str):
+            return text
+        if template is None:
+            return tokenizer.encode_prompt(text)
+        return template.encode([{"role": "user", "content": text}], None, tokenizer, _MOST_TOKENS)
+
+    return encode
+
+
+def _show(progress: Iterator[stages.Progress]) -> None:
+    """A stage's progress on stderr: a bar with the time left, or a line now and then."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:8}"), BarColumn(), TextColumn("{task.fields[words]}"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    shown, last = -math.inf, None
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None, words="")
+        for last in progress:
+            bar.update(
+                task, description=last.stage, completed=last.seconds, total=last.of_seconds,
+                words=last.words,
+            )  # fmt: skip
+            if not console.is_terminal and last.seconds - shown > _LINE_EVERY_S:
+                shown = last.seconds
+                print(_line(last), file=sys.stderr, flush=True)
+    if last is not None and not console.is_terminal:
+        print(_line(last), file=sys.stderr, flush=True)
+
+
+def _line(progress: stages.Progress) -> str:
+    left = max(0.0, progress.of_seconds - progress.seconds) / 60
+    return f"{progress.stage}: {progress.words}, {left:.0f} min left"
+
+
+def _report(
+    options: AdaptArguments, loaded: Loaded, held: Sequence[Question], budget: Budget
+) -> None:
+    """Stage measure: the table, or the object, of what the denoiser is worth by task."""
+    if not held:
+        raise ValueError("prompts: too few to keep some for measuring; give at least 200")
+    model = load(placement_of(options, denoiser=str(options.out)), "speculative").model
+    deadline = time.monotonic() + budget.seconds("measure")
+    pairs = list(compare(loaded.model, model, held, options.max_tokens, deadline))
+    results = by_task(pairs)
+    report = {
+        "model": loaded.name,
+        "denoiser": str(options.out),
+        "minutes": options.minutes,
+        "tasks": [vars(result) for result in results],
+    }
+    (options.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    if options.json:
+        print(json.dumps(report))
+        return
+    rows = [
+        [r.task, str(r.prompts), str(r.equal), f"{r.tokens_per_cycle:.2f}", f"{r.speedup:.2f}"]
+        for r in results
+    ]
+    columns = ["task", "prompts", "texts equal", "tokens a cycle", "x AR"]
+    print_table(make_console(), Table(f"{loaded.name} with {options.out}", columns, rows))
+    print(f"\ntwotower generate --model {loaded.name} --denoiser {options.out} ...")

@@ -1,0 +1,58 @@
+"""A thin denoiser beside a backbone: a few layers that read a few of the context tower's."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from twotower.config import AttentionSpec, DraftSpec, MambaSpec, TowerConfig, TwoTowerConfig
+from twotower.layers.quantised import QuantisedLinear
+from twotower.model.two_tower import TwoTower
+
+_SKETCHED = 16  # numbers of each matrix
+
+
+def blocks_of(tower: TowerConfig) -> list[tuple[int, ...]]:
+    """A tower's layers by blocks: one with a state, and those behind it that have none."""
+    found: list[tuple[int, ...]] = []
+    for index, layer in enumerate(tower.layers):
+        if isinstance(layer, AttentionSpec | MambaSpec) or not found:
+            found.append((index,))
+        else:
+            found[-1] = (*found[-1], index)
+    return found
+
+
+def spread(count: int, total: int) -> list[int]:
+    """`count` of `total` blocks at even distances, the last one among them: 9, 19, 29 of 30."""
+    return [(number + 1) * total // count - 1 for number in range(count)]
+
+
+def thin_config(
+    config: TwoTowerConfig, reads: Sequence[int], block_size: int, draft: DraftSpec
+) -> TwoTowerConfig:
+    """A backbone's configuration with a denoiser whose layer j is, and reads, layer reads[j]."""
+    layers = tuple(config.context.layers[index] for index in reads)
+    return config.replace(
+        denoiser=replace(config.context, layers=layers),
+        reads=tuple(reads),
+        block_size=block_size,
+        mask_token_id=config.vocab_size,
+        draft=draft,
+    )
+
+
+def sketch(model: TwoTower) -> Tensor:
+    """A few numbers of every matrix of the context tower: (matrices, 16) float32, each row of
+    length 1, zeros where the numbers are packed. Rounding to 4 bits turns it by little.
+    """
+    rows = []
+    for module in model.context_tower.layers.modules():
+        if isinstance(module, nn.Linear):
+            own = module.weight.detach().flatten()[:_SKETCHED].float().cpu()
+            rows.append(F.pad(own, (0, _SKETCHED - len(own))))
+        elif isinstance(module, QuantisedLinear):
+            rows.append(Tensor([0.0] * _SKETCHED))
+    return F.normalize(torch.stack(rows), dim=1)
