@@ -21,6 +21,7 @@ from twotower.backends import (
     refusal,
 )
 from twotower.checkpoint import (
+    find_device,
     generation_defaults,
     has_denoiser,
     load_checkpoint,
@@ -137,8 +138,7 @@ def load(placement: Placement, mode: str | None = None) -> Loaded:
         model = _load_split(folder, placement)
     else:
         is_ar = (mode or preferred) == "ar" or not has_denoiser(folder)
-        is_alone = is_ar or placement.denoiser is not None  # which takes the place of its own
-        model = _load_towers(folder, placement, "context" if is_alone else "both")
+        model = _load_towers(folder, placement, "context" if is_ar else "both")
     if tokenizer is not None:
         model.unused_ids = tokenizer.unused_ids(model.config.vocab_size)
     return Loaded(name=placement.name, model=model, tokenizer=tokenizer, folder=folder)
@@ -208,16 +208,18 @@ def shipped_folder() -> Path:
 def _load_towers(folder: Path, placement: Placement, towers: Towers) -> TwoTower:
     device = _device(placement.device)
     apart = placement.denoiser_device not in (None, PEER)
+    elsewhere = _device(str(placement.denoiser_device)) if apart else device
     model = load_checkpoint(
         folder,
         dtype=_dtype(folder, placement, device),
         context_device=device,
-        denoiser_device=_device(str(placement.denoiser_device)) if apart else device,
-        towers=towers,
+        denoiser_device=elsewhere,
+        # A thin denoiser shares weights of the context tower.
+        towers=towers if placement.denoiser is None else "context",
         expert_storage=placement.expert_storage,
     )
     if placement.denoiser is not None:
-        model = load_denoiser(model, placement.denoiser)
+        model = load_denoiser(model, placement.denoiser, find_device(elsewhere))
     return accelerate(model, placement.backend, placement.quantization)
 
 

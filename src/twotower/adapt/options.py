@@ -105,8 +105,8 @@ class Budget:
     minutes: float
 
     def __post_init__(self) -> None:
-        if not 1 <= self.minutes < 1e6:
-            raise ValueError(f"minutes={self.minutes} is too small a budget; give at least 1")
+        if not 0 < self.minutes < 1e6:
+            raise ValueError(f"minutes={self.minutes} must be a number above 0")
 
     def seconds(self, stage: Stage) -> float:
         """Of one stage."""

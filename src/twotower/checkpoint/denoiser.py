@@ -4,6 +4,7 @@ Its folder holds what the backbone does not have, how to put both together, and 
 backbone's weights: beside another one it would draft nonsense, and is refused.
 """
 
+import copy
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,12 +17,11 @@ from twotower.checkpoint.empty import allocate, build_empty
 from twotower.checkpoint.files import SINGLE_FILE, resolve
 from twotower.checkpoint.write import Piece, write_checkpoint
 from twotower.config import DraftSpec, TwoTowerConfig
-from twotower.families import read_json
+from twotower.families import DENOISER_ALONE, read_json
 from twotower.model.initialise import copy_context_to_denoiser
 from twotower.model.thin import sketch, thin_config
 from twotower.model.two_tower import TwoTower
 
-MODEL_TYPE = "twotower_denoiser"
 _LEAST_ALIKE = 0.95  # of two sketches: 4-bit weights of one model have 0.99, other models 0
 _SPEC = tuple(field.name for field in fields(DraftSpec))
 
@@ -53,7 +53,7 @@ def save_denoiser(
     ]
     pieces.append(Piece("backbone_sketch", sketch(model), torch.float32))
     config = {
-        "model_type": MODEL_TYPE,
+        "model_type": DENOISER_ALONE,
         "backbone": backbone,
         "backbone_hidden_size": model.config.hidden_size,
         "backbone_layers": model.config.context.num_layers,
@@ -64,13 +64,16 @@ def save_denoiser(
     write_checkpoint(folder, pieces, config, None, 2**62)
 
 
-def load_denoiser(backbone: TwoTower, path: str | Path) -> TwoTower:
-    """The backbone with the denoiser of a folder or hub id, in the backbone's dtype and on its
-    device; both share the backbone's weights. ValueError (one line) for a denoiser of another one.
+def load_denoiser(
+    backbone: TwoTower, path: str | Path, device: torch.device | None = None
+) -> TwoTower:
+    """The backbone with the denoiser of a folder or hub id, in the backbone's dtype, on a device,
+    the backbone's where none is given; there both share the embeddings. ValueError (one line) for
+    the denoiser of another backbone.
     """
     folder = resolve(path)
     values = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if values.get("model_type") != MODEL_TYPE:
+    if values.get("model_type") != DENOISER_ALONE:
         raise ValueError(f"{path}: is no denoiser alone; give a folder that `twotower adapt` made")
     name = values.get("backbone")
     sizes = backbone.config.hidden_size, backbone.config.context.num_layers
@@ -81,22 +84,30 @@ def load_denoiser(backbone: TwoTower, path: str | Path) -> TwoTower:
         config = thin_config(backbone.config, values["reads"], values["block_size"], spec)  # type: ignore[arg-type]
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}; restore the file") from None
-    made = _with_empty_denoiser(backbone, config, backbone.context_tower.norm_f.weight.dtype)
+    dtype = backbone.context_tower.norm_f.weight.dtype
+    made = _with_empty_denoiser(backbone, config, dtype, device)
     _fill(made, folder / SINGLE_FILE, f"{path}: is the denoiser of another model, {name}")
     head = made.context_lm_head.weight
-    made.lm_head.weight.data.copy_(head if made.draft_ids is None else head[made.draft_ids])
+    ids = None if made.draft_ids is None else made.draft_ids.to(head.device)
+    made.lm_head.weight.data.copy_(head if ids is None else head[ids])
     preferred = {"mode": "speculative", "block_size": config.block_size}
     made.generation_defaults = {**backbone.generation_defaults, **preferred}
     return made.eval()
 
 
 def _with_empty_denoiser(
-    backbone: TwoTower, config: TwoTowerConfig, dtype: torch.dtype
+    backbone: TwoTower,
+    config: TwoTowerConfig,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
 ) -> TwoTower:
     """The backbone's own modules beside a denoiser that has memory and no values yet."""
-    made, device = build_empty(config, "both"), backbone.context_device
+    made, device = build_empty(config, "both"), device or backbone.context_device
     made.context_tower, made.context_lm_head = backbone.context_tower, backbone.context_lm_head
     allocate(made, (dtype, dtype), (device, device), names.DENOISER_PARTS)
+    if device != backbone.context_device:
+        shared = backbone.context_tower.embeddings
+        made.denoiser().embeddings = copy.deepcopy(shared).to(device)
     made.generation_defaults = backbone.generation_defaults
     made.unused_ids = backbone.unused_ids
     if made.draft_ids is not None:

@@ -43,7 +43,10 @@ def draft(batch: Batch) -> Iterator[Event]:
         _look_ahead(row, blocks[place, 1:].tolist())
     for row, place in drafted:
         lengths[place] = min(int(lengths[place]), _num_possible(row, blocks[place].tolist()))
-    batch.draft = blocks[:, : int(lengths.max())], lengths
+    most = int(lengths.max())
+    is_padding = torch.arange(most) >= lengths.unsqueeze(1)
+    # Any token: a mask of the denoiser's own is none that the context tower could read.
+    batch.draft = blocks[:, :most].masked_fill(is_padding, 0), lengths
 
 
 def _proposal(row: Row, batch: Batch, known: Sequence[int]) -> Proposal | None:

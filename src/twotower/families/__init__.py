@@ -23,6 +23,7 @@ __all__ = [
     "read_json",
 ]
 
+DENOISER_ALONE = "twotower_denoiser"  # the model_type of what stands beside a backbone
 _KNOWN: tuple[Family, ...] = (nemotron_h, *llama.FAMILIES)
 FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in _KNOWN}
 PRESETS: dict[str, Mapping[str, object]] = {"nano-30b": nemotron_h.NANO_30B}
@@ -33,6 +34,11 @@ def config_from_dict(values: Mapping[str, object]) -> TwoTowerConfig:
     """The configuration in a config.json's content; ValueError (one line) if it cannot be read."""
     model_type = values.get("model_type", nemotron_h.MODEL_TYPE if _is_hybrid(values) else None)
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if model_type == DENOISER_ALONE:
+        raise ValueError(
+            f"config.json: is of a denoiser alone; give {values.get('backbone')!r}, or where that "
+            "lies, as the model and this folder as its denoiser"
+        )
     if family is None:
         shown = (
             "is missing" if model_type is None else f"{reprlib.repr(model_type)} is not supported"
