@@ -26,6 +26,7 @@ from twotower.adapt.options import (
 )
 from twotower.adapt.training import Acceptance, Trainer, measure
 from twotower.checkpoint.denoiser import save_denoiser, with_new_denoiser
+from twotower.config import AttentionSpec
 from twotower.model import TwoTower
 from twotower.model.thin import blocks_of, spread, thin_config
 
@@ -47,10 +48,17 @@ class Progress:
 
 
 def reads_of(model: TwoTower, options: ThinOptions) -> list[int]:
-    """The context layers that the denoiser reads; ValueError (one line) for too many."""
-    blocks = blocks_of(model.config.context)
+    """The context layers that the denoiser reads, attention and what follows it: a Mamba state is
+    too large to be kept for every token. ValueError (one line) for too many.
+    """
+    tower = model.config.context
+    blocks = [
+        block for block in blocks_of(tower) if isinstance(tower.layers[block[0]], AttentionSpec)
+    ]
     if options.layers > len(blocks):
-        raise ValueError(f"layers={options.layers} must be at most {len(blocks)}, as the model has")
+        raise ValueError(
+            f"layers={options.layers} must be at most {len(blocks)}, the model's attention layers"
+        )
     return [index for block in spread(options.layers, len(blocks)) for index in blocks[block]]
 
 
