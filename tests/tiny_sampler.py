@@ -22,6 +22,7 @@ class RowSampler:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     mask_token_id: int = 3
 
 
@@ -33,6 +34,7 @@ def sampler_of(rows: RowSampler | Sequence[RowSampler], num_rows: int | None = N
         temperature=torch.tensor([row.temperature for row in each]),
         top_k=torch.tensor([row.top_k for row in each]),
         top_p=torch.tensor([row.top_p for row in each]),
+        min_p=torch.tensor([row.min_p for row in each]),
         steps=torch.tensor([row.steps for row in each]),
         threshold=torch.tensor([row.threshold for row in each]),
         kind=first.kind,

@@ -20,6 +20,7 @@ from twotower import (
     generate,
     stream,
 )
+from twotower.engine import EngineOptions, Finished, Request, stream_requests
 
 MODEL = tiny_model()
 PROMPTS = prompts_of([1, 7, 2, 19, 4])
@@ -67,6 +68,49 @@ def test_any_draft_gives_the_text_of_ar(
         (found,) = generate(MODEL, [prompt], options("speculative", block_size=block_size, **shape))
     assert found.tokens == expected.tokens
     assert found.finish_reason == expected.finish_reason
+
+
+PENALTIES = [
+    {"presence_penalty": 1.5},
+    {"frequency_penalty": 0.7, "repetition_penalty": 1.3},
+    {"logit_bias": {9: 6.0, 10: -100.0}, "frequency_penalty": -0.4},
+]
+
+
+@settings(max_examples=30)
+@given(
+    wrong=st.sets(st.integers(0, 20)),
+    penalties=st.sampled_from(PENALTIES),
+    temperature=st.sampled_from([0.0, 1.0]),
+    seed=st.integers(0, 30),
+)
+def test_any_draft_gives_the_text_of_ar_under_penalties(
+    wrong: set[int], penalties: dict[str, object], temperature: float, seed: int
+) -> None:
+    """Guards the history of a place inside a block: penalties that miss the drafted tokens before
+    it, or count those behind it, give another text than AR's, and only where drafts are right.
+    """
+    shape = {"temperature": temperature, "seed": seed, "min_p": 0.01, **penalties}
+    prompt = PROMPTS[3]
+    expected = generate(MODEL, [prompt], options("ar", **shape))[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODEL, "draft_cost", 1.0)
+        patch.setattr(MODEL, "denoise", Drafter(len(prompt), expected.tokens, wrong))
+        (found,) = generate(MODEL, [prompt], options("speculative", **shape))
+    assert found.tokens == expected.tokens
+
+
+@pytest.mark.parametrize("penalties", PENALTIES, ids=str)
+def test_rows_with_and_without_penalties_share_passes(penalties: dict[str, object]) -> None:
+    """Guards neighbours: a row's penalties must change its own text and no other."""
+    alone = [
+        generate(MODEL, [p], options("ar", **o))[0].tokens for p in PROMPTS for o in ({}, penalties)
+    ]
+    assert alone[::2] != alone[1::2]
+    requests = [Request(p, options("speculative", **o)) for p in PROMPTS for o in ({}, penalties)]
+    events = stream_requests(MODEL, requests, None, EngineOptions(max_rows=10))
+    ended = {e.row: e.completion.tokens for e in events if isinstance(e, Finished)}
+    assert [ended[row] for row in range(len(alone))] == alone
 
 
 def test_right_drafts_save_passes() -> None:

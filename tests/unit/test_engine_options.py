@@ -53,6 +53,15 @@ def test_defaults_of_the_issue() -> None:
         ("top_p", 0.0, "between 1e-06 and 1"),
         ("top_p", 1e-300, "between 1e-06 and 1"),
         ("top_p", 1.1, "between 1e-06 and 1"),
+        ("min_p", 1.1, "between 0.0 and 1.0"),
+        ("presence_penalty", 2.1, "between -2.0 and 2.0"),
+        ("frequency_penalty", math.nan, "between -2.0 and 2.0"),
+        ("repetition_penalty", 0.0, "between 0.01 and 100.0"),
+        ("logit_bias", {"x": 1.0}, "token ids to numbers between -100 and 100"),
+        ("logit_bias", {5: 101.0}, "token ids to numbers between -100 and 100"),
+        ("logit_bias", {5: "1"}, "token ids to numbers between -100 and 100"),
+        ("logit_bias", [5, 1.0], "token ids to numbers between -100 and 100"),
+        ("logit_bias", dict.fromkeys(range(1025), 1.0), "at most 1024 tokens"),
         ("seed", -1, "between 0"),
         ("seed", 2**64, "between 0"),
         ("eos_token_id", "end", "a token id"),
@@ -107,6 +116,10 @@ USEFUL: dict[str, object] = {
     "remask": "margin",
     "adaptive": True,
     "logprobs": 1,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "repetition_penalty": 1.1,
+    "logit_bias": ((5, 1.0),),
 }
 
 
@@ -132,14 +145,14 @@ def test_every_mode_names_the_fields_that_it_alone_has() -> None:
     every mode."""
     names = {field.name for field in dataclasses.fields(GenerateOptions)}
     common = {
-        "mode", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "eos_token_id",
+        "mode", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "eos_token_id",
         "ignore_eos", "stop",
     }  # fmt: skip
     assert names - set(FIELD_MODES) == common and set(FIELD_MODES) == {*USEFUL, "grammar"}
     assert names == {field.name for field in dataclasses.fields(ResolvedOptions)}
 
 
-@pytest.mark.parametrize(("field", "value"), [("top_k", 5), ("top_p", 0.9)])
+@pytest.mark.parametrize(("field", "value"), [("top_k", 5), ("top_p", 0.9), ("min_p", 0.1)])
 def test_greedy_decoding_refuses_what_only_sampling_uses(field: str, value: float) -> None:
     own = GenerateOptions(**{field: value})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"^{field}={value}: has no effect at temperature 0"):

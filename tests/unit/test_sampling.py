@@ -57,6 +57,23 @@ def test_support(top_k: int, top_p: float, expected: list[int]) -> None:
     torch.testing.assert_close(filtered.softmax(-1)[0, expected], kept / kept.sum())
 
 
+@pytest.mark.parametrize(
+    ("cut", "expected"),
+    [
+        ({"min_p": 0.49}, [0, 1, 2]),  # at least 0.196
+        ({"min_p": 0.51}, [1, 2]),
+        ({"min_p": 1.0}, [2]),
+        ({"min_p": 0.3, "temperature": 0.5}, [1, 2]),  # of the squares: 0.16, 0.09, 0.04
+        ({"min_p": 0.51, "top_p": 0.56}, [2]),  # 0.4 / 0.7 of what min-p left
+    ],
+)
+def test_min_p_is_a_share_of_the_largest(cut: dict[str, float], expected: list[int]) -> None:
+    """Guards its place: after temperature and before the other filters."""
+    shape = {"temperature": 1.0, **cut}
+    filtered = filter_logits(log_of(0.2, 0.3, 0.4, 0.1), params(**shape))
+    assert support(filtered) == [expected]
+
+
 def test_top_k_keeps_exactly_k_of_equal_logits() -> None:
     """Guards against quantised logits: a cut by value would keep every tie."""
     assert support(filter_logits(torch.zeros(1, 6), params(top_k=2))) == [[0, 1]]

@@ -36,8 +36,8 @@ _DOCS, _ENGINE_DOCS = field_docs(GenerateOptions), field_docs(EngineOptions)
 if TYPE_CHECKING:
     Decoding = dict[str, object]
 else:
-    # `stop` is repeatable, which tyro cannot combine with "not given".
-    Decoding = optional_flags(ResolvedOptions, _DOCS, leave_out=("stop", "grammar"))
+    # What is repeatable tyro cannot combine with "not given".
+    Decoding = optional_flags(ResolvedOptions, _DOCS, leave_out=("stop", "logit_bias", "grammar"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,14 @@ class GenerateArguments(Placement):
         tyro.conf.UseAppendAction,
         tyro.conf.arg(metavar="TEXT", help=_DOCS["stop"]),
     ] = ()
+    logit_bias: Annotated[
+        tuple[str, ...],
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(
+            metavar="ID=BIAS",
+            help=f"{_DOCS['logit_bias']} May be given several times.",
+        ),
+    ] = ()
     max_rows: Annotated[int, tyro.conf.arg(help=_ENGINE_DOCS["max_rows"])] = EngineOptions.max_rows
     overlap: Annotated[Overlap, tyro.conf.arg(help=_ENGINE_DOCS["overlap"])] = EngineOptions.overlap
     prefix_cache_bytes: Annotated[int, tyro.conf.arg(help=_ENGINE_DOCS["prefix_cache_bytes"])] = (
@@ -110,6 +118,8 @@ class GenerateArguments(Placement):
     def given(self) -> dict[str, object]:
         """The decoding options that were named."""
         named = {**self.decoding, **({"stop": self.stop} if self.stop else {})}
+        if self.logit_bias:
+            named["logit_bias"] = dict(map(_bias, self.logit_bias))
         return named if self.grammar is None else {**named, "grammar": read_grammar(self.grammar)}
 
     def generate_options(self) -> GenerateOptions:
@@ -124,6 +134,16 @@ class GenerateArguments(Placement):
             overlap=self.overlap,
             prefix_cache_bytes=self.prefix_cache_bytes,
         )
+
+
+def _bias(pair: str) -> tuple[str, object]:
+    token, _, bias = pair.partition("=")
+    try:
+        return token.strip(), float(bias)
+    except ValueError:
+        raise ValueError(
+            f"logit_bias={pair!r} must be a token id, = and a number, such as 42=-100"
+        ) from None
 
 
 def run(options: GenerateArguments) -> int:

@@ -37,7 +37,7 @@ from twotower.engine import (
     stream_requests,
 )
 from twotower.engine.grammar import shortened
-from twotower.engine.options import FIELD_MODES
+from twotower.engine.options import FIELD_MODES, SAMPLED_ONLY
 from twotower.loading import Loaded, Placement, load
 
 REFUSED_LINES = 3  # exit status: all is done, but some lines were no request
@@ -197,7 +197,7 @@ def _defaults_beside(
     if mode is not None:
         unused |= {name for name, modes in FIELD_MODES.items() if mode not in modes}
     if own.get("temperature") == 0:
-        unused |= {"top_k", "top_p"}
+        unused |= set(SAMPLED_ONLY)
     if own.get("eos_token_id") is not None:
         unused.add("ignore_eos")
     return {name: value for name, value in given.items() if name not in unused}

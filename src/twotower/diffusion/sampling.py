@@ -22,16 +22,17 @@ Remask = Literal["confidence", "margin", "random"]
 class Sampler:
     """How the rows of a batch choose tokens. A plain record: its values are valid.
 
-    temperature 0 is argmax; top_k 0 and top_p 1 are off. Of blocks: steps are the most denoiser
-    passes; kind "confidence" commits predictions above threshold (1 and more: the fixed share of
-    each step alone); schedule is that of the other two kinds; remask and adaptive say which and how
-    many tokens "predict-and-noise" returns to the mask; with reuse_unchanged "posterior" keeps its
-    last pass while no token of the row changed.
+    temperature 0 is argmax; top_k 0, top_p 1 and min_p 0 are off. Of blocks: steps are the most
+    denoiser passes; kind "confidence" commits predictions above threshold (1 and more: the fixed
+    share of each step alone); schedule is that of the other two kinds; remask and adaptive say
+    which and how many tokens "predict-and-noise" returns to the mask; with reuse_unchanged
+    "posterior" keeps its last pass while no token of the row changed.
     """
 
     temperature: Tensor  # these are (B,); on the CPU, where generators are
     top_k: Tensor
     top_p: Tensor
+    min_p: Tensor
     steps: Tensor
     threshold: Tensor
     kind: SamplerKind = "confidence"
@@ -60,6 +61,7 @@ class Sampler:
             temperature=_of(self.temperature, rows),
             top_k=_of(self.top_k, rows),
             top_p=_of(self.top_p, rows),
+            min_p=_of(self.min_p, rows),
             steps=_of(self.steps, rows),
             threshold=_of(self.threshold, rows),
         )
@@ -83,16 +85,19 @@ def _column(values: Tensor, logits: Tensor) -> Tensor:
 
 
 def filter_logits(logits: Tensor, sampler: Sampler) -> Tensor:
-    """Scale by 1/temperature and set what top-k and then top-p exclude to -inf.
+    """Scale by 1/temperature and set what min-p, top-k and then top-p exclude to -inf.
 
     logits (B, ..., V); returns the same shape in float32, shifted so that the largest is 0
-    (a tiny temperature cannot overflow). Temperature 0 leaves the scale alone. Exactly
-    top_k tokens stay, the lower id at a tie; top-p keeps the smallest set, at least one
-    token, that reaches the mass top_p of what top-k left.
+    (a tiny temperature cannot overflow). Temperature 0 leaves the scale alone. Tokens with less
+    than min_p times the largest probability go; exactly top_k tokens stay, the lower id at a tie;
+    top-p keeps the smallest set, at least one token, that reaches the mass top_p of what is left.
     """
     scale = _column(sampler.temperature, logits).float()
     logits = logits.float()
     logits = (logits - logits.amax(-1, keepdim=True)) / torch.where(scale > 0, scale, 1.0)
+    if bool((sampler.min_p > 0).any()):
+        least = _column(sampler.min_p, logits).log()  # the largest logit is 0
+        logits = logits.masked_fill(logits < least, float("-inf"))
     if not bool((sampler.top_k > 0).any()) and bool((sampler.top_p >= 1).all()):
         return logits
     k, p = _column(sampler.top_k, logits), _column(sampler.top_p, logits)

@@ -81,6 +81,7 @@ class Batch:
             temperature=torch.tensor([float(o.temperature) for o in options]),
             top_k=torch.tensor([o.top_k for o in options]),
             top_p=torch.tensor([float(o.top_p) for o in options]),
+            min_p=torch.tensor([float(o.min_p) for o in options]),
             steps=torch.tensor(steps),
             threshold=torch.tensor([float(o.confidence_threshold) for o in options]),
             kind=_SAMPLERS.get(first.mode, "confidence"),

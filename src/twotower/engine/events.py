@@ -15,7 +15,8 @@ FinishReason = Literal["length", "eos", "stop", "content_filter"]
 class TokenLogprob:
     """How probable the context tower finds a token after the text before it, and which others.
 
-    Natural logarithms of its probabilities before temperature, top_k, top_p and grammar.
+    Natural logarithms of its probabilities before penalties, temperature, top_k, top_p, min_p
+    and grammar.
     """
 
     token: int

@@ -6,6 +6,7 @@ A field that is not given takes the checkpoint's default, and without one the li
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -21,7 +22,10 @@ FirstToken = Literal["denoiser", "context"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 MOST_LOGPROBS = 100  # alternatives to each token
 LEAST_TOP_P = 1e-6  # float32 must tell it from 0
+MOST_BIASED = 1024  # tokens of a logit_bias
 _BLOCKS: tuple[Mode, ...] = ("diffusion", "posterior", "predict-and-noise")
+_IN_ORDER: tuple[Mode, ...] = ("speculative", "ar", "mock-ar")
+LogitBias = tuple[tuple[int, float], ...]  # pairs of a token and what is added to its logit
 
 # Fields that only some modes use: given in another mode they are refused, in Python, on the command
 # line and over HTTP alike.
@@ -38,7 +42,14 @@ FIELD_MODES: Mapping[str, tuple[Mode, ...]] = {
     "adaptive": ("predict-and-noise",),
     "logprobs": (*_BLOCKS, "speculative", "ar"),
     "grammar": ("speculative", "ar"),
+    # Of a text from left to right: a block is filled in any order, its tokens all at once.
+    "presence_penalty": _IN_ORDER,
+    "frequency_penalty": _IN_ORDER,
+    "repetition_penalty": _IN_ORDER,
+    "logit_bias": _IN_ORDER,
 }
+# Fields that need a temperature above 0, with the values that are off.
+SAMPLED_ONLY: Mapping[str, float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 @documented
@@ -107,6 +118,17 @@ class GenerateOptions:
     top_p: float | None = None
     """Sample from the smallest set of most probable tokens with this total probability; 1 is
     off."""
+    min_p: float | None = None
+    """Sample from tokens with at least this share of the largest probability; 0 is off."""
+    presence_penalty: float | None = None
+    """ar, speculative, mock-ar: taken from the logit of a token that the new text has; 0 is off."""
+    frequency_penalty: float | None = None
+    """ar, speculative, mock-ar: taken from it for each time that the new text has it; 0 is off."""
+    repetition_penalty: float | None = None
+    """ar, speculative, mock-ar: divisor of a logit above 0 (factor below) of tokens of prompt and
+    new text; 1 is off."""
+    logit_bias: Mapping[int, float] | LogitBias | None = None
+    """ar, speculative, mock-ar: added to the logits of tokens, by token id; -100 to 100."""
     seed: int | None = None
     """Seed of this prompt's own random numbers; other prompts of a batch never change its text."""
     eos_token_id: int | tuple[int, ...] | None = None
@@ -134,6 +156,8 @@ class GenerateOptions:
         for name in ("eos_token_id", "stop"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.logit_bias, Mapping):
+            object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
         _check(self.given(), _CHECKS)
         if self.mode is not None:
             _refuse_unused(self, self.mode)
@@ -166,6 +190,11 @@ class ResolvedOptions:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: LogitBias = ()
     seed: int = 0
     eos_token_id: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -175,6 +204,12 @@ class ResolvedOptions:
     schedule: Schedule = "linear"
     remask: Remask = "confidence"
     adaptive: bool = False
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the logits depend on more than the model."""
+        is_penalised = self.presence_penalty or self.frequency_penalty or self.logit_bias
+        return bool(is_penalised) or self.repetition_penalty != 1
 
 
 def resolve_options(options: GenerateOptions, defaults: Mapping[str, object]) -> ResolvedOptions:
@@ -247,7 +282,7 @@ def _refuse_combinations(resolved: ResolvedOptions, given: Mapping[str, object])
                 )
     if resolved.temperature > 0:
         return
-    for name, off in (("top_k", 0), ("top_p", 1.0)):
+    for name, off in SAMPLED_ONLY.items():
         if given.get(name, off) != off:
             raise ValueError(
                 f"{name}={given[name]}: has no effect at temperature 0, which is greedy; leave it "
@@ -295,6 +330,33 @@ def _strings(value: object) -> str | None:
     return None if all(texts) else "has an empty string; leave it out"
 
 
+def _pairs(biases: Mapping[Any, Any]) -> tuple[tuple[Any, Any], ...]:
+    """Tokens and biases; the names of a JSON object are text."""
+    return tuple(
+        (
+            int(token) if isinstance(token, str) and re.fullmatch("[0-9]{1,9}", token) else token,
+            bias,
+        )
+        for token, bias in biases.items()
+    )
+
+
+def _biases(value: object) -> str | None:
+    pairs = value if isinstance(value, tuple) else (value,)
+    if len(pairs) > MOST_BIASED:
+        return f"must name at most {MOST_BIASED} tokens"
+    are_good = all(
+        isinstance(pair, tuple)
+        and len(pair) == 2
+        and _token_ids(pair[0]) is None
+        and _bias(pair[1]) is None
+        for pair in pairs
+    )
+    return None if are_good else "must map token ids to numbers between -100 and 100"
+
+
+_bias = _number(-100, 100)
+_penalty = _number(-2.0, 2.0)
 _count = _number(1, is_whole=True)
 _flag = _instance(bool, "True or False")
 _share = _number(0.0, 1.0)
@@ -317,6 +379,11 @@ _CHECKS: dict[str, Problem] = {
     "temperature": _number(0.0),
     "top_k": _number(0, is_whole=True),
     "top_p": _number(LEAST_TOP_P, 1.0),
+    "min_p": _share,
+    "presence_penalty": _penalty,
+    "frequency_penalty": _penalty,
+    "repetition_penalty": _number(0.01, 100.0),
+    "logit_bias": _biases,
     "seed": _number(0, 2**63 - 1, is_whole=True),
     "eos_token_id": _token_ids,
     "ignore_eos": _flag,

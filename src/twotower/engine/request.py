@@ -270,11 +270,11 @@ def _check(
             raise ValueError(f"{name} needs a tokenizer; pass tokenizer=load_tokenizer(path)")
     if options.grammar is not None and not options.eos_token_id:
         raise ValueError("grammar needs a token that ends the text; leave out ignore_eos")
-    for token in options.eos_token_id:
+    tokens = [("eos_token_id", token) for token in options.eos_token_id]
+    for name, token in [*tokens, *(("logit_bias", token) for token, _ in options.logit_bias)]:
         if token >= model.config.vocab_size:
             raise ValueError(
-                f"eos_token_id={token} is outside the vocabulary; "
-                f"use 0 to {model.config.vocab_size - 1}"
+                f"{name}={token} is outside the vocabulary; use 0 to {model.config.vocab_size - 1}"
             )
 
 

@@ -15,7 +15,7 @@ from twotower.engine import ar, drafts_denoiser, drafts_lookup
 from twotower.engine.batch import Batch, Choice, DecodingMode
 from twotower.engine.drafts import Proposal, best, pass_cost
 from twotower.engine.events import Event, Verified
-from twotower.engine.logits import choose_allowed, require_finite, rows_logprobs
+from twotower.engine.logits import choose_allowed, penalize, require_finite, rows_logprobs
 from twotower.engine.request import Row
 
 PROPOSE = (drafts_lookup.propose, drafts_denoiser.propose)
@@ -126,8 +126,12 @@ def count_accepted(drafts: Tensor, choices: Tensor, lengths: Tensor) -> Tensor:
 def _choices(batch: Batch, logits: Tensor) -> Tensor:
     """The AR tower's token after each of the draft's: logits (B, n, V) -> (B, n) on the CPU.
 
-    Under a grammar, choices count as far as the draft agrees with them.
+    Penalties count the draft's tokens, and under a grammar choices are made, as far as the draft
+    agrees with them.
     """
+    drafts, lengths, _ = batch.draft
+    each = zip(drafts.tolist(), lengths.tolist(), strict=True)
+    logits = penalize(logits, batch.rows, [own[1:length] for own, length in each])
     noise = None
     if not batch.sampler.is_greedy:
         noise = torch.stack([_noise(row, *logits.shape[1:]) for row in batch.rows])

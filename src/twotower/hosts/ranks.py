@@ -27,7 +27,7 @@ from twotower.model.state import CacheDelta, LayerState
 
 _log = logging.getLogger(__name__)
 _STEP_TENSORS = [field.name for field in dataclasses.fields(Step) if field.name != "index"]
-_PER_ROW = ("temperature", "top_k", "top_p", "steps", "threshold")  # of a sampler
+_PER_ROW = ("temperature", "top_k", "top_p", "min_p", "steps", "threshold")  # of a sampler
 
 
 class SplitTwoTower(TwoTower):
