@@ -62,7 +62,8 @@ def test_generate_has_a_flag_with_the_default_of_every_option(
         out = out.replace(f"--{name}, --no-", "--")
     helps = dict(re.findall(r" --([\w-]+) (.*?)(?= --\w|$)", " ".join(out.split())))
     for field in dataclasses.fields(ResolvedOptions):
-        shown = "(repeatable)" if field.name == "stop" else f"(default: {field.default})"
+        is_repeatable = field.name in ("stop", "logit_bias")
+        shown = "(repeatable)" if is_repeatable else f"(default: {field.default})"
         assert (
             shown.replace("None", "none").replace("()", "none")
             in helps[field.name.replace("_", "-")]

@@ -36,6 +36,12 @@ TOOLS = [
     {"type": "function", "function": {"name": "get", "parameters": SCHEMA}},
     {"type": "function", "function": {"name": "stop"}},
 ]
+SPELT = {
+    token: byte_tokenizer().token_bytes(token)
+    for token in range(VOCAB)
+    if token not in byte_tokenizer().special_ids
+}
+ENDS = (b",", b"}", b"]")
 GRAMMARS = {
     "schema": json_schema(SCHEMA),
     "regex": regex("(ab|ba|\u00e9){3,9}"),
@@ -67,13 +73,28 @@ def walk(grammar: Grammar, tokens: list[int]) -> GrammarState:
 
 
 def greedy_by_hand(grammar: Grammar, length: int) -> list[int]:
-    """AR decoding by the definition: each time the most probable of the allowed tokens."""
+    """AR decoding by the definition: each time the most probable of the allowed tokens, each with
+    all forbidden ones of which it is the longest allowed beginning, or that end a value of JSON
+    where another character must.
+    """
     rules = TokenRules(eos=(EOS,), mask_token_id=MASK, vocab_size=VOCAB)
     state, tokens = begin(grammar, byte_tokenizer(), rules), []
+    is_json = grammar.kind in ("json_schema", "tool_call")
     while len(tokens) < length:
         with torch.no_grad():
             logits = MODEL.context_logits(torch.tensor([PROMPT + tokens]))[0, -1]
-        tokens.append(int(logits.masked_fill(~state.mask(), -torch.inf).argmax()))
+        allowed = state.mask().nonzero().flatten().tolist()
+        probs = logits.double().softmax(-1).tolist()
+        totals = {token: probs[token] for token in allowed}
+        for token in set(SPELT) - set(allowed):
+            written = [one for one in allowed if one in SPELT and SPELT[one].strip()]
+            if heirs := [one for one in written if SPELT[token].startswith(SPELT[one])]:
+                totals[max(heirs, key=lambda one: len(SPELT[one]))] += probs[token]
+            elif is_json and SPELT[token][:1] in ENDS:
+                after = [one for end in ENDS for one in written if SPELT[one] == end]
+                for one in after[:1]:
+                    totals[one] += probs[token]
+        tokens.append(max(totals, key=totals.__getitem__))
         if tokens[-1] == EOS:
             break
         state.follow(tokens)

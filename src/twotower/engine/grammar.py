@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from twotower.engine.grammar_schema import ready_schema
+
 GrammarKind = Literal["json_schema", "tool_call", "regex", "lark"]
 _LONGEST_REASON = 300  # characters of the library's explanation
 # Between the parts of a JSON text: a space, or a new line and its indent. With more, a model that
@@ -17,10 +19,6 @@ _LONGEST_REASON = 300  # characters of the library's explanation
 _WHITESPACE = r"( |\n[ \t]{0,32})"
 _MOST_CHARS = 256 << 10  # of a grammar
 _MOST_PATTERN_CHARS = 32 << 10  # of a regex or Lark grammar
-_MOST_DEPTH = 100  # of objects and lists in a schema
-_MOST_PARTS = 20_000  # values in a schema
-_MOST_REFERENCES = 1_000  # in a schema
-_MOST_STRING = 2_000  # characters of a name, a constant, a pattern
 
 
 class GrammarFailed(Exception):
@@ -54,10 +52,14 @@ class Grammar:
             )
 
 
-def json_schema(schema: Mapping[str, object] | bool | str) -> Grammar:
-    """A JSON value that the schema (an object, or its text) accepts, after at most one space."""
+def json_schema(schema: Mapping[str, object] | bool | str, is_strict: bool = True) -> Grammar:
+    """A JSON value that the schema (an object, or its text) accepts, after at most one space.
+
+    Objects have no keys but those that the schema names, unless it has `additionalProperties`.
+    is_strict: keywords that cannot be kept are refused; otherwise they are passed over.
+    """
     start = {"name": "start", "lark_grammar": 'start: " "? @value'}
-    rules = [start, schema_rule("value", schema, "json_schema")]
+    rules = [start, schema_rule("value", schema, "json_schema", is_strict)]
     return Grammar("json_schema", json.dumps({"grammars": rules}))
 
 
@@ -72,58 +74,17 @@ def lark(text: str) -> Grammar:
 
 
 def schema_rule(
-    name: str, schema: Mapping[str, object] | bool | str, field: str
+    name: str, schema: Mapping[str, object] | bool | str, field: str, is_strict: bool = True
 ) -> dict[str, object]:
-    """A rule for llguidance whose references are the schema's own; ValueError names `field`."""
-    _check_schema(schema, field)
-    try:
-        value = json.loads(schema if isinstance(schema, str) else json.dumps(schema))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{field}: not JSON ({error}); give a JSON schema") from None
-    if not isinstance(value, dict | bool):
-        raise ValueError(f"{field}: {shortened(repr(value))} is no JSON schema; give an object")
-    if isinstance(schema, str):
-        _check_schema(value, field)
+    """A rule for llguidance whose references are the schema's own; ValueError names `field`, and so
+    does the refusal of what cannot be kept.
+    """
+    value = ready_schema(schema, field)
     if value is not False:
         own = value if isinstance(value, dict) else {}
-        # "lenient" would pass over what cannot be kept
-        value = {**own, "x-guidance": {"lenient": False, "whitespace_pattern": _WHITESPACE}}
-    return {"name": name, "json_schema": value}
-
-
-def _check_schema(schema: object, field: str) -> None:
-    """ValueError for a schema that is larger than any that is meant."""
-    num_parts = num_references = depth = longest = 0
-    left = [(schema, 0)]  # without recursion, however deep it is
-    while left and num_parts <= _MOST_PARTS:
-        value, level = left.pop()
-        num_parts += 1
-        depth = max(depth, level)
-        if isinstance(value, dict):
-            num_references += "$ref" in value
-            longest = max(longest, *map(_length, [*value, *_matched(value)]))
-            value = list(value.values())
-        if isinstance(value, list):
-            left += [(part, level + 1) for part in value]
-    for count, most, what in (
-        (num_parts, _MOST_PARTS, "values"),
-        (depth, _MOST_DEPTH, "levels of objects and lists"),
-        (num_references, _MOST_REFERENCES, "references ($ref)"),
-        (longest, _MOST_STRING, "characters in a name, constant or pattern"),
-    ):
-        if count > most:
-            raise ValueError(f"{field}: has more than {most} {what}; give a smaller schema")
-
-
-def _matched(schema: dict[str, object]) -> list[object]:
-    """Of an object of a schema, the values that a text is compared with."""
-    options = schema.get("enum")
-    known = options if isinstance(options, list) else []
-    return [schema.get("const"), schema.get("pattern"), *known]
-
-
-def _length(value: object) -> int:
-    return len(value) if isinstance(value, str) else 0
+        lenient = {"lenient": not is_strict, "coerce_one_of": not is_strict}
+        value = {**own, "x-guidance": {**lenient, "whitespace_pattern": _WHITESPACE}}
+    return {"name": name, "json_schema": value, "field": field}
 
 
 def one_line(message: str) -> str:

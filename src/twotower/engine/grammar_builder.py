@@ -19,6 +19,7 @@ from pathlib import Path
 from twotower.engine import grammar_child as child
 from twotower.engine.fork_server import Process, ProcessDied, Root
 from twotower.engine.grammar import Grammar, one_line
+from twotower.engine.grammar_prefixes import prefixes_of
 from twotower.tokenizer import Tokenizer
 
 BUILD_S = 10.0
@@ -103,7 +104,9 @@ class _Builder:
                 f"{_MEMORY >> 20} MiB, or is too deep; give a simpler one"
             ) from None
         except ValueError as error:
-            raise ValueError(f"{grammar.kind}: {one_line(str(error))}") from None
+            line = one_line(str(error))
+            is_told = line.startswith(("json_schema", "tools: "))  # the field whose rule it is
+            raise ValueError(line if is_told else f"{grammar.kind}: {line}") from None
 
     def _copy(self) -> Process:
         try:
@@ -146,6 +149,7 @@ def build(grammar: Grammar, tokenizer: Tokenizer, wall_s: float = BUILD_S) -> Bu
     ValueError (one line) for a grammar that is damaged, uses what the library cannot keep, or takes
     too much to build; GrammarsFull.
     """
+    prefixes_of(tokenizer)  # here, where nobody else waits for it
     return _builder(tokenizer).get(grammar, wall_s)
 
 

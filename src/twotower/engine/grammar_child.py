@@ -7,7 +7,7 @@ each. A request is a letter and what belongs to it; numbers have 32 bits.
 import array
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ BUILD = b"b"  # a grammar as JSON: the reply is its memory in KiB, then what can
 FOLLOW = b"f"  # tokens to take back, then new ones: the reply is what can come next, see `_next`
 ALLOWED = b"a"  # tokens: the reply is how many of them could come next, one after the other
 MASKS = b"m"  # tokens that could: the reply is the masks after each of them
+
+
+_MOST_TRIED = 300  # parts of a schema, to find the one that is refused
 
 
 def numbers(values: Sequence[int]) -> bytes:
@@ -72,7 +75,17 @@ class Program:
         elif kind == "lark":
             source = LLMatcher.grammar_from_lark(source)
         limits = LLParserLimits(verbose_errors=False)  # which would quote the text
-        self._matcher = LLMatcher(self._vocabulary, source, log_level=0, limits=limits)
+        rules = json.loads(source)["grammars"] if kind in ("json_schema", "tool_call") else []
+        fields = {rule["name"]: rule.pop("field", "") for rule in rules}
+
+        def matcher(source: str) -> Any:
+            return LLMatcher(self._vocabulary, source, log_level=0, limits=limits)
+
+        self._matcher = matcher(json.dumps({"grammars": rules}) if rules else source)
+        if self._matcher.is_error():
+            for rule in rules:
+                if place := _why_refused(rule, matcher):
+                    raise ValueError(f"{fields[rule['name']]}{place}")
         first = self._follow(0, [])  # which may take more than all before
         return numbers([_own_memory() >> 10]) + first
 
@@ -89,6 +102,47 @@ class Program:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise ValueError(self._matcher.get_error())
+
+
+def _why_refused(rule: dict[str, Any], matcher: Callable[[str], Any]) -> str:
+    """Of a rule that the library does not take by itself: the path of the smallest part of its
+    schema that it does not take either, and its words; "" for one that it takes.
+    """
+    root = rule.get("json_schema")
+    if not isinstance(root, dict):
+        return ""
+    own = {key: root[key] for key in ("x-guidance", "$defs", "definitions") if key in root}
+    num_left = _MOST_TRIED
+
+    def refusal(schema: Any) -> str:
+        nonlocal num_left
+        num_left -= 1
+        value = {**own, **schema} if isinstance(schema, dict) else schema
+        start = {"name": "start", "lark_grammar": "start: @value"}
+        rules = [start, {"name": "value", "json_schema": value}]
+        tried = matcher(json.dumps({"grammars": rules}))
+        return str(tried.get_error()) if tried.is_error() else ""
+
+    path, schema, words = "", root, refusal(root)
+    is_deeper = bool(words)
+    while is_deeper:
+        is_deeper = False
+        for name, part in _parts(schema):
+            if num_left > 0 and (found := refusal(part)):
+                path, schema, words, is_deeper = path + name, part, found, True
+                break
+    return f"{path and f', at {path[1:]}'}: {words}" if words else ""
+
+
+def _parts(schema: Any) -> Iterator[tuple[str, Any]]:
+    """The schemas in a schema, each with its place."""
+    for key, value in schema.items() if isinstance(schema, dict) else ():
+        if key in ("properties", "patternProperties", "$defs", "definitions"):
+            yield from ((f".{key}.{name}", part) for name, part in value.items())
+        elif key in ("anyOf", "oneOf", "allOf", "prefixItems"):
+            yield from ((f".{key}.{number}", part) for number, part in enumerate(value))
+        elif key in ("items", "additionalProperties"):
+            yield f".{key}", value
 
 
 def _next(matcher: Any) -> bytes:

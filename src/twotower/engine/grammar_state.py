@@ -17,6 +17,7 @@ from twotower.engine import grammar_child as child
 from twotower.engine.fork_server import Process, ProcessDied
 from twotower.engine.grammar import Grammar, GrammarFailed, one_line
 from twotower.engine.grammar_builder import Built, build
+from twotower.engine.grammar_prefixes import prefixes_of
 from twotower.tokenizer import Tokenizer
 
 _FORBIDDEN = "doesn't satisfy the grammar"  # in the library's words
@@ -92,9 +93,12 @@ class GrammarState:
     ask it: whoever calls them early has the answers when they are needed.
     """
 
-    def __init__(self, built: Built, rules: TokenRules, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, built: Built, rules: TokenRules, tokenizer: Tokenizer, is_json: bool = False
+    ) -> None:
         self._built = built
         self._rules = rules
+        self._prefixes, self._is_json = prefixes_of(tokenizer), is_json
         # A model may have more tokens than its tokenizer; the library must not be asked for those.
         unused = tokenizer.unused_ids(rules.vocab_size)
         special = {*tokenizer.special_ids, *unused, rules.mask_token_id}
@@ -143,6 +147,14 @@ class GrammarState:
         if not bool(mask.any()):
             raise GrammarFailed("grammar: no token can follow this text")
         return mask
+
+    def restrict(self, logits: Tensor) -> Tensor:
+        """Logits (V,) of what comes next: -inf but for the tokens that may, to which the others
+        leave what `TokenPrefixes` says.
+        """
+        mask = self.mask()
+        logits = self._prefixes.pass_on(logits, mask, self._is_json)
+        return logits.masked_fill(~mask.to(logits.device), float("-inf"))
 
     def forced(self) -> list[int]:
         """Tokens that spell what must come next, if anything must."""
@@ -207,7 +219,8 @@ def begin(grammar: Grammar, tokenizer: Tokenizer, rules: TokenRules) -> "Grammar
     """The state before the first token. ValueError (one line) as for `build`, and for a grammar
     that allows no text.
     """
-    state = GrammarState(build(grammar, tokenizer), rules, tokenizer)
+    is_json = grammar.kind in ("json_schema", "tool_call")
+    state = GrammarState(build(grammar, tokenizer), rules, tokenizer, is_json)
     try:
         state.mask()
     except GrammarFailed as error:

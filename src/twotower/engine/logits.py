@@ -116,6 +116,6 @@ def choose_allowed(
     place: of the row in the sampler. noise (V,): as for `choose`; None when no row samples.
     """
     assert row.grammar is not None
-    allowed = logits.masked_fill(~row.grammar.mask().to(logits.device), float("-inf"))
+    allowed = row.grammar.restrict(logits)
     own = sampler.select(torch.tensor([place]))
     return int(choose(allowed.unsqueeze(0), own, None if noise is None else noise.unsqueeze(0)))
