@@ -18,7 +18,7 @@ from twotower.engine import (
     TokenLogprob,
     TokensCommitted,
 )
-from twotower.serve.answers import ChatShape, CompletionShape, usage_of
+from twotower.serve.answers import ChatShape, CompletionShape, Replies, usage_of
 from twotower.serve.metrics import Entry, RateLimit
 from twotower.serve.requests import Generation
 from twotower.serve.service import _merged, whole_to_json
@@ -40,7 +40,7 @@ def test_a_probability_of_zero_is_still_json() -> None:
         for token, logprob in ((5, -0.5), (6, never))
     )
     texts = CompletionShape("m", TOKENIZER, ["P"], has_logprobs=True)
-    chat = ChatShape("m", TOKENIZER, None, strips_reply=False)
+    chat = ChatShape("m", TOKENIZER, Replies(None, False))
     for shape in (texts, chat):
         whole = shape.whole([completion(logprobs=logprobs)], {})
         assert "-9999.0" in json.dumps(whole, allow_nan=False)
@@ -55,7 +55,7 @@ def test_parts_of_a_character_have_names_and_bytes_of_their_own() -> None:
     assert len(ids) == 3
     tops = ((first, -0.1), (ids[1], -2.5))
     logprobs = tuple(TokenLogprob(token=token, logprob=-0.1, top=tops) for token in ids)
-    chat = ChatShape("m", tokenizer, None, strips_reply=False)
+    chat = ChatShape("m", tokenizer, Replies(None, False))
     (choice,) = chat.whole([completion(tokens=ids, logprobs=logprobs)], {})["choices"]  # type: ignore[misc]
     shown = choice["logprobs"]["content"]
     assert [byte for one in shown for byte in one["bytes"]] == list("\u20ac".encode())
@@ -68,7 +68,7 @@ def test_parts_of_a_character_have_names_and_bytes_of_their_own() -> None:
 
 
 def test_calls_and_text_around_them_are_taken_apart() -> None:
-    shape = ChatShape("m", TOKENIZER, HERMES, strips_reply=False)
+    shape = ChatShape("m", TOKENIZER, Replies(HERMES, False))
     call = '<tool_call>\n{"name": "f", "arguments": {"x": 1.50}}\n</tool_call>'
     written = completion(text=f"Wait. {call}{call}")
     choice = shape.whole([written], {})["choices"][0]  # type: ignore[index]
@@ -76,19 +76,38 @@ def test_calls_and_text_around_them_are_taken_apart() -> None:
     calls = choice["message"]["tool_calls"]
     assert [one["function"] for one in calls] == [{"name": "f", "arguments": '{"x": 1.50}'}] * 2
     assert calls[0]["id"] != calls[1]["id"]
-    assert shape.text(0, "Wait.", None) is None, "half a call was shown"
-    delta = shape.end(0, written)["choices"][0]["delta"]  # type: ignore[index]
-    assert [one["index"] for one in delta["tool_calls"]] == [0, 1]
-    cut = shape.whole([completion(text=call[:30], finish_reason="length")], {})
-    choice = cut["choices"][0]  # type: ignore[index]
-    assert choice["finish_reason"] == "length" and choice["message"]["content"] == call[:30]
+    chunks = [
+        *shape.begin(0),
+        *(
+            one
+            for piece in (f"Wait. {call[:20]}", call[20:] + call)
+            for one in shape.text(0, piece, None)
+        ),
+        *shape.end(0, written),
+    ]
+    found = [chunk["choices"][0] for chunk in chunks]  # type: ignore[index]
+    assert [one["delta"].get("content") for one in found] == ["", "Wait.", None, None, None]
+    assert [one["delta"]["tool_calls"][0]["index"] for one in found[2:4]] == [0, 1]
+    # The reason comes alone: clients end the last call with the chunk after it.
+    assert found[4]["delta"] == {} and found[4]["finish_reason"] == "tool_calls"
+    assert [one["finish_reason"] for one in found[:4]] == [None] * 4
+
+
+def test_a_cut_call_is_no_text() -> None:
+    shape = ChatShape("m", TOKENIZER, Replies(HERMES, False))
+    call = '<tool_call>\n{"name": "f", "arguments": {"x": 1.50}}\n</tool_call>'
+    (choice,) = shape.whole([completion(text=call[:-15], finish_reason="length")], {})["choices"]  # type: ignore[misc]
+    assert choice["finish_reason"] == "length" and choice["message"]["content"] is None
+    assert choice["message"]["tool_calls"][0]["function"] == {
+        "name": "f",
+        "arguments": '{"x": 1.50',
+    }
 
 
 def test_a_replys_first_blanks_belong_to_the_format() -> None:
-    shape = ChatShape("m", TOKENIZER, None, strips_reply=True)
-    chunks = [shape.text(0, text, None) for text in (" ", " a", " b")]
-    assert chunks[0] is None
-    deltas = [chunk["choices"][0]["delta"]["content"] for chunk in chunks[1:] if chunk]  # type: ignore[index]
+    shape = ChatShape("m", TOKENIZER, Replies(None, True))
+    chunks = [one for text in (" ", " a", " b") for one in shape.text(0, text, None)]
+    deltas = [chunk["choices"][0]["delta"]["content"] for chunk in chunks]  # type: ignore[index]
     assert deltas == ["a", " b"]
 
 
@@ -96,6 +115,7 @@ def test_prompts_count_once_and_cached_tokens_are_those_of_all_choices() -> None
     """Guards against n choices that are billed n prompts, or find themselves in the cache."""
     first, second = (Request(prompt, GenerateOptions()) for prompt in ([1, 2, 3], [4, 5]))
     asked = Generation(
+        prompts=([1, 2, 3], [4, 5]),
         requests=(first, first, second, second),
         num_choices=2,
         mode="ar",
@@ -150,7 +170,7 @@ def test_a_whole_answer_is_the_same_json_piece_by_piece() -> None:
 
 def test_a_deep_reply_is_text_and_no_error() -> None:
     """Guards a reply that a model began with a thousand brackets."""
-    shape = ChatShape("m", TOKENIZER, BARE, strips_reply=False)
+    shape = ChatShape("m", TOKENIZER, Replies(BARE, False))
     for depth in (50, 101, 500, 900, 5_000):
         text = '{"name": "f",  "arguments": {"a": ' + "[" * depth + "]" * depth + "}}"
         choice = shape.whole([completion(text=text)], {})["choices"][0]  # type: ignore[index]

@@ -1,8 +1,11 @@
 """Tool calls: which texts each choice and style lets a model write, and how they are read."""
 
+import itertools
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tiny_models import MASK
 from tiny_text import byte_tokenizer
@@ -11,6 +14,7 @@ from twotower.engine.grammar_state import TokenRules, begin
 from twotower.serve.tool_calls import (
     BARE,
     HERMES,
+    CallReader,
     ToolCall,
     Tools,
     ToolStyle,
@@ -160,12 +164,62 @@ def test_unusable_tools(tools: Tools, choice: str, said: str) -> None:
                 (ToolCall("get", '{"city": "Oslo"}'), ToolCall('st"op', "{}")),
             ),
         ),
-        (tagged(GET)[:-3], HERMES, ToolText(tagged(GET)[:-3], ())),
+        (tagged(GET)[:-3], HERMES, ToolText("", (ToolCall("get", '{"city": "Oslo"}'),))),
+        (tagged(GET)[:40], HERMES, ToolText(tagged(GET)[:40], ())),
         (tagged("x"), HERMES, ToolText(tagged("x"), ())),
     ],
 )
 def test_reading(text: str, style: ToolStyle, expected: ToolText) -> None:
     assert read_tool_calls(text, style) == expected
+
+
+@pytest.mark.parametrize("style", [BARE, HERMES])
+def test_a_call_that_is_cut_is_a_call_or_nothing(style: ToolStyle) -> None:
+    """Guards a client from half a call as text, wherever `max_tokens` ends it."""
+    before = "I look.\n" if style.begin else ""
+    whole = f"{before}{style.begin}{STOP}{style.end}"
+    opening = '{"name": "st\\"op", "arguments": '
+    for length in range(len(before) + len(style.begin) + 1, len(whole) + 1):
+        found = read_tool_calls(whole[:length], style, is_cut=True)
+        written = whole[len(before) + len(style.begin) : length].partition(style.end[:1] or "-")[0]
+        assert found.content.strip() == before.strip()
+        if len(written) < len(opening):
+            assert (found.calls, found.is_cut) == ((), True)
+        else:
+            ((name, arguments),) = [(one.name, one.arguments) for one in found.calls]
+            assert name == 'st"op' and "{}".startswith(arguments)
+            assert found.is_cut == (len(written) < len(STOP))
+
+
+def test_text_flows_as_soon_as_it_is_no_call() -> None:
+    """Guards a stream that waits for its end because a call might come."""
+    reader = CallReader(HERMES)
+    found = [reader.push(one).content for one in "a <t b\nc"]
+    assert found == ["a", "", "", "", " <t", " b", "", "\nc"]
+    reader = CallReader(BARE)
+    assert [reader.push(one).content for one in " no {"] == ["", " n", "o", " ", "{"]
+
+
+@settings(max_examples=200)
+@given(
+    parts=st.lists(st.sampled_from(["a", " ", "\n", "<", "<tool_call>", tagged(GET), "{", "x"])),
+    cuts=st.lists(st.integers(0, 60)),
+    style=st.sampled_from([BARE, HERMES]),
+    is_cut=st.booleans(),
+)
+def test_pieces_give_what_the_whole_gives(
+    parts: list[str], cuts: list[int], style: ToolStyle, is_cut: bool
+) -> None:
+    """Guards the border between chunks: a mark or white space that lies across it."""
+    text = "".join(parts)
+    places = sorted({min(place, len(text)) for place in [0, *cuts, len(text)]})
+    reader = CallReader(style)
+    found = [reader.push(text[a:b]) for a, b in itertools.pairwise(places)]
+    found.append(reader.close(is_cut))
+    whole = read_tool_calls(text, style, is_cut)
+    assert "".join(one.content for one in found) == whole.content
+    assert tuple(call for one in found for call in one.calls) == whole.calls
+    assert is_cut or tagged(GET) in text or whole.content == text
 
 
 def test_arguments_stay_as_written() -> None:

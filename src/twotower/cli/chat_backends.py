@@ -108,7 +108,7 @@ class Local:
 
     def reply(self, body: Body) -> Generator[Chunk, None, None]:
         """See Backend."""
-        from twotower.serve.answers import ChatShape, usage_of
+        from twotower.serve.answers import ChatShape, Replies, usage_of
         from twotower.serve.errors import ApiError
         from twotower.serve.requests import Reader
         from twotower.serve.schema import ChatRequest, parse
@@ -122,14 +122,14 @@ class Local:
             raise ValueError(error.message) from None
         template = self._served.template
         assert template is not None  # which the reader has refused
-        shape = ChatShape(self.name, self._served.tokenizer, None, template.strips_reply)
+        shape = ChatShape(self.name, self._served.tokenizer, Replies(None, template.strips_reply))
         with contextlib.closing(ticket.events()) as events:
             for event in events:
                 match event:
-                    case TokensCommitted(text=text) if chunk := shape.text(0, text, None):
-                        yield chunk
+                    case TokensCommitted(text=text):
+                        yield from shape.text(0, text, None)
                     case Finished(completion=completion):
-                        yield shape.usage(usage_of(asked, [completion]))
+                        yield from shape.usage([completion], usage_of(asked, [completion]))
                     case Failed(message=message):
                         raise ValueError(message)
 

@@ -176,6 +176,8 @@ class Group:
 def kind_of(row: Row) -> object:
     """Equal for rows that can share passes: equal in all that shapes a pass."""
     o = row.options
+    if row.given:
+        return ("given",)
     if o.mode in ("ar", "mock-ar"):
         return (o.mode,)
     is_verified = o.verify_threshold > 0 or o.logprobs is not None

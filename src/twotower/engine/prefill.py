@@ -6,6 +6,7 @@ from twotower.engine.ar import AR
 from twotower.engine.batch import Batch, DecodingMode, kind_of
 from twotower.engine.blocks import BLOCKS
 from twotower.engine.denoiser import new_denoiser
+from twotower.engine.given import GIVEN
 from twotower.engine.mock_ar import MOCK_AR
 from twotower.engine.options import Mode
 from twotower.engine.prefix_cache import PrefixCache
@@ -65,7 +66,8 @@ def open_batches(model: TwoTower, rows: Sequence[Row], are_alone: bool) -> Itera
             own.append([row])
     for row_lists in groups.values():
         for some in row_lists:
-            mode, cache = DECODING_MODES[some[0].options.mode], model.empty_cache(len(some))
+            first, cache = some[0], model.empty_cache(len(some))
+            mode = GIVEN if first.given else DECODING_MODES[first.options.mode]
             yield Batch(model, mode, some, cache, new_denoiser(model))
 
 

@@ -11,6 +11,7 @@ import operator
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -45,13 +46,15 @@ class Request(NamedTuple):
 
     filters: what no reader may see of its text. caller: who asks; callers share the engine's places
     evenly, and a caller's long rows make room for its short ones. Rows without one are served in
-    the order in which they come.
+    the order in which they come. given: token ids that the text is to be, whatever the model would
+    choose: the row tells their log-probabilities.
     """
 
     prompt: Prompt
     options: GenerateOptions
     filters: tuple[Filter, ...] = ()
     caller: str | None = None
+    given: tuple[int, ...] = ()
 
 
 class Row:
@@ -66,10 +69,11 @@ class Row:
         grammar: GrammarState | None = None,
         caller: str | None = None,
         unused_ids: tuple[int, ...] = (),
+        given: Sequence[int] = (),
     ) -> None:
         self.unused_ids = unused_ids  # of the vocabulary, that no text has
         self.index, self.prompt, self.options = index, prompt, options
-        self.text, self.grammar, self.caller = text, grammar, caller
+        self.text, self.grammar, self.caller, self.given = text, grammar, caller, given
         self.generator = torch.Generator().manual_seed(options.seed)
         self.tokens: list[int] = []  # all, also those that filters hold back
         self.finish_reason: FinishReason | None = None
@@ -215,6 +219,10 @@ def make_row(
     options = resolve_options(request.options, defaults_of(model))
     _check(model, options, tokenizer, request.filters)
     prompt = _prompt_ids(model, name, request.prompt, tokenizer)
+    if request.given:
+        options = replace(options, max_new_tokens=len(request.given))
+        given = _prompt_ids(model, name, request.given, tokenizer)
+        return Row(index, prompt, options, None, None, request.caller, given)
     text = None if tokenizer is None else RowText(tokenizer, options.stop, request.filters)
     grammar = None
     if options.grammar is not None:

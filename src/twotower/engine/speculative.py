@@ -129,7 +129,7 @@ def _choices(batch: Batch, logits: Tensor) -> Tensor:
     Penalties count the draft's tokens, and under a grammar choices are made, as far as the draft
     agrees with them.
     """
-    drafts, lengths, _ = batch.draft
+    drafts, lengths = batch.draft
     each = zip(drafts.tolist(), lengths.tolist(), strict=True)
     logits = penalize(logits, batch.rows, [own[1:length] for own, length in each])
     noise = None

@@ -11,11 +11,19 @@ from typing import Protocol
 from twotower.engine import Completion, StepTaken, Ticket, TokensCommitted
 from twotower.engine.events import TokenLogprob
 from twotower.serve.requests import Generation
-from twotower.serve.tool_calls import ToolStyle, split_calls
+from twotower.serve.tool_calls import (
+    CallReader,
+    ToolStyle,
+    ToolText,
+    call_record,
+    read_tool_calls,
+)
 from twotower.tokenizer import Tokenizer
 
-Calls = list[dict[str, object]]
+Chunks = list[dict[str, object]]
 Logprobs = Sequence[TokenLogprob] | None
+# Of a text that is given: its first token has no probability.
+Scores = Sequence[TokenLogprob | int]
 _FINISH = {"eos": "stop"}  # OpenAI's word for a text that ended by itself; the others agree
 
 
@@ -25,29 +33,35 @@ class Shape(Protocol):
     def whole(self, completions: Sequence[Completion], usage: object) -> dict[str, object]:
         """The answer in one piece."""
 
-    def begin(self, index: int) -> dict[str, object] | None:
-        """A choice's first chunk, if it has one before its text."""
+    def begin(self, index: int) -> Chunks:
+        """What comes before a choice's text."""
 
-    def text(self, index: int, text: str, logprobs: Logprobs) -> dict[str, object] | None:
-        """A chunk of text, if it is to be seen now."""
+    def text(self, index: int, text: str, logprobs: Logprobs) -> Chunks:
+        """What of a text, and of all that came before it, is to be seen now."""
 
-    def end(self, index: int, completion: Completion) -> dict[str, object]:
-        """A choice's last chunk."""
+    def end(self, index: int, completion: Completion) -> Chunks:
+        """What is left of a choice, and why it ended."""
 
-    def usage(self, usage: object) -> dict[str, object]:
-        """The chunk after all choices."""
+    def usage(self, completions: Sequence[Completion], usage: object) -> Chunks:
+        """What comes after all choices."""
 
 
 class CompletionShape:
     """`text_completion` objects."""
 
     def __init__(
-        self, model: str, tokenizer: Tokenizer, echo: Sequence[str], has_logprobs: bool
+        self,
+        model: str,
+        tokenizer: Tokenizer,
+        echo: Sequence[str],
+        has_logprobs: bool,
+        scores: Sequence[Scores] = (),
     ) -> None:
-        """echo: what stands before each choice's text."""
+        """echo: what stands before each choice's text. scores: of each, with log-probabilities."""
         self._head = _head("cmpl", "text_completion", model)
         self._tokenizer = tokenizer
         self._echo = echo
+        self._scores = scores or [()] * len(echo)
         self._has_logprobs = has_logprobs
         self._offset = dict.fromkeys(range(len(echo)), 0)  # characters of each choice so far
         self._streams = {index: tokenizer.stream() for index in self._offset}
@@ -57,60 +71,66 @@ class CompletionShape:
             self._choice(
                 index,
                 self._echo[index] + (completion.text or ""),
-                completion.logprobs,
-                _FINISH.get(completion.finish_reason, completion.finish_reason),
+                [*self._scores[index], *(completion.logprobs or ())],
+                _reason(completion),
             )
             for index, completion in enumerate(completions)
         ]
         return {**self._head, "choices": choices, "usage": usage}
 
-    def begin(self, index: int) -> dict[str, object] | None:
-        return self.text(index, self._echo[index], None) if self._echo[index] else None
+    def begin(self, index: int) -> Chunks:
+        if not self._echo[index]:
+            return []
+        return self._chunk(self._choice(index, self._echo[index], self._scores[index], None))
 
-    def text(self, index: int, text: str, logprobs: Logprobs) -> dict[str, object] | None:
-        return {**self._head, "choices": [self._choice(index, text, logprobs, None)]}
+    def text(self, index: int, text: str, logprobs: Logprobs) -> Chunks:
+        return self._chunk(self._choice(index, text, logprobs, None))
 
-    def end(self, index: int, completion: Completion) -> dict[str, object]:
-        reason = _FINISH.get(completion.finish_reason, completion.finish_reason)
-        return {**self._head, "choices": [self._choice(index, "", None, reason)]}
+    def end(self, index: int, completion: Completion) -> Chunks:
+        return self._chunk(self._choice(index, "", None, _reason(completion)))
 
-    def usage(self, usage: object) -> dict[str, object]:
-        return {**self._head, "choices": [], "usage": usage}
+    def usage(self, completions: Sequence[Completion], usage: object) -> Chunks:
+        return [{**self._head, "choices": [], "usage": usage}]
+
+    def _chunk(self, choice: dict[str, object]) -> Chunks:
+        return [{**self._head, "choices": [choice]}]
 
     def _choice(
-        self, index: int, text: str, logprobs: Logprobs, reason: str | None
+        self, index: int, text: str, logprobs: Scores | None, reason: str | None
     ) -> dict[str, object]:
         shown = self._logprobs(index, logprobs) if self._has_logprobs and logprobs else None
         return {"index": index, "text": text, "logprobs": shown, "finish_reason": reason}
 
-    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, object]:
+    def _logprobs(self, index: int, logprobs: Scores) -> dict[str, object]:
+        ids = [one if isinstance(one, int) else one.token for one in logprobs]
+        known = [None if isinstance(one, int) else one for one in logprobs]
         offsets = []
-        for one in logprobs:  # a part of a character stands where the character will
+        for token in ids:  # a part of a character stands where the character will
             offsets.append(self._offset[index])
-            self._offset[index] += len(self._streams[index].push([one.token]))
+            self._offset[index] += len(self._streams[index].push([token]))
         return {
-            "tokens": [token_name(self._tokenizer, one.token) for one in logprobs],
-            "token_logprobs": [_finite(one.logprob) for one in logprobs],
-            "top_logprobs": [
-                {token_name(self._tokenizer, id_): _finite(value) for id_, value in one.top} or None
-                for one in logprobs
-            ],
+            "tokens": [token_name(self._tokenizer, token) for token in ids],
+            "token_logprobs": [one and _finite(one.logprob) for one in known],
+            "top_logprobs": [one and (self._top(one) or None) for one in known],
             "text_offset": offsets,
         }
 
+    def _top(self, logprob: TokenLogprob) -> dict[str, float]:
+        """Alternatives by name; of tokens that are written alike, the later ones by number."""
+        named: dict[str, float] = {}
+        for token, value in logprob.top:
+            name = token_name(self._tokenizer, token)
+            named[f"token_id:{token}" if name in named else name] = _finite(value)
+        return named
+
 
 class ChatShape:
-    """`chat.completion` objects; where tools may be called, a reply is sent when it is whole."""
+    """`chat.completion` objects."""
 
-    def __init__(
-        self, model: str, tokenizer: Tokenizer, style: ToolStyle | None, strips_reply: bool
-    ) -> None:
-        """style: how calls are written, None where there are no tools."""
+    def __init__(self, model: str, tokenizer: Tokenizer, replies: "Replies") -> None:
         self._head = _head("chatcmpl", "chat.completion.chunk", model)
-        self._tokenizer = tokenizer
-        self._style = style
-        self._strips = strips_reply
-        self._has_text: set[int] = set()  # choices whose text has begun
+        self._tokenizer, self._replies = tokenizer, replies
+        self._num_calls: dict[int, int] = {}
 
     def whole(self, completions: Sequence[Completion], usage: object) -> dict[str, object]:
         choices = [self._whole(index, one) for index, one in enumerate(completions)]
@@ -118,51 +138,45 @@ class ChatShape:
         return {**head, "choices": choices, "usage": usage}
 
     def _whole(self, index: int, completion: Completion) -> dict[str, object]:
-        text, calls = self._split(completion)
-        message: dict[str, object] = {"role": "assistant", "content": text}
-        if calls:
-            message |= {"content": text or None, "tool_calls": calls}
+        taken = self._replies.whole(completion)
+        message: dict[str, object] = {"role": "assistant", "content": taken.content}
+        if taken.calls:
+            calls = list(map(call_record, taken.calls))
+            message |= {"content": taken.content or None, "tool_calls": calls}
         logprobs = completion.logprobs
         return {
             "index": index,
             "message": message,
             "logprobs": None if logprobs is None else self._logprobs(logprobs),
-            "finish_reason": _reason(completion, calls),
+            "finish_reason": _reason(completion, bool(taken.calls) and not taken.is_cut),
         }
 
-    def begin(self, index: int) -> dict[str, object] | None:
-        return self._chunk(index, {"role": "assistant", "content": ""}, None, None)
+    def begin(self, index: int) -> Chunks:
+        self._num_calls[index] = 0
+        return [self._chunk(index, {"role": "assistant", "content": ""}, None, None)]
 
-    def text(self, index: int, text: str, logprobs: Logprobs) -> dict[str, object] | None:
-        if self._style is not None:
-            return None
-        if self._strips and index not in self._has_text:
-            text = text.lstrip()
-        if text:
-            self._has_text.add(index)
-        elif not logprobs:
-            return None
-        return self._chunk(index, {"content": text}, logprobs, None)
+    def text(self, index: int, text: str, logprobs: Logprobs) -> Chunks:
+        return self._shown(index, self._replies.push(index, text), logprobs)
 
-    def end(self, index: int, completion: Completion) -> dict[str, object]:
-        delta: dict[str, object] = {}
-        calls: Calls = []
-        logprobs = None
-        if self._style is not None:
-            text, calls = self._split(completion)
-            logprobs = completion.logprobs
-            if text or not calls:
-                delta["content"] = text
-            if calls:
-                delta["tool_calls"] = [{"index": n, **call} for n, call in enumerate(calls)]
-        return self._chunk(index, delta, logprobs, _reason(completion, calls))
+    def end(self, index: int, completion: Completion) -> Chunks:
+        rest = self._replies.close(index, completion)
+        chunks = self._shown(index, rest, None)
+        has_called = self._num_calls[index] > 0 and not rest.is_cut
+        # Of its own: clients close what they gather of a call when a chunk has no more of it.
+        return [*chunks, self._chunk(index, {}, None, _reason(completion, has_called))]
 
-    def usage(self, usage: object) -> dict[str, object]:
-        return {**self._head, "choices": [], "usage": usage}
+    def usage(self, completions: Sequence[Completion], usage: object) -> Chunks:
+        return [{**self._head, "choices": [], "usage": usage}]
 
-    def _split(self, completion: Completion) -> tuple[str, Calls]:
-        text = completion.text or ""
-        return split_calls(text.lstrip() if self._strips else text, self._style)
+    def _shown(self, index: int, taken: ToolText, logprobs: Logprobs) -> Chunks:
+        chunks = []
+        if taken.content or logprobs:
+            chunks.append(self._chunk(index, {"content": taken.content}, logprobs, None))
+        for call in taken.calls:
+            record = {"index": self._num_calls[index], **call_record(call)}
+            chunks.append(self._chunk(index, {"tool_calls": [record]}, None, None))
+            self._num_calls[index] += 1
+        return chunks
 
     def _chunk(
         self, index: int, delta: dict[str, object], logprobs: Logprobs, reason: str | None
@@ -179,7 +193,7 @@ class ChatShape:
             }
             for one in logprobs
         ]
-        return {"content": content}
+        return {"content": content, "refusal": None}
 
     def _named(self, token: int, logprob: float) -> dict[str, object]:
         return {
@@ -187,6 +201,42 @@ class ChatShape:
             "logprob": _finite(logprob),
             "bytes": list(self._tokenizer.token_bytes(token)),
         }
+
+
+class Replies:
+    """The replies of one answer as text and calls, whole or while they come."""
+
+    def __init__(self, style: ToolStyle | None, strips_reply: bool) -> None:
+        """style: how calls are written, None where there are no tools. strips_reply: whether a
+        reply's first blank belongs to the format.
+        """
+        self._style, self._strips = style, strips_reply
+        self._has_text: set[int] = set()  # replies whose text has begun
+        self._readers: dict[int, CallReader] = {}
+
+    def whole(self, completion: Completion) -> ToolText:
+        """All of a reply."""
+        text = completion.text or ""
+        text = text.lstrip() if self._strips else text
+        if self._style is None:
+            return ToolText(text)
+        return read_tool_calls(text, self._style, _is_cut(completion))
+
+    def push(self, index: int, text: str) -> ToolText:
+        """What the next characters of a reply make known."""
+        if self._strips and index not in self._has_text:
+            text = text.lstrip()
+        if text:
+            self._has_text.add(index)
+        return ToolText(text) if self._style is None else self._reader(index).push(text)
+
+    def close(self, index: int, completion: Completion) -> ToolText:
+        """What its end makes known."""
+        return ToolText() if self._style is None else self._reader(index).close(_is_cut(completion))
+
+    def _reader(self, index: int) -> CallReader:
+        assert self._style is not None
+        return self._readers.setdefault(index, CallReader(self._style))
 
 
 def token_name(tokenizer: Tokenizer, token: int) -> str:
@@ -203,15 +253,23 @@ def _finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def _reason(completion: Completion, calls: Calls) -> str:
-    if calls:
+def _reason(completion: Completion, has_called: bool = False) -> str:
+    if has_called:
         return "tool_calls"
     return _FINISH.get(completion.finish_reason, completion.finish_reason)
+
+
+def _is_cut(completion: Completion) -> bool:
+    """Whether a text has not ended by itself."""
+    return completion.finish_reason != "eos"
 
 
 def _head(prefix: str, kind: str, model: str) -> dict[str, object]:
     number = f"{prefix}-{secrets.token_hex(12)}"
     return {"id": number, "object": kind, "created": int(time.time()), "model": model}
+
+
+NOTHING = Completion(tokens=[], text="", nfe=0, context_forwards=0, finish_reason="length")
 
 
 def usage_of(asked: Generation, completions: Sequence[Completion]) -> dict[str, object]:

@@ -5,10 +5,11 @@ The two endpoints that write text turn a body into rows, and rows into an answer
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 from fastapi import FastAPI, Request, Response
@@ -19,12 +20,22 @@ from starlette.middleware.cors import CORSMiddleware
 
 from twotower.engine import Worker
 from twotower.serve.access import Keys, Limits
-from twotower.serve.answers import ChatShape, CompletionShape, Shape, Viewer, usage_of
-from twotower.serve.errors import ApiError
+from twotower.serve.answers import (
+    NOTHING,
+    ChatShape,
+    CompletionShape,
+    Replies,
+    Scores,
+    Shape,
+    Viewer,
+    usage_of,
+)
+from twotower.serve.errors import ApiError, bad_value
 from twotower.serve.guard import CALLER, ENTRY, Guard, Rules
 from twotower.serve.metrics import Entry, Metrics, Observed
 from twotower.serve.options import ServeOptions
 from twotower.serve.requests import Generation, Served
+from twotower.serve.responses import ResponseShape, ResponsesRequest, as_chat
 from twotower.serve.schema import (
     ChatRequest,
     CompletionRequest,
@@ -37,6 +48,7 @@ from twotower.serve.service import (
     DONE,
     Service,
     gather,
+    score,
     stopping,
     stream_lines,
     submit,
@@ -170,45 +182,71 @@ BodyT = TypeVar("BodyT", bound=Decoding)
 
 
 def add_text_routes(app: FastAPI, service: Service) -> None:
-    """/v1/completions and /v1/chat/completions."""
+    """The endpoints that write text."""
+    for path, (record, kind, explanation, ask) in _ENDPOINTS.items():
+        app.add_api_route(
+            path,
+            _endpoint(service, record, ask),
+            methods=["POST"],
+            description=explanation,
+            name=path.rpartition("/v1/")[2],
+            responses=answers_of(kind),
+            openapi_extra=body_of(record),
+        )
 
-    @app.post(
-        "/v1/completions",
-        responses=answers_of("text_completion"),
-        openapi_extra=body_of(CompletionRequest),
-    )
-    async def completions(request: Request) -> Response:
-        """Continue prompts."""
-        body = await _read(request, service, CompletionRequest)
-        caller = request.scope[CALLER]
-        asked, shape = await asyncio.to_thread(_completion, body, service, caller)
+
+Asked = tuple[Generation, Callable[[Sequence[Scores]], Shape]]  # what is asked, how it is answered
+Ask = Callable[[Any, Service, str], Asked]
+
+
+def _endpoint(
+    service: Service, record: type[Decoding], ask: Ask
+) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        body = await _read(request, service, record)
+        asked, shape = await asyncio.to_thread(ask, body, service, request.scope[CALLER])
         return await _answer(request, service, body, asked, shape)
 
-    @app.post(
-        "/v1/chat/completions",
-        responses=answers_of("chat.completion"),
-        openapi_extra=body_of(ChatRequest),
-    )
-    async def chat(request: Request) -> Response:
-        """Answer a conversation."""
-        body = await _read(request, service, ChatRequest)
-        asked, shape = await asyncio.to_thread(_chat, body, service, request.scope[CALLER])
-        return await _answer(request, service, body, asked, shape)
+    return endpoint
 
 
-def _completion(body: CompletionRequest, service: Service, caller: str) -> tuple[Generation, Shape]:
+def _completion(body: CompletionRequest, service: Service, caller: str) -> Asked:
     asked, served = service.reader.completion(body, caller), service.served
-    echo = [served.tokenizer.decode(p) if body.echo else "" for p in asked.prompts]
-    each = [text for text in echo for _ in range(asked.num_choices)]
-    return asked, CompletionShape(served.name, served.tokenizer, each, body.logprobs is not None)
+    try:
+        echo = [served.tokenizer.decode(p) if body.echo else "" for p in asked.prompts]
+    except ValueError as error:  # an id that is no token
+        raise bad_value(error) from None
+    each, has_logprobs = (
+        [t for t in echo for _ in range(asked.num_choices)],
+        body.logprobs is not None,
+    )
+    return asked, partial(CompletionShape, served.name, served.tokenizer, each, has_logprobs)
 
 
-def _chat(body: ChatRequest, service: Service, caller: str) -> tuple[Generation, Shape]:
+def _chat(body: ChatRequest, service: Service, caller: str) -> Asked:
     asked, served = service.reader.chat(body, caller), service.served
+    return asked, lambda _: ChatShape(served.name, served.tokenizer, _replies(body, served))
+
+
+def _response(body: ResponsesRequest, service: Service, caller: str) -> Asked:
+    chat, served = as_chat(body), service.served
+    asked = service.reader.chat(chat, caller)
+    return asked, lambda _: ResponseShape(served.name, _replies(chat, served), body)
+
+
+def _replies(body: ChatRequest, served: Served) -> Replies:
+    """How replies are taken apart."""
     assert served.template is not None  # which the reader has refused
-    has_calls = body.tools is not None and body.tool_choice != "none"
+    has_calls = bool(body.tools) and body.tool_choice != "none"
     style = served.template.tool_style if has_calls else None
-    return asked, ChatShape(served.name, served.tokenizer, style, served.template.strips_reply)
+    return Replies(style, served.template.strips_reply)
+
+
+_ENDPOINTS: dict[str, tuple[type[Decoding], str, str, Ask]] = {
+    "/v1/completions": (CompletionRequest, "text_completion", "Continue prompts.", _completion),
+    "/v1/chat/completions": (ChatRequest, "chat.completion", "Answer a conversation.", _chat),
+    "/v1/responses": (ResponsesRequest, "response", "Answer a conversation, in items.", _response),
+}
 
 
 async def _read(request: Request, service: Service, record: type[BodyT]) -> BodyT:
@@ -221,24 +259,30 @@ async def _read(request: Request, service: Service, record: type[BodyT]) -> Body
     is_small = len(content) < _SMALL_BODY
     body = parse(record, content) if is_small else await asyncio.to_thread(parse, record, content)
     entry: Entry = request.scope[ENTRY]
-    if body.user is not None:
-        entry["user"] = body.user
+    if (user := body.user or body.safety_identifier) is not None:
+        entry["user"] = user
     return body
 
 
 async def _answer(
-    request: Request, service: Service, body: Decoding, asked: Generation, shape: Shape
+    request: Request,
+    service: Service,
+    body: Decoding,
+    asked: Generation,
+    shape_of: Callable[[Sequence[Scores]], Shape],
 ) -> Response:
     entry: Entry = request.scope[ENTRY]
     tokenizer = service.served.tokenizer
     if service.options.log_prompts:
         entry["prompts"] = [tokenizer.decode(p, skip_special=False) for p in asked.prompts]
     observed = Observed(asked, service.metrics, entry)
+    shape = shape_of(await until_gone(request.receive, score(service.worker, asked)))
     built = await until_gone(request.receive, service.build(asked))
     tickets = await asyncio.to_thread(submit, service.worker, asked)
     del built  # the rows hold it
     if not body.stream:
         completions = await until_gone(request.receive, gather(tickets, observed))
+        completions = completions or [NOTHING] * asked.num_answers
         if service.options.log_prompts:
             entry["texts"] = [completion.text for completion in completions]
         answer = await asyncio.to_thread(
@@ -262,6 +306,10 @@ async def _events(
 ) -> AsyncIterator[dict[str, str]]:
     async with contextlib.aclosing(lines):  # whoever goes away closes us, and we the rows
         async for record in lines:
-            if "usage" not in record or has_usage:
-                yield {"data": to_json(record)}
+            if "usage" in record and not has_usage:
+                continue
+            if "choices" in record and has_usage:
+                record.setdefault("usage", None)
+            kind = record.get("type")
+            yield {"data": to_json(record)} | ({"event": str(kind)} if kind else {})
     yield {"data": DONE}

@@ -9,7 +9,7 @@ from pathlib import Path
 from twotower.engine.fork_server import Process, ProcessDied, Root
 from twotower.serve import template_child as child
 from twotower.serve.errors import ApiError
-from twotower.serve.schema import ChatRequest, Message
+from twotower.serve.schema import ChatRequest, ContentPart, Message, ToolCall
 from twotower.serve.tool_calls import BARE, HERMES, ToolStyle, parse_json
 from twotower.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer
 
@@ -229,11 +229,11 @@ def encode_chat(
             "server with --chat-template FILE",
             code="no_chat_template",
         )
-    if body.tools is not None and not template.has_tools:
+    # A caller who forbids calls is answered as if there were no tools.
+    tools = body.tools if body.tools and body.tool_choice != "none" else None
+    if tools and not template.has_tools:
         raise ApiError(400, "tools: the model's chat template has no place for them", param="tools")
     turns = [_turn(number, message) for number, message in enumerate(body.messages)]
-    # A caller who forbids calls is answered as if there were no tools.
-    tools = None if body.tools is None or body.tool_choice == "none" else body.tools
     tool_records = None if tools is None else [tool.model_dump(exclude_none=True) for tool in tools]
     ids = template.encode(turns, tool_records, tokenizer, max_tokens)
     if not ids:
@@ -241,37 +241,66 @@ def encode_chat(
     return ids
 
 
+# What clients call parts of text, and parts of an answer that are none of what it said.
+_TEXTS = ("text", "input_text", "output_text", "refusal")
+_NOT_SAID = ("thinking", "redacted_thinking", "reasoning")
+_ROLES = {"developer": "system", "function": "tool"}
+
+
 def _turn(number: int, message: Message) -> dict[str, object]:
+    """A message as templates know it."""
     content = message.content
     if isinstance(content, list):
-        content = "".join(part.text for part in content)
-    if content is None and not message.tool_calls:
+        content = "".join(_said(number, part) for part in content)
+    calls = _calls(message)
+    if content is None and message.role != "assistant":
         raise ApiError(400, f"messages.{number}.content: is missing; give text", param="messages")
     turn: dict[str, object] = {
-        "role": "system" if message.role == "developer" else message.role,
-        "content": content or "",
+        "role": _ROLES.get(message.role, message.role),
+        "content": content or message.refusal or "",
     }
     for name in ("name", "tool_call_id"):
         if getattr(message, name) is not None:
             turn[name] = getattr(message, name)
-    if message.tool_calls:
-        turn["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {
-                    "name": call.function.name,
-                    "arguments": _arguments(number, call.function.arguments),
-                },
-            }
-            for call in message.tool_calls
-        ]
+    if calls:
+        turn["tool_calls"] = calls
     return turn
 
 
-def _arguments(number: int, text: str) -> object:
+def _said(number: int, part: ContentPart) -> str:
+    if part.type in _NOT_SAID:
+        return ""
+    if part.type not in _TEXTS:
+        message = f"messages.{number}.content: a part of type {part.type!r} is no text, and this"
+        raise ApiError(400, f"{message} model reads text only", param="messages")
+    return part.text or part.refusal or ""
+
+
+def _calls(message: Message) -> list[dict[str, object]]:
+    """The calls that a message holds, in the one form that templates know."""
+    calls = list(message.tool_calls or ())
+    if message.function_call is not None and not calls:
+        calls = [ToolCall(function=message.function_call)]
+    return [
+        {"id": call.id or f"call_{place}", "type": "function", "function": function}
+        for place, call in enumerate(calls)
+        if (function := _called(call)) is not None
+    ]
+
+
+def _called(call: ToolCall) -> dict[str, object] | None:
+    if call.custom is not None:
+        return {"name": call.custom.name, "arguments": {"input": call.custom.input}}
+    if call.function is None:
+        return None
+    return {"name": call.function.name, "arguments": _arguments(call.function.arguments)}
+
+
+def _arguments(given: str | dict[str, object] | None) -> object:
+    """Arguments as a value. A call that was cut has half of one: that stays the text it is."""
+    if not isinstance(given, str):
+        return given or {}
     try:
-        return parse_json(text)
-    except ValueError as error:
-        message = f"messages.{number}.tool_calls: arguments are not JSON ({error})"
-        raise ApiError(400, message, param="messages") from None
+        return parse_json(given or "{}")
+    except ValueError:
+        return given

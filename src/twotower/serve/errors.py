@@ -25,6 +25,7 @@ _LONGEST = 500  # characters of a message
 # What requests call the engine's fields.
 _API_NAMES = {
     "grammar": "response_format",
+    "ids": "prompt",
     "json_schema": "response_format",
     "tool_call": "tools",
     "max_new_tokens": "max_tokens",

@@ -26,7 +26,10 @@ _log = logging.getLogger("twotower.serve")
 ENTRY = "twotower.entry"  # where the scope holds the request's line of the log
 CALLER = "twotower.caller"  # and whose request it is
 _MOST_HELD = 256 << 20  # bytes of all bodies that are not answered yet
-_KNOWN_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/metrics")
+_KNOWN_PATHS = (
+    *("/v1/completions", "/v1/chat/completions", "/v1/responses"),
+    *("/v1/models", "/metrics"),
+)
 _OPEN_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -65,6 +68,8 @@ class Guard:
             await self._app(scope, receive, send)
             return
         entry = Entry(request=secrets.token_hex(8), method=scope["method"], path=scope["path"])
+        if scope["method"] == "HEAD":  # as GET; whoever sends the answer leaves out the body
+            scope = {**scope, "method": "GET"}
         scope[ENTRY] = entry
         reply = _Reply(send, entry, self._rules.options)
         start_s = time.monotonic()

@@ -5,21 +5,28 @@ What the engine checks is not checked here: its one-line refusals are passed on.
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from twotower.engine import Filter, GenerateOptions, Grammar, Mode, Request
-from twotower.engine.grammar import json_schema
-from twotower.engine.options import FIELD_MODES
+from twotower.engine.grammar import json_schema, schema_rule
+from twotower.engine.options import FIELD_MODES, MODES, SAMPLED_ONLY
 from twotower.serve.chat import ChatTemplate, check_length, encode_chat, encode_pieces
 from twotower.serve.errors import ApiError, bad_value
 from twotower.serve.options import ServeOptions
-from twotower.serve.schema import ChatRequest, CompletionRequest, Decoding, ResponseFormat
+from twotower.serve.schema import (
+    AllowedChoice,
+    ChatRequest,
+    CompletionRequest,
+    Decoding,
+    ResponseFormat,
+    TextRequest,
+)
 from twotower.serve.tool_calls import tool_call
 from twotower.tokenizer import Tokenizer
 
 # Decoding options that a body may name; one that its mode does not use is an error.
-_NAMED = ("temperature", "top_p", "top_k", "stop", "ignore_eos", *FIELD_MODES)
+_NAMED = ("temperature", *SAMPLED_ONLY, "stop", "ignore_eos", *FIELD_MODES)
 _SEEDS = 1 << 63
 _MOST_LOGPROBS = 1 << 17  # values in an answer
 
@@ -57,20 +64,22 @@ class Served:
 @dataclass(frozen=True, kw_only=True)
 class Generation:
     """What one HTTP request asks of the engine: `num_choices` rows for each prompt, in the order of
-    the prompts.
+    the prompts; none where nothing is to be written.
     """
 
+    prompts: tuple[list[int], ...]
     requests: tuple[Request, ...]
+    scores: tuple[Request, ...] = ()  # of each prompt, where its log-probabilities are wanted
     num_choices: int
     mode: Mode
     ends_s: float  # its deadline, in time.monotonic()
     wants_steps: bool
+    caller: str = ""  # who asks
 
     @property
-    def prompts(self) -> list[Sequence[int]]:
-        """Token ids of each prompt once."""
-        rows = self.requests[:: self.num_choices]
-        return [row.prompt for row in rows if not isinstance(row.prompt, str)]
+    def num_answers(self) -> int:
+        """Choices of all prompts."""
+        return len(self.prompts) * self.num_choices
 
     @property
     def seconds_left(self) -> float:
@@ -78,14 +87,9 @@ class Generation:
         return max(0.0, self.ends_s - time.monotonic())
 
     @property
-    def caller(self) -> str:
-        """Who asks."""
-        return self.requests[0].caller or ""
-
-    @property
     def grammar(self) -> Grammar | None:
         """What every row must match."""
-        return self.requests[0].options.grammar
+        return self.requests[0].options.grammar if self.requests else None
 
 
 class Reader:
@@ -99,69 +103,74 @@ class Reader:
     def completion(self, body: CompletionRequest, caller: str | None = None) -> Generation:
         """Of /v1/completions. caller: who asks; callers share the engine's places."""
         self._check(body)
-        if body.echo and body.logprobs is not None:
-            raise ApiError(
-                400,
-                "echo: the prompt's own log-probabilities are not supported; leave out echo or "
-                "logprobs",
-                param="echo",
-            )
         texts = _prompts(body.prompt)
         self._check_rows(len(texts) * (body.n or 1))
         prompts = [self._ids(text) for text in texts]
-        return self._generation(body, prompts, body.max_tokens, body.logprobs, caller)
+        asked = self._generation(body, prompts, body.max_tokens, body.logprobs, caller)
+        if not body.echo or body.logprobs is None:
+            return asked
+        self._check_logprobs(sum(map(len, prompts)), 1, body.logprobs)
+        scores = [_scored(prompt, body.logprobs, caller) for prompt in prompts]
+        return replace(asked, scores=tuple(scores))
 
     def chat(self, body: ChatRequest, caller: str | None = None) -> Generation:
         """Of /v1/chat/completions, likewise."""
         self._check(body)
         self._check_rows(body.n or 1)
-        if None not in (body.max_tokens, body.max_completion_tokens):
+        limits = {body.max_tokens, body.max_completion_tokens} - {None}
+        if len(limits) > 1:
             raise ApiError(
                 400, "max_tokens: give it or max_completion_tokens, not both", param="max_tokens"
             )
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs: needs logprobs to be true", param="top_logprobs")
         served, most = self._served, self._options.max_prompt_tokens
         prompt = encode_chat(body, served.name, served.template, served.tokenizer, most)
-        limit = body.max_tokens
-        if body.max_completion_tokens is not None:
-            limit = body.max_completion_tokens
+        limit = next(iter(limits), None)
+        if limit == 0:
+            raise ApiError(400, "max_tokens: 0 must be at least 1", param="max_tokens")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         return self._generation(body, [prompt], limit, logprobs, caller)
 
     def _generation(
         self,
-        body: Decoding,
-        prompts: Sequence[list[int]],
+        body: TextRequest,
+        prompts: list[list[int]],
         max_tokens: int | None,
         logprobs: int | None,
         caller: str | None,
     ) -> Generation:
+        num_choices = body.n or 1
         self._check_sizes(body, max_tokens)
-        self._check_logprobs(len(prompts) * (body.n or 1), max_tokens, logprobs)
+        self._check_logprobs(len(prompts) * num_choices, max_tokens, logprobs)
         try:
             grammar = _grammar(body, self._served.template)
-            mode = self._mode(body, needs_order=grammar is not None)
-            given = self._given(body) | {"mode": mode, "logprobs": logprobs, "grammar": grammar}
-            given["max_new_tokens"] = self._num_tokens(max_tokens)
+            given = self._given(body)
+            mode = self._mode(body, needs_order=grammar is not None or _is_penalised(given))
+            given = _used(given, mode)
+            given |= {"mode": mode, "logprobs": logprobs, "grammar": grammar}
+            given["max_new_tokens"] = self._num_tokens(max_tokens) or 1
             seed = secrets.randbelow(_SEEDS) if body.seed is None else body.seed
             choices = [
                 GenerateOptions(**given, seed=(seed + choice) % _SEEDS)  # type: ignore[arg-type]
-                for choice in range(body.n or 1)
+                for choice in range(num_choices)
             ]
         except ValueError as error:
             raise bad_value(error) from None
+        requests = [
+            Request(prompt, choice, self._filters, caller)
+            for prompt in prompts
+            for choice in choices
+        ]
         return Generation(
-            requests=tuple(
-                Request(prompt, choice, self._filters, caller)
-                for prompt in prompts
-                for choice in choices
-            ),
-            num_choices=len(choices),
+            prompts=tuple(prompts),
+            requests=() if max_tokens == 0 else tuple(requests),
+            num_choices=num_choices,
             mode=mode,
             ends_s=time.monotonic()
             + min(self._options.deadline_s, body.deadline_s or self._options.deadline_s),
             wants_steps=bool(body.twotower_events),
+            caller=caller or "",
         )
 
     def _check(self, body: Decoding) -> None:
@@ -172,8 +181,12 @@ class Reader:
                 param="model",
                 code="model_not_found",
             )
-        for name in ("stream_options", "twotower_events"):
-            if getattr(body, name) and not body.stream:
+        wants_usage = body.stream_options is not None and body.stream_options.include_usage
+        for name, is_asked in (
+            ("stream_options", wants_usage),
+            ("twotower_events", body.twotower_events),
+        ):
+            if is_asked and not body.stream:
                 raise ApiError(400, f"{name}: needs stream to be true", param=name)
 
     def _check_rows(self, num_rows: int) -> None:
@@ -196,14 +209,16 @@ class Reader:
             what = " values (rows times max_tokens times alternatives and one)"
             _check_size("logprobs", asked, _MOST_LOGPROBS, what)
 
-    def _given(self, body: Decoding) -> dict[str, object]:
+    def _given(self, body: TextRequest) -> dict[str, object]:
         """The decoding options that the body names."""
-        named = (name for name in _NAMED if name in Decoding.model_fields)
+        named = (name for name in _NAMED if name in TextRequest.model_fields)
         given = {name: value for name in named if (value := getattr(body, name)) is not None}
         if not given.get("temperature", self._served.defaults["temperature"]):
             # OpenAI's clients send them with temperature 0, too: they are checked and left out.
-            unused = {name: given.pop(name) for name in ("top_k", "top_p") if name in given}
+            unused = {name: given.pop(name) for name in SAMPLED_ONLY if name in given}
             GenerateOptions(**unused)
+        if not given.get("stop", True):
+            del given["stop"]
         return given
 
     def _num_tokens(self, max_tokens: int | None) -> int:
@@ -238,6 +253,29 @@ class Reader:
         return mode
 
 
+# Values that ask for nothing, of fields that only some modes use.
+_OFF = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "logit_bias": {}}
+
+
+def _is_penalised(given: Mapping[str, object]) -> bool:
+    return any(given.get(name, off) != off for name, off in _OFF.items())
+
+
+def _used(given: Mapping[str, object], mode: Mode) -> dict[str, object]:
+    """What is given without what asks for nothing and the mode does not use."""
+    return {
+        name: value
+        for name, value in given.items()
+        if mode in FIELD_MODES.get(name, MODES) or name not in _OFF or value != _OFF[name]
+    }
+
+
+def _scored(prompt: list[int], logprobs: int, caller: str | None) -> Request:
+    """A row that writes a prompt again behind its first token, for its log-probabilities."""
+    options = GenerateOptions(mode="ar", logprobs=logprobs, ignore_eos=True)
+    return Request(prompt[:1], options, (), caller, tuple(prompt[1:]))
+
+
 def _prompts(prompt: object) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
@@ -251,41 +289,55 @@ def _check_size(name: str, asked: int, most: int, what: str = "") -> None:
         raise ApiError(400, message, param=name, code="too_large")
 
 
-def _grammar(body: Decoding, template: ChatTemplate | None) -> Grammar | None:
+def _grammar(body: TextRequest, template: ChatTemplate | None) -> Grammar | None:
     """What a reply must match: by response_format, or by tools and tool_choice; None where any text
     will do. ValueError for what no grammar can be made of.
     """
-    chosen = _format(body.response_format)
-    if not isinstance(body, ChatRequest) or (body.tools is None and body.tool_choice is None):
-        return chosen
-    calls = _calls(body, template)
-    if chosen is not None and calls is not None:
-        raise ApiError(
-            400, "response_format: leave it out, or tools; a reply keeps one form", param="tools"
-        )
-    return chosen or calls
+    wanted = _schema(body.response_format)
+    has_choice = isinstance(body, ChatRequest) and body.tool_choice not in (None, "none", "auto")
+    if isinstance(body, ChatRequest) and (body.tools or has_choice) and body.tool_choice != "none":
+        return _calls(body, template, wanted)
+    return None if wanted is None else json_schema(*wanted)
 
 
-def _format(wanted: ResponseFormat | None) -> Grammar | None:
+def _schema(wanted: ResponseFormat | None) -> tuple[Mapping[str, object], bool] | None:
+    """The schema that a reply must have, and whether to the letter."""
     if wanted is None or wanted.type == "text":
         return None
-    if wanted.type == "json_object":
-        return json_schema({"type": "object"})
-    if wanted.json_schema is None:
+    if wanted.type == "json_schema" and wanted.json_schema is None:
         raise ApiError(
             400, "response_format: type json_schema needs json_schema", param="response_format"
         )
-    return json_schema(wanted.json_schema.schema_)
+    form = wanted.json_schema
+    if form is None or form.schema_ is None:
+        return {"type": "object", "additionalProperties": True}, True
+    return form.schema_, form.strict is True
 
 
-def _calls(body: ChatRequest, template: ChatTemplate | None) -> Grammar | None:
-    if body.tools is None:
+def _calls(
+    body: ChatRequest,
+    template: ChatTemplate | None,
+    wanted: tuple[Mapping[str, object], bool] | None,
+) -> Grammar | None:
+    """wanted: what a reply without a call must be."""
+    if not body.tools:
         raise ApiError(400, "tool_choice: needs tools", param="tool_choice")
     assert template is not None  # the prompt has been made
-    choice = body.tool_choice or "auto"
+    answer = None
+    if wanted is not None:
+        answer = schema_rule("answer", wanted[0], "json_schema", wanted[1])
+    choice, tools = body.tool_choice or "auto", body.tools
+    if isinstance(choice, AllowedChoice):
+        allowed = {tool.function.name for tool in choice.allowed_tools.tools}
+        if unknown := allowed - {tool.function.name for tool in tools}:
+            told = f"tool_choice: there is no tool {min(unknown)!r} among tools"
+            raise ApiError(400, told, param="tool_choice")
+        tools = [tool for tool in tools if tool.function.name in allowed]
+        choice = choice.allowed_tools.mode
     return tool_call(
-        [tool.model_dump(exclude_none=True) for tool in body.tools],
+        [tool.model_dump(exclude_none=True) for tool in tools],
         choice if isinstance(choice, str) else choice.model_dump(),
         template.tool_style,
         body.parallel_tool_calls is not False,
+        answer,
     )

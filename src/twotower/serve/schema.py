@@ -1,8 +1,9 @@
-"""The bodies of the two endpoints that write text, and how a bad one becomes one line.
+"""The bodies of the endpoints that write text, and how a bad one becomes one line.
 
-A field that is not listed here is refused. Fields of OpenAI's that this server cannot honour are
-listed with the values that ask for nothing; any other value is refused. What a decoding option may
-be is the engine's to say (`GenerateOptions`): here they have types only.
+A field that is unknown is refused; of fields of OpenAI's without effect here `api_fields` says
+which values are taken. In a conversation everything is taken that clients keep in one, and what
+means nothing here is passed over. What a decoding option may be is the engine's to say
+(`GenerateOptions`): here they have types only.
 
 Validation ends at the first thing that is wrong in a list or object: a body of a megabyte could
 otherwise have half a million errors, which nobody reads and everybody waits for.
@@ -10,7 +11,7 @@ otherwise have half a million errors, which nobody reads and everybody waits for
 
 import difflib
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -24,6 +25,7 @@ from pydantic.functional_validators import PlainValidator
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 from twotower.engine import Mode
+from twotower.serve.api_fields import UNSERVED, WITHOUT_EFFECT, asks_for_nothing
 from twotower.serve.errors import ApiError
 
 RecordT = TypeVar("RecordT", bound="Record")
@@ -35,20 +37,6 @@ _MAX_CONTAINERS = 100_000  # of a body; to make them takes the interpreter, whic
 
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]
 StopText = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LENGTH)]
-
-
-def _is_neutral(value: object) -> object:
-    if value:
-        raise PydanticCustomError("unsupported", "is not supported by this server; leave it out")
-    return value
-
-
-# What asks for nothing, in any of the types that OpenAI's fields have.
-Unsupported = Annotated[
-    object,
-    PlainValidator(_is_neutral),
-    WithJsonSchema({"enum": [None, False, 0, "", [], {}]}),
-]
 
 
 def _is_prompt(value: object) -> object:
@@ -85,27 +73,45 @@ Prompt = Annotated[
 ]
 
 
-class Record(BaseModel):
-    """A JSON object whose fields are all known and of exactly their types."""
+class Part(BaseModel):
+    """A JSON object of a conversation: its fields have exactly their types, others are passed
+    over.
+    """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Record(Part):
+    """A JSON object whose fields are all known."""
+
+    model_config = ConfigDict(extra="forbid")
+    unserved: ClassVar[frozenset[str]] = frozenset()  # that this record could have, of the API's
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unknown(cls, value: object) -> object:
-        """The first of them; `extra="forbid"` would list them all."""
+    def _known(cls, value: object) -> object:
+        """The value without what has no effect; the first field that cannot be taken ends it
+        (`extra="forbid"` would list them all).
+        """
+        if not isinstance(value, dict):
+            return value
         known = {field.alias or name for name, field in cls.model_fields.items()}
-        for name in value if isinstance(value, dict) else ():
-            if name not in known:
+        kept = {}
+        for name, part in value.items():
+            if name in known:
+                kept[name] = part
+            elif name not in cls.unserved:
                 raise PydanticCustomError("unknown_field", "{name}", {"name": name[:100]})
-        return value
+            elif name not in WITHOUT_EFFECT and not asks_for_nothing(name, part):
+                raise PydanticCustomError("unsupported", "{name}", {"name": name})
+        return kept
 
 
 class StreamOptions(Record):
     """What a stream tells besides text."""
 
+    unserved = frozenset({"include_obfuscation"})
     include_usage: bool = False
-    include_obfuscation: Unsupported = None
 
 
 class JsonSchema(Record):
@@ -113,8 +119,8 @@ class JsonSchema(Record):
 
     name: str = "answer"
     description: str | None = None
-    schema_: dict[str, object] = Field(alias="schema")
-    strict: bool | None = None  # always exact here
+    schema_: dict[str, object] | None = Field(None, alias="schema")
+    strict: bool | None = None
 
 
 class ResponseFormat(Record):
@@ -125,24 +131,17 @@ class ResponseFormat(Record):
 
 
 class Decoding(Record):
-    """How to decode: OpenAI's fields and ours. What is not given takes the checkpoint's default."""
+    """How to decode: fields of all endpoints, OpenAI's and ours. What is not given takes the
+    checkpoint's default.
+    """
 
     model: str | None = None
-    max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    n: Count | None = None
-    stop: (
-        StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=_MAX_STOPS)] | None
-    ) = None
-    seed: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=256)] | None = None
-    response_format: ResponseFormat | None = None
-    presence_penalty: Unsupported = None
-    frequency_penalty: Unsupported = None
-    logit_bias: Unsupported = None
+    safety_identifier: Annotated[str, Field(max_length=256)] | None = None
 
     mode: Mode | None = None
     block_size: int | None = None
@@ -153,6 +152,8 @@ class Decoding(Record):
     confidence_threshold: float | None = None
     verify_threshold: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     schedule: str | None = None
     remask: str | None = None
     adaptive: bool | None = None
@@ -161,50 +162,74 @@ class Decoding(Record):
     twotower_events: bool | None = None
 
 
-class CompletionRequest(Decoding):
+class TextRequest(Decoding):
+    """What completions and chat share besides."""
+
+    max_tokens: int | None = None
+    n: Count | None = None
+    stop: (
+        Annotated[str, Field(max_length=_MAX_STOP_LENGTH)]
+        | Annotated[list[StopText], Field(fail_fast=True, max_length=_MAX_STOPS)]
+        | None
+    ) = None
+    seed: int | None = None
+    response_format: ResponseFormat | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, object] | None = None
+
+
+class CompletionRequest(TextRequest):
     """Body of /v1/completions."""
 
+    unserved = frozenset({"best_of", "suffix", "store", "metadata"})
     prompt: Prompt = Field(description=_PROMPT)
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=_MAX_ALTERNATIVES)] | None = None
-    best_of: Literal[1] | None = None
-    suffix: Unsupported = None
 
 
-class TextPart(Record):
-    """A part of a message."""
+class ContentPart(Part):
+    """A part of a message; what it says stands in one of these."""
 
-    type: Literal["text"]
-    text: str
+    type: str
+    text: str | None = None
+    refusal: str | None = None
 
 
-class CalledFunction(Record):
-    """The call that a model made."""
+class CalledFunction(Part):
+    """The call that a model made; a function without parameters has "" at some servers."""
 
     name: str
-    arguments: str
+    arguments: str | dict[str, object] | None = None
 
 
-class ToolCall(Record):
+class CalledTool(Part):
+    """The call of a tool that takes text."""
+
+    name: str
+    input: str
+
+
+class ToolCall(Part):
     """An earlier answer's call."""
 
-    id: str
-    type: Literal["function"] = "function"
-    function: CalledFunction
+    id: str | None = None
+    function: CalledFunction | None = None
+    custom: CalledTool | None = None
 
 
-class Message(Record):
-    """One turn of a conversation; the fields without effect are those clients send back to us."""
+class Message(Part):
+    """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=1024)] | None = None
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True, max_length=1024)] | None = (
+        None
+    )
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=128)] | None = None
     tool_call_id: str | None = None
-    refusal: Unsupported = None
-    annotations: Unsupported = None
-    audio: Unsupported = None
-    function_call: Unsupported = None
+    function_call: CalledFunction | None = None
+    refusal: str | None = None
 
 
 class Function(Record):
@@ -213,7 +238,7 @@ class Function(Record):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, object] | None = None
-    strict: bool | None = None  # always exact here
+    strict: bool | None = None
 
 
 class Tool(Record):
@@ -236,18 +261,37 @@ class ChosenTool(Record):
     function: ChosenFunction
 
 
-class ChatRequest(Decoding):
+class AllowedTools(Record):
+    """The tools that may be called, or must."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ChosenTool], Field(fail_fast=True, min_length=1, max_length=128)]
+
+
+class AllowedChoice(Record):
+    """The same, as a choice."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+class ChatRequest(TextRequest):
     """Body of /v1/chat/completions."""
 
+    unserved = frozenset(
+        {
+            *("audio", "function_call", "functions", "metadata", "modalities", "moderation"),
+            *("prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+            *("reasoning_effort", "service_tier", "store", "verbosity", "web_search_options"),
+        }
+    )
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=1024)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=_MAX_ALTERNATIVES)] | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True, min_length=1, max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
-    parallel_tool_calls: bool | None = None  # a reply holds one call, which either value allows
-    store: Unsupported = None
-    metadata: Unsupported = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | AllowedChoice | None = None
+    parallel_tool_calls: bool | None = None
 
 
 def parse(record: type[RecordT], body: bytes) -> RecordT:
@@ -261,6 +305,11 @@ def parse(record: type[RecordT], body: bytes) -> RecordT:
         raise ApiError(400, f"the body is not JSON: {error}", code="json_invalid") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object", code="json_invalid")
+    return validated(record, value)
+
+
+def validated(record: type[RecordT], value: object) -> RecordT:
+    """The record of a JSON value; ApiError likewise."""
     try:
         return record.model_validate(value)
     except ValidationError as error:
@@ -269,17 +318,18 @@ def parse(record: type[RecordT], body: bytes) -> RecordT:
 
 
 def _refusal(record: type[Record], problem: ErrorDetails) -> ApiError:
-    path = _path(problem["loc"])
-    if problem["type"] == "unknown_field":
-        name = ".".join([*path, problem["msg"]])
-        return ApiError(400, _unknown(record, name), param=name, code="unknown_field")
+    path, message = _path(problem["loc"]), problem["msg"]
     name = ".".join(path)
-    if problem["type"] == "unsupported":
-        return ApiError(400, f"{name} {problem['msg']}", param=name, code="unsupported_field")
-    message = problem["msg"]
-    return ApiError(
-        400, f"{name}: {message[:1].lower()}{message[1:]}", param=name, code="bad_value"
-    )
+    match problem["type"]:
+        case "unknown_field":
+            name = ".".join([*path, message])
+            return ApiError(400, _unknown(record, name), param=name, code="unknown_field")
+        case "unsupported":
+            name, reason = ".".join([*path, message]), UNSERVED[message].reason
+            told = f"{name} is not supported: {reason}"
+            return ApiError(400, told, param=name, code="unsupported_field")
+    told = f"{name}: {message[:1].lower()}{message[1:]}"
+    return ApiError(400, told, param=name, code="bad_value")
 
 
 def _telling(problems: list[ErrorDetails]) -> ErrorDetails:
@@ -302,10 +352,11 @@ def _is_name(part: int | str) -> bool:
 
 
 def _unknown(record: type[BaseModel], name: str) -> str:
+    """What to say of a field that a body of this kind cannot have."""
     known = [field.alias or key for key, field in record.model_fields.items()]
-    near = [] if "." in name else difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else "; see /openapi.json for the fields"
-    return f"{name} is not a field of this request{hint}"
+    near = [] if "." in name else difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    hint = f"did you mean {near[0]}?" if near else "see /openapi.json for the fields"
+    return f"{name} is not a field of this request; {hint}"
 
 
 _ERROR = {
@@ -339,10 +390,13 @@ _REFUSALS = {
 }
 
 
-def body_of(record: type[BaseModel]) -> dict[str, Any]:
+def body_of(record: type[Record]) -> dict[str, Any]:
     """The operation's request body: the record's JSON schema, its parts inlined."""
     schema = record.model_json_schema(ref_template="#/{model}")
     parts = schema.pop("$defs", {})
+    for name in sorted(record.unserved):
+        values = [None, *UNSERVED[name].neutral] if name in UNSERVED else None
+        schema["properties"][name] = {"enum": values} if values else {}
     content = {"application/json": {"schema": _inlined(schema, parts)}}
     return {"requestBody": {"required": True, "content": content}}
 

@@ -31,7 +31,7 @@ from twotower.engine import (
 from twotower.engine.faults import failed
 from twotower.engine.filters import Filter, function_filter, pattern_filter
 from twotower.engine.grammar_builder import BUILD_S, Built, GrammarsFull, build, find
-from twotower.serve.answers import Shape, Viewer, usage_of
+from twotower.serve.answers import NOTHING, Scores, Shape, Viewer, usage_of
 from twotower.serve.errors import ApiError, bad_value, from_failure
 from twotower.serve.metrics import Metrics, Observed
 from twotower.serve.options import ServeOptions
@@ -127,15 +127,18 @@ _MOST_UNSEEN = 256  # events that wait for a client, beside those that hold its 
 DONE = "[DONE]"
 
 
-def submit(worker: Worker, asked: Generation) -> list[Ticket]:
-    """A ticket for every row, or none and an ApiError."""
+def submit(worker: Worker, asked: Generation, are_scores: bool = False) -> list[Ticket]:
+    """A ticket for every row, or none and an ApiError. are_scores: for the rows that score the
+    prompts.
+    """
+    requests = [one for one in asked.scores if one.given] if are_scores else asked.requests
     tickets: list[Ticket] = []
     try:
-        for request in asked.requests:
+        for request in requests:
             tickets.append(worker.submit(request, asked.seconds_left, asked.wants_steps))
         return tickets
     except QueueFull as error:
-        refusal = _queue_full(error, len(asked.requests))
+        refusal = _queue_full(error, len(requests))
     except Stopped as error:
         refusal = stopping(str(error))
     except ValueError as error:
@@ -203,23 +206,38 @@ def _finished(event: Event) -> Completion | None:
     return event.completion if isinstance(event, Finished) else None
 
 
-async def gather(tickets: Sequence[Ticket], observed: Observed) -> list[Completion]:
+async def gather(tickets: Sequence[Ticket], observed: Observed | None = None) -> list[Completion]:
     """All completions, in order. ApiError when a row fails; the others are then called off."""
     completions: dict[int, Completion] = {}
     events = _merged(tickets)
     try:
         async for index, event in events:
-            observed.observe(index, event)
+            if observed is not None:
+                observed.observe(index, event)
             if (completion := _finished(event)) is not None:
                 completions[index] = completion
     except ApiError as error:
-        observed.fail(error)
+        if observed is not None:
+            observed.fail(error)
         raise
     finally:
         await events.aclose()
     ordered = [completions[index] for index in range(len(tickets))]
-    observed.finish(ordered)
+    if observed is not None:
+        observed.finish(ordered)
     return ordered
+
+
+async def score(worker: Worker, asked: Generation) -> list[Scores]:
+    """Of each prompt whose log-probabilities are wanted, its tokens with them; once a choice."""
+    if not asked.scores:
+        return []
+    rows = iter(await gather(await asyncio.to_thread(submit, worker, asked, True)))
+    scores: list[Scores] = []
+    for prompt, request in zip(asked.prompts, asked.scores, strict=True):
+        rest = (next(rows).logprobs or ()) if request.given else ()
+        scores += [[prompt[0], *rest]] * asked.num_choices
+    return scores
 
 
 async def until_gone(receive: Receive, work: Awaitable[T]) -> T:
@@ -252,8 +270,8 @@ async def stream_lines(
 ) -> AsyncGenerator[dict[str, object], None]:
     """Chunks of an answer as JSON-able records; after an error of a row, it is the last record."""
     completions: dict[int, Completion] = {}
-    for index in range(len(tickets)):
-        if (chunk := shape.begin(index)) is not None:
+    for index in range(asked.num_answers):
+        for chunk in [*shape.begin(index), *(() if tickets else shape.end(index, NOTHING))]:
             yield chunk
     events = _merged(tickets)
     try:
@@ -262,12 +280,12 @@ async def stream_lines(
             if viewer is not None and (record := viewer.record(index, event)) is not None:
                 yield record
             if isinstance(event, TokensCommitted) and (event.text or event.logprobs):
-                chunk = shape.text(index, event.text, event.logprobs)
-                if chunk is not None:
+                for chunk in shape.text(index, event.text, event.logprobs):
                     yield chunk
             if (completion := _finished(event)) is not None:
                 completions[index] = completion
-                yield shape.end(index, completion)
+                for chunk in shape.end(index, completion):
+                    yield chunk
     except ApiError as error:
         observed.fail(error)
         yield error.body()
@@ -276,7 +294,8 @@ async def stream_lines(
         await events.aclose()
     ordered = [completions[index] for index in range(len(tickets))]
     observed.finish(ordered)
-    yield shape.usage(usage_of(asked, ordered))
+    for chunk in shape.usage(ordered, usage_of(asked, ordered)):
+        yield chunk
 
 
 def to_json(record: object) -> str:
@@ -286,8 +305,9 @@ def to_json(record: object) -> str:
 
 def whole_to_json(answer: dict[str, object]) -> bytes:
     """A whole answer as JSON, choice by choice: nobody else runs while one is written."""
-    choices = answer["choices"]
-    assert isinstance(choices, list)
+    choices = answer.get("choices")
+    if not isinstance(choices, list):
+        return to_json(answer).encode()
     parts = []
     for choice in choices:
         parts.append(to_json(choice))

@@ -5,6 +5,7 @@ choices have the form of the OpenAI API.
 """
 
 import json
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,11 @@ Tools = Sequence[Mapping[str, object]]
 CHOICES = ("none", "auto", "required")
 _MOST_DEPTH = 100  # of lists and objects
 _TOO_DEEP = f"more than {_MOST_DEPTH} lists and objects in one another"
-_NO_ARGUMENTS: dict[str, object] = {"type": "object", "properties": {}}
+_HEAD = '{"name": "'
+_OPENING = re.compile(r'\s*\{"name": ("(?:[^"\\]|\\.)*"), "arguments": (.*)', re.DOTALL)
+
+Rule = dict[str, object]
+Function = tuple[str, Mapping[str, object], bool]  # name, schema of the arguments, strict
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,11 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class ToolText:
-    """A text, taken apart."""
+    """A text, or a piece of one, taken apart."""
 
-    content: str  # what is no call
-    calls: tuple[ToolCall, ...]
+    content: str = ""  # what is no call
+    calls: tuple[ToolCall, ...] = ()
+    is_cut: bool = False  # whether the text ends inside a call, the last one if its name is there
 
 
 def tool_call(
@@ -51,45 +57,51 @@ def tool_call(
     choice: str | Mapping[str, object] = "auto",
     style: ToolStyle = BARE,
     is_parallel: bool = True,
+    answer: Rule | None = None,
 ) -> Grammar | None:
     """What a text must match so that its calls fit the tools; None where it need not match.
 
     choice: "none", "auto" (text, or calls), "required" (calls only) or an object that names one
-    function. is_parallel: more than one call, where the style can separate them. ValueError (one
-    line) for unusable tools or choice.
+    function. is_parallel: more than one call, where the style can separate them. answer: what a
+    text without calls must be, a rule of the name "answer". ValueError (one line) for unusable
+    tools or choice.
     """
     functions = [_function(index, tool) for index, tool in enumerate(tools)]
-    if len({name for name, _ in functions}) < len(functions):
+    if len({name for name, _, _ in functions}) < len(functions):
         raise ValueError("tools: two functions have the same name; names must differ")
     if choice == "none":
         return None
     if not functions:
         raise ValueError("tools: none are given; give one, or tool_choice='none'")
     chosen = functions if choice in CHOICES else [_named(choice, functions)]
-    rules: list[dict[str, object]] = [
-        schema_rule(f"arguments_{index}", schema, f"tools: {name}: parameters")
-        for index, (name, schema) in enumerate(chosen)
+    rules = [
+        schema_rule(f"arguments_{index}", schema, f"tools: {name}: parameters", is_strict)
+        for index, (name, schema, is_strict) in enumerate(chosen)
     ]
-    start = _start_rule(style, choice == "auto", is_parallel)
-    calls = [_call_rule(index, name) for index, (name, _) in enumerate(chosen)]
+    start = _start_rule(style, choice == "auto", is_parallel, answer is not None)
+    calls = [_call_rule(index, name) for index, (name, _, _) in enumerate(chosen)]
     names = " | ".join(f"call_{index}" for index in range(len(chosen)))
     text = "\n".join([start, f"call: {names}", *calls])
-    rules.insert(0, {"name": "start", "lark_grammar": text})
+    rules = [{"name": "start", "lark_grammar": text}, *rules, *([answer] if answer else [])]
     return Grammar("tool_call", json.dumps({"grammars": rules}))
 
 
-def _start_rule(style: ToolStyle, is_optional: bool, is_parallel: bool) -> str:
-    if not style.begin:
-        if not is_optional:
-            return 'start: " "? call'
-        # text that cannot be the beginning of a call: its first character but one space is no {
-        return 'start: " "? call | TEXT?\nTEXT: /( ?[^ {]|  )(.|\\n)*| /'
+def _start_rule(style: ToolStyle, is_optional: bool, is_parallel: bool, has_answer: bool) -> str:
     begin, end = json.dumps(style.begin), json.dumps(style.end)
-    if is_optional:
+    if is_optional and style.begin and not has_answer:
         calls = "(lead rest)* TEXT?" if is_parallel else "lead rest | TEXT?"
-        return f"start: {calls}\nlead[lazy]: /(.|\\n)*/ {begin}\nrest: call {end}\nTEXT: /(.|\\n)+/"
-    more = '("\\n"? whole)*' if is_parallel else ""
-    return f"start: whole {more}\nwhole: {begin} call {end}"
+        return f"start: {calls}\nlead[lazy]: /(.|\n)*/ {begin}\nrest: call {end}\nTEXT: /(.|\n)+/"
+    if style.begin:
+        more = '("\\n"? whole)*' if is_parallel else ""
+        calls, parts = f"whole {more}", f"\nwhole: {begin} call {end}"
+    else:
+        calls, parts = '" "? call', ""
+    if not is_optional:
+        return f"start: {calls}{parts}"
+    if has_answer:
+        return f'start: {calls} | " "? @answer{parts}'
+    # text that cannot be the beginning of a call: its first character but one space is no {
+    return f"start: {calls} | TEXT?\nTEXT: /( ?[^ {{]|  )(.|\\n)*| /"
 
 
 def _call_rule(index: int, name: str) -> str:
@@ -100,8 +112,8 @@ def _opening(name: str) -> str:
     return f'{{"name": {json.dumps(name)}, "arguments": '
 
 
-def _function(index: int, tool: object) -> tuple[str, Mapping[str, object]]:
-    """Name and parameters of a tool."""
+def _function(index: int, tool: object) -> Function:
+    """Name and parameters of a tool, and whether they must be kept to the letter."""
     function = tool.get("function") if isinstance(tool, Mapping) else None
     if not isinstance(tool, Mapping) or tool.get("type") != "function" or not function:
         raise ValueError(
@@ -111,58 +123,127 @@ def _function(index: int, tool: object) -> tuple[str, Mapping[str, object]]:
     if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
         raise ValueError(f"tools[{index}].function.name={name!r} must be a text that is not empty")
     parameters = function.get("parameters")
-    parameters = _NO_ARGUMENTS if parameters is None else parameters
+    parameters = {} if parameters is None else parameters
     if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
         raise ValueError(f"tools[{index}].function.parameters must be a schema of type object")
-    return name, {**parameters, "type": "object"}
+    return name, {**parameters, "type": "object"}, function.get("strict") is True
 
 
-def _named(
-    choice: object, functions: list[tuple[str, Mapping[str, object]]]
-) -> tuple[str, Mapping[str, object]]:
+def _named(choice: object, functions: list[Function]) -> Function:
     function = choice.get("function") if isinstance(choice, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
-    for known, parameters in functions:
-        if name is not None and name == known:
-            return known, parameters
-    names = ", ".join(known for known, _ in functions)
+    for known in functions:
+        if name is not None and name == known[0]:
+            return known
+    names = ", ".join(known for known, _, _ in functions)
     raise ValueError(
         f"tool_choice={choice!r} is unknown; use {', '.join(CHOICES)}, or "
         f'{{"type": "function", "function": {{"name": ...}}}} with one of: {names}'
     )
 
 
-def split_calls(text: str, style: ToolStyle | None) -> tuple[str, list[dict[str, object]]]:
-    """Text and calls of a reply, as OpenAI writes them; without a style there are no calls."""
-    if style is None:
-        return text, []
-    taken = read_tool_calls(text, style)
-    calls: list[dict[str, object]] = [
-        {
-            "id": f"call_{secrets.token_hex(12)}",
-            "type": "function",
-            "function": {"name": call.name, "arguments": call.arguments},
-        }
-        for call in taken.calls
-    ]
-    return taken.content, calls
+class CallReader:
+    """Takes a text apart while it comes: what can no longer become a call is given out at once, a
+    call when it is whole. White space around calls is no content.
+    """
+
+    def __init__(self, style: ToolStyle) -> None:
+        self._style = style
+        self._held = ""  # that may be of a call
+        self._blank = ""  # white space that is content if text follows
+        self._in_call = self._has_calls = self._has_text = False
+
+    def push(self, text: str) -> ToolText:
+        """The next characters of the text."""
+        self._held += text
+        return self._push_marked() if self._style.begin else ToolText(self._push_bare())
+
+    def _push_bare(self) -> str:
+        """Without marks the first character decides, but for one space."""
+        start = self._held.removeprefix(" ")
+        self._in_call = self._in_call or (start.startswith("{") and not self._has_text)
+        if self._in_call or not (start or self._has_text):
+            return ""
+        self._has_text = True
+        content, self._held = self._held, ""
+        return content
+
+    def _push_marked(self) -> ToolText:
+        content, calls = "", list[ToolCall]()
+        while True:
+            mark = self._style.end if self._in_call else self._style.begin
+            before, found, after = self._held.partition(mark)
+            if not found:
+                break
+            call = _read_call(before) if self._in_call else None
+            if call is not None:
+                calls.append(call)
+                self._has_calls = True
+            else:
+                before = f"{self._style.begin}{before}{mark}" if self._in_call else before
+                content += self._text(before)
+            self._in_call, self._held = not self._in_call, after
+        if not self._in_call:
+            end = len(self._held) - _num_begun(self._held, self._style.begin)
+            content += self._text(self._held[:end])
+            self._held = self._held[end:]
+        return ToolText(content, tuple(calls))
+
+    def close(self, is_cut: bool = False) -> ToolText:
+        """What is left when the text has ended; is_cut: by its length or a stop string."""
+        held, begin = self._held, self._style.begin
+        if self._in_call:
+            written = held[: len(held) - _num_begun(held, self._style.end)]
+            if (call := _read_call(written)) is not None:
+                return ToolText("", (call,))
+            if is_cut and (_HEAD.startswith(written.strip()) or written.strip().startswith(_HEAD)):
+                return ToolText("", _read_cut_call(written), is_cut=True)
+            held = begin + held
+        elif is_cut and 2 * len(held) > len(begin) > 0:
+            held = ""  # most of a mark
+        return ToolText(self._text(held) + ("" if self._has_calls else self._blank))
+
+    def _text(self, text: str) -> str:
+        text = self._blank + text
+        content = text.rstrip()
+        self._blank = text[len(content) :]
+        if self._has_calls and not self._has_text:
+            content = content.lstrip()
+        self._has_text = self._has_text or content != ""
+        return content
 
 
-def read_tool_calls(text: str, style: ToolStyle = BARE) -> ToolText:
-    """Take a text apart; what is no whole call stays content."""
-    if not style.begin:
-        call = _read_call(text)
-        return ToolText(text, ()) if call is None else ToolText("", (call,))
-    content, calls = "", []
-    while style.begin in text:
-        before, _, rest = text.partition(style.begin)
-        written, end, after = rest.partition(style.end)
-        call = _read_call(written) if end else None
-        if call is None:
-            break
-        calls.append(call)
-        content, text = content + before, after
-    return ToolText((content + text).strip() if calls else content + text, tuple(calls))
+def _num_begun(text: str, mark: str) -> int:
+    """Length of the longest end of a text with which the mark begins."""
+    lengths = range(min(len(text), len(mark)), 0, -1)
+    return next((n for n in lengths if mark.startswith(text[-n:])), 0)
+
+
+def call_record(call: ToolCall) -> dict[str, object]:
+    """A call as OpenAI writes it."""
+    return {
+        "id": f"call_{secrets.token_hex(12)}",
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
+
+
+def read_tool_calls(text: str, style: ToolStyle = BARE, is_cut: bool = False) -> ToolText:
+    """Take a text apart; what is no call stays content. is_cut: as for `CallReader.close`."""
+    reader = CallReader(style)
+    first, last = reader.push(text), reader.close(is_cut)
+    return ToolText(first.content + last.content, first.calls + last.calls, last.is_cut)
+
+
+def _read_cut_call(text: str) -> tuple[ToolCall, ...]:
+    """The call that a text begins, with as much of its arguments as there is; none without its
+    name.
+    """
+    found = _OPENING.fullmatch(text)
+    try:
+        return () if found is None else (ToolCall(json.loads(found[1]), found[2]),)
+    except ValueError:  # half an escape
+        return ()
 
 
 def _read_call(text: str) -> ToolCall | None:

@@ -1,0 +1,26 @@
+"""Rows whose text is given: the context tower reads it and says how probable each token is."""
+
+import torch
+
+from twotower.engine.batch import Batch, Choice, DecodingMode
+from twotower.engine.logits import require_finite, rows_logprobs
+
+_TOKENS = 32  # that are read at a time: each has logits of the size of the vocabulary
+
+
+def choose(batch: Batch) -> Choice:
+    """The next given tokens of each row."""
+    tokens = [list(row.given[len(row.tokens) :][:_TOKENS]) for row in batch.rows]
+    counts = torch.tensor([len(own) for own in tokens])
+    padded = [own + [0] * (int(counts.max()) - len(own)) for own in tokens]
+    output = batch.model.verify(batch.cache, torch.tensor(padded), counts)
+    first = batch.model.next_logits(batch.cache).unsqueeze(1)
+    logits = torch.cat([first, batch.model.context_head(output.hidden[:, :-1])], dim=1)
+    logprobs = rows_logprobs(batch.rows, require_finite(logits), tokens)
+    batch.cache.commit(output, counts)
+    for row in batch.rows:
+        row.context_forwards += 1
+    return Choice(tokens, logprobs)
+
+
+GIVEN = DecodingMode(choose=choose)
