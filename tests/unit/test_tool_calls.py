@@ -1,7 +1,6 @@
 """Tool calls: which texts each choice and style lets a model write, and how they are read."""
 
 import itertools
-import json
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +8,7 @@ from hypothesis import strategies as st
 
 from tiny_models import MASK
 from tiny_text import byte_tokenizer
-from twotower.engine.grammar import GrammarFailed
+from twotower.engine.grammar import Grammar, GrammarFailed
 from twotower.engine.grammar_state import TokenRules, begin
 from twotower.serve.tool_calls import (
     BARE,
@@ -49,6 +48,10 @@ def is_whole(text: str, choice: object, style: ToolStyle = BARE, is_parallel: bo
     """Whether a text may be written and end there."""
     grammar = tool_call(TOOLS, choice, style, is_parallel)  # type: ignore[arg-type]
     assert grammar is not None
+    return accepts(grammar, text)
+
+
+def accepts(grammar: Grammar, text: str) -> bool:
     tokenizer = byte_tokenizer()
     rules = TokenRules(eos=(2,), mask_token_id=MASK, vocab_size=tokenizer.vocab_size)
     state = begin(grammar, tokenizer, rules)
@@ -178,7 +181,7 @@ def test_a_call_that_is_cut_is_a_call_or_nothing(style: ToolStyle) -> None:
     """Guards a client from half a call as text, wherever `max_tokens` ends it."""
     before = "I look.\n" if style.begin else ""
     whole = f"{before}{style.begin}{STOP}{style.end}"
-    opening = '{"name": "st\\"op", "arguments": '
+    opening = '{"name": "st\\"op", "arguments":'
     for length in range(len(before) + len(style.begin) + 1, len(whole) + 1):
         found = read_tool_calls(whole[:length], style, is_cut=True)
         written = whole[len(before) + len(style.begin) : length].partition(style.end[:1] or "-")[0]
@@ -227,6 +230,34 @@ def test_arguments_stay_as_written() -> None:
     text = '{"name": "get", "arguments": {"n": 1e999, "m": 12345678901234567890}}'
     (call,) = read_tool_calls(text).calls
     assert call.arguments == '{"n": 1e999, "m": 12345678901234567890}'
-    loose = '{"arguments":{"city":"\u00e9"},"name":"get"}'
+    loose = '{ "name":"get","arguments" : {"city":"\u00e9", "n": 1e999} }'
     (call,) = read_tool_calls(loose).calls
-    assert json.loads(call.arguments) == {"city": "\u00e9"}
+    assert call.arguments == '{"city":"\u00e9", "n": 1e999}'
+
+
+@pytest.mark.parametrize("style", [BARE, HERMES])
+def test_a_text_without_calls_may_have_a_schema_of_its_own(style: ToolStyle) -> None:
+    """Guards both: an answer that begins like a call, and references of each schema."""
+    name = {"type": "string"}
+    person = {"properties": {"name": {"$ref": "#/$defs/n"}}, "$defs": {"n": name}}
+    grammar = tool_call(TOOLS, "auto", style, answer=({"type": "object", **person}, True))
+    assert grammar is not None
+    calls = [f"{style.begin}{call}{style.end}" for call in (GET, STOP)]
+    for text in ('{"name": "Bob"}', '{"name": "get"}', *calls):
+        assert accepts(grammar, text), text
+    for text in (
+        "text",
+        '{"name": "Bob", "city": "x"}',
+        *(call.replace("Oslo", "O" * 10) for call in calls[:1]),
+    ):
+        assert not accepts(grammar, text), text
+    required = tool_call(TOOLS, "required", style, answer=({"type": "object"}, True))
+    assert required is not None and not accepts(required, "{}")
+
+
+def test_an_answer_that_is_no_call_flows() -> None:
+    """Guards a stream of JSON beside tools: it is held only while it may become a call."""
+    reader = CallReader(BARE)
+    pieces = [reader.push(piece).content for piece in (' {"na', 'me": "Bo', 'b", "c', 'ity": 1}')]
+    assert pieces == ["", "", ' {"name": "Bob", "c', 'ity": 1}']
+    assert reader.close(is_cut=True) == ToolText()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from twotower.engine import Filter, GenerateOptions, Grammar, Mode, Request
-from twotower.engine.grammar import json_schema, schema_rule
+from twotower.engine.grammar import json_schema
 from twotower.engine.options import FIELD_MODES, MODES, SAMPLED_ONLY
 from twotower.serve.chat import ChatTemplate, check_length, encode_chat, encode_pieces
 from twotower.serve.errors import ApiError, bad_value
@@ -22,7 +22,7 @@ from twotower.serve.schema import (
     ResponseFormat,
     TextRequest,
 )
-from twotower.serve.tool_calls import tool_call
+from twotower.serve.tool_calls import Wanted, tool_call
 from twotower.tokenizer import Tokenizer
 
 # Decoding options that a body may name; one that its mode does not use is an error.
@@ -300,7 +300,7 @@ def _grammar(body: TextRequest, template: ChatTemplate | None) -> Grammar | None
     return None if wanted is None else json_schema(*wanted)
 
 
-def _schema(wanted: ResponseFormat | None) -> tuple[Mapping[str, object], bool] | None:
+def _schema(wanted: ResponseFormat | None) -> Wanted | None:
     """The schema that a reply must have, and whether to the letter."""
     if wanted is None or wanted.type == "text":
         return None
@@ -315,17 +315,12 @@ def _schema(wanted: ResponseFormat | None) -> tuple[Mapping[str, object], bool] 
 
 
 def _calls(
-    body: ChatRequest,
-    template: ChatTemplate | None,
-    wanted: tuple[Mapping[str, object], bool] | None,
+    body: ChatRequest, template: ChatTemplate | None, wanted: Wanted | None
 ) -> Grammar | None:
     """wanted: what a reply without a call must be."""
     if not body.tools:
         raise ApiError(400, "tool_choice: needs tools", param="tool_choice")
     assert template is not None  # the prompt has been made
-    answer = None
-    if wanted is not None:
-        answer = schema_rule("answer", wanted[0], "json_schema", wanted[1])
     choice, tools = body.tool_choice or "auto", body.tools
     if isinstance(choice, AllowedChoice):
         allowed = {tool.function.name for tool in choice.allowed_tools.tools}
@@ -339,5 +334,5 @@ def _calls(
         choice if isinstance(choice, str) else choice.model_dump(),
         template.tool_style,
         body.parallel_tool_calls is not False,
-        answer,
+        wanted,
     )

@@ -16,10 +16,15 @@ Tools = Sequence[Mapping[str, object]]
 CHOICES = ("none", "auto", "required")
 _MOST_DEPTH = 100  # of lists and objects
 _TOO_DEEP = f"more than {_MOST_DEPTH} lists and objects in one another"
-_HEAD = '{"name": "'
-_OPENING = re.compile(r'\s*\{"name": ("(?:[^"\\]|\\.)*"), "arguments": (.*)', re.DOTALL)
+# A call up to its arguments, and one without white space up to somewhere before them.
+_OPENING = re.compile(
+    r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(.*)', re.DOTALL
+)
+_HEAD = '{"name":"'
+_NAMED = re.compile(r'\{"name":"(?:[^"\\]|\\.)*(?:\\|"(.*))?')
 
 Rule = dict[str, object]
+Wanted = tuple[Mapping[str, object], bool]  # a schema, and whether to the letter
 Function = tuple[str, Mapping[str, object], bool]  # name, schema of the arguments, strict
 
 
@@ -57,14 +62,13 @@ def tool_call(
     choice: str | Mapping[str, object] = "auto",
     style: ToolStyle = BARE,
     is_parallel: bool = True,
-    answer: Rule | None = None,
+    answer: Wanted | None = None,
 ) -> Grammar | None:
     """What a text must match so that its calls fit the tools; None where it need not match.
 
     choice: "none", "auto" (text, or calls), "required" (calls only) or an object that names one
-    function. is_parallel: more than one call, where the style can separate them. answer: what a
-    text without calls must be, a rule of the name "answer". ValueError (one line) for unusable
-    tools or choice.
+    function. is_parallel: more than one call, where the style can separate them. answer: the schema
+    of a text without calls. ValueError (one line) for unusable tools or choice.
     """
     functions = [_function(index, tool) for index, tool in enumerate(tools)]
     if len({name for name, _, _ in functions}) < len(functions):
@@ -74,6 +78,8 @@ def tool_call(
     if not functions:
         raise ValueError("tools: none are given; give one, or tool_choice='none'")
     chosen = functions if choice in CHOICES else [_named(choice, functions)]
+    if answer is not None and choice == "auto" and not style.begin:
+        return _calls_or_answer(chosen, answer)
     rules = [
         schema_rule(f"arguments_{index}", schema, f"tools: {name}: parameters", is_strict)
         for index, (name, schema, is_strict) in enumerate(chosen)
@@ -82,34 +88,60 @@ def tool_call(
     calls = [_call_rule(index, name) for index, (name, _, _) in enumerate(chosen)]
     names = " | ".join(f"call_{index}" for index in range(len(chosen)))
     text = "\n".join([start, f"call: {names}", *calls])
-    rules = [{"name": "start", "lark_grammar": text}, *rules, *([answer] if answer else [])]
+    if answer is not None and choice == "auto":
+        rules.append(schema_rule("answer", answer[0], "json_schema", answer[1]))
+    rules.insert(0, {"name": "start", "lark_grammar": text})
     return Grammar("tool_call", json.dumps({"grammars": rules}))
 
 
+def _calls_or_answer(functions: list[Function], answer: Wanted) -> Grammar:
+    """A call without marks or an answer, as one schema: both begin with the same characters, which
+    rules beside one another cannot tell apart.
+    """
+    forms: list[object] = []
+    for index, (name, schema, _) in enumerate(functions):
+        arguments = _moved(schema, f"#/anyOf/{index}/properties/arguments")
+        properties = {"name": {"const": name}, "arguments": arguments}
+        forms.append({"type": "object", "properties": properties, "required": [*properties]})
+    forms.append(_moved(answer[0], f"#/anyOf/{len(functions)}"))
+    is_strict = answer[1] and all(is_strict for _, _, is_strict in functions)
+    rule = schema_rule("either", {"anyOf": forms}, "tools", is_strict)
+    start = {"name": "start", "lark_grammar": 'start: " "? @either'}
+    return Grammar("tool_call", json.dumps({"grammars": [start, rule]}))
+
+
+def _moved(schema: object, place: str) -> object:
+    """A schema whose references are right at another place."""
+    if isinstance(schema, list):
+        return [_moved(part, place) for part in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {
+        key: place + part[1:]
+        if key == "$ref" and isinstance(part, str) and part[:1] == "#"
+        else _moved(part, place)
+        for key, part in schema.items()
+    }
+
+
 def _start_rule(style: ToolStyle, is_optional: bool, is_parallel: bool, has_answer: bool) -> str:
+    if not style.begin:
+        if not is_optional:
+            return 'start: " "? call'
+        # text that cannot be the beginning of a call: its first character but one space is no {
+        return 'start: " "? call | TEXT?\nTEXT: /( ?[^ {]|  )(.|\\n)*| /'
     begin, end = json.dumps(style.begin), json.dumps(style.end)
-    if is_optional and style.begin and not has_answer:
+    if is_optional and not has_answer:
         calls = "(lead rest)* TEXT?" if is_parallel else "lead rest | TEXT?"
         return f"start: {calls}\nlead[lazy]: /(.|\n)*/ {begin}\nrest: call {end}\nTEXT: /(.|\n)+/"
-    if style.begin:
-        more = '("\\n"? whole)*' if is_parallel else ""
-        calls, parts = f"whole {more}", f"\nwhole: {begin} call {end}"
-    else:
-        calls, parts = '" "? call', ""
-    if not is_optional:
-        return f"start: {calls}{parts}"
-    if has_answer:
-        return f'start: {calls} | " "? @answer{parts}'
-    # text that cannot be the beginning of a call: its first character but one space is no {
-    return f"start: {calls} | TEXT?\nTEXT: /( ?[^ {{]|  )(.|\\n)*| /"
+    more = '("\\n"? whole)*' if is_parallel else ""
+    other = ' | " "? @answer' if is_optional else ""
+    return f"start: whole {more}{other}\nwhole: {begin} call {end}"
 
 
 def _call_rule(index: int, name: str) -> str:
-    return f'call_{index}: {json.dumps(_opening(name))} @arguments_{index} "}}"'
-
-
-def _opening(name: str) -> str:
-    return f'{{"name": {json.dumps(name)}, "arguments": '
+    opening = json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')
+    return f'call_{index}: {opening} @arguments_{index} "}}"'
 
 
 def _function(index: int, tool: object) -> Function:
@@ -159,10 +191,12 @@ class CallReader:
         return self._push_marked() if self._style.begin else ToolText(self._push_bare())
 
     def _push_bare(self) -> str:
-        """Without marks the first character decides, but for one space."""
-        start = self._held.removeprefix(" ")
-        self._in_call = self._in_call or (start.startswith("{") and not self._has_text)
-        if self._in_call or not (start or self._has_text):
+        """Without marks the beginning decides."""
+        if not self._in_call and not self._has_text:
+            self._in_call = _OPENING.fullmatch(self._held) is not None
+            if _is_begun(self._held) and not self._held.startswith("  "):
+                return ""
+        if self._in_call:
             return ""
         self._has_text = True
         content, self._held = self._held, ""
@@ -192,11 +226,11 @@ class CallReader:
     def close(self, is_cut: bool = False) -> ToolText:
         """What is left when the text has ended; is_cut: by its length or a stop string."""
         held, begin = self._held, self._style.begin
-        if self._in_call:
+        if self._in_call or not (begin or self._has_text or held.isspace()):
             written = held[: len(held) - _num_begun(held, self._style.end)]
             if (call := _read_call(written)) is not None:
                 return ToolText("", (call,))
-            if is_cut and (_HEAD.startswith(written.strip()) or written.strip().startswith(_HEAD)):
+            if is_cut and (_is_begun(written) or _OPENING.fullmatch(written)):
                 return ToolText("", _read_cut_call(written), is_cut=True)
             held = begin + held
         elif is_cut and 2 * len(held) > len(begin) > 0:
@@ -256,10 +290,18 @@ def _read_call(text: str) -> ToolCall | None:
     name, arguments = value["name"], value["arguments"]
     if not isinstance(name, str) or not isinstance(arguments, dict):
         return None
-    opening = _opening(name)
-    if text.strip().startswith(opening):  # as written: a number stays what it was
-        return ToolCall(name, text.strip()[len(opening) : -1].strip())
+    if (found := _OPENING.fullmatch(text)) is not None:  # as written: a number stays what it was
+        return ToolCall(name, found[2].rstrip()[:-1].strip())
     return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
+
+
+def _is_begun(text: str) -> bool:
+    """Whether a text may become a call whose arguments have not come."""
+    text = "".join(text.split())
+    if _HEAD.startswith(text):
+        return True
+    found = _NAMED.fullmatch(text)
+    return found is not None and ',"arguments":'.startswith(found[1] or "")
 
 
 def parse_json(text: str) -> object:

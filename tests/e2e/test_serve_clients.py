@@ -1,0 +1,523 @@
+"""The helpers of the `openai` package, and what its users and those of frameworks send."""
+
+import json
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import httpx
+import openai
+import pytest
+from openai.types import completion_create_params as of_completions
+from openai.types.chat import completion_create_params as of_chat
+from openai.types.responses import response_create_params as of_responses
+from pydantic import BaseModel
+
+from serving import Running, running, shipped
+from twotower.engine import GenerateOptions, Request, Worker, generate
+from twotower.serve.api_fields import UNSERVED, WITHOUT_EFFECT
+from twotower.serve.responses import ResponsesRequest
+from twotower.serve.schema import ChatRequest, CompletionRequest, Record
+
+ORDER = "7 times salad for Irene, please."
+SUM = "Q: How much is 48 - 44?\nA:"
+SPANISH = "What is 77 in Spanish?"
+NUMBER = "77 in Spanish is setenta y siete."
+ASK: list[Any] = [{"role": "user", "content": SPANISH}]
+PARAMETERS: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "dish": {"type": "string"},
+        "count": {"type": "integer"},
+        "name": {"type": "string"},
+    },
+    "required": ["dish", "count", "name"],
+}
+TOOL: Any = {"type": "function", "function": {"name": "order_food", "parameters": PARAMETERS}}
+ARGUMENTS = {"dish": "salad", "count": 7, "name": "Irene"}
+BODIES: dict[str, tuple[type[Record], dict[str, Any]]] = {
+    "/v1/completions": (CompletionRequest, {"prompt": "a", "max_tokens": 1}),
+    "/v1/chat/completions": (ChatRequest, {"messages": ASK, "max_tokens": 1}),
+    "/v1/responses": (ResponsesRequest, {"input": "a", "max_output_tokens": 1}),
+}
+
+
+class City(BaseModel):
+    city: Literal["Paris", "Rome"]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running() as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def post(server: Running, path: str, **body: object) -> httpx.Response:
+    return httpx.post(f"{server.url}{path}", json=body, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("path", "published"),
+    [
+        ("/v1/completions", of_completions.CompletionCreateParamsBase),
+        ("/v1/chat/completions", of_chat.CompletionCreateParamsBase),
+        ("/v1/responses", of_responses.ResponseCreateParamsBase),
+    ],
+)
+def test_every_published_field_is_known(path: str, published: type) -> None:
+    """Guards the table: a field that the API gets would be refused with a hint at another one."""
+    record, _ = BODIES[path]
+    known = {field.alias or name for name, field in record.model_fields.items()}
+    fields = set(published.__annotations__)
+    assert fields - known - record.unserved == set()
+    more = {"store", "metadata"} if path == "/v1/completions" else set()
+    assert record.unserved - fields == more and not record.unserved & known
+    assert record.unserved <= set(UNSERVED) | WITHOUT_EFFECT
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_values_that_ask_for_nothing_pass_and_others_are_refused(
+    path: str, server: Running
+) -> None:
+    record, body = BODIES[path]
+    nothing = {"logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0, "stop": ""}
+    nothing |= {"tools": [], "tool_choice": "auto", "top_logprobs": 0, "logprobs": None}
+    nothing |= {"stream_options": {"include_usage": False}, "repetition_penalty": 1, "min_p": 0}
+    known = {name: value for name, value in nothing.items() if name in record.model_fields}
+    answer = post(server, path, **body, **known, mode="diffusion")
+    assert answer.status_code == 200, answer.text
+    fields = dict.fromkeys([*record.model_fields, *record.unserved])
+    assert post(server, path, **{**fields, **body}).status_code == 200
+    for name in record.unserved & set(UNSERVED):
+        for value in (None, False, [], {}, {"effort": None}, *UNSERVED[name].neutral):
+            answer = post(server, path, **body, **{name: value})
+            assert answer.status_code == 200, (name, value, answer.text)
+        error = post(server, path, **body, **{name: "mango"}).json()["error"]
+        assert error["code"] == "unsupported_field" and error["param"] == name
+        assert error["message"] == f"{name} is not supported: {UNSERVED[name].reason}"
+    for name in record.unserved & WITHOUT_EFFECT:
+        assert post(server, path, **body, **{name: {"a": "b"}}).status_code == 200
+
+
+def test_an_answer_of_each_helper_goes_back_in(client: openai.OpenAI) -> None:
+    """Guards a conversation: what `parse` and `stream` add to a message was refused."""
+    parsed = client.chat.completions.parse(model="twotower", messages=ASK, response_format=City)
+    first = parsed.choices[0].message
+    assert first.parsed is not None and first.parsed.city in ("Paris", "Rome")
+    order: list[Any] = [{"role": "user", "content": ORDER}]
+    with client.chat.completions.stream(model="twotower", messages=order, tools=[TOOL]) as stream:
+        kinds = [event.type for event in stream]
+        second = stream.get_final_completion().choices[0].message
+    assert "tool_calls.function.arguments.done" in kinds
+    assert second.tool_calls is not None
+    assert json.loads(second.tool_calls[0].function.arguments) == ARGUMENTS
+    result = {"role": "tool", "tool_call_id": second.tool_calls[0].id, "content": "ordered"}
+    for history in ([first], [first.model_dump()], [second, result], [second.model_dump(), result]):
+        turns: list[Any] = [*order, *history, *ASK]
+        client.chat.completions.create(model="twotower", messages=turns, max_tokens=2)
+
+
+KEPT: list[dict[str, Any]] = [
+    {"role": "assistant", "content": "x", "reasoning_content": "y", "refusal": None, "audio": None},
+    {"role": "assistant", "content": "x", "annotations": [{"type": "url_citation"}], "id": "5"},
+    {"role": "assistant", "content": None, "refusal": "no"},
+    {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+    {"role": "assistant", "content": [{"type": "thinking", "thinking": "y", "signature": "z"}]},
+    {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": ""}},
+    {"role": "assistant", "content": None, "audio": {"id": "a"}, "tool_calls": []},
+    {"role": "function", "name": "f", "content": "1"},
+    {
+        "role": "user",
+        "name": "Ann",
+        "content": [{"type": "text", "text": "a", "cache_control": {}}],
+    },
+    {
+        "role": "assistant",
+        "tool_calls": [{"index": 0, "function": {"name": "f", "arguments": {"a": 1}}}],
+        "provider_specific_fields": {},
+    },
+    {
+        "role": "assistant",
+        "tool_calls": [{"id": "c", "type": "custom", "custom": {"name": "f", "input": "x"}}],
+    },
+]
+
+
+@pytest.mark.parametrize("message", KEPT, ids=lambda message: ",".join(message)[:60])
+def test_what_clients_keep_of_a_message_is_taken(message: dict[str, Any], server: Running) -> None:
+    answer = post(server, "/v1/chat/completions", messages=[*ASK, message, *ASK], max_tokens=2)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "type 'image_url'"),
+        ({"role": "user"}, "messages.0.content: is missing"),
+        ({"role": "robot", "content": "x"}, "messages.0.role"),
+    ],
+)
+def test_what_a_text_model_cannot_read_is_refused(
+    message: dict[str, Any], said: str, server: Running
+) -> None:
+    answer = post(server, "/v1/chat/completions", messages=[message])
+    assert answer.status_code == 400 and said in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("strict", [True, False, None])
+def test_a_schema_without_additional_properties_gets_no_invented_keys(
+    strict: bool | None, client: openai.OpenAI
+) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+    }
+    form: Any = {
+        "type": "json_schema",
+        "json_schema": {"name": "c", "schema": schema, "strict": strict},
+    }
+    answer = client.chat.completions.create(model="twotower", messages=ASK, response_format=form)
+    assert answer.choices[0].finish_reason == "stop"
+    assert set(json.loads(answer.choices[0].message.content or "")) == {"city"}
+
+
+@pytest.mark.parametrize("mode", ["ar", "speculative"])
+def test_the_last_value_of_a_closed_object_ends_where_the_model_ends_it(
+    mode: str, client: openai.OpenAI
+) -> None:
+    """Guards values: a model that goes on with the key it was taught, by `",` or a comma, was made
+    to write on in the value instead.
+    """
+    for last in ("dish", "count"):
+        names = {"dish": ["dish"], "count": ["dish", "count"]}[last]
+        parameters = {
+            "type": "object",
+            "properties": {n: PARAMETERS["properties"][n] for n in names},
+        }
+        function = {"name": "order_food", "parameters": {**parameters, "required": names}}
+        answer = client.chat.completions.create(
+            model="twotower",
+            messages=[{"role": "user", "content": ORDER}],
+            tools=[{"type": "function", "function": function}],  # type: ignore[typeddict-item]
+            tool_choice="required",
+            extra_body={"mode": mode},
+        )
+        (call,) = answer.choices[0].message.tool_calls or ()
+        found = json.loads(call.function.arguments)  # type: ignore[union-attr]
+        assert found == {name: ARGUMENTS[name] for name in names}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        {},
+        {"parameters": None},
+        {"parameters": {}},
+        {"parameters": {"type": "object"}, "strict": True},
+    ],
+    ids=str,
+)
+def test_a_function_without_parameters_gets_no_arguments(
+    function: dict[str, Any], client: openai.OpenAI
+) -> None:
+    tool: Any = {"type": "function", "function": {"name": "now", **function}}
+    answer = client.chat.completions.create(
+        model="twotower", messages=ASK, tools=[tool], tool_choice="required"
+    )
+    (call,) = answer.choices[0].message.tool_calls or ()
+    assert call.function.arguments == "{}"  # type: ignore[union-attr]
+
+
+def test_with_tools_text_flows_and_the_reason_comes_alone(client: openai.OpenAI) -> None:
+    """Guards the stream of a client with tools, which got all of a text at its end."""
+    asked: dict[str, Any] = {"model": "twotower", "tools": [TOOL], "stream": True}
+    asked["max_tokens"] = 30
+    asked |= {"extra_body": {"mode": "ar", "logit_bias": bias_against(' {"', "{", ' "', " {")}}
+    chunks = [c.choices[0] for c in client.chat.completions.create(messages=ASK, **asked)]
+    assert len([c for c in chunks if c.delta.content]) > 8
+    assert not any(c.delta.tool_calls for c in chunks)
+    order = [{"role": "user", "content": ORDER}]
+    asked |= {"extra_body": {}, "max_tokens": 60}
+    chunks = [c.choices[0] for c in client.chat.completions.create(messages=order, **asked)]
+    last = chunks[-1]
+    assert last.finish_reason == "tool_calls" and not last.delta.tool_calls
+    assert [c.finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 1)
+
+
+def bias_against(*texts: str) -> dict[str, float]:
+    tokenizer = shipped().tokenizer
+    assert tokenizer is not None
+    tokens = [token for text in texts for token in tokenizer.encode(text)[:1]]
+    return {str(token): -100.0 for token in tokens}
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_call_that_max_tokens_cuts_is_a_call(is_streamed: bool, client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "twotower", "tools": [TOOL], "max_tokens": 13}
+    asked["messages"] = [{"role": "user", "content": ORDER}]
+    if is_streamed:
+        chunks = [c.choices[0] for c in client.chat.completions.create(**asked, stream=True)]
+        calls = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+        text, reason = "".join(c.delta.content or "" for c in chunks), chunks[-1].finish_reason
+    else:
+        choice = client.chat.completions.create(**asked).choices[0]
+        calls, text = choice.message.tool_calls, choice.message.content or ""
+        reason = choice.finish_reason
+    ((name, arguments),) = [(call.function.name, call.function.arguments) for call in calls]
+    assert name == "order_food" and text == "" and reason == "length"
+    assert '{"dish": "salad", "count": 7'.startswith(arguments)
+
+
+def test_tools_and_a_schema_may_come_together(client: openai.OpenAI) -> None:
+    """What an agent with tools and a typed result sends: a reply is a call or of the schema."""
+    form: Any = {
+        "type": "json_schema",
+        "json_schema": {"name": "c", "schema": City.model_json_schema()},
+    }
+    asked: dict[str, Any] = {"model": "twotower", "tools": [TOOL], "response_format": form}
+    order = [{"role": "user", "content": ORDER}]
+    called = client.chat.completions.create(messages=order, **asked).choices[0]
+    assert json.loads(called.message.tool_calls[0].function.arguments) == ARGUMENTS
+    tokenizer = shipped().tokenizer
+    assert tokenizer is not None
+    # Without this letter there is no "name", with which a call begins.
+    with_n = [t for t in range(tokenizer.vocab_size) if b"n" in tokenizer.token_bytes(t)]
+    asked["extra_body"] = {"mode": "ar", "logit_bias": {str(t): -100.0 for t in with_n}}
+    answered = client.chat.completions.create(messages=order, **asked).choices[0]
+    assert City.model_validate_json(answered.message.content) and answered.finish_reason == "stop"
+
+
+def test_only_allowed_tools_are_called(client: openai.OpenAI) -> None:
+    other = {"type": "function", "function": {"name": "now"}}
+    chosen = [{"type": "function", "function": {"name": "now"}}]
+    choice: Any = {
+        "type": "allowed_tools",
+        "allowed_tools": {"mode": "required", "tools": chosen},
+    }
+    asked: dict[str, Any] = {"model": "twotower", "messages": [{"role": "user", "content": ORDER}]}
+    answer = client.chat.completions.create(**asked, tools=[TOOL, other], tool_choice=choice)
+    assert answer.choices[0].message.tool_calls[0].function.name == "now"
+    with pytest.raises(openai.BadRequestError, match="there is no tool 'now' among tools"):
+        client.chat.completions.create(**asked, tools=[TOOL], tool_choice=choice)
+
+
+def test_what_cannot_be_enforced_is_refused_with_tool_and_place_where_strict(
+    client: openai.OpenAI,
+) -> None:
+    """Guards the other tools of a request: one keyword of one tool refused them all, unnamed."""
+    names = {"type": "object", "propertyNames": {"pattern": "^a"}, "additionalProperties": True}
+    parameters = {"type": "object", "properties": {"fields": names}}
+    tool = {"name": "save", "parameters": parameters}
+    asked: dict[str, Any] = {"model": "twotower", "messages": [{"role": "user", "content": ORDER}]}
+    tools = [TOOL, {"type": "function", "function": tool}]
+    answer = client.chat.completions.create(**asked, tools=tools)
+    assert answer.choices[0].message.tool_calls[0].function.name == "order_food"
+    strict = [TOOL, {"type": "function", "function": {**tool, "strict": True}}]
+    said = r"tools: save: parameters, at properties\.fields: .*propertyNames"
+    with pytest.raises(openai.BadRequestError, match=said) as refused:
+        client.chat.completions.create(**asked, tools=strict)
+    assert refused.value.param == "tools"
+
+
+def test_penalties_reach_the_engine_and_choose_a_mode_that_has_them(
+    client: openai.OpenAI,
+) -> None:
+    loaded = shipped()
+    shape: dict[str, Any] = {"frequency_penalty": 1.5, "presence_penalty": 0.5}
+    ours = {"repetition_penalty": 1.2, "logit_bias": {"300": -100}, "min_p": 0.1, "seed": 3}
+    answer = client.completions.create(
+        model="twotower", prompt=SUM, max_tokens=24, temperature=0.7, **shape, extra_body=ours
+    )
+    options = GenerateOptions(mode="ar", max_new_tokens=24, temperature=0.7, **shape, **ours)  # type: ignore[arg-type]
+    (expected,) = generate(loaded.model, [SUM], options, loaded.tokenizer)
+    assert answer.choices[0].text == expected.text
+
+
+@pytest.mark.parametrize("num_new", [0, 3])
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_echo_scores_the_prompt(num_new: int, is_streamed: bool, client: openai.OpenAI) -> None:
+    """What lm-eval asks for: the log-probability of each token of a given text. Guards a shift by
+    one, pieces in which the text is read, and choices that take each other's prompts.
+    """
+    prompts = [SUM * 6, "Q: a"]
+    asked: dict[str, Any] = {"model": "twotower", "prompt": prompts, "echo": True, "logprobs": 2}
+    asked |= {"max_tokens": num_new, "extra_body": {"mode": "ar", "ignore_eos": True}, "n": 2}
+    if is_streamed:
+        texts, shown = ["", "", "", ""], [[], [], [], []]  # type: ignore[var-annotated]
+        for chunk in client.completions.create(**asked, stream=True):
+            choice = chunk.choices[0]
+            texts[choice.index] += choice.text
+            lists = choice.logprobs and choice.logprobs.model_dump()
+            shown[choice.index] += zip(*lists.values(), strict=True) if lists else []
+    else:
+        choices = client.completions.create(**asked).choices
+        texts = [choice.text for choice in choices]
+        shown = [list(zip(*c.logprobs.model_dump().values(), strict=True)) for c in choices]  # type: ignore[union-attr]
+    loaded = shipped()
+    assert loaded.tokenizer is not None
+    for index, (text, rows) in enumerate(zip(texts, shown, strict=True)):
+        prompt = prompts[index // 2]
+        ids = loaded.tokenizer.encode_prompt(prompt)
+        assert text.startswith(prompt) and len(rows) == len(ids) + num_new
+        offsets, logprobs, tokens, tops = zip(*rows, strict=True)
+        assert tokens[0] == "<bos>" and logprobs[0] is None and tops[0] is None
+        assert "".join(tokens[1:]) == text
+        assert list(offsets[1:]) == [len("".join(tokens[1:n])) for n in range(1, len(tokens))]
+        expected = scores(ids)
+        assert list(logprobs[1 : len(ids)]) == pytest.approx(expected, abs=1e-3)
+        assert all(len(top) == 2 for top in tops[1:])
+
+
+def scores(ids: list[int]) -> list[float]:
+    """Log-probabilities of a text's tokens from the second on, in one pass."""
+    import torch
+
+    with torch.no_grad():
+        logits = shipped().model.context_logits(torch.tensor([ids]))[0].float().log_softmax(-1)
+    return [float(logits[place, token]) for place, token in enumerate(ids[1:])]
+
+
+def test_a_usage_chunk_is_announced_by_null(client: openai.OpenAI, server: Running) -> None:
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        body = {**BODIES[path][1], "stream": True, "stream_options": {"include_usage": True}}
+        lines = post(server, path, **body).text.splitlines()
+        records = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert [record["usage"] is None for record in records] == [True] * (len(records) - 1) + [
+            False
+        ]
+        assert records[-1]["choices"] == []
+        plain = post(server, path, **{**BODIES[path][1], "stream": True}).text
+        assert '"usage"' not in plain
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/twotower", "/health", "/metrics", "/"])
+def test_head_is_answered_as_get_without_a_body(path: str, server: Running) -> None:
+    head, get = httpx.head(f"{server.url}{path}"), httpx.get(f"{server.url}{path}")
+    assert head.status_code == get.status_code == 200 and head.content == b""
+    assert head.headers["content-type"] == get.headers["content-type"]
+    assert httpx.head(f"{server.url}/v1/completions").status_code == 405
+
+
+def test_responses_answer_text(client: openai.OpenAI) -> None:
+    answer = client.responses.create(model="twotower", input=SPANISH)
+    assert answer.output_text == NUMBER and answer.status == "completed"
+    assert answer.usage is not None and answer.usage.input_tokens > 5
+    with client.responses.stream(model="twotower", input=SPANISH) as stream:
+        events = list(stream)
+        assert stream.get_final_response().output_text == NUMBER
+    assert [event.type for event in events] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        *["response.output_text.delta"] * (len(events) - 8),
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert [event.sequence_number for event in events] == list(range(len(events)))  # type: ignore[union-attr]
+    cut = client.responses.create(model="twotower", input=SPANISH, max_output_tokens=3)
+    assert cut.status == "incomplete" and cut.incomplete_details is not None
+    assert cut.incomplete_details.reason == "max_output_tokens"
+    parsed = client.responses.parse(model="twotower", input=SPANISH, text_format=City)
+    assert isinstance(parsed.output_parsed, City)
+
+
+def test_responses_are_the_answers_of_chat(client: openai.OpenAI) -> None:
+    """Guards instructions and earlier items: they are the same conversation."""
+    items: list[Any] = [
+        {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b"}]},
+        {"type": "reasoning", "id": "r", "summary": []},
+        {"role": "user", "content": SPANISH},
+    ]
+    asked: dict[str, Any] = {
+        "model": "twotower",
+        "max_output_tokens": 8,
+        "instructions": "Be kind.",
+    }
+    found = client.responses.create(input=items, **asked)
+    turns: list[Any] = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        *ASK,
+    ]
+    chat = client.chat.completions.create(model="twotower", messages=turns, max_tokens=8)
+    assert found.output_text == chat.choices[0].message.content
+    assert found.usage is not None and chat.usage is not None
+    assert found.usage.input_tokens == chat.usage.prompt_tokens
+    assert found.instructions == "Be kind."
+
+
+def test_responses_call_tools_and_read_their_results(client: openai.OpenAI) -> None:
+    tool: Any = {"type": "function", "name": "order_food", "parameters": PARAMETERS, "strict": True}
+    order = {"role": "user", "content": ORDER}
+    whole = client.responses.create(model="twotower", input=[order], tools=[tool])  # type: ignore[list-item]
+    with client.responses.stream(model="twotower", input=[order], tools=[tool]) as stream:  # type: ignore[list-item]
+        kinds = [event.type for event in stream]
+        streamed = stream.get_final_response()
+    assert kinds[2:6] == [
+        "response.output_item.added",
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.done",
+        "response.output_item.done",
+    ]
+    for answer in (whole, streamed):
+        (call,) = answer.output
+        assert call.type == "function_call" and json.loads(call.arguments) == ARGUMENTS
+        result = {"type": "function_call_output", "call_id": call.call_id, "output": "ordered"}
+        history: list[Any] = [order, *answer.output, result]
+        client.responses.create(model="twotower", input=history, max_output_tokens=2)
+    chosen: Any = {"type": "function", "name": "order_food"}
+    client.responses.create(model="twotower", input="a", tools=[tool], tool_choice=chosen)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "nothing is kept between requests"),
+        (
+            {"input": [{"type": "computer_call"}]},
+            "an item of type 'computer_call'",
+        ),
+        ({"input": "a", "tools": [{"type": "web_search"}]}, "tools.0.name"),
+        (
+            {"input": "a", "previous_response_id": "r"},
+            "previous_response_id is not supp",
+        ),
+        ({"input": "a", "store": True}, "store is not supported: nothing is kept"),
+    ],
+)
+def test_responses_refuse_what_they_cannot_do(
+    body: dict[str, Any], said: str, server: Running
+) -> None:
+    answer = post(server, "/v1/responses", **body)
+    assert answer.status_code == 400 and said in answer.json()["error"]["message"]
+
+
+def test_given_rows_share_passes_with_others() -> None:
+    """Guards the engine: rows that are scored beside rows that write, and leave at their ends."""
+    loaded = shipped()
+    assert loaded.tokenizer is not None
+    worker = Worker(loaded.model, loaded.tokenizer)
+    worker.start()
+    try:
+        texts = [loaded.tokenizer.encode_prompt(SUM * n) for n in (1, 5, 2)]
+        options = GenerateOptions(mode="ar", logprobs=0, ignore_eos=True)
+        rows = [Request(ids[:1], options, given=tuple(ids[1:])) for ids in texts]
+        tickets = [worker.submit(one) for one in [*rows, Request(SUM, GenerateOptions(mode="ar"))]]
+        ended = [list(ticket.events())[-1].completion for ticket in tickets]  # type: ignore[union-attr]
+    finally:
+        worker.stop(0)
+    for ids, completion in zip(texts, ended, strict=False):
+        found = [one.logprob for one in completion.logprobs or ()]
+        assert completion.tokens == ids[1:] and found == pytest.approx(scores(ids), abs=1e-3)
+    (alone,) = generate(loaded.model, [SUM], GenerateOptions(mode="ar"), loaded.tokenizer)
+    assert ended[-1].text == alone.text
