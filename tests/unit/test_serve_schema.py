@@ -1,5 +1,8 @@
 """Bodies: how much is said of a bad one."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 from pydantic_core import from_json
@@ -7,6 +10,11 @@ from pydantic_core import from_json
 from twotower.serve.errors import ApiError
 from twotower.serve.schema import ChatRequest, CompletionRequest, Decoding, parse
 
+SCRIPT = Path(__file__).parents[2] / "scripts" / "field_table.py"
+spec = importlib.util.spec_from_file_location("field_table", SCRIPT)
+assert spec is not None and spec.loader is not None
+field_table = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(field_table)
 FEW = 12  # errors of one field, for each type that was tried
 
 
@@ -49,6 +57,27 @@ def test_validation_ends_at_the_first_errors(body: str) -> None:
 def test_too_many_lists_are_not_made() -> None:
     with pytest.raises(ApiError, match="more than 100000 lists and objects"):
         parse(CompletionRequest, b'{"prompt":[' + b"[]," * 200_000 + b"[]]}")
+
+
+def test_the_page_has_todays_fields() -> None:
+    page = field_table.PAGE.read_text(encoding="utf-8")
+    assert field_table.with_table(page) == page, "run python scripts/field_table.py"
+
+
+@pytest.mark.parametrize(
+    ("record", "name", "said"),
+    [
+        (ChatRequest, "tempratur", "tempratur is not a field of this request; did you mean temper"),
+        (ChatRequest, "modalitys", "see /openapi.json"),
+        (CompletionRequest, "messages", "see /openapi.json"),
+        (ChatRequest, "modalities", "modalities is not supported: this model writes text only"),
+    ],
+)
+def test_a_hint_does_not_mislead(record: type[Decoding], name: str, said: str) -> None:
+    """Guards against "modalities: did you mean deadline_s?"."""
+    with pytest.raises(ApiError) as refused:
+        parse(record, f'{{"{name}": "x"}}'.encode())
+    assert said in refused.value.message and refused.value.param == name
 
 
 def test_what_is_quoted_is_short() -> None:

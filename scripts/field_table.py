@@ -1,0 +1,82 @@
+"""Write the tables of the API's fields into docs/serving.md, from the records of bodies.
+
+Usage: python scripts/field_table.py
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from twotower.serve.api_fields import UNSERVED, WITHOUT_EFFECT
+from twotower.serve.responses import ResponsesRequest, TextOptions
+from twotower.serve.schema import (
+    ChatRequest,
+    CompletionRequest,
+    Decoding,
+    Record,
+    StreamOptions,
+    TextRequest,
+)
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "serving.md"
+BEGIN, END = "<!-- table: fields (scripts/field_table.py) -->\n", "<!-- end -->\n"
+OURS = "mode"  # the first of our own in `Decoding`
+ENDPOINTS: dict[str, type[Record]] = {
+    "completions": CompletionRequest,
+    "chat": ChatRequest,
+    "responses": ResponsesRequest,
+}
+PARTS: dict[str, type[Record]] = {"stream_options": StreamOptions, "text": TextOptions}
+
+
+def _names(record: type[Record], without: type[Record] | None = None) -> list[str]:
+    left_out = set(without.model_fields) if without else set()
+    return [name for name in record.model_fields if name not in left_out]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def table() -> str:
+    """What is used, what is taken, and what is refused."""
+    common = _names(Decoding)
+    place = common.index(OURS)
+    every = [record.unserved for record in ENDPOINTS.values()]
+    rows = [
+        ("all", common[:place]),
+        ("all, our own", common[place:]),
+        ("completions and chat", _names(TextRequest, Decoding)),
+        ("completions", _names(CompletionRequest, TextRequest)),
+        ("chat", _names(ChatRequest, TextRequest)),
+        ("responses", _names(ResponsesRequest, Decoding)),
+        ("taken, without effect", sorted(WITHOUT_EFFECT & frozenset().union(*every))),
+    ]
+    lines = ["| of | fields |", "|---|---|", *(f"| {who} | {_listed(own)} |" for who, own in rows)]
+    lines += [
+        "",
+        "| taken with values that ask for nothing | also taken | otherwise refused, because |",
+    ]
+    lines += ["|---|---|---|"]
+    holders = {**ENDPOINTS, **PARTS}
+    for name in sorted(UNSERVED):
+        of = [holder for holder, record in holders.items() if name in record.unserved]
+        also = ", ".join(f"`{json.dumps(value)}`" for value in UNSERVED[name].neutral)
+        lines.append(f"| `{name}` ({', '.join(of)}) | {also} | {UNSERVED[name].reason} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(page: str) -> str:
+    """The page with today's tables."""
+    before, _, rest = page.partition(BEGIN)
+    return before + BEGIN + table() + END + rest.partition(END)[2]
+
+
+def main() -> int:
+    """Write them."""
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
