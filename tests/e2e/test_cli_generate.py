@@ -293,3 +293,19 @@ def test_an_installation_without_a_model(
     monkeypatch.setattr(loading.resources, "files", lambda package: tmp_path)
     assert main(["generate", "a"]) == 2
     assert "give one with --model PATH" in capsys.readouterr().err
+
+
+def test_penalties_and_biases_are_flags(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against flags that are read and do nothing."""
+    flags = ["--model", checkpoint, "--mode", "ar", *FEW]
+    plain = run_json(capsys, "abc", *flags)["results"][0]["tokens"]  # type: ignore[index]
+    bias = f"{plain[0]}=-100"
+    for more in (["--repetition-penalty", "50"], ["--logit-bias", bias, "--logit-bias", "7=-100"]):
+        record = run_json(capsys, "abc", *flags, *more)
+        assert record["results"][0]["tokens"] != plain  # type: ignore[index]
+    assert record["options"]["logit_bias"] == [[plain[0], -100.0], [7, -100.0]]  # type: ignore[index]
+    assert main(["generate", "abc", *flags, "--logit-bias", "18"]) == 2
+    said = "logit_bias='18' must be a token id, = and a number, such as 42=-100"
+    assert said in capsys.readouterr().err

@@ -129,7 +129,10 @@ KEPT: list[dict[str, Any]] = [
     {"role": "assistant", "content": [{"type": "thinking", "thinking": "y", "signature": "z"}]},
     {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": ""}},
     {"role": "assistant", "content": None, "audio": {"id": "a"}, "tool_calls": []},
+    {"role": "assistant", "content": ""},
+    {"role": "assistant", "content": [], "tool_calls": None},
     {"role": "function", "name": "f", "content": "1"},
+    {"role": "tool", "tool_call_id": "c", "content": None},
     {
         "role": "user",
         "name": "Ann",

@@ -67,6 +67,45 @@ def test_parts_of_a_character_have_names_and_bytes_of_their_own() -> None:
     assert choice["logprobs"]["text_offset"] == [0, 0, 0, 1]
 
 
+def test_a_token_is_given_out_with_the_character_that_it_begins() -> None:
+    """Silent failure: offsets beyond the text, or of other characters, where bytes form none or a
+    stop string ends the text; and a stream that tells other tokens than the whole answer.
+    """
+    tokenizer = byte_tokenizer()
+    first, _, third = tokenizer.encode("\u20ac")
+    letters = [tokenizer.encode(letter)[0] for letter in "ab"]
+    ids = [first, letters[0], third, *tokenizer.encode("\u20ac"), letters[1], *letters]
+    logprobs = tuple(TokenLogprob(token=token, logprob=-0.1, top=()) for token in ids)
+    places = [0, 1, 2, 3, 3, 3, 4, 5, 6]
+    text = "\ufffda\ufffd\u20acb"  # and the stop string "ab"
+    for reason, shown in (("stop", 7), ("length", 9)):
+        ended = completion(text=text, logprobs=logprobs, finish_reason=reason)
+        shape = CompletionShape("m", tokenizer, [""], has_logprobs=True)
+        (choice,) = shape.whole([ended], {})["choices"]  # type: ignore[misc]
+        assert choice["logprobs"]["text_offset"] == places[:shown]
+        chat = ChatShape("m", tokenizer, Replies(None, False))
+        (choice,) = chat.whole([ended], {})["choices"]  # type: ignore[misc]
+        assert len(choice["logprobs"]["content"]) == shown
+        shape = CompletionShape("m", tokenizer, [""], has_logprobs=True)
+        pieces = (("", logprobs[:1]), ("\ufffda", logprobs[1:4]), (text[2:], logprobs[4:]))
+        chunks = [one for piece in pieces for one in shape.text(0, *piece)] + shape.end(0, ended)
+        found = [c["choices"][0]["logprobs"] for c in chunks]  # type: ignore[index]
+        assert [p for one in found if one for p in one["text_offset"]] == places[:shown]
+        assert [len(one["tokens"]) if one else 0 for one in found] == [2, 5, shown - 7]
+
+
+def test_alternatives_that_are_written_alike_have_names_of_their_own() -> None:
+    """Silent failure: of two tokens of one name a dictionary keeps the last."""
+    tokenizer = byte_tokenizer()
+    (token,) = tokenizer.encode("a")
+    twice = TokenLogprob(token=token, logprob=-0.1, top=((token, -0.1), (token, -0.7)))
+    shape = CompletionShape("m", tokenizer, [""], has_logprobs=True)
+    (choice,) = shape.whole([completion(tokens=[token], text="a", logprobs=(twice,))], {})[
+        "choices"
+    ]  # type: ignore[misc]
+    assert choice["logprobs"]["top_logprobs"] == [{"a": -0.1, f"token_id:{token}": -0.7}]
+
+
 def test_calls_and_text_around_them_are_taken_apart() -> None:
     shape = ChatShape("m", TOKENIZER, Replies(HERMES, False))
     call = '<tool_call>\n{"name": "f", "arguments": {"x": 1.50}}\n</tool_call>'

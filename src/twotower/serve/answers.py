@@ -3,8 +3,11 @@
 A shape holds what the chunks of one answer share; it keeps no text.
 """
 
+import codecs
+import itertools
 import secrets
 import time
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -24,6 +27,7 @@ Chunks = list[dict[str, object]]
 Logprobs = Sequence[TokenLogprob] | None
 # Of a text that is given: its first token has no probability.
 Scores = Sequence[TokenLogprob | int]
+Placed = list[tuple[TokenLogprob | int, int]]  # each with the character at which it begins
 _FINISH = {"eos": "stop"}  # OpenAI's word for a text that ended by itself; the others agree
 
 
@@ -46,6 +50,46 @@ class Shape(Protocol):
         """What comes after all choices."""
 
 
+class PlacedTokens:
+    """The tokens of one text with their log-probabilities, each given out with the character that
+    it begins: text may wait for its whole characters, or because it may become a stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._num_chars = self._num_shown = 0
+        self._held: Placed = []
+
+    def push(self, text: str, logprobs: Scores) -> Placed:
+        """The tokens of what can be seen now: of new text, and of those that came before it."""
+        self._num_shown += len(text)
+        for one in logprobs:
+            self._held.append((one, self._place(one if isinstance(one, int) else one.token)))
+        count = sum(1 for _ in itertools.takewhile(self._is_shown, self._held))
+        shown, self._held = self._held[:count], self._held[count:]
+        return shown
+
+    def close(self, completion: Completion) -> Placed:
+        """What is left at the end; a stop string and what follows it is no part of the text."""
+        rest, self._held = self._held, []
+        return [] if completion.finish_reason == "stop" else rest
+
+    def _is_shown(self, placed: tuple[TokenLogprob | int, int]) -> bool:
+        return placed[1] < self._num_shown
+
+    def _place(self, token: int) -> int:
+        """The character in which a token begins: a part of one stands where the whole will."""
+        data = self._tokenizer.token_bytes(token)
+        if token in self._tokenizer.special_ids or not data:
+            return self._num_chars
+        num_first = len(self._decoder.decode(data[:1]))
+        is_open = bool(self._decoder.getstate()[0])
+        place = self._num_chars + num_first - (not is_open)
+        self._num_chars += num_first + len(self._decoder.decode(data[1:]))
+        return place
+
+
 class CompletionShape:
     """`text_completion` objects."""
 
@@ -63,31 +107,31 @@ class CompletionShape:
         self._echo = echo
         self._scores = scores or [()] * len(echo)
         self._has_logprobs = has_logprobs
-        self._offset = dict.fromkeys(range(len(echo)), 0)  # characters of each choice so far
-        self._streams = {index: tokenizer.stream() for index in self._offset}
+        self._placed = [PlacedTokens(tokenizer) for _ in echo]
 
     def whole(self, completions: Sequence[Completion], usage: object) -> dict[str, object]:
-        choices = [
-            self._choice(
-                index,
-                self._echo[index] + (completion.text or ""),
-                [*self._scores[index], *(completion.logprobs or ())],
-                _reason(completion),
-            )
-            for index, completion in enumerate(completions)
-        ]
+        choices = []
+        for index, completion in enumerate(completions):
+            text = self._echo[index] + (completion.text or "")
+            logprobs = [*self._scores[index], *(completion.logprobs or ())]
+            tokens = self._placed[index].push(text, logprobs)
+            tokens += self._placed[index].close(completion)
+            choices.append(self._choice(index, text, tokens, _reason(completion)))
         return {**self._head, "choices": choices, "usage": usage}
 
     def begin(self, index: int) -> Chunks:
         if not self._echo[index]:
             return []
-        return self._chunk(self._choice(index, self._echo[index], self._scores[index], None))
+        tokens = self._placed[index].push(self._echo[index], self._scores[index])
+        return self._chunk(self._choice(index, self._echo[index], tokens, None))
 
     def text(self, index: int, text: str, logprobs: Logprobs) -> Chunks:
-        return self._chunk(self._choice(index, text, logprobs, None))
+        tokens = self._placed[index].push(text, logprobs or ())
+        return self._chunk(self._choice(index, text, tokens, None)) if text or tokens else []
 
     def end(self, index: int, completion: Completion) -> Chunks:
-        return self._chunk(self._choice(index, "", None, _reason(completion)))
+        tokens = self._placed[index].close(completion)
+        return self._chunk(self._choice(index, "", tokens, _reason(completion)))
 
     def usage(self, completions: Sequence[Completion], usage: object) -> Chunks:
         return [{**self._head, "choices": [], "usage": usage}]
@@ -96,23 +140,20 @@ class CompletionShape:
         return [{**self._head, "choices": [choice]}]
 
     def _choice(
-        self, index: int, text: str, logprobs: Scores | None, reason: str | None
+        self, index: int, text: str, tokens: Placed, reason: str | None
     ) -> dict[str, object]:
-        shown = self._logprobs(index, logprobs) if self._has_logprobs and logprobs else None
+        shown = self._logprobs(tokens) if self._has_logprobs and tokens else None
         return {"index": index, "text": text, "logprobs": shown, "finish_reason": reason}
 
-    def _logprobs(self, index: int, logprobs: Scores) -> dict[str, object]:
+    def _logprobs(self, tokens: Placed) -> dict[str, object]:
+        logprobs, offsets = zip(*tokens, strict=True)
         ids = [one if isinstance(one, int) else one.token for one in logprobs]
         known = [None if isinstance(one, int) else one for one in logprobs]
-        offsets = []
-        for token in ids:  # a part of a character stands where the character will
-            offsets.append(self._offset[index])
-            self._offset[index] += len(self._streams[index].push([token]))
         return {
             "tokens": [token_name(self._tokenizer, token) for token in ids],
             "token_logprobs": [one and _finite(one.logprob) for one in known],
             "top_logprobs": [one and (self._top(one) or None) for one in known],
-            "text_offset": offsets,
+            "text_offset": list(offsets),
         }
 
     def _top(self, logprob: TokenLogprob) -> dict[str, float]:
@@ -130,7 +171,8 @@ class ChatShape:
     def __init__(self, model: str, tokenizer: Tokenizer, replies: "Replies") -> None:
         self._head = _head("chatcmpl", "chat.completion.chunk", model)
         self._tokenizer, self._replies = tokenizer, replies
-        self._num_calls: dict[int, int] = {}
+        self._num_calls: Counter[int] = Counter()  # of each choice
+        self._placed: defaultdict[int, PlacedTokens] = defaultdict(lambda: PlacedTokens(tokenizer))
 
     def whole(self, completions: Sequence[Completion], usage: object) -> dict[str, object]:
         choices = [self._whole(index, one) for index, one in enumerate(completions)]
@@ -143,24 +185,25 @@ class ChatShape:
         if taken.calls:
             calls = list(map(call_record, taken.calls))
             message |= {"content": taken.content or None, "tool_calls": calls}
-        logprobs = completion.logprobs
+        placed, logprobs = PlacedTokens(self._tokenizer), completion.logprobs
+        tokens = placed.push(completion.text or "", logprobs or ()) + placed.close(completion)
         return {
             "index": index,
             "message": message,
-            "logprobs": None if logprobs is None else self._logprobs(logprobs),
+            "logprobs": None if logprobs is None else self._logprobs(tokens),
             "finish_reason": _reason(completion, bool(taken.calls) and not taken.is_cut),
         }
 
     def begin(self, index: int) -> Chunks:
-        self._num_calls[index] = 0
         return [self._chunk(index, {"role": "assistant", "content": ""}, None, None)]
 
     def text(self, index: int, text: str, logprobs: Logprobs) -> Chunks:
-        return self._shown(index, self._replies.push(index, text), logprobs)
+        tokens = self._placed[index].push(text, logprobs or ())
+        return self._shown(index, self._replies.push(index, text), tokens)
 
     def end(self, index: int, completion: Completion) -> Chunks:
         rest = self._replies.close(index, completion)
-        chunks = self._shown(index, rest, None)
+        chunks = self._shown(index, rest, self._placed[index].close(completion))
         has_called = self._num_calls[index] > 0 and not rest.is_cut
         # Of its own: clients close what they gather of a call when a chunk has no more of it.
         return [*chunks, self._chunk(index, {}, None, _reason(completion, has_called))]
@@ -168,10 +211,10 @@ class ChatShape:
     def usage(self, completions: Sequence[Completion], usage: object) -> Chunks:
         return [{**self._head, "choices": [], "usage": usage}]
 
-    def _shown(self, index: int, taken: ToolText, logprobs: Logprobs) -> Chunks:
+    def _shown(self, index: int, taken: ToolText, tokens: Placed) -> Chunks:
         chunks = []
-        if taken.content or logprobs:
-            chunks.append(self._chunk(index, {"content": taken.content}, logprobs, None))
+        if taken.content or tokens:
+            chunks.append(self._chunk(index, {"content": taken.content}, tokens, None))
         for call in taken.calls:
             record = {"index": self._num_calls[index], **call_record(call)}
             chunks.append(self._chunk(index, {"tool_calls": [record]}, None, None))
@@ -179,19 +222,20 @@ class ChatShape:
         return chunks
 
     def _chunk(
-        self, index: int, delta: dict[str, object], logprobs: Logprobs, reason: str | None
+        self, index: int, delta: dict[str, object], tokens: Placed | None, reason: str | None
     ) -> dict[str, object]:
-        shown = None if logprobs is None else self._logprobs(logprobs)
+        shown = self._logprobs(tokens) if tokens else None
         choice = {"index": index, "delta": delta, "logprobs": shown, "finish_reason": reason}
         return {**self._head, "choices": [choice]}
 
-    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, object]:
+    def _logprobs(self, tokens: Placed) -> dict[str, object]:
         content = [
             {
                 **self._named(one.token, one.logprob),
                 "top_logprobs": [self._named(token, value) for token, value in one.top],
             }
-            for one in logprobs
+            for one, _ in tokens
+            if not isinstance(one, int)
         ]
         return {"content": content, "refusal": None}
 

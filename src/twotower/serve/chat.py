@@ -10,7 +10,7 @@ from twotower.engine.fork_server import Process, ProcessDied, Root
 from twotower.serve import template_child as child
 from twotower.serve.errors import ApiError
 from twotower.serve.schema import ChatRequest, ContentPart, Message, ToolCall
-from twotower.serve.tool_calls import BARE, HERMES, ToolStyle, parse_json
+from twotower.serve.tool_calls import BARE, HERMES, TooDeep, ToolStyle, parse_json
 from twotower.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -253,7 +253,7 @@ def _turn(number: int, message: Message) -> dict[str, object]:
     if isinstance(content, list):
         content = "".join(_said(number, part) for part in content)
     calls = _calls(message)
-    if content is None and message.role != "assistant":
+    if content is None and message.role in ("system", "developer", "user"):
         raise ApiError(400, f"messages.{number}.content: is missing; give text", param="messages")
     turn: dict[str, object] = {
         "role": _ROLES.get(message.role, message.role),
@@ -302,5 +302,7 @@ def _arguments(given: str | dict[str, object] | None) -> object:
         return given or {}
     try:
         return parse_json(given or "{}")
+    except TooDeep as error:
+        raise ApiError(400, f"messages: tool_calls: arguments: {error}", param="messages") from None
     except ValueError:
         return given

@@ -304,19 +304,21 @@ def _is_begun(text: str) -> bool:
     return found is not None and ',"arguments":'.startswith(found[1] or "")
 
 
+class TooDeep(ValueError):
+    """JSON of more levels than anyone means and than recursion goes."""
+
+
 def parse_json(text: str) -> object:
-    """A JSON value in a text of a caller or a model; ValueError for one that is damaged, or deeper
-    than anyone means and than recursion goes.
-    """
+    """A JSON value in a text of a caller or a model; ValueError for a damaged one, or TooDeep."""
     try:
         value = json.loads(text)
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
+        raise TooDeep(_TOO_DEEP) from None
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(_MOST_DEPTH):
         inner = [one.values() if isinstance(one, dict) else one for one in level]
         level = [part for one in inner for part in one if isinstance(part, dict | list)]
         if not level:
             return value
-    raise ValueError(_TOO_DEEP)
+    raise TooDeep(_TOO_DEEP)
