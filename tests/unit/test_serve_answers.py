@@ -18,8 +18,9 @@ from twotower.engine import (
     TokenLogprob,
     TokensCommitted,
 )
-from twotower.serve.answers import ChatShape, CompletionShape, Replies, usage_of
+from twotower.serve.answers import ChatShape, CompletionShape, usage_of
 from twotower.serve.metrics import Entry, RateLimit
+from twotower.serve.pieces import Replies
 from twotower.serve.requests import Generation
 from twotower.serve.service import _merged, whole_to_json
 from twotower.serve.tool_calls import BARE, HERMES

@@ -108,8 +108,9 @@ class Local:
 
     def reply(self, body: Body) -> Generator[Chunk, None, None]:
         """See Backend."""
-        from twotower.serve.answers import ChatShape, Replies, usage_of
+        from twotower.serve.answers import ChatShape, usage_of
         from twotower.serve.errors import ApiError
+        from twotower.serve.pieces import Replies
         from twotower.serve.requests import Reader
         from twotower.serve.schema import ChatRequest, parse
         from twotower.serve.service import submit

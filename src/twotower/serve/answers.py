@@ -3,31 +3,20 @@
 A shape holds what the chunks of one answer share; it keeps no text.
 """
 
-import codecs
-import itertools
 import secrets
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Protocol
 
-from twotower.engine import Completion, StepTaken, Ticket, TokensCommitted
+from twotower.engine import Completion
 from twotower.engine.events import TokenLogprob
+from twotower.serve.pieces import Logprobs, Placed, PlacedTokens, Replies, Scores
 from twotower.serve.requests import Generation
-from twotower.serve.tool_calls import (
-    CallReader,
-    ToolStyle,
-    ToolText,
-    call_record,
-    read_tool_calls,
-)
+from twotower.serve.tool_calls import ToolText, call_record
 from twotower.tokenizer import Tokenizer
 
 Chunks = list[dict[str, object]]
-Logprobs = Sequence[TokenLogprob] | None
-# Of a text that is given: its first token has no probability.
-Scores = Sequence[TokenLogprob | int]
-Placed = list[tuple[TokenLogprob | int, int]]  # each with the character at which it begins
 _FINISH = {"eos": "stop"}  # OpenAI's word for a text that ended by itself; the others agree
 
 
@@ -48,46 +37,6 @@ class Shape(Protocol):
 
     def usage(self, completions: Sequence[Completion], usage: object) -> Chunks:
         """What comes after all choices."""
-
-
-class PlacedTokens:
-    """The tokens of one text with their log-probabilities, each given out with the character that
-    it begins: text may wait for its whole characters, or because it may become a stop string.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._num_chars = self._num_shown = 0
-        self._held: Placed = []
-
-    def push(self, text: str, logprobs: Scores) -> Placed:
-        """The tokens of what can be seen now: of new text, and of those that came before it."""
-        self._num_shown += len(text)
-        for one in logprobs:
-            self._held.append((one, self._place(one if isinstance(one, int) else one.token)))
-        count = sum(1 for _ in itertools.takewhile(self._is_shown, self._held))
-        shown, self._held = self._held[:count], self._held[count:]
-        return shown
-
-    def close(self, completion: Completion) -> Placed:
-        """What is left at the end; a stop string and what follows it is no part of the text."""
-        rest, self._held = self._held, []
-        return [] if completion.finish_reason == "stop" else rest
-
-    def _is_shown(self, placed: tuple[TokenLogprob | int, int]) -> bool:
-        return placed[1] < self._num_shown
-
-    def _place(self, token: int) -> int:
-        """The character in which a token begins: a part of one stands where the whole will."""
-        data = self._tokenizer.token_bytes(token)
-        if token in self._tokenizer.special_ids or not data:
-            return self._num_chars
-        num_first = len(self._decoder.decode(data[:1]))
-        is_open = bool(self._decoder.getstate()[0])
-        place = self._num_chars + num_first - (not is_open)
-        self._num_chars += num_first + len(self._decoder.decode(data[1:]))
-        return place
 
 
 class CompletionShape:
@@ -168,7 +117,7 @@ class CompletionShape:
 class ChatShape:
     """`chat.completion` objects."""
 
-    def __init__(self, model: str, tokenizer: Tokenizer, replies: "Replies") -> None:
+    def __init__(self, model: str, tokenizer: Tokenizer, replies: Replies) -> None:
         self._head = _head("chatcmpl", "chat.completion.chunk", model)
         self._tokenizer, self._replies = tokenizer, replies
         self._num_calls: Counter[int] = Counter()  # of each choice
@@ -247,42 +196,6 @@ class ChatShape:
         }
 
 
-class Replies:
-    """The replies of one answer as text and calls, whole or while they come."""
-
-    def __init__(self, style: ToolStyle | None, strips_reply: bool) -> None:
-        """style: how calls are written, None where there are no tools. strips_reply: whether a
-        reply's first blank belongs to the format.
-        """
-        self._style, self._strips = style, strips_reply
-        self._has_text: set[int] = set()  # replies whose text has begun
-        self._readers: dict[int, CallReader] = {}
-
-    def whole(self, completion: Completion) -> ToolText:
-        """All of a reply."""
-        text = completion.text or ""
-        text = text.lstrip() if self._strips else text
-        if self._style is None:
-            return ToolText(text)
-        return read_tool_calls(text, self._style, _is_cut(completion))
-
-    def push(self, index: int, text: str) -> ToolText:
-        """What the next characters of a reply make known."""
-        if self._strips and index not in self._has_text:
-            text = text.lstrip()
-        if text:
-            self._has_text.add(index)
-        return ToolText(text) if self._style is None else self._reader(index).push(text)
-
-    def close(self, index: int, completion: Completion) -> ToolText:
-        """What its end makes known."""
-        return ToolText() if self._style is None else self._reader(index).close(_is_cut(completion))
-
-    def _reader(self, index: int) -> CallReader:
-        assert self._style is not None
-        return self._readers.setdefault(index, CallReader(self._style))
-
-
 def token_name(tokenizer: Tokenizer, token: int) -> str:
     """A token's text; of a part of a character its bytes, in OpenAI's spelling."""
     data = tokenizer.token_bytes(token)
@@ -301,11 +214,6 @@ def _reason(completion: Completion, has_called: bool = False) -> str:
     if has_called:
         return "tool_calls"
     return _FINISH.get(completion.finish_reason, completion.finish_reason)
-
-
-def _is_cut(completion: Completion) -> bool:
-    """Whether a text has not ended by itself."""
-    return completion.finish_reason != "eos"
 
 
 def _head(prefix: str, kind: str, model: str) -> dict[str, object]:
@@ -335,65 +243,3 @@ def usage_of(asked: Generation, completions: Sequence[Completion]) -> dict[str, 
         "context_forwards": sum(completion.context_forwards for completion in completions),
         "tokens_per_nfe": round(num_new / nfe, 3) if nfe else None,
     }
-
-
-class Viewer:
-    """Block states for those who want to see blocks resolve."""
-
-    def __init__(self, tokenizer: Tokenizer, tickets: Sequence[Ticket]) -> None:
-        self._tokenizer = tokenizer
-        self._tickets = tickets
-
-    def record(self, index: int, event: object) -> dict[str, object] | None:
-        """The record of a step or of a commit; None for other events."""
-        match event:
-            case StepTaken():
-                return self._step(index, event)
-            case TokensCommitted():
-                return self._commit(index, event)
-            case _:
-                return None
-
-    def _step(self, index: int, event: StepTaken) -> dict[str, object]:
-        tokens = [
-            {
-                "id": None if is_masked else token,
-                "text": "" if is_masked else self._tokenizer.token_text(token),
-                "masked": is_masked,
-                "confidence": round(confidence, 4),
-            }
-            for token, is_masked, confidence in zip(
-                event.tokens, event.is_masked, event.confidence, strict=True
-            )
-        ]
-        return {
-            "object": "twotower.step",
-            "index": index,
-            "block": event.block_index,
-            "step": event.step,
-            "t": event.t,
-            "nfe": event.nfe,
-            "tokens": tokens,
-            "elapsed_ms": self._elapsed_ms(index),
-        }
-
-    def _commit(self, index: int, event: TokensCommitted) -> dict[str, object]:
-        return {
-            "object": "twotower.commit",
-            "index": index,
-            "block": event.block_index,
-            "tokens": [
-                {"id": token, "text": self._tokenizer.token_text(token)} for token in event.tokens
-            ],
-            "drafted": event.drafted,
-            "accepted": event.accepted,
-            "rejected": event.rejected,
-            "nfe": event.nfe,
-            "context_forwards": event.context_forwards,
-            "elapsed_ms": self._elapsed_ms(index),
-        }
-
-    def _elapsed_ms(self, index: int) -> float:
-        row = self._tickets[index].row
-        start_s = row.submitted_s if row.started_s is None else row.started_s
-        return round((time.monotonic() - start_s) * 1000, 1)

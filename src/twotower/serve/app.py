@@ -20,28 +20,19 @@ from starlette.middleware.cors import CORSMiddleware
 
 from twotower.engine import Worker
 from twotower.serve.access import Keys, Limits
-from twotower.serve.answers import (
-    NOTHING,
-    ChatShape,
-    CompletionShape,
-    Replies,
-    Scores,
-    Shape,
-    Viewer,
-    usage_of,
-)
+from twotower.serve.answers import NOTHING, ChatShape, CompletionShape, Shape, usage_of
 from twotower.serve.errors import ApiError, bad_value
 from twotower.serve.guard import CALLER, ENTRY, Guard, Rules
 from twotower.serve.metrics import Entry, Metrics, Observed
+from twotower.serve.openapi import answers_of, body_of
 from twotower.serve.options import ServeOptions
+from twotower.serve.pieces import Replies, Scores
 from twotower.serve.requests import Generation, Served
 from twotower.serve.responses import ResponseShape, ResponsesRequest, as_chat
 from twotower.serve.schema import (
     ChatRequest,
     CompletionRequest,
     Decoding,
-    answers_of,
-    body_of,
     parse,
 )
 from twotower.serve.service import (
@@ -56,6 +47,7 @@ from twotower.serve.service import (
     until_gone,
     whole_to_json,
 )
+from twotower.serve.viewer import Viewer
 
 App = FastAPI  # for those who may not import the framework
 

@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from twotower.engine import Completion
-from twotower.serve.answers import Chunks, Logprobs, Replies
+from twotower.serve.answers import Chunks
 from twotower.serve.errors import ApiError
+from twotower.serve.pieces import Logprobs, Replies
 from twotower.serve.schema import ChatRequest, Decoding, Function, Record, validated
 from twotower.serve.tool_calls import ToolCall, ToolText
 

@@ -31,11 +31,13 @@ from twotower.engine import (
 from twotower.engine.faults import failed
 from twotower.engine.filters import Filter, function_filter, pattern_filter
 from twotower.engine.grammar_builder import BUILD_S, Built, GrammarsFull, build, find
-from twotower.serve.answers import NOTHING, Scores, Shape, Viewer, usage_of
+from twotower.serve.answers import NOTHING, Shape, usage_of
 from twotower.serve.errors import ApiError, bad_value, from_failure
 from twotower.serve.metrics import Metrics, Observed
 from twotower.serve.options import ServeOptions
+from twotower.serve.pieces import Scores
 from twotower.serve.requests import Generation, Reader, Served
+from twotower.serve.viewer import Viewer
 
 _log = logging.getLogger("twotower.serve")
 _BUILDING = 8  # callers whose grammars are built or wait for it
