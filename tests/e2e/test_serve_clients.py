@@ -1,5 +1,6 @@
 """The helpers of the `openai` package, and what its users and those of frameworks send."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -15,8 +16,9 @@ from pydantic import BaseModel
 from serving import Running, running, shipped
 from twotower.engine import GenerateOptions, Request, Worker, generate
 from twotower.serve.api_fields import UNSERVED, WITHOUT_EFFECT
+from twotower.serve.requests import Reader
 from twotower.serve.responses import ResponsesRequest
-from twotower.serve.schema import ChatRequest, CompletionRequest, Record
+from twotower.serve.schema import ChatRequest, CompletionRequest, Record, validated
 
 ORDER = "7 times salad for Irene, please."
 SUM = "Q: How much is 48 - 44?\nA:"
@@ -321,10 +323,34 @@ def test_what_cannot_be_enforced_is_refused_with_tool_and_place_where_strict(
     answer = client.chat.completions.create(**asked, tools=tools)
     assert answer.choices[0].message.tool_calls[0].function.name == "order_food"
     strict = [TOOL, {"type": "function", "function": {**tool, "strict": True}}]
-    said = r"tools: save: parameters, at properties\.fields: .*propertyNames"
+    said = r"tools: save: parameters: at properties\.fields: .*propertyNames"
     with pytest.raises(openai.BadRequestError, match=said) as refused:
         client.chat.completions.create(**asked, tools=strict)
     assert refused.value.param == "tools"
+    form = {"name": "s", "schema": parameters, "strict": True}
+    with pytest.raises(openai.BadRequestError, match=r"at properties\.fields: ") as refused:
+        client.chat.completions.create(
+            **asked, response_format={"type": "json_schema", "json_schema": form}
+        )
+    assert refused.value.param == "response_format"
+
+
+@pytest.mark.parametrize(
+    ("given", "mode"),
+    [
+        ({"presence_penalty": 0.5}, "speculative"),
+        ({"logit_bias": {"5": 1}}, "speculative"),
+        ({"response_format": {"type": "json_object"}}, "speculative"),
+        ({"presence_penalty": 0, "logit_bias": {}, "min_p": 0.1}, "diffusion"),
+    ],
+)
+def test_what_the_default_mode_cannot_keep_chooses_another(
+    given: dict[str, Any], mode: str, server: Running
+) -> None:
+    served = dataclasses.replace(server.service.served, default_mode="diffusion")
+    reader = Reader(served, server.service.options)
+    body = {"prompt": "a", "temperature": 0.5, **given}
+    assert reader.completion(validated(CompletionRequest, body)).mode == mode
 
 
 def test_penalties_reach_the_engine_and_choose_a_mode_that_has_them(
@@ -477,7 +503,17 @@ def test_responses_call_tools_and_read_their_results(client: openai.OpenAI) -> N
         assert call.type == "function_call" and json.loads(call.arguments) == ARGUMENTS
         result = {"type": "function_call_output", "call_id": call.call_id, "output": "ordered"}
         history: list[Any] = [order, *answer.output, result]
-        client.responses.create(model="twotower", input=history, max_output_tokens=2)
+        asked: dict[str, Any] = {"model": "twotower", "max_output_tokens": 2}
+        again = client.responses.create(input=history, **asked)
+        function = {"name": call.name, "arguments": call.arguments}
+        turns: list[Any] = [
+            order,
+            {"role": "assistant", "tool_calls": [{"id": "c", "function": function}]},
+            {"role": "tool", "tool_call_id": "c", "content": "ordered"},
+        ]
+        chat = client.chat.completions.create(model="twotower", messages=turns, max_tokens=2)
+        assert again.usage is not None and chat.usage is not None
+        assert again.usage.input_tokens == chat.usage.prompt_tokens
     chosen: Any = {"type": "function", "name": "order_food"}
     client.responses.create(model="twotower", input="a", tools=[tool], tool_choice=chosen)
 

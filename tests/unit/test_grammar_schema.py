@@ -57,6 +57,7 @@ def is_whole(text: str, schema: Any, is_strict: bool = True) -> bool:
             BOTH,
             '{"city": "a", "name": "b", "x": 1}',
         ),
+        ({**CITY, "unevaluatedProperties": False}, OSLO, MORE),
         ({"patternProperties": {"^a": TEXT}, "type": "object"}, '{"ab": ""}', '{"b": ""}'),
     ],
     ids=lambda value: json.dumps(value)[:60],

@@ -131,7 +131,7 @@ def _why_refused(rule: dict[str, Any], matcher: Callable[[str], Any]) -> str:
             if num_left > 0 and (found := refusal(part)):
                 path, schema, words, is_deeper = path + name, part, found, True
                 break
-    return f"{path and f', at {path[1:]}'}: {words}" if words else ""
+    return f"{path and f': at {path[1:]}'}: {words}" if words else ""
 
 
 def _parts(schema: Any) -> Iterator[tuple[str, Any]]:

@@ -55,6 +55,8 @@ class _Closer:
         else:
             found = self._parts_closed(schema, None)
             whole = [found]
+        if found.get("unevaluatedProperties") is False:  # what is done here, by another name
+            del found["unevaluatedProperties"]
         if any(name in part for part in whole for name in _OPEN):
             return found
         if not any(map(_is_object, whole)) or not all(map(_is_well_formed, whole)):
