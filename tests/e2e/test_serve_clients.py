@@ -92,12 +92,15 @@ def test_values_that_ask_for_nothing_pass_and_others_are_refused(
     known = {name: value for name, value in nothing.items() if name in record.model_fields}
     answer = post(server, path, **body, **known, mode="diffusion")
     assert answer.status_code == 200, answer.text
+    if path == "/v1/completions":
+        assert post(server, path, **body, logprobs=False).json()["choices"][0]["logprobs"] is None
     fields = dict.fromkeys([*record.model_fields, *record.unserved])
     assert post(server, path, **{**fields, **body}).status_code == 200
     for name in record.unserved & set(UNSERVED):
         for value in (None, False, [], {}, {"effort": None}, *UNSERVED[name].neutral):
             answer = post(server, path, **body, **{name: value})
-            assert answer.status_code == 200, (name, value, answer.text)
+            is_asked = isinstance(value, dict) and name == "web_search_options"
+            assert answer.status_code == (400 if is_asked else 200), (name, value, answer.text)
         error = post(server, path, **body, **{name: "mango"}).json()["error"]
         assert error["code"] == "unsupported_field" and error["param"] == name
         assert error["message"] == f"{name} is not supported: {UNSERVED[name].reason}"
@@ -454,6 +457,7 @@ def test_responses_answer_text(client: openai.OpenAI) -> None:
     cut = client.responses.create(model="twotower", input=SPANISH, max_output_tokens=3)
     assert cut.status == "incomplete" and cut.incomplete_details is not None
     assert cut.incomplete_details.reason == "max_output_tokens"
+    assert cut.output[0].status == "incomplete"  # type: ignore[union-attr]
     parsed = client.responses.parse(model="twotower", input=SPANISH, text_format=City)
     assert isinstance(parsed.output_parsed, City)
 
@@ -514,6 +518,14 @@ def test_responses_call_tools_and_read_their_results(client: openai.OpenAI) -> N
         chat = client.chat.completions.create(model="twotower", messages=turns, max_tokens=2)
         assert again.usage is not None and chat.usage is not None
         assert again.usage.input_tokens == chat.usage.prompt_tokens
+    cut = client.responses.create(
+        model="twotower",
+        input=[order],  # type: ignore[list-item]
+        tools=[tool],
+        max_output_tokens=13,
+    )
+    assert (cut.status, cut.output[0].type) == ("incomplete", "function_call")
+    assert cut.output[0].status == "incomplete"
     chosen: Any = {"type": "function", "name": "order_food"}
     client.responses.create(model="twotower", input="a", tools=[tool], tool_choice=chosen)
 

@@ -21,10 +21,13 @@ WITHOUT_EFFECT = frozenset(
 
 
 class Unserved(NamedTuple):
-    """A field, the values beside null that ask for nothing, and why others are refused."""
+    """A field: why it is refused, and the values beside null and empty ones that ask for nothing.
+    asks_by_itself: an object without fields asks for it, too.
+    """
 
     reason: str
     neutral: tuple[object, ...] = ()
+    asks_by_itself: bool = False
 
 
 _TEXT = "this model writes text only"
@@ -58,13 +61,15 @@ UNSERVED: Mapping[str, Unserved] = {
     "top_logprobs": Unserved("log-probabilities are to be had from /v1/chat/completions"),
     "truncation": Unserved("nothing is taken out of a prompt; send a shorter one", ("disabled",)),
     "verbosity": Unserved("the length of an answer cannot be chosen; use max_tokens", ("medium",)),
-    "web_search_options": Unserved("nothing is searched here; give a function as a tool"),
+    "web_search_options": Unserved(
+        "nothing is searched here; give a function as a tool", asks_by_itself=True
+    ),
 }
 
 
 def asks_for_nothing(name: str, value: object) -> bool:
     """Whether a field of UNSERVED can be taken with this value."""
     neutral = (None, False, 0, "", *UNSERVED[name].neutral)
-    if isinstance(value, dict):
+    if isinstance(value, dict) and not UNSERVED[name].asks_by_itself:
         return all(asks_for_nothing(name, part) for part in value.values())
     return value == [] or any(type(value) is type(one) and value == one for one in neutral)

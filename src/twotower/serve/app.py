@@ -210,7 +210,7 @@ def _completion(body: CompletionRequest, service: Service, caller: str) -> Asked
         raise bad_value(error) from None
     each, has_logprobs = (
         [t for t in echo for _ in range(asked.num_choices)],
-        body.logprobs is not None,
+        body.num_alternatives is not None,
     )
     return asked, partial(CompletionShape, served.name, served.tokenizer, each, has_logprobs)
 

@@ -63,12 +63,13 @@ def _inlined(schema: object, parts: dict[str, object]) -> object:
 
 def answers_of(kind: str) -> dict[int | str, dict[str, Any]]:
     """The operation's answers: an object of the kind or its stream, and every refusal."""
+    created, items = ("created_at", "output") if kind == "response" else ("created", "choices")
     whole = {
         "type": "object",
-        "required": ["id", "object", "created", "model", "choices", "usage"],
+        "required": ["id", "object", created, "model", items, "usage"],
         "properties": {
             "object": {"const": kind},
-            "choices": {"type": "array", "items": {"type": "object"}},
+            items: {"type": "array", "items": {"type": "object"}},
             "usage": {"type": "object"},
         },
     }

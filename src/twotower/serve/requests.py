@@ -106,11 +106,11 @@ class Reader:
         texts = _prompts(body.prompt)
         self._check_rows(len(texts) * (body.n or 1))
         prompts = [self._ids(text) for text in texts]
-        asked = self._generation(body, prompts, body.max_tokens, body.logprobs, caller)
-        if not body.echo or body.logprobs is None:
+        asked = self._generation(body, prompts, body.max_tokens, body.num_alternatives, caller)
+        if not body.echo or body.num_alternatives is None:
             return asked
-        self._check_logprobs(sum(map(len, prompts)), 1, body.logprobs)
-        scores = [_scored(prompt, body.logprobs, caller) for prompt in prompts]
+        self._check_logprobs(sum(map(len, prompts)), 1, body.num_alternatives)
+        scores = [_scored(prompt, body.num_alternatives, caller) for prompt in prompts]
         return replace(asked, scores=tuple(scores))
 
     def chat(self, body: ChatRequest, caller: str | None = None) -> Generation:

@@ -185,7 +185,7 @@ class ResponseShape:
 
     def whole(self, completions: Sequence[Completion], usage: object) -> dict[str, object]:
         self._add(self._replies.whole(completions[0]))
-        self._close(is_last=True)
+        self._end(completions[0])
         return self._response(completions[0], usage)
 
     def begin(self, index: int) -> Chunks:
@@ -200,7 +200,7 @@ class ResponseShape:
 
     def end(self, index: int, completion: Completion) -> Chunks:
         rest = self._add(self._replies.close(index, completion))
-        return [*rest, *self._close(is_last=True)]
+        return [*rest, *self._end(completion)]
 
     def usage(self, completions: Sequence[Completion], usage: object) -> Chunks:
         response = self._response(completions[0], usage)
@@ -221,7 +221,8 @@ class ResponseShape:
         """What is known of the output now, as events."""
         events = self._add_text(taken.content) if taken.content else []
         for call in taken.calls:
-            events += [*self._close(), *self._add_call(call)]
+            status = "incomplete" if taken.is_cut else "completed"
+            events += [*self._close("completed"), *self._add_call(call, status)]
         return events
 
     def _add_text(self, text: str) -> Chunks:
@@ -241,26 +242,30 @@ class ResponseShape:
         delta = {**self._of_message(), "delta": text, "logprobs": []}
         return [*events, self._event("response.output_text.delta", **delta)]
 
-    def _close(self, is_last: bool = False) -> Chunks:
-        """End the message that text goes to; an output without items has one without text."""
-        events = self._add_text("") if is_last and not self._items and self._message is None else []
+    def _end(self, completion: Completion) -> Chunks:
+        """End the output; one without items gets a message without text."""
+        events = [] if self._items or self._message else self._add_text("")
+        is_cut = completion.finish_reason in _INCOMPLETE
+        return [*events, *self._close("incomplete" if is_cut else "completed")]
+
+    def _close(self, status: str) -> Chunks:
+        """End the message that text goes to, if there is one."""
         if self._message is None:
-            return events
+            return []
         of_message, part = self._of_message(), _part(self._text)
-        item = {**self._message, "status": "completed", "content": [part]}
+        item = {**self._message, "status": status, "content": [part]}
         done = {**of_message, "text": self._text, "logprobs": []}
         self._message = None
         return [
-            *events,
             self._event("response.output_text.done", **done),
             self._event("response.content_part.done", **of_message, part=part),
             self._done(item),
         ]
 
-    def _add_call(self, call: ToolCall) -> Chunks:
+    def _add_call(self, call: ToolCall, status: str) -> Chunks:
         item: dict[str, object] = {
             **{"id": _new("fc"), "type": "function_call", "call_id": _new("call")},
-            **{"name": call.name, "arguments": call.arguments, "status": "completed"},
+            **{"name": call.name, "arguments": call.arguments, "status": status},
         }
         opened = {**item, "arguments": "", "status": "in_progress"}
         where = {"item_id": item["id"], "output_index": len(self._items)}

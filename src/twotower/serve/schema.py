@@ -184,7 +184,12 @@ class CompletionRequest(TextRequest):
     unserved = frozenset({"best_of", "suffix", "store", "metadata"})
     prompt: Prompt = Field(description=_PROMPT)
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=_MAX_ALTERNATIVES)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=_MAX_ALTERNATIVES)] | Literal[False] | None = None
+
+    @property
+    def num_alternatives(self) -> int | None:
+        """To each token, where log-probabilities are wanted."""
+        return None if self.logprobs is False else self.logprobs
 
 
 class ContentPart(Part):
