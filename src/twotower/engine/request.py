@@ -222,7 +222,7 @@ def make_row(
     if request.given:
         options = replace(options, max_new_tokens=len(request.given))
         given = _prompt_ids(model, name, request.given, tokenizer)
-        return Row(index, prompt, options, None, None, request.caller, given)
+        return Row(index, prompt, options, caller=request.caller, given=given)
     text = None if tokenizer is None else RowText(tokenizer, options.stop, request.filters)
     grammar = None
     if options.grammar is not None:
