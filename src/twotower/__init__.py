@@ -91,5 +91,5 @@ def load_tokenizer(model: "str | Path | None" = None) -> "Tokenizer":
         return tokenizer.load_tokenizer(loading.shipped_folder())
     path = Path(model)
 
-    is_tokenizer = path.is_file() and path.suffix == ".json"
+    is_tokenizer = path.is_file() and path.suffix.lower() == ".json"
     return tokenizer.load_tokenizer(path if is_tokenizer else checkpoint.resolve(model))

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from twotower import GenerateOptions, TwoTower, generate
-from twotower.checkpoint import export_gguf, export_transformers, gguf_reader, load_checkpoint
+from twotower.checkpoint import (
+    convert,
+    export_gguf,
+    export_transformers,
+    gguf_reader,
+    load_checkpoint,
+)
 from twotower.lab.race.baselines import load_llama_cpp
 
 transformers = pytest.importorskip("transformers")
@@ -208,7 +214,9 @@ def test_llama_cpp_computes_our_distribution(pair: Any, tmp_path: Path) -> None:
 def test_a_gguf_file_is_read_as_the_model_that_wrote_it(
     pair: Any, tmp_path: Path, gguf_cache: None, dtype: Any
 ) -> None:
-    """Silent failure: queries and keys stay in llama.cpp's order, or a scaling is lost."""
+    """Silent failure: queries and keys stay in llama.cpp's order, a scaling is lost, or a converted
+    folder goes on reading the GGUF file.
+    """
     _, ours, _ = pair
     file = tmp_path / "model.gguf"
     if not written(ours, file, dtype):
@@ -223,6 +231,8 @@ def test_a_gguf_file_is_read_as_the_model_that_wrote_it(
     if dtype == "float32":
         tokens = ids(1, 60, seed=2)
         assert torch.equal(again.context_logits(tokens), ours.context_logits(tokens))
+        convert(file, tmp_path / "converted", "backbone")
+        assert not [f.name for f in (tmp_path / "converted").iterdir() if "gguf" in f.name]
     steps = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8, "q8_0": 0.51 / 127}
     for name, value in ours.state_dict().items():
         error = (again.state_dict()[name].float() - value).abs().max() / value.abs().max()

@@ -6,17 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 from tiny_checkpoint import TEXT
 from tiny_models import fresh_model, tiny_config
+from tiny_tokenizers import BYTE_LEVEL
 from twotower import TwoTower
-from twotower.checkpoint import export_gguf, save_two_towers
+from twotower.checkpoint import convert_to_gguf, export_gguf, save_two_towers
 from twotower.checkpoint.gguf import Precision
 from twotower.checkpoint.gguf_vocabulary import read_vocabulary
 from twotower.cli.convert import ConvertOptions
 from twotower.cli.convert import run as run_convert
-from twotower.tokenizer import train_tokenizer
+from twotower.tokenizer import Tokenizer, train_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
@@ -123,7 +125,7 @@ def test_what_llama_cpp_cannot_compute_is_refused(
 def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
     file = tmp_path / "a.gguf"
     file.write_bytes(b"old")
-    unigram = json.dumps({"model": {"type": "Unigram"}}).encode()
+    unigram = as_tokenizer({"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0})
     with pytest.raises(ValueError, match="'Unigram' cannot be exported to GGUF; only BPE"):
         export_gguf(dense(), file, tokenizer=unigram)
     assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
@@ -169,27 +171,46 @@ def test_convert_takes_the_tokenizer_along(
     assert ends == [2, 7]
 
 
-def bpe(**parts: object) -> bytes:
-    model = {"type": "BPE", "vocab": {"a": 4, "b": 5}, "merges": []}
-    return json.dumps({"model": model} | parts).encode()
+def as_tokenizer(model: dict[str, object], **parts: object) -> Tokenizer:
+    content = {"version": "1.0", "decoder": BYTE_LEVEL, "model": model, **parts}
+    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)))
+
+
+def bpe(last: int = 5, **parts: object) -> Tokenizer:
+    return as_tokenizer({"type": "BPE", "vocab": {"a": 4, "b": last}, "merges": []}, **parts)
 
 
 def test_a_vocabulary_that_is_larger_than_the_model_is_refused() -> None:
-    added = [{"id": 41, "content": "<x>", "special": False}]
     with pytest.raises(ValueError, match="holds token id 41 but the model has vocab_size=41"):
-        read_vocabulary(tiny_config(), bpe(added_tokens=added))
-    found = read_vocabulary(tiny_config(vocab_size=42), bpe(added_tokens=added))
-    assert found.tokens[41] == "<x>" and found.types[41] == 4
+        read_vocabulary(tiny_config(), bpe(last=41))
+    found = read_vocabulary(tiny_config(vocab_size=42), bpe(last=41))
+    assert found.tokens[41] == "b" and found.types[41] == 1
+    assert found.tokens[5] == "[unused 5]" and found.types[5] == 5
 
 
 def test_an_unknown_way_of_splitting_text_is_said(caplog: pytest.LogCaptureFixture) -> None:
     """Guards prompts that llama.cpp silently splits in another way."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    assert read_vocabulary(tiny_config(), bpe(pre_tokenizer=byte_level)).split == "gpt-2"
+    assert read_vocabulary(tiny_config(), bpe(pre_tokenizer=BYTE_LEVEL)).split == "gpt-2"
     assert not caplog.records
-    other = {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, byte_level]}
+    other = {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, BYTE_LEVEL]}
     assert read_vocabulary(tiny_config(), bpe(pre_tokenizer=other)).split == "default"
     assert "text prompts may be split otherwise" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+def test_the_chat_template_and_the_use_of_bos_go_along(tmp_path: Path, file: str) -> None:
+    """Guards a chat in llama.cpp by a format of its own, or with a bos that the model never saw."""
+    tokenizer = train_tokenizer([TEXT] * 20, vocab_size=300).with_roles({}, adds_bos=False)
+    files = tokenizer.files()
+    config = json.loads(files["tokenizer_config.json"]) | {"chat_template": "{{ messages }}"}
+    if file == "chat_template.jinja":  # wins, as in transformers
+        files[file], config["chat_template"] = b"{{ messages }}", "{{ older }}"
+    files["tokenizer_config.json"] = json.dumps(config).encode()
+    model = fresh_model(hybrid_override_pattern="M*-", vocab_size=tokenizer.vocab_size)
+    save_two_towers(model, tmp_path / "model", extra_files=files)
+    convert_to_gguf(tmp_path / "model", tmp_path / "a.gguf")
+    assert metadata(tmp_path / "a.gguf", "tokenizer.chat_template") == "{{ messages }}"
+    assert metadata(tmp_path / "a.gguf", "tokenizer.ggml.add_bos_token") is False
 
 
 def test_a_model_without_an_end_token_names_the_mask() -> None:

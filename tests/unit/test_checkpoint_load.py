@@ -211,6 +211,35 @@ def test_the_index_decides_between_two_shards(tmp_path: Path) -> None:
     assert same(load_checkpoint(tmp_path), load_checkpoint(GOLDEN / "case_02"))
 
 
+def copy_shards(folder: Path) -> None:
+    for file in (GOLDEN / "case_02").glob("[cm]*"):
+        shutil.copyfile(file, folder / file.name)
+
+
+def test_a_single_file_beside_an_index_is_refused(tmp_path: Path) -> None:
+    """Guards a model of an older save that silently wins over the one that the index names."""
+    copy_shards(tmp_path)
+    save_file({"context_tower.norm_f.weight": torch.zeros(48)}, tmp_path / "model.safetensors")
+    assert "holds model.safetensors and model.safetensors.index.json, of which" in message(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "gguf_tensors.json").write_text("{}")
+    assert "holds gguf_tensors.json and model.safetensors.index.json, of" in message(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "pytorch_model.BIN", "a.gguf"])
+def test_weights_beside_those_that_are_read_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """Guards an adapter, or a newer save, that is left out in silence."""
+    copy_shards(tmp_path)
+    load_checkpoint(tmp_path)
+    assert not caplog.records
+    (tmp_path / name).write_bytes(b"x")
+    load_checkpoint(tmp_path)
+    (said,) = caplog.messages
+    assert f": {name} not read; the weights are model-00001-of-00003.safetensors, " in said
+
+
 @pytest.mark.parametrize(
     ("index", "expected"),
     [
@@ -241,8 +270,9 @@ def test_bad_arguments_are_one_clear_line() -> None:
         load_checkpoint(GOLDEN / "case_03", dtype=torch.int8)
     with pytest.raises(ValueError, match="device='gpu' is unknown"):
         load_checkpoint(GOLDEN / "case_03", context_device="gpu")
-    with pytest.raises(ValueError, match="is not on this machine"):
-        load_checkpoint(GOLDEN / "case_03", denoiser_device="cuda:99")
+    for absent in ("cuda:99", "xpu:99", "meta"):
+        with pytest.raises(ValueError, match=f"^denoiser_device='{absent}' is not on this machine"):
+            load_checkpoint(GOLDEN / "case_03", denoiser_device=absent)
 
 
 def test_generation_defaults(tmp_path: Path) -> None:

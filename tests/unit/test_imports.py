@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "native": COMMON | {"model", "layers", "kernels"},
     "backends": COMMON | {"model", "native"},
     "families": COMMON | {"layers"},
-    "checkpoint": COMMON | {"families", "model", "kernels"},
+    "checkpoint": COMMON | {"families", "model", "kernels", "tokenizer"},
     "engine": COMMON | {"model", "diffusion", "tokenizer", "measure"},
     "train": COMMON | {"families", "layers", "model", "diffusion", "checkpoint", "tokenizer"},
     "adapt": COMMON | {"layers", "model", "engine", "checkpoint"},

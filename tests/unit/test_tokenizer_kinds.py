@@ -147,3 +147,29 @@ def test_other_decoders_are_refused(kind: str, tmp_path: Path) -> None:
     }[kind]
     with pytest.raises(ValueError, match=f"a decoder with {kind} is not supported"):
         load(tmp_path, byte_level(decoder=decoder))
+
+
+def test_a_text_that_would_lose_a_character_is_refused() -> None:
+    """Guards prompts and training text that silently lose what the vocabulary has no token for."""
+    content = byte_level()
+    del content["model"]["vocab"]["b"]
+    content["model"]["merges"] = []
+    content["model"]["vocab"] = {t: n for t, n in content["model"]["vocab"].items() if "b" not in t}
+    tokenizer, _ = make(content)
+    assert tokenizer.decode(tokenizer.encode("a c")) == "a c"
+    with pytest.raises(ValueError, match=r"^tokenizer: has no token for 'b' and no unknown token"):
+        tokenizer.encode("a b")
+    with pytest.raises(ValueError, match="has no token for 'b'"):
+        tokenizer.encode_batch(["a", "b"])
+    lowered, _ = make(content | {"normalizer": {"type": "Lowercase"}})
+    with pytest.raises(ValueError, match="has no token for 'b'"):
+        lowered.encode("a B")
+    content["model"]["unk_token"] = "a"
+    assert make(content)[0].encode("b") == make(content)[0].encode("a")
+
+
+def test_what_the_library_raises_at_a_text_is_one_line() -> None:
+    content = words_alone()
+    content["model"]["unk_token"] = "absent"
+    with pytest.raises(ValueError, match=r"^tokenizer: its rules fail on this text \(.*UNK"):
+        make(content)[0].encode("zebra")

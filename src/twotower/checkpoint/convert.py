@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 
 from twotower.checkpoint.empty import Towers
-from twotower.checkpoint.files import INDEX_FILE, resolve
+from twotower.checkpoint.files import INDEX_FILE, WEIGHTS, resolve
 from twotower.checkpoint.gguf import Precision, export_gguf
+from twotower.checkpoint.gguf_reader import INDEX_FILE as GGUF_INDEX
 from twotower.checkpoint.load import load_checkpoint, load_quantised
 from twotower.checkpoint.save import (
     MAX_SHARD_BYTES,
@@ -21,6 +22,7 @@ from twotower.checkpoint.write import write_checkpoint
 from twotower.families import family_of
 from twotower.model.precision import Scheme, require_plain
 from twotower.model.two_tower import TwoTower
+from twotower.tokenizer import TOKENIZER_FILE, load_tokenizer, read_chat_template
 
 Target = Literal["released", "backbone", "transformers"]
 
@@ -83,16 +85,17 @@ def convert_to_gguf(
 ) -> None:
     """Read a checkpoint of any known layout and write its context tower to the GGUF file `target`.
 
-    None keeps the precision of the embeddings. Its tokenizer.json, if there is one, goes in.
+    None keeps the precision of the embeddings. Its tokenizer and chat template go in.
     """
     folder = resolve(source)
     model = load_checkpoint(folder, dtype=None, towers="context")
-    tokenizer = folder / "tokenizer.json"
+    has_tokenizer = (folder / TOKENIZER_FILE).is_file()
     export_gguf(
         model,
         target,
         dtype=precision or _precision_of(model),
-        tokenizer=tokenizer.read_bytes() if tokenizer.is_file() else None,
+        tokenizer=load_tokenizer(folder) if has_tokenizer else None,
+        chat_template=read_chat_template(folder),
     )
 
 
@@ -110,6 +113,6 @@ def _companions(folder: Path) -> dict[str, bytes]:
         file.name: file.read_bytes()
         for file in sorted(folder.iterdir())
         if file.is_file()
-        and file.suffix not in (".safetensors", ".bin", ".pt", ".py")
-        and file.name not in ("config.json", INDEX_FILE)
+        and file.suffix.lower() not in (*WEIGHTS, ".py")
+        and file.name not in ("config.json", INDEX_FILE, GGUF_INDEX)
     }

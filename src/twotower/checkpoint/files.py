@@ -1,7 +1,8 @@
 """Where a checkpoint's files are and what their headers say, without reading a weight."""
 
+import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ from twotower.families import read_json
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
+# What other files of weights are called, by their endings in small letters.
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz"}
+_log = logging.getLogger(__name__)
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -96,20 +100,47 @@ def has_weights(folder: Path) -> bool:
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:
-    """Every tensor of a checkpoint folder from its files' headers, by the name in the file."""
-    if (folder / GGUF_INDEX).is_file():
+    """Every tensor of a checkpoint folder from its files' headers, by the name in the file.
+
+    ValueError (one line) for damage, and where two of them could be the weights.
+    """
+    found = [name for name in (GGUF_INDEX, SINGLE_FILE, INDEX_FILE) if (folder / name).is_file()]
+    if not found:
+        raise ValueError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; add the weights")
+    if len(found) > 1:
+        weight_map = _weight_map(folder / INDEX_FILE) if INDEX_FILE in found else {}
+        if GGUF_INDEX in found or set(weight_map.values()) != {SINGLE_FILE}:
+            raise ValueError(
+                f"{folder}: holds {found[0]} and {found[1]}, of which either could be the model; "
+                "remove the one that is not"
+            )
+    if GGUF_INDEX in found:
         file, tensors = read_index(folder)
         return {name: _gguf_entry(file, name, entry) for name, entry in tensors.items()}
-    if (folder / SINGLE_FILE).is_file():
+    if SINGLE_FILE in found:
         return _header(folder / SINGLE_FILE)
-    if not (folder / INDEX_FILE).is_file():
-        raise ValueError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; add the weights")
     weight_map = _weight_map(folder / INDEX_FILE)
     entries: dict[str, Entry] = {}
     for shard in sorted(set(weight_map.values())):
-        found = _header(folder / shard)
-        entries |= {name: e for name, e in found.items() if weight_map.get(name, shard) == shard}
+        held = _header(folder / shard)
+        entries |= {name: e for name, e in held.items() if weight_map.get(name, shard) == shard}
     return entries
+
+
+def log_others(folder: Path, entries: Collection[Entry]) -> None:
+    """One warning that names the files of weights beside those that the entries come from."""
+    used = {entry.file.resolve() for entry in entries}
+    others = sorted(
+        file.name
+        for file in folder.iterdir()
+        if file.suffix.lower() in WEIGHTS and file.resolve() not in used and file.is_file()
+    )
+    if others:
+        more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+        _log.warning(
+            "%s: %s%s not read; the weights are %s", folder, ", ".join(others[:4]), more,
+            ", ".join(sorted(file.name for file in used)[:4]),
+        )  # fmt: skip
 
 
 def _gguf_entry(file: Path, name: str, entry: Mapping[str, Any]) -> Entry:

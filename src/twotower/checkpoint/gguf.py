@@ -16,11 +16,12 @@ from torch import Tensor
 
 from twotower.checkpoint import names
 from twotower.checkpoint.gguf_reader import gguf_names
-from twotower.checkpoint.gguf_vocabulary import read_vocabulary
+from twotower.checkpoint.gguf_vocabulary import Vocabulary, read_vocabulary
 from twotower.config import TwoTowerConfig
 from twotower.families import family_of
 from twotower.model.precision import require_plain
 from twotower.model.two_tower import TwoTower
+from twotower.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -42,13 +43,14 @@ def export_gguf(
     path: str | Path,
     *,
     dtype: Precision = "float32",
-    tokenizer: bytes | None = None,
+    tokenizer: Tokenizer | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Write the context tower to the file `path`; an existing one is replaced when it is complete.
 
-    tokenizer: content of tokenizer.json; without one the tokens get numbers for names. q8_0 holds
-    rows of a multiple of 32 numbers, other matrices become float16. ValueError (one line) for what
-    llama.cpp cannot represent, a missing `gguf`, or a full disk.
+    Without a tokenizer the tokens get numbers for names. q8_0 holds rows of a multiple of 32
+    numbers, other matrices become float16. ValueError (one line) for what llama.cpp cannot
+    represent, a missing `gguf`, or a full disk.
     """
     require_plain(model, "GGUF")
     _check(model.config, dtype)
@@ -59,7 +61,8 @@ def export_gguf(
     aside = file.parent / f".{file.name}.new"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        _write(model, aside, dtype, tokenizer, name=file.stem)
+        vocabulary = read_vocabulary(model.config, tokenizer, chat_template)
+        _write(model, aside, dtype, vocabulary, name=file.stem)
         aside.replace(file)
     except OSError as error:
         raise ValueError(
@@ -89,7 +92,7 @@ def _check(config: TwoTowerConfig, dtype: str) -> None:
 
 
 def _write(
-    model: TwoTower, file: Path, dtype: Precision, tokenizer: bytes | None, name: str
+    model: TwoTower, file: Path, dtype: Precision, vocabulary: Vocabulary, name: str
 ) -> None:
     """Header, metadata, then one tensor in memory at a time."""
     from gguf import GGUFWriter, quants
@@ -100,7 +103,7 @@ def _write(
     writer.add_vocab_size(model.config.vocab_size)
     family.add_gguf_sizes(writer, model.config)
     _add_file_type(writer, dtype)
-    read_vocabulary(model.config, tokenizer).add_to(writer)
+    vocabulary.add_to(writer)
     parts = list(_parts(model, dtype))
     for part in parts:
         writer.add_tensor_info(

@@ -39,7 +39,7 @@ def is_gguf(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as stream:
-        return path.suffix == ".gguf" or stream.read(4) == _MAGIC
+        return path.suffix.lower() == ".gguf" or stream.read(4) == _MAGIC
 
 
 def open_gguf(file: Path) -> Path:

@@ -1,13 +1,11 @@
-"""A byte-level BPE vocabulary in the form that a GGUF file holds.
-
-Read from the text of tokenizer.json, so that no tokenizer library is needed here.
-"""
+"""A byte-level BPE vocabulary and its chat template in the form that a GGUF file holds."""
 
 import json
 import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 from twotower.config import TwoTowerConfig
+from twotower.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -31,6 +29,8 @@ class Vocabulary(NamedTuple):
     merges: list[str]
     split: str
     special: dict[str, int]
+    adds_bos: bool
+    chat_template: str | None
 
     def add_to(self, writer: "GGUFWriter") -> None:
         """Put the vocabulary into a file's metadata."""
@@ -41,19 +41,24 @@ class Vocabulary(NamedTuple):
         writer.add_token_merges(self.merges)
         for role, token_id in self.special.items():
             getattr(writer, f"add_{role}_token_id")(token_id)
-        writer.add_add_bos_token("bos" in self.special)
+        writer.add_add_bos_token(self.adds_bos)
+        if self.chat_template is not None:
+            writer.add_chat_template(self.chat_template)
 
 
-def read_vocabulary(config: TwoTowerConfig, tokenizer: bytes | None) -> Vocabulary:
-    """The vocabulary of a tokenizer.json, or numbered tokens when there is none.
+def read_vocabulary(
+    config: TwoTowerConfig, tokenizer: Tokenizer | None, chat_template: str | None = None
+) -> Vocabulary:
+    """The vocabulary of a tokenizer, or numbered tokens when there is none.
 
     ValueError (one line) for one that is not byte-level BPE or has more tokens than the model.
     """
     special = _special_ids(config)
     if tokenizer is None:
         tokens = [f"[{index}]" for index in range(config.vocab_size)]
-        return Vocabulary(tokens, [_NORMAL] * len(tokens), ["[ 0"], "gpt-2", special)
-    values = json.loads(tokenizer)
+        types, has_bos = [_NORMAL] * len(tokens), "bos" in special
+        return Vocabulary(tokens, types, ["[ 0"], "gpt-2", special, has_bos, chat_template)
+    values = json.loads(tokenizer.to_json())
     model = values.get("model") or {}
     if model.get("type") != "BPE":
         raise ValueError(
@@ -61,7 +66,8 @@ def read_vocabulary(config: TwoTowerConfig, tokenizer: bytes | None) -> Vocabula
         )
     tokens, types = _tokens(config, model["vocab"], values.get("added_tokens") or [])
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    return Vocabulary(tokens, types, merges, _split_name(values.get("pre_tokenizer")), special)
+    split = _split_name(values.get("pre_tokenizer"))
+    return Vocabulary(tokens, types, merges, split, special, tokenizer.adds_bos, chat_template)
 
 
 def _tokens(

@@ -18,6 +18,7 @@ from twotower.checkpoint.files import (
     PACKED_DTYPES,
     Entry,
     has_weights,
+    log_others,
     resolve,
 )
 from twotower.checkpoint.gguf_reader import is_gguf
@@ -115,6 +116,7 @@ def describe(path: str | Path) -> Description:
     if not has_weights(folder):
         return describe_config(config, str(folder))
     entries, layout = read_layout(folder, config)
+    log_others(folder, entries.values())
     towers: Towers = "both" if layout == names.TWO_TOWER else "context"
     if config.tie_word_embeddings:
         entries = names.with_tied_heads(entries)

@@ -18,6 +18,7 @@ from twotower.checkpoint.files import (
     PACKED_DTYPES,
     Entry,
     generation_defaults,
+    log_others,
     resolve,
 )
 from twotower.checkpoint.fill import Plan, fill
@@ -59,7 +60,7 @@ def load_checkpoint(
     scheme = read_scheme(source.folder)
     room = _Room(
         _tower_dtypes(source.entries, dtype, denoiser_dtype),
-        (find_device(context_device), find_device(denoiser_device)),
+        (find_device(context_device), find_device(denoiser_device, "denoiser_device")),
     )
     devices = map(str, room.devices)
     if (misplaced := placement_refusal(scheme, expert_storage, [*devices])) is not None:
@@ -118,6 +119,7 @@ class _Room(NamedTuple):
 def _open(folder: Path, towers: Towers) -> _Source:
     config = read_config(folder)
     entries, layout = read_layout(folder, config)
+    log_others(folder, entries.values())
     if config.tie_word_embeddings:
         config, entries = with_heads(config, entries, towers)
     is_whole = towers == "both" and layout == names.TWO_TOWER
@@ -201,15 +203,17 @@ def _tower_dtypes(
     return dtype or DTYPES[context.dtype], denoiser_dtype or dtype or DTYPES[denoiser.dtype]
 
 
-def find_device(name: torch.device | str) -> torch.device:
-    """The device of that name; ValueError (one line) if this machine has none."""
+def find_device(name: torch.device | str, option: str = "device") -> torch.device:
+    """The device that an option names; ValueError (one line) if this machine has none."""
+    here = ["cpu"]
+    if accelerator := torch.accelerator.current_accelerator(check_available=True):
+        here += [f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count())]
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device={name!r} is unknown; use 'cpu', 'cuda' or 'cuda:1'") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"{option}={name!r} is unknown; use {' or '.join(here)}") from None
+    if device.type != "cpu" and f"{device.type}:{device.index or 0}" not in here:
         raise ValueError(
-            f"device={str(device)!r} is not on this machine, which has {torch.cuda.device_count()} "
-            "CUDA devices; use 'cpu'"
+            f"{option}={str(device)!r} is not on this machine; use {' or '.join(here)}"
         )
     return device

@@ -15,7 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twotower.checkpoint.files import DTYPES, INDEX_FILE, PACKED_DTYPES, SINGLE_FILE, set_aside
+from twotower.checkpoint.files import (
+    DTYPES,
+    INDEX_FILE,
+    PACKED_DTYPES,
+    SINGLE_FILE,
+    set_aside,
+)
+from twotower.checkpoint.gguf_reader import INDEX_FILE as GGUF_INDEX
 from twotower.file_lock import only_writer
 
 _IDS_DTYPES = {"I64": torch.int64}  # of token ids
@@ -80,7 +87,7 @@ def _check(
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} must be at least 1")
     for name in extra:
-        if Path(name).name != name or name.endswith(".safetensors") or name == INDEX_FILE:
+        if Path(name).name != name or _is_of_weights(name):
             raise ValueError(f"extra_files: {name!r} must be a plain file name, not of weights")
     for piece in pieces:
         # Whole numbers are written where they are given; nothing is cut down to them here.
@@ -163,12 +170,17 @@ def _write(file: Path, chunks: Iterable[bytes | memoryview]) -> None:
 def _keep_others(old: Path, new: Path) -> None:
     """Carry over what is neither weights nor written anew: tokenizer, model card, notes."""
     for item in old.iterdir() if old.is_dir() else ():
-        if item.suffix == ".safetensors" or item.name == INDEX_FILE or (new / item.name).exists():
+        if _is_of_weights(item.name) or (new / item.name).exists():
             continue
         if item.is_dir():
             shutil.copytree(item, new / item.name, symlinks=True)
         else:
             shutil.copy2(item, new / item.name, follow_symlinks=False)
+
+
+def _is_of_weights(name: str) -> bool:
+    """Whether a file of that name would be taken for this checkpoint's weights."""
+    return name.lower().endswith(".safetensors") or name in (INDEX_FILE, GGUF_INDEX)
 
 
 def _restore(folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 import tyro
 
 from twotower.cli.flags import optional_flags
-from twotower.cli.prompts import Prompt, read_grammar, read_prompts
+from twotower.cli.prompts import Prompt, is_jsonl, read_grammar, read_prompts
 from twotower.cli.records import completion_record
 from twotower.cli.text import printable
 from twotower.documented import field_docs
@@ -105,7 +105,7 @@ class GenerateArguments(Placement):
                     "logprobs: text does not show them; use --json, --trace or --output"
                 )
             return
-        if self.input is None or self.input.suffix != ".jsonl":
+        if self.input is None or not is_jsonl(self.input):
             raise ValueError(
                 f"output: answers a file; give --input FILE.jsonl ({self.input} given)"
             )

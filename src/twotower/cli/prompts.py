@@ -36,12 +36,17 @@ def read_prompts(arguments: Sequence[str], file: Path | None) -> list[Prompt]:
     return prompts
 
 
+def is_jsonl(file: Path) -> bool:
+    """Whether a file is of one object a line, by its name's ending in any letters."""
+    return file.suffix.lower() == ".jsonl"
+
+
 def _read_stdin() -> str:
     return _decoded(_bounded(sys.stdin.buffer, "stdin"), "stdin").removesuffix("\n")
 
 
 def _read_file(file: Path) -> list[Prompt]:
-    if file.suffix != ".jsonl":
+    if not is_jsonl(file):
         try:
             with file.open("rb") as stream:
                 content = _bounded(stream, f"input: {file}")
@@ -106,6 +111,7 @@ def read_grammar(file: Path) -> Grammar:
             text = stream.read(MOST_LINE_BYTES)  # of which a grammar may have a part
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"grammar: cannot read {file} ({error}); name a text file") from None
-    if file.suffix == ".json":
+    ending = file.suffix.lower()
+    if ending == ".json":
         return json_schema(text)
-    return lark(text) if file.suffix == ".lark" else regex(text.removesuffix("\n"))
+    return lark(text) if ending == ".lark" else regex(text.removesuffix("\n"))

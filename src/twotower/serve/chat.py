@@ -11,9 +11,13 @@ from twotower.serve import template_child as child
 from twotower.serve.errors import ApiError
 from twotower.serve.schema import ChatRequest, ContentPart, Message, ToolCall
 from twotower.serve.tool_calls import BARE, HERMES, TooDeep, ToolStyle, parse_json
-from twotower.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer
+from twotower.tokenizer import (
+    CHAT_TEMPLATE_FILE,
+    TOKENIZER_CONFIG_FILE,
+    Tokenizer,
+    named_template,
+)
 
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _MOST_TEMPLATE_BYTES = 1 << 20
 _MOST_CONFIG_BYTES = 16 << 20
 _RENDER_CPU_S, _RENDER_S = 1.0, 10.0
@@ -151,7 +155,7 @@ def read_template(folder: Path, instead: Path | None = None) -> ChatTemplate | N
     if instead is not None and not instead.is_file():
         raise ValueError(f"chat_template: there is no file {instead}")
     config = _read_config(config_file) if config_file.is_file() else {}
-    source = _named_default(config)
+    source = named_template(config)
     if file.is_file():
         source = _read(file, _MOST_TEMPLATE_BYTES)
     if source is None:
@@ -192,14 +196,6 @@ def _read_config(file: Path) -> Mapping[str, object]:
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"chat_template: {file} is not JSON ({error})") from None
     return config if isinstance(config, dict) else {}
-
-
-def _named_default(config: Mapping[str, object]) -> str | None:
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        entries = [entry for entry in template if isinstance(entry, dict)]
-        template = {entry.get("name"): entry.get("template") for entry in entries}.get("default")
-    return template if isinstance(template, str) else None
 
 
 def _special(config: Mapping[str, object]) -> dict[str, str]:

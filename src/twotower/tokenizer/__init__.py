@@ -1,7 +1,12 @@
 """Text to token ids and back: the only importer of `tokenizers`."""
 
 from twotower.tokenizer.decoding import TextStream
-from twotower.tokenizer.file import load_tokenizer
+from twotower.tokenizer.file import (
+    CHAT_TEMPLATE_FILE,
+    load_tokenizer,
+    named_template,
+    read_chat_template,
+)
 from twotower.tokenizer.text import (
     MIN_VOCAB_SIZE,
     SPECIAL_TOKENS,
@@ -12,6 +17,7 @@ from twotower.tokenizer.text import (
 )
 
 __all__ = [
+    "CHAT_TEMPLATE_FILE",
     "MIN_VOCAB_SIZE",
     "SPECIAL_TOKENS",
     "TOKENIZER_CONFIG_FILE",
@@ -19,5 +25,7 @@ __all__ = [
     "TextStream",
     "Tokenizer",
     "load_tokenizer",
+    "named_template",
+    "read_chat_template",
     "train_tokenizer",
 ]

@@ -23,6 +23,7 @@ from twotower.tokenizer.text import (
     refused_panics,
 )
 
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 # Well above the largest that is published (34 MB, 262,144 tokens, 514,906 merges).
 MAX_BYTES, MAX_VALUES, MAX_IDS = 64 << 20, 8_000_000, 1 << 21
 MAX_TOKEN_CHARS, MAX_STEPS, MAX_DEPTH = 4096, 64, 6
@@ -88,6 +89,26 @@ def _read_json_object(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"tokenizer: {file} holds no JSON object; get the file again")
     return content
+
+
+def named_template(config: Mapping[str, Any]) -> str | None:
+    """The chat template inside a tokenizer_config.json; of several, by name, the default one."""
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        template = {entry.get("name"): entry.get("template") for entry in entries}.get("default")
+    return template if isinstance(template, str) else None
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """A folder's chat template: chat_template.jinja, else the one in tokenizer_config.json."""
+    file, config = folder / CHAT_TEMPLATE_FILE, folder / TOKENIZER_CONFIG_FILE
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"chat_template: cannot read {file} ({error})") from None
+    return named_template(_read_json_object(config)) if config.is_file() else None
 
 
 def _read_roles(config: Mapping[str, Any]) -> dict[str, str]:

@@ -44,6 +44,7 @@ class Tokenizer:
             None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
         )
         self._bytes: dict[int, bytes] = {}
+        self._lost = _bytes_without_token(backend, self._rule.alphabet)
         ids = backend.get_vocab(with_added_tokens=True).values()
         self.vocab_size = max(ids, default=-1) + 1  # all ids are below it
         self.missing_ids = frozenset(
@@ -141,8 +142,9 @@ class Tokenizer:
 
         With `allow_special` the written form of a special token becomes its id; by default it stays
         text, so that nobody's prompt can smuggle one in. ValueError (one line) for a text that the
-        tokenizer's own rules cannot take.
+        tokenizer's own rules cannot take, or of which they would drop a part.
         """
+        self._check_bytes(text)
         backend = self._reading_special if allow_special else self._backend
         with refused_panics("this text"):
             # As a batch of one: `encode` would keep every other thread waiting for a long text.
@@ -152,9 +154,23 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once (no bos, special tokens stay text)."""
+        for text in texts:
+            self._check_bytes(text)
         with refused_panics("one of these texts"):
             encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
+
+    def _check_bytes(self, text: str) -> None:
+        """ValueError for a text with bytes that have no token: the library would leave them out."""
+        if not self._lost:
+            return
+        normalizer = self._backend.normalizer
+        known = text if normalizer is None else normalizer.normalize_str(text)
+        if lost := next((c for c in known if self._lost.intersection(c.encode())), None):
+            raise ValueError(
+                f"tokenizer: has no token for {lost!r} and no unknown token, so the text would "
+                "lose it; remove it from the text, or take a tokenizer with all 256 bytes"
+            )
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         if self.bos_id is None:
@@ -218,13 +234,24 @@ class Tokenizer:
         }
 
 
+def _bytes_without_token(
+    backend: tokenizers.Tokenizer, alphabet: Mapping[str, int]
+) -> frozenset[int]:
+    """Bytes that byte-level BPE would leave out of a text."""
+    if getattr(backend.model, "unk_token", None) is not None:
+        return frozenset()
+    return frozenset(b for char, b in alphabet.items() if backend.token_to_id(char) is None)
+
+
 @contextmanager
 def refused_panics(what: str) -> Iterator[None]:
-    """Turn a panic of the library, which is no Exception, into a ValueError of one line."""
+    """Turn the library's bare Exceptions, and its panics, which are none, into a ValueError of one
+    line.
+    """
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())
         raise ValueError(f"tokenizer: its rules fail on {what} ({reason})") from None
