@@ -10,8 +10,8 @@ import json
 import subprocess
 import sys
 
+from twotower.checkpoint.files import shipped_folder
 from twotower.cli.machine import recorded
-from twotower.loading import shipped_folder
 
 MODES = ("ar", "diffusion", "speculative", "posterior", "predict-and-noise", "mock-ar")
 LENGTHS = (256, 1024, 4096, 16384)

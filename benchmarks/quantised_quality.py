@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from twotower.checkpoint import convert, load_checkpoint, save_two_towers
+from twotower.checkpoint.files import shipped_folder
 from twotower.checkpoint.quantize import quantise
 from twotower.cli.evaluate import EvaluateOptions, run_suite
 from twotower.cli.machine import recorded
 from twotower.kernels.quantised import dequantise
-from twotower.loading import shipped_folder
 from twotower.model.precision import Scheme, weight_bits
 
 INT4 = Scheme(weights="int4")

@@ -19,10 +19,10 @@ import torch
 import twotower
 from twotower.backends import BACKENDS, accelerate
 from twotower.checkpoint import load_checkpoint
+from twotower.checkpoint.files import shipped_folder
 from twotower.cli.machine import recorded
 from twotower.engine import EngineOptions, Finished, stream
 from twotower.lab.evaluate.suite import held_out
-from twotower.loading import shipped_folder
 
 MODES = ("ar", "diffusion", "speculative")
 ROWS = (1, 2, 4, 8, 16)

@@ -27,10 +27,10 @@ import time
 from collections.abc import Iterator
 
 from twotower import TwoTowerConfig
+from twotower.checkpoint.files import shipped_folder
 from twotower.cli.machine import recorded
 from twotower.cli.main import main as twotower_command
 from twotower.families import read_config
-from twotower.loading import shipped_folder
 
 SPACES, ADDRESSES = ("near", "far"), ("10.77.0.1", "10.77.0.2")
 PROMPTS = (

@@ -13,10 +13,10 @@ from rich.console import Console
 
 import twotower
 from twotower.checkpoint import load_checkpoint
+from twotower.checkpoint.files import shipped_folder
 from twotower.cli.demo import SAMPLES
 from twotower.cli.replay import Scene, block_frames
 from twotower.engine import GenerateOptions, stream
-from twotower.loading import shipped_folder
 
 WIDTH, PACE = 96, 0.45  # characters; slower than in the terminal
 LINES = 16

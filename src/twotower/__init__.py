@@ -85,10 +85,10 @@ def load_tokenizer(model: "str | Path | None" = None) -> "Tokenizer":
     """The tokenizer of a checkpoint folder, hub id, GGUF file or tokenizer.json; without an
     argument of the model inside this package. ValueError (one line) where there is none.
     """
-    from twotower import checkpoint, loading, tokenizer
+    from twotower import checkpoint, tokenizer
 
     if model is None:
-        return tokenizer.load_tokenizer(loading.shipped_folder())
+        return tokenizer.load_tokenizer(checkpoint.resolve("shipped"))
     path = Path(model)
 
     is_tokenizer = path.is_file() and path.suffix.lower() == ".json"

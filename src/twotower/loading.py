@@ -5,7 +5,6 @@ what runs its passes.
 import atexit
 import json
 from dataclasses import dataclass, fields
-from importlib import resources
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -31,7 +30,7 @@ from twotower.checkpoint import (
 )
 from twotower.checkpoint.denoiser import load_denoiser
 from twotower.checkpoint.empty import Towers
-from twotower.checkpoint.files import GENERATION_FILE
+from twotower.checkpoint.files import GENERATION_FILE, SHIPPED
 from twotower.families import read_config
 from twotower.measure import usable_cores
 from twotower.model import TwoTower
@@ -39,7 +38,6 @@ from twotower.model.precision import ExpertStorage
 from twotower.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
-SHIPPED = "shipped"
 PEER = "peer"
 START_TIMEOUT_S = 300.0  # until both ranks are there; the first import of torch may take long
 PEER_TIMEOUT_S = 30.0  # of silence, from then on
@@ -103,8 +101,6 @@ class Placement:
 
     def find(self) -> Path:
         """The model's folder, downloaded if it must be; ValueError (one line) if there is none."""
-        if self.model in (None, SHIPPED) and not Path(SHIPPED).is_dir():
-            return shipped_folder()
         return resolve(self.name, self.revision)
 
 
@@ -195,14 +191,6 @@ def save_model(
         files[GENERATION_FILE] = json.dumps(dict(model.generation_defaults), indent=2).encode()
     save = save_backbone if model.denoiser_tower is None else save_two_towers
     save(model, folder, dtype=dtype, extra_files=files)
-
-
-def shipped_folder() -> Path:
-    """Folder of the model inside the package; ValueError (one line) if there is none."""
-    folder = Path(str(resources.files("twotower") / "assets"))
-    if not (folder / "config.json").is_file():
-        raise ValueError("this installation has no model inside; give one with --model PATH")
-    return folder
 
 
 def _load_towers(folder: Path, placement: Placement, towers: Towers) -> TwoTower:

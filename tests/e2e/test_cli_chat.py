@@ -52,11 +52,36 @@ def test_a_refusal_is_shown_and_taken_back(
     server: Running, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Guards against a refused message that spoils every later request."""
-    say(monkeypatch, "/set mode sideways", "lost", "/set mode", SUM, "/nonsense", "/exit", "never")
+    lost = "x" * 100_000  # longer than the server reads
+    say(monkeypatch, lost, SUM, "/nonsense", "/exit", "never")
     assert main(["chat", "--url", server.url]) == 0
     out, err = capsys.readouterr()
     assert out == f"{ANSWER}\n"
-    assert "mode: input should be 'diffusion'" in err and "is no command" in err
+    assert "[prompt: is too long" in err and "is no command" in err
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_a_setting_that_fails_later_is_refused_at_once(
+    is_local: bool, server: Running, local: Local, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against a value that is taken, and then spoils every reply."""
+    backend = local if is_local else Remote(server.url, None)
+    talk = chat.Talk(settings={"temperature": 0.5})
+    for text, said in (
+        ("mode sideways", "mode: input should be 'diffusion'"),
+        ("temperature -1", "temperature=-1.0 must be a finite number, at least 0.0"),
+        ("temperature warm", "temperature: input should be a valid number"),
+        ("tmeperature 1", "did you mean temperature?"),
+        ("top_p 0", "top_p=0.0 must be between"),
+        ("max_tokens 100000000", "is more than this server allows"),
+    ):
+        assert chat._take(talk, backend, f"/set {text}")
+        assert said in capsys.readouterr().err and talk.settings == {"temperature": 0.5}
+    chat._take(talk, backend, "/set top_k 5")
+    chat._take(talk, backend, "/set temperature")
+    assert talk.settings == {"top_k": 5} and capsys.readouterr().err == ""
+    if not is_local:
+        server.wait_until_idle(2.0)
 
 
 def test_in_process_and_over_http_give_the_same_chunks(server: Running, local: Local) -> None:

@@ -10,7 +10,7 @@ import pytest
 import twotower
 from tiny_checkpoint import make_checkpoint
 from twotower import loading
-from twotower.checkpoint import load_checkpoint
+from twotower.checkpoint import files, load_checkpoint
 from twotower.cli.main import main
 from twotower.cli.text import printable
 
@@ -196,7 +196,7 @@ def test_a_model_without_tokenizer_takes_and_gives_ids(
 def test_a_block_larger_than_the_trained_one_warns_in_one_line(
     checkpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["generate", "a", "--model", checkpoint, "--block-size", "9", *FEW]) == 0
+    assert main(["generate", "a", "--model", checkpoint, "--block-size", "9", "-n", "9"]) == 0
     assert capsys.readouterr().err.splitlines() == [
         "warning: block_size=9 is larger than the 4 the model was trained with; "
         "expect the text to collapse"
@@ -209,13 +209,13 @@ def test_a_block_larger_than_the_trained_one_warns_in_one_line(
         ([""], "prompt 0 is empty"),
         (["a", ""], "prompt 1 is empty"),
         (["\udcff"], "prompt 0 is not UTF-8 text"),
-        (["a", "--block-size", "0"], "block_size=0"),
-        (["a", "--confidence-threshold", "1.5"], "confidence_threshold=1.5"),
-        (["a", "--temperature", "-1"], "temperature=-1.0"),
+        (["a", "--block-size", "0"], "--block-size 0 must be at least 1"),
+        (["a", "--confidence-threshold", "1.5"], "--confidence-threshold 1.5 must"),
+        (["a", "--temperature", "-1"], "--temperature -1.0 must"),
         (["a", "--trace", "{tmp}/no/such/trace"], "trace: cannot write"),
         (["a", "--trace", "/dev/full"], "trace: cannot write /dev/full (No space left"),
         (["a", "--model", "{tmp}/no/model"], "no such folder"),
-        (["a", "--device", "abacus"], "device='abacus' is unknown"),
+        (["a", "--device", "abacus"], "--device 'abacus' is unknown"),
         (["--input", "{tmp}/none"], "input: cannot read"),
         (["--input", "{tmp}"], "input: cannot read"),
         (["--input", "{tmp}/latin.txt"], "latin.txt is not UTF-8 text (byte 1)"),
@@ -290,7 +290,7 @@ def test_no_prompt_at_a_terminal(
 def test_an_installation_without_a_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(loading.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(files.resources, "files", lambda package: tmp_path)
     assert main(["generate", "a"]) == 2
     assert "give one with --model PATH" in capsys.readouterr().err
 
@@ -309,3 +309,21 @@ def test_penalties_and_biases_are_flags(
     assert main(["generate", "abc", *flags, "--logit-bias", "18"]) == 2
     said = "logit_bias='18' must be a token id, = and a number, such as 42=-100"
     assert said in capsys.readouterr().err
+
+
+def test_a_line_break_may_be_spelt_in_an_argument(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards a prompt that silently holds a backslash and an n where its writer saw a new line."""
+    given = ["--model", checkpoint, *FEW, "--json"]
+    assert main(["generate", r"a\nb", *given]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["results"][0]["prompt"] == r"a\nb"
+    assert err == (
+        r"note: prompt 0 has \n as two characters; with --escape it is a line break" "\n"
+    )
+    assert main(["generate", r"a\nb\t\\n\q", "--escape", *given]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["results"][0]["prompt"] == "a\nb\t\\n\\q" and err == ""
+    assert main(["generate", "print('a\\n')\n", *given]) == 0  # who writes both means both
+    assert capsys.readouterr().err == ""

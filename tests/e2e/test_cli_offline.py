@@ -254,11 +254,14 @@ def test_an_empty_file_has_an_empty_answer(checkpoint: str, tmp_path: Path) -> N
         (["--input", "{tmp}/in.jsonl", "--output", "{tmp}/no/out.jsonl"], "output: cannot write"),
         (["--input", "{tmp}/in.jsonl", "--output", "{tmp}"], "output: cannot write"),
         (["--input", "{tmp}/none.jsonl", "--output", "{tmp}/o"], "input: cannot read"),
-        (["--input", "{tmp}/in.txt", "--output", "{tmp}/o"], "give --input FILE.jsonl"),
-        (["a", "--output", "{tmp}/o"], "give --input FILE.jsonl"),
+        (
+            ["--input", "{tmp}/in.txt", "--output", "{tmp}/o"],
+            "named .jsonl with --input",
+        ),
+        (["a", "--output", "{tmp}/o"], "named .jsonl with --input"),
         (["a", "--input", "{tmp}/in.jsonl", "--output", "{tmp}/o"], "leave out other prompts"),
         (["--json", "--input", "{tmp}/in.jsonl", "--output", "{tmp}/o"], "--json"),
-        (["a", "--max-rows", "0"], "max_rows=0 must be at least 1"),
+        (["a", "--max-rows", "0"], "--max-rows 0 must be at least 1"),
     ],
 )
 def test_refusals_are_one_line(

@@ -134,6 +134,6 @@ def test_bad_input_is_one_line_and_status_2(
     (tmp_path / name).write_bytes(content)
     assert prepare("--input", tmp_path / name, "--out", tmp_path / "out") == 2
     out, err = capfd.readouterr()
-    assert out == "" and err.startswith("error: input: ") and err.count("\n") == 1
+    assert out == "" and err.startswith("error: --input: ") and err.count("\n") == 1
     assert words in err
     assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from twotower.checkpoint import convert_to_gguf, export_transformers, load_checkpoint
+from twotower.checkpoint.files import shipped_folder
 from twotower.engine import GenerateOptions, generate
 from twotower.lab.race.baselines import (
     Baseline,
@@ -16,7 +17,6 @@ from twotower.lab.race.baselines import (
     load_llama_cpp,
     load_transformers,
 )
-from twotower.loading import shipped_folder
 from twotower.tokenizer import load_tokenizer
 
 TEXTS = ["Translate to German: The cat", "def add(a, b):\n", "12 + 30 ="]

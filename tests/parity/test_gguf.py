@@ -17,10 +17,10 @@ from torch import Tensor
 from tiny_models import fresh_model, random_ids
 from twotower import TwoTower
 from twotower.checkpoint import convert_to_gguf, export_gguf, load_checkpoint
+from twotower.checkpoint.files import shipped_folder
 from twotower.checkpoint.gguf import Precision
 from twotower.engine import GenerateOptions, generate
 from twotower.lab.race.baselines import Baseline, load_llama_cpp
-from twotower.loading import shipped_folder
 from twotower.tokenizer import load_tokenizer
 
 pytest.importorskip("xllamacpp")

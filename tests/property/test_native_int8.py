@@ -19,11 +19,11 @@ from tiny_models import fresh_model, masked_like, random_ids, tiny_model
 from tiny_options import options_of
 from twotower import GenerateOptions, TwoTower, accelerate, generate, load_tokenizer
 from twotower.checkpoint import load_checkpoint
+from twotower.checkpoint.files import shipped_folder
 from twotower.cli.bench import BenchOptions
 from twotower.cli.demo import SAMPLES
 from twotower.cli.main import main
 from twotower.engine import MODES
-from twotower.loading import shipped_folder
 from twotower.model.precision import Scheme, quantise_modules, weight_bits
 from twotower.native import buffers, library, tower
 from twotower.native.backend import NativeBackend

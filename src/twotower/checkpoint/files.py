@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from twotower.checkpoint.gguf_reader import INDEX_FILE as GGUF_INDEX
 from twotower.checkpoint.gguf_reader import is_gguf, open_gguf, read_index, read_tensor
 from twotower.families import read_json
 
+SHIPPED = "shipped"  # the name of the model inside the package
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
@@ -55,8 +57,8 @@ class Entry(NamedTuple):
 
 
 def resolve(path: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: a local folder, a hub id "owner/name", which is downloaded, or
-    the one that stands for a GGUF file. revision: branch, tag or commit of a hub id.
+    """The folder of a checkpoint: a local folder, a hub id "owner/name", which is downloaded, the
+    one that stands for a GGUF file, or "shipped". revision: branch, tag or commit of a hub id.
 
     ValueError (one line) if there is neither.
     """
@@ -70,9 +72,22 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     replaced = set_aside(folder)
     if replaced.is_dir():  # a save was killed between its two renames
         return replaced
+    if str(path) == SHIPPED:
+        return shipped_folder()
     if _HUB_ID.fullmatch(str(path)):
         return _download(str(path), revision)
-    raise ValueError(f"{path}: no such folder; give a checkpoint folder or a hub id owner/name")
+    raise ValueError(
+        f"{path}: no such folder; give a checkpoint folder, a GGUF file, a hub id owner/name, or "
+        f"{SHIPPED}"
+    )
+
+
+def shipped_folder() -> Path:
+    """Folder of the model inside the package; ValueError (one line) if there is none."""
+    folder = Path(str(resources.files("twotower") / "assets"))
+    if not (folder / "config.json").is_file():
+        raise ValueError("this installation has no model inside; give one with --model PATH")
+    return folder
 
 
 def set_aside(folder: Path) -> Path:

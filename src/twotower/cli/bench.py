@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from twotower.checkpoint.files import SHIPPED
 from twotower.cli import contest
 from twotower.cli.machine import recorded
 from twotower.cli.measuring import (
@@ -27,7 +28,6 @@ from twotower.lab.race.limits import Machine, cache_bytes
 from twotower.lab.race.replay import make_random
 from twotower.lab.race.report import describe_break_even, race_figures, tables
 from twotower.lab.race.run import (
-    SHIPPED,
     RaceOptions,
     draw_prompts,
     mode_options,

@@ -12,7 +12,7 @@ import tyro
 
 from twotower.cli.serve import ServeArguments, describe, need_extra
 from twotower.cli.text import printable
-from twotower.engine import Mode
+from twotower.engine import GenerateOptions, Mode
 from twotower.loading import Placement, load, placement_of
 
 if TYPE_CHECKING:
@@ -55,6 +55,9 @@ class ChatArguments(Placement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        GenerateOptions(
+            mode=self.mode, max_new_tokens=self.max_tokens, temperature=self.temperature
+        )
         if self.url is not None and self.chat_template is not None:
             raise ValueError("chat_template: is the server's with --url; leave it out")
 
@@ -115,7 +118,7 @@ def _read_line(is_terminal: bool) -> str | None:
         lines[-1] = lines[-1][:-1]
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Talk:
     """A conversation so far and the fields of its requests."""
 
@@ -156,7 +159,7 @@ def _take(talk: Talk, backend: "Backend", line: str) -> bool:
         case "/system", text:
             talk.system = text or None
         case "/set", text:
-            _set(talk, *text.partition(" ")[::2])
+            _set(talk, backend, *text.partition(" ")[::2])
         case "/show", "":
             print(json.dumps(talk.body(), indent=2, ensure_ascii=False), file=sys.stderr)
         case "/help", "":
@@ -166,17 +169,30 @@ def _take(talk: Talk, backend: "Backend", line: str) -> bool:
     return True
 
 
-def _set(talk: Talk, name: str, value: str) -> None:
-    """Change a field; what it may hold is checked with the next request."""
+def _set(talk: Talk, backend: "Backend", name: str, value: str) -> None:
+    """Change a field, unless whoever replies refuses it."""
     if not name or name in ("messages", "stream", "stream_options", "n"):
         print("/set NAME VALUE; NAME is a field such as mode or temperature", file=sys.stderr)
-    elif not value.strip():
-        talk.settings.pop(name, None)
-    else:
+        return
+    before = dict(talk.settings)
+    talk.settings.pop(name, None)
+    if value.strip():
         try:
             talk.settings[name] = json.loads(value)
         except ValueError:
             talk.settings[name] = value.strip()
+    try:
+        _try_out(talk, backend)
+    except ValueError as error:
+        talk.settings = before
+        print(f"[{error}; {name} stays as it was]", file=sys.stderr)
+
+
+def _try_out(talk: Talk, backend: "Backend") -> None:
+    """Begin a reply and leave it: ValueError (one line) if such requests are refused."""
+    asked = Talk(talk.system, talk.settings, [{"role": "user", "content": "?"}])
+    with contextlib.closing(backend.reply(asked.body())) as chunks:
+        next(chunks, None)
 
 
 def _say(talk: Talk, backend: "Backend", message: str) -> None:

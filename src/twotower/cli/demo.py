@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from twotower.cli.comparison import Measured, measure, print_comparison
-from twotower.cli.prompts import require_utf8
+from twotower.cli.prompts import read_argument
 from twotower.cli.replay import TITLES, Scene, block_frames, play, token_frames
 from twotower.cli.text import printable
 from twotower.engine import GenerateOptions, Mode
@@ -47,6 +47,8 @@ class DemoOptions(Placement):
     """Built-in prompt to complete; the model was not trained on it."""
     prompt: str | None = None
     """A prompt of your own instead."""
+    escape: bool = False
+    r"""Read \n, \t and \\ in --prompt as line break, tab and backslash."""
     max_new_tokens: int = 96
     """Maximum number of new tokens."""
     repeats: int = 3
@@ -58,17 +60,19 @@ class DemoOptions(Placement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.escape and self.prompt is None:
+            raise ValueError("escape: no effect without prompt; leave it out")
         if self.repeats < 1:
             raise ValueError(f"repeats: {self.repeats} is too small; use at least 1")
         if not 0.0 < self.speed < float("inf"):
-            raise ValueError(f"speed: {self.speed} must be above 0")
+            raise ValueError(f"speed: {self.speed} must be a finite number above 0")
 
 
 def run(options: DemoOptions) -> int:
     """Run the demo; returns the exit status. Errors of the user arrive as ValueError."""
     prompt = SAMPLES[options.sample]
     if options.prompt is not None:
-        prompt = require_utf8(options.prompt, "prompt")
+        prompt = read_argument(options.prompt, 0, options.escape)
     modes: dict[str, GenerateOptions] = {
         mode: GenerateOptions(mode=mode, max_new_tokens=options.max_new_tokens) for mode in MODES
     }

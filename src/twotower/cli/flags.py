@@ -4,9 +4,10 @@ Types, help and defaults are read from the dataclass, where they are written onc
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import NoneType
-from typing import Annotated, Literal, TypedDict, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
@@ -74,3 +75,38 @@ def _alternatives(hint: object) -> PrimitiveConstructorSpec[object]:
         is_instance=lambda value: True,
         str_from_instance=lambda value: [_spell(value)],
     )
+
+
+def name_flags(message: str, options_class: type, arguments: Sequence[str]) -> str:
+    """An error of the library in the words of a command line: `field=value` and `field: ...` name
+    the flags that were typed, or the verb's where the error is about its options.
+    """
+    known = {name: f"--{name.replace('_', '-')}" for name in _flag_fields(options_class)}
+    typed: dict[str, str] = {}
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if argument == "--":
+            break
+        if flag.startswith("-"):
+            names = (name for name, others in ALIASES.items() if flag in others)
+            typed |= dict.fromkeys([flag.lstrip("-").replace("-", "_"), *names], flag)
+    first = re.match(r"(\w+)(?=[=:])", message)
+    is_of_options = first is not None and first[1] in known | typed
+    flags = (known if is_of_options else {}) | typed
+    if is_of_options:
+        message = re.sub(r"^(\w+):", lambda match: f"{flags[match[1]]}:", message)
+    return re.sub(
+        r"(?<![\w.])(\w+)=(?=[^\s=])",
+        lambda match: f"{flags[match[1]]} " if match[1] in flags else match[0],
+        message,
+    )
+
+
+def _flag_fields(options_class: type) -> Iterator[str]:
+    """Names of a verb's fields that are flags, and those of the options of decoding."""
+    for name, hint in get_type_hints(options_class, include_extras=True).items():
+        parts = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if is_typeddict(parts[0]):
+            yield from parts[0].__annotations__
+        elif tyro.conf.Positional not in parts[1:]:
+            yield name

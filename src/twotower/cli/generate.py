@@ -59,6 +59,8 @@ class GenerateArguments(Placement):
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")
     ] = ()
     """A prompt, like those without a flag; may be given several times."""
+    escape: bool = False
+    r"""Read \n, \t and \\ in prompts that are arguments as line break, tab and backslash."""
     input: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """File of prompts: .jsonl has one object a line, {"prompt": text or token ids}; any other
     file is one prompt, without its last line break."""
@@ -99,6 +101,8 @@ class GenerateArguments(Placement):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.engine()
+        if self.escape and not (self.prompts or self.prompt):
+            raise ValueError("escape: no effect without prompts that are arguments; leave it out")
         if self.output is None:
             if "logprobs" in self.decoding and not (self.json or self.trace):
                 raise ValueError(
@@ -106,9 +110,7 @@ class GenerateArguments(Placement):
                 )
             return
         if self.input is None or not is_jsonl(self.input):
-            raise ValueError(
-                f"output: answers a file; give --input FILE.jsonl ({self.input} given)"
-            )
+            raise ValueError("output: answers a file; give one that is named .jsonl with --input")
         if self.prompts or self.prompt or self.json or self.trace:
             raise ValueError(
                 "output: takes the prompts of --input alone and writes lines of JSON; "
@@ -151,7 +153,7 @@ def run(options: GenerateArguments) -> int:
     decoding = options.generate_options()
     if options.input is not None and options.output is not None:
         return _complete_file(options, options.input, options.output)
-    prompts = read_prompts([*options.prompts, *options.prompt], options.input)
+    prompts = read_prompts([*options.prompts, *options.prompt], options.input, options.escape)
     with _open_trace(options.trace) as trace:
         loaded = load(placement_of(options), decoding.mode)
         start = time.perf_counter()

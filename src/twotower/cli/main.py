@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO, get_type_hints
 
+from twotower.cli.flags import name_flags
 from twotower.cli.parse import parse
 from twotower.cli.text import one_line
 
@@ -86,7 +87,10 @@ def _run(args: list[str]) -> int:
     help_text = None
     if verb == "train":
         rest, help_text = train_arguments(rest), _TRAIN_HELP
-    status: int = module.run(parse(options_class, verb, rest, help_text))
+    try:
+        status: int = module.run(parse(options_class, verb, rest, help_text))
+    except ValueError as error:
+        raise ValueError(name_flags(one_line(error), options_class, rest)) from error
     return status
 
 

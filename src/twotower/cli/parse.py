@@ -136,7 +136,7 @@ def _unframe(box: str) -> str:
     for hint in hints:
         if hint[0].strip().startswith("Perhaps you meant"):
             said += f"; perhaps you meant {hint[1].strip()}"
-    said = said.removeprefix("Error parsing ")
+    said = re.sub(r", 'None'|'None', ", "", said.removeprefix("Error parsing "))
     return said[:1].lower() + said[1:]
 
 

@@ -1,6 +1,7 @@
 """Where prompts, and grammars for their answers, come from: arguments, a file, or stdin."""
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,20 +12,24 @@ from twotower.engine.grammar import Grammar, json_schema, lark, regex
 
 Prompt = str | list[int]
 STDIN = "-"
+_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 _TOO_LONG = f"is longer than {MOST_LINE_BYTES >> 20} MiB; give a shorter prompt"
 
 
-def read_prompts(arguments: Sequence[str], file: Path | None) -> list[Prompt]:
+def read_prompts(
+    arguments: Sequence[str], file: Path | None, is_escaped: bool = False
+) -> list[Prompt]:
     """Prompts in order: the arguments ("-" reads stdin), then the file's, else stdin's.
 
     A .jsonl file holds one object a line, {"prompt": text or list of token ids}; any other file,
-    and stdin, is one prompt whose last line break is dropped. ValueError (one line) for none at
-    all, for what cannot be read, and for text that is not UTF-8.
+    and stdin, is one prompt whose last line break is dropped. is_escaped: arguments spell line
+    breaks, tabs and backslashes as C does. ValueError (one line) for none at all, for
+    what cannot be read, and for text that is not UTF-8.
     """
     if list(arguments).count(STDIN) > 1:
         raise ValueError("'-' is given twice; stdin can be read only once")
     prompts: list[Prompt] = [
-        _read_stdin() if argument == STDIN else require_utf8(argument, f"prompt {number}")
+        _read_stdin() if argument == STDIN else read_argument(argument, number, is_escaped)
         for number, argument in enumerate(arguments)
     ]
     if file is not None:
@@ -34,6 +39,19 @@ def read_prompts(arguments: Sequence[str], file: Path | None) -> list[Prompt]:
             raise ValueError("no prompt; give one as an argument, with --input FILE, or on stdin")
         prompts.append(_read_stdin())
     return prompts
+
+
+def read_argument(text: str, number: int, is_escaped: bool) -> str:
+    """A prompt of the command line; one that seems to spell line breaks is named on stderr."""
+    require_utf8(text, f"prompt {number}")
+    if is_escaped:
+        return re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], text)
+    if r"\n" in text and "\n" not in text:
+        print(
+            rf"note: prompt {number} has \n as two characters; with --escape it is a line break",
+            file=sys.stderr,
+        )
+    return text
 
 
 def is_jsonl(file: Path) -> bool:
@@ -110,7 +128,8 @@ def read_grammar(file: Path) -> Grammar:
         with file.open(encoding="utf-8") as stream:
             text = stream.read(MOST_LINE_BYTES)  # of which a grammar may have a part
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"grammar: cannot read {file} ({error}); name a text file") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"grammar: cannot read {file} ({reason}); name a text file") from None
     ending = file.suffix.lower()
     if ending == ".json":
         return json_schema(text)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from twotower.checkpoint.files import SHIPPED
 from twotower.engine import (
     MODES,
     EngineOptions,
@@ -18,7 +19,7 @@ from twotower.engine import (
     defaults_of,
     resolve_options,
 )
-from twotower.loading import SHIPPED, Loaded, Placement, load, placement_of
+from twotower.loading import Loaded, Placement, load, placement_of
 from twotower.serve import ServeOptions, replicas
 from twotower.serve.replicas import ReplicaOptions, ReplicatedOptions
 

@@ -91,7 +91,7 @@ class GenerateOptions:
     """Maximum number of new tokens."""
     block_size: int | None = None
     """Tokens per block. The default is what the model was trained with; larger blocks ruin the
-    text."""
+    text, and are no longer than max_new_tokens."""
     steps_per_block: int | None = None
     """Maximum number of denoiser passes per block."""
     first_token: FirstToken | None = None
@@ -295,7 +295,8 @@ Problem = Callable[[object], str | None]  # what is wrong with a value, if anyth
 
 def _number(low: float, high: float = math.inf, is_whole: bool = False) -> Problem:
     kinds = (int,) if is_whole else (int, float)
-    allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+    least = f"at least {low}" if is_whole else f"a finite number, at least {low}"
+    allowed = least if high == math.inf else f"between {low} and {high}"
 
     def problem(value: object) -> str | None:
         if not isinstance(value, kinds) or isinstance(value, bool):

@@ -6,6 +6,7 @@ may be paused in between, so that others get their turn.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 import time
@@ -217,6 +218,9 @@ def make_row(
     if not isinstance(request.options, GenerateOptions):
         raise ValueError(f"options of {name} must be GenerateOptions, not {request.options!r}")
     options = resolve_options(request.options, defaults_of(model))
+    # A larger block than the model's own is no longer than what may be written at all.
+    longest = max(model.config.block_size, options.max_new_tokens)
+    options = dataclasses.replace(options, block_size=min(options.block_size, longest))
     _check(model, options, tokenizer, request.filters)
     prompt = _prompt_ids(model, name, request.prompt, tokenizer)
     if request.given:

@@ -66,9 +66,9 @@ class ServeOptions:
                 raise ValueError(f"{name}={value} must be at least 1")
         for name in ("body_timeout_s", "deadline_s"):
             if not 0.0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number above 0")
         if not 0.0 <= self.grace_s < float("inf"):
-            raise ValueError(f"grace_s={self.grace_s} must be at least 0")
+            raise ValueError(f"grace_s={self.grace_s} must be a finite number, at least 0")
         for origin in self.cors_origins:
             if origin != "*" and not origin.startswith(("http://", "https://")):
                 raise ValueError(

@@ -353,6 +353,7 @@ def _check_bounds(name: str, value: object, low: float, high: float) -> None:
         if low <= number <= high and math.isfinite(number):
             continue
         least = "more than 0" if low == _ABOVE else f"{low:g} or more"
+        least = least if math.isfinite(number) else f"a finite number, {least}"
         most = "" if high == math.inf else f" and at most {high:g}"
         most = " and less than 1" if high == _BELOW_ONE else most
         what = "too small" if number < low else "out of range"

@@ -17,6 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from twotower.checkpoint import resolve
 from twotower.documented import documented
 from twotower.tokenizer import MIN_VOCAB_SIZE, Tokenizer, train_tokenizer
 from twotower.train.options import CheckedOptions
@@ -60,8 +61,8 @@ class PrepareOptions(CheckedOptions):
     """Stop after this many tokens (the last document stays whole). By default 20 million of the
     built-in corpus, and inputs to their end."""
     tokenizer: Path | None = None
-    """Tokenizer to reuse: a folder with tokenizer.json, such as the model's to train from. By
-    default one is trained on the same text."""
+    """Tokenizer to reuse: tokenizer.json, its folder or a hub id, such as the model's to train
+    from. By default one is trained on the same text."""
     bos_token: str | None = None
     """Token of the reused tokenizer to begin every document and prompt with, as its vocabulary
     writes it; by default its configuration says which, and whether."""
@@ -193,7 +194,13 @@ def _get_tokenizer(options: PrepareOptions, sources: Sequence[Source]) -> Tokeni
             (part for _, text in sample for part in text), options.vocab_size or DEFAULT_VOCAB_SIZE
         )
     named = {"bos": options.bos_token, "eos": options.eos_token, "mask": options.mask_token}
-    return open_tokenizer(options.tokenizer, {r: n for r, n in named.items() if n is not None})
+    path = _found(options.tokenizer)
+    return open_tokenizer(path, {r: n for r, n in named.items() if n is not None})
+
+
+def _found(path: Path) -> Path:
+    """Where the tokenizer lies that a path, a hub id or "shipped" names."""
+    return path if path.exists() else resolve(path)
 
 
 def _num_characters(text: Text) -> int:
@@ -220,7 +227,9 @@ def _write_shard(
     tokens_sha256, marks_sha256 = writer.checksums()
     ShardMeta(
         vocab_size=tokenizer.vocab_size,
-        special=find_special_tokens(tokenizer, options.tokenizer),
+        special=find_special_tokens(
+            tokenizer, None if options.tokenizer is None else _found(options.tokenizer)
+        ),
         num_tokens=writer.num_tokens,
         num_documents=writer.num_documents,
         dtype=dtype,

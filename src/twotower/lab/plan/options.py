@@ -2,10 +2,10 @@
 
 import json
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Literal
 
+from twotower.checkpoint.files import SHIPPED
 from twotower.checkpoint.inspect import Description, describe, describe_preset
 from twotower.checkpoint.quantize import read_scheme
 from twotower.families import PRESETS
@@ -29,7 +29,6 @@ from twotower.lab.plan.inputs import (
 )
 from twotower.lab.plan.passes import ModelShape, PlanSetup
 
-SHIPPED = "shipped"
 # A published run of the 30B model: 66 denoiser passes for 256 tokens (the port on two DGX Sparks).
 PUBLISHED_TOKENS_PER_NFE = 256 / 66
 _MOST_BATCH = 2**16
@@ -133,8 +132,7 @@ def describe_model(name: str) -> Description:
     if name in PRESETS:
         return describe_preset(name)
     if name == SHIPPED:
-        folder = Path(str(resources.files("twotower") / "assets"))
-        return replace(describe(folder), source=SHIPPED)
+        return replace(describe(name), source=SHIPPED)
     known = [*PRESETS, SHIPPED]
     raise ValueError(
         f"model: {name!r} is no file or folder{nearest(name, known)}; "

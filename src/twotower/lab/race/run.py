@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from twotower.checkpoint.files import SHIPPED
 from twotower.engine import MODES, GenerateOptions, stream
 from twotower.lab.corpus import CATEGORIES, Document
 from twotower.lab.evaluate.run import check_names, draw_groups, split_names
@@ -40,7 +41,6 @@ from twotower.lab.race.runners import (
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 
-SHIPPED = "shipped"
 OUR_MODES = ("ar", "diffusion", "speculative")
 REPLAY_PROMPT = 256  # most tokens of a prompt before a replay: reading it is not what is replayed
 _STAT = Path("/proc/stat")
