@@ -4,6 +4,7 @@ what runs its passes.
 
 import atexit
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
@@ -39,6 +40,7 @@ from twotower.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 PEER = "peer"
+_MOST_SCORED = 256  # tokens of a prompt that are compared with the training text
 START_TIMEOUT_S = 300.0  # until both ranks are there; the first import of torch may take long
 PEER_TIMEOUT_S = 30.0  # of silence, from then on
 
@@ -191,6 +193,25 @@ def save_model(
         files[GENERATION_FILE] = json.dumps(dict(model.generation_defaults), indent=2).encode()
     save = save_backbone if model.denoiser_tower is None else save_two_towers
     save(model, folder, dtype=dtype, extra_files=files)
+
+
+@torch.no_grad()
+def prompt_notice(model: TwoTower, ids: Sequence[int]) -> str | None:
+    """A sentence where a prompt's mean surprisal is above what the model's checkpoint names as the
+    most of its training text (most_prompt_nats in generation_config.json). None elsewhere.
+    """
+    most = model.generation_defaults.get("most_prompt_nats")
+    if not isinstance(most, float) or len(ids) < 2 or model.backend.quantization != "none":
+        return None
+    tokens = torch.tensor([ids[:_MOST_SCORED]])
+    logprobs = model.context_logits(tokens)[0, :-1].log_softmax(-1).cpu()
+    nats = -float(logprobs.gather(1, tokens[0, 1:, None]).mean())
+    if nats <= most:
+        return None
+    return (
+        f"unlike the model's training text ({nats:.1f} nats a token, its own has at most "
+        f"{most:g}), so expect no sensible answer"
+    )
 
 
 def _load_towers(folder: Path, placement: Placement, towers: Towers) -> TwoTower:

@@ -161,6 +161,31 @@ def test_a_phone_shows_everything(new_tab: Callable[..., Driver], modes: tuple[s
     assert box["top"] >= -1 and box["bottom"] <= 740, "the result is brought into sight"
 
 
+def test_the_block_that_is_filled_is_in_sight_on_a_phone(new_tab: Callable[..., Driver]) -> None:
+    """Guards a phone whose player and figures push the blocks off the screen."""
+    tab = new_tab(viewport={"width": 390, "height": 844}, reduced_motion="no-preference").open()
+    tab.page.locator("#cards button").nth(1).click()
+    tab.until("document.querySelector('#moment').textContent.includes('block 2, pass 1')")
+    top, bottom, player = tab.page.evaluate(
+        """() => {
+          const cells = document.querySelector('.block.current .cells').getBoundingClientRect();
+          const player = document.querySelector('#player').getBoundingClientRect();
+          return [cells.top, cells.bottom, player.bottom];
+        }"""
+    )
+    assert player <= top and bottom <= 844
+
+
+def test_an_example_chosen_by_key_keeps_the_focus(tab: Driver) -> None:
+    """Guards people without a mouse, whose next Tab would begin at the top of the page."""
+    tab.page.locator("#cards button").first.focus()
+    tab.page.keyboard.press("Enter")
+    tab.wait()
+    assert focused(tab) == "stage"
+    tab.page.keyboard.press("Tab")
+    assert focused(tab) == "back"
+
+
 def test_still_pictures_for_those_who_want_them(tab: Driver) -> None:
     """Guards reduced motion: no playback and no transitions; the result is there at once."""
     for modes in (("diffusion",), ("speculative", "ar")):

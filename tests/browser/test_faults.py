@@ -113,8 +113,8 @@ def test_a_stream_that_breaks_keeps_what_came(tab: Driver, end: str, said: str) 
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("max_tokens", "0", "Most tokens must be a whole number of at least 1."),
-        ("max_tokens", "1.5", "Most tokens must be a whole number of at least 1."),
+        ("max_tokens", "0", "Maximum tokens must be a whole number of at least 1."),
+        ("max_tokens", "1.5", "Maximum tokens must be a whole number of at least 1."),
         ("confidence_threshold", "2", "Threshold must be a number from 0 to 1."),
         ("temperature", "", "Temperature must be a number of at least 0."),
     ],

@@ -24,7 +24,7 @@ READ = """async (events) => {
 }"""
 
 
-def token(text: str | None, confidence: float = 0.9) -> dict[str, Any]:
+def token(text: str | None, confidence: float | None = 0.9) -> dict[str, Any]:
     """A token of a step; None is a mask. Ids are letters' codes, so equal texts are equal ids."""
     masked = text is None
     id_ = None if text is None else sum(map(ord, text))
@@ -64,6 +64,11 @@ def commit(
 
 def chunk(text: str) -> dict[str, Any]:
     return {"object": "text_completion", "choices": [{"index": 0, "text": text}]}
+
+
+def end() -> dict[str, Any]:
+    choice = {"index": 0, "text": "", "finish_reason": "stop"}
+    return {"object": "text_completion", "choices": [choice]}
 
 
 def frames(tab: Driver, *events: dict[str, Any]) -> list[dict[str, Any]]:
@@ -138,3 +143,23 @@ def test_text_appears_with_its_commit(tab: Driver, text_first: bool) -> None:
     pair = [commit(0, "ab", None, None), chunk("ab")]
     read = frames(tab, step(0, 0, "a", "b"), *(reversed(pair) if text_first else pair))
     assert [frame["text"] for frame in read] == ["", "", "ab"]
+
+
+def test_nothing_behind_the_end_of_a_text_is_rejected(tab: Driver) -> None:
+    """Guards filler that looks as if the context tower had refused it."""
+    events = [step(0, 0, *"abcd"), commit(0, "a", rejected=3)]
+    assert frames(tab, *events)[-1]["rejected"] is None
+    assert [status for status, _, _ in frames(tab, *events)[-1]["groups"][0]][1] == "rejected"
+    ended = frames(tab, *events, end())[-1]
+    assert [status for status, _, _ in ended["groups"][0]] == ["kept"] + ["dropped"] * 3
+    draft = frames(tab, step(0, 0, *"abcd"), commit(0, "ax", 3, 1), end())[-1]
+    assert [status for status, _, _ in draft["groups"][0]] == ["kept", "own"] + ["dropped"] * 2
+
+
+def test_the_context_towers_first_token_is_its_own(tab: Driver) -> None:
+    """Guards a token of the context tower that is drawn as the denoiser's, 100 % sure."""
+    opened = step(0, 0, "a", "b", None, None)
+    opened["tokens"][0]["confidence"] = None
+    first, last = frames(tab, opened, commit(0, "abcd"))[1:]
+    assert first["groups"][0][:2] == [["own", "a", None], ["filled", "b", 1]]
+    assert last["groups"][0][:2] == [["own", "a", None], ["kept", "b", 1]]

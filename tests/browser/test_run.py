@@ -93,9 +93,12 @@ def test_cells_tell_confidence_and_order(tab: Driver, tmp_path: Path) -> None:
         token = passes[-1][at]
         first = next(k for k, tokens in enumerate(passes, start=1) if not tokens[at]["masked"])
         bands = [0.5, 0.8, 0.95, 0.99]
+        assert text == token["text"].replace(" ", "\N{MIDDLE DOT}").replace("\n", "\u21b5")
+        if at == 0:  # the context tower's own: the denoiser was not asked, so it is not sure
+            assert (token["confidence"], status, order, band) == (None, "own", "", "")
+            continue
         assert (status, order) == ("filled", str(first))
         assert band == str(1 + sum(token["confidence"] >= limit for limit in bands))
-        assert text == token["text"].replace(" ", "\N{MIDDLE DOT}").replace("\n", "\u21b5")
 
 
 def test_slow_motion_shows_blanks_that_fill(new_tab: Callable[..., Driver]) -> None:
@@ -141,7 +144,7 @@ def test_stop_keeps_what_arrived_and_frees_the_row(tab: Driver, server: str) -> 
     tab.page.route("**/v1/completions", _never_ending, times=1)
     tab.ask("Notes:", "ar", max_tokens=4000, temperature=5)
     tab.page.click("#run")
-    tab.until("document.querySelectorAll('.cell').length > 5")
+    tab.until("document.querySelectorAll('.lane .cell').length > 5")
     tab.page.click("#stop")
     tab.wait()
     assert tab.status.startswith("Stopped after ") and tab.fault == ""
@@ -159,11 +162,39 @@ def _never_ending(route: Any) -> None:
     route.continue_(post_data=json.dumps(route.request.post_data_json | {"ignore_eos": True}))
 
 
-def test_examples_fill_the_prompt_and_run(tab: Driver) -> None:
-    tab.page.get_by_role("button", name="Knowledge").click()
+@pytest.mark.parametrize("number", range(6))
+def test_every_example_takes_several_passes(tab: Driver, tmp_path: Path, number: int) -> None:
+    """Guards examples that are there at once, so that nobody sees a block resolve."""
+    tab.page.locator("#cards button").nth(number).click()
     tab.wait()
-    assert "Vietnam" in tab.page.input_value("#prompt")
-    assert tab.written() != ""
+    (run,) = tab.export(tmp_path)["runs"]
+    assert tab.page.input_value("#prompt") == run["request"]["prompt"]
+    first = [event for event in states(run) if event["block"] == 0]
+    assert len(first) - 1 >= 2, "passes of the first block"
+    assert run["usage"]["nfe"] >= 6
+    assert tab.written() != "" and not tab.page.is_visible("#notice")
+
+
+def test_what_is_seen_is_said(tab: Driver) -> None:
+    """Guards people who see blocks for the first time: each picture has its sentence."""
+    tab.page.locator("#cards button").first.click()
+    tab.wait()
+    seen = []
+    for moment in (0, 1, tab.moments):
+        tab.scrub(moment)
+        seen.append(tab.page.inner_text("#seen"))
+    assert seen[0] == "The prompt has been read; nothing is written yet."
+    assert seen[1].startswith("Pass 1 filled ") and " blank, where " in seen[1]
+    assert seen[2].startswith("The context tower read the block")
+
+
+def test_a_prompt_unlike_the_training_text_is_noticed(tab: Driver) -> None:
+    """Guards the first prompt of one's own, which is answered with nonsense."""
+    assert "no assistant" in tab.page.inner_text("#about")
+    tab.ask("Hello, who are you?", "ar", max_tokens=4).run()
+    assert "unlike the model's training text" in tab.page.inner_text("#notice")
+    tab.ask(MATH, "ar", max_tokens=4).run()
+    assert not tab.page.is_visible("#notice")
 
 
 def test_what_a_model_or_a_prompt_says_is_never_markup(tab: Driver) -> None:

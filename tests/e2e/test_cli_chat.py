@@ -144,3 +144,16 @@ def test_a_server_that_is_not_there_is_named(
     say(monkeypatch, "hello")
     assert main(["chat", "--url", "http://127.0.0.1:9"]) == 0
     assert "http://127.0.0.1:9 does not answer" in capsys.readouterr().err
+
+
+def test_a_message_unlike_the_training_text_is_noticed(
+    local: Local, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards the first message of one's own, which the shipped model answers with nonsense."""
+    talk = chat.Talk(settings={"max_tokens": 4})
+    chat._say(talk, local, "Hello, who are you?")
+    assert "(this is unlike the model's training text (" in capsys.readouterr().err
+    assert chat._take(talk, local, "/new")
+    chat._say(talk, local, SUM)
+    assert capsys.readouterr().err == ""
+    assert chat._take(talk, local, "/set seed 3") and capsys.readouterr().err == ""

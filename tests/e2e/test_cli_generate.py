@@ -327,3 +327,13 @@ def test_a_line_break_may_be_spelt_in_an_argument(
     assert json.loads(out)["results"][0]["prompt"] == "a\nb\t\\n\\q" and err == ""
     assert main(["generate", "print('a\\n')\n", *given]) == 0  # who writes both means both
     assert capsys.readouterr().err == ""
+
+
+def test_a_prompt_unlike_the_training_text_is_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the first prompt of one's own, which the shipped model answers with nonsense."""
+    known = "Q: What is 48 + 27?\nA:"
+    assert main(["generate", known, "Hello, who are you?", "hi", "-n", "4"]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("note: prompt 1 is unlike the model's training text (")
+    assert err.count("\n") == 1
+    assert main(["generate", known, "-n", "4"]) == 0 and capsys.readouterr().err == ""

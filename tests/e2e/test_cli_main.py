@@ -99,7 +99,7 @@ def test_generate_has_a_flag_with_the_default_of_every_option(
         (["convert", "a", "b", "--to", "gguf", "--quantization", "int8"], "needs --to released or"),
         (["convert", "a", "b", "--group-size", "32"], "--group-size: no effect without"),
         (["train", "backbone", "--learning-rate", "inf"], "use a finite number, more than 0"),
-        (["plan", "--dtype", "float64"], "Expected one of ('bfloat16', 'float32'); see"),
+        (["plan", "--dtype", "float64"], "for argument '--dtype'. Expected one of"),
         (
             ["generate", "--device", "xpu:9", "a"],
             "--device 'xpu:9' is not on this",
@@ -112,7 +112,7 @@ def test_a_wrong_flag_is_one_line_and_status_2(
 ) -> None:
     assert main(arguments) == 2
     line = only_line(capsys)
-    assert line.startswith("error: ") and said in line
+    assert line.startswith("error: ") and said in line and "None" not in line
 
 
 @pytest.mark.parametrize("frame", ["lines", "blanks"])

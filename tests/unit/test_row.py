@@ -37,6 +37,16 @@ def test_length_cuts_the_last_block() -> None:
     assert done.finish_reason == "length"
 
 
+def test_what_stands_behind_the_end_is_not_rejected() -> None:
+    """Guards filler behind the end of a text that counts, and is shown, as refused."""
+    r = row()
+    assert r.commit(ids_of("a", "b"), rejected=2).rejected == 2
+    assert r.commit([*ids_of("c"), EOS], rejected=2).rejected == 0
+    cut = row(length=2)
+    assert cut.commit(ids_of("a", "b", "c"), rejected=1).rejected == 0
+    assert row().commit(ids_of("a")).rejected is None
+
+
 def test_eos_is_the_last_token_and_no_text() -> None:
     """Guards the official code's difference: what follows EOS inside a block is dropped."""
     r = row()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from twotower.checkpoint.files import SHIPPED
 from twotower.cli.serve import ServeArguments, describe, need_extra
 from twotower.cli.text import printable
 from twotower.engine import GenerateOptions, Mode
@@ -29,6 +30,14 @@ _HELP = """\
 /help           this
 /exit           the end; so does Ctrl-D
 Ctrl-C stops a reply. A line that ends with \\ continues on the next."""
+
+
+_SHIPPED = """\
+The shipped model shows the method and is no assistant: it knows a few kinds of questions, such as
+  How much is 48 - 44?
+  What is 77 in Spanish?
+  Zoe has 70 buttons. She buys 10 more and loses 15. How many buttons does Zoe have now?
+A real model: twotower chat --model FOLDER, GGUF file or hub id; README.md fetches a small one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +90,8 @@ def run(options: ChatArguments) -> int:
     with contextlib.closing(_backend(options)) as backend:
         if is_terminal:
             print(f"{backend.name}; /help lists commands, Ctrl-D ends", file=sys.stderr)
+            if options.url is None and options.model in (None, SHIPPED):
+                print(_SHIPPED, file=sys.stderr)
         while (line := _read_line(is_terminal)) is not None:
             if line.strip() and not _take(talk, backend, line.strip()):
                 break
@@ -204,6 +215,9 @@ def _say(talk: Talk, backend: "Backend", message: str) -> None:
         with contextlib.closing(backend.reply(talk.body())) as chunks:
             for chunk in chunks:
                 text = _text_of(chunk)
+                if notice := chunk.get("notice"):
+                    print(f"(this is {notice})", file=sys.stderr)
+                    continue
                 usage = chunk.get("usage") or usage  # type: ignore[assignment]
                 parts.append(text)
                 print(printable(text), end="", flush=True)

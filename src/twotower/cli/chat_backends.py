@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from twotower.engine import EngineOptions, TokensCommitted, Worker
 from twotower.engine.events import Failed, Finished
-from twotower.loading import Loaded
+from twotower.loading import Loaded, prompt_notice
 from twotower.serve.options import ServeOptions
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ class Backend(Protocol):
     name: str
 
     def reply(self, body: Body) -> Generator[Chunk, None, None]:
-        """Chunks of the reply, the last with `usage`. Leaving it early stops the reply. ValueError
-        (one line) when the request is refused or fails.
+        """Chunks of the reply, the last with `usage`; a `notice` may come first. Leaving it early
+        stops the reply. ValueError (one line) when the request is refused or fails.
         """
 
     def close(self) -> None:
@@ -103,6 +103,7 @@ class Local:
         options = EngineOptions(max_rows=1, prefix_cache_bytes=_CACHE_BYTES)
         self._worker = Worker(loaded.model, loaded.tokenizer, options)
         self._worker.start()
+        self._model = loaded.model
         self._served = served
         self.name = served.name
 
@@ -123,6 +124,8 @@ class Local:
             raise ValueError(error.message) from None
         template = self._served.template
         assert template is not None  # which the reader has refused
+        if notice := prompt_notice(self._model, asked.prompts[0]):
+            yield {"choices": [], "notice": notice}
         shape = ChatShape(self.name, self._served.tokenizer, Replies(None, template.strips_reply))
         with contextlib.closing(ticket.events()) as events:
             for event in events:

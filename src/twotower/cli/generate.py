@@ -30,9 +30,11 @@ from twotower.engine import (
     stream,
 )
 from twotower.engine.options import Overlap
-from twotower.loading import Loaded, Placement, load, placement_of
+from twotower.loading import Loaded, Placement, load, placement_of, prompt_notice
 
 _DOCS, _ENGINE_DOCS = field_docs(GenerateOptions), field_docs(EngineOptions)
+_MOST_NOTED = 16  # prompts that are looked at before decoding begins
+_KNOWN = "twotower demo shows what the shipped model knows, --model takes another"
 if TYPE_CHECKING:
     Decoding = dict[str, object]
 else:
@@ -156,6 +158,7 @@ def run(options: GenerateArguments) -> int:
     prompts = read_prompts([*options.prompts, *options.prompt], options.input, options.escape)
     with _open_trace(options.trace) as trace:
         loaded = load(placement_of(options), decoding.mode)
+        _note_unfamiliar(loaded, prompts)
         start = time.perf_counter()
         events = stream(loaded.model, prompts, decoding, loaded.tokenizer, options.engine())
         events = events if trace is None else _traced(events, trace)
@@ -169,6 +172,21 @@ def run(options: GenerateArguments) -> int:
     else:
         _print_texts(completions)
     return 0
+
+
+def _note_unfamiliar(loaded: Loaded, prompts: Sequence[Prompt]) -> None:
+    """One line on stderr for the first prompt that the model was not made for."""
+    for number, prompt in enumerate(prompts[:_MOST_NOTED]):
+        ids = _encoded(loaded, prompt)
+        if (notice := prompt_notice(loaded.model, ids)) is not None:
+            print(f"note: prompt {number} is {notice}; {_KNOWN}", file=sys.stderr)
+            return
+
+
+def _encoded(loaded: Loaded, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        return [] if loaded.tokenizer is None else loaded.tokenizer.encode_prompt(prompt)
+    return prompt
 
 
 def _complete_file(options: GenerateArguments, source: Path, target: Path) -> int:

@@ -19,10 +19,15 @@ from twotower.engine import (
     defaults_of,
     resolve_options,
 )
-from twotower.loading import Loaded, Placement, load, placement_of
+from twotower.loading import Loaded, Placement, load, placement_of, prompt_notice
 from twotower.serve import ServeOptions, replicas
 from twotower.serve.replicas import ReplicaOptions, ReplicatedOptions
 
+_ABOUT = (
+    "A small model that shows the method and is no assistant: it answers sums, short functions, "
+    "edits, tool calls, translations of short phrases and facts on countries, in the form of the "
+    "examples."
+)
 if TYPE_CHECKING:
     from twotower.serve.access import Keys
     from twotower.serve.app import App
@@ -118,6 +123,8 @@ def describe(loaded: Loaded, options: ServeArguments) -> "Served":
         default_mode=defaults.mode,
         defaults={name: getattr(defaults, name) for name in _SHOWN},
         template=_template(options, loaded),
+        about=_ABOUT if loaded.name == SHIPPED else None,
+        notice=functools.partial(prompt_notice, model),
     )
 
 

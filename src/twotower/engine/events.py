@@ -44,7 +44,7 @@ class Verified(NamedTuple):
     drafted: int | None = None  # speculative: draft tokens that were verified
     accepted: int | None = None  # speculative: those of them that were accepted
     drafter: DrafterName | None = None  # speculative: who wrote them, if not the grammar alone
-    rejected: int | None = None  # diffusion with verify_threshold: how many of the block were not
+    rejected: int | None = None  # diffusion with verify_threshold: of the block, before its end
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,6 +156,8 @@ class Row:
             self.accepted_of[verified.drafter] += verified.accepted or 0
         if self.grammar is not None and not self.is_finished:
             self.grammar.follow(self.tokens)  # which goes on beside the next pass
+        if verified.rejected and self.is_finished:
+            verified = verified._replace(rejected=0)  # only filler behind the end
         text = "" if self.text is None else self.text.show()
         released = self._release()
         return TokensCommitted(

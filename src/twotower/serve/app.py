@@ -281,7 +281,7 @@ async def _answer(
             lambda: whole_to_json(shape.whole(completions, usage_of(asked, completions)))
         )
         return Response(answer, media_type="application/json")
-    viewer = Viewer(tokenizer, tickets) if body.twotower_events else None
+    viewer = Viewer(service.served, tickets) if body.twotower_events else None
     has_usage = body.stream_options is not None and body.stream_options.include_usage
     lines = _events(stream_lines(asked, tickets, shape, viewer, observed), has_usage)
     return EventSourceResponse(

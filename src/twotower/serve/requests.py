@@ -5,7 +5,7 @@ What the engine checks is not checked here: its one-line refusals are passed on.
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from twotower.engine import Filter, GenerateOptions, Grammar, Mode, Request
@@ -43,6 +43,8 @@ class Served:
     default_mode: Mode
     defaults: Mapping[str, object]  # decoding options of a request that names none
     template: ChatTemplate | None
+    about: str | None = None  # what it can do, for people
+    notice: Callable[[Sequence[int]], str | None] | None = None  # of a prompt it cannot answer
 
     def card(self) -> dict[str, object]:
         """Its entry in /v1/models."""
@@ -57,6 +59,7 @@ class Served:
                 "block_size": self.block_size,
                 "defaults": dict(self.defaults),
                 "has_chat": self.template is not None,
+                "about": self.about,
             },
         }
 

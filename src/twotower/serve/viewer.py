@@ -4,14 +4,14 @@ import time
 from collections.abc import Sequence
 
 from twotower.engine import StepTaken, Ticket, TokensCommitted
-from twotower.tokenizer import Tokenizer
+from twotower.serve.requests import Served
 
 
 class Viewer:
     """What is told of the rows of one request."""
 
-    def __init__(self, tokenizer: Tokenizer, tickets: Sequence[Ticket]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, served: Served, tickets: Sequence[Ticket]) -> None:
+        self._tokenizer, self._notice = served.tokenizer, served.notice
         self._tickets = tickets
 
     def record(self, index: int, event: object) -> dict[str, object] | None:
@@ -25,15 +25,18 @@ class Viewer:
                 return None
 
     def _step(self, index: int, event: StepTaken) -> dict[str, object]:
+        options = self._tickets[index].row.options
+        is_given = options.mode == "diffusion" and options.first_token == "context"
         tokens = [
             {
                 "id": None if is_masked else token,
                 "text": "" if is_masked else self._tokenizer.token_text(token),
                 "masked": is_masked,
-                "confidence": round(confidence, 4),
+                # None: the context tower's own, of which the denoiser was not asked.
+                "confidence": None if is_given and not place else round(confidence, 4),
             }
-            for token, is_masked, confidence in zip(
-                event.tokens, event.is_masked, event.confidence, strict=True
+            for place, (token, is_masked, confidence) in enumerate(
+                zip(event.tokens, event.is_masked, event.confidence, strict=True)
             )
         ]
         return {
@@ -55,6 +58,7 @@ class Viewer:
             "tokens": [
                 {"id": token, "text": self._tokenizer.token_text(token)} for token in event.tokens
             ],
+            "notice": self._notice_of(index) if event.block_index == 0 else None,
             "drafted": event.drafted,
             "accepted": event.accepted,
             "rejected": event.rejected,
@@ -62,6 +66,9 @@ class Viewer:
             "context_forwards": event.context_forwards,
             "elapsed_ms": self._elapsed_ms(index),
         }
+
+    def _notice_of(self, index: int) -> str | None:
+        return None if self._notice is None else self._notice(self._tickets[index].row.prompt)
 
     def _elapsed_ms(self, index: int) -> float:
         row = self._tickets[index].row

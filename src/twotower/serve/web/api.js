@@ -12,7 +12,7 @@ export class Fault extends Error {
   }
 }
 
-/** {id, modes, defaults} of the model that is served. Throws Fault. */
+/** {id, modes, defaults, about} of the model that is served. Throws Fault. */
 export async function fetchModel(key) {
   const response = await send("v1/models", { headers: headers(key) });
   const listing = await readJson(response);
@@ -23,6 +23,7 @@ export async function fetchModel(key) {
     id: model.id,
     modes: facts.modes ?? ["diffusion", "speculative", "ar"],
     defaults: facts.defaults ?? {},
+    about: facts.about ?? "",
   };
 }
 

@@ -75,7 +75,8 @@ function isGone(cell, isCurrent) {
 function isNew(group, frame, at, isCurrent) {
   if (!isCurrent) return false;
   if (group.kind === "plain") return at >= frame.shown - frame.filled;
-  return Boolean(frame.cells[at].isNew) || frame.cells[at].status === "own";
+  const { status, isNew } = frame.cells[at];
+  return isNew ?? status === "own";
 }
 
 function headline(run, group, index, frame) {
@@ -90,8 +91,9 @@ function headline(run, group, index, frame) {
   if (frame.kind === "step") return `${name}: ${taken}, ${rest}`;
   const count = (status) => frame.cells.filter((cell) => cell.status === status).length;
   const [kept, rejected] = [count("kept"), count("rejected")];
+  const stands = kept + count("own");
   if (run.request.mode === "speculative") return `${name}: ${taken}, ${kept} drafts kept`;
-  return `${name}: ${taken}, ${rejected ? `${kept} kept, ${rejected} given back` : "read"}`;
+  return `${name}: ${taken}, ${rejected ? `${stands} kept, ${rejected} rejected` : "read"}`;
 }
 
 function emptyCell() {
@@ -117,7 +119,7 @@ function titleOfCell(cell) {
   const parts = [JSON.stringify(cell.text)];
   if (cell.confidence !== null) parts.push(`${(cell.confidence * 100).toFixed(1)} % sure`);
   if (cell.order !== null) parts.push(`pass ${cell.order}`);
-  if (cell.status === "own") parts.push("on its own, not from a block or draft");
+  if (cell.status === "own") parts.push("the context tower's own");
   if (cell.status === "rejected") parts.push("rejected by the context tower");
   return parts.join(", ");
 }

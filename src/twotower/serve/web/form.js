@@ -1,7 +1,7 @@
 // The form: what to decode and how. Reads and writes its fields; starts nothing itself.
 
 import { byId, element } from "./build.js";
-import { EXAMPLES } from "./examples.js";
+import { EXAMPLE_OPTIONS, EXAMPLES } from "./examples.js";
 import { faultOfOption, isUsed, MAIN_MODES, noteOf, OPTIONS, titleOf } from "./modes.js";
 
 const RACE = ["speculative", "ar"]; // the same text on two ways
@@ -57,6 +57,12 @@ function chooseMode(mode) {
   if (!input) return;
   input.checked = true;
   if (!MAIN_MODES.includes(mode)) byId("more-modes").open = true;
+}
+
+/** Put an example into the form, with the options that let several passes be seen. */
+export function fillExample(prompt) {
+  byId("prompt").value = prompt;
+  for (const [name, value] of Object.entries(EXAMPLE_OPTIONS)) field(name).value = value;
 }
 
 /** Example prompts, as buttons that call `use(prompt)`: chips in the form, cards on the stage. */

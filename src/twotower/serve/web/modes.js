@@ -30,7 +30,7 @@ export const MAIN_MODES = ["diffusion", "speculative", "ar"];
 
 /** Fields of the form: `name` in the request, `fact` among the server's defaults. */
 export const OPTIONS = [
-  { name: "max_tokens", fact: "max_new_tokens", label: "Most tokens", value: 128, min: 1, step: 1 },
+  { name: "max_tokens", fact: "max_new_tokens", label: "Maximum tokens", value: 128, min: 1, step: 1 },
   {
     name: "confidence_threshold",
     fact: "confidence_threshold",

@@ -22,8 +22,8 @@ function earliest(runs, at) {
 }
 
 // How long a picture of a single run stays in slow motion, in milliseconds.
-const PASS_MS = 300;
-const COMMIT_MS = 420;
+const PASS_MS = 750;
+const COMMIT_MS = 900;
 const TOKEN_MS = 45;
 const START_MS = 350;
 const RACE_MS = 7000; // a race lasts this long in slow motion, or as long as it really took

@@ -6,6 +6,7 @@ export class Run {
   constructor(request) {
     this.request = request;
     this.events = [];
+    this.notice = null; // why the model cannot be expected to answer
     this.frames = [startFrame(request.mode === "speculative" ? 0 : null)];
     this.groups = []; // {kind: "block" | "plain", block, frames: [frame number], cells}
     this.text = "";
@@ -50,11 +51,12 @@ export class Run {
       step: event.step,
       t: event.elapsed_ms,
       nfe: event.nfe,
-      filled: cells.filter((cell) => cell.isNew).length,
+      filled: cells.filter((cell) => cell.isNew && cell.status === "filled").length,
     });
   }
 
   #takeCommit(event) {
+    this.notice ??= event.notice ?? null;
     const group = this.#groupOfCommit(event);
     const before = this.last;
     // Tokens written one by one share a list that grows; a frame notes how many of it it shows.
@@ -84,8 +86,22 @@ export class Run {
       // Text comes beside its commit: it belongs to the picture of that commit, or to the next one.
       if (this.last.kind === "commit") this.last.textLength = this.text.length;
     }
-    if (choice?.finish_reason) this.finishReason = choice.finish_reason;
+    if (choice?.finish_reason) {
+      this.finishReason = choice.finish_reason;
+      this.#dropBehindEnd();
+    }
     if (event.usage) this.usage = event.usage;
+  }
+
+  /** What the last block held behind the end of the text was never to be text: not rejected. */
+  #dropBehindEnd() {
+    const { last } = this;
+    if (last.kind !== "commit" || this.groups[last.group].kind !== "block") return;
+    last.cells = last.cells.map((cell) =>
+      cell.status === "rejected" ? { ...cell, status: "dropped" } : cell,
+    );
+    this.groups[last.group].cells = last.cells;
+    last.rejected = this.frames[this.frames.length - 2].rejected;
   }
 
   #push(group, frame) {
@@ -153,6 +169,7 @@ function filledCells(before, event) {
     const old = before[at];
     if (token.masked) return { ...BLANK };
     const isNew = !old || old.status === "masked" || old.id !== token.id;
+    if (token.confidence === null) return { ...ownCell(token), isNew };
     return {
       status: "filled",
       id: token.id,
@@ -178,11 +195,16 @@ function settledCells(before, event) {
   const isCutShort = event.rejected && event.tokens.length + event.rejected === size;
   return Array.from({ length: size }, (_, at) => {
     const token = event.tokens[at];
-    if (token && stands(token, at)) return { ...before[at], status: "kept", isNew: false };
+    if (token && stands(token, at)) return { ...before[at], ...settled(before[at]) };
     if (token) return ownCell(token);
     const isRejected = isCutShort || (isDraft && at < read && !isCut);
     return { ...before[at], status: isRejected ? "rejected" : "dropped", isNew: false };
   });
+}
+
+/** A cell that became text: the denoiser's is kept, the context tower's own stays so. */
+function settled(cell) {
+  return { status: cell.status === "own" ? "own" : "kept", isNew: false };
 }
 
 /** A token that the context tower wrote itself. */

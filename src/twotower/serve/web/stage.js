@@ -6,7 +6,8 @@ import { Lane } from "./lane.js";
 import { describe, momentsOf, stay } from "./moments.js";
 import { Player } from "./player.js";
 import { drawStrip, markStrip } from "./strip.js";
-import { paceSentence, raceSentence, runSentence } from "./words.js";
+import { medianRuns, paceSentence, raceSentence, runSentence } from "./words.js";
+import { seenSentence } from "./words.js";
 
 const HOLD_MS = 700; // a race that is decoded sooner than this is shown from its start at once
 
@@ -51,8 +52,12 @@ export class Stage {
     this.lanes = runs.map((run, at) => new Lane(run, runs.length > 1 ? `, lane ${at + 1}` : ""));
     byId("lanes").replaceChildren(...this.lanes.map((lane) => lane.root));
     byId("lanes").dataset.count = runs.length;
+    // An example that was chosen by key is about to go: whoever chose it must not be lost.
+    const held = byId("empty").contains(document.activeElement);
     byId("empty").hidden = true;
     byId("result").hidden = false;
+    if (held) byId("stage").focus({ preventScroll: true });
+    byId("notice").hidden = true;
     byId("shared").hidden = true;
     this.tell("");
     this.openedAt = performance.now();
@@ -68,10 +73,15 @@ export class Stage {
     requestAnimationFrame(() => this.#catchUp());
   }
 
-  /** All runs are over: say how it went, and start a race's playback. */
-  close() {
+  /**
+   * All runs are over: say how it went, and start a race's playback. Of several rounds of a race
+   * the runs of median time are shown.
+   */
+  close(rounds) {
+    if (rounds.length > 1) this.open(medianRuns(rounds));
     this.isStale = true;
-    const sentence = this.runs.length > 1 ? raceSentence(this.runs) : runSentence(this.runs[0]);
+    const sentence = this.runs.length > 1 ? raceSentence(rounds) : runSentence(this.runs[0]);
+    this.#showNotice();
     this.say(`${sentence} ${this.#paceInWords()}`);
     if (this.runs.length > 1 && !this.wantsStill.matches && this.#fresh().length > 1) {
       this.player.seek(0);
@@ -99,8 +109,16 @@ export class Stage {
     return this.moments;
   }
 
+  /** Whether the model can be expected to answer such a prompt at all. */
+  #showNotice() {
+    const { notice } = this.runs[0];
+    byId("notice").hidden = notice === null;
+    byId("notice").textContent = notice === null ? "" : `The prompt is ${notice}.`;
+  }
+
   #catchUp() {
     this.#fresh();
+    this.#showNotice();
     this.#drawTimeline();
     const isRecording = this.runs.length > 1 && !this.isOver;
     const isLate = performance.now() - this.openedAt > HOLD_MS;
@@ -114,6 +132,7 @@ export class Stage {
     byId("scrub").value = k;
     const words = describe(this.runs, moments, k);
     byId("moment").textContent = words;
+    byId("seen").textContent = seenSentence(this.runs, moments[k]);
     byId("scrub").setAttribute("aria-valuetext", words);
     markStrip(byId("strip"), k);
   }

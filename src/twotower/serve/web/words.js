@@ -21,17 +21,59 @@ export function runSentence(run) {
   return `Done: ${work}.`;
 }
 
-/** How a race of two went; each on its own if one did not finish. */
-export function raceSentence(runs) {
+/** Of each mode the run of median time; rounds are lists of one run a mode. */
+export function medianRuns(rounds) {
+  return rounds[0].map((_, lane) => {
+    const sorted = rounds.map((runs) => runs[lane]).sort((a, b) => a.last.t - b.last.t);
+    return sorted[sorted.length >> 1];
+  });
+}
+
+/** How a race of two went, over its rounds; each run on its own if one did not finish. */
+export function raceSentence(rounds) {
+  const runs = medianRuns(rounds);
   if (runs.some((run) => run.state !== "finished")) {
     return runs.map((run) => `${titleOf(run.request.mode)}: ${runSentence(run)}`).join(" ");
   }
-  const [fast, slow] = [...runs].sort((a, b) => a.last.t - b.last.t);
-  const [name, other] = [fast, slow].map((run) => titleOf(run.request.mode));
-  const times = `${name} took ${milliseconds(fast.last.t)}, ${other} ${milliseconds(slow.last.t)}`;
-  const ratio = fast.last.t > 0 ? `: ${(slow.last.t / fast.last.t).toFixed(1)} times as fast` : "";
-  const texts = fast.text === slow.text ? "The texts are the same." : "The texts differ.";
-  return `${times}${ratio}. ${texts}`;
+  const lanes = runs.map((run, lane) => ({ run, times: rounds.map((one) => one[lane].last.t) }));
+  const [fast, slow] = lanes.sort((a, b) => a.run.last.t - b.run.last.t);
+  const [name, other] = [fast, slow].map(({ run }) => titleOf(run.request.mode));
+  const factor = fast.run.last.t > 0 ? slow.run.last.t / fast.run.last.t : 1;
+  const ratio = factor >= 1.05 ? `: ${factor.toFixed(1)} times as fast` : ": about as fast";
+  const many = rounds.length > 1 ? `, medians of ${rounds.length} runs each` : ", one run each";
+  const texts = fast.run.text === slow.run.text ? "The texts are the same." : "The texts differ.";
+  return `${name} took ${spread(fast)}, ${other} ${spread(slow)}${many}${ratio}. ${texts}`;
+}
+
+function spread({ run, times }) {
+  const middle = milliseconds(run.last.t);
+  if (times.length === 1) return middle;
+  return `${middle} (${milliseconds(Math.min(...times))} to ${milliseconds(Math.max(...times))})`;
+}
+
+/** What can be seen at a moment, for people who see it for the first time. */
+export function seenSentence(runs, { lane, at }) {
+  if (lane < 0) return "The prompt has been read; nothing is written yet.";
+  const run = runs[lane];
+  const frame = run.frames[at[lane]];
+  const group = run.groups[frame.group];
+  const count = (status) => frame.cells.filter((cell) => cell.status === status).length;
+  if (group.kind === "plain") return "The context tower wrote one token, by one pass of its own.";
+  if (frame.kind === "step") return passSentence(frame, count("masked"));
+  const rejected = count("rejected");
+  if (run.request.mode === "speculative") {
+    return `The context tower verified the draft in one pass and kept ${counted(count("kept"), "token")} of it.`;
+  }
+  return rejected > 0
+    ? `The context tower read the block and rejected ${counted(rejected, "improbable token")}.`
+    : "The context tower read the block; it is text now.";
+}
+
+function passSentence(frame, masked) {
+  const filled = `Pass ${frame.step + 1} filled ${counted(frame.filled, "place")} at once`;
+  if (masked === 0) return `${filled}: the block is whole.`;
+  const rest = masked === 1 ? "1 place is" : `${masked} places are`;
+  return `${filled}; ${rest} blank, where the denoiser is not sure enough yet.`;
 }
 
 /** How much slower than it ran a run is shown, in words; empty when about as fast. */
