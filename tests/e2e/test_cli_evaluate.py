@@ -132,7 +132,10 @@ def test_a_narrow_terminal_loses_nothing(
         (["evaluate", "--modes", "fast"], "modes: 'fast' is unknown"),
         (["evaluate", "--items", "0"], "items: 0 is too small"),
         (["evaluate", "--model", "/nowhere"], "/nowhere"),
-        (["evaluate", "--modes", "ar", "--confidence-threshold", "0.5"], "confidence_threshold"),
+        (
+            ["evaluate", "--modes", "ar", "--confidence-threshold", "0.5"],
+            "--confidence-threshold: no effect",
+        ),
         (["evaluate", "--modes", "ar", "--sweep"], "sweep"),
         (["evaluate", "--threads", "0"], "threads"),
         (["evaluate", "--output", "/dev/null/x"], "output: cannot write into /dev/null/x"),

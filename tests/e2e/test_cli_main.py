@@ -218,3 +218,15 @@ def test_train_takes_a_recipe_and_a_file_whose_options_flags_override(tmp_path: 
         assert options == TrainOptions(
             recipe="backbone", steps=9, batch_size=3, compile=True, betas=(0.8, 0.9)
         )
+
+
+@pytest.mark.parametrize("width", [30, 60, 120])
+def test_a_narrow_terminal_cuts_nothing_of_a_description(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards numbers that end in an ellipsis."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(["inspect", "shipped"]) == 0
+    out = capsys.readouterr().out
+    assert "\u2026" not in out
+    assert all(found in out for found in ("2,529,104", "2,733,584", "213.0", "float32"))

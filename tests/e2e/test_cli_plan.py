@@ -120,17 +120,20 @@ def test_the_list_of_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ("flags", "message"),
     [
         (["--hardware", "h100"], "hardware: 'h100' is unknown, perhaps h100-sxm; known are"),
-        (["--hardware-file", "gone.toml"], "hardware_file: cannot read gone.toml (No such file"),
+        (["--hardware-file", "gone.toml"], "--hardware-file: cannot read gone.toml (No such file"),
         (["--model", "nano30b"], "model: 'nano30b' is no file or folder, perhaps nano-30b"),
         (["--devices", "4"], "devices: 4 is not possible"),
         (["--hardware", "power8", "--devices", "2"], "devices: power8 has no link_gb_s"),
         (["--quantization", "int3"], "quantization"),
-        (["--head-weights", "int4"], "head_weights: int4 breaks the choice of tokens"),
-        (["--batch-size", "0"], "batch_size: 0 is too small"),
-        (["--tokens-per-nfe", "17"], "tokens_per_nfe: 17.0 must be above 0 and at most the block"),
+        (["--head-weights", "int4"], "--head-weights: int4 breaks the choice of tokens"),
+        (["--batch-size", "0"], "--batch-size: 0 is too small"),
+        (
+            ["--tokens-per-nfe", "17"],
+            "--tokens-per-nfe: 17.0 must be above 0 and at most",
+        ),
         (["--compute", "int8", "--hardware", "m3-ultra"], "compute: m3-ultra has no rate for 'int"),
         (["--results", "gone.json"], "results: cannot read gone.json (No such file"),
-        (["--bandwidth-share", "2"], "bandwidth_share: 2.0 must be above 0"),
+        (["--bandwidth-share", "2"], "--bandwidth-share: 2.0 must be above 0"),
     ],
 )
 def test_errors_are_one_line(

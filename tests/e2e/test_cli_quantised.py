@@ -70,9 +70,9 @@ def test_inspect_and_evaluate_take_them(
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--quantization", "int4", "--group-size", "48"], "group_size=48 must be 32, 64 or 128"),
-        (["--group-size", "32"], "group_size: no effect without quantization=int8 or int4"),
-        (["--quantization", "int8", "--to", "transformers"], "needs to=released or backbone"),
+        (["--quantization", "int4", "--group-size", "48"], "--group-size 48 must be 32, 64 or 128"),
+        (["--group-size", "32"], "--group-size: no effect without --quantization int8 or int4"),
+        (["--quantization", "int8", "--to", "transformers"], "needs --to released or backbone"),
     ],
 )
 def test_bad_flags_are_one_line(

@@ -178,7 +178,7 @@ def test_an_error_of_the_user_is_told_once(data: Path, tmp_path: Path) -> None:
     out, err = process.communicate(timeout=300)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert lines == [
-        "error: batch_size: 3 rows cannot be split evenly over 2 processes; use a multiple of 2"
+        "error: --batch-size: 3 rows cannot be split evenly over 2 processes; use a multiple of 2"
     ]
     assert out == "" and process.returncode == 1  # torchrun's own
     assert not (tmp_path / "run").exists()

@@ -143,7 +143,7 @@ def _open(file: Path) -> "GGUFReader":
         from gguf import GGUFReader
     except ImportError:
         raise ValueError(
-            f"{file}: reading GGUF needs the package gguf; install it with: pip install gguf"
+            f"{file}: reading GGUF needs the package gguf; install it with: pip install '.[bench]'"
         ) from None
     try:
         return GGUFReader(file)

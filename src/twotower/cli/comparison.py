@@ -14,6 +14,10 @@ from twotower.lab.report import Table, number
 from twotower.loading import Loaded
 
 NAMES = {"diffusion": "Diffusion", "speculative": "Self-speculation"}  # at a sentence's start
+_LEGEND = (
+    "NFE, the number of function evaluations, counts passes of the denoiser tower; context "
+    "forwards are passes of the context tower."
+)
 _COLUMNS = ("mode", "tokens/s", "NFE", "tokens/NFE", "context forwards", "seconds", "text")
 
 
@@ -103,7 +107,7 @@ def print_comparison(console: Console, results: Mapping[str, Measured]) -> None:
         for mode, result in results.items()
     ]
     print_table(console, Table("Compared", _COLUMNS, rows))
-    console.print()
+    console.print(f"\n{_LEGEND}\n")
     for mode, result in results.items():
         if mode != "ar":
             console.print(Text(summary(ar, result, NAMES.get(mode, mode))))

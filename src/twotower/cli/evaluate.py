@@ -23,7 +23,7 @@ from twotower.cli.tables import make_console, print_table
 from twotower.engine import GenerateOptions, defaults_of, resolve_options
 from twotower.lab.corpus import Document
 from twotower.lab.evaluate.likelihood import Reference, score_references, summarise_references
-from twotower.lab.evaluate.report import headline, tables, write_report
+from twotower.lab.evaluate.report import LEGEND, headline, tables, write_report
 from twotower.lab.evaluate.results import settings, summarise, summarise_traces, sweep
 from twotower.lab.evaluate.run import (
     EvaluationOptions,
@@ -82,7 +82,7 @@ def print_results(results: Mapping[str, Any]) -> None:
     count = len(results["categories"])
     for table in [*others[:count], overall, *others[count:]]:
         print_table(console, table)
-    console.print(f"\n{headline(results)}")
+    console.print(f"\n{LEGEND}\n\n{headline(results)}")
 
 
 def run_suite(options: EvaluateOptions) -> tuple[dict[str, object], list[Item]]:

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from twotower.checkpoint.inspect import (
     KINDS,
@@ -19,7 +19,9 @@ from twotower.checkpoint.inspect import (
     describe,
     describe_preset,
 )
+from twotower.cli.tables import make_console, print_table
 from twotower.families import PRESETS, config_to_dict
+from twotower.lab.report import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ def run(options: InspectOptions) -> int:
     if options.json:
         print(json.dumps(as_json(record), indent=2))
     else:
-        _print(record, Console())
+        _print(record, make_console())
     return 0
 
 
@@ -74,8 +76,8 @@ def _print(record: Description, console: Console) -> None:
     if record.precision is not None:
         rows["precision"] = _precision(record.precision)
     console.print(_grid(rows))
-    console.print(_parameter_table(record))
-    console.print(_memory_table(record))
+    print_table(console, _parameter_table(record))
+    print_table(console, _memory_table(record))
 
 
 def _parameters(record: Description) -> str:
@@ -104,37 +106,32 @@ def _precision(record: PrecisionRecord) -> str:
     return f"{scheme.weights} weights{groups}{inputs}: {', '.join(kinds)}"
 
 
-def _grid(rows: dict[str, str]) -> Table:
-    grid = Table.grid(padding=(0, 2))
+def _grid(rows: dict[str, str]) -> RichTable:
+    grid = RichTable.grid(padding=(0, 2))
     for name, value in rows.items():
         grid.add_row(f"[dim]{name}[/]", value)
     return grid
 
 
 def _parameter_table(record: Description) -> Table:
-    table = Table(title="parameters", title_justify="left")
-    table.add_column("kind")
-    for tower in record.towers:
-        table.add_column(tower, justify="right")
     counts = [tower.parameters for tower in record.towers.values()]
-    for kind in KINDS:
-        if any(kind in count for count in counts):
-            table.add_row(kind, *(f"{count[kind]:,}" if kind in count else "-" for count in counts))
-    table.add_section()
-    table.add_row("total", *(f"{tower.total:,}" for tower in record.towers.values()))
-    table.add_row("active per token", *(f"{tower.active:,}" for tower in record.towers.values()))
-    return table
+    rows = [
+        [kind, *(f"{count[kind]:,}" if kind in count else "-" for count in counts)]
+        for kind in KINDS
+        if any(kind in count for count in counts)
+    ]
+    rows.append(["total", *(f"{tower.total:,}" for tower in record.towers.values())])
+    rows.append(["active per token", *(f"{tower.active:,}" for tower in record.towers.values())])
+    return Table("parameters", ("kind", *record.towers), rows)
 
 
 def _memory_table(record: Description) -> Table:
-    table = Table(title="memory", title_justify="left")
-    table.add_column("dtype")
-    for name in ("weights", "KV per token", "Mamba state per row"):
-        table.add_column(name, justify="right")
-    for dtype, size in record.weight_bytes.items():
-        kv, state = record.kv_bytes_per_token.get(dtype), record.state_bytes_per_row.get(dtype)
-        table.add_row(dtype, _bytes(size), _bytes(kv), _bytes(state))
-    return table
+    of_kv, of_state = record.kv_bytes_per_token, record.state_bytes_per_row
+    rows = [
+        [dtype, _bytes(size), _bytes(of_kv.get(dtype)), _bytes(of_state.get(dtype))]
+        for dtype, size in record.weight_bytes.items()
+    ]
+    return Table("memory", ("dtype", "weights", "KV per token", "Mamba state per row"), rows)
 
 
 def _short(count: int) -> str:

@@ -160,7 +160,7 @@ def _even_sentence(record: Record) -> str:
     even = record["break_even"]
     return (
         f"A denoiser pass takes {even['denoise_per_ar_step']:.2f} AR steps. "
-        f"Diffusion {_reaches(even['tokens_per_nfe'], 'tokens/NFE')}; "
+        f"Diffusion {_reaches(even['tokens_per_nfe'], 'tokens per denoiser pass (tokens/NFE)')}; "
         f"speculation {_reaches(even['tokens_per_cycle'], 'tokens a cycle')}."
     )
 
