@@ -191,3 +191,12 @@ def test_patterns_that_may_take_forever_are_refused(pattern: str) -> None:
 def test_usual_files_pass(content: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     assert load_tokenizer(tmp_path).vocab_size > 4
+
+
+def test_merges_without_their_prefix_are_refused(tmp_path: Path) -> None:
+    """Guards a process that the library aborts: it cuts the prefix off inside a character."""
+    model = {"type": "BPE", "vocab": {"a": 0, "\u0120a": 1, "\u0120": 2}, "merges": ["a \u0120"]}
+    model |= {"continuing_subword_prefix": "x"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    with pytest.raises(ValueError, match=r"the merge 'a .' lacks the prefix 'x'"):
+        load_tokenizer(tmp_path)

@@ -89,6 +89,21 @@ def test_a_resumed_run_equals_an_unbroken_one(data: Path, tmp_path: Path) -> Non
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_two_trainers_of_one_folder_are_refused(data: Path, tmp_path: Path) -> None:
+    """Silent failure: two processes write one record and delete each other's checkpoints."""
+    options = tiny_options(data, tmp_path / "run", steps=4)
+    steps = train_steps(options)
+    next(steps)
+    before = (options.run_folder / "options.json").read_bytes()
+    with pytest.raises(ValueError, match="is being written by another process; wait for its end"):
+        run(tiny_options(data, tmp_path / "run", steps=9))
+    assert (options.run_folder / "options.json").read_bytes() == before
+    assert next(steps).step == 2  # who was first goes on
+    steps.close()
+    assert run(options)[-1].step == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 SPLITS = [(1, 8), (2, 4), (4, 2), (8, 1)]
 OBJECTIVES: list[dict[str, object]] = [
     {},

@@ -323,7 +323,12 @@ def test_more_processes_than_devices_is_an_error_of_the_user(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    found = {"current_accelerator": lambda **_: torch.device("cuda"), "device_count": lambda: 1}
+    for name, answer in found.items():
+        monkeypatch.setattr(torch.accelerator, name, answer)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(ValueError, match=r"'cuda:1' .* has 1 CUDA devices"), joined("cuda", 1):
+    with (
+        pytest.raises(ValueError, match=r"'cuda:1' is not .*; use cpu or cuda:0$"),
+        joined("cuda", 1),
+    ):
         pass

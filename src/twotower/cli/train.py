@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from twotower.cli.flags import name_flags
 from twotower.train.loop import StepReport, train_steps
 from twotower.train.options import TrainOptions, check_values, read_toml
 from twotower.train.processes import ALONE, LostProcess, Processes, SharedError, joined
@@ -27,7 +28,8 @@ def run(options: TrainOptions) -> int:
                 return _train(options, processes)
             except SharedError as error:
                 if processes.is_first:
-                    print(f"error: {error}", file=sys.stderr, flush=True)
+                    text = name_flags(str(error), TrainOptions, ())
+                    print(f"error: {text}", file=sys.stderr, flush=True)
                 processes.wait_for_all()  # torchrun stops the others as soon as one is gone
                 return 2
             except ValueError as error:

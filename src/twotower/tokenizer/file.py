@@ -162,11 +162,28 @@ def _check_ids(content: Mapping[str, Any]) -> None:
             raise ValueError(f"token {number} has {len(token)} characters")
         if owners.setdefault(number, token) != token:
             raise ValueError(f"tokens {owners[number][:40]!r} and {token[:40]!r} share id {number}")
+    _check_merges(model)
     if model.get("dropout"):
         raise ValueError("'dropout' would encode a text differently each time; set it to null")
     longest = model.get("max_input_chars_per_word", 0)
     if type(longest) is not int or longest > MAX_WORD_CHARS:
         raise ValueError(f"'max_input_chars_per_word' is above {MAX_WORD_CHARS}")
+
+
+def _check_merges(model: Mapping[str, Any]) -> None:
+    """The library cuts the prefix of continuing pieces off by its length, and aborts inside a
+    character.
+    """
+    prefix = model.get("continuing_subword_prefix")
+    if not prefix or not isinstance(prefix, str):
+        return
+    for merge in model.get("merges") or []:
+        last = merge.split(" ")[-1] if isinstance(merge, str) else merge[-1] if merge else ""
+        if not str(last).startswith(prefix):
+            raise ValueError(
+                f"the last part of the merge {str(merge)[:40]!r} lacks the prefix "
+                f"{prefix[:40]!r} of continuing pieces"
+            )
 
 
 def _check_added(content: Mapping[str, Any], backend: tokenizers.Tokenizer) -> None:

@@ -11,7 +11,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,15 @@ def train_steps(options: TrainOptions, processes: Processes = ALONE) -> Iterator
     length, fraction = options.sequence_length, options.unaligned_row_fraction
     rows = processes.together(lambda: Rows(Shard(options.data), length, options.seed, fraction))
     folder = RunFolder(options.run_folder)
+    with ExitStack() as held:
+        processes.on_first(lambda: held.enter_context(folder.only_trainer()))
+        yield from _train(options, processes, rows, folder)
+
+
+def _train(
+    options: TrainOptions, processes: Processes, rows: Rows, folder: RunFolder
+) -> Iterator[StepReport]:
+    """The run in its folder, which nobody else writes meanwhile."""
     state = begin(options, rows, folder, processes)
     objective_at, evaluation = objectives(options, state.model)
     with _metrics(folder, options.tensorboard, state.step, processes) as metrics:

@@ -12,7 +12,8 @@ import logging
 import platform
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from twotower.file_lock import only_writer
 from twotower.train.options import TrainOptions
 from twotower.train.processes import Processes
 from twotower.train.state import (
@@ -60,6 +62,13 @@ class RunFolder:
         self.export = path / "export"
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
+
+    @contextmanager
+    def only_trainer(self) -> Iterator[None]:
+        """Be the only process that trains here. ValueError (one line) when another does."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with only_writer(self.path):
+            yield
 
     def open(self, options: TrainOptions) -> Checkpoint | None:
         """Create the folder, or find the checkpoint to continue from; records options and versions.
