@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import logging
+import weakref
 from collections import Counter
 
 import pytest
@@ -244,7 +245,9 @@ def test_an_end_is_told_even_if_the_thread_dies_just_before(
 
 
 def test_a_new_thread_gives_back_what_the_dead_one_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards memory over restarts: a new prefix cache beside the freed pages of the old one."""
+    """Guards memory over restarts: a new prefix cache beside the old one, which waits for the
+    garbage collector, or beside the old one's freed pages.
+    """
     calls: list[int] = []
 
     def give_back() -> None:
@@ -258,11 +261,21 @@ def test_a_new_thread_gives_back_what_the_dead_one_had(monkeypatch: pytest.Monke
         note_end(worker, event, ticket)
         raise SystemExit
 
-    with running() as worker:
-        with monkeypatch.context() as patch:
-            patch.setattr(Worker, "_note_end", dying)
-            worker.submit(Request(PROMPTS[0], options()))
-            wait_for(lambda: not worker.stats().is_alive)
+    with running(prefix_cache_bytes=1 << 20) as worker:
+        long = prompts_of([100])[0]
+        completion_of(worker.submit(Request(long, options())))
+        known = [weakref.ref(worker._prefixes), *map(weakref.ref, worker._prefixes._used)]
+        assert len(known) >= 2
+        gc.collect()
+        gc.disable()
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(Worker, "_note_end", dying)
+                worker.submit(Request(PROMPTS[0], options()))
+                wait_for(lambda: not worker.stats().is_alive)
+            wait_for(lambda: [one for one in known if one() is not None] == [])
+        finally:
+            gc.enable()
         assert calls == []
         worker.start()
         assert calls == [1]

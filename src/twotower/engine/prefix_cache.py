@@ -5,6 +5,7 @@ else, a context is kept and taken up again. So what is read after a known beginn
 same operations on the same numbers as without it: results are equal to the last bit.
 """
 
+import weakref
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -21,13 +22,23 @@ _LATE, _LATE_CHUNK = 256, 128
 
 
 class _Node:
-    """A piece of a text after those of its parents; the context after it, while it is kept."""
+    """A piece of a text after those of its parents; the context after it, while it is kept.
+
+    Parents hold their children and not the other way round, so that a cache that is given up is
+    gone at once, without the garbage collector.
+    """
 
     def __init__(self, parent: "_Node | None", tokens: bytes, end: int) -> None:
-        self.parent, self.tokens, self.end = parent, tokens, end
+        self._parent = None if parent is None else weakref.ref(parent)
+        self.tokens, self.end = tokens, end
         self.children: dict[bytes, _Node] = {}
         self.keys: Keys = ()
         self.mark: Mark | None = None
+
+    @property
+    def parent(self) -> "_Node | None":
+        """The piece before, as long as it is known."""
+        return None if self._parent is None else self._parent()
 
     def path(self) -> "list[_Node]":
         """The pieces up to here, the root left out."""

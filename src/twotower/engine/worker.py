@@ -240,6 +240,9 @@ class Worker:
             if self._newest_end is not None:  # it may have been counted and not delivered
                 self._newest_end[0].deliver(self._newest_end[1])
             self._fail_rows(cause)
+            # It holds this frame, and the frame would hold it: batches and cached prefixes would
+            # stay until the garbage collector comes.
+            del cause
             if self._prefixes is not None:  # it may have been cut off in the middle of a change
                 self._prefixes = PrefixCache(self._model, self._options.prefix_cache_bytes)
 
