@@ -36,7 +36,7 @@ class SplitTwoTower(TwoTower):
     def __init__(self, model: TwoTower, link: Link) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(model.__dict__)
-        self._line = Line(link)
+        self._client = DenoiserClient(link)
 
     @property
     def has_denoiser(self) -> bool:
@@ -45,7 +45,7 @@ class SplitTwoTower(TwoTower):
 
     def new_denoiser(self) -> Denoiser:
         """See `engine.denoiser.HasDenoiser`."""
-        return RemoteDenoiser(self._line)
+        return RemoteDenoiser(self._client)
 
     def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
         raise ValueError(
@@ -54,12 +54,12 @@ class SplitTwoTower(TwoTower):
 
     def close(self) -> None:
         """Tell the denoiser rank that there is no more work, and it ends; log what travelled."""
-        _log.info("line %s", json.dumps(self._line.figures()))
-        self._line.link.close()
+        _log.info("line %s", json.dumps(self._client.figures()))
+        self._client.link.close()
 
 
-class Line:
-    """The link, and what went over it; shared by all denoisers."""
+class DenoiserClient:
+    """Requests to the denoiser rank, and what went over the link; shared by all denoisers."""
 
     def __init__(self, link: Link) -> None:
         self.link = link
@@ -67,7 +67,7 @@ class Line:
         self.dropped: list[int] = []  # denoisers whose batches have ended
         self._num_blocks, self._waited_s = 0, 0.0
 
-    def ask(self, message: Message) -> Message:
+    def request(self, message: Message) -> Message:
         """Send a block to fill; returns the answer. ValueError if it is a refusal."""
         start = time.monotonic()
         self.link.send(message)
@@ -94,17 +94,17 @@ class Line:
 class RemoteDenoiser:
     """The denoiser rank's copy of a batch's cache, by number; see `engine.denoiser.Denoiser`."""
 
-    def __init__(self, line: Line) -> None:
-        self._line, self._number = line, next(line.numbers)
+    def __init__(self, client: DenoiserClient) -> None:
+        self._client, self._number = client, next(client.numbers)
         self._follower = Follower()
-        weakref.finalize(self, line.dropped.append, self._number)
+        weakref.finalize(self, client.dropped.append, self._number)
 
     def fill(self, batch: Batch, blocks: Blocks) -> Iterator[Step]:
         tokens, sampler, generators, places = blocks
         sources, delta = self._follower.lacks(batch)
         states = [generator.get_state() for generator in generators if sampler.is_random]
         parts = [_delta_tensors(delta), _sampler_tensors(sampler), [tokens], states]
-        dropped = [self._line.dropped.pop() for _ in range(len(self._line.dropped))]
+        dropped = [self._client.dropped.pop() for _ in range(len(self._client.dropped))]
         values = {
             "number": self._number,
             "dropped": dropped,
@@ -115,7 +115,7 @@ class RemoteDenoiser:
             "sampler": _sampler_values(sampler),
             "tensors": [len(part) for part in parts],
         }
-        answer = self._line.ask(Message("fill", values, [t for part in parts for t in part]))
+        answer = self._client.request(Message("fill", values, [t for part in parts for t in part]))
         self._follower.holds(batch)
         for generator, state in zip(generators, answer.tensors[: len(states)], strict=False):
             generator.set_state(state)
