@@ -36,6 +36,7 @@ async function meetModel() {
   byId("model").textContent = model.id;
   byId("about").textContent = model.about;
   byId("about").hidden = model.about === "";
+  if (model.about === "") byId("known").textContent = "Examples, made for the shipped model";
   byId("model").dataset.state = "good";
   buildForm(model);
   return true;
