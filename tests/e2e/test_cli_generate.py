@@ -325,6 +325,11 @@ def test_a_line_break_may_be_spelt_in_an_argument(
     assert main(["generate", r"a\nb\t\\n\q", "--escape", *given]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["results"][0]["prompt"] == "a\nb\t\\n\\q" and err == ""
+    assert main(["generate", "a", "--stop", r"\n", *given]) == 0
+    assert capsys.readouterr().err.startswith("note: --stop has ")
+    assert main(["generate", "a", "--stop", r"\n", "--escape", *given]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["options"]["stop"] == ["\n"] and err == ""
     assert main(["generate", "print('a\\n')\n", *given]) == 0  # who writes both means both
     assert capsys.readouterr().err == ""
 

@@ -72,7 +72,7 @@ def run(options: DemoOptions) -> int:
     """Run the demo; returns the exit status. Errors of the user arrive as ValueError."""
     prompt = SAMPLES[options.sample]
     if options.prompt is not None:
-        prompt = read_argument(options.prompt, 0, options.escape)
+        prompt = read_argument(options.prompt, "the prompt", options.escape)
     modes: dict[str, GenerateOptions] = {
         mode: GenerateOptions(mode=mode, max_new_tokens=options.max_new_tokens) for mode in MODES
     }

@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import tyro
 
 from twotower.cli.flags import optional_flags
-from twotower.cli.prompts import Prompt, is_jsonl, read_grammar, read_prompts
+from twotower.cli.prompts import Prompt, is_jsonl, read_argument, read_grammar, read_prompts
 from twotower.cli.records import completion_record
 from twotower.cli.text import printable
 from twotower.documented import field_docs
@@ -62,7 +63,8 @@ class GenerateArguments(Placement):
     ] = ()
     """A prompt, like those without a flag; may be given several times."""
     escape: bool = False
-    r"""Read \n, \t and \\ in prompts that are arguments as line break, tab and backslash."""
+    r"""Read \n, \t and \\ in --stop and in prompts that are arguments as line break, tab and
+    backslash."""
     input: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """File of prompts: .jsonl has one object a line, {"prompt": text or token ids}; any other
     file is one prompt, without its last line break."""
@@ -103,8 +105,8 @@ class GenerateArguments(Placement):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.engine()
-        if self.escape and not (self.prompts or self.prompt):
-            raise ValueError("escape: no effect without prompts that are arguments; leave it out")
+        if self.escape and not (self.prompts or self.prompt or self.stop):
+            raise ValueError("escape: no effect without --stop or prompts that are arguments")
         if self.output is None:
             if "logprobs" in self.decoding and not (self.json or self.trace):
                 raise ValueError(
@@ -121,10 +123,14 @@ class GenerateArguments(Placement):
 
     def given(self) -> dict[str, object]:
         """The decoding options that were named."""
-        named = {**self.decoding, **({"stop": self.stop} if self.stop else {})}
+        named = {**self.decoding, **({"stop": self._stop} if self._stop else {})}
         if self.logit_bias:
             named["logit_bias"] = dict(map(_bias, self.logit_bias))
         return named if self.grammar is None else {**named, "grammar": read_grammar(self.grammar)}
+
+    @cached_property
+    def _stop(self) -> tuple[str, ...]:
+        return tuple(read_argument(text, "--stop", self.escape) for text in self.stop)
 
     def generate_options(self) -> GenerateOptions:
         """Options of which only the given flags count as given."""

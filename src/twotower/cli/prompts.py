@@ -29,7 +29,9 @@ def read_prompts(
     if list(arguments).count(STDIN) > 1:
         raise ValueError("'-' is given twice; stdin can be read only once")
     prompts: list[Prompt] = [
-        _read_stdin() if argument == STDIN else read_argument(argument, number, is_escaped)
+        _read_stdin()
+        if argument == STDIN
+        else read_argument(argument, f"prompt {number}", is_escaped)
         for number, argument in enumerate(arguments)
     ]
     if file is not None:
@@ -41,14 +43,14 @@ def read_prompts(
     return prompts
 
 
-def read_argument(text: str, number: int, is_escaped: bool) -> str:
-    """A prompt of the command line; one that seems to spell line breaks is named on stderr."""
-    require_utf8(text, f"prompt {number}")
+def read_argument(text: str, name: str, is_escaped: bool) -> str:
+    """A text of the command line; one that seems to spell line breaks is named on stderr."""
+    require_utf8(text, name)
     if is_escaped:
         return re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], text)
     if r"\n" in text and "\n" not in text:
         print(
-            rf"note: prompt {number} has \n as two characters; with --escape it is a line break",
+            rf"note: {name} has \n as two characters; with --escape it is a line break",
             file=sys.stderr,
         )
     return text

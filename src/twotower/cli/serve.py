@@ -130,7 +130,10 @@ def describe(loaded: Loaded, options: ServeArguments) -> "Served":
 
 def served_name(loaded: Loaded) -> str:
     """What callers name the model: the end of its path or id."""
-    return "twotower" if loaded.name == SHIPPED else Path(loaded.name).name.removesuffix(".gguf")
+    if loaded.name == SHIPPED:
+        return "twotower"
+    file = Path(loaded.name)
+    return file.stem if file.suffix.lower() == ".gguf" else file.name
 
 
 def _template(options: ServeArguments, loaded: Loaded) -> "ChatTemplate | None":
