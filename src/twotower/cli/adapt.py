@@ -26,12 +26,13 @@ from twotower.adapt.options import (
     WorkFolder,
 )
 from twotower.adapt.report import by_task, compare
+from twotower.checkpoint.files import SHIPPED
 from twotower.cli.output_file import read_lines
 from twotower.cli.serve import need_extra
 from twotower.cli.tables import make_console, print_table
 from twotower.file_lock import only_writer
 from twotower.lab.report import Table
-from twotower.loading import SHIPPED, Loaded, Placement, load, placement_of
+from twotower.loading import Loaded, Placement, load, placement_of
 
 T = TypeVar("T")
 _PROMPT_FIELDS = ("prompt", "question", "instruction", "text")
