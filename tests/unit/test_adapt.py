@@ -317,3 +317,20 @@ def test_acceptance_is_counted_as_decoding_would(tmp_path: Path) -> None:
     found = measure(model, Features(model.config.reads), find_places(tmp_path))
     assert found.tokens_per_cycle >= 1.0
     assert len(found.right) == 4
+
+
+def test_a_denoiser_is_trained_on(tmp_path: Path) -> None:
+    """Guards a second run with more time: one that begins anew, or reads other layers than the
+    denoiser was made for, would throw the first away."""
+    model, work = backbone(), WorkFolder(tmp_path / "work")
+    first = thin(model)
+    save_denoiser(first, tmp_path / "first", "me/model", dtype=torch.float32)
+    questions = [Question(number=i, prompt=p, task="t") for i, p in enumerate(prompts_of([4] * 40))]
+    shape, budget, start = ThinOptions(layers=1), Budget(minutes=0.05), tmp_path / "first"
+    list(collect_answers(model, questions, work, shape, AnswerOptions(max_tokens=8), budget, start))
+    steps = StepOptions(learning_rate=1e-9)
+    list(train(model, work, shape, steps, budget, tmp_path / "out", "me/model", start))
+    again = load_denoiser(model, tmp_path / "out")
+    assert again.config == first.config
+    for name, tensor in first.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], tensor, rtol=0.01, atol=0.01)

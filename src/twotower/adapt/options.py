@@ -1,5 +1,6 @@
 """What `adapt` may be told, and where its files lie."""
 
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -37,10 +38,13 @@ class ThinOptions:
         ):
             _check_least(name, getattr(self, name), least)
 
-    @property
-    def draft(self) -> DraftSpec:
-        """What the configuration keeps of it; of all tokens until the vocabulary is known."""
-        return DraftSpec(reads_hidden=self.reads_hidden, bigram_rank=self.bigram_rank)
+    def draft_of(self, draft_ids: Sized | None) -> DraftSpec:
+        """What the configuration keeps of it, for a draft vocabulary; None: the whole one."""
+        return DraftSpec(
+            vocab_size=None if draft_ids is None else len(draft_ids),
+            reads_hidden=self.reads_hidden,
+            bigram_rank=self.bigram_rank,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from twotower.adapt.options import (
     WorkFolder,
 )
 from twotower.adapt.training import Acceptance, Trainer, measure
-from twotower.checkpoint.denoiser import save_denoiser, with_new_denoiser
+from twotower.checkpoint.denoiser import load_denoiser, save_denoiser, with_new_denoiser
 from twotower.config import AttentionSpec
 from twotower.model import TwoTower
 from twotower.model.thin import blocks_of, spread, thin_config
@@ -69,10 +69,15 @@ def collect_answers(
     thin: ThinOptions,
     options: AnswerOptions,
     budget: Budget,
+    start: str | Path | None = None,
 ) -> Iterator[Progress]:
-    """Stage answers: the backbone answers questions, and what a denoiser reads of them is kept."""
+    """Stage answers: the backbone answers questions, and what a denoiser reads of them is kept.
+
+    start: the folder of a denoiser that is to be trained on, which decides what is read.
+    """
     work.features.mkdir(parents=True, exist_ok=True)
-    reads, clock = reads_of(model, thin), _Clock(work, "answers", budget)
+    reads = reads_of(model, thin) if start is None else load_denoiser(model, start).config.reads
+    clock = _Clock(work, "answers", budget)
     _write_features(model, work, reads)  # what a killed run left undone
     answers = len(read_answers(work.answers))
     tokens, began = 0, time.monotonic()
@@ -102,15 +107,22 @@ def train(
     budget: Budget,
     out: Path,
     backbone: str,
+    start: str | Path | None = None,
 ) -> Iterator[Progress]:
-    """Stage train: a denoiser from the features, its curve, and in the end its folder."""
+    """Stage train: a denoiser from the features, its curve, and in the end its folder.
+
+    start: the folder of a denoiser to go on from, which decides the shape.
+    """
     places = [place for place in find_places(work.features) if _is_usable(place)]
     if len(places) < LEAST_ANSWERS:
         raise ValueError(
             f"{work.features}: holds {len(places)} answers; run the stage answers first"
         )
-    made = new_denoiser(model, work, thin, options.seed)
-    features = Features(reads_of(model, thin))
+    if start is None:
+        made = new_denoiser(model, work, thin, options.seed)
+    else:
+        made = load_denoiser(model, start)
+    features = Features(made.config.reads)
     trainer, clock = Trainer(made, features, options), _Clock(work, "train", budget)
     if work.checkpoint.is_file():
         trainer.load(work.checkpoint)
@@ -144,10 +156,8 @@ def new_denoiser(model: TwoTower, work: WorkFolder, thin: ThinOptions, seed: int
     """The model with a denoiser before its first step, of the draft vocabulary of the answers."""
     reads = reads_of(model, thin)
     ids = draft_vocabulary(work, thin.draft_vocab, model.config.vocab_size)
-    spec = thin.draft if ids is None else replace(thin.draft, vocab_size=len(ids))
-    return with_new_denoiser(
-        model, thin_config(model.config, reads, thin.block_size, spec), ids, seed
-    )
+    config = thin_config(model.config, reads, thin.block_size, thin.draft_of(ids))
+    return with_new_denoiser(model, config, ids, seed)
 
 
 def draft_vocabulary(work: WorkFolder, size: int, vocab_size: int) -> Tensor | None:

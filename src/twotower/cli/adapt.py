@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from twotower.adapt import run as stages
 from twotower.adapt.answers import Question
+from twotower.adapt.estimate import estimate
 from twotower.adapt.options import (
     STAGES,
     AnswerOptions,
@@ -47,7 +48,8 @@ class AdaptArguments(ThinOptions, AnswerOptions, StepOptions, Placement):
     the model's own.
 
     The model answers the prompts, a denoiser learns to draft the answers, and what it is worth is
-    measured on prompts that it never saw. Run the same command again to resume.
+    measured on prompts that it never saw. Run the same command again to resume; with --denoiser a
+    denoiser that was trained before is trained on, in its own shape.
     """
 
     prompts: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")]
@@ -87,10 +89,14 @@ def run(options: AdaptArguments) -> int:
             raise ValueError(f"model={loaded.name} has a denoiser of its own; give a backbone")
         questions, held = _questions(prompts, loaded, options)
         wanted = STAGES if options.stage == "all" else (options.stage,)
+        model, start = loaded.model, options.denoiser
+        if options.stage == "all" and not work.spent.is_file():
+            print(estimate(model, thin, answers, steps, budget), file=sys.stderr)
         if "answers" in wanted:
-            _show(stages.collect_answers(loaded.model, questions, work, thin, answers, budget))
+            _show(stages.collect_answers(model, questions, work, thin, answers, budget, start))
         if "train" in wanted:
-            _show(stages.train(loaded.model, work, thin, steps, budget, options.out, loaded.name))
+            out, name = options.out, loaded.name
+            _show(stages.train(model, work, thin, steps, budget, out, name, start))
         if "measure" in wanted:
             _report(options, loaded, held, budget)
     return 0
@@ -152,7 +158,7 @@ def _from_json(text: str, where: str, name: str) -> _Prompt:
 
 def _load(options: AdaptArguments) -> Loaded:
     """The backbone alone: its drafts are what is to be made."""
-    return load(placement_of(options), "ar")
+    return load(placement_of(options, denoiser=None), "ar")
 
 
 def _questions(

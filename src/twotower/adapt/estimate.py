@@ -1,0 +1,116 @@
+"""What a budget gives, said before it is spent: passes are timed, acceptance is off a curve."""
+
+import json
+import math
+import time
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from twotower.adapt.features import Features, Place, Rows
+from twotower.adapt.options import AnswerOptions, Budget, StepOptions, ThinOptions
+from twotower.adapt.run import reads_of
+from twotower.adapt.training import Trainer
+from twotower.checkpoint.denoiser import with_new_denoiser
+from twotower.layers.attention import KV
+from twotower.model import TwoTower
+from twotower.model.thin import thin_config
+
+_TIMED = 3  # passes of each kind, after one that warms up
+_TOKENS = 200  # of a text that is trained on
+
+
+class _Sample(Features):
+    """Answers of any tokens, as long as usual ones."""
+
+    def __init__(self, model: TwoTower, reads: list[int], count: int) -> None:
+        super().__init__(reads)
+        width, layers = model.config.hidden_size, model.empty_cache(count).layers
+        states = {}
+        for read in reads:
+            state = layers[read]
+            if isinstance(state, KV):
+                shape = (count, _TOKENS, *state.k.shape[2:])
+                states[read] = KV(torch.zeros(shape), torch.zeros(shape))
+        self._rows = Rows(
+            tokens=torch.zeros(count, _TOKENS, dtype=torch.int64),
+            hidden=torch.zeros(count, _TOKENS, width),
+            states=states,
+            lengths=torch.full((count,), _TOKENS),
+            starts=torch.full((count,), _TOKENS // 4),
+        )
+
+    def rows(self, places: object, dtype: torch.dtype = torch.float32) -> Rows:
+        return self._rows
+
+
+def estimate(
+    model: TwoTower,
+    thin: ThinOptions,
+    answers: AnswerOptions,
+    steps: StepOptions,
+    budget: Budget,
+) -> str:
+    """One line; takes a few seconds."""
+    rate = answers.rows / _answer_step_s(model, answers.rows)
+    tokens = rate * budget.seconds("answers")
+    blocks = steps.blocks * budget.seconds("train") / _training_step_s(model, thin, steps)
+    name, expected = expected_tokens_per_cycle(blocks)
+    return (
+        f"{budget.minutes:g} minutes: at most {_short(tokens)} tokens of answers ({rate:.0f} a "
+        f"second) and {_short(blocks)} blocks of training; after as many {name} had "
+        f"{expected:.1f} tokens a cycle on held-out answers"
+    )
+
+
+def expected_tokens_per_cycle(blocks: float) -> tuple[str, float]:
+    """The model of the recorded curve, and what it had after so many blocks, between its points by
+    the logarithm.
+    """
+    file = resources.files("twotower") / "adapt" / "curve.json"
+    known = json.loads(file.read_text())
+    points = [(1.0, 1.0), *known["points"]]
+    for (before, low), (after, high) in pairwise(points):
+        if blocks <= after:
+            share = math.log(max(1.0, blocks) / before) / math.log(after / before)
+            return str(known["model"]), low + share * (high - low)
+    return str(known["model"]), points[-1][1]
+
+
+@torch.no_grad()
+def _answer_step_s(model: TwoTower, rows: int) -> float:
+    """Seconds in which each of some rows gets a token."""
+    cache = model.prefill(torch.zeros(rows, 8, dtype=torch.int64))
+    times = []
+    for _ in range(_TIMED + 1):
+        began = time.perf_counter()
+        hidden: Tensor = model.extend(cache, torch.zeros(rows, 1, dtype=torch.int64))
+        model.context_head(hidden).argmax(-1)
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+def _training_step_s(model: TwoTower, thin: ThinOptions, steps: StepOptions) -> float:
+    """Seconds of a step of training."""
+    reads, size = reads_of(model, thin), thin.draft_vocab
+    ids = torch.arange(size) if 0 < size < model.config.vocab_size else None
+    config = thin_config(model.config, reads, thin.block_size, thin.draft_of(ids))
+    made = with_new_denoiser(model, config, ids, steps.seed)
+    sample = _Sample(model, reads, steps.answers_per_step)
+    places, times = [Place(file=Path(), first=0, last=_TOKENS, start=0)], list[float]()
+    trainer = Trainer(made, sample, steps)
+    for _ in range(_TIMED + 1):
+        began = time.perf_counter()
+        trainer.take_step(places, 0.0)
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+def _short(count: float) -> str:
+    for unit, name in ((1e6, "million"), (1e3, "thousand")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count:.0f}"
