@@ -15,7 +15,8 @@ from torch import Tensor
 
 from twotower.tokenizer import Tokenizer
 
-_LEAST = 1e-6  # probability of a forbidden token that counts
+_MOST = 512  # forbidden tokens that count, the most probable ones
+_LEAST = 1e-6  # and the probability of one that does
 _AFTER_VALUES = b",}]"
 
 
@@ -42,10 +43,11 @@ class TokenPrefixes:
         """
         after_value = next((t for t in self._after_values if is_json and allowed[t]), None)
         largest = logits.max()
-        weights = (logits - largest).double().exp().cpu()
-        is_lost = ~allowed & (weights > _LEAST * weights.sum())
+        weights = (logits - largest).float().cpu().double().exp()
+        lost = weights.masked_fill(allowed, 0.0).topk(min(_MOST, len(weights)))
+        count = int((lost.values > _LEAST * weights.sum()).sum())
         gained: dict[int, float] = {}
-        for token in is_lost.nonzero().flatten().tolist():
+        for token in lost.indices[:count].tolist():
             heir = self._longest.get(token)
             while heir is not None and not allowed[heir]:
                 heir = self._longest[heir]
