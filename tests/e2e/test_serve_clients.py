@@ -281,6 +281,26 @@ def test_a_call_that_max_tokens_cuts_is_a_call(is_streamed: bool, client: openai
     assert '{"dish": "salad", "count": 7'.startswith(arguments)
 
 
+def test_wherever_a_call_is_cut_stream_and_whole_answer_agree(client: openai.OpenAI) -> None:
+    """Guards what vllm#53269 tells: a stream called a cut call whole, and clients ran it."""
+    asked: dict[str, Any] = {"model": "twotower", "tools": [TOOL], "tool_choice": "required"}
+    asked["messages"] = [{"role": "user", "content": ORDER}]
+    reasons = []
+    for most in range(1, 48, 3):
+        choice = client.chat.completions.create(**asked, max_tokens=most).choices[0]
+        whole = [call.function.arguments for call in choice.message.tool_calls or ()]
+        stream = client.chat.completions.create(**asked, max_tokens=most, stream=True)
+        chunks = [chunk.choices[0] for chunk in stream]
+        calls = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+        assert [call.function.arguments for call in calls] == whole  # type: ignore[union-attr]
+        assert chunks[-1].finish_reason == choice.finish_reason
+        assert not choice.message.content and not any(c.delta.content for c in chunks)
+        reasons.append(choice.finish_reason)
+        if choice.finish_reason == "tool_calls":
+            assert json.loads(whole[0]) == ARGUMENTS
+    assert reasons[0] == "length" and reasons[-1] == "tool_calls" and reasons == sorted(reasons)
+
+
 def test_tools_and_a_schema_may_come_together(client: openai.OpenAI) -> None:
     """What an agent with tools and a typed result sends: a reply is a call or of the schema."""
     form: Any = {
@@ -403,6 +423,21 @@ def test_echo_scores_the_prompt(num_new: int, is_streamed: bool, client: openai.
         expected = scores(ids)
         assert list(logprobs[1 : len(ids)]) == pytest.approx(expected, abs=1e-3)
         assert all(len(top) == 2 for top in tops[1:])
+
+
+def test_lm_eval_reads_its_log_likelihoods(server: Running) -> None:
+    """What its `local-completions` sends and reads."""
+    reader = pytest.importorskip("lm_eval.models.openai_completions").LocalCompletionsAPI
+    tokenizer = shipped().tokenizer
+    assert tokenizer is not None
+    context = tokenizer.encode_prompt(f"Q: {SPANISH}\nA:")
+    for text, is_greedy in ((f" {NUMBER}", True), (" no idea", False)):
+        ids = context + tokenizer.encode(text)
+        body = {"prompt": [ids], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234}
+        answer = post(server, "/v1/completions", **body, echo=True).json()
+        ((found, was_greedy),) = reader.parse_logprobs(answer, ctxlens=[len(context)])
+        assert found == pytest.approx(sum(scores(ids)[len(context) - 1 :]), abs=1e-2)
+        assert was_greedy == is_greedy
 
 
 def scores(ids: list[int]) -> list[float]:
