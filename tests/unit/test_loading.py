@@ -1,5 +1,8 @@
 """What is said of a prompt that a model was not made for."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -24,6 +27,16 @@ FOREIGN = (
 @pytest.fixture(scope="module")
 def shipped() -> Loaded:
     return load(Placement(backend="eager"))
+
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_prompts_to_copy_are_of_the_kinds_that_the_model_knows(shipped: Loaded) -> None:
+    """Guards a README whose own prompts are answered with nonsense."""
+    prompts = re.findall(r'^twotower generate "([^"]+)"$', README.read_text(), re.MULTILINE)
+    assert len(prompts) >= 3
+    assert [prompt for prompt in prompts if notice(shipped, prompt)] == []
 
 
 def notice(shipped: Loaded, prompt: str) -> str | None:
