@@ -16,9 +16,9 @@ from twotower.serve.service import read_filters
         ({"port": 70000}, "port=70000 must be between 0 and 65535"),
         ({"max_body_bytes": 0}, "max_body_bytes=0 must be at least 1"),
         ({"key_concurrency": 0}, "key_concurrency=0 must be at least 1"),
-        ({"deadline_s": 0.0}, "deadline_s=0.0 must be above 0"),
-        ({"body_timeout_s": float("nan")}, "body_timeout_s=nan must be above 0"),
-        ({"grace_s": -1.0}, "grace_s=-1.0 must be at least 0"),
+        ({"deadline_s": 0.0}, "deadline_s=0.0 must be a finite number above 0"),
+        ({"body_timeout_s": float("nan")}, "body_timeout_s=nan must be a finite number above 0"),
+        ({"grace_s": -1.0}, "grace_s=-1.0 must be a finite number, at least 0"),
         ({"cors_origins": ("example.org",)}, "must be [*] or begin with http"),
     ],
 )
