@@ -232,10 +232,11 @@ def test_weights_beside_those_that_are_read_are_named(
 ) -> None:
     """Guards an adapter, or a newer save, that is left out in silence."""
     copy_shards(tmp_path)
-    load_checkpoint(tmp_path)
-    assert not caplog.records
-    (tmp_path / name).write_bytes(b"x")
-    load_checkpoint(tmp_path)
+    with caplog.at_level("WARNING", "twotower"):
+        load_checkpoint(tmp_path)
+        assert not caplog.records
+        (tmp_path / name).write_bytes(b"x")
+        load_checkpoint(tmp_path)
     (said,) = caplog.messages
     assert f": {name} not read; the weights are model-00001-of-00003.safetensors, " in said
 

@@ -98,17 +98,22 @@ def test_stacked_experts_and_a_backbone_are_mapped_too(tmp_path: Path) -> None:
         )
 
 
-def test_what_cannot_be_mapped_is_one_line(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_what_cannot_be_mapped_is_one_line(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"current_accelerator": lambda **_: torch.device("xpu"), "device_count": lambda: 1}
+    for name, answer in found.items():
+        monkeypatch.setattr(torch.accelerator, name, answer)
     dense = tmp_path / "dense"
     save_two_towers(fresh_model(hybrid_override_pattern="M*-", num_hidden_layers=3), dense)
     with pytest.raises(ValueError, match="this model has no experts"):
         load_checkpoint(dense, expert_storage="mmap")
     with pytest.raises(ValueError, match="expert_storage='disk' is unknown"):
         load_checkpoint(folders["int8"], expert_storage="disk")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="needs both towers on the CPU, not on 'meta'"):
-        load_checkpoint(folders["int8"], denoiser_device="meta", expert_storage="mmap")
+    with pytest.raises(ValueError, match="needs both towers on the CPU, not on 'xpu'"):
+        load_checkpoint(folders["int8"], denoiser_device="xpu", expert_storage="mmap")
     with pytest.raises(ValueError, match="activations=int8 needs both towers on the CPU"):
-        load_checkpoint(folders["int8-int8"], context_device="meta")
+        load_checkpoint(folders["int8-int8"], context_device="xpu")
     mapped = load_checkpoint(folders["int8"], expert_storage="mmap")
     with pytest.raises(ValueError, match="saving needs the experts in memory"):
         save_two_towers(mapped, tmp_path / "copy")

@@ -104,6 +104,22 @@ def test_a_configuration_survives_its_own_file(name: str) -> None:
     assert config_from_dict(config_to_dict(config)) == config
 
 
+def test_a_backbone_of_this_family_has_no_mask_token() -> None:
+    """Guards an ordinary token 3 of a foreign vocabulary, which would be refused in prompts and
+    never written. The released two-tower model alone leaves its mask, 3, out of its file.
+    """
+    values = config_to_dict(tiny_config())
+    del values["mask_token_id"]
+    for architecture, mask in (
+        ("NemotronHTwoTowerForCausalLM", 3),
+        ("NemotronHForCausalLM", tiny_config().vocab_size),
+    ):
+        config = config_from_dict(values | {"architectures": [architecture]})
+        assert config.mask_token_id == mask
+        named = values | {"architectures": [architecture], "mask_token_id": 7}
+        assert config_from_dict(named).mask_token_id == 7
+
+
 def refusal(**values: object) -> str:
     """The one line that refuses the tiny configuration with other values."""
     with pytest.raises(ValueError) as error:

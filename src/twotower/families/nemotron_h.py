@@ -167,10 +167,16 @@ def read_config(given: Values) -> TwoTowerConfig:
     require(values, [*required_fields(TowerConfig, _TOWER), *sizes])
     specs = {kind: read_spec(kind, values, _FIELDS[kind]) for kind in SPECS if kind in kinds}
     layers = tuple(specs[kind] for kind in kinds)
+    tower = read_spec(TowerConfig, values, _TOWER, layers=layers)
+    # The released two-tower model leaves out its mask token, 3. A backbone of this family has none:
+    # its 3 is an ordinary token.
+    own = (
+        {"mask_token_id": tower.vocab_size} if given.get("architectures") == [ARCHITECTURE] else {}
+    )
     return read_two_towers(
         MODEL_TYPE,
-        read_spec(TowerConfig, values, _TOWER, layers=layers),
-        given,
+        tower,
+        {**own, **given},
         init=read_spec(InitSpec, values, _INIT),
     )
 
