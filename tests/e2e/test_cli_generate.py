@@ -12,6 +12,7 @@ from tiny_checkpoint import make_checkpoint
 from twotower import loading
 from twotower.checkpoint import files, load_checkpoint
 from twotower.cli.main import main
+from twotower.cli.prompts import read_grammar
 from twotower.cli.text import printable
 
 FEW = ["--max-new-tokens", "6", "--ignore-eos"]
@@ -342,3 +343,16 @@ def test_a_prompt_unlike_the_training_text_is_noticed(capsys: pytest.CaptureFixt
     assert err.startswith("note: prompt 1 is unlike the model's training text (")
     assert err.count("\n") == 1
     assert main(["generate", known, "-n", "4"]) == 0 and capsys.readouterr().err == ""
+
+
+def test_endings_of_names_count_in_any_letters(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards a .JSONL file that is read as one prompt, and a .JSON schema that becomes a regex."""
+    lines, schema, lark = (tmp_path / name for name in ("IN.JSONL", "S.JSON", "G.LARK"))
+    lines.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    record = run_json(capsys, "--input", str(lines), "--model", checkpoint, *FEW)
+    assert [one["prompt"] for one in record["results"]] == ["a", "b"]  # type: ignore[attr-defined]
+    schema.write_text('{"type": "integer"}')
+    lark.write_text('start: "a"')
+    assert [read_grammar(file).kind for file in (schema, lark)] == ["json_schema", "lark"]
