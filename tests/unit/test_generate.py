@@ -111,6 +111,17 @@ def test_memory_is_no_obstacle_where_it_suffices_or_is_unknown(
         assert len(generate(MODEL, [[5]], options())[0].tokens) == 8
 
 
+@pytest.mark.filterwarnings("ignore:block_size")
+@pytest.mark.parametrize(("asked", "new", "block"), [(4096, 6, 6), (4096, 2, 4), (5, 8, 5)])
+def test_a_block_is_no_longer_than_what_may_be_written(asked: int, new: int, block: int) -> None:
+    """Guards minutes of passes over 4,096 positions for two tokens. The model's own size stays."""
+    o = options(block_size=asked, max_new_tokens=new)
+    events = list(stream(MODEL, [[5]], o))
+    assert {len(e.tokens) for e in events if isinstance(e, StepTaken)} == {block}
+    (same,) = generate(MODEL, [[5]], options(block_size=block, max_new_tokens=new))
+    assert events[-1].completion == same
+
+
 def test_blocks_larger_than_trained_warn_in_block_modes_alone() -> None:
     """Guards users against silent collapse; the warning points at their own line."""
     with pytest.warns(UserWarning, match="block_size=8 is larger than the 4") as seen:
