@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from raw_http import wait_for
 from serving import Running, running, shipped, tiny
 from twotower.cli import chat
 from twotower.cli.chat_backends import Local, Remote
@@ -80,7 +81,14 @@ def test_a_setting_that_fails_later_is_refused_at_once(
     chat._take(talk, backend, "/set top_k 5")
     chat._take(talk, backend, "/set temperature")
     assert talk.settings == {"top_k": 5} and capsys.readouterr().err == ""
-    if not is_local:
+    before = local._worker.stats().tokens
+    talk.system = "Explain quantum computing in simple terms!"  # a notice comes before any text
+    chat._take(talk, backend, "/set ignore_eos true")  # a reply that would never end by itself
+    chat._take(talk, backend, "/set max_tokens 2000")
+    if is_local:
+        wait_for(lambda: local._worker.stats().rows_in_flight == 0)
+        assert local._worker.stats().tokens < before + 2000
+    else:
         server.wait_until_idle(2.0)
 
 

@@ -124,11 +124,11 @@ class Local:
             raise ValueError(error.message) from None
         template = self._served.template
         assert template is not None  # which the reader has refused
-        if notice := prompt_notice(self._model, asked.prompts[0]):
-            yield {"choices": [], "notice": notice}
         shape = ChatShape(self.name, self._served.tokenizer, Replies(None, template.strips_reply))
-        with contextlib.closing(ticket.events()) as events:
-            for event in events:
+        try:
+            if notice := prompt_notice(self._model, asked.prompts[0]):
+                yield {"choices": [], "notice": notice}
+            for event in ticket.events():
                 match event:
                     case TokensCommitted(text=text):
                         yield from shape.text(0, text, None)
@@ -136,6 +136,8 @@ class Local:
                         yield from shape.usage([completion], usage_of(asked, [completion]))
                     case Failed(message=message):
                         raise ValueError(message)
+        finally:
+            ticket.cancel()  # also of a reply that was left before its first event
 
     def close(self) -> None:
         """See Backend."""
