@@ -308,7 +308,7 @@ def test_penalties_and_biases_are_flags(
         assert record["results"][0]["tokens"] != plain  # type: ignore[index]
     assert record["options"]["logit_bias"] == [[plain[0], -100.0], [7, -100.0]]  # type: ignore[index]
     assert main(["generate", "abc", *flags, "--logit-bias", "18"]) == 2
-    said = "logit_bias='18' must be a token id, = and a number, such as 42=-100"
+    said = "--logit-bias '18' must be a token id, = and a number, such as 42=-100"
     assert said in capsys.readouterr().err
 
 

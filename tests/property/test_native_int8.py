@@ -402,7 +402,7 @@ def test_the_command_line_hands_the_quantization_on(capsys: pytest.CaptureFixtur
         "Q: 1",
     ]
     assert main([*command, "--backend", "eager"]) == 2
-    assert "quantization=int8" in capsys.readouterr().err
+    assert "--quantization int8" in capsys.readouterr().err
     assert main(command) == 0
     with pytest.raises(ValueError, match="quantization: has no effect here"):
         BenchOptions(quantization="int8")

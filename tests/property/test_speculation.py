@@ -94,7 +94,7 @@ def test_any_draft_gives_the_text_of_ar_under_penalties(
     prompt = PROMPTS[3]
     expected = generate(MODEL, [prompt], options("ar", **shape))[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODEL, "draft_cost", 1.0)
+        patch.setattr(MODEL, "pass_costs", {16: 0.5})
         patch.setattr(MODEL, "denoise", Drafter(len(prompt), expected.tokens, wrong))
         (found,) = generate(MODEL, [prompt], options("speculative", **shape))
     assert found.tokens == expected.tokens

@@ -6,6 +6,7 @@ from tiny_text import ids_of, tiny_tokenizer
 from twotower import Completion, GenerateOptions
 from twotower.diffusion import gumbel
 from twotower.engine import resolve_options
+from twotower.engine.events import Verified
 from twotower.engine.request import Row
 from twotower.engine.text import RowText
 
@@ -40,10 +41,10 @@ def test_length_cuts_the_last_block() -> None:
 def test_what_stands_behind_the_end_is_not_rejected() -> None:
     """Guards filler behind the end of a text that counts, and is shown, as refused."""
     r = row()
-    assert r.commit(ids_of("a", "b"), rejected=2).rejected == 2
-    assert r.commit([*ids_of("c"), EOS], rejected=2).rejected == 0
+    assert r.commit(ids_of("a", "b"), verified=Verified(rejected=2)).rejected == 2
+    assert r.commit([*ids_of("c"), EOS], verified=Verified(rejected=2)).rejected == 0
     cut = row(length=2)
-    assert cut.commit(ids_of("a", "b", "c"), rejected=1).rejected == 0
+    assert cut.commit(ids_of("a", "b", "c"), verified=Verified(rejected=1)).rejected == 0
     assert row().commit(ids_of("a")).rejected is None
 
 

@@ -177,10 +177,8 @@ def foreign_backbone(folder: Path, shard: Shard, vocab_size: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("vocab_size", "expected"), [(257, 258), (258, 258), (320, 320)])
-def test_a_backbone_gets_a_mask_past_its_tokenizer(
-    tmp_path: Path, vocab_size: int, expected: int
-) -> None:
+@pytest.mark.parametrize("vocab_size", [257, 258, 320])
+def test_a_backbone_gets_a_mask_past_its_vocabulary(tmp_path: Path, vocab_size: int) -> None:
     """Silent failure: the denoiser of a foreign backbone takes `#` for the mask. And a refusal: the
     model pads its vocabulary beyond its own tokenizer.
     """
@@ -189,13 +187,10 @@ def test_a_backbone_gets_a_mask_past_its_tokenizer(
     options = denoiser(shard.folder, init, tmp_path / "run", steps=2)
     run(options)
     model, before = exported(options), load_checkpoint(init, towers="context")
-    assert (model.config.vocab_size, model.config.mask_token_id) == (expected, 257)
+    assert (model.config.vocab_size, model.config.mask_token_id) == (vocab_size, vocab_size)
     ids = torch.tensor([[0, 40, 41, 42]])
     logits = model.context_logits(ids)
-    assert torch.equal(logits[..., :vocab_size], before.context_logits(ids))
-    if vocab_size == 257:  # the new id is nobody's choice
-        mean = logits[..., :257].mean(-1)
-        torch.testing.assert_close(logits[..., 257], mean, rtol=1e-4, atol=1e-5)
+    assert torch.equal(logits, before.context_logits(ids))
     again = denoiser(shard.folder, tmp_path / "run" / "export", tmp_path / "again", steps=1)
     run(again)
     assert exported(again).config == model.config

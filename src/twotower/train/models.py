@@ -88,7 +88,8 @@ def _with_tokens(model: TwoTower, init: Path, shard: Shard) -> TwoTower:
     mask = _mask_id(model.config, init, shard)
     eos = [*special.eos, *(set(model.config.eos_token_ids) & known - {*special.eos})]
     pad = model.config.pad_token_id if model.config.pad_token_id in known else None
-    model = _with_vocabulary(model, max(model.config.vocab_size, mask + 1))
+    # A mask one past the last id is the denoiser's own and takes no row of the vocabulary.
+    model = _with_vocabulary(model, max(model.config.vocab_size, mask))
     model.config = _replace(
         model.config,
         bos_token_id=special.bos,
