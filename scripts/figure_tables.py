@@ -234,6 +234,16 @@ def decode_memory(record: Record) -> str:
     return markdown(["prompt tokens", "cache", *modes], rows)
 
 
+def precision_quality(record: Record) -> str:
+    """Perplexity and agreement of a real model by precision."""
+    rows = [
+        [name.replace("none", "float32"), f"{p['perplexity']:.3f}", f"{100 * p['same_best']:.1f} %"]
+        for name, p in record["precisions"].items()
+    ]
+    table = markdown(["precision", "perplexity", "best token as in float32"], rows)
+    return f"{record['model']}, {record['tokens']:,} tokens of {record['texts']} texts.\n\n{table}"
+
+
 def quantised_quality(record: Record) -> str:
     """Quality and file size by precision."""
     rows = [

@@ -119,6 +119,12 @@ SECTIONS = (
         [Kind("quantised_quality", "Quality by precision", tables.quantised_quality)],
     ),
     Section(
+        "A real model by precision",
+        "What do fewer bits cost on text that people wrote? Solutions of GSM8K's test questions, "
+        "read behind the question in\nthe model's chat template by native passes.",
+        [Kind("precision_quality", "Perplexity", tables.precision_quality)],
+    ),
+    Section(
         "Experts in files",
         "Does a model run whose experts are larger than memory?",
         [Kind("mapped_experts", "A limit of 600 MB", tables.mapped_experts)],

@@ -29,7 +29,7 @@ _FIELDS = ("prompt", "question", "instruction", "turns")
 def run(options: "BenchOptions", loaded: Loaded) -> int:
     """Measure and print; returns the exit status. Errors of the user arrive as ValueError."""
     texts = list(_texts(options))
-    prompts = _encode(loaded, texts, options.max_prompt_tokens)
+    prompts = encode_questions(loaded, texts, options.max_prompt_tokens)
     threads = torch.get_num_threads()
     with TemporaryDirectory(prefix="twotower-contest-") as folder:
         who, missing = contestants(
@@ -94,7 +94,7 @@ def _questions(file: Path, most: int) -> Iterator[str]:
         yield found[0] if isinstance(found, list) else found
 
 
-def _encode(loaded: Loaded, texts: Sequence[str], most: int) -> list[list[int]]:
+def encode_questions(loaded: Loaded, texts: Sequence[str], most: int) -> list[list[int]]:
     """Token ids: as a user's message where the model has a chat template."""
     with need_extra("bench on a real model"):
         from twotower.serve.chat import read_template
