@@ -80,7 +80,8 @@ def main() -> None:
         result[name] = {way: summary(found[way], found["ar"]) for way in ways}
         for way, numbers in result[name].items():
             print(f"{name:12} {way:9} {numbers}", flush=True)
-    print(json.dumps(recorded({**vars(given), "results": result})))
+    shown = {**vars(given), "tasks": result}
+    print(json.dumps({"recorded": recorded(), **shown}))
 
 
 def summary(

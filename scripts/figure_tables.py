@@ -261,6 +261,20 @@ def quantised_quality(record: Record) -> str:
     return markdown([*head, "tokens/NFE"], rows)
 
 
+def drafts(record: Record) -> str:
+    """Tokens a cycle and speed by task and kind of draft."""
+    rows = [
+        [
+            *(task, way, f"{found['equal']}/{found['prompts']}", number(found["tokens_per_cycle"])),
+            *(number(found["x_ar"]), number(found["x_ar_median"]), found["nfe"], found["tokens"]),
+        ]
+        for task, ways in record["tasks"].items()
+        for way, found in ways.items()
+    ]
+    head = ["prompts", "drafts", "texts as AR", "tokens a cycle", "x AR", "median x AR", "NFE"]
+    return markdown([*head, "tokens"], rows)
+
+
 def mapped_experts(record: Record) -> str:
     """What a memory limit does to experts in memory and in their files."""
     rows = []

@@ -125,6 +125,17 @@ SECTIONS = (
         [Kind("precision_quality", "Perplexity", tables.precision_quality)],
     ),
     Section(
+        "Drafts on a real model",
+        "What are drafts worth on SmolLM2-135M-Instruct, on prompts that its denoiser never saw? "
+        "Greedy, prompt included, one\nprompt at a time; `auto` takes a lookup or the denoiser, "
+        "whichever has more to expect, and none where that does not pay.",
+        [
+            Kind("drafts_always", "Drafts in every cycle: how often they are right", tables.drafts),
+            Kind("drafts_int8_1_thread", "As users have it, int8, one thread", tables.drafts),
+            Kind("drafts_int8_2_threads", "As users have it, int8, two threads", tables.drafts),
+        ],
+    ),
+    Section(
         "Experts in files",
         "Does a model run whose experts are larger than memory?",
         [Kind("mapped_experts", "A limit of 600 MB", tables.mapped_experts)],

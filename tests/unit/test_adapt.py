@@ -27,6 +27,7 @@ from twotower.adapt.run import Progress, collect_answers, draft_vocabulary, read
 from twotower.adapt.training import Trainer, draft_numbers, measure
 from twotower.backends import accelerate
 from twotower.checkpoint.denoiser import load_denoiser, save_denoiser, with_new_denoiser
+from twotower.cli.main import main
 from twotower.config import DraftSpec
 from twotower.families import config_from_dict
 from twotower.model.thin import blocks_of, spread, thin_config
@@ -334,3 +335,20 @@ def test_a_denoiser_is_trained_on(tmp_path: Path) -> None:
     assert again.config == first.config
     for name, tensor in first.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], tensor, rtol=0.01, atol=0.01)
+
+
+def test_inspect_tells_a_denoiser_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards a folder that people find: what it is, whose it is, and where it goes."""
+    model, folder = thin(backbone()), tmp_path / "d"
+    save_denoiser(model, folder, "me/model")
+    assert main(["inspect", str(folder)]) == 0
+    assert "me/model" in capsys.readouterr().out
+    assert main(["inspect", str(folder), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    own = [p for n, p in model.named_parameters() if n.startswith(("denoiser_tower.", "bigram."))]
+    shared = model.denoiser().embeddings.weight.numel()
+    total = sum(p.numel() for p in own)
+    assert record["parameters"] in (total, total - shared)
+    assert record["reads"] == [2, 3, 6]
+    assert main(["generate", "-m", str(folder), "a"]) == 2
+    assert "is of a denoiser alone; give 'me/model'" in capsys.readouterr().err

@@ -5,7 +5,8 @@ backbone's weights: beside another one it would draft nonsense, and is refused.
 """
 
 import copy
-from dataclasses import fields
+import math
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from twotower.checkpoint import names
 from twotower.checkpoint.empty import allocate, build_empty
-from twotower.checkpoint.files import SINGLE_FILE, resolve
+from twotower.checkpoint.files import DTYPES, SINGLE_FILE, read_entries, resolve
 from twotower.checkpoint.write import Piece, write_checkpoint
 from twotower.config import DraftSpec, TwoTowerConfig
 from twotower.families import DENOISER_ALONE, read_json
@@ -24,6 +25,44 @@ from twotower.model.two_tower import TwoTower
 
 _LEAST_ALIKE = 0.95  # of two sketches: 4-bit weights of one model have 0.99, other models 0
 _SPEC = tuple(field.name for field in fields(DraftSpec))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserRecord:
+    """A denoiser alone, by its configuration and its file's header."""
+
+    source: str
+    backbone: str
+    reads: tuple[int, ...]
+    block_size: int
+    draft: DraftSpec
+    parameters: int
+    num_bytes: int
+
+
+def is_denoiser(folder: Path) -> bool:
+    """Whether a folder holds a denoiser alone."""
+    file = folder / "config.json"
+    return file.is_file() and read_json(file).get("model_type") == DENOISER_ALONE
+
+
+def describe_denoiser(folder: Path) -> DenoiserRecord:
+    """What `twotower inspect` tells; ValueError (one line) for a damaged one."""
+    values, entries = read_json(folder / "config.json"), read_entries(folder)
+    sizes = {name: math.prod(e.shape) for name, e in entries.items() if e.dtype in DTYPES}
+    sizes.pop("backbone_sketch", None)
+    try:
+        return DenoiserRecord(
+            source=str(folder),
+            backbone=str(values["backbone"]),
+            reads=tuple(values["reads"]),  # type: ignore[arg-type]  # checked here
+            block_size=int(values["block_size"]),  # type: ignore[call-overload]
+            draft=DraftSpec(**{field: values[field] for field in _SPEC}),  # type: ignore[arg-type]
+            parameters=sum(sizes.values()),
+            num_bytes=(folder / SINGLE_FILE).stat().st_size,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}; restore the file") from None
 
 
 def with_new_denoiser(
@@ -72,9 +111,9 @@ def load_denoiser(
     the denoiser of another backbone.
     """
     folder = resolve(path)
-    values = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if values.get("model_type") != DENOISER_ALONE:
+    if not is_denoiser(folder):
         raise ValueError(f"{path}: is no denoiser alone; give a folder that `twotower adapt` made")
+    values = read_json(folder / "config.json")
     name = values.get("backbone")
     sizes = backbone.config.hidden_size, backbone.config.context.num_layers
     if sizes != (values.get("backbone_hidden_size"), values.get("backbone_layers")):

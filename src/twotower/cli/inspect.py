@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from twotower.checkpoint.denoiser import DenoiserRecord, describe_denoiser, is_denoiser
 from twotower.checkpoint.inspect import (
     KINDS,
     Description,
@@ -29,7 +30,7 @@ class InspectOptions:
     """Print architecture, parameters by kind and memory by dtype, without reading the weights."""
 
     path: Annotated[str | None, tyro.conf.Positional] = None
-    """Checkpoint folder, hub id owner/name, or a config.json."""
+    """Checkpoint folder, GGUF file, hub id owner/name, a config.json, or a denoiser's folder."""
     preset: str | None = None
     """A model known by name, instead of a path: nano-30b."""
     json: bool = False
@@ -42,6 +43,8 @@ class InspectOptions:
 
 def run(options: InspectOptions) -> int:
     """Print the description; returns the exit status. Errors of the user arrive as ValueError."""
+    if options.path is not None and is_denoiser(Path(options.path)):
+        return _tell_denoiser(describe_denoiser(Path(options.path)), options.json)
     if options.preset is not None:
         record = describe_preset(options.preset)
     else:
@@ -52,6 +55,29 @@ def run(options: InspectOptions) -> int:
         print(json.dumps(as_json(record), indent=2))
     else:
         _print(record, make_console())
+    return 0
+
+
+def _tell_denoiser(record: DenoiserRecord, is_json: bool) -> int:
+    """Print what a denoiser alone is; returns the exit status."""
+    if is_json:
+        print(json.dumps(dataclasses.asdict(record), indent=2))
+        return 0
+    draft, console = record.draft, make_console()
+    parts = {
+        "the output before the block": draft.reads_hidden,
+        f"bigrams of rank {draft.bigram_rank}": draft.bigram_rank > 0,
+    }
+    rows = {
+        "a denoiser of": record.backbone,
+        "reads layers": ", ".join(map(str, record.reads)),
+        "block size": str(record.block_size),
+        "draft vocabulary": "all tokens" if draft.vocab_size is None else str(draft.vocab_size),
+        "has beside them": ", ".join(name for name, has in parts.items() if has) or "nothing",
+        "parameters": f"{_short(record.parameters)}; {record.num_bytes / 1e6:.1f} MB in the file",
+    }
+    console.print(f"[bold]{escape(record.source)}[/]", highlight=False, soft_wrap=True)
+    console.print(_grid(rows))
     return 0
 
 
