@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "lab.report": set(),
     "lab.evaluate": COMMON
     | {"engine", "model", "diffusion", "tokenizer", "lab.corpus", "lab.report"},
-    "lab.plan": COMMON | {"families", "checkpoint", "lab.report"},
+    "lab.plan": COMMON | {"families", "model", "checkpoint", "lab.report"},
     "lab.race": COMMON
     | {"families", "engine", "model", "backends", "native", "diffusion", "checkpoint"}
     | {"tokenizer", "lab.evaluate", "lab.corpus", "lab.plan", "lab.report"},

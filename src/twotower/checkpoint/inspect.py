@@ -235,16 +235,17 @@ def _count(tensors: dict[str, Tensor], config: TowerConfig) -> TowerRecord:
 def _kind(name: str, config: TowerConfig) -> str:
     """Which of KINDS a tensor belongs to."""
     parts = name.split(".")
-    if parts[0].endswith("lm_head"):
+    if parts[0].endswith("lm_head") or parts[0] in ("bigram", "draft_ids"):
         return "head"
     if not parts[0].endswith("_tower"):
         return "time conditioning"
     if parts[1] != "layers":
-        return "embeddings" if parts[1] == "embeddings" else "norms"
+        kinds = {"embeddings": "embeddings", "mask_embedding": "embeddings", "hidden_proj": "mlp"}
+        return kinds.get(parts[1], "norms")
     if parts[3] == "norm":
         return "norms"
     layer = config.layers[int(parts[2])]
     if isinstance(layer, MoESpec):
         return {"experts": "moe routed", "gate": "moe router"}.get(parts[4], "moe shared")
-    kinds: dict[type, str] = {MambaSpec: "mamba", AttentionSpec: "attention"}
-    return kinds.get(type(layer), "mlp")
+    mixers: dict[type, str] = {MambaSpec: "mamba", AttentionSpec: "attention"}
+    return mixers.get(type(layer), "mlp")

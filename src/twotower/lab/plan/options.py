@@ -6,8 +6,14 @@ from pathlib import Path
 from typing import Literal
 
 from twotower.checkpoint.files import SHIPPED
-from twotower.checkpoint.inspect import Description, describe, describe_preset
+from twotower.checkpoint.inspect import (
+    Description,
+    describe,
+    describe_config,
+    describe_preset,
+)
 from twotower.checkpoint.quantize import read_scheme
+from twotower.config import DraftSpec
 from twotower.families import PRESETS
 from twotower.lab.plan.hardware import (
     Compute,
@@ -28,6 +34,7 @@ from twotower.lab.plan.inputs import (
     uniform,
 )
 from twotower.lab.plan.passes import ModelShape, PlanSetup
+from twotower.model.thin import blocks_of, spread, thin_config
 
 # A published run of the 30B model: 66 denoiser passes for 256 tokens (the port on two DGX Sparks).
 PUBLISHED_TOKENS_PER_NFE = 256 / 66
@@ -59,6 +66,9 @@ class PlanOptions:
     """Tokens of each answer."""
     block_size: int | None = None
     """Tokens per block; the model's own when not given."""
+    denoiser_layers: int | None = None
+    """A thin denoiser, as twotower adapt makes it: a copy of so many of the model's blocks at even
+    distances. A full tower when not given."""
     tokens_per_nfe: float | None = None
     """Tokens that diffusion commits per denoiser pass; from --results, or 3.88, a published run of
     the 30B model."""
@@ -123,6 +133,18 @@ class PlanOptions:
 def known_hardware(file: Path | None) -> dict[str, Hardware]:
     """The built-in machines and those of the file, which win."""
     return built_in() | (read_hardware(file) if file is not None else {})
+
+
+def with_thin_denoiser(record: Description, layers: int) -> Description:
+    """The same model with a denoiser of a few of its blocks; ValueError (one line) for too many."""
+    config, blocks = record.config, blocks_of(record.config.context)
+    if not 1 <= layers <= len(blocks):
+        raise ValueError(
+            f"denoiser_layers: {layers} must be between 1 and {len(blocks)}, as the model has"
+        )
+    reads = [index for block in spread(layers, len(blocks)) for index in blocks[block]]
+    thin = thin_config(config, reads, config.block_size, DraftSpec())
+    return describe_config(thin, record.source)
 
 
 def describe_model(name: str) -> Description:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from twotower.checkpoint.inspect import Description, Tower
-from twotower.config import AttentionSpec, MoESpec, TwoTowerConfig
+from twotower.config import AttentionSpec, MoESpec, TowerConfig, TwoTowerConfig
 from twotower.lab.plan.hardware import Compute, Hardware
 from twotower.lab.plan.inputs import Efficiency, Widths
 
@@ -36,6 +36,10 @@ class ModelShape:
             config=record.config,
             parameters={"context": context, "denoiser": denoiser},
         )
+
+    def tower(self, tower: Tower) -> TowerConfig:
+        """Sizes and layers of one of them."""
+        return self.config.context if tower == "context" else self.config.denoiser
 
     @property
     def state_elements(self) -> int:
@@ -134,7 +138,8 @@ def pass_parts(shape: ModelShape, call: Pass, widths: Widths) -> list[PassPart]:
         parts.append(_experts(shape.experts, counts[EXPERTS], n, widths))
     if call.logits:
         # Tied heads count as embeddings: the same table.
-        head = shape.config.hidden_size * shape.config.vocab_size
+        is_denoiser, config = call.tower == "denoiser", shape.config
+        head = config.hidden_size * (config.draft_vocab_size if is_denoiser else config.vocab_size)
         parts.append(_matrices("head", head, call.rows * call.logits, widths))
     if call.tower == "denoiser" and "time conditioning" in counts:
         kind = "time conditioning"
@@ -164,8 +169,8 @@ def _experts(moe: MoESpec, count: int, num_tokens: int, widths: Widths) -> PassP
 
 def _mixing(shape: ModelShape, call: Pass, widths: Widths) -> PassPart:
     """Attention over keys and the scan: their weights are among the matrices, here is the rest."""
-    config, length = shape.config.context, call.past + call.tokens
-    state_bytes = 4.0 * shape.state_elements + shape.conv_elements * widths.cache_bytes
+    config, length = shape.tower(call.tower), call.past + call.tokens
+    state_bytes = 4.0 * config.ssm_elements + config.conv_elements * widths.cache_bytes
     if call.tower == "context":
         state_bytes *= 2  # the denoiser only reads them
     keys = config.kv_elements * length * widths.cache_bytes
@@ -177,7 +182,7 @@ def _mixing(shape: ModelShape, call: Pass, widths: Widths) -> PassPart:
         name="cache",
         weight_bytes=0.0,
         cache_bytes=call.rows * (keys + state_bytes),
-        operations=call.rows * call.tokens * (attention + _SCAN * shape.state_elements),
+        operations=call.rows * call.tokens * (attention + _SCAN * config.ssm_elements),
     )
 
 
@@ -202,7 +207,7 @@ def time_pass(setup: PlanSetup, call: Pass, host_share: float = 0.0) -> PassTime
             spent["stream"] += stream
         else:
             spent["compute"] += compute
-    overhead = setup.shape.config.context.num_layers * efficiency.layer_s
+    overhead = setup.shape.tower(call.tower).num_layers * efficiency.layer_s
     moe, num_tokens = setup.shape.experts, call.rows * call.tokens
     return PassTime(
         seconds=overhead + sum(spent.values()),

@@ -23,7 +23,13 @@ from twotower.lab.plan.modes import (
     sweep,
     turns,
 )
-from twotower.lab.plan.options import PlanOptions, describe_model, make_setup, make_workload
+from twotower.lab.plan.options import (
+    PlanOptions,
+    describe_model,
+    make_setup,
+    make_workload,
+    with_thin_denoiser,
+)
 from twotower.lab.plan.passes import ModelShape, PlanSetup
 
 TARGETS = (1.0, 2.42)  # speed-ups over AR: equal, and what the announcement reports
@@ -32,7 +38,10 @@ _GIB = 2**30
 
 def make_plan(options: PlanOptions) -> dict[str, Any]:
     """The whole record; ValueError (one line) for whatever the options name wrongly."""
-    return plan_shape(ModelShape.of(describe_model(options.model)), options)
+    record = describe_model(options.model)
+    if options.denoiser_layers is not None:
+        record = with_thin_denoiser(record, options.denoiser_layers)
+    return plan_shape(ModelShape.of(record), options)
 
 
 def plan_shape(shape: ModelShape, options: PlanOptions) -> dict[str, Any]:
