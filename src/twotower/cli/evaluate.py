@@ -91,6 +91,7 @@ def run_suite(options: EvaluateOptions) -> tuple[dict[str, object], list[Item]]:
         require_library("jsonschema")
     sandbox = open_sandbox(options.category_names, options.allow_unsandboxed_code)
     loaded = load_subject(options)
+    options = options.for_model(loaded.model.has_denoiser)
     subject = make_subject(options, loaded)
     groups = draw_groups(options.category_names, options.items, options.seed, options.batch_size)
     say_protection(sandbox)

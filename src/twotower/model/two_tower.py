@@ -251,6 +251,11 @@ class TwoTower(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Denoiser logits, and what the context tower made of clean (B, K*T, D)."""
         self._require_loaded_weights("training")
+        if self.config.draft is not None:
+            raise ValueError(
+                "this denoiser is a thin one, which only drafts: twotower adapt trains it, and it "
+                "scores no texts"
+            )
         num_rows, length = self._checked(clean, "clean").shape
         if length % block_size:
             raise ValueError(

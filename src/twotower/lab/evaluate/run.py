@@ -7,8 +7,9 @@ falls on all of them.
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from twotower.engine import Finished, GenerateOptions, StepTaken, stream
 from twotower.engine.options import MODES, FirstToken
@@ -17,15 +18,21 @@ from twotower.lab.evaluate.suite import Judge, Verdict, held_out
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 
+AUTO = "auto"
+_WITH_DENOISER = ("ar", "diffusion", "speculative")
 REPEATS, REPEATED_TOKENS, LONGEST_LOOP = 4, 16, 16
+
+
+T = TypeVar("T", bound="EvaluationOptions")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
     """Quality and speed of a checkpoint, task by task, every mode on the same held-out prompts."""
 
-    modes: str = "ar,diffusion,speculative"
-    """Decoding modes to compare, separated by commas; retention is measured against ar."""
+    modes: str = AUTO
+    """Decoding modes to compare, separated by commas; retention is measured against ar. auto: ar,
+    speculative and, where the model has a denoiser, diffusion."""
     categories: str = ",".join(CATEGORIES)
     """Categories of the suite, separated by commas."""
     items: int = 200
@@ -70,7 +77,13 @@ class EvaluationOptions:
 
     @property
     def mode_names(self) -> tuple[str, ...]:
-        return split_names(self.modes)
+        return _WITH_DENOISER if self.modes == AUTO else split_names(self.modes)
+
+    def for_model(self: T, has_denoiser: bool) -> T:
+        """The same with the modes named that the model has, where they are to be found."""
+        if self.modes != AUTO or has_denoiser:
+            return self
+        return replace(self, modes="ar,speculative")
 
     @property
     def category_names(self) -> tuple[str, ...]:
