@@ -1,5 +1,7 @@
 """What the token before adds to the logits of a masked one: a cheap dependence inside a block."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -14,5 +16,30 @@ class Bigram(nn.Module):
 
     def forward(self, before: Tensor) -> Tensor:
         """Embeddings before (..., D) of the tokens before -> (..., V)."""
-        added: Tensor = self.up_proj(torch.tanh(self.down_proj(before)))
+        added: Tensor = self.up_proj(self.inner(before))
         return added
+
+    def inner(self, before: Tensor) -> Tensor:
+        """The small side of the map: (..., D) -> (..., rank)."""
+        return torch.tanh(self.down_proj(before))
+
+
+def add_bigrams(
+    logits: Tensor,
+    block: Tensor,
+    mask_token_id: int,
+    draft_ids: Tensor | None,
+    bigram: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Logits (B, T, V) with what the token before adds to each, in place and from left to right:
+    the block's own (B, T), or the most probable where that is masked.
+
+    bigram: token ids (B,) -> (B, V). draft_ids (V,): what the logits are of, where not all tokens.
+    """
+    block = block.to(logits.device)
+    for place in range(1, block.shape[1]):
+        drafted = logits[:, place - 1].argmax(-1)
+        drafted = drafted if draft_ids is None else draft_ids[drafted]
+        given = block[:, place - 1]
+        logits[:, place] += bigram(torch.where(given == mask_token_id, drafted, given))
+    return logits

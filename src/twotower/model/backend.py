@@ -12,6 +12,7 @@ from torch import Tensor
 
 from twotower import masks
 from twotower.kernels import ssd
+from twotower.layers.bigram import add_bigrams
 from twotower.layers.mamba2 import MambaInputs, states_after
 from twotower.model.state import ContextCache, ContextView, ForwardOutput
 
@@ -97,5 +98,9 @@ class EagerBackend:
             mask, start = masks.full_rows(block.shape[1], lengths, view.num_past), lengths[:, None]
         modulations = None if t is None else model.modulations(t.unsqueeze(-1))
         hidden = model.denoiser()(block.unsqueeze(1), view, mask, modulations, start)
-        logits: Tensor = model.lm_head(hidden.squeeze(1))
-        return logits
+        logits: Tensor = model.lm_head(hidden.squeeze(1)).float()
+        bigram, table = model.bigram, model.denoiser().embeddings
+        if bigram is None:
+            return logits
+        ids = model.config.mask_token_id, model.draft_ids
+        return add_bigrams(logits, block, *ids, lambda before: bigram(table(before)).float())

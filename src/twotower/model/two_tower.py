@@ -196,22 +196,7 @@ class TwoTower(nn.Module):
         only read.
         """
         t = None if self.config.draft is not None else t
-        logits = self.backend.denoise(self._checked(block, "block"), view, t).float()
-        return logits if self.bigram is None else self._add_bigrams(logits, block)
-
-    def _add_bigrams(self, logits: Tensor, block: Tensor) -> Tensor:
-        """Logits (B, T, V) with what the token before adds to each, from left to right: the block's
-        own, or the most probable where that is masked.
-        """
-        assert self.bigram is not None
-        block = block.to(logits.device)
-        for place in range(1, block.shape[1]):
-            before = block[:, place - 1]
-            drafted = logits[:, place - 1].argmax(-1)
-            drafted = drafted if self.draft_ids is None else self.draft_ids[drafted]
-            before = torch.where(before == self.config.mask_token_id, drafted, before)
-            logits[:, place] += self.bigram(self.denoiser().embeddings(before)).float()
-        return logits
+        return self.backend.denoise(self._checked(block, "block"), view, t).float()
 
     def training_logits(
         self,

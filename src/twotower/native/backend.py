@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower.kernels.quantised import Bits, Quantised
+from twotower.layers.bigram import add_bigrams
 from twotower.layers.mamba2 import MambaState
 from twotower.layers.quantised import QuantisedMatrix
 from twotower.model.precision import Scheme, weight_bits
@@ -57,6 +58,9 @@ class NativeBackend:
             self._denoiser_head = _native_head(model.lm_head, scheme)
             proj = model.denoiser_tower.hidden_proj
             self._hidden_proj = None if proj is None else _native_head(proj, scheme)
+        bigram = model.bigram
+        self._inner: Tensor | None = None
+        self._bigram_up = None if bigram is None else _native_head(bigram.up_proj, scheme)
         self._pool = BufferPool()
         self._tables: dict[float, Modulations] = {}
 
@@ -118,7 +122,19 @@ class NativeBackend:
             times.setdefault(time, []).append(Row(block.shape[1], length, *own))
         for time, rows in times.items():
             self._denoiser(rows, None if time is None else self._table(time))
-        return self._denoiser_head(hidden)
+        logits, up = self._denoiser_head(hidden), self._bigram_up
+        if up is None:
+            return logits
+        table, config = self._bigram_table(), self._model.config
+        ids = config.mask_token_id, self._model.draft_ids
+        return add_bigrams(logits, block, *ids, lambda before: up(table[before]))
+
+    def _bigram_table(self) -> Tensor:
+        """The small side of the bigram term for every token (V, rank), made at first use."""
+        if self._inner is None:
+            assert self._model.bigram is not None
+            self._inner = self._model.bigram.inner(self._model.denoiser().embeddings.weight)
+        return self._inner
 
     def _table(self, t: float) -> Modulations:
         """Shift, scale and gate of every layer at time t, computed once."""
