@@ -332,3 +332,23 @@ def test_a_row_that_never_fits_fails_at_last(monkeypatch: pytest.MonkeyPatch) ->
     events = list(scheduler_of([*requests, too_large], max_rows=2).run())
     ends = {e.row: type(e) for e in events if isinstance(e, Finished | Failed)}
     assert ends == {**dict.fromkeys(range(6), Finished), 6: Failed}
+
+
+def test_a_row_that_lost_its_place_gets_it_back_while_others_come() -> None:
+    """Guards long texts under load: new rows that always come first let a paused one wait for
+    minutes, until its client gives up."""
+    queue, number = RequestQueue(max_waiting=1000), itertools.count()
+
+    def put(length: int) -> None:
+        asked = request("a", options(mode="ar", max_new_tokens=length))
+        assert queue.put(make_row(MODEL, next(number), asked, None, "it"))
+
+    scheduler = Scheduler(MODEL, queue, EngineOptions(max_rows=3))
+    ended: list[int] = []
+    put(60)
+    while 0 not in ended and next(number) < 2000:
+        for _ in range(max(0, 6 - queue.num_waiting)):
+            put(12)
+        ended += [event.row for event in scheduler.step() if isinstance(event, Finished)]
+    assert 0 in ended
+    assert 10 < len(ended) < 200, "it did make room, and did not wait for all others"

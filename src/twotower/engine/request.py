@@ -88,6 +88,7 @@ class Row:
         self.submitted_s = time.monotonic()
         self.started_s: float | None = None  # when it first got a place
         self.num_served = 0  # steps in which it had a place
+        self.num_since = 0  # steps since it got or lost its place, or came
         self.paused: Batch | None = None  # all that was read, while it has no place
         # Of speculation.
         self.controllers: dict[str, DraftController] = {}  # of each kind of draft

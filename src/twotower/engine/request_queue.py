@@ -14,6 +14,13 @@ _IDLE_S = 0.01  # between two questions to a source that has nothing at present
 _SHARE = 8
 
 
+def debt(row: Row) -> int:
+    """What a waiting row has had of the machine, less what it has waited since: whoever waits long
+    enough comes before every new row.
+    """
+    return row.num_served - row.num_since
+
+
 class Stopped(Exception):
     """The engine takes no more requests."""
 
@@ -69,6 +76,7 @@ class RequestQueue:
     def put_back(self, row: Row) -> None:
         """A row that has lost its place waits again."""
         with self._changed:
+            row.num_since = 0
             self._rows.append(row)
 
     def close(self, grace_s: float, reason: str) -> None:
@@ -105,21 +113,27 @@ class RequestQueue:
 
     def peek(self, places: Mapping[str | None, int], is_paused: bool = False) -> Row | None:
         """The row whose turn it is: of the caller with the fewest places, then the row that was
-        served least, then the first. is_paused: of those that are paused alone.
+        served least for its time of waiting, then the first. is_paused: of those that are paused
+        alone.
         """
         with self._changed:
             rows = [row for row in self._rows if row.paused is not None or not is_paused]
-            return min(rows, key=lambda row: (places[row.caller], row.num_served), default=None)
+            return min(rows, key=lambda row: (places[row.caller], debt(row)), default=None)
 
     def take(self, row: Row) -> None:
         """A row waits no more."""
         with self._changed:
             self._rows.remove(row)
+            row.num_since = 0
             row.started_s = row.started_s or time.monotonic()
 
     def leaving(self, now: float) -> list[Failed]:
-        """Rows that have to leave while they wait, and those of the source that cannot begin."""
+        """Rows that have to leave while they wait, and those of the source that cannot begin; the
+        others have waited for one more step.
+        """
         with self._changed:
+            for row in self._rows:
+                row.num_since += 1
             reasons = [(row, self.reason_to_leave(row, now)) for row in self._rows]
             self._rows = [row for row, reason in reasons if reason is None]
             ended, self._failed = self._failed, []

@@ -18,11 +18,12 @@ from twotower.engine.options import EngineOptions
 from twotower.engine.prefill import READ_TOKENS, open_batches, read_prompts, refusal
 from twotower.engine.prefix_cache import PrefixCache
 from twotower.engine.request import Row
-from twotower.engine.request_queue import RequestQueue
+from twotower.engine.request_queue import RequestQueue, debt
 from twotower.model import TwoTower
 
 # A row makes room for another of its caller, or of one with fewer places, after this many steps and
-# twice as many as the other has had: new rows begin soon, and old ones change places rarely.
+# twice as many as the other has had more than it has waited: new rows begin soon, old ones change
+# places rarely, and nobody waits for ever.
 TURN = 8
 
 
@@ -86,6 +87,7 @@ class Scheduler:
         group.keep(lambda row: reasons[row] is None)
         for row, reason in reasons.items():
             row.num_served += 1
+            row.num_since += 1
             if reason is not None:
                 yield failed(row.index, reason)
 
@@ -165,13 +167,16 @@ def _victim(rows: Sequence[Row], waiting: Row, places: Mapping[str | None, int])
     peers = [row for row in rows if row.caller == caller] if caller is not None else []
     others = [row for row in rows if places[row.caller] > own]
     victim = max(
-        [*others, *peers], key=lambda row: (places[row.caller], row.num_served), default=None
+        [*others, *peers],
+        key=lambda row: (places[row.caller], row.num_since >= TURN, row.num_served),
+        default=None,
     )
     if victim is None:
         return None
     has_more = places[victim.caller] > own + 1
-    was_longer = victim.num_served >= TURN + 2 * waiting.num_served
-    return victim if has_more or was_longer else None
+    has_turned = victim.num_since >= TURN  # a place that was waited for is not lost at once
+    was_longer = victim.num_served >= TURN + 2 * max(0, debt(waiting))
+    return victim if has_more or (has_turned and was_longer) else None
 
 
 def _turn(batch: Batch, places: Mapping[str | None, int]) -> tuple[int, int, int]:
