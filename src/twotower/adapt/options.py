@@ -17,9 +17,9 @@ _ANSWERS, _MEASURE = 0.4, 0.05
 class ThinOptions:
     """The denoiser's shape."""
 
-    layers: int = 3
+    layers: int | None = None
     """Blocks of the backbone that the denoiser copies and reads, at even distances, the last one
-    among them."""
+    among them. Default: 3, or all that have attention where those are fewer."""
     block_size: int = 8
     """Tokens of a draft: the newest one and those that are guessed behind it."""
     draft_vocab: int = 8192
@@ -30,13 +30,10 @@ class ThinOptions:
     """Rank of what the token before adds to the logits of the next. 0: nothing."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("layers", 1),
-            ("block_size", 2),
-            ("draft_vocab", 0),
-            ("bigram_rank", 0),
-        ):
-            _check_least(name, getattr(self, name), least)
+        lowest = {"layers": 1, "block_size": 2, "draft_vocab": 0, "bigram_rank": 0}
+        for name, least in lowest.items():
+            if (value := getattr(self, name)) is not None:
+                _check_least(name, value, least)
 
     def draft_of(self, draft_ids: Sized | None) -> DraftSpec:
         """What the configuration keeps of it, for a draft vocabulary; None: the whole one."""

@@ -31,6 +31,7 @@ from twotower.model import TwoTower
 from twotower.model.thin import blocks_of, spread, thin_config
 
 LEAST_ANSWERS = 20
+_LAYERS = 3  # of a denoiser when nobody says
 HELD_OUT = 20  # one answer in so many is never trained on
 _MOST_HELD = 24  # answers that the curve is measured on
 _SAVE_S = 60.0
@@ -55,11 +56,12 @@ def reads_of(model: TwoTower, options: ThinOptions) -> list[int]:
     blocks = [
         block for block in blocks_of(tower) if isinstance(tower.layers[block[0]], AttentionSpec)
     ]
-    if options.layers > len(blocks):
+    count = min(_LAYERS, len(blocks)) if options.layers is None else options.layers
+    if not 1 <= count <= len(blocks):
         raise ValueError(
-            f"layers={options.layers} must be at most {len(blocks)}, the model's attention layers"
+            f"layers={count} must be at most {len(blocks)}, the model's attention layers"
         )
-    return [index for block in spread(options.layers, len(blocks)) for index in blocks[block]]
+    return [index for block in spread(count, len(blocks)) for index in blocks[block]]
 
 
 def collect_answers(

@@ -87,6 +87,7 @@ def run(options: AdaptArguments) -> int:
         loaded = _load(options)
         if loaded.model.has_denoiser:
             raise ValueError(f"model={loaded.name} has a denoiser of its own; give a backbone")
+        stages.reads_of(loaded.model, thin)  # too many layers are said before anything is written
         questions, held = _questions(prompts, loaded, options)
         wanted = STAGES if options.stage == "all" else (options.stage,)
         model, start = loaded.model, options.denoiser
@@ -120,6 +121,8 @@ def read_prompts(files: Sequence[Path]) -> list[_Prompt]:
     """
     found: list[_Prompt] = []
     for file in files:
+        if not file.is_file():
+            raise ValueError(f"prompts: there is no file {file}")
         for line in read_lines(file):
             where = f"prompts: {file} line {line.number}"
             if line.content is None:
