@@ -129,7 +129,7 @@ def train(
     if work.checkpoint.is_file():
         trainer.load(work.checkpoint)
         clock.used = trainer.seconds
-    (trained, held), of_seconds = split(places), budget.seconds("train")
+    (trained, held), of_seconds = split(places), clock.total
     average, words, saved, measured = None, "", clock.used, clock.used
     while clock.left > 0:
         loss = trainer.take_step(trained, clock.used / of_seconds)
@@ -221,8 +221,11 @@ class _Clock:
     """The seconds that a stage has had, in all runs of a work folder."""
 
     def __init__(self, work: WorkFolder, stage: Stage, budget: Budget) -> None:
+        spent = _read_spent(work)
         self._work, self._stage, self._of = work, stage, budget.seconds(stage)
-        self._before: float = _read_spent(work).get(stage, 0.0)
+        if stage == "train":  # what the answers did not need
+            self._of += max(0.0, budget.seconds("answers") - spent.get("answers", 0.0))
+        self._before: float = spent.get(stage, 0.0)
         self._began, self._saved = time.monotonic(), 0.0
 
     @property
@@ -233,6 +236,11 @@ class _Clock:
     @used.setter
     def used(self, seconds: float) -> None:
         self._before, self._began = seconds, time.monotonic()
+
+    @property
+    def total(self) -> float:
+        """Seconds that it may have."""
+        return self._of
 
     @property
     def left(self) -> float:
