@@ -12,7 +12,7 @@ from torch import Tensor
 
 from property.test_cache import assert_same_rows
 from tiny_models import prompts_of
-from tiny_worker import MODEL, completion_of, failure_of, options, running, wait_for
+from tiny_worker import MODEL, completion_of, end_of, failure_of, options, running, wait_for
 from twotower import ContextCache, Event, Finished, TokensCommitted, TwoTower, generate
 from twotower.engine import (
     MODES,
@@ -352,3 +352,31 @@ def test_a_row_that_lost_its_place_gets_it_back_while_others_come() -> None:
         ended += [event.row for event in scheduler.step() if isinstance(event, Finished)]
     assert 0 in ended
     assert 10 < len(ended) < 200, "it did make room, and did not wait for all others"
+
+
+@pytest.mark.parametrize("name", ["put_back", "take"])
+def test_a_row_on_its_way_is_not_lost_with_the_thread(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards a client that waits for ever: a thread that dies while a row gets or loses its place
+    leaves it neither among the rows that have one nor among those that wait."""
+    method, deaths = getattr(RequestQueue, name), [1]
+
+    def dying(queue: RequestQueue, row: Row) -> None:
+        if name == "take":
+            method(queue, row)
+        if row.paused is not None and deaths:
+            deaths.pop()
+            raise SystemExit
+        if name == "put_back":
+            method(queue, row)
+
+    monkeypatch.setattr(RequestQueue, name, dying)
+    with running(max_rows=1) as worker:
+        long = worker.submit(request("a", options(mode="ar", max_new_tokens=200)))
+        wait_for(lambda: len(long.row.tokens) > TURN)
+        others = [worker.submit(request("a")) for _ in range(3)]
+        wait_for(lambda: not worker.stats().is_alive)
+        worker.start()
+        assert failure_of(long).kind == "internal"
+        assert all(end_of(one) for one in others)  # the one that got the place may fail as well

@@ -73,6 +73,11 @@ class RequestQueue:
             self._changed.notify()
             return True
 
+    def holds(self, row: Row) -> bool:
+        """Whether a row waits here."""
+        with self._changed:
+            return any(one is row for one in self._rows)
+
     def put_back(self, row: Row) -> None:
         """A row that has lost its place waits again."""
         with self._changed:

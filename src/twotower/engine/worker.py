@@ -266,9 +266,11 @@ class Worker:
                 self._fail_rows(error)
 
     def _fail_rows(self, error: Exception) -> None:
-        """End the rows that have a place; those that wait go on."""
+        """End the rows that have had a place and do not wait in the queue: also those that were
+        about to get one again or to lose it, whom nobody else would find.
+        """
         for index, ticket in list(self._tickets.items()):
-            if ticket.row.started_s is not None and ticket.row.paused is None:
+            if ticket.row.started_s is not None and not self._queue.holds(ticket.row):
                 self._deliver(failed(index, "internal", error))
 
     def _deliver(self, event: Event) -> None:
