@@ -132,7 +132,6 @@ SECTIONS = (
         [
             Kind("drafts_always", "Drafts in every cycle: how often they are right", tables.drafts),
             Kind("drafts_int8_1_thread", "As users have it, int8, one thread", tables.drafts),
-            Kind("drafts_int8_2_threads", "As users have it, int8, two threads", tables.drafts),
         ],
     ),
     Section(
