@@ -27,7 +27,7 @@ def test_a_run_ends_with_a_denoiser_that_decodes(
     """Guards the whole command: stages, the estimate, the report, and the folder that it leaves."""
     file, out = prompts_file(tmp_path, 300), tmp_path / "denoiser"
     command = ["adapt", "-m", backbone, "--prompts", str(file), "--out", str(out), "--layers", "1"]
-    command += ["--max-tokens", "12", "--draft-vocab", "0", "--minutes", "0.3", "--json"]
+    command += ["--max-tokens", "12", "--draft-vocab", "0", "--minutes", "0.2", "--json"]
     assert main(command) == 0
     printed = capsys.readouterr()
     assert "tokens of answers" in printed.err and "blocks of training" in printed.err
