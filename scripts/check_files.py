@@ -1,6 +1,6 @@
 """Reject files that should not be committed: no newline at the end, over 500 kB, notebook output.
 
-The size limit leaves out the models that are shipped and the recorded test data, which are large by intent.
+The size limit leaves out shipped models and recorded test data, which are large by intent.
 Usage: python scripts/check_files.py FILE...   (no FILE: every file that git tracks here)
 """
 
