@@ -33,8 +33,7 @@ def with_denoiser(config: TwoTowerConfig, layers: int | None) -> TwoTowerConfig:
     """The configuration with a thin denoiser, or the full one that it has."""
     if layers is None:
         return config
-    blocks = blocks_of(config.context)
-    reads = [index for block in spread(layers, len(blocks)) for index in blocks[block]]
+    reads = spread(blocks_of(config.context), layers)
     return thin_config(config, reads, BLOCK, DraftSpec(vocab_size=min(32768, config.vocab_size)))
 
 

@@ -12,7 +12,7 @@ from tiny_models import fresh_model, prompts_of, random_model
 from twotower import GenerateOptions, TwoTower, generate
 from twotower.adapt import features as feature_files
 from twotower.adapt.answers import Answer, Question, read_answers, write_answers
-from twotower.adapt.features import Features, find_places, write_part
+from twotower.adapt.features import Features, attended, find_places, write_part
 from twotower.adapt.objective import (
     NO_TARGET,
     add_true_bigrams,
@@ -62,6 +62,10 @@ def thin(model: TwoTower, ids: Tensor | None = IDS, **spec: object) -> TwoTower:
     )
 
 
+def features_of(model: TwoTower) -> Features:
+    return Features(attended(model.config.context, model.config.reads))
+
+
 def answers(count: int) -> list[Answer]:
     prompts = prompts_of([3 + i % 5 for i in range(count)])
     return [
@@ -82,7 +86,7 @@ def test_training_sees_what_decoding_asks_for(
     file = tmp_path / "part-00000.safetensors"
     write_part(model, [answer], model.config.reads, file)
     (place,) = find_places(tmp_path)
-    rows = Features(model.config.reads).rows([place])
+    rows = features_of(model).rows([place])
     text = answer.prompt + answer.tokens
     for at in range(len(answer.prompt), len(text) - 1):
         blocks = anchor_at(rows, torch.tensor([[at]]), 5)
@@ -118,7 +122,7 @@ def test_blocks_of_any_start_are_cut_where_the_text_ends(tmp_path: Path) -> None
     """Guards targets: padding, or another answer's tokens, must never be learnt."""
     model, some = thin(backbone()), answers(3)
     write_part(model, some, model.config.reads, tmp_path / "part-00000.safetensors")
-    rows = Features(model.config.reads).rows(find_places(tmp_path))
+    rows = features_of(model).rows(find_places(tmp_path))
     starts = rows.lengths.unsqueeze(1) - 2
     clean = anchor_at(rows, starts, 5).clean
     assert clean[:, 0, :2].tolist() == [a.tokens[-2:] for a in some]
@@ -225,7 +229,7 @@ def test_a_run_that_is_killed_takes_the_same_steps(tmp_path: Path) -> None:
     places, options = find_places(tmp_path), StepOptions(answers_per_step=2, blocks_per_answer=3)
 
     def trainer() -> Trainer:
-        return Trainer(thin(backbone()), Features([2, 3, 6]), options)
+        return Trainer(thin(backbone()), Features([2, 6]), options)
 
     whole, first, second = trainer(), trainer(), trainer()
     expected = [whole.take_step(places, 0.1 * i) for i in range(6)]
@@ -234,7 +238,7 @@ def test_a_run_that_is_killed_takes_the_same_steps(tmp_path: Path) -> None:
     second.load(tmp_path / "state.safetensors")
     found += [second.take_step(places, 0.1 * i) for i in range(3, 6)]
     assert found == expected
-    other = Trainer(thin(backbone(), bigram_rank=3), Features([2, 3, 6]), options)
+    other = Trainer(thin(backbone(), bigram_rank=3), Features([2, 6]), options)
     with pytest.raises(ValueError, match="another shape"):
         other.load(tmp_path / "state.safetensors")
 
@@ -291,7 +295,7 @@ def test_it_learns_what_can_be_learnt(tmp_path: Path) -> None:
     model, circle = thin(backbone()), [5, 9, 17, 30, 52]
     some = [Answer(number=i, task="t", prompt=[1, 2 + i], tokens=circle * 4) for i in range(4)]
     write_part(model, some, model.config.reads, tmp_path / "part-00000.safetensors")
-    places, features = find_places(tmp_path), Features(model.config.reads)
+    places, features = find_places(tmp_path), features_of(model)
     trainer = Trainer(model, features, StepOptions(warmup_steps=1, learning_rate=5e-3))
     before = measure(model, features, places).tokens_per_cycle
     losses = [trainer.take_step(places, 0.0) for _ in range(40)]
@@ -304,8 +308,9 @@ def test_layers_are_spread_over_blocks() -> None:
     blocks = blocks_of(backbone().config.context)
     assert blocks == [(0, 1), (2, 3), (4, 5), (6, 7)]
     assert blocks_of(fresh_model().config.context)[:2] == [(0,), (1, 2, 3)]
-    assert spread(3, 30) == [9, 19, 29]
-    assert spread(4, 4) == [0, 1, 2, 3]
+    assert spread([(i,) for i in range(30)], 3) == [9, 19, 29]
+    assert spread(blocks, 4) == list(range(8))
+    assert spread(blocks, 2) == [2, 3, 6, 7]
 
 
 def test_acceptance_is_counted_as_decoding_would(tmp_path: Path) -> None:
@@ -315,7 +320,7 @@ def test_acceptance_is_counted_as_decoding_would(tmp_path: Path) -> None:
     (plain,) = generate(model, [prompt], GenerateOptions(mode="ar", max_new_tokens=40))
     answer = Answer(number=0, task="t", prompt=prompt, tokens=plain.tokens)
     write_part(model, [answer], model.config.reads, tmp_path / "part-00000.safetensors")
-    found = measure(model, Features(model.config.reads), find_places(tmp_path))
+    found = measure(model, features_of(model), find_places(tmp_path))
     assert found.tokens_per_cycle >= 1.0
     assert len(found.right) == 4
 
@@ -352,3 +357,32 @@ def test_inspect_tells_a_denoiser_alone(tmp_path: Path, capsys: pytest.CaptureFi
     assert record["reads"] == [2, 3, 6]
     assert main(["generate", "-m", str(folder), "a"]) == 2
     assert "is of a denoiser alone; give 'me/model'" in capsys.readouterr().err
+
+
+def test_features_of_other_layers_are_made_anew(tmp_path: Path) -> None:
+    """Guards a work folder that is used for another shape: a layer would read nothing."""
+    model, work, steps = backbone(), WorkFolder(tmp_path / "work"), StepOptions()
+    questions = [Question(number=i, prompt=p, task="t") for i, p in enumerate(prompts_of([4] * 30))]
+    budget, options = Budget(minutes=0.05), AnswerOptions(max_tokens=6)
+    list(collect_answers(model, questions, work, ThinOptions(layers=1), options, budget))
+    with pytest.raises(ValueError, match="is of other layers; run the stage answers first"):
+        list(train(model, work, ThinOptions(layers=2), steps, budget, tmp_path / "out", "m"))
+    list(collect_answers(model, questions, work, ThinOptions(layers=2), options, budget))
+    list(train(model, work, ThinOptions(layers=2), steps, budget, tmp_path / "out", "m"))
+    assert load_denoiser(model, tmp_path / "out").config.reads == (2, 3, 6, 7)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_state_of_either_optimiser_comes_back(optimizer: str, tmp_path: Path) -> None:
+    """Guards resume with Muon, whose moments have other names."""
+    model = backbone()
+    write_part(model, answers(30), [2, 3, 6], tmp_path / "part-00000.safetensors")
+    places = find_places(tmp_path)
+    options = StepOptions(answers_per_step=2, blocks_per_answer=3, optimizer=optimizer)  # type: ignore[arg-type]
+    one, two = (Trainer(thin(backbone()), Features([2, 6]), options) for _ in range(2))
+    one.take_step(places, 0.0)
+    one.save(tmp_path / "state.safetensors")
+    two.load(tmp_path / "state.safetensors")
+    assert [one.take_step(places, 0.1) for _ in range(2)] == [
+        two.take_step(places, 0.1) for _ in range(2)
+    ]

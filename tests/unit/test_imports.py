@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": COMMON | {"families", "model", "kernels", "tokenizer"},
     "engine": COMMON | {"model", "diffusion", "tokenizer", "measure"},
     "train": COMMON | {"families", "layers", "model", "diffusion", "checkpoint", "tokenizer"},
-    "adapt": COMMON | {"layers", "model", "engine", "checkpoint"},
+    "adapt": COMMON | {"layers", "model", "engine", "checkpoint", "train"},
     "serve": COMMON | {"engine", "tokenizer"},
     "hosts": COMMON | {"engine", "model", "diffusion", "layers"},
     "loading": COMMON

@@ -14,11 +14,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from twotower.adapt.answers import Answer
+from twotower.config import AttentionSpec, TowerConfig
 from twotower.layers.attention import KV
 from twotower.model import TwoTower
 
 READ_AT_ONCE = 512  # tokens
 PART = 64  # answers of a file
+
+
+def attended(tower: TowerConfig, reads: Sequence[int]) -> list[int]:
+    """The layers among `reads` that leave keys and values."""
+    return [read for read in dict.fromkeys(reads) if isinstance(tower.layers[read], AttentionSpec)]
 
 
 @torch.no_grad()
@@ -36,11 +42,11 @@ def write_part(
         for chunk in ids.split(READ_AT_ONCE, dim=1):
             hidden.append(model.extend(cache, chunk)[0])
         columns["hidden"].append(torch.cat(hidden).bfloat16().cpu())
-        for read in reads:
+        for read in attended(model.config.context, reads):
             state = cache.layers[read]
-            if isinstance(state, KV):
-                for name, part in zip("kv", state, strict=True):
-                    columns.setdefault(f"{name}.{read}", []).append(part[0].bfloat16().cpu())
+            assert isinstance(state, KV)
+            for name, part in zip("kv", state, strict=True):
+                columns.setdefault(f"{name}.{read}", []).append(part[0].bfloat16().cpu())
     tensors = {name: torch.cat(parts).contiguous() for name, parts in columns.items()}
     tokens = [torch.tensor(a.prompt + a.tokens) for a in answers]
     tensors["tokens"] = torch.cat(tokens)
@@ -106,34 +112,33 @@ class Rows:
         return Rows(states=states, **moved)
 
 
-def count_answers(file: Path) -> int:
-    """How many a part holds."""
+def is_whole(file: Path, count: int, reads: Sequence[int]) -> bool:
+    """Whether a part holds so many answers, and the keys of layers that have some."""
+    if not file.is_file():
+        return False
     with safe_open(file, framework="pt") as part:
-        return len(part.get_tensor("lengths"))
+        has_keys = {f"k.{read}" for read in reads} <= {*part.keys()}
+        return has_keys and len(part.get_tensor("lengths")) == count
 
 
 class Features:
-    """The parts of a folder, opened once."""
+    """The parts of a folder, opened once. reads: layers that have keys."""
 
     def __init__(self, reads: Sequence[int]) -> None:
-        self._reads = tuple(dict.fromkeys(reads))
+        self._reads = reads
         self._open: dict[Path, dict[str, Tensor]] = {}
 
-    def rows(self, places: Sequence[Place], dtype: torch.dtype = torch.float32) -> Rows:
-        """The answers at some places."""
+    def rows(self, places: Sequence[Place]) -> Rows:
+        """The answers at some places, in float32."""
 
-        def padded(name: str, kind: torch.dtype) -> Tensor:
+        def padded(name: str, kind: torch.dtype = torch.float32) -> Tensor:
             parts = [self._part(p.file)[name][p.first : p.last].to(kind) for p in places]
             return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
-        states = {}
-        for read in self._reads:
-            if f"k.{read}" in self._part(places[0].file):
-                states[read] = KV(padded(f"k.{read}", dtype), padded(f"v.{read}", dtype))
         return Rows(
             tokens=padded("tokens", torch.int64),
-            hidden=padded("hidden", dtype),
-            states=states,
+            hidden=padded("hidden"),
+            states={read: KV(padded(f"k.{read}"), padded(f"v.{read}")) for read in self._reads},
             lengths=torch.tensor([p.last - p.first for p in places]),
             starts=torch.tensor([p.start for p in places]),
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from twotower import masks
 from twotower.adapt.features import Rows
+from twotower.layers.bigram import add_bigrams
 from twotower.model import ContextView, TwoTower
 from twotower.model.state import LayerState
 
@@ -43,14 +44,20 @@ def random_starts(rows: Rows, uniform: Tensor) -> Tensor:
     return rows.starts.unsqueeze(1) + (uniform * room).long()
 
 
+def noisy_of(blocks: Anchored, mask_token_id: int) -> Tensor:
+    """The blocks as they are drafted: the first token, and masks."""
+    noisy = torch.full_like(blocks.clean, mask_token_id)
+    noisy[:, :, 0] = blocks.clean[:, :, 0]
+    return noisy
+
+
 def draft_logits(model: TwoTower, rows: Rows, blocks: Anchored) -> Tensor:
     """The denoiser's logits (B, N, T - 1, V) of all tokens of the blocks but the first, without
     what the tokens before add to them.
     """
     tower, config = model.denoiser(), model.config
     (num_rows, _, size), num_past = blocks.clean.shape, rows.tokens.shape[1]
-    noisy = torch.full_like(blocks.clean, config.mask_token_id)
-    noisy[:, :, 0] = blocks.clean[:, :, 0]
+    noisy = noisy_of(blocks, config.mask_token_id)
     layers: list[LayerState] = [rows.states.get(i) for i in range(config.context.num_layers)]
     index = torch.arange(num_rows, device=noisy.device).unsqueeze(1)
     hidden = rows.hidden[index, blocks.starts - 1]
@@ -72,27 +79,26 @@ def add_true_bigrams(model: TwoTower, logits: Tensor, blocks: Anchored) -> Tenso
 
 
 def choose_drafts(model: TwoTower, logits: Tensor, blocks: Anchored) -> Tensor:
-    """The most probable tokens (B, N, T - 1) from left to right, as decoding chooses them: numbers
-    of the draft vocabulary.
+    """The most probable tokens (B, N, T - 1) as decoding chooses them: numbers of the draft
+    vocabulary.
     """
-    if model.bigram is None:
+    bigram, table, mask = model.bigram, model.denoiser().embeddings, model.config.mask_token_id
+    if bigram is None:
         return logits.argmax(-1)
-    before, found = blocks.clean[:, :, 0], list[Tensor]()
-    for place in range(logits.shape[2]):
-        added = model.bigram(model.denoiser().embeddings(before))
-        found.append((logits[:, :, place] + added).argmax(-1))
-        before = found[-1] if model.draft_ids is None else model.draft_ids[found[-1]]
-    return torch.stack(found, 2)
+    whole = F.pad(logits, (0, 0, 1, 0)).flatten(0, 1)  # as decoding has it, with the first token
+    noisy = noisy_of(blocks, mask).flatten(0, 1)
+    add_bigrams(whole, noisy, mask, model.draft_ids, lambda token: bigram(table(token)))
+    return whole[:, 1:].argmax(-1).view(logits.shape[:3])
 
 
-def targets_of(blocks: Anchored, draft_index: Tensor | None) -> Tensor:
+def targets_of(blocks: Anchored, draft_numbers: Tensor | None) -> Tensor:
     """What logits are scored on (B, N, T - 1): numbers in the draft vocabulary, `NO_TARGET` where
-    there is no such token. draft_index (vocabulary,): each id's number, -1 for none.
+    there is no such token. draft_numbers (vocabulary,): each id's number, -1 for none.
     """
     wanted = blocks.clean[:, :, 1:]
-    if draft_index is None:
+    if draft_numbers is None:
         return wanted
-    found = draft_index[wanted.clamp(min=0)]
+    found = draft_numbers[wanted.clamp(min=0)]
     return torch.where((wanted < 0) | (found < 0), NO_TARGET, found)
 
 

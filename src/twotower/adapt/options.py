@@ -74,6 +74,8 @@ class StepOptions:
     """Blocks of each, which begin at random tokens."""
     learning_rate: float = 1e-3
     """The largest: it rises over `warmup_steps` and falls as a cosine over the budget."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: Muon for the layers' matrices and AdamW for the rest."""
     warmup_steps: int = 100
     """Steps until the learning rate is at its largest."""
     loss_decay: float = 3.0
@@ -104,6 +106,8 @@ class Budget:
     """How many seconds each stage of a run may take."""
 
     minutes: float
+    overhead_s: float = 0.0
+    """Of all that is no stage: loading, the estimate."""
 
     def __post_init__(self) -> None:
         if not 0 < self.minutes < 1e6:
@@ -112,7 +116,7 @@ class Budget:
     def seconds(self, stage: Stage) -> float:
         """Of one stage."""
         share = {"answers": _ANSWERS, "measure": _MEASURE}.get(stage, 1 - _ANSWERS - _MEASURE)
-        return 60 * self.minutes * share
+        return max(0.0, 60 * self.minutes - self.overhead_s) * share
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,11 @@ class WorkFolder:
     """Where a run keeps what it has done so far."""
 
     path: Path
+
+    @property
+    def source(self) -> Path:
+        """What wrote the answers, and how."""
+        return self.path / "source.json"
 
     @property
     def answers(self) -> Path:

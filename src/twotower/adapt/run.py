@@ -14,8 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from twotower.adapt.answers import Question, read_answers, write_answers
-from twotower.adapt.features import PART, Features, Place, count_answers, find_places, write_part
+from twotower.adapt.answers import Answer, Question, read_answers, write_answers
+from twotower.adapt.features import (
+    PART,
+    Features,
+    Place,
+    attended,
+    find_places,
+    is_whole,
+    write_part,
+)
 from twotower.adapt.options import (
     AnswerOptions,
     Budget,
@@ -61,7 +69,7 @@ def reads_of(model: TwoTower, options: ThinOptions) -> list[int]:
         raise ValueError(
             f"layers={count} must be at most {len(blocks)}, the model's attention layers"
         )
-    return [index for block in spread(count, len(blocks)) for index in blocks[block]]
+    return spread(blocks, count)
 
 
 def collect_answers(
@@ -79,19 +87,19 @@ def collect_answers(
     """
     work.features.mkdir(parents=True, exist_ok=True)
     reads = reads_of(model, thin) if start is None else load_denoiser(model, start).config.reads
-    clock = _Clock(work, "answers", budget)
-    _write_features(model, work, reads)  # what a killed run left undone
-    answers = len(read_answers(work.answers))
+    clock, answers = _Clock(work, "answers", budget), read_answers(work.answers)
+    _write_features(model, answers, work, reads)  # what a killed run left undone
     tokens, began = 0, time.monotonic()
     for answer in write_answers(model, questions, work.answers, options, clock.left):
-        answers, tokens = answers + 1, tokens + len(answer.tokens)
-        if answers % PART == 0:
-            _write_features(model, work, reads)
+        answers.append(answer)
+        tokens += len(answer.tokens)
+        if len(answers) % PART == 0:
+            _write_features(model, answers, work, reads)
         rate = tokens / (time.monotonic() - began)
-        yield clock.progress(f"{answers} of {len(questions)} answers, {rate:.0f} tokens/s")
+        yield clock.progress(f"{len(answers)} of {len(questions)} answers, {rate:.0f} tokens/s")
         if clock.left <= 0:
             break
-    _write_features(model, work, reads, is_last=True)
+    _write_features(model, answers, work, reads, is_last=True)
     clock.save()
     usable = sum(_is_usable(place) for place in find_places(work.features))
     if usable < LEAST_ANSWERS:
@@ -115,7 +123,8 @@ def train(
 
     start: the folder of a denoiser to go on from, which decides the shape.
     """
-    places = [place for place in find_places(work.features) if _is_usable(place)]
+    all_places = find_places(work.features)
+    places = [place for place in all_places if _is_usable(place)]
     if len(places) < LEAST_ANSWERS:
         raise ValueError(
             f"{work.features}: holds {len(places)} answers; run the stage answers first"
@@ -124,7 +133,12 @@ def train(
         made = new_denoiser(model, work, thin, options.seed)
     else:
         made = load_denoiser(model, start)
-    features = Features(made.config.reads)
+    keyed = attended(model.config.context, made.config.reads)
+    if not all(
+        is_whole(file, count, keyed) for file, count in Counter(p.file for p in all_places).items()
+    ):
+        raise ValueError(f"{work.features}: is of other layers; run the stage answers first")
+    features = Features(keyed)
     trainer, clock = Trainer(made, features, options), _Clock(work, "train", budget)
     if work.checkpoint.is_file():
         trainer.load(work.checkpoint)
@@ -183,16 +197,20 @@ def draft_vocabulary(work: WorkFolder, size: int, vocab_size: int) -> Tensor | N
 
 
 def _write_features(
-    model: TwoTower, work: WorkFolder, reads: Sequence[int], is_last: bool = False
+    model: TwoTower,
+    answers: Sequence[Answer],
+    work: WorkFolder,
+    reads: Sequence[int],
+    is_last: bool = False,
 ) -> None:
     """The parts that are missing; a last one of fewer answers only if no more will come."""
-    answers = read_answers(work.answers)
+    keyed = attended(model.config.context, reads)
     for number, first in enumerate(range(0, len(answers), PART)):
         part = answers[first : first + PART]
         file = work.features / f"part-{number:05d}.safetensors"
         if len(part) < PART and not is_last:
             return
-        if not file.is_file() or count_answers(file) < len(part):
+        if not is_whole(file, len(part), keyed):
             write_part(model, part, reads, file)
 
 
@@ -223,8 +241,8 @@ class _Clock:
     def __init__(self, work: WorkFolder, stage: Stage, budget: Budget) -> None:
         spent = _read_spent(work)
         self._work, self._stage, self._of = work, stage, budget.seconds(stage)
-        if stage == "train":  # what the answers did not need
-            self._of += max(0.0, budget.seconds("answers") - spent.get("answers", 0.0))
+        if stage == "train":  # what the answers did not need, or less what they took too much
+            self._of += budget.seconds("answers") - spent.get("answers", 0.0)
         self._before: float = spent.get(stage, 0.0)
         self._began, self._saved = time.monotonic(), 0.0
 

@@ -26,11 +26,13 @@ from twotower.adapt.objective import (
 )
 from twotower.adapt.options import StepOptions
 from twotower.model import TwoTower
+from twotower.train.optimizer import make_optimizer
+from twotower.train.options import OptimizationOptions
 
 _POOL = 16  # steps whose answers are drawn at once and sorted by length
 _LEAST_RATE = 0.02  # of the largest learning rate, at the end
 _AT_ONCE = 64  # blocks that are measured at once
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_WEIGHT = "weight"  # among the optimiser's own keys in a file
 
 
 def places_of_step(places: Sequence[Place], step: int, options: StepOptions) -> list[Place]:
@@ -76,17 +78,8 @@ class Trainer:
         self.model, self.step, self.seconds = model, 0, 0.0  # of the budget, as the caller counts
         self._features, self._options, self._numbers = features, options, draft_numbers(model)
         self._parameters = trained_parameters(model)
-        matrices = [p for p in self._parameters.values() if p.dim() == 2]
-        others = [p for p in self._parameters.values() if p.dim() != 2]
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": options.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=0.0,
-            betas=(0.9, 0.95),
-            fused=True,
-        )
+        chosen = OptimizationOptions(optimizer=options.optimizer, weight_decay=options.weight_decay)
+        self._optimizer = make_optimizer(model, chosen)
 
     def take_step(self, places: Sequence[Place], used: float) -> float:
         """One step on answers at some of the places, at the learning rate that belongs to the used
@@ -106,10 +99,9 @@ class Trainer:
         mean = loss / weight.clamp(min=1e-6)
         mean.backward()
         nn.utils.clip_grad_norm_(self._parameters.values(), options.clip)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._rate(used)
+        self._optimizer.set_learning_rate(self._rate(used))
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad()
         self.step += 1
         return mean.item()
 
@@ -120,10 +112,10 @@ class Trainer:
 
     def save(self, file: Path) -> None:
         """Weights, moments and progress, whole or not at all."""
-        tensors = {f"model.{name}": p.detach() for name, p in self._parameters.items()}
+        tensors = {f"{_WEIGHT}:{name}": p.detach() for name, p in self._parameters.items()}
         for name, parameter in self._parameters.items():
-            state = self._optimizer.state.get(parameter, {})
-            tensors |= {f"{key}.{name}": state[key] for key in _MOMENTS if key in state}
+            for key, value in self._state(parameter).items():
+                tensors[f"{key}:{name}"] = value
         save_whole(tensors, file, {"step": str(self.step), "seconds": str(self.seconds)})
 
     def load(self, file: Path) -> None:
@@ -131,19 +123,28 @@ class Trainer:
         with safe_open(file, framework="pt", device=str(self.model.denoiser_device)) as opened:
             told = opened.metadata()
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        for name, parameter in self._parameters.items():
-            found = tensors.get(f"model.{name}")
-            if found is None or found.shape != parameter.shape:
-                raise ValueError(
-                    f"{file}: is of a denoiser of another shape; give the same options, or another "
-                    "--work"
-                )
-            parameter.data.copy_(found)
-            if f"{_MOMENTS[0]}.{name}" in tensors:
-                moments = {key: tensors[f"{key}.{name}"] for key in _MOMENTS}
-                step = torch.tensor(float(told["step"]), device=found.device)
-                self._optimizer.state[parameter] = {"step": step, **moments}
+        shapes = {f"{_WEIGHT}:{name}": p.shape for name, p in self._parameters.items()}
+        if any(n not in tensors or tensors[n].shape != shape for n, shape in shapes.items()):
+            raise ValueError(
+                f"{file}: is of a denoiser of another shape; give the same options, or another "
+                "--work"
+            )
+        for key_and_name, value in tensors.items():
+            key, _, name = key_and_name.partition(":")
+            parameter = self._parameters[name]
+            if key == _WEIGHT:
+                parameter.data.copy_(value)
+            else:
+                self._state(parameter)[key] = value
         self.step, self.seconds = int(told["step"]), float(told["seconds"])
+
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """What the optimiser that moves a parameter keeps of it."""
+        for part in self._optimizer.parts:
+            if any(parameter is one for group in part.param_groups for one in group["params"]):
+                state: dict[str, Tensor] = part.state[parameter]
+                return state
+        raise AssertionError("every trained parameter has an optimiser")
 
 
 @dataclass(frozen=True, kw_only=True)

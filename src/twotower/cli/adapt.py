@@ -77,14 +77,15 @@ class AdaptArguments(ThinOptions, AnswerOptions, StepOptions, Placement):
 
 def run(options: AdaptArguments) -> int:
     """All stages, or one; returns the exit status. Errors of the user arrive as ValueError."""
-    budget = Budget(minutes=options.minutes)
+    began = time.monotonic()
     work = WorkFolder(options.work or options.out.with_name(options.out.name + "-work"))
     thin = _part(options, ThinOptions)
     answers, steps = _part(options, AnswerOptions), _part(options, StepOptions)
     prompts = read_prompts(options.prompts)
     work.path.mkdir(parents=True, exist_ok=True)
     with only_writer(work.path):
-        loaded = _load(options)
+        loaded = load(placement_of(options, denoiser=None), "ar")  # whose drafts are to be made
+        _require_source(work, options)
         if loaded.model.has_denoiser:
             raise ValueError(f"model={loaded.name} has a denoiser of its own; give a backbone")
         stages.reads_of(loaded.model, thin)  # too many layers are said before anything is written
@@ -92,7 +93,9 @@ def run(options: AdaptArguments) -> int:
         wanted = STAGES if options.stage == "all" else (options.stage,)
         model, start = loaded.model, options.denoiser
         if options.stage == "all" and not work.spent.is_file():
-            print(estimate(model, thin, answers, steps, budget), file=sys.stderr)
+            whole = Budget(minutes=options.minutes)
+            print(estimate(model, thin, answers, steps, whole), file=sys.stderr)
+        budget = Budget(minutes=options.minutes, overhead_s=time.monotonic() - began)
         if "answers" in wanted:
             _show(stages.collect_answers(model, questions, work, thin, answers, budget, start))
         if "train" in wanted:
@@ -159,9 +162,24 @@ def _from_json(text: str, where: str, name: str) -> _Prompt:
     return _Prompt(text=prompt, task=name)
 
 
-def _load(options: AdaptArguments) -> Loaded:
-    """The backbone alone: its drafts are what is to be made."""
-    return load(placement_of(options, denoiser=None), "ar")
+def _require_source(work: WorkFolder, options: AdaptArguments) -> None:
+    """ValueError where the folder has answers of another model, or otherwise made."""
+    name = options.name
+    source = {
+        "model": str(Path(name).resolve()) if Path(name).exists() else name,
+        "quantization": options.quantization,
+        "plain_prompts": options.plain_prompts,
+        "temperature": options.temperature,
+    }
+    if work.source.is_file():
+        known = json.loads(work.source.read_text())
+        for key, value in source.items():
+            if known.get(key) != value:
+                raise ValueError(
+                    f"work: {work.path} has answers with {key}={known.get(key)}, not {value}; give "
+                    "the same, or another folder"
+                )
+    work.source.write_text(json.dumps(source) + "\n")
 
 
 def _questions(

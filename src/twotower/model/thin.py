@@ -25,9 +25,12 @@ def blocks_of(tower: TowerConfig) -> list[tuple[int, ...]]:
     return found
 
 
-def spread(count: int, total: int) -> list[int]:
-    """`count` of `total` blocks at even distances, the last one among them: 9, 19, 29 of 30."""
-    return [(number + 1) * total // count - 1 for number in range(count)]
+def spread(blocks: Sequence[tuple[int, ...]], count: int) -> list[int]:
+    """The layers of `count` blocks at even distances, the last one among them: of 30 blocks those
+    numbered 9, 19, 29.
+    """
+    chosen = [blocks[(number + 1) * len(blocks) // count - 1] for number in range(count)]
+    return [layer for block in chosen for layer in block]
 
 
 def thin_config(

@@ -142,8 +142,7 @@ def with_thin_denoiser(record: Description, layers: int) -> Description:
         raise ValueError(
             f"denoiser_layers: {layers} must be between 1 and {len(blocks)}, as the model has"
         )
-    reads = [index for block in spread(layers, len(blocks)) for index in blocks[block]]
-    thin = thin_config(config, reads, config.block_size, DraftSpec())
+    thin = thin_config(config, spread(blocks, layers), config.block_size, DraftSpec())
     return describe_config(thin, record.source)
 
 
