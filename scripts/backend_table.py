@@ -3,20 +3,17 @@
 Usage: python scripts/backend_table.py
 """
 
-import sys
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from page_table import PageTable
 
 from twotower.backends import BACKENDS, QUANTIZATIONS, Quantization, Setup, refusal
 from twotower.config import AttentionSpec, LayerSpec, MambaSpec, MLPSpec, MoESpec, RopeSpec
 from twotower.model.precision import Scheme
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "engine.md"
-BEGIN, END = "<!-- table: backends (scripts/backend_table.py) -->\n", "<!-- end -->\n"
 # Weights as they are loaded: their dtype, and how the checkpoint is quantised.
 WEIGHTS: dict[str, tuple[torch.dtype, Scheme | None]] = {
     "float32": (torch.float32, None),
@@ -95,17 +92,7 @@ def table() -> str:
                       *(f"- {reason}" for reason in sorted(reasons)), ""])  # fmt: skip
 
 
-def with_table(page: str) -> str:
-    """The page with today's table."""
-    before, _, rest = page.partition(BEGIN)
-    return before + BEGIN + table() + END + rest.partition(END)[2]
-
-
-def main() -> int:
-    """Write it."""
-    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    return 0
-
+TABLE = PageTable("engine.md", "backends", "backend_table.py", table)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    TABLE.write()

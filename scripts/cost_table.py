@@ -3,9 +3,9 @@
 python scripts/cost_table.py
 """
 
-import re
 from collections.abc import Iterator
-from pathlib import Path
+
+from page_table import PageTable
 
 from twotower.checkpoint.inspect import describe_config
 from twotower.config import DraftSpec, TwoTowerConfig
@@ -16,10 +16,6 @@ from twotower.lab.plan.options import known_hardware
 from twotower.lab.plan.passes import ModelShape, Pass, PlanSetup, time_pass
 from twotower.model.thin import blocks_of, spread, thin_config
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "cost.md"
-MARKED = re.compile(
-    r"(<!-- table: cost \(scripts/cost_table.py\) -->\n).*?(<!-- end table -->)", re.DOTALL
-)
 PAST, BLOCK, ROWS = 512, 8, (1, 4, 16, 64)
 LLAMA_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -72,10 +68,12 @@ def cycle_cost(setup: PlanSetup, count: int, passes: int) -> float:
     return (seconds("context", BLOCK) + passes * seconds("denoiser", BLOCK)) / step
 
 
-def filled(text: str) -> str:
-    """The page with today's table."""
-    return MARKED.sub(lambda m: m[1] + "\n".join(rows()) + "\n" + m[2], text)
+def table() -> str:
+    """The table's lines as text."""
+    return "".join(f"{line}\n" for line in rows())
 
+
+TABLE = PageTable("cost.md", "cost", "cost_table.py", table)
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    TABLE.write()

@@ -4,8 +4,8 @@ Usage: python scripts/field_table.py
 """
 
 import json
-import sys
-from pathlib import Path
+
+from page_table import PageTable
 
 from twotower.serve.api_fields import UNSERVED, WITHOUT_EFFECT
 from twotower.serve.responses import ResponsesRequest, TextOptions
@@ -18,8 +18,6 @@ from twotower.serve.schema import (
     TextRequest,
 )
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "serving.md"
-BEGIN, END = "<!-- table: fields (scripts/field_table.py) -->\n", "<!-- end -->\n"
 OURS = "mode"  # the first of our own in `Decoding`
 ENDPOINTS: dict[str, type[Record]] = {
     "completions": CompletionRequest,
@@ -66,17 +64,7 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_table(page: str) -> str:
-    """The page with today's tables."""
-    before, _, rest = page.partition(BEGIN)
-    return before + BEGIN + table() + END + rest.partition(END)[2]
-
-
-def main() -> int:
-    """Write them."""
-    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    return 0
-
+TABLE = PageTable("serving.md", "fields", "field_table.py", table)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    TABLE.write()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import httpx
@@ -13,7 +12,7 @@ from openai.types.chat import completion_create_params as of_chat
 from openai.types.responses import response_create_params as of_responses
 from pydantic import BaseModel
 
-from serving import Running, running, shipped
+from serving import Running, shipped
 from twotower.engine import GenerateOptions, Request, Worker, generate
 from twotower.serve.api_fields import UNSERVED, WITHOUT_EFFECT
 from twotower.serve.requests import Reader
@@ -45,17 +44,6 @@ BODIES: dict[str, tuple[type[Record], dict[str, Any]]] = {
 
 class City(BaseModel):
     city: Literal["Paris", "Rome"]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with running() as server:
-        yield server
-
-
-@pytest.fixture
-def client(server: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
 def post(server: Running, path: str, **body: object) -> httpx.Response:

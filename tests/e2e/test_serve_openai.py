@@ -4,7 +4,6 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Iterator
 
 import httpx
 import jsonschema
@@ -12,7 +11,7 @@ import openai
 import pytest
 
 from raw_http import wait_for
-from serving import Running, running, shipped
+from serving import Running, shipped
 from twotower.engine import GenerateOptions, generate
 from twotower.engine.grammar_builder import build
 
@@ -34,17 +33,6 @@ TOOL = {
         },
     },
 }
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with running() as server:
-        yield server
-
-
-@pytest.fixture
-def client(server: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
 def expected(prompt: str | list[int], **options: object) -> str:

@@ -1,15 +1,14 @@
 """What each backend runs: every combination is run here, or refused with the rule's sentence."""
 
 import dataclasses
-import importlib.util
 import logging
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from scripts import script
 from tiny_models import masked_like, random_ids, random_model, tiny_model
 from tiny_quantised import SCHEMES, groupable_model
 from twotower import TwoTower, accelerate
@@ -18,12 +17,7 @@ from twotower.checkpoint import convert, load_checkpoint, save_two_towers
 from twotower.config import AttentionSpec, MambaSpec
 from twotower.families import config_from_dict
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "backend_table.py"
-spec = importlib.util.spec_from_file_location("backend_table", SCRIPT)
-assert spec is not None and spec.loader is not None
-backend_table = importlib.util.module_from_spec(spec)
-sys.modules["backend_table"] = backend_table
-spec.loader.exec_module(backend_table)
+backend_table = script("backend_table")
 ON_CPU = [case for case in backend_table.cases() if case.device == "cpu"]
 ON_GPU = [case for case in backend_table.cases() if case.device == "cuda"]
 LLAMA = {
@@ -190,5 +184,4 @@ def test_a_backend_leaves_the_model_alone() -> None:
 
 def test_the_page_has_todays_table() -> None:
     """Guards the docs; `python scripts/backend_table.py` writes it."""
-    page = backend_table.PAGE.read_text(encoding="utf-8")
-    assert backend_table.with_table(page) == page
+    assert backend_table.TABLE.filled() == backend_table.TABLE.page

@@ -1,23 +1,15 @@
 """docs/cost.md says what the planner says."""
 
-import importlib.util
-import sys
-from pathlib import Path
+from scripts import script
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "cost_table.py"
-spec = importlib.util.spec_from_file_location("cost_table", SCRIPT)
-assert spec is not None and spec.loader is not None
-cost_table = importlib.util.module_from_spec(spec)
-sys.modules["cost_table"] = cost_table
-spec.loader.exec_module(cost_table)
+cost_table = script("cost_table")
 
 
 def test_the_page_has_todays_table() -> None:
     """Guards figures that a change of the planner makes stale; `python scripts/cost_table.py`
     writes them anew."""
-    page = cost_table.PAGE.read_text(encoding="utf-8")
-    assert "30B-A3B" in page
-    assert cost_table.filled(page) == page
+    assert "30B-A3B" in cost_table.TABLE.page
+    assert cost_table.TABLE.filled() == cost_table.TABLE.page
 
 
 def test_a_thin_denoiser_costs_its_share() -> None:

@@ -1,20 +1,14 @@
 """Bodies: how much is said of a bad one."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 from pydantic import ValidationError
 from pydantic_core import from_json
 
+from scripts import script
 from twotower.serve.errors import ApiError
 from twotower.serve.schema import ChatRequest, CompletionRequest, Decoding, parse
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "field_table.py"
-spec = importlib.util.spec_from_file_location("field_table", SCRIPT)
-assert spec is not None and spec.loader is not None
-field_table = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(field_table)
+field_table = script("field_table")
 FEW = 12  # errors of one field, for each type that was tried
 
 
@@ -60,8 +54,7 @@ def test_too_many_lists_are_not_made() -> None:
 
 
 def test_the_page_has_todays_fields() -> None:
-    page = field_table.PAGE.read_text(encoding="utf-8")
-    assert field_table.with_table(page) == page, "run python scripts/field_table.py"
+    assert field_table.TABLE.filled() == field_table.TABLE.page, "run python scripts/field_table.py"
 
 
 @pytest.mark.parametrize(

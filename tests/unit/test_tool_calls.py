@@ -6,10 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiny_models import MASK
-from tiny_text import byte_tokenizer
-from twotower.engine.grammar import Grammar, GrammarFailed
-from twotower.engine.grammar_state import TokenRules, begin
+from tiny_grammar import accepts
 from twotower.serve.tool_calls import (
     BARE,
     HERMES,
@@ -49,17 +46,6 @@ def is_whole(text: str, choice: object, style: ToolStyle = BARE, is_parallel: bo
     grammar = tool_call(TOOLS, choice, style, is_parallel)  # type: ignore[arg-type]
     assert grammar is not None
     return accepts(grammar, text)
-
-
-def accepts(grammar: Grammar, text: str) -> bool:
-    tokenizer = byte_tokenizer()
-    rules = TokenRules(eos=(2,), mask_token_id=MASK, vocab_size=tokenizer.vocab_size)
-    state = begin(grammar, tokenizer, rules)
-    try:
-        state.follow(tokenizer.encode(text))
-        return bool(state.mask()[2])
-    except GrammarFailed:
-        return False
 
 
 @pytest.mark.parametrize(
