@@ -11,8 +11,8 @@ import torch
 from page_table import PageTable
 
 from twotower.backends import BACKENDS, QUANTIZATIONS, Quantization, Setup, refusal
-from twotower.config import AttentionSpec, LayerSpec, MambaSpec, MLPSpec, MoESpec, RopeSpec
 from twotower.model.precision import Scheme
+from twotower.specs import AttentionSpec, LayerSpec, MambaSpec, MLPSpec, MoESpec, RopeSpec
 
 # Weights as they are loaded: their dtype, and how the checkpoint is quantised.
 WEIGHTS: dict[str, tuple[torch.dtype, Scheme | None]] = {

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from twotower import TwoTower, TwoTowerConfig
-from twotower.config import MoESpec
 from twotower.families import config_from_dict
+from twotower.specs import MoESpec
 
 MASK = 3
 PATTERN = "M*E-M*"  # each kind of layer, Mamba and attention twice

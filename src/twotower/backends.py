@@ -12,7 +12,6 @@ from typing import Literal, get_args
 
 import torch
 
-from twotower.config import AttentionSpec, LayerSpec, MambaSpec, MoESpec
 from twotower.model import TwoTower
 from twotower.model.backend import Backend, EagerBackend
 from twotower.model.precision import (
@@ -23,6 +22,7 @@ from twotower.model.precision import (
     scheme_of,
 )
 from twotower.native.backend import NativeBackend
+from twotower.specs import AttentionSpec, LayerSpec, MambaSpec, MoESpec
 
 BackendName = Literal["auto", "eager", "native"]
 Quantization = Literal["none", "int8", "int4"]

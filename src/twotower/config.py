@@ -5,167 +5,21 @@ Knows no file: how a family spells it in config.json is that family's business (
 
 import dataclasses
 import math
-import reprlib
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar
 
-# Far above every model, so that a typing error, or a file that lies, stays an error message.
-MAX_SIZE = 2**24  # of any dimension
-MAX_LAYERS = 2**10
-MAX_EXPERTS = 2**17  # of all layers together
-
-
-@dataclass(frozen=True, kw_only=True)
-class MambaSpec:
-    """A Mamba-2 layer: H heads of P channels, G groups of N states, W taps of convolution."""
-
-    symbol: ClassVar[str] = "M"
-    label: ClassVar[str] = "Mamba-2"
-    num_heads: int
-    head_dim: int
-    state_size: int
-    num_groups: int
-    conv_width: int
-    conv_bias: bool = True
-    proj_bias: bool = False
-
-    def __post_init__(self) -> None:
-        _check_sizes(self, "num_heads", "head_dim", "state_size", "num_groups", "conv_width")
-        _check_division(self, "num_heads", "num_groups")
-
-    @property
-    def width(self) -> int:
-        """Channels of x: H * P."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def conv_channels(self) -> int:
-        """Channels of the causal convolution: C = H * P + 2 * G * N."""
-        return self.width + 2 * self.num_groups * self.state_size
-
-    @property
-    def conv_elements(self) -> int:
-        """Numbers of one row's convolution state: C * (W - 1)."""
-        return self.conv_channels * (self.conv_width - 1)
-
-    @property
-    def ssm_elements(self) -> int:
-        """Numbers of one row's SSM state: H * P * N."""
-        return self.width * self.state_size
-
-
-RopeScaling = Literal["none", "linear", "llama3"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeSpec:
-    """Rotary positions: frequencies theta^(-2i/A), and how a scaling stretches them.
-
-    linear: all are divided by `factor`. llama3: those whose wavelength is above
-    original_max_positions / low_freq_factor are, those below original_max_positions /
-    high_freq_factor are not, and between them the change is gradual.
-    """
-
-    theta: float
-    scaling: RopeScaling = "none"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
-
-    def __post_init__(self) -> None:
-        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
-            _check_positive(name, getattr(self, name))
-        _check_sizes(self, "original_max_positions")
-        if self.scaling == "llama3" and self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(
-                f"low_freq_factor={self.low_freq_factor} must be below "
-                f"high_freq_factor={self.high_freq_factor}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionSpec:
-    """Grouped-query attention: Hq query heads and Hk key-value heads of A numbers."""
-
-    symbol: ClassVar[str] = "*"
-    label: ClassVar[str] = "attention"
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    bias: bool = False
-    """Of queries, keys and values."""
-    out_bias: bool = False
-    qk_norm: bool = False
-    """RMSNorm of each query and key head."""
-    rope: RopeSpec | None = None
-    """None: no positions at all."""
-
-    def __post_init__(self) -> None:
-        _check_sizes(self, "num_heads", "num_kv_heads", "head_dim")
-        _check_division(self, "num_heads", "num_kv_heads")
-        if self.rope is not None and self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even for rotary positions")
-
-    @property
-    def kv_elements(self) -> int:
-        """Numbers that one token adds to the KV cache."""
-        return 2 * self.num_kv_heads * self.head_dim
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoESpec:
-    """Mixture of E experts, M a token, and a shared one; in a latent width where one is given."""
-
-    symbol: ClassVar[str] = "E"
-    label: ClassVar[str] = "mixture of experts"
-    num_experts: int
-    experts_per_token: int
-    intermediate_size: int
-    shared_intermediate_size: int
-    latent_size: int | None = None
-    num_groups: int = 1
-    groups_per_token: int = 1
-    norm_topk_prob: bool = True
-    scaling_factor: float = 1.0
-
-    def __post_init__(self) -> None:
-        names = ["num_experts", "experts_per_token", "intermediate_size"]
-        names += [
-            "shared_intermediate_size",
-            *([] if self.latent_size is None else ["latent_size"]),
-        ]
-        _check_sizes(self, *names)
-        _check_division(self, "num_experts", "num_groups")
-        reachable = self.groups_per_token * (self.num_experts // self.num_groups)
-        for name, most in (
-            ("groups_per_token", self.num_groups),
-            ("experts_per_token", reachable),
-        ):
-            if not 1 <= getattr(self, name) <= most:
-                shown = reprlib.repr(getattr(self, name))
-                raise ValueError(f"{name}={shown} must be between 1 and {most}")
-        if not math.isfinite(self.scaling_factor):
-            raise ValueError(f"scaling_factor={self.scaling_factor} must be a finite number")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MLPSpec:
-    """A dense MLP: squared ReLU, or a linear map gated by a SiLU of another."""
-
-    symbol: ClassVar[str] = "-"
-    label: ClassVar[str] = "dense MLP"
-    intermediate_size: int
-    bias: bool = False
-    gated: bool = False
-
-    def __post_init__(self) -> None:
-        _check_sizes(self, "intermediate_size")
-
-
-LayerSpec = MambaSpec | AttentionSpec | MoESpec | MLPSpec
-SPECS: tuple[type[LayerSpec], ...] = (MambaSpec, AttentionSpec, MoESpec, MLPSpec)
-S = TypeVar("S", bound=LayerSpec)
+from twotower.specs import (
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    MAX_SIZE,
+    AttentionSpec,
+    LayerSpec,
+    MambaSpec,
+    MoESpec,
+    RopeSpec,
+    S,
+    check_positive,
+    check_sizes,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +35,7 @@ class InitSpec:
 
     def __post_init__(self) -> None:
         for name in ("std", "time_step_min", "time_step_max"):
-            _check_positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
         if not math.isfinite(self.time_step_floor):
             raise ValueError(f"time_step_floor={self.time_step_floor} must be a finite number")
 
@@ -200,8 +54,8 @@ class TowerConfig:
     residual_in_fp32: bool = False
 
     def __post_init__(self) -> None:
-        _check_sizes(self, "hidden_size", "vocab_size")
-        _check_positive("norm_eps", self.norm_eps)
+        check_sizes(self, "hidden_size", "vocab_size")
+        check_positive("norm_eps", self.norm_eps)
         if not 1 <= len(self.layers) <= MAX_LAYERS:
             raise ValueError(
                 f"the number of layers is {len(self.layers)}; it must be between 1 and {MAX_LAYERS}"
@@ -279,7 +133,7 @@ class DraftSpec:
 
     def __post_init__(self) -> None:
         if self.vocab_size is not None:
-            _check_sizes(self, "vocab_size")
+            check_sizes(self, "vocab_size")
         if not 0 <= self.bigram_rank <= MAX_SIZE:
             raise ValueError(f"bigram_rank={self.bigram_rank} must be between 0 and {MAX_SIZE}")
 
@@ -310,7 +164,7 @@ class TwoTowerConfig:
     """Of a thin denoiser; None: the denoiser has embeddings, head and time conditioning."""
 
     def __post_init__(self) -> None:
-        _check_sizes(self, "block_size")
+        check_sizes(self, "block_size")
         self._check_reads()
         self._check_ids()
 
@@ -407,23 +261,3 @@ def _state_shape(spec: LayerSpec) -> tuple[str | int, ...]:
             spec.conv_width,
         )  # fmt: skip
     return ()
-
-
-def _check_sizes(spec: object, *names: str) -> None:
-    for name in names:
-        value = getattr(spec, name)
-        if not 1 <= value <= MAX_SIZE:
-            raise ValueError(f"{name}={reprlib.repr(value)} must be between 1 and {MAX_SIZE}")
-
-
-def _check_division(spec: object, whole: str, part: str) -> None:
-    if getattr(spec, part) < 1 or getattr(spec, whole) % getattr(spec, part):
-        raise ValueError(
-            f"{whole}={getattr(spec, whole)} must be a multiple of "
-            f"{part}={reprlib.repr(getattr(spec, part))}"
-        )
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}={value} must be a number above 0")

@@ -12,11 +12,11 @@ from torch import Tensor
 from tiny_models import random_model
 from tiny_options import options_of
 from twotower import TwoTower, accelerate, generate
-from twotower.config import AttentionSpec
 from twotower.families import config_from_dict
 from twotower.layers.attention import KV
 from twotower.native import library, tower
 from twotower.native.packing import Grouped, quantise_groups
+from twotower.specs import AttentionSpec
 
 try:
     library.library()

@@ -14,8 +14,8 @@ from tiny_quantised import SCHEMES, groupable_model
 from twotower import TwoTower, accelerate
 from twotower.backends import BACKENDS, Setup, refusal, setup_of
 from twotower.checkpoint import convert, load_checkpoint, save_two_towers
-from twotower.config import AttentionSpec, MambaSpec
 from twotower.families import config_from_dict
+from twotower.specs import AttentionSpec, MambaSpec
 
 backend_table = script("backend_table")
 ON_CPU = [case for case in backend_table.cases() if case.device == "cpu"]

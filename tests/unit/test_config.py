@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twotower.config import MambaSpec, MoESpec
 from twotower.families import config_from_dict, config_to_dict, read_config
+from twotower.specs import MambaSpec, MoESpec
 
 RELEASED = json.loads((Path(__file__).parents[1] / "golden/case_01/config.json").read_text())
 TRANSFORMERS = {name: v for name, v in RELEASED.items() if name != "hybrid_override_pattern"} | {

@@ -8,8 +8,9 @@ import torch
 from tiny_models import tiny_config
 from twotower.checkpoint.inspect import describe_config
 from twotower.cli.main import main
-from twotower.config import MoESpec, TowerConfig, TwoTowerConfig
+from twotower.config import TowerConfig, TwoTowerConfig
 from twotower.families import FAMILIES, config_from_dict, config_to_dict
+from twotower.specs import MoESpec
 
 MAMBA_128 = {"mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8, "conv_kernel": 4}
 # The released config.json of each model, without what changes no size. Sources: the models' cards

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiny_models import fresh_model, tiny_config, tiny_model
-from twotower.config import SPECS
 from twotower.layers.adaln import Modulation
 from twotower.layers.attention import KV, Attention
 from twotower.layers.mamba2 import Mamba2, MambaState
 from twotower.layers.mlp import MLP
 from twotower.model.layer import Layer
+from twotower.specs import SPECS
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from twotower.adapt.answers import Answer
-from twotower.config import AttentionSpec, TowerConfig
+from twotower.config import TowerConfig
 from twotower.layers.attention import KV
 from twotower.model import TwoTower
+from twotower.specs import AttentionSpec
 
 READ_AT_ONCE = 512  # tokens
 PART = 64  # answers of a file

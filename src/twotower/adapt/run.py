@@ -34,9 +34,9 @@ from twotower.adapt.options import (
 )
 from twotower.adapt.training import Acceptance, Trainer, measure
 from twotower.checkpoint.denoiser import load_denoiser, save_denoiser, with_new_denoiser
-from twotower.config import AttentionSpec
 from twotower.model import TwoTower
 from twotower.model.thin import blocks_of, spread, thin_config
+from twotower.specs import AttentionSpec
 
 LEAST_ANSWERS = 20
 _LAYERS = 3  # of a denoiser when nobody says

@@ -26,10 +26,11 @@ from twotower.checkpoint.layout import read_layout
 from twotower.checkpoint.load import plan_tensors
 from twotower.checkpoint.memory import kv_bytes_per_token, state_bytes_per_row, weight_bytes
 from twotower.checkpoint.quantize import read_scheme
-from twotower.config import SPECS, AttentionSpec, MambaSpec, MoESpec, TowerConfig, TwoTowerConfig
+from twotower.config import TowerConfig, TwoTowerConfig
 from twotower.families import PRESETS, config_from_dict, read_config
 from twotower.model.precision import Scheme
 from twotower.model.two_tower import TwoTower
+from twotower.specs import SPECS, AttentionSpec, MambaSpec, MoESpec
 
 Tower = Literal["context", "denoiser"]
 KINDS = (

@@ -5,9 +5,7 @@ A field that is not given takes the checkpoint's default, and without one the li
 """
 
 import dataclasses
-import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -15,6 +13,16 @@ from twotower.diffusion import SCHEDULES, Remask, Schedule
 from twotower.documented import documented
 from twotower.engine.drafts import Drafts
 from twotower.engine.grammar import Grammar
+from twotower.engine.option_checks import (
+    Problem,
+    as_pairs,
+    biases,
+    instance,
+    number,
+    one_of,
+    strings,
+    token_ids,
+)
 
 Mode = Literal["diffusion", "speculative", "posterior", "predict-and-noise", "ar", "mock-ar"]
 Overlap = Literal["auto", "on", "off"]
@@ -22,7 +30,6 @@ FirstToken = Literal["denoiser", "context"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 MOST_LOGPROBS = 100  # alternatives to each token
 LEAST_TOP_P = 1e-6  # float32 must tell it from 0
-MOST_BIASED = 1024  # tokens of a logit_bias
 _BLOCKS: tuple[Mode, ...] = ("diffusion", "posterior", "predict-and-noise")
 _IN_ORDER: tuple[Mode, ...] = ("speculative", "ar", "mock-ar")
 LogitBias = tuple[tuple[int, float], ...]  # pairs of a token and what is added to its logit
@@ -157,7 +164,7 @@ class GenerateOptions:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.logit_bias, Mapping):
-            object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
+            object.__setattr__(self, "logit_bias", as_pairs(self.logit_bias))
         _check(self.given(), _CHECKS)
         if self.mode is not None:
             _refuse_unused(self, self.mode)
@@ -290,109 +297,42 @@ def _refuse_combinations(resolved: ResolvedOptions, given: Mapping[str, object])
             )
 
 
-Problem = Callable[[object], str | None]  # what is wrong with a value, if anything
-
-
-def _number(low: float, high: float = math.inf, is_whole: bool = False) -> Problem:
-    kinds = (int,) if is_whole else (int, float)
-    least = f"at least {low}" if is_whole else f"a finite number, at least {low}"
-    allowed = least if high == math.inf else f"between {low} and {high}"
-
-    def problem(value: object) -> str | None:
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            return f"must be a {'whole ' * is_whole}number"
-        is_inside = low <= value <= high and not math.isinf(value)
-        return None if is_inside else f"must be {allowed}"
-
-    return problem
-
-
-def _one_of(*choices: str) -> Problem:
-    def problem(value: object) -> str | None:
-        return None if value in choices else f"is unknown; use one of {', '.join(choices)}"
-
-    return problem
-
-
-def _instance(kind: type, words: str) -> Problem:
-    return lambda value: None if isinstance(value, kind) else f"must be {words}"
-
-
-def _token_ids(value: object) -> str | None:
-    ids = value if isinstance(value, tuple) else (value,)
-    are_ids = all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids)
-    return None if are_ids else "must be a token id, or a list of them"
-
-
-def _strings(value: object) -> str | None:
-    texts = value if isinstance(value, tuple) else (value,)
-    if not all(isinstance(text, str) for text in texts):
-        return "must be text, or a list of texts"
-    return None if all(texts) else "has an empty string; leave it out"
-
-
-def _pairs(biases: Mapping[Any, Any]) -> tuple[tuple[Any, Any], ...]:
-    """Tokens and biases; the names of a JSON object are text."""
-    return tuple(
-        (
-            int(token) if isinstance(token, str) and re.fullmatch("[0-9]{1,9}", token) else token,
-            bias,
-        )
-        for token, bias in biases.items()
-    )
-
-
-def _biases(value: object) -> str | None:
-    pairs = value if isinstance(value, tuple) else (value,)
-    if len(pairs) > MOST_BIASED:
-        return f"must name at most {MOST_BIASED} tokens"
-    are_good = all(
-        isinstance(pair, tuple)
-        and len(pair) == 2
-        and _token_ids(pair[0]) is None
-        and _bias(pair[1]) is None
-        for pair in pairs
-    )
-    return None if are_good else "must map token ids to numbers between -100 and 100"
-
-
-_bias = _number(-100, 100)
-_penalty = _number(-2.0, 2.0)
-_count = _number(1, is_whole=True)
-_flag = _instance(bool, "True or False")
-_share = _number(0.0, 1.0)
+_penalty = number(-2.0, 2.0)
+_count = number(1, is_whole=True)
+_flag = instance(bool, "True or False")
+_share = number(0.0, 1.0)
 _ENGINE_CHECKS: dict[str, Problem] = {
     "max_rows": _count,
     "max_waiting": _count,
-    "overlap": _one_of(*get_args(Overlap)),
-    "prefix_cache_bytes": _number(0, is_whole=True),
+    "overlap": one_of(*get_args(Overlap)),
+    "prefix_cache_bytes": number(0, is_whole=True),
 }
 _CHECKS: dict[str, Problem] = {
-    "mode": _one_of(*MODES),
+    "mode": one_of(*MODES),
     "max_new_tokens": _count,
     "block_size": _count,
     "steps_per_block": _count,
-    "first_token": _one_of(*get_args(FirstToken)),
+    "first_token": one_of(*get_args(FirstToken)),
     "verify_threshold": _share,
-    "drafts": _one_of(*get_args(Drafts)),
+    "drafts": one_of(*get_args(Drafts)),
     "draft_passes": _count,
     "confidence_threshold": _share,
-    "temperature": _number(0.0),
-    "top_k": _number(0, is_whole=True),
-    "top_p": _number(LEAST_TOP_P, 1.0),
+    "temperature": number(0.0),
+    "top_k": number(0, is_whole=True),
+    "top_p": number(LEAST_TOP_P, 1.0),
     "min_p": _share,
     "presence_penalty": _penalty,
     "frequency_penalty": _penalty,
-    "repetition_penalty": _number(0.01, 100.0),
-    "logit_bias": _biases,
-    "seed": _number(0, 2**63 - 1, is_whole=True),
-    "eos_token_id": _token_ids,
+    "repetition_penalty": number(0.01, 100.0),
+    "logit_bias": biases,
+    "seed": number(0, 2**63 - 1, is_whole=True),
+    "eos_token_id": token_ids,
     "ignore_eos": _flag,
-    "stop": _strings,
-    "logprobs": _number(0, MOST_LOGPROBS, is_whole=True),
-    "grammar": _instance(Grammar, "a Grammar"),
-    "schedule": _one_of(*SCHEDULES),
-    "remask": _one_of(*get_args(Remask)),
+    "stop": strings,
+    "logprobs": number(0, MOST_LOGPROBS, is_whole=True),
+    "grammar": instance(Grammar, "a Grammar"),
+    "schedule": one_of(*SCHEDULES),
+    "remask": one_of(*get_args(Remask)),
     "adaptive": _flag,
 }
 

@@ -11,18 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from twotower.config import (
-    AttentionSpec,
-    InitSpec,
-    LayerSpec,
-    MLPSpec,
-    RopeSpec,
-    TowerConfig,
-    TwoTowerConfig,
-)
+from twotower.config import InitSpec, TowerConfig, TwoTowerConfig
 from twotower.families.fields import (
     Values,
     read_spec,
@@ -35,7 +26,9 @@ from twotower.families.fields import (
     write_spec,
     write_two_towers,
 )
+from twotower.families.rope import read_rope, rope_from_gguf, short, write_rope
 from twotower.layers.rope import inverse_frequencies
+from twotower.specs import AttentionSpec, LayerSpec, MLPSpec
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -49,18 +42,6 @@ _ATTENTION = {
     "out_bias": "attention_bias",
 }
 _MLP = {"intermediate_size": "intermediate_size", "bias": "mlp_bias"}
-_ROPE = {
-    "theta": "rope_theta",
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_positions": "original_max_position_embeddings",
-}
-_ROPE_TYPES = {  # our name, and the fields that count
-    "default": ("none", ("theta",)),
-    "linear": ("linear", ("theta", "factor")),
-    "llama3": ("llama3", tuple(_ROPE)),
-}
 _REQUIRED = [
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
 ]  # fmt: skip
@@ -137,7 +118,7 @@ class LlamaFamily:
             "num_hidden_layers": tower.num_layers // 2,
             "hidden_act": "silu",
             "initializer_range": config.init.std,
-            "rope_parameters": _write_rope(tower),
+            "rope_parameters": write_rope(tower),
             "sliding_window": None,
         }
         if self.has_no_rope_layers:
@@ -236,8 +217,8 @@ class LlamaFamily:
             "num_key_value_heads": found.get("attention.head_count_kv", heads),
             "head_dim": head_dim,
             "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
-            "rms_norm_eps": _short(found["attention.layer_norm_rms_epsilon"]),
-            "rope_parameters": _rope_from_gguf(found, head_dim, rope_factors),
+            "rms_norm_eps": short(found["attention.layer_norm_rms_epsilon"]),
+            "rope_parameters": rope_from_gguf(found, head_dim, rope_factors),
             "tie_word_embeddings": "output.weight" not in tensors,
             "attention_bias": "blk.0.attn_output.bias" in tensors,
             "mlp_bias": "blk.0.ffn_up.bias" in tensors,
@@ -289,7 +270,7 @@ class LlamaFamily:
         if self.has_qkv_bias is not None:
             found["attention_bias"] = False
         spec = read_spec(
-            AttentionSpec, found, _ATTENTION, rope=_read_rope(values), qk_norm=self.has_qk_norm
+            AttentionSpec, found, _ATTENTION, rope=read_rope(values), qk_norm=self.has_qk_norm
         )
         return replace(spec, bias=spec.bias or bool(self.has_qkv_bias))
 
@@ -374,73 +355,3 @@ def _specs(config: TwoTowerConfig) -> tuple[AttentionSpec, MLPSpec]:
     attention, mlp = config.context.layers[:2]
     assert isinstance(attention, AttentionSpec) and isinstance(mlp, MLPSpec)
     return attention, mlp
-
-
-def _read_rope(values: Values) -> RopeSpec:
-    """The rotary positions, in the spelling of transformers 5 or the one before."""
-    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(given, dict):
-        raise ValueError(f"config.json: rope_parameters={reprlib.repr(given)} must be an object")
-    found = with_synonyms(given, {"type": "rope_type"})
-    kind = found.get("rope_type", "default")
-    if not isinstance(kind, str) or kind not in _ROPE_TYPES:
-        raise ValueError(
-            f"config.json: rope_type={reprlib.repr(kind)} is not supported; read are "
-            f"{', '.join(_ROPE_TYPES)}"
-        )
-    refuse(found, {"partial_rotary_factor": 1.0})
-    scaling, used = _ROPE_TYPES[kind]
-    found.setdefault("rope_theta", values.get("rope_theta", 10_000.0))
-    found.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
-    require(found, [_ROPE[name] for name in used])
-    return read_spec(RopeSpec, found, {name: _ROPE[name] for name in used}, scaling=scaling)
-
-
-def _rope_from_gguf(
-    found: Mapping[str, Any], head_dim: int, factors: list[float] | None
-) -> dict[str, object]:
-    """rope_parameters from a GGUF file's metadata and its tensor of factors."""
-    if found.get("rope.dimension_count", head_dim) != head_dim:
-        raise ValueError(
-            f"rope.dimension_count={found['rope.dimension_count']} is not supported; only the "
-            f"head's size, {head_dim}"
-        )
-    values: dict[str, object] = {"rope_theta": _short(found.get("rope.freq_base", 10_000.0))}
-    kind = found.get("rope.scaling.type", "none")
-    if factors is not None:
-        return values | _llama3_of_factors(factors, values, head_dim)
-    if kind not in ("none", "linear"):
-        raise ValueError(f"rope.scaling.type={kind!r} is not supported; only none and linear")
-    factor = _short(found.get("rope.scaling.factor", 1.0))
-    is_linear = kind == "linear" and factor != 1.0
-    return values | ({"rope_type": "linear", "factor": factor} if is_linear else {})
-
-
-def _llama3_of_factors(
-    factors: list[float], values: Mapping[str, object], head_dim: int
-) -> dict[str, object]:
-    """The scaling that has these factors, among those of the Llama 3 releases."""
-    for factor in (8.0, 32.0):
-        found: dict[str, object] = {
-            "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-        }  # fmt: skip
-        spec = _read_rope({"rope_parameters": {**values, **found}})
-        plain = inverse_frequencies(replace(spec, scaling="none"), head_dim)
-        known = plain / inverse_frequencies(spec, head_dim)
-        if len(factors) == len(known) and torch.allclose(known, torch.tensor(factors), rtol=1e-3):
-            return found
-    raise ValueError("rope_freqs.weight holds factors of no known scaling; use the model's folder")
-
-
-def _short(value: float) -> float:
-    """A float32 as the shortest number that means it: 1e-05, not 9.99999974e-06."""
-    return float(f"{value:.7g}")
-
-
-def _write_rope(tower: TowerConfig) -> dict[str, object]:
-    """The inverse, in the spelling of transformers 5."""
-    spec = RopeSpec(theta=10_000.0) if tower.rotary is None else tower.rotary[0]
-    kind = next(name for name, (scaling, _) in _ROPE_TYPES.items() if scaling == spec.scaling)
-    _, used = _ROPE_TYPES[kind]
-    return {"rope_type": kind, **write_spec(spec, {name: _ROPE[name] for name in used})}

@@ -13,17 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from twotower.config import (
-    SPECS,
-    AttentionSpec,
-    InitSpec,
-    LayerSpec,
-    MambaSpec,
-    MLPSpec,
-    MoESpec,
-    TowerConfig,
-    TwoTowerConfig,
-)
+from twotower.config import InitSpec, TowerConfig, TwoTowerConfig
 from twotower.families.fields import (
     Values,
     read_spec,
@@ -37,6 +27,7 @@ from twotower.families.fields import (
     write_spec,
     write_two_towers,
 )
+from twotower.specs import SPECS, AttentionSpec, LayerSpec, MambaSpec, MLPSpec, MoESpec
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from twotower.config import AttentionSpec
 from twotower.kernels import ops
 from twotower.layers.norms import RMSNorm
 from twotower.layers.rope import Rotation, rotate
+from twotower.specs import AttentionSpec
 
 
 class KV(NamedTuple):

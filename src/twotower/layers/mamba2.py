@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twotower.config import MambaSpec
 from twotower.kernels import ops, ssd
 from twotower.layers.norms import GatedRMSNorm
+from twotower.specs import MambaSpec
 
 
 class MambaState(NamedTuple):

@@ -6,10 +6,10 @@ The router is a sigmoid with bias correction and groups.
 import torch
 from torch import Tensor, nn
 
-from twotower.config import MoESpec
 from twotower.kernels import ops
 from twotower.kernels.quantised import Matrices
 from twotower.layers.mlp import MLP
+from twotower.specs import MoESpec
 
 
 class Router(nn.Module):

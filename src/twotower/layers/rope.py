@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twotower.config import RopeSpec
+from twotower.specs import RopeSpec
 
 
 class Rotation(NamedTuple):

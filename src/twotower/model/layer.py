@@ -2,13 +2,14 @@
 
 from torch import Tensor, nn
 
-from twotower.config import AttentionSpec, LayerSpec, MambaSpec, MoESpec, TowerConfig
+from twotower.config import TowerConfig
 from twotower.layers.adaln import Modulation
 from twotower.layers.attention import Attention
 from twotower.layers.mamba2 import Mamba2
 from twotower.layers.mlp import MLP
 from twotower.layers.moe import Experts, MoE
 from twotower.layers.norms import RMSNorm
+from twotower.specs import AttentionSpec, LayerSpec, MambaSpec, MoESpec
 
 
 def make_mixer(spec: LayerSpec, width: int, eps: float) -> Mamba2 | Attention | MoE | MLP:

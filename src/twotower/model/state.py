@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twotower.config import AttentionSpec, LayerSpec, MambaSpec, TowerConfig
+from twotower.config import TowerConfig
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
+from twotower.specs import AttentionSpec, LayerSpec, MambaSpec
 
 # Tokens by which a buffer grows. Doubling would make short texts grow again and again, and leave
 # half of a long one's room unused.

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twotower.config import AttentionSpec, DraftSpec, MambaSpec, TowerConfig, TwoTowerConfig
+from twotower.config import DraftSpec, TowerConfig, TwoTowerConfig
 from twotower.layers.quantised import QuantisedLinear
 from twotower.model.two_tower import TwoTower
+from twotower.specs import AttentionSpec, MambaSpec
 
 _SKETCHED = 16  # numbers of each matrix
 

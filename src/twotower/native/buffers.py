@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twotower.config import AttentionSpec, MambaSpec
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
 from twotower.model.state import LayerState
 from twotower.native.layout import OUTPUTS, PAST, Layer
+from twotower.specs import AttentionSpec, MambaSpec
 
 _FLOAT = 4  # bytes
 # Addresses are written as plain numbers, in this order.

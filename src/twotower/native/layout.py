@@ -6,7 +6,7 @@ made of it. Only `layer_of` reads a configuration.
 
 import ctypes
 
-from twotower.config import AttentionSpec, LayerSpec, MambaSpec, MLPSpec
+from twotower.specs import AttentionSpec, LayerSpec, MambaSpec, MLPSpec
 
 LANES = 16  # tokens of a tile: what the widest vector holds
 _STRUCTS = {

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from twotower.checkpoint.inspect import Tower
-from twotower.config import AttentionSpec, LayerSpec, MambaSpec, MoESpec, TowerConfig
+from twotower.config import TowerConfig
 from twotower.lab.plan.inputs import Mode, Widths, Workload
 from twotower.lab.plan.passes import EXPERTS, ModelShape, PlanSetup
+from twotower.specs import AttentionSpec, LayerSpec, MambaSpec, MoESpec
 
 # Prompts are read as the engine does: so many tokens of so many rows in a pass.
 CHUNK, NEWCOMERS = 512, 16

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from twotower.checkpoint.inspect import Description, Tower
-from twotower.config import AttentionSpec, MoESpec, TowerConfig, TwoTowerConfig
+from twotower.config import TowerConfig, TwoTowerConfig
 from twotower.lab.plan.hardware import Compute, Hardware
 from twotower.lab.plan.inputs import Efficiency, Widths
+from twotower.specs import AttentionSpec, MoESpec
 
 _MATRICES = ("mamba", "attention", "mlp", "norms", "moe router", "moe shared")
 EXPERTS = "moe routed"
