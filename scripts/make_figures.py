@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import figure_tables as tables  # noqa: E402  (the path above)
+import training_tables as training  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "figures.md"
@@ -161,22 +162,22 @@ SECTIONS = (
         "Training",
         "How was the shipped model trained, and do several processes train the same model?",
         [
-            Kind("training_runs", "Runs, each going on from the one before", tables.training_runs),
-            Kind("parallel_training", "Largest difference of a loss", tables.parallel_training),
+            Kind("training_runs", "Runs, each going on from the last", training.training_runs),
+            Kind("parallel_training", "Largest difference of a loss", training.parallel_training),
         ],
     ),
     Section(
         "Plan validation",
         "How well does [`twotower plan`](plan.md) predict what was measured, by others on the 30B "
         "and by us?\n\"Off by\" counts too fast and too slow alike; calibrated rows are left out.",
-        [Kind("plan_validation", "Predicted and measured", tables.plan_validation)],
+        [Kind("plan_validation", "Predicted and measured", training.plan_validation)],
     ),
     Section(
         "Ablations",
         "What does each part of the method give? [Set-up and reading](ablations.md).",
         [
-            Kind("ablations_train", "Training", tables.ablations(r"(?!sample-).*")),
-            Kind("ablations_sample", "Sampling", tables.ablations("sample-.*")),
+            Kind("ablations_train", "Training", training.ablations(r"(?!sample-).*")),
+            Kind("ablations_sample", "Sampling", training.ablations("sample-.*")),
         ],
     ),
 )  # fmt: skip
@@ -195,7 +196,7 @@ BLOCKS = {
     "quality-modes": Block("evaluate", "quality-by-category", tables.quality_modes),
     "quality-line": Block("evaluate", "quality-by-category", tables.quality_line),
     "race": Block("race_1_thread", "race", tables.race_short),
-    "training-runs": Block("training_runs", "training", tables.training_runs),
+    "training-runs": Block("training_runs", "training", training.training_runs),
 }
 
 
