@@ -55,11 +55,7 @@ def denoise_block(
     if not sampler.is_random:
         generators = ()  # nothing to draw
     device = block.device
-    sampler = replace(
-        sampler, steps=sampler.steps.to(device), threshold=sampler.threshold.to(device)
-    )
-    if token_ids is not None:
-        sampler = replace(sampler, unused_ids=())  # of the vocabulary; these logits are of tokens
+    sampler = _ready(sampler, device, token_ids)
     tokens = block
     is_masked = block == sampler.mask_token_id
     confidence = (~is_masked).float()
@@ -104,6 +100,14 @@ def denoise_block(
         rows, kept_rows = now[is_open & ~is_kept].sort().values, now[is_kept]
         kept_logits = logits[is_kept] if len(kept_rows) > 0 else None
         step += 1
+
+
+def _ready(sampler: Sampler, device: torch.device, token_ids: Tensor | None) -> Sampler:
+    """The sampler where the block is, for logits of these ids."""
+    # Ids of the vocabulary that are no token: of a vocabulary of tokens alone there are none.
+    unused = sampler.unused_ids if token_ids is None else ()
+    steps, threshold = sampler.steps.to(device), sampler.threshold.to(device)
+    return replace(sampler, steps=steps, threshold=threshold, unused_ids=unused)
 
 
 def _pick(value: Tensor, rows: Tensor, is_whole: bool) -> Tensor:

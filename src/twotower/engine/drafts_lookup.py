@@ -59,7 +59,9 @@ class LookupIndex:
             at = self._earlier[at]
         if length == 0:
             return 0, []
-        text = [*self._text[place:], *after]
+        text = self._text[place : place + most]
+        if len(text) < most:  # all that there is
+            text += after
         return length, [text[i % len(text)] for i in range(most)]
 
     def _num_equal(self, end: Sequence[int], at: int) -> int:
