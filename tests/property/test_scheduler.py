@@ -152,14 +152,15 @@ def test_a_refused_request_does_not_end_the_others(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("lengths", [([4, 9], [1]), ([2], [30, 1]), ([0, 0], [5, 5])])
 def test_joined_caches_go_on_as_before(lengths: tuple[list[int], list[int]]) -> None:
-    """Guards `concat`: keys of rows whose buffers differ in width, states, outputs."""
+    """Guards `append`: keys of rows whose buffers differ in width, states, outputs."""
     caches = []
     for seed, of_rows in enumerate(lengths):
         ids = torch.tensor(
             [p + [0] * (max(*of_rows, 1) - len(p)) for p in prompts_of(of_rows, seed)]
         )
         caches.append(MODEL.prefill(ids, torch.tensor(of_rows)))
-    joined = caches[0].concat(caches[1])
+    joined = caches[0].select(torch.arange(caches[0].num_rows))
+    joined.append(caches[1])
     hidden = [cache.last_hidden for cache in caches]
     assert joined.last_hidden is not None and all(part is not None for part in hidden)
     assert torch.equal(joined.last_hidden, torch.cat([part for part in hidden if part is not None]))

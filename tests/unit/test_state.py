@@ -184,3 +184,39 @@ def test_wrong_arguments_are_one_line(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kept", [[1], [0, 3], [3, 1], [0, 1, 2, 4], [2, 3, 4], [4, 3, 2, 1, 0]])
+def test_rows_that_leave_and_enter_change_no_other(kept: list[int]) -> None:
+    """Guards the places of rows in a cache: each goes on as alone, also in the place of a row whose
+    keys were not finite.
+    """
+    lengths = torch.tensor([7, 3, 5, 1, 6])
+    cache = MODEL.prefill(random_ids(5, 7), lengths)
+    alone = {row: cache.select(torch.tensor([row])) for row in range(5)}
+    gone = [row for row in range(5) if row not in kept]
+    for state in cache.layers:
+        if isinstance(state, KV):
+            state.k[gone], state.v[gone] = torch.nan, torch.nan
+    order = cache.keep(kept)
+    assert sorted(order) == sorted(kept)
+    newcomer = MODEL.prefill(random_ids(1, 2, seed=3))
+    cache.append(newcomer)
+    caches = [*(alone[row] for row in order), newcomer]
+    assert cache.lengths.tolist() == [int(one.lengths) for one in caches]
+    for seed in range(3):  # the last goes beyond the room of before
+        tokens = random_ids(len(caches), 60 if seed == 2 else 3, seed=seed)
+        MODEL.extend(cache, tokens)
+        for row, one in enumerate(caches):
+            MODEL.extend(one, tokens[row : row + 1])
+        expected = torch.cat([MODEL.next_logits(one) for one in caches])
+        torch.testing.assert_close(MODEL.next_logits(cache), expected, rtol=0, atol=2e-4)
+
+
+def test_a_cache_that_lost_most_rows_gives_their_memory_back() -> None:
+    """Guards a server's memory after a crowd."""
+    cache = attention_cache(16)
+    append(cache, [[1]] * 16)
+    cache.keep([3])
+    state = cache.layers[0]
+    assert isinstance(state, KV) and len(state.k.untyped_storage()) <= 4 * state.k.nbytes

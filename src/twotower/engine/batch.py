@@ -114,10 +114,18 @@ class Batch:
         cache = self.cache.select(chosen)
         return Batch(self.model, self.mode, rows, cache, self.denoiser, draft)
 
+    def keep(self, places: Sequence[int]) -> "Batch":
+        """As `part`, in any order, with the batch's own cache, which loses the other rows."""
+        if len(places) == len(self.rows):
+            return self
+        order = self.cache.keep(places)
+        rows = [self.rows[place] for place in order]
+        return Batch(self.model, self.mode, rows, self.cache, self.denoiser)
+
     def join(self, other: "Batch") -> "Batch":
-        """These rows and then the other's."""
-        cache = self.cache.concat(other.cache)
-        return Batch(self.model, self.mode, self.rows + other.rows, cache, self.denoiser)
+        """These rows and then the other's, with this batch's own cache."""
+        self.cache.append(other.cache)
+        return Batch(self.model, self.mode, self.rows + other.rows, self.cache, self.denoiser)
 
     def read(self, num_unread: int, most: int | None = None) -> None:
         """Let the context tower read what the cache lacks of each row's text, but for its last
@@ -163,7 +171,7 @@ class Group:
         """Drop all other rows, and their parts of the caches."""
         for batches in (self.batches, self.prompts):
             places = [[i for i, row in enumerate(b.rows) if stays(row)] for b in batches]
-            batches[:] = [b.part(own) for b, own in zip(batches, places, strict=True) if own]
+            batches[:] = [b.keep(own) for b, own in zip(batches, places, strict=True) if own]
 
     def remove(self, row: Row) -> Batch:
         """A row with its part of the cache, which leave the group."""

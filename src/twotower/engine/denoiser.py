@@ -106,7 +106,7 @@ class CopyDenoiser:
     def fill(self, batch: "Batch", blocks: Blocks) -> Iterator[Step]:
         device = batch.model.denoiser_device
         if self._copy is None:
-            self._copy = CacheCopy(batch.cache.empty_like(device).select(torch.tensor([0])))
+            self._copy = CacheCopy(batch.model.empty_cache(1, device))
         sources, delta = self._follower.lacks(batch)
         self._copy.update(sources, delta.to(device))
         self._follower.holds(batch)
@@ -117,15 +117,15 @@ class CacheCopy:
     """The copy of a batch's cache. empty: a cache of one row before its first token."""
 
     def __init__(self, empty: ContextCache) -> None:
-        self.cache, self._empty = empty, empty
+        self.cache, self._empty = empty.select(torch.tensor([0])), empty
 
     def update(self, sources: Sequence[int], delta: CacheDelta) -> None:
         """Become the cache of rows which were the `sources` of this one, -1 for a new row, and have
         read what is in the delta since.
         """
         if list(sources) != list(range(self.cache.num_rows)):
-            # The empty row is the last one, which -1 picks.
-            self.cache = self.cache.concat(self._empty).select(torch.tensor(sources))
+            self.cache.append(self._empty)  # the last row, which -1 picks
+            self.cache = self.cache.select(torch.tensor(sources))
         self.cache.apply_delta(delta)
 
 

@@ -212,7 +212,7 @@ def _advance(group: Group, batch: Batch, choose: Callable[[Batch], Choice]) -> I
     for part in (yield from attempt(batch, work)):
         going = yield from _write(part)
         if going:
-            group.add(part.part(going))
+            group.add(part.keep(going))
 
 
 def _write(batch: Batch) -> Generator[Event, None, list[int]]:

@@ -4,7 +4,7 @@
 denoiser can get, so nothing of an unfinished block ever reaches the cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,8 @@ from twotower.specs import AttentionSpec, LayerSpec, MambaSpec
 # Tokens by which a buffer grows. Doubling would make short texts grow again and again, and leave
 # half of a long one's room unused.
 _LEAST_GROWTH, _MOST_GROWTH = 64, 1024
+# A cache is copied to a smaller one when its buffers have room for so many times its rows.
+_MOST_SPARE_ROWS = 4
 
 LayerState = KV | MambaState | None
 # Each Mamba layer's state after the first counts (B,) of the tokens that were read.
@@ -94,8 +96,10 @@ class ContextCache:
 
     `layers[i]` is what layer i keeps: KV (B, S, Hk, A), S the longest row, MambaState conv
     (B, C, W-1) and ssm (B, H, P, N), or None. `last_hidden` (B, D) is the tower's output at each
-    row's last token, None before the first. Key buffers double, but grow by 64 tokens at least and
-    1,024 at most.
+    row's last token, None before the first.
+
+    Key buffers have room for more rows and tokens than there are, so that tokens are added and rows
+    enter and leave without a copy of the others.
     """
 
     def __init__(
@@ -123,10 +127,10 @@ class ContextCache:
 
     @property
     def layers(self) -> tuple[LayerState, ...]:
-        """What each layer keeps; keys and values are cut to the longest row, without a copy."""
-        num_past = self.num_past
+        """What each layer keeps; keys and values without the room behind them, not copied."""
+        num_rows, num_past = self.num_rows, self.num_past
         return tuple(
-            KV(state.k[:, :num_past], state.v[:, :num_past]) if isinstance(state, KV) else state
+            KV(*(part[:num_rows, :num_past] for part in state)) if isinstance(state, KV) else state
             for state in self._states
         )
 
@@ -155,7 +159,8 @@ class ContextCache:
             old = self._states[index]
             if isinstance(new, KV) and isinstance(old, KV):
                 # What lies behind the lengths is not yet part of the cache.
-                grown = KV(*(_with_room(part, num_past, new.k.shape[1]) for part in old))
+                length = num_past + new.k.shape[1]
+                grown = KV(*(_with_room(part, self.num_rows, num_past, length) for part in old))
                 for buffer, part in zip(grown, new, strict=True):
                     self._write(buffer, part, num_past if is_uniform else None)
                 self._states[index] = grown
@@ -169,21 +174,6 @@ class ContextCache:
             self._states[index] = state
         self.last_hidden, self.lengths = newest, lengths
 
-    def empty_like(self, device: torch.device | str) -> "ContextCache":
-        """A cache of as many rows on another device, before their first token."""
-        empty = object.__new__(ContextCache)
-        empty.lengths = torch.zeros_like(self.lengths)
-        empty.last_hidden = None
-        empty._states = [
-            KV(*(part[:, :0].to(device) for part in state))
-            if isinstance(state, KV)
-            else None
-            if state is None
-            else MambaState(*(torch.zeros_like(part, device=device) for part in state))
-            for state in self._states
-        ]
-        return empty
-
     def delta_since(self, lengths: Tensor) -> CacheDelta:
         """What the cache holds beyond the first lengths (B,) tokens of its rows."""
         counts = self.lengths - lengths
@@ -191,7 +181,7 @@ class ContextCache:
         first = int(lengths[0]) if len(lengths) else 0
         is_even = bool((lengths == first).all()) and bool((counts == most).all())
         states: list[LayerState] = []
-        for state in self._states:
+        for state in self.layers:
             if isinstance(state, KV):
                 cut = slice(first, first + most) if is_even else None
                 states.append(KV(*(_tokens_from(part, cut, lengths, most) for part in state)))
@@ -217,23 +207,55 @@ class ContextCache:
         chosen.last_hidden = (
             None if self.last_hidden is None else self.last_hidden[rows.to(self.last_hidden.device)]
         )
-        chosen._states = list(_select(tuple(self._states), rows))
+        chosen._states = list(_select(self.layers, rows))
         return chosen
 
-    def concat(self, other: "ContextCache") -> "ContextCache":
-        """A new cache with copies of these rows and then the other's."""
-        joined = object.__new__(ContextCache)
-        joined.lengths = torch.cat([self.lengths, other.lengths])
-        joined.last_hidden = _joined_hidden(self, other)
-        joined._states = [
-            KV(_stack(mine.k, its.k), _stack(mine.v, its.v))
-            if isinstance(mine, KV) and isinstance(its, KV)
-            else None
-            if mine is None or its is None
-            else type(mine)(*(torch.cat(parts) for parts in zip(mine, its, strict=True)))
-            for mine, its in zip(self._states, other._states, strict=True)
-        ]
-        return joined
+    def keep(self, rows: Sequence[int]) -> list[int]:
+        """Drop all other rows, in place; returns the rows kept in the order in which they now are.
+
+        Only rows that fill the places of others are moved, or all where much room would be left.
+        """
+        kept, movers = set(rows), iter(sorted(row for row in rows if row >= len(rows)))
+        order = [place if place in kept else next(movers) for place in range(len(rows))]
+        chosen = torch.tensor(order, dtype=torch.int64)
+        room = max((len(s.k) for s in self._states if isinstance(s, KV)), default=0)
+        if len(order) * _MOST_SPARE_ROWS <= room:
+            self.__dict__.update(self.select(chosen).__dict__)
+            return order
+        moves = [(p, row, int(self.lengths[row])) for p, row in enumerate(order) if p != row]
+        for index, state in enumerate(self._states):
+            if isinstance(state, KV):
+                for buffer in state:
+                    for place, row, length in moves:
+                        buffer[place, :length] = buffer[row, :length]
+                        buffer[place, length:] = 0  # no NaN of a row that left
+            elif state is not None:
+                self._states[index] = MambaState(*(part[chosen.to(part.device)] for part in state))
+        if self.last_hidden is not None:
+            self.last_hidden = self.last_hidden[chosen.to(self.last_hidden.device)]
+        self.lengths = self.lengths[chosen]
+        return order
+
+    def append(self, other: "ContextCache") -> None:
+        """Add copies of the other's rows behind these. Whole or not at all, as `commit` is."""
+        first, last = self.num_rows, self.num_rows + other.num_rows
+        hidden, length = _joined_hidden(self, other), max(self.num_past, other.num_past)
+        joined: list[LayerState] = []
+        for mine, its in zip(self._states, other.layers, strict=True):
+            if isinstance(mine, KV) and isinstance(its, KV):
+                grown = KV(*(_with_room(part, last, self.num_past, length) for part in mine))
+                joined.append(grown)
+                for buffer, part in zip(grown, its, strict=True):
+                    buffer[first:last, : part.shape[1]] = part
+                    buffer[first:last, part.shape[1] :] = 0  # no NaN of a row that left
+            elif mine is None or its is None:
+                joined.append(None)
+            else:
+                joined.append(
+                    type(mine)(*(torch.cat(parts) for parts in zip(mine, its, strict=True)))
+                )
+        self._states, self.last_hidden = joined, hidden
+        self.lengths = torch.cat([self.lengths, other.lengths])
 
     def _newest(self, hidden: Tensor, counts: Tensor) -> Tensor:
         """Each row's output (B, D) at the last of its counts[b] tokens; the old one where none."""
@@ -248,16 +270,16 @@ class ContextCache:
 
     def _write(self, buffer: Tensor, new: Tensor, start: int | None) -> None:
         """Put new (B, L, Hk, A) at `start`, or behind each row's last token where those differ."""
-        length = new.shape[1]
+        num_rows, length = new.shape[:2]
         if start is not None:
-            buffer[:, start : start + length] = new
+            buffer[:num_rows, start : start + length] = new
             return
         # Tokens beyond a row's count land behind its length: the mask hides them, the next call
         # overwrites them.
         position = self.lengths.to(new.device).unsqueeze(1) + torch.arange(
             length, device=new.device
         )
-        buffer[torch.arange(len(buffer), device=new.device).unsqueeze(1), position] = new.to(
+        buffer[torch.arange(num_rows, device=new.device).unsqueeze(1), position] = new.to(
             buffer.dtype
         )
 
@@ -271,15 +293,20 @@ def _tokens_from(buffer: Tensor, cut: slice | None, starts: Tensor, length: int)
     return buffer[torch.arange(len(buffer), device=buffer.device).unsqueeze(1), position]
 
 
-def _with_room(buffer: Tensor, num_past: int, length: int) -> Tensor:
-    """The buffer (B, room, Hk, A), grown if `length` tokens do not fit behind num_past others."""
-    if num_past + length <= buffer.shape[1]:
+def _with_room(buffer: Tensor, num_rows: int, num_past: int, length: int) -> Tensor:
+    """The buffer (rows, tokens, Hk, A), of which num_past tokens are used, or a grown copy if it
+    has no room for num_rows rows of `length` tokens.
+    """
+    rows, tokens = buffer.shape[:2]
+    if num_rows <= rows and length <= tokens:
         return buffer
+    if length > tokens:
+        tokens = max(length, tokens + min(max(tokens, _LEAST_GROWTH), _MOST_GROWTH))
+    if num_rows > rows:
+        rows = max(num_rows, rows + rows // 2)
     # Zeros, not empty: a masked key has weight 0, but 0 times stray NaN is NaN.
-    growth = min(max(buffer.shape[1], _LEAST_GROWTH), _MOST_GROWTH)
-    room = max(num_past + length, buffer.shape[1] + growth)
-    grown = buffer.new_zeros(len(buffer), room, *buffer.shape[2:])
-    grown[:, :num_past] = buffer[:, :num_past]
+    grown = buffer.new_zeros(rows, tokens, *buffer.shape[2:])
+    grown[: len(buffer), :num_past] = buffer[:, :num_past]
     return grown
 
 
@@ -288,15 +315,6 @@ def _select(layers: tuple[LayerState, ...], rows: Tensor) -> tuple[LayerState, .
         None if state is None else type(state)(*(part[rows.to(part.device)] for part in state))
         for state in layers
     )
-
-
-def _stack(one: Tensor, two: Tensor) -> Tensor:
-    """Key buffers of some rows above those of others, as wide as the wider one."""
-    width = max(one.shape[1], two.shape[1])
-    stacked = one.new_zeros(len(one) + len(two), width, *one.shape[2:])
-    stacked[: len(one), : one.shape[1]] = one
-    stacked[len(one) :, : two.shape[1]] = two
-    return stacked
 
 
 def _joined_hidden(one: ContextCache, two: ContextCache) -> Tensor | None:

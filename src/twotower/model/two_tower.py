@@ -123,10 +123,10 @@ class TwoTower(nn.Module):
         hidden, _ = self.context_tower(ids, None, masks.causal(length, 0, ids.device), None, length)
         return _head(self.context_lm_head, hidden)
 
-    def empty_cache(self, num_rows: int) -> ContextCache:
+    def empty_cache(self, num_rows: int, device: torch.device | None = None) -> ContextCache:
         """A cache before the first token."""
         weight = self.context_tower.embeddings.weight
-        return ContextCache(self.config.context, num_rows, weight.device, weight.dtype)
+        return ContextCache(self.config.context, num_rows, device or weight.device, weight.dtype)
 
     @torch.no_grad()
     def prefill(
