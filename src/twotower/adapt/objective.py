@@ -102,13 +102,36 @@ def targets_of(blocks: Anchored, draft_numbers: Tensor | None) -> Tensor:
     return torch.where((wanted < 0) | (found < 0), NO_TARGET, found)
 
 
-def weighted_loss(logits: Tensor, targets: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def backbone_probabilities(model: TwoTower, rows: Rows, blocks: Anchored) -> Tensor:
+    """The backbone's own probabilities (B, N, T - 1, V) of all tokens of the blocks but the first,
+    among those that can be drafted.
+    """
+    at = blocks.starts.unsqueeze(2) + torch.arange(
+        blocks.clean.shape[2] - 1, device=rows.hidden.device
+    )
+    index = torch.arange(len(at), device=at.device)[:, None, None]
+    hidden = rows.hidden[index, at.clamp(max=rows.hidden.shape[1] - 1)]
+    logits: Tensor = model.lm_head(hidden)
+    return logits.float().softmax(-1)
+
+
+def weighted_loss(
+    logits: Tensor,
+    targets: Tensor,
+    decay: float,
+    probabilities: Tensor | None = None,
+    share: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """The sum of cross-entropies, each token's with weight exp(-(k - 1) / decay) for the k-th of
-    its block, and the sum of those weights.
+    its block, and the sum of those weights. `share` of each is scored on the backbone's
+    probabilities, the rest on the target alone.
     """
     weights = torch.exp(-torch.arange(targets.shape[-1], device=targets.device) / decay)
-    weights = weights.expand_as(targets) * (targets != NO_TARGET)
-    each = F.cross_entropy(
-        logits.flatten(0, -2), targets.flatten(), ignore_index=NO_TARGET, reduction="none"
-    )
-    return (each * weights.flatten()).sum(), weights.sum()
+    weights = (weights.expand_as(targets) * (targets != NO_TARGET)).flatten()
+    flat = logits.flatten(0, -2)
+    each = F.cross_entropy(flat, targets.flatten(), ignore_index=NO_TARGET, reduction="none")
+    if probabilities is not None and share > 0:
+        soft = F.cross_entropy(flat, probabilities.flatten(0, -2), reduction="none")
+        each = (1 - share) * each + share * soft
+    return (each * weights).sum(), weights.sum()

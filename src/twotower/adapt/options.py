@@ -81,6 +81,9 @@ class StepOptions:
     loss_decay: float = 3.0
     """The k-th guessed token weighs exp(-(k - 1) / decay): it counts only if all before are
     right."""
+    soft_targets: float = 0.5
+    """Share of the loss that is scored on the backbone's probabilities; the rest counts only the
+    token that it chose."""
     weight_decay: float = 0.01
     """Of matrices."""
     clip: float = 1.0
@@ -91,6 +94,8 @@ class StepOptions:
     def __post_init__(self) -> None:
         for name in ("answers_per_step", "blocks_per_answer"):
             _check_least(name, getattr(self, name), 1)
+        if not 0 <= self.soft_targets <= 1:
+            raise ValueError(f"soft_targets={self.soft_targets} must be from 0 to 1")
         for name in ("learning_rate", "loss_decay", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be a number above 0")

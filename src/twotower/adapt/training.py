@@ -18,6 +18,7 @@ from twotower.adapt.features import Features, Place, save_whole
 from twotower.adapt.objective import (
     add_true_bigrams,
     anchor_at,
+    backbone_probabilities,
     choose_drafts,
     draft_logits,
     random_starts,
@@ -94,8 +95,10 @@ class Trainer:
         blocks = anchor_at(rows, starts, self.model.config.block_size)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = add_true_bigrams(self.model, draft_logits(self.model, rows, blocks), blocks)
+            share = options.soft_targets
+            wanted = backbone_probabilities(self.model, rows, blocks) if share > 0 else None
         targets = targets_of(blocks, self._numbers)
-        loss, weight = weighted_loss(logits.float(), targets, options.loss_decay)
+        loss, weight = weighted_loss(logits.float(), targets, options.loss_decay, wanted, share)
         mean = loss / weight.clamp(min=1e-6)
         mean.backward()
         nn.utils.clip_grad_norm_(self._parameters.values(), options.clip)
