@@ -20,7 +20,7 @@ from twotower.native.layout import address
 _FOLDER = Path(__file__).parent
 _SOURCE = _FOLDER / "engine.cpp"
 _FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math",
+    "-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math",
     "-fno-signed-zeros", "-fPIC", "-shared", "-pthread",
 )  # fmt: skip
 _int = ctypes.c_int32

@@ -1,16 +1,15 @@
 // Threads that share one pass: every output is computed whole by one of them, so that results do
 // not depend on their number.
 //
-// Helpers wait for a pass asleep and, while it runs and a little longer, for its next piece of work
-// awake: pieces follow each other within microseconds, and the head's product follows its pass. One
-// pass at a time has helpers; another one runs alone.
+// Whoever waits is awake for a moment, since pieces of work follow each other within microseconds, and
+// then asleep: where others use the cores too, a thread that only waits must not hold one that a thread
+// with work could have. One pass at a time has helpers; another one runs alone.
 #pragma once
 
 #include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <mutex>
 #include <thread>
@@ -19,13 +18,18 @@
 namespace twotower {
 
 constexpr int PARTS_EACH = 4;  // pieces of a split for each thread
-constexpr int RESTLESS = 4096;  // turns, some 0.2 ms, before who waits falls asleep
+constexpr int RESTLESS = 1024;  // turns, some 0.05 ms, before who waits falls asleep
 
-inline void spin(int &turns) {
-    if (++turns % 1024 == 0) std::this_thread::yield();  // somebody else may need the core
+// Wait until the value is not `old` any more, or a while.
+template <typename Value>
+void wait_for_change(const std::atomic<Value> &value, Value old) {
+    for (int turns = 0; turns < RESTLESS; turns++) {
+        if (value.load(std::memory_order_acquire) != old) return;
 #if defined(__x86_64__) || defined(__i386__)
-    else __builtin_ia32_pause();
+        __builtin_ia32_pause();
 #endif
+    }
+    value.wait(old, std::memory_order_acquire);
 }
 
 class Helpers {
@@ -35,65 +39,51 @@ class Helpers {
     }
 
     ~Helpers() {
-        set(is_over_, true);
+        is_over_.store(true, std::memory_order_release);
+        publish(0);
         for (auto &thread : threads_) thread.join();
     }
 
     int count() const { return int(threads_.size()); }
-    void wake() { set(is_awake_, true); }
-    void sleep() { is_awake_.store(false, std::memory_order_release); }
 
     // work(context, part) for each part, by whoever is free: nobody waits for a helper that the system
     // has not let run, only for a part that somebody has begun.
     void run(void (*work)(void *, int), void *context, int parts) {
         work_ = work, context_ = context;
-        finished_.store(0, std::memory_order_relaxed);
-        round_++;
-        open_.store(round_ << 32 | uint32_t(parts), std::memory_order_release);
+        left_.store(parts, std::memory_order_relaxed);
+        publish(uint32_t(parts));
         take_parts();
-        for (int turns = 0; finished_.load(std::memory_order_acquire) < parts;) spin(turns);
+        for (int left; (left = left_.load(std::memory_order_acquire)) > 0;) wait_for_change(left_, left);
     }
 
   private:
-    void set(std::atomic<bool> &flag, bool value) {
-        { std::lock_guard<std::mutex> lock(mutex_); flag.store(value, std::memory_order_release); }
-        condition_.notify_all();
+    void publish(uint32_t parts) {
+        open_.store(++round_ << 32 | parts, std::memory_order_release);
+        open_.notify_all();
     }
 
-    // Whether there was any. Who takes a part keeps the round, and so work_ and context_, alive.
-    bool take_parts() {
-        bool found = false;
+    // Returns what `open_` was when no part was left. Who takes a part keeps the round, and so work_
+    // and context_, alive.
+    uint64_t take_parts() {
         uint64_t open = open_.load(std::memory_order_acquire);
         while (uint32_t(open) != 0) {
             if (!open_.compare_exchange_weak(open, open - 1, std::memory_order_acq_rel)) continue;
             work_(context_, int(uint32_t(open)) - 1);
-            finished_.fetch_add(1, std::memory_order_release);
-            found = true, open = open_.load(std::memory_order_acquire);
+            if (left_.fetch_sub(1, std::memory_order_acq_rel) == 1) left_.notify_all();
+            open = open_.load(std::memory_order_acquire);
         }
-        return found;
+        return open;
     }
 
     void serve() {
-        for (int turns = 0;;) {
-            if (take_parts()) {
-                turns = 0;
-            } else if (is_awake_.load(std::memory_order_acquire) || turns < RESTLESS) {
-                spin(turns);
-            } else {
-                std::unique_lock<std::mutex> lock(mutex_);
-                condition_.wait(lock, [&] { return is_awake_ || is_over_; });
-                if (is_over_) return;
-            }
-        }
+        while (!is_over_.load(std::memory_order_acquire)) wait_for_change(open_, take_parts());
     }
 
     std::vector<std::thread> threads_;
-    std::mutex mutex_;
-    std::condition_variable condition_;
-    std::atomic<bool> is_awake_{false}, is_over_{false};
+    std::atomic<bool> is_over_{false};
     uint64_t round_ = 0;
     std::atomic<uint64_t> open_{0};  // the round, and below it how many of its parts are not begun
-    std::atomic<int> finished_{0};
+    std::atomic<int> left_{0};  // parts that are not finished
     void (*work_)(void *, int) = nullptr;
     void *context_ = nullptr;
 };
@@ -114,13 +104,10 @@ class Team {
         }
         if (helpers == nullptr) helpers = new Helpers(threads - 1);
         mine_ = helpers;
-        mine_->wake();
     }
 
     ~Team() {
-        if (mine_ == nullptr) return;
-        mine_->sleep();
-        in_use.unlock();
+        if (mine_ != nullptr) in_use.unlock();
     }
 
     Team(const Team &) = delete;
