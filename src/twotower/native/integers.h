@@ -46,49 +46,77 @@ void over_features(Team &team, int count, Work work) {
     else team.split(count, work);
 }
 
-// The largest magnitude of each token in x[count][W], as bits: NaN is more than infinity and so is
-// not lost.
-template <int W>
-inline void largest_bits(const float *x, int count, uint32_t *most) {
-    uint32_t found[W] = {};
-    for (int f = 0; f < count; f++)
-        for (int l = 0; l < W; l++) {
-            uint32_t bits;
-            std::memcpy(&bits, x + long(f) * W + l, 4);
-            found[l] = std::max(found[l], bits & 0x7fffffffu);
+// Numbers of a group, `scales` of V tokens or one number V times: largest is the largest magnitude, as
+// bits, in which NaN is more than infinity and so is not lost. Scale and inverse are 0 for what is as
+// good as zero, the inverse also for what is not finite.
+template <int V>
+inline void scale_of(Ints<V> largest, Floats<V> &scale, Floats<V> &inverse) {
+    Floats<V> zero = {}, value;
+    std::memcpy(&value, &largest, sizeof value);
+    scale = value / 127.0f;
+    inverse = (value > 0.0f) & (value < INFINITY) ? 127.0f / value : zero;
+    auto is_finite = inverse < INFINITY;
+    inverse = is_finite ? inverse : zero;
+    scale = is_finite ? scale : zero;
+}
+
+// Rounded to the nearest whole number from -127 to 127, ties to even; 0 for NaN.
+template <int V>
+inline Ints<V> as_whole(Floats<V> x) {
+    Floats<V> zero = {}, most = zero + 127.0f, shift = zero + 0x1.8p23f;
+    x = x == x ? x : zero;
+    x = x > most ? most : x;
+    x = x < -most ? -most : x;
+    return __builtin_convertvector((x + shift) - shift, Ints<V>);
+}
+
+template <int V>
+inline Ints<V> magnitude(const float *x) { return ints<V>(x) & 0x7fffffff; }
+
+template <int V>
+inline Ints<V> larger(Ints<V> one, Ints<V> two) { return one > two ? one : two; }
+
+// A group of x[count][W], of V tokens, as bytes [count/4][W][4], zeros beyond; its scale and the sum of
+// its bytes.
+template <int W, int V>
+inline Ints<V> group_to_bytes(const float *x, int count, uint8_t *bytes, float *scales) {
+    Ints<V> most = {}, total = {};
+    for (int f = 0; f < count; f++) most = larger<V>(most, magnitude<V>(x + long(f) * W));
+    Floats<V> scale, inverse;
+    scale_of<V>(most, scale, inverse);
+    floats<V>(scales) = scale;
+    for (int f = 0; f < count; f += 4) {
+        Ints<V> four = {};
+        for (int j = 0; j < std::min(4, count - f); j++) {
+            Ints<V> whole = as_whole<V>(floats<V>(x + long(f + j) * W) * inverse);
+            total += whole, four |= (whole & 255) << (8 * j);
         }
-    std::copy(found, found + W, most);
-}
-
-// The scale of numbers whose largest magnitude has these bits, and its inverse; 0 for what is as
-// good as zero, and an inverse of 0 for what is not finite.
-inline void scale_of(uint32_t bits, float &scale, float &inverse) {
-    float largest;
-    std::memcpy(&largest, &bits, 4);
-    scale = largest / 127.0f;
-    inverse = largest > 0.0f && largest < INFINITY ? 127.0f / largest : 0.0f;
-    if (!(inverse < INFINITY)) inverse = 0.0f, scale = 0.0f;
-}
-
-inline int32_t as_whole(float x) {
-    float value = std::min(std::max(std::nearbyint(x), -127.0f), 127.0f);
-    return int32_t(value == value ? value : 0.0f);
-}
-
-// x[count][W] as bytes [count/4][W][4], zeros beyond
-template <int W>
-void to_bytes(const float *x, const float *inverse, int count, uint8_t *buffer) {
-    typedef uint32_t Four __attribute__((aligned(4), may_alias));
-    float own[W];
-    std::copy(inverse, inverse + W, own);
-    for (int q = 0; q * 4 < count; q++) {
-        const float *in = x + long(q) * 4 * W;
-        Four *out = reinterpret_cast<Four *>(buffer) + long(q) * W;
-        for (int l = 0; l < W; l++) out[l] = uint8_t(as_whole(in[l] * own[l]));
-        for (int j = 1; j < std::min(4, count - q * 4); j++)
-            for (int l = 0; l < W; l++)
-                out[l] |= uint32_t(uint8_t(as_whole(in[j * W + l] * own[l]))) << (8 * j);
+        std::memcpy(bytes + long(f) * W, &four, sizeof four);
     }
+    return total;
+}
+
+// The same of a single token, whose numbers lie side by side.
+inline int32_t token_to_bytes(const float *x, int count, uint8_t *bytes, float *scale) {
+    Ints<16> most = {}, total = {};
+    float rest[16] = {};
+    int whole_vectors = count / 16 * 16;
+    std::copy(x + whole_vectors, x + count, rest);
+    auto numbers = [&](int at) { return at < whole_vectors ? x + at : rest; };
+    for (int at = 0; at < count; at += 16) most = larger<16>(most, magnitude<16>(numbers(at)));
+    int32_t largest = 0, sum = 0;
+    for (int i = 0; i < 16; i++) largest = std::max(largest, most[i]);
+    Floats<4> one, inverse;
+    scale_of<4>(Ints<4>{} + largest, one, inverse);
+    *scale = one[0];
+    for (int at = 0; at < count; at += 16) {
+        Ints<16> whole = as_whole<16>(floats<16>(numbers(at)) * inverse[0]);
+        auto own = __builtin_convertvector(whole, Bytes<16>);
+        std::memcpy(bytes + at, &own, std::min(16, (count - at + 3) / 4 * 4));
+        total += whole;
+    }
+    for (int i = 0; i < 16; i++) sum += total[i];
+    return sum;
 }
 
 // buffer: at least input_bytes<W>(K) bytes.
@@ -100,26 +128,18 @@ Input<W> as_input(Team &team, const Weight &w, const float *x, int K, uint8_t *b
     float *sums = scales + groups * W;
     int32_t *zeros = reinterpret_cast<int32_t *>(sums + groups * W);
     over_features<W>(team, groups, [=](int begin, int end) {
+        constexpr int V = std::min(W, 16);
         for (int g = begin; g < end; g++) {
-            int count = std::min(group, K - g * group), quads = (count + 3) / 4;
+            int count = std::min(group, K - g * group);
             const float *in = x + long(g) * group * W;
             uint8_t *out = buffer + long(g) * group * W;
-            float *scale = scales + g * W, inverse[W];
-            uint32_t most[W];
-            int32_t total[W] = {};
-            largest_bits<W>(in, count, most);
-            for (int l = 0; l < W; l++) scale_of(most[l], scale[l], inverse[l]);
-            if (W == 1) {
-                std::memset(out + (quads - 1) * 4, 0, 4);
-                for (int j = 0; j < count; j++) out[j] = uint8_t(as_whole(in[j] * inverse[0]));
-            } else
-                to_bytes<W>(in, inverse, count, out);
-            for (int q = 0; q < quads; q++)
-                for (int l = 0; l < W; l++)
-                    for (int j = 0; j < 4; j++) total[l] += int8_t(out[(q * W + l) * 4 + j]);
-            for (int l = 0; l < W; l++) {
-                sums[g * W + l] = scale[l] * float(total[l]);
-                zeros[g * W + l] = -ZERO * total[l];
+            for (int at = g * W, l = 0; l < W; l += V, at += V) {
+                Ints<V> total;
+                if constexpr (W == 1) total = Ints<V>{} + token_to_bytes(in, count, out, scales + at);
+                else total = group_to_bytes<W, V>(in + l, count, out + l * 4, scales + at);
+                floats<V>(sums + at) = floats<V>(scales + at) * __builtin_convertvector(total, Floats<V>);
+                total *= -ZERO;
+                std::memcpy(zeros + at, &total, sizeof total);
             }
         }
     });

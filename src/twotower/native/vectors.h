@@ -15,11 +15,14 @@ template <int V>
 struct Vectors {
     typedef float Floats __attribute__((vector_size(V * 4), aligned(4), may_alias));
     typedef int32_t Ints __attribute__((vector_size(V * 4), aligned(4), may_alias));
+    typedef uint8_t Bytes __attribute__((vector_size(V), aligned(1), may_alias));
 };
 template <int V>
 using Floats = typename Vectors<V>::Floats;
 template <int V>
 using Ints = typename Vectors<V>::Ints;
+template <int V>
+using Bytes = typename Vectors<V>::Bytes;
 
 template <int V>
 inline Floats<V> &floats(float *x) { return *reinterpret_cast<Floats<V> *>(x); }
