@@ -17,6 +17,7 @@ from twotower.adapt.objective import (
     NO_TARGET,
     add_true_bigrams,
     anchor_at,
+    backbone_probabilities,
     choose_drafts,
     draft_logits,
     targets_of,
@@ -139,6 +140,30 @@ def test_nearer_tokens_weigh_more_and_missing_ones_nothing() -> None:
     expected = 1.0 + torch.exp(torch.tensor(-1.0))
     torch.testing.assert_close(weight, expected)
     torch.testing.assert_close(loss, expected * torch.log(torch.tensor(7.0)))
+
+
+@pytest.mark.parametrize("ids", [None, IDS])
+def test_soft_targets_are_what_the_backbone_chooses_from(
+    ids: Tensor | None, tmp_path: Path
+) -> None:
+    """Guards against probabilities of the token before or behind, or of another vocabulary: the
+    loss would still fall."""
+    model = thin(backbone(), ids)
+    prompt = prompts_of([6])[0]
+    (found,) = generate(model, [prompt], GenerateOptions(mode="ar", max_new_tokens=12))
+    answer = Answer(number=0, task="t", prompt=prompt, tokens=found.tokens)
+    write_part(model, [answer], model.config.reads, tmp_path / "part-00000.safetensors")
+    rows = features_of(model).rows(find_places(tmp_path))
+    blocks = anchor_at(rows, torch.tensor([[6, 9]]), 5)
+    chosen = backbone_probabilities(model, rows, blocks)
+    targets = targets_of(blocks, draft_numbers(model))
+    is_token = targets != NO_TARGET
+    assert int(is_token.sum()) >= (8 if ids is None else 1)
+    assert torch.equal(chosen.argmax(-1)[is_token], targets[is_token])
+    logits = chosen.log().requires_grad_()
+    loss, _ = weighted_loss(logits, targets, 3.0, chosen, share=1.0)
+    loss.backward()
+    assert logits.grad is not None and float(logits.grad.abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
