@@ -47,6 +47,7 @@ def commit(
     texts: str,
     drafted: int | None = None,
     accepted: int | None = None,
+    drafter: str | None = None,
     rejected: int | None = None,
 ) -> dict[str, Any]:
     return {
@@ -57,6 +58,7 @@ def commit(
         "elapsed_ms": 9,
         "drafted": drafted,
         "accepted": accepted,
+        "drafter": drafter,
         "rejected": rejected,
         "tokens": [{"id": ord(text), "text": text} for text in texts],
     }
@@ -96,6 +98,13 @@ def test_a_draft_that_all_stands_is_followed_by_the_towers_own(tab: Driver) -> N
     the draft's next token, which nobody read."""
     settled = frames(tab, step(0, 0, *"abcd"), commit(0, "abc", 2, 2))[-1]
     assert [status for status, _, _ in settled["groups"][0]] == ["kept", "kept", "own", "dropped"]
+
+
+def test_copied_tokens_are_not_the_towers_own(tab: Driver) -> None:
+    """Guards lookups, which no denoiser pass comes before: what they gave must be told apart."""
+    settled = frames(tab, commit(0, "a"), commit(1, "bcd", 3, 2, "lookup"))[-1]
+    found = [[status, text] for status, text, _ in settled["groups"][0]]
+    assert found == [["own", "a"], ["copied", "b"], ["copied", "c"], ["own", "d"]]
 
 
 def test_a_text_that_ends_inside_a_draft_rejects_nothing(tab: Driver) -> None:

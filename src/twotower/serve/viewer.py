@@ -61,6 +61,7 @@ class Viewer:
             "notice": self._notice_of(index) if event.block_index == 0 else None,
             "drafted": event.drafted,
             "accepted": event.accepted,
+            "drafter": event.drafter,
             "rejected": event.rejected,
             "nfe": event.nfe,
             "context_forwards": event.context_forwards,

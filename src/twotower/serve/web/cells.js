@@ -120,6 +120,7 @@ function titleOfCell(cell) {
   if (cell.confidence !== null) parts.push(`${(cell.confidence * 100).toFixed(1)} % sure`);
   if (cell.order !== null) parts.push(`pass ${cell.order}`);
   if (cell.status === "own") parts.push("the context tower's own");
+  if (cell.status === "copied") parts.push("copied from the text before, verified");
   if (cell.status === "rejected") parts.push("rejected by the context tower");
   return parts.join(", ");
 }

@@ -61,7 +61,7 @@ export class Run {
     const before = this.last;
     // Tokens written one by one share a list that grows; a frame notes how many of it it shows.
     const cells = group.kind === "block" ? settledCells(group.cells, event) : group.cells;
-    if (group.kind === "plain") cells.push(...event.tokens.map(ownCell));
+    if (group.kind === "plain") cells.push(...plainCells(event));
     group.cells = cells;
     this.#push(group, {
       ...before,
@@ -205,6 +205,17 @@ function settledCells(before, event) {
 /** A cell that became text: the denoiser's is kept, the context tower's own stays so. */
 function settled(cell) {
   return { status: cell.status === "own" ? "own" : "kept", isNew: false };
+}
+
+/**
+ * The cells of a commit without a denoiser pass: tokens copied from the text before, as far as the
+ * context tower chose the same, and its own behind them.
+ */
+function plainCells(event) {
+  const copied = event.drafter === "lookup" ? event.accepted : 0;
+  return event.tokens.map((token, at) =>
+    at < copied ? { ...ownCell(token), status: "copied" } : ownCell(token),
+  );
 }
 
 /** A token that the context tower wrote itself. */

@@ -184,6 +184,7 @@ export class Stage {
       sample({ status: "masked" }, "", "blank"),
       ...filled,
       sample({ status: "own" }, "a", "the context tower's own"),
+      sample({ status: "copied" }, "a", "copied from the text before"),
       sample({ status: "rejected", band: 2, order: 1 }, "a", "rejected"),
     );
   }

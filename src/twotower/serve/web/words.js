@@ -58,7 +58,7 @@ export function seenSentence(runs, { lane, at }) {
   const frame = run.frames[at[lane]];
   const group = run.groups[frame.group];
   const count = (status) => frame.cells.filter((cell) => cell.status === status).length;
-  if (group.kind === "plain") return "The context tower wrote one token, by one pass of its own.";
+  if (group.kind === "plain") return plainSentence(frame);
   if (frame.kind === "step") return passSentence(frame, count("masked"));
   const rejected = count("rejected");
   if (run.request.mode === "speculative") {
@@ -67,6 +67,13 @@ export function seenSentence(runs, { lane, at }) {
   return rejected > 0
     ? `The context tower read the block and rejected ${counted(rejected, "improbable token")}.`
     : "The context tower read the block; it is text now.";
+}
+
+function plainSentence(frame) {
+  const newest = frame.cells.slice(frame.shown - frame.filled, frame.shown);
+  const copied = newest.filter((cell) => cell.status === "copied").length;
+  if (copied === 0) return "The context tower wrote one token, by one pass of its own.";
+  return `The context tower verified words copied from the text before and kept ${counted(copied, "token")}.`;
 }
 
 function passSentence(frame, masked) {
