@@ -21,17 +21,14 @@ from twotower.serve.options import ServeOptions
 def test_a_full_queue_refuses_and_takes_back_what_it_took() -> None:
     """Guards against unbounded waiting, and against half of a request that stays in the queue."""
     with running(loaded=tiny(), max_rows=1, max_waiting=2) as server, server.client() as client:
-        threads = [threading.Thread(target=client_of(server, LONG, 1.0)) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        wait_for(lambda: is_full(server.worker.stats()))
-        refused = client.post(URL, json={**SHORT, "n": 2})
-        assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
-        assert error_of(refused)["code"] == "queue_full"
-        never = client.post(URL, json={**SHORT, "n": 3})
-        assert never.status_code == 400 and error_of(never)["param"] == "n"
-        for thread in threads:
-            thread.join()
+        endless = {**LONG, "stream": True}
+        with client.stream("POST", URL, json=endless), client.stream("POST", URL, json=endless):
+            wait_for(lambda: is_full(server.worker.stats()))
+            refused = client.post(URL, json={**SHORT, "n": 2})
+            assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
+            assert error_of(refused)["code"] == "queue_full"
+            never = client.post(URL, json={**SHORT, "n": 3})
+            assert never.status_code == 400 and error_of(never)["param"] == "n"
         server.wait_until_idle()
         assert server.worker.stats().num_finished == 0, "a row of the refused request was decoded"
         assert client.post(URL, json=SHORT).status_code == 200
