@@ -11,7 +11,7 @@ import pytest
 from property.test_scheduler import watched
 from tiny_models import fresh_model, prompts_of, tiny_model
 from tiny_worker import MODEL, completion_of, end_of, failure_of, options, running, wait_for
-from twotower import ContextCache, TwoTower, generate
+from twotower import ContextCache, GenerateOptions, TwoTower, generate
 from twotower.engine import (
     EngineOptions,
     Failed,
@@ -26,6 +26,7 @@ from twotower.engine import (
     prefill,
     stream_requests,
 )
+from twotower.engine.options import Mode
 from twotower.engine.prefix_cache import PrefixCache
 
 PROMPTS = prompts_of([5, 3, 9, 2])
@@ -79,6 +80,41 @@ def test_a_cancelled_row_leaves_before_the_next_cycle(
         assert events[-1].message == "the request was cancelled"
         completion_of(worker.submit(SHORT))
     assert rows == [9, 10, 11] and len(events) == 4
+
+
+@with_and_without_overlap
+@pytest.mark.parametrize("mode", ["diffusion", "speculative"])
+def test_a_block_that_nobody_waits_for_is_not_filled(
+    monkeypatch: pytest.MonkeyPatch, mode: Mode, overlap: str
+) -> None:
+    """Guards deadlines and everybody behind: a block may have hundreds of passes."""
+    tickets: list[Ticket] = []
+    num_passes = 0
+    method = TwoTower.denoise
+
+    def spy(model: TwoTower, *given: object) -> object:
+        nonlocal num_passes
+        num_passes += 1
+        if num_passes == 3:
+            for ticket in tickets:
+                ticket.cancel()
+        return method(model, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TwoTower, "denoise", spy)
+    slow = GenerateOptions(
+        mode=mode,
+        block_size=32,
+        max_new_tokens=32,
+        confidence_threshold=1.0,
+        steps_per_block=200 if mode == "diffusion" else None,
+        draft_passes=200 if mode == "speculative" else None,
+        drafts="denoiser" if mode == "speculative" else None,
+    )
+    with running(overlap=overlap) as worker:
+        tickets += [worker.submit(Request(prompt, slow)) for prompt in PROMPTS[:2]]
+        assert [failure_of(ticket).kind for ticket in tickets] == ["cancelled"] * 2
+        assert completion_of(worker.submit(SHORT)).tokens
+    assert num_passes <= 4, "the pass in which they left, and one of the other row"
 
 
 def test_a_row_that_waits_is_cancelled_while_it_waits() -> None:

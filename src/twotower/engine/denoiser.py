@@ -4,6 +4,7 @@ A denoiser elsewhere keeps a copy of the batch's cache. Before a block the copy 
 rows that left are dropped, and only what the context tower has read since travels.
 """
 
+import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
@@ -18,6 +19,10 @@ from twotower.model.state import CacheDelta
 
 if TYPE_CHECKING:
     from twotower.engine.batch import Batch
+
+
+class RowsLeft(Exception):
+    """Nobody waits any more for a block that is being filled: of no row of the batch."""
 
 
 class Blocks(NamedTuple):
@@ -64,7 +69,8 @@ def fill_blocks(
 ) -> Generator[Event, None, Step]:
     """Fill the masked positions of blocks (R, T), at least one a row; returns the last step.
 
-    The first `num_known` tokens of a block are text already: events leave them out.
+    The first `num_known` tokens of a block are text already: events leave them out. RowsLeft after
+    a pass when all rows of the batch are cancelled or too late.
     """
     rows = batch.rows if places is None else [batch.rows[place] for place in places.tolist()]
     generators = [row.generator for row in rows]
@@ -85,6 +91,9 @@ def fill_blocks(
                     confidence=last.confidence[index, num_known:].tolist(),
                     nfe=row.nfe,
                 )
+        now = time.monotonic()
+        if all(row.reason_to_leave(now) is not None for row in batch.rows):
+            raise RowsLeft
     assert last is not None
     return last
 

@@ -1,12 +1,14 @@
 """What an error means for rows: the one at fault ends with one line, the others go on."""
 
 import logging
+import time
 import traceback
 from collections.abc import Callable, Generator, Iterable
 
 import torch
 
 from twotower.engine.batch import Batch
+from twotower.engine.denoiser import RowsLeft
 from twotower.engine.events import Event, Failed, FailureKind
 from twotower.engine.filters import FilterFailed
 from twotower.engine.grammar import GrammarFailed
@@ -39,6 +41,12 @@ def attempt(batch: Batch, work: Work) -> Generator[Event, None, list[Batch]]:
         return [batch]
     except EngineDeadError:
         raise
+    except RowsLeft:
+        now = time.monotonic()
+        yield from (
+            failed(row.index, row.reason_to_leave(now) or "cancelled") for row in batch.rows
+        )
+        return []
     except Exception as error:
         if len(batch.rows) == 1:
             yield failure(batch.rows[0], error)

@@ -29,6 +29,7 @@ Overlap = Literal["auto", "on", "off"]
 FirstToken = Literal["denoiser", "context"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 MOST_LOGPROBS = 100  # alternatives to each token
+MOST_PASSES = 1024  # of a block or draft; more than its tokens change nothing but `posterior`
 LEAST_TOP_P = 1e-6  # float32 must tell it from 0
 _BLOCKS: tuple[Mode, ...] = ("diffusion", "posterior", "predict-and-noise")
 _IN_ORDER: tuple[Mode, ...] = ("speculative", "ar", "mock-ar")
@@ -299,6 +300,7 @@ def _refuse_combinations(resolved: ResolvedOptions, given: Mapping[str, object])
 
 _penalty = number(-2.0, 2.0)
 _count = number(1, is_whole=True)
+_passes = number(1, MOST_PASSES, is_whole=True)
 _flag = instance(bool, "True or False")
 _share = number(0.0, 1.0)
 _ENGINE_CHECKS: dict[str, Problem] = {
@@ -311,11 +313,11 @@ _CHECKS: dict[str, Problem] = {
     "mode": one_of(*MODES),
     "max_new_tokens": _count,
     "block_size": _count,
-    "steps_per_block": _count,
+    "steps_per_block": _passes,
     "first_token": one_of(*get_args(FirstToken)),
     "verify_threshold": _share,
     "drafts": one_of(*get_args(Drafts)),
-    "draft_passes": _count,
+    "draft_passes": _passes,
     "confidence_threshold": _share,
     "temperature": number(0.0),
     "top_k": number(0, is_whole=True),
