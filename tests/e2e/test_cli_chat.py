@@ -49,6 +49,21 @@ def test_a_conversation_with_a_server(
     assert shown["messages"][2]["content"] == "What is \n77 in Spanish?"
 
 
+def test_a_system_message_may_have_line_breaks(
+    server: Running, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards a backslash and an n in the prompt, where --prompt can say a line break."""
+    say(monkeypatch, "/show")
+    system = ["--system", r"a\nb"]
+    assert main(["chat", "--url", server.url, "--escape", *system]) == 0
+    err = capsys.readouterr().err
+    assert json.loads(err[err.index("{") :])["messages"][0]["content"] == "a\nb"
+    assert main(["chat", "--url", server.url, *system]) == 0
+    assert "--system has \\n as two characters" in capsys.readouterr().err
+    assert main(["chat", "--url", server.url, "--escape"]) == 2
+    assert "--escape: no effect without --system" in capsys.readouterr().err
+
+
 def test_a_refusal_is_shown_and_taken_back(
     server: Running, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

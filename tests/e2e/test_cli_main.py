@@ -3,13 +3,16 @@
 import dataclasses
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
+from safetensors.torch import save_file
 
 from twotower.cli import inspect
 from twotower.cli.inspect import InspectOptions
@@ -169,6 +172,18 @@ def test_an_error_is_one_line_with_its_status(
     assert said in only_line(capsys)
     with pytest.raises(type(error)):
         main(["--debug", "inspect", "there"])
+
+
+def test_an_error_is_no_longer_than_anyone_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards a terminal against ten megabytes that a file calls the name of a tensor."""
+    shutil.copytree(SOURCE / "twotower" / "assets", tmp_path / "model")
+    name = "a" * 10**6
+    save_file({name: torch.zeros(1)}, tmp_path / "model" / "model.safetensors")
+    assert main(["generate", "-m", str(tmp_path / "model"), "-p", "a"]) == 2
+    line = only_line(capsys)
+    assert "tensors such as" in line and "known are" in line and len(line) < 2100
 
 
 def test_ctrl_c_is_quiet(

@@ -346,6 +346,22 @@ def test_a_body_of_very_many_parts_is_refused(server: Running) -> None:
     connection.close()
 
 
+def test_two_lengths_of_one_body_are_refused(server: Running) -> None:
+    """Guards whoever shares a connection of a proxy that goes by the other one: what one takes for
+    the rest of a body is another's request to the other.
+    """
+    connection = connect(server)
+    body = json.dumps(SHORT).encode()
+    connection.sendall(HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n")
+    connection.sendall(b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
+    answer = b""
+    while part := connection.recv(1 << 16):  # the connection is closed behind it
+        answer += part
+    assert answer.startswith(b"HTTP/1.1 400") and answer.count(b"HTTP/1.1") == 1
+    assert b'"two_lengths"' in answer
+    connection.close()
+
+
 def test_a_body_in_usual_parts_is_read(client: httpx.Client) -> None:
     def parts() -> Iterator[bytes]:
         for character in json.dumps({**SHORT, "user": "x" * 200}):

@@ -118,6 +118,12 @@ def test_responses_call_tools_and_read_their_results(client: openai.OpenAI) -> N
             {"input": "a", "previous_response_id": "r"},
             "previous_response_id is not supp",
         ),
+        ({"input": [{"role": "user", "content": 5}]}, "input.0.content: "),
+        ({"input": "a", "max_output_tokens": -1}, "max_output_tokens=-1 must be"),
+        (
+            {"input": "a", "text": {"format": {"type": "json_schema", "schema": {"type": "x"}}}},
+            "text.format: ",
+        ),
         ({"input": "a", "store": True}, "store is not supported: nothing is kept"),
     ],
 )

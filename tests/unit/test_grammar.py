@@ -180,6 +180,10 @@ def test_white_space_is_bounded() -> None:
             'Unimplemented keys: ["uniqueItems"]',
         ),
         (json_schema({"$ref": "#/nope"}), "'/nope' does not exist"),
+        (
+            json_schema({"type": "object", "dependentSchemas": {"a": {}}, "title": "closed"}),
+            'json_schema: Unimplemented keys: ["dependentSchemas"]',
+        ),
         (json_schema(False), "Unsatisfiable"),
         (json_schema({"type": "string", "pattern": "(?=a)b"}), "look-around"),
         (regex("("), "regex: "),

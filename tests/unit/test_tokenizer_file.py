@@ -43,6 +43,17 @@ def charsmap(data: bytes) -> dict[str, Any]:
     return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
 
 
+def around(pieces: int, ids: int) -> dict[str, Any]:
+    token = {"id": "x", "ids": [1] * ids, "tokens": ["x"] * ids}
+    processor = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "x", "type_id": 0}}] * pieces,
+        "pair": [],
+        "special_tokens": {"x": token},
+    }
+    return byte_level(post_processor=processor)
+
+
 NFC = {"type": "NFC"}
 VOCAB = byte_level()["model"]["vocab"]
 BAD = {
@@ -95,6 +106,8 @@ BAD = {
     "random encoding": (with_model(byte_level(), dropout=0.5), "dropout"),
     "words without end": (with_model(word_pieces(), max_input_chars_per_word=1 << 40), "per_word"),
     "a score that is none": (with_model(unigram(), vocab=[["a", "x"]]), "cannot be read"),
+    "very many tokens around a text": (around(pieces=65, ids=1), "at most 64"),
+    "a token around a text that is very many": (around(pieces=1, ids=100_000), "at most 64"),
     "no vocabulary": (with_model(byte_level(), vocab=7), "no 'vocab'"),
     "a model that is a list": ({**byte_level(), "model": [1]}, "must be an object"),
     "steps that are none": (byte_level(normalizer=sequence("normalizers", *[7])), "steps"),

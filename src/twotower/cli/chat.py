@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from twotower.checkpoint.files import SHIPPED
+from twotower.cli.prompts import read_argument
 from twotower.cli.serve import ServeArguments, describe, need_extra
 from twotower.cli.text import printable
 from twotower.engine import GenerateOptions, Mode
@@ -55,6 +56,8 @@ class ChatArguments(Placement):
     """Jinja template of conversations instead of the checkpoint's own."""
     system: str | None = None
     """What stands before the conversation."""
+    escape: bool = False
+    r"""Read \n, \t and \\ in --system as line break, tab and backslash."""
     mode: Mode | None = None
     """How to decode; what the checkpoint or the server names unless given."""
     max_tokens: int | None = None
@@ -69,6 +72,8 @@ class ChatArguments(Placement):
         )
         if self.url is not None and self.chat_template is not None:
             raise ValueError("chat_template: is the server's with --url; leave it out")
+        if self.escape and self.system is None:
+            raise ValueError("escape: no effect without --system; leave it out")
 
     def settings(self) -> dict[str, object]:
         """Fields of every request that were named."""
@@ -85,7 +90,10 @@ def run(options: ChatArguments) -> int:
     """Talk until the end of input; returns the exit status. Errors arrive as ValueError."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # gives input() its history
-    talk = Talk(system=options.system, settings=options.settings())
+    system = options.system
+    if system is not None:
+        system = read_argument(system, "--system", options.escape)
+    talk = Talk(system, options.settings())
     is_terminal = sys.stdin.isatty()
     with contextlib.closing(_backend(options)) as backend:
         if is_terminal:

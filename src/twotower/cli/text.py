@@ -1,9 +1,15 @@
 """Text that is safe to show: on one line, or in a terminal."""
 
+_LONGEST = 2000  # characters of a line
+
 
 def one_line(message: object) -> str:
-    """The text of an error or warning without line breaks."""
-    return " ".join(str(message).split()) or type(message).__name__
+    """The text of an error or warning without line breaks, and without the middle of what a file
+    has put into it; the remedy stands at the end.
+    """
+    line = " ".join(str(message).split()) or type(message).__name__
+    half = _LONGEST // 2
+    return line if len(line) <= _LONGEST else f"{line[:half]} ... {line[-half:]}"
 
 
 def printable(text: str) -> str:

@@ -141,8 +141,8 @@ def _parts(schema: Any) -> Iterator[tuple[str, Any]]:
             yield from ((f".{key}.{name}", part) for name, part in value.items())
         elif key in ("anyOf", "oneOf", "allOf", "prefixItems"):
             yield from ((f".{key}.{number}", part) for number, part in enumerate(value))
-        elif key in ("items", "additionalProperties"):
-            yield f".{key}", value
+        elif key in ("items", "additionalProperties") and isinstance(value, dict):
+            yield f".{key}", value  # `false` by itself is refused, and is no reason
 
 
 def _next(matcher: Any) -> bytes:

@@ -196,8 +196,11 @@ def _endpoint(
 ) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         body = await _read(request, service, record)
-        asked, shape = await asyncio.to_thread(ask, body, service, request.scope[CALLER])
-        return await _answer(request, service, body, asked, shape)
+        try:
+            asked, shape = await asyncio.to_thread(ask, body, service, request.scope[CALLER])
+            return await _answer(request, service, body, asked, shape)
+        except ApiError as error:
+            raise error.renamed(record.names) from None
 
     return endpoint
 

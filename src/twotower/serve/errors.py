@@ -52,6 +52,14 @@ class ApiError(Exception):
         self.code = code or _CODES.get(status, "internal")
         self.headers = dict(headers or {})
 
+    def renamed(self, names: Mapping[str, str]) -> "ApiError":
+        """The same to a caller who knows some fields by other names."""
+        field, dot, rest = (self.param or "").partition(".")
+        if field in names:
+            self.param = names[field] + dot + rest
+            self.message = names[field] + self.message.removeprefix(field)
+        return self
+
     def body(self) -> dict[str, object]:
         """The JSON that OpenAI's clients read."""
         error = {

@@ -122,6 +122,9 @@ class Guard:
         """All of a body; ApiError as soon as it is known to be too large or too slow."""
         options = self._rules.options
         length = headers.get("content-length", "")
+        if length and "transfer-encoding" in headers:  # a proxy may have gone by the other
+            told = "Content-Length and Transfer-Encoding: both are given; send one of them"
+            raise ApiError(400, told, code="two_lengths", headers={"Connection": "close"})
         if length.isdecimal() and int(length[:20]) > options.max_body_bytes:
             raise _too_large(options)
         try:

@@ -6,6 +6,7 @@ Nothing is kept between requests: all earlier items come with the body.
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -66,6 +67,14 @@ class ResponsesRequest(Decoding):
             *("previous_response_id", "prompt", "prompt_cache_key", "prompt_cache_options"),
             *("prompt_cache_retention", "reasoning", "service_tier", "store", "top_logprobs"),
             "truncation",
+        }
+    )
+    names = MappingProxyType(
+        {
+            "messages": "input",
+            "response_format": "text.format",
+            "max_completion_tokens": "max_output_tokens",
+            "max_tokens": "max_output_tokens",
         }
     )
     input: str | Annotated[list[dict[str, object]], Field(fail_fast=True, max_length=1024)]

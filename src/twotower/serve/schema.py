@@ -10,6 +10,7 @@ otherwise have half a million errors, which nobody reads and everybody waits for
 """
 
 import difflib
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -133,6 +134,8 @@ class Decoding(Record):
     """How to decode: fields of all endpoints, OpenAI's and ours. What is not given takes the
     checkpoint's default.
     """
+
+    names: ClassVar[Mapping[str, str]] = {}  # of what chat calls otherwise
 
     model: str | None = None
     temperature: float | None = None

@@ -29,6 +29,7 @@ MAX_BYTES, MAX_VALUES, MAX_IDS = 64 << 20, 8_000_000, 1 << 21
 MAX_TOKEN_CHARS, MAX_STEPS, MAX_DEPTH = 4096, 64, 6
 MAX_GROWTH = 64  # times that normalising may lengthen a text
 MAX_WORD_CHARS = 1000  # of WordPiece, whose time goes with the square
+MAX_AROUND = 64  # special tokens that are put around a text
 _PARTS = {
     "normalizer": "normalizers",
     "pre_tokenizer": "pretokenizers",
@@ -139,6 +140,7 @@ def check_content(content: Mapping[str, Any]) -> None:
             for pattern in _patterns(step):
                 if reason := why_refused(pattern):
                     raise ValueError(f"{part}: the pattern {pattern[:80]!r} {reason}")
+            _check_around(step)
 
 
 def _check_ids(content: Mapping[str, Any]) -> None:
@@ -234,6 +236,20 @@ def _growth(step: Mapping[str, Any]) -> float:
         case {"type": "Precompiled", "precompiled_charsmap": str(text)}:
             return _charsmap_growth(text)
     return 1.0
+
+
+def _check_around(step: Mapping[str, Any]) -> None:
+    """A template names special tokens, each of which may stand for several ids."""
+    if step.get("type") != "TemplateProcessing":
+        return
+    known = step.get("special_tokens") or {}
+    sizes = {name: len(token["ids"]) for name, token in known.items()}
+    for name in ("single", "pair"):
+        pieces = step.get(name) or []
+        named = [piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece]
+        count = len(pieces) + sum(sizes.get(one, 0) for one in named)
+        if count > MAX_AROUND:
+            raise ValueError(f"post_processor: '{name}' has {count} parts; at most {MAX_AROUND}")
 
 
 def _charsmap_growth(text: str) -> float:
