@@ -195,6 +195,9 @@ def test_damaged_denoisers_are_refused(tmp_path: Path) -> None:
         ({"reads": [0, 3, 99]}, "restore the file"),
         ({"bigram_rank": 3}, "do not fit"),
         ({"block_size": 0}, "block_size"),
+        ({"vocab_size": True}, "vocab_size=True is of the wrong type"),
+        ({"bigram_rank": 2.0}, "bigram_rank=2.0 is of the wrong type"),
+        ({"reads_hidden": 1}, "reads_hidden=1 is of the wrong type"),
     ):
         (folder / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(ValueError, match=said):

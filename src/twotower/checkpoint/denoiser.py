@@ -6,8 +6,11 @@ backbone's weights: beside another one it would draft nonsense, and is refused.
 
 import copy
 import math
+import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +28,7 @@ from twotower.model.two_tower import TwoTower
 
 _LEAST_ALIKE = 0.95  # of two sketches: 4-bit weights of one model have 0.99, other models 0
 _SPEC = tuple(field.name for field in fields(DraftSpec))
+_SIZE = (int, type(None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +61,22 @@ def describe_denoiser(folder: Path) -> DenoiserRecord:
             backbone=str(values["backbone"]),
             reads=tuple(values["reads"]),  # type: ignore[arg-type]  # checked here
             block_size=int(values["block_size"]),  # type: ignore[call-overload]
-            draft=DraftSpec(**{field: values[field] for field in _SPEC}),  # type: ignore[arg-type]
+            draft=_draft_of(values),
             parameters=sum(sizes.values()),
             num_bytes=(folder / SINGLE_FILE).stat().st_size,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}; restore the file") from None
+
+
+def _draft_of(values: Mapping[str, object]) -> DraftSpec:
+    """What a denoiser's config.json says of it; KeyError, ValueError."""
+    found: dict[str, Any] = {name: values[name] for name in _SPEC}
+    for name, value in found.items():
+        kinds = (bool,) if name == "reads_hidden" else (int,) if name == "bigram_rank" else _SIZE
+        if type(value) not in kinds:  # a bool is an int
+            raise ValueError(f"{name}={reprlib.repr(value)} is of the wrong type")
+    return DraftSpec(**found)
 
 
 def with_new_denoiser(
@@ -119,8 +133,12 @@ def load_denoiser(
     if sizes != (values.get("backbone_hidden_size"), values.get("backbone_layers")):
         raise ValueError(f"{path}: is the denoiser of another model, {name}; give that as --model")
     try:
-        spec = DraftSpec(**{field: values[field] for field in _SPEC})  # type: ignore[arg-type]  # checked there
-        config = thin_config(backbone.config, values["reads"], values["block_size"], spec)  # type: ignore[arg-type]
+        config = thin_config(
+            backbone.config,
+            values["reads"],  # type: ignore[arg-type]  # checked there
+            values["block_size"],  # type: ignore[arg-type]
+            _draft_of(values),
+        )
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}; restore the file") from None
     dtype = backbone.context_tower.norm_f.weight.dtype
