@@ -1,6 +1,8 @@
 """GGUF files as a source of models: block types, tokenizers, and one line for files that lie."""
 
 import json
+import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +175,35 @@ def test_a_truncated_file_is_one_line_and_leaves_nothing(
         load_checkpoint(tmp_path / "m.gguf", towers="context")
     assert "\n" not in str(error.value)
     assert not cache.exists() or not [*cache.iterdir()]
+
+
+ARRAY = struct.pack("<Q1sIIQ", 1, b"a", 9, 4, 1 << 60)  # "a": numbers without end
+LIES = {
+    "an array": (struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + ARRAY, "it ends before its data does"),
+    "an array of very many": (
+        struct.pack("<4sIQQ", b"GGUF", 3, 0, 1)
+        + ARRAY[:-8]
+        + struct.pack("<Q", 9999)
+        + bytes(1 << 17),
+        "its header has more than 4,096 values",
+    ),
+    "tensors": (struct.pack("<4sIQQ", b"GGUF", 3, 1 << 60, 0), "more than 32,768 tensors"),
+    "metadata": (struct.pack("<4sIQQ", b"GGUF", 3, 0, 1 << 60), "it ends before its data does"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_counts_that_lie_are_one_line_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path, name: str
+) -> None:
+    """Silent failure: the library walks 2^60 values that are not there, and keeps each."""
+    content, said = LIES[name]
+    monkeypatch.setattr(gguf_reader, "_MOST_READS", 4096)  # of which each takes microseconds
+    (tmp_path / "m.gguf").write_bytes(content)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=said):
+        gguf_reader.open_gguf(tmp_path / "m.gguf")
+    assert time.monotonic() - start < 5
 
 
 def test_a_file_that_has_gone_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ _VERSION = 1  # of what is written there
 _MAGIC = b"GGUF"
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPES = (*_PLAIN, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+_ORDERS: tuple[Literal["little", "big"], ...] = ("little", "big")
+_MOST_TENSORS = 1 << 15
+_MOST_READS = 1 << 22  # twice those of the largest vocabulary that is published
 _NOT_WEIGHTS = ("rope_freqs.weight",)  # what config.json says in another way
 
 
@@ -145,8 +148,27 @@ def _open(file: Path) -> "GGUFReader":
         raise ValueError(
             f"{file}: reading GGUF needs the package gguf; install it with: pip install '.[bench]'"
         ) from None
+
+    class Bounded(GGUFReader):
+        """The library believes a file's counts, and goes on for ever behind the file's end."""
+
+        num_reads = 0
+
+        def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
+            self.num_reads += 1
+            if self.num_reads > _MOST_READS:
+                raise ValueError(f"its header has more than {_MOST_READS:,} values")
+            if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it ends before its data does")
+            return super()._get(offset, dtype, count, override_order)
+
+    with file.open("rb") as stream:
+        header = stream.read(16)
+    # A file may be of either byte order; none has so many in its own.
+    if min(int.from_bytes(header[8:], order) for order in _ORDERS) > _MOST_TENSORS:
+        raise _damaged(file, ValueError(f"it has more than {_MOST_TENSORS:,} tensors"))
     try:
-        return GGUFReader(file)
+        return Bounded(file)
     except Exception as error:  # a truncated header ends in one of numpy's errors
         raise _damaged(file, error) from None
 
