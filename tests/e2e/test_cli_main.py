@@ -149,6 +149,7 @@ def test_a_refusal_reads_the_same_in_a_terminal(
     ("error", "status", "said"),
     [
         (ValueError("two\n  lines"), 2, "two lines"),
+        (ValueError("a file's \x1b[2J"), 2, "a file's \ufffd[2J"),
         (ImportError("babel is not installed"), 2, "babel is not installed"),
         (OSError(28, "No space left on device", "there"), 2, "there: No space left on device"),
         (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),

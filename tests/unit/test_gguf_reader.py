@@ -1,6 +1,7 @@
 """GGUF files as a source of models: block types, tokenizers, and one line for files that lie."""
 
 import json
+import shutil
 import struct
 import time
 from pathlib import Path
@@ -188,7 +189,8 @@ LIES = {
         "its header has more than 4,096 values",
     ),
     "tensors": (struct.pack("<4sIQQ", b"GGUF", 3, 1 << 60, 0), "more than 32,768 tensors"),
-    "metadata": (struct.pack("<4sIQQ", b"GGUF", 3, 0, 1 << 60), "it ends before its data does"),
+    "fields": (struct.pack("<4sIQQ", b"GGUF", 3, 0, 1 << 60), "more than 4,096 fields"),
+    "big-endian tensors": (struct.pack(">4sIQQ", b"GGUF", 3, 1 << 60, 0), "more than 32,768 tens"),
 }
 
 
@@ -204,6 +206,15 @@ def test_counts_that_lie_are_one_line_at_once(
     with pytest.raises(ValueError, match=said):
         gguf_reader.open_gguf(tmp_path / "m.gguf")
     assert time.monotonic() - start < 5
+
+
+def test_an_index_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    """Silent failure: a folder says which file of this machine is read, and where."""
+    write(tmp_path / "m.gguf")
+    folder = tmp_path / "theirs"
+    shutil.copytree(gguf_reader.open_gguf(tmp_path / "m.gguf"), folder)
+    with pytest.raises(ValueError, match="no index that was made here; name the GGUF file"):
+        load_checkpoint(folder, towers="context")
 
 
 def test_a_file_that_has_gone_is_named(tmp_path: Path) -> None:

@@ -31,9 +31,8 @@ _VERSION = 1  # of what is written there
 _MAGIC = b"GGUF"
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPES = (*_PLAIN, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
-_ORDERS: tuple[Literal["little", "big"], ...] = ("little", "big")
-_MOST_TENSORS = 1 << 15
-_MOST_READS = 1 << 22  # twice those of the largest vocabulary that is published
+_MOST_TENSORS, _MOST_FIELDS = 1 << 15, 1 << 12
+_MOST_READS = 3 << 20  # more than those of the largest vocabulary that is published
 _NOT_WEIGHTS = ("rope_freqs.weight",)  # what config.json says in another way
 
 
@@ -73,6 +72,10 @@ def open_gguf(file: Path) -> Path:
 
 def read_index(folder: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
     """The GGUF file behind a folder, and its tensors by their name there: type, shape, offset."""
+    if folder.resolve().parent != _CACHE.resolve():
+        raise ValueError(
+            f"{folder / INDEX_FILE}: is no index that was made here; name the GGUF file itself"
+        )
     values = read_json(folder / INDEX_FILE)
     file, tensors = Path(str(values["file"])), values["tensors"]
     assert isinstance(tensors, dict)  # written by open_gguf
@@ -163,10 +166,11 @@ def _open(file: Path) -> "GGUFReader":
             return super()._get(offset, dtype, count, override_order)
 
     with file.open("rb") as stream:
-        header = stream.read(16)
-    # A file may be of either byte order; none has so many in its own.
-    if min(int.from_bytes(header[8:], order) for order in _ORDERS) > _MOST_TENSORS:
-        raise _damaged(file, ValueError(f"it has more than {_MOST_TENSORS:,} tensors"))
+        header = stream.read(24)
+    order: Literal["little", "big"] = "big" if header[4:6] == bytes(2) else "little"
+    for begin, most, what in ((8, _MOST_TENSORS, "tensors"), (16, _MOST_FIELDS, "fields")):
+        if int.from_bytes(header[begin : begin + 8], order) > most:
+            raise _damaged(file, ValueError(f"it has more than {most:,} {what}"))
     try:
         return Bounded(file)
     except Exception as error:  # a truncated header ends in one of numpy's errors

@@ -13,7 +13,7 @@ import tyro
 from twotower.checkpoint.files import SHIPPED
 from twotower.cli.prompts import read_argument
 from twotower.cli.serve import ServeArguments, describe, need_extra
-from twotower.cli.text import printable
+from twotower.cli.text import one_line, printable
 from twotower.engine import GenerateOptions, Mode
 from twotower.loading import Placement, load, placement_of
 
@@ -233,7 +233,7 @@ def _say(talk: Talk, backend: "Backend", message: str) -> None:
         parts.append("")
         print(" [stopped]", end="", file=sys.stderr, flush=True)
     except ValueError as error:
-        print(f"{'' if not any(parts) else ' '}[{error}]", file=sys.stderr)
+        print(f"{'' if not any(parts) else ' '}[{one_line(error)}]", file=sys.stderr)
     if not parts:
         talk.turns.pop()
         return

@@ -4,10 +4,10 @@ _LONGEST = 2000  # characters of a line
 
 
 def one_line(message: object) -> str:
-    """The text of an error or warning without line breaks, and without the middle of what a file
-    has put into it; the remedy stands at the end.
+    """The text of an error or warning, which may quote a file: without line breaks, steering no
+    terminal, and without the middle of a very long one (the remedy stands at the end).
     """
-    line = " ".join(str(message).split()) or type(message).__name__
+    line = printable(" ".join(str(message).split())) or type(message).__name__
     half = _LONGEST // 2
     return line if len(line) <= _LONGEST else f"{line[:half]} ... {line[-half:]}"
 
