@@ -75,6 +75,9 @@ DAMAGE = {
     "empty tokens": (lambda f: (f / "tokens.bin").write_bytes(b""), "missing or empty"),
     "cut tokens": (_cut, r"tokens.bin has \d+ bytes where meta.json promises \d+"),
     "corrupt tokens": (lambda f: _flip("tokens.bin", f), "tokens.bin does not match its checksum"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no file"),
+    "a broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "is not JSON"),
+    "another tokenizer": (lambda f: set_meta(f, tokenizer_sha256="0" * 64), "another tokenizer"),
     "corrupt marks": (lambda f: _flip("marks.bin", f), "marks.bin does not match its checksum"),
 }
 

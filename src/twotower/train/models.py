@@ -78,13 +78,13 @@ def new_config(options: TrainOptions, shard: Shard) -> TwoTowerConfig:
 def export(model: TwoTower, path: Path, recipe: Recipe, shard: Shard) -> None:
     """Write the trained model with its tokenizer: the backbone layout, or both towers."""
     save = save_backbone if recipe == "backbone" else save_two_towers
-    save(model, path, extra_files=load_tokenizer(shard.folder).files())
+    save(model, path, extra_files=shard.tokenizer.files())
 
 
 def _with_tokens(model: TwoTower, init: Path, shard: Shard) -> TwoTower:
     """The initial checkpoint with the special tokens of the data, and an id for the mask."""
     _check_tokenizer(init, model.config.vocab_size, shard)
-    special, known = shard.meta.special, load_tokenizer(shard.folder).special_ids
+    special, known = shard.meta.special, shard.tokenizer.special_ids
     mask = _mask_id(model.config, init, shard)
     eos = [*special.eos, *(set(model.config.eos_token_ids) & known - {*special.eos})]
     pad = model.config.pad_token_id if model.config.pad_token_id in known else None

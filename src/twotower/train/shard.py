@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from twotower.tokenizer import load_tokenizer
+
 META_FILE = "meta.json"
 FORMAT = 5
 _TOKENS_FILE, _MARKS_FILE = "tokens.bin", "marks.bin"
@@ -92,6 +94,12 @@ class Shard:
         size, dtype = self.meta.num_tokens, _DTYPES[self.meta.dtype]
         self.tokens = _map(self.folder / _TOKENS_FILE, dtype, size, self.meta.tokens_sha256)
         self._marks = _map(self.folder / _MARKS_FILE, _BYTE, size, self.meta.marks_sha256)
+        self.tokenizer = load_tokenizer(self.folder)  # which the trained model will need
+        if self.tokenizer.fingerprint != self.meta.tokenizer_sha256:
+            raise ValueError(
+                f"data: {self.folder} was made with another tokenizer than its own; prepare the "
+                "data again"
+            )
 
     def is_completion(self, span: slice) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         """Which tokens belong to completions, with the EOS behind them."""
