@@ -83,8 +83,6 @@ class PlanOptions:
     """Largest batch of the table by batch size."""
     price_per_hour: float | None = None
     """Dollars per hour and device; the table's when not given."""
-    output: Path | None = None
-    """Folder for plan.json, report.html and its pictures."""
     json: bool = False
     """Print one JSON object instead of text."""
     list_hardware: bool = False
