@@ -208,9 +208,9 @@ class Tokenizer:
         """How one token looks alone, special tokens by name: for displays of single positions."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
-    def stream(self, *, skip_special: bool = True) -> TextStream:
-        """A fresh incremental decoder."""
-        return TextStream(self.token_bytes, self.special_ids if skip_special else ())
+    def stream(self) -> TextStream:
+        """A fresh incremental decoder, which leaves special tokens out."""
+        return TextStream(self.token_bytes, self.special_ids)
 
     def save(self, folder: Path | str) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` into `folder` (created if needed)."""

@@ -1,6 +1,6 @@
 """A race's record for readers: tables and sentences for the terminal, and pictures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from twotower.lab.race.results import TARGET, block_cost
@@ -15,11 +15,7 @@ _COSTS = (
     "tok/NFE", "right",
 )  # fmt: skip
 _LIMITS = ("engine", "pass", "ms", "MB", "Mop", "by bytes", "by ops", "regime")
-CALLS = ("ar_step", "denoise_pass", "extend", "verify")
 MODE_MARKERS = "s^vDP*"  # rings are where curves cross a level
-REGIME_COLORS = {
-    "overhead-bound": COLORS[1], "compute-bound": COLORS[0], "bandwidth-bound": COLORS[2],
-}  # fmt: skip
 
 
 def tables(size: str, found: Record) -> list[Table]:
@@ -95,51 +91,10 @@ def describe_break_even(engine: str, pays: Record, found: Record) -> str:
 
 def race_figures(record: Record) -> dict[str, "Figure"]:
     """Every picture of the record by the name of its file."""
-    made = {"passes": plot_passes(record), "speed": plot_speed(record)}
+    made = {"speed": plot_speed(record)}
     for size, found in record["sizes"].items():
         made[f"break_even_{size}"] = plot_break_even(size, found)
-        made[f"limits_{size}"] = plot_limits(size, found)
     return made
-
-
-def plot_passes(record: Record) -> "Figure":
-    """Milliseconds of each pass by size and engine, over those of the engine's AR step."""
-    rows = [
-        (f"{size}, {engine}", calls)
-        for size, found in record["sizes"].items()
-        for engine, calls in found["ms_by_engine"].items()
-    ]
-    figure = new_figure(height=1.6 + 0.7 * len(rows))
-    axes = figure.add_subplot()
-    height = 0.8 / len(CALLS)
-    for place, call in enumerate(CALLS):
-        at = [-row - place * height for row in range(len(rows))]
-        medians = [calls[call]["median"] for _, calls in rows]
-        spans = [calls[call]["quartiles"] for _, calls in rows]
-        errors = [
-            [m - low for m, (low, _) in zip(medians, spans, strict=True)],
-            [high - m for m, (_, high) in zip(medians, spans, strict=True)],
-        ]
-        bars = axes.barh(at, medians, height, color=COLORS[place], label=call, xerr=errors)
-        steps = [calls["ar_step"]["median"] for _, calls in rows]
-        axes.bar_label(
-            bars,
-            [f" {m:.2f} ms, {m / s:.2f}x" for m, s in zip(medians, steps, strict=True)],
-            fontsize=7,
-        )
-    axes.set_yticks([-row - 1.5 * height for row in range(len(rows))], [name for name, _ in rows])
-    _scale_log(axes, [calls[call]["median"] for _, calls in rows for call in CALLS])
-    axes.set_xlabel("ms a pass, median and quartiles; x: over the AR step")
-    axes.set_title("One pass")
-    figure.legend(loc="outside lower center", ncols=len(CALLS), fontsize=8)
-    return figure
-
-
-def _scale_log(axes: "Axes", values: Sequence[float]) -> None:
-    """A logarithmic axis from below the least value, with room for labels behind the largest."""
-    axes.set_xscale("log")
-    axes.set_xlim(min(values) / 3, max(values) * 6)
-    axes.tick_params(axis="x", which="minor", labelbottom=False)
 
 
 def plot_speed(record: Record) -> "Figure":
@@ -219,21 +174,3 @@ def _mark_measured(axes: "Axes", found: Record) -> None:
             axes.plot(*point, shape, color=colors[engine], markersize=6, markeredgecolor="black")
     for mode, shape in shapes.items():
         axes.plot([], [], shape, color="gray", label=f"{mode}, measured over the best AR")
-
-
-def plot_limits(size: str, found: Record) -> "Figure":
-    """Measured time of a pass against the least that the machine allows, coloured by regime."""
-    figure = new_figure(height=1.4 + 0.35 * len(found["limits"]))
-    axes = figure.add_subplot()
-    rows = list(reversed(found["limits"]))
-    for at, row in enumerate(rows):
-        axes.barh([at], [row["ms"]], color=REGIME_COLORS[row["regime"]])
-        axes.plot([row["stream_ms"]], [at], "|", color="black", markersize=12)
-        axes.plot([row["compute_ms"]], [at], "x", color="black", markersize=6)
-        end = max(row["ms"], row["stream_ms"], row["compute_ms"])
-        axes.annotate(f"  {row['regime']}", (end, at), fontsize=7, va="center")
-    axes.set_yticks(range(len(rows)), [f"{row['engine']} {row['call']}" for row in rows])
-    _scale_log(axes, [row[key] for row in rows for key in ("ms", "stream_ms", "compute_ms")])
-    axes.set_xlabel("ms; | least by bandwidth, x least by arithmetic")
-    axes.set_title(f"Passes and limits, {size}")
-    return figure
