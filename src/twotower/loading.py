@@ -53,29 +53,30 @@ class Placement:
     """Checkpoint folder, GGUF file or hub id owner/name. Default: shipped, the small model inside
     this package."""
     denoiser: str | None = None
-    """Folder or hub id of a denoiser that `twotower adapt` trained for this model: it drafts, the
-    model verifies, and the text stays the model's own."""
+    """Folder or hub id of a denoiser that `twotower adapt` trained for this model: it drafts and
+    the model verifies, so the text is the model's own."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps. auto: the first CUDA device if there is one, else the CPU."""
     denoiser_device: str | None = None
-    """Device of the denoiser tower, if not the same; peer: the other of two processes that torchrun
-    started, on this host or another."""
+    """Device of the denoiser tower. Default: --device. peer: the second of two processes that
+    torchrun started, on this host or another."""
     dtype: DTypeName = "auto"
-    """Weights and arithmetic. auto: the checkpoint's own on an accelerator; on a CPU float32 where
-    native passes run the model, else the checkpoint's own."""
+    """Precision of weights and computation. auto: float32 for the native backend, else the
+    checkpoint's own."""
     quantization: Quantization = "none"
-    """int8, int4: round the loaded weights, for native passes. none: as the checkpoint has them."""
+    """int8, int4: quantise the weights while they are loaded, for the native backend. none: as they
+    are stored."""
     backend: BackendName = "auto"
-    """What runs forward passes. native: C++ on a CPU, compiled on first use. eager: plain PyTorch,
-    every model and device. auto: native if it runs the model, else eager."""
+    """What runs forward passes. native: C++ on a CPU, compiled on first use. eager: PyTorch, for
+    every model and device. auto: native if it can run the model, else eager."""
     threads: int | None = None
-    """CPU threads of a forward pass. Default: the physical cores that this process may use, or
-    fewer where OMP_NUM_THREADS says so."""
+    """CPU threads of a forward pass. Default: the physical cores that this process may use, at most
+    OMP_NUM_THREADS."""
     expert_storage: ExpertStorage = "memory"
-    """mmap: leave routed experts in their files and read those that are chosen, for models larger
-    than memory; slow where the disk is."""
+    """mmap: map the files of routed experts into memory and read those that the router chooses, for
+    models larger than memory; as slow as the disk."""
 
     def __post_init__(self) -> None:
         for name, allowed in (

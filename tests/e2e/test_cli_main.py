@@ -58,12 +58,13 @@ def test_generate_has_a_flag_with_the_default_of_every_option(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards against a second copy of a default that drifts from the library's."""
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("COLUMNS", "100")
     assert main(["generate", "-h"]) == 0
-    out = capsys.readouterr().out.replace("\u2502", " ")
-    for name in ("adaptive", "ignore-eos"):
-        out = out.replace(f"--{name}, --no-", "--")
-    helps = dict(re.findall(r" --([\w-]+) (.*?)(?= --\w|$)", " ".join(out.split())))
+    helps: dict[str, str] = {}
+    for entry in re.split(r"\n[\u2502 ] (?=--?\w)", capsys.readouterr().out):
+        flags, *_ = re.split(r"\s{2,}|\n", entry)
+        text = " ".join(entry.replace("\u2502", " ").split())
+        helps |= dict.fromkeys(re.findall(r"--([\w-]+)", flags), text)
     for field in dataclasses.fields(ResolvedOptions):
         is_repeatable = field.name in ("stop", "logit_bias")
         shown = "(repeatable)" if is_repeatable else f"(default: {field.default})"

@@ -43,23 +43,23 @@ A real model: twotower chat --model FOLDER, GGUF file or hub id; README.md fetch
 
 @dataclass(frozen=True, kw_only=True)
 class ChatArguments(Placement):
-    """Talk to a model in the terminal: a server's, or one in this process. /help lists commands.
+    """Chat in the terminal, with a model in this process or with a server. /help lists commands.
 
     The shipped model knows questions of a few kinds only; it is no assistant.
     """
 
     url: str | None = None
-    """Server to talk to, such as http://127.0.0.1:8000; any that speaks OpenAI's API."""
+    """Server with OpenAI's API, such as http://127.0.0.1:8000. Default: load --model here."""
     api_key_env: str = "TWOTOWER_API_KEY"
-    """Name of the environment variable that holds the server's API key, if it wants one."""
+    """Environment variable with the server's API key."""
     chat_template: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Jinja template of conversations instead of the checkpoint's own."""
+    """Jinja chat template. Default: the checkpoint's."""
     system: str | None = None
-    """What stands before the conversation."""
+    """System message."""
     escape: bool = False
-    r"""Read \n, \t and \\ in --system as line break, tab and backslash."""
+    r"""Replace \n, \t and \\ in --system by line break, tab and backslash."""
     mode: Mode | None = None
-    """How to decode; what the checkpoint or the server names unless given."""
+    """Decoding algorithm, as in twotower generate. Default: the checkpoint's, or the server's."""
     max_tokens: int | None = None
     """Maximum number of new tokens of a reply."""
     temperature: float | None = None

@@ -26,14 +26,15 @@ class ConvertOptions:
     transformers: the context tower as transformers 5 loads it (NemotronHForCausalLM).
     gguf: the context tower and the tokenizer as one file for llama.cpp (nemotron_h)."""
     dtype: DType = "keep"
-    """Of the weights written; routers stay float32. q8_0 (GGUF only): 8 bits, a scale for 32."""
+    """Precision of the written weights; routers stay float32. keep: as they are. q8_0 (GGUF only):
+    8 bits, a scale for each 32 weights."""
     quantization: Literal["none", "int8", "int4"] = "none"
-    """int8, int4: quantise experts and projections (with pip install ".[quant]"); heads take
-    8 bits, time conditioning, routers, norms, convolutions and embeddings keep their dtype."""
+    """int8, int4: quantise experts and projections, and heads to 8 bits; all else keeps its dtype.
+    Needs: pip install '.[quant]'."""
     group_size: int | None = None
-    """Numbers of a row that share a scale, with int4: 32 (the default), 64 or 128."""
+    """int4: weights that share a scale: 32, 64 or 128. Default: 32."""
     activations: Literal["int8"] | None = None
-    """int8: let products round their input to 8 bits too, with int8 weights; faster, less exact."""
+    """int8: quantise the inputs of int8 matrices too: faster and less exact."""
 
     def __post_init__(self) -> None:
         if self.dtype == "q8_0" and self.to != "gguf":

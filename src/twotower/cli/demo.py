@@ -48,7 +48,7 @@ class DemoOptions(Placement):
     prompt: str | None = None
     """A prompt of your own instead."""
     escape: bool = False
-    r"""Read \n, \t and \\ in --prompt as line break, tab and backslash."""
+    r"""Replace \n, \t and \\ in --prompt by line break, tab and backslash."""
     max_new_tokens: int = 96
     """Maximum number of new tokens."""
     repeats: int = 3

@@ -18,17 +18,24 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "max_new_tokens": ("-n", "--max-tokens"),
     "temperature": ("--temp",),
     "output": ("-o", "--out"),
+    "out": ("-o", "--output"),
     "prompt": ("-p",),
 }
 
 
 def optional_flags(
-    options_class: type, docs: Mapping[str, str], leave_out: Collection[str] = ()
+    options_class: type,
+    docs: Mapping[str, str],
+    first: Sequence[str] = (),
+    leave_out: Collection[str] = (),
 ) -> type:
-    """A dictionary type with the fields of a dataclass, none of them required, for tyro to fill."""
+    """A dictionary type with the fields of a dataclass, some of them first and none of them
+    required, for tyro to fill.
+    """
     hints = get_type_hints(options_class)
     flags: dict[str, object] = {}
-    for field in dataclasses.fields(options_class):
+    fields = {field.name: field for field in dataclasses.fields(options_class)}
+    for field in (*map(fields.pop, first), *fields.values()):
         if field.name not in leave_out:
             shown = tyro.conf.arg(
                 aliases=ALIASES.get(field.name),

@@ -34,21 +34,50 @@ from twotower.engine.options import Overlap
 from twotower.loading import Loaded, Placement, load, placement_of, prompt_notice
 
 _DOCS, _ENGINE_DOCS = field_docs(GenerateOptions), field_docs(EngineOptions)
+_FIRST = ("mode", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos")
 _MOST_NOTED = 16  # prompts that are looked at before decoding begins
 _KNOWN = "twotower demo shows what the shipped model knows, --model takes another"
 if TYPE_CHECKING:
     Decoding = dict[str, object]
 else:
     # What is repeatable tyro cannot combine with "not given".
-    Decoding = optional_flags(ResolvedOptions, _DOCS, leave_out=("stop", "logit_bias", "grammar"))
+    Decoding = optional_flags(ResolvedOptions, _DOCS, _FIRST, ("stop", "logit_bias", "grammar"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateArguments(Placement):
+class FileOptions:
+    """Prompts and answers as files or JSON."""
+
+    input: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """File of prompts: .jsonl has one object a line, {"prompt": text or token ids}; any other
+    file is one prompt, without its last line break."""
+    output: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write the answers to a .jsonl --input of any length here, one JSON object a line, in order.
+    A line may have an "id" and its own decoding options. The same command again resumes."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object instead of text."""
+    trace: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write every event (StepTaken, TokensCommitted, Finished) as a line of JSON when it
+    happens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """How prompts share the machine. None of these options changes a text."""
+
+    max_rows: Annotated[int, tyro.conf.arg(help=_ENGINE_DOCS["max_rows"])] = EngineOptions.max_rows
+    overlap: Annotated[Overlap, tyro.conf.arg(help=_ENGINE_DOCS["overlap"])] = EngineOptions.overlap
+    prefix_cache_bytes: Annotated[int, tyro.conf.arg(help=_ENGINE_DOCS["prefix_cache_bytes"])] = (
+        EngineOptions.prefix_cache_bytes
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateArguments(FileOptions, BatchOptions, Placement):
     """Complete prompts and print the new text.
 
-    Decoding options that are not given take the checkpoint's own defaults
-    (generation_config.json), and where it has none, those shown.
+    The default of a decoding option is the checkpoint's (generation_config.json), else the one
+    shown.
     """
 
     prompts: Annotated[
@@ -56,31 +85,20 @@ class GenerateArguments(Placement):
         tyro.conf.Positional,
         tyro.conf.arg(metavar="[PROMPT ...]", help_behavior_hint=""),
     ] = ()
-    """Prompts; - reads one from stdin, and so does giving none. Put -- before one that starts
-    with a dash."""
+    """Prompts; - or none at all: one from stdin. Put -- before prompts that start with a dash."""
     prompt: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")
     ] = ()
-    """A prompt, like those without a flag; may be given several times."""
+    """A prompt, as another way to give one."""
     escape: bool = False
-    r"""Read \n, \t and \\ in --stop and in prompts that are arguments as line break, tab and
-    backslash."""
-    input: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """File of prompts: .jsonl has one object a line, {"prompt": text or token ids}; any other
-    file is one prompt, without its last line break."""
-    output: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Answer a .jsonl --input of any length into this file, one object a line, in order. A line
-    may have options of its own and an "id". Run the same command again to resume."""
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
-    """One JSON object on stdout instead of text."""
-    trace: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write every event as a line of JSON while it happens: StepTaken, TokensCommitted,
-    Finished."""
+    r"""Replace \n, \t and \\ in --stop, --prompt and PROMPT by line break, tab and backslash."""
+    decoding: Annotated[Decoding, tyro.conf.arg(name="")]
+    """How to decode."""
     grammar: Annotated[
         Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")
     ] = None
-    """ar, speculative: what the text must match. A JSON schema (.json), a Lark grammar (.lark) or
-    a regex (any other file). Needs the extra serve."""
+    """ar, speculative: JSON schema (.json), Lark grammar (.lark) or regular expression (any other
+    file) that the text must match. Needs: pip install '.[serve]'."""
     stop: Annotated[
         tuple[str, ...],
         tyro.conf.UseAppendAction,
@@ -91,16 +109,9 @@ class GenerateArguments(Placement):
         tyro.conf.UseAppendAction,
         tyro.conf.arg(
             metavar="ID=BIAS",
-            help=f"{_DOCS['logit_bias']} May be given several times.",
+            help=_DOCS["logit_bias"],
         ),
     ] = ()
-    max_rows: Annotated[int, tyro.conf.arg(help=_ENGINE_DOCS["max_rows"])] = EngineOptions.max_rows
-    overlap: Annotated[Overlap, tyro.conf.arg(help=_ENGINE_DOCS["overlap"])] = EngineOptions.overlap
-    prefix_cache_bytes: Annotated[int, tyro.conf.arg(help=_ENGINE_DOCS["prefix_cache_bytes"])] = (
-        EngineOptions.prefix_cache_bytes
-    )
-    decoding: Annotated[Decoding, tyro.conf.arg(name="")]
-    """How to decode."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -50,16 +50,16 @@ _SHOWN = (
 
 @dataclass(frozen=True, kw_only=True)
 class ServeArguments(ReplicatedOptions, Placement):
-    """Serve a model over HTTP: /v1/completions, /v1/chat/completions, and a page at /.
+    """Serve a model over HTTP: OpenAI's API below /v1, and a page at / that shows how blocks fill.
 
-    A client of OpenAI's takes it with base_url=http://127.0.0.1:8000/v1.
+    OpenAI's clients take it as base_url=http://127.0.0.1:8000/v1.
     """
 
     prefix_cache_bytes: int = 256 << 20
-    """Memory for cached prefixes: prompts that begin like an earlier text skip what is cached. 0 is
-    off."""
+    """Memory of the prefix cache: a prompt that begins like an earlier text is not read again up to
+    there. 0 is off."""
     chat_template: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Jinja template of conversations instead of the checkpoint's own."""
+    """Jinja chat template. Default: the checkpoint's."""
 
     def __post_init__(self) -> None:
         Placement.__post_init__(self)

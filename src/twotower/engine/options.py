@@ -63,19 +63,18 @@ SAMPLED_ONLY: Mapping[str, float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 @documented
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How requests share the machine. No text depends on it."""
+    """How requests share the machine. None of these options changes a text."""
 
     max_rows: int = 16
     """Maximum number of prompts decoded at the same time; others wait."""
     max_waiting: int = 256
-    """Maximum number of prompts that wait in a `Worker`; further ones are refused."""
+    """Maximum number of prompts in the queue of a `Worker`; further ones are refused."""
     overlap: Overlap = "auto"
-    """Run the two towers at the same time, each on one of two groups of rows: while one group is
-    denoised, the context tower reads the other's text. auto: on where the towers are on two
-    devices."""
+    """Run both towers at the same time, each on another half of the batch: the denoiser drafts for
+    one half while the context tower reads the other. auto: on if the towers are on two devices."""
     prefix_cache_bytes: int = 0
-    """Memory for cached prefixes: prompts that begin like an earlier text skip what is cached. 0 is
-    off."""
+    """Memory of the prefix cache: a prompt that begins like an earlier text is not read again up to
+    there. 0 is off."""
 
     def __post_init__(self) -> None:
         _check({name: getattr(self, name) for name in _ENGINE_CHECKS}, _ENGINE_CHECKS)
@@ -91,34 +90,34 @@ class GenerateOptions:
     """
 
     mode: Mode | None = None
-    """Decoding algorithm. diffusion: fill blocks of mask tokens, committing confident predictions
-    pass by pass. speculative: the text of ar, from drafts that the context tower verifies. ar: the
-    context tower alone, token by token. posterior, predict-and-noise: other samplers of the block.
-    mock-ar: the denoiser alone, token by token."""
+    """Decoding algorithm. ar: the context tower alone, token by token. speculative: the same text,
+    from drafts that the context tower verifies. diffusion: the denoiser fills blocks of mask tokens
+    and commits confident predictions after each pass. posterior, predict-and-noise: other samplers
+    of a block. mock-ar: the denoiser alone, token by token."""
     max_new_tokens: int | None = None
     """Maximum number of new tokens."""
     block_size: int | None = None
-    """Tokens per block. The default is what the model was trained with; larger blocks ruin the
-    text, and are no longer than max_new_tokens."""
+    """Tokens per block or draft. Default: what the model was trained with; in diffusion larger ones
+    ruin the text."""
     steps_per_block: int | None = None
-    """Maximum number of denoiser passes per block."""
+    """diffusion, posterior, predict-and-noise: maximum number of denoiser passes per block."""
     first_token: FirstToken | None = None
     """diffusion: which tower predicts the first token of a block. denoiser: as published. context:
-    the context tower, at no extra forward pass."""
+    at no extra forward pass."""
     verify_threshold: float | None = None
     """diffusion: verify each block with the context tower. The first token whose probability is
     below this threshold is rejected with all that follow it, and the next block starts there with
     the context tower's own token, at no extra forward pass. 0 accepts all, as published. Needs
     first_token=context."""
     drafts: Drafts | None = None
-    """speculative: where drafts come from. lookup: from prompt and text, what followed the newest
-    tokens where they occurred before; needs no denoiser. denoiser: the denoiser tower. auto:
-    whichever promises more, by what it has yielded in this text."""
+    """speculative: where drafts come from. lookup: prompt lookup (n-gram matching), what followed
+    the newest tokens where prompt or text had them before; needs no denoiser. denoiser: the
+    denoiser tower. auto: in each cycle the one that has paid more in this text so far."""
     draft_passes: int | None = None
     """speculative: maximum number of denoiser passes per draft."""
     confidence_threshold: float | None = None
-    """diffusion, speculative: predictions with a higher probability than this are committed in the
-    same pass."""
+    """diffusion, speculative: a pass commits all predictions that are more probable than this, and
+    at least one."""
     temperature: float | None = None
     """Sampling temperature; 0 is greedy."""
     top_k: int | None = None
@@ -127,38 +126,43 @@ class GenerateOptions:
     """Sample from the smallest set of most probable tokens with this total probability; 1 is
     off."""
     min_p: float | None = None
-    """Sample from tokens with at least this share of the largest probability; 0 is off."""
+    """Sample from tokens that are at least this fraction as probable as the most probable one; 0 is
+    off."""
     presence_penalty: float | None = None
-    """ar, speculative, mock-ar: taken from the logit of a token that the new text has; 0 is off."""
+    """ar, speculative, mock-ar: subtracted from the logits of tokens that the new text has; 0 is
+    off."""
     frequency_penalty: float | None = None
-    """ar, speculative, mock-ar: taken from it for each time that the new text has it; 0 is off."""
+    """ar, speculative, mock-ar: subtracted from a token's logit once for each time that the new
+    text has it; 0 is off."""
     repetition_penalty: float | None = None
-    """ar, speculative, mock-ar: divisor of a logit above 0 (factor below) of tokens of prompt and
-    new text; 1 is off."""
+    """ar, speculative, mock-ar: logits of tokens that prompt or new text have are divided by this
+    where positive and multiplied where negative; 1 is off."""
     logit_bias: Mapping[int, float] | LogitBias | None = None
-    """ar, speculative, mock-ar: added to the logits of tokens, by token id; -100 to 100."""
+    """ar, speculative, mock-ar: numbers from -100 to 100 that are added to logits, by token id."""
     seed: int | None = None
-    """Seed of this prompt's own random numbers; other prompts of a batch never change its text."""
+    """Seed of each prompt's own random numbers: its text does not depend on the rest of a batch."""
     eos_token_id: int | tuple[int, ...] | None = None
     """Token ids that end the text instead of the checkpoint's."""
     ignore_eos: bool | None = None
-    """Go on after an end-of-text token, up to max_new_tokens."""
+    """Continue after end-of-text tokens, up to max_new_tokens."""
     stop: str | tuple[str, ...] | None = None
     """Strings that end the text and are not part of it. Needs a tokenizer."""
     logprobs: int | None = None
-    """Return the log-probability of each token under the context tower and this many of the most
-    probable alternatives; 0 returns the token's own."""
+    """Return the context tower's log-probability of each token, and of this many most probable
+    alternatives; 0 for the token alone."""
     grammar: Grammar | None = None
     """ar, speculative: grammar that the text must match. Made by json_schema, regex or lark of
     twotower.engine.grammar; needs a tokenizer."""
     schedule: Schedule | None = None
-    """posterior, predict-and-noise: noise schedule, how the masked share falls over the steps."""
+    """posterior, predict-and-noise: noise schedule, how the masked fraction falls from step to
+    step."""
     remask: Remask | None = None
-    """predict-and-noise: which predictions are masked again after a step: those of least
-    confidence, of least margin to the second choice, or random ones."""
+    """predict-and-noise: which predictions are masked again after a step: those with the lowest
+    probability (confidence), with the smallest lead over the second choice (margin), or random
+    ones."""
     adaptive: bool | None = None
-    """predict-and-noise: instead of the schedule, commit one token a step at first and equal shares
-    later."""
+    """predict-and-noise: ignore the schedule; commit one token a step at first, then equal numbers
+    of tokens."""
 
     def __post_init__(self) -> None:
         for name in ("eos_token_id", "stop"):

@@ -7,53 +7,53 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """How the server meets its callers; nothing here changes a text, except a filter."""
+    """Address, keys, limits and log of the server. Only --filter changes a text."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. Any other than this machine's own needs API keys or --insecure."""
+    """Address to listen on. Any but a loopback address needs API keys or --insecure."""
     port: int = 8000
-    """Port to listen on; 0 takes a free one and prints it."""
+    """Port to listen on; 0: a free one, which is printed."""
     model_name: str | None = None
-    """Name of the model in the API instead of its folder's."""
+    """Name of the model in the API. Default: that of its folder."""
     api_keys_file: Path | None = None
-    """File of API keys, one a line: KEY, or NAME KEY, where the name is what logs show."""
+    """File of API keys, one a line: KEY, or NAME KEY to have the name in logs."""
     api_keys_env: str | None = None
     """Name of an environment variable that holds API keys, separated by commas."""
     insecure: bool = False
-    """Listen on a reachable address without any API key."""
+    """Allow an address that is not loopback without API keys."""
     cors_origins: tuple[str, ...] = ()
-    """Web origins whose pages may call the API, such as https://example.org; none by default."""
+    """Web origins whose pages may call the API, such as https://example.org."""
     allowed_hosts: tuple[str, ...] = ()
-    """Further host names under which this machine is called; without API keys only its own
-    addresses are answered, so that no web page can reach the server under another name."""
+    """More values of the Host header to answer. Without API keys only localhost and loopback
+    addresses are answered, as a protection against DNS rebinding."""
     max_connections: int = 512
-    """Most connections at a time; for one more, the one that has kept the server waiting longest
-    is closed."""
+    """Maximum number of open connections; for a new one beyond it, the one that has been idle
+    longest is closed."""
     max_body_bytes: int = 1 << 20
-    """Largest request body; more is refused before it is read."""
+    """Maximum size of a request body; a larger one is refused before it is read."""
     body_timeout_s: float = 10.0
-    """Seconds that a client may take to send its body."""
+    """Seconds in which a request body must have arrived."""
     max_prompt_tokens: int = 8192
-    """Longest prompt."""
+    """Maximum number of tokens of a prompt."""
     max_new_tokens: int = 4096
-    """Most tokens that one row may ask for."""
+    """Maximum value of max_tokens in a request."""
     max_block_size: int = 64
-    """Largest block_size that a request may ask for."""
+    """Maximum value of block_size in a request."""
     max_steps_per_block: int = 256
-    """Most denoiser passes per block or draft that a request may ask for."""
+    """Maximum value of steps_per_block and draft_passes in a request."""
     max_rows_per_request: int = 32
-    """Most rows of one request: its prompts times n."""
+    """Maximum number of rows of a request: its prompts times n."""
     key_concurrency: int | None = None
-    """Most requests of one API key at a time; without keys, of one client address."""
+    """Maximum number of concurrent requests of an API key, or of a client address without keys."""
     key_requests_per_minute: int | None = None
-    """Most requests of one API key (or address) in any 60 seconds."""
+    """Maximum number of requests of an API key (or address) in any 60 seconds."""
     deadline_s: float = 300.0
-    """Seconds after which a request that is not answered is given up."""
+    """Seconds after which an unfinished request is aborted."""
     grace_s: float = 30.0
-    """Seconds that running requests get to finish after a signal to stop."""
+    """Seconds in which running requests may finish after SIGTERM or SIGINT."""
     filter: tuple[str, ...] = ()
-    """A pattern (regular expression), or module:function, whose match in a text ends it before
-    anyone sees the match; repeat for more."""
+    """Regular expressions, or functions as module:function, whose match ends a text before the
+    match is sent."""
     log_prompts: bool = False
     """Write prompts and texts to the log."""
 

@@ -23,21 +23,21 @@ APP_NAME = "twotower"
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaOptions:
-    """How many replicas there are and what each may use of a machine."""
+    """Replicas of the server on a Ray cluster."""
 
     ray: bool = False
-    """Serve by replicas on a Ray cluster instead of this process alone."""
+    """Serve with replicas on a Ray cluster instead of in this process."""
     ray_address: str | None = None
-    """Cluster to join, such as auto; started on this machine if none is given. A second run on the
-    same cluster replaces the model replica by replica."""
+    """Cluster to join, such as auto. Default: start one on this machine. A second run on the same
+    cluster replaces the replicas one by one."""
     min_replicas: int = 1
-    """Replicas that are always there."""
+    """Minimum number of replicas."""
     max_replicas: int = 1
-    """Replicas at the most; between the two, their number follows the requests."""
+    """Maximum number of replicas; between the two, their number follows the load."""
     replica_cpus: float = 1.0
-    """Cores that a replica claims."""
+    """CPU cores that each replica reserves."""
     replica_gpus: float = 0.0
-    """GPUs that a replica claims."""
+    """GPUs that each replica reserves."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_replicas <= self.max_replicas:

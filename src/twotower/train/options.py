@@ -40,7 +40,7 @@ class ModelOptions(CheckedOptions):
     """The size of a new backbone."""
 
     preset: str | None = None
-    """Size of a new backbone: tiny, small (the default) or moe."""
+    """Size of a new backbone: tiny, small or moe. Default: small."""
     config: Path | None = None
     """config.json of a new backbone, instead of a preset; vocabulary and special tokens are the
     data's."""
@@ -51,15 +51,15 @@ class DenoiserOptions(CheckedOptions):
     """Which parts of a two-tower model are trained; for the denoiser recipe alone."""
 
     block_size: int | None = None
-    """Tokens per block; by default the model's own (16)."""
+    """Tokens per block. Default: the model's own, 16 of a new one."""
     towers: Literal["two", "tied", "tied-ar"] = "two"
     """two: a denoiser beside the context tower. tied: both towers share one set of weights, trained
     through both uses, with two heads. tied-ar: tied, and the context head learns the next token."""
     train_context: bool = False
     """Train the context tower too, through the keys, values and states that the denoiser reads."""
     bidirectional_mamba: bool = False
-    """The denoiser's Mamba layers average a forward scan and one from the end of the block. Kept
-    in config.json; a model that already has it keeps it."""
+    """The denoiser's Mamba layers average a forward and a backward scan of the block. The choice is
+    saved in config.json and holds for all later runs from it."""
     denoiser_init: Literal["context", "scratch"] = "context"
     """context: start from a copy of the context tower, or from the denoiser of a two-tower
     checkpoint. scratch: from random weights."""
@@ -72,13 +72,13 @@ class DenoiserOptions(CheckedOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationOptions(CheckedOptions):
-    """How gradients move the weights."""
+    """The optimizer."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon: Muon for the matrices of the layers and AdamW for the rest."""
     accumulate: int = 1
-    """Gradient accumulation: passes per optimiser step, of --batch-size rows each. The gradient
-    is that of one pass over all rows."""
+    """Gradient accumulation: forward and backward passes per optimizer step, each of --batch-size
+    rows."""
     weight_decay: float = 0.1
     """Weight decay of matrices; never of norms, biases, A_log, D, dt_bias and the adaLN tables."""
     decay_embeddings: bool = False
@@ -86,13 +86,13 @@ class OptimizationOptions(CheckedOptions):
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
     max_grad_norm: float = 1.0
-    """Gradients with a larger norm are scaled down to it. 0 switches clipping off."""
+    """Gradient clipping: maximum norm. 0 is off."""
     load_balance_rate: float = 1e-3
-    """How far a step moves the bias of a mixture-of-experts router towards experts with few tokens
-    (auxiliary-loss-free load balancing). 0 switches it off."""
+    """Auxiliary-loss-free load balancing: how far a step moves a router's bias towards experts with
+    few tokens. 0 is off."""
     ema_decay: float = 0.0
-    """Decay of a moving average of the trained weights, as 0.999, which evaluation and export then
-    use. 0 switches it off."""
+    """Decay of an exponential moving average of the weights, such as 0.999, which evaluation and
+    export then use. 0 is off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +102,9 @@ class ScheduleOptions(CheckedOptions):
     warmup_steps: int = 100
     """Steps in which the learning rate rises linearly from 0 to its peak."""
     decay_fraction: float = 0.2
-    """Fraction of the steps, at the end, in which it falls. 0 keeps it constant."""
+    """Fraction of the steps, at the end, in which the learning rate decays. 0: none."""
     decay_shape: DecayShape = "linear"
-    """How it falls: linear, or sqrt (fast first, then slow)."""
+    """Shape of the decay: linear, or sqrt (fast first, then slow)."""
     final_lr_ratio: float = 0.0
     """Last learning rate as a fraction of the peak."""
 
@@ -119,27 +119,28 @@ class DiffusionObjectiveOptions(CheckedOptions):
     """Draw the masking rate t, uniform in [0.001, 1], once a row, as in the paper, or for each
     block."""
     denoised_blocks_per_row: int | None = None
-    """Number of blocks of each row that are masked and denoised, drawn anew at every step: blocks
-    with a target first, again with other masks when they are fewer. By default every block once."""
+    """Number of blocks of each row that are masked and denoised, drawn anew in every step: first
+    those with a target, several times with different masks if they are fewer. Default: every block
+    once."""
     fully_masked_fraction: float = 0.0
     """Fraction of the blocks that are masked entirely (t = 1), as in the first pass of decoding."""
     first_token_visible_fraction: float = 0.0
     """Fraction of the blocks whose first token is never masked: in speculative decoding the context
     tower has chosen it already."""
     unaligned_row_fraction: float = 0.0
-    """Fraction of the rows of aligned data that start at any token instead of a multiple of the
-    alignment: speculative decoding starts blocks anywhere."""
+    """Fraction of the rows of aligned data (twotower prepare --align) that start at any token, as
+    blocks do in speculative decoding."""
     condition_on: Literal["t", "masked-fraction", "nothing"] = "t"
-    """Input of the time conditioning: the rate t, the fraction of the block that is masked (as in
-    decoding), or none."""
+    """Input of the time conditioning: t, the fraction of the block that is masked (as in decoding),
+    or nothing."""
     loss_weight: Literal["plain", "elbo"] = "plain"
     """plain: mean cross-entropy of the masked tokens. elbo: each weighted by 1/t, the diffusion
     bound."""
     ar_loss_weight: float = 0.0
-    """Weight of the context tower's next-token loss, added to the denoiser's; with
-    --train-context, or with --towers tied-ar, where it is 1 by default."""
+    """Weight of the context tower's next-token loss beside the denoiser's, for --train-context and
+    --towers tied-ar (there 0 means 1)."""
     early_block_size: int | None = None
-    """Tokens per block in the first steps, as the paper's 32 before 16."""
+    """Tokens per block in the first steps; the paper has 32 before 16."""
     early_fraction: float = 0.5
     """Fraction of the steps with --early-block-size."""
 
@@ -149,16 +150,17 @@ class ComputeOptions(CheckedOptions):
     """Precision, memory and processes."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of matrix products (autocast); weights, gradients and optimiser stay float32."""
+    """Precision of matrix products (autocast); weights, gradients and optimizer state stay
+    float32."""
     threads: int | None = None
-    """CPU threads; PyTorch's choice when not given."""
+    """CPU threads. Default: PyTorch's choice."""
     compile: bool = False
     """Compile model and loss with torch.compile: a slow start, then faster steps."""
     activation_checkpointing: bool = False
-    """Keep only the inputs of the layers' mixers and compute the rest again in the backward pass:
-    less memory, about a third more time."""
+    """Recompute the layers in the backward pass instead of keeping their activations: less memory,
+    about a third more time."""
     peer_timeout_s: int = 600
-    """Under torchrun: seconds after which a process that does not answer is taken for lost."""
+    """Under torchrun: seconds of silence after which a process counts as lost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,15 +168,16 @@ class LoggingOptions(CheckedOptions):
     """Checkpoints, evaluation and logs."""
 
     resume: bool = True
-    """Continue from the newest checkpoint of the run folder. With --no-resume it must be new."""
+    """Continue from the newest checkpoint of the run folder. With --no-resume the folder must be
+    new."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""
     log_every: int = 10
-    """Steps between metric lines; their loss is the mean since the last one."""
+    """Steps between lines of metrics, whose loss is the mean since the line before."""
     eval_every: int = 200
-    """Steps between measurements of the loss on held-out rows. 0 switches them off."""
+    """Steps between measurements of the loss on held-out rows. 0 is off."""
     eval_rows: int = 64
     """Held-out rows per measurement."""
     tensorboard: bool = True
@@ -198,24 +201,24 @@ class TrainOptions(
     """backbone: next-token training of the context tower. denoiser: masked-diffusion training of
     the denoiser tower beside the frozen context tower that --init names."""
     data: Path = Path("data/corpus")
-    """Token shard made by 'twotower prepare'."""
+    """Token shard that twotower prepare made."""
     init: Path | None = None
     """Checkpoint folder to start from; a denoiser needs a backbone or a two-tower model."""
     out: Path | None = None
-    """Run folder: options, versions, metrics, checkpoints and the exported model. By default
+    """Run folder: options, versions, metrics, checkpoints and the exported model. Default:
     runs/backbone or runs/denoiser."""
     steps: int = 4000
-    """Optimiser steps in all; a run with fewer steps done continues from there."""
+    """Optimizer steps in all, those of earlier runs of the folder included."""
     batch_size: int = 16
-    """Rows per forward and backward pass, of all processes together."""
+    """Rows (sequences) per forward and backward pass, of all processes together."""
     sequence_length: int = 256
-    """Tokens per row; a multiple of the block size for the denoiser."""
+    """Tokens per row; for the denoiser a multiple of --block-size."""
     learning_rate: float = 3e-3
     """Peak learning rate."""
     seed: int = 0
-    """Decides initial weights, order of rows and noise."""
+    """Seed of initial weights, order of rows and noise."""
     device: str = "cpu"
-    """Where to train: cpu, cuda, cuda:1 ..."""
+    """cpu, cuda, cuda:1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -43,49 +43,46 @@ class PrepareOptions(CheckedOptions):
     """Turn text into a tokenizer and a shard of tokens for training."""
 
     out: Path = Path("data/corpus")
-    """Folder to create; it must not exist yet, unless --overwrite is given."""
+    """Folder to create; an existing one needs --overwrite."""
     input: tuple[Path, ...] = ()
-    """Text to use instead of the built-in corpus: files, folders, or quoted patterns such as
-    'books/*.parquet'. Files in .jsonl (an object a line) and .parquet have columns, see --columns;
-    others are plain text whose documents are separated by blank lines. .gz, .bz2 and .xz are
-    unpacked."""
+    """Files, folders, or quoted patterns such as 'books/*.parquet'. .jsonl (an object a line) and
+    .parquet have --columns; others are plain text, documents separated by blank lines. .gz, .bz2
+    and .xz are unpacked. Default: the built-in corpus."""
     columns: tuple[str, ...] = ()
-    """Names of the columns to read: one of text, or those of prompt and completion. By default
-    "text", or "prompt" and "completion"."""
+    """Columns to read: one of text, or one of prompts and one of completions. Default: "text", or
+    "prompt" and "completion"."""
     weights: tuple[str, ...] = ()
-    """The mixture, as in a=3 b=1. Inputs, named by their file's or folder's name without suffix or
-    as they were given, get these shares of the tokens, until one ends; without weights all is read.
-    Categories of the built-in corpus, as in math=2, replace its own mixture (by documents); beside
-    inputs they are one source more, with the sum of their weights."""
+    """Mixture of the inputs, such as a=3 b=1: relative numbers of tokens, until one input ends. An
+    input is named by its file or folder without suffix, or as it was given. Categories of the
+    built-in corpus, such as math=2, set its own mixture; with --input they add it as one more
+    input, with the sum of their weights. Default: all inputs to their end."""
     tokens: int | None = None
-    """Stop after this many tokens (the last document stays whole). By default 20 million of the
-    built-in corpus, and inputs to their end."""
+    """Stop after this many tokens, with a whole document. Default: 20 million of the built-in
+    corpus, or all inputs."""
     tokenizer: Path | None = None
-    """Tokenizer to reuse: tokenizer.json, its folder or a hub id, such as the model's to train
-    from. By default one is trained on the same text."""
+    """Tokenizer to use: tokenizer.json, its folder or a hub id; the model's own for twotower train
+    --init. Default: train one on the text."""
     bos_token: str | None = None
-    """Token of the reused tokenizer to begin every document and prompt with, as its vocabulary
-    writes it; by default its configuration says which, and whether."""
+    """Token of --tokenizer, as its vocabulary writes it, with which every document and prompt
+    begins. Default: as its configuration says."""
     eos_token: str | None = None
-    """Token of the reused tokenizer that ends every document; by default the one that its
-    configuration names."""
+    """Token of --tokenizer that ends every document. Default: as its configuration says."""
     mask_token: str | None = None
-    """Token of the reused tokenizer that stands for a masked position: a special one that no text
-    holds. By default the one that its configuration names, or a new id after its last."""
+    """Special token of --tokenizer for masked positions. Default: as its configuration says, or a
+    new id after the last."""
     vocab_size: int | None = None
-    """Vocabulary size of the tokenizer to train: at least 260, 1024 if not given. Not together
-    with --tokenizer."""
+    """Vocabulary size of the tokenizer to train, at least 260. Default: 1024."""
     tokenizer_documents: int = 40_000
-    """The tokenizer is trained on this many documents from the start of the text."""
+    """Number of documents, the first ones, on which the tokenizer is trained."""
     seed: int = 0
-    """Seed of the built-in corpus, on which every document depends, and of --shuffle."""
+    """Seed of the built-in corpus and of --shuffle."""
     shuffle: int = 0
-    """Draw each document of an input at random from this many that are held in memory; 0 keeps
-    their order. Rows are shuffled in training: this is for inputs that are sorted by subject."""
+    """Size of the shuffle buffer of each input, in documents, for inputs that are sorted by
+    subject. 0 is off. Training shuffles rows anyway."""
     align: int = 1
-    """Pad with EOS so that every completion begins and ends at a multiple of this many tokens. Set
-    to the block size, a denoiser trains on the blocks that it will generate. 1 packs back to
-    back."""
+    """Pad with EOS so that completions begin and end at multiples of this many tokens: with the
+    block size a denoiser is trained on blocks as it will generate them. 1 packs documents without
+    padding."""
     overwrite: bool = False
     """Replace an existing shard in the folder once the new one is complete."""
 

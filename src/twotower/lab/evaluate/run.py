@@ -31,8 +31,8 @@ class EvaluationOptions:
     """Quality and speed of a checkpoint, task by task, every mode on the same held-out prompts."""
 
     modes: str = AUTO
-    """Decoding modes to compare, separated by commas; retention is measured against ar. auto: ar,
-    speculative and, where the model has a denoiser, diffusion."""
+    """Decoding modes to compare, separated by commas; ar is what the others are held against. auto:
+    ar, speculative and, if the model has a denoiser, diffusion."""
     categories: str = ",".join(CATEGORIES)
     """Categories of the suite, separated by commas."""
     items: int = 200
@@ -40,13 +40,15 @@ class EvaluationOptions:
     max_new_tokens: int = 128
     """Maximum number of new tokens per answer."""
     batch_size: int = 1
-    """Prompts decoded together."""
+    """Prompts decoded at the same time."""
     seed: int = 0
-    """Seed of the prompts and of the resampling."""
+    """Seed of the prompts and of the bootstrap."""
     sweep: bool = False
-    """Also measure diffusion at other thresholds and pass limits, on a quarter of the prompts."""
+    """Also measure diffusion at other values of --confidence-threshold and --steps-per-block, on a
+    quarter of the prompts."""
     likelihood: bool = False
-    """Also score the reference answers: exactly under ar, by an upper bound under the denoiser."""
+    """Also measure the negative log-likelihood of the reference answers: ar's, and an upper bound
+    of the denoiser's."""
     output: Path | None = None
     """Folder for results.json, report.html and its pictures."""
     json: bool = False
@@ -54,17 +56,16 @@ class EvaluationOptions:
     allow_unsandboxed_code: bool = False
     """Run code that the model writes even where this machine has no sandbox for it."""
     confidence_threshold: float | None = None
-    """diffusion: commit predictions of at least this confidence; the checkpoint's own when not
-    given."""
+    """diffusion: a pass commits all predictions that are more probable than this. Default: the
+    checkpoint's."""
     steps_per_block: int | None = None
-    """diffusion: maximum number of denoiser passes per block; the checkpoint's own when not
-    given."""
+    """diffusion: maximum number of denoiser passes per block. Default: the checkpoint's."""
     first_token: FirstToken | None = None
-    """diffusion: which tower chooses a block's first token; the checkpoint's own when not given,
-    denoiser is as published."""
+    """diffusion: which tower predicts the first token of a block. denoiser: as published. Default:
+    the checkpoint's."""
     verify_threshold: float | None = None
-    """diffusion: reject committed tokens that the context tower finds less probable than this; the
-    checkpoint's own when not given, 0 is as published."""
+    """diffusion: probability under the context tower below which a token is rejected. 0: none is,
+    as published. Default: the checkpoint's."""
 
     def __post_init__(self) -> None:
         for name in ("items", "batch_size", "max_new_tokens"):

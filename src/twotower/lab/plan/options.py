@@ -43,8 +43,8 @@ _MOST_BATCH = 2**16
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """Whether a model fits a machine, how fast each mode would be there, and what a token would
-    cost: a roofline with three stated parameters of efficiency. Loads and measures nothing.
+    """Whether a model fits a machine, how fast each mode would be, and what a token would cost: a
+    roofline with three stated parameters of efficiency. Nothing is loaded or measured.
     """
 
     model: str = "nano-30b"
@@ -52,61 +52,60 @@ class PlanOptions:
     hardware: str = "h100-sxm"
     """Machine, by its name in --list-hardware or in --hardware-file."""
     devices: int = 1
-    """How many of it: 1, or 2 with a tower each."""
+    """Number of such machines: 1, or 2 with a tower each."""
     dtype: DType | None = None
-    """Precision of weights and cache; bfloat16 when not given."""
+    """Precision of weights and cache. Default: bfloat16."""
     quantization: Literal["none", "int8", "int4"] | None = None
-    """Precision of all matrices, if lower; what the checkpoint has when not given. With int4 the
-    head has 8 bits."""
+    """Precision of all matrices, if lower; with int4 the head has 8 bits. Default: the
+    checkpoint's."""
     batch_size: int = 1
-    """Rows decoded at a time."""
+    """Prompts decoded at the same time."""
     prompt_tokens: int = 512
     """Tokens of each prompt."""
     new_tokens: int = 256
     """Tokens of each answer."""
     block_size: int | None = None
-    """Tokens per block; the model's own when not given."""
+    """Tokens per block. Default: the model's own."""
     denoiser_layers: int | None = None
-    """A thin denoiser, as twotower adapt makes it: a copy of so many of the model's blocks at even
-    distances. A full tower when not given."""
+    """Layers of a thin denoiser, as twotower adapt makes it. Default: a full denoiser tower."""
     tokens_per_nfe: float | None = None
-    """Tokens that diffusion commits per denoiser pass; from --results, or 3.88, a published run of
-    the 30B model."""
+    """Tokens that diffusion commits per denoiser pass. Default: from --results, else 3.88, of a
+    published run of the 30B model."""
     tokens_per_cycle: float | None = None
-    """Tokens that speculation yields per draft and verification; from --results. Without either
-    only its break-even is shown."""
+    """Tokens that speculative decoding commits per verification. Default: from --results; without
+    them only the break-even is shown."""
     draft_passes: int = 1
     """Denoiser passes per draft."""
     results: Path | None = None
-    """results.json of twotower evaluate: the two rates as measured there."""
+    """results.json of twotower evaluate, for --tokens-per-nfe and --tokens-per-cycle."""
     max_batch_size: int = 1024
-    """Largest batch of the table by batch size."""
+    """Largest batch size that is compared."""
     price_per_hour: float | None = None
-    """Dollars per hour and device; the table's when not given."""
+    """Dollars per hour and device. Default: that of the table of machines."""
     json: bool = False
     """Print one JSON object instead of text."""
     list_hardware: bool = False
-    """Print the known machines, with the source of their figures, and nothing else."""
+    """Print the known machines with the sources of their figures, and exit."""
     hardware_file: Path | None = None
     """TOML file with machines of your own."""
     expert_weights: Width | None = None
-    """Precision of routed and shared experts, if another."""
+    """Precision of routed and shared experts. Default: --quantization."""
     projection_weights: Width | None = None
-    """Precision of the matrices of Mamba, attention and MLP layers, if another."""
+    """Precision of the matrices of Mamba, attention and MLP layers. Default: --quantization."""
     head_weights: Width | None = None
-    """Precision of the head, if another."""
+    """Precision of the head. Default: --quantization, but at least 8 bits."""
     compute: Compute | None = None
-    """Precision of arithmetic; bfloat16 when not given, float32 with float32 weights or where the
-    machine has no bfloat16."""
+    """Precision of arithmetic. Default: bfloat16; float32 for float32 weights, or where the machine
+    has no bfloat16."""
     efficiency: str | None = None
-    """How well code uses the machine: limit, eager-gpu, graph-gpu, eager-cpu, native-cpu or
-    native-int8-cpu; chosen by the kind of machine when not given."""
+    """Profile of how well code uses the machine: limit, eager-gpu, graph-gpu, eager-cpu, native-cpu
+    or native-int8-cpu. Default: eager-gpu or eager-cpu."""
     bandwidth_share: float | None = None
-    """Share of the peak bandwidth that is reached, instead of the profile's."""
+    """Fraction of the peak bandwidth that is reached. Default: the profile's."""
     arithmetic_share: float | None = None
-    """Share of the peak arithmetic that is reached, instead of the profile's."""
+    """Fraction of the peak arithmetic that is reached. Default: the profile's."""
     layer_us: float | None = None
-    """Microseconds per layer that are neither (launches, Python), instead of the profile's."""
+    """Microseconds of overhead per layer (launches, Python). Default: the profile's."""
 
     def __post_init__(self) -> None:
         if self.devices not in (1, 2):

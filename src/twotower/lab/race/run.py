@@ -58,25 +58,25 @@ class RaceOptions:
     modes: str = ",".join(OUR_MODES)
     """Our decoding modes, separated by commas; ar must be among them."""
     engines: str = ",".join(ENGINES)
-    """What runs our passes, separated by commas."""
+    """Backends of our modes, separated by commas: pytorch (eager), native, native-int8."""
     baselines: bool = True
     """Also measure AR decoding by transformers and llama.cpp, where they are installed."""
     prompts: tuple[Path, ...] = ()
-    """JSONL files of questions for a contest on a real model: our modes, llama.cpp and
-    transformers, each in a process of its own, with the same weights and bits. A line has a prompt,
-    question, instruction or turns. Models without a denoiser always race so."""
+    """JSONL files of prompts for a race on a real model, each engine in a process of its own with
+    the same weights and bits: our modes, llama.cpp, transformers. A line has a prompt, question,
+    instruction or turns. Models without a denoiser always race so."""
     bits: str = ",".join(BITS)
-    """Bits of weights in a contest, separated by commas."""
+    """With --prompts: precisions of the weights, separated by commas."""
     items: int = 10
-    """Held-out prompts per category; in a contest, prompts per file."""
+    """Held-out prompts per category; with --prompts, prompts per file."""
     max_new_tokens: int = 128
     """Maximum number of new tokens per answer."""
     max_prompt_tokens: int = 2048
     """Leave out prompts with more tokens than this."""
     replays: int = 16
-    """Answers that each random model repeats."""
+    """Answers that each model of random weights repeats."""
     repeats: int = 30
-    """Timed calls of each forward pass."""
+    """Timed calls of each kind of forward pass."""
     seed: int = 0
     """Seed of the prompts and of random weights."""
     allow_unsandboxed_code: bool = False
