@@ -6,8 +6,10 @@ import math
 import torch
 from torch import Tensor
 
-from twotower import TwoTower, TwoTowerConfig
+from twotower import ContextCache, TwoTower, TwoTowerConfig
 from twotower.families import config_from_dict
+from twotower.layers.attention import KV
+from twotower.layers.mamba2 import MambaState
 from twotower.specs import MoESpec
 
 MASK = 3
@@ -101,3 +103,15 @@ def masked_like(ids: Tensor, seed: int = 0, share: float = 0.6) -> Tensor:
 
 def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
     return [random_ids(n, seed=seed + 97 * i).tolist() for i, n in enumerate(lengths)]
+
+
+def row_state(cache: ContextCache, row: int) -> list[Tensor]:
+    """Everything the cache knows of one row, without padding."""
+    found = []
+    for state in cache.layers:
+        if isinstance(state, KV):
+            found += [part[row, : int(cache.lengths[row])] for part in state]
+        elif isinstance(state, MambaState):
+            found += [part[row] for part in state]
+    assert cache.last_hidden is not None
+    return [*found, cache.last_hidden[row]]

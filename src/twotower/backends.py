@@ -1,17 +1,18 @@
 """The backends that run a model's decoding passes, and the one rule of what each of them runs.
 
-eager is plain PyTorch, native one C++ call a pass. A backend runs every pass of a model or refuses
-the model when it is built, in one sentence; nothing falls back afterwards. Another backend is one
-more entry of `_BACKENDS`.
+eager is plain PyTorch, native one C++ call a pass, graphs one recording of a GPU. A backend runs
+every pass of a model or refuses the model when it is built, in one sentence; nothing falls back
+afterwards. Another backend is one more entry of `_BACKENDS`.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
+from twotower.graphs.backend import ONE_DEVICE, GraphsBackend
 from twotower.model import TwoTower
 from twotower.model.backend import Backend, EagerBackend
 from twotower.model.precision import (
@@ -24,7 +25,7 @@ from twotower.model.precision import (
 from twotower.native.backend import NativeBackend
 from twotower.specs import AttentionSpec, LayerSpec, MambaSpec, MoESpec
 
-BackendName = Literal["auto", "eager", "native"]
+BackendName = Literal["auto", "eager", "native", "graphs"]
 Quantization = Literal["none", "int8", "int4"]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
@@ -106,7 +107,29 @@ def _native_refusal(setup: Setup) -> str | None:
     return None
 
 
-def _list(names: "frozenset[str] | list[str]") -> str:
+def _graphs_refusal(setup: Setup) -> str | None:
+    has_experts = any(isinstance(layer, MoESpec) for layer in setup.layers)
+    is_on_gpu, dtypes = "cuda" in setup.devices, {str(t)[len("torch.") :] for t in setup.dtypes}
+    others = setup.devices - {"cpu", "cuda"}
+    for is_refused, sentence in (
+        (setup.quantization != "none", "graphs passes run weights as they are loaded"),
+        (bool(others), f"graphs passes run on CUDA devices, not on {_list(others)}"),
+        (len(setup.devices) > 1, f"{ONE_DEVICE}, not on {_list(setup.devices)}"),
+        (
+            has_experts and (setup.scheme is not None or setup.expert_storage == "mmap"),
+            f"graphs passes have no {MoESpec.label} that is quantised or in files",
+        ),
+        (
+            has_experts and is_on_gpu and "bfloat16" not in dtypes,
+            f"graphs passes run a {MoESpec.label} in bfloat16 on a GPU, not in {_list(dtypes)}",
+        ),
+    ):
+        if is_refused:
+            return sentence
+    return None
+
+
+def _list(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
 
 
@@ -116,11 +139,12 @@ class _Entry:
     build: Callable[[TwoTower, Quantization], Backend]
 
 
-# In the order in which auto tries them.
 _BACKENDS: dict[str, _Entry] = {
     "native": _Entry(_native_refusal, NativeBackend),
     "eager": _Entry(_eager_refusal, lambda model, _: EagerBackend(model)),
+    "graphs": _Entry(_graphs_refusal, lambda model, _: GraphsBackend(model)),
 }
+_AUTOMATIC = ("native", "eager")  # in the order in which auto tries them
 
 
 def accelerate(
@@ -129,7 +153,8 @@ def accelerate(
     """The model with its decoding passes run by a backend: same methods, same weights.
 
     eager: plain PyTorch, every model and device. native: C++, compiled on first use and kept in the
-    user's cache; float32, CPU, no experts. auto: the first of native and eager that runs the model;
+    user's cache; float32, CPU, no experts. graphs: passes of fixed shapes, which a CUDA device
+    records and replays. auto: the first of native and eager that runs the model;
     one log line says which, and why not the other. quantization=int8, int4: native passes with
     projections rounded to 8 or 4 bits now. The weights must not change afterwards. ValueError (one
     line) for what cannot run.
@@ -141,7 +166,7 @@ def accelerate(
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(known)}")
     setup, reasons = setup_of(model, quantization), list[str]()
-    for name in _BACKENDS if backend == "auto" else [backend]:
+    for name in _AUTOMATIC if backend == "auto" else [backend]:
         try:
             if (reason := refusal(name, setup)) is not None:  # type: ignore[arg-type]  # a key
                 raise ValueError(reason)

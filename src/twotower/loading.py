@@ -70,7 +70,8 @@ class Placement:
     are stored."""
     backend: BackendName = "auto"
     """What runs forward passes. native: C++ on a CPU, compiled on first use. eager: PyTorch, for
-    every model and device. auto: native if it can run the model, else eager."""
+    every model and device. graphs: CUDA graphs of fixed shapes. auto: native if it can run the
+    model, else eager."""
     threads: int | None = None
     """CPU threads of a forward pass. Default: the physical cores that this process may use, at most
     OMP_NUM_THREADS."""

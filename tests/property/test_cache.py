@@ -6,27 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tiny_models import masked_like, random_ids, tiny_model
+from tiny_models import masked_like, random_ids, row_state, tiny_model
 from twotower import ContextCache
 from twotower.layers.attention import KV
-from twotower.layers.mamba2 import MambaState
 
 MODEL = tiny_model()
 # float32 rounding of sums in another order, through 6 layers
 CLOSE = {"rtol": 0.0, "atol": 2e-4}
 splits = st.lists(st.integers(1, 9), min_size=1, max_size=5)
-
-
-def row_state(cache: ContextCache, row: int) -> list[Tensor]:
-    """Everything the cache knows of one row, without padding."""
-    found = []
-    for state in cache.layers:
-        if isinstance(state, KV):
-            found += [part[row, : int(cache.lengths[row])] for part in state]
-        elif isinstance(state, MambaState):
-            found += [part[row] for part in state]
-    assert cache.last_hidden is not None
-    return [*found, cache.last_hidden[row]]
 
 
 def assert_same_rows(ours: ContextCache, row: int, other: ContextCache, other_row: int) -> None:

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from twotower.kernels.quantised import Matrices, linear
 
+_FEW_QUERIES = 64  # the mask of grouped queries grows with their number
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., D) / sqrt(mean(x^2) + eps) * weight, in float32; the result has x's dtype."""
@@ -30,8 +32,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
     mask: True = may attend, broadcastable to (B, Hq, L, S), or None. Scale 1/sqrt(A).
     """
+    if mask is not None and q.is_cuda and q.shape[1] <= _FEW_QUERIES and q.shape[2] > k.shape[2]:
+        return attention_by_groups(q, k, v, mask)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+def attention_by_groups(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """`attention` for a few queries, on devices whose masked kernels have no grouped queries: the
+    heads that share keys become further queries, and no key is copied for them.
+    """
+    num_shared, length = q.shape[2] // k.shape[2], q.shape[1]
+    # (B, Hk, Hq/Hk * L, A)
+    q = q.unflatten(2, (-1, num_shared)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    if mask.shape[-2] > 1:
+        mask = mask.repeat(*[1] * (mask.dim() - 2), num_shared, 1)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    y: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    y = y.unflatten(2, (num_shared, length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return y
 
 
 def attention_after(
@@ -96,12 +115,15 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.silu(y).to(x.dtype)
 
 
-def grouped_mlp(x: Tensor, up: Matrices, down: Matrices, counts: list[int]) -> Tensor:
+def grouped_mlp(x: Tensor, up: Matrices, down: Matrices, experts: Tensor) -> Tensor:
     """relu2 MLPs of several experts on tokens sorted by expert.
 
-    x (tokens, D); up (E, F, D); down (E, D, F), or E matrices of any precision; counts: tokens of
-    each expert, in order. Returns (tokens, D). Matrices of experts without tokens are not touched.
+    x (tokens, D); up (E, F, D); down (E, D, F), or E matrices of any precision; experts (tokens,):
+    whose each token is. Returns (tokens, D). Matrices of experts without tokens are not touched.
     """
+    if isinstance(up, Tensor) and isinstance(down, Tensor) and is_grouped(x, up):
+        return grouped_products(x, up, down, experts)
+    counts = torch.bincount(experts, minlength=len(up)).tolist()
     pieces = torch.split(x, counts)
     return torch.cat(
         [
@@ -110,3 +132,19 @@ def grouped_mlp(x: Tensor, up: Matrices, down: Matrices, counts: list[int]) -> T
             if len(piece)
         ]
     )
+
+
+def is_grouped(x: Tensor, weight: Tensor) -> bool:
+    """Whether one launch makes the products of all experts, so that the host need not know how many
+    tokens each of them has: on a GPU PyTorch has that for bfloat16 alone.
+    """
+    return x.is_cuda and x.dtype == weight.dtype == torch.bfloat16
+
+
+def grouped_products(x: Tensor, up: Tensor, down: Tensor, experts: Tensor) -> Tensor:
+    """`grouped_mlp` as two grouped products, of stacked matrices in x's dtype."""
+    every = torch.arange(len(up), device=x.device)
+    ends = torch.searchsorted(experts, every, right=True).int()  # of each expert's tokens
+    inner = F.relu(torch._grouped_mm(x, up.mT, offs=ends)).square()
+    y: Tensor = torch._grouped_mm(inner, down.mT, offs=ends)
+    return y

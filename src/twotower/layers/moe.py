@@ -64,11 +64,9 @@ def sum_experts(x: Tensor, chosen: Tensor, weights: Tensor, up: Matrices, down: 
     """Weighted sum of the chosen of E experts (tokens, D): x (tokens, D), chosen and weights
     (tokens, M); up E matrices (F, D), down E matrices (D, F), of any precision.
     """
-    num_experts, per_token = len(up), chosen.shape[1]
-    order = chosen.flatten().argsort(stable=True)  # pairs (token, choice), sorted by expert
-    counts = torch.bincount(chosen.flatten(), minlength=num_experts).tolist()
-    token = order // per_token
-    y = ops.grouped_mlp(x[token], up, down, counts)
+    experts, order = chosen.flatten().sort(stable=True)  # pairs (token, choice), by expert
+    token = order // chosen.shape[1]
+    y = ops.grouped_mlp(x[token], up, down, experts)
     weighted = y.float() * weights.flatten()[order].unsqueeze(-1)
     return torch.zeros_like(x, dtype=torch.float32).index_add_(0, token, weighted).to(x.dtype)
 

@@ -23,7 +23,7 @@ class Rotation(NamedTuple):
 
 def rotation(spec: RopeSpec, head_dim: int, positions: Tensor) -> Rotation:
     """The rotation at positions (B or 1, L), whole numbers on the device it is wanted on."""
-    frequencies = inverse_frequencies(spec, head_dim).to(positions.device)
+    frequencies = inverse_frequencies(spec, head_dim, positions.device)
     angles = positions.float().unsqueeze(-1) * frequencies  # (B, L, A/2)
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(2)
     return Rotation(angles.cos(), angles.sin())
@@ -37,16 +37,18 @@ def rotate(x: Tensor, by: Rotation) -> Tensor:
 
 
 @cache
-def inverse_frequencies(spec: RopeSpec, head_dim: int) -> Tensor:
-    """Angle per position of each pair: (A/2,) float32."""
+def inverse_frequencies(
+    spec: RopeSpec, head_dim: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Angle per position of each pair: (A/2,) float32, on the device once and for all."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequencies = 1.0 / spec.theta**exponents
     if spec.scaling == "none":
-        return frequencies
+        return frequencies.to(device)
     if spec.scaling == "linear":
-        return frequencies / spec.factor
+        return (frequencies / spec.factor).to(device)
     wavelengths = 2 * math.pi / frequencies
     low, high = spec.low_freq_factor, spec.high_freq_factor
     smooth = (spec.original_max_positions / wavelengths - low) / (high - low)
     smooth = smooth.clamp(0.0, 1.0)  # 0: stretched by the factor, 1: as they are
-    return (1 - smooth) * frequencies / spec.factor + smooth * frequencies
+    return ((1 - smooth) * frequencies / spec.factor + smooth * frequencies).to(device)

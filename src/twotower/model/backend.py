@@ -90,17 +90,31 @@ class EagerBackend:
         return logits
 
     def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
-        model, mask = self._model, None
+        device, mask = self._model.denoiser_device, None
         start: Tensor | int = view.num_past
-        block, view = block.to(model.denoiser_device), view.to(model.denoiser_device)
+        block, view = block.to(device), view.to(device)
         if view.lengths is not None:
-            lengths = view.lengths.to(block.device)
+            lengths = view.lengths.to(device)
             mask, start = masks.full_rows(block.shape[1], lengths, view.num_past), lengths[:, None]
-        modulations = None if t is None else model.modulations(t.unsqueeze(-1))
-        hidden = model.denoiser()(block.unsqueeze(1), view, mask, modulations, start)
-        logits: Tensor = model.lm_head(hidden.squeeze(1)).float()
-        bigram, table = model.bigram, model.denoiser().embeddings
-        if bigram is None:
-            return logits
-        ids = model.config.mask_token_id, model.draft_ids
-        return add_bigrams(logits, block, *ids, lambda before: bigram(table(before)).float())
+        return denoiser_logits(self._model, block, view, mask, t, start)
+
+
+def denoiser_logits(
+    model: "TwoTower",
+    block: Tensor,
+    view: ContextView,
+    mask: Tensor | None,
+    t: Tensor | None,
+    start: Tensor | int,
+) -> Tensor:
+    """The denoiser tower over blocks (B, T), and its head: (B, T, V) float32; mask and start as
+    `DenoiserTower` takes them.
+    """
+    modulations = None if t is None else model.modulations(t.unsqueeze(-1))
+    hidden = model.denoiser()(block.unsqueeze(1), view, mask, modulations, start)
+    logits: Tensor = model.lm_head(hidden.squeeze(1)).float()
+    bigram, table = model.bigram, model.denoiser().embeddings
+    if bigram is None:
+        return logits
+    ids = model.config.mask_token_id, model.draft_ids
+    return add_bigrams(logits, block, *ids, lambda before: bigram(table(before)).float())

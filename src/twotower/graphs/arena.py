@@ -1,0 +1,187 @@
+"""Memory at fixed addresses: what passes of fixed shapes read and write, call after call.
+
+An arena mirrors the cache of one batch at a time. What it holds already is not copied again.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from twotower.layers.attention import KV
+from twotower.layers.mamba2 import MambaState
+from twotower.model.state import ContextCache, LayerState
+
+LEAST_PAST = 256  # tokens that a mirror has room for, at least
+T = TypeVar("T")
+
+
+def bucket(count: int) -> int:
+    """The next power of two: passes of some sizes serve all."""
+    return 1 << (count - 1).bit_length() if count > 0 else 1
+
+
+class Recording(Generic[T]):
+    """A pass as a CUDA graph, and the tensors that hold what it puts out after each replay."""
+
+    def __init__(self, function: Callable[[], T], pool: Any, device: torch.device) -> None:
+        """The function reads and writes fixed addresses of the device and never waits for it."""
+        self._graph, self._device = torch.cuda.CUDAGraph(), device
+        with torch.cuda.device(device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # libraries choose kernels and take memory in first runs
+                for _ in range(2):
+                    function()
+            torch.cuda.current_stream().wait_stream(side)
+            # Other threads may use the GPU meanwhile.
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+                self._outputs = function()
+
+    def __call__(self) -> T:
+        with torch.cuda.device(self._device):
+            self._graph.replay()
+        return self._outputs
+
+
+class Arena:
+    """The mirror of a cache of up to B rows, and the other inputs of its passes.
+
+    lengths, counts (B,), t (B,), hidden (B, D); rows that are not used have length 0.
+    """
+
+    def __init__(self, empty: ContextCache, hidden: Tensor) -> None:
+        """empty: a cache of B rows before the first token; hidden: zeros (B, D) of its kind."""
+        self._layers, self.num_rows, self.hidden = empty.layers, empty.num_rows, hidden
+        self.lengths = torch.zeros(self.num_rows, dtype=torch.int64, device=hidden.device)
+        self.counts = torch.zeros_like(self.lengths)
+        self.t = torch.ones(self.num_rows, device=hidden.device)
+        self._ids: dict[tuple[str, int], Tensor] = {}
+        self._capacity = 0
+        self._held: tuple[Tensor | None, list[int]] = None, []
+        self.recordings: dict[Hashable, Recording[Any]] = {}
+        self.turn = 0  # grows whenever what the mirror holds may change
+
+    def ids(self, kind: str, length: int) -> Tensor:
+        """Token ids (B, L) for passes of a kind; what the newest did not set an earlier one did. A
+        block's mask may be no token of the context tower.
+        """
+        if (kind, length) not in self._ids:
+            size = self.num_rows, length
+            ids = torch.zeros(size, dtype=torch.int64, device=self.lengths.device)
+            self._ids[kind, length] = ids
+        return self._ids[kind, length]
+
+    def layers(self, num_past: int) -> tuple[LayerState, ...]:
+        """What each layer keeps, with room for so many tokens: `ContextCache.layers`."""
+        return tuple(
+            KV(*(part[:, :num_past] for part in state)) if isinstance(state, KV) else state
+            for state in self._layers
+        )
+
+    def reserve(self, num_tokens: int) -> int:
+        """Make room for so many tokens a row; returns the room of a pass, which may be less than
+        all that there is.
+        """
+        room = max(LEAST_PAST, bucket(num_tokens))
+        if room > self._capacity:
+            self._capacity = room
+            self.recordings.clear()  # they know the old addresses
+            self.forget()
+            self._layers = tuple(
+                KV(*(p.new_zeros(self.num_rows, room, *p.shape[2:]) for p in state))
+                if isinstance(state, KV)
+                else state
+                for state in self._layers
+            )
+        return room
+
+    def load(self, layers: Sequence[LayerState], lengths: Tensor) -> None:
+        """Hold what a cache does, layers as `ContextCache.layers` and lengths (R,) on the CPU."""
+        first, (known, held) = first_of(layers), self._held
+        is_known = known is not None and first is not None and known.data_ptr() == first.data_ptr()
+        if not is_known or lengths.tolist() != held:
+            self._copy(layers, len(lengths))
+            self.hold(first, lengths)
+        self.lengths.zero_()
+        self.lengths[: len(lengths)] = lengths.to(self.lengths.device)
+
+    def hold(self, first: Tensor | None, lengths: Tensor) -> None:
+        """Note whose state this is: of the cache that keeps `first`, after so many tokens a row. A
+        cache never changes what it has, so the tensor stands for it as long as it lives.
+        """
+        self._held = first, lengths.tolist()
+        self.turn += 1
+
+    def forget(self) -> None:
+        """Note that this is nobody's state."""
+        self._held = None, []
+        self.turn += 1
+
+    def clear(self) -> None:
+        """Have no tokens at all, of nobody."""
+        self.forget()
+        self.lengths.zero_()
+        self.counts.zero_()
+
+    def _copy(self, layers: Sequence[LayerState], num_rows: int) -> None:
+        own, theirs = list[Tensor](), list[Tensor]()
+        for mine, its in zip(self._layers, layers, strict=True):
+            if mine is None or its is None:
+                continue
+            for to, part in zip(mine, its, strict=True):
+                if isinstance(mine, KV):
+                    to.zero_()  # NaN of others' tokens would pass any mask: 0 times NaN is NaN
+                    to = to[:, : part.shape[1]]
+                own.append(to[:num_rows])
+                theirs.append(part)
+        copy_all(own, theirs)
+
+    def keep(self, states: Sequence[object], length: int) -> None:
+        """Write what a pass over L tokens left: keys behind each row's last token, and Mamba states
+        with leading (B, 1). Leaves `lengths` alone.
+        """
+        rows = torch.arange(self.num_rows, device=self.lengths.device).unsqueeze(1)
+        places = self.lengths.unsqueeze(1) + torch.arange(length, device=self.lengths.device)
+        for mine, new in zip(self._layers, states, strict=True):
+            if isinstance(mine, KV) and isinstance(new, KV):
+                for to, part in zip(mine, new, strict=True):
+                    to[rows, places] = part.to(to.dtype)
+            elif isinstance(mine, MambaState) and isinstance(new, MambaState):
+                for to, part in zip(mine, new, strict=True):
+                    to.copy_(part[:, -1])
+
+    def put_mamba(self, states: Sequence[MambaState]) -> None:
+        """Mamba states (R, ...) of the first rows, layer by layer."""
+        mine = [state for state in self._layers if isinstance(state, MambaState)]
+        own = [to[: len(p)] for to, p in zip(_flat(mine), _flat(states), strict=True)]
+        copy_all(own, _flat(states))
+
+    def mamba(self, num_rows: int) -> list[MambaState]:
+        """Copies of the Mamba states of the first rows."""
+        mine = [state for state in self._layers if isinstance(state, MambaState)]
+        parts = copies([part[:num_rows] for part in _flat(mine)])
+        return [MambaState(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def first_of(layers: Sequence[LayerState]) -> Tensor | None:
+    """The first tensor of the first layer that has a state."""
+    return next((part for state in layers if state is not None for part in state), None)
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of tensors."""
+    made = [torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in tensors]
+    copy_all(made, tensors)
+    return made
+
+
+def copy_all(to: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Copy tensors in as few launches as there can be."""
+    if to:
+        torch._foreach_copy_(list(to), list(tensors))
+
+
+def _flat(states: Sequence[MambaState]) -> list[Tensor]:
+    return [part for state in states for part in state]
