@@ -1,0 +1,129 @@
+"""A thin denoiser for a real backbone: that writes answers in large batches, then it learns.
+
+What `twotower adapt` does in an hour of a CPU, with batches for a GPU. All of it is kept in --work:
+the same command goes on where it stopped, with more --minutes for longer. The denoiser also comes
+in pieces of 16 MiB, which `cat` joins. Without --model a small random one is used.
+
+    PYTHONPATH=src python scripts/gpu/adapt.py --model FILE.gguf --prompts FILE.jsonl --work DIR
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from passes import config_of, random_model
+from stage import Stage
+
+from twotower import TwoTower, accelerate
+from twotower.adapt.answers import Question
+from twotower.adapt.options import AnswerOptions, Budget, StepOptions, ThinOptions, WorkFolder
+from twotower.adapt.run import Progress, collect_answers, train
+from twotower.loading import Loaded, Placement, load
+
+PIECE = 2**24  # bytes
+MOST_TOKENS = 1024  # of a prompt
+SAID_EVERY_S = 10.0
+FIELDS = "prompt", "question", "instruction"
+
+
+def read_questions(files: list[Path], loaded: Loaded) -> list[Question]:
+    """The prompts of JSON lines, one of FIELDS each, in the model's chat template."""
+    from twotower.serve.chat import read_template
+
+    template, tokenizer = read_template(loaded.folder), loaded.tokenizer
+    assert tokenizer is not None
+    found: list[Question] = []
+    for file in files:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            text = next(
+                record[key] for key in ("prompt", "question", "instruction") if key in record
+            )
+            ids = (
+                tokenizer.encode_prompt(text)
+                if template is None
+                else template.encode([{"role": "user", "content": text}], None, tokenizer, 2**20)
+            )
+            if len(ids) <= MOST_TOKENS:
+                found.append(Question(number=len(found), prompt=ids, task=file.stem))
+    return found
+
+
+def random_questions(count: int, vocab_size: int) -> list[Question]:
+    """Prompts of no meaning, for a model of random weights."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, vocab_size, (count, 8), generator=draw).tolist()
+    return [Question(number=i, prompt=own, task="random") for i, own in enumerate(ids)]
+
+
+def follow(stage: Stage, progress: Iterator[Progress]) -> None:
+    """Say and write down how far a part is, now and then and at its end."""
+    said, last = 0.0, None
+    for last in progress:
+        if time.monotonic() - said > SAID_EVERY_S:
+            said = time.monotonic()
+            print(f"{last.stage}: {last.seconds:.0f} of {last.of_seconds:.0f} s, {last.words}")
+            stage.save(progress=vars(last))
+    if last is not None:
+        stage.add(part=last.stage, of_seconds=round(last.of_seconds, 1), words=last.words)
+
+
+def cut(file: Path) -> list[str]:
+    """Write a file once more in pieces that are small enough to be carried; their names."""
+    content = file.read_bytes()
+    names = []
+    for number, start in enumerate(range(0, len(content), PIECE)):
+        piece = file.with_name(f"{file.name}.{number:03d}")
+        piece.write_bytes(content[start : start + PIECE])
+        names.append(piece.name)
+    return names
+
+
+def backbone(stage: Stage) -> tuple[TwoTower, list[Question], str]:
+    """The model whose drafts are wanted, what it is asked, and its name."""
+    if stage.args.model is None:
+        config = config_of("dense-1b", is_rehearsal=True)
+        model = random_model(config, torch.float32, stage.device, "context")
+        return model, random_questions(40, config.vocab_size), "random"
+    placement = Placement(
+        model=stage.args.model, device=str(stage.device), dtype=stage.args.dtype, backend="eager"
+    )
+    loaded = load(placement, "ar")
+    return loaded.model, read_questions(stage.args.prompts, loaded), loaded.name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--model", help="GGUF file or checkpoint folder of the backbone")
+    parser.add_argument("--prompts", type=Path, nargs="+", default=[], help="JSON lines")
+    parser.add_argument("--work", type=Path, default=Path("gpu-adapt"), help="answers and so on")
+    parser.add_argument("--minutes", type=float, default=3.2, help="of all runs on --work together")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--backend", default="graphs", choices=("graphs", "eager"))
+    parser.add_argument("--rows", type=int, default=256, help="answers written at the same time")
+    parser.add_argument("--answers-per-step", type=int, default=64)
+    parser.add_argument("--blocks-per-answer", type=int, default=64)
+    stage = Stage("adapt", parser)
+    args, is_rehearsal = stage.args, stage.is_rehearsal
+    model, questions, name = backbone(stage)
+    work, budget = WorkFolder(args.work), Budget(minutes=args.minutes)
+    work.path.mkdir(parents=True, exist_ok=True)
+    thin = ThinOptions(layers=1, block_size=4, draft_vocab=32) if is_rehearsal else ThinOptions()
+    answers = AnswerOptions(max_tokens=12 if is_rehearsal else 320, rows=args.rows)
+    steps = StepOptions(
+        answers_per_step=args.answers_per_step, blocks_per_answer=args.blocks_per_answer
+    )
+    writer = accelerate(model, args.backend)
+    follow(stage, collect_answers(writer, questions, work, thin, answers, budget))
+    out = args.work / "denoiser"
+    follow(stage, train(model, work, thin, steps, budget, out, name))
+    curve = [json.loads(line) for line in work.curve.read_text().splitlines()]
+    stage.save(curve=curve, pieces=cut(out / "model.safetensors"))
+    print(json.dumps(curve[-1]))
+
+
+if __name__ == "__main__":
+    main()

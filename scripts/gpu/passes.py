@@ -1,0 +1,282 @@
+"""How long do passes take on a GPU, and what speed-up over AR is possible with them?
+
+AR step, denoiser pass, extension and verification of the shipped model (float32), of a dense model
+of 1B parameters and of the released 30B-A3B with both towers (bfloat16), with random weights that
+are made on the device; for 1, 4, 16 and 64 rows; eager, recorded (CUDA graphs), and both with
+compiled mixers and norms. Beside each time stands what `twotower plan` predicts.
+
+    PYTHONPATH=src python scripts/gpu/passes.py --size shipped dense-1b nano-30b
+"""
+
+import argparse
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from stage import Stage, reason_of, times_ms
+
+from twotower import ContextCache, TwoTower, TwoTowerConfig, accelerate
+from twotower.checkpoint.empty import Towers, allocate, build_empty
+from twotower.checkpoint.files import shipped_folder
+from twotower.checkpoint.inspect import describe_config
+from twotower.families import PRESETS, config_from_dict, read_config
+from twotower.lab.plan.hardware import built_in, find_hardware
+from twotower.lab.plan.inputs import PROFILES, uniform
+from twotower.lab.plan.passes import ModelShape, Pass, PlanSetup, time_pass
+from twotower.layers.attention import Attention
+from twotower.layers.mamba2 import Mamba2
+from twotower.layers.mlp import MLP
+from twotower.layers.moe import MoE
+from twotower.layers.norms import RMSNorm
+
+DENSE_1B: dict[str, object] = {  # Llama 3.2 1B
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+    "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+    "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+    "max_position_embeddings": 131072, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+REHEARSED: Mapping[str, dict[str, object]] = {
+    "dense-1b": {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    },
+    "nano-30b": {
+        "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4,
+        "hybrid_override_pattern": "ME*E", "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8,
+        "n_groups": 2, "n_routed_experts": 8, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16,
+        "intermediate_size": 16,
+    },
+}  # fmt: skip
+SIZES = ("shipped", "dense-1b", "nano-30b")
+ROWS = (1, 4, 16, 64)
+VARIANTS = ("graphs", "eager", "graphs, compiled", "eager, compiled")
+PUBLISHED_TOKENS_PER_NFE = (3.3, 5.0)  # of the released model, at two settings
+_COMPILED = (Mamba2, Attention, MLP, MoE, RMSNorm)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the passes of one measurement have in common."""
+
+    rows: int
+    past: int
+    block_size: int
+
+
+def config_of(size: str, is_rehearsal: bool) -> TwoTowerConfig:
+    """Sizes and layers; tiny ones to rehearse."""
+    if size == "shipped":
+        return read_config(shipped_folder())
+    values = dict(DENSE_1B if size == "dense-1b" else PRESETS[size])
+    return config_from_dict(values | (REHEARSED[size] if is_rehearsal else {}))
+
+
+@torch.no_grad()
+def random_model(
+    config: TwoTowerConfig, dtype: torch.dtype, device: torch.device, towers: Towers = "both"
+) -> TwoTower:
+    """A model whose random weights are made where they stay. Routers spread tokens over experts."""
+    model = build_empty(config, towers)
+    allocate(model, (dtype, dtype), (device, device))
+    generator = torch.Generator(device).manual_seed(0)
+    for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+        if not weight.is_floating_point():
+            continue
+        if name.endswith(("norm.weight", "norm_f.weight", ".D")):
+            weight.fill_(1.0)
+        elif weight.ndim == 1 or "scale_shift" in name:
+            weight.zero_()
+        else:
+            weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
+    return model.requires_grad_(False).eval()
+
+
+def compile_parts(model: TwoTower, compiler: str) -> None:
+    """Compile what layers are made of, in place: one kernel where there were several."""
+    torch._dynamo.config.recompile_limit = 256  # of sizes and roles; beyond it nothing is compiled
+    for module in model.modules():
+        if isinstance(module, _COMPILED):
+            module.compile(backend=compiler)
+
+
+def passes_of(model: TwoTower, shape: Shape) -> dict[str, Callable[[], object]]:
+    """Each pass as decoding makes it, commits to the cache included, on a text of its own."""
+    device, vocab = model.context_device, model.config.vocab_size
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randint(4, vocab, (shape.rows, shape.past), generator=generator)
+    tokens = prompt[:, : shape.block_size].to(device)
+    block = torch.full((shape.rows, shape.block_size), model.config.mask_token_id, device=device)
+    t, half = torch.full((shape.rows,), 0.5), torch.full((shape.rows,), shape.block_size // 2)
+
+    def verify(cache: ContextCache) -> object:
+        output = model.verify(cache, tokens)
+        logits = model.context_head(output.hidden)
+        cache.commit(output, half)
+        return logits
+
+    def ar_step(cache: ContextCache) -> object:
+        model.extend(cache, tokens[:, :1])
+        return model.next_logits(cache)
+
+    calls: dict[str, Callable[[ContextCache], object]] = {
+        "ar_step": ar_step,
+        "denoise": lambda cache: model.denoise(block, cache.view(), t),
+        "extend": lambda cache: model.extend(cache, tokens),
+        "verify": verify,
+    }
+    # Pieces of this size are not recorded, and keep no memory.
+    return {n: partial(call, model.prefill(prompt, chunk_size=128)) for n, call in calls.items()}
+
+
+def predicted_ms(
+    config: TwoTowerConfig, shape: Shape, hardware: str, profile: str, dtype: torch.dtype
+) -> dict[str, float]:
+    """What the planner says of the same passes."""
+    width: Any = str(dtype).removeprefix("torch.")
+    setup = PlanSetup(
+        shape=ModelShape.of(describe_config(config, "random")),
+        hardware=find_hardware(hardware, built_in()),
+        widths=uniform(width),
+        efficiency=PROFILES[profile],
+        compute=width,
+    )
+    size, found = shape.block_size, {}
+    calls: dict[str, tuple[Any, int, int]] = {
+        "ar_step": ("context", 1, 1), "denoise": ("denoiser", size, size),
+        "extend": ("context", size, 0), "verify": ("context", size, size),
+    }  # fmt: skip
+    for name, (tower, tokens, logits) in calls.items():
+        call = Pass(tower=tower, rows=shape.rows, tokens=tokens, logits=logits, past=shape.past)
+        found[name] = round(time_pass(setup, call).seconds * 1e3, 4)
+    return found
+
+
+def speed_up(ms: Mapping[str, float], block_size: int, tokens_per_nfe: float) -> float:
+    """Diffusion over AR decoding of the same engine: a block is so many passes and one extension,
+    which reads it back; AR takes a step for each of its tokens.
+    """
+    block_ms = block_size / tokens_per_nfe * ms["denoise"] + ms["extend"]
+    return round(block_size * ms["ar_step"] / block_ms, 3)
+
+
+def cycle_steps(ms: Mapping[str, float]) -> float:
+    """Tokens a cycle of one draft pass and a verification from which on lossless decoding pays."""
+    return round((ms["denoise"] + ms["verify"]) / ms["ar_step"], 3)
+
+
+def conclusions(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Possible speed-ups of every size, variant and number of rows that has all passes."""
+    found = []
+    for one in results:
+        if "ms" not in one:
+            continue
+        ms = {name: times["median"] for name, times in one["ms"].items()}
+        found.append(
+            {key: one[key] for key in ("size", "variant", "rows")}
+            | {
+                "speed_up_over_ar": {
+                    f"{tokens} tokens/NFE": speed_up(ms, one["block_size"], tokens)
+                    for tokens in PUBLISHED_TOKENS_PER_NFE
+                },
+                "tokens_per_cycle_to_break_even": cycle_steps(ms),
+            }
+        )
+    return found
+
+
+@torch.no_grad()
+def measure(stage: Stage, model: TwoTower, variant: str, shape: Shape) -> dict[str, Any]:
+    """The times of one variant and number of rows; why there are none, where memory is short."""
+    repeats = 2 if stage.is_rehearsal else 12
+    try:
+        ready = accelerate(model, "graphs" if "graphs" in variant else "eager")
+        calls = passes_of(ready, shape)
+        return {"ms": {n: times_ms(call, repeats, stage.device) for n, call in calls.items()}}
+    except (torch.OutOfMemoryError, ValueError, RuntimeError) as error:
+        return {"failed": reason_of(error)}
+
+
+def run_size(stage: Stage, size: str) -> None:
+    """All measurements of one model, the rows within a variant; compiled ones last."""
+    config = config_of(size, stage.is_rehearsal)
+    dtype = torch.float32 if size == "shipped" or stage.is_rehearsal else torch.bfloat16
+    rows = (1, 4) if stage.is_rehearsal else ROWS
+    wanted = [
+        (variant, count)
+        for variant in stage.args.variant
+        for count in rows
+        if not stage.has(size=size, variant=variant, rows=count)
+    ]
+    if not wanted or stage.is_over:
+        return
+    model, is_compiled = random_model(config, dtype, stage.device), False
+    for variant, count in wanted:
+        if stage.is_over:
+            break
+        if "compiled" in variant and not is_compiled:
+            # The rehearsal traces what the compiler would get, and compiles nothing.
+            compile_parts(model, "eager" if stage.is_rehearsal else "inductor")
+            is_compiled = True
+        shape = Shape(count, 24 if stage.is_rehearsal else 512, config.block_size)
+        found = measure(stage, model, variant, shape)
+        profiles = ("graph-gpu" if "graphs" in variant else "eager-gpu", "limit")
+        planned = {p: predicted_ms(config, shape, stage.args.hardware, p, dtype) for p in profiles}
+        values = {"size": size, "variant": variant, "rows": count, "past": shape.past}
+        stage.add(**values, block_size=shape.block_size, **found, predicted_ms=planned)
+        stage.save(conclusions=conclusions(stage.results))
+        gc.collect()
+        if stage.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def draw(results: list[dict[str, Any]], file: Path) -> None:
+    """Measured times against predicted ones, a panel for each size; nothing without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        print("no picture: matplotlib is not installed")
+        return
+    measured = [one for one in results if "ms" in one]
+    sizes = [size for size in SIZES if any(one["size"] == size for one in measured)]
+    figure = Figure(figsize=(5 * max(1, len(sizes)), 4), layout="constrained")
+    for place, size in enumerate(sizes, 1):
+        axes = figure.add_subplot(1, len(sizes), place, title=size, xscale="log", yscale="log")
+        axes.set(xlabel="predicted, ms", ylabel="measured, ms")
+        for variant in VARIANTS:
+            own = [one for one in measured if (one["size"], one["variant"]) == (size, variant)]
+            points = [
+                (next(iter(one["predicted_ms"].values()))[name], times["median"])
+                for one in own
+                for name, times in one["ms"].items()
+            ]
+            if points:
+                axes.scatter(*zip(*points, strict=True), label=variant, s=14)
+        low, high = axes.get_xlim()
+        axes.plot([low, high], [low, high], color="0.6", linewidth=1)
+        axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--hardware", default="h200", help="as `twotower plan` names it")
+    stage = Stage("passes", parser)
+    for size in stage.args.size:
+        run_size(stage, size)
+        gc.collect()  # the next model needs the memory
+    stage.save(conclusions=conclusions(stage.results))
+    for one in stage.record["conclusions"]:
+        print(one)
+    draw(stage.results, stage.args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Do all modes work on a GPU, how fast, and do they write what a CPU writes?
+
+The shipped model in float32 on held-out prompts of the categories that need no other package, in
+every mode, eager and recorded (CUDA graphs), 1 and 16 rows at a time. A CPU writes the same prompts
+eagerly for comparison.
+
+    PYTHONPATH=src python scripts/gpu/suite.py
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from stage import Stage, reason_of, sync
+
+from twotower import GenerateOptions, Tokenizer, TwoTower, accelerate, load_tokenizer
+from twotower.checkpoint import load_checkpoint
+from twotower.checkpoint.files import shipped_folder
+from twotower.engine import EngineOptions, Failed, Finished, stream
+from twotower.lab.evaluate.suite import check, held_out
+
+CATEGORIES = ("math", "editing", "tools", "refusal")
+MODES = ("ar", "mock-ar", "diffusion", "posterior", "predict-and-noise", "speculative")
+
+
+def write(
+    model: TwoTower,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    options: GenerateOptions,
+    rows: int,
+) -> dict[int, Any]:
+    """The completion of each prompt by its place; ValueError where one failed."""
+    found = {}
+    for event in stream(model, prompts, options, tokenizer, EngineOptions(max_rows=rows)):
+        if isinstance(event, Failed):
+            raise ValueError(f"row {event.row}: {event.message}") from event.error
+        if isinstance(event, Finished):
+            found[event.row] = event.completion
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--items", type=int, default=8, help="prompts of a category")
+    stage = Stage("suite", parser)
+    items, num_tokens = (1, 6) if stage.is_rehearsal else (stage.args.items, 96)
+    columns = [held_out(category, items, 0) for category in CATEGORIES]
+    documents = [document for column in columns for document in column]
+    prompts = [document.prompt for document in documents]
+    folder = shipped_folder()
+    tokenizer, reference = load_tokenizer(folder), load_checkpoint(folder)
+    model = load_checkpoint(folder, context_device=stage.device, denoiser_device=stage.device)
+    for mode in MODES:
+        options = GenerateOptions(mode=mode, max_new_tokens=num_tokens)
+        expected: dict[int, Any] = {}
+        for backend in ("graphs", "eager"):
+            ready = accelerate(model, backend)
+            for rows in (1, 16):
+                values = {"mode": mode, "backend": backend, "rows": rows}
+                if stage.is_over or stage.has(**values):
+                    continue
+                try:
+                    expected = expected or write(reference, tokenizer, prompts, options, 16)
+                    write(ready, tokenizer, prompts, options, rows)  # warms up
+                    sync(stage.device)
+                    start = time.perf_counter()
+                    found = write(ready, tokenizer, prompts, options, rows)
+                    seconds = time.perf_counter() - start
+                except (ValueError, RuntimeError) as error:
+                    stage.add(**values, failed=reason_of(error))
+                    continue
+                tokens = sum(len(one.tokens) for one in found.values())
+                passes = sum(one.nfe for one in found.values())
+                stage.add(
+                    **values,
+                    prompts=len(prompts),
+                    tokens_per_s=round(tokens / seconds, 1),
+                    tokens_per_nfe=round(tokens / passes, 3) if passes else None,
+                    equal_to_cpu=sum(found[i].tokens == expected[i].tokens for i in found),
+                    right=sum(check(documents[i], found[i].text).correct for i in found),
+                )
+    failed = [one for one in stage.results if "failed" in one]
+    print(f"{len(stage.results)} results, {len(failed)} failed: {stage.args.out}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        raise SystemExit(main())
