@@ -57,7 +57,7 @@ def _tensors(values: object) -> list[Tensor]:
 def recording(model: TwoTower, patch: pytest.MonkeyPatch) -> TwoTower:
     """The model with passes as a GPU has them: recorded, experts without the host."""
     patch.setattr(backend, "Recording", Replayed)
-    patch.setattr(ops, "is_grouped", lambda x, weight: True)
+    patch.setattr(ops, "can_group", lambda weight: True)
     patch.setattr(Replayed, "made", 0)
     found = accelerate(model, "graphs")
     patch.setattr(found.backend, "_pool", "a pool")

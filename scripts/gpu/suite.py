@@ -21,7 +21,7 @@ from twotower.checkpoint.files import shipped_folder
 from twotower.engine import EngineOptions, Failed, Finished, stream
 from twotower.lab.evaluate.suite import check, held_out
 
-CATEGORIES = ("math", "editing", "tools", "refusal")
+CATEGORIES = ("math", "editing", "long_context", "refusal")
 MODES = ("ar", "mock-ar", "diffusion", "posterior", "predict-and-noise", "speculative")
 
 

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "layers": COMMON | {"kernels"},
     "model": COMMON | {"layers", "kernels"},
     "native": COMMON | {"model", "layers", "kernels"},
-    "graphs": COMMON | {"model", "layers"},
+    "graphs": COMMON | {"model", "layers", "kernels"},
     "backends": COMMON | {"model", "native", "graphs"},
     "families": COMMON | {"layers"},
     "checkpoint": COMMON | {"families", "model", "kernels", "tokenizer"},

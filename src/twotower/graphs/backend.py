@@ -15,18 +15,17 @@ from torch import Tensor
 
 from twotower import masks
 from twotower.graphs.arena import Arena, Recording, bucket, copies, first_of
+from twotower.kernels import ops
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaInputs, MambaState, states_after
 from twotower.layers.moe import Experts
 from twotower.model.backend import EagerBackend, denoiser_logits
-from twotower.model.context_tower import NewState
 from twotower.model.state import ContextCache, ContextView, ForwardOutput, LayerState
 from twotower.model.two_tower import TwoTower
 from twotower.specs import MoESpec
 
 _MOST_RECORDED = 64  # tokens a row: a longer pass has arithmetic enough to hide its launches
 _MOST_ARENAS = 4  # numbers of rows whose memory is kept, the newest
-_LEAST_CAPABILITY = (9, 0)  # of a GPU: PyTorch's grouped products wait for the host on others
 ONE_DEVICE = "graphs passes need both towers on one device"
 T = TypeVar("T")
 
@@ -35,7 +34,7 @@ class GraphsBackend:
     """Passes of a model that `twotower.backends.refusal` lets through.
 
     The weights must not move afterwards. ValueError (one line) for towers on two devices, and for
-    a GPU that is too old for the model's experts.
+    experts whose products the GPU cannot make by itself.
     """
 
     name, quantization = "graphs", "none"
@@ -47,11 +46,11 @@ class GraphsBackend:
             raise ValueError(ONE_DEVICE)
         self._pool: Any = None
         if self._device.type == "cuda":
-            capability = torch.cuda.get_device_capability(self._device)
-            if model.config.context.layers_of(MoESpec) and capability < _LEAST_CAPABILITY:
-                own, least = (".".join(map(str, c)) for c in (capability, _LEAST_CAPABILITY))
+            stacks = [m.up_proj for m in model.modules() if isinstance(m, Experts)]
+            if not all(map(ops.can_group, stacks)):
                 raise ValueError(
-                    f"graphs passes need compute capability {least} for {MoESpec.label}, not {own}"
+                    f"graphs passes need a {MoESpec.label} in bfloat16, its widths multiples of 8, "
+                    "and a GPU of compute capability 9.0 or newer"
                 )
             self._pool = torch.cuda.graph_pool_handle()
         self.pass_costs: Mapping[int, float] = _pass_costs(model)
@@ -124,7 +123,7 @@ class GraphsBackend:
 
     def _read(
         self, arena: Arena, length: int, past: int, is_draft: bool
-    ) -> tuple[Tensor, list[NewState]]:
+    ) -> tuple[Tensor, list[KV | MambaInputs | None]]:
         """The context tower over L tokens of every row, and what it leaves for the mirror."""
         mask = masks.causal_rows(length, arena.lengths, past)
         decided = (None, None) if is_draft else (arena.counts, length)
@@ -132,7 +131,8 @@ class GraphsBackend:
             arena.ids("tokens", length), arena.layers(past), mask, *decided, arena.lengths
         )
         arena.keep(states, length)
-        return hidden, states
+        # States are large, and the mirror has them: a recording would keep them once more.
+        return hidden, [None if isinstance(state, MambaState) else state for state in states]
 
     def _denoise(self, arena: Arena, length: int, past: int, has_time: bool) -> Tensor:
         """The denoiser tower over blocks of all rows."""
@@ -172,11 +172,11 @@ class GraphsBackend:
         return found
 
 
-def _cut(state: NewState, num_rows: int, length: int) -> KV | MambaInputs | None:
+def _cut(state: KV | MambaInputs | None, num_rows: int, length: int) -> KV | MambaInputs | None:
     """What is worth a copy of what a pass left: of the rows and tokens that were asked for."""
     if isinstance(state, KV):
         return KV(*(part[:num_rows, :length] for part in state))
-    if not isinstance(state, MambaInputs):
+    if state is None:
         return None
     before = state.conv.shape[1] - state.dt.shape[1]
     heads, dt, B = (part[:num_rows, :length] for part in (state.heads, state.dt, state.B))

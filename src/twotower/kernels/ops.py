@@ -121,7 +121,12 @@ def grouped_mlp(x: Tensor, up: Matrices, down: Matrices, experts: Tensor) -> Ten
     x (tokens, D); up (E, F, D); down (E, D, F), or E matrices of any precision; experts (tokens,):
     whose each token is. Returns (tokens, D). Matrices of experts without tokens are not touched.
     """
-    if isinstance(up, Tensor) and isinstance(down, Tensor) and is_grouped(x, up):
+    if (
+        isinstance(up, Tensor)
+        and isinstance(down, Tensor)
+        and can_group(up)
+        and x.dtype == up.dtype
+    ):
         return grouped_products(x, up, down, experts)
     counts = torch.bincount(experts, minlength=len(up)).tolist()
     pieces = torch.split(x, counts)
@@ -134,11 +139,15 @@ def grouped_mlp(x: Tensor, up: Matrices, down: Matrices, experts: Tensor) -> Ten
     )
 
 
-def is_grouped(x: Tensor, weight: Tensor) -> bool:
-    """Whether one launch makes the products of all experts, so that the host need not know how many
-    tokens each of them has: on a GPU PyTorch has that for bfloat16 alone.
+def can_group(weight: Tensor) -> bool:
+    """Whether one launch makes the products with all of the matrices (E, N, K), so that the host
+    need not know how many tokens each has: PyTorch's kernel is for bfloat16, rows of whole 16 bytes
+    and Hopper or newer GPUs.
     """
-    return x.is_cuda and x.dtype == weight.dtype == torch.bfloat16
+    if not weight.is_cuda or weight.dtype != torch.bfloat16:
+        return False
+    is_aligned = all(size % 8 == 0 for size in weight.shape[1:])
+    return is_aligned and torch.cuda.get_device_capability(weight.device) >= (9, 0)
 
 
 def grouped_products(x: Tensor, up: Tensor, down: Tensor, experts: Tensor) -> Tensor:
