@@ -1,6 +1,7 @@
 """A thin denoiser: what it learns is what decoding asks of it, and nothing of a run is lost."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +56,11 @@ def with_values(model: TwoTower) -> TwoTower:
     return model
 
 
+def unordered() -> TwoTower:
+    """A backbone whose attention knows no positions: its Mamba layers do."""
+    return fresh_model(hybrid_override_pattern="M-*-M-*-", vocab_size=67, hidden_size=32)
+
+
 def thin(model: TwoTower, ids: Tensor | None = IDS, **spec: object) -> TwoTower:
     values = {"vocab_size": None if ids is None else len(ids), "bigram_rank": 4, **spec}
     draft = DraftSpec(**values)  # type: ignore[arg-type]
@@ -75,14 +81,15 @@ def answers(count: int) -> list[Answer]:
     ]
 
 
+@pytest.mark.parametrize("make", [backbone, unordered])
 @pytest.mark.parametrize("ids", [None, IDS])
 @pytest.mark.parametrize("reads_hidden", [True, False])
 def test_training_sees_what_decoding_asks_for(
-    ids: Tensor | None, reads_hidden: bool, tmp_path: Path
+    make: Callable[[], TwoTower], ids: Tensor | None, reads_hidden: bool, tmp_path: Path
 ) -> None:
     """Guards acceptance: a position, a mask, a hidden state or a bigram that is off by one in
     training costs most of it, and no loss shows that."""
-    model = thin(backbone(), ids, reads_hidden=reads_hidden)
+    model = thin(make(), ids, reads_hidden=reads_hidden)
     (answer,) = answers(1)
     file = tmp_path / "part-00000.safetensors"
     write_part(model, [answer], model.config.reads, file)
@@ -102,11 +109,12 @@ def test_training_sees_what_decoding_asks_for(
         torch.testing.assert_close(true, asked[0], rtol=0.0, atol=0.25)  # features are bfloat16
 
 
+@pytest.mark.parametrize("make", [backbone, unordered])
 @pytest.mark.parametrize("backend", ["eager", "native"])
-def test_text_is_that_of_ar(backend: str) -> None:
+def test_text_is_that_of_ar(make: Callable[[], TwoTower], backend: str) -> None:
     """Guards losslessness, and that ids of a draft vocabulary are not taken for those of the
     whole."""
-    model = thin(backbone())
+    model = thin(make())
     fast = accelerate(model, backend)  # type: ignore[arg-type]
     prompts = prompts_of([1, 7, 3, 12])
     plain, drafted = (
@@ -117,6 +125,25 @@ def test_text_is_that_of_ar(backend: str) -> None:
     assert sum(c.nfe for c in drafted) > 0
     (found,) = generate(fast, prompts[:1], GenerateOptions(mode="diffusion", max_new_tokens=12))
     assert set(found.tokens) <= set(IDS.tolist())
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("make", [backbone, unordered])
+def test_places_of_a_block_are_told_apart(make: Callable[[], TwoTower], backend: str) -> None:
+    """Guards drafts where no layer of the denoiser knows an order: with one mask for all places it
+    guesses the same token everywhere, and training hides that in a higher loss. Blocks may be
+    longer than those of training.
+    """
+    model = thin(make(), None, bigram_rank=0)
+    block = torch.tensor([[7] + 6 * [67], [67, 8] + 5 * [67]])  # one more place than it has masks
+    view = model.prefill(torch.tensor([[5, 9, 17], [6, 9, 11]])).view()
+    expected = model.denoise(block, view, None)
+    found = accelerate(model, backend).denoise(block, view, None)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-3)
+    for place in range(1, 4):
+        assert float((found[0, place] - found[0, place + 1]).abs().max()) > 0.1
+    has_order = model.config.context.rotary is not None
+    assert model.config.mask_places == (1 if has_order else 5)
 
 
 def test_blocks_of_any_start_are_cut_where_the_text_ends(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ void embed(const Call &call, const Tile &tile) {
         const Row &row = call.rows[s.row];
         for (int t = 0; t < s.count; t++) {
             int64_t id = row.ids[s.at + t];
-            const float *own = id == tower.vocabulary ? tower.mask : tower.embeddings + id * tower.width;
+            const float *own = tower.embeddings + id * tower.width;
+            if (id == tower.vocabulary) own = tower.mask + long(std::min(s.at + t, tower.masks - 1)) * tower.width;
             float *lane = h + s.lane + t;
             for (int f = 0; f < tower.width; f++) lane[f * W] = own[f] + (row.added ? row.added[f] : 0.0f);
         }

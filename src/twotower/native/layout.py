@@ -18,9 +18,10 @@ _STRUCTS = {
     "Layer": "int32_t kind, int32_t q_heads, int32_t kv_heads, int32_t head_dim, int32_t rotary, "
     "int32_t heads, int32_t head_size, int32_t groups, int32_t state, int32_t taps, int32_t inner, "
     "const Weight *weights",
-    # mask: the embedding of the id `vocabulary`, null where there is none; frequencies (A/2,): the
-    # angle of each pair per position, null without rotary layers.
-    "Tower": "int32_t vocabulary, int32_t width, int32_t num_layers, float eps, "
+    # mask (masks, width): embeddings of the id `vocabulary` at each place of a row, of which the
+    # last goes on; null where there is none. frequencies (A/2,): the angle of each pair per
+    # position, null without rotary layers.
+    "Tower": "int32_t vocabulary, int32_t width, int32_t num_layers, int32_t masks, float eps, "
     "const float *embeddings, const float *mask, const float *norm, const float *frequencies, "
     "const Layer *layers",
     # A layer's state before a pass: k, v (S, Hk, A); conv (taps - 1, C), oldest first;

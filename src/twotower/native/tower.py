@@ -48,7 +48,8 @@ class NativeTower:
         mask = weights.get("mask_embedding")
         turns = None if config.rotary is None else inverse_frequencies(*config.rotary)
         self._tower = layout.Tower(
-            config.vocab_size, config.hidden_size, len(layers), config.norm_eps,
+            config.vocab_size, config.hidden_size, len(layers),
+            0 if mask is None else mask.numel() // config.hidden_size, config.norm_eps,
             weights["embeddings.weight"].data_ptr(), None if mask is None else mask.data_ptr(),
             weights["norm_f.weight"].data_ptr(), None if turns is None else turns.data_ptr(),
             ctypes.addressof(layers),
