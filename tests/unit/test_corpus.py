@@ -19,6 +19,7 @@ pytest.importorskip("babel")
 from twotower.lab.corpus import CATEGORIES, DEFAULT_WEIGHTS, Document, documents, sample, split_of
 from twotower.lab.corpus.arithmetic import apply_step, draw, write_step
 from twotower.lab.corpus.code import FAMILIES, NAMES_OF, WrittenFunction, arguments_for, make_tests
+from twotower.lab.corpus.documents import DRAWS
 from twotower.lab.corpus.knowledge import facts
 from twotower.lab.corpus.knowledge import write_sentence as write_fact
 from twotower.lab.corpus.multilingual import (
@@ -225,6 +226,30 @@ def test_tool_calls_fit_their_schema_and_copy_the_request(train, test):
     assert len(names) >= 15
 
 
+@pytest.mark.parametrize("name", ["answered", "math_with_tools", "refusal_with_tools"])
+def test_with_tools_an_answer_may_be_text(name):
+    """Guards: a call where no shown tool fits or one has answered, which teaches agents to loop;
+    and a result that the answer does not have."""
+    rng, kinds = Random(f"text {name}"), set()
+    for _ in range(NUM_SAMPLES):
+        document = sample(name, "train", rng)
+        signatures, asked = document.prompt.removeprefix("Tools:\n").split("\nUser: ")
+        _, *turns = asked.removesuffix("\nCall:").split("\nCall: ")
+        shown = [signature.split("(")[0] for signature in signatures.split("\n")]
+        assert len(set(shown)) == len(shown)
+        assert not document.completion.startswith(" {")
+        assert name != "math_with_tools" or not {"add_numbers", "multiply"} & {*shown}
+        if turns:
+            call, result = turns[0].split("\nResult: ")
+            assert json.loads(call)["name"] in shown
+            assert document.completion == f" The result is {result}."
+        elif document.key.startswith('{"name"'):
+            assert json.loads(document.key)["name"] not in shown
+        kinds.add((bool(turns), document.key.startswith('{"name"'), len(shown)))
+    assert {(turn, n) for turn, _, n in kinds} >= {(name == "answered", n) for n in (1, 2, 3)}
+    assert len(kinds) == (9 if name == "answered" else 3)
+
+
 def test_words_and_facts_hold_their_answer(train, test):
     """Guards: an expected word that the completion does not contain, or fewer languages."""
     for category in ("multilingual", "knowledge"):
@@ -300,7 +325,7 @@ def test_a_seed_gives_the_same_stream_in_another_process():
 
 def test_the_mixture_follows_the_weights():
     assert sum(DEFAULT_WEIGHTS.values()) == pytest.approx(1.0)
-    assert set(DEFAULT_WEIGHTS) == set(CATEGORIES) - {"long_context"} | {"lookup"}
+    assert set(DEFAULT_WEIGHTS) == set(DRAWS) - {"long_context"}
     drawn = [document.category for document in islice(documents("train", 0), 4000)]
     for category, weight in DEFAULT_WEIGHTS.items():
         assert drawn.count(category) / len(drawn) == pytest.approx(weight, abs=0.03)

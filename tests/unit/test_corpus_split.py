@@ -22,6 +22,13 @@ from twotower.lab.corpus.document import CITIES, HASHED_AS, NAMES, split_of
 from twotower.lab.corpus.documents import DRAWS
 
 LONG = ("long_context", "lookup")
+# Whose keys they have.
+TAUGHT_AS = {
+    "lookup": "long_context",
+    "answered": "tools",
+    "math_with_tools": "math",
+    "refusal_with_tools": "refusal",
+}
 
 
 def read_math(prompt: str) -> str:
@@ -139,7 +146,7 @@ def request_patterns() -> list[tuple[tools.ToolForm, re.Pattern[str]]]:
 
 
 def read_tools(prompt: str) -> str:
-    request = prompt.rsplit("\nUser: ", 1)[1].removesuffix("\nCall:")
+    request = _asked_with_tools(prompt)
     calls = set()
     for tool, pattern in request_patterns():
         if match := pattern.fullmatch(request):
@@ -148,8 +155,13 @@ def read_tools(prompt: str) -> str:
                 for name, slot in tool.slots.items()
             }
             calls.add(json.dumps({"name": tool.name, "arguments": values}))
-    (call,) = calls  # no request can be meant for two tools
-    return call
+    assert len(calls) < 2  # no request can be meant for two tools
+    return calls.pop() if calls else request
+
+
+def _asked_with_tools(prompt: str) -> str:
+    """What is asked, without a call and its result."""
+    return prompt.split("\nUser: ", 1)[1].split("\nCall:", 1)[0]
 
 
 def read_notes(prompt: str) -> str:
@@ -242,6 +254,12 @@ OPENINGS: dict[str, tuple[str, Callable[[str], str]]] = {
 
 def read(prompt: str) -> tuple[str, str]:
     """Category and key of a prompt, from its text alone."""
+    if prompt.startswith("Tools:\n"):
+        asked = _asked_with_tools(prompt)
+        if (refused := f"User: {asked}\nAssistant:") in refusal_prompts():
+            return "refusal", refusal_prompts()[refused]
+        if re.search(r"\d", asked) and read_tools(prompt) == asked:
+            return "math", read_math(f"Q: {asked}\nA:")
     for opening, (category, reader) in OPENINGS.items():
         if prompt.startswith(opening):
             return category, reader(prompt)
@@ -255,7 +273,7 @@ def read(prompt: str) -> tuple[str, str]:
 def test_a_prompt_tells_its_category_and_key(name: str) -> None:
     """Silent failure: one prompt with two keys, of which one is held out and one is trained on."""
     rng = Random(f"read {name}")
-    category = "long_context" if name == "lookup" else name
+    category = TAUGHT_AS.get(name, name)
     for _ in range(60 if name in LONG else 1500):
         draft = DRAWS[name](rng)
         assert read(draft.prompt) == (category, draft.key), draft.prompt

@@ -21,6 +21,9 @@ HASHED_AS = {
     "multilingual": "words",
     "knowledge": "facts",
     "lookup": "long_context",
+    "answered": "tools",
+    "math_with_tools": "arithmetic",
+    "refusal_with_tools": "refusal",
 }
 
 

@@ -6,6 +6,7 @@ from random import Random
 from typing import get_args
 
 from twotower.lab.corpus import (
+    answered,
     arithmetic,
     code,
     editing,
@@ -27,19 +28,26 @@ DRAWS: dict[str, Callable[[Random], Draft]] = {
     "long_context": long_context.draw,
     "refusal": refusal.draw,
     "lookup": long_context.draw_lookup,
+    "answered": answered.draw,
+    "math_with_tools": answered.with_tools(arithmetic.draw),
+    "refusal_with_tools": answered.with_tools(refusal.draw),
 }
-# "lookup" teaches what "long_context" measures, in short documents.
-CATEGORIES: tuple[str, ...] = tuple(name for name in DRAWS if name != "lookup")
+# "lookup" teaches what "long_context" measures, in short documents; others teach not to call tools.
+TAUGHT_ALONE = ("lookup", "answered", "math_with_tools", "refusal_with_tools")
+CATEGORIES: tuple[str, ...] = tuple(name for name in DRAWS if name not in TAUGHT_ALONE)
 # Long documents need long rows: a run of their own, with weights that name them.
 DEFAULT_WEIGHTS: Mapping[str, float] = {
-    "math": 0.23,
+    "math": 0.21,
     "code": 0.10,
-    "editing": 0.18,
-    "tools": 0.16,
+    "editing": 0.17,
+    "tools": 0.13,
     "multilingual": 0.17,
     "knowledge": 0.06,
     "refusal": 0.06,
     "lookup": 0.04,
+    "answered": 0.04,
+    "math_with_tools": 0.01,
+    "refusal_with_tools": 0.01,
 }
 
 

@@ -4,6 +4,7 @@ The key is the called tool and its arguments, without the wording and the other 
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -115,7 +116,7 @@ def schema_of(tool: ToolForm) -> dict[str, object]:
 SIGNATURES = {tool.name: write_signature(tool) for tool in TOOLS}
 
 
-def _arguments(tool: ToolForm, rng: Random) -> dict[str, str | int]:
+def draw_arguments(tool: ToolForm, rng: Random) -> dict[str, str | int]:
     """Draw the arguments, all different, so that swapped arguments are a visible mistake."""
     while True:
         values = {name: draw_value(slot, rng) for name, slot in tool.slots.items()}
@@ -123,22 +124,28 @@ def _arguments(tool: ToolForm, rng: Random) -> dict[str, str | int]:
             return values
 
 
+def write_prompt(signatures: Sequence[str], asked: str) -> str:
+    """Return the prompt of a next reply, which may be a call: what is asked ends the conversation
+    so far.
+    """
+    return "\n".join(("Tools:", *signatures, f"User: {asked}", "Call:"))
+
+
 def draw(rng: Random) -> Draft:
     """Draw a request among one to three tools; the answer holds name, arguments and schema."""
     shown = rng.sample(TOOLS, rng.choice((1, 2, 2, 3)))
     tool = shown[0]
-    arguments = _arguments(tool, rng)
+    arguments = draw_arguments(tool, rng)
     rng.shuffle(shown)
     call = json.dumps({"name": tool.name, "arguments": arguments})
     request = rng.choice(tool.requests).format(**arguments)
-    signatures = "\n".join(SIGNATURES[option.name] for option in shown)
 
     def answer() -> dict[str, object]:
         return {"name": tool.name, "arguments": arguments, "schema": schema_of(tool)}
 
     return Draft(
         key=call,
-        prompt=f"Tools:\n{signatures}\nUser: {request}\nCall:",
+        prompt=write_prompt([SIGNATURES[option.name] for option in shown], request),
         completion=f" {call}",
         answer=answer,
     )
