@@ -1,4 +1,4 @@
-"""`twotower plan` as a user runs it: text, JSON, and one line for every error."""
+"""`twotower plan` as a user runs it: text, JSON, report, and one line for every error."""
 
 import json
 from pathlib import Path
@@ -74,9 +74,34 @@ def test_json(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(record["hardware"]["source"]) > 8
 
 
-def test_text_of_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--hardware", "bench-1-thread"]) == 0
+def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Silent failure: a page that needs other files, or a name that becomes markup."""
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "<b>model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config_to_dict(tiny_config())))
+    out = tmp_path / "plan"
+    assert (
+        main(["plan", "--model", str(folder), "--output", str(out), "--max-batch-size", "4"]) == 0
+    )
+    capsys.readouterr()
+    names = ["break_even.png", "memory.png", "passes.png", "plan.json", "report.html", "speed.png"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert "&lt;b&gt;model on 1 x h100-sxm" in page and "<b>model" not in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert "What is assumed" in page and "independent tokens, even experts" in page
+    assert json.loads((out / "plan.json").read_text())["devices"] == 1
+
+
+def test_report_of_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only memory can be drawn."""
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "plan"
+    assert main(["plan", "--hardware", "bench-1-thread", "--output", str(out)]) == 0
     assert "ar does not fit: context needs" in " ".join(capsys.readouterr().out.split())
+    assert sorted(path.name for path in out.iterdir()) == ["memory.png", "plan.json", "report.html"]
 
 
 def test_the_list_of_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,11 +3,12 @@
 import json
 from dataclasses import asdict
 
+from twotower.cli.measuring import open_folder, require_library
 from twotower.cli.tables import make_console, print_table
 from twotower.lab.plan import PlanOptions, make_plan
 from twotower.lab.plan.hardware import Hardware
 from twotower.lab.plan.options import known_hardware
-from twotower.lab.plan.report import headline, tables
+from twotower.lab.plan.report import headline, tables, write_plan
 from twotower.lab.report import Record, Table
 
 
@@ -20,7 +21,12 @@ def run(options: PlanOptions) -> int:
         else:
             print_table(make_console(), hardware_table(known))
         return 0
+    if options.output is not None:
+        require_library("matplotlib")
     record = make_plan(options)
+    if options.output is not None:
+        open_folder(options.output)
+        write_plan(record, options.output)
     if options.json:
         print(json.dumps(record, indent=1))
     else:

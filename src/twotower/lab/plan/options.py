@@ -82,6 +82,8 @@ class PlanOptions:
     """Largest batch size that is compared."""
     price_per_hour: float | None = None
     """Dollars per hour and device. Default: that of the table of machines."""
+    output: Path | None = None
+    """Folder for plan.json, report.html and its pictures."""
     json: bool = False
     """Print one JSON object instead of text."""
     list_hardware: bool = False

@@ -1,9 +1,51 @@
-"""A plan for readers: sentences and tables."""
+"""A plan for readers: sentences, tables, pictures, and one HTML page with all of them."""
 
 from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from twotower.lab.report import Record, Table
+from twotower.lab.plan.inputs import MODES
+from twotower.lab.report import (
+    COLORS,
+    Record,
+    Table,
+    html_json,
+    html_page,
+    html_picture,
+    html_table,
+    new_figure,
+    to_png,
+    write_files,
+)
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PLAN_FILE = "plan.json"
+CAPTIONS = {
+    "speed": (
+        "Speed by batch",
+        "Tokens a second of all rows together, prompts included, with at most so many rows at a "
+        "time. A line stays level where more rows do not fit or would only push experts out of "
+        "the device: the others wait.",
+    ),
+    "break_even": (
+        "Break-even",
+        "How many times as fast as AR diffusion decodes, by the tokens that a denoiser pass "
+        "commits, at the batch asked for, one group of rows.",
+    ),
+    "memory": (
+        "Memory",
+        "What each device holds at the end of the answers. Dense: all weights but the routed "
+        "experts. Experts in host memory are not in the bars.",
+    ),
+    "passes": (
+        "Where the time goes",
+        "A part of a pass takes the longer of its streaming and its arithmetic; both count only "
+        "where they rule. Overhead goes with the layers.",
+    ),
+}
 _GIB, _MIB = 2**30, 2**20
 MODE_COLUMNS = (
     "where",
@@ -15,6 +57,42 @@ MODE_COLUMNS = (
     "$ a million",
 )
 PASS_COLUMNS = ("ms", "overhead", "bandwidth", "arithmetic", "host link", "experts", "ruled by")
+# Of a plan, in the words that a reader needs to judge it; docs/plan.md says more.
+ASSUMPTIONS = (
+    "A pass streams each weight that it needs once; parts of a pass follow one another, each at "
+    "the peak bandwidth or arithmetic times a fixed share; every layer adds a fixed time.",
+    "n tokens choose E (1 - (1 - k/E)^n) distinct experts of E with k a token: independent "
+    "tokens, even experts.",
+    "All rows are equal: same lengths, same tokens per pass. Real batches wait for their slowest "
+    "block.",
+    "Weights of 8 and 4 bits are read as such and multiplied in the arithmetic of --compute.",
+    "A tower stays whole on one device; experts in host memory cross the link in every pass that "
+    "needs them, and nothing overlaps with that.",
+    "Keys count half-way through the answer; activations are estimated from widths.",
+)
+
+
+_ASKED = ("model", "hardware", "devices", "widths", "compute", "efficiency", "workload")
+
+
+def write_plan(record: Record, folder: Path) -> None:
+    """plan.json, report.html and a PNG per picture."""
+    pictures = {name: to_png(figure) for name, figure in plan_figures(record).items()}
+    write_files(folder, PLAN_FILE, record, pictures, to_html(record, pictures))
+
+
+def to_html(record: Record, pictures: Mapping[str, bytes]) -> str:
+    """The whole page: headline, tables, pictures, assumptions, what was asked."""
+    title = f"{record['model']['name']} on {record['devices']} x {record['hardware']['name']}"
+    said = [f"<p class='headline'>{escape(line)}</p>" for line in headline(record)]
+    parts = [f"<h1>{escape(title)}</h1>", *said, "<p>Predicted, not measured.</p>"]
+    for table in tables(record):
+        parts += [f"<h2>{escape(table.title)}</h2>", html_table(table)]
+    parts += [html_picture(*CAPTIONS[name], data) for name, data in pictures.items()]
+    assumed = "".join(f"<li>{escape(line)}</li>" for line in ASSUMPTIONS)
+    parts += ["<h2>What is assumed</h2>", f"<ul>{assumed}</ul>"]
+    parts += ["<h2>What was asked</h2>", html_json(record, _ASKED)]
+    return html_page("Plan", parts)
 
 
 def tables(record: Record) -> list[Table]:
@@ -130,3 +208,112 @@ def pass_row(found: Record) -> list[str]:
         f"{found['experts_per_layer']:.0f}",
         found["ruled_by"],
     ]
+
+
+_FAR = 10  # times the fullest device
+_KINDS = ("dense", "experts", "cache", "activations")
+
+
+def plan_figures(record: Record) -> dict[str, "Figure"]:
+    """Every picture that the record has data for, by the name of its file."""
+    made = {
+        "speed": plot_speed(record),
+        "break_even": plot_break_even(record),
+        "memory": plot_memory(record),
+        "passes": plot_passes(record),
+    }
+    return {name: figure for name, figure in made.items() if figure is not None}
+
+
+def plot_speed(record: Record) -> "Figure | None":
+    """Tokens a second by rows at a time, a line per mode."""
+    if not record["sweep"]:
+        return None
+    figure = new_figure()
+    axes = figure.add_subplot()
+    for color, mode in zip(COLORS, MODES, strict=False):
+        points = [(p["batch_size"], p["modes"][mode]) for p in record["sweep"]]
+        kept = [(batch, found["tokens_per_s"]) for batch, found in points if found]
+        if kept:
+            axes.plot(*zip(*kept, strict=True), "o-", color=color, label=mode)
+    axes.set_xscale("log", base=2)
+    batches = [point["batch_size"] for point in record["sweep"]]
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.set_yscale("log")
+    axes.axvline(record["workload"]["batch_size"], color="gray", linestyle="--", linewidth=1)
+    axes.set_xlabel("rows at a time, at most; dashed: the batch asked for")
+    axes.set_ylabel("tokens/s, prompts included")
+    axes.set_title("Speed by batch")
+    axes.legend()
+    return figure
+
+
+def plot_break_even(record: Record) -> "Figure | None":
+    """Speed-up of diffusion over AR, decoding alone, against tokens per pass."""
+    even, passes = record["break_even"], record["passes"]
+    if even is None:
+        return None
+    work = record["workload"]
+    reads = -(-work["new_tokens"] // work["block_size"]) - 1
+    read_ms = even["read_ms"] * reads
+    figure = new_figure()
+    axes = figure.add_subplot()
+    ar_ms = passes["ar_step"]["ms"] * (work["new_tokens"] - 1)
+    at = [1 + 0.25 * i for i in range(4 * (work["block_size"] - 1) + 1)]
+    cost = [work["new_tokens"] / k * passes["denoise_pass"]["ms"] + read_ms for k in at]
+    axes.plot(at, [ar_ms / ms for ms in cost], color=COLORS[1])
+    for height, label in ((1.0, "AR"), (2.42, "2.42, the announcement")):
+        axes.axhline(height, color="gray", linestyle="--", linewidth=1)
+        axes.annotate(label, (at[-1], height), ha="right", va="bottom", fontsize=8, color="gray")
+    axes.axvline(work["tokens_per_nfe"], color="gray", linestyle=":", linewidth=1)
+    axes.set_xlabel("tokens per denoiser pass; dotted: assumed here")
+    axes.set_ylabel("times the speed of AR")
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"Break-even at batch {work['batch_size']}")
+    return figure
+
+
+def plot_memory(record: Record) -> "Figure":
+    """What each device holds in each mode, against what it offers."""
+    bars = []
+    for mode, found in record["modes"].items():
+        for number, device in enumerate(found["device_map"]["devices"]):
+            towers = " + ".join(device["towers"])
+            bars.append((f"{mode}, device {number}: {towers}", device))
+    figure = new_figure(height=1.6 + 0.45 * len(bars))
+    axes = figure.add_subplot()
+    most = max(device["total"] for _, device in bars)
+    name, unit = ("GiB", 2**30) if most >= 2**30 else ("MiB", 2**20)
+    left = [0.0] * len(bars)
+    for color, kind in zip(COLORS, _KINDS, strict=False):
+        widths = [device[kind] / unit for _, device in bars]
+        axes.barh([label for label, _ in bars], widths, left=left, color=color, label=kind)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    usable = record["memory"]["usable_bytes_per_device"]
+    axes.set_xlabel(f"{name}; a device offers {usable / unit:,.0f}")
+    if usable <= _FAR * most:  # else the line would leave no room for the bars
+        axes.axvline(usable / unit, color="gray", linestyle="--", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_title("Memory")
+    figure.legend(loc="outside lower center", ncols=len(_KINDS), fontsize=8)
+    return figure
+
+
+def plot_passes(record: Record) -> "Figure | None":
+    """Milliseconds of each pass and what they go to."""
+    passes = record["passes"]
+    if not passes:
+        return None
+    figure = new_figure(height=1.6 + 0.45 * len(passes))
+    axes = figure.add_subplot()
+    left = [0.0] * len(passes)
+    parts = {"overhead": "overhead_ms", "bandwidth": "stream_ms", "arithmetic": "compute_ms"}
+    for color, (label, key) in zip(COLORS, {**parts, "host link": "host_ms"}.items(), strict=False):
+        widths = [found[key] for found in passes.values()]
+        axes.barh(list(passes), widths, left=left, color=color, label=label)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel("ms a pass, all rows")
+    axes.set_title("Where the time of a pass goes")
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    return figure
