@@ -59,7 +59,7 @@ class Arena:
         self.t = torch.ones(self.num_rows, device=hidden.device)
         self._ids: dict[tuple[str, int], Tensor] = {}
         self._capacity = 0
-        self._held: tuple[Tensor | None, list[int]] = None, []
+        self._held: object = None  # the version of a cache
         self.recordings: dict[Hashable, Recording[Any]] = {}
         self.turn = 0  # grows whenever what the mirror holds may change
 
@@ -97,27 +97,22 @@ class Arena:
             )
         return room
 
-    def load(self, layers: Sequence[LayerState], lengths: Tensor) -> None:
-        """Hold what a cache does, layers as `ContextCache.layers` and lengths (R,) on the CPU."""
-        first, (known, held) = first_of(layers), self._held
-        is_known = known is not None and first is not None and known.data_ptr() == first.data_ptr()
-        if not is_known or lengths.tolist() != held:
+    def load(self, layers: Sequence[LayerState], lengths: Tensor, version: object) -> None:
+        """Hold what a cache of a version does: layers as `ContextCache.layers`, lengths (R,)."""
+        if version is None or version is not self._held:
             self._copy(layers, len(lengths))
-            self.hold(first, lengths)
+            self.hold(version)
         self.lengths.zero_()
         self.lengths[: len(lengths)] = lengths.to(self.lengths.device)
 
-    def hold(self, first: Tensor | None, lengths: Tensor) -> None:
-        """Note whose state this is: of the cache that keeps `first`, after so many tokens a row. A
-        cache never changes what it has, so the tensor stands for it as long as it lives.
-        """
-        self._held = first, lengths.tolist()
+    def hold(self, version: object) -> None:
+        """Note whose state this is."""
+        self._held = version
         self.turn += 1
 
     def forget(self) -> None:
         """Note that this is nobody's state."""
-        self._held = None, []
-        self.turn += 1
+        self.hold(None)
 
     def clear(self) -> None:
         """Have no tokens at all, of nobody."""
@@ -163,11 +158,6 @@ class Arena:
         mine = [state for state in self._layers if isinstance(state, MambaState)]
         parts = copies([part[:num_rows] for part in _flat(mine)])
         return [MambaState(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
-
-
-def first_of(layers: Sequence[LayerState]) -> Tensor | None:
-    """The first tensor of the first layer that has a state."""
-    return next((part for state in layers if state is not None for part in state), None)
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:

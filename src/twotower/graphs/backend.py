@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from twotower import masks
-from twotower.graphs.arena import Arena, Recording, bucket, copies, first_of
+from twotower.graphs.arena import Arena, Recording, bucket, copies
 from twotower.kernels import ops
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaInputs, MambaState, states_after
@@ -61,7 +61,7 @@ class GraphsBackend:
         self, cache: ContextCache, tokens: Tensor, counts: Tensor | None, is_draft: bool
     ) -> ForwardOutput:
         """Keys go where they belong in the mirror; a draft's Mamba states wait for its counts."""
-        layers, lengths = cache.layers, cache.lengths
+        layers, before = cache.layers, cache.version
         num_rows, length = tokens.shape
         wide = bucket(length) if length <= _MOST_RECORDED else length
         with self._lock:
@@ -69,7 +69,7 @@ class GraphsBackend:
             past = arena.reserve(cache.num_past + wide)
             read = partial(self._read, arena, wide, past, is_draft)
             run = self._recorded(arena, wide, (past, is_draft), read)
-            arena.load(layers, lengths)
+            arena.load(layers, cache.lengths, before)
             arena.ids("tokens", wide)[:num_rows, :length] = tokens
             arena.counts.zero_()
             arena.counts[:num_rows] = length if counts is None else counts.to(self._device)
@@ -85,12 +85,10 @@ class GraphsBackend:
         def committed(counts: Tensor) -> list[MambaState]:
             found = states_after(_seeded(kept, layers), counts) if done is None else done
             with self._lock:
-                if arena.turn == turn:  # the mirror has seen no other pass
+                # The mirror has seen no other pass, and it is this cache that changes.
+                if arena.turn == turn and cache.version is not before:
                     arena.put_mamba(found)
-                    # What the cache will have: its old keys, and these states.
-                    states = iter(found)
-                    later = [next(states) if isinstance(s, MambaState) else s for s in layers]
-                    arena.hold(first_of(later), lengths + counts)
+                    arena.hold(cache.version)
             return found
 
         keys: list[LayerState] = [s if isinstance(s, KV) else None for s in kept]
@@ -113,7 +111,7 @@ class GraphsBackend:
             past = arena.reserve(view.num_past)
             denoise = partial(self._denoise, arena, length, past, t is not None)
             run = self._recorded(arena, length, (past, t is not None, "denoise"), denoise)
-            arena.load([_without_blocks(state) for state in view.layers], lengths)
+            arena.load([_without_blocks(state) for state in view.layers], lengths, view.version)
             arena.ids("blocks", length)[:num_rows] = block
             if view.hidden is not None:
                 arena.hidden[:num_rows] = view.hidden.squeeze(1)

@@ -34,7 +34,8 @@ class ContextView:
     `layers[i]`: KV of S tokens (B, S, Hk, A); MambaState at the start of each of K blocks, conv
     (B, K, C, W-1), ssm (B, K, H, P, N), K = 1 in generation; None for a layer without state.
     `lengths` (B,) on the CPU, or None when every row has all S tokens. `hidden` (B, K, D): the
-    tower's output at the last token before each block, zeros where there is none.
+    tower's output at the last token before each block, zeros where there is none. `version`: equal
+    objects stand for equal contents (`ContextCache.version`); None says nothing.
     """
 
     layers: tuple[LayerState, ...]
@@ -42,6 +43,7 @@ class ContextView:
     num_past: int
     num_rows: int
     hidden: Tensor | None = None
+    version: object = None
 
     def to(self, device: torch.device | str) -> "ContextView":
         """The same view on another device; itself when it is there already."""
@@ -50,13 +52,15 @@ class ContextView:
             for state in self.layers
         )
         hidden = None if self.hidden is None else self.hidden.to(device)
-        return ContextView(layers, self.lengths, self.num_past, self.num_rows, hidden)
+        sizes = self.num_past, self.num_rows
+        return ContextView(layers, self.lengths, *sizes, hidden, self.version)
 
     def select(self, rows: Tensor) -> "ContextView":
         """The view of some rows: rows (R,) int64."""
         lengths = None if self.lengths is None else self.lengths[rows.cpu()]
         hidden = None if self.hidden is None else self.hidden[rows.to(self.hidden.device)]
-        return ContextView(_select(self.layers, rows), lengths, self.num_past, len(rows), hidden)
+        layers, sizes = _select(self.layers, rows), (self.num_past, len(rows))
+        return ContextView(layers, lengths, *sizes, hidden, object())
 
 
 class ForwardOutput(NamedTuple):
@@ -96,7 +100,7 @@ class ContextCache:
 
     `layers[i]` is what layer i keeps: KV (B, S, Hk, A), S the longest row, MambaState conv
     (B, C, W-1) and ssm (B, H, P, N), or None. `last_hidden` (B, D) is the tower's output at each
-    row's last token, None before the first.
+    row's last token, None before the first. `version` is another object after each change.
 
     Key buffers have room for more rows and tokens than there are, so that tokens are added and rows
     enter and leave without a copy of the others.
@@ -108,6 +112,7 @@ class ContextCache:
         # On the CPU: it steers control flow.
         self.lengths = torch.zeros(num_rows, dtype=torch.int64)
         self.last_hidden: Tensor | None = None
+        self.version = object()
         self._states = [_empty_state(layer, num_rows, device, dtype) for layer in config.layers]
 
     @property
@@ -144,7 +149,8 @@ class ContextCache:
         )
         lengths = None if self.is_uniform else self.lengths
         hidden = None if self.last_hidden is None else self.last_hidden.unsqueeze(1)
-        return ContextView(layers, lengths, self.num_past, self.num_rows, hidden)
+        sizes = self.num_past, self.num_rows
+        return ContextView(layers, lengths, *sizes, hidden, self.version)
 
     @torch.no_grad()
     def commit(self, output: ForwardOutput, counts: Tensor) -> None:
@@ -154,6 +160,7 @@ class ContextCache:
         at all: after an error (memory) the cache is what it was.
         """
         num_past, is_uniform = self.num_past, self.is_uniform
+        self.version = object()
         found: dict[int, MambaState] = {}
         for index, new in enumerate(output.states):
             old = self._states[index]
@@ -166,10 +173,11 @@ class ContextCache:
                 self._states[index] = grown
             elif isinstance(new, MambaState):
                 found[index] = MambaState(new.conv[:, -1], new.ssm[:, -1])
+        newest, lengths = self._newest(output.hidden, counts), self.lengths + counts
         if output.states_after is not None:  # now that it is known how many stay
             kept = (i for i, old in enumerate(self._states) if isinstance(old, MambaState))
+            # Nothing can fail behind this: who made the output may follow the cache from here on.
             found = dict(zip(kept, output.states_after(counts), strict=True))
-        newest, lengths = self._newest(output.hidden, counts), self.lengths + counts
         for index, state in found.items():
             self._states[index] = state
         self.last_hidden, self.lengths = newest, lengths
@@ -203,6 +211,7 @@ class ContextCache:
     def select(self, rows: Tensor) -> "ContextCache":
         """A new cache with copies of some rows: rows (R,) int64."""
         chosen = object.__new__(ContextCache)
+        chosen.version = object()
         chosen.lengths = self.lengths[rows.cpu()]
         chosen.last_hidden = (
             None if self.last_hidden is None else self.last_hidden[rows.to(self.last_hidden.device)]
@@ -222,6 +231,7 @@ class ContextCache:
         if len(order) * _MOST_SPARE_ROWS <= room:
             self.__dict__.update(self.select(chosen).__dict__)
             return order
+        self.version = object()
         moves = [(p, row, int(self.lengths[row])) for p, row in enumerate(order) if p != row]
         for index, state in enumerate(self._states):
             if isinstance(state, KV):
@@ -254,7 +264,7 @@ class ContextCache:
                 joined.append(
                     type(mine)(*(torch.cat(parts) for parts in zip(mine, its, strict=True)))
                 )
-        self._states, self.last_hidden = joined, hidden
+        self._states, self.last_hidden, self.version = joined, hidden, object()
         self.lengths = torch.cat([self.lengths, other.lengths])
 
     def _newest(self, hidden: Tensor, counts: Tensor) -> Tensor:
