@@ -77,15 +77,6 @@ def test_everything_but_routers_takes_the_dtype(dtype: torch.dtype) -> None:
         assert value.dtype == (torch.float32 if ".gate." in name else dtype), name
 
 
-def test_each_tower_may_have_its_own_dtype() -> None:
-    model = load_checkpoint(GOLDEN / "case_03", dtype=torch.float32, denoiser_dtype=torch.bfloat16)
-    assert model.context_lm_head.weight.dtype == torch.float32
-    assert model.t_block[1].weight.dtype == model.lm_head.weight.dtype == torch.bfloat16
-    ids = torch.tensor([[1, 5, 9]])
-    logits = model.denoise(ids, model.prefill(ids).view(), torch.tensor([0.5]))
-    assert torch.isfinite(logits).all()
-
-
 def test_the_context_alone_reads_no_denoiser(tmp_path: Path) -> None:
     """Guards against AR decoding that needs twice its memory, or a denoiser that is not there."""
     whole = load_checkpoint(GOLDEN / "case_03")

@@ -1,5 +1,6 @@
 """The documentation: links lead somewhere, its code runs, the map has every source folder."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import pytest
 
-from twotower.cli.main import main, train_arguments
+from twotower.cli.main import VERBS, main, train_arguments
 from twotower.cli.parse import parse
 
 ROOT = Path(__file__).parents[2]
@@ -138,6 +139,28 @@ def test_a_stale_command_is_found() -> None:
         parse_verb(verb_lines(block)[0])
     with pytest.raises(ValueError, match="dtype"):
         parse_verb(["generate", "--dtype", "half"])
+
+
+def commands_in_messages() -> set[tuple[str, str]]:
+    """Verbs and flags of the commands in the texts of the source."""
+    found = set()
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                for verb, rest in re.findall(r"twotower ([\w-]+)((?: +[^ ;:,.]+)*)", node.value):
+                    flags = re.findall(r"(?<![\w-])--[a-z][a-z-]+", rest)
+                    found |= {(verb, flag) for flag in flags if verb in VERBS}
+    return found
+
+
+def test_commands_in_messages_can_be_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against a remedy with a flag that has another name by now."""
+    found = commands_in_messages()
+    assert ("convert", "--quantization") in found
+    for verb in sorted({verb for verb, _ in found} - {"lm-eval"}):  # whose flags are another's
+        assert main([verb, "-h"]) == 0
+        known = capsys.readouterr().out
+        assert [flag for name, flag in found if name == verb and flag not in known] == []
 
 
 def test_marked_blocks_are_told_from_others() -> None:

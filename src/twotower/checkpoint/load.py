@@ -40,7 +40,6 @@ def load_checkpoint(
     path: str | Path,
     *,
     dtype: torch.dtype | None = torch.float32,
-    denoiser_dtype: torch.dtype | None = None,
     context_device: torch.device | str = "cpu",
     denoiser_device: torch.device | str = "cpu",
     towers: Towers = "both",
@@ -48,10 +47,10 @@ def load_checkpoint(
 ) -> TwoTower:
     """Load a checkpoint folder or hub id in eval mode; a single-tower backbone fills both towers.
 
-    dtype None keeps each tower's own; denoiser_dtype None means `dtype`. Routers stay float32,
-    quantised weights as they are. expert_storage="mmap" leaves routed experts in the files, which
-    must not change meanwhile. towers="denoiser" leaves the context tower without memory. ValueError
-    (one line) for a damaged checkpoint, or one of another model.
+    dtype None keeps each tower's own. Routers stay float32, quantised weights as they are.
+    expert_storage="mmap" leaves routed experts in the files, which must not change meanwhile.
+    towers="denoiser" leaves the context tower without memory. ValueError (one line) for a damaged
+    checkpoint, or one of another model.
     """
     built: Towers = "both" if towers == "denoiser" else towers
     source = _open(resolve(path), built)
@@ -59,7 +58,7 @@ def load_checkpoint(
         raise ValueError(f"{path}: has no denoiser tower of its own; use towers='both'")
     scheme = read_scheme(source.folder)
     room = _Room(
-        _tower_dtypes(source.entries, dtype, denoiser_dtype),
+        _tower_dtypes(source.entries, dtype),
         (find_device(context_device), find_device(denoiser_device, "denoiser_device")),
     )
     devices = map(str, room.devices)
@@ -86,11 +85,11 @@ def load_quantised(path: str | Path, scheme: Scheme, towers: Towers = "both") ->
     """
     source = _open(resolve(path), towers)
     if read_scheme(source.folder) is not None:
-        raise ValueError(f"{path}: is quantised already; quantise the wide checkpoint")
+        raise ValueError(f"{path}: is quantised already; give the full-precision checkpoint")
     wide = build_empty(source.config, source.towers)
     plan = plan_tensors(source.folder, wide, source.entries)
     cpu = torch.device("cpu")
-    room = _Room(_tower_dtypes(source.entries, None, None), (cpu, cpu))
+    room = _Room(_tower_dtypes(source.entries, None), (cpu, cpu))
     return _with_values(build_empty(source.config, towers, scheme), source, plan, room)
 
 
@@ -191,16 +190,15 @@ def _complain(folder: Path, problems: Mapping[str, list[str]]) -> None:
 
 
 def _tower_dtypes(
-    entries: Mapping[str, Entry], dtype: torch.dtype | None, denoiser_dtype: torch.dtype | None
+    entries: Mapping[str, Entry], dtype: torch.dtype | None
 ) -> tuple[torch.dtype, torch.dtype]:
     """What the context tower and the denoiser tower are to be kept in."""
-    for name, wanted in (("dtype", dtype), ("denoiser_dtype", denoiser_dtype)):
-        if wanted is not None and wanted not in DTYPES.values():
-            allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES.values())
-            raise ValueError(f"{name}={wanted} is not supported; allowed are {allowed} or None")
+    if dtype is not None and dtype not in DTYPES.values():
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES.values())
+        raise ValueError(f"dtype={dtype} is not supported; allowed are {allowed} or None")
     context = entries["context_tower.embeddings.weight"]
     denoiser = entries.get("denoiser_tower.embeddings.weight", context)
-    return dtype or DTYPES[context.dtype], denoiser_dtype or dtype or DTYPES[denoiser.dtype]
+    return dtype or DTYPES[context.dtype], dtype or DTYPES[denoiser.dtype]
 
 
 def find_device(name: torch.device | str, option: str = "device") -> torch.device:

@@ -21,7 +21,7 @@ _METHOD = "twotower"  # another reader of the released layout refuses the name, 
 
 
 def quantization_entry(scheme: Scheme | None) -> dict[str, object]:
-    """What config.json holds of a scheme: nothing for a wide model."""
+    """What config.json holds of a scheme: nothing for a full-precision model."""
     if scheme is None:
         return {}
     values = {
@@ -34,7 +34,7 @@ def quantization_entry(scheme: Scheme | None) -> dict[str, object]:
 
 
 def read_scheme(folder: Path) -> Scheme | None:
-    """The scheme in a checkpoint folder's config.json; None if its weights are wide.
+    """The scheme in a checkpoint folder's config.json; None at full precision.
 
     ValueError (one line) for one that is damaged or of another library.
     """
@@ -54,8 +54,8 @@ def _parse(values: object) -> Scheme:
     fields = dict(values)
     if (method := fields.pop("quant_method", None)) != _METHOD:
         raise ValueError(
-            f"quant_method={method!r} is not supported, only {_METHOD!r}; quantise the wide "
-            "checkpoint with: twotower convert SOURCE TARGET --weights int8"
+            f"quant_method={method!r} is not supported, only {_METHOD!r}; quantise the "
+            "full-precision one with: twotower convert SOURCE TARGET --quantization int8"
         )
     known = ("weights", "group_size", "activations")
     if unknown := [name for name in fields if name not in known]:

@@ -57,7 +57,7 @@ def load_decoder(options: HarnessOptions) -> Decoder:
     placement = Placement(
         model=options.pretrained,
         dtype=options.dtype,  # type: ignore[arg-type]
-        device=options.context_device,
+        device=options.device,
         denoiser_device=options.denoiser_device,
     )
     loaded = load(placement, options.mode)

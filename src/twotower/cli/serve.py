@@ -56,8 +56,6 @@ class ServeArguments(ReplicatedOptions, Placement):
     """
 
     prefix_cache_bytes: int = 256 << 20
-    """Memory of the prefix cache: a prompt that begins like an earlier text is not read again up to
-    there. 0 is off."""
     chat_template: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Jinja chat template. Default: the checkpoint's."""
 

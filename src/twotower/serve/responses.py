@@ -15,7 +15,8 @@ from twotower.engine import Completion
 from twotower.serve.answers import Chunks
 from twotower.serve.errors import ApiError
 from twotower.serve.pieces import Logprobs, Replies
-from twotower.serve.schema import ChatRequest, Decoding, Function, Record, validated
+from twotower.serve.schema import ChatRequest, Decoding, Function, JsonSchema, Record, validated
+from twotower.serve.schema import ChosenFunction as Chosen
 from twotower.serve.tool_calls import ToolCall, ToolText
 
 
@@ -25,11 +26,10 @@ class FunctionTool(Function):
     type: Literal["function"]
 
 
-class ChosenFunction(Record):
+class ChosenFunction(Chosen):
     """A tool that must be called."""
 
     type: Literal["function"]
-    name: str
 
 
 class AllowedTools(Record):
@@ -40,14 +40,10 @@ class AllowedTools(Record):
     tools: Annotated[list[ChosenFunction], Field(fail_fast=True, min_length=1, max_length=128)]
 
 
-class TextFormat(Record):
+class TextFormat(JsonSchema):
     """Text, any JSON object, or JSON of a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
-    name: str = "answer"
-    description: str | None = None
-    schema_: dict[str, object] | None = Field(None, alias="schema")
-    strict: bool | None = None
 
 
 class TextOptions(Record):

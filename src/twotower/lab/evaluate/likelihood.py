@@ -31,12 +31,11 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """Upper bound of the negative log-likelihood in nats, estimated from `samples` noisings."""
+    """Upper bound of the negative log-likelihood in nats, estimated from some noisings."""
 
     nats: float
     standard_error: float
     num_tokens: int
-    samples: int
 
     @property
     def nats_per_token(self) -> float:
@@ -122,7 +121,6 @@ def bound_text(
         nats=float(totals.mean()),
         standard_error=float(totals.std()) / math.sqrt(samples),
         num_tokens=len(text),
-        samples=samples,
     )
 
 

@@ -43,7 +43,7 @@ class HarnessOptions:
     mode: str | None = None
     """Decoding mode of generate_until; the checkpoint's own when not given."""
     dtype: str = "float32"
-    context_device: str = "cpu"
+    device: str = "cpu"
     denoiser_device: str = "cpu"
     batch_size: int = 1
     confidence_threshold: float | None = None
@@ -151,7 +151,7 @@ def make_model_class(load: Callable[[HarnessOptions], Decoder]) -> type:
             values = {"batch_size": int(extra.get("batch_size", 1)), **arg_dict}
             # lm-eval's own default is a GPU: without one it is no wish of the user's.
             if (device := str(extra.get("device", "cpu"))) != "cpu" and torch.cuda.is_available():
-                values = {"context_device": device, "denoiser_device": device, **values}
+                values = {"device": device, "denoiser_device": device, **values}
             return cls(load(HarnessOptions.from_arguments(values)))
 
         @classmethod
