@@ -97,6 +97,8 @@ def choose_commits(sampler: Sampler, found: Predictions) -> Tensor:
 
 def _commit_confident(sampler: Sampler, found: Predictions) -> Tensor:
     steps_left = sampler.steps - found.step
+    if bool((steps_left <= 1).all()):
+        return found.is_masked  # the last pass leaves none
     counts = count_confident(found.confidence, found.is_masked, sampler.threshold, steps_left)
     return select_commits(found.confidence, found.is_masked, counts)
 

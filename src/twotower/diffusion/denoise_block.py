@@ -106,6 +106,8 @@ def _ready(sampler: Sampler, device: torch.device, token_ids: Tensor | None) -> 
     """The sampler where the block is, for logits of these ids."""
     # Ids of the vocabulary that are no token: of a vocabulary of tokens alone there are none.
     unused = sampler.unused_ids if token_ids is None else ()
+    if sampler.steps.device == device and unused == sampler.unused_ids:
+        return sampler
     steps, threshold = sampler.steps.to(device), sampler.threshold.to(device)
     return replace(sampler, steps=steps, threshold=threshold, unused_ids=unused)
 

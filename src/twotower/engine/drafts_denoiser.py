@@ -2,10 +2,12 @@
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from twotower.diffusion import Sampler
 from twotower.engine.batch import Batch
 from twotower.engine.denoiser import fill_blocks
 from twotower.engine.drafts import DraftController, Proposal, pass_cost
@@ -33,14 +35,29 @@ def writing_cost(row: Row, batch: Batch) -> float:
 
 def write(batch: Batch, blocks: Tensor, places: Tensor) -> Generator[Event, None, Tensor]:
     """Fill the masks of blocks (B, T) at places (R,); returns how much of each to verify (R,)."""
-    # Greedy, because the context tower has the last word anyway.
-    sampler = replace(batch.sampler, temperature=torch.zeros(len(batch.rows))).select(places)
+    sampler = _greedy(batch)
+    if len(places) < len(batch.rows):
+        sampler = sampler.select(places)
     last = yield from fill_blocks(batch, blocks[places], sampler, places, num_known=1)
     # Not the first column: AR may have chosen the mask token, which the denoiser then fills.
     blocks[places, 1:] = last.tokens[:, 1:].cpu()
     rows = [batch.rows[place] for place in places.tolist()]
     writing = torch.tensor([row.proposal.cost for row in rows if row.proposal is not None])
     return draft_lengths(last.confidence.cpu(), batch.model.pass_costs, writing)
+
+
+def _greedy(batch: Batch) -> Sampler:
+    """The rows' sampler without chance: the context tower has the last word anyway."""
+    sampler = batch.sampler
+    if sampler.is_greedy:
+        return sampler
+    return replace(sampler, temperature=torch.zeros(len(batch.rows)))
+
+
+@lru_cache(maxsize=64)
+def _passes(costs: tuple[tuple[int, float], ...], most: int) -> Tensor:
+    """What passes over 2 to `most` tokens cost."""
+    return torch.tensor([pass_cost(dict(costs), n) for n in range(2, most + 1)])
 
 
 def draft_lengths(confidence: Tensor, costs: Mapping[int, float], writing: Tensor) -> Tensor:
@@ -50,5 +67,5 @@ def draft_lengths(confidence: Tensor, costs: Mapping[int, float], writing: Tenso
     writing (B,): AR steps that the draft took; costs: of passes.
     """
     expected = confidence.cumprod(1).cumsum(1)[:, 1:]
-    passes = torch.tensor([pass_cost(costs, n) for n in range(2, confidence.shape[1] + 1)])
+    passes = _passes(tuple(costs.items()), confidence.shape[1])
     return (expected / (passes + writing.unsqueeze(1))).argmax(1) + 2
