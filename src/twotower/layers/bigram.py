@@ -36,10 +36,14 @@ def add_bigrams(
 
     bigram: token ids (B,) -> (B, V). draft_ids (V,): what the logits are of, where not all tokens.
     """
-    block = block.to(logits.device)
-    for place in range(1, block.shape[1]):
-        drafted = logits[:, place - 1].argmax(-1)
-        drafted = drafted if draft_ids is None else draft_ids[drafted]
-        given = block[:, place - 1]
-        logits[:, place] += bigram(torch.where(given == mask_token_id, drafted, given))
+    given = block.to(logits.device).unbind(1)
+    has_masks = (block == mask_token_id).any(0).tolist()
+    places = [logits.select(1, place) for place in range(block.shape[1])]
+    for place in range(1, len(places)):
+        before = given[place - 1]
+        if has_masks[place - 1]:
+            drafted = places[place - 1].argmax(-1)
+            drafted = drafted if draft_ids is None else draft_ids[drafted]
+            before = torch.where(before == mask_token_id, drafted, before)
+        places[place].add_(bigram(before))
     return logits
