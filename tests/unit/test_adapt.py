@@ -146,6 +146,21 @@ def test_places_of_a_block_are_told_apart(make: Callable[[], TwoTower], backend:
     assert model.config.mask_places == (1 if has_order else 5)
 
 
+@pytest.mark.parametrize("ids", [None, IDS])
+def test_native_bigrams_are_those_of_pytorch(ids: Tensor | None) -> None:
+    """Guards acceptance: the token before, taken from another place, row or vocabulary, makes worse
+    drafts, and no text shows that.
+    """
+    model = thin(backbone(), ids)
+    block = torch.tensor([[7] + 4 * [67], [67, 8, 67, 67, 67]])
+    view = model.prefill(torch.tensor([[5, 9, 17], [6, 9, 11]])).view()
+    expected = model.denoise(block, view, None)
+    found = accelerate(model, "native").denoise(block, view, None)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-3)
+    model.bigram = None
+    assert float((model.denoise(block, view, None) - expected)[:, 1:].abs().amax(-1).min()) > 0.1
+
+
 def test_blocks_of_any_start_are_cut_where_the_text_ends(tmp_path: Path) -> None:
     """Guards targets: padding, or another answer's tokens, must never be learnt."""
     model, some = thin(backbone()), answers(3)

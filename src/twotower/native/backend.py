@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from twotower.kernels.quantised import Bits, Quantised
-from twotower.layers.bigram import add_bigrams
 from twotower.layers.mamba2 import MambaState
 from twotower.layers.quantised import QuantisedMatrix
 from twotower.model.precision import Scheme, weight_bits
@@ -122,12 +121,11 @@ class NativeBackend:
             times.setdefault(time, []).append(Row(block.shape[1], length, *own))
         for time, rows in times.items():
             self._denoiser(rows, None if time is None else self._table(time))
-        logits, up = self._denoiser_head(hidden), self._bigram_up
-        if up is None:
+        logits = self._denoiser_head(hidden)
+        if self._bigram_up is None:
             return logits
-        table, config = self._bigram_table(), self._model.config
-        ids = config.mask_token_id, self._model.draft_ids
-        return add_bigrams(logits, block, *ids, lambda before: up(table[before]))
+        ids = self._model.config.mask_token_id, self._model.draft_ids
+        return self._bigram_up.add_bigrams(logits, block, *ids, self._bigram_table())
 
     def _bigram_table(self) -> Tensor:
         """The small side of the bigram term for every token (V, rank), made at first use."""

@@ -179,3 +179,25 @@ extern "C" void twotower_linear(const Weight *w, int32_t rows, int32_t K, int32_
         });
     }
 }
+
+// Adds to each place of logits (length, rows) but the first what the token before it does: w (rows, K) by
+// inner (ids, K), from left to right. ids (length,): where one is `mask`, the most probable stands for it,
+// number n of the logits being id drafts[n], or n itself where drafts is null.
+extern "C" void twotower_bigrams(const Weight *w, int32_t rows, int32_t K, int32_t threads, const float *inner,
+                                 const int64_t *drafts, int64_t mask, const int64_t *ids, int32_t length,
+                                 float *logits) {
+    Team team(threads);
+    float *added = at_least(scratch.y, rows);
+    for (int t = 1; t < length; t++) {
+        const float *before = logits + long(t - 1) * rows;
+        int64_t id = ids[t - 1];
+        if (id == mask) {
+            id = std::max_element(before, before + rows) - before;
+            if (drafts) id = drafts[id];
+        }
+        with_width(width_of(1), [&](auto width) {
+            linear<decltype(width)::value>(team, *w, rows, K, inner + id * K, 1, added);
+        });
+        for (int v = 0; v < rows; v++) logits[long(t) * rows + v] += added[v];
+    }
+}

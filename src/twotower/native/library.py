@@ -45,6 +45,17 @@ def load_library(file: Path) -> ctypes.CDLL:
     found.twotower_pass.restype = _int
     found.twotower_states.argtypes = [address, _int, _int, address, address]
     found.twotower_linear.argtypes = [address, *[_int] * 3, address, _int, address]
+    found.twotower_bigrams.argtypes = [
+        address,
+        *[_int] * 3,
+        address,
+        address,
+        ctypes.c_int64,
+        address,
+        _int,
+        address,
+    ]
+    found.twotower_bigrams.restype = None
     found.twotower_states.restype = found.twotower_linear.restype = None
     return found
 

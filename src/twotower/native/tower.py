@@ -95,7 +95,7 @@ class NativeLinear:
         self._rows, self._width = numbers.shape
         self._is_shared = numbers.numel() >= LARGE
         self._weight = _weight("", full, packed)
-        self._run = library().twotower_linear
+        self._run, self._run_bigrams = library().twotower_linear, library().twotower_bigrams
 
     def __call__(self, x: Tensor) -> Tensor:
         """x float32."""
@@ -107,6 +107,25 @@ class NativeLinear:
             x.data_ptr(), x.numel() // self._width, y.data_ptr(),
         )  # fmt: skip
         return y
+
+    def add_bigrams(
+        self,
+        logits: Tensor,
+        block: Tensor,
+        mask_token_id: int,
+        draft_ids: Tensor | None,
+        inner: Tensor,
+    ) -> Tensor:
+        """As `layers.bigram.add_bigrams`, where this is the map from inner (ids, K) to logits."""
+        assert logits.is_contiguous() and inner.is_contiguous()
+        for own, ids in zip(logits, block.contiguous(), strict=True):
+            self._run_bigrams(
+                ctypes.byref(self._weight), self._rows, self._width,
+                torch.get_num_threads() if self._is_shared else 1,
+                inner.data_ptr(), None if draft_ids is None else draft_ids.data_ptr(),
+                mask_token_id, ids.data_ptr(), len(ids), own.data_ptr(),
+            )  # fmt: skip
+        return logits
 
 
 def _weight(name: str, weights: Mapping[str, Tensor], packed: Packed) -> Weight:
