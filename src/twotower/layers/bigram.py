@@ -37,7 +37,7 @@ def add_bigrams(
     bigram: token ids (B,) -> (B, V). draft_ids (V,): what the logits are of, where not all tokens.
     """
     given = block.to(logits.device).unbind(1)
-    has_masks = (block == mask_token_id).any(0).tolist()
+    has_masks = masked_places(block, mask_token_id)
     places = [logits.select(1, place) for place in range(block.shape[1])]
     for place in range(1, len(places)):
         before = given[place - 1]
@@ -47,3 +47,13 @@ def add_bigrams(
             before = torch.where(before == mask_token_id, drafted, before)
         places[place].add_(bigram(before))
     return logits
+
+
+def masked_places(block: Tensor, mask_token_id: int) -> list[bool]:
+    """Which places of blocks (B, T) may be masked in any row. A GPU would have to be waited for:
+    there all of them.
+    """
+    if block.device.type != "cpu":
+        return [True] * block.shape[1]
+    found: list[bool] = (block == mask_token_id).any(0).tolist()
+    return found
