@@ -280,3 +280,13 @@ def test_the_events_name_the_drafter() -> None:
     assert {event.drafter for event in commits if event.drafted} == {"lookup"}
     assert all(event.drafter is None for event in commits if not event.drafted)
     assert not any(isinstance(event, StepTaken) for event in events)
+
+
+def test_a_denoiser_is_tried_before_lookups() -> None:
+    """Guards texts that repeat themselves: lookups that give two tokens a cycle would be kept for
+    ever, and a denoiser that gives ten would never be asked."""
+    shape = {"max_new_tokens": 12, "ignore_eos": True}
+    prompt = [4, 5] * 8
+    events = stream(LOOPING, [prompt], options("speculative", drafts="auto", **shape))
+    drafters = [e.drafter for e in events if isinstance(e, TokensCommitted) and e.drafted]
+    assert drafters[0] == "denoiser"

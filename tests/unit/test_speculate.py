@@ -83,7 +83,7 @@ def controller_of(*gains: float) -> DraftController:
 
 
 def test_the_draft_that_promises_most_is_tried() -> None:
-    """Guards the choice between drafters: none that pauses, and the cheap one first."""
+    """Guards the choice between drafters: none that pauses, of equals the first."""
     new, good, paused = controller_of(), controller_of(4.5), controller_of(0.5, 0.4)
     assert not paused.is_drafting and good.gain > new.gain > 1
     lookup, denoiser = Proposal("lookup", new, [7]), Proposal("denoiser", controller_of())
