@@ -254,6 +254,20 @@ def quantised_quality(record: Record) -> str:
     return markdown([*head, "tokens/NFE"], rows)
 
 
+def contest(record: Record) -> str:
+    """What a token costs each engine on a real model."""
+    rows = [
+        [
+            *(r["engine"], r["bits"], r["mode"], number(r["decode_ms"]), number(r["x_plain"])),
+            *(number(r["x_best"]), f"{r['prompt_tokens_per_s']:,.0f}"),
+            *(number(r["tokens_per_pass"]), f"{r['same_as_plain']}/{r['n']}"),
+        ]
+        for r in record["contestants"]
+    ]
+    head = ["engine", "bits", "mode", "ms a token", "x plain", "x best", "prompt tokens/s"]
+    return markdown([*head, "tokens/pass", "texts as plain"], rows)
+
+
 def drafts(record: Record) -> str:
     """Tokens a cycle and speed by task and kind of draft."""
     rows = [

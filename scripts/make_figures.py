@@ -126,6 +126,17 @@ SECTIONS = (
         [Kind("precision_quality", "Perplexity", tables.precision_quality)],
     ),
     Section(
+        "Race on a real model",
+        "How fast is each engine on SmolLM2-135M-Instruct? Questions of GSM8K, MT-bench and "
+        "HumanEval, two of each, 96 tokens,\nengines in turns, each in a process of its own with "
+        "the same weights. `x best`: over the fastest of the other engines\nwith the same bits, "
+        "its n-gram drafts included; `speculative` drafts with lookups and the denoiser that ships.",
+        [
+            Kind("race_smollm2_1_thread", "One thread", tables.contest),
+            Kind("race_smollm2_2_threads", "Two threads", tables.contest),
+        ],
+    ),
+    Section(
         "Drafts on a real model",
         "What are drafts worth on SmolLM2-135M-Instruct, on prompts that its denoiser never saw? "
         "Greedy, prompt included, one\nprompt at a time; `auto` takes a lookup or the denoiser, "

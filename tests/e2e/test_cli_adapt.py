@@ -34,6 +34,7 @@ def test_a_run_ends_with_a_denoiser_that_decodes(
     report = json.loads(printed.out)
     assert report["tasks"][0]["task"] == "q"
     assert report["tasks"][0]["equal"] == report["tasks"][0]["prompts"] > 0
+    assert json.loads((out / "config.json").read_text())["backbone"] == Path(backbone).name
     ask = ["generate", "-m", backbone, "--denoiser", str(out), "-n", "8", "--json", "What is 3?"]
     assert main(ask) == 0
     drafted = json.loads(capsys.readouterr().out)["results"][0]["tokens"]

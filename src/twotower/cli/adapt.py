@@ -99,7 +99,8 @@ def run(options: AdaptArguments) -> int:
         if "answers" in wanted:
             _show(stages.collect_answers(model, questions, work, thin, answers, budget, start))
         if "train" in wanted:
-            out, name = options.out, loaded.name
+            out, path = options.out, Path(loaded.name)
+            name = path.name if path.exists() else loaded.name  # no paths of this machine
             _show(stages.train(model, work, thin, steps, budget, out, name, start))
         if "measure" in wanted:
             _report(options, loaded, held, budget)
