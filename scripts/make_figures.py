@@ -130,7 +130,7 @@ SECTIONS = (
         "How fast is each engine on SmolLM2-135M-Instruct? Questions of GSM8K, MT-bench and "
         "HumanEval, two of each, 96 tokens,\nengines in turns, each in a process of its own with "
         "the same weights. `x best`: over the fastest of the other engines\nwith the same bits, "
-        "its n-gram drafts included; `speculative` drafts with lookups and the denoiser that ships.",
+        "its n-gram drafts included; `speculative` takes lookups and the shipped denoiser.",
         [
             Kind("race_smollm2_1_thread", "One thread", tables.contest),
             Kind("race_smollm2_2_threads", "Two threads", tables.contest),

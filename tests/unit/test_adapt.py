@@ -25,7 +25,14 @@ from twotower.adapt.objective import (
     weighted_loss,
 )
 from twotower.adapt.options import AnswerOptions, Budget, StepOptions, ThinOptions, WorkFolder
-from twotower.adapt.run import Progress, collect_answers, draft_vocabulary, reads_of, train
+from twotower.adapt.run import (
+    Progress,
+    _read_spent,
+    collect_answers,
+    draft_vocabulary,
+    reads_of,
+    train,
+)
 from twotower.adapt.training import Trainer, draft_numbers, measure
 from twotower.backends import accelerate
 from twotower.checkpoint.denoiser import load_denoiser, save_denoiser, with_new_denoiser
@@ -456,3 +463,20 @@ def test_a_state_of_either_optimiser_comes_back(optimizer: str, tmp_path: Path) 
     assert [one.take_step(places, 0.1) for _ in range(2)] == [
         two.take_step(places, 0.1) for _ in range(2)
     ]
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"number": 1}', "nonsense", "[" * 100_000])
+def test_work_that_adapt_did_not_write_is_one_line(text: str, tmp_path: Path) -> None:
+    """Guards resuming on a folder that was edited, or is somebody else's."""
+    work = WorkFolder(tmp_path)
+    work.answers.write_text(text + "\n")
+    with pytest.raises(ValueError, match=r"answers\.jsonl:1: is no answer that adapt wrote"):
+        read_answers(work.answers)
+    work.spent.write_text(text if text != "{}" else '{"train": []}')
+    (tmp_path / "part-00000.safetensors").write_bytes(text.encode())
+    if text != '{"number": 1}':
+        with pytest.raises(ValueError, match="is not what adapt wrote"):
+            _read_spent(work)
+    with pytest.raises(ValueError, match="is no part that adapt wrote"):
+        find_places(tmp_path)
+    assert not feature_files.is_whole(tmp_path / "part-00000.safetensors", 1, [0])

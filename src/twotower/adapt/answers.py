@@ -39,11 +39,14 @@ class Answer:
 
 
 def read_answers(file: Path) -> list[Answer]:
-    """The whole lines of a file; a line that a killed run left half is none."""
+    """The whole lines of a file; a line that a killed run left half is none. ValueError (one line)
+    for what is no answer.
+    """
     if not file.is_file():
         return []
     with file.open("rb") as lines:
-        return [Answer(**json.loads(line)) for line in lines if line.endswith(b"\n")]
+        whole = [line for line in lines if line.endswith(b"\n")]
+    return [_read_answer(line, f"{file}:{number}") for number, line in enumerate(whole, 1)]
 
 
 def write_answers(
@@ -88,6 +91,19 @@ def write_answers(
                 yield answer
             if time.monotonic() > deadline:
                 return
+
+
+def _read_answer(line: bytes, place: str) -> Answer:
+    try:
+        found = Answer(**json.loads(line))
+        ids = [*found.prompt, *found.tokens]
+        if not all(isinstance(i, int) and i >= 0 for i in (found.number + 2**63, *ids)):
+            raise ValueError
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError(
+            f"{place}: is no answer that adapt wrote; remove the line, or give another --work"
+        ) from None
+    return found
 
 
 def _drop_half_line(file: Path) -> None:

@@ -82,11 +82,16 @@ class Place:
 
 
 def find_places(folder: Path) -> list[Place]:
-    """All answers of a folder's parts, in order."""
+    """All answers of a folder's parts, in order. ValueError (one line) for a file that is none."""
     places = []
     for file in sorted(folder.glob("part-*.safetensors")):
-        with safe_open(file, framework="pt") as part:
-            lengths, starts = (part.get_tensor(name) for name in ("lengths", "starts"))
+        try:
+            with safe_open(file, framework="pt") as part:
+                lengths, starts = (part.get_tensor(name) for name in ("lengths", "starts"))
+        except (OSError, SafetensorError):
+            raise ValueError(
+                f"{file}: is no part that adapt wrote; remove it and run the stage answers again"
+            ) from None
         first = 0
         for length, start in zip(lengths.tolist(), starts.tolist(), strict=True):
             places.append(Place(file=file, first=first, last=first + length, start=start))
@@ -117,9 +122,12 @@ def is_whole(file: Path, count: int, reads: Sequence[int]) -> bool:
     """Whether a part holds so many answers, and the keys of layers that have some."""
     if not file.is_file():
         return False
-    with safe_open(file, framework="pt") as part:
-        has_keys = {f"k.{read}" for read in reads} <= {*part.keys()}
-        return has_keys and len(part.get_tensor("lengths")) == count
+    try:
+        with safe_open(file, framework="pt") as part:
+            has_keys = {f"k.{read}" for read in reads} <= {*part.keys()}
+            return has_keys and len(part.get_tensor("lengths")) == count
+    except (OSError, SafetensorError):
+        return False
 
 
 class Features:

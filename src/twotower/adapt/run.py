@@ -279,7 +279,15 @@ class _Clock:
 
 
 def _read_spent(work: WorkFolder) -> dict[str, float]:
-    return json.loads(work.spent.read_text()) if work.spent.is_file() else {}
+    if not work.spent.is_file():
+        return {}
+    try:
+        found = json.loads(work.spent.read_text())
+        return {stage: float(seconds) for stage, seconds in found.items()}
+    except (AttributeError, TypeError, ValueError, RecursionError):
+        raise ValueError(
+            f"{work.spent}: is not what adapt wrote; remove it, or give another --work"
+        ) from None
 
 
 def _write_whole(file: Path, text: str) -> None:
