@@ -100,7 +100,7 @@ def run(options: AdaptArguments) -> int:
             _show(stages.collect_answers(model, questions, work, thin, answers, budget, start))
         if "train" in wanted:
             out, path = options.out, Path(loaded.name)
-            name = path.name if path.exists() else loaded.name  # no paths of this machine
+            name = path.name if path.exists() else loaded.name  # not where it lies here
             _show(stages.train(model, work, thin, steps, budget, out, name, start))
         if "measure" in wanted:
             _report(options, loaded, held, budget)

@@ -54,13 +54,11 @@ def denoise_block(
     assert len(generators) == len(block) or not (generators or sampler.is_random)
     if not sampler.is_random:
         generators = ()  # nothing to draw
-    device = block.device
-    sampler = _ready(sampler, device, token_ids)
-    tokens = block
-    is_masked = block == sampler.mask_token_id
+    sampler = _ready(sampler, block.device, token_ids)
+    tokens, is_masked = block, block == sampler.mask_token_id
     confidence = (~is_masked).float()
-    nfe = torch.zeros(block.shape[0], dtype=torch.int64, device=device)
-    every = torch.arange(block.shape[0], device=device)
+    nfe = torch.zeros(block.shape[0], dtype=torch.int64, device=block.device)
+    every = torch.arange(block.shape[0], device=block.device)
     rows = is_masked.any(-1).nonzero().flatten()  # rows that need a new pass
     kept_rows, kept_logits = rows[:0], None  # unfinished rows that reuse their last pass
     step = 0

@@ -1,7 +1,7 @@
 """The modes that fill blocks of mask tokens: diffusion, posterior, predict-and-noise.
 
-The context tower may verify a block of mode="diffusion": it must read it anyway, and rejects what
-it finds improbable. Source: system.md section 4.
+The context tower may verify a block of mode="diffusion": it must read it anyway, and rejects
+improbable tokens. Source: system.md section 4.
 """
 
 from collections.abc import Iterator

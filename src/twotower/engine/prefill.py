@@ -35,7 +35,7 @@ def refusal(model: TwoTower, rows: Sequence[Row]) -> str | None:
     weight = model.context_tower.embeddings.weight
     num_prompt = max(len(row.prompt) for row in rows)
     num_new = max(row.options.max_new_tokens + row.options.block_size for row in rows)
-    # When rows join or leave, the cache is copied and the old one is freed last.
+    # Buffers have room for up to half as many more rows, and a grown one is a copy.
     needed = (
         2
         * len(rows)

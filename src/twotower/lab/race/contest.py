@@ -162,6 +162,7 @@ def summarise(
         records.append(
             {
                 **asdict(one),
+                "file": Path(one.file).name,
                 "decode_ms": statistics.median(map(_decode_ms, own)),
                 "x_plain": _ratio(plain, own),
                 "x_best": None if best is None else _ratio(peers[best], own),

@@ -1,0 +1,248 @@
+"""Runs of adapt: stages lead on, what a killed one left is taken up, and nothing is lost."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny_adapt import answers, backbone, features_of, thin
+from tiny_models import fresh_model, prompts_of
+from twotower import GenerateOptions, generate
+from twotower.adapt import features as feature_files
+from twotower.adapt.answers import Answer, Question, read_answers, write_answers
+from twotower.adapt.features import Features, find_places, write_part
+from twotower.adapt.options import AnswerOptions, Budget, StepOptions, ThinOptions, WorkFolder
+from twotower.adapt.run import (
+    Progress,
+    _read_spent,
+    collect_answers,
+    draft_vocabulary,
+    reads_of,
+    train,
+)
+from twotower.adapt.training import Trainer, measure
+from twotower.checkpoint.denoiser import load_denoiser, save_denoiser
+from twotower.cli.main import main
+from twotower.model.thin import blocks_of, spread
+
+
+def test_answers_go_on_where_a_killed_run_stopped(tmp_path: Path) -> None:
+    """Guards hours of work: no answer is written twice, none is lost, half a line is none."""
+    model, file = backbone(), tmp_path / "answers.jsonl"
+    questions = [Question(number=i, prompt=p, task="t") for i, p in enumerate(prompts_of([4] * 9))]
+    options = AnswerOptions(max_tokens=6, rows=2)
+    run = write_answers(model, questions, file, options, 60.0)
+    kept = [next(run) for _ in range(3)]
+    run.close()
+    with file.open("ab") as lines:
+        lines.write(b'{"number": 4, "prom')
+    assert read_answers(file) == kept
+    rest = list(write_answers(model, questions, file, options, 60.0))
+    assert sorted(a.number for a in kept + rest) == list(range(9))
+    assert read_answers(file) == kept + rest
+    alone = generate(
+        model, [q.prompt for q in questions], GenerateOptions(mode="ar", max_new_tokens=6)
+    )
+    assert {a.number: a.tokens for a in kept + rest} == {i: c.tokens for i, c in enumerate(alone)}
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against half a part of features that a later run would take for a whole one."""
+    model, file = backbone(), tmp_path / "part-00000.safetensors"
+    write_part(model, answers(2), [2], file)
+    before = file.read_bytes()
+
+    def full(tensors: object, file: Path, told: object) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(feature_files, "save_file", full)
+    with pytest.raises(ValueError, match=r"No space left on device.*free some space"):
+        write_part(model, answers(4), [2], file)
+    assert file.read_bytes() == before
+    assert [f.name for f in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_run_that_is_killed_takes_the_same_steps(tmp_path: Path) -> None:
+    """Guards resume: another order of answers, or lost moments, would train another denoiser."""
+    model = backbone()
+    write_part(model, answers(30), [2, 3, 6], tmp_path / "part-00000.safetensors")
+    places, options = find_places(tmp_path), StepOptions(answers_per_step=2, blocks_per_answer=3)
+
+    def trainer() -> Trainer:
+        return Trainer(thin(backbone()), Features([2, 6]), options)
+
+    whole, first, second = trainer(), trainer(), trainer()
+    expected = [whole.take_step(places, 0.1 * i) for i in range(6)]
+    found = [first.take_step(places, 0.1 * i) for i in range(3)]
+    first.save(tmp_path / "state.safetensors")
+    second.load(tmp_path / "state.safetensors")
+    found += [second.take_step(places, 0.1 * i) for i in range(3, 6)]
+    assert found == expected
+    other = Trainer(thin(backbone(), bigram_rank=3), Features([2, 6]), options)
+    with pytest.raises(ValueError, match="another shape"):
+        other.load(tmp_path / "state.safetensors")
+
+
+def test_stages_lead_to_a_folder_that_decodes(tmp_path: Path) -> None:
+    """Guards the whole: stages in order, a curve, a folder that decodes."""
+    model, work = backbone(), WorkFolder(tmp_path / "work")
+    questions = [Question(number=i, prompt=p, task="t") for i, p in enumerate(prompts_of([4] * 60))]
+    shape = ThinOptions(layers=2, block_size=4, draft_vocab=40, bigram_rank=2)
+    options, budget = AnswerOptions(max_tokens=24), Budget(minutes=0.2)
+    told: list[Progress] = []
+    told += collect_answers(model, questions, work, shape, options, budget)
+    steps = StepOptions(answers_per_step=4, blocks_per_answer=8, warmup_steps=5)
+    told += train(model, work, shape, steps, budget, tmp_path / "out", "me/model")
+    assert {p.stage for p in told} == {"answers", "train"}
+    curve = [json.loads(line) for line in work.curve.read_text().splitlines()]
+    assert curve[-1]["blocks"] > 0 and curve[-1]["tokens_per_cycle"] >= 1.0
+    drafting = load_denoiser(model, tmp_path / "out")
+    (one,) = generate(
+        drafting, [questions[0].prompt], GenerateOptions(max_new_tokens=20, drafts="denoiser")
+    )
+    (plain,) = generate(model, [questions[0].prompt], GenerateOptions(mode="ar", max_new_tokens=20))
+    assert one.tokens == plain.tokens
+
+
+def test_a_budget_that_is_too_small_says_so(tmp_path: Path) -> None:
+    """Guards against a denoiser of a handful of answers."""
+    work, shape = WorkFolder(tmp_path), ThinOptions(layers=2)
+    questions = [Question(number=i, prompt=[1, 2], task="t") for i in range(60)]
+    run = collect_answers(
+        backbone(), questions, work, shape, AnswerOptions(rows=1), Budget(minutes=1e-4)
+    )
+    with pytest.raises(ValueError, match=r"minutes=0\.0001: the model has written .* are needed"):
+        list(run)
+    with pytest.raises(ValueError, match="layers=9 must be at most 4"):
+        reads_of(backbone(), replace(shape, layers=9))
+
+
+def test_draft_vocabulary_is_the_most_frequent_and_stays(tmp_path: Path) -> None:
+    """Guards a resumed run: other numbers for the same tokens would undo all training."""
+    work = WorkFolder(tmp_path)
+    line = {"number": 0, "task": "t", "prompt": [60, 61], "tokens": [7, 7, 8, 9, 9, 9]}
+    work.answers.write_text(json.dumps(line) + "\n")
+    found = draft_vocabulary(work, 5, 67)
+    assert found is not None and found.tolist() == [7, 8, 9, 60, 61]
+    work.answers.write_text(json.dumps(line | {"tokens": [50] * 9}) + "\n")
+    again = draft_vocabulary(work, 5, 67)
+    assert again is not None and again.tolist() == found.tolist()
+    assert draft_vocabulary(work, 0, 67) is None
+
+
+def test_it_learns_what_can_be_learnt(tmp_path: Path) -> None:
+    """Guards the gradient: a head, a mask or targets that do not reach the loss teach nothing."""
+    model, circle = thin(backbone()), [5, 9, 17, 30, 52]
+    some = [Answer(number=i, task="t", prompt=[1, 2 + i], tokens=circle * 4) for i in range(4)]
+    write_part(model, some, model.config.reads, tmp_path / "part-00000.safetensors")
+    places, features = find_places(tmp_path), features_of(model)
+    trainer = Trainer(model, features, StepOptions(warmup_steps=1, learning_rate=5e-3))
+    before = measure(model, features, places).tokens_per_cycle
+    losses = [trainer.take_step(places, 0.0) for _ in range(40)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert measure(model, features, places).tokens_per_cycle > max(3.0, before)
+
+
+def test_layers_are_spread_over_blocks() -> None:
+    """Guards what is read: the last block among them, MLPs with their attention."""
+    blocks = blocks_of(backbone().config.context)
+    assert blocks == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert blocks_of(fresh_model().config.context)[:2] == [(0,), (1, 2, 3)]
+    assert spread([(i,) for i in range(30)], 3) == [9, 19, 29]
+    assert spread(blocks, 4) == list(range(8))
+    assert spread(blocks, 2) == [2, 3, 6, 7]
+
+
+def test_acceptance_is_counted_as_decoding_would(tmp_path: Path) -> None:
+    """Guards the curve: what it says must be what speculation gives."""
+    model = thin(backbone(), None)
+    prompt = prompts_of([6])[0]
+    (plain,) = generate(model, [prompt], GenerateOptions(mode="ar", max_new_tokens=40))
+    answer = Answer(number=0, task="t", prompt=prompt, tokens=plain.tokens)
+    write_part(model, [answer], model.config.reads, tmp_path / "part-00000.safetensors")
+    found = measure(model, features_of(model), find_places(tmp_path))
+    assert found.tokens_per_cycle >= 1.0
+    assert len(found.right) == 4
+
+
+def test_a_denoiser_is_trained_on(tmp_path: Path) -> None:
+    """Guards a second run with more time: one that begins anew, or reads other layers than the
+    denoiser was made for, would throw the first away."""
+    model, work = backbone(), WorkFolder(tmp_path / "work")
+    first = thin(model)
+    save_denoiser(first, tmp_path / "first", "me/model", dtype=torch.float32)
+    questions = [Question(number=i, prompt=p, task="t") for i, p in enumerate(prompts_of([4] * 40))]
+    shape, budget, start = ThinOptions(layers=1), Budget(minutes=0.05), tmp_path / "first"
+    list(collect_answers(model, questions, work, shape, AnswerOptions(max_tokens=8), budget, start))
+    steps = StepOptions(learning_rate=1e-9)
+    list(train(model, work, shape, steps, budget, tmp_path / "out", "me/model", start))
+    again = load_denoiser(model, tmp_path / "out")
+    assert again.config == first.config
+    for name, tensor in first.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], tensor, rtol=0.01, atol=0.01)
+
+
+def test_inspect_tells_a_denoiser_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards a folder that people find: what it is, whose it is, and where it goes."""
+    model, folder = thin(backbone()), tmp_path / "d"
+    save_denoiser(model, folder, "me/model")
+    assert main(["inspect", str(folder)]) == 0
+    assert "me/model" in capsys.readouterr().out
+    assert main(["inspect", str(folder), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    own = [p for n, p in model.named_parameters() if n.startswith(("denoiser_tower.", "bigram."))]
+    shared = model.denoiser().embeddings.weight.numel()
+    total = sum(p.numel() for p in own)
+    assert record["parameters"] in (total, total - shared)
+    assert record["reads"] == [2, 3, 6]
+    assert main(["generate", "-m", str(folder), "a"]) == 2
+    assert "is of a denoiser alone; give 'me/model'" in capsys.readouterr().err
+
+
+def test_features_of_other_layers_are_made_anew(tmp_path: Path) -> None:
+    """Guards a work folder that is used for another shape: a layer would read nothing."""
+    model, work, steps = backbone(), WorkFolder(tmp_path / "work"), StepOptions()
+    questions = [Question(number=i, prompt=p, task="t") for i, p in enumerate(prompts_of([4] * 30))]
+    budget, options = Budget(minutes=0.05), AnswerOptions(max_tokens=6)
+    list(collect_answers(model, questions, work, ThinOptions(layers=1), options, budget))
+    with pytest.raises(ValueError, match="is of other layers; run the stage answers first"):
+        list(train(model, work, ThinOptions(layers=2), steps, budget, tmp_path / "out", "m"))
+    list(collect_answers(model, questions, work, ThinOptions(layers=2), options, budget))
+    list(train(model, work, ThinOptions(layers=2), steps, budget, tmp_path / "out", "m"))
+    assert load_denoiser(model, tmp_path / "out").config.reads == (2, 3, 6, 7)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_state_of_either_optimiser_comes_back(optimizer: str, tmp_path: Path) -> None:
+    """Guards resume with Muon, whose moments have other names."""
+    model = backbone()
+    write_part(model, answers(30), [2, 3, 6], tmp_path / "part-00000.safetensors")
+    places = find_places(tmp_path)
+    options = StepOptions(answers_per_step=2, blocks_per_answer=3, optimizer=optimizer)  # type: ignore[arg-type]
+    one, two = (Trainer(thin(backbone()), Features([2, 6]), options) for _ in range(2))
+    one.take_step(places, 0.0)
+    one.save(tmp_path / "state.safetensors")
+    two.load(tmp_path / "state.safetensors")
+    assert [one.take_step(places, 0.1) for _ in range(2)] == [
+        two.take_step(places, 0.1) for _ in range(2)
+    ]
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"number": 1}', "nonsense", "[" * 100_000])
+def test_work_that_adapt_did_not_write_is_one_line(text: str, tmp_path: Path) -> None:
+    """Guards resuming on a folder that was edited, or is somebody else's."""
+    work = WorkFolder(tmp_path)
+    work.answers.write_text(text + "\n")
+    with pytest.raises(ValueError, match=r"answers\.jsonl:1: is no answer that adapt wrote"):
+        read_answers(work.answers)
+    work.spent.write_text(text if text != "{}" else '{"train": []}')
+    (tmp_path / "part-00000.safetensors").write_bytes(text.encode())
+    if text != '{"number": 1}':
+        with pytest.raises(ValueError, match="is not what adapt wrote"):
+            _read_spent(work)
+    with pytest.raises(ValueError, match="is no part that adapt wrote"):
+        find_places(tmp_path)
+    assert not feature_files.is_whole(tmp_path / "part-00000.safetensors", 1, [0])
