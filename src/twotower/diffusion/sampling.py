@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -146,6 +147,14 @@ def draw_noise(
     )
 
 
+def argmax(logits: Tensor) -> Tensor:
+    """The best id (...) of logits (..., V), the lower one at a tie."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        # torch's takes 12 times as long: 2.3 ms for 27 rows of 49,152 (AVX-512).
+        return torch.from_numpy(np.asarray(logits.numpy().argmax(-1)))
+    return logits.argmax(-1)
+
+
 def choose(logits: Tensor, sampler: Sampler, noise: Tensor | None = None) -> Tensor:
     """Choose one token per position: logits (B, ..., V) -> int64 (B, ...).
 
@@ -153,10 +162,10 @@ def choose(logits: Tensor, sampler: Sampler, noise: Tensor | None = None) -> Ten
     distribution with noise from draw_noise.
     """
     logits = ban(logits, sampler.unused_ids)
-    greedy = logits.argmax(-1)
+    greedy = argmax(logits)
     if noise is None:
         assert sampler.is_greedy, "temperature > 0 needs noise"
         return greedy
     filtered = filter_logits(logits, sampler)
     is_sampled = _column(sampler.temperature, greedy) > 0
-    return torch.where(is_sampled, (filtered + noise).argmax(-1), greedy)
+    return torch.where(is_sampled, argmax(filtered + noise), greedy)

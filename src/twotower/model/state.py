@@ -159,7 +159,7 @@ class ContextCache:
         counts (B,) on the CPU. The output must have been made from the cache as it is. Whole or not
         at all: after an error (memory) the cache is what it was.
         """
-        num_past, is_uniform = self.num_past, self.is_uniform
+        num_past, places = self.num_past, self._places_behind(output.states)
         self.version = object()
         found: dict[int, MambaState] = {}
         for index, new in enumerate(output.states):
@@ -169,7 +169,7 @@ class ContextCache:
                 length = num_past + new.k.shape[1]
                 grown = KV(*(_with_room(part, self.num_rows, num_past, length) for part in old))
                 for buffer, part in zip(grown, new, strict=True):
-                    self._write(buffer, part, num_past if is_uniform else None)
+                    buffer[places] = part.to(buffer.dtype)
                 self._states[index] = grown
             elif isinstance(new, MambaState):
                 found[index] = MambaState(new.conv[:, -1], new.ssm[:, -1])
@@ -278,20 +278,17 @@ class ContextCache:
             return newest
         return torch.where((counts > 0).to(hidden.device).unsqueeze(1), newest, self.last_hidden)
 
-    def _write(self, buffer: Tensor, new: Tensor, start: int | None) -> None:
-        """Put new (B, L, Hk, A) at `start`, or behind each row's last token where those differ."""
-        num_rows, length = new.shape[:2]
-        if start is not None:
-            buffer[:num_rows, start : start + length] = new
-            return
+    def _places_behind(self, states: Sequence[LayerState]) -> tuple[slice | Tensor, slice | Tensor]:
+        """Where the new keys (B, L, Hk, A) belong in a buffer: behind each row's last token."""
+        new = next((state.k for state in states if isinstance(state, KV)), None)
+        num_rows, start = self.num_rows, self.num_past
+        length, device = (0, None) if new is None else (new.shape[1], new.device)
+        if self.is_uniform:
+            return slice(num_rows), slice(start, start + length)
         # Tokens beyond a row's count land behind its length: the mask hides them, the next call
         # overwrites them.
-        position = self.lengths.to(new.device).unsqueeze(1) + torch.arange(
-            length, device=new.device
-        )
-        buffer[torch.arange(num_rows, device=new.device).unsqueeze(1), position] = new.to(
-            buffer.dtype
-        )
+        positions = self.lengths.unsqueeze(1) + torch.arange(length)
+        return torch.arange(num_rows, device=device).unsqueeze(1), positions.to(device)
 
 
 def _tokens_from(buffer: Tensor, cut: slice | None, starts: Tensor, length: int) -> Tensor:

@@ -75,12 +75,14 @@ class NativeBackend:
         is_whole = min(given) == length  # every row fills all of its room
         outputs = PassOutputs(tower.layers, (num_rows, length), is_draft, is_whole, self._pool)
         hidden = (torch.empty if is_whole else torch.zeros)(num_rows, length, self._width)
-        pasts = [PastStates(layers, row) for row in range(num_rows)]
+        pasts, addresses = PastStates(layers, num_rows), outputs.addresses()
+        ids, ids_step = tokens.data_ptr(), 8 * length
+        out, out_step = hidden.data_ptr(), 4 * length * self._width
         rows = list[Row]()
-        for row, (past, count) in enumerate(zip(pasts, given, strict=True)):
+        for row, count in enumerate(given):
             if count:
-                places = past.address, outputs.address(row), None, hidden[row].data_ptr()
-                rows.append(Row(count, lengths[row], tokens[row].data_ptr(), *places))
+                places = pasts.of(row), addresses.of(row), None, out + row * out_step
+                rows.append(Row(count, lengths[row], ids + row * ids_step, *places))
             else:
                 outputs.keep(layers, row)
         if rows:
@@ -91,8 +93,9 @@ class NativeBackend:
         def states_after(counts: Tensor) -> list[MambaState]:
             ends = counts.tolist()
             outputs.make_ssm()
-            for row, (past, end) in enumerate(zip(pasts, ends, strict=True)):
-                tower.fill_states(end, past.address, outputs.address(row))
+            addresses = outputs.addresses()
+            for row, end in enumerate(ends):
+                tower.fill_states(end, pasts.of(row), addresses.of(row))
             return outputs.states_after(ends)
 
         return ForwardOutput(hidden, outputs.states(), states_after)
@@ -112,12 +115,12 @@ class NativeBackend:
         if self._hidden_proj is not None:
             assert view.hidden is not None
             added = self._hidden_proj(view.hidden.squeeze(1))
-        pasts = [PastStates(layers, row) for row in range(len(block))]
+        pasts = PastStates(layers, len(block))
         times: dict[float | None, list[Row]] = {}
         for row, time in enumerate([None] * len(block) if t is None else t.tolist()):
             length = view.num_past if view.lengths is None else int(view.lengths[row])
             place = None if added is None else added[row].data_ptr()
-            own = block[row].data_ptr(), pasts[row].address, None, place, hidden[row].data_ptr()
+            own = block[row].data_ptr(), pasts.of(row), None, place, hidden[row].data_ptr()
             times.setdefault(time, []).append(Row(block.shape[1], length, *own))
         for time, rows in times.items():
             self._denoiser(rows, None if time is None else self._table(time))

@@ -6,9 +6,9 @@ Small models wait for Python as well, so a pass makes few tensors and does sums 
 import math
 import sys
 import threading
-from array import array
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from twotower.specs import AttentionSpec, MambaSpec
 _FLOAT = 4  # bytes
 # Addresses are written as plain numbers, in this order.
 assert PAST == ("k", "v", "conv", "ssm") and OUTPUTS[:2] == ("k", "v")
+_NO_KEYS, _NO_STATE = (0,) * 2, (0,) * len(OUTPUTS[2:])
 _ATTENTION, _MAMBA = AttentionSpec.symbol, MambaSpec.symbol
 # Bytes from which memory is kept: the system takes back what is larger, and gives it out again page
 # by page. 8 MB of states a step cost 2,048 page faults, at 160M half as much as the step itself.
@@ -28,37 +29,54 @@ _LEAST_KEPT = 2**18
 _MOST_FREE = 6  # buffers that nobody uses: passes of one and of 16 tokens take turns
 
 
-class PastStates:
-    """Addresses of one row's state, a `Past` per layer; and what they point into.
+class Addresses:
+    """A struct of addresses for each layer, of each row: rows follow each other at equal steps."""
+
+    def __init__(self, begins: Sequence[int], steps: Sequence[int], num_rows: int) -> None:
+        rows = np.arange(num_rows, dtype=np.int64)[:, None]
+        self._table = np.array(begins, np.int64) + rows * np.array(steps, np.int64)
+        self._first, self._step = self._table.ctypes.data, self._table.strides[0]
+
+    def of(self, row: int) -> int:
+        """Where those of a row begin, valid as long as this lives."""
+        return self._first + row * self._step
+
+
+class PastStates(Addresses):
+    """Where the states of B rows are, a `Past` per layer, and what they point into.
 
     layers: KV with leading (B, S), Mamba with (B,) or (B, 1), on the CPU, float32.
     """
 
-    def __init__(self, layers: Sequence[LayerState], row: int) -> None:
-        self._kept: list[object] = [layers]  # the addresses stay valid as long as this lives
-        found: list[int] = []
+    def __init__(self, layers: Sequence[LayerState], num_rows: int) -> None:
+        # The addresses stay valid as long as this lives.
+        self._kept: list[object] = [layers]
+        found: list[tuple[int, int]] = []
         for state in layers:
+            parts: list[Tensor | None] = [None] * len(PAST)
             if isinstance(state, KV):
-                k, v = state
-                found += (self._begin(k, row), self._begin(v, row), 0, 0)
+                parts[:2] = state
             elif isinstance(state, MambaState):
                 conv = state.conv.mT if state.conv.dim() == 3 else state.conv.squeeze(1).mT
-                found += (0, 0, self._begin(conv, row), self._begin(state.ssm, row))
-            else:
-                found += (0, 0, 0, 0)
-        self._addresses = array("q", found)
-        self.address = self._addresses.buffer_info()[0]
+                parts[2:] = conv, state.ssm
+            found += map(self._begin, parts)
+        begins, steps = zip(*found, strict=True)
+        super().__init__(begins, steps, num_rows)
 
-    def _begin(self, value: Tensor, row: int) -> int:
-        """Where row `row` of value (B, ...) begins; of a copy if the row is not in one piece."""
+    def _begin(self, value: Tensor | None) -> tuple[int, int]:
+        """Where value (B, ...) begins, and bytes from row to row; of a copy if a row is not in one
+        piece.
+        """
+        if value is None:
+            return 0, 0
         steps, size = value.stride(), 1
         for step, count in zip(steps[:0:-1], value.shape[:0:-1], strict=True):
             if step != size and count != 1:
-                value, row = value[row : row + 1].contiguous(), 0
+                value = value.contiguous()
                 self._kept.append(value)
                 break
             size *= count
-        return value.data_ptr() + _FLOAT * row * steps[0] if row else value.data_ptr()
+        return value.data_ptr(), _FLOAT * value.stride(0)
 
 
 class BufferPool:
@@ -110,12 +128,12 @@ class PassOutputs:
         sizes = {chr(layer.kind): layer for layer in layers}
         attention, mamba = (sizes.get(kind, Layer()) for kind in (_ATTENTION, _MAMBA))
         (num_rows, length), make = shape, pool.take if is_whole else torch.zeros
+        self._num_rows = num_rows
         keys = 2 * self._kinds.count(_ATTENTION), num_rows, length
         self._kv = make(*keys, attention.kv_heads, attention.head_dim)
         self._leading = self._kinds.count(_MAMBA), num_rows
         self._kept, self._mamba = max(mamba.taps - 1, 0), mamba
         self._parts: dict[str, Tensor] = {}
-        self._addresses: list[array[int]] = []  # they stay valid as long as this lives
         if keeps_inputs:
             window = make(*self._leading, self._kept + length, mamba.channels)
             mixed = make(*self._leading, length, mamba.channels)
@@ -125,25 +143,29 @@ class PassOutputs:
             self._parts["conv"] = pool.take(*self._leading, self._kept, mamba.channels)
             self.make_ssm()
 
-    def address(self, row: int) -> int:
-        """Where the pass of one row finds an `Outputs` for each layer."""
-        kv, kv_step = _place(self._kv, row)
+    def addresses(self) -> Addresses:
+        """Where a pass finds an `Outputs` for each layer of each row, while this lives."""
         own = self._parts
-        places = [_place(own[name], row) if name in own else (0, 0) for name in OUTPUTS[2:]]
-        states, steps = [begin for begin, _ in places], [step for _, step in places]
+        (kv, kv_row, kv_layer), *parts = (
+            _place(value) if value is not None else (0, 0, 0)
+            for value in (self._kv, *(own.get(name) for name in OUTPUTS[2:]))
+        )
+        begins, steps = [begin for begin, _, _ in parts], [row for _, row, _ in parts]
         found: list[int] = []
+        found_steps: list[int] = []
         for kind in self._kinds:
             if kind == _ATTENTION:
-                found += (kv, kv + kv_step, 0, 0, 0, 0, 0)
-                kv += 2 * kv_step
+                found += (kv, kv + kv_layer, *_NO_STATE)
+                found_steps += (kv_row, kv_row, *_NO_STATE)
+                kv += 2 * kv_layer
             elif kind == _MAMBA:
-                found += (0, 0, *states)
-                states = [begin + step for begin, step in zip(states, steps, strict=True)]
+                found += (*_NO_KEYS, *begins)
+                found_steps += (*_NO_KEYS, *steps)
+                begins = [begin + step for begin, (_, _, step) in zip(begins, parts, strict=True)]
             else:
-                found += (0, 0, 0, 0, 0, 0, 0)
-        addresses = array("q", found)
-        self._addresses.append(addresses)
-        return addresses.buffer_info()[0]
+                found += (*_NO_KEYS, *_NO_STATE)
+                found_steps += (*_NO_KEYS, *_NO_STATE)
+        return Addresses(found, found_steps, self._num_rows)
 
     def keep(self, layers: Sequence[LayerState], row: int) -> None:
         """A row without tokens: its state stays as it was."""
@@ -187,7 +209,9 @@ class PassOutputs:
         return [MambaState(*parts) for parts in both]
 
 
-def _place(value: Tensor, row: int) -> tuple[int, int]:
-    """Where value[0, row] begins, and bytes from there to value[1, row]; value is contiguous."""
+def _place(value: Tensor) -> tuple[int, int, int]:
+    """Where value (layers, B, ...) begins, and bytes from row to row and from layer to layer; value
+    is contiguous.
+    """
     per_row = _FLOAT * math.prod(value.shape[2:])
-    return value.data_ptr() + row * per_row, per_row * value.shape[1]
+    return value.data_ptr(), per_row, per_row * value.shape[1]
