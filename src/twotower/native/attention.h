@@ -58,7 +58,7 @@ template <int W>
 void finish_heads(const Step &s, const Weight &weight, int heads, const float *angles, float *x) {
     int A = s.layer.head_dim;
     if (!weight.full && !angles) return;
-    over_features<W>(s.call.team, heads, [&s, &weight, angles, x, A](int begin, int end) {
+    over_features<W>(s.call.team, heads, heads * A, [&s, &weight, angles, x, A](int begin, int end) {
         float part[PARTS * W], scale[W];
         for (float *head = x + begin * A * W; head < x + end * A * W; head += A * W) {
             if (weight.full) {
@@ -145,9 +145,10 @@ void weigh(float *score, int count, float root, float *most, float *total, float
     before = largest;
 }
 
-// y[A][W] of q[A][W] to the keys of a head; lane l sees those up to `last + l * is_causal`
+// y[A][W] of q[A][W] to the keys of a head; lane l sees those up to `last`, and where the pass is causal
+// one more with every `heads` lanes
 template <int W>
-void attend_head(const Layer &layer, const RowState &row, int head, const float *q, int last,
+void attend_head(const Layer &layer, const RowState &row, int head, const float *q, int heads, int last,
                  bool is_causal, int visible, float *y) {
     int A = layer.head_dim;
     float *score = at_least(scratch.own, size_t(KEYS + A) * W + 2 * size_t(KEYS) * A);
@@ -161,7 +162,7 @@ void attend_head(const Layer &layer, const RowState &row, int head, const float 
         product<W>(keys.k, keys.stride, 1, here, A, q, nullptr, score);
         if (is_causal)
             for (int j = std::max(0, last + 1 - at); j < here; j++)
-                for (int l = 0; l < std::min(at + j - last, W); l++) score[j * W + l] = -INFINITY;
+                for (int l = 0; l < std::min((at + j - last) * heads, W); l++) score[j * W + l] = -INFINITY;
         weigh<W>(score, here, root, most, total, y, A);
         weighted_sum<W>(keys.v, keys.stride, A, here, score, part);
         for (int i = 0; i < A * W; i++) y[i] += part[i];
@@ -170,47 +171,53 @@ void attend_head(const Layer &layer, const RowState &row, int head, const float 
         for (int l = 0; l < W; l++) y[a * W + l] /= total[l];
 }
 
-// `lanes` of V lanes: a head's tokens, or of a single token the queries that share keys. from and to:
-// the first number of each lane's query and output, `step` floats apart by feature, `lane` by lane.
-template <int V>
-void attend_lanes(const Layer &layer, const RowState &row, int head, const float *from, float *to,
-                  long step, long lane, int lanes, int last, bool is_causal, int visible) {
-    int A = layer.head_dim;
-    float *q = at_least(scratch.lanes, 2 * size_t(A) * V), *y = q + A * V;
-    for (int a = 0; a < A; a++)
-        for (int l = 0; l < V; l++) q[a * V + l] = from[a * step + std::min(l, lanes - 1) * lane];
-    attend_head<V>(layer, row, head, q, last, is_causal, visible, y);
-    for (int a = 0; a < A; a++)
-        for (int l = 0; l < lanes; l++) to[a * step + l * lane] = y[a * V + l];
-}
+// The queries of a segment that are compared with keys at the same time: of `heads` heads, which share
+// keys, and of up to LANES tokens, so that keys are read for as many as there are lanes.
+struct Together {
+    int heads, turns, parts;  // heads of a part; parts of the heads that share keys; of the segment
 
-// How many parts the attention of a segment has: of a single token the heads that share keys, up to
-// eight at a time, so that keys are read once; else a head and up to 16 tokens.
-inline int parts_of(const Layer &layer, const Segment &s) {
-    int shared = layer.q_heads / layer.kv_heads;
-    return s.count == 1 ? layer.kv_heads * ((shared + 7) / 8) : layer.q_heads * ((s.count + LANES - 1) / LANES);
+    Together(const Layer &layer, const Segment &s) {
+        int shared = layer.q_heads / layer.kv_heads;
+        heads = std::min(shared, std::max(1, LANES / s.count));
+        turns = (shared + heads - 1) / heads;
+        parts = layer.kv_heads * turns * ((s.count + LANES - 1) / LANES);
+    }
+};
+
+// `tokens` of `heads` heads, A * W floats apart, in V lanes: from and to their first numbers
+template <int V, int W>
+void attend_lanes(const Layer &layer, const RowState &row, int head, const float *from, float *to,
+                  int heads, int tokens, int last, bool is_causal, int visible) {
+    int A = layer.head_dim, lanes = heads * tokens;
+    float *q = at_least(scratch.lanes, 2 * size_t(A) * V), *y = q + A * V;
+    long places[V];
+    for (int l = 0; l < V; l++) {
+        int own = std::min(l, lanes - 1);
+        places[l] = long(own % heads) * A * W + own / heads;
+    }
+    for (int a = 0; a < A; a++)
+        for (int l = 0; l < V; l++) q[a * V + l] = from[a * W + places[l]];
+    attend_head<V>(layer, row, head, q, heads, last, is_causal, visible, y);
+    for (int a = 0; a < A; a++)
+        for (int l = 0; l < lanes; l++) to[a * W + places[l]] = y[a * V + l];
 }
 
 // One part of a segment of a tile of W lanes: q and out [q_heads * A][W]
 template <int W>
 void attend_part(const Step &s, const Segment &segment, int part, const float *q, float *out) {
     const RowState &row = s.rows[segment.row];
+    Together together(s.layer, segment);
     int A = s.layer.head_dim, shared = s.layer.q_heads / s.layer.kv_heads, S = row.num_past;
-    bool is_causal = s.call.causal;
-    if (segment.count == 1) {
-        int turns = (shared + 7) / 8, head = part / turns, done = part % turns * 8;
-        int lanes = std::min(8, shared - done), visible = S + (is_causal ? segment.at + 1 : row.length);
-        long at = long(head * shared + done) * A * W + segment.lane;
-        auto attend = lanes <= 4 ? attend_lanes<4> : attend_lanes<8>;
-        attend(s.layer, row, head * A, q + at, out + at, W, long(A) * W, lanes, visible - 1, false, visible);
-        return;
-    }
-    int turns = (segment.count + LANES - 1) / LANES, head = part / turns, done = part % turns * LANES;
-    int lanes = std::min(LANES, segment.count - done), first = segment.at + done;
-    int visible = S + (is_causal ? first + lanes : row.length);
-    long at = long(head) * A * W + segment.lane + done;
-    auto attend = lanes <= 8 ? attend_lanes<8> : attend_lanes<LANES>;
-    attend(s.layer, row, head / shared * A, q + at, out + at, W, 1, lanes, S + first, is_causal, visible);
+    int group = part % (s.layer.kv_heads * together.turns), head = group / together.turns;
+    int done = group % together.turns * together.heads, heads = std::min(together.heads, shared - done);
+    int before = part / (s.layer.kv_heads * together.turns) * LANES;
+    int tokens = std::min(LANES, segment.count - before), first = segment.at + before;
+    int visible = S + (s.call.causal ? first + tokens : row.length), lanes = heads * tokens;
+    long at = long(head * shared + done) * A * W + segment.lane + before;
+    auto attend = lanes <= 4   ? attend_lanes<4, W>
+                  : lanes <= 8 ? attend_lanes<8, W>
+                               : attend_lanes<LANES, W>;
+    attend(s.layer, row, head * A, q + at, out + at, heads, tokens, S + first, s.call.causal, visible);
 }
 
 // A tile's part of scratch.q to that of scratch.y
@@ -220,11 +227,11 @@ void attend(const Step &s, const Tile &tile) {
     int width = s.call.tower.width, q_width = s.layer.q_heads * s.layer.head_dim, total = 0;
     const float *q = scratch.q.data() + long(tile.place) * q_width;
     float *out = at_least(scratch.b, size_t(q_width) * W);
-    each_segment(s.call, tile, [&](const Segment &part) { total += parts_of(s.layer, part); });
+    each_segment(s.call, tile, [&](const Segment &part) { total += Together(s.layer, part).parts; });
     s.call.team.split(total, [=, &s, &tile](int begin, int end) {
         int before = 0;
         each_segment(s.call, tile, [&](const Segment &segment) {
-            int count = parts_of(s.layer, segment), from = std::max(begin - before, 0);
+            int count = Together(s.layer, segment).parts, from = std::max(begin - before, 0);
             for (int part = from; part < std::min(end - before, count); part++)
                 attend_part<W>(s, segment, part, q, out);
             before += count;

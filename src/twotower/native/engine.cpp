@@ -49,7 +49,7 @@ void pre_norm(const Step &s, const Tile &tile, Before before, const float *modul
     const float *y = scratch.y.data() + long(tile.place) * D, *m = modulation;
     float *h = scratch.h.data() + long(tile.place) * D, *u = at_least(scratch.u, size_t(D) * W);
     bool modulates_first = s.layer.kind != MLP;  // a fact of the released weights
-    over_features<W>(s.call.team, D, [=](int begin, int end) {
+    over_features<W>(s.call.team, D, D, [=](int begin, int end) {
         if (!before.is_first) add_residual<W>(y, before.gate, h, begin, end);
         std::copy(h + long(begin) * W, h + long(end) * W, u + long(begin) * W);
         if (m && modulates_first) modulate<W>(u, m, m + D, begin, end);

@@ -39,10 +39,12 @@ size_t input_bytes(int K) {
     return size_t(K + 4) * W + 3 * sizeof(float) * W * (K / GROUP + 1);
 }
 
-// work(begin, end) over features; those of one token are too few to share.
+constexpr long SHARED = 1 << 14;  // numbers from which a second thread helps more than it is waited for
+
+// work(begin, end) over `count` parts of the `width` features of W tokens.
 template <int W, typename Work>
-void over_features(Team &team, int count, Work work) {
-    if (W == 1) work(0, count);
+void over_features(Team &team, int count, int width, Work work) {
+    if (long(width) * W < SHARED) work(0, count);
     else team.split(count, work);
 }
 
@@ -127,7 +129,7 @@ Input<W> as_input(Team &team, const Weight &w, const float *x, int K, uint8_t *b
     float *scales = reinterpret_cast<float *>(buffer + (long(K) + 3) / 4 * 4 * W);
     float *sums = scales + groups * W;
     int32_t *zeros = reinterpret_cast<int32_t *>(sums + groups * W);
-    over_features<W>(team, groups, [=](int begin, int end) {
+    over_features<W>(team, groups, K, [=](int begin, int end) {
         constexpr int V = std::min(W, 16);
         for (int g = begin; g < end; g++) {
             int count = std::min(group, K - g * group);

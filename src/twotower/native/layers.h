@@ -193,11 +193,11 @@ void multiply(const float *x, const float *scale, const float *weight, int begin
 template <int W>
 void norm(Team &team, const float *x, const float *weight, int width, float eps, float *y) {
     float part[PARTS * W], scale[W];
-    over_features<W>(team, PARTS, [x, width, &part](int begin, int end) {
+    over_features<W>(team, PARTS, width, [x, width, &part](int begin, int end) {
         square_parts<W>(x, width, begin, end, part);
     });
     scale_by_parts<W>(part, width, eps, scale);
-    over_features<W>(team, width, [&scale, x, weight, y](int begin, int end) {
+    over_features<W>(team, width, width, [&scale, x, weight, y](int begin, int end) {
         multiply<W>(x, scale, weight, begin, end, y);
     });
 }
