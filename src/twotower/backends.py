@@ -83,7 +83,7 @@ def _native_refusal(setup: Setup) -> str | None:
         if isinstance(x, MambaSpec)
     }
     dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in setup.dtypes)
-    is_int4 = setup.scheme is not None and setup.scheme.weights == "int4"
+    stored = None if setup.scheme is None else setup.scheme.weights
     rounds_weights_alone = setup.scheme is not None and setup.scheme.activations is None
     for is_refused, sentence in (
         (has_experts, f"native passes have no {MoESpec.label}"),
@@ -91,15 +91,15 @@ def _native_refusal(setup: Setup) -> str | None:
         (setup.devices != {"cpu"}, f"native passes run on the CPU, not on {_list(setup.devices)}"),
         (dtypes != ["float32"], f"native passes compute in float32, not in {_list(dtypes)}"),
         (setup.bidirectional_mamba, "native passes have no bidirectional Mamba"),
-        (is_int4, "native passes round to 4 bits themselves and run no checkpoint that has them"),
         (
-            setup.scheme is not None and setup.quantization == "int4",
-            "native passes round full-precision weights to 4 bits, not those of an int8 checkpoint",
+            stored is not None and setup.quantization not in ("none", stored),
+            f"native passes round full-precision weights, and this checkpoint's are {stored}; ask "
+            f"for them with quantization={stored}",
         ),
         (
             rounds_weights_alone and setup.quantization == "none",
-            "native int8 products round activations too, and this checkpoint's weights alone are "
-            "int8; ask for that with quantization=int8",
+            f"native {stored} products round activations too, and this checkpoint's weights alone "
+            f"are {stored}; ask for that with quantization={stored}",
         ),
     ):
         if is_refused:

@@ -1,4 +1,4 @@
-"""Native passes in int8, and by several threads: against plain code and against themselves."""
+"""Native passes in int8, with 4 bits of a checkpoint, by several threads: against plain code."""
 
 import copy
 import ctypes
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tiny_models import fresh_model, masked_like, random_ids, tiny_model
 from tiny_options import options_of
+from tiny_quantised import four_bits
 from twotower import GenerateOptions, TwoTower, accelerate, generate, load_tokenizer
 from twotower.checkpoint import load_checkpoint
 from twotower.checkpoint.files import shipped_folder
@@ -24,6 +25,7 @@ from twotower.cli.bench import BenchOptions
 from twotower.cli.demo import SAMPLES
 from twotower.cli.main import main
 from twotower.engine import MODES
+from twotower.kernels.quantised import dequantise
 from twotower.model.precision import Scheme, quantise_modules, weight_bits
 from twotower.native import library, tower
 from twotower.native.backend import NativeBackend
@@ -134,6 +136,19 @@ def test_products_of_any_values() -> None:
     assert not found[5].any() and not found[:, 7].any()
 
 
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 16, 37])
+def test_the_4_bits_of_a_checkpoint_are_not_rounded_again(rows: int, group_size: int) -> None:
+    """Guards scales and offsets that a half cannot hold, and which group a column belongs to."""
+    matrix = four_bits(rows, 256, group_size)
+    weight, product = dequantise(matrix, torch.float64), NativeLinear(matrix)
+    for length in (1, 3, 8, 16, 35, 64):
+        x = whole_numbers(length, 256, seed=length)
+        size = x.abs().double() @ weight.abs().mT
+        away = (product(x).double() - x.double() @ weight.mT).abs() / size
+        assert away.max() < 2e-7, length
+
+
 def run_linear(plain: ctypes.CDLL, product: NativeLinear, x: Tensor) -> Tensor:
     """The product by a library of one's own."""
     y = torch.empty(len(x), product._rows)
@@ -152,10 +167,11 @@ def test_processors_without_the_instruction_give_the_same_bits(tmp_path: Path) -
     library.compile_library(compiler, file, ("-DTWOTOWER_PLAIN", "-O2"))
     plain = library.load_library(file)
     generator = torch.Generator().manual_seed(0)
-    product = NativeLinear(quantise(torch.randn(37, 70, generator=generator)))
-    for length in (1, 5, 16):
-        x = torch.randn(length, 70, generator=generator)
-        assert torch.equal(run_linear(plain, product, x), product(x))
+    for matrix in (quantise(torch.randn(37, 70, generator=generator)), four_bits(37, 96, 32)):
+        product = NativeLinear(matrix)
+        for length in (1, 5, 16):
+            x = torch.randn(length, matrix.shape[1], generator=generator)
+            assert torch.equal(run_linear(plain, product, x), product(x))
 
 
 @pytest.mark.parametrize("name", SHAPES)

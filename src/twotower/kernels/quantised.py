@@ -29,6 +29,12 @@ class Quantised(NamedTuple):
     zero: Tensor | None = None
     rounds_input: bool = False
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, K), behind leading E."""
+        *leading, columns = self.qdata.shape
+        return (*leading, columns if self.zero is None else 2 * columns)
+
 
 class Matrices(Protocol):
     """The matrices of E experts: a stacked tensor, a list, or anything that hands out one."""

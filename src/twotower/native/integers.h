@@ -1,7 +1,8 @@
 // Products in int8 and int4: tokens become whole numbers, sums of whole numbers are exact, scales
 // come afterwards, in one order for any number of tokens (docs/quantisation.md).
 //
-// int8: a scale per row. int4: scale and offset per row and group of 32 columns. A token has a scale
+// int8: a scale per row. int4: scale and offset per row and group of 32 columns, as halves or, centred,
+// as a checkpoint has them: bfloat16, the offset that of an 8. A token has a scale
 // per group, or one alone for matrices of a checkpoint that says so.
 #pragma once
 
@@ -19,7 +20,7 @@ namespace twotower {
 constexpr int ROWS = 16;  // of a packed block
 constexpr int AHEAD = 8192;  // bytes that a product asks for in advance
 constexpr int GROUP = 32;  // columns of an int4 group
-constexpr int GROUP_BYTES = ROWS * (GROUP / 2 + 4);  // two numbers a byte, half scales, half offsets
+constexpr int GROUP_BYTES = ROWS * (GROUP / 2 + 4);  // two numbers a byte, scales, offsets of two bytes
 constexpr int FEW = 8;  // tokens whose sums stay in registers, a block's rows side by side
 constexpr int ZERO = 128;  // what the bytes of an int8 matrix are too large
 
@@ -178,9 +179,20 @@ inline void int8_tokens(const uint8_t *w, const Input<W> &in, int first, Floats<
     }
 }
 
+struct Grid {
+    Floats<16> scale, offset;
+};
+
+// Of the 16 rows of a group: a weight is number * scale + offset
+inline Grid grid_of(const uint8_t *w, bool is_centred) {
+    if (!is_centred) return {from_halves(w + 256), from_halves(w + 288)};
+    Floats<16> scale = from_bfloats(w + 256);
+    return {scale, from_bfloats(w + 288) - 8.0f * scale};
+}
+
 // The same in int4; w: groups of GROUP_BYTES
 template <int W, int N>
-inline void int4_tokens(const uint8_t *w, const Input<W> &in, int first, Floats<16> *sum) {
+inline void int4_tokens(const uint8_t *w, bool is_centred, const Input<W> &in, int first, Floats<16> *sum) {
     Ints<16> low = Ints<16>{} + 0x0f0f0f0f;
     for (int g = 0; g < in.K / GROUP; g++, w += GROUP_BYTES) {
         Ints<16> one[N] = {}, two[N] = {};
@@ -195,7 +207,7 @@ inline void int4_tokens(const uint8_t *w, const Input<W> &in, int first, Floats<
                 other = add_quads<16>(other, high, four_bytes(token + ((i + 4) * W + l) * 4));
             }
         }
-        Floats<16> scale = from_halves(w + 256), offset = from_halves(w + 288);
+        auto [scale, offset] = grid_of(w, is_centred);
         for (int l = 0; l < N; l++) {
             sum[l] += __builtin_convertvector(one[l] + two[l], Floats<16>) * scale * in.scales[g * W + first + l];
             sum[l] += offset * in.sums[g * W + first + l];
@@ -210,7 +222,7 @@ struct Block {
 };
 
 // An int4 block in `room` of at least K * 20 bytes
-inline Block unpack(const uint8_t *w, int groups, uint8_t *room) {
+inline Block unpack(const uint8_t *w, bool is_centred, int groups, uint8_t *room) {
     Ints<16> low = Ints<16>{} + 0x0f0f0f0f;
     float *scales = reinterpret_cast<float *>(room + groups * GROUP * ROWS);
     float *offsets = scales + groups * ROWS;
@@ -221,8 +233,8 @@ inline Block unpack(const uint8_t *w, int groups, uint8_t *room) {
             std::memcpy(room + (g * 8 + i) * 64, &one, 64);
             std::memcpy(room + (g * 8 + i + 4) * 64, &two, 64);
         }
-        floats<16>(scales + g * ROWS) = from_halves(w + 256);
-        floats<16>(offsets + g * ROWS) = from_halves(w + 288);
+        auto [scale, offset] = grid_of(w, is_centred);
+        floats<16>(scales + g * ROWS) = scale, floats<16>(offsets + g * ROWS) = offset;
     }
     return {room, scales, offsets};
 }
@@ -265,11 +277,12 @@ inline void integer_rows(const Block &w, const Input<W> &in, int r, int l, float
 
 // y[rows][W] of blocks `begin` to `end` of a packed matrix.
 template <int W, bool IS_INT4>
-void integer_product(const uint8_t *packed, int rows, const Input<W> &in, const float *bias, float *y,
-                     int begin, int end) {
+void integer_product(const Weight &w, int rows, const Input<W> &in, const float *bias, float *y, int begin,
+                     int end) {
     constexpr int V = std::min(W, 16), N = W > 16 ? 2 : 1, R = 8;
     static thread_local std::vector<uint8_t> room;
     if (IS_INT4 && room.size() < size_t(in.K) * 20) room.resize(size_t(in.K) * 20);
+    const uint8_t *packed = IS_INT4 ? w.int4 : w.int8;
     int groups = in.K / GROUP, blocks = (rows + ROWS - 1) / ROWS;
     long size = IS_INT4 ? groups * GROUP_BYTES : (in.K + 3) / 4 * 64;
     const float *scales = reinterpret_cast<const float *>(packed + blocks * size);  // of int8
@@ -280,12 +293,14 @@ void integer_product(const uint8_t *packed, int rows, const Input<W> &in, const 
             constexpr int N = std::min(W, FEW);
             for (int first = 0; first < W; first += N) {
                 Floats<16> lanes[N] = {};
-                IS_INT4 ? int4_tokens<W, N>(own, in, first, lanes) : int8_tokens<W, N>(own, in, first, lanes);
+                if (IS_INT4) int4_tokens<W, N>(own, w.centred, in, first, lanes);
+                else int8_tokens<W, N>(own, in, first, lanes);
                 for (int l = 0; l < N; l++)
                     for (int r = 0; r < ROWS; r++) sum[r * W + first + l] = lanes[l][r];
             }
         } else {
-            Block block = IS_INT4 ? unpack(own, groups, room.data()) : Block{own, nullptr, nullptr};
+            Block block{own, nullptr, nullptr};
+            if (IS_INT4) block = unpack(own, w.centred, groups, room.data());
             for (int l = 0; l < W; l += V * N)
                 for (int r = 0; r < ROWS; r += R)
                     integer_rows<W, V, N, R, IS_INT4>(block, in, r, l, sum);

@@ -11,8 +11,9 @@ from twotower.specs import AttentionSpec, LayerSpec, MambaSpec, MLPSpec
 LANES = 16  # tokens of a tile: what the widest vector holds
 _STRUCTS = {
     # A matrix as float32, or packed as `packing.Packed` describes, others null; group: columns of
-    # which a token has one scale.
-    "Weight": "const float *full, const uint8_t *int8, const uint8_t *int4, int32_t group",
+    # which a token has one scale; centred: whether int4 scales are bfloat16, offsets those of an 8.
+    "Weight": "const float *full, const uint8_t *int8, const uint8_t *int4, int32_t group, "
+    "int32_t centred",
     # Sizes that a kind does not have are 0. rotary: whether positions turn queries and keys.
     # weights: in the order of _KINDS.
     "Layer": "int32_t kind, int32_t q_heads, int32_t kv_heads, int32_t head_dim, int32_t rotary, "

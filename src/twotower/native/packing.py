@@ -1,7 +1,8 @@
 """Matrices in int8 and int4: how they are rounded, and how integers.h wants them to lie.
 
 int8: a row (one output) has one float32 scale and whole numbers from -127 to 127. int4: a group of
-32 numbers of a row has a scale and an offset in half precision and whole numbers from 0 to 15.
+32 numbers of a row has a scale and an offset in half precision and whole numbers from 0 to 15;
+those of a checkpoint keep its bfloat16, and no number is rounded twice.
 """
 
 import ctypes
@@ -26,8 +27,8 @@ _MADV_HUGEPAGE = 14
 
 
 class Grouped(NamedTuple):
-    """A matrix (N, K) in int4: numbers uint8 (N, K), scale and offset float16 (N, K/32); a weight
-    is number * scale + offset.
+    """A matrix (N, K) in int4: numbers uint8 (N, K), scale and offset (N, K/32); a weight is
+    number * scale + offset in float16, (number - 8) * scale + offset in bfloat16.
     """
 
     numbers: Tensor
@@ -75,11 +76,21 @@ def _error(groups: Tensor, found: Grouped) -> Tensor:
     return (found.numbers * step + start - groups).square().sum(-1)
 
 
+def grouped(matrix: Quantised) -> Grouped:
+    """The 4 bits of a checkpoint, whose groups are of 32 numbers or more."""
+    qdata, scale, zero, _ = matrix
+    assert zero is not None
+    numbers = torch.cat([qdata & 15, qdata >> 4], dim=1)
+    times = numbers.shape[1] // GROUP // scale.shape[1]
+    return Grouped(numbers, *(part.repeat_interleave(times, dim=1) for part in (scale, zero)))
+
+
 class Packed:
     """Matrices (N, K), rounded here or before, one behind the other; `addresses` by name.
 
-    bits: of each, 8 where not given. groups: columns of which a token has one scale, 32 or, where a
-    checkpoint's `rounds_input` says how tokens are rounded, all of a row.
+    bits: what full precision is rounded to, 8 where not given. groups: columns of which a token has
+    one scale, 32 or, where a checkpoint's `rounds_input` says how tokens are rounded, all of a row.
+    centred: those whose 4 bits are a checkpoint's.
     Blocks of 16 rows, with zeros beyond the last. int8: bytes [K/4][16][4], 128 too large, and
     behind all blocks a float32 scale of each row. int4: for each group [4][16][4] bytes, of which
     number i of four has column 4 i + j low and 16 + 4 i + j high, then 16 scales and 16 offsets.
@@ -88,7 +99,14 @@ class Packed:
     def __init__(
         self, matrices: Mapping[str, Tensor | Quantised], bits: Mapping[str, Bits] | None = None
     ) -> None:
-        self.bits: dict[str, Bits] = {name: (bits or {}).get(name, 8) for name in matrices}
+        self.centred = {
+            name
+            for name, one in matrices.items()
+            if isinstance(one, Quantised) and one.zero is not None
+        }
+        self.bits: dict[str, Bits] = {
+            name: 4 if name in self.centred else (bits or {}).get(name, 8) for name in matrices
+        }
         sizes = {name: _num_bytes(one, self.bits[name]) for name, one in matrices.items()}
         self._buffer = _huge_pages(sum(sizes.values()))
         self.num_bytes = len(self._buffer)
@@ -97,11 +115,7 @@ class Packed:
         at = 0
         for name, matrix in matrices.items():
             place = self._buffer[at : at + sizes[name]]
-            if self.bits[name] == 8:
-                place.copy_(_pack(quantise(matrix) if isinstance(matrix, Tensor) else matrix))
-            else:
-                assert isinstance(matrix, Tensor)
-                place.copy_(_pack_groups(quantise_groups(matrix)))
+            place.copy_(_bytes_of(matrix, self.bits[name]))
             self.addresses[name] = place.data_ptr()
             at += sizes[name]
 
@@ -113,13 +127,20 @@ def _token_group(matrix: Tensor | Quantised) -> int:
 
 
 def _num_bytes(matrix: Tensor | Quantised, bits: Bits) -> int:
-    rows, width = (matrix if isinstance(matrix, Tensor) else matrix.qdata).shape
+    rows, width = matrix.shape
     if width > _LONGEST_ROW:
         raise ValueError(f"a row of {width} weights is too long for int8; at most {_LONGEST_ROW}")
     rows = -(-rows // _ROWS) * _ROWS
     if bits == 4:
         return rows * (width // GROUP) * (GROUP // 2 + 4)
     return rows * (-(-width // _QUAD) * _QUAD + 4)
+
+
+def _bytes_of(matrix: Tensor | Quantised, bits: Bits) -> Tensor:
+    """One matrix's bytes (num_bytes,) int8; full precision is rounded first."""
+    if isinstance(matrix, Tensor):
+        return _pack(quantise(matrix)) if bits == 8 else _pack_groups(quantise_groups(matrix))
+    return _pack(matrix) if bits == 8 else _pack_groups(grouped(matrix))
 
 
 def _pack(matrix: Quantised) -> Tensor:

@@ -72,8 +72,8 @@ template <int W>
 void product_blocks(const Weight &w, int rows, const Input<W> &in, const float *bias, float *y,
                     int begin, int end) {
     int first = begin * ROWS, last = std::min(rows, end * ROWS);
-    if (w.int4 != nullptr) integer_product<W, true>(w.int4, rows, in, bias, y, begin, end);
-    else if (w.int8 != nullptr) integer_product<W, false>(w.int8, rows, in, bias, y, begin, end);
+    if (w.int4 != nullptr) integer_product<W, true>(w, rows, in, bias, y, begin, end);
+    else if (w.int8 != nullptr) integer_product<W, false>(w, rows, in, bias, y, begin, end);
     else if (first < last)
         product<W>(w.full + long(first) * in.K, in.K, 1, last - first, in.K, in.x,
                    bias ? bias + first : nullptr, y + long(first) * W);

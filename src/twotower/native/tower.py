@@ -91,9 +91,8 @@ class NativeLinear:
         full = {"": weight} if isinstance(weight, Tensor) else {}
         packed = Packed({} if isinstance(weight, Tensor) else {"": weight})
         self._kept = weight, packed
-        numbers = weight if isinstance(weight, Tensor) else weight.qdata
-        self._rows, self._width = numbers.shape
-        self._is_shared = numbers.numel() >= LARGE
+        self._rows, self._width = weight.shape
+        self._is_shared = self._rows * self._width >= LARGE
         self._weight = _weight("", full, packed)
         self._run, self._run_bigrams = library().twotower_linear, library().twotower_bigrams
 
@@ -134,6 +133,6 @@ def _weight(name: str, weights: Mapping[str, Tensor], packed: Packed) -> Weight:
         raise ValueError(f"the native backend needs the weight {name}, which this model lacks")
     found = Weight(full=None if full is None else full.data_ptr())
     if place is not None:
-        found.group = packed.groups[name]
+        found.group, found.centred = packed.groups[name], name in packed.centred
         setattr(found, f"int{packed.bits[name]}", place)
     return found

@@ -77,4 +77,18 @@ inline Floats<16> from_halves(const uint8_t *halves) {
 #endif
 }
 
+// bfloat16 numbers: the upper halves of float32
+inline Floats<16> from_bfloats(const uint8_t *upper) {
+    Floats<16> found;
+    uint16_t own[16];
+    std::memcpy(own, upper, sizeof own);
+    for (int i = 0; i < 16; i++) {
+        uint32_t bits = uint32_t(own[i]) << 16;
+        float value;
+        std::memcpy(&value, &bits, 4);
+        found[i] = value;
+    }
+    return found;
+}
+
 }  // namespace twotower
