@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from twotower import GenerateOptions, TwoTower, generate
@@ -122,6 +123,8 @@ def test_the_way_back(pair: Any, tmp_path: Path) -> None:
         tmp_path, output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
     )
     assert not any(report.values()), report
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert ("lm_head.weight" in file.keys()) != again.config.tie_word_embeddings  # noqa: SIM118
     assert type(again) is type(theirs)
     tokens = ids(1, 90, seed=5)
     expected = theirs(tokens).logits
@@ -228,6 +231,7 @@ def test_a_gguf_file_is_read_as_the_model_that_wrote_it(
     again = load_checkpoint(file, towers="context")
     assert again.config.context.layers == ours.config.context.layers
     assert again.config.context.norm_eps == ours.config.context.norm_eps
+    assert again.config.tie_word_embeddings == ours.config.tie_word_embeddings
     if dtype == "float32":
         tokens = ids(1, 60, seed=2)
         assert torch.equal(again.context_logits(tokens), ours.context_logits(tokens))

@@ -91,4 +91,5 @@ def _portions(plan: Plan) -> Iterator[tuple[Path, list[str]]]:
             if size >= _PORTION:
                 yield file, portion
                 portion, size = [], 0
-        yield file, portion
+        if portion:
+            yield file, portion

@@ -137,7 +137,7 @@ def _parts(model: TwoTower, dtype: Precision) -> Iterator[Part]:
     config, family = model.config, family_of(model.config)
     find = gguf_names(config)
     for name, tensor in model.state_dict().items():
-        if name.startswith(names.CONTEXT_PARTS):
+        if names.is_in_backbone(name, family, config.tie_word_embeddings):
             inner = names.inner_name(name)
             found = find(inner)
             assert found is not None, f"{name} has no place in a GGUF file"

@@ -78,6 +78,13 @@ def released_name(name: str, layout: str, family: Family) -> str | None:
     return f"context_{inner}" if inner.startswith("lm_head.") else f"context_tower.{inner}"
 
 
+def is_in_backbone(name: str, family: Family, is_tied: bool) -> bool:
+    """Whether a single tower's file holds a tensor: the context tower's, but no head that readers
+    make of the embeddings.
+    """
+    return name.startswith(CONTEXT_PARTS) and not (is_tied and family.TIES_HEAD and name in HEADS)
+
+
 def inner_name(name: str) -> str:
     """A context tensor's name inside its tower."""
     return name.removeprefix("context_tower.").removeprefix("context_")

@@ -74,11 +74,11 @@ def released_pieces(model: TwoTower, dtype: torch.dtype | None) -> Iterator[Piec
 
 def backbone_pieces(model: TwoTower, dtype: torch.dtype | None) -> list[Piece]:
     """The context tower and its head under their backbone names."""
-    rename = family_of(model.config).from_tower_name
+    family, is_tied = family_of(model.config), model.config.tie_word_embeddings
     return [
-        piece._replace(name=rename(names.inner_name(piece.name)))
+        piece._replace(name=family.from_tower_name(names.inner_name(piece.name)))
         for piece in released_pieces(model, dtype)
-        if piece.name.startswith(names.CONTEXT_PARTS)
+        if names.is_in_backbone(piece.name, family, is_tied)
     ]
 
 

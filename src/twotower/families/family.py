@@ -35,6 +35,11 @@ class Family(Protocol):
         """How tensor names of a single tower begin, and what that layout is called."""
 
     @property
+    def TIES_HEAD(self) -> bool:
+        """Whether `transformers` and llama.cpp make a tied head of the embeddings, so that files
+        leave it out."""
+
+    @property
     def GGUF_READS(self) -> str | None:
         """llama.cpp's architecture whose files `config_from_gguf` reads; None where none are."""
 

@@ -76,6 +76,7 @@ class LlamaFamily:
 
     TWO_TOWER_ARCHITECTURE: ClassVar[str] = "TwoTowerForCausalLM"
     LAYOUTS: ClassVar[Mapping[str, str]] = {"model.": "transformers"}
+    TIES_HEAD: ClassVar[bool] = True
 
     @property
     def GGUF_READS(self) -> str | None:

@@ -36,6 +36,7 @@ MODEL_TYPE = "nemotron_h"
 ARCHITECTURE = "NemotronHForCausalLM"
 TWO_TOWER_ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 LAYOUTS = {"backbone.": "backbone", "model.": "transformers"}
+TIES_HEAD = False
 GGUF_READS = None
 # What stays float32 in a GGUF file of any precision: small, and where rounding costs most.
 GGUF_FLOAT32 = (".A_log", ".D", ".dt_bias", ".conv1d.weight", ".mixer.norm.weight")
