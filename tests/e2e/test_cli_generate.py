@@ -215,7 +215,7 @@ def test_a_block_larger_than_the_trained_one_warns_in_one_line(
         (["a", "--temperature", "-1"], "--temperature -1.0 must"),
         (["a", "--trace", "{tmp}/no/such/trace"], "trace: cannot write"),
         (["a", "--trace", "/dev/full"], "trace: cannot write /dev/full (No space left"),
-        (["a", "--model", "{tmp}/no/model"], "no such folder"),
+        (["a", "--model", "{tmp}/no/model"], "no such file or folder"),
         (["a", "--device", "abacus"], "--device 'abacus' is unknown"),
         (["--input", "{tmp}/none"], "input: cannot read"),
         (["--input", "{tmp}"], "input: cannot read"),

@@ -51,9 +51,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama 3": ("Llama", {"rope_parameters": LLAMA3}),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 16}),
     "qwen2": ("Qwen2", {"use_sliding_window": False}),
+    "qwen2, its own head size": ("Qwen2", {"head_dim": 12, "num_key_value_heads": 1}),
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3, biases": ("Qwen3", {"head_dim": 8, "attention_bias": True}),
     "smollm3": ("SmolLM3", {}),
+    "smollm3, llama 3": ("SmolLM3", {"rope_parameters": LLAMA3}),
     "smollm3, its own layers without positions": (
         "SmolLM3", {"no_rope_layers": [0, 1, 1, 0, 1], "tie_word_embeddings": False}
     ),
@@ -188,6 +190,10 @@ def written(model: TwoTower, file: Path, dtype: Any = "float32") -> bool:
         reason = "no_rope_layers cannot be exported"
     elif model.config.family == "qwen3" and attention.bias:  # type: ignore[union-attr]
         reason = "attention_bias=true cannot be exported"
+    elif model.config.family == "qwen2" and attention.head_dim == 12:  # type: ignore[union-attr]
+        reason = "head_dim=12 cannot be exported: llama.cpp knows only"
+    elif model.config.family == "smollm3" and attention.rope.scaling == "llama3":  # type: ignore[union-attr]
+        reason = "rope_type='llama3' cannot be exported"
     if reason is None:
         export_gguf(model, file, dtype=dtype)
     else:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import textwrap
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from importlib import resources
@@ -74,11 +75,11 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
         return replaced
     if str(path) == SHIPPED:
         return shipped_folder()
-    if _HUB_ID.fullmatch(str(path)):
+    if _HUB_ID.fullmatch(str(path)) and folder.suffix.lower() != ".gguf":
         return _download(str(path), revision)
     raise ValueError(
-        f"{path}: no such folder; give a checkpoint folder, a GGUF file, a hub id owner/name, or "
-        f"{SHIPPED}"
+        f"{path}: no such file or folder; give a checkpoint folder, a GGUF file, a hub id "
+        f"owner/name, or {SHIPPED}"
     )
 
 
@@ -102,7 +103,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = textwrap.shorten(str(error), 160, placeholder=" ...")
         raise ValueError(
             f"{hub_id}: no such folder here, and the hub did not give it "
             f"({type(error).__name__}: {reason}); give a folder or connect to the network"

@@ -73,6 +73,8 @@ class LlamaFamily:
     has_no_rope_layers: bool = False
     pairs_neighbours: bool = False
     """llama.cpp turns pairs of neighbours: rows of queries and keys change places."""
+    gguf_has_usual_heads: bool = False
+    """llama.cpp has no head_dim but hidden_size / num_attention_heads."""
 
     TWO_TOWER_ARCHITECTURE: ClassVar[str] = "TwoTowerForCausalLM"
     LAYOUTS: ClassVar[Mapping[str, str]] = {"model.": "transformers"}
@@ -160,17 +162,33 @@ class LlamaFamily:
 
     def gguf_architecture(self, config: TwoTowerConfig) -> str:
         """llama.cpp's name for it; ValueError for a model that it cannot compute."""
+        attention, rope = _specs(config)[0], config.context.rotary
         rotary = [one.rope is not None for one in config.context.layers_of(AttentionSpec)]
         known = [(i + 1) % _SMOLLM3_INTERVAL != 0 for i in range(len(rotary))]
-        if self.has_no_rope_layers and rotary != known:
-            raise ValueError(
+        usual = config.hidden_size / attention.num_heads
+        for is_refused, reason in (
+            (
+                self.has_no_rope_layers and rotary != known,
                 "no_rope_layers cannot be exported: llama.cpp leaves positions out of every "
-                f"{_SMOLLM3_INTERVAL}th layer only"
-            )
-        if self.has_qk_norm and _specs(config)[0].bias:
-            raise ValueError(
-                "attention_bias=true cannot be exported: llama.cpp has no such bias in this family"
-            )
+                f"{_SMOLLM3_INTERVAL}th layer only",
+            ),
+            (
+                self.has_qk_norm and attention.bias,
+                "attention_bias=true cannot be exported: llama.cpp has no such bias in this family",
+            ),
+            (
+                self.gguf_has_usual_heads and attention.head_dim != usual,
+                f"head_dim={attention.head_dim} cannot be exported: llama.cpp knows only "
+                f"hidden_size / num_attention_heads, {usual:g}, in this family",
+            ),
+            (
+                self.gguf_name != "llama" and rope is not None and rope[0].scaling == "llama3",
+                "rope_type='llama3' cannot be exported: llama.cpp has its factors in llama and "
+                "mistral only",
+            ),
+        ):
+            if is_refused:
+                raise ValueError(reason)
         return self.gguf_name
 
     def gguf_lookup_name(self, name: str) -> str:
@@ -318,7 +336,7 @@ MISTRAL = LlamaFamily(
 QWEN2 = LlamaFamily(
     MODEL_TYPE="qwen2", ARCHITECTURE="Qwen2ForCausalLM", gguf_name="qwen2",
     defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 32, "use_sliding_window": False},
-    has_qkv_bias=True,
+    has_qkv_bias=True, gguf_has_usual_heads=True,
 )  # fmt: skip
 QWEN3 = LlamaFamily(
     MODEL_TYPE="qwen3", ARCHITECTURE="Qwen3ForCausalLM", gguf_name="qwen3",
