@@ -123,6 +123,14 @@ class Loaded:
     tokenizer: Tokenizer | None
     folder: Path
 
+    def need_tokenizer(self) -> Tokenizer:
+        """The tokenizer of what reads or writes text; ValueError (one line) without one."""
+        if self.tokenizer is None:
+            raise ValueError(
+                f"model={self.name} has no {TOKENIZER_FILE}; add the one it was made for"
+            )
+        return self.tokenizer
+
 
 def load(placement: Placement, mode: str | None = None) -> Loaded:
     """The model of a placement and its tokenizer, with the towers that a decoding mode needs.

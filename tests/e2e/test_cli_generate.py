@@ -192,6 +192,9 @@ def test_a_model_without_tokenizer_takes_and_gives_ids(
     assert result["text"] is None
     assert main(["generate", *flags]) == 0
     assert capsys.readouterr().out == " ".join(map(str, result["tokens"])) + "\n"
+    for verb in (["generate", "abc"], ["chat"], ["evaluate"], ["bench"]):
+        assert main([*verb, "--model", str(folder)]) == 2, verb
+        assert f"--model {folder} has no tokenizer.json; add" in capsys.readouterr().err, verb
 
 
 def test_a_block_larger_than_the_trained_one_warns_in_one_line(

@@ -218,6 +218,21 @@ def copy_shards(folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
+@pytest.mark.parametrize(
+    ("name", "shard"),
+    [("context_tower.norm_f.weight", 1), ("context_tower.layers.9.norm.weight", 3)],
+)
+def test_an_index_of_another_save_is_named(tmp_path: Path, name: str, shard: int) -> None:
+    """Guards tensors that are taken from where they lie, and a remedy for config.json."""
+    copy_shards(tmp_path)
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"][name] = f"model-{shard:05d}-of-00003.safetensors"
+    file.write_text(json.dumps(index))
+    expected = f"index.json: model-{shard:05d}-of-00003.safetensors does not hold {name}; restore"
+    assert expected in message(tmp_path)
+
+
 def test_a_single_file_beside_an_index_is_refused(tmp_path: Path) -> None:
     """Guards a model of an older save that silently wins over the one that the index names."""
     copy_shards(tmp_path)

@@ -252,7 +252,12 @@ def llama_refusal(**values: object) -> str:
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type='dynamic' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "missing field factor"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor=0.0 must be a number above 0"),
-        ({"rope_scaling": "linear"}, "rope_parameters='linear' must be an object"),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear' must be an object"),
+        ({"rope_parameters": ["linear"]}, "rope_parameters=['linear'] must be an object"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "longrope"}},
+            "rope_type='longrope' is not supported",
+        ),
         ({"rope_scaling": {"type": ["linear"]}}, "rope_type=['linear'] is not supported"),
         ({"rope_theta": "10000"}, "rope_theta='10000' must be of type float"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),

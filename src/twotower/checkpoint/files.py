@@ -140,6 +140,11 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     for shard in sorted(set(weight_map.values())):
         held = _header(folder / shard)
         entries |= {name: e for name, e in held.items() if weight_map.get(name, shard) == shard}
+    if stray := next((name for name in weight_map if name not in entries), None):
+        raise ValueError(
+            f"{folder / INDEX_FILE}: {weight_map[stray]} does not hold {stray}; restore the index "
+            "and the shards of one save"
+        )
     return entries
 
 

@@ -213,9 +213,7 @@ def _questions(
 
 def _encoder(loaded: Loaded, options: AdaptArguments) -> Callable[[str | list[int]], list[int]]:
     """How a prompt becomes token ids."""
-    tokenizer = loaded.tokenizer
-    if tokenizer is None:
-        raise ValueError(f"model={loaded.name} has no tokenizer.json; add it to the folder")
+    tokenizer = loaded.need_tokenizer()
     template = None
     if not options.plain_prompts and loaded.name != SHIPPED:
         with need_extra("adapt"):

@@ -103,9 +103,7 @@ def measure(options: BenchOptions, loaded: Loaded) -> dict[str, Any]:
     warnings = watch_idle()
     sandbox = open_sandbox(CATEGORIES, options.allow_unsandboxed_code)
     require_plain(loaded.model, "a race")
-    if loaded.tokenizer is None:
-        raise ValueError(f"model: {loaded.name} has no tokenizer.json; add the one it was made for")
-    prompts, num_long = draw_prompts(loaded.tokenizer, options, make_judge(sandbox))
+    prompts, num_long = draw_prompts(loaded.need_tokenizer(), options, make_judge(sandbox))
     say_protection(sandbox)
     if num_long:
         warnings.append(

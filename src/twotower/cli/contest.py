@@ -98,14 +98,13 @@ def encode_questions(loaded: Loaded, texts: Sequence[str], most: int) -> list[li
     """Token ids: as a user's message where the model has a chat template."""
     with need_extra("bench on a real model"):
         from twotower.serve.chat import read_template
-    if loaded.tokenizer is None:
-        raise ValueError(f"model: {loaded.name} has no tokenizer.json; add the one it was made for")
+    tokenizer = loaded.need_tokenizer()
     template = read_template(loaded.folder, None)
     if template is None:
-        found = [loaded.tokenizer.encode_prompt(text) for text in texts]
+        found = [tokenizer.encode_prompt(text) for text in texts]
     else:
         messages = [[{"role": "user", "content": text}] for text in texts]
-        found = [template.encode(own, None, loaded.tokenizer, 1 << 20) for own in messages]
+        found = [template.encode(own, None, tokenizer, 1 << 20) for own in messages]
     kept = [ids for ids in found if len(ids) <= most]
     if not kept:
         raise ValueError(f"max_prompt_tokens: {most} leaves out every prompt; use more")

@@ -150,10 +150,7 @@ def load_subject(options: EvaluateOptions) -> Loaded:
     """The model with all towers that the modes need; ValueError if it has no tokenizer."""
     wanted = next((mode for mode in options.mode_names if mode != "ar"), "ar")
     loaded = load(placement_of(options), wanted)
-    if loaded.tokenizer is None:
-        raise ValueError(
-            f"model: {options.model} has no tokenizer.json; add the one it was made for"
-        )
+    loaded.need_tokenizer()
     return loaded
 
 

@@ -175,6 +175,8 @@ def run(options: GenerateArguments) -> int:
     prompts = read_prompts([*options.prompts, *options.prompt], options.input, options.escape)
     with _open_trace(options.trace) as trace:
         loaded = load(placement_of(options), decoding.mode)
+        if any(isinstance(prompt, str) for prompt in prompts):
+            loaded.need_tokenizer()
         _note_unfamiliar(loaded, prompts)
         start = time.perf_counter()
         events = stream(loaded.model, prompts, decoding, loaded.tokenizer, options.engine())

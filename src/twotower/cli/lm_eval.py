@@ -61,6 +61,4 @@ def load_decoder(options: HarnessOptions) -> Decoder:
         denoiser_device=options.denoiser_device,
     )
     loaded = load(placement, options.mode)
-    if loaded.tokenizer is None:
-        raise ValueError(f"model_args: {loaded.name} has no tokenizer.json; add its tokenizer")
-    return Decoder(model=loaded.model, tokenizer=loaded.tokenizer, options=options)
+    return Decoder(model=loaded.model, tokenizer=loaded.need_tokenizer(), options=options)

@@ -108,14 +108,12 @@ def describe(loaded: Loaded, options: ServeArguments) -> "Served":
     """The model as its callers see it; ValueError without a tokenizer."""
     from twotower.serve.requests import Served
 
-    if loaded.tokenizer is None:
-        raise ValueError(f"model={loaded.name} has no tokenizer.json; a server needs one")
-    model = loaded.model
+    model, tokenizer = loaded.model, loaded.need_tokenizer()
     defaults = resolve_options(GenerateOptions(), defaults_of(model))
     return Served(
         name=options.model_name or served_name(loaded),
         created=int((loaded.folder / "config.json").stat().st_mtime),
-        tokenizer=loaded.tokenizer,
+        tokenizer=tokenizer,
         block_size=model.config.block_size,
         modes=MODES if model.has_denoiser else ("speculative", "ar"),
         default_mode=defaults.mode,

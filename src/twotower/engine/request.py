@@ -298,7 +298,10 @@ def _prompt_ids(
 ) -> list[int]:
     if isinstance(prompt, str):
         if tokenizer is None:
-            raise ValueError(f"{name} is text; pass tokenizer=load_tokenizer(path) with it")
+            raise ValueError(
+                f"{name} is text, and there is no tokenizer; pass tokenizer=load_tokenizer(path), "
+                "or token ids"
+            )
         if not prompt:
             raise ValueError(f"{name} is empty; give at least one character")
         return tokenizer.encode_prompt(prompt)

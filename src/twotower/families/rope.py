@@ -27,10 +27,13 @@ _ROPE_TYPES = {  # our name, and the fields that count
 
 
 def read_rope(values: Values) -> RopeSpec:
-    """The rotary positions, in the spelling of transformers 5 or the one before."""
-    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    """The rotary positions, in the spelling of transformers 5 or the one before, which is the one
+    that counts in a file with both.
+    """
+    name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    given = values.get(name) or {}
     if not isinstance(given, dict):
-        raise ValueError(f"config.json: rope_parameters={reprlib.repr(given)} must be an object")
+        raise ValueError(f"config.json: {name}={reprlib.repr(given)} must be an object")
     found = with_synonyms(given, {"type": "rope_type"})
     kind = found.get("rope_type", "default")
     if not isinstance(kind, str) or kind not in _ROPE_TYPES:
