@@ -9,17 +9,21 @@ import json
 from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tiny_models import fresh_model, random_ids
+from tiny_models import fresh_model, random_ids, random_model
+from tiny_tokenizers import added, byte_level, llama
 from twotower import TwoTower
-from twotower.checkpoint import convert_to_gguf, export_gguf, load_checkpoint
+from twotower.checkpoint import convert_to_gguf, export_gguf, gguf_reader, load_checkpoint, resolve
 from twotower.checkpoint.files import shipped_folder
 from twotower.checkpoint.gguf import Precision
+from twotower.checkpoint.gguf_tokenizer import SPLITS
 from twotower.engine import GenerateOptions, generate
+from twotower.families import config_from_dict
 from twotower.lab.race.baselines import Baseline, load_llama_cpp
 from twotower.tokenizer import load_tokenizer
 
@@ -92,13 +96,61 @@ def test_llama_cpp_writes_our_greedy_tokens(model: TwoTower, llama_cpp: Baseline
     assert all(tokens[-1] == model.config.eos_token_id for tokens in theirs)  # each reaches its end
 
 
+def split_by_llama_cpp(llama_cpp: Baseline, text: str, adds_bos: bool) -> list[int]:
+    connection = HTTPConnection(llama_cpp._address)  # type: ignore[attr-defined]  # no public door
+    connection.request("POST", "/tokenize", json.dumps({"content": text, "add_special": adds_bos}))
+    found: list[int] = json.load(connection.getresponse())["tokens"]
+    return found
+
+
+SPLIT = "\n\n".join(TEXTS) + "  a  5 77\n\n\n  it's 3.14 \t caf\u00e9 \u6771\u4eac 12\u0663 x"
+
+
 def test_llama_cpp_splits_text_as_we_do(llama_cpp: Baseline) -> None:
     """Guards the vocabulary: digits one by one, contractions, runs of spaces, other scripts."""
-    text = "\n\n".join(TEXTS) + "  a  5 77\n\n\n  it's 3.14 \t caf\u00e9 \u6771\u4eac 12\u0663 x"
-    connection = HTTPConnection(llama_cpp._address)  # type: ignore[attr-defined]  # no public door
-    connection.request("POST", "/tokenize", json.dumps({"content": text}))
-    tokens = json.load(connection.getresponse())["tokens"]
-    assert tokens == load_tokenizer(shipped_folder()).encode(text)
+    found = split_by_llama_cpp(llama_cpp, SPLIT, adds_bos=False)
+    assert found == load_tokenizer(shipped_folder()).encode(SPLIT)
+
+
+LLAMA: dict[str, object] = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "vocab_size": 310, "bos_token_id": None,
+}  # fmt: skip
+
+
+def with_merges(pre_tokenizer: list[dict[str, object]]) -> dict[str, Any]:
+    """Byte-level BPE that joins letters, digits, spaces and line ends across most borders."""
+    space, line = "\u0120", "\u010a"
+    pairs = ["a b", "1 2", "12 3", "' s", f"{space} {space}", f"{line} {line}", f"{space} a"]
+    values = byte_level(pre_tokenizer={"type": "Sequence", "pretokenizers": pre_tokenizer})
+    vocab = values["model"]["vocab"]
+    del vocab["zz"]
+    vocab |= {pair.replace(" ", ""): 256 + number for number, pair in enumerate(pairs)}
+    values["model"]["merges"] = pairs
+    return {**values, "added_tokens": [added(len(vocab), "<|end|>")]}
+
+
+@pytest.mark.parametrize("kind", ["llama", *SPLITS])
+def test_tokenizers_of_other_makers_split_text_there_as_here(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards Llama 2's pieces, which were written as bytes, and the splits of Qwen and Llama 3,
+    which had no name when they were written; and the way back."""
+    monkeypatch.setattr(gguf_reader, "_CACHE", tmp_path / "cache")
+    values = llama() if kind == "llama" else with_merges(SPLITS[kind])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    tokenizer = load_tokenizer(tmp_path)
+    ids = {"bos_token_id": 1, "eos_token_id": 2} if kind == "llama" else {"eos_token_id": 263}
+    model = random_model(config_from_dict(LLAMA | ids))
+    export_gguf(model, tmp_path / "tiny.gguf", tokenizer=tokenizer)
+    assert not caplog.messages
+    text = SPLIT + " 123123 abab  a ab's\n\n\n   12"
+    baseline = load_llama_cpp(tmp_path / "tiny.gguf", threads=1)
+    found = split_by_llama_cpp(baseline, text, tokenizer.adds_bos)
+    baseline.close()
+    assert found == tokenizer.encode_prompt(text)
+    again = load_tokenizer(resolve(tmp_path / "tiny.gguf"))
+    assert again.encode_prompt(text) == found and again.decode(found) == text
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens
 _BYTE_LEVEL = {
     "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True
 }  # fmt: skip
@@ -28,14 +28,14 @@ def _split(pattern: str) -> list[dict[str, object]]:
 
 
 # llama.cpp's names of ways to split text.
-_SPLITS: dict[str, list[dict[str, object]]] = {
+SPLITS: dict[str, list[dict[str, object]]] = {
     "gpt-2": [_BYTE_LEVEL],
     "smollm": [_DIGITS, _BYTE_LEVEL],
     "qwen2": _split(_PATTERN % ""),
     "llama-bpe": _split(_PATTERN % "{1,3}"),
 }
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-_SPACE = "\u2581"
+SPACE = "\u2581"
 
 
 def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
@@ -57,10 +57,10 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     added = [
         {
             "id": index, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False, "special": types[index] in (_CONTROL, _UNKNOWN),
+            "normalized": False, "special": types[index] in (CONTROL, UNKNOWN),
         }
         for index, token in enumerate(tokens)
-        if types[index] in (_CONTROL, _UNKNOWN, _USER_DEFINED)
+        if types[index] in (CONTROL, UNKNOWN, USER_DEFINED)
     ]  # fmt: skip
     tokenizer = {
         "version": "1.0", "truncation": None, "padding": None, "post_processor": None,
@@ -88,10 +88,10 @@ def _roles(metadata: Mapping[str, Any], tokens: Sequence[str], kind: str) -> dic
 def _byte_level(metadata: Mapping[str, Any]) -> dict[str, object]:
     """Byte-level BPE: the vocabulary is written in the alphabet that stands for bytes."""
     name = metadata.get("tokenizer.ggml.pre", "default")
-    if name not in _SPLITS:
+    if name not in SPLITS:
         raise ValueError(
             f"its tokenizer splits text by {name!r}, which is not supported; read are "
-            f"{', '.join(_SPLITS)}; give the model's folder, which has a tokenizer.json"
+            f"{', '.join(SPLITS)}; give the model's folder, which has a tokenizer.json"
         )
     tokens = metadata["tokenizer.ggml.tokens"]
     model = {
@@ -101,7 +101,7 @@ def _byte_level(metadata: Mapping[str, Any]) -> dict[str, object]:
     }  # fmt: skip
     return {
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _SPLITS[name]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": SPLITS[name]},
         "decoder": _BYTE_LEVEL,
         "model": model,
     }
@@ -113,13 +113,13 @@ def _sentence_piece(metadata: Mapping[str, Any]) -> dict[str, object]:
     types = metadata["tokenizer.ggml.token_type"]
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     has_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    steps: list[dict[str, object]] = [{"type": "Prepend", "prepend": _SPACE}] if has_prefix else []
-    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
+    steps: list[dict[str, object]] = [{"type": "Prepend", "prepend": SPACE}] if has_prefix else []
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if has_prefix else []
     decoder = {
         "type": "Sequence",
         "decoders": [
-            {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+            {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
             {"type": "ByteFallback"},
             {"type": "Fuse"},
             *strip,
@@ -127,7 +127,7 @@ def _sentence_piece(metadata: Mapping[str, Any]) -> dict[str, object]:
     }
     model = {
         "type": "BPE", "vocab": {token: index for index, token in enumerate(tokens)},
-        "merges": _merges(tokens, scores, types), "unk_token": tokens[unknown],
+        "merges": merges_of(tokens, scores, types), "unk_token": tokens[unknown],
         "fuse_unk": True, "byte_fallback": True,
     }  # fmt: skip
     return {
@@ -138,14 +138,12 @@ def _sentence_piece(metadata: Mapping[str, Any]) -> dict[str, object]:
     }
 
 
-def _merges(
+def merges_of(
     tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]
 ) -> list[list[str]]:
     """Every way to make a token of two others, the best token first: what scores decide there."""
     ids = {
-        token: index
-        for index, token in enumerate(tokens)
-        if types[index] in (_NORMAL, _USER_DEFINED)
+        token: index for index, token in enumerate(tokens) if types[index] in (NORMAL, USER_DEFINED)
     }
     found: list[tuple[float, int, int, str, str]] = []
     for token, index in ids.items():

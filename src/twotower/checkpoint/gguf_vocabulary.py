@@ -1,9 +1,25 @@
-"""A byte-level BPE vocabulary and its chat template in the form that a GGUF file holds."""
+"""A BPE vocabulary and its chat template in the form that a GGUF file holds.
+
+Two kinds, as `gguf_tokenizer` reads them: byte-level, and SentencePiece's with byte fallback.
+"""
 
 import json
 import logging
-from typing import TYPE_CHECKING, NamedTuple
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from twotower.checkpoint.gguf_tokenizer import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    SPLITS,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    merges_of,
+)
 from twotower.config import TwoTowerConfig
 from twotower.tokenizer import Tokenizer
 
@@ -11,34 +27,38 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 _log = logging.getLogger(__name__)
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # token types of the format
-# How text is split before merging: our tokenizers' two forms under llama.cpp's names for them.
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-_DIGITS = {"type": "Digits", "individual_digits": True}
-_SPLITS: dict[str, list[dict[str, object]]] = {
-    "smollm": [_DIGITS, _BYTE_LEVEL],
-    "gpt-2": [_BYTE_LEVEL],
-}
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+_HARMLESS = {"trim_offsets"}  # fields of a step that change no token
 
 
 class Vocabulary(NamedTuple):
-    """Tokens and their types by id, merges in order of rank, and llama.cpp's name of the split."""
+    """Tokens and their types by id, how they merge, and llama.cpp's name of the split.
+
+    Byte-level: merges in order of rank. SentencePiece: scores by id, and whether a space is put
+    before a text.
+    """
 
     tokens: list[str]
     types: list[int]
-    merges: list[str]
     split: str
     special: dict[str, int]
     adds_bos: bool
     chat_template: str | None
+    merges: list[str]
+    scores: list[float] | None = None
+    adds_space: bool = False
 
     def add_to(self, writer: "GGUFWriter") -> None:
         """Put the vocabulary into a file's metadata."""
-        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_model("gpt2" if self.scores is None else "llama")
         writer.add_tokenizer_pre(self.split)
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.types)
-        writer.add_token_merges(self.merges)
+        if self.scores is None:
+            writer.add_token_merges(self.merges)
+        else:
+            writer.add_token_scores(self.scores)
+            writer.add_add_space_prefix(self.adds_space)
         for role, token_id in self.special.items():
             getattr(writer, f"add_{role}_token_id")(token_id)
         writer.add_add_bos_token(self.adds_bos)
@@ -51,13 +71,13 @@ def read_vocabulary(
 ) -> Vocabulary:
     """The vocabulary of a tokenizer, or numbered tokens when there is none.
 
-    ValueError (one line) for one that is not byte-level BPE or has more tokens than the model.
+    ValueError (one line) for one of another kind, or with more tokens than the model.
     """
     special = _special_ids(config)
     if tokenizer is None:
         tokens = [f"[{index}]" for index in range(config.vocab_size)]
-        types, has_bos = [_NORMAL] * len(tokens), "bos" in special
-        return Vocabulary(tokens, types, ["[ 0"], "gpt-2", special, has_bos, chat_template)
+        types, has_bos = [NORMAL] * len(tokens), "bos" in special
+        return Vocabulary(tokens, types, "gpt-2", special, has_bos, chat_template, ["[ 0"])
     values = json.loads(tokenizer.to_json())
     model = values.get("model") or {}
     if model.get("type") != "BPE":
@@ -65,9 +85,62 @@ def read_vocabulary(
             f"tokenizer.json: model type {model.get('type')!r} cannot be exported to GGUF; only BPE"
         )
     tokens, types = _tokens(config, model["vocab"], values.get("added_tokens") or [])
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    split = _split_name(values.get("pre_tokenizer"))
-    return Vocabulary(tokens, types, merges, split, special, tokenizer.adds_bos, chat_template)
+    pairs = [tuple(p.split(" ", 1) if isinstance(p, str) else p) for p in model["merges"]]
+    shared = special, tokenizer.adds_bos, chat_template
+    if any(step["type"] == "ByteLevel" for step in _steps(values.get("decoder"))):
+        split = _split_name(values.get("pre_tokenizer"))
+        return Vocabulary(tokens, types, split, *shared, list(map(" ".join, pairs)))
+    if not model.get("byte_fallback"):
+        raise ValueError(
+            "tokenizer.json: without bytes for tokens, or byte_fallback, it cannot be exported to "
+            "GGUF"
+        )
+    if (unknown := model["vocab"].get(model.get("unk_token"))) is not None:
+        types[unknown] = UNKNOWN
+        special["unk"] = unknown
+    for index, token in enumerate(tokens):
+        types[index] = BYTE if _BYTE_TOKEN.fullmatch(token) else types[index]
+    scores = _scores(tokens, pairs)
+    adds_space = _adds_space(values)
+    if adds_space is None or not _same_merges(pairs, merges_of(tokens, scores, types)):
+        _warn()
+    return Vocabulary(
+        tokens, types, "default", *shared, merges=[], scores=scores, adds_space=adds_space or False
+    )
+
+
+def _scores(tokens: list[str], pairs: list[tuple[str, ...]]) -> list[float]:
+    """The better a merge ranks, the higher the score of what it makes."""
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(pairs):
+        ranks.setdefault("".join(pair), rank)
+    return [-float(ranks.get(token, len(pairs))) for token in tokens]
+
+
+def _same_merges(pairs: list[tuple[str, ...]], found: list[list[str]]) -> bool:
+    """Whether scores stand for the merges; in which order two pairs make one token is nothing."""
+    made = ["".join(pair) for pair in pairs]
+    return made == ["".join(pair) for pair in found] and {*pairs} == {*map(tuple, found)}
+
+
+def _adds_space(values: Mapping[str, Any]) -> bool | None:
+    """Whether a text begins with a space of the tokenizer's; None for steps of another kind."""
+    steps = [*_steps(values.get("normalizer")), *_steps(values.get("pre_tokenizer"))]
+    prepended = {"type": "Prepend", "prepend": SPACE}
+    replaced = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    if steps in ([prepended, replaced], [replaced]):
+        return len(steps) == 2
+    if len(steps) == 1 and steps[0]["type"] == "Metaspace" and not steps[0].get("split", True):
+        return bool(steps[0].get("prepend_scheme", "always") != "never")
+    return None
+
+
+def _steps(part: Any) -> list[dict[str, Any]]:
+    """A part of a tokenizer as the list of its steps."""
+    if not isinstance(part, dict):
+        return []
+    inner = [part[name] for name in ("normalizers", "pretokenizers", "decoders") if name in part]
+    return inner[0] if inner else [part]
 
 
 def _tokens(
@@ -75,12 +148,12 @@ def _tokens(
 ) -> tuple[list[str], list[int]]:
     """Tokens and their types by id; ids that the tokenizer leaves out are marked as unused."""
     tokens = [f"[unused {index}]" for index in range(config.vocab_size)]
-    types = [_UNUSED] * config.vocab_size
-    kinds = dict.fromkeys(vocab, _NORMAL)
+    types = [UNUSED] * config.vocab_size
+    kinds = dict.fromkeys(vocab, NORMAL)
     ids = dict(vocab)
     for entry in added:
         text, index = str(entry["content"]), int(str(entry["id"]))
-        ids[text], kinds[text] = index, _CONTROL if entry["special"] else _USER_DEFINED
+        ids[text], kinds[text] = index, CONTROL if entry["special"] else USER_DEFINED
     if (most := max(ids.values(), default=0)) >= config.vocab_size:
         raise ValueError(
             f"tokenizer.json: holds token id {most} but the model has vocab_size="
@@ -93,21 +166,23 @@ def _tokens(
 
 def _split_name(pre_tokenizer: object) -> str:
     """llama.cpp's name for a way of splitting text; token ids need none, so unknown ones pass."""
-    steps = (
-        pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-        if isinstance(pre_tokenizer, dict)
-        else []
-    )
-    for name, wanted in _SPLITS.items():
-        if len(steps) == len(wanted) and all(
-            want.items() <= step.items() for want, step in zip(wanted, steps, strict=True)
-        ):
+    steps = list(map(_meaning, _steps(pre_tokenizer)))
+    for name, wanted in SPLITS.items():
+        if steps == list(map(_meaning, wanted)):
             return name
+    _warn()
+    return "default"
+
+
+def _meaning(step: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in step.items() if name not in _HARMLESS}
+
+
+def _warn() -> None:
     _log.warning(
         "tokenizer.json splits text in a way that has no name in llama.cpp known here: token ids "
         "mean the same there, but text prompts may be split otherwise"
     )
-    return "default"
 
 
 def _special_ids(config: TwoTowerConfig) -> dict[str, int]:
