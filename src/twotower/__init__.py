@@ -87,9 +87,4 @@ def load_tokenizer(model: "str | Path | None" = None) -> "Tokenizer":
     """
     from twotower import checkpoint, tokenizer
 
-    if model is None:
-        return tokenizer.load_tokenizer(checkpoint.resolve("shipped"))
-    path = Path(model)
-
-    is_tokenizer = path.is_file() and path.suffix.lower() == ".json"
-    return tokenizer.load_tokenizer(path if is_tokenizer else checkpoint.resolve(model))
+    return tokenizer.load_tokenizer(checkpoint.find_tokenizer(model or "shipped"))

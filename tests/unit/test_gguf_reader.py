@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from twotower import load_tokenizer
+from twotower import PrepareOptions, load_tokenizer, prepare_data
 from twotower.checkpoint import gguf_reader, inspect, load_checkpoint
 from twotower.checkpoint.gguf_tokenizer import tokenizer_files
 from twotower.tokenizer import TOKENIZER_FILE
+from twotower.train.shard import Shard
 
 gguf = pytest.importorskip("gguf")
 Kind = gguf.GGMLQuantizationType
@@ -127,6 +128,13 @@ def test_the_tokenizer_and_the_template_come_along(tmp_path: Path) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
     assert tokenizer.decode(tokenizer.encode("no <2> here")) == "no <2> here"
     assert tokenizer.encode("<2>", allow_special=True) == [2]
+    (tmp_path / "a.txt").write_text("no <2> here")
+    options = PrepareOptions(
+        input=[tmp_path / "a.txt"], tokenizer=tmp_path / "m.gguf", out=tmp_path / "shard"
+    )
+    prepare_data(options)  # a shard for training beside this model
+    shard = Shard(tmp_path / "shard")
+    assert shard.tokenizer.fingerprint == tokenizer.fingerprint and shard.meta.special.eos == (2,)
 
 
 def test_a_second_look_reads_no_header_again(

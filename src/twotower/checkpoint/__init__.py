@@ -1,7 +1,7 @@
 """Checkpoints: reading, writing, converting and describing them."""
 
 from twotower.checkpoint.convert import convert, convert_to_gguf, export_transformers
-from twotower.checkpoint.files import generation_defaults, resolve
+from twotower.checkpoint.files import find_tokenizer, generation_defaults, resolve
 from twotower.checkpoint.gguf import export_gguf
 from twotower.checkpoint.inspect import describe
 from twotower.checkpoint.load import (
@@ -19,6 +19,7 @@ __all__ = [
     "export_gguf",
     "export_transformers",
     "find_device",
+    "find_tokenizer",
     "generation_defaults",
     "has_denoiser",
     "load_checkpoint",

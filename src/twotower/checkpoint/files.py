@@ -83,6 +83,13 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     )
 
 
+def find_tokenizer(path: str | Path) -> Path:
+    """The file or folder of the tokenizer of whatever `resolve` takes, or of a tokenizer.json."""
+    file = Path(path)
+    is_tokenizer = file.is_file() and file.suffix.lower() == ".json"
+    return file if is_tokenizer else resolve(path)
+
+
 def shipped_folder() -> Path:
     """Folder of the model inside the package; ValueError (one line) if there is none."""
     folder = Path(str(resources.files("twotower") / "assets"))

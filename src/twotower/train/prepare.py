@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from twotower.checkpoint import resolve
+from twotower.checkpoint import find_tokenizer
 from twotower.documented import documented
 from twotower.tokenizer import MIN_VOCAB_SIZE, Tokenizer, train_tokenizer
 from twotower.train.options import CheckedOptions
@@ -60,8 +60,8 @@ class PrepareOptions(CheckedOptions):
     """Stop after this many tokens, with a whole document. Default: 20 million of the built-in
     corpus, or all inputs."""
     tokenizer: Path | None = None
-    """Tokenizer to use: tokenizer.json, its folder or a hub id; the model's own for twotower train
-    --init. Default: train one on the text."""
+    """Tokenizer to use: tokenizer.json, its folder, a GGUF file or a hub id; the model's own for
+    twotower train --init. Default: train one on the text."""
     bos_token: str | None = None
     """Token of --tokenizer, as its vocabulary writes it, with which every document and prompt
     begins. Default: as its configuration says."""
@@ -191,13 +191,8 @@ def _get_tokenizer(options: PrepareOptions, sources: Sequence[Source]) -> Tokeni
             (part for _, text in sample for part in text), options.vocab_size or DEFAULT_VOCAB_SIZE
         )
     named = {"bos": options.bos_token, "eos": options.eos_token, "mask": options.mask_token}
-    path = _found(options.tokenizer)
+    path = find_tokenizer(options.tokenizer)
     return open_tokenizer(path, {r: n for r, n in named.items() if n is not None})
-
-
-def _found(path: Path) -> Path:
-    """Where the tokenizer lies that a path, a hub id or "shipped" names."""
-    return path if path.exists() else resolve(path)
 
 
 def _num_characters(text: Text) -> int:
@@ -225,7 +220,7 @@ def _write_shard(
     ShardMeta(
         vocab_size=tokenizer.vocab_size,
         special=find_special_tokens(
-            tokenizer, None if options.tokenizer is None else _found(options.tokenizer)
+            tokenizer, None if options.tokenizer is None else find_tokenizer(options.tokenizer)
         ),
         num_tokens=writer.num_tokens,
         num_documents=writer.num_documents,
