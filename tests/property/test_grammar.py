@@ -314,9 +314,11 @@ def test_what_a_grammar_needs() -> None:
         complete("ar", json_schema({"type": "thing"}))
 
 
-def test_a_model_may_have_more_tokens_than_its_tokenizer() -> None:
-    """Guards the tokens beyond, of which the library must not be asked."""
-    model = tiny_model(vocab_size=VOCAB + 300)
+@pytest.mark.parametrize(("padding", "mask"), [(300, MASK), (0, VOCAB), (300, VOCAB + 300)])
+def test_a_model_may_have_more_tokens_than_its_tokenizer(padding: int, mask: int) -> None:
+    """Guards the tokens beyond, of which the library must not be asked, and masks past the last:
+    no schema could be asked of a Llama whose vocabulary is its tokenizer's."""
+    model = tiny_model(vocab_size=VOCAB + padding, mask_token_id=mask)
     grammar = regex("[ab]{30}")
     for mode in ("ar", "speculative"):
         (found,) = generate(model, [PROMPT], options(mode, grammar), byte_tokenizer())

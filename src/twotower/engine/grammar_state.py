@@ -103,7 +103,8 @@ class GrammarState:
         unused = tokenizer.unused_ids(rules.vocab_size)
         special = {*tokenizer.special_ids, *unused, rules.mask_token_id}
         self._banned = frozenset(special - set(rules.eos))
-        self._banned_ids = torch.tensor(sorted(self._banned), dtype=torch.int64)
+        known = sorted(token for token in self._banned if token < rules.vocab_size)
+        self._banned_ids = torch.tensor(known, dtype=torch.int64)  # a mask may be past the last
         self._never = self._banned | set(rules.eos)  # in the middle of a text
         self._own: _RowProcess | None = None  # once it has anything to do
         self._read: list[int] = []  # tokens that it has read

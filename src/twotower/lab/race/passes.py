@@ -77,6 +77,13 @@ def _fill_cache(model: TwoTower, shape: PassShape) -> ContextCache:
 
 def _draw_ids(model: TwoTower, count: int, seed: int) -> Tensor:
     """Random ordinary token ids (1, count)."""
-    generator = torch.Generator().manual_seed(seed)
-    low = model.config.mask_token_id + 1
-    return torch.randint(low, model.config.vocab_size, (1, count), generator=generator)
+    return draw_ids(model, (1, count), torch.Generator().manual_seed(seed))
+
+
+def draw_ids(model: TwoTower, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Random ids of a shape, of tokens that are not special to the model."""
+    config = model.config
+    named = {config.mask_token_id, config.bos_token_id, config.pad_token_id, *config.eos_token_ids}
+    special = {*named, *model.unused_ids}
+    ordinary = torch.tensor([i for i in range(config.vocab_size) if i not in special])
+    return ordinary[torch.randint(len(ordinary), shape, generator=generator)]

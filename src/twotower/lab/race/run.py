@@ -19,7 +19,7 @@ from twotower.lab.evaluate.suite import Judge
 from twotower.lab.race.baselines import open_baselines
 from twotower.lab.race.contestant import BITS
 from twotower.lab.race.limits import Machine, describe_limits, doubt_limits
-from twotower.lab.race.passes import PassShape, time_passes
+from twotower.lab.race.passes import PassShape, draw_ids, time_passes
 from twotower.lab.race.replay import SIZES, record_script
 from twotower.lab.race.results import (
     count_right,
@@ -156,11 +156,10 @@ def record_replays(
     Prompts are cut to 256 tokens.
     """
     generator = torch.Generator().manual_seed(seed)
-    low = model.config.mask_token_id + 1
     replays = []
     for prompt in prompts:
         length = min(len(prompt.ids), REPLAY_PROMPT)
-        ids = torch.randint(low, model.config.vocab_size, (length,), generator=generator).tolist()
+        ids = draw_ids(model, (length,), generator).tolist()
         scripts = {str(o.mode): record_script(stream(model, [prompt.ids], o)) for o in modes}
         replays.append(TimedPrompt(ids=ids, max_new_tokens=prompt.max_new_tokens, scripts=scripts))
     return replays
