@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 
 from tiny_text import tiny_tokenizer
-from twotower.serve.chat import ChatTemplate, encode_pieces, plain_template, read_template
+from twotower.serve.chat import (
+    ChatTemplate,
+    encode_chat,
+    encode_pieces,
+    plain_template,
+    read_template,
+)
 from twotower.serve.errors import ApiError
+from twotower.serve.schema import ChatRequest
 from twotower.serve.tool_calls import BARE, HERMES
 from twotower.tokenizer import Tokenizer, train_tokenizer
 
@@ -109,6 +116,32 @@ def test_how_calls_are_written_shows_in_the_template() -> None:
     assert template("{{ tools }} <tool_call>").tool_style == HERMES
     assert template("{{ tools }}").tool_style == BARE
     assert template("{{ tools }}").has_tools and not template(TURNS).has_tools
+    assert template(TURNS).tool_style == HERMES  # it is told so
+
+
+def test_a_template_that_knows_no_tools_is_told_of_them() -> None:
+    """Guards ChatML without tools, as SmolLM2's: tools were refused, and calls and results of the
+    conversation so far were left out, or put into a role that the model never saw."""
+    call = {"name": "add", "arguments": '{"a": 1}'}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Add."},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "function": call}]},
+        {"role": "tool", "tool_call_id": "c", "content": "7"},
+    ]
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+    for given in ({"tools": tools}, {}):
+        body = ChatRequest(model="m", messages=messages, **given)  # type: ignore[arg-type]
+        text = TOKENIZER.decode(encode_chat(body, "m", template(TURNS), TOKENIZER, 5000))
+        assert text.startswith("<|system|>Be brief.")
+        assert ('{"name": "add", "parameters": {"type": "object"}}' in text) == bool(given)
+        called = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+        answered = "<tool_response>\n7\n</tool_response>"
+        assert text.endswith(f"<|user|>Add.<|assistant|>{called}<|user|>{answered}")
+    del messages[0]
+    body = ChatRequest(model="m", messages=messages, tools=tools)  # type: ignore[arg-type]
+    ids = encode_chat(body, "m", template(TURNS), TOKENIZER, 5000)
+    assert TOKENIZER.decode(ids).startswith("<|system|>You can call functions.")
 
 
 def test_a_tokenizer_without_bos_has_none() -> None:

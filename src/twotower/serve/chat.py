@@ -10,7 +10,7 @@ from twotower.engine.fork_server import Process, ProcessDied, Root
 from twotower.serve import template_child as child
 from twotower.serve.errors import ApiError
 from twotower.serve.schema import ChatRequest, ContentPart, Message, ToolCall
-from twotower.serve.tool_calls import BARE, HERMES, TooDeep, ToolStyle, parse_json
+from twotower.serve.tool_calls import BARE, HERMES, TooDeep, ToolStyle, as_text, parse_json
 from twotower.tokenizer import (
     CHAT_TEMPLATE_FILE,
     TOKENIZER_CONFIG_FILE,
@@ -56,8 +56,9 @@ class ChatTemplate:
 
     @property
     def tool_style(self) -> ToolStyle:
-        """How the model was taught to write calls, as far as its template shows."""
-        return HERMES if HERMES.begin.strip() in self.source else BARE
+        """How the model was taught to write calls, as far as its template shows, or is told to."""
+        has_tags = HERMES.begin.strip() in self.source or not self.has_tools
+        return HERMES if has_tags else BARE
 
     @property
     def has_tools(self) -> bool:
@@ -227,10 +228,12 @@ def encode_chat(
         )
     # A caller who forbids calls is answered as if there were no tools.
     tools = body.tools if body.tools and body.tool_choice != "none" else None
-    if tools and not template.has_tools:
-        raise ApiError(400, "tools: the model's chat template has no place for them", param="tools")
-    turns = [_turn(number, message) for number, message in enumerate(body.messages)]
+    turns: list[Mapping[str, object]] = [
+        _turn(number, message) for number, message in enumerate(body.messages)
+    ]
     tool_records = None if tools is None else [tool.model_dump(exclude_none=True) for tool in tools]
+    if not template.has_tools:
+        turns, tool_records = as_text(turns, tool_records or ()), None
     ids = template.encode(turns, tool_records, tokenizer, max_tokens)
     if not ids:
         raise ApiError(400, "messages: the chat template makes no text of them", param="messages")

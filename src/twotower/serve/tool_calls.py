@@ -40,6 +40,17 @@ BARE = ToolStyle()  # of the shipped model
 HERMES = ToolStyle("<tool_call>\n", "\n</tool_call>")
 
 
+_SHOWN = """\
+You can call functions. They are, one a line:
+<tools>
+%s
+</tools>
+To call one, write its name and its arguments between tags, as here:
+<tool_call>
+{"name": "NAME", "arguments": {"ARGUMENT": "VALUE"}}
+</tool_call>"""
+
+
 @dataclass(frozen=True)
 class ToolCall:
     """One call as it was written."""
@@ -92,6 +103,31 @@ def tool_call(
         rules.append(schema_rule("answer", answer[0], "json_schema", answer[1]))
     rules.insert(0, {"name": "start", "lark_grammar": text})
     return Grammar("tool_call", json.dumps({"grammars": rules}))
+
+
+def as_text(turns: Sequence[Mapping[str, object]], tools: Tools) -> list[Mapping[str, object]]:
+    """Turns for a template that knows no tools: what it would show of them stands in the system's
+    message, and calls and their results in the turns' own texts, in the style HERMES.
+    """
+    found = [_turn_as_text(turn) for turn in turns]
+    if not tools:
+        return found
+    lines = (json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)
+    shown = _SHOWN % "\n".join(lines)
+    if found and found[0]["role"] == "system":
+        shown = f"{found.pop(0)['content']}\n\n{shown}"
+    return [{"role": "system", "content": shown}, *found]
+
+
+def _turn_as_text(turn: Mapping[str, object]) -> Mapping[str, object]:
+    content, calls = str(turn["content"]), turn.get("tool_calls")
+    if turn["role"] == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
+    if not isinstance(calls, list):
+        return turn
+    written = [json.dumps(call["function"], ensure_ascii=False) for call in calls]
+    parts = [content, *(f"{HERMES.begin}{call}{HERMES.end}" for call in written)]
+    return {"role": turn["role"], "content": "\n".join(filter(None, parts))}
 
 
 def _calls_or_answer(functions: list[Function], answer: Wanted) -> Grammar:
