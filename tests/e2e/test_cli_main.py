@@ -225,6 +225,22 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert process.wait() == 141
 
 
+@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}])
+def test_waiting_threads_sleep_unless_told_otherwise(given: dict[str, str]) -> None:
+    """Guards against threads that spin for one that a busy machine does not let run. The setting
+    counts only if it is there before torch is."""
+    code = (
+        "import os, sys; from twotower.cli.main import main; print('torch' in sys.modules); "
+        "main(['--help']); print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    own = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env={**own, **given}, check=True, capture_output=True
+    )
+    lines = found.stdout.decode().splitlines()
+    assert (lines[0], lines[-1]) == ("False", given.get("OMP_WAIT_POLICY", "PASSIVE"))
+
+
 def test_train_takes_a_recipe_and_a_file_whose_options_flags_override(tmp_path: Path) -> None:
     """Guards against a flag that the file silently overrules, or a file that is never read."""
     file = tmp_path / "options.toml"
