@@ -25,6 +25,7 @@ from twotower.adapt.run import (
 from twotower.adapt.training import Trainer, measure
 from twotower.checkpoint.denoiser import load_denoiser, save_denoiser
 from twotower.cli.main import main
+from twotower.model.precision import Scheme, quantise_modules
 from twotower.model.thin import blocks_of, spread
 
 
@@ -154,6 +155,14 @@ def test_layers_are_spread_over_blocks() -> None:
     assert spread([(i,) for i in range(30)], 3) == [9, 19, 29]
     assert spread(blocks, 4) == list(range(8))
     assert spread(blocks, 2) == [2, 3, 6, 7]
+
+
+def test_a_quantised_backbone_is_refused() -> None:
+    """Guards the first stage: the lack of weights showed as a defect of the program."""
+    model = backbone()
+    quantise_modules(model, Scheme(weights="int8"))
+    with pytest.raises(ValueError, match="adapt needs full-precision weights"):
+        reads_of(model, ThinOptions())
 
 
 def test_acceptance_is_counted_as_decoding_would(tmp_path: Path) -> None:

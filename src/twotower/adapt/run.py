@@ -35,6 +35,7 @@ from twotower.adapt.options import (
 from twotower.adapt.training import Acceptance, Trainer, measure
 from twotower.checkpoint.denoiser import load_denoiser, save_denoiser, with_new_denoiser
 from twotower.model import TwoTower
+from twotower.model.precision import require_plain
 from twotower.model.thin import blocks_of, spread, thin_config
 from twotower.specs import AttentionSpec
 
@@ -58,8 +59,10 @@ class Progress:
 
 def reads_of(model: TwoTower, options: ThinOptions) -> list[int]:
     """The context layers that the denoiser reads, attention and what follows it: a Mamba state is
-    too large to be kept for every token. ValueError (one line) for too many.
+    too large to be kept for every token. ValueError (one line) for too many, and for a quantised
+    model: the denoiser begins with its weights.
     """
+    require_plain(model, "adapt")
     tower = model.config.context
     blocks = [
         block for block in blocks_of(tower) if isinstance(tower.layers[block[0]], AttentionSpec)
