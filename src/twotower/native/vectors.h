@@ -79,15 +79,10 @@ inline Floats<16> from_halves(const uint8_t *halves) {
 
 // bfloat16 numbers: the upper halves of float32
 inline Floats<16> from_bfloats(const uint8_t *upper) {
+    typedef uint16_t Halves __attribute__((vector_size(32), aligned(1), may_alias));
+    Ints<16> bits = __builtin_convertvector(*reinterpret_cast<const Halves *>(upper), Ints<16>) << 16;
     Floats<16> found;
-    uint16_t own[16];
-    std::memcpy(own, upper, sizeof own);
-    for (int i = 0; i < 16; i++) {
-        uint32_t bits = uint32_t(own[i]) << 16;
-        float value;
-        std::memcpy(&value, &bits, 4);
-        found[i] = value;
-    }
+    std::memcpy(&found, &bits, sizeof found);
     return found;
 }
 
