@@ -8,18 +8,17 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower import masks
 from twotower.config import TwoTowerConfig
 from twotower.layers.adaln import Modulation, TimestepEmbedder
 from twotower.layers.bigram import Bigram
-from twotower.layers.mamba2 import MambaState
 from twotower.model.backend import Backend, EagerBackend
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.state import ContextCache, ContextView, ForwardOutput
+from twotower.model.training import read_and_denoise
 
 # Tokens of a prompt read at a time: bounds the attention scores at chunk x prompt.
 PREFILL_CHUNK = 512
@@ -117,11 +116,12 @@ class TwoTower(nn.Module):
 
     def context_logits(self, ids: Tensor) -> Tensor:
         """Next-token logits of the context tower: ids (B, L) int64 -> (B, L, V) float32, causal."""
-        self._require_loaded_weights("context_logits")
-        ids = self._checked(ids, "ids").to(self.context_device)
+        self.require_loaded_weights("context_logits")
+        ids = self.checked(ids, "ids").to(self.context_device)
         length = ids.shape[1]
         hidden, _ = self.context_tower(ids, None, masks.causal(length, 0, ids.device), None, length)
-        return _head(self.context_lm_head, hidden)
+        logits: Tensor = self.context_lm_head(hidden).float()
+        return logits
 
     def empty_cache(self, num_rows: int, device: torch.device | None = None) -> ContextCache:
         """A cache before the first token."""
@@ -136,7 +136,7 @@ class TwoTower(nn.Module):
 
         chunk_size: tokens of a chunk, `PREFILL_CHUNK` where not given.
         """
-        ids = self._checked(ids, "ids")
+        ids = self.checked(ids, "ids")
         if lengths is not None and not (
             int(lengths.min()) >= 0 and int(lengths.max()) <= ids.shape[1]
         ):
@@ -196,7 +196,7 @@ class TwoTower(nn.Module):
         only read.
         """
         t = None if self.config.draft is not None else t
-        return self.backend.denoise(self._checked(block, "block"), view, t).float()
+        return self.backend.denoise(self.checked(block, "block"), view, t).float()
 
     def training_logits(
         self,
@@ -212,7 +212,7 @@ class TwoTower(nn.Module):
         t (B,) per row, (B, N) per block, or None. Returns (B, N*T, V) float32. Gradients reach the
         context tower only where its parameters require them. Source: system.md section 5.
         """
-        return self._read_and_denoise(clean, noisy, t, block_size, index)[0]
+        return read_and_denoise(self, clean, noisy, t, block_size, index)[0]
 
     def joint_logits(
         self,
@@ -223,68 +223,8 @@ class TwoTower(nn.Module):
         index: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`training_logits` and, of the same pass over clean, `context_logits` (B, K*T, V)."""
-        logits, hidden = self._read_and_denoise(clean, noisy, t, block_size, index)
-        return logits, _head(self.context_lm_head, hidden)
-
-    def _read_and_denoise(
-        self,
-        clean: Tensor,
-        noisy: Tensor,
-        t: Tensor | None,
-        block_size: int,
-        index: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Denoiser logits, and what the context tower made of clean (B, K*T, D)."""
-        self._require_loaded_weights("training")
-        if self.config.draft is not None:
-            raise ValueError(
-                "this denoiser is a thin one, which only drafts: twotower adapt trains it, and it "
-                "scores no texts"
-            )
-        num_rows, length = self._checked(clean, "clean").shape
-        if length % block_size:
-            raise ValueError(
-                f"clean {tuple(clean.shape)} must be a multiple of block_size={block_size} long"
-            )
-        if index is None:
-            every = torch.arange(length // block_size, device=clean.device)
-            index = every.expand(num_rows, -1)
-        if noisy.shape != (num_rows, index.shape[1] * block_size):
-            raise ValueError(
-                f"noisy has shape {tuple(noisy.shape)}; {tuple(index.shape)} blocks of "
-                f"block_size={block_size} of clean {tuple(clean.shape)} need "
-                f"{(num_rows, index.shape[1] * block_size)}"
-            )
-        context, view = self._training_view(clean, block_size, index)
-        view = view.to(self.denoiser_device)
-        blocks = noisy.unflatten(1, (-1, block_size)).to(self.denoiser_device)
-        mask = masks.block_causal(index.to(blocks.device), length, block_size)
-        if t is not None:
-            t = (t if t.dim() == 2 else t.unsqueeze(-1)).to(self.denoiser_device)
-        modulations = None if t is None else self.modulations(t)
-        start = index.to(blocks.device) * block_size
-        hidden = self.denoiser()(blocks, view, mask, modulations, start)
-        return _head(self.lm_head, hidden.flatten(1, 2)), context
-
-    def _training_view(
-        self, clean: Tensor, block_size: int, index: Tensor
-    ) -> tuple[Tensor, ContextView]:
-        """One causal pass over clean (B, K*T): its output (B, K*T, D), all keys, and Mamba states
-        before blocks (B, N).
-        """
-        num_rows, length = clean.shape
-        frozen = not any(p.requires_grad for p in self.context_tower.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            mask = masks.causal(length, 0, clean.device)
-            context, states = self.context_tower(clean, None, mask, None, block_size)
-        rows = torch.arange(num_rows, device=clean.device).unsqueeze(1)
-        layers = tuple(
-            MambaState(*(part[rows, index] for part in _shift_one_block(state)))
-            if isinstance(state, MambaState)
-            else state
-            for state in states
-        )
-        return context, ContextView(layers, None, length, num_rows)
+        logits, hidden = read_and_denoise(self, clean, noisy, t, block_size, index)
+        return logits, self.context_lm_head(hidden).float()
 
     def modulations(self, t: Tensor) -> list[Modulation]:
         """t (B, K) or (B, 1) -> for each layer shift, scale, gate (B, K, 1, D)."""
@@ -302,7 +242,8 @@ class TwoTower(nn.Module):
             )
         return self.denoiser_tower
 
-    def _require_loaded_weights(self, purpose: str) -> None:
+    def require_loaded_weights(self, purpose: str) -> None:
+        """ValueError (one line) if the backend has rounded them."""
         if self.backend.quantization != "none":
             raise ValueError(
                 f"{purpose} uses the weights as loaded, and this model decodes with "
@@ -311,25 +252,16 @@ class TwoTower(nn.Module):
 
     def _after(self, cache: ContextCache, tokens: Tensor) -> Tensor:
         """Checked tokens that are to follow the cache, on its device."""
-        tokens = self._checked(tokens, "tokens").to(self.context_device)
+        tokens = self.checked(tokens, "tokens").to(self.context_device)
         if len(tokens) != cache.num_rows:
             raise ValueError(f"tokens have {len(tokens)} rows but the cache has {cache.num_rows}")
         return tokens
 
-    def _checked(self, ids: Tensor, name: str) -> Tensor:
+    def checked(self, ids: Tensor, name: str) -> Tensor:
+        """The ids (B, L); ValueError (one line) for what are none."""
         if ids.dim() != 2 or ids.shape[1] < 1 or ids.dtype != torch.int64:
             raise ValueError(
                 f"{name} has shape {tuple(ids.shape)} and dtype {ids.dtype}; "
                 "must be (rows, tokens >= 1) int64"
             )
         return ids
-
-
-def _head(head: nn.Module, hidden: Tensor) -> Tensor:
-    logits: Tensor = head(hidden)
-    return logits.float()
-
-
-def _shift_one_block(state: MambaState) -> MambaState:
-    """States at the end of each block -> states at its start: block 0 starts from zeros."""
-    return MambaState(*(F.pad(part[:, :-1], (0, 0) * (part.dim() - 2) + (1, 0)) for part in state))

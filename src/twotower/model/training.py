@@ -1,0 +1,88 @@
+"""One pass of both towers over whole texts, which training and scoring need and decoding does not.
+
+Source: system.md section 5.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twotower import masks
+from twotower.layers.mamba2 import MambaState
+from twotower.model.state import ContextView
+
+if TYPE_CHECKING:
+    from twotower.model.two_tower import TwoTower
+
+
+def read_and_denoise(
+    model: "TwoTower",
+    clean: Tensor,
+    noisy: Tensor,
+    t: Tensor | None,
+    block_size: int,
+    index: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Denoiser logits of blocks (B, N*T, V), and what the context tower made of clean (B, K*T, D).
+
+    Arguments as in `TwoTower.training_logits`.
+    """
+    model.require_loaded_weights("training")
+    if model.config.draft is not None:
+        raise ValueError(
+            "this denoiser is a thin one, which only drafts: twotower adapt trains it, and it "
+            "scores no texts"
+        )
+    num_rows, length = model.checked(clean, "clean").shape
+    if length % block_size:
+        raise ValueError(
+            f"clean {tuple(clean.shape)} must be a multiple of block_size={block_size} long"
+        )
+    if index is None:
+        every = torch.arange(length // block_size, device=clean.device)
+        index = every.expand(num_rows, -1)
+    if noisy.shape != (num_rows, index.shape[1] * block_size):
+        raise ValueError(
+            f"noisy has shape {tuple(noisy.shape)}; {tuple(index.shape)} blocks of "
+            f"block_size={block_size} of clean {tuple(clean.shape)} need "
+            f"{(num_rows, index.shape[1] * block_size)}"
+        )
+    context, view = _training_view(model, clean, block_size, index)
+    device = model.denoiser_device
+    view, blocks = view.to(device), noisy.unflatten(1, (-1, block_size)).to(device)
+    mask = masks.block_causal(index.to(device), length, block_size)
+    if t is not None:
+        t = (t if t.dim() == 2 else t.unsqueeze(-1)).to(device)
+    modulations = None if t is None else model.modulations(t)
+    start = index.to(device) * block_size
+    hidden = model.denoiser()(blocks, view, mask, modulations, start)
+    logits: Tensor = model.lm_head(hidden.flatten(1, 2)).float()
+    return logits, context
+
+
+def _training_view(
+    model: "TwoTower", clean: Tensor, block_size: int, index: Tensor
+) -> tuple[Tensor, ContextView]:
+    """One causal pass over clean (B, K*T): its output (B, K*T, D), all keys, and Mamba states
+    before blocks (B, N).
+    """
+    num_rows, length = clean.shape
+    frozen = not any(p.requires_grad for p in model.context_tower.parameters())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        mask = masks.causal(length, 0, clean.device)
+        context, states = model.context_tower(clean, None, mask, None, block_size)
+    rows = torch.arange(num_rows, device=clean.device).unsqueeze(1)
+    layers = tuple(
+        MambaState(*(part[rows, index] for part in _shift_one_block(state)))
+        if isinstance(state, MambaState)
+        else state
+        for state in states
+    )
+    return context, ContextView(layers, None, length, num_rows)
+
+
+def _shift_one_block(state: MambaState) -> MambaState:
+    """States at the end of each block -> states at its start: block 0 starts from zeros."""
+    return MambaState(*(F.pad(part[:, :-1], (0, 0) * (part.dim() - 2) + (1, 0)) for part in state))
