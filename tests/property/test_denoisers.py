@@ -16,7 +16,8 @@ from twotower import ContextCache, Finished, GenerateOptions, TwoTower, generate
 from twotower.engine import EngineOptions, Request, resolve_options, stream_requests
 from twotower.engine.batch import Batch
 from twotower.engine.blocks import BLOCKS
-from twotower.engine.denoiser import Blocks, CopyDenoiser, Follower
+from twotower.engine.denoiser import Blocks
+from twotower.engine.denoiser_copy import CopyDenoiser, Follower
 from twotower.engine.request import Row
 from twotower.hosts import Message, SplitTwoTower, serve_blocks
 from twotower.hosts.link import END, _packed, _unpacked

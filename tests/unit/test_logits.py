@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from twotower.engine import GenerateOptions
-from twotower.engine.logits import penalize, require_finite
+from twotower.engine.constraints import penalize
+from twotower.engine.logits import require_finite
 from twotower.engine.options import resolve_options
 from twotower.engine.request import Row
 

@@ -1,8 +1,4 @@
-"""Where blocks are denoised: beside the context tower, on another device, or on another host.
-
-A denoiser elsewhere keeps a copy of the batch's cache. Before a block the copy follows the batch:
-rows that left are dropped, and only what the context tower has read since travels.
-"""
+"""Where blocks are denoised: beside the context tower, or by a denoiser that is elsewhere."""
 
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -14,8 +10,7 @@ from torch import Tensor
 from twotower.diffusion import Sampler, Step, denoise_block
 from twotower.engine.events import Event, StepTaken
 from twotower.engine.logits import require_finite
-from twotower.model import ContextCache, ContextView, TwoTower
-from twotower.model.state import CacheDelta
+from twotower.model import ContextView, TwoTower
 
 if TYPE_CHECKING:
     from twotower.engine.batch import Batch
@@ -57,6 +52,8 @@ def new_denoiser(model: TwoTower) -> Denoiser:
         return model.new_denoiser()
     if model.denoiser_device == model.context_device:
         return LocalDenoiser()
+    from twotower.engine.denoiser_copy import CopyDenoiser
+
     return CopyDenoiser()
 
 
@@ -103,59 +100,6 @@ class LocalDenoiser:
 
     def fill(self, batch: "Batch", blocks: Blocks) -> Iterator[Step]:
         return denoise_rows(batch.model, batch.cache.view(), blocks)
-
-
-class CopyDenoiser:
-    """On another device of this process: a copy of the cache is read."""
-
-    def __init__(self) -> None:
-        self._follower = Follower()
-        self._copy: CacheCopy | None = None
-
-    def fill(self, batch: "Batch", blocks: Blocks) -> Iterator[Step]:
-        device = batch.model.denoiser_device
-        if self._copy is None:
-            self._copy = CacheCopy(batch.model.empty_cache(1, device))
-        sources, delta = self._follower.lacks(batch)
-        self._copy.update(sources, delta.to(device))
-        self._follower.holds(batch)
-        return denoise_rows(batch.model, self._copy.cache.view(), blocks)
-
-
-class CacheCopy:
-    """The copy of a batch's cache. empty: a cache of one row before its first token."""
-
-    def __init__(self, empty: ContextCache) -> None:
-        self.cache, self._empty = empty.select(torch.tensor([0])), empty
-
-    def update(self, sources: Sequence[int], delta: CacheDelta) -> None:
-        """Become the cache of rows which were the `sources` of this one, -1 for a new row, and have
-        read what is in the delta since.
-        """
-        if list(sources) != list(range(self.cache.num_rows)):
-            self.cache.append(self._empty)  # the last row, which -1 picks
-            self.cache = self.cache.select(torch.tensor(sources))
-        self.cache.apply_delta(delta)
-
-
-class Follower:
-    """Knows what a copy holds. After a failure between `lacks` and `holds` it is made anew."""
-
-    def __init__(self) -> None:
-        self._held: dict[int, int] = {}  # tokens of each row, by its index, in the copy's order
-
-    def lacks(self, batch: "Batch") -> tuple[list[int], CacheDelta]:
-        """What `CacheCopy.update` needs to become the batch's cache."""
-        held, self._held = self._held, {}
-        order, indices = list(held), [row.index for row in batch.rows]
-        sources = [order.index(index) if index in held else -1 for index in indices]
-        lengths = torch.tensor([held.get(index, 0) for index in indices])
-        return sources, batch.cache.delta_since(lengths)
-
-    def holds(self, batch: "Batch") -> None:
-        """The copy is the batch's cache now."""
-        lengths = batch.cache.lengths.tolist()
-        self._held = {row.index: n for row, n in zip(batch.rows, lengths, strict=True)}
 
 
 def denoise_rows(model: TwoTower, view: ContextView, blocks: Blocks) -> Iterator[Step]:

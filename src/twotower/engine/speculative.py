@@ -13,9 +13,10 @@ from twotower.diffusion import choose as choose_each
 from twotower.diffusion import gumbel
 from twotower.engine import ar, drafts_denoiser, drafts_lookup
 from twotower.engine.batch import Batch, Choice, DecodingMode
+from twotower.engine.constraints import choose_allowed, penalize
 from twotower.engine.drafts import Proposal, best, pass_cost
 from twotower.engine.events import Event, Verified
-from twotower.engine.logits import choose_allowed, penalize, require_finite, rows_logprobs
+from twotower.engine.logits import require_finite, rows_logprobs
 from twotower.engine.request import Row
 
 # The denoiser first: a lookup that gives two tokens would keep one that gives ten from being tried.

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from twotower.diffusion import Sampler, Step
 from twotower.engine.batch import Batch
-from twotower.engine.denoiser import Blocks, CacheCopy, Denoiser, Follower, denoise_rows
+from twotower.engine.denoiser import Blocks, Denoiser, denoise_rows
+from twotower.engine.denoiser_copy import CacheCopy, Follower
 from twotower.hosts.link import END, Link, Message, PeerLostError
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
 from twotower.model import ContextCache, ContextView, TwoTower
-from twotower.model.state import CacheDelta, LayerState
+from twotower.model.delta import CacheDelta
+from twotower.model.state import LayerState
 
 _log = logging.getLogger(__name__)
 _STEP_TENSORS = [field.name for field in dataclasses.fields(Step) if field.name != "index"]

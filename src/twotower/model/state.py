@@ -75,26 +75,6 @@ class ForwardOutput(NamedTuple):
     states_after: StatesAfter | None = None
 
 
-class CacheDelta(NamedTuple):
-    """What a cache holds beyond a copy of it: counts (B,) tokens of each row.
-
-    states: keys and values of these tokens alone, right-padded to the most, and each Mamba layer's
-    state, with leading (B, 1); hidden (B, D), the last output.
-    """
-
-    states: list[LayerState]
-    hidden: Tensor
-    counts: Tensor
-
-    def to(self, device: torch.device | str) -> "CacheDelta":
-        """The same on another device; counts stay on the CPU."""
-        states = [
-            None if state is None else type(state)(*(part.to(device) for part in state))
-            for state in self.states
-        ]
-        return CacheDelta(states, self.hidden.to(device), self.counts)
-
-
 class ContextCache:
     """State of the context tower after `lengths[b]` committed tokens of each row b.
 
@@ -182,32 +162,6 @@ class ContextCache:
             self._states[index] = state
         self.last_hidden, self.lengths = newest, lengths
 
-    def delta_since(self, lengths: Tensor) -> CacheDelta:
-        """What the cache holds beyond the first lengths (B,) tokens of its rows."""
-        counts = self.lengths - lengths
-        most = int(counts.max()) if len(counts) else 0
-        first = int(lengths[0]) if len(lengths) else 0
-        is_even = bool((lengths == first).all()) and bool((counts == most).all())
-        states: list[LayerState] = []
-        for state in self.layers:
-            if isinstance(state, KV):
-                cut = slice(first, first + most) if is_even else None
-                states.append(KV(*(_tokens_from(part, cut, lengths, most) for part in state)))
-            elif state is None:
-                states.append(None)
-            else:
-                states.append(MambaState(*(part.unsqueeze(1) for part in state)))
-        assert self.last_hidden is not None  # something was read
-        return CacheDelta(states, self.last_hidden, counts)
-
-    def apply_delta(self, delta: CacheDelta) -> None:
-        """Commit what `since` of another cache with this one's lengths gave."""
-        most = int(delta.counts.max()) if len(delta.counts) else 0
-        if most == 0:
-            return
-        hidden = delta.hidden.unsqueeze(1).expand(-1, most, -1)
-        self.commit(ForwardOutput(hidden, delta.states), delta.counts)
-
     def select(self, rows: Tensor) -> "ContextCache":
         """A new cache with copies of some rows: rows (R,) int64."""
         chosen = object.__new__(ContextCache)
@@ -289,15 +243,6 @@ class ContextCache:
         # overwrites them.
         positions = self.lengths.unsqueeze(1) + torch.arange(length)
         return torch.arange(num_rows, device=device).unsqueeze(1), positions.to(device)
-
-
-def _tokens_from(buffer: Tensor, cut: slice | None, starts: Tensor, length: int) -> Tensor:
-    """`length` tokens of a buffer (B, room, Hk, A): one cut of all rows, or each from its start."""
-    if cut is not None:
-        return buffer[:, cut]
-    position = starts.unsqueeze(1) + torch.arange(length)
-    position = position.clamp(max=buffer.shape[1] - 1).to(buffer.device)  # padding: any token
-    return buffer[torch.arange(len(buffer), device=buffer.device).unsqueeze(1), position]
 
 
 def _with_room(buffer: Tensor, num_rows: int, num_past: int, length: int) -> Tensor:

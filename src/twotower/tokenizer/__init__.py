@@ -8,13 +8,12 @@ from twotower.tokenizer.file import (
     read_chat_template,
 )
 from twotower.tokenizer.text import (
-    MIN_VOCAB_SIZE,
     SPECIAL_TOKENS,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     Tokenizer,
-    train_tokenizer,
 )
+from twotower.tokenizer.training import MIN_VOCAB_SIZE, train_tokenizer
 
 __all__ = [
     "CHAT_TEMPLATE_FILE",

@@ -1,0 +1,68 @@
+"""A denoiser on another device: it reads a copy of the batch's cache.
+
+Before a block the copy follows the batch: rows that left are dropped, and only what the context
+tower has read since travels.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from twotower.diffusion import Step
+from twotower.engine.batch import Batch
+from twotower.engine.denoiser import Blocks, denoise_rows
+from twotower.model import ContextCache
+from twotower.model.delta import CacheDelta, apply_delta, delta_since
+
+
+class CopyDenoiser:
+    """On another device of this process: a copy of the cache is read."""
+
+    def __init__(self) -> None:
+        self._follower = Follower()
+        self._copy: CacheCopy | None = None
+
+    def fill(self, batch: Batch, blocks: Blocks) -> Iterator[Step]:
+        device = batch.model.denoiser_device
+        if self._copy is None:
+            self._copy = CacheCopy(batch.model.empty_cache(1, device))
+        sources, delta = self._follower.lacks(batch)
+        self._copy.update(sources, delta.to(device))
+        self._follower.holds(batch)
+        return denoise_rows(batch.model, self._copy.cache.view(), blocks)
+
+
+class CacheCopy:
+    """The copy of a batch's cache. empty: a cache of one row before its first token."""
+
+    def __init__(self, empty: ContextCache) -> None:
+        self.cache, self._empty = empty.select(torch.tensor([0])), empty
+
+    def update(self, sources: Sequence[int], delta: CacheDelta) -> None:
+        """Become the cache of rows which were the `sources` of this one, -1 for a new row, and have
+        read what is in the delta since.
+        """
+        if list(sources) != list(range(self.cache.num_rows)):
+            self.cache.append(self._empty)  # the last row, which -1 picks
+            self.cache = self.cache.select(torch.tensor(sources))
+        apply_delta(self.cache, delta)
+
+
+class Follower:
+    """Knows what a copy holds. After a failure between `lacks` and `holds` it is made anew."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, int] = {}  # tokens of each row, by its index, in the copy's order
+
+    def lacks(self, batch: Batch) -> tuple[list[int], CacheDelta]:
+        """What `CacheCopy.update` needs to become the batch's cache."""
+        held, self._held = self._held, {}
+        order, indices = list(held), [row.index for row in batch.rows]
+        sources = [order.index(index) if index in held else -1 for index in indices]
+        lengths = torch.tensor([held.get(index, 0) for index in indices])
+        return sources, delta_since(batch.cache, lengths)
+
+    def holds(self, batch: Batch) -> None:
+        """The copy is the batch's cache now."""
+        lengths = batch.cache.lengths.tolist()
+        self._held = {row.index: n for row, n in zip(batch.rows, lengths, strict=True)}
