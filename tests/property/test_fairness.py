@@ -25,8 +25,8 @@ from twotower.engine import (
 )
 from twotower.engine.prefill import READ_TOKENS
 from twotower.engine.request import Row, make_row
-from twotower.engine.request_queue import RequestQueue
-from twotower.engine.scheduler import TURN, Scheduler
+from twotower.engine.scheduler import Scheduler
+from twotower.engine.shared_queue import TURN, SharedQueue
 
 PROMPT = prompts_of([5])[0]
 LONG = options(mode="ar", max_new_tokens=100_000)
@@ -77,7 +77,7 @@ def test_a_row_that_was_paused_writes_what_it_writes_alone(
         for (caller, _, _), own, prompt in zip(rows, o, prompts, strict=True)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("twotower.engine.scheduler.TURN", 1)  # so that places change hands often
+        patch.setattr("twotower.engine.shared_queue.TURN", 1)  # so that places change hands often
         patch.setattr("twotower.engine.prefill.READ_TOKENS", 8)
         patch.setattr("twotower.engine.scheduler.READ_TOKENS", 8)
         set_chunk(patch, 4)
@@ -128,7 +128,7 @@ def test_rows_of_no_caller_keep_their_places() -> None:
 def scheduler_of(requests: list[Request], max_rows: int) -> Scheduler:
     """A scheduler in whose queue all requests are from the beginning."""
     rows = [make_row(MODEL, i, one, None, "it") for i, one in enumerate(requests)]
-    queue = RequestQueue(rows)
+    queue = SharedQueue(rows)
     queue.count(len(rows))
     return Scheduler(MODEL, queue, EngineOptions(max_rows=max_rows))
 
@@ -305,7 +305,7 @@ def test_little_memory_lets_paused_rows_go_on(monkeypatch: pytest.MonkeyPatch) -
     for them, not fail, and they must not wait behind it."""
     free = [10**9]
     monkeypatch.setattr(prefill, "available_bytes", lambda device: free[0])
-    monkeypatch.setattr("twotower.engine.scheduler.TURN", 1)
+    monkeypatch.setattr("twotower.engine.shared_queue.TURN", 1)
     lengths = (60, 3, 5)
     requests = [
         request(caller, options(mode="ar", max_new_tokens=n))
@@ -325,7 +325,7 @@ def test_little_memory_lets_paused_rows_go_on(monkeypatch: pytest.MonkeyPatch) -
 def test_a_row_that_never_fits_fails_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
     one_row = 3 * (5 + 60 + 4) * MODEL.config.context.kv_elements * 4
     monkeypatch.setattr(prefill, "available_bytes", lambda device: one_row)
-    monkeypatch.setattr("twotower.engine.scheduler.TURN", 1)
+    monkeypatch.setattr("twotower.engine.shared_queue.TURN", 1)
     o = options(mode="ar", max_new_tokens=60)
     requests = [request(caller, o) for caller in "abcabc"]
     too_large = request("d", SHORT, prompts_of([9000])[0])
@@ -337,7 +337,7 @@ def test_a_row_that_never_fits_fails_at_last(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_row_that_lost_its_place_gets_it_back_while_others_come() -> None:
     """Guards long texts under load: new rows that always come first let a paused one wait for
     minutes, until its client gives up."""
-    queue, number = RequestQueue(max_waiting=1000), itertools.count()
+    queue, number = SharedQueue(max_waiting=1000), itertools.count()
 
     def put(length: int) -> None:
         asked = request("a", options(mode="ar", max_new_tokens=length))
@@ -360,9 +360,9 @@ def test_a_row_on_its_way_is_not_lost_with_the_thread(
 ) -> None:
     """Guards a client that waits for ever: a thread that dies while a row gets or loses its place
     leaves it neither among the rows that have one nor among those that wait."""
-    method, deaths = getattr(RequestQueue, name), [1]
+    method, deaths = getattr(SharedQueue, name), [1]
 
-    def dying(queue: RequestQueue, row: Row) -> None:
+    def dying(queue: SharedQueue, row: Row) -> None:
         if name == "take":
             method(queue, row)
         if row.paused is not None and deaths:
@@ -371,7 +371,7 @@ def test_a_row_on_its_way_is_not_lost_with_the_thread(
         if name == "put_back":
             method(queue, row)
 
-    monkeypatch.setattr(RequestQueue, name, dying)
+    monkeypatch.setattr(SharedQueue, name, dying)
     with running(max_rows=1) as worker:
         long = worker.submit(request("a", options(mode="ar", max_new_tokens=200)))
         wait_for(lambda: len(long.row.tokens) > TURN)

@@ -39,8 +39,8 @@ from twotower.engine.batch import Group
 from twotower.engine.events import FailureKind
 from twotower.engine.faults import EngineDeadError
 from twotower.engine.request import Row
-from twotower.engine.request_queue import RequestQueue
 from twotower.engine.scheduler import Scheduler
+from twotower.engine.shared_queue import SharedQueue
 from twotower.measure import release_memory
 
 PROMPTS = prompts_of([5, 3, 9, 2])
@@ -66,9 +66,9 @@ def test_rows_that_are_called_off_change_no_other(
     wrong row's state writes a fluent text that is another's."""
     prompts = prompts_of([4, 9, 1, 17, 3, 6])
     num_asked: Counter[int] = Counter()
-    method = RequestQueue.reason_to_leave
+    method = SharedQueue.reason_to_leave
 
-    def impatient(queue: RequestQueue, row: Row, now: float) -> FailureKind | None:
+    def impatient(queue: SharedQueue, row: Row, now: float) -> FailureKind | None:
         """Each row's client goes before the row's cycle of that number."""
         num_asked[row.index] += 1
         row.is_cancelled |= num_asked[row.index] == patience[row.index]
@@ -78,7 +78,7 @@ def test_rows_that_are_called_off_change_no_other(
         return {"mode": modes[i], "temperature": 0.8, "seed": i, "max_new_tokens": 12}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RequestQueue, "reason_to_leave", impatient)
+        patch.setattr(SharedQueue, "reason_to_leave", impatient)
         with running(max_rows=4, overlap=overlap, prefix_cache_bytes=cache) as worker:
             tickets = [worker.submit(Request(p, options(**of(i)))) for i, p in enumerate(prompts)]
             ends = [end_of(ticket) for ticket in tickets]

@@ -1,11 +1,9 @@
 """Who is decoded when. `Scheduler.step` is one cycle of every row that has a place.
 
-Places are shared among callers: while rows wait, the caller with the most places gives some up, and
-a row that had one for long makes room for one that did not. A row without a place keeps its cache
-and goes on later as if nothing had been; no text depends on who else is there.
+The queue says whose turn it is. A row that loses its place keeps its cache and goes on later as if
+nothing had been; no text depends on who else is there.
 """
 
-import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,18 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from twotower.engine.batch import Batch, Choice, Group, kind_of
 from twotower.engine.denoiser import new_denoiser
 from twotower.engine.events import Event, Failed, Verified
-from twotower.engine.faults import attempt, failed, failure
+from twotower.engine.faults import attempt, failure
 from twotower.engine.options import EngineOptions
 from twotower.engine.prefill import READ_TOKENS, open_batches, read_prompts, refusal
 from twotower.engine.prefix_cache import PrefixCache
 from twotower.engine.request import Row
-from twotower.engine.request_queue import RequestQueue, debt
+from twotower.engine.request_queue import RequestQueue
 from twotower.model import TwoTower
-
-# A row makes room for another of its caller, or of one with fewer places, after this many steps and
-# twice as many as the other has had more than it has waited: new rows begin soon, old ones change
-# places rarely, and nobody waits for ever.
-TURN = 8
 
 
 class Scheduler:
@@ -81,15 +74,10 @@ class Scheduler:
 
     def _leave(self, group: Group) -> Iterator[Event]:
         """Rows that were cancelled or are too late go, and their part of the cache with them."""
-        now = time.monotonic()
-        yield from self._queue.leaving(now)
-        reasons = {row: self._queue.reason_to_leave(row, now) for row in group.rows}
-        group.keep(lambda row: reasons[row] is None)
-        for row, reason in reasons.items():
-            row.num_served += 1
-            row.num_since += 1
-            if reason is not None:
-                yield failed(row.index, reason)
+        if ended := self._queue.leaving(group.rows):
+            yield from ended  # first: what follows may want memory
+            numbers = {event.row for event in ended}
+            group.keep(lambda row: row.index not in numbers)
 
     def _admit(self, group: Group) -> Iterator[Event]:
         """Give places to rows that wait, in the queue's order, as far as memory allows."""
@@ -108,7 +96,7 @@ class Scheduler:
                     yield Failed(row=row.index, kind="memory", message=message)
                 continue
             if places.total() >= self._max_rows:
-                if (victim := _victim(present, row, places)) is None:
+                if (victim := self._queue.victim(present, row, places)) is None:
                     break
                 present.remove(victim)
                 paused.append(victim)
@@ -157,26 +145,6 @@ class Scheduler:
     def _read_prompts(self, batch: Batch) -> Iterator[Event]:
         read_prompts(batch, self._prefixes)
         return iter(())
-
-
-def _victim(rows: Sequence[Row], waiting: Row, places: Mapping[str | None, int]) -> Row | None:
-    """The row that has to make room for one that waits, if any: of a caller with more places, or
-    one of its own caller's, if it has one.
-    """
-    own, caller = places[waiting.caller], waiting.caller
-    peers = [row for row in rows if row.caller == caller] if caller is not None else []
-    others = [row for row in rows if places[row.caller] > own]
-    victim = max(
-        [*others, *peers],
-        key=lambda row: (places[row.caller], row.num_since >= TURN, row.num_served),
-        default=None,
-    )
-    if victim is None:
-        return None
-    has_more = places[victim.caller] > own + 1
-    has_turned = victim.num_since >= TURN  # a place that was waited for is not lost at once
-    was_longer = victim.num_served >= TURN + 2 * max(0, debt(waiting))
-    return victim if has_more or (has_turned and was_longer) else None
 
 
 def _turn(batch: Batch, places: Mapping[str | None, int]) -> tuple[int, int, int]:

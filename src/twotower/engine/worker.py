@@ -18,8 +18,8 @@ from twotower.engine.faults import EngineDeadError, failed, log_failure
 from twotower.engine.options import EngineOptions
 from twotower.engine.prefix_cache import PrefixCache, PrefixStats
 from twotower.engine.request import Request, Row, check_tokenizer, make_row
-from twotower.engine.request_queue import RequestQueue, Stopped
 from twotower.engine.scheduler import Scheduler
+from twotower.engine.shared_queue import SharedQueue, Stopped
 from twotower.measure import release_memory
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
@@ -151,7 +151,7 @@ class Worker:
         check_tokenizer(model, tokenizer)
         self._model, self._tokenizer = model, tokenizer
         self._options = options or EngineOptions()
-        self._queue = RequestQueue((), self._options.max_waiting, self._read_an_ended_text)
+        self._queue = SharedQueue((), self._options.max_waiting, self._read_an_ended_text)
         self._tickets: dict[int, Ticket] = {}  # of all rows that have not ended
         self._prefixes: PrefixCache | None = None
         if self._options.prefix_cache_bytes:

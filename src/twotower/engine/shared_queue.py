@@ -1,0 +1,148 @@
+"""The queue of a server: any thread puts rows in, and callers share the places.
+
+While rows wait, the caller with the most places gives some up, and a row that had one for long
+makes room for one that did not.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from twotower.engine.events import Failed, FailureKind
+from twotower.engine.faults import failed
+from twotower.engine.request import Row
+from twotower.engine.request_queue import RequestQueue
+
+# A caller's rows may wait while they are fewer than so many times the free places of the queue: one
+# caller alone fills 8 of 9, and another finds room.
+_SHARE = 8
+# A row makes room for another of its caller, or of one with fewer places, after this many steps and
+# twice as many as the other has had more than it has waited: new rows begin soon, old ones change
+# places rarely, and nobody waits for ever.
+TURN = 8
+
+
+class Stopped(Exception):
+    """The engine takes no more requests."""
+
+
+class SharedQueue(RequestQueue):
+    """Rows that wait, new ones and paused ones. Any thread may `put`, up to max_waiting rows; the
+    engine's takes.
+
+    idle: does a moment's work that nobody waits for; False when there is none.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Row | Failed | None] = (),
+        max_waiting: int = 0,
+        idle: Callable[[], bool] = lambda: False,
+    ) -> None:
+        super().__init__(source)
+        self._max_waiting, self._idle = max_waiting, idle
+        self._is_closed = max_waiting == 0
+        self._ends_s = float("inf")  # when rows have to leave, in time.monotonic()
+        self._reason = ""  # why no row may come any more
+
+    @property
+    def num_waiting(self) -> int:
+        """Rows that never had a place."""
+        return sum(row.paused is None for row in self._rows)
+
+    def put(self, row: Row) -> bool:
+        """Let a row wait; False if too many do. Raises Stopped."""
+        with self._changed:
+            if self._is_closed:
+                raise Stopped(self._reason)
+            free = self._max_waiting - self.num_waiting
+            own = sum(one.caller == row.caller and one.paused is None for one in self._rows)
+            if free <= 0 or (row.caller is not None and own >= _SHARE * free):
+                return False
+            self._rows.append(row)
+            self._changed.notify()
+            return True
+
+    def holds(self, row: Row) -> bool:
+        """Whether a row waits here."""
+        with self._changed:
+            return any(one is row for one in self._rows)
+
+    def close(self, grace_s: float, reason: str) -> None:
+        """Take no more rows; those that have not ended in grace_s seconds have to leave.
+
+        reason: the message for later requests.
+        """
+        with self._changed:
+            self._reason = self._reason or reason
+            self._ends_s, self._is_closed = time.monotonic() + grace_s, True
+            self._changed.notify()
+
+    def clear(self) -> None:
+        """Let nobody wait any more."""
+        with self._changed:
+            self._rows.clear()
+
+    def peek(self, places: Mapping[str | None, int], is_paused: bool = False) -> Row | None:
+        """Of the caller with the fewest places, then the row that was served least for its time of
+        waiting, then the first.
+        """
+        with self._changed:
+            rows = [row for row in self._rows if row.paused is not None or not is_paused]
+            return min(rows, key=lambda row: (places[row.caller], _debt(row)), default=None)
+
+    def victim(
+        self, rows: Sequence[Row], waiting: Row, places: Mapping[str | None, int]
+    ) -> Row | None:
+        """A row of a caller with more places, or one of its own caller's, if it has one."""
+        own, caller = places[waiting.caller], waiting.caller
+        peers = [row for row in rows if row.caller == caller] if caller is not None else []
+        others = [row for row in rows if places[row.caller] > own]
+        victim = max(
+            [*others, *peers],
+            key=lambda row: (places[row.caller], row.num_since >= TURN, row.num_served),
+            default=None,
+        )
+        if victim is None:
+            return None
+        has_more = places[victim.caller] > own + 1
+        has_turned = victim.num_since >= TURN  # a place that was waited for is not lost at once
+        was_longer = victim.num_served >= TURN + 2 * max(0, _debt(waiting))
+        return victim if has_more or (has_turned and was_longer) else None
+
+    def leaving(self, rows: Sequence[Row]) -> list[Failed]:
+        """Rows that were cancelled or are too late; the others have waited, or been served, for one
+        more step.
+        """
+        now = time.monotonic()
+        with self._changed:
+            ended = super().leaving(rows)
+            for row in (*self._rows, *rows):
+                row.num_since += 1
+            for row in rows:
+                row.num_served += 1
+            reasons = [(row, self.reason_to_leave(row, now)) for row in (*self._rows, *rows)]
+            gone = {row for row, reason in reasons if reason is not None}
+            self._rows = [row for row in self._rows if row not in gone]
+        return [*ended, *(failed(row.index, reason) for row, reason in reasons if reason)]
+
+    def reason_to_leave(self, row: Row, now: float) -> FailureKind | None:
+        """Why a row is to go no further at the time now, in seconds of time.monotonic()."""
+        if now >= self._ends_s:
+            return "stopped"
+        return row.reason_to_leave(now)
+
+    def wait(self) -> None:
+        """Return when there may be something to do; called when nothing is being decoded."""
+        super().wait()
+        while not self._rows and not self._is_closed and self._idle():
+            pass
+        with self._changed:
+            while not self._rows and not self._is_closed:
+                self._changed.wait()
+
+
+def _debt(row: Row) -> int:
+    """What a waiting row has had of the machine, less what it has waited since: whoever waits long
+    enough comes before every new row.
+    """
+    return row.num_served - row.num_since
