@@ -158,22 +158,13 @@ def decode_only(record: Record) -> str:
 
 def rows_table(record: Record) -> str:
     """Tokens a second by rows decoded at a time."""
-    found = {
-        (one["overlap"], one["mode"], one["rows"]): one["tokens_per_s"]["median"]
-        for one in record["results"]
-    }
-    counts = sorted({rows for _, _, rows in found})
-    modes = dict.fromkeys(mode for _, mode, _ in found)
+    found = {(r["mode"], r["rows"]): r["tokens_per_s"]["median"] for r in record["results"]}
+    counts = sorted({rows for _, rows in found})
     table = [
-        [
-            mode,
-            *(f"{found['off', mode, rows]:,.0f}" for rows in counts),
-            f"{found['on', mode, counts[-1]]:,.0f}",
-        ]
-        for mode in modes
+        [mode, *(f"{found[mode, rows]:,.0f}" for rows in counts)]
+        for mode in dict.fromkeys(mode for mode, _ in found)
     ]
-    head = ["tokens/s", *(f"{rows} row{'s' * (rows > 1)}" for rows in counts)]
-    return markdown([*head, f"{counts[-1]} rows, towers overlapping"], table)
+    return markdown(["tokens/s", *(f"{rows} row{'s' * (rows > 1)}" for rows in counts)], table)
 
 
 def prefix_cache(record: Record) -> str:

@@ -62,7 +62,7 @@ def solved_profiles() -> dict[str, Efficiency]:
     """What the calibrated figures say, to full precision."""
     return {
         "eager-gpu": calibrate_gpu(),
-        "eager-cpu": calibrate_cpu("pytorch", "eager-cpu"),
+        "eager-cpu": calibrate_cpu("eager", "eager-cpu"),
         "native-cpu": calibrate_cpu("native", "native-cpu"),
         "native-int8-cpu": calibrate_cpu("native-int8", "native-int8-cpu"),
     }

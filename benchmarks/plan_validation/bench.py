@@ -1,7 +1,8 @@
 """Predictions of what our own benchmarks recorded in benchmarks/results."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -14,15 +15,15 @@ from twotower import load_tokenizer
 from twotower.checkpoint.inspect import Tower, describe, describe_config
 from twotower.lab.evaluate.suite import held_out
 from twotower.lab.plan.hardware import built_in
-from twotower.lab.plan.inputs import PROFILES, Mode, Width, Widths, Workload, uniform
+from twotower.lab.plan.inputs import PROFILES, Efficiency, Mode, Width, Widths, Workload, uniform
 from twotower.lab.plan.memory import device_maps
 from twotower.lab.plan.modes import ModeTime, time_mode
 from twotower.lab.plan.passes import ModelShape, Pass, PlanSetup, time_pass
 from twotower.lab.race.replay import random_config
 
 RESULTS = Path(__file__).parents[1] / "results"
-DATE = "cpu_2026-11-26.json"
-PROFILE = {"pytorch": "eager-cpu", "eager": "eager-cpu", "native": "native-cpu"}
+DATE, ROWS_DATE = "cpu_2026-11-26.json", "cpu_2026-11-29.json"
+PROFILE = {"eager": "eager-cpu", "native": "native-cpu"}
 PROFILE |= {"native-int8": "native-int8-cpu", "transformers": "eager-cpu"}
 INT8 = {"native-int8-cpu"}  # profiles of int8 arithmetic on int8 weights
 # llama.cpp is not our code: held against what no code can beat.
@@ -36,11 +37,12 @@ CALLS: dict[str, tuple[Tower, int, int]] = {
 }
 # The three figures of each backend that set its three parameters (one thread).
 CALIBRATION = (("shipped", "ar_step"), ("160M", "ar_step"), ("160M", "denoise_pass"))
+ROWS_CALIBRATION = ("ar", 16)  # and the one that sets what rows share
 _ROWS_CATEGORIES = ("math", "code", "tools", "knowledge")  # of benchmarks/rows.py
 
 
-def read_record(name: str) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((RESULTS / f"{name}_{DATE}").read_text())
+def read_record(name: str, date: str = DATE) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((RESULTS / f"{name}_{date}").read_text())
     return record
 
 
@@ -119,7 +121,7 @@ def answer_rows() -> Iterator[Row]:
     for category, modes in read_record("evaluate")["categories"].items():
         for mode, found in modes.items():
             work = _recorded_work(found, _prompt_tokens(category, found["n"]))
-            time = _time("native-cpu", "bench-1-thread", work, mode)
+            time = _time(make_setup("shipped", "bench-1-thread", "native-cpu"), work, mode)
             yield Row(
                 group="our answers, native, 1 thread",
                 what=f"{category}, {mode}",
@@ -130,30 +132,41 @@ def answer_rows() -> Iterator[Row]:
 
 
 def batch_rows() -> Iterator[Row]:
-    """Rows at a time. Tokens per pass were not recorded there: those of the evaluation's four
-    categories are taken; overlapped towers are taken as two devices of a thread each.
+    """What several rows at a time gain over one: ratios, which say nothing of the machine."""
+    for backend in ("eager", "native"):
+        measured = measured_rows(backend)
+        for mode, rows in measured:
+            if rows > 1:
+                yield Row(
+                    group=f"our rows, {backend}",
+                    what=f"{mode}, {rows} rows",
+                    unit="times one row",
+                    predicted=predict_rows(
+                        PROFILES[PROFILE[backend]], PROFILE[backend], mode, rows
+                    ),
+                    measured=both(measured[mode, rows] / measured[mode, 1]),
+                    calibrated=(mode, rows) == ROWS_CALIBRATION,
+                )
+
+
+def measured_rows(backend: str) -> dict[tuple[Mode, int], float]:
+    """Tokens a second by mode and number of rows."""
+    results = read_record(f"rows_{backend}", ROWS_DATE)["results"]
+    return {(one["mode"], one["rows"]): one["tokens_per_s"]["median"] for one in results}
+
+
+def predict_rows(efficiency: Efficiency, profile: str, mode: Mode, rows: int) -> float:
+    """What `rows` rows of the shipped model gain over one. Tokens per pass were not recorded there:
+    those of the evaluation's four categories are taken.
     """
     categories = read_record("evaluate")["categories"]
     prompt = round(fmean(_prompt_tokens(name, 200) for name in _ROWS_CATEGORIES))
-    for backend in ("eager", "native"):
-        for found in read_record(f"rows_{backend}")["results"]:
-            if found["overlap"] == "on" and (found["mode"] == "ar" or found["rows"] == 1):
-                continue  # a tower for each queue: nothing to overlap
-            kept = [categories[name][found["mode"]] for name in _ROWS_CATEGORIES]
-            total = {
-                name: sum(k[name] for k in kept)
-                for name in ("tokens", "nfe", "context_forwards", "n")
-            }
-            work = _recorded_work(total, prompt, found["rows"])
-            time = _time(PROFILE[backend], "bench-1-thread", work, found["mode"], found["overlap"])
-            overlap = "" if found["overlap"] == "off" else ", overlap"
-            yield Row(
-                group=f"our rows, {backend}",
-                what=f"{found['mode']}, {found['rows']} rows{overlap}",
-                unit="tokens/s",
-                predicted=time.tokens_per_s,
-                measured=both(found["tokens_per_s"]["median"]),
-            )
+    kept = [categories[name][mode] for name in _ROWS_CATEGORIES]
+    names = ("tokens", "nfe", "context_forwards", "n")
+    total = {name: sum(k[name] for k in kept) for name in names}
+    setup = replace(make_setup("shipped", "bench-1-thread", profile), efficiency=efficiency)
+    many, one = (_time(setup, _recorded_work(total, prompt, n), mode) for n in (rows, 1))
+    return many.tokens_per_s / one.tokens_per_s
 
 
 def memory_rows() -> Iterator[Row]:
@@ -200,9 +213,6 @@ def _recorded_work(found: Mapping[str, Any], prompt: int, rows: int = 1) -> Work
     )
 
 
-def _time(
-    profile: str, hardware: str, work: Workload, mode: Mode, overlap: str = "off"
-) -> ModeTime:
-    setup = make_setup("shipped", hardware, profile)
-    places: Sequence[Any] = list(device_maps(setup, work, mode, 2 if overlap == "on" else 1))
-    return time_mode(setup, work, mode, places[-1])
+def _time(setup: PlanSetup, work: Workload, mode: Mode) -> ModeTime:
+    (place,) = device_maps(setup, work, mode, 1)
+    return time_mode(setup, work, mode, place)

@@ -5,7 +5,14 @@ that are marked so.
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.plan_validation.bench import CALLS, make_setup, read_record
+from benchmarks.plan_validation.bench import (
+    CALLS,
+    ROWS_CALIBRATION,
+    make_setup,
+    measured_rows,
+    predict_rows,
+    read_record,
+)
 from benchmarks.plan_validation.published import read_published, released
 
 from twotower.lab.plan.hardware import built_in
@@ -51,7 +58,9 @@ def _limit(shape: ModelShape, run: dict[str, Any]) -> PlanSetup:
 
 
 def calibrate_cpu(engine: str, profile: str) -> Efficiency:
-    """The three parameters of a backend from three passes, each by the one that rules it."""
+    """The parameters of a backend: three from three passes, each by the one that rules it, and what
+    rows share from what 16 gain over one.
+    """
     sizes = read_record("race_1_thread")["sizes"]
     found = PROFILES[profile]
 
@@ -75,4 +84,16 @@ def calibrate_cpu(engine: str, profile: str) -> Efficiency:
         step = predicted("160M", "denoise_pass")
         left = measured("160M", "denoise_pass") - step.overhead_s - step.stream_s
         found = replace(found, arithmetic=min(1.0, found.arithmetic * step.compute_s / left))
-    return found
+    return replace(found, row_share=_row_share(found, profile, engine.removesuffix("-int8")))
+
+
+def _row_share(found: Efficiency, profile: str, backend: str) -> float:
+    """By bisection: the more of a layer every row takes again, the less a batch gains."""
+    measured, (mode, rows) = measured_rows(backend), ROWS_CALIBRATION
+    gain = measured[mode, rows] / measured[mode, 1]
+    low, high = 0.0, 1.0
+    for _ in range(_TURNS):
+        middle = (low + high) / 2
+        gains_more = predict_rows(replace(found, row_share=middle), profile, mode, rows) > gain
+        low, high = (middle, high) if gains_more else (low, middle)
+    return (low + high) / 2

@@ -51,9 +51,9 @@ def test_the_race_without_baselines(
     record = json.loads(capsys.readouterr().out)
     assert list(record["sizes"]) == ["shipped", "32M"] and record["complete"] is True
     for found in record["sizes"].values():
-        assert set(found["engines"]) == {"pytorch", "native", "native-int8"}
-        assert set(found["engines"]["pytorch"]) == OURS
-        for row in found["engines"]["pytorch"].values():
+        assert set(found["engines"]) == {"eager", "native", "native-int8"}
+        assert set(found["engines"]["eager"]) == OURS
+        for row in found["engines"]["eager"].values():
             assert row["ms_per_token"] > 0 and row["speedup_vs_best_ar"] > 0
             assert row["decode_ms_per_token"] > 0 and row["n"] == found["n"]
         assert found["best_ar"][1] == "ar"
@@ -63,10 +63,10 @@ def test_the_race_without_baselines(
         assert "transformers" in missing and "llama.cpp-q8_0" in missing
         assert "pip install" in missing
     shipped, random = record["sizes"]["shipped"], record["sizes"]["32M"]
-    assert {"correct", "accuracy"} <= set(shipped["engines"]["pytorch"]["diffusion"])
+    assert {"correct", "accuracy"} <= set(shipped["engines"]["eager"]["diffusion"])
     for modes in shipped["engines"].values():  # lossless, within each engine
         assert modes["speculative"]["same_tokens_as_own_ar"] == shipped["n"]
-    assert "correct" not in random["engines"]["pytorch"]["diffusion"] and random["n"] == 2
+    assert "correct" not in random["engines"]["eager"]["diffusion"] and random["n"] == 2
     # One long-context prompt at most is above 1000 tokens; whether this one is, the record says.
     is_short = any("left out" in line for line in record["warnings"])
     assert shipped["n"] == 8 - is_short
@@ -85,7 +85,7 @@ def test_replays_repeat_what_the_checkpoint_commits(
     flags = ["--model", checkpoint, "--sizes", "shipped,32M", "--no-baselines", *FLAGS]
     assert main(["bench", "--json", *flags, "--replays", "99"]) == 0
     found = json.loads(capsys.readouterr().out)["sizes"]
-    shipped, random = (found[size]["engines"]["pytorch"] for size in ("shipped", "32M"))
+    shipped, random = (found[size]["engines"]["eager"] for size in ("shipped", "32M"))
     for mode in OURS:
         for field in ("tokens", "nfe", "context_forwards"):
             assert random[mode][field] == shipped[mode][field]
@@ -98,7 +98,7 @@ def test_the_race_with_baselines(checkpoint: str, capfd: pytest.CaptureFixture[s
     assert main(["bench", "--model", checkpoint, "--threads", "1", *FLAGS]) == 0
     text, err = capfd.readouterr()
     assert "falling back" not in err  # a baseline's notes about itself are no result of the race
-    for name in ("pytorch", "transformers", "llama.cpp-f32", "llama.cpp-f16", "llama.cpp-q8_0"):
+    for name in ("eager", "transformers", "llama.cpp-f32", "llama.cpp-f16", "llama.cpp-q8_0"):
         assert name in text
     assert "x best" in text and "overhead-bound" in text and "tokens/NFE" in text
     assert "not measured" not in text

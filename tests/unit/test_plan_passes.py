@@ -112,16 +112,18 @@ def test_experts_behind_a_slow_link() -> None:
     assert far.seconds - near.seconds == pytest.approx(moved / 1e8 - moved / 1e9)
 
 
-def test_rows_in_turn_share_nothing() -> None:
-    """Silent failure: a backend that takes rows one by one is credited with a batch's gain."""
-    turns = Efficiency(bandwidth=1.0, arithmetic=1.0, layer_s=1e-3, rows_in_turn=True)
-    made = setup(machine(tflops={"bfloat16": 0.1}), turns)
-    one = time_pass(made, STEP)
-    three = time_pass(made, replace(STEP, rows=3))
-    assert three.seconds == pytest.approx(3 * one.seconds)
-    together = time_pass(replace(made, efficiency=replace(turns, rows_in_turn=False)), STEP)
-    assert one == together
-    assert time_pass(made, STEP).num_experts == 2
+def test_further_rows_take_a_share_of_a_layer_again() -> None:
+    """Silent failure: an engine's work on each row is left out, and a batch gains too much."""
+    shared = Efficiency(bandwidth=1.0, arithmetic=1.0, layer_s=1e-3)
+    made = setup(machine(tflops={"bfloat16": 0.1}), shared)
+    again = replace(made, efficiency=replace(shared, row_share=0.25))
+    assert time_pass(again, STEP) == time_pass(made, STEP)
+    for rows in (2, 5):
+        call = replace(STEP, rows=rows)
+        more = time_pass(again, call).seconds - time_pass(made, call).seconds
+        assert more == pytest.approx(6 * 1e-3 * 0.25 * (rows - 1))  # six layers
+    with pytest.raises(ValueError, match="row_share: 2 must be between 0 and 1"):
+        replace(shared, row_share=2)
 
 
 def test_int8_arithmetic_needs_a_rate() -> None:

@@ -84,9 +84,9 @@ def test_rows_of_baselines_have_their_own_weights() -> None:
     """Silent failure: llama.cpp's 8-bit weights are counted as float32, or its row is ours."""
     passes = {call: {"median": 2.0} for call in ("ar_step", "denoise_pass", "extend", "verify")}
     record = {
-        "ms_by_engine": {"pytorch": passes},
+        "ms_by_engine": {"eager": passes},
         "engines": {
-            "pytorch": {"ar": {"decode_ms_per_token": 3.0}},
+            "eager": {"ar": {"decode_ms_per_token": 3.0}},
             "llama.cpp-q8_0": {"ar": {"decode_ms_per_token": 0.5}},
             "transformers": {"ar": {"decode_ms_per_token": None}},
         },
@@ -95,7 +95,7 @@ def test_rows_of_baselines_have_their_own_weights() -> None:
     shape = PassShape(num_past=10, block_size=4, repeats=1, seed=0)
     rows = describe_limits(model, record, shape, Machine())
     assert [(r["engine"], r["call"], r["ms"]) for r in rows] == [
-        *(("pytorch", call, 2.0) for call in passes),
+        *(("eager", call, 2.0) for call in passes),
         ("llama.cpp-q8_0", "ar_step", 0.5),
     ]
     assert rows[1]["operations"] == work_of("M*-", 4, 4, 10, 4, "denoiser").operations

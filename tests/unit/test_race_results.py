@@ -40,7 +40,7 @@ ROWS = [
 PROMPTS = [TimedPrompt(ids=[1], max_new_tokens=5)] * 3
 
 
-NAMES = [("pytorch", "ar"), ("pytorch", "diffusion"), ("llama.cpp", "ar")]
+NAMES = [("eager", "ar"), ("eager", "diffusion"), ("llama.cpp", "ar")]
 
 
 def columns(names: list[tuple[str, str]], rows: list[list[Measurement]]) -> dict[Any, Any]:
@@ -49,13 +49,13 @@ def columns(names: list[tuple[str, str]], rows: list[list[Measurement]]) -> dict
 
 
 def summarise() -> dict[str, Any]:
-    return summarise_measurements(columns(NAMES, ROWS), ["pytorch"])
+    return summarise_measurements(columns(NAMES, ROWS), ["eager"])
 
 
 def test_costs_and_speedups() -> None:
     found = summarise()
     assert found["best_ar"] == ["llama.cpp", "ar"]
-    diffusion = found["engines"]["pytorch"]["diffusion"]
+    diffusion = found["engines"]["eager"]["diffusion"]
     assert diffusion["ms_per_token"] == pytest.approx(2.0)
     assert diffusion["tokens_per_s"] == pytest.approx(14 / 0.052)
     assert (diffusion["nfe"], diffusion["tokens_per_nfe"]) == (7, 2.0)
@@ -65,14 +65,14 @@ def test_costs_and_speedups() -> None:
     baseline = found["engines"]["llama.cpp"]["ar"]
     assert baseline["speedup_vs_best_ar"] == 1.0
     assert baseline["speedup_vs_own_ar"] == pytest.approx(2.0)  # pairs 2, 2, 4
-    assert found["engines"]["pytorch"]["ar"]["tokens_per_nfe"] is None
+    assert found["engines"]["eager"]["ar"]["tokens_per_nfe"] is None
 
 
 def test_each_engine_has_its_own_ar() -> None:
     """Silent failure: a mode's gain over a slow AR is taken for the mode's, not the engine's."""
-    names = [("pytorch", "ar"), ("native", "ar"), ("native", "speculative")]
+    names = [("eager", "ar"), ("native", "ar"), ("native", "speculative")]
     measured = [[one(5, 20.0, 16.0), one(5, 10.0, 8.0), one(5, 5.0, 2.0)]]
-    found: dict[str, Any] = summarise_measurements(columns(names, measured), ["pytorch", "native"])
+    found: dict[str, Any] = summarise_measurements(columns(names, measured), ["eager", "native"])
     row = found["engines"]["native"]["speculative"]
     assert row["speedup_vs_own_ar"] == pytest.approx(2.0)
     assert row["decode_speedup_vs_own_ar"] == pytest.approx(4.0)
@@ -82,7 +82,7 @@ def test_each_engine_has_its_own_ar() -> None:
 def test_decoding_alone() -> None:
     found = summarise()
     assert found["best_ar_decode"] == ["llama.cpp", "ar"] and found["best_ar_decode_ms"] == 1.0
-    diffusion = found["engines"]["pytorch"]["diffusion"]
+    diffusion = found["engines"]["eager"]["diffusion"]
     assert diffusion["decode_ms_per_token"] == pytest.approx(1.0)  # 1, 0.5, 1
     assert diffusion["decode_speedup_vs_own_ar"] == pytest.approx(6.0)  # 4, 10, 6
     assert diffusion["decode_speedup_vs_best_ar"] == pytest.approx(1.0)  # 1, 4, 1
@@ -90,25 +90,25 @@ def test_decoding_alone() -> None:
 
 def test_answers_of_one_token_have_no_decoding() -> None:
     found: dict[str, Any] = summarise_measurements(
-        columns(NAMES[:1], [[one(1, 5.0, 0.0)]]), ["pytorch"]
+        columns(NAMES[:1], [[one(1, 5.0, 0.0)]]), ["eager"]
     )
-    row = found["engines"]["pytorch"]["ar"]
+    row = found["engines"]["eager"]["ar"]
     assert row["ms_per_token"] == 5.0
     assert row["decode_ms_per_token"] is None and row["decode_speedup_vs_own_ar"] is None
 
 
 def test_tokens_are_compared_with_our_ar() -> None:
     """The third diffusion answer is shorter than AR's."""
-    assert count_same(columns(NAMES, ROWS), ["pytorch"]) == {
-        ("pytorch", "ar"): 3, ("pytorch", "diffusion"): 2, ("llama.cpp", "ar"): 3,
+    assert count_same(columns(NAMES, ROWS), ["eager"]) == {
+        ("eager", "ar"): 3, ("eager", "diffusion"): 2, ("llama.cpp", "ar"): 3,
     }  # fmt: skip
 
 
 def test_an_engine_is_compared_with_its_own_ar() -> None:
     """Silent failure: one engine's rounding makes a lossless mode of another look lossy."""
-    names = [("pytorch", "ar"), ("native", "ar"), ("native", "speculative")]
+    names = [("eager", "ar"), ("native", "ar"), ("native", "speculative")]
     measured = [[one(5, 1.0, 1.0), one(4, 1.0, 1.0), one(4, 1.0, 1.0)]]
-    found = count_same(columns(names, measured), ["pytorch", "native"])
+    found = count_same(columns(names, measured), ["eager", "native"])
     assert found["native", "speculative"] == 1 and found["native", "ar"] == 1
 
 
@@ -117,24 +117,24 @@ def test_right_answers_are_counted_by_runner() -> None:
     prompts = [TimedPrompt(ids=[1], max_new_tokens=5, is_right=lambda text: text == "4")] * 3
     found = count_right(columns(NAMES, ROWS), prompts, decode=lambda tokens: str(len(tokens)))
     assert found == {
-        ("pytorch", "ar"): 0, ("pytorch", "diffusion"): 1, ("llama.cpp", "ar"): 0,
+        ("eager", "ar"): 0, ("eager", "diffusion"): 1, ("llama.cpp", "ar"): 0,
     }  # fmt: skip
 
 
 def test_passes_and_where_blocks_pay() -> None:
     times = {
-        ("pytorch", "ar_step"): [3.4, 3.4, 9.0],
-        ("pytorch", "denoise_pass"): [5.8, 5.0, 6.0],
-        ("pytorch", "extend"): [5.0],
-        ("pytorch", "verify"): [6.2],
+        ("eager", "ar_step"): [3.4, 3.4, 9.0],
+        ("eager", "denoise_pass"): [5.8, 5.0, 6.0],
+        ("eager", "extend"): [5.0],
+        ("eager", "verify"): [6.2],
         ("compiled", "ar_step"): [1.0],
         ("compiled", "denoise_pass"): [4.0],
         ("compiled", "extend"): [16.0],
         ("compiled", "verify"): [4.0],
     }
     found: dict[str, Any] = summarise_passes(times, best_ar_ms=0.5, block_size=16)
-    assert found["ms_by_engine"]["pytorch"]["denoise_pass"]["n"] == 3
-    pays = found["pays"]["pytorch"]
+    assert found["ms_by_engine"]["eager"]["denoise_pass"]["n"] == 3
+    pays = found["pays"]["eager"]
     assert pays["denoise_per_ar_step"] == pytest.approx(5.8 / 3.4)
     assert pays["needed_tokens_per_nfe"]["own_ar"]["2.42"] == pytest.approx(5.31, abs=0.005)
     assert pays["needed_tokens_per_nfe"]["best_ar"] == {"1": None, "2.42": None}
@@ -153,12 +153,12 @@ def test_spread_is_median_and_quartiles() -> None:
 def test_the_best_ar_has_the_lowest_median_among_the_engines() -> None:
     """Silent failure: a speed-up against a slow baseline, or against a mode that is not AR."""
     costs = {
-        ("pytorch", "ar"): [4.0, 4.0, 4.0],
-        ("pytorch", "diffusion"): [1.0, 1.0, 1.0],
+        ("eager", "ar"): [4.0, 4.0, 4.0],
+        ("eager", "diffusion"): [1.0, 1.0, 1.0],
         ("llama.cpp-f32", "ar"): [9.0, 2.0, 2.5],  # mean 4.5, median 2.5
     }
-    assert best_ar(costs, ["pytorch", "llama.cpp-f32"]) == ("llama.cpp-f32", "ar")
-    assert best_ar(costs, ["pytorch"]) == ("pytorch", "ar")
+    assert best_ar(costs, ["eager", "llama.cpp-f32"]) == ("llama.cpp-f32", "ar")
+    assert best_ar(costs, ["eager"]) == ("eager", "ar")
 
 
 def test_speedups_are_paired() -> None:

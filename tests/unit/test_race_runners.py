@@ -99,7 +99,7 @@ def test_our_laps_leave_out_the_prompt(mode: str, given: int) -> None:
         max_new_tokens=9,
         ignore_eos=True,
     )
-    runner = OurRunner("pytorch", tiny_model(), options)
+    runner = OurRunner("eager", tiny_model(), options)
     one = runner.run(TimedPrompt(ids=prompts_of([5])[0], max_new_tokens=9))
     assert (len(one.tokens), one.decode_tokens) == (9, 9 - given)
     assert 0 < one.decode_seconds < one.seconds < 60
@@ -112,10 +112,10 @@ def test_an_engine_that_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(model: TwoTower) -> TwoTower:
         raise ValueError("no compiler; install one")
 
-    engines = {"pytorch": module.ENGINES["pytorch"], "other": refuse}
+    engines = {"eager": module.ENGINES["eager"], "other": refuse}
     monkeypatch.setattr(module, "ENGINES", engines)
     model = tiny_model()
-    opened, unable = open_engines(model, ["other", "pytorch"])
-    assert opened == {"pytorch": model} and unable == ["other: no compiler; install one"]
+    opened, unable = open_engines(model, ["other", "eager"])
+    assert opened == {"eager": model} and unable == ["other: no compiler; install one"]
     with pytest.raises(ValueError, match="engines: none can run this model"):
         open_engines(model, ["other"])

@@ -6,7 +6,7 @@ another; each takes the longer of its streaming and its arithmetic.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from twotower.checkpoint.inspect import Description, Tower
 from twotower.config import TowerConfig, TwoTowerConfig
@@ -189,9 +189,6 @@ def _mixing(shape: ModelShape, call: Pass, widths: Widths) -> PassPart:
 
 def time_pass(setup: PlanSetup, call: Pass, host_share: float = 0.0) -> PassTime:
     """How long a pass takes; `host_share` of the routed experts' bytes cross the host link."""
-    if setup.efficiency.rows_in_turn and call.rows > 1:
-        one = time_pass(setup, replace(call, rows=1), host_share)
-        return _scale(one, call.rows)
     parts = pass_parts(setup.shape, call, setup.widths)
     hardware, efficiency = setup.hardware, setup.efficiency
     bandwidth = hardware.bytes_per_s(sum(part.weight_bytes for part in parts))
@@ -209,6 +206,7 @@ def time_pass(setup: PlanSetup, call: Pass, host_share: float = 0.0) -> PassTime
         else:
             spent["compute"] += compute
     overhead = setup.shape.tower(call.tower).num_layers * efficiency.layer_s
+    overhead *= 1 + efficiency.row_share * (call.rows - 1)
     moe, num_tokens = setup.shape.experts, call.rows * call.tokens
     return PassTime(
         seconds=overhead + sum(spent.values()),
@@ -219,15 +217,4 @@ def time_pass(setup: PlanSetup, call: Pass, host_share: float = 0.0) -> PassTime
         num_experts=0.0
         if moe is None
         else expected_experts(moe.num_experts, moe.experts_per_token, num_tokens),
-    )
-
-
-def _scale(one: PassTime, rows: int) -> PassTime:
-    return PassTime(
-        seconds=rows * one.seconds,
-        overhead_s=rows * one.overhead_s,
-        stream_s=rows * one.stream_s,
-        compute_s=rows * one.compute_s,
-        host_s=rows * one.host_s,
-        num_experts=one.num_experts,
     )

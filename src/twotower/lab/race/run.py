@@ -58,7 +58,7 @@ class RaceOptions:
     modes: str = ",".join(OUR_MODES)
     """Our decoding modes, separated by commas; ar must be among them."""
     engines: str = ",".join(ENGINES)
-    """Backends of our modes, separated by commas: pytorch (eager), native, native-int8."""
+    """Backends of our modes, separated by commas: eager, native, native-int8."""
     baselines: bool = True
     """Also measure AR decoding by transformers and llama.cpp, where they are installed."""
     prompts: tuple[Path, ...] = ()

@@ -116,7 +116,7 @@ class BaselineRunner:
 
 # Name in the table -> the model as that engine runs it; ValueError (one line) where it cannot.
 ENGINES: Mapping[str, Callable[[TwoTower], TwoTower]] = {
-    "pytorch": lambda model: model,
+    "eager": lambda model: model,
     "native": lambda model: accelerate(model, "native"),
     "native-int8": lambda model: accelerate(model, "native", "int8"),
 }
@@ -132,7 +132,7 @@ def open_engines(model: TwoTower, names: Sequence[str]) -> tuple[dict[str, TwoTo
         except (ValueError, ImportError) as error:
             unable.append(f"{name}: {error}")
     if not engines:
-        raise ValueError(f"engines: none can run this model ({'; '.join(unable)}); use pytorch")
+        raise ValueError(f"engines: none can run this model ({'; '.join(unable)}); use eager")
     return engines, unable
 
 
