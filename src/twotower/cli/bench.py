@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from twotower.lab.race.run import (
     watch_idle,
 )
 from twotower.lab.race.runners import TimedPrompt
-from twotower.lab.report import Record, to_png, write_files
+from twotower.lab.report import Record, Table, to_png, write_files
 from twotower.loading import Loaded, Placement, load, placement_of
 from twotower.model.precision import require_plain
 
@@ -68,14 +69,21 @@ def run(options: BenchOptions) -> int:
         open_folder(options.output)
         require_library("matplotlib")
     loaded = load(placement_of(options, backend="eager"), "diffusion")
-    if options.prompts or not loaded.model.has_denoiser:
-        return contest.run(options, loaded)
-    record = measure(options, loaded)
+    is_contest = bool(options.prompts) or not loaded.model.has_denoiser
+    if is_contest:
+        given = Path(options.model or "")
+        record = contest.measure(options, loaded, given if given.is_file() else loaded.folder)
+    else:
+        record = measure(options, loaded)
     if options.output is not None:
-        pictures = {name: to_png(figure) for name, figure in race_figures(record).items()}
-        write_files(options.output, RECORD_FILE, record, pictures, None)
+        figures = {} if is_contest else race_figures(record)
+        pictures = {name: to_png(figure) for name, figure in figures.items()}
+        name = contest.RECORD_FILE if is_contest else RECORD_FILE
+        write_files(options.output, name, record, pictures, None)
     if options.json:
         print(json.dumps(record))
+    elif is_contest:
+        print_tables(contest.contest_tables(record), record["missing"], record["warnings"])
     else:
         print_race(record)
     return 0 if record["complete"] else INTERRUPTED
@@ -83,19 +91,34 @@ def run(options: BenchOptions) -> int:
 
 def print_race(record: Record) -> None:
     """Costs, passes and break-even of every size; then what was missing or doubtful."""
+    sizes = record["sizes"].items()
+    missing = dict.fromkeys(line for _, found in sizes for line in found["missing"])
+    notes = [
+        describe_break_even(engine, pays, found)
+        for _, found in sizes
+        for engine, pays in found["pays"].items()
+    ]
+    found = [table for size, one in sizes for table in tables(size, one)]
+    print_tables(found, missing, record["warnings"], notes)
+
+
+def print_tables(
+    found: Sequence[Table],
+    missing: Iterable[str],
+    warnings: Sequence[str],
+    notes: Sequence[str] = (),
+) -> None:
+    """Tables, what they say in words, and what was missing or doubtful."""
     console = make_console()
-    missing: dict[str, None] = {}
-    for size, found in record["sizes"].items():
-        for table in tables(size, found):
-            print_table(console, table)
-        console.print()
-        for engine, pays in found["pays"].items():
-            console.print(describe_break_even(engine, pays, found))
-        missing |= dict.fromkeys(found["missing"])
-    for line in missing:
-        console.print(f"not measured: {line}")
-    for line in record["warnings"]:
-        console.print(f"warning: {line}")
+    for table in found:
+        print_table(console, table)
+    console.print()
+    for line in (
+        *notes,
+        *(f"not measured: {line}" for line in missing),
+        *(f"warning: {line}" for line in warnings),
+    ):
+        console.print(line)
 
 
 def measure(options: BenchOptions, loaded: Loaded) -> dict[str, Any]:

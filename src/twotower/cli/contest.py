@@ -4,40 +4,35 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from twotower.cli.machine import recorded
 from twotower.cli.measuring import describe_versions
 from twotower.cli.serve import need_extra
-from twotower.cli.tables import make_console, print_table
 from twotower.lab.corpus import CATEGORIES
 from twotower.lab.evaluate.run import draw_groups, split_names
 from twotower.lab.race.contest import contest_table, contestants, run_contest, summarise
 from twotower.lab.race.run import RaceOptions, watch_idle
-from twotower.lab.report import write_files
+from twotower.lab.report import Record, Table
 from twotower.loading import Loaded
-
-if TYPE_CHECKING:
-    from twotower.cli.bench import BenchOptions
 
 RECORD_FILE = "contest.json"
 _FIELDS = ("prompt", "question", "instruction", "turns")
 
 
-def run(options: "BenchOptions", loaded: Loaded) -> int:
-    """Measure and print; returns the exit status. Errors of the user arrive as ValueError."""
-    texts = list(_texts(options))
-    prompts = encode_questions(loaded, texts, options.max_prompt_tokens)
+def measure(options: RaceOptions, loaded: Loaded, file: Path) -> dict[str, Any]:
+    """The record of a contest; file: what other processes load."""
+    prompts = encode_questions(loaded, list(_texts(options)), options.max_prompt_tokens)
     threads = torch.get_num_threads()
     with TemporaryDirectory(prefix="twotower-contest-") as folder:
         who, missing = contestants(
-            loaded.model, _file(options, loaded), split_names(options.bits), threads, Path(folder)
+            loaded.model, file, split_names(options.bits), threads, Path(folder)
         )
         warnings = watch_idle()
         answers, more = run_contest(who, prompts, options.max_new_tokens)
-    record = {
+    return {
         "recorded": recorded(),
         "model": loaded.name,
         "threads": threads,
@@ -47,26 +42,14 @@ def run(options: "BenchOptions", loaded: Loaded) -> int:
         "versions": describe_versions("transformers", "xllamacpp", "gguf"),
         "contestants": summarise(answers, prompts),
         "missing": [*missing, *more],
+        "complete": True,
     }
-    if options.output is not None:
-        write_files(options.output, RECORD_FILE, record, {}, None)
-    if options.json:
-        print(json.dumps(record))
-        return 0
-    console = make_console()
-    title = f"{loaded.name}: {len(prompts)} prompts, {threads} threads"
-    print_table(console, contest_table(record["contestants"], title))  # type: ignore[arg-type]
-    for line in [*missing, *more]:
-        console.print(f"not measured: {line}")
-    for line in warnings:
-        console.print(f"warning: {line}")
-    return 0
 
 
-def _file(options: "BenchOptions", loaded: Loaded) -> Path:
-    """What other processes load: the GGUF file itself, where it is one."""
-    given = Path(options.model or "")
-    return given if given.is_file() else loaded.folder
+def contest_tables(record: Record) -> list[Table]:
+    """What a token costs each."""
+    title = f"{record['model']}: {record['prompts']} prompts, {record['threads']} threads"
+    return [contest_table(record["contestants"], title)]
 
 
 def _texts(options: RaceOptions) -> Iterator[str]:
