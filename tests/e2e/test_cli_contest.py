@@ -68,3 +68,12 @@ def test_prompts_that_cannot_be_used(
     assert main(["bench", "--model", backbone, "--prompts", write(tmp_path, line)]) != 0
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", [["--sizes", "32M"], ["--repeats", "2"], ["--no-baselines"]])
+def test_options_of_the_other_race_are_refused(
+    flag: list[str], backbone: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Silent failure: a user thinks that fewer repeats made the run faster."""
+    assert main(["bench", "--model", backbone, *flag]) == 2
+    assert "has no effect in a race on a real model; leave it out" in capsys.readouterr().err

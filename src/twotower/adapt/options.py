@@ -18,16 +18,16 @@ class ThinOptions:
     """The denoiser's shape."""
 
     layers: int | None = None
-    """Blocks of the backbone that the denoiser copies and reads, at even distances, the last one
+    """Number of the denoiser's layers: copies of backbone layers at even distances, the last one
     among them. Default: 3, or all that have attention where those are fewer."""
     block_size: int = 8
-    """Tokens of a draft: the newest one and those that are guessed behind it."""
+    """Tokens per draft: the newest token and the masked ones after it."""
     draft_vocab: int = 8192
-    """Tokens that it can draft: the most frequent of the answers. 0: all."""
+    """Vocabulary size of drafts: the most frequent tokens of the answers. 0: all tokens."""
     reads_hidden: bool = True
-    """Add the backbone's output before the block to the block's input."""
+    """Add the backbone's output at the newest token to the input of the draft."""
     bigram_rank: int = 64
-    """Rank of what the token before adds to the logits of the next. 0: nothing."""
+    """Rank of a bigram term, which lets each drafted token depend on the one before. 0: none."""
 
     def __post_init__(self) -> None:
         lowest = {"layers": 1, "block_size": 2, "draft_vocab": 0, "bigram_rank": 0}
@@ -49,13 +49,14 @@ class AnswerOptions:
     """The backbone's own answers."""
 
     max_tokens: int = 320
-    """Most new tokens of an answer."""
+    """Maximum number of new tokens per answer."""
     temperature: float = 0.0
-    """Of sampling; 0 is greedy, which is what greedy decoding is drafted for."""
+    """Sampling temperature of the answers; 0 is greedy. Use the temperature at which the model will
+    decode."""
     rows: int = 32
-    """Answers written at the same time."""
+    """Batch size: answers decoded at the same time."""
     max_prompt_tokens: int = 1024
-    """Longer prompts are left out."""
+    """Leave out prompts with more tokens than this."""
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "rows", "max_prompt_tokens"):
@@ -69,34 +70,34 @@ class StepOptions:
     """Steps of training."""
 
     answers_per_step: int = 4
-    """Answers of which a step takes blocks."""
+    """Answers per training step."""
     blocks_per_answer: int = 32
-    """Blocks of each, which begin at random tokens."""
+    """Blocks per answer and step, which begin at random tokens."""
     learning_rate: float = 1e-3
-    """The largest: it rises over `warmup_steps` and falls as a cosine over the budget."""
+    """Peak learning rate: a linear warm-up, then a cosine decay to the end of the time."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon: Muon for the layers' matrices and AdamW for the rest."""
     warmup_steps: int = 100
-    """Steps until the learning rate is at its largest."""
+    """Steps in which the learning rate rises linearly from 0 to its peak."""
     loss_decay: float = 3.0
-    """The k-th guessed token weighs exp(-(k - 1) / decay): it counts only if all before are
-    right."""
+    """Weight of the k-th masked token in the loss: exp(-(k - 1) / decay). A drafted token is of use
+    only if all before it are accepted."""
     soft_targets: float = 0.5
-    """Share of the loss that is scored on the backbone's probabilities; the rest counts only the
-    token that it chose."""
+    """Weight of distillation: cross-entropy with the backbone's probabilities. The rest of the loss
+    is cross-entropy with the token that it chose."""
     weight_decay: float = 0.01
-    """Of matrices."""
-    clip: float = 1.0
-    """Largest norm of a gradient."""
+    """Weight decay of matrices."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping: maximum norm."""
     seed: int = 0
-    """Of everything that is drawn."""
+    """Seed of the denoiser's new weights and of the order of answers and blocks."""
 
     def __post_init__(self) -> None:
         for name in ("answers_per_step", "blocks_per_answer"):
             _check_least(name, getattr(self, name), 1)
         if not 0 <= self.soft_targets <= 1:
             raise ValueError(f"soft_targets={self.soft_targets} must be from 0 to 1")
-        for name in ("learning_rate", "loss_decay", "clip"):
+        for name in ("learning_rate", "loss_decay", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be a number above 0")
 

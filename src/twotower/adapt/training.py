@@ -101,7 +101,7 @@ class Trainer:
         loss, weight = weighted_loss(logits.float(), targets, options.loss_decay, wanted, share)
         mean = loss / weight.clamp(min=1e-6)
         mean.backward()
-        nn.utils.clip_grad_norm_(self._parameters.values(), options.clip)
+        nn.utils.clip_grad_norm_(self._parameters.values(), options.max_grad_norm)
         self._optimizer.set_learning_rate(self._rate(used))
         self._optimizer.step()
         self._optimizer.zero_grad()

@@ -55,13 +55,12 @@ class AdaptArguments(ThinOptions, AnswerOptions, StepOptions, Placement):
     prompts: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")]
     """Questions like those that the model will get. .jsonl: one object a line with a prompt,
     question, instruction or text; any other file: one prompt a line."""
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR", aliases=("-o",))]
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the denoiser, for --denoiser DIR of the other verbs."""
     minutes: float = 60.0
-    """All the time that it may take: two fifths for answers, a twentieth to measure, the rest to
-    train."""
+    """Time for the whole run: two fifths for answers, a twentieth to measure, the rest to train."""
     stage: Literal["all", "answers", "train", "measure"] = "all"
-    """Run one stage alone, on what those before have left."""
+    """Run one stage alone, from the files of the stages before it."""
     work: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of answers, features and checkpoints. Default: OUT-work."""
     plain_prompts: tyro.conf.FlagCreatePairsOff[bool] = False

@@ -70,6 +70,7 @@ def run(options: BenchOptions) -> int:
         require_library("matplotlib")
     loaded = load(placement_of(options, backend="eager"), "diffusion")
     is_contest = bool(options.prompts) or not loaded.model.has_denoiser
+    refuse_unused(options, is_contest)
     if is_contest:
         given = Path(options.model or "")
         record = contest.measure(options, loaded, given if given.is_file() else loaded.folder)
@@ -87,6 +88,16 @@ def run(options: BenchOptions) -> int:
     else:
         print_race(record)
     return 0 if record["complete"] else INTERRUPTED
+
+
+def refuse_unused(options: BenchOptions, is_contest: bool) -> None:
+    """ValueError for options of the other kind of race."""
+    others = ("sizes", "modes", "engines", "baselines", "replays", "repeats")
+    usual = BenchOptions()
+    for name in others if is_contest else ("bits",):
+        if getattr(options, name) != getattr(usual, name):
+            reason = "on a real model" if is_contest else "without --prompts"
+            raise ValueError(f"{name}: has no effect in a race {reason}; leave it out")
 
 
 def print_race(record: Record) -> None:

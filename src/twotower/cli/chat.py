@@ -70,8 +70,11 @@ class ChatArguments(Placement):
         GenerateOptions(
             mode=self.mode, max_new_tokens=self.max_tokens, temperature=self.temperature
         )
-        if self.url is not None and self.chat_template is not None:
-            raise ValueError("chat_template: is the server's with --url; leave it out")
+        if self.url is not None:
+            usual = Placement()
+            for name in ("chat_template", *vars(usual)):
+                if name != "model" and getattr(self, name) != getattr(usual, name, None):
+                    raise ValueError(f"{name}: is the server's with --url; leave it out")
         if self.escape and self.system is None:
             raise ValueError("escape: no effect without --system; leave it out")
 

@@ -16,6 +16,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "model": ("-m",),
     "max_new_tokens": ("-n", "--max-tokens"),
+    "max_tokens": ("-n", "--max-new-tokens"),
     "temperature": ("--temp",),
     "output": ("-o", "--out"),
     "out": ("-o", "--output"),
@@ -39,7 +40,7 @@ def optional_flags(
         if field.name not in leave_out:
             shown = tyro.conf.arg(
                 aliases=ALIASES.get(field.name),
-                help=docs[field.name],
+                help=_with_flags(docs[field.name], hints),
                 help_behavior_hint=f"(default: {_spell(field.default)})",
             )
             # Of several numbers one: a list would swallow the prompts behind it.
@@ -48,6 +49,17 @@ def optional_flags(
             flags[field.name] = Annotated[(hint, *specs, shown)]
     # Made at run time, so there is nothing for a type checker to see.
     return TypedDict("decoding", flags, total=False)  # type: ignore[operator, no-any-return]
+
+
+def _with_flags(text: str, names: Collection[str]) -> str:
+    """A field's help in the words of a command line: other fields are named as flags."""
+    known = "|".join(names)
+    text = re.sub(rf"\b({known})=", lambda match: f"{_flag(match[1])} ", text)
+    return re.sub(r"\w+_\w+", lambda m: _flag(m[0]) if m[0] in names else m[0], text)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _spell(value: object) -> str:
@@ -88,7 +100,7 @@ def name_flags(message: str, options_class: type, arguments: Sequence[str]) -> s
     """An error of the library in the words of a command line: `field=value` and `field: ...` name
     the flags that were typed, or the verb's where the error is about its options.
     """
-    known = {name: f"--{name.replace('_', '-')}" for name in _flag_fields(options_class)}
+    known = {name: _flag(name) for name in _flag_fields(options_class)}
     typed: dict[str, str] = {}
     for argument in arguments:
         flag = argument.partition("=")[0]
@@ -102,11 +114,13 @@ def name_flags(message: str, options_class: type, arguments: Sequence[str]) -> s
     flags = (known if is_of_options else {}) | typed
     if is_of_options:
         message = re.sub(r"^(\w+):", lambda match: f"{flags[match[1]]}:", message)
-    return re.sub(
+    message = re.sub(
         r"(?<![\w.])(\w+)=(?=[^\s=])",
         lambda match: f"{flags[match[1]]} " if match[1] in flags else match[0],
         message,
     )
+    # Elsewhere in the line only names that are no English words.
+    return re.sub(r"(?<![\w.-])\w+_\w+", lambda match: flags.get(match[0], match[0]), message)
 
 
 def _flag_fields(options_class: type) -> Iterator[str]:

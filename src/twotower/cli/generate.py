@@ -73,27 +73,9 @@ class BatchOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateArguments(FileOptions, BatchOptions, Placement):
-    """Complete prompts and print the new text.
+class TextOptions:
+    """What the text may be, and where it ends."""
 
-    The default of a decoding option is the checkpoint's (generation_config.json), else the one
-    shown.
-    """
-
-    prompts: Annotated[
-        tuple[str, ...],
-        tyro.conf.Positional,
-        tyro.conf.arg(metavar="[PROMPT ...]", help_behavior_hint=""),
-    ] = ()
-    """Prompts; - or none at all: one from stdin. Put -- before prompts that start with a dash."""
-    prompt: Annotated[
-        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")
-    ] = ()
-    """A prompt, as another way to give one."""
-    escape: bool = False
-    r"""Replace \n, \t and \\ in --stop, --prompt and PROMPT by line break, tab and backslash."""
-    decoding: Annotated[Decoding, tyro.conf.arg(name="")]
-    """How to decode."""
     grammar: Annotated[
         Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")
     ] = None
@@ -112,6 +94,30 @@ class GenerateArguments(FileOptions, BatchOptions, Placement):
             help=_DOCS["logit_bias"],
         ),
     ] = ()
+    escape: bool = False
+    r"""Replace \n, \t and \\ in --stop, --prompt and PROMPT by line break, tab and backslash."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateArguments(TextOptions, FileOptions, BatchOptions, Placement):
+    """Complete prompts and print the new text.
+
+    The default of a decoding option is the checkpoint's (generation_config.json), else the one
+    shown.
+    """
+
+    prompts: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="[PROMPT ...]", help_behavior_hint=""),
+    ] = ()
+    """Prompts; - or none at all: one from stdin. Put -- before prompts that start with a dash."""
+    prompt: Annotated[
+        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")
+    ] = ()
+    """A prompt, as another way to give one."""
+    decoding: Annotated[Decoding, tyro.conf.arg(name="")]
+    """How to decode."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -177,9 +183,9 @@ def run(options: GenerateArguments) -> int:
         loaded = load(placement_of(options), decoding.mode)
         if any(isinstance(prompt, str) for prompt in prompts):
             loaded.need_tokenizer()
+        events = stream(loaded.model, prompts, decoding, loaded.tokenizer, options.engine())
         _note_unfamiliar(loaded, prompts)
         start = time.perf_counter()
-        events = stream(loaded.model, prompts, decoding, loaded.tokenizer, options.engine())
         events = events if trace is None else _traced(events, trace)
         is_live = len(prompts) == 1 and not options.json and sys.stdout.isatty()
         completions = _finished(_shown(events) if is_live else events)

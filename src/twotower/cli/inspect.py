@@ -30,27 +30,26 @@ class InspectOptions:
     """Print architecture, parameters by kind and memory by dtype, without reading the weights."""
 
     path: Annotated[str | None, tyro.conf.Positional] = None
-    """Checkpoint folder, GGUF file, hub id owner/name, a config.json, or a denoiser's folder."""
-    preset: str | None = None
-    """A model known by name, instead of a path: nano-30b."""
+    """shipped, nano-30b (the released model), a checkpoint folder, GGUF file, hub id owner/name, a
+    config.json, or a denoiser's folder."""
+    model: str | None = None
+    """The same, as other verbs name it."""
     json: bool = False
     """One JSON object on stdout instead of tables."""
 
     def __post_init__(self) -> None:
-        if (self.path is None) == (self.preset is None):
-            raise ValueError("inspect needs either a PATH or --preset NAME; give exactly one")
+        if (self.path is None) == (self.model is None):
+            raise ValueError("inspect needs one model: a PATH, or --model")
 
 
 def run(options: InspectOptions) -> int:
     """Print the description; returns the exit status. Errors of the user arrive as ValueError."""
-    if options.path is not None and is_denoiser(Path(options.path)):
-        return _tell_denoiser(describe_denoiser(Path(options.path)), options.json)
-    if options.preset is not None:
-        record = describe_preset(options.preset)
-    else:
-        assert options.path is not None
-        known = options.path in PRESETS and not Path(options.path).exists()
-        record = describe_preset(options.path) if known else describe(options.path)
+    name = options.model or options.path
+    assert name is not None
+    if is_denoiser(Path(name)):
+        return _tell_denoiser(describe_denoiser(Path(name)), options.json)
+    known = name in PRESETS and not Path(name).exists()
+    record = describe_preset(name) if known else describe(name)
     if options.json:
         print(json.dumps(as_json(record), indent=2))
     else:

@@ -18,6 +18,7 @@ from twotower.documented import field_docs, summary
 T = TypeVar("T")
 _METAVARS = {Path: "PATH", str: "TEXT", int: "INT", float: "FLOAT"}
 _RULES = " -\u2500\u2570\u256f"  # what lines between and below a message are made of
+_BRACKETS = str.maketrans("", "", "()[]'")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -57,13 +58,14 @@ def _flags_of(options_class: type) -> type:
     """The same fields without the checks: tyro would frame their one line, and it keeps the line
     breaks of a docstring that is indented.
 
-    Fields of parent classes are sections of the help with the class's name ("OptimizationOptions":
-    "optimization options"); those of the class itself come first.
+    The model comes first, then the class's own fields; those of parent classes are sections of the
+    help with the class's name ("OptimizationOptions": "optimization options").
     """
     assert dataclasses.is_dataclass(options_class)
     flags = _annotated_fields(options_class)
     own = inspect.get_annotations(options_class)
-    fields: list[tuple[str, Any, Any]] = [flags.pop(name) for name in own if name in flags]
+    first = [name for name in ("model", *own) if name in flags]
+    fields: list[tuple[str, Any, Any]] = [flags.pop(name) for name in dict.fromkeys(first)]
     for parent in options_class.__mro__[1:]:
         if names := [name for name in inspect.get_annotations(parent) if name in flags]:
             section = dataclasses.make_dataclass("Section", map(flags.pop, names), kw_only=True)
@@ -86,11 +88,12 @@ def _annotated_fields(options_class: type) -> dict[str, tuple[str, Any, Any]]:
         )
         is_optional = NoneType in get_args(hint) and field.default is None
         is_switch = hint is bool and field.default is False
+        is_list = field.default == () and tyro.conf.UseAppendAction not in own
         shown = tyro.conf.arg(
             aliases=ALIASES.get(field.name),
             help=docs.get(field.name),
             metavar=_metavar(field, hint, tyro.conf.Positional in own),
-            help_behavior_hint="" if is_optional or is_switch else None,
+            help_behavior_hint="" if is_optional or is_switch or is_list else None,
         )
         default: Any = dataclasses.field(
             default=field.default, default_factory=field.default_factory
@@ -137,7 +140,24 @@ def _unframe(box: str) -> str:
         if hint[0].strip().startswith("Perhaps you meant"):
             said += f"; perhaps you meant {hint[1].strip()}"
     said = re.sub(r", 'None'|'None', ", "", said.removeprefix("Error parsing "))
-    return said[:1].lower() + said[1:]
+    return _in_words(said[:1].lower() + said[1:])
+
+
+def _in_words(said: str) -> str:
+    """The parser's sentences about values as ours: flag, value, what is allowed."""
+    if found := re.fullmatch(
+        r"invalid choice (.*) for argument '(.*)'. Expected one of (.*)", said
+    ):
+        value, flag, choices = found.groups()
+        return f"{flag} {value} is unknown; use one of {choices.translate(_BRACKETS)}"
+    if found := re.fullmatch(r"(\S+): (?:invalid literal for int|could not convert).*: (.*)", said):
+        kind = "whole number" if "literal for int" in said else "number"
+        return f"{found[1].split('/')[-1]} {found[2]} must be a {kind}"
+    if found := re.fullmatch(r"unrecognized options: (.*?)(; perhaps.*)?", said):
+        words = found[1].split(", ")
+        unknown = [word for word in words if word.startswith("-")] or words
+        return f"unrecognized options: {', '.join(unknown)}{found[2] or ''}"
+    return said
 
 
 def _least_indented(lines: list[str]) -> list[str]:

@@ -68,7 +68,7 @@ class EngineOptions:
     max_rows: int = 16
     """Maximum number of prompts decoded at the same time; others wait."""
     max_waiting: int = 256
-    """Maximum number of prompts in the queue of a `Worker`; further ones are refused."""
+    """Server: maximum number of prompts that wait; further ones are refused."""
     overlap: Overlap = "auto"
     """Run both towers at the same time, each on another half of the batch: the denoiser drafts for
     one half while the context tower reads the other. auto: on if the towers are on two devices."""
@@ -97,8 +97,8 @@ class GenerateOptions:
     max_new_tokens: int | None = None
     """Maximum number of new tokens."""
     block_size: int | None = None
-    """Tokens per block or draft. Default: what the model was trained with; in diffusion larger ones
-    ruin the text."""
+    """Tokens per block or draft. In diffusion, more than the model was trained with ruin the
+    text."""
     steps_per_block: int | None = None
     """diffusion, posterior, predict-and-noise: maximum number of denoiser passes per block."""
     first_token: FirstToken | None = None
