@@ -4,12 +4,14 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from twotower.arguments import require
+
 if TYPE_CHECKING:
     from twotower.backends import accelerate
     from twotower.config import TwoTowerConfig
     from twotower.engine.events import Completion, Event, Finished, StepTaken, TokensCommitted
     from twotower.engine.generate import generate, stream
-    from twotower.engine.options import GenerateOptions
+    from twotower.engine.options import EngineOptions, GenerateOptions
     from twotower.lab.evaluate.likelihood import Score, score_texts
     from twotower.loading import Placement, load_model, save_model
     from twotower.model import ContextCache, ContextView, TwoTower
@@ -24,6 +26,7 @@ __all__ = [
     "Completion",
     "ContextCache",
     "ContextView",
+    "EngineOptions",
     "Event",
     "Finished",
     "GenerateOptions",
@@ -52,8 +55,8 @@ __all__ = [
 _HOMES = {
     "config": ("TwoTowerConfig",),
     "engine": (
-        "Completion", "Event", "Finished", "GenerateOptions", "StepTaken", "TokensCommitted",
-        "generate", "stream",
+        "Completion", "EngineOptions", "Event", "Finished", "GenerateOptions", "StepTaken",
+        "TokensCommitted", "generate", "stream",
     ),
     "backends": ("accelerate",),
     "lab.evaluate.likelihood": ("Score", "score_texts"),
@@ -78,7 +81,7 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     """The public names, for completion: none is imported before it is used."""
-    return sorted([*globals(), *__all__])
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 def load_tokenizer(model: "str | Path | None" = None) -> "Tokenizer":
@@ -87,4 +90,6 @@ def load_tokenizer(model: "str | Path | None" = None) -> "Tokenizer":
     """
     from twotower import checkpoint, tokenizer
 
+    if model is not None:
+        require("model", model, (str, Path), "a path or hub id")
     return tokenizer.load_tokenizer(checkpoint.find_tokenizer(model or "shipped"))

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 import torch
 
+from twotower.arguments import require
 from twotower.graphs.backend import ONE_DEVICE, GraphsBackend
 from twotower.model import TwoTower
 from twotower.model.backend import Backend, EagerBackend
@@ -165,6 +166,7 @@ def accelerate(
     ):
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(known)}")
+    require("model", model, TwoTower, "twotower.load_model(path)")
     setup, reasons = setup_of(model, quantization), list[str]()
     for name in _AUTOMATIC if backend == "auto" else [backend]:
         try:

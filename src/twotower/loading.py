@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
+from twotower.arguments import require
 from twotower.backends import (
     BACKENDS,
     QUANTIZATIONS,
@@ -171,6 +172,7 @@ def load_model(
     `has_denoiser` tells whether it can fill blocks or decodes token by token alone. ValueError
     (one line) for anything unusable.
     """
+    require("model", model, (str, Path, type(None)), "a path or hub id")
     placement = Placement(
         model=None if model is None else str(model),
         denoiser=None if denoiser is None else str(denoiser),
@@ -198,6 +200,9 @@ def save_model(
     Both towers, or the context tower alone where there is no other. dtype None keeps each weight's.
     Whole or not at all; ValueError (one line) for a full disk, or a folder of something else.
     """
+    require("model", model, TwoTower, "twotower.load_model(path)")
+    require("folder", folder, (str, Path), "a path")
+    require("tokenizer", tokenizer, (Tokenizer, type(None)), "twotower.load_tokenizer(path)")
     files = {} if tokenizer is None else tokenizer.files()
     if model.generation_defaults:
         files[GENERATION_FILE] = json.dumps(dict(model.generation_defaults), indent=2).encode()

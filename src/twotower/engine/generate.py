@@ -4,6 +4,7 @@ import contextlib
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
+from twotower.arguments import require
 from twotower.engine.events import Completion, Event, Failed, Finished
 from twotower.engine.options import EngineOptions, GenerateOptions
 from twotower.engine.request import Prompt, Request, Row, check_tokenizer, make_row
@@ -78,8 +79,7 @@ def _checked(
     if not hasattr(model, "context_tower"):
         raise ValueError(f"model={model!r} is no loaded model; pass twotower.load_model(path)")
     check_tokenizer(model, tokenizer)
-    if engine is not None and not isinstance(engine, EngineOptions):
-        raise ValueError(f"engine={engine!r} must be EngineOptions")
+    require("engine", engine, (EngineOptions, type(None)), "EngineOptions(...)")
     return engine or EngineOptions()
 
 

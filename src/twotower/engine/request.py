@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from twotower.arguments import require
 from twotower.engine.events import (
     Completion,
     FailureKind,
@@ -255,8 +256,7 @@ def defaults_of(model: TwoTower) -> dict[str, object]:
 
 def check_tokenizer(model: TwoTower, tokenizer: Tokenizer | None) -> None:
     """ValueError for what is no tokenizer, or one of a larger vocabulary than the model's."""
-    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
-        raise ValueError(f"tokenizer={tokenizer!r} is no Tokenizer; pass load_tokenizer(path)")
+    require("tokenizer", tokenizer, (Tokenizer, type(None)), "load_tokenizer(path)")
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower import masks
+from twotower.arguments import require
 from twotower.config import TwoTowerConfig
 from twotower.layers.adaln import Modulation, TimestepEmbedder
 from twotower.layers.bigram import Bigram
@@ -259,6 +260,7 @@ class TwoTower(nn.Module):
 
     def checked(self, ids: Tensor, name: str) -> Tensor:
         """The ids (B, L); ValueError (one line) for what are none."""
+        require(name, ids, Tensor, "an int64 tensor of token ids")
         if ids.dim() != 2 or ids.shape[1] < 1 or ids.dtype != torch.int64:
             raise ValueError(
                 f"{name} has shape {tuple(ids.shape)} and dtype {ids.dtype}; "

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import tokenizers
 
+from twotower.arguments import require
 from twotower.tokenizer.decoding import TextStream, num_leading_spaces, read_rule
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>")
@@ -142,6 +143,7 @@ class Tokenizer:
         text, so that nobody's prompt can smuggle one in. ValueError (one line) for a text that the
         tokenizer's own rules cannot take, or of which they would drop a part.
         """
+        require("text", text, str, "a string")
         self._check_bytes(text)
         backend = self._reading_special if allow_special else self._backend
         with refused_panics("this text"):
@@ -179,6 +181,8 @@ class Tokenizer:
         """The whole text of `ids`; bytes that form no character become U+FFFD. ValueError for an id
         that is no token.
         """
+        if isinstance(ids, str):
+            raise ValueError(f"ids={ids!r:.60} is text; pass token ids")
         skipped = self.special_ids if skip_special else frozenset()
         data = b"".join(self.token_bytes(token) for token in ids if token not in skipped)
         text = data.decode("utf-8", "replace")

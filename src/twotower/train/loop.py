@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from twotower.arguments import require
 from twotower.families import read_config
 from twotower.model.two_tower import TwoTower
 from twotower.train.data import Rows
@@ -57,6 +58,7 @@ def train_model(options: TrainOptions) -> Path:
     `train_steps` is the same as a generator of reports. ValueError (one line) as there;
     KeyboardInterrupt after Ctrl-C or SIGTERM, when the run is saved.
     """
+    require("options", options, TrainOptions, "TrainOptions(recipe=...)")
     folder, step = RunFolder(options.run_folder), options.steps
     for report in train_steps(options):
         step = report.step
@@ -73,6 +75,7 @@ def train_steps(options: TrainOptions, processes: Processes = ALONE) -> Iterator
     and the model. Ends early after SIGINT or SIGTERM, saved. ValueError (one line) for unusable
     options, data or checkpoints, and for a loss that is no longer finite.
     """
+    require("options", options, TrainOptions, "TrainOptions(recipe=...)")
     processes.on_first(lambda: check_divisible(options, processes.count))
     if options.threads is not None:
         torch.set_num_threads(options.threads)

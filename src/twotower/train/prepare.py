@@ -17,6 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from twotower.arguments import require
 from twotower.checkpoint import find_tokenizer
 from twotower.documented import documented
 from twotower.tokenizer import MIN_VOCAB_SIZE, Tokenizer, train_tokenizer
@@ -138,6 +139,7 @@ def prepare(options: PrepareOptions, corpus: Corpus | None = None) -> Iterator[P
 
     corpus: what to read when the options name no input, or its categories beside the inputs.
     """
+    require("options", options, PrepareOptions, "PrepareOptions(input=...)")
     out = options.out
     partial, old = (out.with_name(f"{out.name}.{end}") for end in ("partial", "old"))
     _restore(out, old)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from twotower.arguments import require
 from twotower.diffusion.loss import token_cross_entropy
 from twotower.lab.corpus import Document
 from twotower.model import TwoTower
@@ -51,6 +52,11 @@ def score_texts(
     Rows of different lengths share passes, right-padded, `CHUNK` tokens at a time through the
     cache: exact at any length. ValueError for an empty prompt or text.
     """
+    require("model", model, TwoTower, "twotower.load_model(path)")
+    for name, lists in (("prompts", prompts), ("texts", texts)):
+        require(name, lists, (list, tuple), "a list of lists of token ids")
+        for one in lists:
+            require(name, one, (list, tuple), "a list of lists of token ids")
     rows = []
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         if not prompt or not text:

@@ -1,0 +1,45 @@
+"""The public calls, given what they cannot take: one line, and the names that Tab completes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import twotower
+from tiny_models import tiny_model
+from tiny_text import byte_tokenizer
+
+MODEL, TOKENIZER = tiny_model(), byte_tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: twotower.load_model(5), "model=5 is no str or Path; pass a path or hub id"),
+        (lambda: twotower.load_tokenizer(5), "model=5 is no str or Path"),
+        (lambda: twotower.save_model("x", "a"), "model='x' is no TwoTower; pass twotower.load_m"),
+        (lambda: twotower.save_model(MODEL, 5), "folder=5 is no str or Path; pass a path"),
+        (lambda: twotower.save_model(MODEL, "a", "b"), "tokenizer='b' is no Tokenizer"),
+        (lambda: twotower.accelerate("x"), "model='x' is no TwoTower"),
+        (lambda: twotower.generate(MODEL, [[1]], engine=5), "engine=5 is no EngineOptions"),
+        (lambda: twotower.generate(MODEL, [[1]], None, "x"), "tokenizer='x' is no Tokenizer"),
+        (lambda: twotower.score_texts(MODEL, ["a"], [[1]]), "prompts='a' is no list or tuple"),
+        (lambda: twotower.score_texts("x", [[1]], [[1]]), "model='x' is no TwoTower"),
+        (lambda: twotower.train_model(5), "options=5 is no TrainOptions"),
+        (lambda: twotower.prepare_data(5), "options=5 is no PrepareOptions"),
+        (lambda: TOKENIZER.encode(5), "text=5 is no str; pass a string"),
+        (lambda: TOKENIZER.decode("abc"), "ids='abc' is text; pass token ids"),
+        (lambda: MODEL.prefill([1, 2]), r"ids=\[1, 2\] is no Tensor"),
+        (lambda: MODEL.prefill(torch.ones(1, 2)), "must be .rows, tokens >= 1. int64"),
+    ],
+)
+def test_an_argument_of_a_wrong_type_is_one_line(call: Callable[[], object], said: str) -> None:
+    """Silent failure: an AttributeError from ten calls below, which names nothing of the caller."""
+    with pytest.raises(ValueError, match=f"^{said}" if "must" not in said else said) as found:
+        call()
+    assert "\n" not in str(found.value)
+
+
+def test_tab_completes_the_public_names_alone() -> None:
+    names = [name for name in dir(twotower) if not name.startswith("_")]
+    assert names == sorted(set(twotower.__all__))
