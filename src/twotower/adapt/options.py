@@ -90,7 +90,7 @@ class StepOptions:
     max_grad_norm: float = 1.0
     """Gradient clipping: maximum norm."""
     seed: int = 0
-    """Seed of the denoiser's new weights and of the order of answers and blocks."""
+    """Seed of the held-out split, of new weights and of the order of answers and blocks."""
 
     def __post_init__(self) -> None:
         for name in ("answers_per_step", "blocks_per_answer"):
