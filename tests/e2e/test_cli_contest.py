@@ -60,7 +60,11 @@ def test_a_backbone_races_in_processes(
 
 @pytest.mark.parametrize(
     ("line", "told"),
-    [({"text": "x"}, "line 1 must be an object with one of prompt"), (5, "line 1 must be")],
+    [
+        ({"words": "x"}, "line 1 has none of prompt, question, instruction, text, turns"),
+        ({"prompt": [1.5]}, "line 1 has none of prompt"),
+        (5, "line 1 has none of prompt"),
+    ],
 )
 def test_prompts_that_cannot_be_used(
     line: object, told: str, backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -6,14 +6,12 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from twotower.adapt import run as stages
 from twotower.adapt.answers import Question
@@ -28,18 +26,17 @@ from twotower.adapt.options import (
 )
 from twotower.adapt.report import by_task, compare
 from twotower.checkpoint.files import SHIPPED
-from twotower.cli.output_file import read_lines
-from twotower.cli.serve import need_extra
+from twotower.cli.progress import progress_bar
+from twotower.cli.questions import Question as Asked
+from twotower.cli.questions import question_encoder, read_questions
 from twotower.cli.tables import make_console, print_table
 from twotower.file_lock import only_writer
 from twotower.lab.report import Table
 from twotower.loading import Loaded, Placement, load, placement_of
 
 T = TypeVar("T")
-_PROMPT_FIELDS = ("prompt", "question", "instruction", "text")
 _MEASURED = 200  # prompts that are kept to measure, at most
 _LINE_EVERY_S = 30.0  # where there is no terminal
-_MOST_TOKENS = 2**20  # of a prompt: longer ones are left out later
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +51,7 @@ class AdaptArguments(ThinOptions, AnswerOptions, StepOptions, Placement):
 
     prompts: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")]
     """Questions like those that the model will get. .jsonl: one object a line with a prompt,
-    question, instruction or text; any other file: one prompt a line."""
+    question, instruction, text or turns; any other file: one prompt a line."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the denoiser, for --denoiser DIR of the other verbs."""
     minutes: float = 60.0
@@ -80,7 +77,7 @@ def run(options: AdaptArguments) -> int:
     work = WorkFolder(options.work or options.out.with_name(options.out.name + "-work"))
     thin = _part(options, ThinOptions)
     answers, steps = _part(options, AnswerOptions), _part(options, StepOptions)
-    prompts = read_prompts(options.prompts)
+    prompts = read_questions(options.prompts)
     work.path.mkdir(parents=True, exist_ok=True)
     with only_writer(work.path):
         loaded = load(placement_of(options, denoiser=None), "ar")  # whose drafts are to be made
@@ -112,56 +109,6 @@ def _part(options: AdaptArguments, kind: type[T]) -> T:
     return kind(**{name: getattr(options, name) for name in names})
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Prompt:
-    text: str | list[int]
-    task: str
-
-
-def read_prompts(files: Sequence[Path]) -> list[_Prompt]:
-    """All prompts of files; ValueError (one line) for a file that cannot be read, a line that is no
-    prompt, and for none at all.
-    """
-    found: list[_Prompt] = []
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"prompts: there is no file {file}")
-        for line in read_lines(file):
-            where = f"prompts: {file} line {line.number}"
-            if line.content is None:
-                raise ValueError(f"{where} is too long; leave it out")
-            try:
-                text = line.content.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{where} is not UTF-8 text (byte {error.start}); convert it"
-                ) from None
-            if not text.strip():
-                continue
-            found.append(
-                _from_json(text, where, file.stem)
-                if file.suffix.lower() == ".jsonl"
-                else _Prompt(text=text.strip(), task=file.stem)
-            )
-    if not found:
-        raise ValueError(f"prompts: {', '.join(map(str, files))} hold no prompt; add some")
-    return found
-
-
-def _from_json(text: str, where: str, name: str) -> _Prompt:
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON ({error}); write one object a line") from None
-    record = record if isinstance(record, dict) else {}
-    prompt: Any = next((record[key] for key in _PROMPT_FIELDS if record.get(key)), None)
-    is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
-    if not is_ids and not isinstance(prompt, str):
-        names = ", ".join(_PROMPT_FIELDS)
-        raise ValueError(f"{where} has none of {names} that is text or token ids; add one")
-    return _Prompt(text=prompt, task=name)
-
-
 def _require_source(work: WorkFolder, options: AdaptArguments) -> None:
     """ValueError where the folder has answers of another model, or otherwise made."""
     name = options.name
@@ -183,13 +130,13 @@ def _require_source(work: WorkFolder, options: AdaptArguments) -> None:
 
 
 def _questions(
-    prompts: Sequence[_Prompt], loaded: Loaded, options: AdaptArguments
+    prompts: Sequence[Asked], loaded: Loaded, options: AdaptArguments
 ) -> tuple[list[Question], list[Question]]:
     """The prompts as token ids in a random order, through the model's chat template where it has
     one: those to answer, and those that are kept to measure. Prompts that are too long are left
     out; ValueError where none is left.
     """
-    encode = _encoder(loaded, options)
+    encode = question_encoder(loaded, "adapt", options.plain_prompts or loaded.name == SHIPPED)
     order = random.Random(options.seed).sample(range(len(prompts)), len(prompts))
     kept = min(_MEASURED, len(prompts) // 10)
     found: list[Question] = []
@@ -210,45 +157,20 @@ def _questions(
     return found[kept:], found[:kept]
 
 
-def _encoder(loaded: Loaded, options: AdaptArguments) -> Callable[[str | list[int]], list[int]]:
-    """How a prompt becomes token ids."""
-    tokenizer = loaded.need_tokenizer()
-    template = None
-    if not options.plain_prompts and loaded.name != SHIPPED:
-        with need_extra("adapt"):
-            from twotower.serve.chat import read_template
-
-        template = read_template(loaded.folder)
-
-    def encode(text: str | list[int]) -> list[int]:
-        if not isinstance(text, str):
-            return text
-        if template is None:
-            return tokenizer.encode_prompt(text)
-        return template.encode([{"role": "user", "content": text}], None, tokenizer, _MOST_TOKENS)
-
-    return encode
-
-
 def _show(progress: Iterator[stages.Progress]) -> None:
     """A stage's progress on stderr: a bar with the time left, or a line now and then."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description:8}"), BarColumn(), TextColumn("{task.fields[words]}"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
     shown, last = -math.inf, None
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with progress_bar("words", has_count=False) as bar:
         task = bar.add_task("", total=None, words="")
         for last in progress:
             bar.update(
                 task, description=last.stage, completed=last.seconds, total=last.of_seconds,
                 words=last.words,
             )  # fmt: skip
-            if not console.is_terminal and last.seconds - shown > _LINE_EVERY_S:
+            if bar.disable and last.seconds - shown > _LINE_EVERY_S:
                 shown = last.seconds
                 print(_line(last), file=sys.stderr, flush=True)
-    if last is not None and not console.is_terminal:
+    if last is not None and bar.disable:
         print(_line(last), file=sys.stderr, flush=True)
 
 

@@ -16,10 +16,10 @@ from twotower.cli.measuring import (
     describe_versions,
     open_folder,
     open_sandbox,
-    progress_bar,
     require_library,
     say_protection,
 )
+from twotower.cli.progress import progress_bar
 from twotower.cli.tables import make_console, print_table
 from twotower.engine import defaults_of, resolve_options
 from twotower.lab.corpus import CATEGORIES
@@ -176,13 +176,14 @@ def measure_size(
         modes = mode_options(options)
         prompts = record_replays(loaded.model, prompts[: options.replays], modes, options.seed)
         model = make_random(size, loaded.model, options.seed)
-    with open_race(size, model, prompts, options) as race, progress_bar(len(prompts)) as bar:
+    with open_race(size, model, prompts, options) as race, progress_bar() as bar:
+        task = bar.add_task("warm-up", total=len(prompts))
         return run_race(
             race,
             options,
             loaded.tokenizer.decode,
             machine,
-            lambda name: bar.update(bar.task_ids[0], advance=1, description=name),
+            lambda name: bar.update(task, advance=1, description=name),
         )
 
 

@@ -15,10 +15,10 @@ from twotower.cli.measuring import (
     describe_versions,
     open_folder,
     open_sandbox,
-    progress_bar,
     require_library,
     say_protection,
 )
+from twotower.cli.progress import progress_bar
 from twotower.cli.tables import make_console, print_table
 from twotower.engine import GenerateOptions, defaults_of, resolve_options
 from twotower.lab.corpus import Document
@@ -131,8 +131,9 @@ def collect(
     swept = groups[:num_swept]
     advance = sum(map(len, swept))
     points = len(settings(subject)) if swept else 0
-    with progress_bar(len(documents) + points * advance + len(scored)) as bar:
-        task = bar.task_ids[0]
+    with progress_bar() as bar:
+        total = len(documents) + points * advance + len(scored)
+        task = bar.add_task("warm-up", total=total)
         warm_up(subject, documents[0])
         for item in evaluate(subject, groups, findings.traces, judge):
             findings.items.append(item)

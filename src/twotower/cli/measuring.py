@@ -1,4 +1,4 @@
-"""What the verbs that measure share: output folder, libraries, progress, the sandbox."""
+"""What the verbs that measure share: output folder, libraries, the sandbox."""
 
 import platform
 import sys
@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import twotower
 from twotower.lab.evaluate.sandbox import Sandbox, find_sandbox
@@ -47,17 +44,6 @@ def say_protection(sandbox: Sandbox | None) -> None:
     """Which protection is on, on stderr."""
     if sandbox is not None:
         print(sandbox.description, file=sys.stderr)
-
-
-def progress_bar(total: int) -> Progress:
-    """One task on stderr, shown only at a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn())
-    bar = Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty()
-    )
-    bar.add_task("warm-up", total=total)
-    return bar
 
 
 def describe_versions(*libraries: str) -> dict[str, str | None]:

@@ -14,9 +14,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from twotower.cli.output_file import (
     MOST_LINE_BYTES,
     InputLine,
@@ -24,6 +21,7 @@ from twotower.cli.output_file import (
     read_lines,
     run_key,
 )
+from twotower.cli.progress import progress_bar
 from twotower.cli.prompts import parse_prompt
 from twotower.cli.records import completion_record
 from twotower.engine import (
@@ -82,11 +80,7 @@ def complete_file(job: Job) -> int:
 def _decode(job: Job, loaded: Loaded, window: "Window", total: int) -> int:
     """Run the scheduler over the window's lines; returns how many tokens were written."""
     num_tokens = 0
-    console = Console(stderr=True)
-    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    ) as bar:
+    with progress_bar() as bar:
         task, start = bar.add_task("", total=total), time.perf_counter()
         events = stream_requests(loaded.model, window.requests(), loaded.tokenizer, job.engine)
         for event in events:

@@ -3,9 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from twotower.cli.progress import progress_bar
 from twotower.lab.corpus import CATEGORIES, DEFAULT_WEIGHTS, documents
 from twotower.train.prepare import PrepareOptions, PrepareProgress, prepare
 from twotower.train.readers import Text
@@ -26,17 +24,9 @@ BUILT_IN = Corpus(
 
 def run(options: PrepareOptions) -> int:
     """Prepare the shard; returns the exit status. Errors of the user arrive as ValueError."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(),
-    )
     record = PrepareProgress(stage="tokenizer", tokens=0, documents=0, sources={})
     began: float | None = None
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with progress_bar("speed") as progress:
         # Without a limit nobody knows how many tokens there will be: the bar only moves.
         task = progress.add_task(record.stage, total=options.limit, speed="")
         for record in prepare(options, BUILT_IN):

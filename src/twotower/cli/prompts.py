@@ -62,7 +62,7 @@ def is_jsonl(file: Path) -> bool:
 
 
 def _read_stdin() -> str:
-    return _decoded(_bounded(sys.stdin.buffer, "stdin"), "stdin").removesuffix("\n")
+    return decoded(_bounded(sys.stdin.buffer, "stdin"), "stdin").removesuffix("\n")
 
 
 def _read_file(file: Path) -> list[Prompt]:
@@ -72,7 +72,7 @@ def _read_file(file: Path) -> list[Prompt]:
                 content = _bounded(stream, f"input: {file}")
         except OSError as error:
             raise ValueError(f"input: cannot read {file} ({error.strerror})") from None
-        return [_decoded(content, f"input: {file}").removesuffix("\n")]
+        return [decoded(content, f"input: {file}").removesuffix("\n")]
     lines = [_parse_line(line, f"input: {file} line {line.number}") for line in read_lines(file)]
     if not lines:
         raise ValueError(f"input: {file} holds no prompt; write one object a line")
@@ -90,7 +90,7 @@ def _bounded(stream: BinaryIO, where: str) -> bytes:
 def _parse_line(line: InputLine, where: str) -> Prompt:
     if line.content is None:
         raise ValueError(f"{where} {_TOO_LONG}")
-    text = _decoded(line.content, where)
+    text = decoded(line.content, where)
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -108,7 +108,8 @@ def parse_prompt(record: object, where: str) -> Prompt:
     raise ValueError(f'{where} has no "prompt" that is text or a list of token ids; add one')
 
 
-def _decoded(content: bytes, where: str) -> str:
+def decoded(content: bytes, where: str) -> str:
+    """Bytes as text; ValueError (one line, which begins with `where`) unless they are UTF-8."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

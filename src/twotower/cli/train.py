@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import TaskID
 
 from twotower.cli.flags import name_flags
+from twotower.cli.progress import progress_bar
 from twotower.train.loop import StepReport, train_steps
 from twotower.train.options import TrainOptions, check_values, read_toml
 from twotower.train.processes import ALONE, LostProcess, Processes, SharedError, joined
@@ -86,16 +86,7 @@ class TrainProgress:
     """
 
     def __init__(self, description: str) -> None:
-        self._console = Console(stderr=True)
-        self._is_live = self._console.is_terminal
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=self._console,
-            disable=not self._is_live,
-        )
+        self._bar = progress_bar("status", has_time=False)
         self._description = description
         self._task: TaskID | None = None
 
@@ -106,11 +97,11 @@ class TrainProgress:
         self._bar.update(self._task, completed=report.step, status=status_text(report))
         if report.validation_loss is not None:
             self._print(f"step {report.step}: validation loss {report.validation_loss:.4f}")
-        if report.is_logged and not self._is_live:
+        if report.is_logged and self._bar.disable:
             self._print(f"step {report.step}/{report.steps}  {status_text(report)}")
 
     def _print(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+        self._bar.console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     def __enter__(self) -> TrainProgress:
         self._bar.start()

@@ -62,9 +62,10 @@ class RaceOptions:
     baselines: bool = True
     """Also measure AR decoding by transformers and llama.cpp, where they are installed."""
     prompts: tuple[Path, ...] = ()
-    """JSONL files of prompts for a race on a real model, each engine in a process of its own with
-    the same weights and bits: our modes, llama.cpp, transformers. A line has a prompt, question,
-    instruction or turns. Models without a denoiser always race so."""
+    """Files of prompts for a race on a real model, each engine in a process of its own with the
+    same weights and bits: our modes, llama.cpp, transformers. .jsonl: one object a line with a
+    prompt, question, instruction, text or turns; any other file: one prompt a line. Models without
+    a denoiser always race so."""
     bits: str = ",".join(BITS)
     """With --prompts: precisions of the weights, separated by commas."""
     items: int = 10

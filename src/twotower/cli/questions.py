@@ -1,0 +1,91 @@
+"""Questions for a model that is adapted or raced: from files, in its chat template."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from twotower.cli.output_file import InputLine, read_lines
+from twotower.cli.prompts import Prompt, decoded, is_jsonl
+from twotower.cli.serve import need_extra
+from twotower.loading import Loaded
+
+_FIELDS = ("prompt", "question", "instruction", "text", "turns")  # of turns the first
+_MOST_TOKENS = 2**20  # of a prompt: longer ones are left out later
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """Text or token ids, and the name of the file that has it."""
+
+    text: Prompt
+    task: str
+
+
+def read_questions(files: Sequence[Path], most: int | None = None) -> list[Question]:
+    """The first `most` questions of each file: .jsonl has one object a line, any other file one
+    question a line. ValueError (one line) for a file that cannot be read, a line that is no
+    question, and for none at all.
+    """
+    found: list[Question] = []
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"prompts: there is no file {file}")
+        found += islice(_questions(file), most)
+    if not found:
+        raise ValueError(f"prompts: {', '.join(map(str, files))} hold no prompt; add some")
+    return found
+
+
+def _questions(file: Path) -> Iterator[Question]:
+    for line in read_lines(file):
+        where = f"prompts: {file} line {line.number}"
+        text = _text(line, where)
+        yield Question(text=_of_object(text, where) if is_jsonl(file) else text, task=file.stem)
+
+
+def _text(line: InputLine, where: str) -> str:
+    if line.content is None:
+        raise ValueError(f"{where} is too long; leave it out")
+    return decoded(line.content, where).strip()
+
+
+def _of_object(text: str, where: str) -> Prompt:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON ({error}); write one object a line") from None
+    record = record if isinstance(record, dict) else {}
+    found: Any = next((record[key] for key in _FIELDS if record.get(key)), None)
+    if isinstance(found, list) and isinstance(found[0], str):
+        found = found[0]
+    is_ids = isinstance(found, list) and all(type(token) is int for token in found)
+    if not is_ids and not isinstance(found, str):
+        names = ", ".join(_FIELDS)
+        raise ValueError(f"{where} has none of {names} that is text or token ids; add one")
+    prompt: Prompt = found
+    return prompt
+
+
+def question_encoder(loaded: Loaded, verb: str, is_plain: bool) -> Callable[[Prompt], list[int]]:
+    """How a question becomes token ids: as a user's message, where the model has a chat template
+    and is_plain does not leave it out.
+    """
+    tokenizer = loaded.need_tokenizer()
+    template = None
+    if not is_plain:
+        with need_extra(verb):
+            from twotower.serve.chat import read_template
+
+        template = read_template(loaded.folder)
+
+    def encode(text: Prompt) -> list[int]:
+        if not isinstance(text, str):
+            return text
+        if template is None:
+            return tokenizer.encode_prompt(text)
+        return template.encode([{"role": "user", "content": text}], None, tokenizer, _MOST_TOKENS)
+
+    return encode
