@@ -11,7 +11,7 @@ from twotower.engine.events import (
     TokensCommitted,
 )
 from twotower.engine.filters import Filter
-from twotower.engine.generate import generate, stream, stream_requests
+from twotower.engine.generate import generate, stream
 from twotower.engine.grammar import Grammar
 from twotower.engine.options import (
     MODES,
@@ -22,6 +22,7 @@ from twotower.engine.options import (
     resolve_options,
 )
 from twotower.engine.request import Request, defaults_of
+from twotower.engine.source import stream_requests
 from twotower.engine.worker import QueueFull, Stopped, Ticket, Worker, WorkerStats
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 from twotower.arguments import require
 from twotower.engine.events import Completion, Event, Failed, Finished
@@ -44,7 +44,7 @@ def stream(
 
     Checks all arguments at once, before the first event is asked for.
     """
-    engine = _checked(model, tokenizer, engine)
+    engine = checked_engine(model, tokenizer, engine)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts={prompts!r} must be a list of prompts, e.g. [prompt]")
     per_prompt = _per_prompt(options, len(prompts))
@@ -56,23 +56,7 @@ def stream(
     return _or_raise(Scheduler(model, RequestQueue(rows), engine).run())
 
 
-def stream_requests(
-    model: TwoTower,
-    requests: Iterable[Request | None],
-    tokenizer: Tokenizer | None = None,
-    engine: EngineOptions | None = None,
-) -> Iterator[Event]:
-    """`stream` for any number of requests, read as places become free; rows are their numbers.
-
-    None in place of a request means nothing at present: it is asked again after a cycle. A request
-    that cannot be decoded yields Failed and does not end the others.
-    """
-    engine = _checked(model, tokenizer, engine)
-    queue = RequestQueue(_rows_or_failures(model, requests, tokenizer))
-    return Scheduler(model, queue, engine).run()
-
-
-def _checked(
+def checked_engine(
     model: TwoTower, tokenizer: Tokenizer | None, engine: EngineOptions | None
 ) -> EngineOptions:
     """The engine's options; ValueError for arguments of wrong types."""
@@ -113,19 +97,3 @@ def _or_raise(events: Generator[Event, None, None]) -> Iterator[Event]:
             if isinstance(event, Failed):
                 raise event.error or ValueError(event.message)
             yield event
-
-
-def _rows_or_failures(
-    model: TwoTower, requests: Iterable[Request | None], tokenizer: Tokenizer | None
-) -> Iterator[Row | Failed | None]:
-    index = 0
-    for request in requests:
-        if request is None:
-            yield None
-            continue
-        try:
-            row: Row | Failed = make_row(model, index, request, tokenizer, "the prompt")
-        except ValueError as error:
-            row = Failed(row=index, kind="invalid", message=str(error))
-        yield row
-        index += 1

@@ -34,13 +34,13 @@ class SharedQueue(RequestQueue):
 
     def __init__(
         self,
-        source: Iterable[Row | Failed | None] = (),
+        rows: Iterable[Row] = (),
         max_waiting: int = 0,
         idle: Callable[[], bool] = lambda: False,
     ) -> None:
-        super().__init__(source)
+        super().__init__(rows)
         self._max_waiting, self._idle = max_waiting, idle
-        self._is_closed = max_waiting == 0
+        self._is_closed = max_waiting == 0  # no more rows come
         self._ends_s = float("inf")  # when rows have to leave, in time.monotonic()
         self._reason = ""  # why no row may come any more
 
@@ -48,6 +48,12 @@ class SharedQueue(RequestQueue):
     def num_waiting(self) -> int:
         """Rows that never had a place."""
         return sum(row.paused is None for row in self._rows)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no row waits and none will come."""
+        with self._changed:
+            return self._is_closed and not self._rows
 
     def put(self, row: Row) -> bool:
         """Let a row wait; False if too many do. Raises Stopped."""
@@ -115,7 +121,6 @@ class SharedQueue(RequestQueue):
         """
         now = time.monotonic()
         with self._changed:
-            ended = super().leaving(rows)
             for row in (*self._rows, *rows):
                 row.num_since += 1
             for row in rows:
@@ -123,7 +128,7 @@ class SharedQueue(RequestQueue):
             reasons = [(row, self.reason_to_leave(row, now)) for row in (*self._rows, *rows)]
             gone = {row for row, reason in reasons if reason is not None}
             self._rows = [row for row in self._rows if row not in gone]
-        return [*ended, *(failed(row.index, reason) for row, reason in reasons if reason)]
+        return [failed(row.index, reason) for row, reason in reasons if reason]
 
     def reason_to_leave(self, row: Row, now: float) -> FailureKind | None:
         """Why a row is to go no further at the time now, in seconds of time.monotonic()."""
@@ -133,7 +138,6 @@ class SharedQueue(RequestQueue):
 
     def wait(self) -> None:
         """Return when there may be something to do; called when nothing is being decoded."""
-        super().wait()
         while not self._rows and not self._is_closed and self._idle():
             pass
         with self._changed:
