@@ -13,8 +13,8 @@ from typing import Any
 
 import tokenizers
 
-from twotower.tokenizer.decoding import flatten
 from twotower.tokenizer.patterns import why_refused
+from twotower.tokenizer.rules import flatten
 from twotower.tokenizer.text import (
     ROLES,
     TOKENIZER_CONFIG_FILE,

@@ -15,7 +15,8 @@ from pathlib import Path
 import tokenizers
 
 from twotower.arguments import require
-from twotower.tokenizer.decoding import TextStream, num_leading_spaces, read_rule
+from twotower.tokenizer.decoding import TextStream, num_leading_spaces
+from twotower.tokenizer.rules import read_rule
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>")
 TOKENIZER_FILE = "tokenizer.json"
