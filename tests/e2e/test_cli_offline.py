@@ -84,7 +84,7 @@ def test_the_command_s_options_count_beside_a_line_s_own(checkpoint: str, tmp_pa
         {"prompt": "a"},
         {"prompt": "a", "mode": "ar"},
         {"prompt": "a", "temperature": 0},
-        {"prompt": "a", "eos_token_id": 5},
+        {"prompt": "a", "eos_token_id": 5, "max_tokens": 1},
     ]
     source, target = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     flags = ["--mode", "diffusion", "--confidence-threshold", "0.5", "--temperature", "1"]
@@ -92,6 +92,7 @@ def test_the_command_s_options_count_beside_a_line_s_own(checkpoint: str, tmp_pa
     found = records(target)
     assert not any("error" in record for record in found)
     assert [record["nfe"] == 0 for record in found] == [False, True, False, False]
+    assert len(found[3]["tokens"]) == 1  # in the command line's other spelling
 
 
 BAD = {
@@ -109,6 +110,10 @@ BAD = {
     11: (b'{"prompt": "a", "mode": "fast"}', "mode='fast' is unknown"),
     12: (b'{"prompt": "\\ud800"}', "the line is not UTF-8 text"),
     13: (b'{"prompt": "a", "eos_token_id": 99}', "eos_token_id=99 is outside"),
+    14: (
+        b'{"prompt": "a", "max_tokens": 3, "max_new_tokens": 3}',
+        "max_new_tokens: is given in two spellings",
+    ),
 }
 
 
@@ -125,18 +130,18 @@ def test_a_bad_line_is_reported_and_the_rest_goes_on(
     monkeypatch.setattr(offline, "_WINDOW", window)
     good = b'{"prompt": "ab"}'
     source = tmp_path / "in.jsonl"
-    source.write_bytes(b"\n".join(BAD.get(n, (good, ""))[0] for n in range(1, 15)) + b"\n")
+    source.write_bytes(b"\n".join(BAD.get(n, (good, ""))[0] for n in range(1, 16)) + b"\n")
     assert answer(source, tmp_path / "out.jsonl", checkpoint) == offline.REFUSED_LINES
     err = capsys.readouterr().err
     found = records(tmp_path / "out.jsonl")
-    assert [record["line"] for record in found] == list(range(1, 15))
+    assert [record["line"] for record in found] == list(range(1, 16))
     for number, record in enumerate(found, 1):
         if number in BAD:
             assert BAD[number][1] in str(record["error"]), record
             assert f"line {number}: {record['error']}\n" in err
         else:
             assert record["text"]
-    assert "11 of 14 refused" in err
+    assert "12 of 15 refused" in err
     # a run that has nothing left to do still says that the file is not clean
     assert answer(source, tmp_path / "out.jsonl", checkpoint) == offline.REFUSED_LINES
 

@@ -53,7 +53,8 @@ class FileOptions:
     file is one prompt, without its last line break."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the answers to a .jsonl --input of any length here, one JSON object a line, in order.
-    A line may have an "id" and its own decoding options. The same command again resumes."""
+    A line may have an "id" and its own decoding options, named as flags. The same command again
+    resumes."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object instead of text."""
     trace: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None

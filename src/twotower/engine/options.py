@@ -273,7 +273,7 @@ def _refuse_unused(options: GenerateOptions, mode: Mode) -> None:
                 )
             raise ValueError(
                 f"{name}: has no effect in mode {mode}; leave it out, or use mode "
-                f"{' or '.join(modes)}"
+                f"{' or '.join([', '.join(modes[:-1]), modes[-1]] if modes[1:] else modes)}"
             )
 
 
