@@ -130,7 +130,7 @@ def test_a_narrow_terminal_loses_nothing(
     ("args", "words"),
     [
         (["evaluate", "--modes", "fast"], "modes: 'fast' is unknown"),
-        (["evaluate", "--items", "0"], "items: 0 is too small"),
+        (["evaluate", "--items", "0"], "items 0 must be at least 1"),
         (["evaluate", "--model", "/nowhere"], "/nowhere"),
         (
             ["evaluate", "--modes", "ar", "--confidence-threshold", "0.5"],

@@ -126,7 +126,7 @@ def test_the_list_of_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--hardware", "power8", "--devices", "2"], "devices: power8 has no link_gb_s"),
         (["--quantization", "int3"], "quantization"),
         (["--head-weights", "int4"], "--head-weights: int4 breaks the choice of tokens"),
-        (["--batch-size", "0"], "--batch-size: 0 is too small"),
+        (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (
             ["--tokens-per-nfe", "17"],
             "--tokens-per-nfe: 17.0 must be above 0 and at most",

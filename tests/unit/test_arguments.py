@@ -1,6 +1,7 @@
 """The public calls, given what they cannot take: one line, and the names that Tab completes."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import twotower
 from tiny_models import tiny_model
 from tiny_text import byte_tokenizer
+from twotower.arguments import require_numbers
 
 MODEL, TOKENIZER = tiny_model(), byte_tokenizer()
 
@@ -43,3 +45,24 @@ def test_an_argument_of_a_wrong_type_is_one_line(call: Callable[[], object], sai
 def test_tab_completes_the_public_names_alone() -> None:
     names = [name for name in dir(twotower) if not name.startswith("_")]
     assert names == sorted(set(twotower.__all__))
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds", "said"),
+    [
+        (0, (1,), "x=0 must be at least 1"),
+        (9, (1, 8), "x=9 must be at least 1 and at most 8"),
+        (0.0, (0, 1, True), "x=0.0 must be above 0 and at most 1"),
+        (0.0, (0, float("inf"), True), "x=0.0 must be a finite number above 0"),
+        (float("inf"), (0,), "x=inf must be a finite number, at least 0"),
+        (float("nan"), (0, 1), "x=nan must be at least 0 and at most 1"),
+    ],
+)
+def test_a_number_out_of_range_is_one_line(value: float, bounds: tuple[float], said: str) -> None:
+    with pytest.raises(ValueError) as found:
+        require_numbers(SimpleNamespace(x=value), ("x",), *bounds)
+    assert str(found.value) == said
+
+
+def test_a_number_in_range_passes() -> None:
+    require_numbers(SimpleNamespace(a=1, b=8.0, c=None), ("a", "b", "c"), 1, 8)

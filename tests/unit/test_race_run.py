@@ -14,9 +14,9 @@ from twotower.lab.race.run import CpuLoad, RaceOptions, others_used, parse_stat,
         ({"modes": "diffusion"}, "modes: diffusion lacks ar"),
         ({"modes": "ar,fast"}, "modes: 'fast' is unknown"),
         ({"engines": ","}, "engines: none given"),
-        ({"items": 0}, "items: 0 is too small"),
-        ({"repeats": 0}, "repeats: 0 is too small"),
-        ({"seed": -1}, "seed: -1 is negative"),
+        ({"items": 0}, "items=0 must be at least 1"),
+        ({"repeats": 0}, "repeats=0 must be at least 1"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
     ],
 )
 def test_refusals(changes: dict[str, object], words: str) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from twotower.arguments import require_numbers
 from twotower.config import DraftSpec
 
 Stage = Literal["answers", "train", "measure"]
@@ -30,10 +31,9 @@ class ThinOptions:
     """Rank of a bigram term, which lets each drafted token depend on the one before. 0: none."""
 
     def __post_init__(self) -> None:
-        lowest = {"layers": 1, "block_size": 2, "draft_vocab": 0, "bigram_rank": 0}
-        for name, least in lowest.items():
-            if (value := getattr(self, name)) is not None:
-                _check_least(name, value, least)
+        require_numbers(self, ("layers",), 1)
+        require_numbers(self, ("block_size",), 2)
+        require_numbers(self, ("draft_vocab", "bigram_rank"), 0)
 
     def draft_of(self, draft_ids: Sized | None) -> DraftSpec:
         """What the configuration keeps of it, for a draft vocabulary; None: the whole one."""
@@ -59,10 +59,8 @@ class AnswerOptions:
     """Leave out prompts with more tokens than this."""
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "rows", "max_prompt_tokens"):
-            _check_least(name, getattr(self, name), 1)
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature} must be a number of at least 0")
+        require_numbers(self, ("max_tokens", "rows", "max_prompt_tokens"), 1)
+        require_numbers(self, ("temperature",), 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +91,10 @@ class StepOptions:
     """Seed of the held-out split, of new weights and of the order of answers and blocks."""
 
     def __post_init__(self) -> None:
-        for name in ("answers_per_step", "blocks_per_answer"):
-            _check_least(name, getattr(self, name), 1)
-        if not 0 <= self.soft_targets <= 1:
-            raise ValueError(f"soft_targets={self.soft_targets} must be from 0 to 1")
-        for name in ("learning_rate", "loss_decay", "max_grad_norm"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be a number above 0")
+        require_numbers(self, ("answers_per_step", "blocks_per_answer"), 1)
+        require_numbers(self, ("warmup_steps", "weight_decay", "seed"), 0)
+        require_numbers(self, ("soft_targets",), 0, 1)
+        require_numbers(self, ("learning_rate", "loss_decay", "max_grad_norm"), 0, is_above=True)
 
     @property
     def blocks(self) -> int:
@@ -116,8 +111,7 @@ class Budget:
     """Of all that is no stage: loading, the estimate."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.minutes < 1e6:
-            raise ValueError(f"minutes={self.minutes} must be a number above 0")
+        require_numbers(self, ("minutes",), 0, 1e6, is_above=True)
 
     def seconds(self, stage: Stage) -> float:
         """Of one stage."""
@@ -160,8 +154,3 @@ class WorkFolder:
     def spent(self) -> Path:
         """Seconds that each stage has had."""
         return self.path / "spent.json"
-
-
-def _check_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name}={value} must be at least {least}")

@@ -4,6 +4,8 @@ import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
+from twotower.arguments import require_numbers
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
@@ -58,17 +60,10 @@ class ServeOptions:
     """Write prompts and texts to the log."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"port={self.port} must be between 0 and 65535")
-        for name in _COUNTS:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        for name in ("body_timeout_s", "deadline_s"):
-            if not 0.0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be a finite number above 0")
-        if not 0.0 <= self.grace_s < float("inf"):
-            raise ValueError(f"grace_s={self.grace_s} must be a finite number, at least 0")
+        require_numbers(self, ("port",), 0, 65535)
+        require_numbers(self, _COUNTS, 1)
+        require_numbers(self, ("body_timeout_s", "deadline_s"), 0, is_above=True)
+        require_numbers(self, ("grace_s",), 0)
         for origin in self.cors_origins:
             if origin != "*" and not origin.startswith(("http://", "https://")):
                 raise ValueError(

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+from twotower.arguments import require_numbers
 from twotower.engine import Finished, GenerateOptions, StepTaken, stream
 from twotower.engine.options import MODES, FirstToken
 from twotower.lab.corpus import CATEGORIES, Document
@@ -68,11 +69,8 @@ class EvaluationOptions:
     as published. Default: the checkpoint's."""
 
     def __post_init__(self) -> None:
-        for name in ("items", "batch_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} is too small; use at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed: {self.seed} is negative; use 0 or more")
+        require_numbers(self, ("items", "batch_size", "max_new_tokens"), 1)
+        require_numbers(self, ("seed",), 0)
         check_names("modes", self.mode_names, MODES)
         check_names("categories", self.category_names, CATEGORIES)
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from twotower.arguments import require_numbers
 from twotower.lab.plan.hardware import Kind
 
 Width = Literal["float32", "bfloat16", "int8", "int4"]
@@ -79,8 +80,7 @@ class Efficiency:
                 raise ValueError(f"{name}_share: {value} must be above 0 and at most 1")
         if not 0 <= self.layer_s < 1:
             raise ValueError(f"layer_us: {self.layer_s * 1e6:g} must be from 0 to below a second")
-        if not 0 <= self.row_share <= 1:
-            raise ValueError(f"row_share: {self.row_share} must be between 0 and 1")
+        require_numbers(self, ("row_share",), 0, 1)
 
 
 # benchmarks/plan_validation.py solves for the values that are said to be calibrated and prints
@@ -119,9 +119,8 @@ class Workload:
     draft_passes: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "prompt_tokens", "new_tokens", "block_size", "draft_passes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} is too small; use at least 1")
+        counts = ("batch_size", "prompt_tokens", "new_tokens", "block_size", "draft_passes")
+        require_numbers(self, counts, 1)
         for name in ("tokens_per_nfe", "tokens_per_cycle"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= self.block_size:

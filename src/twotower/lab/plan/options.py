@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from twotower.arguments import require_numbers
 from twotower.checkpoint.files import SHIPPED
 from twotower.checkpoint.inspect import (
     Description,
@@ -112,12 +113,8 @@ class PlanOptions:
     def __post_init__(self) -> None:
         if self.devices not in (1, 2):
             raise ValueError(f"devices: {self.devices} is not possible; a tower each on 1 or 2")
-        if not 1 <= self.max_batch_size <= _MOST_BATCH:
-            raise ValueError(
-                f"max_batch_size: {self.max_batch_size} must be between 1 and {_MOST_BATCH}"
-            )
-        if self.price_per_hour is not None and not 0 <= self.price_per_hour < float("inf"):
-            raise ValueError(f"price_per_hour: {self.price_per_hour} must be 0 or more")
+        require_numbers(self, ("max_batch_size",), 1, _MOST_BATCH)
+        require_numbers(self, ("price_per_hour",), 0)
         if self.efficiency is not None and self.efficiency not in PROFILES:
             raise ValueError(
                 f"efficiency: {self.efficiency!r} is unknown{nearest(self.efficiency, PROFILES)}; "

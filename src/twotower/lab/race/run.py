@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from twotower.arguments import require_numbers
 from twotower.checkpoint.files import SHIPPED
 from twotower.engine import MODES, GenerateOptions, stream
 from twotower.lab.corpus import CATEGORIES, Document
@@ -86,11 +87,9 @@ class RaceOptions:
     """Folder for race.json and its pictures."""
 
     def __post_init__(self) -> None:
-        for name in ("items", "max_new_tokens", "max_prompt_tokens", "replays", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} is too small; use at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed: {self.seed} is negative; use 0 or more")
+        counts = ("items", "max_new_tokens", "max_prompt_tokens", "replays", "repeats")
+        require_numbers(self, counts, 1)
+        require_numbers(self, ("seed",), 0)
         check_names("sizes", split_names(self.sizes), (SHIPPED, *SIZES))
         check_names("modes", split_names(self.modes), MODES)
         check_names("bits", split_names(self.bits), tuple(BITS))
