@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import torch
 
-from twotower.arguments import require
+from twotower.arguments import check, one_of, require
 from twotower.graphs.backend import ONE_DEVICE, GraphsBackend
 from twotower.model import TwoTower
 from twotower.model.backend import Backend, EagerBackend
@@ -160,12 +160,8 @@ def accelerate(
     projections rounded to 8 or 4 bits now. The weights must not change afterwards. ValueError (one
     line) for what cannot run.
     """
-    for name, value, known in (
-        ("backend", backend, BACKENDS),
-        ("quantization", quantization, QUANTIZATIONS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(known)}")
+    choices = {"backend": one_of(*BACKENDS), "quantization": one_of(*QUANTIZATIONS)}
+    check({"backend": backend, "quantization": quantization}, choices)
     require("model", model, TwoTower, "twotower.load_model(path)")
     setup, reasons = setup_of(model, quantization), list[str]()
     for name in _AUTOMATIC if backend == "auto" else [backend]:

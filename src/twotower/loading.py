@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
-from twotower.arguments import require
+from twotower.arguments import check, number, one_of, require, require_numbers
 from twotower.backends import (
     BACKENDS,
     QUANTIZATIONS,
@@ -81,18 +81,14 @@ class Placement:
     models larger than memory; as slow as the disk."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("dtype", get_args(DTypeName)),
-            ("quantization", QUANTIZATIONS),
-            ("backend", BACKENDS),
-            ("expert_storage", get_args(ExpertStorage)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}"
-                )
-        if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
-            raise ValueError(f"threads={self.threads!r} must be a whole number, at least 1")
+        choices = {
+            "dtype": one_of(*get_args(DTypeName)),
+            "quantization": one_of(*QUANTIZATIONS),
+            "backend": one_of(*BACKENDS),
+            "expert_storage": one_of(*get_args(ExpertStorage)),
+        }
+        check({name: getattr(self, name) for name in choices}, choices)
+        require_numbers(self, ("threads",), number(1, is_whole=True))
         if self.revision is not None and (self.model is None or Path(self.model).exists()):
             raise ValueError(
                 f"revision={self.revision!r} is of a hub id, and the model is a local one; leave "

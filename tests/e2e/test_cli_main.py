@@ -103,7 +103,7 @@ def test_generate_has_a_flag_with_the_default_of_every_option(
         (["generate", "--temp", "inf", "a"], "--temp inf must be a finite number, at least 0.0"),
         (["generate", "-n=0", "a"], "-n 0 must be at least 1"),
         (["chat", "--max-tokens", "0"], "--max-tokens 0 must be at least 1"),
-        (["generate", "--threads", "0", "a"], "--threads 0 must be a whole number, at least 1"),
+        (["generate", "--threads", "0", "a"], "--threads 0 must be at least 1"),
         (["generate", "--quantization", "int8", "--backend", "eager", "a"], "--quantization int8:"),
         (["convert", "a", "b", "--to", "gguf", "--quantization", "int8"], "needs --to released or"),
         (["convert", "a", "b", "--group-size", "32"], "--group-size: no effect without"),

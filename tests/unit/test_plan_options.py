@@ -135,7 +135,7 @@ def test_results_that_are_none(tmp_path: Path, content: str, message: str) -> No
     ("options", "message"),
     [
         ({"devices": 3}, "devices: 3 is not possible; a tower each on 1 or 2"),
-        ({"max_batch_size": 0}, "max_batch_size=0 must be at least 1 and at most 65536"),
+        ({"max_batch_size": 0}, "max_batch_size=0 must be between 1 and 65536"),
         ({"price_per_hour": -1.0}, "price_per_hour=-1.0 must be a finite number, at least 0"),
         (
             {"price_per_hour": float("nan")},

@@ -122,7 +122,7 @@ def test_further_rows_take_a_share_of_a_layer_again() -> None:
         call = replace(STEP, rows=rows)
         more = time_pass(again, call).seconds - time_pass(made, call).seconds
         assert more == pytest.approx(6 * 1e-3 * 0.25 * (rows - 1))  # six layers
-    with pytest.raises(ValueError, match="row_share=2 must be at least 0 and at most 1"):
+    with pytest.raises(ValueError, match="row_share=2 must be between 0 and 1"):
         replace(shared, row_share=2)
 
 

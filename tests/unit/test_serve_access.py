@@ -13,7 +13,7 @@ from twotower.serve.service import read_filters
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"port": 70000}, "port=70000 must be at least 0 and at most 65535"),
+        ({"port": 70000}, "port=70000 must be between 0 and 65535"),
         ({"max_body_bytes": 0}, "max_body_bytes=0 must be at least 1"),
         ({"key_concurrency": 0}, "key_concurrency=0 must be at least 1"),
         ({"deadline_s": 0.0}, "deadline_s=0.0 must be a finite number above 0"),

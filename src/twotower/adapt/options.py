@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from twotower.arguments import require_numbers
+from twotower.arguments import number, require_numbers
 from twotower.config import DraftSpec
 
 Stage = Literal["answers", "train", "measure"]
@@ -31,9 +31,9 @@ class ThinOptions:
     """Rank of a bigram term, which lets each drafted token depend on the one before. 0: none."""
 
     def __post_init__(self) -> None:
-        require_numbers(self, ("layers",), 1)
-        require_numbers(self, ("block_size",), 2)
-        require_numbers(self, ("draft_vocab", "bigram_rank"), 0)
+        require_numbers(self, ("layers",), number(1))
+        require_numbers(self, ("block_size",), number(2))
+        require_numbers(self, ("draft_vocab", "bigram_rank"), number(0))
 
     def draft_of(self, draft_ids: Sized | None) -> DraftSpec:
         """What the configuration keeps of it, for a draft vocabulary; None: the whole one."""
@@ -59,8 +59,8 @@ class AnswerOptions:
     """Leave out prompts with more tokens than this."""
 
     def __post_init__(self) -> None:
-        require_numbers(self, ("max_tokens", "rows", "max_prompt_tokens"), 1)
-        require_numbers(self, ("temperature",), 0)
+        require_numbers(self, ("max_tokens", "rows", "max_prompt_tokens"), number(1))
+        require_numbers(self, ("temperature",), number(0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +91,12 @@ class StepOptions:
     """Seed of the held-out split, of new weights and of the order of answers and blocks."""
 
     def __post_init__(self) -> None:
-        require_numbers(self, ("answers_per_step", "blocks_per_answer"), 1)
-        require_numbers(self, ("warmup_steps", "weight_decay", "seed"), 0)
-        require_numbers(self, ("soft_targets",), 0, 1)
-        require_numbers(self, ("learning_rate", "loss_decay", "max_grad_norm"), 0, is_above=True)
+        require_numbers(self, ("answers_per_step", "blocks_per_answer"), number(1))
+        require_numbers(self, ("warmup_steps", "weight_decay", "seed"), number(0))
+        require_numbers(self, ("soft_targets",), number(0, 1))
+        require_numbers(
+            self, ("learning_rate", "loss_decay", "max_grad_norm"), number(0, is_above=True)
+        )
 
     @property
     def blocks(self) -> int:
@@ -111,7 +113,7 @@ class Budget:
     """Of all that is no stage: loading, the estimate."""
 
     def __post_init__(self) -> None:
-        require_numbers(self, ("minutes",), 0, 1e6, is_above=True)
+        require_numbers(self, ("minutes",), number(0, 1e6, is_above=True))
 
     def seconds(self, stage: Stage) -> float:
         """Of one stage."""

@@ -9,20 +9,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from twotower.diffusion import SCHEDULES, Remask, Schedule
-from twotower.documented import documented
-from twotower.engine.drafts import Drafts
-from twotower.engine.grammar import Grammar
-from twotower.engine.option_checks import (
+from twotower.arguments import (
     Problem,
     as_pairs,
     biases,
+    check,
     instance,
     number,
     one_of,
     strings,
     token_ids,
 )
+from twotower.diffusion import SCHEDULES, Remask, Schedule
+from twotower.documented import documented
+from twotower.engine.drafts import Drafts
+from twotower.engine.grammar import Grammar
 
 Mode = Literal["diffusion", "speculative", "posterior", "predict-and-noise", "ar", "mock-ar"]
 Overlap = Literal["auto", "on", "off"]
@@ -77,7 +78,7 @@ class EngineOptions:
     there. 0 is off."""
 
     def __post_init__(self) -> None:
-        _check({name: getattr(self, name) for name in _ENGINE_CHECKS}, _ENGINE_CHECKS)
+        check({name: getattr(self, name) for name in _ENGINE_CHECKS}, _ENGINE_CHECKS)
 
 
 @documented
@@ -170,7 +171,7 @@ class GenerateOptions:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.logit_bias, Mapping):
             object.__setattr__(self, "logit_bias", as_pairs(self.logit_bias))
-        _check(self.given(), _CHECKS)
+        check(self.given(), _CHECKS)
         if self.mode is not None:
             _refuse_unused(self, self.mode)
         if self.ignore_eos and self.eos_token_id is not None:
@@ -341,10 +342,3 @@ _CHECKS: dict[str, Problem] = {
     "remask": one_of(*get_args(Remask)),
     "adaptive": _flag,
 }
-
-
-def _check(values: Mapping[str, object], checks: Mapping[str, Problem]) -> None:
-    """ValueError (one line) for the first field that has a bad value."""
-    for name, value in values.items():
-        if (problem := checks[name](value)) is not None:
-            raise ValueError(f"{name}={value!r} {problem}")

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from twotower.arguments import require_numbers
+from twotower.arguments import number, require_numbers
 from twotower.engine import Finished, GenerateOptions, StepTaken, stream
 from twotower.engine.options import MODES, FirstToken
 from twotower.lab.corpus import CATEGORIES, Document
@@ -69,8 +69,8 @@ class EvaluationOptions:
     as published. Default: the checkpoint's."""
 
     def __post_init__(self) -> None:
-        require_numbers(self, ("items", "batch_size", "max_new_tokens"), 1)
-        require_numbers(self, ("seed",), 0)
+        require_numbers(self, ("items", "batch_size", "max_new_tokens"), number(1))
+        require_numbers(self, ("seed",), number(0))
         check_names("modes", self.mode_names, MODES)
         check_names("categories", self.category_names, CATEGORIES)
 
@@ -177,8 +177,8 @@ def record_steps(steps: Sequence[StepTaken], trace: Trace) -> None:
     blocks: dict[tuple[int, int], list[StepTaken]] = {}
     for step in steps:
         blocks.setdefault((step.row, step.block_index), []).append(step)
-    for (_, number), taken in blocks.items():
-        trace.steps.append((number, len(taken)))
+    for (_, block), taken in blocks.items():
+        trace.steps.append((block, len(taken)))
         first_open = [
             sum(step.is_masked[position] for step in taken) + 1
             for position in range(len(taken[0].is_masked))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from twotower.arguments import require_numbers
+from twotower.arguments import number, require_numbers
 from twotower.lab.plan.hardware import Kind
 
 Width = Literal["float32", "bfloat16", "int8", "int4"]
@@ -80,7 +80,7 @@ class Efficiency:
                 raise ValueError(f"{name}_share: {value} must be above 0 and at most 1")
         if not 0 <= self.layer_s < 1:
             raise ValueError(f"layer_us: {self.layer_s * 1e6:g} must be from 0 to below a second")
-        require_numbers(self, ("row_share",), 0, 1)
+        require_numbers(self, ("row_share",), number(0, 1))
 
 
 # benchmarks/plan_validation.py solves for the values that are said to be calibrated and prints
@@ -120,7 +120,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "prompt_tokens", "new_tokens", "block_size", "draft_passes")
-        require_numbers(self, counts, 1)
+        require_numbers(self, counts, number(1))
         for name in ("tokens_per_nfe", "tokens_per_cycle"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= self.block_size:

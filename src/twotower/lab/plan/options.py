@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from twotower.arguments import require_numbers
+from twotower.arguments import number, require_numbers
 from twotower.checkpoint.files import SHIPPED
 from twotower.checkpoint.inspect import (
     Description,
@@ -113,8 +113,8 @@ class PlanOptions:
     def __post_init__(self) -> None:
         if self.devices not in (1, 2):
             raise ValueError(f"devices: {self.devices} is not possible; a tower each on 1 or 2")
-        require_numbers(self, ("max_batch_size",), 1, _MOST_BATCH)
-        require_numbers(self, ("price_per_hour",), 0)
+        require_numbers(self, ("max_batch_size",), number(1, _MOST_BATCH))
+        require_numbers(self, ("price_per_hour",), number(0))
         if self.efficiency is not None and self.efficiency not in PROFILES:
             raise ValueError(
                 f"efficiency: {self.efficiency!r} is unknown{nearest(self.efficiency, PROFILES)}; "
