@@ -1,7 +1,7 @@
-"""Recordings without a GPU: the operations of a pass, traced once and run again on the same memory.
+"""Recordings without a GPU: the operations of a pass, noted once and run again on the same memory.
 
 As with a CUDA graph, nothing of Python runs again, results appear where those of the first run
-were, and a pass that asks the host for a number cannot be recorded.
+were, and a pass that asks the host for a number, or gets one from it, cannot be recorded.
 """
 
 from collections.abc import Callable
@@ -10,13 +10,37 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from twotower import TwoTower, accelerate
 from twotower.graphs import backend
 from twotower.kernels import ops
 from twotower.layers import bigram
+
+# What a host must know before it can go on: values, or how large a result is.
+_QUESTIONS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "unique")
+
+
+class Tape(TorchDispatchMode):
+    """Notes operations as they run: what is called, with what, and what came out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name, kwargs = func.name().removeprefix("aten::"), kwargs or {}
+        places = args[1] if name.startswith("index.") else ()
+        has_mask = any(place is not None and place.dtype == torch.bool for place in places)
+        if has_mask or name.startswith(_QUESTIONS):
+            _refuse()
+        result = func(*args, **kwargs)
+        if not func.is_view:  # one looks at memory that is written again
+            self.calls.append((func, args, kwargs, _tensors(result)))
+        return result
 
 
 class Replayed:
@@ -25,34 +49,29 @@ class Replayed:
     made = 0
 
     def __init__(self, function: Callable[[], Any], pool: object, device: torch.device) -> None:
-        for _ in range(2):
-            function()
-        leaves, self._shape = _pytree.tree_flatten(function())
-        self._is_tensor = [leaf is not None for leaf in leaves]  # the rest: layers without a state
-        self._outputs = [leaf for leaf in leaves if leaf is not None]
+        function()  # a GPU's libraries need it; a pass must bear it
+        self._tape = Tape()
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("tolist", "cpu"):
-                patch.setattr(Tensor, name, _refuse)  # other questions the tracer refuses itself
-            self._traced = make_fx(lambda: _tensors(function()))()
+            for owner, name in ((Tensor, "tolist"), (Tensor, "cpu"), (torch, "tensor")):
+                patch.setattr(owner, name, _refuse)  # what no operation stands for
+            with self._tape:
+                self._outputs = function()
         type(self).made += 1
 
     def __call__(self) -> Any:
-        for kept, new in zip(self._outputs, self._traced(), strict=True):
-            if (
-                kept.data_ptr() != new.data_ptr() and 0 not in kept.stride()
-            ):  # not a weight or input
-                kept.copy_(new)
-        parts = iter(self._outputs)
-        leaves = [next(parts) if is_tensor else None for is_tensor in self._is_tensor]
-        return _pytree.tree_unflatten(leaves, self._shape)
+        for func, args, kwargs, results in self._tape.calls:
+            for kept, new in zip(results, _tensors(func(*args, **kwargs)), strict=True):
+                if kept.data_ptr() != new.data_ptr():
+                    kept.copy_(new)
+        return self._outputs
 
 
-def _refuse(self: Tensor) -> None:
+def _refuse(*_: object, **__: object) -> None:
     raise RuntimeError("the host asks for a tensor's values while a pass is recorded")
 
 
 def _tensors(values: object) -> list[Tensor]:
-    return [leaf for leaf in _pytree.tree_leaves(values) if leaf is not None]
+    return [leaf for leaf in _pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def recording(model: TwoTower, patch: pytest.MonkeyPatch) -> TwoTower:

@@ -252,8 +252,8 @@ def test_others_decode_while_a_prompt_is_read(monkeypatch: pytest.MonkeyPatch) -
     first_of_b = next(
         i for i, step in enumerate(steps) for e in step if isinstance(e, TokensCommitted) and e.row
     )
-    assert first_of_b >= 10
-    for step in steps[1:first_of_b]:
+    assert first_of_b >= 9  # its first token comes with the last piece
+    for step in steps[:first_of_b]:
         assert [e.row for e in step if isinstance(e, TokensCommitted)] == [0]
 
 

@@ -94,7 +94,7 @@ def test_rows_that_are_called_off_change_no_other(
 FAULTS = [
     ("ar", "next_logits", True),
     ("ar", "next_logits", False),
-    ("ar", "extend", False),
+    ("ar", "verify", False),
     ("diffusion", "denoise", True),
     ("diffusion", "denoise", False),
     ("diffusion", "extend", False),

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from twotower.diffusion import count_accepted
 from twotower.engine.drafts import DraftController, Proposal, best, pass_cost
 from twotower.engine.drafts_denoiser import draft_lengths, writing_cost
 from twotower.engine.options import ResolvedOptions
 from twotower.engine.request import Row
-from twotower.engine.speculative import count_accepted
 
 FIRST_PAUSE, LONGEST_PAUSE = PAUSES = 24, 96
 

@@ -5,6 +5,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -63,15 +64,15 @@ def test_a_cancelled_row_leaves_before_the_next_cycle(
     """Guards the machine's time: passes for a client that has gone, memory of its cache."""
     tickets: list[Ticket] = []
     rows: list[int] = []
-    method = TwoTower.next_logits
+    method = TwoTower.verify
 
-    def spy(model: TwoTower, cache: ContextCache) -> object:
+    def spy(model: TwoTower, cache: ContextCache, *rest: Any) -> object:
         rows.extend(int(length) for length in cache.lengths if length >= 9)
         if len(rows) == 3:
             tickets[0].cancel()
-        return method(model, cache)
+        return method(model, cache, *rest)
 
-    monkeypatch.setattr(TwoTower, "next_logits", spy)
+    monkeypatch.setattr(TwoTower, "verify", spy)
     with running(overlap=overlap) as worker:
         request = Request(PROMPTS[2], options(mode="ar", max_new_tokens=1000))
         tickets.append(worker.submit(request))
@@ -79,7 +80,7 @@ def test_a_cancelled_row_leaves_before_the_next_cycle(
         assert isinstance(events[-1], Failed) and events[-1].kind == "cancelled"
         assert events[-1].message == "the request was cancelled"
         completion_of(worker.submit(SHORT))
-    assert rows == [9, 10, 11] and len(events) == 4
+    assert rows == [9, 10, 11] and len(events) == 5
 
 
 @with_and_without_overlap

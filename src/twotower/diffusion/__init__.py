@@ -1,6 +1,7 @@
 """Masked diffusion as pure functions on tensors: noise, losses, token choice, the block loop."""
 
-from twotower.diffusion.denoise_block import Denoise, Step, denoise_block
+from twotower.diffusion.commit import choose_commits, count_accepted
+from twotower.diffusion.denoise_block import Denoise, Step, denoise_block, predictions
 from twotower.diffusion.loss import elbo_weight, masked_loss_sum, token_cross_entropy
 from twotower.diffusion.noise import SCHEDULES, Schedule, alpha, alpha_prime, corrupt
 from twotower.diffusion.sampling import (
@@ -12,6 +13,7 @@ from twotower.diffusion.sampling import (
     draw_noise,
     filter_logits,
     gumbel,
+    sample,
     uniform,
 )
 
@@ -27,13 +29,17 @@ __all__ = [
     "alpha_prime",
     "ban",
     "choose",
+    "choose_commits",
     "corrupt",
+    "count_accepted",
     "denoise_block",
     "draw_noise",
     "elbo_weight",
     "filter_logits",
     "gumbel",
     "masked_loss_sum",
+    "predictions",
+    "sample",
     "token_cross_entropy",
     "uniform",
 ]

@@ -42,6 +42,17 @@ def count_confident(
     return torch.maximum(confident, fair_share(is_masked.sum(-1), steps_left))
 
 
+def count_accepted(drafts: Tensor, choices: Tensor, lengths: Tensor) -> Tensor:
+    """How many tokens of drafts (B, n) stand: the first, and each that the choice before it equals.
+
+    choices (B, n): the AR tower's token after each; lengths (B,): how much of a row's draft counts.
+    Returns (B,), none above its length.
+    """
+    is_right = drafts[:, 1:] == choices[:, :-1]
+    right = is_right.long().cumprod(1).sum(1) + 1
+    return torch.minimum(right, lengths)
+
+
 def count_scheduled(num_masked: Tensor, keep_masked: Tensor) -> Tensor:
     """Commits per row so that at most keep_masked (B,) float positions, rounded down, stay.
 
@@ -88,6 +99,7 @@ class Predictions:
     probs: Tensor  # (R, T, V) unscaled, 0 for the mask token
     tokens: Tensor  # (R, T)
     confidence: Tensor  # (R, T) probs of tokens
+    is_last: bool = False  # no row has another pass
 
 
 def choose_commits(sampler: Sampler, found: Predictions) -> Tensor:
@@ -96,9 +108,9 @@ def choose_commits(sampler: Sampler, found: Predictions) -> Tensor:
 
 
 def _commit_confident(sampler: Sampler, found: Predictions) -> Tensor:
+    if found.is_last:
+        return found.is_masked
     steps_left = sampler.steps - found.step
-    if bool((steps_left <= 1).all()):
-        return found.is_masked  # the last pass leaves none
     counts = count_confident(found.confidence, found.is_masked, sampler.threshold, steps_left)
     return select_commits(found.confidence, found.is_masked, counts)
 

@@ -54,6 +54,7 @@ def denoise_block(
     assert len(generators) == len(block) or not (generators or sampler.is_random)
     if not sampler.is_random:
         generators = ()  # nothing to draw
+    most = max(sampler.steps.tolist(), default=0)
     sampler = _ready(sampler, block.device, token_ids)
     tokens, is_masked = block, block == sampler.mask_token_id
     confidence = (~is_masked).float()
@@ -70,9 +71,11 @@ def denoise_block(
         t = _put(torch.zeros_like(nfe, dtype=torch.float32), now, times, is_whole)
         logits = _logits(denoise, own.mask_token_id, tokens, t, rows, kept_logits)
         row_generators = [generators[row] for row in now.tolist()] if generators else ()
-        found = _predict(step, logits, _pick(is_masked, now, is_whole), own, row_generators)
-        if token_ids is not None:
-            found = replace(found, tokens=token_ids[found.tokens])
+        noise = draw_noise(logits, own, row_generators) if generators else None
+        found = predictions(
+            logits, choose(logits, own, noise), _pick(is_masked, now, is_whole), token_ids
+        )
+        found = replace(found, step=step, generators=row_generators, is_last=step + 1 >= most)
         commit = choose_commits(own, found)
 
         nfe = nfe.index_add(0, rows, torch.ones_like(rows))
@@ -145,22 +148,16 @@ def _logits(
     return logits if kept_logits is None else torch.cat([logits, kept_logits])
 
 
-def _predict(
-    step: int,
-    logits: Tensor,
-    is_masked: Tensor,
-    sampler: Sampler,
-    generators: Sequence[torch.Generator],
+def predictions(
+    logits: Tensor, chosen: Tensor, is_masked: Tensor, token_ids: Tensor | None
 ) -> Predictions:
-    """Choose a token for every position; its confidence is the unscaled probability."""
-    noise = draw_noise(logits, sampler, generators) if generators else None
-    tokens = choose(logits, sampler, noise)
+    """What was chosen (R, T) from logits (R, T, V); its confidence is the unscaled probability."""
     probs = logits.softmax(-1)
     return Predictions(
-        step=step,
-        generators=generators,
+        step=0,
+        generators=(),
         is_masked=is_masked,
         probs=probs,
-        tokens=tokens,
-        confidence=probs.gather(-1, tokens[..., None]).squeeze(-1),
+        tokens=chosen if token_ids is None else token_ids[chosen],
+        confidence=probs.gather(-1, chosen[..., None]).squeeze(-1),
     )

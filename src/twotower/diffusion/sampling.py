@@ -27,7 +27,8 @@ class Sampler:
     denoiser passes; kind "confidence" commits predictions above threshold (1 and more: the fixed
     share of each step alone); schedule is that of the other two kinds; remask and adaptive say
     which and how many tokens "predict-and-noise" returns to the mask; with reuse_unchanged
-    "posterior" keeps its last pass while no token of the row changed.
+    "posterior" keeps its last pass while no token of the row changed. has_min_p and has_ranks
+    (top-k or top-p) may be False where those are off in all rows: then their work is left out.
     """
 
     temperature: Tensor  # these are (B,); on the CPU, where generators are
@@ -43,6 +44,8 @@ class Sampler:
     reuse_unchanged: bool = True
     mask_token_id: int
     unused_ids: tuple[int, ...] = ()  # of the vocabulary, that are no token: never chosen
+    has_min_p: bool = True
+    has_ranks: bool = True
 
     @cached_property
     def is_greedy(self) -> bool:
@@ -73,6 +76,10 @@ def ban(logits: Tensor, ids: Sequence[int]) -> Tensor:
     known = [i for i in ids if i < logits.shape[-1]]
     if not known:
         return logits
+    if len(known) == 1:  # no index has to travel to a GPU
+        banned = logits.clone()
+        banned[..., known[0]] = float("-inf")
+        return banned
     return logits.index_fill(-1, torch.tensor(known, device=logits.device), float("-inf"))
 
 
@@ -96,10 +103,10 @@ def filter_logits(logits: Tensor, sampler: Sampler) -> Tensor:
     scale = _column(sampler.temperature, logits).float()
     logits = logits.float()
     logits = (logits - logits.amax(-1, keepdim=True)) / torch.where(scale > 0, scale, 1.0)
-    if bool((sampler.min_p > 0).any()):
+    if sampler.has_min_p:
         least = _column(sampler.min_p, logits).log()  # the largest logit is 0
         logits = logits.masked_fill(logits < least, float("-inf"))
-    if not bool((sampler.top_k > 0).any()) and bool((sampler.top_p >= 1).all()):
+    if not sampler.has_ranks:
         return logits
     k, p = _column(sampler.top_k, logits), _column(sampler.top_p, logits)
     ranked, order = logits.sort(dim=-1, descending=True, stable=True)
@@ -162,10 +169,15 @@ def choose(logits: Tensor, sampler: Sampler, noise: Tensor | None = None) -> Ten
     distribution with noise from draw_noise.
     """
     logits = ban(logits, sampler.unused_ids)
-    greedy = argmax(logits)
     if noise is None:
         assert sampler.is_greedy, "temperature > 0 needs noise"
-        return greedy
+        return argmax(logits)
+    return sample(logits, sampler, noise)
+
+
+def sample(logits: Tensor, sampler: Sampler, noise: Tensor) -> Tensor:
+    """`choose` where some row has a temperature; asks no device for anything."""
+    greedy = argmax(logits)
     filtered = filter_logits(logits, sampler)
     is_sampled = _column(sampler.temperature, greedy) > 0
     return torch.where(is_sampled, argmax(filtered + noise), greedy)

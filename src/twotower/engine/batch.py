@@ -90,6 +90,8 @@ class Batch:
             adaptive=first.adaptive,
             mask_token_id=self.model.config.mask_token_id,
             unused_ids=self.rows[0].unused_ids,  # all rows have one tokenizer
+            has_min_p=any(o.min_p > 0 for o in options),
+            has_ranks=any(o.top_k > 0 or o.top_p < 1 for o in options),
         )
 
     @property

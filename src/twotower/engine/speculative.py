@@ -7,17 +7,13 @@ verification yields. Source: system.md section 4, 'Self-speculation'.
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
-from twotower.diffusion import choose as choose_each
-from twotower.diffusion import gumbel
-from twotower.engine import ar, drafts_denoiser, drafts_lookup
+from twotower.engine import drafts_denoiser, drafts_lookup
 from twotower.engine.batch import Batch, Choice, DecodingMode
-from twotower.engine.constraints import choose_allowed, penalize
 from twotower.engine.drafts import Proposal, best, pass_cost
 from twotower.engine.events import Event, Verified
-from twotower.engine.logits import require_finite, rows_logprobs
 from twotower.engine.request import Row
+from twotower.engine.verify import start, verify
 
 # The denoiser first: a lookup that gives two tokens would keep one that gives ten from being tried.
 PROPOSE = (drafts_denoiser.propose, drafts_lookup.propose)
@@ -86,23 +82,14 @@ def _num_possible(row: Row, block: list[int]) -> int:
 
 
 def choose(batch: Batch) -> Choice:
-    """Verify the drafts: keep what the AR tower chooses too, and its own token behind that."""
-    drafts, lengths = batch.draft
-    output = batch.model.verify(batch.cache, drafts, lengths)
-    logits = batch.model.context_head(output.hidden)
-    choices = _choices(batch, logits)
-    accepted = count_accepted(drafts, choices, lengths)
-    counts = accepted.tolist()
-    tokens = [own[:count] for own, count in zip(choices.tolist(), counts, strict=True)]
-    logprobs = rows_logprobs(batch.rows, logits, tokens)
-    batch.cache.commit(output, accepted)
-    verified = []
-    for row, length, count in zip(batch.rows, lengths.tolist(), counts, strict=True):
-        row.context_forwards += 1
-        _record(row, count, pass_cost(batch.model.pass_costs, length))
+    """Verify the drafts, and let each row's controllers learn from it."""
+    _, lengths = batch.draft
+    choice, verified = verify(batch), []
+    for row, length, own in zip(batch.rows, lengths.tolist(), choice.tokens, strict=True):
+        _record(row, len(own), pass_cost(batch.model.pass_costs, length))
         drafter = None if row.proposal is None else row.proposal.drafter
-        verified.append(Verified(length - 1, count - 1, drafter))
-    return Choice(tokens, logprobs, verified)
+        verified.append(Verified(length - 1, len(own) - 1, drafter))
+    return choice._replace(verified=verified)
 
 
 def _record(row: Row, num_tokens: int, verifying: float) -> None:
@@ -114,67 +101,4 @@ def _record(row: Row, num_tokens: int, verifying: float) -> None:
             controller.record_other()
 
 
-def count_accepted(drafts: Tensor, choices: Tensor, lengths: Tensor) -> Tensor:
-    """How many tokens of drafts (B, n) stand: the first, and each that the choice before it equals.
-
-    choices (B, n): the AR tower's token after each; lengths (B,) >= 1: how much of a row's draft
-    counts. Returns (B,) >= 1.
-    """
-    is_right = drafts[:, 1:] == choices[:, :-1]
-    right = is_right.long().cumprod(1).sum(1) + 1
-    return torch.minimum(right, lengths)
-
-
-def _choices(batch: Batch, logits: Tensor) -> Tensor:
-    """The AR tower's token after each of the draft's: logits (B, n, V) -> (B, n) on the CPU.
-
-    Penalties count the draft's tokens, and under a grammar choices are made, as far as the draft
-    agrees with them.
-    """
-    drafts, lengths = batch.draft
-    each = zip(drafts.tolist(), lengths.tolist(), strict=True)
-    logits = penalize(logits, batch.rows, [own[1:length] for own, length in each])
-    noise = None
-    if not batch.sampler.is_greedy:
-        noise = torch.stack([_noise(row, *logits.shape[1:]) for row in batch.rows])
-        noise = noise.to(logits.device)
-    choices = choose_each(require_finite(logits), batch.sampler, noise).cpu()
-    for place, row in enumerate(batch.rows):
-        if row.grammar is not None:
-            own = None if noise is None else noise[place]
-            kept = _keep_grammar(batch, place, logits[place], own)
-            choices[place, : len(kept)] = torch.tensor(kept)
-    return choices
-
-
-def _keep_grammar(batch: Batch, place: int, logits: Tensor, noise: Tensor | None) -> Sequence[int]:
-    """A row's choices from left to right, each under the grammar after those before it, up to the
-    first that its draft does not have: logits (n, V).
-    """
-    row, (drafts, lengths) = batch.rows[place], batch.draft
-    assert row.grammar is not None
-    kept: list[int] = []
-    following = [*drafts[place].tolist()[1:], None]
-    for at in range(int(lengths[place])):
-        row.grammar.follow(row.tokens + kept)
-        noises = None if noise is None else noise[at]
-        kept.append(choose_allowed(row, logits[at], batch.sampler, place, noises))
-        if kept[-1] != following[at] or kept[-1] in row.options.eos_token_id:
-            break
-    return kept
-
-
-def _noise(row: Row, length: int, vocab_size: int) -> Tensor:
-    """Gumbel noise (length, V) of the next tokens; zeros, and nothing drawn, when greedy.
-
-    Drawn once per token in the order of the text, as AR decoding draws it, so that a sampled text
-    is AR's too, whatever was drafted.
-    """
-    if row.options.temperature == 0:
-        return torch.zeros(1, 1).expand(length, vocab_size)
-    while len(row.noise_ahead) < length:
-        row.noise_ahead.append(gumbel((vocab_size,), [row.generator])[0])
-    return torch.stack(row.noise_ahead[:length])
-
-
-SPECULATIVE = DecodingMode(choose=choose, draft=draft, start=ar.choose, num_unread=1)
+SPECULATIVE = DecodingMode(choose=choose, draft=draft, start=start, num_unread=1)

@@ -37,35 +37,31 @@ class MambaInputs(NamedTuple):
     ssm: Tensor
 
 
-def states_after(layers: Sequence[MambaInputs], counts: Tensor) -> list[MambaState]:
-    """Each layer's state after the first counts (B,) of its L tokens; counts on the CPU.
+def states_after(
+    layers: Sequence[MambaInputs], counts: Tensor, most: int | None = None
+) -> list[MambaState]:
+    """Each layer's state after the first counts (B,) of its L tokens.
 
-    All layers at once: the arithmetic is little, and small models wait for its dispatch.
+    most >= 1: no count is above it; where it is not given, the counts are asked. All layers at
+    once: the arithmetic is little, and small models wait for its dispatch.
     Source: system.md section 4, 'Self-speculation', step 3.
     """
     if not layers:
         return []
-    ends = counts.tolist()
-    most = max(*ends, 1)
+    if most is None:
+        most = max(*counts.tolist(), 1)
     heads, dt, A, B = (
         torch.cat([getattr(one, name)[:, :most] for one in layers])
         for name in ("heads", "dt", "A", "B")
     )
-    if min(ends) < most:
-        valid = _is_valid(most, counts.to(dt.device)).unsqueeze(-1)
-        dt = dt * valid.repeat(len(layers), 1, 1)
+    counts = counts.to(dt.device)
+    dt = dt * _is_valid(most, counts).unsqueeze(-1).repeat(len(layers), 1, 1)
     added, decay = (part.chunk(len(layers)) for part in ssd.state_change(heads, dt, A, B))
+    width, ends = layers[0].conv.shape[1] - layers[0].dt.shape[1], counts.unsqueeze(1)
     return [
-        MambaState(_window_of_rows(one, ends), ssm.addcmul_(one.ssm.float(), kept))
+        MambaState(_windows(one.conv, ends, width).squeeze(1), ssm.addcmul_(one.ssm.float(), kept))
         for one, ssm, kept in zip(layers, added, decay, strict=True)
     ]
-
-
-def _window_of_rows(one: MambaInputs, ends: list[int]) -> Tensor:
-    """The convolution's last inputs at each row's end: (B, C, W-1)."""
-    width = one.conv.shape[1] - one.dt.shape[1]
-    rows = zip(one.conv, ends, strict=True)
-    return torch.stack([row[end : end + width] for row, end in rows]).mT
 
 
 class Mamba2(nn.Module):

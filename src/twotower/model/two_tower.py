@@ -166,15 +166,20 @@ class TwoTower(nn.Module):
 
     @torch.no_grad()
     def verify(
-        self, cache: ContextCache, tokens: Tensor, counts: Tensor | None = None
+        self,
+        cache: ContextCache,
+        tokens: Tensor,
+        counts: Tensor | None = None,
+        is_draft: bool = True,
     ) -> ForwardOutput:
         """Forward pass over tokens (B, n >= 1) after the cache, which stays as it is:
         `cache.commit` keeps as many of them as are wanted.
 
-        counts (B,): how many tokens of each row are worth a pass, all where not given.
+        counts (B,): how many tokens of each row are worth a pass, all where not given; without
+        is_draft just these will be committed, which saves work.
         Source: system.md section 4, 'Self-speculation'.
         """
-        return self.backend.context_pass(cache, self._after(cache, tokens), counts, is_draft=True)
+        return self.backend.context_pass(cache, self._after(cache, tokens), counts, is_draft)
 
     @torch.no_grad()
     def context_head(self, hidden: Tensor) -> Tensor:

@@ -1,0 +1,109 @@
+"""The context tower reads what is drafted behind a text, and chooses: one token or many.
+
+A draft decides only how many tokens a pass yields; without one it yields the next.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from twotower.diffusion import choose as choose_each
+from twotower.diffusion import count_accepted, gumbel
+from twotower.engine.batch import Batch, Choice
+from twotower.engine.constraints import choose_allowed, penalize
+from twotower.engine.events import Event
+from twotower.engine.logits import choose_tokens, require_finite, rows_logprobs
+from twotower.engine.request import Row
+
+
+def start(batch: Batch) -> Choice:
+    """The first token of each row, from what the context tower said of its prompt's last one."""
+    logits = batch.model.next_logits(batch.cache)
+    tokens = [[token] for token in choose_tokens(logits, batch.rows, batch.sampler).tolist()]
+    return Choice(tokens, rows_logprobs(batch.rows, logits.unsqueeze(1), tokens))
+
+
+def newest_alone(batch: Batch) -> Iterator[Event]:
+    """A draft of nothing: each row's newest token, which the cache does not hold."""
+    newest = torch.tensor([[row.tokens[-1]] for row in batch.rows])
+    batch.draft = newest, torch.ones(len(newest), dtype=torch.int64)
+    return iter(())
+
+
+def verify(batch: Batch) -> Choice:
+    """Keep of each draft what the AR tower chooses too, and its own token behind that."""
+    drafts, lengths = batch.draft
+    is_draft = drafts.shape[1] > 1  # the newest token always stays
+    output = batch.model.verify(batch.cache, drafts, lengths if is_draft else None, is_draft)
+    logits = batch.model.context_head(output.hidden)
+    choices = _choices(batch, logits)
+    counts = count_accepted(drafts, choices, lengths)
+    tokens = _kept(choices, counts)
+    logprobs = rows_logprobs(batch.rows, logits, tokens)
+    batch.cache.commit(output, counts)
+    for row in batch.rows:
+        row.context_forwards += 1
+    return Choice(tokens, logprobs)
+
+
+def _kept(choices: Tensor, counts: Tensor) -> list[list[int]]:
+    each = zip(choices.tolist(), counts.tolist(), strict=True)
+    return [own[:count] for own, count in each]
+
+
+def _choices(batch: Batch, logits: Tensor) -> Tensor:
+    """The AR tower's token after each of the draft's: logits (B, n, V) -> (B, n) on the CPU.
+
+    Penalties count the draft's tokens, and under a grammar choices are made, as far as the draft
+    agrees with them.
+    """
+    drafts, lengths = batch.draft
+    each = zip(drafts.tolist(), lengths.tolist(), strict=True)
+    logits = penalize(logits, batch.rows, [own[1:length] for own, length in each])
+    noise = _noise(batch, *logits.shape[1:])
+    noise = None if noise is None else noise.to(logits.device)
+    choices = choose_each(require_finite(logits), batch.sampler, noise).cpu()
+    for place, row in enumerate(batch.rows):
+        if row.grammar is not None:
+            own = None if noise is None else noise[place]
+            kept = _keep_grammar(batch, place, logits[place], own)
+            choices[place, : len(kept)] = torch.tensor(kept)
+    return choices
+
+
+def _keep_grammar(batch: Batch, place: int, logits: Tensor, noise: Tensor | None) -> Sequence[int]:
+    """A row's choices from left to right, each under the grammar after those before it, up to the
+    first that its draft does not have: logits (n, V).
+    """
+    row, (drafts, lengths) = batch.rows[place], batch.draft
+    assert row.grammar is not None
+    kept: list[int] = []
+    following = [*drafts[place].tolist()[1:], None]
+    for at in range(int(lengths[place])):
+        row.grammar.follow(row.tokens + kept)
+        noises = None if noise is None else noise[at]
+        kept.append(choose_allowed(row, logits[at], batch.sampler, place, noises))
+        if kept[-1] != following[at] or kept[-1] in row.options.eos_token_id:
+            break
+    return kept
+
+
+def _noise(batch: Batch, length: int, vocab_size: int) -> Tensor | None:
+    """Gumbel noise (B, length, V) of the next tokens, zeros for greedy rows; None if all are."""
+    if batch.sampler.is_greedy:
+        return None
+    return torch.stack([_row_noise(row, length, vocab_size) for row in batch.rows])
+
+
+def _row_noise(row: Row, length: int, vocab_size: int) -> Tensor:
+    """The noise of one row (length, V); nothing is drawn when greedy.
+
+    Drawn once per token in the order of the text, whatever was drafted, so that a sampled text is
+    the same in all passes.
+    """
+    if row.options.temperature == 0:
+        return torch.zeros(1, 1).expand(length, vocab_size)
+    while len(row.noise_ahead) < length:
+        row.noise_ahead.append(gumbel((vocab_size,), [row.generator])[0])
+    return torch.stack(row.noise_ahead[:length])
