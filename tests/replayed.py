@@ -14,6 +14,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from twotower import TwoTower, accelerate
+from twotower.diffusion import sampling
 from twotower.graphs import backend
 from twotower.kernels import ops
 from twotower.layers import bigram
@@ -52,8 +53,9 @@ class Replayed:
         function()  # a GPU's libraries need it; a pass must bear it
         self._tape = Tape()
         with pytest.MonkeyPatch.context() as patch:
-            for owner, name in ((Tensor, "tolist"), (Tensor, "cpu"), (torch, "tensor")):
-                patch.setattr(owner, name, _refuse)  # what no operation stands for
+            for name in ("tolist", "cpu", "numpy"):  # no operation stands for these
+                patch.setattr(Tensor, name, _refuse)
+            patch.setattr(torch, "tensor", _refuse)
             with self._tape:
                 self._outputs = function()
         type(self).made += 1
@@ -79,6 +81,7 @@ def recording(model: TwoTower, patch: pytest.MonkeyPatch) -> TwoTower:
     patch.setattr(backend, "Recording", Replayed)
     patch.setattr(ops, "can_group", lambda weight: True)
     patch.setattr(bigram, "masked_places", lambda block, _: [True] * block.shape[1])
+    patch.setattr(sampling, "argmax", lambda logits: logits.argmax(-1))
     patch.setattr(Replayed, "made", 0)
     found = accelerate(model, "graphs")
     patch.setattr(found.backend, "_pool", "a pool")

@@ -1,6 +1,7 @@
 """How long do passes take on a GPU, and what speed-up over AR is possible with them?
 
-AR step, denoiser pass, extension and verification of the shipped model (float32), of a dense model
+AR step and verification (with the choice of tokens where the backend makes it), denoiser pass and
+extension of the shipped model (float32), of a dense model
 of 1B parameters and of the released 30B-A3B with both towers (bfloat16), with random weights that
 are made on the device; for 1, 4, 16 and 64 rows; eager, recorded (CUDA graphs), and both with
 compiled mixers and norms. Beside each time stands what `twotower plan` predicts.
@@ -23,6 +24,8 @@ from twotower import ContextCache, TwoTower, TwoTowerConfig, accelerate
 from twotower.checkpoint.empty import Towers, allocate, build_empty
 from twotower.checkpoint.files import shipped_folder
 from twotower.checkpoint.inspect import describe_config
+from twotower.diffusion import Sampler
+from twotower.engine.choosing import ChoosingBackend
 from twotower.families import PRESETS, config_from_dict, read_config
 from twotower.lab.plan.hardware import built_in, find_hardware
 from twotower.lab.plan.inputs import PROFILES, uniform
@@ -105,8 +108,10 @@ def compile_parts(model: TwoTower, compiler: str) -> None:
             module.compile(backend=compiler)
 
 
-def passes_of(model: TwoTower, shape: Shape) -> dict[str, Callable[[], object]]:
-    """Each pass as decoding makes it, commits to the cache included, on a text of its own."""
+def passes_of(model: TwoTower, shape: Shape) -> dict[str, tuple[Callable[[], object], int]]:
+    """Each pass as decoding makes it, commits to the cache included, on a text of its own; and how
+    many of it a call makes.
+    """
     device, vocab = model.context_device, model.config.vocab_size
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(4, vocab, (shape.rows, shape.past), generator=generator)
@@ -124,6 +129,18 @@ def passes_of(model: TwoTower, shape: Shape) -> dict[str, Callable[[], object]]:
         model.extend(cache, tokens[:, :1])
         return model.next_logits(cache)
 
+    num_steps, chooser = 1, model.backend
+    if isinstance(chooser, ChoosingBackend):
+        num_steps = chooser.decode_steps
+        whole, greedy = half * 2, greedy_sampler(shape.rows)
+
+        def ar_step(cache: ContextCache) -> object:
+            alone = torch.ones_like(whole)
+            return chooser.decode(cache, prompt[:, :1], alone, greedy, None, num_steps)
+
+        def verify(cache: ContextCache) -> object:
+            return chooser.decode(cache, prompt[:, : shape.block_size], whole, greedy, None, 1)
+
     calls: dict[str, Callable[[ContextCache], object]] = {
         "ar_step": ar_step,
         "denoise": lambda cache: model.denoise(block, cache.view(), t),
@@ -131,7 +148,23 @@ def passes_of(model: TwoTower, shape: Shape) -> dict[str, Callable[[], object]]:
         "verify": verify,
     }
     # Pieces of this size are not recorded, and keep no memory.
-    return {n: partial(call, model.prefill(prompt, chunk_size=128)) for n, call in calls.items()}
+    return {
+        name: (
+            partial(call, model.prefill(prompt, chunk_size=128)),
+            num_steps if name == "ar_step" else 1,
+        )
+        for name, call in calls.items()
+    }
+
+
+def greedy_sampler(num_rows: int) -> Sampler:
+    """Every row takes the best token."""
+    zeros = torch.zeros(num_rows)
+    ones, numbers = zeros + 1, zeros.long()
+    return Sampler(
+        temperature=zeros, top_k=numbers, top_p=ones, min_p=zeros, steps=numbers + 1,
+        threshold=ones, mask_token_id=-1, has_min_p=False, has_ranks=False,
+    )  # fmt: skip
 
 
 def predicted_ms(
@@ -197,7 +230,8 @@ def measure(stage: Stage, model: TwoTower, variant: str, shape: Shape) -> dict[s
     try:
         ready = accelerate(model, "graphs" if "graphs" in variant else "eager")
         calls = passes_of(ready, shape)
-        return {"ms": {n: times_ms(call, repeats, stage.device) for n, call in calls.items()}}
+        found = {n: times_ms(call, repeats, stage.device, c) for n, (call, c) in calls.items()}
+        return {"ms": found}
     except (torch.OutOfMemoryError, ValueError, RuntimeError) as error:
         return {"failed": reason_of(error)}
 

@@ -89,8 +89,12 @@ def sync(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def times_ms(call: Callable[[], object], repeats: int, device: torch.device) -> dict[str, float]:
-    """Milliseconds of a call: median, least and most of some repeats, after two that warm up."""
+def times_ms(
+    call: Callable[[], object], repeats: int, device: torch.device, num_passes: int = 1
+) -> dict[str, float]:
+    """Milliseconds of a pass, of which a call makes num_passes: median, least and most of some
+    repeats, after two that warm up.
+    """
     found = []
     for repeat in range(repeats + 2):
         sync(device)
@@ -98,7 +102,7 @@ def times_ms(call: Callable[[], object], repeats: int, device: torch.device) -> 
         call()
         sync(device)
         if repeat >= 2:
-            found.append((time.perf_counter() - start) * 1e3)
+            found.append((time.perf_counter() - start) * 1e3 / num_passes)
     values = {"median": statistics.median(found), "min": min(found), "max": max(found)}
     return {name: round(value, 4) for name, value in values.items()}
 

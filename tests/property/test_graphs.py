@@ -1,5 +1,6 @@
 """Passes of fixed shapes, as they run on a GPU: recorded by a stand-in that traces and replays."""
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -21,12 +22,16 @@ from tiny_models import (
     tiny_model,
 )
 from tiny_options import options_of
+from tiny_sampler import RowSampler, sampler_of
 from twotower import ContextCache, TwoTower, accelerate, generate
 from twotower.checkpoint.denoiser import with_new_denoiser
 from twotower.config import DraftSpec
+from twotower.diffusion import count_accepted
+from twotower.engine.choosing import ChoosingBackend
 from twotower.families import config_from_dict
 from twotower.graphs import arena, backend
 from twotower.kernels import ops
+from twotower.model.state import ForwardOutput, LayerState
 from twotower.model.thin import thin_config
 
 # float32 sums in another order, through 6 layers
@@ -63,6 +68,12 @@ class Pair(NamedTuple):
 
     ours: TwoTower
     eager: TwoTower
+
+
+def after(model: TwoTower, cache: ContextCache, drafts: Tensor) -> tuple[Tensor, ForwardOutput]:
+    """What greedy AR decoding would write after each token of drafts (B, n)."""
+    output = model.verify(cache, drafts)
+    return model.context_head(output.hidden).argmax(-1), output
 
 
 class Text:
@@ -102,6 +113,27 @@ class Text:
             return output.hidden
 
         self.both(work)
+
+    def decode(self, draw: random.Random) -> None:
+        """Drafts that are right up to somewhere, or some AR steps."""
+        size, num_steps = draw.choice([(1, 1), (1, 3), (2, 1), (5, 1)])
+        drafts = random_ids(self.num_rows, size, seed=draw.randrange(99))
+        for place in range(draw.randrange(size)):  # what AR would write
+            drafts[:, place + 1] = after(self.pair.eager, self.caches[1], drafts)[0][:, place]
+        lengths = torch.tensor([draw.randint(1, size) for _ in range(self.num_rows)])
+        chooser = self.pair.ours.backend
+        assert isinstance(chooser, ChoosingBackend)
+        sampler = sampler_of(RowSampler(), self.num_rows)
+        choices, counts = chooser.decode(self.caches[0], drafts, lengths, sampler, None, num_steps)
+        stay = torch.arange(choices.shape[1]) < counts.unsqueeze(1)
+        written, given = list[Tensor](), drafts
+        for _ in range(num_steps):
+            expected, output = after(self.pair.eager, self.caches[1], given)
+            kept = count_accepted(given, expected, lengths)
+            self.caches[1].commit(output, kept)
+            written, given = [*written, expected], expected[:, :1]
+        assert torch.equal(torch.cat(written, 1)[stay], choices[stay])
+        assert torch.equal(counts, kept if num_steps == 1 else kept * num_steps)
 
     def lose_a_row(self, draw: random.Random) -> None:
         if self.num_rows > 1:
@@ -152,7 +184,8 @@ def test_any_story_gives_the_eager_tensors(
     text = texts[0]
     for _ in range(6 if seed == 0 else 30):
         text = draw.choice([text, draw.choice(texts)])
-        draw.choice([text.extend, text.verify, text.verify, text.denoise])(draw)
+        acts = [text.extend, text.verify, text.verify, text.denoise, text.decode]
+        draw.choice(acts)(draw)
         if draw.random() < 0.1:
             some = torch.tensor([draw.randrange(text.num_rows) for _ in range(text.num_rows)])
             text.caches = [cache.select(some) for cache in text.caches]
@@ -188,21 +221,112 @@ def test_rows_that_change_places(kind: str) -> None:
     check()
 
 
-@pytest.mark.parametrize("kind", ["attention first", "thin"])
-def test_all_modes_write_the_eager_texts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards decoding as a whole: rows of all modes that join and leave share mirrors."""
+TOLD: dict[str, object] = {"logprobs": 2, "repetition_penalty": 1.3}
+SAMPLED: dict[str, object] = {"temperature": 1.0, "top_k": 20, "top_p": 0.9}
+WAYS: list[dict[str, object]] = [
+    {"mode": "ar", "max_new_tokens": 19}, {"mode": "ar"} | SAMPLED,
+    {"mode": "mock-ar", "temperature": 1.0}, {"mode": "posterior"},
+    {"mode": "diffusion", "confidence_threshold": 0.05, "max_new_tokens": 12},
+    {"mode": "diffusion", "confidence_threshold": 0.05, "max_new_tokens": 12} | SAMPLED,
+    {"mode": "diffusion", "steps_per_block": 3}, {"mode": "diffusion", "min_p": 0.01} | SAMPLED,
+    {"mode": "speculative"}, {"mode": "speculative", "draft_passes": 2} | SAMPLED,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "first"), [("attention first", {}), ("attention first", TOLD), ("thin", {})]
+)
+def test_all_modes_write_the_eager_texts(
+    kind: str, first: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards decoding as a whole: rows of all modes that join and leave share mirrors. Tokens are
+    chosen and committed in the passes: noise of another row or token, a rule that is another step's
+    or a token that nobody chose would show. For the first row the host may have to choose."""
     model = MODELS[kind]()
-    modes = ["ar", "mock-ar", "diffusion", "speculative"][:: 3 if kind == "thin" else 1]
+    ways = [way for way in WAYS if kind != "thin" or way["mode"] in ("ar", "speculative")]
     options = [
-        options_of({"block_size": 4, "seed": 7}, {"mode": mode, "max_new_tokens": count} | more)
-        for mode in modes
-        for count, more in ((2, {}), (5, {"temperature": 1.0}))
+        options_of({"block_size": 4, "max_new_tokens": 6}, way | {"seed": seed})
+        for seed, way in enumerate([ways[0] | first, *ways[1:]])
     ]
     prompts = prompts_of([2 + 5 * i % 7 for i in range(len(options))])
-    found = generate(recording(model, monkeypatch), prompts, options)
-    expected = generate(model, prompts, options)
-    assert [one.tokens for one in found] == [one.tokens for one in expected]
-    assert [one.nfe for one in found] == [one.nfe for one in expected]
+    ours = recording(model, monkeypatch)
+    monkeypatch.setattr(model, "pass_costs", ours.pass_costs)  # which decide who drafts
+    found, expected = (generate(one, prompts, options) for one in (ours, model))
+    for one, other in zip(found, expected, strict=True):
+        assert dataclasses.replace(one, logprobs=None) == dataclasses.replace(other, logprobs=None)
+
+
+def test_a_mirror_is_filled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the time of a step: copies of all keys would grow with the text."""
+    model, copied, copy = accelerate(tiny_model(), "graphs"), list[int](), arena.Arena._copy
+
+    def counted(mirror: arena.Arena, layers: Sequence[LayerState], num_rows: int) -> None:
+        copied.append(num_rows)
+        copy(mirror, layers, num_rows)
+
+    monkeypatch.setattr(arena.Arena, "_copy", counted)
+    chooser, cache = model.backend, model.prefill(random_ids(2, 5))
+    assert isinstance(chooser, ChoosingBackend) and copied == [2]
+    ones, sampler = torch.ones(2, dtype=torch.int64), sampler_of(RowSampler(), 2)
+    for drafts in (random_ids(2, 1), random_ids(2, 4)):
+        chooser.decode(cache, drafts, ones, sampler, None, 1)
+        list(chooser.fill(cache.view(), masked_like(random_ids(2, 4)), sampler, ()))
+    assert copied == [2]
+
+
+def test_the_host_looks_once_in_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the wait for the host: a GPU would idle for as long as a small pass takes."""
+    model = recording(tiny_model(hybrid_override_pattern="*M"), monkeypatch)
+    looks, cpu = 0, Tensor.cpu
+
+    def counted(tensor: Tensor) -> Tensor:
+        nonlocal looks
+        looks += tensor.dim() == 2 and tensor.dtype == torch.int64  # tokens
+        return cpu(tensor)
+
+    monkeypatch.setattr(Tensor, "cpu", counted)
+    generate(model, prompts_of([5, 3]), options_of({}, {"mode": "ar", "max_new_tokens": 17}))
+    assert looks == 2  # the first token is the prompt's, then 8 and 8
+    looks, passes, fill = 0, list[int](), model.backend._fill_on
+
+    def watched(*given: object) -> object:
+        passes.append(len(found := fill(*given)))
+        return found
+
+    monkeypatch.setattr(model.backend, "_fill_on", watched)
+    options = options_of({"block_size": 4}, {"mode": "diffusion", "max_new_tokens": 12})
+    options = dataclasses.replace(options, confidence_threshold=1.0, steps_per_block=4)
+    (found,) = generate(model, prompts_of([5]), options)
+    assert found.nfe == 12 and passes == [1, 1, 1, 1, 4, 4]
+    options = dataclasses.replace(options, confidence_threshold=0.0)
+    (found,) = generate(model, prompts_of([5]), options)
+    assert found.nfe == 3 and passes[6:] == [4, 1, 1]  # three were for nothing
+
+
+def test_logits_that_are_not_finite_leave_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the rows beside a broken one, which are tried again from the same cache."""
+    model = recording(tiny_model(), monkeypatch)
+    chooser, sampler = model.backend, sampler_of(RowSampler(), 2)
+    assert isinstance(chooser, ChoosingBackend)
+    cache = model.prefill(random_ids(2, 5))
+    good = cache.select(torch.tensor([1]))
+    for state in cache.layers:
+        if state is not None:
+            state[0][0].fill_(float("nan"))
+    version, drafts = cache.version, random_ids(2, 1)
+    ones = torch.ones(2, dtype=torch.int64)
+    before = model.verify(cache, drafts).hidden[1]
+    for call in (
+        lambda: list(chooser.fill(cache.view(), masked_like(random_ids(2, 4)), sampler, ())),
+        lambda: chooser.decode(cache, drafts, ones, sampler, None, 4),
+    ):
+        with pytest.raises(ValueError, match="logits are not finite"):
+            call()
+    assert cache.version is version and cache.lengths.tolist() == [5, 5]
+    assert torch.equal(model.verify(cache, drafts).hidden[1], before)
+    alone = sampler.select(torch.tensor([1]))
+    tokens, _ = chooser.decode(good, drafts[1:], ones[1:], alone, None, 4)
+    assert (tokens >= 0).all() and good.lengths.tolist() == [9]
 
 
 @pytest.mark.parametrize("case", recorded.read_cases()[:2], ids=lambda case: case.folder.name)

@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "layers": COMMON | {"kernels"},
     "model": COMMON | {"layers", "kernels"},
     "native": COMMON | {"model", "layers", "kernels"},
-    "graphs": COMMON | {"model", "layers", "kernels"},
+    "graphs": COMMON | {"model", "layers", "kernels", "diffusion"},
     "backends": COMMON | {"model", "native", "graphs"},
     "families": COMMON | {"layers"},
     "checkpoint": COMMON | {"families", "model", "kernels", "tokenizer"},

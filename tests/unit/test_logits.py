@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from twotower.diffusion import require_finite
 from twotower.engine import GenerateOptions
 from twotower.engine.constraints import penalize
-from twotower.engine.logits import require_finite
 from twotower.engine.options import resolve_options
 from twotower.engine.request import Row
 

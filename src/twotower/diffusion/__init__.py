@@ -5,6 +5,7 @@ from twotower.diffusion.denoise_block import Denoise, Step, denoise_block, predi
 from twotower.diffusion.loss import elbo_weight, masked_loss_sum, token_cross_entropy
 from twotower.diffusion.noise import SCHEDULES, Schedule, alpha, alpha_prime, corrupt
 from twotower.diffusion.sampling import (
+    NOT_FINITE,
     Remask,
     Sampler,
     SamplerKind,
@@ -13,11 +14,13 @@ from twotower.diffusion.sampling import (
     draw_noise,
     filter_logits,
     gumbel,
+    require_finite,
     sample,
     uniform,
 )
 
 __all__ = [
+    "NOT_FINITE",
     "SCHEDULES",
     "Denoise",
     "Remask",
@@ -39,6 +42,7 @@ __all__ = [
     "gumbel",
     "masked_loss_sum",
     "predictions",
+    "require_finite",
     "sample",
     "token_cross_entropy",
     "uniform",

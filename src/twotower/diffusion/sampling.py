@@ -71,6 +71,20 @@ class Sampler:
         )
 
 
+NOT_FINITE = (
+    "the model's logits are not finite; its weights are damaged or too large for its dtype: check "
+    "the checkpoint, or load it with dtype=float32"
+)
+
+
+def require_finite(logits: Tensor) -> Tensor:
+    """The logits themselves; ValueError if any is NaN or infinite, which argmax would hide."""
+    # A finite sum has finite terms, and is found in a fifth of the time.
+    if not bool(torch.isfinite(logits.sum())) and not bool(torch.isfinite(logits).all()):
+        raise ValueError(NOT_FINITE)
+    return logits
+
+
 def ban(logits: Tensor, ids: Sequence[int]) -> Tensor:
     """Logits (..., V) with -inf for ids that must not be chosen; an id past V is none already."""
     known = [i for i in ids if i < logits.shape[-1]]
@@ -169,15 +183,15 @@ def choose(logits: Tensor, sampler: Sampler, noise: Tensor | None = None) -> Ten
     distribution with noise from draw_noise.
     """
     logits = ban(logits, sampler.unused_ids)
-    if noise is None:
-        assert sampler.is_greedy, "temperature > 0 needs noise"
-        return argmax(logits)
+    assert noise is not None or sampler.is_greedy, "temperature > 0 needs noise"
     return sample(logits, sampler, noise)
 
 
-def sample(logits: Tensor, sampler: Sampler, noise: Tensor) -> Tensor:
-    """`choose` where some row has a temperature; asks no device for anything."""
+def sample(logits: Tensor, sampler: Sampler, noise: Tensor | None) -> Tensor:
+    """`choose` from logits without unused ids; asks no device for anything."""
     greedy = argmax(logits)
+    if noise is None:
+        return greedy
     filtered = filter_logits(logits, sampler)
     is_sampled = _column(sampler.temperature, greedy) > 0
     return torch.where(is_sampled, argmax(filtered + noise), greedy)

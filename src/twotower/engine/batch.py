@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from twotower.diffusion import Sampler, SamplerKind
+from twotower.engine.choosing import ChoosingBackend
 from twotower.engine.denoiser import Denoiser
 from twotower.engine.events import Event, TokenLogprob, Verified
 from twotower.engine.request import Row
@@ -93,6 +94,12 @@ class Batch:
             has_min_p=any(o.min_p > 0 for o in options),
             has_ranks=any(o.top_k > 0 or o.top_p < 1 for o in options),
         )
+
+    @cached_property
+    def chooser(self) -> ChoosingBackend | None:
+        """The model's backend, if it chooses tokens."""
+        backend = self.model.backend
+        return backend if isinstance(backend, ChoosingBackend) else None
 
     @property
     def num_read(self) -> int:

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from twotower.diffusion import require_finite
 from twotower.engine.batch import Batch, Choice, DecodingMode
 from twotower.engine.denoiser import fill_blocks
 from twotower.engine.events import Event, Verified
-from twotower.engine.logits import choose_tokens, require_finite, rows_logprobs
+from twotower.engine.logits import choose_tokens, rows_logprobs
 
 
 def draft(batch: Batch) -> Iterator[Event]:

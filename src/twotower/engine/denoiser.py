@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from twotower.diffusion import Sampler, Step, denoise_block
+from twotower.diffusion import Sampler, Step, denoise_block, require_finite
+from twotower.engine.choosing import ChoosingBackend
 from twotower.engine.events import Event, StepTaken
-from twotower.engine.logits import require_finite
 from twotower.model import ContextView, TwoTower
 
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ def denoise_rows(model: TwoTower, view: ContextView, blocks: Blocks) -> Iterator
     """`denoise_block` on blocks of a view's rows, by this process's denoiser tower."""
     tokens, sampler, generators, places = blocks
     own = view if places is None or len(places) == view.num_rows else view.select(places)
+    if isinstance(model.backend, ChoosingBackend) and sampler.kind == "confidence":
+        return model.backend.fill(own, tokens, sampler, generators)
     held = list(range(own.num_rows)), own  # rows of a view are copied only when they change
 
     def denoise(tokens: Tensor, t: Tensor, rows: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 import torch
 
+from twotower.diffusion import require_finite
 from twotower.engine.batch import Batch, Choice, DecodingMode
-from twotower.engine.logits import require_finite, rows_logprobs
+from twotower.engine.logits import rows_logprobs
 
 _TOKENS = 32  # that are read at a time: each has logits of the size of the vocabulary
 

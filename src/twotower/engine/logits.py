@@ -5,21 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twotower.diffusion import Sampler, ban, choose, draw_noise
+from twotower.diffusion import Sampler, ban, choose, draw_noise, require_finite
 from twotower.engine.constraints import choose_allowed, penalize
 from twotower.engine.events import TokenLogprob
 from twotower.engine.request import Row
-
-
-def require_finite(logits: Tensor) -> Tensor:
-    """The logits themselves; ValueError if any is NaN or infinite, which argmax would hide."""
-    # A finite sum has finite terms, and is found in a fifth of the time.
-    if not bool(torch.isfinite(logits.sum())) and not bool(torch.isfinite(logits).all()):
-        raise ValueError(
-            "the model's logits are not finite; its weights are damaged or too large for its "
-            "dtype: check the checkpoint, or load it with dtype=float32"
-        )
-    return logits
 
 
 def rows_logprobs(

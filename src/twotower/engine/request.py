@@ -109,6 +109,12 @@ class Row:
         return self.text is not None and self.text.is_filtered
 
     @property
+    def needs_host(self) -> bool:
+        """Whether more than its logits and its noise chooses its tokens, or tells of them."""
+        options = self.options
+        return self.grammar is not None or options.has_penalties or options.logprobs is not None
+
+    @property
     def num_left(self) -> int:
         """Tokens that the row may still write."""
         return self.options.max_new_tokens - len(self.tokens)

@@ -1,6 +1,7 @@
 """The context tower reads what is drafted behind a text, and chooses: one token or many.
 
-A draft decides only how many tokens a pass yields; without one it yields the next.
+A draft decides only how many tokens a pass yields; without one it yields the next. Where a row
+needs no more than its logits and its noise, a `ChoosingBackend` chooses.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 
 from twotower.diffusion import choose as choose_each
-from twotower.diffusion import count_accepted, gumbel
+from twotower.diffusion import count_accepted, gumbel, require_finite
 from twotower.engine.batch import Batch, Choice
 from twotower.engine.constraints import choose_allowed, penalize
 from twotower.engine.events import Event
-from twotower.engine.logits import choose_tokens, require_finite, rows_logprobs
+from twotower.engine.logits import choose_tokens, rows_logprobs
 from twotower.engine.request import Row
 
 
@@ -31,9 +32,19 @@ def newest_alone(batch: Batch) -> Iterator[Event]:
     return iter(())
 
 
-def verify(batch: Batch) -> Choice:
-    """Keep of each draft what the AR tower chooses too, and its own token behind that."""
+def verify(batch: Batch, most_steps: int = 1) -> Choice:
+    """Keep of each draft what the AR tower chooses too, and its own token behind that.
+
+    most_steps: AR steps that a backend which chooses may make; above 1 without drafts alone.
+    """
     drafts, lengths = batch.draft
+    if batch.chooser is not None and not any(row.needs_host for row in batch.rows):
+        steps = min(most_steps, batch.chooser.decode_steps)
+        noise = _noise(batch, max(steps, drafts.shape[1]), batch.model.config.vocab_size)
+        found = batch.chooser.decode(batch.cache, drafts, lengths, batch.sampler, noise, steps)
+        for row in batch.rows:
+            row.context_forwards += min(steps, row.num_left)
+        return Choice(_kept(*found))
     is_draft = drafts.shape[1] > 1  # the newest token always stays
     output = batch.model.verify(batch.cache, drafts, lengths if is_draft else None, is_draft)
     logits = batch.model.context_head(output.hidden)

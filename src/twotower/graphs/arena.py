@@ -3,14 +3,17 @@
 An arena mirrors the cache of one batch at a time. What it holds already is not copied again.
 """
 
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from twotower.graphs.choosing import Choosing
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
+from twotower.model.delta import CacheDelta
 from twotower.model.state import ContextCache, LayerState
 
 LEAST_PAST = 256  # tokens that a mirror has room for, at least
@@ -57,7 +60,10 @@ class Arena:
         self.lengths = torch.zeros(self.num_rows, dtype=torch.int64, device=hidden.device)
         self.counts = torch.zeros_like(self.lengths)
         self.t = torch.ones(self.num_rows, device=hidden.device)
+        self.choosing = Choosing(self.num_rows, hidden.device)
+        self.quickest = deque[int](maxlen=8)  # passes of the newest blocks
         self._ids: dict[tuple[str, int], Tensor] = {}
+        self._confidence: dict[int, Tensor] = {}
         self._capacity = 0
         self._held: object = None  # the version of a cache
         self.recordings: dict[Hashable, Recording[Any]] = {}
@@ -72,6 +78,12 @@ class Arena:
             ids = torch.zeros(size, dtype=torch.int64, device=self.lengths.device)
             self._ids[kind, length] = ids
         return self._ids[kind, length]
+
+    def confidence(self, length: int) -> Tensor:
+        """Of the newest prediction at each place of blocks (B, T)."""
+        if length not in self._confidence:
+            self._confidence[length] = self.t.new_ones(self.num_rows, length)
+        return self._confidence[length]
 
     def layers(self, num_past: int) -> tuple[LayerState, ...]:
         """What each layer keeps, with room for so many tokens: `ContextCache.layers`."""
@@ -146,6 +158,24 @@ class Arena:
             elif isinstance(mine, MambaState) and isinstance(new, MambaState):
                 for to, part in zip(mine, new, strict=True):
                     to.copy_(part[:, -1])
+
+    def delta_since(self, lengths: Tensor, counts: Tensor) -> CacheDelta:
+        """What it holds beyond the first lengths (R,) tokens of its rows, counts (R,) of them;
+        both on the CPU.
+        """
+        num_rows, most = len(lengths), int(counts.max())
+        places = (lengths.unsqueeze(1) + torch.arange(most)).to(self.lengths.device)
+        rows = torch.arange(num_rows, device=places.device).unsqueeze(1)
+        mamba = iter(self.mamba(num_rows))
+        states: list[LayerState] = []
+        for state in self._layers:
+            if isinstance(state, KV):
+                states.append(KV(*(part[rows, places] for part in state)))
+            elif state is None:
+                states.append(None)
+            else:
+                states.append(MambaState(*(part.unsqueeze(1) for part in next(mamba))))
+        return CacheDelta(states, self.hidden[:num_rows].clone(), counts)
 
     def put_mamba(self, states: Sequence[MambaState]) -> None:
         """Mamba states (R, ...) of the first rows, layer by layer."""

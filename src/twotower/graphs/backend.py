@@ -6,20 +6,22 @@ are, which is for tests: there is nothing to record.
 """
 
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from twotower import masks
+from twotower.diffusion import NOT_FINITE, Sampler, Step, gumbel
+from twotower.graphs import passes
 from twotower.graphs.arena import Arena, Recording, bucket, copies
 from twotower.kernels import ops
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaInputs, MambaState, states_after
 from twotower.layers.moe import Experts
-from twotower.model.backend import EagerBackend, denoiser_logits
+from twotower.model.backend import EagerBackend
+from twotower.model.delta import apply_delta
 from twotower.model.state import ContextCache, ContextView, ForwardOutput, LayerState
 from twotower.model.two_tower import TwoTower
 from twotower.specs import MoESpec
@@ -38,6 +40,7 @@ class GraphsBackend:
     """
 
     name, quantization = "graphs", "none"
+    decode_steps = 8  # a reader sees tokens that much later
     prefix_chunk = EagerBackend.prefix_chunk
 
     def __init__(self, model: TwoTower) -> None:
@@ -67,7 +70,7 @@ class GraphsBackend:
         with self._lock:
             arena = self._arena(num_rows)
             past = arena.reserve(cache.num_past + wide)
-            read = partial(self._read, arena, wide, past, is_draft)
+            read = partial(passes.read, self._model, arena, wide, past, is_draft)
             run = self._recorded(arena, wide, (past, is_draft), read)
             arena.load(layers, cache.lengths, before)
             arena.ids("tokens", wide)[:num_rows, :length] = tokens
@@ -103,47 +106,134 @@ class GraphsBackend:
         """All passes of a block read the same mirror, which is filled once."""
         self._model.denoiser()  # there is one
         num_rows, length = block.shape
-        lengths = view.lengths
-        if lengths is None:
-            lengths = torch.full((num_rows,), view.num_past)
         with self._lock:
             arena = self._arena(num_rows)
             past = arena.reserve(view.num_past)
-            denoise = partial(self._denoise, arena, length, past, t is not None)
+            denoise = partial(passes.denoise, self._model, arena, length, past, t is not None)
             run = self._recorded(arena, length, (past, t is not None, "denoise"), denoise)
-            arena.load([_without_blocks(state) for state in view.layers], lengths, view.version)
+            self._load_view(arena, view)
             arena.ids("blocks", length)[:num_rows] = block
-            if view.hidden is not None:
-                arena.hidden[:num_rows] = view.hidden.squeeze(1)
             if t is not None:
                 arena.t[:num_rows] = t.to(self._device)
             return run()[:num_rows].clone()
 
-    def _read(
-        self, arena: Arena, length: int, past: int, is_draft: bool
-    ) -> tuple[Tensor, list[KV | MambaInputs | None]]:
-        """The context tower over L tokens of every row, and what it leaves for the mirror."""
-        mask = masks.causal_rows(length, arena.lengths, past)
-        decided = (None, None) if is_draft else (arena.counts, length)
-        hidden, states = self._model.context_tower(
-            arena.ids("tokens", length), arena.layers(past), mask, *decided, arena.lengths
-        )
-        arena.keep(states, length)
-        # States are large, and the mirror has them: a recording would keep them once more.
-        return hidden, [None if isinstance(state, MambaState) else state for state in states]
+    def decode(
+        self,
+        cache: ContextCache,
+        drafts: Tensor,
+        lengths: Tensor,
+        sampler: Sampler,
+        noise: Tensor | None,
+        num_steps: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The mirror moves on by itself; the cache follows once the host has seen the tokens."""
+        num_rows, length = drafts.shape
+        before, wide = cache.lengths, bucket(length)
+        vocab_size = self._model.config.vocab_size
+        with self._lock, torch.no_grad():
+            arena = self._arena(num_rows)
+            past = arena.reserve(cache.num_past + wide + num_steps - 1)
+            uses = arena.choosing.load(sampler, sampler.unused_ids, vocab_size)
+            decode = partial(passes.decode, self._model, arena, wide, past, uses)
+            run = self._recorded(arena, wide, (past, uses, "decode"), decode)
+            arena.load(cache.layers, before, cache.version)
+            arena.ids("tokens", wide)[:num_rows, :length] = drafts
+            arena.counts.zero_()
+            arena.counts[:num_rows] = lengths
+            arena.forget()  # until it is committed
+            found = []
+            for step in range(num_steps):
+                if noise is not None:
+                    own = noise[:, step : step + length]
+                    arena.choosing.noise(wide, vocab_size)[:num_rows, :length] = own
+                found.append(copies(run()))
+            choices = torch.cat([one for one, _ in found], dim=1)
+            choices = choices[:num_rows, : length + num_steps - 1].cpu()
+            counts = torch.stack([stay for _, stay in found]).sum(0)[:num_rows].cpu()
+            is_read = torch.arange(choices.shape[1]) < lengths.unsqueeze(1) + num_steps - 1
+            if bool((is_read & (choices < 0)).any()):
+                raise ValueError(NOT_FINITE)
+            apply_delta(cache, arena.delta_since(before, counts))
+            arena.hold(cache.version)
+        return choices, counts
 
-    def _denoise(self, arena: Arena, length: int, past: int, has_time: bool) -> Tensor:
-        """The denoiser tower over blocks of all rows."""
-        layers = tuple(
-            MambaState(*(part.unsqueeze(1) for part in state))
-            if isinstance(state, MambaState)
-            else state
-            for state in arena.layers(past)
-        )
-        view = ContextView(layers, None, past, arena.num_rows, arena.hidden.unsqueeze(1))
-        mask = masks.full_rows(length, arena.lengths, past)
-        t, start = arena.t if has_time else None, arena.lengths.unsqueeze(1)
-        return denoiser_logits(self._model, arena.ids("blocks", length), view, mask, t, start)
+    def fill(
+        self,
+        view: ContextView,
+        blocks: Tensor,
+        sampler: Sampler,
+        generators: Sequence[torch.Generator],
+    ) -> Iterator[Step]:
+        """Commits are part of a pass; rows that are done pass with the others and do not change."""
+        self._model.denoiser()  # there is one
+        tokens, mask = blocks.cpu(), self._model.config.mask_token_id
+        confidence = (tokens != mask).float()
+        nfe, index = torch.zeros(len(tokens), dtype=torch.int64), 0
+        while bool((tokens == mask).any()):
+            block = tokens, confidence
+            for t, tokens, confidence in self._fill_on(view, block, sampler, generators, index):
+                if not bool(t.any()):
+                    break  # all were done before the host looked
+                if bool(confidence.isnan().any()):
+                    raise ValueError(NOT_FINITE)
+                nfe = nfe + (t > 0)
+                yield Step(
+                    index=index,
+                    rows=t.nonzero().flatten(),
+                    t=t,
+                    tokens=tokens,
+                    is_masked=tokens == mask,
+                    confidence=confidence,
+                    nfe=nfe,
+                )
+                index += 1
+        with self._lock:
+            self._arena(len(tokens)).quickest.append(max(1, index))
+
+    @torch.no_grad()
+    def _fill_on(
+        self,
+        view: ContextView,
+        block: tuple[Tensor, Tensor],
+        sampler: Sampler,
+        generators: Sequence[torch.Generator],
+        index: int,
+    ) -> list[list[Tensor]]:
+        """Passes from number `index` on over blocks, tokens and confidence (R, T): after each its
+        t, and the blocks. The first look is after as many passes as the newest blocks took at
+        least; where noise is drawn, it is after each, for only open rows draw.
+        """
+        tokens, vocab_size = block[0], self._model.config.draft_vocab_size
+        num_rows, length = tokens.shape
+        unused = sampler.unused_ids if self._model.draft_ids is None else ()
+        most = max(sampler.steps.tolist())
+        with self._lock:
+            arena = self._arena(num_rows)
+            past, choosing = arena.reserve(view.num_past), arena.choosing
+            uses = choosing.load(sampler, unused, vocab_size)
+            fill = partial(passes.fill, self._model, arena, length, past, uses, most == 1)
+            run = self._recorded(arena, length, (past, uses, most == 1, "fill"), fill)
+            self._load_view(arena, view)
+            arena.ids("blocks", length)[:num_rows] = tokens
+            arena.confidence(length)[:num_rows] = block[1]
+            choosing.steps[:num_rows] = sampler.steps - index
+            if uses.noise:
+                is_drawn = (tokens == self._model.config.mask_token_id).any(1)
+                rows = (is_drawn & (sampler.temperature > 0)).nonzero().flatten()
+                noise = gumbel((length, vocab_size), [generators[row] for row in rows.tolist()])
+                choosing.noise(length, vocab_size)[rows.to(self._device)] = noise.to(self._device)
+            is_looked_at = uses.noise or index > 0
+            num_passes = 1 if is_looked_at else min(most, min(arena.quickest, default=1))
+            found = [copies(run()) for _ in range(num_passes)]
+            return [[part[:num_rows].cpu() for part in after] for after in found]
+
+    def _load_view(self, arena: Arena, view: ContextView) -> None:
+        lengths = view.lengths
+        if lengths is None:
+            lengths = torch.full((view.num_rows,), view.num_past)
+        arena.load([_without_blocks(state) for state in view.layers], lengths, view.version)
+        if view.hidden is not None:
+            arena.hidden[: view.num_rows] = view.hidden.squeeze(1)
 
     def _arena(self, num_rows: int) -> Arena:
         """The arena for so many rows; where there are many, the one not used for longest goes."""

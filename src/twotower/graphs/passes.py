@@ -1,0 +1,101 @@
+"""The passes themselves, over an arena: what a GPU records.
+
+They read and write fixed addresses, and ask the host for nothing.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from twotower import masks
+from twotower.diffusion import ban, choose_commits, count_accepted, predictions
+from twotower.graphs.arena import Arena
+from twotower.graphs.choosing import Uses
+from twotower.layers.attention import KV
+from twotower.layers.mamba2 import MambaInputs, MambaState, states_after
+from twotower.model.backend import denoiser_logits
+from twotower.model.state import ContextView
+from twotower.model.two_tower import TwoTower
+
+
+def read(
+    model: TwoTower, arena: Arena, length: int, past: int, is_draft: bool
+) -> tuple[Tensor, list[KV | MambaInputs | None]]:
+    """The context tower over L tokens of every row, and what it leaves for the mirror."""
+    mask = masks.causal_rows(length, arena.lengths, past)
+    decided = (None, None) if is_draft else (arena.counts, length)
+    hidden, states = model.context_tower(
+        arena.ids("tokens", length), arena.layers(past), mask, *decided, arena.lengths
+    )
+    arena.keep(states, length)
+    # States are large, and the mirror has them: a recording would keep them once more.
+    return hidden, [None if isinstance(state, MambaState) else state for state in states]
+
+
+def denoise(model: TwoTower, arena: Arena, length: int, past: int, has_time: bool) -> Tensor:
+    """The denoiser tower over blocks of all rows."""
+    layers = tuple(
+        MambaState(*(part.unsqueeze(1) for part in state))
+        if isinstance(state, MambaState)
+        else state
+        for state in arena.layers(past)
+    )
+    view = ContextView(layers, None, past, arena.num_rows, arena.hidden.unsqueeze(1))
+    mask = masks.full_rows(length, arena.lengths, past)
+    t, start = arena.t if has_time else None, arena.lengths.unsqueeze(1)
+    return denoiser_logits(model, arena.ids("blocks", length), view, mask, t, start)
+
+
+def decode(
+    model: TwoTower, arena: Arena, length: int, past: int, uses: Uses
+) -> tuple[Tensor, Tensor]:
+    """Drafts of L tokens are read, judged and kept as far as they stand, in place: the choices
+    (B, L), -1 where logits are not finite, and how many of them stand (B,).
+    """
+    ids, rows = (
+        arena.ids("tokens", length),
+        torch.arange(arena.num_rows, device=arena.lengths.device),
+    )
+    mask = masks.causal_rows(length, arena.lengths, past)
+    decided = (arena.counts, 1) if length == 1 else (None, None)
+    hidden, states = model.context_tower(ids, arena.layers(past), mask, *decided, arena.lengths)
+    logits = model.context_lm_head(hidden).float()
+    choices = arena.choosing.choose(logits, uses)
+    stay = count_accepted(ids, choices, arena.counts)
+    inputs = [state for state in states if isinstance(state, MambaInputs)]
+    after = iter(states_after(inputs, stay, length))
+    kept = [
+        MambaState(*(part.unsqueeze(1) for part in next(after)))
+        if isinstance(state, MambaInputs)
+        else state
+        for state in states
+    ]
+    arena.keep(kept, length)
+    last = (stay - 1).clamp(min=0)
+    arena.hidden.copy_(hidden[rows, last])
+    arena.lengths.add_(stay)
+    ids[:, 0] = choices[rows, last]  # the next draft
+    return choices.where(logits.isfinite().all(-1), -1), stay
+
+
+def fill(
+    model: TwoTower, arena: Arena, length: int, past: int, uses: Uses, is_last: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A denoiser pass with its choices and commits, in place: its t (B,), and blocks and
+    confidence (B, T) after it, NaN in a row whose logits are not finite.
+    """
+    choosing = arena.choosing
+    block, confidence = arena.ids("blocks", length), arena.confidence(length)
+    is_masked = block == model.config.mask_token_id
+    arena.t.copy_(is_masked.float().mean(-1))
+    logits = denoise(model, arena, length, past, model.config.draft is None).float()
+    is_finite = logits.isfinite().flatten(1).all(-1, keepdim=True)
+    logits = ban(logits, [model.config.mask_token_id])
+    found = predictions(logits, choosing.choose(logits, uses), is_masked, model.draft_ids)
+    commit = choose_commits(choosing.sampler(uses), replace(found, is_last=is_last))
+    sure = found.confidence.where(is_finite, float("nan"))
+    confidence.copy_(sure.where(is_masked, confidence))
+    block.copy_(found.tokens.where(commit, block))
+    choosing.steps.sub_(1)
+    return arena.t, block, confidence
