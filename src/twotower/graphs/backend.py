@@ -5,18 +5,21 @@ powers of two, so that few recordings serve all batches. On a CPU the same funct
 are, which is for tests: there is nothing to record.
 """
 
+import copy
+import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from twotower.diffusion import NOT_FINITE, Sampler, Step, gumbel
 from twotower.graphs import passes
 from twotower.graphs.arena import Arena, Recording, bucket, copies
 from twotower.kernels import ops
+from twotower.kernels.mixing import Kernels, fused_refusal
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaInputs, MambaState, states_after
 from twotower.layers.moe import Experts
@@ -29,7 +32,9 @@ from twotower.specs import MoESpec
 _MOST_RECORDED = 64  # tokens a row: a longer pass has arithmetic enough to hide its launches
 _MOST_ARENAS = 4  # numbers of rows whose memory is kept, the newest
 ONE_DEVICE = "graphs passes need both towers on one device"
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 
 
 class GraphsBackend:
@@ -47,6 +52,13 @@ class GraphsBackend:
         self._model, self._device = model, model.context_device
         if model.denoiser_device != self._device:
             raise ValueError(ONE_DEVICE)
+        reason = fused_refusal(self._device)
+        if reason is None:
+            from twotower.kernels.fused import FUSED  # needs triton
+
+            self._model = with_kernels(model, FUSED)
+        else:
+            _log.info("graphs passes keep PyTorch's kernels: %s", reason)
         self._pool: Any = None
         if self._device.type == "cuda":
             stacks = [m.up_proj for m in model.modules() if isinstance(m, Experts)]
@@ -258,6 +270,16 @@ class GraphsBackend:
             arena.recordings[length, *shape] = Recording(run, self._pool, self._device)
         found: Callable[[], T] = arena.recordings[length, *shape]
         return found
+
+
+def with_kernels(module: M, kernels: Kernels) -> M:
+    """The module and all below it, weights shared, with other kernels."""
+    found = copy.copy(module)
+    below = module._modules.items()
+    found._modules = {name: m and with_kernels(m, kernels) for name, m in below}
+    if isinstance(getattr(found, "kernels", None), Kernels):
+        found.kernels = kernels  # type: ignore[assignment]  # not a module
+    return found
 
 
 def _cut(state: KV | MambaInputs | None, num_rows: int, length: int) -> KV | MambaInputs | None:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twotower.kernels import ops, ssd
+from twotower.kernels import ssd
+from twotower.kernels.mixing import TORCH, MambaWeights
 from twotower.layers.norms import GatedRMSNorm
 from twotower.specs import MambaSpec
 
@@ -67,6 +67,8 @@ def states_after(
 class Mamba2(nn.Module):
     """Mix L tokens, seeded with the state before them; any split of a sequence gives the same."""
 
+    kernels = TORCH
+
     def __init__(self, width: int, spec: MambaSpec, eps: float) -> None:
         """eps: of the gated norm."""
         super().__init__()
@@ -99,31 +101,25 @@ class Mamba2(nn.Module):
             [self.width, self.conv1d.in_channels, self.num_heads], dim=-1
         )
         window = self._with_past(xbc, past)
-        xbc = ops.causal_conv1d(window, self.conv1d.weight, self.conv1d.bias)
-        heads, B, C = xbc.split([self.width, *2 * [self.num_groups * self.state_size]], dim=-1)
-        heads = heads.unflatten(-1, (self.num_heads, self.head_dim)).float()
-        B, C = (value.unflatten(-1, (self.num_groups, self.state_size)) for value in (B, C))
-        dt = F.softplus(dt.float() + self.dt_bias.float())
-        if counts is not None:
-            dt = dt * _is_valid(length, counts).unsqueeze(-1)
+        weights = MambaWeights(
+            self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D
+        )
+        sizes = self.num_heads, self.head_dim, self.num_groups, self.state_size
         seed = None if past is None else past.ssm
-        A = -self.A_log.float().exp()
-        if states_every is None:
-            y = ssd.ssd_outputs(heads, dt, A, B, C, seed)
-        else:
-            y, ssm = ssd.ssd_scan(heads, dt, A, B, C, seed, states_every)
-        # Rounded here, before the norm, and after the convolution: where the released code rounds.
-        y = (y + heads * self.D.float().unsqueeze(-1)).to(x.dtype)
-        y = self.out_proj(self.norm(y.flatten(2), z))
+        is_valid = None if counts is None else _is_valid(length, counts)
+        found = self.kernels.conv_scan(window, dt, weights, sizes, seed, is_valid, states_every)
+        y = self.out_proj(self.norm(found.y.flatten(2), z))
         if states_every is None:
             assert seed is not None  # a cache's state, zeros at the start
-            return y, MambaInputs(window, heads, dt, A.expand(len(x), 1, -1), B, seed)
+            A = -self.A_log.float().exp().expand(len(x), 1, -1)
+            return y, MambaInputs(window, found.heads, found.dt, A, found.B, seed)
         if counts is None:
             ends = torch.arange(states_every, length + 1, states_every, device=x.device)
             ends = ends.expand(len(x), -1)
         else:
             ends = counts.unsqueeze(1)
-        return y, MambaState(_windows(window, ends, self.conv_width - 1), ssm)
+        assert found.ssm is not None
+        return y, MambaState(_windows(window, ends, self.conv_width - 1), found.ssm)
 
     def _with_past(self, xbc: Tensor, past: MambaState | None) -> Tensor:
         """xbc (B, L, C) with the last W-1 inputs in front: (B, W-1+L, C)."""

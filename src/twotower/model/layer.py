@@ -41,14 +41,10 @@ class Layer(nn.Module):
         Mamba and attention modulate, then norm; MoE and MLP norm, then modulate: a fact of the
         released weights (system.md section 3, 'Order').
         """
-        h = h.to(self.norm.weight.dtype)
-        modulates_first = isinstance(self.mixer, Mamba2 | Attention)
-        if modulation is not None and modulates_first:
-            h = h * (1 + modulation.scale) + modulation.shift
-        u: Tensor = self.norm(h)
-        if modulation is None or modulates_first:
-            return u
-        return u * (1 + modulation.scale) + modulation.shift
+        added = None if modulation is None else (modulation.shift, modulation.scale)
+        is_before = isinstance(self.mixer, Mamba2 | Attention)
+        u: Tensor = self.norm(h.to(self.norm.weight.dtype), added, is_before)
+        return u
 
     def add_residual(self, h: Tensor, y: Tensor, modulation: Modulation | None = None) -> Tensor:
         """The residual: h (..., D) plus the mixer's output, gated if modulated; keeps h's dtype."""

@@ -1,0 +1,110 @@
+"""What a layer does around its products, as functions that a backend may replace (`Kernels`).
+
+These are PyTorch: any device, differentiable. `fused` has the same in one launch each.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twotower.kernels import ops, ssd
+
+Modulation = tuple[Tensor, Tensor]
+
+
+class MambaWeights(NamedTuple):
+    """Of one mixer, between its projections: conv (C, 1, W), conv_bias (C,) or None; the others
+    (H,).
+    """
+
+    conv: Tensor
+    conv_bias: Tensor | None
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+
+
+class Scanned(NamedTuple):
+    """y (B, L, H, P) in the input's dtype, and what the scan got: heads (B, L, H, P) and dt
+    (B, L, H) in float32, B (B, L, G, N); ssm (B, L/states_every, H, P, N) where states were wanted.
+    """
+
+    y: Tensor
+    heads: Tensor
+    dt: Tensor
+    B: Tensor
+    ssm: Tensor | None
+
+
+def conv_scan(
+    window: Tensor,
+    dt: Tensor,
+    weights: MambaWeights,
+    sizes: tuple[int, int, int, int],
+    seed: Tensor | None,
+    is_valid: Tensor | None,
+    states_every: int | None,
+) -> Scanned:
+    """Convolution, step sizes and scan of a Mamba-2 mixer.
+
+    window (B, W-1+L, C), the past in front; dt (B, L, H) as projected; sizes H, P, G, N; seed
+    (B, H, P, N) or None for zeros; is_valid (B, L): tokens that change the state, None for all;
+    states after every `states_every` tokens, None for none.
+    """
+    num_heads, head_dim, num_groups, state_size = sizes
+    xbc = ops.causal_conv1d(window, weights.conv, weights.conv_bias)
+    widths = [num_heads * head_dim, *2 * [num_groups * state_size]]
+    heads, B, C = xbc.split(widths, dim=-1)
+    heads = heads.unflatten(-1, (num_heads, head_dim)).float()
+    B, C = (value.unflatten(-1, (num_groups, state_size)) for value in (B, C))
+    dt = F.softplus(dt.float() + weights.dt_bias.float())
+    if is_valid is not None:
+        dt = dt * is_valid.unsqueeze(-1)
+    A, ssm = -weights.A_log.float().exp(), None
+    if states_every is None:
+        y = ssd.ssd_outputs(heads, dt, A, B, C, seed)
+    else:
+        y, ssm = ssd.ssd_scan(heads, dt, A, B, C, seed, states_every)
+    # Rounded here, before the norm, and after the convolution: where the released code rounds.
+    y = (y + heads * weights.D.float().unsqueeze(-1)).to(window.dtype)
+    return Scanned(y, heads, dt, B, ssm)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, modulation: Modulation | None, is_before: bool
+) -> Tensor:
+    """RMSNorm of x (..., D) in x's dtype, with x (1 + scale) + shift before or behind it, which
+    broadcast against x: (shift, scale).
+    """
+    if modulation is None:
+        return ops.rms_norm(x, weight, eps)
+    shift, scale = modulation
+    if is_before:
+        return ops.rms_norm(x * (1 + scale) + shift, weight, eps)
+    return ops.rms_norm(x, weight, eps) * (1 + scale) + shift
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How a model's layers compute these; each has the signature of the function of its name."""
+
+    rms_norm: Callable[[Tensor, Tensor, float, Modulation | None, bool], Tensor]
+    gated_rms_norm: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
+    conv_scan: Callable[..., Scanned]
+
+
+TORCH = Kernels(rms_norm, ops.gated_rms_norm, conv_scan)
+
+
+def fused_refusal(device: torch.device) -> str | None:
+    """Why `fused` cannot run there, in one sentence, or None if it can."""
+    if device.type != "cuda":
+        return "fused kernels run on CUDA devices"
+    if importlib.util.find_spec("triton") is None:
+        return "fused kernels need triton, which is not installed"
+    return None
