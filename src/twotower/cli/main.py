@@ -40,11 +40,12 @@ _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as a shell r
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (sys.argv's when None); returns the exit status and raises nothing."""
-    # PyTorch's threads would spin while one of them waits for a core that others use: beside a
-    # busy process, loading took ten times as long. Read when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = list(sys.argv[1:] if arguments is None else arguments)
     is_debug = args[:1] == ["--debug"]
+    if args[is_debug:][:1] != ["bench"]:  # where it would slow llama.cpp's threads down
+        # PyTorch's threads would spin while one of them waits for a core that others use: beside a
+        # busy process, loading took ten times as long. Read when torch is imported.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what a terminal cannot show is no error
