@@ -1,4 +1,5 @@
-"""Write the tables of docs/cost.md: what lossless drafts must yield to pay, by the planner.
+"""Write the tables of docs/cost.md: what lossless drafts must yield to pay, and what the published
+tokens per pass are worth on one H200, by the planner.
 
 python scripts/cost_table.py
 """
@@ -17,6 +18,7 @@ from twotower.lab.plan.passes import ModelShape, Pass, PlanSetup, time_pass
 from twotower.model.thin import blocks_of, spread, thin_config
 
 PAST, BLOCK, ROWS = 512, 8, (1, 4, 16, 64)
+PUBLISHED = (3.3, 5.0)  # tokens/NFE of the released model, at two settings
 LLAMA_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
@@ -68,12 +70,55 @@ def cycle_cost(setup: PlanSetup, count: int, passes: int) -> float:
     return (seconds("context", BLOCK) + passes * seconds("denoiser", BLOCK)) / step
 
 
-def table() -> str:
-    """The table's lines as text."""
-    return "".join(f"{line}\n" for line in rows())
+def speed_rows() -> Iterator[str]:
+    """The lines of the table of the released model on one H200, both towers in bfloat16."""
+    yield "| efficiency | |" + "".join(f" {n} row{'s' * (n > 1)} |" for n in ROWS)
+    yield "|---|---|" + "---|" * len(ROWS)
+    config = config_from_dict(PRESETS["nano-30b"])
+    for profile in ("limit", "graph-gpu", "eager-gpu"):
+        setup = PlanSetup(
+            shape=ModelShape.of(describe_config(config, "nano-30b")),
+            hardware=find_hardware("h200", known_hardware(None)), widths=uniform("bfloat16"),
+            efficiency=PROFILES[profile], compute="bfloat16",
+        )  # fmt: skip
+        found = [block_times(setup, count, config.block_size) for count in ROWS]
+        steps, passes = ([one[i] * 1e3 for one in found] for i in range(2))
+        yield _line(profile, "AR step, ms", steps)
+        yield _line(profile, "pass of a block, ms", passes)
+        for tokens in PUBLISHED:
+            worth = [speed_up(one, config.block_size, tokens) for one in found]
+            yield _line(profile, f"diffusion over AR at {tokens:g} tokens/NFE", worth)
 
 
-TABLE = PageTable("cost.md", "cost", "cost_table.py", table)
+def block_times(setup: PlanSetup, count: int, block: int) -> tuple[float, float, float]:
+    """Seconds of an AR step, of a denoiser pass over a block and of its extension."""
+    calls = ("context", 1, 1), ("denoiser", block, block), ("context", block, 0)
+    step, denoise, extend = (
+        time_pass(setup, Pass(tower=t, rows=count, tokens=n, logits=k, past=PAST)).seconds  # type: ignore[arg-type]
+        for t, n, k in calls
+    )
+    return step, denoise, extend
+
+
+def speed_up(seconds: tuple[float, float, float], block: int, tokens_per_nfe: float) -> float:
+    """A block is so many passes and one extension; AR takes a step for each of its tokens."""
+    step, denoise, extend = seconds
+    return block * step / (block / tokens_per_nfe * denoise + extend)
+
+
+def _line(profile: str, what: str, values: list[float]) -> str:
+    return f"| {profile} | {what} | {' | '.join(f'{value:.2f}' for value in values)} |"
+
+
+def text_of(lines: Iterator[str]) -> str:
+    """A table's lines as text."""
+    return "".join(f"{line}\n" for line in lines)
+
+
+TABLE = PageTable("cost.md", "cost", "cost_table.py", lambda: text_of(rows()))
+SPEED_TABLE = PageTable("cost.md", "speed", "cost_table.py", lambda: text_of(speed_rows()))
 
 if __name__ == "__main__":
-    TABLE.write()
+    for one in (TABLE, SPEED_TABLE):
+        one.write()
+        print(one.make())

@@ -4,13 +4,15 @@ AR step and verification (with the choice of tokens where the backend makes it),
 extension of the shipped model (float32), of a dense model
 of 1B parameters and of the released 30B-A3B with both towers (bfloat16), with random weights that
 are made on the device; for 1, 4, 16 and 64 rows; eager, recorded (CUDA graphs), and both with
-compiled mixers and norms. Beside each time stands what `twotower plan` predicts.
+compiled mixers and norms. Beside each time stands what `twotower plan` predicts, and at the end
+each variant has a profile for it: `twotower plan --efficiency gpu-passes-graphs.toml`.
 
     PYTHONPATH=src python scripts/gpu/passes.py --size shipped dense-1b nano-30b
 """
 
 import argparse
 import gc
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,9 +29,11 @@ from twotower.checkpoint.inspect import describe_config
 from twotower.diffusion import Sampler
 from twotower.engine.choosing import ChoosingBackend
 from twotower.families import PRESETS, config_from_dict, read_config
+from twotower.kernels import ops
 from twotower.lab.plan.hardware import built_in, find_hardware
-from twotower.lab.plan.inputs import PROFILES, uniform
+from twotower.lab.plan.inputs import PROFILES, Efficiency, uniform
 from twotower.lab.plan.passes import ModelShape, Pass, PlanSetup, time_pass
+from twotower.lab.plan.profile import Timed, error_of, fit_efficiency, write_profile
 from twotower.layers.attention import Attention
 from twotower.layers.mamba2 import Mamba2
 from twotower.layers.mlp import MLP
@@ -104,7 +108,9 @@ def compile_parts(model: TwoTower, compiler: str) -> None:
     """Compile what layers are made of, in place: one kernel where there were several."""
     torch._dynamo.config.recompile_limit = 256  # of sizes and roles; beyond it nothing is compiled
     for module in model.modules():
-        if isinstance(module, _COMPILED):
+        # Experts whose tokens the host counts would be compiled anew for each count.
+        is_counted = isinstance(module, MoE) and not ops.can_group(module.experts.up_proj)
+        if isinstance(module, _COMPILED) and not is_counted:
             module.compile(backend=compiler)
 
 
@@ -167,27 +173,61 @@ def greedy_sampler(num_rows: int) -> Sampler:
     )  # fmt: skip
 
 
-def predicted_ms(
-    config: TwoTowerConfig, shape: Shape, hardware: str, profile: str, dtype: torch.dtype
-) -> dict[str, float]:
-    """What the planner says of the same passes."""
-    width: Any = str(dtype).removeprefix("torch.")
+def planned(
+    size: str, shape: Shape, stage: Stage, efficiency: Efficiency
+) -> tuple[PlanSetup, dict[str, Pass]]:
+    """The same passes as the planner sees them."""
+    width: Any = str(dtype_of(size, stage)).removeprefix("torch.")
     setup = PlanSetup(
-        shape=ModelShape.of(describe_config(config, "random")),
-        hardware=find_hardware(hardware, built_in()),
+        shape=ModelShape.of(describe_config(config_of(size, stage.is_rehearsal), "random")),
+        hardware=find_hardware(stage.args.hardware, built_in()),
         widths=uniform(width),
-        efficiency=PROFILES[profile],
+        efficiency=efficiency,
         compute=width,
     )
-    size, found = shape.block_size, {}
+    length = shape.block_size
     calls: dict[str, tuple[Any, int, int]] = {
-        "ar_step": ("context", 1, 1), "denoise": ("denoiser", size, size),
-        "extend": ("context", size, 0), "verify": ("context", size, size),
+        "ar_step": ("context", 1, 1), "denoise": ("denoiser", length, length),
+        "extend": ("context", length, 0), "verify": ("context", length, length),
     }  # fmt: skip
-    for name, (tower, tokens, logits) in calls.items():
-        call = Pass(tower=tower, rows=shape.rows, tokens=tokens, logits=logits, past=shape.past)
-        found[name] = round(time_pass(setup, call).seconds * 1e3, 4)
-    return found
+    rows, past = shape.rows, shape.past
+    return setup, {
+        name: Pass(tower=tower, rows=rows, tokens=tokens, logits=logits, past=past)
+        for name, (tower, tokens, logits) in calls.items()
+    }
+
+
+def predicted_ms(size: str, shape: Shape, stage: Stage, profile: str) -> dict[str, float]:
+    """What the planner says of them."""
+    setup, calls = planned(size, shape, stage, PROFILES[profile])
+    return {n: round(time_pass(setup, call).seconds * 1e3, 4) for n, call in calls.items()}
+
+
+def write_profiles(stage: Stage) -> None:
+    """A profile of the planner for each variant, from all of its times."""
+    for variant in VARIANTS:
+        timed = []
+        for one in stage.results:
+            if one["variant"] == variant and "ms" in one:
+                shape = Shape(one["rows"], one["past"], one["block_size"])
+                setup, calls = planned(one["size"], shape, stage, PROFILES["limit"])
+                ms = one["ms"]
+                timed += [Timed(setup, c, ms[n]["median"] / 1e3) for n, c in calls.items()]
+        if timed:
+            found, machine = fit_efficiency(timed), stage.record["machine"]
+            off = math.expm1(error_of(found, timed))
+            name = variant.replace(", ", "-")
+            write_profile(
+                found,
+                stage.args.out.with_name(f"{stage.args.out.stem}-{name}.toml"),
+                f"{variant}, {len(timed)} passes on {machine['gpu']}: off by {off:.0%} in the mean",
+            )
+
+
+def dtype_of(size: str, stage: Stage) -> torch.dtype:
+    """Of weights and arithmetic."""
+    is_wide = size == "shipped" or stage.is_rehearsal
+    return torch.float32 if is_wide else torch.bfloat16
 
 
 def speed_up(ms: Mapping[str, float], block_size: int, tokens_per_nfe: float) -> float:
@@ -239,7 +279,6 @@ def measure(stage: Stage, model: TwoTower, variant: str, shape: Shape) -> dict[s
 def run_size(stage: Stage, size: str) -> None:
     """All measurements of one model, the rows within a variant; compiled ones last."""
     config = config_of(size, stage.is_rehearsal)
-    dtype = torch.float32 if size == "shipped" or stage.is_rehearsal else torch.bfloat16
     rows = (1, 4) if stage.is_rehearsal else ROWS
     wanted = [
         (variant, count)
@@ -249,7 +288,7 @@ def run_size(stage: Stage, size: str) -> None:
     ]
     if not wanted or stage.is_over:
         return
-    model, is_compiled = random_model(config, dtype, stage.device), False
+    model, is_compiled = random_model(config, dtype_of(size, stage), stage.device), False
     for variant, count in wanted:
         if stage.is_over:
             break
@@ -260,9 +299,9 @@ def run_size(stage: Stage, size: str) -> None:
         shape = Shape(count, 24 if stage.is_rehearsal else 512, config.block_size)
         found = measure(stage, model, variant, shape)
         profiles = ("graph-gpu" if "graphs" in variant else "eager-gpu", "limit")
-        planned = {p: predicted_ms(config, shape, stage.args.hardware, p, dtype) for p in profiles}
+        predicted = {p: predicted_ms(size, shape, stage, p) for p in profiles}
         values = {"size": size, "variant": variant, "rows": count, "past": shape.past}
-        stage.add(**values, block_size=shape.block_size, **found, predicted_ms=planned)
+        stage.add(**values, block_size=shape.block_size, **found, predicted_ms=predicted)
         stage.save(conclusions=conclusions(stage.results))
         gc.collect()
         if stage.device.type == "cuda":
@@ -309,6 +348,7 @@ def main() -> None:
     stage.save(conclusions=conclusions(stage.results))
     for one in stage.record["conclusions"]:
         print(one)
+    write_profiles(stage)
     draw(stage.results, stage.args.out.with_suffix(".png"))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from scripts import script
+from twotower.lab.plan import PlanOptions, make_plan
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "scripts" / "gpu"))
@@ -46,6 +47,10 @@ def test_passes_and_what_follows_from_them(tmp_path: Path) -> None:
         for planned in one["predicted_ms"].values():
             assert set(planned) == set(one["ms"])
     assert len(both["conclusions"]) == 8
+    for variant in ("graphs", "eager"):
+        file = str(tmp_path / f"found-{variant}.toml")
+        plan = make_plan(PlanOptions(hardware="h200", efficiency=file))
+        assert plan["passes"]
 
 
 def test_compiled_passes_are_traced(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from twotower.lab.plan.inputs import (
     uniform,
 )
 from twotower.lab.plan.passes import ModelShape, PlanSetup
+from twotower.lab.plan.profile import read_profile
 from twotower.model.thin import blocks_of, spread, thin_config
 
 # A published run of the 30B model: 66 denoiser passes for 256 tokens (the port on two DGX Sparks).
@@ -102,7 +103,8 @@ class PlanOptions:
     has no bfloat16."""
     efficiency: str | None = None
     """Profile of how well code uses the machine: limit, eager-gpu, graph-gpu, eager-cpu, native-cpu
-    or native-int8-cpu. Default: eager-gpu or eager-cpu."""
+    or native-int8-cpu; or a TOML file that scripts/gpu/passes.py wrote. Default: eager-gpu or
+    eager-cpu."""
     bandwidth_share: float | None = None
     """Fraction of the peak bandwidth that is reached. Default: the profile's."""
     arithmetic_share: float | None = None
@@ -115,10 +117,11 @@ class PlanOptions:
             raise ValueError(f"devices: {self.devices} is not possible; a tower each on 1 or 2")
         require_numbers(self, ("max_batch_size",), number(1, _MOST_BATCH))
         require_numbers(self, ("price_per_hour",), number(0))
-        if self.efficiency is not None and self.efficiency not in PROFILES:
+        name = self.efficiency
+        if name is not None and name not in PROFILES and not name.endswith(".toml"):
             raise ValueError(
-                f"efficiency: {self.efficiency!r} is unknown{nearest(self.efficiency, PROFILES)}; "
-                f"allowed are {', '.join(PROFILES)}"
+                f"efficiency: {name!r} is unknown{nearest(name, PROFILES)}; "
+                f"allowed are {', '.join(PROFILES)}, or a file that ends in .toml"
             )
         if self.results and None not in (self.tokens_per_nfe, self.tokens_per_cycle):
             raise ValueError(
@@ -237,7 +240,8 @@ def _make_widths(options: PlanOptions) -> Widths:
 
 
 def _make_efficiency(options: PlanOptions, hardware: Hardware) -> Efficiency:
-    profile = PROFILES[options.efficiency or DEFAULTS[hardware.kind]]
+    name = options.efficiency or DEFAULTS[hardware.kind]
+    profile = PROFILES[name] if name in PROFILES else read_profile(Path(name))
     if options.bandwidth_share is not None:
         profile = replace(profile, bandwidth=options.bandwidth_share)
     if options.arithmetic_share is not None:

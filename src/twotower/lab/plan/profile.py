@@ -1,0 +1,86 @@
+"""A machine's own profile of efficiency: solved from measured passes, kept in a TOML file."""
+
+import itertools
+import math
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from twotower.lab.plan.inputs import Efficiency
+from twotower.lab.plan.passes import Pass, PlanSetup, time_pass
+
+_FIELDS = ("bandwidth_share", "arithmetic_share", "layer_us")
+_LARGEST_S = 0.999  # of a layer
+
+
+class Timed(NamedTuple):
+    """A pass and the seconds that it took."""
+
+    setup: PlanSetup
+    call: Pass
+    seconds: float
+
+
+def error_of(found: Efficiency, timed: Sequence[Timed]) -> float:
+    """By how much predictions are off: the mean logarithm of their ratio to what was measured."""
+    return sum(map(abs, _errors(found, timed))) / len(timed)
+
+
+def fit_efficiency(timed: Sequence[Timed]) -> Efficiency:
+    """The three parameters with the least squared error. All are moved by a factor, up, down or not
+    at all, as it helps most; where nothing helps, the factor becomes smaller. What no pass depends
+    on stays as it is assumed.
+    """
+    found, factor = Efficiency(bandwidth=0.7, arithmetic=0.5, layer_s=20e-6), 4.0
+    while factor > 1.005:
+        ways = itertools.product((1.0, factor, 1 / factor), repeat=3)  # the first: stay
+        best = min((_moved(found, by) for by in ways), key=lambda one: _squares(one, timed))
+        if best == found:
+            factor **= 0.5
+        found = best
+    return found
+
+
+def _moved(found: Efficiency, by: tuple[float, ...]) -> Efficiency:
+    bandwidth, arithmetic, layer_s = by
+    return Efficiency(
+        bandwidth=min(1.0, found.bandwidth * bandwidth),
+        arithmetic=min(1.0, found.arithmetic * arithmetic),
+        layer_s=min(_LARGEST_S, found.layer_s * layer_s),
+    )
+
+
+def _squares(found: Efficiency, timed: Sequence[Timed]) -> float:
+    return sum(error**2 for error in _errors(found, timed))
+
+
+def _errors(found: Efficiency, timed: Sequence[Timed]) -> Iterator[float]:
+    for setup, call, seconds in timed:
+        yield math.log(time_pass(replace(setup, efficiency=found), call).seconds / seconds)
+
+
+def write_profile(found: Efficiency, file: Path, source: str) -> None:
+    """Keep it where `twotower plan --efficiency FILE` reads it; source: where it comes from."""
+    values = found.bandwidth, found.arithmetic, found.layer_s * 1e6
+    lines = [f"{name} = {value:.4g}" for name, value in zip(_FIELDS, values, strict=True)]
+    file.write_text("\n".join([f"# {source}", *lines]) + "\n", encoding="utf-8")
+
+
+def read_profile(file: Path) -> Efficiency:
+    """The profile of a file; ValueError (one line) if it cannot be read or is wrong."""
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"efficiency: cannot read {file} ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"efficiency: {file} is not valid TOML ({error}); correct it") from None
+    numbers = [values.get(name) for name in _FIELDS]
+    if set(values) != set(_FIELDS) or not all(type(n) in (int, float) for n in numbers):
+        raise ValueError(
+            f"efficiency: {file} must have numbers {', '.join(_FIELDS)} and nothing else, as "
+            "scripts/gpu/passes.py writes them"
+        )
+    bandwidth, arithmetic, layer_us = map(float, numbers)  # type: ignore[arg-type]  # checked
+    return Efficiency(bandwidth=bandwidth, arithmetic=arithmetic, layer_s=layer_us / 1e6)
