@@ -7,7 +7,7 @@ afterwards. Another backend is one more entry of `_BACKENDS`.
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -174,8 +174,24 @@ def accelerate(
             continue
         why = "".join(f" ({reason})" for reason in reasons)
         _log.info("backend=%s quantization=%s%s", name, quantization, why)
+        if backend == "auto" and (faster := _faster(setup)) is not None:
+            _log.warning(
+                "eager passes dequantise the checkpoint's weights for every token; "
+                "quantization=%s runs them as they are, many times as fast, and rounds "
+                "activations to 8 bits",
+                faster,
+            )
         return model if name == model.backend.name == "eager" else model.with_backend(found)
     raise ValueError(_complaint(backend, quantization, reasons))
+
+
+def _faster(setup: Setup) -> Quantization | None:
+    """What to ask for, where native passes would run a checkpoint that eager ones run now."""
+    if setup.scheme is None or setup.quantization != "none":
+        return None
+    asked = replace(setup, quantization=setup.scheme.weights)
+    slow = refusal("native", setup) is not None and refusal("native", asked) is None
+    return setup.scheme.weights if slow else None
 
 
 def _complaint(backend: str, quantization: str, reasons: list[str]) -> str:

@@ -165,6 +165,26 @@ def test_auto_says_what_it_chose_and_why(caplog: pytest.LogCaptureFixture) -> No
     assert accelerate(experts) is experts and accelerate(dense, "eager") is dense
 
 
+@pytest.mark.parametrize("weights", ["int8", "int8-int8", "int4", "float32"])
+@pytest.mark.parametrize("layers", ["Llama", "experts"])
+def test_a_slow_checkpoint_says_what_is_faster(
+    checkpoints: dict[tuple[str, str], Path],
+    weights: str,
+    layers: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Guards who converts a model to make it fast, and waits thirty times as long for a token."""
+    model = load_checkpoint(checkpoints[weights, layers], dtype=torch.float32)
+    caplog.clear()
+    accelerate(model)
+    asked = weights if weights in ("int8", "int4") and layers == "Llama" else None
+    found = [line for line in caplog.messages if "many times as fast" in line]
+    assert [f"quantization={asked} " in line for line in found] == [True] * (asked is not None)
+    caplog.clear()
+    accelerate(model, "eager")  # who names it knows
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize(
     ("backend", "quantization", "line"),
     [
