@@ -80,7 +80,8 @@ SECTIONS = (
         "Race",
         "How fast is each engine and mode, prompt included, one prompt at a time? "
         "[Method](race.md#method)."
-        "\n`shipped` is real text; 32M and 160M parameters a tower are random weights that repeat "
+        "\n`shipped` is real text, by its weights of before 2026-11-29; 32M and 160M parameters a "
+        "tower are random weights that repeat "
         "recorded commits.",
         race_kinds("Texts", tables.race),
     ),
