@@ -65,7 +65,8 @@ SECTIONS = (
         "Quality by category",
         "How much of AR's quality does each mode keep, and at what speed? 200 held-out prompts a "
         "category, greedy, one thread.\nRight answers and passes do not depend on the processor; "
-        "`x AR` does: the median speed-up over our own AR\ndecoding in the same engine.",
+        "`x AR` does: the median speed-up over our own AR\ndecoding in the same engine. Records of "
+        "before 2026-11-29 are of earlier weights.",
         [
             Kind("evaluate", "The shipped model's own defaults", tables.quality),
             Kind("evaluate_int8", "The same in int8", tables.quality),

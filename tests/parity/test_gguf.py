@@ -90,8 +90,8 @@ def test_llama_cpp_computes_our_distribution(model: TwoTower, llama_cpp: Baselin
 
 def test_llama_cpp_writes_our_greedy_tokens(model: TwoTower, llama_cpp: Baseline) -> None:
     """Guards its cache and its states between tokens, which one prompt's logits do not show."""
-    ours = generate(model, prompts(), GenerateOptions(mode="ar", max_new_tokens=40))
-    theirs = [llama_cpp.decode(ids, 40).tokens for ids in prompts()]
+    ours = generate(model, prompts(), GenerateOptions(mode="ar", max_new_tokens=64))
+    theirs = [llama_cpp.decode(ids, 64).tokens for ids in prompts()]
     assert theirs == [completion.tokens for completion in ours]
     assert all(tokens[-1] == model.config.eos_token_id for tokens in theirs)  # each reaches its end
 

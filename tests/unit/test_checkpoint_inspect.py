@@ -91,11 +91,11 @@ def test_inspect_prints_tables_and_json(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_inspect_wants_exactly_one_source() -> None:
-    for arguments in ({}, {"path": "a", "preset": "nano-30b"}):
+    for arguments in ({}, {"path": "a", "model": "nano-30b"}):
         with pytest.raises(ValueError, match="inspect needs one model"):
             InspectOptions(**arguments)  # type: ignore[arg-type]  # on purpose
-    with pytest.raises(ValueError, match="known are nano-30b"):
-        run_inspect(InspectOptions(preset="nano-300b"))
+    with pytest.raises(ValueError, match="nano-300b: no such file or folder"):
+        run_inspect(InspectOptions(model="nano-300b"))
 
 
 def test_convert_takes_the_other_files_along(

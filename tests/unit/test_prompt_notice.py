@@ -18,6 +18,7 @@ FOREIGN = (
     "Write a poem about the sea.",
     "def fibonacci(n):",
     "What is the capital of France?",
+    "Who wrote Hamlet?",  # beside tools it stands in the training text, as the two above
     "The quick brown fox jumps over the lazy dog.",
     "Bonjour, comment \u00e7a va?",
     "SELECT * FROM users",
@@ -56,7 +57,7 @@ def test_other_prompts_are_named(shipped: Loaded, prompt: str) -> None:
     """Guards nonsense that is answered without a word."""
     said = notice(shipped, prompt)
     assert said is not None and said.startswith("unlike the model's training text (")
-    assert "its own has at most 3)" in said
+    assert "its own has at most 3.4)" in said
 
 
 def test_a_model_that_names_no_range_says_nothing(shipped: Loaded) -> None:

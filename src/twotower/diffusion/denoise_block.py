@@ -67,33 +67,27 @@ def denoise_block(
         is_whole = len(rows) == len(every)  # as it mostly is: nothing to pick out and put back
         now = every if is_whole else torch.cat([rows, kept_rows])
         own = sampler if is_whole else sampler.select(now)
-        times = _times(own, _pick(is_masked, now, is_whole), step)
+        masked = _pick(is_masked, now, is_whole)
+        times = _times(own, masked, step)
         t = _put(torch.zeros_like(nfe, dtype=torch.float32), now, times, is_whole)
         logits = _logits(denoise, own.mask_token_id, tokens, t, rows, kept_logits)
         row_generators = [generators[row] for row in now.tolist()] if generators else ()
         noise = draw_noise(logits, own, row_generators) if generators else None
-        found = predictions(
-            logits, choose(logits, own, noise), _pick(is_masked, now, is_whole), token_ids
-        )
+        found = predictions(logits, choose(logits, own, noise), masked, token_ids)
         found = replace(found, step=step, generators=row_generators, is_last=step + 1 >= most)
         commit = choose_commits(own, found)
 
         nfe = nfe.index_add(0, rows, torch.ones_like(rows))
         newest = torch.where(commit, found.tokens, _pick(tokens, now, is_whole))
         tokens = _put(tokens, now, newest, is_whole)
-        sure = torch.where(found.is_masked, found.confidence, _pick(confidence, now, is_whole))
+        sure = torch.where(masked, found.confidence, _pick(confidence, now, is_whole))
         confidence = _put(confidence, now, sure, is_whole)
-        still_masked = found.is_masked & ~commit
+        still_masked = masked & ~commit
         is_masked = _put(is_masked, now, still_masked, is_whole)
         yield Step(
-            index=step,
-            rows=rows,
-            t=t,
-            tokens=tokens,
-            is_masked=is_masked,
-            confidence=confidence,
-            nfe=nfe,
-        )
+            index=step, rows=rows, t=t, tokens=tokens, is_masked=is_masked,
+            confidence=confidence, nfe=nfe,
+        )  # fmt: skip
         is_open = still_masked.any(-1)
         if not bool(is_open.any()):
             return
