@@ -152,7 +152,7 @@ def main() -> None:
                 "recorded": recorded(),
                 "results": results,
                 "server_exit": status,
-                "settings": vars(args),
+                "settings": {k: v for k, v in vars(args).items() if k != "log"},
                 "versions": {name: version(name) for name in names},
                 "cores": len(os.sched_getaffinity(0)),
             }

@@ -1,15 +1,19 @@
-"""Reject files that should not be committed: no newline at the end, over 500 kB, notebook output.
+"""Reject files that should not be committed: no newline at the end, over 500 kB, notebook output,
+records that name a place of the machine that made them.
 
 The size limit leaves out shipped models and recorded test data, which are large by intent.
 Usage: python scripts/check_files.py FILE...   (no FILE: every file that git tracks here)
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 MAX_BYTES = 500_000
+RECORDS = "benchmarks/results/"
+PLACE = re.compile(rb'[" =]/(tmp|root|home|Users)/')
 LARGE_BY_INTENT = ("src/twotower/assets/", "models/", "tests/golden/")
 
 
@@ -34,6 +38,8 @@ def faults(name: str, data: bytes) -> list[str]:
             found.append("no newline at the end")
         elif data.endswith(b"\n\n"):
             found.append("blank lines at the end")
+    if name.startswith(RECORDS) and (place := PLACE.search(data)):
+        found.append(f"names {place[0][1:].decode()}, which no other machine has; leave it out")
     if name.endswith(".ipynb") and has_output(data):
         found.append("notebook with output; clear it")
     return found

@@ -127,13 +127,14 @@ def test_kernels_of_all_modules_are_replaced_and_weights_shared() -> None:
         return call
 
     names = ("rms_norm", "gated_rms_norm", "conv_scan")
-    twin = with_kernels(model, mixing.Kernels(*map(watched, names)))
+    own = with_kernels(model, mixing.Kernels(*map(watched, names)))
     assert torch.equal(
-        twin.prefill(random_ids(1, 3)).last_hidden, model.prefill(random_ids(1, 3)).last_hidden
+        own.prefill(random_ids(1, 3)).last_hidden,
+        model.prefill(random_ids(1, 3)).last_hidden,
     )
     # Six layers and the norm behind them; two of them are Mamba's.
     assert {n: calls.count(n) for n in names} == dict(zip(names, (7, 2, 2), strict=True))
-    assert [p.data_ptr() for p in twin.parameters()] == [p.data_ptr() for p in model.parameters()]
+    assert [p.data_ptr() for p in own.parameters()] == [p.data_ptr() for p in model.parameters()]
 
 
 def test_why_there_are_none() -> None:

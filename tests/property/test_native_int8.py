@@ -75,7 +75,7 @@ class Quantised(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def quantised_twin(**config: object) -> TwoTower:
+def quantised_other(**config: object) -> TwoTower:
     """A plain model whose projections are `Quantised`."""
     model = copy.deepcopy(tiny_model(hybrid_override_pattern=DENSE, **config))
     for name, module in list(model.named_modules()):
@@ -178,7 +178,7 @@ def test_processors_without_the_instruction_give_the_same_bits(tmp_path: Path) -
 @pytest.mark.parametrize("length", [1, 2, 9, 16, 27])
 def test_passes_equal_plain_code_of_the_same_rounding(name: str, length: int) -> None:
     """Guards which matrix gets which scales: a swapped one is far off, and texts still flow."""
-    ours, plain = int8_model(**SHAPES[name]), quantised_twin(**SHAPES[name])
+    ours, plain = int8_model(**SHAPES[name]), quantised_other(**SHAPES[name])
     ids = random_ids(1, 21)
     cache, other = ours.prefill(ids), plain.prefill(ids)
     close = {"rtol": 0.0, "atol": 0.02}  # a token that rounds to the next whole number
@@ -303,7 +303,7 @@ def test_the_shipped_model_writes_the_same_at_every_block_size() -> None:
 @pytest.mark.parametrize("length", [16, 24, 40, 300])
 def test_long_passes_are_in_int8(length: int) -> None:
     """Guards consistency: one part of a text in float32 and another in int8 is a third model."""
-    ours, plain = int8_model(), quantised_twin()
+    ours, plain = int8_model(), quantised_other()
     full = tiny_model(hybrid_override_pattern=DENSE)
     ids = random_ids(1, length, seed=3)
     view = plain.prefill(ids).view()
@@ -350,9 +350,9 @@ def test_a_quantised_checkpoint_keeps_its_numbers() -> None:
     quantise_modules(rounded, INT8)
     for name, module in plain.named_modules():
         if isinstance(module, nn.Linear) and weight_bits(f"{name}.weight", (), INT8):
-            twin = rounded.get_submodule(f"{name}.weight")
+            other = rounded.get_submodule(f"{name}.weight")
             matrix = quantise(module.weight)
-            twin.qdata.copy_(matrix.qdata), twin.scale.copy_(matrix.scale)
+            other.qdata.copy_(matrix.qdata), other.scale.copy_(matrix.scale)
     ours = accelerate(rounded, "native")
     for found, expected in zip(passes(ours, 16), passes(rounded, 16), strict=True):
         torch.testing.assert_close(found, expected, rtol=0.0, atol=0.02)

@@ -1,6 +1,6 @@
 """The interface of backends that choose tokens where their passes run.
 
-The host then looks once in several passes. `Backend` alone is enough to decode.
+The host then synchronises once in several passes. `Backend` alone is enough to decode.
 """
 
 from collections.abc import Iterator, Sequence

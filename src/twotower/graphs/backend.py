@@ -185,7 +185,7 @@ class GraphsBackend:
             block = tokens, confidence
             for t, tokens, confidence in self._fill_on(view, block, sampler, generators, index):
                 if not bool(t.any()):
-                    break  # all were done before the host looked
+                    break  # all were done before the host synchronised
                 if bool(confidence.isnan().any()):
                     raise ValueError(NOT_FINITE)
                 nfe = nfe + (t > 0)
@@ -212,8 +212,8 @@ class GraphsBackend:
         index: int,
     ) -> list[list[Tensor]]:
         """Passes from number `index` on over blocks, tokens and confidence (R, T): after each its
-        t, and the blocks. The first look is after as many passes as the newest blocks took at
-        least; where noise is drawn, it is after each, for only open rows draw.
+        t, and the blocks. The host first synchronises after as many passes as the newest blocks
+        took at least; where noise is drawn, after each, for only open rows draw.
         """
         tokens, vocab_size = block[0], self._model.config.draft_vocab_size
         num_rows, length = tokens.shape
@@ -234,8 +234,8 @@ class GraphsBackend:
                 rows = (is_drawn & (sampler.temperature > 0)).nonzero().flatten()
                 noise = gumbel((length, vocab_size), [generators[row] for row in rows.tolist()])
                 choosing.noise(length, vocab_size)[rows.to(self._device)] = noise.to(self._device)
-            is_looked_at = uses.noise or index > 0
-            num_passes = 1 if is_looked_at else min(most, min(arena.quickest, default=1))
+            syncs_each = uses.noise or index > 0
+            num_passes = 1 if syncs_each else min(most, min(arena.quickest, default=1))
             found = [copies(run()) for _ in range(num_passes)]
             return [[part[:num_rows].cpu() for part in after] for after in found]
 
