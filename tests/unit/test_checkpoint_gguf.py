@@ -223,3 +223,9 @@ def test_a_model_without_an_end_token_names_the_mask() -> None:
 def test_options_of_other_layouts_have_no_8_bits() -> None:
     with pytest.raises(ValueError, match="q8_0 exists in GGUF files only, not with to=backbone"):
         ConvertOptions(source="a", target="b", to="backbone", dtype="q8_0")
+
+
+def test_a_folder_is_not_named_like_a_file() -> None:
+    """Guards a folder m.gguf that no program can load, where --to gguf was left out."""
+    with pytest.raises(ValueError, match="give --to gguf, or another name"):
+        ConvertOptions(source="a", target="m.GGUF")

@@ -37,6 +37,11 @@ class ConvertOptions:
     """int8: quantise the inputs of int8 matrices too: faster and less exact."""
 
     def __post_init__(self) -> None:
+        if self.to != "gguf" and self.target.lower().endswith(".gguf"):
+            raise ValueError(
+                f"to={self.to} writes a folder, and {self.target} is named like a GGUF file; "
+                "give --to gguf, or another name"
+            )
         if self.dtype == "q8_0" and self.to != "gguf":
             raise ValueError(f"dtype=q8_0 exists in GGUF files only, not with to={self.to}")
         if self.scheme is not None and self.to not in ("released", "backbone"):
