@@ -22,6 +22,7 @@ from twotower.serve.tool_calls import read_tool_calls, tool_call
 EOS, VOCAB = 2, byte_tokenizer().vocab_size
 MODEL = tiny_model(vocab_size=VOCAB, block_size=6)
 PROMPT = random_ids(9, seed=4).tolist()
+FREE = {1: 1000.0, 64: 1.0}  # passes: drafts never pause
 SCHEMA: dict[str, object] = {
     "type": "object",
     "properties": {
@@ -144,7 +145,7 @@ def test_any_draft_gives_the_text_of_ar(
     assert grammar is not None
     expected = complete("ar", grammar, **shape)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODEL, "pass_costs", {16: 0.5})  # no pauses
+        patch.setattr(MODEL, "pass_costs", FREE)
         patch.setattr(MODEL, "denoise", Drafter(expected.tokens, wrong))
         found = complete("speculative", grammar, **shape)
     assert (found.tokens, found.finish_reason) == (expected.tokens, expected.finish_reason)
@@ -177,7 +178,7 @@ def test_what_the_grammar_demands_is_drafted() -> None:
     fixed = regex("[ab]the secret: 0123456789[ab]")
     expected = complete("ar", fixed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODEL, "pass_costs", {16: 0.5})  # no pauses
+        patch.setattr(MODEL, "pass_costs", FREE)
         patch.setattr(MODEL, "denoise", Drafter([], {}))
         found = complete("speculative", fixed)
     assert found.tokens == expected.tokens
@@ -211,7 +212,7 @@ def test_a_draft_beyond_the_end_is_not_followed() -> None:
 def test_no_more_of_a_draft_is_read_than_could_be_accepted() -> None:
     """Guards the cost of reading what the grammar rules out."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODEL, "pass_costs", {16: 0.5})
+        patch.setattr(MODEL, "pass_costs", FREE)
         patch.setattr(MODEL, "denoise", Drafter([], {}))  # drafts one control character
         o = options("speculative", regex("[ab]{40}"), drafts="denoiser")
         events = list(stream(MODEL, [PROMPT], o, byte_tokenizer()))

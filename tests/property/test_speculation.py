@@ -20,10 +20,13 @@ from twotower import (
     generate,
     stream,
 )
+from twotower.adapt.answers import Answer
+from twotower.adapt.ngrams import count_ngrams
 from twotower.engine import EngineOptions, Finished, Request, stream_requests
 
 MODEL = tiny_model()
 PROMPTS = prompts_of([1, 7, 2, 19, 4])
+FREE = {1: 1000.0, 64: 1.0}  # passes: no pauses, and every acceptance length comes up
 
 
 def options(mode: str, **changes: object) -> GenerateOptions:
@@ -63,11 +66,43 @@ def test_any_draft_gives_the_text_of_ar(
     prompt = PROMPTS[3]
     expected = generate(MODEL, [prompt], options("ar", **shape))[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODEL, "pass_costs", {16: 0.5})  # no pauses: every acceptance length comes up
+        patch.setattr(
+            MODEL, "pass_costs", {1: 1000.0, 64: 1.0}
+        )  # no pauses: every acceptance length comes up
         patch.setattr(MODEL, "denoise", Drafter(len(prompt), expected.tokens, wrong))
         (found,) = generate(MODEL, [prompt], options("speculative", block_size=block_size, **shape))
     assert found.tokens == expected.tokens
     assert found.finish_reason == expected.finish_reason
+
+
+@settings(max_examples=30)
+@given(
+    wrong=st.sets(st.integers(0, 20)),
+    rows=st.sampled_from([1, 3]),
+    temperature=st.sampled_from([0.0, 1.0]),
+    seed=st.integers(0, 30),
+)
+def test_any_ngram_gives_the_text_of_ar(
+    wrong: set[int], rows: int, temperature: float, seed: int
+) -> None:
+    """Guards drafts out of n-grams, which are longer than a block, against texts that are only
+    theirs: AR's own n-grams, some of them wrong.
+    """
+    shape = {"max_new_tokens": 30, "temperature": temperature, "seed": seed, "top_k": 7}
+    prompts = PROMPTS[-rows:]
+    expected = [c.tokens for c in generate(MODEL, prompts, options("ar", **shape))]
+    texts = [
+        (p, [9 if i in wrong else t for i, t in enumerate(own)])
+        for p, own in zip(prompts, expected, strict=True)
+    ]
+    answers = [Answer(number=0, task="", prompt=p, tokens=own) for p, own in texts for _ in "xyz"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODEL, "ngrams", count_ngrams(answers, []))
+        patch.setattr(MODEL, "pass_costs", FREE)
+        found = generate(MODEL, prompts, options("speculative", drafts="lookup", **shape))
+    assert [c.tokens for c in found] == expected
+    if not wrong:
+        assert min(c.lookup_tokens for c in found) > 15
 
 
 PENALTIES = [
@@ -94,7 +129,7 @@ def test_any_draft_gives_the_text_of_ar_under_penalties(
     prompt = PROMPTS[3]
     expected = generate(MODEL, [prompt], options("ar", **shape))[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODEL, "pass_costs", {16: 0.5})
+        patch.setattr(MODEL, "pass_costs", FREE)
         patch.setattr(MODEL, "denoise", Drafter(len(prompt), expected.tokens, wrong))
         (found,) = generate(MODEL, [prompt], options("speculative", **shape))
     assert found.tokens == expected.tokens

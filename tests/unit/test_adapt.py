@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from tiny_models import fresh_model, prompts_of
 from twotower import GenerateOptions, TwoTower, generate
 from twotower.adapt.answers import Answer
 from twotower.adapt.features import find_places, write_part
+from twotower.adapt.ngrams import count_ngrams
 from twotower.adapt.objective import (
     NO_TARGET,
     add_true_bigrams,
@@ -26,6 +28,7 @@ from twotower.adapt.objective import (
 from twotower.adapt.training import draft_numbers
 from twotower.backends import accelerate
 from twotower.checkpoint.denoiser import load_denoiser, save_denoiser
+from twotower.model.ngrams import Ngrams
 
 
 @pytest.mark.parametrize("make", [backbone, unordered])
@@ -159,8 +162,12 @@ def test_soft_targets_are_what_the_backbone_chooses_from(
 def test_denoiser_comes_back_beside_its_backbone(dtype: torch.dtype, tmp_path: Path) -> None:
     """Guards the file: a tensor that is not written would come back random."""
     model = thin(backbone())
+    model.ngrams = count_ngrams(answers(30), [])
     save_denoiser(model, tmp_path / "d", "me/model", dtype=dtype)
     again = load_denoiser(backbone(), tmp_path / "d")
+    assert again.ngrams is not None
+    for part, own in zip(model.ngrams, again.ngrams, strict=True):
+        np.testing.assert_allclose(part, own, atol=0.001)
     assert again.config == model.config
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], tensor, rtol=0.01, atol=0.01)
@@ -195,6 +202,19 @@ def test_damaged_denoisers_are_refused(tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="truncated"):
         load_denoiser(backbone(), folder)
+    counted = count_ngrams(answers(30), [])
+    for ngrams in (
+        counted._replace(keys=counted.keys[::-1].copy()),
+        counted._replace(tokens=counted.tokens + 60),
+        counted._replace(tokens=counted.tokens[1:]),
+        counted._replace(probabilities=counted.probabilities + np.float32("nan")),
+        Ngrams(*(part[:0] for part in counted)),
+    ):
+        model.ngrams = ngrams
+        save_denoiser(model, folder, "me/model")
+        with pytest.raises(ValueError, match="n-grams are damaged"):
+            load_denoiser(backbone(), folder)
+    model.ngrams = None
     with torch.no_grad():
         model.denoiser().norm_f.weight[0] = float("nan")
     save_denoiser(model, folder, "me/model")

@@ -13,6 +13,7 @@ from twotower import GenerateOptions, generate
 from twotower.adapt import features as feature_files
 from twotower.adapt.answers import Answer, Question, read_answers, write_answers
 from twotower.adapt.features import Features, find_places, write_part
+from twotower.adapt.ngrams import count_ngrams
 from twotower.adapt.options import AnswerOptions, Budget, StepOptions, ThinOptions, WorkFolder
 from twotower.adapt.run import (
     Progress,
@@ -106,6 +107,9 @@ def test_stages_lead_to_a_folder_that_decodes(tmp_path: Path) -> None:
     )
     (plain,) = generate(model, [questions[0].prompt], GenerateOptions(mode="ar", max_new_tokens=20))
     assert one.tokens == plain.tokens
+    assert drafting.ngrams is not None
+    (most,) = generate(drafting, [questions[1].prompt], GenerateOptions(max_new_tokens=20))
+    assert most.lookup_tokens > 10  # it was trained on
 
 
 def test_a_budget_that_is_too_small_says_so(tmp_path: Path) -> None:
@@ -182,6 +186,7 @@ def test_a_denoiser_is_trained_on(tmp_path: Path) -> None:
     denoiser was made for, would throw the first away."""
     model, work = backbone(), WorkFolder(tmp_path / "work")
     first = thin(model)
+    first.ngrams = count_ngrams(answers(30), [])
     save_denoiser(first, tmp_path / "first", "me/model", dtype=torch.float32)
     questions = [Question(number=i, prompt=p, task="t") for i, p in enumerate(prompts_of([4] * 40))]
     shape, budget, start = ThinOptions(layers=1), Budget(minutes=0.05), tmp_path / "first"
@@ -190,6 +195,7 @@ def test_a_denoiser_is_trained_on(tmp_path: Path) -> None:
     list(train(model, work, shape, steps, budget, tmp_path / "out", "me/model", start))
     again = load_denoiser(model, tmp_path / "out")
     assert again.config == first.config
+    assert again.ngrams is not None and {*first.ngrams.keys} < {*again.ngrams.keys}
     for name, tensor in first.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], tensor, rtol=0.01, atol=0.01)
 
@@ -197,6 +203,7 @@ def test_a_denoiser_is_trained_on(tmp_path: Path) -> None:
 def test_inspect_tells_a_denoiser_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards a folder that people find: what it is, whose it is, and where it goes."""
     model, folder = thin(backbone()), tmp_path / "d"
+    model.ngrams = count_ngrams(answers(30), [])
     save_denoiser(model, folder, "me/model")
     assert main(["inspect", str(folder)]) == 0
     assert "me/model" in capsys.readouterr().out
@@ -206,7 +213,7 @@ def test_inspect_tells_a_denoiser_alone(tmp_path: Path, capsys: pytest.CaptureFi
     shared = model.denoiser().embeddings.weight.numel()
     total = sum(p.numel() for p in own)
     assert record["parameters"] in (total, total - shared)
-    assert record["reads"] == [2, 3, 6]
+    assert record["reads"] == [2, 3, 6] and record["ngrams"] == len(model.ngrams.keys)
     assert main(["generate", "-m", str(folder), "a"]) == 2
     assert "is of a denoiser alone; give 'me/model'" in capsys.readouterr().err
 

@@ -2,12 +2,23 @@
 
 from types import SimpleNamespace
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twotower.engine.drafts_lookup import LEAST_MATCH, MOST_MATCH, MOST_TRIED, LookupIndex, propose
+from twotower.engine.batch import Batch
+from twotower.engine.drafts_lookup import (
+    LEAST_MATCH,
+    MOST_MATCH,
+    MOST_TRIED,
+    Lookup,
+    LookupIndex,
+    propose,
+)
 from twotower.engine.options import ResolvedOptions
 from twotower.engine.request import Row
+from twotower.model.ngrams import Ngrams, context_keys
 
 
 def index_of(text: list[int]) -> LookupIndex:
@@ -39,28 +50,77 @@ def test_the_first_tokens_are_found() -> None:
     assert index_of([1, 2, 9, 1, 2]).find([], 1) == (2, [9])
 
 
+def batch_with(ngrams: Ngrams | None) -> Batch:
+    """What a lookup asks of a batch."""
+    model = SimpleNamespace(ngrams=ngrams, pass_costs={1: 1.0, 4: 1.2, 8: 1.4, 16: 2.0})
+    return Batch(model, None, [None], None, None)  # type: ignore[arg-type, list-item]
+
+
+def ngrams_of(*known: tuple[list[int], int, float]) -> Ngrams:
+    """n-grams: a context, the token behind it, its probability."""
+    rows = sorted((context_keys(context[::-1])[-1], *rest) for context, *rest in known)
+    keys, tokens, probabilities = zip(*rows, strict=True)
+    return Ngrams(
+        np.array(keys, np.uint32), np.array(tokens, np.int32), np.array(probabilities, np.float32)
+    )
+
+
 def test_the_index_follows_the_row() -> None:
     """Guards an index that holds tokens twice, or not those of the newest cycle."""
-    row = Row(0, [1, 2, 3], ResolvedOptions(drafts="lookup"))
-    batch = SimpleNamespace()
-    for new, expected in (([1], None), ([2], (3, 1)), ([3], (1, 2)), ([3], None)):
+    row, batch = Row(0, [1, 2, 3], ResolvedOptions(drafts="lookup")), batch_with(None)
+    for new, expected in (([1], None), ([2], (3, 1, 2)), ([3], (1, 2, 3)), ([5], None)):
         row.tokens += new
-        proposal = propose(row, batch, [], room=2)  # type: ignore[arg-type]
-        assert (proposal and tuple(proposal.tokens)) == expected
-        assert row.lookup is not None and row.lookup.num_tokens == 3 + len(row.tokens)
-    assert sorted(row.controllers) == ["lookup 2", "lookup 3"]
+        proposal = propose(row, batch, [])
+        assert (proposal and tuple(proposal.tokens[:3])) == expected
+        assert row.lookup is not None and row.lookup.index.num_tokens == 3 + len(row.tokens)
     row.options = ResolvedOptions(drafts="denoiser")
-    assert propose(row, batch, [1, 2], room=2) is None  # type: ignore[arg-type]
+    assert propose(row, batch, [1, 2]) is None
 
 
 def test_longer_matches_have_longer_drafts() -> None:
     """Guards the cost of drafts that are seldom right beyond their first tokens."""
     text = list(range(100, 140))
-    for match, expected in ((2, 3), (3, 3), (4, 3), (5, 7), (7, 7), (8, 15), (9, 15)):
+    for match, expected in ((2, 7), (4, 7), (16, 15)):
         row = Row(0, [*text, 7, *text[:match]], ResolvedOptions())
-        proposal = propose(row, SimpleNamespace(), [], room=20)  # type: ignore[arg-type]
-        assert proposal is not None and proposal.cost == 0
+        proposal = propose(row, batch_with(None), [])
+        assert proposal is not None and proposal.cost == 0 and proposal.gain > 1.2
         assert list(proposal.tokens) == text[match : match + expected]
+
+
+def test_drafts_end_where_the_text_does() -> None:
+    """Guards passes over tokens that may no longer be written."""
+    text = list(range(100, 120))
+    for most, expected in ((1, 0), (2, 1), (4, 3), (9, 7)):
+        row = Row(0, [*text, *text[:8]], ResolvedOptions(max_new_tokens=most))
+        proposal = propose(row, batch_with(None), [])
+        assert len(proposal.tokens if proposal else ()) == expected
+
+
+def test_ngrams_go_on_where_the_text_says_nothing() -> None:
+    """Guards the chain: each token is looked up behind the one before it, the longest context that
+    is known first, and the text's own account counts where it is the surer.
+    """
+    ngrams = ngrams_of(([7], 8, 0.9), ([7, 8], 9, 0.6), ([8], 5, 0.9), ([9], 4, 0.3))
+    lookup = Lookup(ngrams)
+    lookup.extend([1, 2, 7])
+    tokens, rates = lookup.guess([], 3)
+    assert tokens == [8, 9, 4] and rates == pytest.approx([0.9, 0.6, 0.3])
+    assert lookup.guess([8], 2)[0] == [9, 4]
+    lookup.extend([1, 2])  # before it came 7
+    assert lookup.guess([], 3)[0] == [7, 8, 9]
+    assert Lookup(None).guess([7], 3) == ([], [])
+
+
+def test_a_row_learns_what_its_lookups_are_worth() -> None:
+    """Guards texts that never go on as before: they are drafted no more, and again when they do."""
+    ngrams = ngrams_of(([7], 8, 0.6))
+    row, batch = Row(0, [1], ResolvedOptions(max_new_tokens=1000)), batch_with(ngrams)
+    drafted = []
+    for token in [3] * 40 + [8] * 60:
+        row.tokens += [7]
+        drafted.append(propose(row, batch, []) is not None)
+        row.tokens += [token, len(drafted) + 100]
+    assert drafted[0] and not any(drafted[30:40]) and all(drafted[90:])
 
 
 def test_no_match_of_one_token() -> None:

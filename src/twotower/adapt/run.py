@@ -24,6 +24,7 @@ from twotower.adapt.features import (
     is_whole,
     write_part,
 )
+from twotower.adapt.ngrams import count_ngrams, joined
 from twotower.adapt.options import (
     AnswerOptions,
     Budget,
@@ -35,6 +36,7 @@ from twotower.adapt.options import (
 from twotower.adapt.training import Acceptance, Trainer, measure
 from twotower.checkpoint.denoiser import load_denoiser, save_denoiser, with_new_denoiser
 from twotower.model import TwoTower
+from twotower.model.ngrams import Ngrams
 from twotower.model.precision import require_plain
 from twotower.model.thin import blocks_of, spread, thin_config
 from twotower.specs import AttentionSpec
@@ -161,6 +163,7 @@ def train(
         yield clock.progress(f"{trainer.step * options.blocks} blocks, loss {average:.2f}{words}")
     trainer.save(work.checkpoint)
     words = _add_to_curve(work, trainer, measure(made, features, held), options)
+    made.ngrams = joined(ngrams_of(work), made.ngrams)
     save_denoiser(made, out, backbone)
     yield clock.progress(f"{trainer.step * options.blocks} blocks{words}")
 
@@ -177,6 +180,13 @@ def new_denoiser(model: TwoTower, work: WorkFolder, thin: ThinOptions, seed: int
     ids = draft_vocabulary(work, thin.draft_vocab, model.config.vocab_size)
     config = thin_config(model.config, reads, thin.block_size, thin.draft_of(ids))
     return with_new_denoiser(model, config, ids, seed)
+
+
+def ngrams_of(work: WorkFolder) -> Ngrams:
+    """n-grams of the answers that are trained on."""
+    answers = read_answers(work.answers)
+    counted = [answer for number, answer in enumerate(answers) if number % HELD_OUT]
+    return count_ngrams(counted, answers[::HELD_OUT])
 
 
 def draft_vocabulary(work: WorkFolder, size: int, vocab_size: int) -> Tensor | None:

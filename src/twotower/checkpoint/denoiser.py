@@ -7,11 +7,12 @@ backbone's weights: beside another one it would draft nonsense, and is refused.
 import copy
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -23,12 +24,14 @@ from twotower.checkpoint.write import Piece, write_checkpoint
 from twotower.config import DraftSpec, TwoTowerConfig
 from twotower.families import DENOISER_ALONE, read_json
 from twotower.model.initialise import copy_context_to_denoiser
+from twotower.model.ngrams import Ngrams
 from twotower.model.thin import sketch, thin_config
 from twotower.model.two_tower import TwoTower
 
 _LEAST_ALIKE = 0.95  # of two sketches: 4-bit weights of one model have 0.99, other models 0
 _SPEC = tuple(field.name for field in fields(DraftSpec))
 _SIZE = (int, type(None))
+_NGRAMS = "ngrams."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ class DenoiserRecord:
     block_size: int
     draft: DraftSpec
     parameters: int
+    ngrams: int
     num_bytes: int
 
 
@@ -55,6 +59,8 @@ def describe_denoiser(folder: Path) -> DenoiserRecord:
     values, entries = read_json(folder / "config.json"), read_entries(folder)
     sizes = {name: math.prod(e.shape) for name, e in entries.items() if e.dtype in DTYPES}
     sizes.pop("backbone_sketch", None)
+    sizes.pop(f"{_NGRAMS}probabilities", None)
+    ngrams = entries.get(f"{_NGRAMS}keys")
     try:
         return DenoiserRecord(
             source=str(folder),
@@ -63,6 +69,7 @@ def describe_denoiser(folder: Path) -> DenoiserRecord:
             block_size=int(values["block_size"]),  # type: ignore[call-overload]
             draft=_draft_of(values),
             parameters=sum(sizes.values()),
+            ngrams=0 if ngrams is None else math.prod(ngrams.shape),
             num_bytes=(folder / SINGLE_FILE).stat().st_size,
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -105,6 +112,8 @@ def save_denoiser(
         for name, tensor in _own_tensors(model).items()
     ]
     pieces.append(Piece("backbone_sketch", sketch(model), torch.float32))
+    if model.ngrams is not None:
+        pieces += _ngram_pieces(model.ngrams)
     config = {
         "model_type": DENOISER_ALONE,
         "backbone": backbone,
@@ -196,6 +205,9 @@ def _fill(model: TwoTower, file: Path, complaint: str) -> None:
     known = found.pop("backbone_sketch", None)
     if known is None or known.shape != sketch(model).shape or not _are_alike(known, sketch(model)):
         raise ValueError(f"{complaint}; give that as --model")
+    ngrams = [found.pop(f"{_NGRAMS}{name}", None) for name in Ngrams._fields]
+    if any(tensor is not None for tensor in ngrams):
+        model.ngrams = _read_ngrams(ngrams, model.config.vocab_size, file)
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in wanted.items()}:
         raise ValueError(f"{file}: the tensors do not fit its config.json; fetch both again")
@@ -206,6 +218,31 @@ def _fill(model: TwoTower, file: Path, complaint: str) -> None:
     ids = model.draft_ids
     if ids is not None and not (int(ids.min()) >= 0 and int(ids.max()) < model.config.vocab_size):
         raise ValueError(f"{file}: draft_ids leave the vocabulary; fetch it again")
+
+
+def _ngram_pieces(ngrams: Ngrams) -> list[Piece]:
+    """n-grams as tensors; keys as int32 of the same bits, which every reader of the format has."""
+    arrays = ngrams._replace(keys=ngrams.keys.view(np.int32))._asdict()
+    kinds = {"probabilities": torch.float16}
+    return [
+        Piece(f"{_NGRAMS}{name}", torch.from_numpy(array), kinds.get(name, torch.int32))
+        for name, array in arrays.items()
+    ]
+
+
+def _read_ngrams(tensors: Sequence[Tensor | None], vocab_size: int, file: Path) -> Ngrams:
+    """The inverse of `_ngram_pieces`; ValueError (one line) for what is none."""
+    try:
+        keys, tokens, probabilities = (t.numpy() for t in tensors)  # type: ignore[union-attr]
+        ngrams = Ngrams(keys.view(np.uint32), tokens, probabilities.astype(np.float32))
+        is_ascending = np.diff(ngrams.keys.astype(np.int64)) > 0
+        is_token = (tokens >= 0) & (tokens < vocab_size)
+        is_probability = (ngrams.probabilities >= 0) & (ngrams.probabilities <= 1)
+        if len(keys) > 0 and is_ascending.all() and (is_token & is_probability).all():
+            return ngrams
+    except (AttributeError, TypeError, ValueError):
+        pass
+    raise ValueError(f"{file}: its n-grams are damaged; fetch it again")
 
 
 def _are_alike(one: Tensor, two: Tensor) -> bool:

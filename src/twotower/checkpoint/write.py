@@ -25,7 +25,7 @@ from twotower.checkpoint.files import (
 from twotower.checkpoint.gguf_reader import INDEX_FILE as GGUF_INDEX
 from twotower.file_lock import only_writer
 
-_IDS_DTYPES = {"I64": torch.int64}  # of token ids
+_IDS_DTYPES = {"I32": torch.int32, "I64": torch.int64}  # of token ids
 _SPELLING = {d: name for name, d in {**DTYPES, **PACKED_DTYPES, **_IDS_DTYPES}.items()}
 
 

@@ -74,6 +74,7 @@ def _tell_denoiser(record: DenoiserRecord, is_json: bool) -> int:
         "draft vocabulary": "all tokens" if draft.vocab_size is None else str(draft.vocab_size),
         "has beside them": ", ".join(name for name, has in parts.items() if has) or "nothing",
         "parameters": f"{_short(record.parameters)}; {record.num_bytes / 1e6:.1f} MB in the file",
+        "n-grams": f"{record.ngrams:,} of the backbone's own answers",
     }
     console.print(f"[bold]{escape(record.source)}[/]", highlight=False, soft_wrap=True)
     console.print(_grid(rows))

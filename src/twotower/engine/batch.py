@@ -11,6 +11,7 @@ from torch import Tensor
 from twotower.diffusion import Sampler, SamplerKind
 from twotower.engine.choosing import ChoosingBackend
 from twotower.engine.denoiser import Denoiser
+from twotower.engine.drafts import pass_cost
 from twotower.engine.events import Event, TokenLogprob, Verified
 from twotower.engine.request import Row
 from twotower.model import ContextCache, TwoTower
@@ -100,6 +101,10 @@ class Batch:
         """The model's backend, if it chooses tokens."""
         backend = self.model.backend
         return backend if isinstance(backend, ChoosingBackend) else None
+
+    def pass_cost(self, num_tokens: int) -> float:
+        """AR steps of these rows that a pass over so many tokens of each costs."""
+        return pass_cost(self.model.pass_costs, num_tokens, len(self.rows))
 
     @property
     def num_read(self) -> int:

@@ -13,17 +13,18 @@ DrafterName = Literal["lookup", "denoiser"]
 
 
 class DraftController:
-    """Whether a kind of draft pays in a row, by the row's own history alone, so that rows stay
+    """Whether the denoiser's drafts pay in a row, by the row's own history alone, so that rows stay
     independent.
 
     The gain of a draft: tokens of its cycle by AR steps that they cost; AR decoding has 1. weight:
-    of the newest in the running mean. pauses: how many cycles pass before the next trial after a
-    failed one, and the most that they double to. A text that drafts badly costs one trial at the
-    start and then one in a pause.
+    of the newest in the running mean, and more where few were seen. pauses: how many cycles pass
+    before the next trial after a failed one, and the most that they double to. A text that drafts
+    badly costs one trial at the start and then one in a pause.
     """
 
     def __init__(self, weight: float, pauses: tuple[int, int]) -> None:
         self.gain = 1.5  # expected
+        self.num_drafts = 0
         self._weight, (self._first_pause, self._longest_pause) = weight, pauses
         self._pause, self._next_pause = 0, self._first_pause
 
@@ -34,7 +35,8 @@ class DraftController:
 
     def record_draft(self, gain: float) -> None:
         """A cycle had such a draft."""
-        self.gain += self._weight * (gain - self.gain)
+        self.num_drafts += 1
+        self.gain += max(self._weight, 1 / (1 + self.num_drafts)) * (gain - self.gain)
         if self.gain >= 1:
             self._next_pause = self._first_pause
             return
@@ -51,20 +53,37 @@ class Proposal(NamedTuple):
     """A draft that a row may have in this cycle."""
 
     drafter: DrafterName
-    controller: DraftController
+    gain: float  # expected: tokens of the cycle by AR steps that they cost
     tokens: Sequence[int] = ()  # what follows the known ones, where that is known already
     cost: float = 0.0  # AR steps that it takes to write it
 
 
-def pass_cost(costs: Mapping[int, float], num_tokens: int) -> float:
-    """AR steps that a pass over so many tokens costs, by `Backend.pass_costs`."""
+def pass_cost(costs: Mapping[int, float], num_tokens: int, num_rows: int = 1) -> float:
+    """AR steps of so many rows that a pass over num_tokens of each costs, by
+    `Backend.pass_costs`.
+    """
+    return _cost(costs, num_tokens * num_rows) / _cost(costs, num_rows)
+
+
+def _cost(costs: Mapping[int, float], num_tokens: int) -> float:
     for most, cost in costs.items():
         if num_tokens <= most:
             return cost
     return cost * num_tokens / most
 
 
+def best_length(
+    expected: Sequence[float], costs: Sequence[float], writing: float = 0.0
+) -> tuple[int, float]:
+    """How many tokens of a draft to verify, and what is gained. expected: tokens of the cycle with
+    none, 1, 2 ... of them; costs: of a pass over those, in AR steps; writing: of the draft.
+    """
+    gains = [tokens / (writing + cost) for tokens, cost in zip(expected, costs, strict=False)]
+    count = max(range(len(gains)), key=gains.__getitem__)
+    return count, gains[count]
+
+
 def best(proposals: Iterator[Proposal | None]) -> Proposal | None:
     """The one of which most is expected, the first of equals; None where none may be tried."""
-    possible = [p for p in proposals if p is not None and p.controller.is_drafting]
-    return max(possible, key=lambda proposal: proposal.controller.gain, default=None)
+    possible = [proposal for proposal in proposals if proposal is not None]
+    return max(possible, key=lambda proposal: proposal.gain, default=None)

@@ -1,8 +1,10 @@
 """Drafts of the denoiser tower: all masked positions of a block at once."""
 
-from collections.abc import Generator, Mapping, Sequence
+import math
+from collections.abc import Generator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from itertools import accumulate
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -10,27 +12,35 @@ from torch import Tensor
 from twotower.diffusion import Sampler
 from twotower.engine.batch import Batch
 from twotower.engine.denoiser import fill_blocks
-from twotower.engine.drafts import DraftController, Proposal, pass_cost
+from twotower.engine.drafts import DraftController, Proposal, best_length
 from twotower.engine.events import Event
 from twotower.engine.request import Row
 
-_WEIGHT, _PAUSES = 0.5, (24, 96)  # one very bad draft leads to a pause
+_WEIGHT, _PAUSES = 0.25, (24, 96)
+_BESIDE_PASSES = 0.1  # AR steps that a draft takes beside them: its head, choosing, Python
 
 
-def propose(row: Row, batch: Batch, known: Sequence[int], room: int) -> Proposal | None:
-    """A draft that is yet to be written, by `write`."""
+def propose(row: Row, batch: Batch, known: Sequence[int]) -> Proposal | None:
+    """A draft that is yet to be written, by `write`; None where drafts have not paid of late."""
     if row.options.drafts == "lookup" or not batch.model.has_denoiser:
         return None
-    if "denoiser" not in row.controllers:
-        row.controllers["denoiser"] = DraftController(_WEIGHT, _PAUSES)
-    return Proposal("denoiser", row.controllers["denoiser"], cost=writing_cost(row, batch))
+    if len(known) > row.options.block_size - 2 or row.num_left < 2:
+        return None  # no place is left to fill
+    if row.controller is None:
+        row.controller = DraftController(_WEIGHT, _PAUSES)
+    if not row.controller.is_drafting:
+        return None
+    # The first comes before all others: lookups that give two tokens would keep a denoiser that
+    # gives ten from being tried.
+    gain = row.controller.gain if row.controller.num_drafts > 0 else math.inf
+    return Proposal("denoiser", gain, cost=writing_cost(row, batch))
 
 
 def writing_cost(row: Row, batch: Batch) -> float:
-    """AR steps that the passes of a draft take: a layer of either tower costs as much."""
+    """AR steps that a draft takes: a layer of either tower costs as much."""
     config, options = batch.model.config, row.options
     share = config.denoiser.num_layers / config.context.num_layers
-    return options.draft_passes * share * pass_cost(batch.model.pass_costs, options.block_size)
+    return _BESIDE_PASSES + options.draft_passes * share * batch.pass_cost(options.block_size)
 
 
 def write(batch: Batch, blocks: Tensor, places: Tensor) -> Generator[Event, None, Tensor]:
@@ -41,9 +51,11 @@ def write(batch: Batch, blocks: Tensor, places: Tensor) -> Generator[Event, None
     last = yield from fill_blocks(batch, blocks[places], sampler, places, num_known=1)
     # Not the first column: AR may have chosen the mask token, which the denoiser then fills.
     blocks[places, 1:] = last.tokens[:, 1:].cpu()
-    rows = [batch.rows[place] for place in places.tolist()]
-    writing = torch.tensor([row.proposal.cost for row in rows if row.proposal is not None])
-    return draft_lengths(last.confidence.cpu(), batch.model.pass_costs, writing)
+    lengths = [
+        draft_length(own, batch, batch.rows[place])
+        for own, place in zip(last.confidence.tolist(), places.tolist(), strict=True)
+    ]
+    return torch.tensor(lengths)
 
 
 def _greedy(batch: Batch) -> Sampler:
@@ -54,18 +66,11 @@ def _greedy(batch: Batch) -> Sampler:
     return replace(sampler, temperature=torch.zeros(len(batch.rows)))
 
 
-@lru_cache(maxsize=64)
-def _passes(costs: tuple[tuple[int, float], ...], most: int) -> Tensor:
-    """What passes over 2 to `most` tokens cost."""
-    return torch.tensor([pass_cost(dict(costs), n) for n in range(2, most + 1)])
-
-
-def draft_lengths(confidence: Tensor, costs: Mapping[int, float], writing: Tensor) -> Tensor:
-    """How much of each draft to verify, (B,), at least 2: where the expected gain is largest.
-
-    confidence (B, n): the denoiser's own account of how probable each token is, given those before;
-    writing (B,): AR steps that the draft took; costs: of passes.
+def draft_length(confidence: Sequence[float], batch: Batch, row: Row) -> int:
+    """How much of a block to verify, at least 2. confidence: the denoiser's own account of how
+    probable each token is, given those before; 1 for what is known.
     """
-    expected = confidence.cumprod(1).cumsum(1)[:, 1:]
-    passes = _passes(tuple(costs.items()), confidence.shape[1])
-    return (expected / (passes + writing.unsqueeze(1))).argmax(1) + 2
+    expected = list(accumulate(accumulate(confidence, mul)))
+    costs = [batch.pass_cost(length) for length in range(1, len(confidence) + 1)]
+    writing = 0.0 if row.proposal is None else row.proposal.cost
+    return 2 + best_length(expected[1:], costs[1:], writing)[0]

@@ -1,21 +1,29 @@
-"""Drafts that cost nothing: what followed the newest tokens when they last occurred in the text.
+"""Drafts that cost no pass: what followed the newest tokens earlier in the text, and what the model
+mostly wrote behind them elsewhere.
 
-Known as prompt lookup or n-gram speculation. Source: https://github.com/apoorvumang/prompt-lookup-decoding
+The first is known as prompt lookup, the second as a static lookup cache; each token is the likelier
+of both. Source: https://github.com/apoorvumang/prompt-lookup-decoding; arXiv 2311.08252.
 """
 
-from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 
 from twotower.engine.batch import Batch
-from twotower.engine.drafts import DraftController, Proposal
+from twotower.engine.drafts import Proposal, best_length
 from twotower.engine.request import Row
+from twotower.model.ngrams import ORDER, Ngrams
 
 LEAST_MATCH, MOST_MATCH = 2, 16  # tokens that must have occurred before, and that are compared
 MOST_TRIED = 32  # occurrences of the last two tokens that are compared, the newest first
-# The longer a match, the more of what follows is right. Matches from so many tokens on are of one
-# kind, and have drafts of so many, which with the newest token fill 4, 8 and 16 places of a pass.
-_KINDS, _DRAFTS = (LEAST_MATCH, 3, 5, 8), (3, 3, 7, 15)
-_WEIGHT, _PAUSES = 0.15, (8, 96)
+MOST_DRAFT = 15  # tokens: with the newest one 16 places of a pass
+# How often the next token is right behind a match of so many tokens (SmolLM2's answers). After as
+# many tokens as _USUAL_WEIGHT a row's own rate counts as much.
+_USUAL = {2: 0.57, 3: 0.67, 4: 0.74, 8: 0.83, 16: 0.95}
+_USUAL_WEIGHT = 10
+_MOST_SURE, _LEAST_SURE = 0.98, 0.05  # of a token, and of a whole draft that may go on
+_BINS = 8  # of probabilities that a row corrects together
 
 
 class LookupIndex:
@@ -42,13 +50,17 @@ class LookupIndex:
         """Tokens of the text so far."""
         return len(self._text)
 
+    def end(self, count: int, after: Sequence[int] = ()) -> list[int]:
+        """The last `count` tokens of the text and what comes after it."""
+        return [*self._text[-count:], *after][-count:]
+
     def find(self, after: Sequence[int], most: int) -> tuple[int, list[int]]:
         """How many tokens at the end of the text and `after` occurred before, and up to `most` that
         followed there. The longest match, the newest of equals; (0, []) below LEAST_MATCH.
 
         What followed may run into the end of the text: then it repeats, as the text would.
         """
-        end = [*self._text[-MOST_MATCH:], *after][-MOST_MATCH:]
+        end = self.end(MOST_MATCH, after)
         length, place = 0, -1
         at = self._newest.get((end[-2], end[-1]), -1) if len(end) >= LEAST_MATCH else -1
         for _ in range(MOST_TRIED):
@@ -72,19 +84,71 @@ class LookupIndex:
         return count
 
 
-def propose(row: Row, batch: Batch, known: Sequence[int], room: int) -> Proposal | None:
-    """The draft of a row's own text behind its tokens and the known ones, at most `room` long."""
+class Lookup:
+    """Guesses how one text goes on, and learns how often guesses of each kind are right in it."""
+
+    def __init__(self, ngrams: Ngrams | None) -> None:
+        self.index = LookupIndex()
+        self._ngrams = ngrams
+        self._tried, self._right = Counter[object](), Counter[object]()
+        self._guessed: list[tuple[int, object]] = []  # tokens of the newest guess, and their kinds
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """The text goes on with these tokens: the newest guess is judged by them."""
+        for token, (guess, kind) in zip(tokens, self._guessed, strict=False):
+            self._tried[kind] += 1
+            if guess != token:
+                break
+            self._right[kind] += 1
+        self._guessed = []
+        self.index.extend(tokens)
+
+    def guess(self, known: Sequence[int], most: int) -> tuple[list[int], list[float]]:
+        """Up to `most` tokens behind the text and the known ones, and how probable each is, given
+        that those before it are right.
+        """
+        length, copied = self.index.find(known, most)
+        newest, sure = self.index.end(ORDER, known), 1.0
+        guesses, found, rates = list[tuple[int, object]](), list[int](), list[float]()
+        while len(found) < most and sure >= _LEAST_SURE:
+            ways = list[tuple[float, int, object]]()
+            if copied:
+                kind = max(n for n in _USUAL if n <= min(length + len(found), MOST_MATCH))
+                ways.append((self._rate(kind, _USUAL[kind]), copied[len(found)], kind))
+            if self._ngrams is not None and (known_one := self._ngrams.find(newest)) is not None:
+                token, usual = known_one
+                kind_of_ngram = "ngram", int(usual * _BINS)
+                ways.append((self._rate(kind_of_ngram, usual), token, kind_of_ngram))
+            if not ways:
+                break
+            rate, token, kind_of_way = max(ways, key=lambda way: way[0])
+            if copied and copied[len(found)] != token:
+                copied = []
+            guesses.append((token, kind_of_way))
+            found.append(token)
+            rates.append(rate)
+            newest, sure = [*newest[1 - ORDER :], token], sure * rate
+        self._guessed = [*((token, None) for token in known), *guesses]
+        return found, rates
+
+    def _rate(self, kind: object, usual: float) -> float:
+        """How often guesses of a kind are right here, of which so many are right elsewhere."""
+        right = self._right[kind] + _USUAL_WEIGHT * usual
+        return min(_MOST_SURE, right / (self._tried[kind] + _USUAL_WEIGHT))
+
+
+def propose(row: Row, batch: Batch, known: Sequence[int]) -> Proposal | None:
+    """The draft behind a row's tokens and the known ones of which most is expected, if any."""
     if row.options.drafts == "denoiser":
         return None
     if row.lookup is None:
-        row.lookup = LookupIndex()
-    done = row.lookup.num_tokens
-    row.lookup.extend(row.between(done, len(row.prompt) + len(row.tokens)))
-    length, tokens = row.lookup.find(known, room)
-    if length == 0:
-        return None
-    kind = bisect_right(_KINDS, length) - 1
-    name = f"lookup {_KINDS[kind]}"
-    if name not in row.controllers:
-        row.controllers[name] = DraftController(_WEIGHT, _PAUSES)
-    return Proposal("lookup", row.controllers[name], tokens[: _DRAFTS[kind]])
+        row.lookup = Lookup(batch.model.ngrams)
+    done, length = row.lookup.index.num_tokens, len(row.prompt) + len(row.tokens)
+    row.lookup.extend(row.between(done, length))
+    room = min(MOST_DRAFT, row.num_left - 1) - len(known)
+    tokens, rates = row.lookup.guess(known, room)
+    begin = 1 + len(known)
+    expected = list(accumulate([float(begin), *accumulate(rates, mul)]))
+    costs = [batch.pass_cost(begin + count) for count in range(len(expected))]
+    count, gain = best_length(expected, costs)
+    return Proposal("lookup", gain, tokens[:count]) if count > 0 else None

@@ -38,7 +38,7 @@ from twotower.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from twotower.engine.batch import Batch
     from twotower.engine.drafts import DraftController, DrafterName, Proposal
-    from twotower.engine.drafts_lookup import LookupIndex
+    from twotower.engine.drafts_lookup import Lookup
 
 Prompt = str | Sequence[int]
 
@@ -92,9 +92,9 @@ class Row:
         self.num_since = 0  # steps since it got or lost its place, or came
         self.paused: Batch | None = None  # all that was read, while it has no place
         # Of speculation.
-        self.controllers: dict[str, DraftController] = {}  # of each kind of draft
+        self.controller: DraftController | None = None  # of the denoiser's drafts
         self.proposal: Proposal | None = None  # what this cycle's draft is, if it has one
-        self.lookup: LookupIndex | None = None
+        self.lookup: Lookup | None = None
         self.noise_ahead: list[Tensor] = []  # (V,) of each token to come, once drawn
         self._logprobs: list[TokenLogprob] = []
         self.num_released = 0  # tokens that were given out

@@ -4,18 +4,17 @@ The text is that of mode="ar", token for token: a draft decides only how many to
 verification yields. Source: system.md section 4, 'Self-speculation'.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
 from twotower.engine import drafts_denoiser, drafts_lookup
 from twotower.engine.batch import Batch, Choice, DecodingMode
-from twotower.engine.drafts import Proposal, best, pass_cost
+from twotower.engine.drafts import best
 from twotower.engine.events import Event, Verified
 from twotower.engine.request import Row
 from twotower.engine.verify import start, verify
 
-# The denoiser first: a lookup that gives two tokens would keep one that gives ten from being tried.
 PROPOSE = (drafts_denoiser.propose, drafts_lookup.propose)
 
 
@@ -25,34 +24,28 @@ def draft(batch: Batch) -> Iterator[Event]:
     Rows that do not draft have their newest token alone, and what their grammar demands behind it.
     """
     rows, size = batch.rows, batch.rows[0].options.block_size
-    blocks = torch.full((len(rows), size), batch.model.config.mask_token_id)
+    width = max(size, 1 + drafts_lookup.MOST_DRAFT)
+    blocks = torch.full((len(rows), width), batch.model.config.mask_token_id)
     lengths = torch.empty(len(rows), dtype=torch.int64)
     for place, row in enumerate(rows):
         known = [row.tokens[-1], *_forced(row, size)]
-        row.proposal = _proposal(row, batch, known)
+        row.proposal = best(propose(row, batch, known[1:]) for propose in PROPOSE)
         known += row.proposal.tokens if row.proposal is not None else ()
         blocks[place, : len(known)] = torch.tensor(known)
         lengths[place] = min(len(known), row.num_left)
     drafted = [(row, i) for i, row in enumerate(rows) if row.proposal is not None]
     if unwritten := [i for row, i in drafted if row.proposal and not row.proposal.tokens]:
         places = torch.tensor(unwritten)
-        lengths[places] = yield from drafts_denoiser.write(batch, blocks, places)
-    for row, place in drafted:  # all of them, before any answer is waited for
-        _look_ahead(row, blocks[place, 1:].tolist())
-    for row, place in drafted:
-        lengths[place] = min(int(lengths[place]), _num_possible(row, blocks[place].tolist()))
+        lengths[places] = yield from drafts_denoiser.write(batch, blocks[:, :size], places)
+    ends = [(row, place, blocks[place, : lengths[place]].tolist()) for row, place in drafted]
+    for row, _, block in ends:  # all of them, before any answer is waited for
+        _look_ahead(row, block[1:])
+    for row, place, block in ends:
+        lengths[place] = _num_possible(row, block)
     most = int(lengths.max())
     is_padding = torch.arange(most) >= lengths.unsqueeze(1)
     # Any token: a mask of the denoiser's own is none that the context tower could read.
     batch.draft = blocks[:, :most].masked_fill(is_padding, 0), lengths
-
-
-def _proposal(row: Row, batch: Batch, known: Sequence[int]) -> Proposal | None:
-    """The draft that the row has in this cycle behind its newest token and the other known ones."""
-    room = min(row.options.block_size, row.num_left) - len(known)
-    if room < 1:
-        return None
-    return best(propose(row, batch, known[1:], room) for propose in PROPOSE)
 
 
 def _forced(row: Row, size: int) -> list[int]:
@@ -82,23 +75,18 @@ def _num_possible(row: Row, block: list[int]) -> int:
 
 
 def choose(batch: Batch) -> Choice:
-    """Verify the drafts, and let each row's controllers learn from it."""
+    """Verify the drafts, and let each row's controller learn from it."""
     _, lengths = batch.draft
     choice, verified = verify(batch), []
     for row, length, own in zip(batch.rows, lengths.tolist(), choice.tokens, strict=True):
-        _record(row, len(own), pass_cost(batch.model.pass_costs, length))
         drafter = None if row.proposal is None else row.proposal.drafter
+        if row.controller is not None and row.proposal is not None and drafter == "denoiser":
+            spent = row.proposal.cost + batch.pass_cost(length)
+            row.controller.record_draft(len(own) / spent)
+        elif row.controller is not None:
+            row.controller.record_other()
         verified.append(Verified(length - 1, len(own) - 1, drafter))
     return choice._replace(verified=verified)
-
-
-def _record(row: Row, num_tokens: int, verifying: float) -> None:
-    """Let the row's controllers learn from a cycle's tokens; verifying: AR steps that this took."""
-    for controller in row.controllers.values():
-        if row.proposal is not None and controller is row.proposal.controller:
-            controller.record_draft(num_tokens / (row.proposal.cost + verifying))
-        else:
-            controller.record_other()
 
 
 SPECULATIVE = DecodingMode(choose=choose, draft=draft, start=start, num_unread=1)

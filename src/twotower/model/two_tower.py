@@ -18,6 +18,7 @@ from twotower.layers.bigram import Bigram
 from twotower.model.backend import Backend, EagerBackend
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
+from twotower.model.ngrams import Ngrams
 from twotower.model.state import ContextCache, ContextView, ForwardOutput
 from twotower.model.training import read_and_denoise
 
@@ -41,6 +42,7 @@ class TwoTower(nn.Module):
         self.config = config
         self.generation_defaults: Mapping[str, object] = {}  # what a checkpoint prefers
         self.unused_ids: tuple[int, ...] = ()  # of the vocabulary, that its tokenizer lacks
+        self.ngrams: Ngrams | None = None  # of what the model has written
         width, vocab = config.hidden_size, config.vocab_size
         self.context_tower = ContextTower(config.context)
         self.context_lm_head = nn.Linear(width, vocab, bias=False)

@@ -26,8 +26,8 @@ _SCHEMES = {"int8": Scheme(weights="int8", activations="int8"), "int4": Scheme(w
 # The fewer bits, the less a single token costs, and the more of a block's time is arithmetic.
 _PASS_COSTS: Mapping[str, Mapping[int, float]] = {
     "none": {1: 1.0, 4: 1.3, 8: 1.35, 16: 1.55},
-    "int8": {1: 1.0, 4: 1.2, 8: 1.45, 16: 2.0},
-    "int4": {1: 1.0, 4: 1.2, 8: 1.55, 16: 2.5},
+    "int8": {1: 1.0, 4: 1.35, 8: 1.65, 16: 2.35},
+    "int4": {1: 1.0, 4: 1.35, 8: 1.75, 16: 2.8},
 }
 _MAX_TABLES = 64  # remembered times; a block of 16 tokens has 16 masked fractions
 
