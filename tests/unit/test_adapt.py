@@ -27,6 +27,7 @@ from twotower.adapt.objective import (
 )
 from twotower.adapt.training import draft_numbers
 from twotower.backends import accelerate
+from twotower.checkpoint import save_two_towers
 from twotower.checkpoint.denoiser import load_denoiser, save_denoiser
 from twotower.model.ngrams import Ngrams
 
@@ -171,6 +172,8 @@ def test_denoiser_comes_back_beside_its_backbone(dtype: torch.dtype, tmp_path: P
     assert again.config == model.config
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], tensor, rtol=0.01, atol=0.01)
+    with pytest.raises(ValueError, match="thin denoiser is not saved with its model"):
+        save_two_towers(model, tmp_path / "whole")
     with pytest.raises(ValueError, match="of another model, me/model; give that as --model"):
         load_denoiser(backbone(seed=1), tmp_path / "d")
     with pytest.raises(ValueError, match="of another model"):

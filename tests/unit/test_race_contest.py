@@ -1,7 +1,11 @@
 """A contest's arithmetic: who is compared with whom, prompt by prompt."""
 
+from pathlib import Path
+
 import pytest
 
+from tiny_models import tiny_model
+from twotower.lab.race import contest
 from twotower.lab.race.contest import contest_table, summarise
 from twotower.lab.race.contestant import Answer, Contestant
 
@@ -48,3 +52,13 @@ def test_ratios_are_of_the_same_bits_and_prompt() -> None:
 
 def mod_name() -> str:
     return who("llama.cpp", "int4", "ngram-mod").name
+
+
+def test_the_denoiser_drafts_for_us_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a race whose speculative mode silently goes without the denoiser that was given."""
+    monkeypatch.setattr(contest, "_gguf", lambda *_: tmp_path / "x.gguf")
+    model = tiny_model()
+    found, missing = contest.contestants(model, tmp_path / "m", ["int8"], 1, tmp_path, "d")
+    assert not missing and len(found) > 4
+    given = {one.name for one in found if one.denoiser == "d"}
+    assert given == {"twotower int8 speculative"}

@@ -35,6 +35,11 @@ def save_two_towers(
     """
     if model.denoiser_tower is None:
         raise ValueError("this model has no denoiser tower; save it with save_backbone")
+    if model.config.draft is not None:
+        raise ValueError(
+            "a thin denoiser is not saved with its model; it stays in a folder of its own, for "
+            "denoiser=DIR beside the model (checkpoint.denoiser.save_denoiser writes one)"
+        )
     pieces = list(released_pieces(model, dtype))
     architecture = family_of(model.config).TWO_TOWER_ARCHITECTURE
     config = released_config(model.config, main_dtype(model, dtype), architecture)

@@ -73,7 +73,8 @@ def run(options: BenchOptions) -> int:
     refuse_unused(options, is_contest)
     if is_contest:
         given = Path(options.model or "")
-        record = contest.measure(options, loaded, given if given.is_file() else loaded.folder)
+        file = given if given.is_file() else loaded.folder
+        record = contest.measure(options, loaded, file, options.denoiser)
     else:
         record = measure(options, loaded)
     if options.output is not None:

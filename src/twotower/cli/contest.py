@@ -19,13 +19,15 @@ from twotower.loading import Loaded
 RECORD_FILE = "contest.json"
 
 
-def measure(options: RaceOptions, loaded: Loaded, file: Path) -> dict[str, Any]:
-    """The record of a contest; file: what other processes load."""
+def measure(
+    options: RaceOptions, loaded: Loaded, file: Path, denoiser: str | None
+) -> dict[str, Any]:
+    """The record of a contest; file and denoiser: what other processes load."""
     prompts = encode_questions(loaded, options)
     threads = torch.get_num_threads()
     with TemporaryDirectory(prefix="twotower-contest-") as folder:
         who, missing = contestants(
-            loaded.model, file, split_names(options.bits), threads, Path(folder)
+            loaded.model, file, split_names(options.bits), threads, Path(folder), denoiser
         )
         warnings = watch_idle()
         answers, more = run_contest(who, prompts, options.max_new_tokens)

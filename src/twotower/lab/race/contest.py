@@ -31,11 +31,17 @@ _COLUMNS = (
 
 
 def contestants(
-    model: TwoTower, file: Path, bits: Sequence[str], threads: int, folder: Path
+    model: TwoTower,
+    file: Path,
+    bits: Sequence[str],
+    threads: int,
+    folder: Path,
+    denoiser: str | None = None,
 ) -> tuple[list[Contestant], list[str]]:
     """Who takes part, by bits, and a line for each that cannot; files of others go to the folder.
 
-    file: the model's own. Weights of 4 bits are only those of a GGUF file that has them.
+    file: the model's own; denoiser: the folder of a thin one beside it. Weights of 4 bits are only
+    those of a GGUF file that has them.
     """
     found: list[Contestant] = []
     missing: list[str] = []
@@ -54,7 +60,14 @@ def contestants(
                 missing.append(f"{engine} {own}: {error}")
                 continue
             found += [
-                Contestant(engine=engine, bits=own, mode=mode, file=name, threads=threads)
+                Contestant(
+                    engine=engine,
+                    bits=own,
+                    mode=mode,
+                    file=name,
+                    threads=threads,
+                    denoiser=denoiser if engine == OURS and mode != "ar" else None,
+                )
                 for mode in modes
             ]
     return found, missing

@@ -15,6 +15,7 @@ import torch
 
 from twotower.backends import accelerate
 from twotower.checkpoint import load_checkpoint
+from twotower.checkpoint.denoiser import load_denoiser
 from twotower.checkpoint.empty import Towers
 from twotower.engine import GenerateOptions
 from twotower.lab.race.baselines import load_llama_cpp, load_transformers
@@ -32,6 +33,7 @@ class Contestant:
     mode: str  # ours; plain, or what drafts, for others
     file: str
     threads: int
+    denoiser: str | None = None  # ours: the folder of a thin one, for modes that draft
 
     @property
     def name(self) -> str:
@@ -61,6 +63,8 @@ def open_contestant(who: Contestant) -> Decode:
 def _twotower(who: Contestant) -> Decode:
     towers: Towers = "context" if who.mode == "ar" else "both"  # of those that it has
     model = load_checkpoint(who.file, dtype=torch.float32, towers=towers)
+    if who.denoiser is not None:
+        model = load_denoiser(model, who.denoiser)
     model = accelerate(model, quantization=BITS[who.bits])  # type: ignore[arg-type]  # a key of it
 
     def decode(ids: Sequence[int], num_new: int) -> Answer:
