@@ -119,6 +119,11 @@ class ContextCache:
             for state in self._states
         )
 
+    @property
+    def buffers(self) -> Sequence[LayerState]:
+        """What each layer keeps, with the room behind rows and tokens."""
+        return self._states
+
     def view(self) -> ContextView:
         """A frozen view: later `extend` calls do not change it."""
         layers = tuple(
@@ -142,17 +147,24 @@ class ContextCache:
         num_past, places = self.num_past, self._places_behind(output.states)
         self.version = object()
         found: dict[int, MambaState] = {}
+        buffers, parts = list[Tensor](), list[Tensor]()
         for index, new in enumerate(output.states):
             old = self._states[index]
             if isinstance(new, KV) and isinstance(old, KV):
                 # What lies behind the lengths is not yet part of the cache.
                 length = num_past + new.k.shape[1]
-                grown = KV(*(_with_room(part, self.num_rows, num_past, length) for part in old))
-                for buffer, part in zip(grown, new, strict=True):
-                    buffer[places] = part.to(buffer.dtype)
-                self._states[index] = grown
+                if self.num_rows > len(old.k) or length > old.k.shape[1]:
+                    old = KV(*(_with_room(part, self.num_rows, num_past, length) for part in old))
+                    self._states[index] = old
+                buffers += old
+                parts += new
             elif isinstance(new, MambaState):
                 found[index] = MambaState(new.conv[:, -1], new.ssm[:, -1])
+        if self.is_uniform and buffers:
+            torch._foreach_copy_([buffer[places] for buffer in buffers], parts)
+        else:
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer[places] = part.to(buffer.dtype)
         newest, lengths = self._newest(output.hidden, counts), self.lengths + counts
         if output.states_after is not None:  # now that it is known how many stay
             kept = (i for i, old in enumerate(self._states) if isinstance(old, MambaState))

@@ -70,7 +70,7 @@ class NativeBackend:
         tower, tokens = self._context, tokens.contiguous()
         assert tower is not None
         num_rows, length = tokens.shape
-        layers, lengths = cache.layers, cache.lengths.tolist()
+        layers, lengths = cache.buffers, cache.lengths.tolist()
         given = [length] * num_rows if counts is None else counts.tolist()
         is_whole = min(given) == length  # every row fills all of its room
         outputs = PassOutputs(tower.layers, (num_rows, length), is_draft, is_whole, self._pool)
