@@ -80,3 +80,15 @@ def test_what_cannot_be_done_is_one_line(
     assert main(command) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_a_template_that_refuses_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards templates that people wrote: what they refuse is no defect of ours."""
+    folder = make_text_checkpoint(tmp_path / "m")
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('only pairs of turns') }}")
+    command = ["adapt", "-m", str(folder), "--prompts", str(prompts_file(tmp_path, 30))]
+    assert main([*command, "--out", str(tmp_path / "d")]) == 2
+    error = capsys.readouterr().err
+    assert "only pairs of turns" in error and "defect" not in error and error.count("\n") == 1

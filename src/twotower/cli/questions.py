@@ -78,6 +78,7 @@ def question_encoder(loaded: Loaded, verb: str, is_plain: bool) -> Callable[[Pro
     if not is_plain:
         with need_extra(verb):
             from twotower.serve.chat import read_template
+            from twotower.serve.errors import ApiError
 
         template = read_template(loaded.folder)
 
@@ -86,6 +87,10 @@ def question_encoder(loaded: Loaded, verb: str, is_plain: bool) -> Callable[[Pro
             return text
         if template is None:
             return tokenizer.encode_prompt(text)
-        return template.encode([{"role": "user", "content": text}], None, tokenizer, _MOST_TOKENS)
+        messages = [{"role": "user", "content": text}]
+        try:
+            return template.encode(messages, None, tokenizer, _MOST_TOKENS)
+        except ApiError as error:
+            raise ValueError(str(error)) from None
 
     return encode
