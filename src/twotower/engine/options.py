@@ -112,8 +112,9 @@ class GenerateOptions:
     first_token=context."""
     drafts: Drafts | None = None
     """speculative: where drafts come from. lookup: prompt lookup (n-gram matching), what followed
-    the newest tokens where prompt or text had them before; needs no denoiser. denoiser: the
-    denoiser tower. auto: in each cycle the one that has paid more in this text so far."""
+    the newest tokens where prompt or text had them before, and n-grams of the model's own answers
+    where --denoiser brings some; costs no pass. denoiser: the denoiser tower. auto: in each cycle
+    the one that is expected to pay more."""
     draft_passes: int | None = None
     """speculative: maximum number of denoiser passes per draft."""
     confidence_threshold: float | None = None
