@@ -3,7 +3,7 @@
 import math
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 MOST_BIASED = 1024  # tokens of a logit_bias
@@ -26,26 +26,38 @@ def check(values: Mapping[str, object], checks: Mapping[str, Problem]) -> None:
             raise ValueError(f"{name}={value!r} {problem}")
 
 
-def require_numbers(options: object, names: Iterable[str], problem: Problem) -> None:
-    """ValueError (one line) for a named field that is neither None nor such a `number`."""
-    given = {name: getattr(options, name) for name in names}
-    given = {name: value for name, value in given.items() if value is not None}
-    check(given, dict.fromkeys(given, problem))
+def check_fields(options: object, checks: Mapping[str, Problem]) -> None:
+    """The same for fields of a dataclass; None is taken where it is the field's default."""
+    values = {name: getattr(options, name) for name in checks}
+    optional = {name for name in checks if getattr(type(options), name, name) is None}
+    given = {n: value for n, value in values.items() if value is not None or n not in optional}
+    check(given, checks)
 
 
 def number(
-    low: float, high: float = math.inf, *, is_whole: bool = False, is_above: bool = False
+    low: float,
+    high: float = math.inf,
+    *,
+    is_whole: bool = False,
+    is_above: bool = False,
+    is_below: bool = False,
 ) -> Problem:
-    """A number from `low`, or above it, to `high`: finite, and within 64 bits where it is whole."""
+    """A number from `low`, or above it, to `high`, or below it: finite, and within 64 bits where it
+    is whole.
+    """
     kinds = (int,) if is_whole else (int, float)
     most = min(high, _MOST_WHOLE) if is_whole else high
     least = f"{'above' if is_above else 'at least'} {low}"
-    allowed = f"{least} and at most {high}" if is_above else f"between {low} and {high}"
+    highest = f"{'below' if is_below else 'at most'} {high}"
+    is_open = is_above or is_below
+    allowed = f"{least} and {highest}" if is_open else f"between {low} and {high}"
 
     def problem(value: object) -> str | None:
         if not isinstance(value, kinds) or isinstance(value, bool):
             return f"must be a {'whole ' * is_whole}number"
-        is_inside = (low < value if is_above else low <= value) and value <= most
+        is_inside = low <= value <= most and not (
+            (is_above and value == low) or (is_below and value == high)
+        )
         if is_inside and _is_finite(value):
             return None
         if high < math.inf:
@@ -66,6 +78,12 @@ def _is_finite(value: float) -> bool:
         return False
 
 
+COUNT = number(1, is_whole=True)
+INDEX = number(0, is_whole=True)
+SHARE = number(0, 1)
+ABOVE_ZERO = number(0, is_above=True)
+
+
 def one_of(*choices: str) -> Problem:
     """One of some words."""
 
@@ -73,6 +91,17 @@ def one_of(*choices: str) -> Problem:
         return None if value in choices else f"is unknown; use one of {', '.join(choices)}"
 
     return problem
+
+
+def each(problem: Problem, count: int | None = None) -> Problem:
+    """A tuple of such values, of any length or of `count`."""
+
+    def found(values: object) -> str | None:
+        if not isinstance(values, tuple) or count not in (None, len(values)):
+            return f"must be a list of {count or 'values'}"
+        return next(filter(None, map(problem, values)), None)
+
+    return found
 
 
 def instance(kind: type, words: str) -> Problem:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
-from twotower.arguments import check, number, one_of, require, require_numbers
+from twotower.arguments import COUNT, check_fields, one_of, require
 from twotower.backends import (
     BACKENDS,
     QUANTIZATIONS,
@@ -82,14 +82,14 @@ class Placement:
     models larger than memory; as slow as the disk."""
 
     def __post_init__(self) -> None:
-        choices = {
+        checks = {
             "dtype": one_of(*get_args(DTypeName)),
             "quantization": one_of(*QUANTIZATIONS),
             "backend": one_of(*BACKENDS),
             "expert_storage": one_of(*get_args(ExpertStorage)),
+            "threads": COUNT,
         }
-        check({name: getattr(self, name) for name in choices}, choices)
-        require_numbers(self, ("threads",), number(1, is_whole=True))
+        check_fields(self, checks)
         if self.revision is not None and (self.model is None or Path(self.model).exists()):
             raise ValueError(
                 f"revision={self.revision!r} is of a hub id, and the model is a local one; leave "

@@ -60,7 +60,7 @@ BAD: list[tuple[object, str | None, str]] = [
     ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "must map token ids"),
     ({"prompt": "a", "logit_bias": {"5000": 1}}, "logit_bias", "outside the vocabulary"),
     ({"prompt": "a", "presence_penalty": 3.0}, "presence_penalty", "between -2.0 and 2.0"),
-    ({"prompt": "a", "min_p": 2.0}, "min_p", "between 0.0 and 1.0"),
+    ({"prompt": "a", "min_p": 2.0}, "min_p", "between 0 and 1"),
     ({"prompt": "a", "mode": "diffusion", "presence_penalty": 1.0}, "presence_penalty", "use mode"),
     ({"prompt": "a", "n": 33}, "n", "32"),
     ({"prompt": ["a"] * 33}, "n", "32"),

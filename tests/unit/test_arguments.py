@@ -1,6 +1,7 @@
 """The public calls, given what they cannot take: one line, and the names that Tab completes."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,13 @@ import torch
 import twotower
 from tiny_models import tiny_model
 from tiny_text import byte_tokenizer
-from twotower.arguments import number, require_numbers
+from twotower.adapt.options import AnswerOptions, ThinOptions
+from twotower.arguments import check_fields, number
+from twotower.lab.evaluate.run import EvaluationOptions
+from twotower.lab.race.run import RaceOptions
+from twotower.serve.options import ServeOptions
+from twotower.train.options import TrainOptions
+from twotower.train.prepare import PrepareOptions
 
 MODEL, TOKENIZER = tiny_model(), byte_tokenizer()
 
@@ -61,6 +68,8 @@ def test_tab_completes_the_public_names_alone() -> None:
         (2**63, {"low": 0, "is_whole": True}, f"x={2**63} must be at most {2**63 - 1}"),
         (True, {"low": 0}, "x=True must be a number"),
         (1.5, {"low": 0, "is_whole": True}, "x=1.5 must be a whole number"),
+        (1.0, {"low": 0, "high": 1, "is_below": True}, "x=1.0 must be at least 0 and below 1"),
+        (None, {"low": 0}, "x=None must be a number"),
     ],
 )
 def test_a_number_out_of_range_is_one_line(
@@ -68,9 +77,45 @@ def test_a_number_out_of_range_is_one_line(
 ) -> None:
     """Silent failure: numbers that no tensor holds pass, and end a request as an internal error."""
     with pytest.raises(ValueError) as found:
-        require_numbers(SimpleNamespace(x=value), ("x",), number(**bounds))
+        check_fields(SimpleNamespace(x=value), {"x": number(**bounds)})
     assert str(found.value) == said
 
 
+@dataclass(kw_only=True)
+class Numbers:
+    a: object = 0
+    b: object = 0.0
+    c: object = None
+
+
 def test_a_number_in_range_passes() -> None:
-    require_numbers(SimpleNamespace(a=1, b=8.0, c=None), ("a", "b", "c"), number(1, 8))
+    check_fields(Numbers(a=1, b=8.0), dict.fromkeys("abc", number(1, 8)))
+
+
+def test_none_is_taken_where_it_is_the_default_alone() -> None:
+    """Silent failure: None for a field that needs a value fails as a TypeError inside."""
+    with pytest.raises(ValueError, match="a=None must be a number"):
+        check_fields(Numbers(a=None), {"a": number(1)})
+
+
+@pytest.mark.parametrize(
+    ("options_class", "values", "said"),
+    [
+        (AnswerOptions, {"rows": 2.5}, "rows=2.5 must be a whole number"),
+        (ThinOptions, {"block_size": 1}, "block_size=1 must be at least 2"),
+        (EvaluationOptions, {"items": 2.5}, "items=2.5 must be a whole number"),
+        (RaceOptions, {"items": 2.5}, "items=2.5 must be a whole number"),
+        (ServeOptions, {"port": 80.5}, "port=80.5 must be a whole number"),
+        (TrainOptions, {"recipe": "backbone", "betas": (0.9,)}, "betas=(0.9,) must be a list of 2"),
+        (PrepareOptions, {"vocab_size": 9}, "vocab_size=9 must be at least 260"),
+        (PrepareOptions, {"columns": "a"}, "columns='a' must be a list of values"),
+        (PrepareOptions, {"columns": [3]}, "columns=(3,) must be text"),
+    ],
+)
+def test_options_of_every_room_say_what_a_value_must_be(
+    options_class: type, values: dict[str, object], said: str
+) -> None:
+    """Silent failure: half a row or half an item is cut or rounded somewhere inside."""
+    with pytest.raises(ValueError) as found:
+        options_class(**values)
+    assert str(found.value) == said

@@ -186,10 +186,10 @@ def test_more_rows_never_slow_a_sweep_down() -> None:
     [
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"new_tokens": 0}, "new_tokens=0 must be at least 1"),
-        ({"tokens_per_nfe": 4.5}, "tokens_per_nfe: 4.5 must be above 0 and at most the block's 4"),
-        ({"tokens_per_nfe": 0.0}, "tokens_per_nfe: 0.0 must be above 0"),
-        ({"tokens_per_cycle": 0.5}, "tokens_per_cycle: 0.5 is too small; a cycle yields at least"),
-        ({"tokens_per_cycle": 5.0}, "tokens_per_cycle: 5.0 must be above 0 and at most"),
+        ({"tokens_per_nfe": 4.5}, "tokens_per_nfe=4.5 must be above 0 and at most 4"),
+        ({"tokens_per_nfe": 0.0}, "tokens_per_nfe=0.0 must be above 0"),
+        ({"tokens_per_cycle": 0.5}, "tokens_per_cycle=0.5 must be between 1 and 4"),
+        ({"tokens_per_cycle": 5.0}, "tokens_per_cycle=5.0 must be between 1 and 4"),
     ],
 )
 def test_impossible_workloads(changes: dict[str, float], message: str) -> None:

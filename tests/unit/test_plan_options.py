@@ -87,7 +87,7 @@ def test_efficiency_by_kind_and_by_number() -> None:
     found = made(efficiency="graph-gpu", bandwidth_share=0.5, arithmetic_share=0.25, layer_us=7.0)
     assert (found.efficiency.bandwidth, found.efficiency.arithmetic) == (0.5, 0.25)
     assert found.efficiency.layer_s == pytest.approx(7e-6)
-    with pytest.raises(ValueError, match=r"bandwidth_share: 1\.5 must be above 0"):
+    with pytest.raises(ValueError, match=r"bandwidth_share=1\.5 must be above 0"):
         made(bandwidth_share=1.5)
 
 

@@ -51,7 +51,7 @@ def test_a_plan_by_a_file(tmp_path: Path) -> None:
         ("bandwidth_share = 0.5", "must have numbers bandwidth_share, arithmetic_share, layer_us"),
         (
             "bandwidth_share = 1.5\narithmetic_share = 1\nlayer_us = 1",
-            "bandwidth_share: 1.5 must be above 0 and at most 1",
+            "bandwidth_share=1.5 must be above 0 and at most 1",
         ),
         (
             'bandwidth_share = "1"\narithmetic_share = 1\nlayer_us = 1',

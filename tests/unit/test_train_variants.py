@@ -210,19 +210,22 @@ def test_a_denoiser_starts_from_the_context_its_own_or_nothing(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"towers": "three"}, "towers: 'three' is not one of two, tied, tied-ar"),
+        ({"towers": "three"}, "towers='three' is unknown; use one of two, tied, tied-ar"),
         ({"denoiser_init": "random"}, "denoiser_init"),
         ({"towers": "tied", "train_context": True}, "train_context: no effect"),
         ({"towers": "tied", "denoiser_init": "scratch"}, "denoiser_init: scratch would lose"),
         ({"towers": "tied", "ar_loss_weight": 1.0}, "ar_loss_weight: no effect"),
         ({"ar_loss_weight": 1.0}, "ar_loss_weight: no effect"),
-        ({"train_context": True, "ar_loss_weight": -1.0}, "ar_loss_weight: -1.0"),
+        ({"train_context": True, "ar_loss_weight": -1.0}, "ar_loss_weight=-1.0"),
         ({"early_fraction": 0.3}, "early_fraction: no effect without early_block_size"),
-        ({"early_block_size": 32, "early_fraction": 1.0}, "early_fraction: 1.0"),
-        ({"early_block_size": 0}, "early_block_size: 0"),
+        (
+            {"early_block_size": 32, "early_fraction": 1.0},
+            "early_fraction=1.0 must be above",
+        ),
+        ({"early_block_size": 0}, "early_block_size=0"),
         ({"early_block_size": 8, "block_size": 8}, "early_block_size: 8 is block_size itself"),
-        ({"ema_decay": 1.0}, "ema_decay: 1.0"),
-        ({"ema_decay": float("nan")}, "ema_decay: nan"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0 must be at least 0 and below 1"),
+        ({"ema_decay": float("nan")}, "ema_decay=nan"),
     ],
 )
 def test_options_without_effect_or_sense_are_refused(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from twotower.arguments import number, require_numbers
+from twotower.arguments import ABOVE_ZERO, COUNT, INDEX, SHARE, check_fields, number
 from twotower.config import DraftSpec
 
 Stage = Literal["answers", "train", "measure"]
@@ -31,9 +31,8 @@ class ThinOptions:
     """Rank of a bigram term, which lets each drafted token depend on the one before. 0: none."""
 
     def __post_init__(self) -> None:
-        require_numbers(self, ("layers",), number(1))
-        require_numbers(self, ("block_size",), number(2))
-        require_numbers(self, ("draft_vocab", "bigram_rank"), number(0))
+        sizes = {"layers": COUNT, "draft_vocab": INDEX, "bigram_rank": INDEX}
+        check_fields(self, {**sizes, "block_size": number(2, is_whole=True)})
 
     def draft_of(self, draft_ids: Sized | None) -> DraftSpec:
         """What the configuration keeps of it, for a draft vocabulary; None: the whole one."""
@@ -59,8 +58,8 @@ class AnswerOptions:
     """Leave out prompts with more tokens than this."""
 
     def __post_init__(self) -> None:
-        require_numbers(self, ("max_tokens", "rows", "max_prompt_tokens"), number(1))
-        require_numbers(self, ("temperature",), number(0))
+        counts = dict.fromkeys(("max_tokens", "rows", "max_prompt_tokens"), COUNT)
+        check_fields(self, {**counts, "temperature": number(0)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +90,21 @@ class StepOptions:
     """Seed of the held-out split, of new weights and of the order of answers and blocks."""
 
     def __post_init__(self) -> None:
-        require_numbers(self, ("answers_per_step", "blocks_per_answer"), number(1))
-        require_numbers(self, ("warmup_steps", "weight_decay", "seed"), number(0))
-        require_numbers(self, ("soft_targets",), number(0, 1))
-        require_numbers(
-            self, ("learning_rate", "loss_decay", "max_grad_norm"), number(0, is_above=True)
-        )
+        check_fields(self, _STEP_CHECKS)
 
     @property
     def blocks(self) -> int:
         """Of a step."""
         return self.answers_per_step * self.blocks_per_answer
+
+
+_STEP_CHECKS = {
+    **dict.fromkeys(("answers_per_step", "blocks_per_answer"), COUNT),
+    **dict.fromkeys(("warmup_steps", "seed"), INDEX),
+    **dict.fromkeys(("learning_rate", "loss_decay", "max_grad_norm"), ABOVE_ZERO),
+    "weight_decay": number(0),
+    "soft_targets": SHARE,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,7 @@ class Budget:
     """Of all that is no stage: loading, the estimate."""
 
     def __post_init__(self) -> None:
-        require_numbers(self, ("minutes",), number(0, 1e6, is_above=True))
+        check_fields(self, {"minutes": number(0, 1e6, is_above=True)})
 
     def seconds(self, stage: Stage) -> float:
         """Of one stage."""

@@ -13,7 +13,7 @@ from typing import Literal
 from rich.console import Console
 from rich.text import Text
 
-from twotower.arguments import number, require_numbers
+from twotower.arguments import ABOVE_ZERO, COUNT, check_fields
 from twotower.cli.comparison import Measured, measure, print_comparison
 from twotower.cli.prompts import read_argument
 from twotower.cli.replay import TITLES, Scene, block_frames, play, token_frames
@@ -63,8 +63,7 @@ class DemoOptions(Placement):
         super().__post_init__()
         if self.escape and self.prompt is None:
             raise ValueError("escape: no effect without prompt; leave it out")
-        require_numbers(self, ("repeats",), number(1))
-        require_numbers(self, ("speed",), number(0, is_above=True))
+        check_fields(self, {"repeats": COUNT, "speed": ABOVE_ZERO})
 
 
 def run(options: DemoOptions) -> int:

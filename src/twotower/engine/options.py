@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from twotower.arguments import (
+    COUNT,
+    INDEX,
+    SHARE,
     Problem,
     as_pairs,
     biases,
-    check,
+    check_fields,
     instance,
     number,
     one_of,
@@ -78,7 +81,7 @@ class EngineOptions:
     there. 0 is off."""
 
     def __post_init__(self) -> None:
-        check({name: getattr(self, name) for name in _ENGINE_CHECKS}, _ENGINE_CHECKS)
+        check_fields(self, _ENGINE_CHECKS)
 
 
 @documented
@@ -172,7 +175,7 @@ class GenerateOptions:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.logit_bias, Mapping):
             object.__setattr__(self, "logit_bias", as_pairs(self.logit_bias))
-        check(self.given(), _CHECKS)
+        check_fields(self, _CHECKS)
         if self.mode is not None:
             _refuse_unused(self, self.mode)
         if self.ignore_eos and self.eos_token_id is not None:
@@ -305,35 +308,33 @@ def _refuse_combinations(resolved: ResolvedOptions, given: Mapping[str, object])
 
 
 _penalty = number(-2.0, 2.0)
-_count = number(1, is_whole=True)
 _passes = number(1, MOST_PASSES, is_whole=True)
 _flag = instance(bool, "True or False")
-_share = number(0.0, 1.0)
 _ENGINE_CHECKS: dict[str, Problem] = {
-    "max_rows": _count,
-    "max_waiting": _count,
+    "max_rows": COUNT,
+    "max_waiting": COUNT,
     "overlap": one_of(*get_args(Overlap)),
-    "prefix_cache_bytes": number(0, is_whole=True),
+    "prefix_cache_bytes": INDEX,
 }
 _CHECKS: dict[str, Problem] = {
     "mode": one_of(*MODES),
-    "max_new_tokens": _count,
-    "block_size": _count,
+    "max_new_tokens": COUNT,
+    "block_size": COUNT,
     "steps_per_block": _passes,
     "first_token": one_of(*get_args(FirstToken)),
-    "verify_threshold": _share,
+    "verify_threshold": SHARE,
     "drafts": one_of(*get_args(Drafts)),
     "draft_passes": _passes,
-    "confidence_threshold": _share,
+    "confidence_threshold": SHARE,
     "temperature": number(0.0),
-    "top_k": number(0, is_whole=True),
+    "top_k": INDEX,
     "top_p": number(LEAST_TOP_P, 1.0),
-    "min_p": _share,
+    "min_p": SHARE,
     "presence_penalty": _penalty,
     "frequency_penalty": _penalty,
     "repetition_penalty": number(0.01, 100.0),
     "logit_bias": biases,
-    "seed": number(0, 2**63 - 1, is_whole=True),
+    "seed": INDEX,
     "eos_token_id": token_ids,
     "ignore_eos": _flag,
     "stop": strings,

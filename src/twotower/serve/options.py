@@ -4,7 +4,7 @@ import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
-from twotower.arguments import number, require_numbers
+from twotower.arguments import ABOVE_ZERO, COUNT, check_fields, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +60,7 @@ class ServeOptions:
     """Write prompts and texts to the log."""
 
     def __post_init__(self) -> None:
-        require_numbers(self, ("port",), number(0, 65535))
-        require_numbers(self, _COUNTS, number(1))
-        require_numbers(self, ("body_timeout_s", "deadline_s"), number(0, is_above=True))
-        require_numbers(self, ("grace_s",), number(0))
+        check_fields(self, _CHECKS)
         for origin in self.cors_origins:
             if origin != "*" and not origin.startswith(("http://", "https://")):
                 raise ValueError(
@@ -92,3 +89,9 @@ _COUNTS = (
     "key_concurrency",
     "key_requests_per_minute",
 )
+_CHECKS = {
+    **dict.fromkeys(_COUNTS, COUNT),
+    **dict.fromkeys(("body_timeout_s", "deadline_s"), ABOVE_ZERO),
+    "grace_s": number(0),
+    "port": number(0, 65535, is_whole=True),
+}

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from twotower.arguments import number, require_numbers
+from twotower.arguments import check_fields, number
 from twotower.engine import EngineOptions
 from twotower.serve.options import ServeOptions
 
@@ -46,7 +46,7 @@ class ReplicaOptions:
                 f"min_replicas={self.min_replicas} max_replicas={self.max_replicas}: must be at "
                 "least 1, and the second no less than the first"
             )
-        require_numbers(self, ("replica_cpus", "replica_gpus"), number(0))
+        check_fields(self, dict.fromkeys(("replica_cpus", "replica_gpus"), number(0)))
         if not self.ray:
             for field in fields(ReplicaOptions):
                 if getattr(self, field.name) != field.default:

@@ -14,9 +14,23 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from twotower.arguments import (
+    ABOVE_ZERO,
+    COUNT,
+    INDEX,
+    SHARE,
+    Problem,
+    check,
+    each,
+    instance,
+    number,
+    one_of,
+)
 from twotower.documented import documented
+from twotower.tokenizer.training import MIN_VOCAB_SIZE
 
 Recipe = Literal["backbone", "denoiser"]
 DecayShape = Literal["linear", "sqrt"]
@@ -24,15 +38,13 @@ DecayShape = Literal["linear", "sqrt"]
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedOptions:
-    """Options whose values are converted to their fields' types and checked against `_BOUNDS`."""
+    """Options whose values are converted to their fields' types and checked by `_CHECKS`."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = _convert(field.name, getattr(self, field.name), hints[field.name])
+            value = _checked(field.name, getattr(self, field.name), hints[field.name])
             object.__setattr__(self, field.name, value)
-            if (bounds := _BOUNDS.get(field.name)) and value is not None:
-                _check_bounds(field.name, value, *bounds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,10 +263,6 @@ class TrainOptions(
             and self.early_fraction != DiffusionObjectiveOptions.early_fraction
         ):
             raise ValueError("early_fraction: no effect without early_block_size; give both")
-        if not 0.0 < self.early_fraction < 1.0:
-            raise ValueError(
-                f"early_fraction: {self.early_fraction} must be above 0 and below 1, as 0.5"
-            )
         if self.early_block_size is not None and self.early_block_size == self.block_size:
             raise ValueError(
                 f"early_block_size: {self.early_block_size} is block_size itself; leave it out"
@@ -305,15 +313,15 @@ class TrainOptions(
 
 
 def check_values(values: Mapping[str, object]) -> None:
-    """ValueError for names that are no fields of TrainOptions, with the nearest, and for values of
-    other types.
+    """ValueError for names that are no fields of TrainOptions, with the nearest, and for values
+    that the field does not take.
     """
     hints = get_type_hints(TrainOptions)
     for name, value in values.items():
         if name not in hints:
             near = difflib.get_close_matches(name, hints, n=1, cutoff=0.0)
             raise ValueError(f"{name}: no such option; the nearest is {near[0]}")
-        _convert(name, value, hints[name])
+        _checked(name, value, hints[name])
 
 
 def read_toml(file: Path) -> dict[str, object]:
@@ -329,62 +337,57 @@ def read_toml(file: Path) -> dict[str, object]:
     return {name.replace("-", "_"): value for name, value in content.items()}
 
 
-_ABOVE = math.nextafter(0.0, 1.0)  # the smallest number above 0
-_BELOW_ONE = math.nextafter(1.0, 0.0)
-# What a value may lie between, both ends included.
-_BOUNDS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("decay_fraction", "final_lr_ratio", "early_fraction"), (0.0, 1.0)),
-    **dict.fromkeys(("fully_masked_fraction", "first_token_visible_fraction"), (0.0, 1.0)),
-    "unaligned_row_fraction": (0.0, 1.0),
-    "ema_decay": (0.0, _BELOW_ONE),
-    "betas": (0.0, _BELOW_ONE),
-    "learning_rate": (_ABOVE, math.inf),
-    "sequence_length": (2, math.inf),
-    **dict.fromkeys(("batch_size", "accumulate", "steps", "threads", "block_size"), (1, math.inf)),
-    **dict.fromkeys(("denoised_blocks_per_row", "early_block_size", "eval_rows"), (1, math.inf)),
-    **dict.fromkeys(("checkpoint_every", "keep_checkpoints", "log_every"), (1, math.inf)),
-    **dict.fromkeys(("peer_timeout_s", "tokens", "tokenizer_documents", "align"), (1, math.inf)),
-    "shuffle": (0, math.inf),
-    "seed": (0, (1 << 63) - 1),
-    **dict.fromkeys(("warmup_steps", "eval_every", "weight_decay"), (0, math.inf)),
-    **dict.fromkeys(("max_grad_norm", "load_balance_rate", "ar_loss_weight"), (0, math.inf)),
+_fraction = number(0, 1, is_below=True)
+_CHECKS: dict[str, Problem] = {
+    **dict.fromkeys(("decay_fraction", "final_lr_ratio", "unaligned_row_fraction"), SHARE),
+    **dict.fromkeys(("fully_masked_fraction", "first_token_visible_fraction"), SHARE),
+    "early_fraction": number(0, 1, is_above=True, is_below=True),
+    "ema_decay": _fraction,
+    "betas": each(_fraction, 2),
+    "learning_rate": ABOVE_ZERO,
+    "vocab_size": number(MIN_VOCAB_SIZE, is_whole=True),
+    "sequence_length": number(2, is_whole=True),
+    **dict.fromkeys(("batch_size", "accumulate", "steps", "threads", "block_size"), COUNT),
+    **dict.fromkeys(("denoised_blocks_per_row", "early_block_size", "eval_rows"), COUNT),
+    **dict.fromkeys(("checkpoint_every", "keep_checkpoints", "log_every"), COUNT),
+    **dict.fromkeys(("peer_timeout_s", "tokens", "tokenizer_documents", "align"), COUNT),
+    **dict.fromkeys(("warmup_steps", "eval_every", "shuffle", "seed"), INDEX),
+    **dict.fromkeys(("weight_decay", "max_grad_norm"), number(0)),
+    **dict.fromkeys(("load_balance_rate", "ar_loss_weight"), number(0)),
 }
 
 
-def _check_bounds(name: str, value: object, low: float, high: float) -> None:
-    for number in value if isinstance(value, tuple) else (value,):
-        if low <= number <= high and math.isfinite(number):
-            continue
-        least = "more than 0" if low == _ABOVE else f"{low:g} or more"
-        least = least if math.isfinite(number) else f"a finite number, {least}"
-        most = "" if high == math.inf else f" and at most {high:g}"
-        most = " and less than 1" if high == _BELOW_ONE else most
-        what = "too small" if number < low else "out of range"
-        raise ValueError(f"{name}: {value} is {what}; use {least}{most}")
+_KINDS: Mapping[type, Problem] = {
+    bool: instance(bool, "true or false"),
+    str: instance(str, "text"),
+    Path: instance(Path, "a path"),
+}
 
 
-def _convert(name: str, value: object, hint: object) -> object:
-    """A plain value as the type the field wants; ValueError if it is of another kind."""
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise ValueError(f"{name}: {value!r} is not one of {', '.join(get_args(hint))}")
-        return value
-    alternatives = get_args(hint) if type(None) in get_args(hint) else (hint,)
-    if value is None and type(None) in alternatives:
-        return None
-    if Path in alternatives and isinstance(value, str | Path):
+def _checked(name: str, value: object, hint: object) -> object:
+    """A plain value as the type that its field wants; ValueError (one line) if it cannot be."""
+    value = _converted(value, hint)
+    if value is not None or NoneType not in get_args(hint):
+        check({name: value}, {name: _CHECKS.get(name) or _check_of(hint)})
+    return value
+
+
+def _converted(value: object, hint: object) -> object:
+    """Text as a path, a list as a tuple, a whole number as a float, where the type says so."""
+    kinds = get_args(hint) or (hint,)
+    if isinstance(value, list | tuple) and get_origin(hint) is tuple:
+        return tuple(_converted(part, kinds[0]) for part in value)
+    if isinstance(value, str) and Path in kinds:
         return Path(value)
-    if get_origin(hint) is tuple:
-        kind, *more = get_args(hint)  # a list of any length, or a pair
-        if isinstance(value, list | tuple) and (... in more or len(value) == 2):
-            return tuple(_convert(name, part, kind) for part in value)
-        raise ValueError(
-            f"{name}: {value!r} is not a {'list' if ... in more else 'pair of numbers'}; write "
-            f"{'[...]' if ... in more else '[0.9, 0.95]'}"
-        )
-    if float in alternatives and type(value) is int:
+    if type(value) is int and float in kinds:
         return float(value) if abs(value) < 1 << 1000 else math.inf
-    if type(value) in alternatives:
-        return value
-    kinds = " or ".join(getattr(kind, "__name__", str(kind)) for kind in alternatives)
-    raise ValueError(f"{name}: {value!r} is of type {type(value).__name__}; use {kinds}")
+    return value
+
+
+def _check_of(hint: object) -> Problem:
+    """What a type says of a value."""
+    if get_origin(hint) is Literal:
+        return one_of(*get_args(hint))
+    if get_origin(hint) is tuple:
+        return each(_check_of(get_args(hint)[0]))
+    return next(_KINDS[kind] for kind in _KINDS if kind in (hint, *get_args(hint)))

@@ -20,7 +20,7 @@ from pathlib import Path
 from twotower.arguments import require
 from twotower.checkpoint import find_tokenizer
 from twotower.documented import documented
-from twotower.tokenizer import MIN_VOCAB_SIZE, Tokenizer, train_tokenizer
+from twotower.tokenizer import Tokenizer, train_tokenizer
 from twotower.train.options import CheckedOptions
 from twotower.train.readers import Text
 from twotower.train.shard import META_FILE, ShardMeta, ShardWriter, choose_dtype
@@ -96,10 +96,6 @@ class PrepareOptions(CheckedOptions):
         for name in ("bos_token", "eos_token", "mask_token"):
             if getattr(self, name) is not None and self.tokenizer is None:
                 raise ValueError(f"{name}: no effect on a tokenizer trained here; give tokenizer")
-        if self.vocab_size is not None and self.vocab_size < MIN_VOCAB_SIZE:
-            raise ValueError(
-                f"vocab_size: {self.vocab_size} is too small; use at least {MIN_VOCAB_SIZE}"
-            )
         parse_weights(self.weights)
         if len(self.columns) > 2:
             raise ValueError(

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from twotower.arguments import number, require_numbers
+from twotower.arguments import COUNT, INDEX, check_fields
 from twotower.engine import Finished, GenerateOptions, StepTaken, stream
 from twotower.engine.options import MODES, FirstToken
 from twotower.lab.corpus import CATEGORIES, Document
@@ -69,8 +69,8 @@ class EvaluationOptions:
     as published. Default: the checkpoint's."""
 
     def __post_init__(self) -> None:
-        require_numbers(self, ("items", "batch_size", "max_new_tokens"), number(1))
-        require_numbers(self, ("seed",), number(0))
+        counts = ("items", "batch_size", "max_new_tokens")
+        check_fields(self, {**dict.fromkeys(counts, COUNT), "seed": INDEX})
         check_names("modes", self.mode_names, MODES)
         check_names("categories", self.category_names, CATEGORIES)
 

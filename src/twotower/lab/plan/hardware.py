@@ -8,6 +8,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal, get_args
 
+from twotower.arguments import ABOVE_ZERO, check, check_fields, number
+
 Kind = Literal["gpu", "unified", "cpu"]
 Compute = Literal["float32", "bfloat16", "int8"]
 # Of the memory: what a driver, a system and a framework leave. Unified: the share that a GPU may
@@ -130,16 +132,10 @@ def _check(hardware: Hardware) -> None:
     if not isinstance(hardware.source, str) or not hardware.source.strip():
         raise ValueError("source must say where the figures come from; write a sentence")
     _check_tflops(hardware.tflops)
-    for name in ("memory_gib", "bandwidth_gb_s"):
-        _check_positive(name, getattr(hardware, name))
-    for name in ("link_gb_s", "host_gib", "host_gb_s", "cache_mib", "cache_gb_s", "usable"):
-        if getattr(hardware, name) is not None:
-            _check_positive(name, getattr(hardware, name))
-    price = hardware.price_per_hour
-    if price is not None and (not _is_number(price) or price < 0):
-        raise ValueError(f"price_per_hour={price!r} must be a number, 0 or more")
-    if hardware.usable is not None and hardware.usable > 1:
-        raise ValueError(f"usable={hardware.usable} is a share of the memory; use at most 1")
+    speeds = ("memory_gib", "bandwidth_gb_s", "link_gb_s", "host_gib", "host_gb_s")
+    optional = {"usable": number(0, 1, is_above=True), "price_per_hour": number(0)}
+    caches = ("cache_mib", "cache_gb_s")
+    check_fields(hardware, dict.fromkeys((*speeds, *caches), ABOVE_ZERO) | optional)
     for one, other in (("host_gib", "host_gb_s"), ("cache_mib", "cache_gb_s")):
         if (getattr(hardware, one) is None) != (getattr(hardware, other) is None):
             raise ValueError(f"{one} and {other} go together; give both or neither")
@@ -154,13 +150,4 @@ def _check_tflops(tflops: object) -> None:
             raise ValueError(
                 f"tflops has unknown dtype {dtype!r}; allowed are {', '.join(allowed)}"
             )
-        _check_positive(f"tflops.{dtype}", value)
-
-
-def _check_positive(name: str, value: object) -> None:
-    if not _is_number(value) or not 0 < float(str(value)) < float("inf"):
-        raise ValueError(f"{name}={value!r} must be a number above 0")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        check({f"tflops.{dtype}": value}, {f"tflops.{dtype}": ABOVE_ZERO})

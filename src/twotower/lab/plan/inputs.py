@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from twotower.arguments import number, require_numbers
+from twotower.arguments import COUNT, SHARE, check, check_fields, number
 from twotower.lab.plan.hardware import Kind
 
 Width = Literal["float32", "bfloat16", "int8", "int4"]
@@ -74,14 +74,22 @@ class Efficiency:
     row_share: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("bandwidth", "arithmetic"):
-            value = getattr(self, name)
-            if not 0 < value <= 1:
-                raise ValueError(f"{name}_share: {value} must be above 0 and at most 1")
-        if not 0 <= self.layer_s < 1:
-            raise ValueError(f"layer_us: {self.layer_s * 1e6:g} must be from 0 to below a second")
-        require_numbers(self, ("row_share",), number(0, 1))
+        named = {  # as a user gives them
+            "bandwidth_share": self.bandwidth,
+            "arithmetic_share": self.arithmetic,
+            "layer_us": self.layer_s * 1e6,
+            "row_share": self.row_share,
+        }
+        check(named, _EFFICIENCY_CHECKS)
 
+
+_reached = number(0, 1, is_above=True)
+_EFFICIENCY_CHECKS = {
+    "bandwidth_share": _reached,
+    "arithmetic_share": _reached,
+    "layer_us": number(0, 1e6, is_below=True),
+    "row_share": SHARE,
+}
 
 # benchmarks/plan_validation.py solves for the values that are said to be calibrated and prints
 # them; tests/unit/test_plan_validation.py holds the two equal.
@@ -120,17 +128,12 @@ class Workload:
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "prompt_tokens", "new_tokens", "block_size", "draft_passes")
-        require_numbers(self, counts, number(1))
-        for name in ("tokens_per_nfe", "tokens_per_cycle"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= self.block_size:
-                raise ValueError(
-                    f"{name}: {value} must be above 0 and at most the block's {self.block_size}"
-                )
-        if self.tokens_per_cycle is not None and self.tokens_per_cycle < 1:
-            raise ValueError(
-                f"tokens_per_cycle: {self.tokens_per_cycle} is too small; a cycle yields at least 1"
-            )
+        check_fields(self, dict.fromkeys(counts, COUNT))
+        of_block = {
+            "tokens_per_nfe": number(0, self.block_size, is_above=True),
+            "tokens_per_cycle": number(1, self.block_size),  # the context tower's own, at the least
+        }
+        check_fields(self, of_block)
 
     @property
     def extensions(self) -> int:

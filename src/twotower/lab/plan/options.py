@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from twotower.arguments import number, require_numbers
+from twotower.arguments import check_fields, number
 from twotower.checkpoint.files import SHIPPED
 from twotower.checkpoint.inspect import (
     Description,
@@ -115,8 +115,8 @@ class PlanOptions:
     def __post_init__(self) -> None:
         if self.devices not in (1, 2):
             raise ValueError(f"devices: {self.devices} is not possible; a tower each on 1 or 2")
-        require_numbers(self, ("max_batch_size",), number(1, _MOST_BATCH))
-        require_numbers(self, ("price_per_hour",), number(0))
+        most = number(1, _MOST_BATCH, is_whole=True)
+        check_fields(self, {"max_batch_size": most, "price_per_hour": number(0)})
         name = self.efficiency
         if name is not None and name not in PROFILES and not name.endswith(".toml"):
             raise ValueError(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from twotower.arguments import number, require_numbers
+from twotower.arguments import COUNT, INDEX, check_fields
 from twotower.checkpoint.files import SHIPPED
 from twotower.engine import MODES, GenerateOptions, stream
 from twotower.lab.corpus import CATEGORIES, Document
@@ -88,8 +88,7 @@ class RaceOptions:
 
     def __post_init__(self) -> None:
         counts = ("items", "max_new_tokens", "max_prompt_tokens", "replays", "repeats")
-        require_numbers(self, counts, number(1))
-        require_numbers(self, ("seed",), number(0))
+        check_fields(self, {**dict.fromkeys(counts, COUNT), "seed": INDEX})
         check_names("sizes", split_names(self.sizes), (SHIPPED, *SIZES))
         check_names("modes", split_names(self.modes), MODES)
         check_names("bits", split_names(self.bits), tuple(BITS))
