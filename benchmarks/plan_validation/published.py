@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.plan_validation.rows import Row, both
 
-from twotower.checkpoint.inspect import describe_preset
+from twotower.checkpoint.inspect import describe
 from twotower.lab.plan import PlanOptions
 from twotower.lab.plan.inputs import Workload
 from twotower.lab.plan.modes import break_even_tokens_per_nfe
@@ -22,7 +22,7 @@ GROUP, COUNTED = "published, 30B", "published, counted"
 @cache
 def released() -> ModelShape:
     """The released model."""
-    return ModelShape.of(describe_preset("nano-30b"))
+    return ModelShape.of(describe("nano-30b"))
 
 
 def read_published() -> dict[str, Any]:
@@ -70,7 +70,7 @@ def counted_rows(published: Mapping[str, Any]) -> Iterator[Row]:
     spark = {"hardware": "dgx-spark", "devices": 2, "expert_weights": "int4", "mode": "diffusion"}
     record = plan_shape(released(), _options(spark | {"new_tokens": 256, "nfe": 66}, 128))
     passes, even = record["passes"], record["break_even"]
-    towers = describe_preset("nano-30b").towers
+    towers = describe("nano-30b").towers
     sizes = [tower.total for tower in towers.values()]
     found = {
         "experts_in_a_block_of_16": passes["denoise_pass"]["experts_per_layer"],

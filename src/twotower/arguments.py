@@ -1,9 +1,10 @@
 """What an argument or an option may be: each refusal is one line, not a traceback from inside."""
 
+import difflib
 import math
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 MOST_BIASED = 1024  # tokens of a logit_bias
@@ -82,6 +83,13 @@ COUNT = number(1, is_whole=True)
 INDEX = number(0, is_whole=True)
 SHARE = number(0, 1)
 ABOVE_ZERO = number(0, is_above=True)
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """', perhaps NAME' for the closest known name, if one is close."""
+    begun = [other for other in known if name and other.startswith(name.lower())]
+    found = begun or difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.65)
+    return f", perhaps {found[0]}" if found else ""
 
 
 def one_of(*choices: str) -> Problem:

@@ -87,7 +87,7 @@ def test_a_setting_that_fails_later_is_refused_at_once(
         ("mode sideways", "mode: input should be 'diffusion'"),
         ("temperature -1", "temperature=-1.0 must be a finite number, at least 0.0"),
         ("temperature warm", "temperature: input should be a valid number"),
-        ("tmeperature 1", "did you mean temperature?"),
+        ("tmeperature 1", "perhaps temperature"),
         ("top_p 0", "top_p=0.0 must be between"),
         ("max_tokens 100000000", "is more than this server allows"),
     ):

@@ -218,7 +218,9 @@ def test_a_block_larger_than_the_trained_one_warns_in_one_line(
         (["a", "--temperature", "-1"], "--temperature -1.0 must"),
         (["a", "--trace", "{tmp}/no/such/trace"], "trace: cannot write"),
         (["a", "--trace", "/dev/full"], "trace: cannot write /dev/full (No space left"),
-        (["a", "--model", "{tmp}/no/model"], "no such file or folder"),
+        (["a", "--model", "{tmp}/no/model"], "/no/model is no file or folder; give a checkpoint"),
+        (["a", "-m", "{tmp}/no/model"], "error: -m: "),
+        (["a", "--denoiser", "{tmp}/no"], "/no is no file or folder; give a folder that twotower"),
         (["a", "--device", "abacus"], "--device 'abacus' is unknown"),
         (["--input", "{tmp}/none"], "input: cannot read"),
         (["--input", "{tmp}"], "input: cannot read"),
@@ -249,7 +251,7 @@ def test_bad_input_is_one_line_and_status_2(
         "empty.jsonl": b'{"prompt": []}\n',
     }.items():
         (tmp_path / name).write_bytes(content)
-    model = [] if "--model" in arguments else ["--model", checkpoint]
+    model = [] if {"--model", "-m"} & set(arguments) else ["--model", checkpoint]
     given = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     assert main(["generate", *given, *model]) == 2
     out, err = capsys.readouterr()

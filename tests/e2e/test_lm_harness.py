@@ -74,7 +74,7 @@ def test_white_space_belongs_to_the_continuation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"modus": "ar"}, "modus is unknown; the nearest is mode"),
+        ({"modus": "ar"}, "modus is unknown, perhaps mode; known are pretrained"),
         ({"mode": "fast"}, "mode='fast'"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"dtype": "int4"}, "dtype='int4'"),

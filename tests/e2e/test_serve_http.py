@@ -48,7 +48,7 @@ BAD: list[tuple[object, str | None, str]] = [
     ({"prompt": "a", "max_tokens": 5000}, "max_tokens", "at most 4096"),
     ({"prompt": "a", "max_tokens": "5"}, "max_tokens", "integer"),
     ({"prompt": "a", "temperature": True}, "temperature", "number"),
-    ({"prompt": "a", "promt": "b"}, "promt", "did you mean prompt?"),
+    ({"prompt": "a", "promt": "b"}, "promt", ", perhaps prompt;"),
     ({"prompt": "a", "foo-bar": 1}, "foo-bar", "foo-bar is not a field of this request; see"),
     ({"prompt": "a", "str": 1}, "str", "str is not a field"),
     ({"prompt": "a", "stream_options": {"int": 1}}, "stream_options.int", "int is not a field"),

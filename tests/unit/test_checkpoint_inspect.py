@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from twotower.checkpoint import convert, describe, load_checkpoint
-from twotower.checkpoint.inspect import describe_preset
 from twotower.cli.convert import ConvertOptions
 from twotower.cli.convert import run as run_convert
 from twotower.cli.inspect import InspectOptions
@@ -19,7 +18,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 def test_the_30b_figures_are_the_published_ones() -> None:
     """31.6B a tower, 3.6B active, 63.2B in all, 94.5 % in experts, 118 GB (2^30) in BF16."""
-    record = describe_preset("nano-30b")
+    record = describe("nano-30b")
     assert [round(tower.total / 1e9, 1) for tower in record.towers.values()] == [31.6, 31.6]
     assert [round(tower.active / 1e9, 1) for tower in record.towers.values()] == [3.6, 3.6]
     assert round(record.total / 1e9, 1) == 63.2
@@ -94,7 +93,8 @@ def test_inspect_wants_exactly_one_source() -> None:
     for arguments in ({}, {"path": "a", "model": "nano-30b"}):
         with pytest.raises(ValueError, match="inspect needs one model"):
             InspectOptions(**arguments)  # type: ignore[arg-type]  # on purpose
-    with pytest.raises(ValueError, match="nano-300b: no such file or folder"):
+    named = "model: nano-300b is no file or folder; give nano-30b, a checkpoint .*, or shipped"
+    with pytest.raises(ValueError, match=named):
         run_inspect(InspectOptions(model="nano-300b"))
 
 

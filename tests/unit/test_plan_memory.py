@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tiny_plan import machine, setup, workload
-from twotower.checkpoint.inspect import describe, describe_preset
+from twotower.checkpoint.inspect import describe
 from twotower.lab.plan.inputs import PROFILES, uniform
 from twotower.lab.plan.memory import (
     activation_bytes,
@@ -24,7 +24,7 @@ GIB = 2**30
 
 def test_weights_are_those_that_inspect_counts() -> None:
     """118 GB, as published: 58.8 and 58.9 GiB in bfloat16."""
-    record = describe_preset("nano-30b")
+    record = describe("nano-30b")
     shape = ModelShape.of(record)
     total = sum(sum(tower_bytes(shape, t, uniform("bfloat16"))) for t in shape.parameters)
     # inspect counts a router's correction as a vector of its dtype, as we do: float32.

@@ -60,9 +60,9 @@ def test_the_page_has_todays_fields() -> None:
 @pytest.mark.parametrize(
     ("record", "name", "said"),
     [
-        (ChatRequest, "tempratur", "tempratur is not a field of this request; did you mean temper"),
-        (ChatRequest, "modalitys", "see /openapi.json"),
-        (CompletionRequest, "messages", "see /openapi.json"),
+        (ChatRequest, "tempratur", "tempratur is not a field of this request, perhaps temperature"),
+        (ChatRequest, "modalitys", "of this request; see /openapi.json"),
+        (CompletionRequest, "messages", "of this request; see /openapi.json"),
         (ChatRequest, "modalities", "modalities is not supported: this model writes text only"),
     ],
 )

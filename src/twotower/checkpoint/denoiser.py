@@ -133,9 +133,10 @@ def load_denoiser(
     the backbone's where none is given; there both share the embeddings. ValueError (one line) for
     the denoiser of another backbone.
     """
-    folder = resolve(path)
+    accepted = "a folder that twotower adapt has written, or a hub id owner/name"
+    folder = resolve(path, field="denoiser", accepted=accepted)
     if not is_denoiser(folder):
-        raise ValueError(f"{path}: is no denoiser alone; give a folder that `twotower adapt` made")
+        raise ValueError(f"denoiser: {path} is no denoiser alone; give {accepted}")
     values = read_json(folder / "config.json")
     name = values.get("backbone")
     sizes = backbone.config.hidden_size, backbone.config.context.num_layers

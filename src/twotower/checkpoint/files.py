@@ -18,6 +18,7 @@ from twotower.checkpoint.gguf_reader import is_gguf, open_gguf, read_index, read
 from twotower.families import read_json
 
 SHIPPED = "shipped"  # the name of the model inside the package
+ACCEPTED = f"a checkpoint folder, a GGUF file, a hub id owner/name, or {SHIPPED}"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
@@ -57,11 +58,13 @@ class Entry(NamedTuple):
         return tensor
 
 
-def resolve(path: str | Path, revision: str | None = None) -> Path:
+def resolve(
+    path: str | Path, revision: str | None = None, field: str = "model", accepted: str = ACCEPTED
+) -> Path:
     """The folder of a checkpoint: a local folder, a hub id "owner/name", which is downloaded, the
     one that stands for a GGUF file, or "shipped". revision: branch, tag or commit of a hub id.
 
-    ValueError (one line) if there is neither.
+    ValueError (one line) if there is neither, of the `field` and what it accepts.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -77,17 +80,15 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
         return shipped_folder()
     if _HUB_ID.fullmatch(str(path)) and folder.suffix.lower() != ".gguf":
         return _download(str(path), revision)
-    raise ValueError(
-        f"{path}: no such file or folder; give a checkpoint folder, a GGUF file, a hub id "
-        f"owner/name, or {SHIPPED}"
-    )
+    raise ValueError(f"{field}: {path} is no file or folder; give {accepted}")
 
 
 def find_tokenizer(path: str | Path) -> Path:
     """The file or folder of the tokenizer of whatever `resolve` takes, or of a tokenizer.json."""
     file = Path(path)
-    is_tokenizer = file.is_file() and file.suffix.lower() == ".json"
-    return file if is_tokenizer else resolve(path)
+    if file.is_file() and file.suffix.lower() == ".json":
+        return file
+    return resolve(path, field="tokenizer", accepted=f"a tokenizer.json, {ACCEPTED}")
 
 
 def shipped_folder() -> Path:

@@ -14,6 +14,7 @@ from torch import Tensor
 from twotower.checkpoint import names
 from twotower.checkpoint.empty import Towers, build_empty
 from twotower.checkpoint.files import (
+    ACCEPTED,
     DTYPES,
     PACKED_DTYPES,
     Entry,
@@ -106,13 +107,16 @@ class Description:
 
 
 def describe(path: str | Path) -> Description:
-    """Describe a checkpoint folder, hub id, GGUF file, or a config.json alone (without files).
+    """Describe a checkpoint folder, hub id, GGUF file, a model that is known by name, or a
+    config.json alone (without files).
 
     ValueError (one line) if there is no such checkpoint or a file is damaged.
     """
+    if str(path) in PRESETS and not Path(path).exists():
+        return describe_config(config_from_dict(PRESETS[str(path)]), str(path))
     if Path(path).is_file() and not is_gguf(Path(path)):
         return describe_config(read_config(path), str(path))
-    folder = resolve(path)
+    folder = resolve(path, accepted=", ".join((*PRESETS, ACCEPTED)))
     config = read_config(folder)
     if not has_weights(folder):
         return describe_config(config, str(folder))
@@ -125,13 +129,6 @@ def describe(path: str | Path) -> Description:
     files = _describe_files(folder, build_empty(config, towers, scheme), entries, layout)
     precision = None if scheme is None else _describe_precision(scheme, entries)
     return _describe_model(build_empty(config, towers), str(folder), files, precision)
-
-
-def describe_preset(name: str) -> Description:
-    """Describe a model that is known by name; ValueError for an unknown one."""
-    if name not in PRESETS:
-        raise ValueError(f"preset={name!r} is unknown; known are {', '.join(PRESETS)}")
-    return describe_config(config_from_dict(PRESETS[name]), name)
 
 
 def describe_config(config: TwoTowerConfig, source: str) -> Description:

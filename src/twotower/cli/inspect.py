@@ -18,10 +18,9 @@ from twotower.checkpoint.inspect import (
     FilesRecord,
     PrecisionRecord,
     describe,
-    describe_preset,
 )
 from twotower.cli.tables import make_console, print_table
-from twotower.families import PRESETS, config_to_dict
+from twotower.families import config_to_dict
 from twotower.lab.report import Table
 
 
@@ -48,8 +47,7 @@ def run(options: InspectOptions) -> int:
     assert name is not None
     if is_denoiser(Path(name)):
         return _tell_denoiser(describe_denoiser(Path(name)), options.json)
-    known = name in PRESETS and not Path(name).exists()
-    record = describe_preset(name) if known else describe(name)
+    record = describe(name)
     if options.json:
         print(json.dumps(as_json(record), indent=2))
     else:

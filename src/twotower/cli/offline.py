@@ -5,7 +5,6 @@ window of them; the same command again resumes where a killed one stopped.
 """
 
 import dataclasses
-import difflib
 import json
 import sys
 import time
@@ -14,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from twotower.arguments import nearest
 from twotower.cli.flags import ALIASES
 from twotower.cli.output_file import (
     MOST_LINE_BYTES,
@@ -190,9 +190,8 @@ def _request(record: Mapping[str, object], given: Mapping[str, object]) -> Reque
             own[name] = value
     for name in own:
         if name not in _OPTION_NAMES:
-            near = difflib.get_close_matches(name[:50], [*_OPTION_NAMES, "prompt", "id"], 1)
-            hint = f"did you mean {near[0]}?" if near else "see twotower generate -h"
-            raise ValueError(f"{name[:50]!r} is no option; {hint}")
+            near = nearest(name[:50], [*_OPTION_NAMES, "prompt", "id"])
+            raise ValueError(f"{name[:50]!r} is no option{near}; see twotower generate -h")
     values = {**_defaults_beside(own, given), **own}
     return Request(prompt, GenerateOptions(**values))  # type: ignore[arg-type]  # checks itself
 

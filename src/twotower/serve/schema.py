@@ -9,7 +9,6 @@ Validation ends at the first thing that is wrong in a list or object: a body of 
 otherwise have half a million errors, which nobody reads and everybody waits for.
 """
 
-import difflib
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, TypeVar
 
@@ -24,6 +23,7 @@ from pydantic import (
 from pydantic.functional_validators import PlainValidator
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
+from twotower.arguments import nearest
 from twotower.engine import Mode
 from twotower.serve.api_fields import UNSERVED, WITHOUT_EFFECT, asks_for_nothing
 from twotower.serve.errors import ApiError
@@ -361,6 +361,5 @@ def _is_name(part: int | str) -> bool:
 def _unknown(record: type[BaseModel], name: str) -> str:
     """What to say of a field that a body of this kind cannot have."""
     known = [field.alias or key for key, field in record.model_fields.items()]
-    near = [] if "." in name else difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-    hint = f"did you mean {near[0]}?" if near else "see /openapi.json for the fields"
-    return f"{name} is not a field of this request; {hint}"
+    near = "" if "." in name else nearest(name, known)
+    return f"{name} is not a field of this request{near}; see /openapi.json for the fields"

@@ -38,7 +38,7 @@ def starting_model(options: TrainOptions, shard: Shard) -> TwoTower:
         model = TwoTower(new_config(options, shard), _towers(options.recipe))
         randomise(model, options.seed)
     else:
-        model = load_checkpoint(options.init, towers=_towers(options.recipe))
+        model = load_checkpoint(resolve(options.init, field="init"), towers=_towers(options.recipe))
         require_plain(model, "training")
         model = _with_tokens(model, options.init, shard)
         if options.recipe == "denoiser":

@@ -7,7 +7,6 @@ derives its flags and the sections of its help from them.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import math
 import tomllib
@@ -26,11 +25,13 @@ from twotower.arguments import (
     check,
     each,
     instance,
+    nearest,
     number,
     one_of,
 )
 from twotower.documented import documented
 from twotower.tokenizer.training import MIN_VOCAB_SIZE
+from twotower.train.presets import PRESET_NAMES
 
 Recipe = Literal["backbone", "denoiser"]
 DecayShape = Literal["linear", "sqrt"]
@@ -319,8 +320,7 @@ def check_values(values: Mapping[str, object]) -> None:
     hints = get_type_hints(TrainOptions)
     for name, value in values.items():
         if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1, cutoff=0.0)
-            raise ValueError(f"{name}: no such option; the nearest is {near[0]}")
+            raise ValueError(f"{name}: no such option{nearest(name, hints)}; see twotower train -h")
         _checked(name, value, hints[name])
 
 
@@ -339,6 +339,7 @@ def read_toml(file: Path) -> dict[str, object]:
 
 _fraction = number(0, 1, is_below=True)
 _CHECKS: dict[str, Problem] = {
+    "preset": one_of(*PRESET_NAMES),
     **dict.fromkeys(("decay_fraction", "final_lr_ratio", "unaligned_row_fraction"), SHARE),
     **dict.fromkeys(("fully_masked_fraction", "first_token_visible_fraction"), SHARE),
     "early_fraction": number(0, 1, is_above=True, is_below=True),

@@ -7,7 +7,6 @@ checkers judge them, through `check.py` beside them.
 """
 
 import ast
-import difflib
 import gzip
 import importlib.util
 import json
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from twotower.arguments import nearest
 from twotower.engine import GenerateOptions, generate
 from twotower.engine.options import MODES
 from twotower.lab.corpus import CATEGORIES, Document
@@ -57,8 +57,10 @@ class HarnessOptions:
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                raise ValueError(f"model_args: {name} is unknown; the nearest is {near}")
+                raise ValueError(
+                    f"model_args: {name} is unknown{nearest(name, known)}; known are "
+                    f"{', '.join(known)}"
+                )
         options = cls(**values)
         if options.mode is not None and options.mode not in MODES:
             raise ValueError(f"model_args: mode={options.mode!r} must be one of {', '.join(MODES)}")

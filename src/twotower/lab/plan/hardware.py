@@ -1,14 +1,13 @@
 """Machines and what they can: the built-in table, files of one's own, and their checks."""
 
-import difflib
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Literal, get_args
 
-from twotower.arguments import ABOVE_ZERO, check, check_fields, number
+from twotower.arguments import ABOVE_ZERO, check, check_fields, nearest, number
 
 Kind = Literal["gpu", "unified", "cpu"]
 Compute = Literal["float32", "bfloat16", "int8"]
@@ -116,13 +115,6 @@ def _from_table(name: str, values: object, where: str) -> Hardware:
         return Hardware(name=name, **values)
     except ValueError as error:
         raise ValueError(f"{where}: [{name}] {error}") from None
-
-
-def nearest(name: str, known: Collection[str]) -> str:
-    """', perhaps NAME' for the closest known name, if one is close."""
-    begun = [other for other in known if name and other.startswith(name.lower())]
-    found = begun or difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
-    return f", perhaps {found[0]}" if found else ""
 
 
 def _check(hardware: Hardware) -> None:

@@ -5,13 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from twotower.arguments import check_fields, number
+from twotower.arguments import check_fields, nearest, number
 from twotower.checkpoint.files import SHIPPED
 from twotower.checkpoint.inspect import (
     Description,
     describe,
     describe_config,
-    describe_preset,
 )
 from twotower.checkpoint.quantize import read_scheme
 from twotower.config import DraftSpec
@@ -21,7 +20,6 @@ from twotower.lab.plan.hardware import (
     Hardware,
     built_in,
     find_hardware,
-    nearest,
     read_hardware,
 )
 from twotower.lab.plan.inputs import (
@@ -147,13 +145,11 @@ def with_thin_denoiser(record: Description, layers: int) -> Description:
 
 def describe_model(name: str) -> Description:
     """A preset, the shipped model, or what a folder or config.json says; ValueError (one line)."""
+    known = (*PRESETS, SHIPPED)
     if Path(name).exists():
         return describe(name)
-    if name in PRESETS:
-        return describe_preset(name)
-    if name == SHIPPED:
-        return replace(describe(name), source=SHIPPED)
-    known = [*PRESETS, SHIPPED]
+    if name in known:
+        return replace(describe(name), source=name)
     raise ValueError(
         f"model: {name!r} is no file or folder{nearest(name, known)}; "
         f"known by name are {', '.join(known)}"
