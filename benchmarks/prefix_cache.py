@@ -1,7 +1,7 @@
 """What does a known beginning save, and does any text change?
 
 Limit: what follows the beginning must be read. Prompts share a beginning that the model has written
-itself. Processor seconds of reading one: as plain decoding reads it, in the cache's pieces with
+itself. Processor seconds of its prefill: as plain decoding reads it, in the cache's pieces with
 nothing known, and with the beginning known; medians, one thread, no matter what else runs. Then
 texts of every mode: cache with hits, without, and plain. The last line is one JSON object.
 """
@@ -70,7 +70,7 @@ def own_part(model: TwoTower, seed: int, length: int) -> list[int]:
 def seconds(
     model: TwoTower, beginning: list[int], shared: int, args: argparse.Namespace
 ) -> dict[str, object]:
-    """Medians of reading one prompt, and whether the known beginning changed a bit of it."""
+    """Medians of the prefill of one prompt, and whether the known beginning changed a bit of it."""
     known = PrefixCache(model, PLENTY)
     known.read(beginning[:shared])
     times: dict[str, list[float]] = {"plain_s": [], "cold_s": [], "known_s": []}

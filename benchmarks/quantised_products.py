@@ -1,4 +1,4 @@
-"""What does a product with a narrow matrix cost on this CPU, by the ways that there are?
+"""What does a product with a quantised matrix cost on this CPU, by the ways that there are?
 
 Limit: the bytes of the matrix over the memory bandwidth for few tokens, arithmetic for many. The
 matrices are one of an expert of the released model and one like the shipped model's; a time is that
@@ -46,13 +46,13 @@ def ways(
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(shape, generator=generator) * 0.02
     x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
-    wide, eight, four = matrix.to(dtype), quantise(matrix, 8, None), quantise(matrix, 4, 32)
+    full, eight, four = matrix.to(dtype), quantise(matrix, 8, None), quantise(matrix, 4, 32)
     numbers = torch.randint(0, 16, shape, generator=generator, dtype=torch.int32)
     kernel_form = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
     both = torch.rand(shape[1] // 32, shape[0], 2, generator=generator).to(dtype)
     ones = torch.ones(shape[0], dtype=dtype)
     return {
-        "wide": lambda: F.linear(x, wide),
+        "full": lambda: F.linear(x, full),
         "int8, ours": lambda: linear(x, eight),
         "int8, torch's kernel": lambda: torch.ops.aten._weight_int8pack_mm(x, eight.qdata, ones),
         "int8 x int8, ours": lambda: linear(x, eight._replace(rounds_input=True)),

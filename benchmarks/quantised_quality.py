@@ -1,7 +1,7 @@
-"""What does each precision keep of AR accuracy and of diffusion, and what if nothing stayed wide?
+"""What does each precision keep of AR accuracy and of diffusion, and what if all were quantised?
 
 Limit: the same checkpoint in float32. Every setting answers the same held-out prompts of the suite.
-Settings below the first five round a wide model's values to 4 bits and write them wide again, so
+Settings below the first five round a model's values to 4 bits and write them in full precision, so
 that matrices are reached which `twotower convert` leaves alone. The last line is one JSON object.
 """
 
@@ -33,7 +33,7 @@ class Setting(NamedTuple):
     name: str
     dtype: str = "float32"
     scheme: Scheme | None = None
-    is_narrow: Callable[[str, Tensor], bool] | None = None
+    is_quantised: Callable[[str, Tensor], bool] | None = None
     round_matrix: Callable[[Tensor], Tensor] | None = None
 
 
@@ -58,7 +58,7 @@ def is_projection(name: str, tensor: Tensor) -> bool:
 
 
 def with_also(part: str) -> Callable[[str, Tensor], bool]:
-    """What int4 narrows, and the matrices of one more part."""
+    """What int4 quantises, and the matrices of one more part."""
     own = {
         "heads": ("lm_head.", "context_lm_head."),
         "embeddings": ("context_tower.embeddings.", "denoiser_tower.embeddings."),
@@ -76,18 +76,22 @@ SETTINGS = (
     Setting("int8, int8 activations", scheme=Scheme(weights="int8", activations="int8")),
     Setting("int4", scheme=INT4),
     Setting("int4, groups of 64", scheme=Scheme(weights="int4", group_size=64)),
-    Setting("int4 + 4-bit heads", is_narrow=with_also("heads"), round_matrix=in_groups),
-    Setting("int4 + 4-bit embeddings", is_narrow=with_also("embeddings"), round_matrix=in_groups),
-    Setting("int4 + 4-bit time", is_narrow=with_also("time"), round_matrix=in_groups),
-    Setting("4 bits everywhere", is_narrow=is_matrix, round_matrix=in_groups),
-    Setting("4 bits a row, projections", is_narrow=is_projection, round_matrix=in_rows),
-    Setting("4 bits a row everywhere", is_narrow=is_matrix, round_matrix=in_rows),
+    Setting("int4 + 4-bit heads", is_quantised=with_also("heads"), round_matrix=in_groups),
+    Setting(
+        "int4 + 4-bit embeddings", is_quantised=with_also("embeddings"), round_matrix=in_groups
+    ),
+    Setting("int4 + 4-bit time", is_quantised=with_also("time"), round_matrix=in_groups),
+    Setting("4 bits everywhere", is_quantised=is_matrix, round_matrix=in_groups),
+    Setting("4 bits a row, projections", is_quantised=is_projection, round_matrix=in_rows),
+    Setting("4 bits a row everywhere", is_quantised=is_matrix, round_matrix=in_rows),
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=None, help="wide checkpoint; default: the shipped one")
+    parser.add_argument(
+        "--model", default=None, help="checkpoint in full precision; default: the shipped one"
+    )
     parser.add_argument("--items", type=int, default=25, help="prompts of each category")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--verify-threshold", type=float, default=0.0, help="0: blocks as drawn")
@@ -136,7 +140,7 @@ def measure(
     assert isinstance(modes, dict)
     kept = ("n", "correct", "accuracy", "retention", "retention_interval", "tokens_per_nfe", "nfe")
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    is_rounded = setting.is_narrow is not None  # such a file is wide
+    is_rounded = setting.is_quantised is not None  # such a file has full precision
     return {
         "setting": setting.name,
         "file_mb": None if is_rounded else round(size / 1e6, 2),
@@ -147,12 +151,12 @@ def measure(
 def write(setting: Setting, source: Path, folder: Path) -> None:
     """The checkpoint of a setting, with the source's tokenizer and defaults."""
     convert(source, folder, "released", scheme=setting.scheme)
-    if setting.is_narrow is None or setting.round_matrix is None:
+    if setting.is_quantised is None or setting.round_matrix is None:
         return
     model = load_checkpoint(source)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if setting.is_narrow(name, tensor):
+            if setting.is_quantised(name, tensor):
                 rows = tensor.reshape(-1, tensor.shape[-1])
                 tensor.copy_(setting.round_matrix(rows).view_as(tensor))
     save_two_towers(model, folder)

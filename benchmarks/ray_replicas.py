@@ -29,7 +29,7 @@ from twotower.serve import replicas
 from twotower.serve.access import Keys
 
 PROMPTS = ("Q: What is 47 + 38?\nA:", "Q: What is 12 + 95?\nA:", "Q: What is 8 + 77?\nA:")
-MOST_TRIES = 8
+MAX_TRIES = 8
 
 
 @dataclass
@@ -68,7 +68,7 @@ def ask(port: int, prompt: str) -> tuple[str, str]:
 
 def ask_until_answered(port: int, prompt: str, counts: Counts) -> tuple[str, str] | None:
     counts.add(sent=1)
-    for attempt in range(MOST_TRIES):
+    for attempt in range(MAX_TRIES):
         try:
             answer = ask(port, prompt)
         except urllib.error.HTTPError as error:

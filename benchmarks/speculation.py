@@ -1,8 +1,8 @@
 """How many tokens does a draft yield, and what does it save: by category and by draft passes?
 
 Lossless by construction: the last column counts texts equal to AR's. Physical limit: a cycle is one
-denoiser pass and one reading, so `block_size` tokens for two passes at best. Settings take turns on
-every prompt; the last line is one JSON object.
+denoiser pass and one verification, so `block_size` tokens for two passes at best. Settings take
+turns on every prompt; the last line is one JSON object.
 """
 
 import argparse

@@ -145,7 +145,7 @@ def passes(record: Record) -> str:
 
 
 def decode_only(record: Record) -> str:
-    """Milliseconds a token without reading the prompt, by size."""
+    """Milliseconds a token without prefill, by size."""
     sizes = record["sizes"]
     first = next(iter(sizes.values()))["engines"]
     rows = [
@@ -168,7 +168,7 @@ def rows_table(record: Record) -> str:
 
 
 def prefix_cache(record: Record) -> str:
-    """Processor seconds of reading a prompt, by what the cache knows."""
+    """Processor seconds of prefill, by what the cache knows."""
     measured = [row for row in record["rows"] if "shared" in row]
     rows = [
         [

@@ -58,9 +58,9 @@ def make_setup(size: str, hardware: str, profile: str, width: Width = "float32")
     """A model on the bench machine; what is not int8 arithmetic is float32 throughout."""
     is_int8 = profile in INT8
     width = "int8" if is_int8 else width
-    wide = uniform(width)
+    base = uniform(width)
     widths = Widths(
-        experts=width, projections=width, head=wide.head, dtype="float32"
+        experts=width, projections=width, head=base.head, dtype="float32"
     )  # baselines keep keys and norms in float32 or near it
     return PlanSetup(
         shape=shape_of(size),

@@ -24,7 +24,7 @@ from twotower.adapt.run import Progress, collect_answers, train
 from twotower.loading import Loaded, Placement, load
 
 PIECE = 2**24  # bytes
-MOST_TOKENS = 1024  # of a prompt
+MAX_TOKENS = 1024  # of a prompt
 SAID_EVERY_S = 10.0
 FIELDS = "prompt", "question", "instruction"
 
@@ -47,7 +47,7 @@ def read_questions(files: list[Path], loaded: Loaded) -> list[Question]:
                 if template is None
                 else template.encode([{"role": "user", "content": text}], None, tokenizer, 2**20)
             )
-            if len(ids) <= MOST_TOKENS:
+            if len(ids) <= MAX_TOKENS:
                 found.append(Question(number=len(found), prompt=ids, task=file.stem))
     return found
 

@@ -46,16 +46,16 @@ def check_kernels(device: torch.device) -> Iterator[tuple[str, float, float]]:
         yield f"attention by groups, {dtype}", float((found - expected).abs().max()), limit
     experts = torch.tensor([0, 0, 2, 2, 2, 5]).to(device)
     x, up, down = draw(6, 64), draw(6, 96, 64) / 8, draw(6, 64, 96) / 10
-    wide = [
+    full = [
         down[e] @ (up[e] @ row).clamp(min=0).square()
         for e, row in zip(experts.tolist(), x, strict=True)
     ]
     found = ops.grouped_products(*(part.to(device, half) for part in (x, up, down)), experts)
-    difference = (found.double().cpu() - torch.stack(wide)).abs().max()
+    difference = (found.double().cpu() - torch.stack(full)).abs().max()
     yield (
         "grouped products, bfloat16",
         float(difference),
-        0.05 * float(torch.stack(wide).abs().max()),
+        0.05 * float(torch.stack(full).abs().max()),
     )
 
 

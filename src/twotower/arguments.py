@@ -7,8 +7,8 @@ import reprlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-MOST_BIASED = 1024  # tokens of a logit_bias
-_MOST_WHOLE = 2**63 - 1
+MAX_BIASED = 1024  # tokens of a logit_bias
+_MAX_WHOLE = 2**63 - 1
 Problem = Callable[[object], str | None]  # what is wrong with a value, if anything
 
 
@@ -47,7 +47,7 @@ def number(
     is whole.
     """
     kinds = (int,) if is_whole else (int, float)
-    most = min(high, _MOST_WHOLE) if is_whole else high
+    most = min(high, _MAX_WHOLE) if is_whole else high
     least = f"{'above' if is_above else 'at least'} {low}"
     highest = f"{'below' if is_below else 'at most'} {high}"
     is_open = is_above or is_below
@@ -146,8 +146,8 @@ def as_pairs(biases: Mapping[Any, Any]) -> tuple[tuple[Any, Any], ...]:
 def biases(value: object) -> str | None:
     """Pairs of tokens and what is added to their logits."""
     pairs = value if isinstance(value, tuple) else (value,)
-    if len(pairs) > MOST_BIASED:
-        return f"must name at most {MOST_BIASED} tokens"
+    if len(pairs) > MAX_BIASED:
+        return f"must name at most {MAX_BIASED} tokens"
     are_good = all(
         isinstance(pair, tuple)
         and len(pair) == 2

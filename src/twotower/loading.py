@@ -42,7 +42,7 @@ from twotower.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 PEER = "peer"
 _BEGINNING = 4  # tokens that show a prompt's form
-_MOST_SCORED = 256  # tokens of a prompt that are compared with the training text
+_MAX_SCORED = 256  # tokens of a prompt that are compared with the training text
 START_TIMEOUT_S = 300.0  # until both ranks are there; the first import of torch may take long
 PEER_TIMEOUT_S = 30.0  # of silence, from then on
 
@@ -217,7 +217,7 @@ def prompt_notice(model: TwoTower, ids: Sequence[int]) -> str | None:
     most = model.generation_defaults.get("most_prompt_nats")
     if not isinstance(most, float) or len(ids) < 2 or model.backend.quantization != "none":
         return None
-    tokens = torch.tensor([ids[:_MOST_SCORED]])
+    tokens = torch.tensor([ids[:_MAX_SCORED]])
     logprobs = model.context_logits(tokens)[0, :-1].log_softmax(-1).cpu()
     each = -logprobs.gather(1, tokens[0, 1:, None])
     nats = float(max(each.mean(), each[:_BEGINNING].mean()))

@@ -1,4 +1,4 @@
-"""The page by keyboard, by ear, on a phone, in the dark and without motion."""
+"""The page by keyboard, by screen reader, on a phone, in the dark and without motion."""
 
 from collections.abc import Callable
 from pathlib import Path

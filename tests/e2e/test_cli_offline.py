@@ -335,7 +335,7 @@ def test_a_very_long_line_is_refused_as_it_is_read(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards memory: a line of 50 MB took 9.5 GB before it was refused."""
-    monkeypatch.setattr(output_file, "MOST_LINE_BYTES", 1000)
+    monkeypatch.setattr(output_file, "MAX_LINE_BYTES", 1000)
     lines = [b'{"prompt": "a"}', b'{"prompt": "' + b"a" * 300_000 + b'"}', b" " * 3000]
     exact = b'{"prompt": "' + b"a" * 986 + b'"}'
     source = tmp_path / "in.jsonl"
@@ -362,8 +362,8 @@ def test_long_prompts_of_other_kinds_are_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(output_file, "MOST_LINE_BYTES", 1000)
-    monkeypatch.setattr(prompt_files, "MOST_LINE_BYTES", 1000)
+    monkeypatch.setattr(output_file, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(prompt_files, "MAX_LINE_BYTES", 1000)
     for name, content in (("a.txt", "a" * 1001), ("a.jsonl", json.dumps({"prompt": "a" * 1001}))):
         (tmp_path / name).write_text(content)
         given = ["--input", str(tmp_path / name), "--model", checkpoint, *SHAPE]

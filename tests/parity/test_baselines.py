@@ -58,7 +58,7 @@ def test_a_baseline_computes_and_writes_what_we_do(baseline: Baseline) -> None:
 
 
 def test_the_clock_of_a_baseline(baseline: Baseline) -> None:
-    """Guards units, and prompt reading that is counted as decoding."""
+    """Guards units, and prefill that is counted as decoding."""
     ids = prompts()[0] * 30
     for num_new in (2, 2, 16):
         start = time.perf_counter()
@@ -66,7 +66,7 @@ def test_the_clock_of_a_baseline(baseline: Baseline) -> None:
         elapsed = time.perf_counter() - start
         assert 0.5 * elapsed < found.prefill_seconds + found.decode_seconds < elapsed + 0.002
         steps = len(found.tokens) - 1
-        # Reading 300 tokens costs far more than two steps.
+        # Prefill of 300 tokens costs far more than two steps.
         assert 2 * found.decode_seconds / steps < found.prefill_seconds
 
 

@@ -328,7 +328,7 @@ def chances_after(text: list[int], block: list[int]) -> list[float]:
 
 def test_verification_that_nothing_passes_is_ar() -> None:
     """Guards the replacement: where every drafted token is rejected, the context tower's own
-    follow one another, so the text is AR's and each block costs one reading."""
+    follow one another, so the text is AR's and each block costs one verification."""
     strict = generate(MODEL, PROMPTS, options(first_token="context", verify_threshold=1.0))
     ar = generate(MODEL, PROMPTS, options(mode="ar"))
     assert [row.tokens for row in strict] == [row.tokens for row in ar]

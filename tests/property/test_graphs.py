@@ -175,7 +175,7 @@ def test_any_story_gives_the_eager_tensors(
     first story is recorded; there is little room at first, so that mirrors grow, and there are two
     of them at most, so that they give way to others."""
     monkeypatch.setattr(arena, "LEAST_PAST", 8)
-    monkeypatch.setattr(backend, "_MOST_ARENAS", 2)
+    monkeypatch.setattr(backend, "_MAX_ARENAS", 2)
     model = MODELS[kind]()
     ours = recording(model, monkeypatch) if seed == 0 else accelerate(model, "graphs")
     pair = Pair(ours, model)

@@ -21,7 +21,7 @@ def test_memory_is_not_used_again_while_somebody_looks(
 ) -> None:
     """Guards frozen views and copies of a cache: states that a later pass overwrites in place would
     be those of another text."""
-    monkeypatch.setattr(buffers, "_LEAST_KEPT", 0)
+    monkeypatch.setattr(buffers, "_MIN_KEPT", 0)
     ours = int8_model()
     cache = ours.prefill(random_ids(2, 9))
     kept: list[tuple[list[Tensor], list[Tensor]]] = []
@@ -39,7 +39,7 @@ def test_memory_is_not_used_again_while_somebody_looks(
 
 def test_memory_does_not_grow_with_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the other side: memory that is never used again."""
-    monkeypatch.setattr(buffers, "_LEAST_KEPT", 0)
+    monkeypatch.setattr(buffers, "_MIN_KEPT", 0)
     ours = int8_model()
     cache = ours.prefill(random_ids(2, 9))
     held = []

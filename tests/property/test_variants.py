@@ -77,10 +77,10 @@ def test_training_equals_generation(changes: dict[str, object], dtype: torch.dty
 @every_variant
 def test_bfloat16_is_the_same_model(changes: dict[str, object]) -> None:
     """Guards against a wrong cast: bfloat16 must be float32 with coarser numbers."""
-    wide, narrow = (tiny_model(dtype=d, **changes) for d in (torch.float32, torch.bfloat16))
+    full, half = (tiny_model(dtype=d, **changes) for d in (torch.float32, torch.bfloat16))
     ids = random_ids(2, 8)
     with torch.no_grad():
-        a, b = wide.context_logits(ids), narrow.context_logits(ids)
+        a, b = full.context_logits(ids), half.context_logits(ids)
     assert b.dtype == torch.float32
     error = float((a - b).square().mean().sqrt() / a.square().mean().sqrt())
     assert error < 0.1, error

@@ -66,7 +66,7 @@ def test_rows_that_are_called_off_change_no_other(
     wrong row's state writes a fluent text that is another's."""
     prompts = prompts_of([4, 9, 1, 17, 3, 6])
     num_asked: Counter[int] = Counter()
-    method = SharedQueue.reason_to_leave
+    method = SharedQueue.abort_reason
 
     def impatient(queue: SharedQueue, row: Row, now: float) -> FailureKind | None:
         """Each row's client goes before the row's cycle of that number."""
@@ -78,7 +78,7 @@ def test_rows_that_are_called_off_change_no_other(
         return {"mode": modes[i], "temperature": 0.8, "seed": i, "max_new_tokens": 12}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SharedQueue, "reason_to_leave", impatient)
+        patch.setattr(SharedQueue, "abort_reason", impatient)
         with running(max_rows=4, overlap=overlap, prefix_cache_bytes=cache) as worker:
             tickets = [worker.submit(Request(p, options(**of(i)))) for i, p in enumerate(prompts)]
             ends = [end_of(ticket) for ticket in tickets]

@@ -53,7 +53,7 @@ def test_matrices_are_stored_within_their_rounding(tmp_path: Path, dtype: Precis
     export_gguf(model, tmp_path / "a.gguf", dtype=dtype)
     stored = read(tmp_path / "a.gguf")
     wanted = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}[dtype]
-    narrow = "F16" if dtype == "q8_0" else wanted
+    unquantised = "F16" if dtype == "q8_0" else wanted
     layers = model.context_tower.layers
     for name, parameter, kind in (
         ("token_embd", model.context_tower.embeddings, wanted),
@@ -61,7 +61,7 @@ def test_matrices_are_stored_within_their_rounding(tmp_path: Path, dtype: Precis
         ("blk.0.ssm_in", layers[0].mixer.in_proj, wanted),
         ("blk.1.attn_k", layers[1].mixer.k_proj, wanted),
         ("blk.2.ffn_up", layers[2].mixer.up_proj, wanted),
-        ("blk.2.ffn_down", layers[2].mixer.down_proj, narrow),
+        ("blk.2.ffn_down", layers[2].mixer.down_proj, unquantised),
     ):
         found, values = stored[f"{name}.weight"]
         assert found == kind, name

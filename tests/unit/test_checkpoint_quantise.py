@@ -36,8 +36,8 @@ QDATA = "context_tower.layers.2.mixer.experts.1.up_proj.weight.qdata"
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wide") / "model"
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("full") / "model"
     save_two_towers(
         groupable_model(), folder, dtype=torch.bfloat16, extra_files={"note.md": b"kept"}
     )
@@ -45,11 +45,11 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def narrow(wide: Path) -> dict[str, Path]:
+def quantised(full: Path) -> dict[str, Path]:
     """The same checkpoint by every scheme."""
-    folders = {name: wide.parent / name for name in SCHEMES}
+    folders = {name: full.parent / name for name in SCHEMES}
     for name, folder in folders.items():
-        convert(wide, folder, "released", scheme=SCHEMES[name])
+        convert(full, folder, "released", scheme=SCHEMES[name])
     return folders
 
 
@@ -80,29 +80,29 @@ def message(path: Path) -> str:
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_what_is_saved_is_loaded_bit_for_bit(
-    wide: Path, narrow: dict[str, Path], tmp_path: Path, name: str
+    full: Path, quantised: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     """Guards packed numbers that pass through a float, and a second generation of rounding."""
-    made = load_quantised(wide, SCHEMES[name])
-    assert same(load_checkpoint(narrow[name], dtype=None), made)
-    save_two_towers(load_checkpoint(narrow[name], dtype=None), tmp_path / "again")
+    made = load_quantised(full, SCHEMES[name])
+    assert same(load_checkpoint(quantised[name], dtype=None), made)
+    save_two_towers(load_checkpoint(quantised[name], dtype=None), tmp_path / "again")
     for file in ("model.safetensors", "config.json"):
-        assert (tmp_path / "again" / file).read_bytes() == (narrow[name] / file).read_bytes()
-    assert (narrow[name] / "note.md").read_bytes() == b"kept"
+        assert (tmp_path / "again" / file).read_bytes() == (quantised[name] / file).read_bytes()
+    assert (quantised[name] / "note.md").read_bytes() == b"kept"
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_the_scheme_is_in_the_configuration_and_not_in_the_path(
-    narrow: dict[str, Path], name: str, tmp_path: Path
+    quantised: dict[str, Path], name: str, tmp_path: Path
 ) -> None:
-    assert read_scheme(narrow[name]) == SCHEMES[name]
-    elsewhere = edited(narrow[name], tmp_path / "float32", lambda t, c: None)
+    assert read_scheme(quantised[name]) == SCHEMES[name]
+    elsewhere = edited(quantised[name], tmp_path / "float32", lambda t, c: None)
     assert scheme_of(load_checkpoint(elsewhere)) == SCHEMES[name]
 
 
-def test_wide_weights_keep_their_bits(wide: Path, narrow: dict[str, Path]) -> None:
+def test_full_precision_weights_keep_their_bits(full: Path, quantised: dict[str, Path]) -> None:
     """Guards embeddings or routers that are rounded on the way."""
-    before, after = (load_file(p / "model.safetensors") for p in (wide, narrow["int4"]))
+    before, after = (load_file(p / "model.safetensors") for p in (full, quantised["int4"]))
     unchanged = set(before) & set(after)
     assert all(torch.equal(before[n], after[n]) for n in unchanged)
     assert {"context_tower.embeddings.weight", "t_embedder.mlp.0.weight"} <= unchanged
@@ -113,12 +113,12 @@ def test_wide_weights_keep_their_bits(wide: Path, narrow: dict[str, Path]) -> No
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_logits_are_near_those_of_the_wide_model(
-    wide: Path, narrow: dict[str, Path], name: str
+    full: Path, quantised: dict[str, Path], name: str
 ) -> None:
     """Guards a scheme that runs and computes another model: random weights would differ by 1.4."""
     ids, block, t = torch.arange(4, 24).view(2, 10), torch.full((2, 4), 3), torch.ones(2)
     found = []
-    for path in (wide, narrow[name]):
+    for path in (full, quantised[name]):
         model = load_checkpoint(path)
         cache = model.prefill(ids)
         found.append((model.next_logits(cache), model.denoise(block, cache.view(), t)))
@@ -142,7 +142,7 @@ def test_a_backbone_is_quantised_and_fills_both_towers(tmp_path: Path) -> None:
     assert alone.denoiser_tower is None and scheme_of(alone) == SCHEMES["int8"]
 
 
-def test_stacked_experts_are_quantised_one_by_one(wide: Path, tmp_path: Path) -> None:
+def test_stacked_experts_are_quantised_one_by_one(full: Path, tmp_path: Path) -> None:
     """Guards a scale shared by all experts of a layer."""
 
     def stack(tensors: dict[str, Tensor], config: dict[str, object]) -> None:
@@ -151,8 +151,8 @@ def test_stacked_experts_are_quantised_one_by_one(wide: Path, tmp_path: Path) ->
             parts = [tensors.pop(f"{stem}.{e}.{side}.weight") for e in range(4)]
             tensors[f"{stem}.{side}"] = torch.stack(parts)
 
-    path = edited(wide, tmp_path / "stacked", stack)
-    assert same(load_quantised(path, SCHEMES["int4"]), load_quantised(wide, SCHEMES["int4"]))
+    path = edited(full, tmp_path / "stacked", stack)
+    assert same(load_quantised(path, SCHEMES["int4"]), load_quantised(full, SCHEMES["int4"]))
 
 
 BAD: dict[str, tuple[Edit, str]] = {
@@ -203,27 +203,27 @@ BAD: dict[str, tuple[Edit, str]] = {
 
 @pytest.mark.parametrize("fault", BAD)
 def test_a_wrong_or_damaged_scheme_is_one_line(
-    narrow: dict[str, Path], tmp_path: Path, fault: str
+    quantised: dict[str, Path], tmp_path: Path, fault: str
 ) -> None:
     """Guards against garbage text from numbers read by another rule than they were written by."""
     edit, expected = BAD[fault]
-    assert expected in message(edited(narrow["int4"], tmp_path / "bad", edit))
+    assert expected in message(edited(quantised["int4"], tmp_path / "bad", edit))
 
 
-def test_nan_is_found_before_it_becomes_a_number(wide: Path, tmp_path: Path) -> None:
+def test_nan_is_found_before_it_becomes_a_number(full: Path, tmp_path: Path) -> None:
     name = QDATA.removesuffix(".qdata")
-    path = edited(wide, tmp_path / "nan", lambda t, c: t[name][0, 0].fill_(float("nan")))
+    path = edited(full, tmp_path / "nan", lambda t, c: t[name][0, 0].fill_(float("nan")))
     with pytest.raises(ValueError, match="holds NaN or infinite"):
         load_quantised(path, SCHEMES["int8"])
 
 
-def test_what_needs_full_precision_says_so(narrow: dict[str, Path], tmp_path: Path) -> None:
+def test_what_needs_full_precision_says_so(quantised: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is quantised already"):
-        load_quantised(narrow["int8"], SCHEMES["int4"])
+        load_quantised(quantised["int8"], SCHEMES["int4"])
     with pytest.raises(ValueError, match="the transformers layout needs full-precision weights"):
-        convert(narrow["int8"], tmp_path / "t", "transformers")
+        convert(quantised["int8"], tmp_path / "t", "transformers")
     with pytest.raises(ValueError, match="GGUF needs full-precision weights"):
-        convert_to_gguf(narrow["int8"], tmp_path / "m.gguf")
+        convert_to_gguf(quantised["int8"], tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize(
@@ -242,38 +242,38 @@ def test_flags_that_do_not_go_together(flags: dict[str, object], expected: str) 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_inspect_tells_precision_and_bytes(
-    narrow: dict[str, Path], name: str, capsys: pytest.CaptureFixture[str]
+    quantised: dict[str, Path], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = describe(narrow[name])
+    record = describe(quantised[name])
     assert record.files is not None and record.files.problem is None
     assert record.precision is not None and record.precision.scheme == SCHEMES[name]
     kinds = record.precision.weights
     assert sum(kind.parameters for kind in kinds.values()) == record.total
-    header = 8 + int.from_bytes((narrow[name] / "model.safetensors").read_bytes()[:8], "little")
+    header = 8 + int.from_bytes((quantised[name] / "model.safetensors").read_bytes()[:8], "little")
     assert sum(kind.num_bytes for kind in kinds.values()) == record.files.num_bytes - header
     assert ("4 bits" in kinds) == ("int4" in name) and "8 bits" in kinds
-    run_inspect(InspectOptions(path=str(narrow[name])))
+    run_inspect(InspectOptions(path=str(quantised[name])))
     assert f"{SCHEMES[name].weights} weights" in capsys.readouterr().out
-    run_inspect(InspectOptions(path=str(narrow[name]), json=True))
+    run_inspect(InspectOptions(path=str(quantised[name]), json=True))
     shown = json.loads(capsys.readouterr().out)["precision"]
     assert shown["scheme"]["group_size"] == SCHEMES[name].group_size
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_the_forecast_is_what_the_files_then_hold(
-    wide: Path, narrow: dict[str, Path], name: str
+    full: Path, quantised: dict[str, Path], name: str
 ) -> None:
     """Guards the memory table against another rule than the one that packs."""
-    precision = describe(narrow[name]).precision
+    precision = describe(quantised[name]).precision
     assert precision is not None
     taken = sum(kind.num_bytes for kind in precision.weights.values())
-    assert describe(wide).weight_bytes[name] == taken
-    assert describe(wide).precision is None
+    assert describe(full).weight_bytes[name] == taken
+    assert describe(full).precision is None
 
 
-def test_parameters_are_counted_as_weights(wide: Path, narrow: dict[str, Path]) -> None:
-    counted = {count_parameters(load_checkpoint(path)) for path in (wide, *narrow.values())}
-    assert counted == {sum(p.numel() for p in load_checkpoint(wide).parameters())}
+def test_parameters_are_counted_as_weights(full: Path, quantised: dict[str, Path]) -> None:
+    counted = {count_parameters(load_checkpoint(path)) for path in (full, *quantised.values())}
+    assert counted == {sum(p.numel() for p in load_checkpoint(full).parameters())}
 
 
 MEMORY_PROBE = """
@@ -299,21 +299,21 @@ print(peak_bytes() - before, size)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_peak_memory_is_about_the_quantised_size(wide: Path, narrow: dict[str, Path]) -> None:
-    """Guards a wide copy, when a checkpoint is loaded and when it is quantised: a model that fits
+def test_peak_memory_is_about_the_quantised_size(full: Path, quantised: dict[str, Path]) -> None:
+    """Guards a full copy, when a checkpoint is loaded and when it is quantised: a model that fits
     in 4 bits only could not be."""
-    values = config_to_dict(read_config(wide))
+    values = config_to_dict(read_config(full))
     sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "n_routed_experts": 32}
     model = TwoTower(config_from_dict(values | sizes))
     randomise(model, 0)
-    big = wide.parent / "big"
+    big = full.parent / "big"
     save_two_towers(model, big, dtype=torch.bfloat16)
-    convert(big, wide.parent / "big4", "released", scheme=Scheme(weights="int4"))
+    convert(big, full.parent / "big4", "released", scheme=Scheme(weights="int4"))
     wide_bytes = (big / "model.safetensors").stat().st_size
     assert wide_bytes > 70_000_000
     for path, first, how in (
-        (wide.parent / "big4", narrow["int4"], "stored"),
-        (big, wide, "int4"),
+        (full.parent / "big4", quantised["int4"], "stored"),
+        (big, full, "int4"),
     ):
         command = [sys.executable, "-c", MEMORY_PROBE, str(path), str(first), how]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -168,7 +168,7 @@ def test_an_unknown_block_type_is_named() -> None:
         (b"[1]", "must hold a JSON object"),
         (b'{"hidden_size": 1' + b"0" * 5000 + b"}", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
-        (b"{}", "config.json: model_type is missing; read are nemotron_h"),
+        (b"{}", "config.json: model_type is missing; supported are nemotron_h"),
     ],
 )
 def test_a_bad_file_is_one_clear_line(tmp_path: Path, content: bytes, expected: str) -> None:

@@ -159,7 +159,7 @@ def test_every_verb_refuses_an_unknown_model_type_first(
     (tmp_path / "config.json").write_text('{"model_type": "falcon_h1", "hidden_size": 64}')
     arguments = [{"MODEL": str(tmp_path), "OUT": str(tmp_path / "out")}.get(a, a) for a in verb]
     assert main(arguments) == 2
-    assert "model_type 'falcon_h1' is not supported; read are " in capsys.readouterr().err
+    assert "model_type 'falcon_h1' is not supported; supported are " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_a_denoiser_layer_must_be_able_to_read_its_state() -> None:
 
 
 def test_latent_experts_share_two_projections() -> None:
-    """Silent failure: router or shared expert look at the narrow hidden states."""
+    """Silent failure: router or shared expert get the latent hidden states."""
     from twotower.layers.moe import MoE
 
     spec = MoESpec(

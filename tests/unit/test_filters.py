@@ -6,7 +6,7 @@ from tiny_text import byte_tokenizer, ids_of, tiny_tokenizer
 from twotower import GenerateOptions
 from twotower.engine.events import Completion, TokensCommitted
 from twotower.engine.filters import (
-    MOST_MATCH_CHARS,
+    MAX_MATCH_CHARS,
     Filter,
     FilterFailed,
     function_filter,
@@ -128,7 +128,7 @@ def test_bad_patterns(pattern: str, said: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("chars", [0, -1, MOST_MATCH_CHARS + 1])
+@pytest.mark.parametrize("chars", [0, -1, MAX_MATCH_CHARS + 1])
 def test_the_bound_has_bounds(chars: int) -> None:
     with pytest.raises(ValueError, match=f"max_match_chars={chars} must be between 1 and 10000"):
         pattern_filter("a+", max_match_chars=chars)

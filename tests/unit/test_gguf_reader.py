@@ -208,7 +208,7 @@ def test_counts_that_lie_are_one_line_at_once(
 ) -> None:
     """Silent failure: the library walks 2^60 values that are not there, and keeps each."""
     content, said = LIES[name]
-    monkeypatch.setattr(gguf_reader, "_MOST_READS", 4096)  # of which each takes microseconds
+    monkeypatch.setattr(gguf_reader, "_MAX_READS", 4096)  # of which each takes microseconds
     (tmp_path / "m.gguf").write_bytes(content)
     start = time.monotonic()
     with pytest.raises(ValueError, match=said):

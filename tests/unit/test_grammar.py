@@ -322,19 +322,19 @@ def test_grammars_are_bounded_in_number_and_bytes(monkeypatch: pytest.MonkeyPatc
     def first(number: int) -> GrammarState:
         return begin(regex(f"a{{{number}}}"), other, RULES)
 
-    monkeypatch.setattr(grammar_builder, "_MOST_GRAMMARS", 3)
+    monkeypatch.setattr(grammar_builder, "_MAX_GRAMMARS", 3)
     held = [first(number) for number in range(1, 4)]
     with pytest.raises(GrammarsFull, match="try again later"):
         first(4)
     again = first(3)  # one that is in use
     del again, held[0]
     assert first(4), "the place of one that has ended"
-    monkeypatch.setattr(grammar_builder, "_MOST_GRAMMARS", 100)
-    monkeypatch.setattr(grammar_builder, "_MOST_BYTES", 1)
+    monkeypatch.setattr(grammar_builder, "_MAX_GRAMMARS", 100)
+    monkeypatch.setattr(grammar_builder, "_MAX_BYTES", 1)
     with pytest.raises(GrammarsFull):
         first(5)
-    monkeypatch.setattr(grammar_builder, "_MOST_BYTES", 1 << 30)
-    monkeypatch.setattr(grammar_builder, "_MOST_KEPT", (1, 1 << 30))
+    monkeypatch.setattr(grammar_builder, "_MAX_BYTES", 1 << 30)
+    monkeypatch.setattr(grammar_builder, "_MAX_KEPT", (1, 1 << 30))
     del held
     for number in range(10, 20):
         first(number)

@@ -54,7 +54,7 @@ def test_an_answer_in_blocks() -> None:
 
 
 def test_an_answer_by_drafts() -> None:
-    """15 tokens after the prompt's own, three a cycle: 5 cycles of a draft and a reading."""
+    """15 tokens after the prompt's own, three a cycle: 5 cycles of a draft and a verification."""
     made, work = setup(FAST, STEADY), workload(tokens_per_cycle=3.0)
     place = placed(made, work, "speculative")
     assert time_mode(made, work, "speculative", place).decode_s == pytest.approx(5 * 2 * 6 * MS)
@@ -78,8 +78,9 @@ def test_two_groups_of_rows_overlap() -> None:
 
 
 def test_overlap_is_used_where_it_gains() -> None:
-    """Passes of the same length for all rows and for half: a draft and its reading gain nothing
-    from being halved, so only what is shorter for fewer rows does. One row has no second group.
+    """Passes of the same length for all rows and for half: a draft and its verification gain
+    nothing from being halved, so only what is shorter for fewer rows does. One row has no second
+    group.
     """
     steady = setup(FAST, STEADY)
     work = workload(batch_size=8, tokens_per_cycle=4.0)

@@ -93,7 +93,7 @@ def test_names() -> None:
 
 @pytest.mark.parametrize(("mode", "given"), [("ar", 1), ("speculative", 1), ("diffusion", 0)])
 def test_our_laps_leave_out_the_prompt(mode: str, given: int) -> None:
-    """Silent failure: a token that reading the prompt gave for nothing counts as decoded."""
+    """Silent failure: a token that prefill gave for nothing counts as decoded."""
     options = GenerateOptions(
         mode=mode,  # type: ignore[arg-type]
         max_new_tokens=9,

@@ -28,7 +28,7 @@ from twotower.model.ngrams import Ngrams
 from twotower.model.thin import sketch, thin_config
 from twotower.model.two_tower import TwoTower
 
-_LEAST_ALIKE = 0.95  # of two sketches: 4-bit weights of one model have 0.99, other models 0
+_MIN_ALIKE = 0.95  # of two sketches: 4-bit weights of one model have 0.99, other models 0
 _SPEC = tuple(field.name for field in fields(DraftSpec))
 _SIZE = (int, type(None))
 _NGRAMS = "ngrams."
@@ -249,4 +249,4 @@ def _read_ngrams(tensors: Sequence[Tensor | None], vocab_size: int, file: Path) 
 def _are_alike(one: Tensor, two: Tensor) -> bool:
     """Whether the sketches are of one model, by the matrices that both know."""
     known = (one != 0).any(1) & (two != 0).any(1)
-    return bool(known.any()) and float((one * two).sum(1)[known].median()) >= _LEAST_ALIKE
+    return bool(known.any()) and float((one * two).sum(1)[known].median()) >= _MIN_ALIKE

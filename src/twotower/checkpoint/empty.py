@@ -16,7 +16,7 @@ Towers = Literal["both", "context", "denoiser"]
 
 
 def build_empty(config: TwoTowerConfig, towers: Towers, scheme: Scheme | None = None) -> TwoTower:
-    """The shapes of a model, wide or quantised, without memory or values."""
+    """The shapes of a model, in full precision or quantised, without memory or values."""
     with torch.device("meta"), _NoInitialisation():
         model = TwoTower(config, "context" if towers == "context" else "both")
         if scheme is not None:
@@ -26,8 +26,8 @@ def build_empty(config: TwoTowerConfig, towers: Towers, scheme: Scheme | None = 
 
 def count_parameters(model: TwoTower) -> int:
     """Weights of a model, whatever their precision and wherever they lie; tied ones count once."""
-    wide = build_empty(model.config, "context" if model.denoiser_tower is None else "both")
-    return sum(parameter.numel() for parameter in wide.parameters())
+    full = build_empty(model.config, "context" if model.denoiser_tower is None else "both")
+    return sum(parameter.numel() for parameter in full.parameters())
 
 
 class _NoInitialisation(TorchFunctionMode):

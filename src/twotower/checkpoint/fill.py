@@ -25,7 +25,8 @@ _PORTION = 2**25  # elements read from a file before it is opened anew
 def fill(model: TwoTower, plan: Plan) -> None:
     """Copy every tensor to its place and check that it is finite there.
 
-    A wide tensor whose place has few bits is quantised: both at once never exist for more than one.
+    A tensor in full precision whose parameter has few bits is quantised: both at once never exist
+    for more than one.
     """
     targets = model.state_dict()
     for name, source, slot in _stream(plan):

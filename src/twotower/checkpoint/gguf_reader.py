@@ -31,8 +31,8 @@ _VERSION = 1  # of what is written there
 _MAGIC = b"GGUF"
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPES = (*_PLAIN, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
-_MOST_TENSORS, _MOST_FIELDS = 1 << 15, 1 << 12
-_MOST_READS = 3 << 20  # more than those of the largest vocabulary that is published
+_MAX_TENSORS, _MAX_FIELDS = 1 << 15, 1 << 12
+_MAX_READS = 3 << 20  # more than those of the largest vocabulary that is published
 _NOT_WEIGHTS = ("rope_freqs.weight",)  # what config.json says in another way
 
 
@@ -159,8 +159,8 @@ def _open(file: Path) -> "GGUFReader":
 
         def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
             self.num_reads += 1
-            if self.num_reads > _MOST_READS:
-                raise ValueError(f"its header has more than {_MOST_READS:,} values")
+            if self.num_reads > _MAX_READS:
+                raise ValueError(f"its header has more than {_MAX_READS:,} values")
             if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
                 raise ValueError("it ends before its data does")
             return super()._get(offset, dtype, count, override_order)
@@ -168,7 +168,7 @@ def _open(file: Path) -> "GGUFReader":
     with file.open("rb") as stream:
         header = stream.read(24)
     order: Literal["little", "big"] = "big" if header[4:6] == bytes(2) else "little"
-    for begin, most, what in ((8, _MOST_TENSORS, "tensors"), (16, _MOST_FIELDS, "fields")):
+    for begin, most, what in ((8, _MAX_TENSORS, "tensors"), (16, _MAX_FIELDS, "fields")):
         if int.from_bytes(header[begin : begin + 8], order) > most:
             raise _damaged(file, ValueError(f"it has more than {most:,} {what}"))
     try:
@@ -204,7 +204,7 @@ def _tensors(file: Path, reader: "GGUFReader") -> Iterator[tuple[str, dict[str, 
         kind, shape = tensor.tensor_type.name, [int(n) for n in reversed(tensor.shape)]
         if kind not in TYPES:
             raise ValueError(
-                f"{file}: {tensor.name} is of type {kind}, which is not supported; read are "
+                f"{file}: {tensor.name} is of type {kind}, which is not supported; supported are "
                 f"{', '.join(TYPES)}"
             )
         offset, num_bytes = int(tensor.data_offset), int(tensor.n_bytes)

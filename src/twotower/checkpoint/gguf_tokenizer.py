@@ -90,7 +90,7 @@ def _byte_level(metadata: Mapping[str, Any]) -> dict[str, object]:
     name = metadata.get("tokenizer.ggml.pre", "default")
     if name not in SPLITS:
         raise ValueError(
-            f"its tokenizer splits text by {name!r}, which is not supported; read are "
+            f"its tokenizer splits text by {name!r}, which is not supported; supported are "
             f"{', '.join(SPLITS)}; give the model's folder, which has a tokenizer.json"
         )
     tokens = metadata["tokenizer.ggml.tokens"]

@@ -79,7 +79,7 @@ class WeightsRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionRecord:
-    """How a quantised checkpoint keeps its weights, by "4 bits", "8 bits" and dtype of the wide."""
+    """How a quantised checkpoint keeps its weights, by "4 bits", "8 bits" and others' dtype."""
 
     scheme: Scheme
     weights: dict[str, WeightsRecord]

@@ -57,11 +57,11 @@ def load_checkpoint(
     if towers == "denoiser" and source.towers != "both":
         raise ValueError(f"{path}: has no denoiser tower of its own; use towers='both'")
     scheme = read_scheme(source.folder)
-    room = _Room(
+    target = _Target(
         _tower_dtypes(source.entries, dtype),
         (find_device(context_device), find_device(denoiser_device, "denoiser_device")),
     )
-    devices = map(str, room.devices)
+    devices = map(str, target.devices)
     if (misplaced := placement_refusal(scheme, expert_storage, [*devices])) is not None:
         raise ValueError(f"{path}: {misplaced}")
     shape = build_empty(source.config, source.towers, scheme)
@@ -73,8 +73,10 @@ def load_checkpoint(
     model = build_empty(source.config, built, scheme)
     if mapped is not None:
         map_experts(model, mapped if source.towers == built else of_both_towers(mapped))
-    _log.info("%s: towers=%s dtype=%s quant=%s", source.folder, towers, room.dtypes[0], scheme)
-    return _with_values(model, source, plan, room, names.DENOISER_PARTS if built != towers else "")
+    _log.info("%s: towers=%s dtype=%s quant=%s", source.folder, towers, target.dtypes[0], scheme)
+    return _with_values(
+        model, source, plan, target, names.DENOISER_PARTS if built != towers else ""
+    )
 
 
 def load_quantised(path: str | Path, scheme: Scheme, towers: Towers = "both") -> TwoTower:
@@ -86,11 +88,11 @@ def load_quantised(path: str | Path, scheme: Scheme, towers: Towers = "both") ->
     source = _open(resolve(path), towers)
     if read_scheme(source.folder) is not None:
         raise ValueError(f"{path}: is quantised already; give the full-precision checkpoint")
-    wide = build_empty(source.config, source.towers)
-    plan = plan_tensors(source.folder, wide, source.entries)
+    full = build_empty(source.config, source.towers)
+    plan = plan_tensors(source.folder, full, source.entries)
     cpu = torch.device("cpu")
-    room = _Room(_tower_dtypes(source.entries, None), (cpu, cpu))
-    return _with_values(build_empty(source.config, towers, scheme), source, plan, room)
+    target = _Target(_tower_dtypes(source.entries, None), (cpu, cpu))
+    return _with_values(build_empty(source.config, towers, scheme), source, plan, target)
 
 
 def has_denoiser(folder: Path) -> bool:
@@ -108,7 +110,7 @@ class _Source(NamedTuple):
     towers: Towers
 
 
-class _Room(NamedTuple):
+class _Target(NamedTuple):
     """What the context tower and the denoiser tower are kept in, and where."""
 
     dtypes: tuple[torch.dtype, torch.dtype]
@@ -127,14 +129,14 @@ def _open(folder: Path, towers: Towers) -> _Source:
 
 @torch.no_grad()
 def _with_values(
-    model: TwoTower, source: _Source, plan: Plan, room: _Room, parts: str | tuple[str, ...] = ""
+    model: TwoTower, source: _Source, plan: Plan, target: _Target, parts: str | tuple[str, ...] = ""
 ) -> TwoTower:
     """The empty model with memory and the values of its files, ready to decode.
 
     parts: how the names of what is wanted begin; the rest stays without memory.
     """
     defaults = generation_defaults(source.folder)
-    allocate(model, room.dtypes, room.devices, parts)
+    allocate(model, target.dtypes, target.devices, parts)
     fill(model, {name: found for name, found in plan.items() if name.startswith(parts)})
     if source.towers == "context" and model.denoiser_tower is not None:
         copy_context_to_denoiser(model, seed=0)

@@ -38,9 +38,9 @@ def state_bytes_per_row(config: TwoTowerConfig) -> dict[str, int]:
     return _by_dtype(config.context.conv_elements, config.context.ssm_elements)
 
 
-def _by_dtype(elements: int, wide: int) -> dict[str, int]:
-    """Bytes of `elements` in each dtype plus `wide` elements that stay float32."""
+def _by_dtype(elements: int, in_float32: int) -> dict[str, int]:
+    """Bytes of `elements` in each dtype plus `in_float32` elements that stay float32."""
     return {
-        str(dtype).removeprefix("torch."): elements * dtype.itemsize + 4 * wide
+        str(dtype).removeprefix("torch."): elements * dtype.itemsize + 4 * in_float32
         for dtype in (DTYPES["F32"], DTYPES["BF16"])
     }

@@ -70,23 +70,23 @@ def quantise(values: Tensor, bits: Bits, group_size: int | None) -> Quantised:
 
     ImportError (one line) without torchao.
     """
-    wide = values.detach().float()
-    return _eight_bits(wide) if bits == 8 else _four_bits(wide, group_size or wide.shape[-1])
+    full = values.detach().float()
+    return _eight_bits(full) if bits == 8 else _four_bits(full, group_size or full.shape[-1])
 
 
-def _eight_bits(wide: Tensor) -> Quantised:
+def _eight_bits(full: Tensor) -> Quantised:
     """Symmetric: the row's largest number becomes 127."""
     torchao = import_torchao()
-    made = torchao.Int8Tensor.from_hp(wide, torchao.PerRow())
+    made = torchao.Int8Tensor.from_hp(full, torchao.PerRow())
     return Quantised(made.qdata, made.scale)
 
 
-def _four_bits(wide: Tensor, group_size: int) -> Quantised:
+def _four_bits(full: Tensor, group_size: int) -> Quantised:
     """Asymmetric: 16 steps from the group's smallest number to its largest, 0 among them."""
     torchao = import_torchao()
     block = (1, group_size)
     scale, offset = torchao.choose_qparams_affine(
-        wide,
+        full,
         torchao.MappingType.ASYMMETRIC,
         block,
         torch.uint8,
@@ -97,9 +97,9 @@ def _four_bits(wide: Tensor, group_size: int) -> Quantised:
         zero_point_dtype=torch.int32,
     )
     numbers = torchao.quantize_affine(
-        wide, block, scale.float(), offset, torch.uint8, quant_min=0, quant_max=15
+        full, block, scale.float(), offset, torch.uint8, quant_min=0, quant_max=15
     )
-    shape = (len(wide), -1)
+    shape = (len(full), -1)
     zero = (8 - offset.float()) * scale.float()
     return Quantised(pack_halves(numbers), scale.view(shape), zero.bfloat16().view(shape))
 

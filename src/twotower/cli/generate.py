@@ -35,7 +35,7 @@ from twotower.loading import Loaded, Placement, load, placement_of, prompt_notic
 
 _DOCS, _ENGINE_DOCS = field_docs(GenerateOptions), field_docs(EngineOptions)
 _FIRST = ("mode", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos")
-_MOST_NOTED = 16  # prompts that are looked at before decoding begins
+_MAX_NOTED = 16  # prompts that are looked at before decoding begins
 _KNOWN = "twotower demo shows what the shipped model knows, --model takes another"
 if TYPE_CHECKING:
     Decoding = dict[str, object]
@@ -202,7 +202,7 @@ def run(options: GenerateArguments) -> int:
 
 def _note_unfamiliar(loaded: Loaded, prompts: Sequence[Prompt]) -> None:
     """One line on stderr for the first prompt that the model was not made for."""
-    for number, prompt in enumerate(prompts[:_MOST_NOTED]):
+    for number, prompt in enumerate(prompts[:_MAX_NOTED]):
         ids = _encoded(loaded, prompt)
         if (notice := prompt_notice(loaded.model, ids)) is not None:
             print(f"note: prompt {number} is {notice}; {_KNOWN}", file=sys.stderr)

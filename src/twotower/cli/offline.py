@@ -16,7 +16,7 @@ from pathlib import Path
 from twotower.arguments import nearest
 from twotower.cli.flags import ALIASES
 from twotower.cli.output_file import (
-    MOST_LINE_BYTES,
+    MAX_LINE_BYTES,
     InputLine,
     OutputFile,
     read_lines,
@@ -162,7 +162,7 @@ class Window:
 
 def _parse(line: InputLine) -> dict[str, object]:
     if line.content is None:
-        raise ValueError(f"longer than {MOST_LINE_BYTES >> 20} MiB; split it, or leave it out")
+        raise ValueError(f"longer than {MAX_LINE_BYTES >> 20} MiB; split it, or leave it out")
     try:
         record = json.loads(line.content.decode("utf-8"))
     except UnicodeDecodeError as error:

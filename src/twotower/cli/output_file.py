@@ -21,8 +21,8 @@ from twotower.engine import ResolvedOptions
 from twotower.file_lock import try_lock
 from twotower.loading import Loaded
 
-MOST_LINE_BYTES = 4 << 20  # of the input; to encode them takes some hundred times as many
-_MOST_RESULT_BYTES = 256 << 20
+MAX_LINE_BYTES = 4 << 20  # of the input; to encode them takes some hundred times as many
+_MAX_RESULT_BYTES = 256 << 20
 _SAMPLED = 64  # values of each tensor that identify a model
 
 
@@ -30,22 +30,22 @@ class InputLine(NamedTuple):
     """A line of the input that is not blank; `number` counts from 1."""
 
     number: int
-    content: bytes | None  # None: longer than MOST_LINE_BYTES
+    content: bytes | None  # None: longer than MAX_LINE_BYTES
     digest: str
 
 
 def read_lines(file: Path) -> Iterator[InputLine]:
     """The lines of a file that are not blank, one at a time; ValueError if it cannot be read.
 
-    However long a line is, no more than MOST_LINE_BYTES of it are held.
+    However long a line is, no more than MAX_LINE_BYTES of it are held.
     """
     try:
         with file.open("rb") as stream:
             for number in itertools.count(1):
-                content = stream.readline(MOST_LINE_BYTES + 1)
+                content = stream.readline(MAX_LINE_BYTES + 1)
                 if not content:
                     return
-                if len(content) > MOST_LINE_BYTES and not content.endswith(b"\n"):
+                if len(content) > MAX_LINE_BYTES and not content.endswith(b"\n"):
                     yield InputLine(number, None, _digest_of_rest(content, stream))
                 elif content := content.strip():
                     yield InputLine(number, content, hashlib.sha256(content).hexdigest()[:8])
@@ -111,8 +111,8 @@ class OutputFile:
         self._stream.seek(0)
         end = 0
         for number in itertools.count(1):
-            content = self._stream.readline(_MOST_RESULT_BYTES)
-            if not content.endswith(b"\n") and len(content) < _MOST_RESULT_BYTES:
+            content = self._stream.readline(_MAX_RESULT_BYTES)
+            if not content.endswith(b"\n") and len(content) < _MAX_RESULT_BYTES:
                 break
             self._require_answer(number, content, next(lines, None), key)
             end += len(content)

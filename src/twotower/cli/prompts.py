@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from twotower.cli.output_file import MOST_LINE_BYTES, InputLine, read_lines
+from twotower.cli.output_file import MAX_LINE_BYTES, InputLine, read_lines
 from twotower.engine.grammar import Grammar, json_schema, lark, regex
 
 Prompt = str | list[int]
 STDIN = "-"
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
-_TOO_LONG = f"is longer than {MOST_LINE_BYTES >> 20} MiB; give a shorter prompt"
+_TOO_LONG = f"is longer than {MAX_LINE_BYTES >> 20} MiB; give a shorter prompt"
 
 
 def read_prompts(
@@ -81,8 +81,8 @@ def _read_file(file: Path) -> list[Prompt]:
 
 def _bounded(stream: BinaryIO, where: str) -> bytes:
     """All of it, unless it is longer than a prompt may be."""
-    content = stream.read(MOST_LINE_BYTES + 1)
-    if len(content) > MOST_LINE_BYTES:
+    content = stream.read(MAX_LINE_BYTES + 1)
+    if len(content) > MAX_LINE_BYTES:
         raise ValueError(f"{where} {_TOO_LONG}")
     return content
 
@@ -129,7 +129,7 @@ def read_grammar(file: Path) -> Grammar:
     """The grammar in a file, by the end of its name."""
     try:
         with file.open(encoding="utf-8") as stream:
-            text = stream.read(MOST_LINE_BYTES)  # of which a grammar may have a part
+            text = stream.read(MAX_LINE_BYTES)  # of which a grammar may have a part
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"grammar: cannot read {file} ({reason}); name a text file") from None

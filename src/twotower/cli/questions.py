@@ -13,7 +13,7 @@ from twotower.cli.serve import need_extra
 from twotower.loading import Loaded
 
 _FIELDS = ("prompt", "question", "instruction", "text", "turns")  # of turns the first
-_MOST_TOKENS = 2**20  # of a prompt: longer ones are left out later
+_MAX_TOKENS = 2**20  # of a prompt: longer ones are left out later
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ def question_encoder(loaded: Loaded, verb: str, is_plain: bool) -> Callable[[Pro
             return tokenizer.encode_prompt(text)
         messages = [{"role": "user", "content": text}]
         try:
-            return template.encode(messages, None, tokenizer, _MOST_TOKENS)
+            return template.encode(messages, None, tokenizer, _MAX_TOKENS)
         except ApiError as error:
             raise ValueError(str(error)) from None
 

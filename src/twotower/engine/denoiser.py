@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from twotower.engine.batch import Batch
 
 
-class RowsLeft(Exception):
+class RowsAborted(Exception):
     """Nobody waits any more for a block that is being filled: of no row of the batch."""
 
 
@@ -66,8 +66,8 @@ def fill_blocks(
 ) -> Generator[Event, None, Step]:
     """Fill the masked positions of blocks (R, T), at least one a row; returns the last step.
 
-    The first `num_known` tokens of a block are text already: events leave them out. RowsLeft after
-    a pass when all rows of the batch are cancelled or too late.
+    The first `num_known` tokens of a block are text already: events leave them out. RowsAborted
+    after a pass when all rows of the batch are cancelled or too late.
     """
     rows = batch.rows if places is None else [batch.rows[place] for place in places.tolist()]
     generators = [row.generator for row in rows]
@@ -89,8 +89,8 @@ def fill_blocks(
                     nfe=row.nfe,
                 )
         now = time.monotonic()
-        if all(row.reason_to_leave(now) is not None for row in batch.rows):
-            raise RowsLeft
+        if all(row.abort_reason(now) is not None for row in batch.rows):
+            raise RowsAborted
     assert last is not None
     return last
 

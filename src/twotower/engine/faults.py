@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable
 import torch
 
 from twotower.engine.batch import Batch
-from twotower.engine.denoiser import RowsLeft
+from twotower.engine.denoiser import RowsAborted
 from twotower.engine.events import Event, Failed, FailureKind
 from twotower.engine.filters import FilterFailed
 from twotower.engine.grammar import GrammarFailed
@@ -41,11 +41,9 @@ def attempt(batch: Batch, work: Work) -> Generator[Event, None, list[Batch]]:
         return [batch]
     except EngineDeadError:
         raise
-    except RowsLeft:
+    except RowsAborted:
         now = time.monotonic()
-        yield from (
-            failed(row.index, row.reason_to_leave(now) or "cancelled") for row in batch.rows
-        )
+        yield from (failed(row.index, row.abort_reason(now) or "cancelled") for row in batch.rows)
         return []
     except Exception as error:
         if len(batch.rows) == 1:

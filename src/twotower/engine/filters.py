@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from re import _constants, _parser  # type: ignore[attr-defined]  # the only way to widths
 
-MOST_MATCH_CHARS = 10_000
+MAX_MATCH_CHARS = 10_000
 # Is there a match of which the text's first `end` characters are the last to be needed? Gives its
 # first character. `is_over`: no text will follow them.
 Find = Callable[[str, int, bool], int | None]
@@ -133,9 +133,9 @@ def _load(entry_point: str) -> Callable[[str], object]:
 
 
 def _check_chars(max_match_chars: int) -> None:
-    if not 1 <= max_match_chars <= MOST_MATCH_CHARS:
+    if not 1 <= max_match_chars <= MAX_MATCH_CHARS:
         raise ValueError(
-            f"max_match_chars={max_match_chars} must be between 1 and {MOST_MATCH_CHARS}"
+            f"max_match_chars={max_match_chars} must be between 1 and {MAX_MATCH_CHARS}"
         )
 
 

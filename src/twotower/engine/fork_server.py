@@ -24,7 +24,7 @@ from twotower.engine import fork_server_child as child
 
 _log = logging.getLogger(__name__)
 _SLACK_S = 1.0  # beyond its time, for a process to be ended and for the answer to arrive
-_MOST_REPLY = 256 << 20  # bytes of an answer
+_MAX_REPLY = 256 << 20  # bytes of an answer
 
 
 class ProcessDied(Exception):
@@ -167,7 +167,7 @@ class Forked:
         raise ValueError(message) if status == child.REFUSED else ProcessDied(message)
 
     def _read(self, size: int) -> bytes:
-        if size > _MOST_REPLY:
+        if size > _MAX_REPLY:
             raise OSError(f"an answer of {size} bytes")
         parts = []
         while size:

@@ -17,8 +17,8 @@ _LONGEST_REASON = 300  # characters of the library's explanation
 # Between the parts of a JSON text: a space, or a new line and its indent. With more, a model that
 # has nothing to say writes spaces until its length is used up.
 _WHITESPACE = r"( |\n[ \t]{0,32})"
-_MOST_CHARS = 256 << 10  # of a grammar
-_MOST_PATTERN_CHARS = 32 << 10  # of a regex or Lark grammar
+_MAX_CHARS = 256 << 10  # of a grammar
+_MAX_PATTERN_CHARS = 32 << 10  # of a regex or Lark grammar
 
 
 class GrammarFailed(Exception):
@@ -45,7 +45,7 @@ class Grammar:
     source: str  # as llguidance reads it
 
     def __post_init__(self) -> None:
-        most = _MOST_PATTERN_CHARS if self.kind in ("regex", "lark") else _MOST_CHARS
+        most = _MAX_PATTERN_CHARS if self.kind in ("regex", "lark") else _MAX_CHARS
         if len(self.source) > most:
             raise ValueError(
                 f"{self.kind}: has {len(self.source)} characters; at most {most} are allowed"

@@ -25,9 +25,9 @@ from twotower.tokenizer import Tokenizer
 BUILD_S = 10.0
 _BUILD_CPU_S = 2.0
 _MEMORY = 128 << 20  # of a process, more than with no grammar at all
-_MOST_GRAMMARS = 128  # in all, with the memory of all
-_MOST_BYTES = 512 << 20
-_MOST_KEPT = 64, 128 << 20  # grammars, and their bytes, of those that no row uses
+_MAX_GRAMMARS = 128  # in all, with the memory of all
+_MAX_BYTES = 512 << 20
+_MAX_KEPT = 64, 128 << 20  # grammars, and their bytes, of those that no row uses
 _BUILDS_AT_A_TIME = max(1, (os.cpu_count() or 1) // 2)
 
 
@@ -85,11 +85,11 @@ class _Builder:
     def _make_room(self) -> None:
         """Give up what was used longest ago; GrammarsFull when rows hold too much."""
         with self._lock:
-            while self._kept and not _fits(self._kept, *_MOST_KEPT):
+            while self._kept and not _fits(self._kept, *_MAX_KEPT):
                 self._kept.popitem(last=False)
-            while self._kept and not _fits(self._alive, _MOST_GRAMMARS, _MOST_BYTES):
+            while self._kept and not _fits(self._alive, _MAX_GRAMMARS, _MAX_BYTES):
                 self._kept.popitem(last=False)
-            if not _fits(self._alive, _MOST_GRAMMARS, _MOST_BYTES):
+            if not _fits(self._alive, _MAX_GRAMMARS, _MAX_BYTES):
                 raise GrammarsFull("grammar: too many different ones are in use; try again later")
 
     def _build(self, grammar: Grammar, wall_s: float) -> Built:

@@ -18,7 +18,7 @@ ALLOWED = b"a"  # tokens: the reply is how many of them could come next, one aft
 MASKS = b"m"  # tokens that could: the reply is the masks after each of them
 
 
-_MOST_TRIED = 300  # parts of a schema, to find the one that is refused
+_MAX_TRIED = 300  # parts of a schema, to find the one that is refused
 
 
 def numbers(values: Sequence[int]) -> bytes:
@@ -112,7 +112,7 @@ def _why_refused(rule: dict[str, Any], matcher: Callable[[str], Any]) -> str:
     if not isinstance(root, dict):
         return ""
     own = {key: root[key] for key in ("x-guidance", "$defs", "definitions") if key in root}
-    num_left = _MOST_TRIED
+    num_left = _MAX_TRIED
 
     def refusal(schema: Any) -> str:
         nonlocal num_left

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
 
-_MOST_DEPTH = 100  # of objects and lists in a schema
-_MOST_PARTS = 20_000  # values in a schema
-_MOST_REFERENCES = 1_000  # in a schema
-_MOST_STRING = 2_000  # characters of a name, a constant, a pattern
+_MAX_DEPTH = 100  # of objects and lists in a schema
+_MAX_PARTS = 20_000  # values in a schema
+_MAX_REFERENCES = 1_000  # in a schema
+_MAX_STRING = 2_000  # characters of a name, a constant, a pattern
 # What stands in a schema and is one itself: for a part of the value, or for the value itself.
 _OF_PARTS = ("items", "additionalProperties", "additionalItems", "contains")
 _OF_PART_LISTS = ("prefixItems", "items")
@@ -78,7 +78,7 @@ class _Closer:
         open at their top, and stand in the place of references to them, but for these.
         """
         self._num_made += 1
-        if self._num_made > _MOST_PARTS:
+        if self._num_made > _MAX_PARTS:
             raise ValueError(f"{self._field}: its parts refer to one another too often; simplify")
         found = dict(schema)
         for name, value in schema.items():
@@ -156,7 +156,7 @@ def _check_size(schema: object, field: str) -> None:
     """ValueError for a schema that is larger than any that is meant."""
     num_parts = num_references = depth = longest = 0
     left = [(schema, 0)]  # without recursion, however deep it is
-    while left and num_parts <= _MOST_PARTS:
+    while left and num_parts <= _MAX_PARTS:
         value, level = left.pop()
         num_parts += 1
         depth = max(depth, level)
@@ -167,10 +167,10 @@ def _check_size(schema: object, field: str) -> None:
         if isinstance(value, list):
             left += [(part, level + 1) for part in value]
     for count, most, what in (
-        (num_parts, _MOST_PARTS, "values"),
-        (depth, _MOST_DEPTH, "levels of objects and lists"),
-        (num_references, _MOST_REFERENCES, "references ($ref)"),
-        (longest, _MOST_STRING, "characters in a name, constant or pattern"),
+        (num_parts, _MAX_PARTS, "values"),
+        (depth, _MAX_DEPTH, "levels of objects and lists"),
+        (num_references, _MAX_REFERENCES, "references ($ref)"),
+        (longest, _MAX_STRING, "characters in a name, constant or pattern"),
     ):
         if count > most:
             raise ValueError(f"{field}: has more than {most} {what}; give a smaller schema")

@@ -32,9 +32,9 @@ Mode = Literal["diffusion", "speculative", "posterior", "predict-and-noise", "ar
 Overlap = Literal["auto", "on", "off"]
 FirstToken = Literal["denoiser", "context"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-MOST_LOGPROBS = 100  # alternatives to each token
-MOST_PASSES = 1024  # of a block or draft; more than its tokens change nothing but `posterior`
-LEAST_TOP_P = 1e-6  # float32 must tell it from 0
+MAX_LOGPROBS = 100  # alternatives to each token
+MAX_PASSES = 1024  # of a block or draft; more than its tokens change nothing but `posterior`
+MIN_TOP_P = 1e-6  # float32 must tell it from 0
 _BLOCKS: tuple[Mode, ...] = ("diffusion", "posterior", "predict-and-noise")
 _IN_ORDER: tuple[Mode, ...] = ("speculative", "ar", "mock-ar")
 LogitBias = tuple[tuple[int, float], ...]  # pairs of a token and what is added to its logit
@@ -308,7 +308,7 @@ def _refuse_combinations(resolved: ResolvedOptions, given: Mapping[str, object])
 
 
 _penalty = number(-2.0, 2.0)
-_passes = number(1, MOST_PASSES, is_whole=True)
+_passes = number(1, MAX_PASSES, is_whole=True)
 _flag = instance(bool, "True or False")
 _ENGINE_CHECKS: dict[str, Problem] = {
     "max_rows": COUNT,
@@ -328,7 +328,7 @@ _CHECKS: dict[str, Problem] = {
     "confidence_threshold": SHARE,
     "temperature": number(0.0),
     "top_k": INDEX,
-    "top_p": number(LEAST_TOP_P, 1.0),
+    "top_p": number(MIN_TOP_P, 1.0),
     "min_p": SHARE,
     "presence_penalty": _penalty,
     "frequency_penalty": _penalty,
@@ -338,7 +338,7 @@ _CHECKS: dict[str, Problem] = {
     "eos_token_id": token_ids,
     "ignore_eos": _flag,
     "stop": strings,
-    "logprobs": number(0, MOST_LOGPROBS, is_whole=True),
+    "logprobs": number(0, MAX_LOGPROBS, is_whole=True),
     "grammar": instance(Grammar, "a Grammar"),
     "schedule": one_of(*SCHEDULES),
     "remask": one_of(*get_args(Remask)),

@@ -124,7 +124,7 @@ class Row:
         known = len(self.prompt)
         return self.prompt[start:end] + self.tokens[max(0, start - known) : max(0, end - known)]
 
-    def reason_to_leave(self, now: float) -> FailureKind | None:
+    def abort_reason(self, now: float) -> FailureKind | None:
         """Why the row must not go on at the time now, in seconds of time.monotonic()."""
         if self.is_cancelled:
             return "cancelled"

@@ -54,7 +54,7 @@ class RequestQueue:
             row.num_since = 0
             self._rows.append(row)
 
-    def leaving(self, rows: Sequence[Row]) -> list[Failed]:
+    def aborted(self, rows: Sequence[Row]) -> list[Failed]:
         """Who has to go, of the rows, which have places, and of those that wait; called once in a
         step.
         """

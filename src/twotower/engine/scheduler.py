@@ -59,22 +59,22 @@ class Scheduler:
                 self._pool.shutdown()
 
     def step(self) -> Iterator[Event]:
-        """One cycle: commit what is drafted, let rows leave and enter, read their texts, draft.
+        """One cycle: commit what is drafted, evict and admit rows, prefill, draft.
 
         With overlap the denoiser drafts for another group of rows meanwhile; then they change.
         """
         group = self._groups[0]
         drafting = self._pool.submit(list, _draft(self._groups[1])) if self._pool else None
         yield from _commit(group)
-        yield from self._leave(group)
+        yield from self._evict(group)
         yield from self._admit(group)
-        yield from self._read(group)
+        yield from self._prefill(group)
         yield from drafting.result() if drafting else _draft(group)
         self._groups.reverse()
 
-    def _leave(self, group: Group) -> Iterator[Event]:
+    def _evict(self, group: Group) -> Iterator[Event]:
         """Rows that were cancelled or are too late go, and their part of the cache with them."""
-        if ended := self._queue.leaving(group.rows):
+        if ended := self._queue.aborted(group.rows):
             yield from ended  # first: what follows may want memory
             numbers = {event.row for event in ended}
             group.keep(lambda row: row.index not in numbers)
@@ -124,7 +124,7 @@ class Scheduler:
         row.paused.denoiser = new_denoiser(self._model)  # the old one goes on with the others
         self._queue.put_back(row)
 
-    def _read(self, group: Group) -> Iterator[Event]:
+    def _prefill(self, group: Group) -> Iterator[Event]:
         """Let the context tower read what was committed, and pieces of prompts."""
         batches, group.batches = group.batches, []
         for batch in batches:

@@ -115,7 +115,7 @@ class SharedQueue(RequestQueue):
         was_longer = victim.num_served >= TURN + 2 * max(0, _debt(waiting))
         return victim if has_more or (has_turned and was_longer) else None
 
-    def leaving(self, rows: Sequence[Row]) -> list[Failed]:
+    def aborted(self, rows: Sequence[Row]) -> list[Failed]:
         """Rows that were cancelled or are too late; the others have waited, or been served, for one
         more step.
         """
@@ -125,16 +125,16 @@ class SharedQueue(RequestQueue):
                 row.num_since += 1
             for row in rows:
                 row.num_served += 1
-            reasons = [(row, self.reason_to_leave(row, now)) for row in (*self._rows, *rows)]
+            reasons = [(row, self.abort_reason(row, now)) for row in (*self._rows, *rows)]
             gone = {row for row, reason in reasons if reason is not None}
             self._rows = [row for row in self._rows if row not in gone]
         return [failed(row.index, reason) for row, reason in reasons if reason]
 
-    def reason_to_leave(self, row: Row, now: float) -> FailureKind | None:
+    def abort_reason(self, row: Row, now: float) -> FailureKind | None:
         """Why a row is to go no further at the time now, in seconds of time.monotonic()."""
         if now >= self._ends_s:
             return "stopped"
-        return row.reason_to_leave(now)
+        return row.abort_reason(now)
 
     def wait(self) -> None:
         """Return when there may be something to do; called when nothing is being decoded."""

@@ -63,7 +63,7 @@ class SourceQueue(RequestQueue):
                 self._rows.append(row)
         return super().count(most)
 
-    def leaving(self, rows: Sequence[Row]) -> list[Failed]:
+    def aborted(self, rows: Sequence[Row]) -> list[Failed]:
         """Those of the source that cannot begin."""
         ended, self._failed = self._failed, []
         return ended

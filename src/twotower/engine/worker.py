@@ -26,7 +26,7 @@ from twotower.tokenizer import Tokenizer
 
 _LONGEST_RETRY_S = 60
 _DEAD = "nothing can be decoded any more; the server has to be started again"
-_MOST_UNREAD = 64  # ended texts that wait for an idle moment
+_MAX_UNREAD = 64  # ended texts that wait for an idle moment
 _log = logging.getLogger(__name__)
 
 
@@ -156,7 +156,7 @@ class Worker:
         self._prefixes: PrefixCache | None = None
         if self._options.prefix_cache_bytes:
             self._prefixes = PrefixCache(model, self._options.prefix_cache_bytes)
-        self._unread: deque[list[int]] = deque(maxlen=_MOST_UNREAD)
+        self._unread: deque[list[int]] = deque(maxlen=_MAX_UNREAD)
         self._numbers = itertools.count()
         self._newest_end: tuple[Ticket, Event] | None = None
         self.is_dead = False  # nothing can be decoded any more; a new worker is needed

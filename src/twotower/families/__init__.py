@@ -43,7 +43,7 @@ def config_from_dict(values: Mapping[str, object]) -> TwoTowerConfig:
         shown = (
             "is missing" if model_type is None else f"{reprlib.repr(model_type)} is not supported"
         )
-        raise ValueError(f"config.json: model_type {shown}; read are {', '.join(FAMILIES)}")
+        raise ValueError(f"config.json: model_type {shown}; supported are {', '.join(FAMILIES)}")
     return family.read_config(values)
 
 

@@ -52,7 +52,7 @@ _MIXERS = ("self_attn", "mlp")  # of a block, in order
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _PER_LAYER = ("layer_types", "no_rope_layers", "eos_token_id", "reads")
 _SMOLLM3_INTERVAL = 4  # llama.cpp knows no other
-_MOST_BLOCKS = 512
+_MAX_BLOCKS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,10 +361,10 @@ FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3)
 def _num_blocks(value: object) -> int:
     """num_hidden_layers, within bounds before a list is made of it."""
     count = typed("num_hidden_layers", value, int)
-    if not isinstance(count, int) or not 1 <= count <= _MOST_BLOCKS:
+    if not isinstance(count, int) or not 1 <= count <= _MAX_BLOCKS:
         raise ValueError(
             f"config.json: num_hidden_layers={reprlib.repr(count)} must be between 1 and "
-            f"{_MOST_BLOCKS}"
+            f"{_MAX_BLOCKS}"
         )
     return count
 

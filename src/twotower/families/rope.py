@@ -38,7 +38,7 @@ def read_rope(values: Values) -> RopeSpec:
     kind = found.get("rope_type", "default")
     if not isinstance(kind, str) or kind not in _ROPE_TYPES:
         raise ValueError(
-            f"config.json: rope_type={reprlib.repr(kind)} is not supported; read are "
+            f"config.json: rope_type={reprlib.repr(kind)} is not supported; supported are "
             f"{', '.join(_ROPE_TYPES)}"
         )
     refuse(found, {"partial_rotary_factor": 1.0})

@@ -14,8 +14,8 @@ from torch import Tensor
 from twotower.kernels import mixing
 from twotower.kernels.mixing import Kernels, MambaWeights, Modulation, Scanned
 
-_MOST_TOKENS = 64  # of a row: the scan goes from token to token, where longer ones have products
-_MOST_STATE = 1 << 14  # numbers of a head's state, which stay in registers
+_MAX_TOKENS = 64  # of a row: the scan goes from token to token, where longer ones have products
+_MAX_STATE = 1 << 14  # numbers of a head's state, which stay in registers
 
 
 @triton.jit
@@ -165,7 +165,7 @@ def conv_scan(
     """`mixing.conv_scan`; PyTorch's for more than 64 tokens, large states and several of them."""
     (num_rows, length, num_heads), (_, head_dim, num_groups, state_size) = dt.shape, sizes
     tile = triton.next_power_of_2(head_dim), triton.next_power_of_2(state_size)
-    is_large = length > _MOST_TOKENS or tile[0] * tile[1] > _MOST_STATE
+    is_large = length > _MAX_TOKENS or tile[0] * tile[1] > _MAX_STATE
     if is_large or states_every not in (None, length):
         return mixing.conv_scan(window, dt, weights, sizes, seed, is_valid, states_every)
     if seed is None:

@@ -18,9 +18,9 @@ from twotower.specs import AttentionSpec, LayerSpec, MambaSpec
 
 # Tokens by which a buffer grows. Doubling would make short texts grow again and again, and leave
 # half of a long one's room unused.
-_LEAST_GROWTH, _MOST_GROWTH = 64, 1024
+_MIN_GROWTH, _MAX_GROWTH = 64, 1024
 # A cache is copied to a smaller one when its buffers have room for so many times its rows.
-_MOST_SPARE_ROWS = 4
+_MAX_SPARE_ROWS = 4
 
 LayerState = KV | MambaState | None
 # Each Mamba layer's state after the first counts (B,) of the tokens that were read.
@@ -194,7 +194,7 @@ class ContextCache:
         order = [place if place in kept else next(movers) for place in range(len(rows))]
         chosen = torch.tensor(order, dtype=torch.int64)
         room = max((len(s.k) for s in self._states if isinstance(s, KV)), default=0)
-        if len(order) * _MOST_SPARE_ROWS <= room:
+        if len(order) * _MAX_SPARE_ROWS <= room:
             self.__dict__.update(self.select(chosen).__dict__)
             return order
         self.version = object()
@@ -265,7 +265,7 @@ def _with_room(buffer: Tensor, num_rows: int, num_past: int, length: int) -> Ten
     if num_rows <= rows and length <= tokens:
         return buffer
     if length > tokens:
-        tokens = max(length, tokens + min(max(tokens, _LEAST_GROWTH), _MOST_GROWTH))
+        tokens = max(length, tokens + min(max(tokens, _MIN_GROWTH), _MAX_GROWTH))
     if num_rows > rows:
         rows = max(num_rows, rows + rows // 2)
     # Zeros, not empty: a masked key has weight 0, but 0 times stray NaN is NaN.

@@ -25,8 +25,8 @@ _NO_KEYS, _NO_STATE = (0,) * 2, (0,) * len(OUTPUTS[2:])
 _ATTENTION, _MAMBA = AttentionSpec.symbol, MambaSpec.symbol
 # Bytes from which memory is kept: the system takes back what is larger, and gives it out again page
 # by page. 8 MB of states a step cost 2,048 page faults, at 160M half as much as the step itself.
-_LEAST_KEPT = 2**18
-_MOST_FREE = 6  # buffers that nobody uses: passes of one and of 16 tokens take turns
+_MIN_KEPT = 2**18
+_MAX_FREE = 6  # buffers that nobody uses: passes of one and of 16 tokens take turns
 
 
 class Addresses:
@@ -89,7 +89,7 @@ class BufferPool:
     def take(self, *shape: int) -> Tensor:
         """A tensor of any values, float32."""
         num_bytes = _FLOAT * math.prod(shape)
-        if num_bytes < _LEAST_KEPT or num_bytes == 0:
+        if num_bytes < _MIN_KEPT or num_bytes == 0:
             return torch.empty(shape)
         with self._lock:
             return torch.frombuffer(self._find(num_bytes), dtype=torch.float32).view(shape)
@@ -101,7 +101,7 @@ class BufferPool:
         for i in free:
             if len(own[i]) == num_bytes:
                 return own[i]
-        for i in reversed(free[:-_MOST_FREE]):  # the oldest
+        for i in reversed(free[:-_MAX_FREE]):  # the oldest
             del own[i]
         own.append(bytearray(num_bytes))
         return own[-1]

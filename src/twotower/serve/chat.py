@@ -18,12 +18,12 @@ from twotower.tokenizer import (
     named_template,
 )
 
-_MOST_TEMPLATE_BYTES = 1 << 20
-_MOST_CONFIG_BYTES = 16 << 20
+_MAX_TEMPLATE_BYTES = 1 << 20
+_MAX_CONFIG_BYTES = 16 << 20
 _RENDER_CPU_S, _RENDER_S = 1.0, 10.0
 _RENDER_MEMORY = 256 << 20
 _CHARS_PER_TOKEN = 8  # text has seldom more
-_MOST_AT_A_CUT = 64  # tokens by which the beginning of a text may differ from that of its ids
+_MAX_AT_A_CUT = 64  # tokens by which the beginning of a text may differ from that of its ids
 # As the shipped model's training text writes questions and tool calls; see docs/serving.md.
 PLAIN = """\
 {{- bos_token }}
@@ -132,7 +132,7 @@ def _encode(tokenizer: Tokenizer, text: str, allow_special: bool, most: int) -> 
     """All token ids, or more than `most`."""
     beginning = text[: _CHARS_PER_TOKEN * most + 1]
     ids = tokenizer.encode(beginning, allow_special=allow_special)
-    if len(beginning) == len(text) or len(ids) > most + _MOST_AT_A_CUT:
+    if len(beginning) == len(text) or len(ids) > most + _MAX_AT_A_CUT:
         return ids
     return tokenizer.encode(text, allow_special=allow_special)
 
@@ -158,11 +158,11 @@ def read_template(folder: Path, instead: Path | None = None) -> ChatTemplate | N
     config = _read_config(config_file) if config_file.is_file() else {}
     source = named_template(config)
     if file.is_file():
-        source = _read(file, _MOST_TEMPLATE_BYTES)
+        source = _read(file, _MAX_TEMPLATE_BYTES)
     if source is None:
         return None
-    if len(source.encode()) > _MOST_TEMPLATE_BYTES:
-        raise _too_large(config_file, _MOST_TEMPLATE_BYTES, "the chat template of ")
+    if len(source.encode()) > _MAX_TEMPLATE_BYTES:
+        raise _too_large(config_file, _MAX_TEMPLATE_BYTES, "the chat template of ")
     return ChatTemplate(source=source, special=_special(config))
 
 
@@ -193,7 +193,7 @@ def _too_large(file: Path, most_bytes: int, what: str = "") -> ValueError:
 
 def _read_config(file: Path) -> Mapping[str, object]:
     try:
-        config = json.loads(_read(file, _MOST_CONFIG_BYTES))
+        config = json.loads(_read(file, _MAX_CONFIG_BYTES))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"chat_template: {file} is not JSON ({error})") from None
     return config if isinstance(config, dict) else {}

@@ -25,7 +25,7 @@ from twotower.serve.options import ServeOptions
 _log = logging.getLogger("twotower.serve")
 ENTRY = "twotower.entry"  # where the scope holds the request's line of the log
 CALLER = "twotower.caller"  # and whose request it is
-_MOST_HELD = 256 << 20  # bytes of all bodies that are not answered yet
+_MAX_HELD = 256 << 20  # bytes of all bodies that are not answered yet
 _KNOWN_PATHS = (
     *("/v1/completions", "/v1/chat/completions", "/v1/responses"),
     *("/v1/models", "/metrics"),
@@ -145,7 +145,7 @@ class Guard:
             self._held += len(part)
             if len(body) > self._rules.options.max_body_bytes:
                 raise _too_large(self._rules.options)
-            if self._held > _MOST_HELD:
+            if self._held > _MAX_HELD:
                 raise _too_many()
             has_more = message.get("more_body", False)
 

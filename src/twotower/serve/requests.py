@@ -28,7 +28,7 @@ from twotower.tokenizer import Tokenizer
 # Decoding options that a body may name; one that its mode does not use is an error.
 _NAMED = ("temperature", *SAMPLED_ONLY, "stop", "ignore_eos", *FIELD_MODES)
 _SEEDS = 1 << 63
-_MOST_LOGPROBS = 1 << 17  # values in an answer
+_MAX_LOGPROBS = 1 << 17  # values in an answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +210,7 @@ class Reader:
         if logprobs is not None:
             asked = num_rows * self._num_tokens(max_tokens) * (logprobs + 1)
             what = " values (rows times max_tokens times alternatives and one)"
-            _check_size("logprobs", asked, _MOST_LOGPROBS, what)
+            _check_size("logprobs", asked, _MAX_LOGPROBS, what)
 
     def _given(self, body: TextRequest) -> dict[str, object]:
         """The decoding options that the body names."""

@@ -125,7 +125,7 @@ def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) ->
 
 
 T = TypeVar("T")
-_MOST_UNSEEN = 256  # events that wait for a client, beside those that hold its text
+_MAX_UNSEEN = 256  # events that wait for a client, beside those that hold its text
 DONE = "[DONE]"
 
 
@@ -185,7 +185,7 @@ async def _merged(tickets: Sequence[Ticket]) -> AsyncGenerator[tuple[int, Event]
     async def pass_on(number: int, ticket: Ticket) -> None:
         async for event in ticket.aevents():
             # What a viewer does not take in time it need not see; there is no end of it.
-            if not isinstance(event, StepTaken) or events.qsize() < _MOST_UNSEEN:
+            if not isinstance(event, StepTaken) or events.qsize() < _MAX_UNSEEN:
                 events.put_nowait((number, event))
 
     tasks = [asyncio.create_task(pass_on(n, ticket)) for n, ticket in enumerate(tickets)]

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-_MOST_CHARS = 64 << 20
+_MAX_CHARS = 64 << 20
 COMPILE, RENDER = b"c", b"r"  # and behind the letter what `_compile` and `_render` take, as JSON
 
 
@@ -59,7 +59,7 @@ class Program:
         except Exception as error:  # a template is a program: it can fail in any way
             raise ValueError(f"fails ({type(error).__name__}: {error})") from None
         # One more than allowed tells that there are too many: each is a token or more.
-        return list(itertools.islice(cover.pieces(text[:_MOST_CHARS]), most_pieces + 1))
+        return list(itertools.islice(cover.pieces(text[:_MAX_CHARS]), most_pieces + 1))
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

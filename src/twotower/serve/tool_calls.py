@@ -14,8 +14,8 @@ from twotower.engine.grammar import Grammar, schema_rule
 
 Tools = Sequence[Mapping[str, object]]
 CHOICES = ("none", "auto", "required")
-_MOST_DEPTH = 100  # of lists and objects
-_TOO_DEEP = f"more than {_MOST_DEPTH} lists and objects in one another"
+_MAX_DEPTH = 100  # of lists and objects
+_TOO_DEEP = f"more than {_MAX_DEPTH} lists and objects in one another"
 # A call up to its arguments, and one without white space up to somewhere before them.
 _OPENING = re.compile(
     r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(.*)', re.DOTALL
@@ -352,7 +352,7 @@ def parse_json(text: str) -> object:
     except RecursionError:
         raise TooDeep(_TOO_DEEP) from None
     level = [value] if isinstance(value, dict | list) else []
-    for _ in range(_MOST_DEPTH):
+    for _ in range(_MAX_DEPTH):
         inner = [one.values() if isinstance(one, dict) else one for one in level]
         level = [part for one in inner for part in one if isinstance(part, dict | list)]
         if not level:

@@ -29,7 +29,7 @@ from twotower.train.optimizer import Optimizers, WeightAverage
 
 STATE_FILE = "state.json"
 _FORMAT = 2
-_MOST_BYTES = 1 << 24  # of state.json
+_MAX_BYTES = 1 << 24  # of state.json
 _ADAM_KEYS, _MUON_KEYS = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
 
 
@@ -126,7 +126,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     file = folder / STATE_FILE
     try:
-        if file.stat().st_size > _MOST_BYTES:
+        if file.stat().st_size > _MAX_BYTES:
             raise ValueError(f"{STATE_FILE} is too large")
         content = json.loads(file.read_text())
         if content.pop("format") != _FORMAT:

@@ -59,7 +59,7 @@ LEGEND = (
     "acc: right answers, with the 95 % interval over items. kept: accuracy over that of ar, with "
     "its interval. =ar: answers whose text is ar's. t/NFE: tokens written per denoiser pass; NFE: "
     "denoiser passes in all. t/ctx: tokens per pass of the context tower, in speculative the "
-    "acceptance length. t/s: tokens a second, reading the prompt included. x ar: how many times "
+    "acceptance length. t/s: tokens a second, prefill included. x ar: how many times "
     "the speed of ar per token, median over prompts. loops: answers that ran into the token limit "
     "while repeating themselves."
 )

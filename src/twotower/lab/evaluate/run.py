@@ -130,7 +130,7 @@ def decode(
     options: GenerateOptions,
     trace: Trace,
 ) -> list[Output]:
-    """Decode prompts together and time it as a whole, prompt reading included."""
+    """Decode prompts together and time it as a whole, prefill included."""
     steps: list[StepTaken] = []
     finished: dict[int, Finished] = {}
     begin = time.perf_counter()

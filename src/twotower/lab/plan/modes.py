@@ -42,7 +42,7 @@ class ModeTime:
 
     @property
     def tokens_per_s(self) -> float:
-        """With the reading of the prompts."""
+        """With the prefill."""
         return self.tokens / (self.prefill_s + self.decode_s)
 
     @property
@@ -149,7 +149,7 @@ def overlapped_seconds(group: Turns) -> float:
 
 
 def prefill_seconds(setup: PlanSetup, workload: Workload, device_map: DeviceMap) -> float:
-    """Reading all prompts, NEWCOMERS rows at a time, and sending the cache to a second device."""
+    """Prefill of all prompts, NEWCOMERS rows at a time; the cache is sent to a second device."""
     share = device_map.share_of("context")
     whole, rest = divmod(workload.batch_size, NEWCOMERS)
     groups = [(NEWCOMERS, whole), (rest, 1)]

@@ -38,7 +38,7 @@ from twotower.model.thin import blocks_of, spread, thin_config
 
 # A published run of the 30B model: 66 denoiser passes for 256 tokens (the port on two DGX Sparks).
 PUBLISHED_TOKENS_PER_NFE = 256 / 66
-_MOST_BATCH = 2**16
+_MAX_BATCH = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ class PlanOptions:
     def __post_init__(self) -> None:
         if self.devices not in (1, 2):
             raise ValueError(f"devices: {self.devices} is not possible; a tower each on 1 or 2")
-        most = number(1, _MOST_BATCH, is_whole=True)
+        most = number(1, _MAX_BATCH, is_whole=True)
         check_fields(self, {"max_batch_size": most, "price_per_hour": number(0)})
         name = self.efficiency
         if name is not None and name not in PROFILES and not name.endswith(".toml"):

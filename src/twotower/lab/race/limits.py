@@ -28,7 +28,7 @@ _CREDIBLE = 0.8  # of its limit: the least time that a pass can have taken
 _WEIGHT_BYTES = {"-f32": 4.0, "-f16": 2.0, "-bf16": 2.0, "-q8_0": 34 / 32, "-int8": 1.0}
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 _GEMM = 1024  # rows and columns of the matrices that measure the peak
-_LEAST_READ = 2**20  # bytes; below, a timed read would be all overhead
+_MIN_READ = 2**20  # bytes; below, a timed read would be all overhead
 _SECONDS = 0.3  # least time of a measurement
 
 
@@ -52,7 +52,7 @@ class Machine:
 
     def bytes_per_s(self, num_bytes: float) -> float:
         """Bandwidth of reading a buffer of this size again and again."""
-        size = max(_LEAST_READ, round(num_bytes))
+        size = max(_MIN_READ, round(num_bytes))
         if size not in self._bandwidths:
             self._bandwidths[size] = measure_bandwidth(size)
         return self._bandwidths[size]

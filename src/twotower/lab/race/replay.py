@@ -78,7 +78,7 @@ class Script:
 
     confidences: list[list[float]]
     commits: list[int]
-    num_unread: int = 1  # commits that the prompt's own logits gave, before any reading
+    num_unread: int = 1  # commits that the prompt's own logits gave, before any pass
 
     @property
     def num_tokens(self) -> int:

@@ -88,7 +88,7 @@ def cycle_break_even(ar_ms: float, denoise_ms: float, verify_ms: float, speedup:
 def summarise_measurements(columns: Columns, ours: Sequence[str]) -> dict[str, object]:
     """`engines` and the best AR of a size; `ours` names our engines.
 
-    Costs include reading the prompt; those that begin with `decode` do not.
+    Costs include prefill; those that begin with `decode` do not.
     """
     costs = {name: [one.ms_per_token for one in column] for name, column in columns.items()}
     decode_costs = {name: _decode_costs(column) for name, column in columns.items()}
@@ -108,7 +108,7 @@ def summarise_measurements(columns: Columns, ours: Sequence[str]) -> dict[str, o
         "engines": engines,
         "best_ar": list(best),
         "best_ar_decode": list(best_decode),
-        # Where no answer has two tokens, reading the prompt is all that there is.
+        # Where no answer has two tokens, prefill is all that there is.
         "best_ar_decode_ms": spread(decode_costs[best_decode] or costs[best_decode]).median,
         "n": len(columns[best]),
     }
@@ -145,7 +145,7 @@ def summarise_passes(
 ) -> dict[str, object]:
     """Spreads of all passes, ratios, and where block decoding breaks even.
 
-    best_ar_ms: what a token costs the fastest AR decoder of the size, reading the prompt apart.
+    best_ar_ms: what a token costs the fastest AR decoder of the size, prefill apart.
     """
     spreads = {key: spread(values) for key, values in times.items()}
     engines = list(dict.fromkeys(engine for engine, _ in spreads))
@@ -223,7 +223,7 @@ def _decode_costs(column: Sequence[Measurement]) -> list[float]:
 def _decode_speedup(
     baseline: Sequence[Measurement], column: Sequence[Measurement]
 ) -> Spread | None:
-    """Speed-up without reading the prompt, over prompts of which both decoded anything."""
+    """Speed-up without prefill, over prompts of which both decoded anything."""
     pairs = [
         (before, after)
         for theirs, ours in zip(baseline, column, strict=True)

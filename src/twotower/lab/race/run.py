@@ -43,9 +43,11 @@ from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 
 OUR_MODES = ("ar", "diffusion", "speculative")
-REPLAY_PROMPT = 256  # most tokens of a prompt before a replay: reading it is not what is replayed
+REPLAY_PROMPT = (
+    256  # maximum tokens of a prompt before a replay: its prefill is not what is replayed
+)
 _STAT = Path("/proc/stat")
-_MOST_OTHERS = 0.07  # cores, on average
+_MAX_OTHERS = 0.07  # cores, on average
 _IDLE_S = 1.0  # how long others are watched before the race
 
 
@@ -290,7 +292,7 @@ def others_used(before: CpuLoad, after: CpuLoad, during: str) -> list[str]:
         return []
     busy = (after.busy_s - before.busy_s) - (after.own_s - before.own_s)
     cores = busy / (after.wall_s - before.wall_s)
-    if cores <= _MOST_OTHERS:
+    if cores <= _MAX_OTHERS:
         return []
     return [
         f"{during}: other processes used {cores:.2f} cores; timings of several threads suffer "

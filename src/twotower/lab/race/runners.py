@@ -58,7 +58,7 @@ class Measurement:
 
     @property
     def decode_ms_per_token(self) -> float | None:
-        """Without reading the prompt; None where that was all."""
+        """Without prefill; None where that was all."""
         return 1e3 * self.decode_seconds / self.decode_tokens if self.decode_tokens else None
 
 

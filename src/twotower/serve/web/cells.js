@@ -82,7 +82,7 @@ function isNew(group, frame, at, isCurrent) {
 function headline(run, group, index, frame) {
   if (group.kind === "plain") {
     const isFirst = index === 0 && run.request.mode === "speculative" && frame.shown === 1;
-    return isFirst ? "First token, from reading the prompt" : `Token by token: ${frame.shown}`;
+    return isFirst ? "First token, from prefill" : `Token by token: ${frame.shown}`;
   }
   const name = `Block ${blockNumber(run, index)}`;
   const taken = frame.step === 0 ? "1 pass" : `${frame.step + 1} passes`;

@@ -13,7 +13,7 @@ function rows(values) {
   const number = (value, digits = 0) => (value === null ? DASH : value.toFixed(digits));
   const shown = [
     ["tokens/s", number(values.tokensPerSecond), "tokens that are text, by the time"],
-    ["time", milliseconds(values.seconds * 1000), "since the request, reading the prompt included"],
+    ["time", milliseconds(values.seconds * 1000), "since the request, prefill included"],
     ["tokens", number(values.tokens), "tokens that are text"],
     ["NFE", number(values.nfe), "passes of the denoiser tower"],
     ["tokens/NFE", number(values.tokensPerNfe, 2), "tokens that are text, by denoiser passes"],

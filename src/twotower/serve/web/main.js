@@ -13,7 +13,7 @@ import { Stage } from "./stage.js";
 import { startTheme } from "./theme.js";
 
 const ROUNDS = 5; // of a race, whose single times say little
-const MOST_RACE_MS = 8000; // no further round begins later than this
+const MAX_RACE_MS = 8000; // no further round begins later than this
 const UNKNOWN = { id: null, modes: MAIN_MODES, defaults: {}, about: "" };
 
 let model = UNKNOWN;
@@ -74,7 +74,7 @@ async function decode(form) {
   const rounds = [runs];
   let isWhole = await decodeRound(runs, "");
   while (isWhole && runs.length > 1 && rounds.length < ROUNDS) {
-    if (performance.now() - begin > MOST_RACE_MS) break;
+    if (performance.now() - begin > MAX_RACE_MS) break;
     const again = newRuns();
     isWhole = await decodeRound(again, `, round ${rounds.length + 1} of ${ROUNDS}`);
     if (isWhole) rounds.push(again);

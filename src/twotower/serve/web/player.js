@@ -1,6 +1,6 @@
 // Playback: which moment is on the screen, and when the next one follows.
 
-const MOST_LAG_MS = 100;
+const MAX_LAG_MS = 100;
 
 /** Steps through moments in time. It draws nothing: `show(k)` and `change()` are told. */
 export class Player {
@@ -56,7 +56,7 @@ export class Player {
   #tick(now) {
     if (!this.isPlaying) return;
     // Where drawing stood still (a hidden tab, a busy machine), playback goes on from there.
-    this.due = Math.max(this.due, now - MOST_LAG_MS);
+    this.due = Math.max(this.due, now - MAX_LAG_MS);
     let next = this.at;
     const last = this.source.count() - 1;
     while (next < last && now >= this.due) {

@@ -1,7 +1,7 @@
 // The picture above the slider: one bar for each moment, as high as the number of places it filled.
 
 const NAMESPACE = "http://www.w3.org/2000/svg";
-const MOST_BARS = 600; // more moments than this share bars
+const MAX_BARS = 600; // more moments than this share bars
 const WIDEST = 26; // of a bar, in pixels
 const HEIGHT = 28; // of one lane, in units of the drawing
 
@@ -11,7 +11,7 @@ export function drawStrip(svg, runs, moments) {
   svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT * runs.length}`);
   svg.dataset.lanes = runs.length;
   const most = Math.max(1, ...runs.flatMap((run) => run.frames.map((frame) => frame.filled)));
-  const every = Math.ceil(moments.length / MOST_BARS);
+  const every = Math.ceil(moments.length / MAX_BARS);
   const unit = Math.max(1, svg.clientWidth) / width; // in pixels
   const barWidth = Math.min(0.7, WIDEST / unit) * every;
   const bars = [];
