@@ -200,7 +200,7 @@ def test_a_dead_worker_is_not_ready_and_is_left_alone(monkeypatch: pytest.Monkey
             raise EngineDeadError("lost the other rank")
         return iter(())
 
-    monkeypatch.setattr(Scheduler, "_read", lost)
+    monkeypatch.setattr(Scheduler, "_prefill", lost)
     with running(loaded=tiny()) as server, server.client() as client:
         told = client.post(URL, json=SHORT)
         assert told.status_code == 503 and "nothing can be decoded" in str(error_of(told))

@@ -184,7 +184,7 @@ def test_an_error_of_the_scheduler_ends_rows_but_not_the_worker(
     monkeypatch: pytest.MonkeyPatch, overlap: str
 ) -> None:
     """Guards against a thread that dies and a server that accepts what nobody will decode."""
-    read, calls = Scheduler._read, []
+    read, calls = Scheduler._prefill, []
 
     def broken(scheduler: Scheduler, group: Group) -> object:
         calls.append(group)
@@ -192,7 +192,7 @@ def test_an_error_of_the_scheduler_ends_rows_but_not_the_worker(
             raise RuntimeError(SECRET)
         return read(scheduler, group)
 
-    monkeypatch.setattr(Scheduler, "_read", broken)
+    monkeypatch.setattr(Scheduler, "_prefill", broken)
     with running(overlap=overlap, max_rows=2) as worker:
         tickets = [worker.submit(Request(p, options(mode="ar"))) for p in PROMPTS * 2]
         ends = [end_of(ticket) for ticket in tickets]

@@ -133,7 +133,7 @@ def refusal(**values: object) -> str:
 def test_an_unknown_model_type_is_refused_by_its_name(model_type: object) -> None:
     """Silent failure: a Qwen file was read as layers of attention without MLPs."""
     text = refusal(model_type=model_type, hybrid_override_pattern="M*E-M*")
-    assert f"read are {', '.join(FAMILIES)}" in text
+    assert f"supported are {', '.join(FAMILIES)}" in text
     assert ("is missing" if model_type is None else repr(model_type)) in text
 
 

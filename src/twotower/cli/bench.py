@@ -47,8 +47,9 @@ RECORD_FILE = "race.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchOptions(RaceOptions, Placement):
-    """How fast each of our modes is on the same weights against AR decoding, ours, transformers'
-    and llama.cpp's, in one paired run; and which limit of the machine each pass is at.
+    """Measure the speed of each decoding mode against AR decoding of the same weights by twotower,
+    transformers and llama.cpp, in paired runs, and what bounds each forward pass: bandwidth or
+    arithmetic.
     """
 
     json: bool = False

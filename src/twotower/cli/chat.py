@@ -60,7 +60,7 @@ class ChatArguments(Placement):
     r"""Replace \n, \t and \\ in --system by line break, tab and backslash."""
     mode: Mode | None = None
     """Decoding algorithm, as in twotower generate. Default: the checkpoint's, or the server's."""
-    max_tokens: int | None = None
+    max_new_tokens: int | None = None
     """Maximum number of new tokens of a reply."""
     temperature: float | None = None
     """Sampling temperature; 0 is greedy."""
@@ -68,7 +68,7 @@ class ChatArguments(Placement):
     def __post_init__(self) -> None:
         super().__post_init__()
         GenerateOptions(
-            mode=self.mode, max_new_tokens=self.max_tokens, temperature=self.temperature
+            mode=self.mode, max_new_tokens=self.max_new_tokens, temperature=self.temperature
         )
         if self.url is not None:
             usual = Placement()
@@ -83,7 +83,7 @@ class ChatArguments(Placement):
         named = {
             "model": self.model if self.url is not None else None,
             "mode": self.mode,
-            "max_tokens": self.max_tokens,
+            "max_tokens": self.max_new_tokens,
             "temperature": self.temperature,
         }
         return {name: value for name, value in named.items() if value is not None}

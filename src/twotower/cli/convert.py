@@ -14,7 +14,7 @@ DType = Literal["keep", "float32", "bfloat16", "float16", "q8_0"]
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """Write a checkpoint in another layout or dtype; files beside the weights come along."""
+    """Write a checkpoint in another layout or dtype; files beside the weights are copied."""
 
     source: Annotated[str, tyro.conf.Positional]
     """Checkpoint folder or hub id owner/name: two towers, or a single-tower backbone."""

@@ -42,7 +42,7 @@ SWEEP_SHARE = 4  # the first of so many parts of each category is swept
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(EvaluationOptions, Placement):
-    """Quality and speed of a checkpoint, task by task, every mode on the same held-out prompts."""
+    """Measure quality and speed of a checkpoint by task and mode, on the same held-out prompts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -40,8 +40,10 @@ def optional_flags(
         if field.name not in leave_out:
             shown = tyro.conf.arg(
                 aliases=ALIASES.get(field.name),
-                help=_with_flags(docs[field.name], hints),
-                help_behavior_hint=f"(default: {_spell(field.default)})",
+                help=with_flags(docs[field.name], hints),
+                help_behavior_hint=""
+                if field.default is False
+                else f"(default: {_spell(field.default)})",
             )
             # Of several numbers one: a list would swallow the prompts behind it.
             hint = int if hints[field.name] == tuple[int, ...] else hints[field.name]
@@ -51,7 +53,7 @@ def optional_flags(
     return TypedDict("decoding", flags, total=False)  # type: ignore[operator, no-any-return]
 
 
-def _with_flags(text: str, names: Collection[str]) -> str:
+def with_flags(text: str, names: Collection[str]) -> str:
     """A field's help in the words of a command line: other fields are named as flags."""
     known = "|".join(names)
     text = re.sub(rf"\b({known})=", lambda match: f"{_flag(match[1])} ", text)

@@ -32,7 +32,7 @@ class InspectOptions:
     """shipped, nano-30b (the released model), a checkpoint folder, GGUF file, hub id owner/name, a
     config.json, or a denoiser's folder."""
     model: str | None = None
-    """The same, as other verbs name it."""
+    """The same as PATH."""
     json: bool = False
     """One JSON object on stdout instead of tables."""
 

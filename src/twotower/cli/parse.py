@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import tyro
 
-from twotower.cli.flags import ALIASES
+from twotower.cli.flags import ALIASES, with_flags
 from twotower.documented import field_docs, summary
 
 T = TypeVar("T")
@@ -63,7 +63,9 @@ def _flags_of(options_class: type) -> type:
     """
     assert dataclasses.is_dataclass(options_class)
     flags = _annotated_fields(options_class)
-    own = inspect.get_annotations(options_class)
+    own = [*inspect.get_annotations(options_class)]
+    if not {*own} - {"json"}:  # a verb that adds nothing to the library's options
+        own = [*inspect.get_annotations(options_class.__mro__[1]), *own]
     first = [name for name in ("model", *own) if name in flags]
     fields: list[tuple[str, Any, Any]] = [flags.pop(name) for name in dict.fromkeys(first)]
     for parent in options_class.__mro__[1:]:
@@ -78,7 +80,7 @@ def _flags_of(options_class: type) -> type:
 
 def _annotated_fields(options_class: type) -> dict[str, tuple[str, Any, Any]]:
     """Name, annotated type and default of every field, by name."""
-    hints, docs = get_type_hints(options_class, include_extras=True), field_docs(options_class)
+    hints, docs = get_type_hints(options_class, include_extras=True), _docs(options_class)
     found: dict[str, tuple[str, Any, Any]] = {}
     for field in dataclasses.fields(options_class):
         hint, *own = (
@@ -87,23 +89,43 @@ def _annotated_fields(options_class: type) -> dict[str, tuple[str, Any, Any]]:
             else (hints[field.name],)
         )
         is_optional = NoneType in get_args(hint) and field.default is None
-        is_switch = hint is bool and field.default is False
+        is_switch = hint is bool
         is_list = field.default == () and tyro.conf.UseAppendAction not in own
+        hidden = "(default: on)" if is_switch and field.default is True else ""
         shown = tyro.conf.arg(
             aliases=ALIASES.get(field.name),
             help=docs.get(field.name),
-            metavar=_metavar(field, hint, tyro.conf.Positional in own),
-            help_behavior_hint="" if is_optional or is_switch or is_list else None,
+            metavar="[TEXT [TEXT ...]]"
+            if is_list and hint == tuple[str, ...]
+            else _metavar(field, hint, tyro.conf.Positional in own),
+            help_behavior_hint=hidden if is_optional or is_switch or is_list else None,
         )
         default: Any = dataclasses.field(
             default=field.default, default_factory=field.default_factory
         )
         # A switch that a file of options may turn on needs its --no-; --json comes from no file.
-        if is_switch and field.name == "json":
+        if field.name == "json":
             own = [tyro.conf.FlagCreatePairsOff, *own]
         # The field's own settings come last: they win.
         found[field.name] = field.name, Annotated[(hint, shown, *own)], default
     return found
+
+
+def _docs(options_class: type) -> dict[str, str]:
+    """The help of each field; one of decoding that has none here has that of `GenerateOptions`."""
+    docs = field_docs(options_class)
+    names = [field.name for field in dataclasses.fields(options_class)]
+    if all(docs.get(name) for name in names):
+        return docs
+    from twotower.engine.options import GenerateOptions
+
+    known = field_docs(GenerateOptions)
+    shared = {
+        name: f"{with_flags(known[name], names)} Default: the checkpoint's."
+        for name in names
+        if name in known
+    }
+    return shared | docs
 
 
 def _metavar(field: "dataclasses.Field[object]", hint: object, is_positional: bool) -> str | None:

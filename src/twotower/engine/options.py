@@ -75,10 +75,11 @@ class EngineOptions:
     """Server: maximum number of prompts that wait; further ones are refused."""
     overlap: Overlap = "auto"
     """Run both towers at the same time, each on another half of the batch: the denoiser drafts for
-    one half while the context tower reads the other. auto: on if the towers are on two devices."""
+    one half while the context tower verifies the other. auto: on if the towers are on two
+    devices."""
     prefix_cache_bytes: int = 0
-    """Memory of the prefix cache: a prompt that begins like an earlier text is not read again up to
-    there. 0 is off."""
+    """Size of the prefix cache: of a prompt that begins like an earlier text only the rest is
+    prefilled. 0 is off."""
 
     def __post_init__(self) -> None:
         check_fields(self, _ENGINE_CHECKS)
@@ -114,10 +115,10 @@ class GenerateOptions:
     the context tower's own token, at no extra forward pass. 0 accepts all, as published. Needs
     first_token=context."""
     drafts: Drafts | None = None
-    """speculative: where drafts come from. lookup: prompt lookup (n-gram matching), what followed
-    the newest tokens where prompt or text had them before, and n-grams of the model's own answers
-    where --denoiser brings some; costs no pass. denoiser: the denoiser tower. auto: in each cycle
-    the one that is expected to pay more."""
+    """speculative: where drafts come from. lookup: prompt lookup (n-gram matching), which copies
+    what followed the last tokens where they occurred before, and n-grams of the model's own answers
+    where --denoiser brings some. denoiser: the denoiser tower. auto: in each cycle the one that is
+    expected to save more time."""
     draft_passes: int | None = None
     """speculative: maximum number of denoiser passes per draft."""
     confidence_threshold: float | None = None

@@ -153,9 +153,10 @@ class DiffusionObjectiveOptions(CheckedOptions):
     """Weight of the context tower's next-token loss beside the denoiser's, for --train-context and
     --towers tied-ar (there 0 means 1)."""
     early_block_size: int | None = None
-    """Tokens per block in the first steps; the paper has 32 before 16."""
+    """Block size of the first steps (--early-fraction), before --block-size; the paper has 32, then
+    16."""
     early_fraction: float = 0.5
-    """Fraction of the steps with --early-block-size."""
+    """Fraction of the steps that have --early-block-size."""
 
 
 @dataclass(frozen=True, kw_only=True)

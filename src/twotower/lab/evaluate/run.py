@@ -29,11 +29,11 @@ T = TypeVar("T", bound="EvaluationOptions")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """Quality and speed of a checkpoint, task by task, every mode on the same held-out prompts."""
+    """Measure quality and speed of a checkpoint by task and mode, on the same held-out prompts."""
 
     modes: str = AUTO
-    """Decoding modes to compare, separated by commas; ar is what the others are held against. auto:
-    ar, speculative and, if the model has a denoiser, diffusion."""
+    """Decoding modes to compare, separated by commas; ar is the baseline. auto: ar, speculative
+    and, if the model has a denoiser, diffusion."""
     categories: str = ",".join(CATEGORIES)
     """Categories of the suite, separated by commas."""
     items: int = 200
@@ -56,17 +56,11 @@ class EvaluationOptions:
     """Print one JSON object instead of tables."""
     allow_unsandboxed_code: bool = False
     """Run code that the model writes even where this machine has no sandbox for it."""
+    # Of diffusion, as in GenerateOptions, whose help they have.
     confidence_threshold: float | None = None
-    """diffusion: a pass commits all predictions that are more probable than this. Default: the
-    checkpoint's."""
     steps_per_block: int | None = None
-    """diffusion: maximum number of denoiser passes per block. Default: the checkpoint's."""
     first_token: FirstToken | None = None
-    """diffusion: which tower predicts the first token of a block. denoiser: as published. Default:
-    the checkpoint's."""
     verify_threshold: float | None = None
-    """diffusion: probability under the context tower below which a token is rejected. 0: none is,
-    as published. Default: the checkpoint's."""
 
     def __post_init__(self) -> None:
         counts = ("items", "batch_size", "max_new_tokens")

@@ -43,8 +43,8 @@ _MAX_BATCH = 2**16
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """Whether a model fits a machine, how fast each mode would be, and what a token would cost: a
-    roofline with three stated parameters of efficiency. Nothing is loaded or measured.
+    """Estimate whether a model fits a machine, how fast each mode would be and what a token would
+    cost, by a roofline model with three efficiency parameters. Nothing is loaded or measured.
     """
 
     model: str = "nano-30b"
@@ -56,8 +56,7 @@ class PlanOptions:
     dtype: DType | None = None
     """Precision of weights and cache. Default: bfloat16."""
     quantization: Literal["none", "int8", "int4"] | None = None
-    """Precision of all matrices, if lower; with int4 the head has 8 bits. Default: the
-    checkpoint's."""
+    """Quantisation of all matrices; with int4 the head has 8 bits. Default: the checkpoint's."""
     batch_size: int = 1
     """Prompts decoded at the same time."""
     prompt_tokens: int = 512

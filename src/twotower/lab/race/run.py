@@ -53,15 +53,15 @@ _IDLE_S = 1.0  # how long others are watched before the race
 
 @dataclass(frozen=True, kw_only=True)
 class RaceOptions:
-    """Which of our modes is how fast against AR decoding by us and by others, and why."""
+    """What is measured."""
 
     sizes: str = SHIPPED
-    """Models, separated by commas: shipped (the model, on real text); 32M and 160M (random weights
-    that repeat what the model commits)."""
+    """Models, separated by commas: shipped (real text); 32M and 160M (random weights that replay
+    what the shipped model committed)."""
     modes: str = ",".join(OUR_MODES)
-    """Our decoding modes, separated by commas; ar must be among them."""
+    """Decoding modes, separated by commas; ar must be among them."""
     engines: str = ",".join(ENGINES)
-    """Backends of our modes, separated by commas: eager, native, native-int8."""
+    """Backends, separated by commas: eager, native, native-int8."""
     baselines: bool = True
     """Also measure AR decoding by transformers and llama.cpp, where they are installed."""
     prompts: tuple[Path, ...] = ()
@@ -78,7 +78,7 @@ class RaceOptions:
     max_prompt_tokens: int = 2048
     """Leave out prompts with more tokens than this."""
     replays: int = 16
-    """Answers that each model of random weights repeats."""
+    """Recorded answers that each model of random weights replays."""
     repeats: int = 30
     """Timed calls of each kind of forward pass."""
     seed: int = 0
