@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tiny_sampler import RowSampler, sampler_of
 from twotower.diffusion import Denoise, Step, denoise_block
-from twotower.diffusion.commit import posterior_commit_probability
 from twotower.diffusion.loss import masked_loss_sum
 from twotower.diffusion.noise import SCHEDULES, alpha, alpha_prime
+from twotower.diffusion.scheduled import posterior_commit_probability
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "sampler"
 RECORD = json.loads((GOLDEN / "golden_public.json").read_text())

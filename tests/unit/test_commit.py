@@ -2,12 +2,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from twotower.diffusion.commit import (
+from twotower.diffusion.commit import count_confident, select_commits
+from twotower.diffusion.scheduled import (
     count_adaptive,
-    count_confident,
     count_scheduled,
     posterior_commit_probability,
-    select_commits,
     top2_margin,
 )
 

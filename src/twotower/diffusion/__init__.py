@@ -1,6 +1,6 @@
 """Masked diffusion as pure functions on tensors: noise, losses, token choice, the block loop."""
 
-from twotower.diffusion.commit import choose_commits, count_accepted
+from twotower.diffusion.commit import commit_confident, count_accepted
 from twotower.diffusion.denoise_block import Denoise, Step, denoise_block, predictions
 from twotower.diffusion.loss import elbo_weight, masked_loss_sum, token_cross_entropy
 from twotower.diffusion.noise import SCHEDULES, Schedule, alpha, alpha_prime, corrupt
@@ -32,7 +32,7 @@ __all__ = [
     "alpha_prime",
     "ban",
     "choose",
-    "choose_commits",
+    "commit_confident",
     "corrupt",
     "count_accepted",
     "denoise_block",

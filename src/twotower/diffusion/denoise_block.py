@@ -11,12 +11,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from twotower.diffusion.commit import Predictions, choose_commits
+from twotower.diffusion.commit import Predictions, commit_confident
 from twotower.diffusion.noise import alpha, grid_time
-from twotower.diffusion.sampling import Sampler, ban, choose, draw_noise
+from twotower.diffusion.sampling import Sampler, SamplerKind, ban, choose, draw_noise
+from twotower.diffusion.scheduled import commit_posterior, commit_remasked
 
 # tokens (R, T), t (R,) float32, rows (R,) int64 ascending, of the batch -> logits (R, T, V)
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+# The masked positions that take their predicted token in a step: bool (R, T).
+_RULES: dict[SamplerKind, Callable[[Sampler, Predictions], Tensor]] = {
+    "confidence": commit_confident,
+    "predict-and-noise": commit_remasked,
+    "posterior": commit_posterior,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +82,7 @@ def denoise_block(
         noise = draw_noise(logits, own, row_generators) if generators else None
         found = predictions(logits, choose(logits, own, noise), masked, token_ids)
         found = replace(found, step=step, generators=row_generators, is_last=step + 1 >= most)
-        commit = choose_commits(own, found)
+        commit = _RULES[own.kind](own, found)
 
         nfe = nfe.index_add(0, rows, torch.ones_like(rows))
         newest = torch.where(commit, found.tokens, _pick(tokens, now, is_whole))

@@ -1,15 +1,11 @@
 """What an error means for rows: the one at fault ends with one line, the others go on."""
 
 import logging
-import time
 import traceback
-from collections.abc import Callable, Generator, Iterable
 
 import torch
 
-from twotower.engine.batch import Batch
-from twotower.engine.denoiser import RowsAborted
-from twotower.engine.events import Event, Failed, FailureKind
+from twotower.engine.events import Failed, FailureKind
 from twotower.engine.filters import FilterFailed
 from twotower.engine.grammar import GrammarFailed
 from twotower.engine.request import Row
@@ -22,39 +18,10 @@ _MESSAGES: dict[FailureKind, str] = {
     "internal": "an internal error ended this row; the log has the details",
     "memory": "there was not enough memory for this row; shorten it, or send fewer rows at once",
 }
-Work = Callable[[Batch], Iterable[Event]]
 
 
 class EngineDeadError(RuntimeError):
     """Nothing can be decoded any more, whichever row it is: decoding ends."""
-
-
-def attempt(batch: Batch, work: Work) -> Generator[Event, None, list[Batch]]:
-    """Work on a batch; where that fails, on each of its rows alone. Returns what succeeded.
-
-    The work must leave the batch's cache and texts as they are where it fails. A row whose own work
-    fails ends with Failed; steps of a second try are reported again.
-    """
-    saved = [row.save() for row in batch.rows]
-    try:
-        yield from work(batch)
-        return [batch]
-    except EngineDeadError:
-        raise
-    except RowsAborted:
-        now = time.monotonic()
-        yield from (failed(row.index, row.abort_reason(now) or "cancelled") for row in batch.rows)
-        return []
-    except Exception as error:
-        if len(batch.rows) == 1:
-            yield failure(batch.rows[0], error)
-            return []
-        _log.info("a pass of %d rows failed (%s): one by one", len(saved), type(error).__name__)
-    done: list[Batch] = []
-    for place, (row, state) in enumerate(zip(batch.rows, saved, strict=True)):
-        row.restore(state)
-        done += yield from attempt(batch.part([place]), work)
-    return done
 
 
 def failed(row: int, kind: FailureKind, error: Exception | None = None) -> Failed:

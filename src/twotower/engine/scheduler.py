@@ -4,20 +4,24 @@ The queue says whose turn it is. A row that loses its place keeps its cache and 
 nothing had been; no text depends on who else is there.
 """
 
+import logging
+import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from twotower.engine.batch import Batch, Choice, Group, kind_of
-from twotower.engine.denoiser import new_denoiser
+from twotower.engine.denoiser import RowsAborted, new_denoiser
 from twotower.engine.events import Event, Failed, Verified
-from twotower.engine.faults import attempt, failure
+from twotower.engine.faults import EngineDeadError, failed, failure
 from twotower.engine.options import EngineOptions
 from twotower.engine.prefill import READ_TOKENS, open_batches, read_prompts, refusal
 from twotower.engine.prefix_cache import PrefixCache
 from twotower.engine.request import Row
 from twotower.engine.request_queue import RequestQueue
 from twotower.model import TwoTower
+
+_log = logging.getLogger(__name__)
 
 
 class Scheduler:
@@ -128,14 +132,14 @@ class Scheduler:
         """Let the context tower read what was committed, and pieces of prompts."""
         batches, group.batches = group.batches, []
         for batch in batches:
-            group.batches += yield from attempt(batch, _extend)
+            group.batches += yield from _attempt(batch, _extend)
         places = Counter(row.caller for row in self.rows)
         num_left = READ_TOKENS
         while group.prompts and num_left > 0:
             batch = min(group.prompts, key=lambda one: _turn(one, places))
             group.prompts.remove(batch)
             before = batch.num_read
-            for part in (yield from attempt(batch, self._read_prompts)):
+            for part in (yield from _attempt(batch, self._read_prompts)):
                 num_left -= len(part.rows) * (part.num_read - before)
                 if part.mode.start is not None and part.has_read_prompts:
                     yield from _advance(group, part, part.mode.start)
@@ -145,6 +149,36 @@ class Scheduler:
     def _read_prompts(self, batch: Batch) -> Iterator[Event]:
         read_prompts(batch, self._prefixes)
         return iter(())
+
+
+def _attempt(
+    batch: Batch, work: Callable[[Batch], Iterable[Event]]
+) -> Generator[Event, None, list[Batch]]:
+    """Work on a batch; where that fails, on each of its rows alone. Returns what succeeded.
+
+    The work must leave the batch's cache and texts as they are where it fails. A row whose own work
+    fails ends with Failed; steps of a second try are reported again.
+    """
+    saved = [row.save() for row in batch.rows]
+    try:
+        yield from work(batch)
+        return [batch]
+    except EngineDeadError:
+        raise
+    except RowsAborted:
+        now = time.monotonic()
+        yield from (failed(row.index, row.abort_reason(now) or "cancelled") for row in batch.rows)
+        return []
+    except Exception as error:
+        if len(batch.rows) == 1:
+            yield failure(batch.rows[0], error)
+            return []
+        _log.info("a pass of %d rows failed (%s): one by one", len(saved), type(error).__name__)
+    done: list[Batch] = []
+    for place, (row, state) in enumerate(zip(batch.rows, saved, strict=True)):
+        row.restore(state)
+        done += yield from _attempt(batch.part([place]), work)
+    return done
 
 
 def _turn(batch: Batch, places: Mapping[str | None, int]) -> tuple[int, int, int]:
@@ -159,7 +193,7 @@ def _draft(group: Group) -> Iterator[Event]:
     """Let the denoiser propose what the rows may write."""
     batches: list[Batch] = []
     for batch in group.batches:
-        batches += yield from attempt(batch, batch.mode.draft)
+        batches += yield from _attempt(batch, batch.mode.draft)
     group.batches = batches
 
 
@@ -177,7 +211,7 @@ def _advance(group: Group, batch: Batch, choose: Callable[[Batch], Choice]) -> I
         part.choice = choose(part)
         return iter(())
 
-    for part in (yield from attempt(batch, work)):
+    for part in (yield from _attempt(batch, work)):
         going = yield from _write(part)
         if going:
             group.add(part.keep(going))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from twotower import masks
-from twotower.diffusion import ban, choose_commits, count_accepted, predictions
+from twotower.diffusion import ban, commit_confident, count_accepted, predictions
 from twotower.graphs.arena import Arena
 from twotower.graphs.choosing import Uses
 from twotower.layers.attention import KV
@@ -93,7 +93,7 @@ def fill(
     is_finite = logits.isfinite().flatten(1).all(-1, keepdim=True)
     logits = ban(logits, [model.config.mask_token_id])
     found = predictions(logits, choosing.choose(logits, uses), is_masked, model.draft_ids)
-    commit = choose_commits(choosing.sampler(uses), replace(found, is_last=is_last))
+    commit = commit_confident(choosing.sampler(uses), replace(found, is_last=is_last))
     sure = found.confidence.where(is_finite, float("nan"))
     confidence.copy_(sure.where(is_masked, confidence))
     block.copy_(found.tokens.where(commit, block))
