@@ -10,6 +10,8 @@ from typing import Any
 MAX_BIASED = 1024  # tokens of a logit_bias
 _MAX_WHOLE = 2**63 - 1
 Problem = Callable[[object], str | None]  # what is wrong with a value, if anything
+_repr = reprlib.Repr()  # nobody reads a megabyte
+_repr.maxstring = _repr.maxlong = _repr.maxother = 80
 
 
 def require(name: str, value: object, kind: type | tuple[type, ...], remedy: str) -> None:
@@ -24,7 +26,7 @@ def check(values: Mapping[str, object], checks: Mapping[str, Problem]) -> None:
     """ValueError (one line) for the first named value that is not as its check wants it."""
     for name, value in values.items():
         if (problem := checks[name](value)) is not None:
-            raise ValueError(f"{name}={value!r} {problem}")
+            raise ValueError(f"{name}={_repr.repr(value)} {problem}")
 
 
 def check_fields(options: object, checks: Mapping[str, Problem]) -> None:

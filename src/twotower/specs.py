@@ -5,6 +5,8 @@ import reprlib
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
+from twotower.arguments import ABOVE_ZERO, check, check_fields, number
+
 # Far above every model, so that a typing error, or a file that lies, stays an error message.
 MAX_SIZE = 2**24  # of any dimension
 MAX_LAYERS = 2**10
@@ -134,13 +136,8 @@ class MoESpec:
         check_sizes(self, *names)
         check_division(self, "num_experts", "num_groups")
         reachable = self.groups_per_token * (self.num_experts // self.num_groups)
-        for name, most in (
-            ("groups_per_token", self.num_groups),
-            ("experts_per_token", reachable),
-        ):
-            if not 1 <= getattr(self, name) <= most:
-                shown = reprlib.repr(getattr(self, name))
-                raise ValueError(f"{name}={shown} must be between 1 and {most}")
+        check_fields(self, {"groups_per_token": number(1, self.num_groups, is_whole=True)})
+        check_fields(self, {"experts_per_token": number(1, reachable, is_whole=True)})
         if not math.isfinite(self.scaling_factor):
             raise ValueError(f"scaling_factor={self.scaling_factor} must be a finite number")
 
@@ -166,10 +163,7 @@ S = TypeVar("S", bound=LayerSpec)
 
 def check_sizes(spec: object, *names: str) -> None:
     """ValueError (one line) for a named size that no model has."""
-    for name in names:
-        value = getattr(spec, name)
-        if not 1 <= value <= MAX_SIZE:
-            raise ValueError(f"{name}={reprlib.repr(value)} must be between 1 and {MAX_SIZE}")
+    check_fields(spec, dict.fromkeys(names, number(1, MAX_SIZE, is_whole=True)))
 
 
 def check_division(spec: object, whole: str, part: str) -> None:
@@ -183,5 +177,4 @@ def check_division(spec: object, whole: str, part: str) -> None:
 
 def check_positive(name: str, value: float) -> None:
     """ValueError (one line) unless a value is a finite number above 0."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}={value} must be a number above 0")
+    check({name: value}, {name: ABOVE_ZERO})

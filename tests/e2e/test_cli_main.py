@@ -99,7 +99,7 @@ def test_generate_has_a_flag_with_the_default_of_every_option(
         (["convert"], "missing: SOURCE, TARGET; see twotower convert -h"),
         (["train"], "missing: --recipe"),
         (["train", "--options"], "--options needs a TOML file"),
-        (["train", "backbone", "--steps", "0"], "--steps: 0 is too small"),
+        (["train", "backbone", "--steps", "0"], "--steps 0 must be at least 1"),
         (["inspect"], "inspect needs one model: a PATH, or --model"),
         (["demo", "--repeats", "0"], "--repeats 0 must be at least 1"),
         (["demo", "--speed", "0"], "--speed 0.0 must be a finite number above 0"),
@@ -111,7 +111,7 @@ def test_generate_has_a_flag_with_the_default_of_every_option(
         (["generate", "--quantization", "int8", "--backend", "eager", "a"], "--quantization int8:"),
         (["convert", "a", "b", "--to", "gguf", "--quantization", "int8"], "needs --to released or"),
         (["convert", "a", "b", "--group-size", "32"], "--group-size: no effect without"),
-        (["train", "backbone", "--learning-rate", "inf"], "use a finite number, more than 0"),
+        (["train", "backbone", "--learning-rate", "inf"], "must be a finite number above 0"),
         (
             ["plan", "--dtype", "float64"],
             "--dtype 'float64' is unknown; use one of",

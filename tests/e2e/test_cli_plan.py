@@ -129,11 +129,11 @@ def test_the_list_of_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (
             ["--tokens-per-nfe", "17"],
-            "--tokens-per-nfe: 17.0 must be above 0 and at most",
+            "--tokens-per-nfe 17.0 must be above 0 and at most",
         ),
         (["--compute", "int8", "--hardware", "m3-ultra"], "compute: m3-ultra has no rate for 'int"),
         (["--results", "gone.json"], "results: cannot read gone.json (No such file"),
-        (["--bandwidth-share", "2"], "--bandwidth-share: 2.0 must be above 0"),
+        (["--bandwidth-share", "2"], "--bandwidth-share 2.0 must be above 0"),
     ],
 )
 def test_errors_are_one_line(

@@ -251,7 +251,10 @@ def llama_refusal(**values: object) -> str:
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_type='yarn' is not supported"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type='dynamic' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "missing field factor"),
-        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor=0.0 must be a number above 0"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 0}},
+            "factor=0.0 must be a finite number above 0",
+        ),
         ({"rope_scaling": "linear"}, "rope_scaling='linear' must be an object"),
         ({"rope_parameters": ["linear"]}, "rope_parameters=['linear'] must be an object"),
         (
