@@ -183,9 +183,9 @@ def test_what_is_seen_is_said(tab: Driver) -> None:
     for moment in (0, 1, tab.moments):
         tab.scrub(moment)
         seen.append(tab.page.inner_text("#seen"))
-    assert seen[0] == "The prompt has been read; nothing is written yet."
+    assert seen[0] == "The prompt is prefilled; no token is generated yet."
     assert seen[1].startswith("Pass 1 filled ") and " blank, where " in seen[1]
-    assert seen[2].startswith("The context tower read the block")
+    assert seen[2].startswith("The context tower ")
 
 
 def test_a_prompt_unlike_the_training_text_is_noticed(tab: Driver) -> None:

@@ -53,7 +53,7 @@ function spread({ run, times }) {
 
 /** What can be seen at a moment, for people who see it for the first time. */
 export function seenSentence(runs, { lane, at }) {
-  if (lane < 0) return "The prompt has been read; nothing is written yet.";
+  if (lane < 0) return "The prompt is prefilled; no token is generated yet.";
   const run = runs[lane];
   const frame = run.frames[at[lane]];
   const group = run.groups[frame.group];
@@ -65,8 +65,8 @@ export function seenSentence(runs, { lane, at }) {
     return `The context tower verified the draft in one pass and kept ${counted(count("kept"), "token")} of it.`;
   }
   return rejected > 0
-    ? `The context tower read the block and rejected ${counted(rejected, "improbable token")}.`
-    : "The context tower read the block; it is text now.";
+    ? `The context tower verified the block and rejected ${counted(rejected, "improbable token")}.`
+    : "The context tower committed the block to its cache.";
 }
 
 function plainSentence(frame) {
