@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from twotower.arguments import COUNT, check
 from twotower.checkpoint.files import (
     DTYPES,
     INDEX_FILE,
@@ -84,8 +85,7 @@ def _made_aside(folder: Path) -> Iterator[Path]:
 def _check(
     folder: Path, pieces: list[Piece], extra: Mapping[str, bytes], max_shard_bytes: int
 ) -> None:
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes={max_shard_bytes} must be at least 1")
+    check({"max_shard_bytes": max_shard_bytes}, {"max_shard_bytes": COUNT})
     for name in extra:
         if Path(name).name != name or _is_of_weights(name):
             raise ValueError(f"extra_files: {name!r} must be a plain file name, not of weights")

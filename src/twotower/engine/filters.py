@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from re import _constants, _parser  # type: ignore[attr-defined]  # the only way to widths
 
+from twotower.arguments import check, number
+
 MAX_MATCH_CHARS = 10_000
 # Is there a match of which the text's first `end` characters are the last to be needed? Gives its
 # first character. `is_over`: no text will follow them.
@@ -133,10 +135,8 @@ def _load(entry_point: str) -> Callable[[str], object]:
 
 
 def _check_chars(max_match_chars: int) -> None:
-    if not 1 <= max_match_chars <= MAX_MATCH_CHARS:
-        raise ValueError(
-            f"max_match_chars={max_match_chars} must be between 1 and {MAX_MATCH_CHARS}"
-        )
+    allowed = number(1, MAX_MATCH_CHARS, is_whole=True)
+    check({"max_match_chars": max_match_chars}, {"max_match_chars": allowed})
 
 
 def _assertions(node: object) -> Iterator[str]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from twotower.arguments import nearest
+from twotower.arguments import COUNT, check_fields, nearest, one_of
 from twotower.engine import GenerateOptions, generate
 from twotower.engine.options import MODES
 from twotower.lab.corpus import CATEGORIES, Document
@@ -62,14 +62,11 @@ class HarnessOptions:
                     f"{', '.join(known)}"
                 )
         options = cls(**values)
-        if options.mode is not None and options.mode not in MODES:
-            raise ValueError(f"model_args: mode={options.mode!r} must be one of {', '.join(MODES)}")
-        if options.dtype not in DTYPES:
-            raise ValueError(
-                f"model_args: dtype={options.dtype!r} must be one of {', '.join(DTYPES)}"
-            )
-        if type(options.batch_size) is not int or options.batch_size < 1:
-            raise ValueError(f"model_args: batch_size={options.batch_size!r} must be 1 or more")
+        checks = {"mode": one_of(*MODES), "dtype": one_of(*DTYPES), "batch_size": COUNT}
+        try:
+            check_fields(options, checks)
+        except ValueError as error:
+            raise ValueError(f"model_args: {error}") from None
         return options
 
 
