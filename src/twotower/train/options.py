@@ -387,9 +387,12 @@ def _converted(value: object, hint: object) -> object:
 
 
 def _check_of(hint: object) -> Problem:
-    """What a type says of a value."""
+    """What a type, or the one beside None, says of a value."""
+    if NoneType in get_args(hint):
+        (hint,) = set(get_args(hint)) - {NoneType}
     if get_origin(hint) is Literal:
         return one_of(*get_args(hint))
     if get_origin(hint) is tuple:
         return each(_check_of(get_args(hint)[0]))
-    return next(_KINDS[kind] for kind in _KINDS if kind in (hint, *get_args(hint)))
+    assert isinstance(hint, type)
+    return _KINDS[hint]
