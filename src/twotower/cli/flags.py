@@ -87,7 +87,8 @@ def _alternatives(hint: object) -> PrimitiveConstructorSpec[object]:
                 return number(text)
             except ValueError:
                 continue
-        raise ValueError(f"{text!r} is not {metavar}")
+        kinds = ["a whole number" if number is int else "a number" for number in numbers]
+        raise ValueError(f"{text!r} must be {', '.join([*kinds, *words])} or none")
 
     return PrimitiveConstructorSpec(
         nargs=1,

@@ -19,6 +19,10 @@ T = TypeVar("T")
 _METAVARS = {Path: "PATH", str: "TEXT", int: "INT", float: "FLOAT"}
 _RULES = " -\u2500\u2570\u256f"  # what lines between and below a message are made of
 _BRACKETS = str.maketrans("", "", "()[]'")
+_NOT_A_NUMBER = (
+    r"(\S+): (?:invalid literal for int|could not convert).*: (.*)",
+    r"(\S+): no type matching [^']* could be instantiated from \[(.*)\]",
+)
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -42,7 +46,8 @@ def parse(
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
-        raise ValueError(f"{_unframe(refusal.getvalue())}; see {prog} -h") from None
+        said = _in_words(_unframe(refusal.getvalue()), options_class, arguments)
+        raise ValueError(f"{said}; see {prog} -h") from None
     return options_class(**_flat(flags))
 
 
@@ -162,24 +167,53 @@ def _unframe(box: str) -> str:
         if hint[0].strip().startswith("Perhaps you meant"):
             said += f"; perhaps you meant {hint[1].strip()}"
     said = re.sub(r", 'None'|'None', ", "", said.removeprefix("Error parsing "))
-    return _in_words(said[:1].lower() + said[1:])
+    return said[:1].lower() + said[1:]
 
 
-def _in_words(said: str) -> str:
-    """The parser's sentences about values as ours: flag, value, what is allowed."""
+def _in_words(said: str, options_class: type, arguments: Sequence[str]) -> str:
+    """The parser's sentences as ours: the flag that was typed, its value, what is allowed."""
     if found := re.fullmatch(
         r"invalid choice (.*) for argument '(.*)'. Expected one of (.*)", said
     ):
         value, flag, choices = found.groups()
-        return f"{flag} {value} is unknown; use one of {choices.translate(_BRACKETS)}"
-    if found := re.fullmatch(r"(\S+): (?:invalid literal for int|could not convert).*: (.*)", said):
-        kind = "whole number" if "literal for int" in said else "number"
-        return f"{found[1].split('/')[-1]} {found[2]} must be a {kind}"
+        known = _in_order(choices.translate(_BRACKETS).strip().split(", "), options_class)
+        allowed = f"one of {', '.join(known)}" if known[1:] else known[0]
+        return f"{_typed(flag, arguments)} {value} is unknown; use {allowed}"
+    for pattern in _NOT_A_NUMBER:
+        if found := re.fullmatch(pattern, said):
+            kind = "whole number" if re.search("literal for int|INT", said) else "number"
+            return f"{_typed(found[1], arguments)} {found[2]} must be a {kind}"
+    if found := re.fullmatch(r"(\S+): ('.*' must be .*)", said):
+        return f"{_typed(found[1], arguments)} {found[2]}"
+    if found := re.fullmatch(r"(\S+): could not parse arguments \[(.*)\] .*", said, re.I):
+        return f"{_typed(found[1], arguments)} {found[2]} must be numbers"
+    if found := re.fullmatch(r"missing value for argument '(.*)'. Expected (\d+) values", said):
+        what = "a value" if found[2] == "1" else f"{found[2]} values"
+        return f"{_typed(found[1], arguments)} needs {what}"
     if found := re.fullmatch(r"unrecognized options: (.*?)(; perhaps.*)?", said):
         words = found[1].split(", ")
         unknown = [word for word in words if word.startswith("-")] or words
         return f"unrecognized options: {', '.join(unknown)}{found[2] or ''}"
     return said
+
+
+def _typed(flag: str, arguments: Sequence[str]) -> str:
+    """Which of a flag's spellings (--temp/--temperature) was typed."""
+    spellings = set(flag.split("/"))
+    for name, others in ALIASES.items():
+        group = {f"--{name.replace('_', '-')}", *others}
+        spellings |= group if group & spellings else set()
+    typed = (argument.partition("=")[0] for argument in arguments)
+    return next((one for one in typed if one in spellings), flag)
+
+
+def _in_order(choices: list[str], options_class: type) -> list[str]:
+    """Choices as the option's type lists them; the parser has some of them in no order."""
+    for hint in get_type_hints(options_class).values():
+        for part in (hint, *get_args(hint)):
+            if get_origin(part) is Literal and set(map(str, get_args(part))) == set(choices):
+                return [str(choice) for choice in get_args(part)]
+    return choices
 
 
 def _least_indented(lines: list[str]) -> list[str]:

@@ -68,7 +68,10 @@ def arguments_from_toml(file: Path) -> list[str]:
     unknown one.
     """
     values = read_toml(file)
-    check_values(values)
+    try:
+        check_values(values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     arguments: list[str] = []
     for name, value in values.items():
         flag = name.replace("_", "-")
