@@ -111,17 +111,22 @@ def _native_refusal(setup: Setup) -> str | None:
 def _graphs_refusal(setup: Setup) -> str | None:
     has_experts = any(isinstance(layer, MoESpec) for layer in setup.layers)
     is_on_gpu, dtypes = "cuda" in setup.devices, {str(t)[len("torch.") :] for t in setup.dtypes}
-    others = setup.devices - {"cpu", "cuda"}
+    others, stored = setup.devices - {"cpu", "cuda"}, setup.scheme and setup.scheme.weights
+    is_wide = stored is None and setup.quantization == "none"
     for is_refused, sentence in (
-        (setup.quantization != "none", "graphs passes run weights as they are loaded"),
+        (setup.quantization == "int4", "graphs passes round weights to int8, not to int4"),
+        (
+            setup.quantization == "int8" and stored == "int4",
+            "graphs passes round full-precision weights, and this checkpoint's are int4",
+        ),
         (bool(others), f"graphs passes run on CUDA devices, not on {_list(others)}"),
         (len(setup.devices) > 1, f"{ONE_DEVICE}, not on {_list(setup.devices)}"),
         (
-            has_experts and (setup.scheme is not None or setup.expert_storage == "mmap"),
-            f"graphs passes have no {MoESpec.label} that is quantised or in files",
+            has_experts and (stored == "int4" or setup.expert_storage == "mmap"),
+            f"graphs passes have no {MoESpec.label} in int4 or in files",
         ),
         (
-            has_experts and is_on_gpu and "bfloat16" not in dtypes,
+            has_experts and is_on_gpu and is_wide and "bfloat16" not in dtypes,
             f"graphs passes run a {MoESpec.label} in bfloat16 on a GPU, not in {_list(dtypes)}",
         ),
     ):
@@ -143,7 +148,7 @@ class _Entry:
 _BACKENDS: dict[str, _Entry] = {
     "native": _Entry(_native_refusal, NativeBackend),
     "eager": _Entry(_eager_refusal, lambda model, _: EagerBackend(model)),
-    "graphs": _Entry(_graphs_refusal, lambda model, _: GraphsBackend(model)),
+    "graphs": _Entry(_graphs_refusal, GraphsBackend),
 }
 _AUTOMATIC = ("native", "eager")  # in the order in which auto tries them
 
@@ -157,8 +162,8 @@ def accelerate(
     user's cache; float32, CPU, no experts. graphs: passes of fixed shapes, which a CUDA device
     records and replays. auto: the first of native and eager that runs the model;
     one log line says which, and why not the other. quantization=int8, int4: native passes with
-    projections rounded to 8 or 4 bits now. The weights must not change afterwards. ValueError (one
-    line) for what cannot run.
+    projections rounded to 8 or 4 bits now; graphs passes have int8. The weights must not change
+    afterwards. ValueError (one line) for what cannot run.
     """
     choices = {"backend": one_of(*BACKENDS), "quantization": one_of(*QUANTIZATIONS)}
     check({"backend": backend, "quantization": quantization}, choices)
@@ -182,7 +187,7 @@ def accelerate(
                 faster,
             )
         return model if name == model.backend.name == "eager" else model.with_backend(found)
-    raise ValueError(_complaint(backend, quantization, reasons))
+    raise ValueError(_complaint(backend, setup, reasons))
 
 
 def _faster(setup: Setup) -> Quantization | None:
@@ -194,10 +199,11 @@ def _faster(setup: Setup) -> Quantization | None:
     return setup.scheme.weights if slow else None
 
 
-def _complaint(backend: str, quantization: str, reasons: list[str]) -> str:
-    if quantization == "none":
+def _complaint(backend: str, setup: Setup, reasons: list[str]) -> str:
+    if setup.quantization == "none":
         return f"backend={backend}: {reasons[0]}; use backend=eager"
     remedy = "use quantization=none, or a checkpoint that `twotower convert` has quantised"
-    if backend == "eager":
-        remedy = "use backend=native or quantization=none"
-    return f"quantization={quantization}: {reasons[0]}; {remedy}"
+    other: BackendName = "graphs" if "cuda" in setup.devices else "native"
+    if refusal(other, setup) is None:
+        remedy = f"use backend={other} or quantization=none"
+    return f"quantization={setup.quantization}: {reasons[0]}; {remedy}"

@@ -68,8 +68,8 @@ class Placement:
     """Precision of weights and computation. auto: float32 for the native backend, else the
     checkpoint's own."""
     quantization: Quantization = "none"
-    """int8, int4: quantise the weights while they are loaded, for the native backend. none: as they
-    are stored."""
+    """int8, int4: quantise the weights while they are loaded, for the native backend; int8 also for
+    graphs. none: as they are stored."""
     backend: BackendName = "auto"
     """What runs forward passes. native: C++ on a CPU, compiled on first use. eager: PyTorch, for
     every model and device. graphs: CUDA graphs of fixed shapes. auto: native if it can run the

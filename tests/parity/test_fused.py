@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from tiny_models import masked_like, random_ids, tiny_model
+from tiny_quantised import four_bits
 from twotower import TwoTower
 from twotower.graphs import backend
 from twotower.graphs.backend import GraphsBackend, with_kernels
-from twotower.kernels import mixing, ops
+from twotower.kernels import mixing, ops, quantised
 from twotower.kernels.mixing import TORCH, MambaWeights, Modulation, fused_refusal
+from twotower.kernels.quantised import Quantised, dequantise, to_eight_bits
+from twotower.layers.quantised import QuantisedMatrix
+from twotower.model.precision import rounded_to_eight_bits
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums in another order
 
@@ -27,6 +31,13 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from twotower.kernels import fused
 
     yield fused
+
+
+@pytest.fixture
+def fused_products(fused: Any) -> Any:
+    from twotower.kernels import fused_products
+
+    return fused_products
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -82,6 +93,70 @@ def test_conv_scan_leaves_long_ones_to_products(fused: Any) -> None:
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+def eight_bits(*shape: int) -> Quantised:
+    """Random matrices (N, K), or E of them."""
+    found = [to_eight_bits(one) for one in drawn(*shape, seed=1).view(-1, *shape[-2:])]
+    qdata, scale = (torch.stack([one[part] for one in found]) for part in (0, 1))
+    return Quantised(qdata.view(shape), scale.view(*shape[:-1], 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("rows", "columns"), [(37, 70), (5, 3), (48, 600)])
+def test_products_with_eight_bits(
+    fused_products: Any,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Guards remainders of tiles, the scale of a row, and what tokens beside a token do to it: then
+    a draft would be verified by other numbers than a step's."""
+    monkeypatch.setattr(fused_products, "_MANY_ROWS", 40)
+    matrix, x = eight_bits(rows, columns), drawn(2, 9, columns + 3).to(dtype)[..., 3:]
+    bias = drawn(rows, seed=2).to(dtype)
+    wide = dequantise(matrix, torch.float64)
+    found, expected = fused_products.linear(x, matrix, bias), x.double() @ wide.T + bias.double()
+    sizes = x.double().abs() @ wide.abs().T + bias.double().abs()  # of what is added up
+    assert found.dtype == dtype
+    assert ((found - expected).abs() <= (1e-6 if dtype == torch.float32 else 1e-3) * sizes).all()
+    assert torch.equal(fused_products.linear(x[:1, 4:5], matrix, bias)[0, 0], found[0, 4])
+
+
+@pytest.mark.parametrize("counts", [(0, 17, 1, 0, 33), (0, 0, 2, 0, 0), (5, 3, 0, 1, 0)])
+def test_experts_with_eight_bits(fused_products: Any, counts: tuple[int, ...]) -> None:
+    """Guards whose tokens a program multiplies: experts without tokens, and with several tiles."""
+    up, down = (QuantisedMatrix(size, 8, None, False) for size in ((5, 20, 10), (5, 10, 20)))
+    for stack in (up, down):
+        stack.qdata, stack.scale = eight_bits(*stack.shape)[:2]
+    experts = torch.arange(5).repeat_interleave(torch.tensor(counts))
+    x = drawn(len(experts), 10)
+    found = fused_products.grouped_mlp(x, up, down, experts)
+    torch.testing.assert_close(found, ops.grouped_mlp(x, up, down, experts), rtol=1e-5, atol=1e-4)
+
+
+def test_no_program_writes_what_is_anothers(
+    fused_products: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a race that no interpreter shows, where programs run one after another: the
+    next expert's tokens, which here are nobody's."""
+    empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda *given, **of: empty(*given, **of).fill_(7))
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    found = fused_products.product(drawn(9, 10), eight_bits(3, 20, 10), ends)
+    assert (found == 7).all(1).tolist() == 5 * [False] + 4 * [True]
+
+
+def test_other_products_are_pytorchs(fused_products: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards what the kernel is not for: many tokens, tokens that are rounded, 4 bits."""
+    matrix = eight_bits(6, 32)
+    rounds, four = matrix._replace(rounds_input=True), four_bits(6, 32, 32)
+    wide = dequantise(matrix, torch.float32)
+    monkeypatch.delattr(fused_products, "product")
+    for tokens, weight in ((65, matrix), (3, rounds), (3, four), (3, wide)):
+        x = drawn(tokens, 32)
+        assert torch.equal(fused_products.linear(x, weight), quantised.linear(x, weight))
+
+
 @pytest.mark.parametrize("is_before", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_norms(fused: Any, is_before: bool, dtype: torch.dtype) -> None:
@@ -99,11 +174,14 @@ def test_norms(fused: Any, is_before: bool, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, expected, **close)
 
 
-def test_a_model_with_them(fused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_model_with_them(fused: Any, quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the layers' use of them, with experts, all kinds of passes and rows of two lengths."""
     model = tiny_model()
     monkeypatch.setattr(backend, "fused_refusal", lambda device: None)
-    ours = model.with_backend(GraphsBackend(model))
+    ours = model.with_backend(GraphsBackend(model, quantization))
+    if quantization == "int8":
+        model = rounded_to_eight_bits(model)
 
     def tensors(model: TwoTower) -> list[Tensor]:
         cache = model.prefill(random_ids(2, 5), torch.tensor([5, 3]))
@@ -112,12 +190,16 @@ def test_a_model_with_them(fused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         logits = model.denoise(masked_like(random_ids(2, 4)), cache.view(), torch.tensor([0.5, 1]))
         return [output.hidden, logits, *(part for s in cache.layers for part in s or ())]
 
-    for found, expected in zip(tensors(ours), tensors(model), strict=True):
+    by_pytorch = tensors(model)
+    if quantization == "int8":
+        monkeypatch.delattr(quantised, "linear")
+        monkeypatch.delattr(ops, "grouped_mlp")
+    for found, expected in zip(tensors(ours), by_pytorch, strict=True):
         torch.testing.assert_close(found, expected, rtol=0.0, atol=2e-4)  # through 6 layers
 
 
 def test_kernels_of_all_modules_are_replaced_and_weights_shared() -> None:
-    model, calls = tiny_model(), list[str]()
+    model, calls = rounded_to_eight_bits(tiny_model()), list[str]()
 
     def watched(name: str) -> Callable[..., Any]:
         def call(*given: Any) -> Any:
@@ -126,14 +208,14 @@ def test_kernels_of_all_modules_are_replaced_and_weights_shared() -> None:
 
         return call
 
-    names = ("rms_norm", "gated_rms_norm", "conv_scan")
+    names = ("rms_norm", "gated_rms_norm", "conv_scan", "linear", "grouped_mlp")
     own = with_kernels(model, mixing.Kernels(*map(watched, names)))
     assert torch.equal(
         own.prefill(random_ids(1, 3)).last_hidden,
         model.prefill(random_ids(1, 3)).last_hidden,
     )
-    # Six layers and the norm behind them; two of them are Mamba's.
-    assert {n: calls.count(n) for n in names} == dict(zip(names, (7, 2, 2), strict=True))
+    # Six layers and the norm behind them; two are Mamba's. Products: 4 of attention, 2 of others.
+    assert {n: calls.count(n) for n in names} == dict(zip(names, (7, 2, 2, 16, 1), strict=True))
     assert [p.data_ptr() for p in own.parameters()] == [p.data_ptr() for p in model.parameters()]
 
 

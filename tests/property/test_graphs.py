@@ -31,6 +31,7 @@ from twotower.engine.choosing import ChoosingBackend
 from twotower.families import config_from_dict
 from twotower.graphs import arena, backend
 from twotower.kernels import ops
+from twotower.model.precision import rounded_to_eight_bits
 from twotower.model.state import ForwardOutput, LayerState
 from twotower.model.thin import thin_config
 
@@ -234,7 +235,8 @@ WAYS: list[dict[str, object]] = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "first"), [("attention first", {}), ("attention first", TOLD), ("thin", {})]
+    ("kind", "first"),
+    [("attention first", {}), ("attention first", TOLD), ("thin", {}), ("thin in int8", {})],
 )
 def test_all_modes_write_the_eager_texts(
     kind: str, first: dict[str, object], monkeypatch: pytest.MonkeyPatch
@@ -242,9 +244,11 @@ def test_all_modes_write_the_eager_texts(
     """Guards decoding as a whole: rows of all modes that join and leave share mirrors. Tokens are
     chosen and committed in the passes: noise of another row or token, a rule that is another step's
     or a token that nobody chose would show. For the first row the host may have to choose."""
-    model = MODELS[kind]()
+    model = MODELS[kind.removesuffix(" in int8")]()
+    if kind.endswith("int8"):
+        model = rounded_to_eight_bits(model)
     monkeypatch.setattr(model, "unused_ids", tuple(range(4, 24)))
-    ways = [way for way in WAYS if kind != "thin" or way["mode"] in ("ar", "speculative")]
+    ways = [way for way in WAYS if "thin" not in kind or way["mode"] in ("ar", "speculative")]
     options = [
         options_of({"block_size": 4, "max_new_tokens": 6}, way | {"seed": seed})
         for seed, way in enumerate([ways[0] | first, *ways[1:]])
@@ -383,7 +387,10 @@ def test_costs_of_passes_are_by_the_weights_that_they_read() -> None:
     assert accelerate(dense, "graphs").pass_costs[16] == 1.0
     costs = accelerate(experts, "graphs").pass_costs
     layers = experts.context_tower.layers
-    total = sum(p.numel() for p in [*layers.parameters(), *experts.context_lm_head.parameters()])
-    routed = 4 * 2 * 16 * 12  # one layer
+    weights = [*layers.parameters(), *layers.buffers(), *experts.context_lm_head.parameters()]
+    total, routed = sum(w.numel() for w in weights), 4 * 2 * 16 * 12  # one layer
     assert costs[1] == 1.0
     assert costs[4] == pytest.approx((total - routed / 16) / (total - routed / 2))
+    # A byte a number, where experts are nearly all of the weights: 15 / 16 of them by half of them.
+    wide = accelerate(tiny_model(moe_intermediate_size=2048), "graphs", "int8").pass_costs
+    assert wide[4] == pytest.approx(15 / 8, rel=0.1)

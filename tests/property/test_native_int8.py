@@ -25,11 +25,10 @@ from twotower.cli.bench import BenchOptions
 from twotower.cli.demo import SAMPLES
 from twotower.cli.main import main
 from twotower.engine import MODES
-from twotower.kernels.quantised import dequantise
+from twotower.kernels.quantised import dequantise, to_eight_bits
 from twotower.model.precision import Scheme, quantise_modules, weight_bits
 from twotower.native import library, tower
 from twotower.native.backend import NativeBackend
-from twotower.native.packing import quantise
 from twotower.native.tower import NativeLinear
 
 try:
@@ -49,7 +48,7 @@ SHAPES: dict[str, dict[str, object]] = {
 
 def quantised_product(x: Tensor, weight: Tensor) -> Tensor:
     """What an int8 product is, in plain PyTorch: whole numbers in groups of 32, then two scales."""
-    numbers, scales, *_ = quantise(weight)
+    numbers, scales, *_ = to_eight_bits(weight)
     groups, others = (grouped(part) for part in (x, numbers.double()))
     most = groups.abs().amax(-1, keepdim=True)
     whole = (groups * torch.where(most > 0, 127 / most, 0.0)).round()
@@ -116,7 +115,7 @@ def whole_numbers(rows: int, width: int, seed: int) -> Tensor:
 def test_sums_are_exact(rows: int, width: int) -> None:
     """Guards packing, remainders and the largest values: any error is off by a whole number."""
     weight = whole_numbers(rows, width, seed=0)
-    product = NativeLinear(quantise(weight))
+    product = NativeLinear(to_eight_bits(weight))
     for length in (1, 2, 8, 9, 16, 35):
         x = whole_numbers(length, width, seed=length)
         expected = (x.long() @ weight.long().mT).float()
@@ -129,7 +128,7 @@ def test_products_of_any_values() -> None:
     weight = torch.randn(45, 70, generator=generator) * torch.logspace(-6, 3, 45).unsqueeze(1)
     x = torch.randn(40, 70, generator=generator) * torch.logspace(3, -6, 40).unsqueeze(1)
     weight[7], x[5] = 0.0, 0.0  # no scale at all
-    found = NativeLinear(quantise(weight))(x)
+    found = NativeLinear(to_eight_bits(weight))(x)
     expected = quantised_product(x, weight)
     size = x.abs().amax(1, keepdim=True) * weight.abs().amax(1)  # three groups' sums may cancel
     torch.testing.assert_close(found / size, expected / size, rtol=0.0, atol=1e-5, equal_nan=True)
@@ -167,7 +166,10 @@ def test_processors_without_the_instruction_give_the_same_bits(tmp_path: Path) -
     library.compile_library(compiler, file, ("-DTWOTOWER_PLAIN", "-O2"))
     plain = library.load_library(file)
     generator = torch.Generator().manual_seed(0)
-    for matrix in (quantise(torch.randn(37, 70, generator=generator)), four_bits(37, 96, 32)):
+    for matrix in (
+        to_eight_bits(torch.randn(37, 70, generator=generator)),
+        four_bits(37, 96, 32),
+    ):
         product = NativeLinear(matrix)
         for length in (1, 5, 16):
             x = torch.randn(length, matrix.shape[1], generator=generator)
@@ -233,7 +235,7 @@ def test_passes_at_the_same_time(shared_work: None) -> None:
 def test_a_forked_process_has_helpers_of_its_own(shared_work: None) -> None:
     """Guards workers of data loaders and harnesses: threads do not survive a fork; waiting for
     them would never end."""
-    product = NativeLinear(quantise(torch.randn(64, 32)))
+    product = NativeLinear(to_eight_bits(torch.randn(64, 32)))
     x = torch.randn(16, 32)
     torch.set_num_threads(2)
     expected = product(x)
@@ -338,7 +340,7 @@ def test_nan_is_not_hidden() -> None:
         assert bool(logits.isnan().any()), name
     x = torch.zeros(2, 8)
     x[1, 3] = float("inf")
-    found = NativeLinear(quantise(torch.ones(3, 8)))(x)
+    found = NativeLinear(to_eight_bits(torch.ones(3, 8)))(x)
     assert not found[0].any() and bool(found[1].isnan().all())
 
 
@@ -351,7 +353,7 @@ def test_a_quantised_checkpoint_keeps_its_numbers() -> None:
     for name, module in plain.named_modules():
         if isinstance(module, nn.Linear) and weight_bits(f"{name}.weight", (), INT8):
             other = rounded.get_submodule(f"{name}.weight")
-            matrix = quantise(module.weight)
+            matrix = to_eight_bits(module.weight)
             other.qdata.copy_(matrix.qdata), other.scale.copy_(matrix.scale)
     ours = accelerate(rounded, "native")
     for found, expected in zip(passes(ours, 16), passes(rounded, 16), strict=True):
@@ -364,7 +366,7 @@ def test_a_quantised_checkpoint_keeps_its_numbers() -> None:
 def test_rows_that_are_too_long_are_one_line() -> None:
     """Guards the sums: beyond this, they leave an int32."""
     with pytest.raises(ValueError, match="a row of 70000 weights is too long"):
-        NativeLinear(quantise(torch.zeros(1, 70_000)))
+        NativeLinear(to_eight_bits(torch.zeros(1, 70_000)))
 
 
 def test_the_command_line_hands_the_quantization_on(capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,22 +80,27 @@ def test_every_combination_runs_or_is_refused(
         for found, other in zip(passes(ours), expected, strict=True):
             away = (found - other).abs().mean() / other.abs().mean()
             if case.weights == "bfloat16":  # sums in another order are rounded otherwise
-                assert away < 0.02, name
+                assert away < (0.08 if rounds else 0.02), name
                 continue
             rounds_to_4 = case.quantization == "int4" and case.weights == "float32"
             most = 0.4 if rounds_to_4 else 0.08 if rounds else 1e-4
             assert away < most, name
-            assert (away > 1e-5) == (rounds and name == "native" and case.weights != "int8-int8")
+            # Native passes round tokens, too; graphs leave a checkpoint's int8 as it is.
+            rounds_here = rounds and case.weights != "int8-int8"
+            assert (away > 1e-5) == (rounds_here and (name == "native" or case.weights != "int8"))
 
 
 @pytest.mark.parametrize("case", ON_GPU, ids=" ".join)
 def test_what_a_gpu_does_not_run(case: "backend_table.Case") -> None:
     """Guards against passes on the CPU, over weights that lie elsewhere."""
     assert refusal("native", case.setup) is not None
-    bound = case.weights == "int8-int8" or "mmap" in case.layers or case.quantization != "none"
-    assert (refusal("eager", case.setup) is not None) == bound
-    has_other_experts = "experts" in case.layers and case.weights != "bfloat16"
-    assert (refusal("graphs", case.setup) is not None) == (bound or has_other_experts)
+    bound = case.weights == "int8-int8" or "mmap" in case.layers
+    rounds = case.quantization != "none"
+    assert (refusal("eager", case.setup) is not None) == (bound or rounds)
+    has_other_experts = "experts" in case.layers and case.weights in ("float32", "int4")
+    cannot = case.quantization == "int4" or (rounds and case.weights == "int4")
+    expected = bound or cannot or (has_other_experts and not (rounds and case.weights == "float32"))
+    assert (refusal("graphs", case.setup) is not None) == expected
 
 
 @pytest.mark.gpu
@@ -199,8 +204,12 @@ def test_a_slow_checkpoint_says_what_is_faster(
             "quantization=int8: native passes have no mixture.*; use quantization=",
         ),
         ("auto", "int4", "quantization=int4: native passes have no mixture"),
-        ("eager", "int8", "quantization=int8: eager passes run weights.*; use backend=native or"),
-        ("graphs", "int8", "quantization=int8: graphs passes run weights as they are loaded; use"),
+        ("eager", "int8", "quantization=int8: eager passes run weights.*; use quantization=none"),
+        (
+            "graphs",
+            "int4",
+            "quantization=int4: graphs passes round weights to int8, not.*; u",
+        ),
         ("fast", "none", "backend='fast' is unknown; use one of auto, eager, native, graphs"),
         ("auto", "int3", "quantization='int3' is unknown; use one of none, int8, int4"),
     ],

@@ -5,7 +5,6 @@ powers of two, so that few recordings serve all batches. On a CPU the same funct
 are, which is for tests: there is nothing to record.
 """
 
-import copy
 import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -23,8 +22,10 @@ from twotower.kernels.mixing import Kernels, fused_refusal
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaInputs, MambaState, states_after
 from twotower.layers.moe import Experts
+from twotower.layers.quantised import QuantisedExperts
 from twotower.model.backend import EagerBackend
 from twotower.model.delta import apply_delta
+from twotower.model.precision import M, rounded_to_eight_bits, shared_copy
 from twotower.model.state import ContextCache, ContextView, ForwardOutput, LayerState
 from twotower.model.two_tower import TwoTower
 from twotower.specs import MoESpec
@@ -34,43 +35,50 @@ _MOST_ARENAS = 4  # numbers of rows whose memory is kept, the newest
 ONE_DEVICE = "graphs passes need both towers on one device"
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-M = TypeVar("M", bound=nn.Module)
 
 
 class GraphsBackend:
     """Passes of a model that `twotower.backends.refusal` lets through.
 
-    The weights must not move afterwards. ValueError (one line) for towers on two devices, and for
-    experts whose products the GPU cannot make by itself.
+    quantization=int8 rounds the projections and heads now; tokens stay as they are. The weights
+    must not move afterwards. ValueError (one line) for towers on two devices, and for experts whose
+    products the GPU cannot make by itself.
     """
 
-    name, quantization = "graphs", "none"
+    name = "graphs"
     decode_steps = 8  # a reader sees tokens that much later
     prefix_chunk = EagerBackend.prefix_chunk
 
-    def __init__(self, model: TwoTower) -> None:
-        self._model, self._device = model, model.context_device
+    def __init__(self, model: TwoTower, quantization: str = "none") -> None:
+        self.quantization, self._device = quantization, model.context_device
         if model.denoiser_device != self._device:
             raise ValueError(ONE_DEVICE)
+        self._model = model if quantization == "none" else rounded_to_eight_bits(model)
         reason = fused_refusal(self._device)
         if reason is None:
             from twotower.kernels.fused import FUSED  # needs triton
 
-            self._model = with_kernels(model, FUSED)
+            self._model = with_kernels(self._model, FUSED)
         else:
             _log.info("graphs passes keep PyTorch's kernels: %s", reason)
         self._pool: Any = None
         if self._device.type == "cuda":
-            stacks = [m.up_proj for m in model.modules() if isinstance(m, Experts)]
-            if not all(map(ops.can_group, stacks)):
-                raise ValueError(
-                    f"graphs passes need a {MoESpec.label} in bfloat16, its widths multiples of 8, "
-                    "and a GPU of compute capability 9.0 or newer"
-                )
+            self._require_experts_without_the_host(reason)
             self._pool = torch.cuda.graph_pool_handle()
-        self.pass_costs: Mapping[int, float] = _pass_costs(model)
+        self.pass_costs: Mapping[int, float] = _pass_costs(self._model)
         self._arenas: dict[int, Arena] = {}
         self._lock = threading.Lock()  # two threads may run passes at the same time
+
+    def _require_experts_without_the_host(self, unfused: str | None) -> None:
+        """unfused: why there are no fused kernels."""
+        parts = list(self._model.modules())
+        if not all(ops.can_group(part.up_proj) for part in parts if isinstance(part, Experts)):
+            raise ValueError(
+                f"graphs passes need a {MoESpec.label} in bfloat16, its widths multiples of 8, "
+                "and a GPU of compute capability 9.0 or newer"
+            )
+        if unfused is not None and any(isinstance(part, QuantisedExperts) for part in parts):
+            raise ValueError(f"graphs passes run no {MoESpec.label} in int8 here: {unfused}")
 
     def context_pass(
         self, cache: ContextCache, tokens: Tensor, counts: Tensor | None, is_draft: bool
@@ -274,11 +282,10 @@ class GraphsBackend:
 
 def with_kernels(module: M, kernels: Kernels) -> M:
     """The module and all below it, weights shared, with other kernels."""
-    found = copy.copy(module)
-    below = module._modules.items()
-    found._modules = {name: m and with_kernels(m, kernels) for name, m in below}
-    if isinstance(getattr(found, "kernels", None), Kernels):
-        found.kernels = kernels  # type: ignore[assignment]  # not a module
+    found = shared_copy(module)
+    for part in found.modules():
+        if isinstance(getattr(part, "kernels", None), Kernels):
+            part.kernels = kernels  # type: ignore[assignment]  # not a module
     return found
 
 
@@ -317,10 +324,8 @@ def _pass_costs(model: TwoTower) -> dict[int, float]:
     ones of E experts, if all are as likely.
     """
     layers = model.context_tower.layers
-    total = sum(p.numel() for p in [*layers.parameters(), *model.context_lm_head.parameters()])
-    routed = sum(
-        p.numel() for m in layers.modules() if isinstance(m, Experts) for p in m.parameters()
-    )
+    stacks = [m for m in layers.modules() if isinstance(m, Experts | QuantisedExperts)]
+    total, routed = _num_bytes(layers, model.context_lm_head), _num_bytes(*stacks)
     spec = model.config.context.shared_spec(MoESpec)
 
     def streamed(num_tokens: int) -> float:
@@ -330,3 +335,9 @@ def _pass_costs(model: TwoTower) -> dict[int, float]:
         return total - routed * missed
 
     return {n: streamed(n) / streamed(1) for n in (1, 4, 8, 16)}
+
+
+def _num_bytes(*modules: nn.Module) -> int:
+    """Of all weights, in whatever precision."""
+    tensors = (w for m in modules for w in [*m.parameters(), *m.buffers()])
+    return sum(weight.numel() * weight.element_size() for weight in tensors)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.kernels import mixing
+from twotower.kernels import fused_products, mixing
 from twotower.kernels.mixing import Kernels, MambaWeights, Modulation, Scanned
 
 _MAX_TOKENS = 64  # of a row: the scan goes from token to token, where longer ones have products
@@ -186,4 +186,6 @@ def conv_scan(
     return Scanned(y, heads, steps, B, ssm.unsqueeze(1))
 
 
-FUSED = Kernels(rms_norm, gated_rms_norm, conv_scan)
+FUSED = Kernels(
+    rms_norm, gated_rms_norm, conv_scan, fused_products.linear, fused_products.grouped_mlp
+)

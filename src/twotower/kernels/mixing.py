@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.kernels import ops, ssd
+from twotower.kernels import ops, quantised, ssd
+from twotower.kernels.quantised import Matrices, Quantised
 
 Modulation = tuple[Tensor, Tensor]
 
@@ -96,9 +97,13 @@ class Kernels:
     rms_norm: Callable[[Tensor, Tensor, float, Modulation | None, bool], Tensor]
     gated_rms_norm: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
     conv_scan: Callable[..., Scanned]
+    linear: Callable[[Tensor, Tensor | Quantised, Tensor | None], Tensor]
+    """Of quantised layers alone."""
+    grouped_mlp: Callable[[Tensor, Matrices, Matrices, Tensor], Tensor]
+    """The same."""
 
 
-TORCH = Kernels(rms_norm, ops.gated_rms_norm, conv_scan)
+TORCH = Kernels(rms_norm, ops.gated_rms_norm, conv_scan, quantised.linear, ops.grouped_mlp)
 
 
 def fused_refusal(device: torch.device) -> str | None:

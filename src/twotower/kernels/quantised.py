@@ -1,7 +1,7 @@
 """Matrices of 8 or 4 bits a number: their layout, and products with them.
 
 Decides how numbers are packed and in which steps a product is computed; which matrices are packed
-is the business of others. Numbers are dequantised a piece at a time: no matrix is copied whole.
+is the business of others. A CPU dequantises a piece at a time, so that no matrix is copied whole.
 """
 
 from typing import Literal, NamedTuple, Protocol
@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Bits = Literal[8, 4]
-_PIECE = 2**19  # numbers dequantised at a time: they stay in a core's cache
+_MOST = 127
+_PIECE = 2**19  # numbers that a CPU dequantises at a time: they stay in a core's cache
 _FEW_TOKENS = 16  # up to here torch's bfloat16 kernel is the faster one
 _SMALLEST = 1e-30  # scale of a token that is all zero
 
@@ -42,6 +43,15 @@ class Matrices(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, expert: int, /) -> Tensor | Quantised: ...
+
+
+def to_eight_bits(weight: Tensor) -> Quantised:
+    """A matrix (N, K) of any floating type, each row by its largest number, which becomes 127."""
+    weight = weight.detach().float()
+    scale = weight.abs().amax(1, keepdim=True) / _MOST
+    numbers = (weight * torch.where(scale > 0, 1 / scale, 0.0)).round().clamp(-_MOST, _MOST)
+    qdata = numbers.nan_to_num(0.0).to(torch.int8)  # NaN stays in the scale
+    return Quantised(qdata, scale)
 
 
 def pack_halves(numbers: Tensor) -> Tensor:
@@ -79,10 +89,14 @@ def linear(x: Tensor, weight: Tensor | Quantised, bias: Tensor | None = None) ->
     return y if bias is None else y + bias
 
 
+def _rows_at_a_time(x: Tensor, weight: Quantised) -> int:
+    return max(1, _PIECE // x.shape[1]) if x.device.type == "cpu" else len(weight.qdata)
+
+
 def _times_four_bits(x: Tensor, weight: Quantised) -> Tensor:
     """x (tokens, K) -> (tokens, N)."""
     assert weight.zero is not None
-    rows = max(1, _PIECE // x.shape[1])
+    rows = _rows_at_a_time(x, weight)
     # A CPU dequantises twice as fast to float32 as to bfloat16.
     kind = torch.float32 if x.device.type == "cpu" else x.dtype
     parts = zip(*(part.split(rows) for part in weight[:3]), strict=True)  # type: ignore[union-attr]  # all three
@@ -96,7 +110,7 @@ def _times_eight_bits(x: Tensor, weight: Quantised) -> Tensor:
         ones = torch.ones(len(weight.qdata), dtype=x.dtype)
         y = torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight.qdata, ones)
     else:
-        pieces = weight.qdata.split(max(1, _PIECE // x.shape[1]))
+        pieces = weight.qdata.split(_rows_at_a_time(x, weight))
         y = torch.cat([x @ piece.to(x.dtype).T for piece in pieces], dim=1)
     scaled: Tensor = y * weight.scale.squeeze(-1)
     return scaled.to(x.dtype)
@@ -104,7 +118,7 @@ def _times_eight_bits(x: Tensor, weight: Quantised) -> Tensor:
 
 def _times_rounded(x: Tensor, weight: Quantised) -> Tensor:
     """x (tokens, K) -> (tokens, N); integer sums are exact, whatever the other tokens."""
-    step = (x.abs().amax(-1, keepdim=True).float() / 127).clamp_min(_SMALLEST)
+    step = (x.abs().amax(-1, keepdim=True).float() / _MOST).clamp_min(_SMALLEST)
     rounded = (x / step).round().to(torch.int8)
     sums = torch._int_mm(rounded, weight.qdata.T)
     return (sums * step * weight.scale.squeeze(-1)).to(x.dtype)

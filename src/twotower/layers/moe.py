@@ -3,6 +3,8 @@
 The router is a sigmoid with bias correction and groups.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -60,13 +62,20 @@ class Experts(nn.Module):
         return sum_experts(x, chosen, weights, self.up_proj, self.down_proj)
 
 
-def sum_experts(x: Tensor, chosen: Tensor, weights: Tensor, up: Matrices, down: Matrices) -> Tensor:
+def sum_experts(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Matrices,
+    down: Matrices,
+    mlp: Callable[[Tensor, Matrices, Matrices, Tensor], Tensor] = ops.grouped_mlp,
+) -> Tensor:
     """Weighted sum of the chosen of E experts (tokens, D): x (tokens, D), chosen and weights
-    (tokens, M); up E matrices (F, D), down E matrices (D, F), of any precision.
+    (tokens, M); up E matrices (F, D), down E matrices (D, F), of any precision; mlp: `grouped_mlp`.
     """
     experts, order = chosen.flatten().sort(stable=True)  # pairs (token, choice), by expert
     token = order // chosen.shape[1]
-    y = ops.grouped_mlp(x[token], up, down, experts)
+    y = mlp(x[token], up, down, experts)
     weighted = y.float() * weights.flatten()[order].unsqueeze(-1)
     return torch.zeros_like(x, dtype=torch.float32).index_add_(0, token, weighted).to(x.dtype)
 

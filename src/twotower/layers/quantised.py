@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from twotower.kernels.quantised import Bits, Matrices, Quantised, linear
+from twotower.kernels.mixing import TORCH
+from twotower.kernels.quantised import Bits, Matrices, Quantised
 from twotower.layers.moe import sum_experts
 
 
@@ -52,16 +53,20 @@ class QuantisedMatrix(nn.Module):
 class QuantisedLinear(nn.Module):
     """Drop-in for `nn.Linear`; the bias keeps full precision."""
 
+    kernels = TORCH
+
     def __init__(self, weight: QuantisedMatrix, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight.matrix, self.bias)
+        return self.kernels.linear(x, self.weight.matrix, self.bias)
 
 
 class QuantisedExperts(nn.Module):
     """Drop-in for `Experts`: up_proj (E, F, D), down_proj (E, D, F)."""
+
+    kernels = TORCH
 
     def __init__(self, up_proj: QuantisedMatrix, down_proj: QuantisedMatrix) -> None:
         super().__init__()
@@ -69,7 +74,8 @@ class QuantisedExperts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """As `Experts`."""
-        return sum_experts(x, chosen, weights, self.up_proj, self.down_proj)
+        mlp = self.kernels.grouped_mlp
+        return sum_experts(x, chosen, weights, self.up_proj, self.down_proj, mlp)
 
 
 class MappedExperts(nn.Module):

@@ -3,14 +3,16 @@
 `weight_bits` alone decides what keeps full precision; packing, loading and native code ask it.
 """
 
+import copy
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
+import torch
 from torch import nn
 
-from twotower.kernels.quantised import Bits, Matrices
+from twotower.kernels.quantised import Bits, Matrices, to_eight_bits
 from twotower.layers.moe import Experts
 from twotower.layers.quantised import (
     MappedExperts,
@@ -24,6 +26,7 @@ Weights = Literal["int8", "int4"]
 ExpertStorage = Literal["memory", "mmap"]
 GROUP_SIZES = (32, 64, 128)
 GROUP_SIZE = 32  # of int4 when none is named
+M = TypeVar("M", bound=nn.Module)
 _HEAD = re.compile(r"(context_)?lm_head\.weight")
 _PROJECTION = re.compile(
     r"(context|denoiser)_tower\.layers\.\d+\.mixer\."
@@ -89,6 +92,38 @@ def quantise_modules(model: TwoTower, scheme: Scheme) -> None:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, found)
     model.requires_grad_(False)
+
+
+def shared_copy(module: M) -> M:
+    """The module and all below it anew, with the same weights: what is replaced in it is replaced
+    in no other.
+    """
+    found = copy.copy(module)
+    below = module._modules.items()
+    found._modules = {name: part and shared_copy(part) for name, part in below}
+    return found
+
+
+def rounded_to_eight_bits(model: TwoTower) -> TwoTower:
+    """The model with those matrices in int8 that are wide, and are quantised in a checkpoint; heads
+    too where embeddings share their weights. All else is shared with it.
+    """
+    found, scheme = shared_copy(model), Scheme(weights="int8")
+    for name, module in list(found.named_modules()):
+        with torch.device("meta"):
+            own = _quantised(name, module, scheme)
+        if own is None or any(weight.is_meta for weight in module.parameters()):
+            continue
+        for part, matrix in own.named_children():
+            assert isinstance(matrix, QuantisedMatrix)
+            weight = getattr(module, part)
+            each = [to_eight_bits(one) for one in weight.view(-1, *weight.shape[-2:])]
+            for buffer in ("qdata", "scale"):
+                values = torch.stack([getattr(one, buffer) for one in each])
+                setattr(matrix, buffer, values.view(getattr(matrix, buffer).shape))
+        parent, _, child = name.rpartition(".")
+        setattr(found.get_submodule(parent), child, own)
+    return found
 
 
 def _quantised(name: str, module: nn.Module, scheme: Scheme) -> nn.Module | None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from twotower.kernels.quantised import Bits, Quantised
+from twotower.kernels.quantised import Bits, Quantised, to_eight_bits
 from twotower.layers.mamba2 import MambaState
 from twotower.layers.quantised import QuantisedMatrix
 from twotower.model.precision import Scheme, weight_bits
@@ -18,7 +18,6 @@ from twotower.model.tower import Tower
 from twotower.model.two_tower import TwoTower
 from twotower.native.buffers import BufferPool, PassOutputs, PastStates
 from twotower.native.layout import LANES, Row
-from twotower.native.packing import quantise
 from twotower.native.tower import Modulations, NativeLinear, NativeTower
 
 # What --quantization rounds weights to; products with them round the tokens, too.
@@ -176,4 +175,4 @@ def _native_head(head: nn.Module, scheme: Scheme | None) -> NativeLinear | None:
     if isinstance(weight, QuantisedMatrix):
         return NativeLinear(weight.matrix)
     assert isinstance(weight, Tensor)
-    return NativeLinear(quantise(weight) if scheme else weight.detach())
+    return NativeLinear(to_eight_bits(weight) if scheme else weight.detach())

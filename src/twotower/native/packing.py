@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.kernels.quantised import Bits, Quantised
+from twotower.kernels.quantised import Bits, Quantised, to_eight_bits
 
-MOST = 127
 GROUP = 32  # numbers of an int4 group, and of a token's group
 _ROWS = 16  # of a block: the outputs of one vector
 _QUAD = 4  # inputs that one instruction multiplies and adds
@@ -34,15 +33,6 @@ class Grouped(NamedTuple):
     numbers: Tensor
     scale: Tensor
     offset: Tensor
-
-
-def quantise(weight: Tensor) -> Quantised:
-    """weight (N, K) of any float type, rounded to int8."""
-    weight = weight.detach().float()
-    scale = weight.abs().amax(1, keepdim=True) / MOST
-    numbers = (weight * torch.where(scale > 0, 1 / scale, 0.0)).round().clamp(-MOST, MOST)
-    qdata = numbers.nan_to_num(0.0).to(torch.int8)  # NaN stays in the scale
-    return Quantised(qdata, scale)
 
 
 def quantise_groups(weight: Tensor) -> Grouped:
@@ -139,7 +129,7 @@ def _num_bytes(matrix: Tensor | Quantised, bits: Bits) -> int:
 def _bytes_of(matrix: Tensor | Quantised, bits: Bits) -> Tensor:
     """One matrix's bytes (num_bytes,) int8; full precision is rounded first."""
     if isinstance(matrix, Tensor):
-        return _pack(quantise(matrix)) if bits == 8 else _pack_groups(quantise_groups(matrix))
+        return _pack(to_eight_bits(matrix)) if bits == 8 else _pack_groups(quantise_groups(matrix))
     return _pack(matrix) if bits == 8 else _pack_groups(grouped(matrix))
 
 

@@ -13,12 +13,12 @@ from typing import Literal, NamedTuple
 import torch
 
 from twotower.checkpoint.inspect import Tower, describe_config
+from twotower.kernels.quantised import to_eight_bits
 from twotower.lab.plan.inputs import uniform
 from twotower.lab.plan.passes import ModelShape, Pass, pass_parts
 from twotower.lab.race.passes import PassShape
 from twotower.model import TwoTower
 from twotower.native.layout import LANES
-from twotower.native.packing import quantise
 from twotower.native.tower import NativeLinear
 
 Regime = Literal["overhead-bound", "compute-bound", "bandwidth-bound"]
@@ -206,7 +206,7 @@ def _measure_own_product(dtype: torch.dtype) -> float:
         return 0.0
     weight, tokens = torch.ones(2 * _GEMM, 2 * _GEMM), torch.ones(LANES, 2 * _GEMM)
     try:
-        linear = NativeLinear(quantise(weight) if dtype == torch.int8 else weight)
+        linear = NativeLinear(to_eight_bits(weight) if dtype == torch.int8 else weight)
     except OSError:
         return 0.0
     return 2 * weight.numel() * len(tokens) / _best_seconds(lambda: linear(tokens))
