@@ -1,11 +1,11 @@
 """How long do passes take on a GPU, and what speed-up over AR is possible with them?
 
 AR step and verification (with the choice of tokens where the backend makes it), denoiser pass and
-extension of the shipped model (float32), of a dense model
-of 1B parameters and of the released 30B-A3B with both towers (bfloat16), with random weights that
-are made on the device; for 1, 4, 16 and 64 rows; eager, recorded (CUDA graphs), and both with
-compiled mixers and norms. Beside each time stands what `twotower plan` predicts, and at the end
-each variant has a profile for it: `twotower plan --efficiency gpu-passes-graphs.toml`.
+extension of the shipped model (float32), of a dense model of 1B parameters and of the released
+30B-A3B with both towers (bfloat16, and int8 weights), with random weights that are made on the
+device; for 1, 4, 16 and 64 rows; eager, recorded (CUDA graphs), and both with compiled mixers and
+norms. Beside each time stands what `twotower plan` predicts. After each size there are a picture
+and, for each variant, a profile for it: `twotower plan --efficiency gpu-passes-graphs.toml`.
 
     PYTHONPATH=src python scripts/gpu/passes.py --size shipped dense-1b nano-30b
 """
@@ -39,6 +39,7 @@ from twotower.layers.mamba2 import Mamba2
 from twotower.layers.mlp import MLP
 from twotower.layers.moe import MoE
 from twotower.layers.norms import RMSNorm
+from twotower.model.precision import Scheme
 
 DENSE_1B: dict[str, object] = {  # Llama 3.2 1B
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
@@ -60,7 +61,8 @@ REHEARSED: Mapping[str, dict[str, object]] = {
         "intermediate_size": 16,
     },
 }  # fmt: skip
-SIZES = ("shipped", "dense-1b", "nano-30b")
+INT8 = ", int8"  # behind a size's name: its matrices in a byte a number
+SIZES = ("shipped", "dense-1b", f"dense-1b{INT8}", "nano-30b", f"nano-30b{INT8}")
 ROWS = (1, 4, 16, 64)
 VARIANTS = ("graphs", "eager", "graphs, compiled", "eager, compiled")
 PUBLISHED_TOKENS_PER_NFE = (3.3, 5.0)  # of the released model, at two settings
@@ -80,22 +82,34 @@ def config_of(size: str, is_rehearsal: bool) -> TwoTowerConfig:
     """Sizes and layers; tiny ones to rehearse."""
     if size == "shipped":
         return read_config(shipped_folder())
+    is_int8, size = size.endswith(INT8), size.removesuffix(INT8)
     values = dict(DENSE_1B if size == "dense-1b" else PRESETS[size])
+    if is_int8:
+        values["tie_word_embeddings"] = False  # embeddings stay wide, and their head with them
     return config_from_dict(values | (REHEARSED[size] if is_rehearsal else {}))
 
 
 @torch.no_grad()
 def random_model(
-    config: TwoTowerConfig, dtype: torch.dtype, device: torch.device, towers: Towers = "both"
+    config: TwoTowerConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    towers: Towers = "both",
+    scheme: Scheme | None = None,
 ) -> TwoTower:
     """A model whose random weights are made where they stay. Routers spread tokens over experts."""
-    model = build_empty(config, towers)
+    model = build_empty(config, towers, scheme)
     allocate(model, (dtype, dtype), (device, device))
     generator = torch.Generator(device).manual_seed(0)
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:
-        if not weight.is_floating_point():
+        if weight.dtype == torch.int8:
+            weight.random_(-127, 128, generator=generator)
+        elif not weight.is_floating_point():
             continue
-        if name.endswith(("norm.weight", "norm_f.weight", ".D")):
+        elif name.endswith("weight.scale") or name.endswith("proj.scale"):
+            columns = model.get_submodule(name.removesuffix(".scale")).shape[-1]
+            weight.fill_(columns**-0.5 / 73)  # the deviation of such numbers
+        elif name.endswith(("norm.weight", "norm_f.weight", ".D")):
             weight.fill_(1.0)
         elif weight.ndim == 1 or "scale_shift" in name:
             weight.zero_()
@@ -177,13 +191,14 @@ def planned(
     size: str, shape: Shape, stage: Stage, efficiency: Efficiency
 ) -> tuple[PlanSetup, dict[str, Pass]]:
     """The same passes as the planner sees them."""
-    width: Any = str(dtype_of(size, stage)).removeprefix("torch.")
+    compute = str(dtype_of(size, stage)).removeprefix("torch.")
+    width: Any = "int8" if size.endswith(INT8) else compute
     setup = PlanSetup(
         shape=ModelShape.of(describe_config(config_of(size, stage.is_rehearsal), "random")),
         hardware=find_hardware(stage.args.hardware, built_in()),
         widths=uniform(width),
         efficiency=efficiency,
-        compute=width,
+        compute=compute,
     )
     length = shape.block_size
     calls: dict[str, tuple[Any, int, int]] = {
@@ -208,7 +223,7 @@ def write_profiles(stage: Stage) -> None:
     for variant in VARIANTS:
         timed = []
         for one in stage.results:
-            if one["variant"] == variant and "ms" in one:
+            if one["variant"] == variant and "ms" in one and not one["size"].endswith(INT8):
                 shape = Shape(one["rows"], one["past"], one["block_size"])
                 setup, calls = planned(one["size"], shape, stage, PROFILES["limit"])
                 ms = one["ms"]
@@ -283,12 +298,15 @@ def run_size(stage: Stage, size: str) -> None:
     wanted = [
         (variant, count)
         for variant in stage.args.variant
+        if variant == "graphs" or not size.endswith(INT8)
         for count in rows
         if not stage.has(size=size, variant=variant, rows=count)
     ]
     if not wanted or stage.is_over:
         return
-    model, is_compiled = random_model(config, dtype_of(size, stage), stage.device), False
+    scheme = Scheme(weights="int8") if size.endswith(INT8) else None
+    model = random_model(config, dtype_of(size, stage), stage.device, scheme=scheme)
+    is_compiled = False
     for variant, count in wanted:
         if stage.is_over:
             break
@@ -345,11 +363,11 @@ def main() -> None:
     for size in stage.args.size:
         run_size(stage, size)
         gc.collect()  # the next model needs the memory
+        write_profiles(stage)
+        draw(stage.results, stage.args.out.with_suffix(".png"))
     stage.save(conclusions=conclusions(stage.results))
     for one in stage.record["conclusions"]:
         print(one)
-    write_profiles(stage)
-    draw(stage.results, stage.args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
