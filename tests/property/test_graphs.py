@@ -282,14 +282,20 @@ def test_a_mirror_is_filled_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_host_looks_once_in_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the wait for the host: a GPU would idle for as long as a small pass takes."""
     model = recording(tiny_model(hybrid_override_pattern="*M"), monkeypatch)
-    looks, cpu = 0, Tensor.cpu
+    looks, on_host, cpu = 0, arena.on_host, Tensor.cpu
 
-    def counted(tensor: Tensor) -> Tensor:
+    def together(tensors: Sequence[Tensor]) -> list[Tensor]:
+        nonlocal looks
+        looks += 1
+        return on_host(tensors)
+
+    def alone(tensor: Tensor) -> Tensor:
         nonlocal looks
         looks += tensor.dim() == 2 and tensor.dtype == torch.int64  # tokens
         return cpu(tensor)
 
-    monkeypatch.setattr(Tensor, "cpu", counted)
+    monkeypatch.setattr(backend, "on_host", together)
+    monkeypatch.setattr(Tensor, "cpu", alone)
     generate(model, prompts_of([5, 3]), options_of({}, {"mode": "ar", "max_new_tokens": 17}))
     assert looks == 2  # the first token is the prompt's, then 8 and 8
     looks, passes, fill = 0, list[int](), model.backend._fill_on

@@ -197,6 +197,14 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     return made
 
 
+def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of one device on the CPU, for which the host waits once."""
+    found = [part.to("cpu", non_blocking=True) for part in tensors]
+    if tensors[0].is_cuda:
+        torch.cuda.current_stream(tensors[0].device).synchronize()
+    return found
+
+
 def copy_all(to: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
     """Copy tensors in as few launches as there can be."""
     if to:

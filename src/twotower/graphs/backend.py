@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from twotower.diffusion import NOT_FINITE, Sampler, Step, gumbel
 from twotower.graphs import passes
-from twotower.graphs.arena import Arena, Recording, bucket, copies
+from twotower.graphs.arena import Arena, Recording, bucket, copies, on_host
 from twotower.kernels import ops
 from twotower.kernels.mixing import Kernels, fused_refusal
 from twotower.layers.attention import KV
@@ -168,8 +168,10 @@ class GraphsBackend:
                     arena.choosing.noise(wide, vocab_size)[:num_rows, :length] = own
                 found.append(copies(run()))
             choices = torch.cat([one for one, _ in found], dim=1)
-            choices = choices[:num_rows, : length + num_steps - 1].cpu()
-            counts = torch.stack([stay for _, stay in found]).sum(0)[:num_rows].cpu()
+            stay = torch.stack([stay for _, stay in found]).sum(0)
+            choices, counts = on_host(
+                [choices[:num_rows, : length + num_steps - 1], stay[:num_rows]]
+            )
             is_read = torch.arange(choices.shape[1]) < lengths.unsqueeze(1) + num_steps - 1
             if bool((is_read & (choices < 0)).any()):
                 raise ValueError(NOT_FINITE)
@@ -244,8 +246,9 @@ class GraphsBackend:
                 choosing.noise(length, vocab_size)[rows.to(self._device)] = noise.to(self._device)
             syncs_each = uses.noise or index > 0
             num_passes = 1 if syncs_each else min(most, min(arena.quickest, default=1))
-            found = [copies(run()) for _ in range(num_passes)]
-            return [[part[:num_rows].cpu() for part in after] for after in found]
+            found = [part[:num_rows] for _ in range(num_passes) for part in copies(run())]
+            parts = on_host(found)
+            return [parts[i : i + 3] for i in range(0, len(parts), 3)]
 
     def _load_view(self, arena: Arena, view: ContextView) -> None:
         lengths = view.lengths
