@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,7 +53,8 @@ def test_the_first_tokens_are_found() -> None:
 
 def batch_with(ngrams: Ngrams | None) -> Batch:
     """What a lookup asks of a batch."""
-    model = SimpleNamespace(ngrams=ngrams, pass_costs={1: 1.0, 4: 1.2, 8: 1.4, 16: 2.0})
+    costs = {1: 1.0, 4: 1.2, 8: 1.4, 16: 2.0}
+    model = SimpleNamespace(ngrams=ngrams, pass_costs=costs, context_device=torch.device("cpu"))
     return Batch(model, None, [None], None, None)  # type: ignore[arg-type, list-item]
 
 

@@ -26,7 +26,7 @@ def test_count_accepted() -> None:
 def batch_of(costs: dict[int, float], num_rows: int = 1, **towers: int) -> Batch:
     """What drafts ask of a batch: costs of passes and the towers' layers."""
     config = SimpleNamespace(**{n: SimpleNamespace(num_layers=v) for n, v in towers.items()})
-    model = SimpleNamespace(pass_costs=costs, config=config)
+    model = SimpleNamespace(pass_costs=costs, config=config, context_device=torch.device("cpu"))
     return Batch(model, None, [None] * num_rows, None, None)  # type: ignore[arg-type, list-item]
 
 
@@ -54,15 +54,17 @@ def test_best_length() -> None:
 
 def test_pass_costs() -> None:
     costs = {1: 1.0, 4: 1.3, 16: 2.0}
-    assert [pass_cost(costs, n) for n in (1, 2, 4, 5, 16, 32)] == [1.0, 1.3, 1.3, 2.0, 2.0, 4.0]
+    assert [pass_cost(costs, n) for n in (1, 2, 4, 5, 16, 32)] == [1.0, 1.3, 1.3, 2.0, 2.0, 3.0]
 
 
 def test_pass_costs_of_many_rows() -> None:
-    """Guards batches against drafts that pay for one row alone: where products of 16 rows take all
-    of the arithmetic, 4 tokens of each cost 4 AR steps.
+    """Guards batches against drafts that pay for one row alone: 16 rows take most of the
+    arithmetic, and as many tokens more cost nearly as much again (measured: 1.2, 1.5, 1.9).
     """
-    costs = {1: 1.0, 4: 1.3, 16: 2.0}
-    assert [pass_cost(costs, 4, rows) for rows in (1, 4, 16, 64)] == [1.3, 2.0 / 1.3, 4.0, 4.0]
+    costs = {1: 1.0, 4: 1.35, 8: 1.65, 16: 2.35}
+    found = [pass_cost(costs, 4, rows) for rows in (1, 4, 16)]
+    assert found == [pytest.approx(cost, abs=0.01) for cost in (1.35, 1.61, 1.92)]
+    assert pass_cost(costs, 16, 16) == pytest.approx(5.6, abs=0.1)
 
 
 def cost(tokens_of_a_draft: int, num_tokens: int, break_even: float) -> float:
@@ -116,4 +118,4 @@ def test_a_thin_denoiser_costs_less() -> None:
     batch = batch_of({1: 1.0, 16: 2.0}, context=30, denoiser=3)
     assert writing_cost(row, batch) == pytest.approx(0.3)
     row.options = ResolvedOptions(draft_passes=5, block_size=32)
-    assert writing_cost(row, batch) == pytest.approx(2.1)
+    assert writing_cost(row, batch) == pytest.approx(1.6)

@@ -103,8 +103,11 @@ class Batch:
         return backend if isinstance(backend, ChoosingBackend) else None
 
     def pass_cost(self, num_tokens: int) -> float:
-        """AR steps of these rows that a pass over so many tokens of each costs."""
-        return pass_cost(self.model.pass_costs, num_tokens, len(self.rows))
+        """AR steps of these rows that a pass over so many tokens of each costs. An accelerator's
+        arithmetic waits for weights where rows are few: only on a CPU do the rows count.
+        """
+        rows = len(self.rows) if self.model.context_device.type == "cpu" else 1
+        return pass_cost(self.model.pass_costs, num_tokens, rows)
 
     @property
     def num_read(self) -> int:

@@ -10,6 +10,9 @@ from typing import Literal, NamedTuple
 
 Drafts = Literal["auto", "lookup", "denoiser"]
 DrafterName = Literal["lookup", "denoiser"]
+# Of passes on a CPU: AR steps that each further row takes besides its tokens, and the share of the
+# largest known cost that as many tokens more take.
+_ROW, _BEYOND = 0.1, 0.5
 
 
 class DraftController:
@@ -60,16 +63,17 @@ class Proposal(NamedTuple):
 
 def pass_cost(costs: Mapping[int, float], num_tokens: int, num_rows: int = 1) -> float:
     """AR steps of so many rows that a pass over num_tokens of each costs, by
-    `Backend.pass_costs`.
+    `Backend.pass_costs` (benchmarks/pass_costs.py).
     """
-    return _cost(costs, num_tokens * num_rows) / _cost(costs, num_rows)
+    rows = _ROW * (num_rows - 1)
+    return (_cost(costs, num_tokens * num_rows) + rows) / (_cost(costs, num_rows) + rows)
 
 
 def _cost(costs: Mapping[int, float], num_tokens: int) -> float:
     for most, cost in costs.items():
         if num_tokens <= most:
             return cost
-    return cost * num_tokens / most
+    return cost * (1 + _BEYOND * (num_tokens / most - 1))
 
 
 def best_length(

@@ -28,7 +28,7 @@ class Backend(Protocol):
     """To what the loaded weights were rounded for these passes; none: they are as loaded."""
     pass_costs: Mapping[int, float]
     """AR steps that a pass over up to so many tokens costs, with its head, for a few numbers of
-    tokens in ascending order (benchmarks/step_times.py)."""
+    tokens in ascending order (benchmarks/pass_costs.py)."""
     prefix_chunk: int
     """Tokens that are read at a time where contexts are kept for prompts that begin alike: fewer
     find longer common beginnings and cost more passes."""

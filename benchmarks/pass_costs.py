@@ -1,0 +1,71 @@
+"""What does a pass over several tokens of several rows cost in AR steps of those rows?
+
+Drafts are as long as that table says (`Backend.pass_costs`, `engine/drafts.py`): measured stands
+beside reckoned. Physical limit: a pass streams the tower's weights once, however many tokens it
+reads, until its arithmetic takes longer than that. Medians of interleaved repeats. The last line is
+one JSON object.
+
+    python benchmarks/pass_costs.py --model smollm2.gguf --quantization int8 --threads 2
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+
+import twotower
+from twotower.cli.machine import recorded
+from twotower.engine.drafts import pass_cost
+
+LENGTHS = (1, 2, 4, 8, 16)
+
+
+def median_ms(model: twotower.TwoTower, num_rows: int, past: int, repeats: int) -> dict[int, float]:
+    """Milliseconds of a verification by its tokens, head and choice included."""
+    ids = torch.arange(5, 5 + past).remainder(model.config.vocab_size - 10).expand(num_rows, -1)
+    cache = model.prefill(ids.contiguous())
+    times: dict[int, list[float]] = {length: [] for length in LENGTHS}
+    for _ in range(repeats):
+        for length, own in times.items():
+            tokens, counts = ids[:, :length].contiguous(), torch.full((num_rows,), length)
+            began = time.perf_counter()
+            output = model.verify(cache, tokens, counts, is_draft=length > 1)
+            model.context_head(output.hidden).argmax(-1)
+            own.append((time.perf_counter() - began) * 1e3)
+    return {length: statistics.median(own[1:]) for length, own in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", default=None, help="the shipped one where not given")
+    parser.add_argument("--quantization", default="none")
+    parser.add_argument("--backend", default="native")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rows", default="1,4,16")
+    parser.add_argument("--past", type=int, default=200, help="tokens that the cache holds")
+    parser.add_argument("--repeats", type=int, default=9)
+    given = parser.parse_args()
+    model = twotower.load_model(
+        given.model,
+        backend=given.backend,
+        quantization=given.quantization,
+        threads=given.threads,
+    )
+    result: dict[str, dict[str, object]] = {}
+    for rows in map(int, given.rows.split(",")):
+        times = median_ms(model, rows, given.past, given.repeats)
+        measured = {n: round(ms / times[1], 2) for n, ms in times.items()}
+        reckoned = {n: round(pass_cost(model.pass_costs, n, rows), 2) for n in times}
+        result[str(rows)] = {"ar_ms": round(times[1], 2), "cost": measured, "reckoned": reckoned}
+        print(
+            f"{rows:3} rows, AR step {times[1]:.2f} ms: {measured}; reckoned {reckoned}", flush=True
+        )
+    print(json.dumps({"recorded": recorded(), **vars(given), "rows_measured": result}))
+
+
+if __name__ == "__main__":
+    main()
