@@ -38,7 +38,8 @@ def verify(batch: Batch, most_steps: int = 1) -> Choice:
     most_steps: AR steps that a backend which chooses may make; above 1 without drafts alone.
     """
     drafts, lengths = batch.draft
-    if batch.chooser is not None and not any(row.needs_host for row in batch.rows):
+    needs_host = any(row.needs_host for row in batch.rows)
+    if batch.chooser is not None and not needs_host:
         steps = min(most_steps, batch.chooser.decode_steps)
         noise = _noise(batch, max(steps, drafts.shape[1]), batch.model.config.vocab_size)
         found = batch.chooser.decode(batch.cache, drafts, lengths, batch.sampler, noise, steps)
@@ -47,11 +48,14 @@ def verify(batch: Batch, most_steps: int = 1) -> Choice:
         return Choice(_kept(*found))
     is_draft = drafts.shape[1] > 1  # the newest token always stays
     output = batch.model.verify(batch.cache, drafts, lengths if is_draft else None, is_draft)
-    logits = batch.model.context_head(output.hidden)
-    choices = _choices(batch, logits)
+    if needs_host or not batch.sampler.is_greedy or int(lengths.min()) == drafts.shape[1]:
+        logits = batch.model.context_head(output.hidden)
+        choices = _choices(batch, logits)
+    else:
+        logits, choices = None, _greedy_choices(batch, output.hidden)
     counts = count_accepted(drafts, choices, lengths)
     tokens = _kept(choices, counts)
-    logprobs = rows_logprobs(batch.rows, logits, tokens)
+    logprobs = None if logits is None else rows_logprobs(batch.rows, logits, tokens)
     batch.cache.commit(output, counts)
     for row in batch.rows:
         row.context_forwards += 1
@@ -61,6 +65,18 @@ def verify(batch: Batch, most_steps: int = 1) -> Choice:
 def _kept(choices: Tensor, counts: Tensor) -> list[list[int]]:
     each = zip(choices.tolist(), counts.tolist(), strict=True)
     return [own[:count] for own, count in each]
+
+
+def _greedy_choices(batch: Batch, hidden: Tensor) -> Tensor:
+    """`_choices` of rows that need no more than argmax, hidden (B, n, D): the head is a fifth of a
+    small model, and only where a row has tokens does it run.
+    """
+    drafts, lengths = batch.draft
+    is_token = torch.arange(drafts.shape[1]) < lengths.unsqueeze(1)
+    logits = batch.model.context_head(hidden[is_token.to(hidden.device)])
+    choices = torch.zeros_like(drafts)
+    choices[is_token] = choose_each(require_finite(logits), batch.sampler).cpu()
+    return choices
 
 
 def _choices(batch: Batch, logits: Tensor) -> Tensor:
