@@ -107,23 +107,25 @@ class Lookup:
         """Up to `most` tokens behind the text and the known ones, and how probable each is, given
         that those before it are right.
         """
-        length, copied = self.index.find(known, most)
         newest, sure = self.index.end(ORDER, known), 1.0
         guesses, found, rates = list[tuple[int, object]](), list[int](), list[float]()
+        length, copied = 0, list[int]()
         while len(found) < most and sure >= _LEAST_SURE:
+            if not copied:  # nothing yet, or what was copied had no part in the newest guess
+                length, copied = self.index.find([*known, *found], most - len(found))
             ways = list[tuple[float, int, object]]()
             if copied:
-                kind = max(n for n in _USUAL if n <= min(length + len(found), MOST_MATCH))
-                ways.append((self._rate(kind, _USUAL[kind]), copied[len(found)], kind))
-            if self._ngrams is not None and (known_one := self._ngrams.find(newest)) is not None:
-                token, usual = known_one
+                kind = max(n for n in _USUAL if n <= length)
+                ways.append((self._rate(kind, _USUAL[kind]), copied[0], kind))
+            if self._ngrams is not None and (ngram := self._ngrams.find(newest)) is not None:
+                token, usual = ngram
                 kind_of_ngram = "ngram", int(usual * _BINS)
                 ways.append((self._rate(kind_of_ngram, usual), token, kind_of_ngram))
             if not ways:
                 break
             rate, token, kind_of_way = max(ways, key=lambda way: way[0])
-            if copied and copied[len(found)] != token:
-                copied = []
+            is_copied = bool(copied) and copied[0] == token
+            length, copied = min(length + 1, MOST_MATCH), copied[1:] if is_copied else []
             guesses.append((token, kind_of_way))
             found.append(token)
             rates.append(rate)
