@@ -109,7 +109,7 @@ def test_stages_lead_to_a_folder_that_decodes(tmp_path: Path) -> None:
     assert one.tokens == plain.tokens
     assert drafting.ngrams is not None
     (most,) = generate(drafting, [questions[1].prompt], GenerateOptions(max_new_tokens=20))
-    assert most.lookup_tokens > 10  # it was trained on
+    assert most.lookup_tokens > 5  # it was trained on
 
 
 def test_a_budget_that_is_too_small_says_so(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from twotower.engine.batch import Batch
 from twotower.engine.drafts_lookup import (
-    LEAST_MATCH,
-    MOST_MATCH,
-    MOST_TRIED,
+    MAX_MATCH,
+    MAX_TRIED,
+    MIN_MATCH,
     Lookup,
     LookupIndex,
+    continuation,
     propose,
 )
 from twotower.engine.options import ResolvedOptions
@@ -51,9 +52,11 @@ def test_the_first_tokens_are_found() -> None:
     assert index_of([1, 2, 9, 1, 2]).find([], 1) == (2, [9])
 
 
-def batch_with(ngrams: Ngrams | None) -> Batch:
+COSTS = {1: 1.0, 4: 1.2, 8: 1.4, 16: 2.0}
+
+
+def batch_with(ngrams: Ngrams | None, costs: dict[int, float] = COSTS) -> Batch:
     """What a lookup asks of a batch."""
-    costs = {1: 1.0, 4: 1.2, 8: 1.4, 16: 2.0}
     model = SimpleNamespace(ngrams=ngrams, pass_costs=costs, context_device=torch.device("cpu"))
     return Batch(model, None, [None], None, None)  # type: ignore[arg-type, list-item]
 
@@ -125,6 +128,43 @@ def test_a_row_learns_what_its_lookups_are_worth() -> None:
     assert drafted[0] and not any(drafted[30:40]) and all(drafted[90:])
 
 
+@pytest.mark.parametrize(
+    ("sure", "lengths"),
+    [([0.9, 0.9, 0.9], (3, 3)), ([0.02, 0.9, 0.9], (0, 1)), ([0.5, 0.2, 0.2], (1, 2))],
+)
+def test_draft_lengths(sure: list[float], lengths: tuple[int, int]) -> None:
+    """Guards drafts that are verified beyond what pays, or cut where more costs nothing: behind a
+    free draft, and behind one that took 10 AR steps.
+    """
+    drafted, found = list(zip([7, 8, 9], sure, strict=True)), []
+    for writing in (0.0, 10.0):
+        row = Row(0, [5], ResolvedOptions(drafts="denoiser"))
+        costs = {1: 1.0, 2: 1.1, 3: 1.3, 4: 1.6}
+        tokens, _ = continuation(row, batch_with(None, costs), [], drafted, writing)
+        assert tokens == [7, 8, 9][: len(tokens)]
+        found.append(len(tokens))
+    assert tuple(found) == lengths
+
+
+def test_the_likeliest_of_all_that_is_known_is_drafted() -> None:
+    """Guards what the denoiser has drafted: it goes on behind a surer token only where it had that,
+    and where nothing else is allowed it stands alone.
+    """
+    ngrams = ngrams_of(([7], 8, 0.9), ([8], 9, 0.3))
+    for drafted, expected in (
+        ([(8, 0.5), (6, 0.7), (4, 0.6)], [8, 6, 4]),
+        ([(5, 0.5), (6, 0.7), (4, 0.6)], [8, 9]),
+        ([(5, 0.95), (6, 0.7), (4, 0.6)], [5, 6, 4]),
+    ):
+        lookup = Lookup(ngrams)
+        lookup.extend([1, 7])
+        assert lookup.guess([], 3, drafted)[0] == expected
+    alone = Lookup(None, copies=False)
+    alone.extend([1, 2, 3, 1, 2])
+    assert alone.guess([], 3) == ([], [])
+    assert alone.guess([], 3, [(5, 0.2), (6, 0.7)])[0] == [5, 6]
+
+
 def test_no_match_of_one_token() -> None:
     assert index_of([1, 2, 3, 1]).find([], 5) == (0, [])
 
@@ -138,13 +178,13 @@ def test_equals_the_search_of_the_whole_text(text: list[int], cut: int) -> None:
     places = [
         (count, at)
         for at in range(2, len(text))
-        for count in range(LEAST_MATCH, min(at, MOST_MATCH) + 1)
+        for count in range(MIN_MATCH, min(at, MAX_MATCH) + 1)
         if text[at - count : at] == text[len(text) - count :]
     ]
     if not places:
         assert (length, draft) == (0, [])
         return
-    tried = sorted({at for _, at in places}, reverse=True)[:MOST_TRIED]
+    tried = sorted({at for _, at in places}, reverse=True)[:MAX_TRIED]
     expected, at = max((count, at) for count, at in places if at in tried)
     assert length == expected
     repeated = text[at:] * 4

@@ -8,7 +8,7 @@ import torch
 from twotower.diffusion import count_accepted
 from twotower.engine.batch import Batch
 from twotower.engine.drafts import DraftController, Proposal, best, best_length, pass_cost
-from twotower.engine.drafts_denoiser import draft_length, writing_cost
+from twotower.engine.drafts_denoiser import writing_cost
 from twotower.engine.options import ResolvedOptions
 from twotower.engine.request import Row
 
@@ -28,21 +28,6 @@ def batch_of(costs: dict[int, float], num_rows: int = 1, **towers: int) -> Batch
     config = SimpleNamespace(**{n: SimpleNamespace(num_layers=v) for n, v in towers.items()})
     model = SimpleNamespace(pass_costs=costs, config=config, context_device=torch.device("cpu"))
     return Batch(model, None, [None] * num_rows, None, None)  # type: ignore[arg-type, list-item]
-
-
-@pytest.mark.parametrize(
-    ("confidence", "lengths"),
-    [([1.0, 0.9, 0.9, 0.9], (4, 2, 4)), ([1.0, 0.01, 0.9, 0.9], (4, 2, 2)),
-     ([1.0, 0.5, 0.2, 0.2], (4, 2, 3))],
-)  # fmt: skip
-def test_draft_lengths(confidence: list[float], lengths: tuple[int, int, int]) -> None:
-    """Guards drafts that are verified beyond what pays, or cut where more costs nothing."""
-    row, steep = Row(0, [5], ResolvedOptions()), {1: 1.0, 2: 1.1, 3: 1.6, 4: 2.0}
-    flat, found = {1: 1.0, 4: 1.3}, []
-    for costs, writing in ((flat, 0.0), (steep, 0.0), (steep, 10.0)):
-        row.proposal = Proposal("denoiser", 1.5, cost=writing)
-        found.append(draft_length(confidence, batch_of(costs), row))
-    assert tuple(found) == lengths
 
 
 def test_best_length() -> None:

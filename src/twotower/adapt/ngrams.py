@@ -12,7 +12,7 @@ from twotower.adapt.answers import Answer
 from twotower.model.ngrams import ORDER, Ngrams, context_keys
 
 _PRIOR = 3.0  # occurrences that the shorter context counts for
-_LEAST = {4: 2, 5: 2}  # occurrences of a context of so many tokens, where not 1
+_MIN = {4: 2, 5: 2}  # occurrences of a context of so many tokens, where not 1
 _BINS = 16  # of probabilities that are corrected together
 
 
@@ -30,7 +30,7 @@ def count_ngrams(answers: Sequence[Answer], held: Sequence[Answer]) -> Ngrams:
         below = (counts[pair] + _PRIOR * below) / (total + _PRIOR)
         likeliest = first[np.lexsort((below[first], own[first]))]  # each context's is its last
         likeliest = likeliest[np.append(np.diff(own[likeliest]) > 0, True)]
-        likeliest = likeliest[total[likeliest] >= _LEAST.get(order, 1)]
+        likeliest = likeliest[total[likeliest] >= _MIN.get(order, 1)]
         kept.append(np.stack([own[likeliest], nexts[likeliest], below[likeliest]]))
     found = _sorted(np.concatenate(kept, axis=1))
     return _corrected(found, held)

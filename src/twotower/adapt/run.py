@@ -41,10 +41,10 @@ from twotower.model.precision import require_plain
 from twotower.model.thin import blocks_of, spread, thin_config
 from twotower.specs import AttentionSpec
 
-LEAST_ANSWERS = 20
+MIN_ANSWERS = 20
 _LAYERS = 3  # of a denoiser when nobody says
 HELD_OUT = 20  # one answer in so many is never trained on
-_MOST_HELD = 24  # answers that the curve is measured on
+_MAX_HELD = 24  # answers that the curve is measured on
 _SAVE_S = 60.0
 _CURVE_POINTS = 12
 
@@ -107,10 +107,10 @@ def collect_answers(
     _write_features(model, answers, work, reads, is_last=True)
     clock.save()
     usable = sum(_is_usable(place) for place in find_places(work.features))
-    if usable < LEAST_ANSWERS:
+    if usable < MIN_ANSWERS:
         raise ValueError(
             f"minutes={budget.minutes:g}: the model has written {usable} usable answers, and "
-            f"{LEAST_ANSWERS} are needed; give more minutes or prompts (what is done is kept)"
+            f"{MIN_ANSWERS} are needed; give more minutes or prompts (what is done is kept)"
         )
 
 
@@ -130,7 +130,7 @@ def train(
     """
     all_places = find_places(work.features)
     places = [place for place in all_places if _is_usable(place)]
-    if len(places) < LEAST_ANSWERS:
+    if len(places) < MIN_ANSWERS:
         raise ValueError(
             f"{work.features}: holds {len(places)} answers; run the stage answers first"
         )
@@ -171,7 +171,7 @@ def train(
 def split(places: Sequence[Place]) -> tuple[list[Place], list[Place]]:
     """Answers to train on, and those held out."""
     trained = [place for number, place in enumerate(places) if number % HELD_OUT]
-    return trained, list(places[::HELD_OUT])[:_MOST_HELD]
+    return trained, list(places[::HELD_OUT])[:_MAX_HELD]
 
 
 def new_denoiser(model: TwoTower, work: WorkFolder, thin: ThinOptions, seed: int) -> TwoTower:

@@ -31,7 +31,7 @@ from twotower.train.optimizer import make_optimizer
 from twotower.train.options import OptimizationOptions
 
 _POOL = 16  # steps whose answers are drawn at once and sorted by length
-_LEAST_RATE = 0.02  # of the largest learning rate, at the end
+_MIN_RATE = 0.02  # of the largest learning rate, at the end
 _AT_ONCE = 64  # blocks that are measured at once
 _WEIGHT = "weight"  # among the optimiser's own keys in a file
 
@@ -110,7 +110,7 @@ class Trainer:
 
     def _rate(self, used: float) -> float:
         warm = min(1.0, (self.step + 1) / max(1, self._options.warmup_steps))
-        fall = _LEAST_RATE + (1 - _LEAST_RATE) * (1 + math.cos(math.pi * min(1.0, used))) / 2
+        fall = _MIN_RATE + (1 - _MIN_RATE) * (1 + math.cos(math.pi * min(1.0, used))) / 2
         return self._options.learning_rate * warm * fall
 
     def save(self, file: Path) -> None:

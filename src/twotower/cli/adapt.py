@@ -150,9 +150,9 @@ def _questions(
             f"{options.max_prompt_tokens} tokens and are left out",
             file=sys.stderr,
         )
-    if len(found) < stages.LEAST_ANSWERS:
+    if len(found) < stages.MIN_ANSWERS:
         raise ValueError(
-            f"prompts: {len(found)} are usable, and {stages.LEAST_ANSWERS} are needed; add some"
+            f"prompts: {len(found)} are usable, and {stages.MIN_ANSWERS} are needed; add some"
         )
     return found[kept:], found[:kept]
 

@@ -13,7 +13,7 @@ from twotower.cli.text import printable
 from twotower.lab.report import Table
 
 _FILE_WIDTH = 120  # where nobody has a width: output that goes into a file
-_LEAST = 24  # columns that a text of several words may be squeezed to
+_MIN = 24  # columns that a text of several words may be squeezed to
 
 
 def make_console() -> Console:
@@ -50,7 +50,7 @@ def _least_widths(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list
         cells = [row[place] for row in rows]
         words = [word for text in (column, *cells) for word in text.split()] or [""]
         longest = max(map(len, cells), default=0)
-        widths.append(max(*map(len, words), min(longest, _LEAST)))
+        widths.append(max(*map(len, words), min(longest, _MIN)))
     return widths
 
 

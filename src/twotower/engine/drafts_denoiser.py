@@ -3,8 +3,6 @@
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from itertools import accumulate
-from operator import mul
 
 import torch
 from torch import Tensor
@@ -12,7 +10,7 @@ from torch import Tensor
 from twotower.diffusion import Sampler
 from twotower.engine.batch import Batch
 from twotower.engine.denoiser import fill_blocks
-from twotower.engine.drafts import DraftController, Proposal, best_length
+from twotower.engine.drafts import DraftController, Proposal
 from twotower.engine.events import Event
 from twotower.engine.request import Row
 
@@ -43,19 +41,18 @@ def writing_cost(row: Row, batch: Batch) -> float:
     return _BESIDE_PASSES + options.draft_passes * share * batch.pass_cost(options.block_size)
 
 
-def write(batch: Batch, blocks: Tensor, places: Tensor) -> Generator[Event, None, Tensor]:
-    """Fill the masks of blocks (B, T) at places (R,); returns how much of each to verify (R,)."""
+def write(
+    batch: Batch, blocks: Tensor, places: Tensor
+) -> Generator[Event, None, list[list[tuple[int, float]]]]:
+    """Fill the masks of blocks (B, T) at places (R,): each one's tokens and how sure the denoiser
+    is of them, given those before; 1 for what was known.
+    """
     sampler = _greedy(batch)
     if len(places) < len(batch.rows):
         sampler = sampler.select(places)
     last = yield from fill_blocks(batch, blocks[places], sampler, places, num_known=1)
-    # Not the first column: AR may have chosen the mask token, which the denoiser then fills.
-    blocks[places, 1:] = last.tokens[:, 1:].cpu()
-    lengths = [
-        draft_length(own, batch, batch.rows[place])
-        for own, place in zip(last.confidence.tolist(), places.tolist(), strict=True)
-    ]
-    return torch.tensor(lengths)
+    each = zip(last.tokens.tolist(), last.confidence.tolist(), strict=True)
+    return [list(zip(tokens, sure, strict=True)) for tokens, sure in each]
 
 
 def _greedy(batch: Batch) -> Sampler:
@@ -64,13 +61,3 @@ def _greedy(batch: Batch) -> Sampler:
     if sampler.is_greedy:
         return sampler
     return replace(sampler, temperature=torch.zeros(len(batch.rows)))
-
-
-def draft_length(confidence: Sequence[float], batch: Batch, row: Row) -> int:
-    """How much of a block to verify, at least 2. confidence: the denoiser's own account of how
-    probable each token is, given those before; 1 for what is known.
-    """
-    expected = list(accumulate(accumulate(confidence, mul)))
-    costs = [batch.pass_cost(length) for length in range(1, len(confidence) + 1)]
-    writing = 0.0 if row.proposal is None else row.proposal.cost
-    return 2 + best_length(expected[1:], costs[1:], writing)[0]

@@ -16,7 +16,7 @@ from torch import Tensor
 from twotower.tokenizer import Tokenizer
 
 _MOST = 512  # forbidden tokens that count, the most probable ones
-_LEAST = 1e-6  # and the probability of one that does
+_MIN = 1e-6  # and the probability of one that does
 _AFTER_VALUES = b",}]"
 
 
@@ -45,7 +45,7 @@ class TokenPrefixes:
         largest = logits.max()
         weights = (logits - largest).float().cpu().double().exp()
         lost = weights.masked_fill(allowed, 0.0).topk(min(_MOST, len(weights)))
-        count = int((lost.values > _LEAST * weights.sum()).sum())
+        count = int((lost.values > _MIN * weights.sum()).sum())
         gained: dict[int, float] = {}
         for token in lost.indices[:count].tolist():
             heir = self._longest.get(token)

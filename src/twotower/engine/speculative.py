@@ -4,7 +4,7 @@ The text is that of mode="ar", token for token: a draft decides only how many to
 verification yields. Source: system.md section 4, 'Self-speculation'.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -24,28 +24,40 @@ def draft(batch: Batch) -> Iterator[Event]:
     Rows that do not draft have their newest token alone, and what their grammar demands behind it.
     """
     rows, size = batch.rows, batch.rows[0].options.block_size
-    width = max(size, 1 + drafts_lookup.MOST_DRAFT)
-    blocks = torch.full((len(rows), width), batch.model.config.mask_token_id)
-    lengths = torch.empty(len(rows), dtype=torch.int64)
-    for place, row in enumerate(rows):
-        known = [row.tokens[-1], *_forced(row, size)]
-        row.proposal = best(propose(row, batch, known[1:]) for propose in PROPOSE)
-        known += row.proposal.tokens if row.proposal is not None else ()
-        blocks[place, : len(known)] = torch.tensor(known)
-        lengths[place] = min(len(known), row.num_left)
-    drafted = [(row, i) for i, row in enumerate(rows) if row.proposal is not None]
-    if unwritten := [i for row, i in drafted if row.proposal and not row.proposal.tokens]:
-        places = torch.tensor(unwritten)
-        lengths[places] = yield from drafts_denoiser.write(batch, blocks[:, :size], places)
-    ends = [(row, place, blocks[place, : lengths[place]].tolist()) for row, place in drafted]
-    for row, _, block in ends:  # all of them, before any answer is waited for
-        _look_ahead(row, block[1:])
-    for row, place, block in ends:
-        lengths[place] = _num_possible(row, block)
-    most = int(lengths.max())
-    is_padding = torch.arange(most) >= lengths.unsqueeze(1)
-    # Any token: a mask of the denoiser's own is none that the context tower could read.
-    batch.draft = blocks[:, :most].masked_fill(is_padding, 0), lengths
+    known = [[row.tokens[-1], *_forced(row, size)] for row in rows]
+    for row, own in zip(rows, known, strict=True):
+        row.proposal = best(propose(row, batch, own[1:]) for propose in PROPOSE)
+    yield from _write(batch, known)
+    blocks = [
+        [*own, *(row.proposal.tokens if row.proposal is not None else ())][: row.num_left]
+        for row, own in zip(rows, known, strict=True)
+    ]
+    for row, block in zip(rows, blocks, strict=True):  # before any answer is waited for
+        if row.proposal is not None:
+            _look_ahead(row, block[1:])
+    blocks = [block[: _num_possible(row, block)] for row, block in zip(rows, blocks, strict=True)]
+    most = max(map(len, blocks))
+    # Padded with any token: a mask of the denoiser's own is none that the context tower could read.
+    padded = torch.tensor([block + [0] * (most - len(block)) for block in blocks])
+    batch.draft = padded, torch.tensor([len(block) for block in blocks])
+
+
+def _write(batch: Batch, known: Sequence[list[int]]) -> Iterator[Event]:
+    """Let the denoiser write where that is proposed, behind what is known of each row."""
+    rows, size = batch.rows, batch.rows[0].options.block_size
+    places = [place for place, row in enumerate(rows) if row.proposal and not row.proposal.tokens]
+    if not places:
+        return
+    blocks = torch.full((len(rows), size), batch.model.config.mask_token_id)
+    for place in places:
+        blocks[place, : len(known[place])] = torch.tensor(known[place])
+    written = yield from drafts_denoiser.write(batch, blocks, torch.tensor(places))
+    for place, block in zip(places, written, strict=True):
+        row, own = rows[place], known[place]
+        assert row.proposal is not None
+        drafted, cost = block[len(own) :], row.proposal.cost
+        tokens, _ = drafts_lookup.continuation(row, batch, own[1:], drafted, cost)
+        row.proposal = row.proposal._replace(tokens=tokens)
 
 
 def _forced(row: Row, size: int) -> list[int]:

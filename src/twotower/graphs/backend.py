@@ -30,8 +30,8 @@ from twotower.model.state import ContextCache, ContextView, ForwardOutput, Layer
 from twotower.model.two_tower import TwoTower
 from twotower.specs import MoESpec
 
-_MOST_RECORDED = 64  # tokens a row: a longer pass has arithmetic enough to hide its launches
-_MOST_ARENAS = 4  # numbers of rows whose memory is kept, the newest
+_MAX_RECORDED = 64  # tokens a row: a longer pass has arithmetic enough to hide its launches
+_MAX_ARENAS = 4  # numbers of rows whose memory is kept, the newest
 ONE_DEVICE = "graphs passes need both towers on one device"
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -86,7 +86,7 @@ class GraphsBackend:
         """Keys go where they belong in the mirror; a draft's Mamba states wait for its counts."""
         layers, before = cache.layers, cache.version
         num_rows, length = tokens.shape
-        wide = bucket(length) if length <= _MOST_RECORDED else length
+        wide = bucket(length) if length <= _MAX_RECORDED else length
         with self._lock:
             arena = self._arena(num_rows)
             past = arena.reserve(cache.num_past + wide)
@@ -263,7 +263,7 @@ class GraphsBackend:
         size = bucket(num_rows)
         found = self._arenas.pop(size, None)
         if found is None:
-            if len(self._arenas) == _MOST_ARENAS:
+            if len(self._arenas) == _MAX_ARENAS:
                 del self._arenas[next(iter(self._arenas))]
             norm = self._model.context_tower.norm_f.weight
             found = Arena(self._model.empty_cache(size), norm.new_zeros(size, len(norm)))
@@ -274,7 +274,7 @@ class GraphsBackend:
         self, arena: Arena, length: int, shape: tuple[Hashable, ...], run: Callable[[], T]
     ) -> Callable[[], T]:
         """The pass as a recording; the pass itself on a CPU, or where it has many tokens."""
-        if self._pool is None or length > _MOST_RECORDED:
+        if self._pool is None or length > _MAX_RECORDED:
             return run
         if (length, *shape) not in arena.recordings:
             arena.clear()  # recording runs the pass
