@@ -95,6 +95,8 @@ def test_generate_has_a_flag_with_the_default_of_every_option(
         (["demo", "--threads", "x"], "--threads 'x' must be a whole number"),
         (["convert", "a", "b", "--activations", "x"], "--activations 'x' is unknown; use int8;"),
         (["train", "backbone", "--betas", "0.9"], "--betas needs 2 values"),
+        (["prepare", "--columns"], "--columns needs a value"),
+        (["bench", "--prompts", "--json"], "--prompts needs a value"),
         (["train", "backbone", "--betas", "0.9", "x"], "--betas '0.9', 'x' must be numbers"),
         (
             ["generate", "--mode", "magic"],

@@ -48,7 +48,11 @@ def parse(
             raise
         said = _in_words(_unframe(refusal.getvalue()), options_class, arguments)
         raise ValueError(f"{said}; see {prog} -h") from None
-    return options_class(**_flat(flags))
+    values = _flat(flags)
+    for name, value in values.items():  # a list that was named and left empty
+        if value == () and (flag := f"--{name.replace('_', '-')}") in arguments:
+            raise ValueError(f"{flag} needs a value; see {prog} -h")
+    return options_class(**values)
 
 
 def _flat(flags: object) -> dict[str, Any]:
@@ -100,9 +104,7 @@ def _annotated_fields(options_class: type) -> dict[str, tuple[str, Any, Any]]:
         shown = tyro.conf.arg(
             aliases=ALIASES.get(field.name),
             help=docs.get(field.name),
-            metavar="[TEXT [TEXT ...]]"
-            if is_list and hint == tuple[str, ...]
-            else _metavar(field, hint, tyro.conf.Positional in own),
+            metavar=_metavar(field, hint, tyro.conf.Positional in own, is_list),
             help_behavior_hint=hidden if is_optional or is_switch or is_list else None,
         )
         default: Any = dataclasses.field(
@@ -133,8 +135,13 @@ def _docs(options_class: type) -> dict[str, str]:
     return shared | docs
 
 
-def _metavar(field: "dataclasses.Field[object]", hint: object, is_positional: bool) -> str | None:
+def _metavar(
+    field: "dataclasses.Field[object]", hint: object, is_positional: bool, is_list: bool
+) -> str | None:
     """What stands for the value in help; None leaves it to tyro."""
+    if is_list and not is_positional:
+        word = _METAVARS[get_args(hint)[0]]
+        return f"{word} [{word} ...]"
     if is_positional:
         name = field.name.upper()
         return name if field.default is dataclasses.MISSING else f"[{name}]"
