@@ -206,12 +206,8 @@ def _in_words(said: str, options_class: type, arguments: Sequence[str]) -> str:
 
 def _typed(flag: str, arguments: Sequence[str]) -> str:
     """Which of a flag's spellings (--temp/--temperature) was typed."""
-    spellings = set(flag.split("/"))
-    for name, others in ALIASES.items():
-        group = {f"--{name.replace('_', '-')}", *others}
-        spellings |= group if group & spellings else set()
     typed = (argument.partition("=")[0] for argument in arguments)
-    return next((one for one in typed if one in spellings), flag)
+    return next((one for one in typed if one in flag.split("/")), flag.split("/")[-1])
 
 
 def _in_order(choices: list[str], options_class: type) -> list[str]:
