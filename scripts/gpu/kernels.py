@@ -129,9 +129,9 @@ def mixing_kernels(draw: Draw, fused: Any, spec: MambaSpec, width: int) -> Itera
         dt, seed = draw(rows, length, spec.num_heads), draw(rows, *sizes[:2], sizes[3])
         y, gate = draw(2, rows, length, inner)
         calls: dict[str, Callable[[Any], Tensor]] = {
-            "norm, modulated": lambda m, x=x, by=(shift, scale): m.rms_norm(
-                x, weight, 1e-5, by, True
-            ),
+            "residual and norm": lambda m, x=x, by=(shift, scale): m.add_norm(
+                x, (x, by[0]), weight, 1e-5, by, True
+            )[1],
             "gated norm": lambda m, y=y, gate=gate: m.gated_rms_norm(
                 y, gate, gates, spec.num_groups, 1e-5
             ),

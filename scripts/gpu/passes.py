@@ -38,7 +38,7 @@ from twotower.layers.attention import Attention
 from twotower.layers.mamba2 import Mamba2
 from twotower.layers.mlp import MLP
 from twotower.layers.moe import MoE
-from twotower.layers.norms import RMSNorm
+from twotower.layers.norms import ResidualNorm
 from twotower.model.precision import Scheme
 
 DENSE_1B: dict[str, object] = {  # Llama 3.2 1B
@@ -66,7 +66,7 @@ SIZES = ("shipped", "dense-1b", f"dense-1b{INT8}", "nano-30b", f"nano-30b{INT8}"
 ROWS = (1, 4, 16, 64)
 VARIANTS = ("graphs", "eager", "graphs, compiled", "eager, compiled")
 PUBLISHED_TOKENS_PER_NFE = (3.3, 5.0)  # of the released model, at two settings
-_COMPILED = (Mamba2, Attention, MLP, MoE, RMSNorm)
+_COMPILED = (Mamba2, Attention, MLP, MoE, ResidualNorm)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def test_kernels(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
     first, again = (rehearse("kernels", out) for _ in range(2))
     found = {one["kernel"]: one for one in first["results"]}
-    assert set(found) == {"norm, modulated", "gated norm", "convolution and scan",
+    assert set(found) == {"residual and norm", "gated norm", "convolution and scan",
                           "int8 product", "int8 experts"}  # fmt: skip
     has_fused = first["without_fused_kernels"] is None
     assert all(one["is_right"] and ("fused" in one["us"]) == has_fused for one in found.values())

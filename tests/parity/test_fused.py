@@ -4,6 +4,7 @@ They run where triton is installed (`pip install triton`: 300 MB, and no test ne
 """
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -166,9 +167,13 @@ def test_norms(fused: Any, is_before: bool, dtype: torch.dtype) -> None:
     x, weight = drawn(3, 1, 4, 10).to(dtype), drawn(10, seed=1).to(dtype)
     shift, scale = drawn(3, 1, 2, 10, seed=2).to(dtype).unbind(2)
     modulation: Modulation = shift.unsqueeze(2), scale.unsqueeze(2)
-    for added in (None, modulation):
-        found, expected = (m.rms_norm(x, weight, 1e-5, added, is_before) for m in (fused, mixing))
-        torch.testing.assert_close(found, expected, **close)
+    gated = drawn(3, 1, 4, 10, seed=4).to(dtype), drawn(3, 1, 1, 10, seed=5).to(dtype)
+    streams = (x, x.float())  # wider than the weights, too
+    for h, added, by in product(streams, (None, (gated[0], None), gated), (None, modulation)):
+        given = h, added, weight, 1e-5, by, is_before
+        found, expected = fused.add_norm(*given), mixing.add_norm(*given)
+        assert torch.equal(found[0], expected[0])  # nothing is summed up
+        torch.testing.assert_close(found[1], expected[1], **close)
     y, gate = drawn(2, 3, 10).to(dtype), drawn(2, 3, 15, seed=3).to(dtype)[..., 5:]
     found, expected = (m.gated_rms_norm(y, gate, weight, 2, 1e-5) for m in (fused, ops))
     torch.testing.assert_close(found, expected, **close)
@@ -208,7 +213,7 @@ def test_kernels_of_all_modules_are_replaced_and_weights_shared() -> None:
 
         return call
 
-    names = ("rms_norm", "gated_rms_norm", "conv_scan", "linear", "grouped_mlp")
+    names = ("add_norm", "gated_rms_norm", "conv_scan", "linear", "grouped_mlp")
     own = with_kernels(model, mixing.Kernels(*map(watched, names)))
     assert torch.equal(
         own.prefill(random_ids(1, 3)).last_hidden,

@@ -184,27 +184,27 @@ def test_order_of_norm_and_modulation(kind: str) -> None:
     modulate_first = norm(h * (1 + m.scale) + m.shift)
     norm_first = norm(h) * (1 + m.scale) + m.shift
     expected = {"M": modulate_first, "*": modulate_first, "E": norm_first, "-": norm_first}
-    torch.testing.assert_close(one.pre_norm(h, m), expected[kind], **CLOSE)
-    torch.testing.assert_close(one.pre_norm(h), norm(h), **CLOSE)
+    torch.testing.assert_close(one.pre_norm(h, None, m)[1], expected[kind], **CLOSE)
+    torch.testing.assert_close(one.pre_norm(h)[1], norm(h), **CLOSE)
     assert float((modulate_first - norm_first).abs().max()) > 0.1
 
 
 def test_residual_is_gated_outside_the_mixer() -> None:
     one = layer("-")
     h, y, m = noise(1, 1, 2, 16), noise(1, 1, 2, 16, seed=1), modulation(16)
-    torch.testing.assert_close(one.add_residual(h, y), h + y)
-    torch.testing.assert_close(one.add_residual(h, y, m), h + m.gate * y)
+    torch.testing.assert_close(one.pre_norm(h, (y, None))[0], h + y)
+    torch.testing.assert_close(one.pre_norm(h, (y, m.gate))[0], h + m.gate * y)
 
 
 def test_layers_keep_the_residuals_dtype() -> None:
     """Guards `residual_in_fp32`: the mixer works in the weights' dtype, the sum stays float32."""
     one = layer("-").bfloat16()
     h = noise(1, 1, 2, 16)
-    u = one.pre_norm(h)
+    _, u = one.pre_norm(h)
     assert u.dtype == torch.bfloat16
     small = torch.full_like(u, 2.0**-12)
-    assert torch.equal(one.add_residual(h, small), h + 2.0**-12)
-    rounded = one.add_residual(h.bfloat16(), small)
+    assert torch.equal(one.pre_norm(h, (small, None))[0], h + 2.0**-12)
+    rounded, _ = one.pre_norm(h.bfloat16(), (small, None))
     assert rounded.dtype == torch.bfloat16
 
 
@@ -214,7 +214,7 @@ def test_norm_epsilon_comes_from_the_configuration() -> None:
         one = layer(kind, layer_norm_epsilon=4.0)
         one.norm.weight.fill_(1.0)
         torch.testing.assert_close(
-            one.pre_norm(torch.full((1, 1, 16), 2.0)),
+            one.pre_norm(torch.full((1, 1, 16), 2.0))[1],
             torch.full((1, 1, 16), 2.0 / math.sqrt(8.0)),
         )
     assert mamba(layer_norm_epsilon=4.0).norm.eps == 4.0

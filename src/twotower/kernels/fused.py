@@ -4,15 +4,13 @@ A short pass on a GPU is thousands of small operations, and these are most of th
 import it where `mixing.fused_refusal` gives no reason against it.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from twotower.kernels import fused_products, mixing
-from twotower.kernels.mixing import Kernels, MambaWeights, Modulation, Scanned
+from twotower.kernels.mixing import Added, Kernels, MambaWeights, Modulation, Scanned
 
 _MAX_TOKENS = 64  # of a row: the scan goes from token to token, where longer ones have products
 _MAX_STATE = 1 << 14  # numbers of a head's state, which stay in registers
@@ -28,11 +26,12 @@ def _modulated(v, shift, scale, places, mask, dtype: tl.constexpr):
 
 @triton.jit
 def _norm(
-    x, gate, weight, shift, scale, out, group_size, x_stride, gate_stride, out_stride,
-    tokens_per_row, shift_stride, scale_stride, eps,
-    ORDER: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
+    x, gate, weight, shift, scale, added, by, total, out, group_size, x_stride, gate_stride,
+    out_stride, added_stride, tokens_per_row, shift_stride, scale_stride, by_stride, eps,
+    ORDER: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A group of one token's channels. ORDER: 0 no modulation, 1 before the norm, 2 behind it."""
+    """A group of one token's channels. ORDER: 0 no modulation, 1 before the norm, 2 behind it.
+    ADDED: 0 nothing, 1 what is added to x before, 2 that times a gate."""
     token, group = tl.program_id(0), tl.program_id(1)
     mask = tl.arange(0, BLOCK) < group_size
     cols = group * group_size + tl.arange(0, BLOCK)
@@ -40,6 +39,14 @@ def _norm(
     row = token // tokens_per_row
     shift, scale = shift + row * shift_stride, scale + row * scale_stride
     v = tl.load(x + token * x_stride + cols, mask, 0.0)
+    if ADDED > 0:
+        y = tl.load(added + token * added_stride + cols, mask, 0.0)
+        if ADDED == 2:
+            gates = tl.load(by + row * by_stride + cols, mask, 0.0).to(tl.float32)
+            y = (gates * y.to(tl.float32)).to(y.dtype)
+        v = (v.to(tl.float32) + y.to(v.dtype).to(tl.float32)).to(v.dtype)
+        tl.store(total + token * out_stride + cols, v, mask)
+    v = v.to(dtype)
     if ORDER == 1:
         v = _modulated(v, shift, scale, cols, mask, dtype)
     wide = v.to(tl.float32)
@@ -109,48 +116,64 @@ def _scan(
     tl.store(ssm + places, state, has_place)
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, modulation: Modulation | None, is_before: bool
-) -> Tensor:
-    """`mixing.rms_norm`; PyTorch's for a modulation of several blocks."""
-    if modulation is not None and (modulation[0].shape[1] > 1 or x.dim() != 4):
-        return mixing.rms_norm(x, weight, eps, modulation, is_before)
-    tokens, order, tokens_per_row = x.reshape(-1, x.shape[-1]), 0, 1
-    shift = scale = tokens  # not read
-    if modulation is not None:
-        shift, scale = (part.reshape(-1, x.shape[-1]) for part in modulation)
-        order, tokens_per_row = (1 if is_before else 2), len(tokens) // len(shift)
-    added = shift, scale, tokens_per_row, order
-    return _run_norm(tokens, None, weight, 1, eps, added).view(x.shape)
+def add_norm(
+    h: Tensor,
+    added: Added | None,
+    weight: Tensor,
+    eps: float,
+    modulation: Modulation | None,
+    is_before: bool,
+) -> tuple[Tensor, Tensor]:
+    """`mixing.add_norm`; PyTorch's for a modulation of several blocks."""
+    y, gate = (None, None) if added is None else added
+    factors = [part for part in (*(modulation or (None, None)), gate) if part is not None]
+    if factors and (h.dim() != 4 or any(part.shape[1] > 1 for part in factors)):
+        return mixing.add_norm(h, added, weight, eps, modulation, is_before)
+    x = h.reshape(-1, h.shape[-1])
+    out, total = (x.new_empty(x.shape, dtype=of.dtype) for of in (weight, h))
+    # What is not there is not read.
+    shift, scale, by = (
+        x if part is None else part.reshape(-1, x.shape[1])
+        for part in (*(modulation or (None, None)), gate)
+    )
+    summed = (x if y is None else y.reshape(x.shape)), total
+    tokens_per_row = len(x) // len(factors[0]) if factors else 1
+    order = 0 if modulation is None else 1 if is_before else 2
+    kind = {"ORDER": order, "ADDED": 0 if y is None else 1 if gate is None else 2}
+    of_rows = shift, scale, by, tokens_per_row
+    _run_norm(x, None, weight, out, 1, eps, of_rows, summed, **kind)
+    return h if y is None else total.view(h.shape), out.view(h.shape)
 
 
 def gated_rms_norm(y: Tensor, gate: Tensor, weight: Tensor, num_groups: int, eps: float) -> Tensor:
     """`ops.gated_rms_norm`."""
-    tokens, gates = y.reshape(-1, y.shape[-1]), gate.reshape(-1, y.shape[-1])
-    added = tokens, tokens, 1, 0
-    return _run_norm(tokens, gates, weight, num_groups, eps, added).view(gate.shape)
+    x, gates = y.reshape(-1, y.shape[-1]), gate.reshape(-1, y.shape[-1])
+    out = gates.new_empty(gates.shape)
+    _run_norm(x, gates, weight, out, num_groups, eps, (x, x, x, 1), (x, x), ORDER=0, ADDED=0)
+    return out.view(gate.shape)
 
 
 def _run_norm(
     x: Tensor,
     gate: Tensor | None,
     weight: Tensor,
+    out: Tensor,
     num_groups: int,
     eps: float,
-    added: tuple[Tensor, Tensor, int, int],
-) -> Tensor:
-    """x and gate (tokens, D); added: shift and scale (rows, D), tokens of a row, their order."""
-    shift, scale, tokens_per_row, order = added
-    of_gate = x if gate is None else gate
-    out, size = torch.empty_like(of_gate, memory_format=torch.contiguous_format), x.shape[1]
-    out = out.view(len(x), size)
-    block: Any = {"BLOCK": triton.next_power_of_2(size // num_groups)}
+    of_rows: tuple[Tensor, Tensor, Tensor, int],
+    summed: tuple[Tensor, Tensor],
+    **kind: int,
+) -> None:
+    """x, gate, out (tokens, D); of rows: shift, scale and gate (rows, D), and how many tokens a row
+    has; summed: what is added to x, and the sum.
+    """
+    (shift, scale, by, tokens_per_row), (added, total) = of_rows, summed
+    z, group_size = x if gate is None else gate, x.shape[1] // num_groups
     _norm[len(x), num_groups](
-        x, of_gate, weight, shift, scale, out, size // num_groups,
-        x.stride(0), of_gate.stride(0), out.stride(0), tokens_per_row, shift.stride(0),
-        scale.stride(0), eps, ORDER=order, GATED=gate is not None, **block,
+        x, z, weight, shift, scale, added, by, total, out, group_size, x.stride(0), z.stride(0),
+        out.stride(0), added.stride(0), tokens_per_row, shift.stride(0), scale.stride(0),
+        by.stride(0), eps, GATED=gate is not None, BLOCK=triton.next_power_of_2(group_size), **kind,
     )  # fmt: skip
-    return out
 
 
 def conv_scan(
@@ -187,5 +210,5 @@ def conv_scan(
 
 
 FUSED = Kernels(
-    rms_norm, gated_rms_norm, conv_scan, fused_products.linear, fused_products.grouped_mlp
+    add_norm, gated_rms_norm, conv_scan, fused_products.linear, fused_products.grouped_mlp
 )

@@ -16,6 +16,7 @@ from twotower.kernels import ops, quantised, ssd
 from twotower.kernels.quantised import Matrices, Quantised
 
 Modulation = tuple[Tensor, Tensor]
+Added = tuple[Tensor, Tensor | None]
 
 
 class MambaWeights(NamedTuple):
@@ -76,25 +77,38 @@ def conv_scan(
     return Scanned(y, heads, dt, B, ssm)
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, modulation: Modulation | None, is_before: bool
-) -> Tensor:
-    """RMSNorm of x (..., D) in x's dtype, with x (1 + scale) + shift before or behind it, which
-    broadcast against x: (shift, scale).
+def add_norm(
+    h: Tensor,
+    added: Added | None,
+    weight: Tensor,
+    eps: float,
+    modulation: Modulation | None,
+    is_before: bool,
+) -> tuple[Tensor, Tensor]:
+    """The residual stream h (..., D), in its dtype, with a mixer's output y and its gate added; and
+    its RMSNorm in the weight's dtype, with x (1 + scale) + shift before or behind the norm.
+
+    added: (y, gate); modulation: (shift, scale). gate, shift and scale broadcast against h.
     """
+    if added is not None:
+        y, gate = added
+        h = h + (y if gate is None else gate * y).to(h.dtype)
+    x = h.to(weight.dtype)
     if modulation is None:
-        return ops.rms_norm(x, weight, eps)
+        return h, ops.rms_norm(x, weight, eps)
     shift, scale = modulation
     if is_before:
-        return ops.rms_norm(x * (1 + scale) + shift, weight, eps)
-    return ops.rms_norm(x, weight, eps) * (1 + scale) + shift
+        return h, ops.rms_norm(x * (1 + scale) + shift, weight, eps)
+    return h, ops.rms_norm(x, weight, eps) * (1 + scale) + shift
 
 
 @dataclass(frozen=True)
 class Kernels:
     """How a model's layers compute these; each has the signature of the function of its name."""
 
-    rms_norm: Callable[[Tensor, Tensor, float, Modulation | None, bool], Tensor]
+    add_norm: Callable[
+        [Tensor, Added | None, Tensor, float, Modulation | None, bool], tuple[Tensor, Tensor]
+    ]
     gated_rms_norm: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
     conv_scan: Callable[..., Scanned]
     linear: Callable[[Tensor, Tensor | Quantised, Tensor | None], Tensor]
@@ -103,7 +117,7 @@ class Kernels:
     """The same."""
 
 
-TORCH = Kernels(rms_norm, ops.gated_rms_norm, conv_scan, quantised.linear, ops.grouped_mlp)
+TORCH = Kernels(add_norm, ops.gated_rms_norm, conv_scan, quantised.linear, ops.grouped_mlp)
 
 
 def fused_refusal(device: torch.device) -> str | None:

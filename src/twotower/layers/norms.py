@@ -1,13 +1,28 @@
-"""Root-mean-square norms with a learned weight."""
+"""Root-mean-square norms with a learned weight: float32 inside."""
 
 import torch
 from torch import Tensor, nn
 
-from twotower.kernels.mixing import TORCH, Modulation
+from twotower.kernels.mixing import TORCH, Added, Modulation
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32; keeps x's dtype."""
+    """x / rms(x) * weight over the last dimension; keeps x's dtype, the weight's or a narrower."""
+
+    kernels = TORCH
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, u = self.kernels.add_norm(x, None, self.weight, self.eps, None, False)
+        return u.to(x.dtype)
+
+
+class ResidualNorm(nn.Module):
+    """The norm of the residual stream, behind the addition to it of the mixer before."""
 
     kernels = TORCH
 
@@ -17,10 +32,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(
-        self, x: Tensor, modulation: Modulation | None = None, is_before: bool = False
-    ) -> Tensor:
-        """With a modulation (shift, scale), that is done before or behind the norm."""
-        return self.kernels.rms_norm(x, self.weight, self.eps, modulation, is_before)
+        self,
+        h: Tensor,
+        added: Added | None = None,
+        modulation: Modulation | None = None,
+        is_before: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """`mixing.add_norm`: the stream, and its norm in the weight's dtype."""
+        return self.kernels.add_norm(h, added, self.weight, self.eps, modulation, is_before)
 
 
 class GatedRMSNorm(nn.Module):

@@ -27,11 +27,11 @@ class ContextTower(Tower):
         Past, new state: KV of S, L tokens; MambaState with leading (B,), (B, L/states_every), or
         MambaInputs where states_every is None. start: tokens of the past, (B,) where rows differ.
         """
-        h = self.embed(ids)
+        h, added = self.embed(ids), None
         rotation = self.rotation(start, ids.shape[1], ids.device)
         states: list[NewState] = []
         for index, layer in enumerate(self.each_layer()):
-            u = layer.pre_norm(h)
+            h, u = layer.pre_norm(h, added)
             before = None if past is None else past[index]
             state: NewState = None
             if isinstance(layer.mixer, Mamba2):
@@ -42,6 +42,6 @@ class ContextTower(Tower):
                 y, state = layer.mixer(u, before, mask, rotation)
             else:
                 y = layer.mixer(u)
-            h = layer.add_residual(h, y)
+            added = y, None
             states.append(state)
-        return self.finish(h), states
+        return self.finish(h, added), states

@@ -46,13 +46,13 @@ class DenoiserTower(Tower):
         if self.hidden_proj is not None:
             assert view.hidden is not None
             h = h + self.hidden_proj(view.hidden.to(h.dtype)).unsqueeze(2)
-        rotation = self._block_rotation(start, blocks)
+        rotation, added = self._block_rotation(start, blocks), None
         for index, layer in enumerate(self.each_layer()):
             modulation = None if modulations is None else modulations[index]
-            u = layer.pre_norm(h, modulation)
+            h, u = layer.pre_norm(h, added, modulation)
             y = _mix(layer, u, view.layers[self.reads[index]], mask, rotation, self._bidirectional)
-            h = layer.add_residual(h, y, modulation)
-        return self.finish(h)
+            added = y, None if modulation is None else modulation.gate
+        return self.finish(h, added)
 
     def embed(self, ids: Tensor) -> Tensor:
         """As for any tower; a mask outside the vocabulary has an embedding of its own, or one for

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from twotower.config import TowerConfig
-from twotower.layers.norms import RMSNorm
+from twotower.kernels.mixing import Added
+from twotower.layers.norms import ResidualNorm
 from twotower.layers.rope import Rotation, rotation
 from twotower.model.layer import Layer
 
@@ -19,7 +20,7 @@ class Tower(nn.Module):
         self.config = config
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(spec, config) for spec in config.layers)
-        self.norm_f = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm_f = ResidualNorm(config.hidden_size, config.norm_eps)
 
     def rotation(self, start: Tensor | int, length: int, device: torch.device) -> Rotation | None:
         """How queries and keys of `length` tokens after `start` others, per row (B,) or of all
@@ -42,7 +43,9 @@ class Tower(nn.Module):
             assert isinstance(layer, Layer)
             yield layer
 
-    def finish(self, h: Tensor) -> Tensor:
-        """The final norm of the residual stream (..., D), in the weights' dtype."""
-        hidden: Tensor = self.norm_f(h.to(self.norm_f.weight.dtype))
+    def finish(self, h: Tensor, added: Added | None) -> Tensor:
+        """The final norm of the residual stream (..., D) with the last mixer's output, in the
+        weights' dtype.
+        """
+        hidden: Tensor = self.norm_f(h, added)[1]
         return hidden
