@@ -3,8 +3,12 @@
 They run where triton is installed (`pip install triton`: 300 MB, and no test needs it).
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -226,3 +230,70 @@ def test_kernels_of_all_modules_are_replaced_and_weights_shared() -> None:
 
 def test_why_there_are_none() -> None:
     assert fused_refusal(torch.device("cpu")) == "fused kernels run on CUDA devices"
+
+
+class NoGpu:
+    """What triton asks of a driver, for a GPU that nobody has: kernels are compiled and not run."""
+
+    launcher_cls = staticmethod(lambda source, metadata: lambda *given, **more: None)
+
+    def __init__(self) -> None:
+        self.utils, self.binaries = self, list[bytes]()
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def load_binary(self, name: str, kernel: bytes, *given: object) -> tuple[object, ...]:
+        self.binaries.append(kernel)
+        return None, 0, 0, 0, 1024  # registers, spills, most threads
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 99 * 1024}  # of an ordinary GPU
+
+
+COMPILE = """
+import sys, torch
+sys.path[:0] = {path!r}
+from triton.runtime import driver
+from test_fused import NoGpu, eight_bits
+gpu = NoGpu()
+driver.set_active(gpu)
+from twotower.kernels import fused, fused_products
+from twotower.kernels.mixing import MambaWeights
+for dtype in (torch.bfloat16, torch.float32):
+    def zeros(*shape):
+        return torch.zeros(shape, dtype=dtype)
+    x, by = zeros(2, 1, 4, 64), zeros(2, 1, 1, 64)
+    fused.add_norm(x.float(), (x, by), zeros(64), 1e-5, (by, by), True)
+    fused.add_norm(x, None, zeros(64), 1e-5, (by, by), False)
+    fused.gated_rms_norm(x, x, zeros(64), 2, 1e-5)
+    heads = zeros(4)
+    weights = MambaWeights(zeros(4 * 16 + 2 * 2 * 32, 1, 4), None, heads, heads, heads)
+    fused.conv_scan(zeros(2, 7, 192), zeros(2, 4, 4), weights, (4, 16, 2, 32), None, None, 4)
+    for rows in (48, 8192):
+        fused_products.product(zeros(5, 64), eight_bits(rows, 64))
+    fused_products.product(zeros(5, 64), eight_bits(3, 48, 64), torch.tensor([1, 2, 5]).int())
+print(len(gpu.binaries), all(one[:4] == b"\\x7fELF" for one in gpu.binaries))
+"""
+
+
+def test_they_become_machine_code() -> None:
+    """Guards a device's first minutes: what the interpreter takes the compiler may refuse, or it
+    may want more shared memory than there is. No GPU is needed for that."""
+    pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+    path = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE.format(path=path)],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "14 True\n", done.stderr
