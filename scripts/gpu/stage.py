@@ -54,10 +54,19 @@ class Stage:
         return any(values.items() <= result.items() for result in self.results)
 
     def add(self, **result: object) -> None:
-        """One more result, on the disk and as a line."""
+        """One more result, on the disk and as a line. Ends the process where a failure has taken
+        the device from it: all that followed would fail, too.
+        """
         self.results.append(result)
         self.save()
         print(json.dumps(result), flush=True)
+        if "failed" in result:
+            try:
+                sync(self.device)
+            except RuntimeError:
+                raise SystemExit(
+                    "the device is lost; the same command goes on behind this"
+                ) from None
 
     def save(self, **more: object) -> None:
         """Write the record, whole or not at all."""

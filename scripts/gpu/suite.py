@@ -1,8 +1,8 @@
 """Do all modes work on a GPU, how fast, and do they write what a CPU writes?
 
 The shipped model in float32 on held-out prompts of the categories that need no other package, in
-every mode, eager and recorded (CUDA graphs), 1 and 16 rows at a time. A CPU writes the same prompts
-eagerly for comparison.
+every mode, eager and recorded (CUDA graphs), 1 and 16 rows at a time; ar and speculative recorded
+with int8 weights, too. A CPU writes the same prompts for comparison, with the same weights.
 
     PYTHONPATH=src python scripts/gpu/suite.py
 """
@@ -16,12 +16,15 @@ import torch
 from stage import Stage, reason_of, sync
 
 from twotower import GenerateOptions, Tokenizer, TwoTower, accelerate, load_tokenizer
+from twotower.backends import BackendName, Quantization
 from twotower.checkpoint import load_checkpoint
 from twotower.checkpoint.files import shipped_folder
 from twotower.engine import EngineOptions, Failed, Finished, stream
 from twotower.lab.evaluate.suite import check, held_out
 
 CATEGORIES = ("math", "editing", "long_context", "refusal")
+WAYS: tuple[tuple[BackendName, Quantization], ...]
+WAYS = ("graphs", "none"), ("eager", "none"), ("graphs", "int8")
 MODES = ("ar", "mock-ar", "diffusion", "posterior", "predict-and-noise", "speculative")
 
 
@@ -55,15 +58,19 @@ def main() -> int:
     model = load_checkpoint(folder, context_device=stage.device, denoiser_device=stage.device)
     for mode in MODES:
         options = GenerateOptions(mode=mode, max_new_tokens=num_tokens)
-        expected: dict[int, Any] = {}
-        for backend in ("graphs", "eager"):
-            ready = accelerate(model, backend)
+        expected: dict[str, dict[int, Any]] = {}
+        for backend, weights in WAYS:
+            if weights == "int8" and mode not in ("ar", "speculative"):
+                continue
+            ready = accelerate(model, backend, weights)
+            on_cpu = reference if weights == "none" else accelerate(reference, backend, weights)
             for rows in (1, 16):
-                values = {"mode": mode, "backend": backend, "rows": rows}
+                values = {"mode": mode, "backend": backend, "weights": weights, "rows": rows}
                 if stage.is_over or stage.has(**values):
                     continue
                 try:
-                    expected = expected or write(reference, tokenizer, prompts, options, 16)
+                    if weights not in expected:
+                        expected[weights] = write(on_cpu, tokenizer, prompts, options, 16)
                     write(ready, tokenizer, prompts, options, rows)  # warms up
                     sync(stage.device)
                     start = time.perf_counter()
@@ -79,7 +86,7 @@ def main() -> int:
                     prompts=len(prompts),
                     tokens_per_s=round(tokens / seconds, 1),
                     tokens_per_nfe=round(tokens / passes, 3) if passes else None,
-                    equal_to_cpu=sum(found[i].tokens == expected[i].tokens for i in found),
+                    equal_to_cpu=sum(found[i].tokens == expected[weights][i].tokens for i in found),
                     right=sum(check(documents[i], found[i].text).correct for i in found),
                 )
     failed = [one for one in stage.results if "failed" in one]
