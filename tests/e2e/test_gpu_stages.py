@@ -37,15 +37,13 @@ def test_conformance(tmp_path: Path) -> None:
 
 
 def test_kernels(tmp_path: Path) -> None:
-    """Without triton PyTorch's functions alone, which is told; a second run has nothing to do."""
-    out = tmp_path / "found.json"
-    first, again = (rehearse("kernels", out) for _ in range(2))
-    found = {one["kernel"]: one for one in first["results"]}
+    """Without triton PyTorch's functions alone, which is told."""
+    record = rehearse("kernels", tmp_path / "found.json")
+    found = {one["kernel"]: one for one in record["results"]}
     assert set(found) == {"residual and norm", "gated norm", "convolution and scan",
                           "int8 product", "int8 experts"}  # fmt: skip
-    has_fused = first["without_fused_kernels"] is None
+    has_fused = record["without_fused_kernels"] is None
     assert all(one["is_right"] and ("fused" in one["us"]) == has_fused for one in found.values())
-    assert again["results"] == first["results"]
 
 
 def test_passes_and_what_follows_from_them(tmp_path: Path) -> None:
