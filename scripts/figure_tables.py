@@ -259,6 +259,23 @@ def contest(record: Record) -> str:
     return markdown([*head, "tokens/pass", "texts as plain"], rows)
 
 
+def contest_short(record: Record) -> str:
+    """Our engine, and the fastest of the others, with the same bits."""
+    every = record["contestants"]
+    times = {f"{r['engine']} {r['bits']} {r['mode']}": r["decode_ms"] for r in every}
+    rows = [
+        [
+            *(r["bits"], r["mode"], number(r["decode_ms"]), number(r["tokens_per_pass"])),
+            *(f"{r['same_as_plain']}/{r['n']}", r["best"].replace(f" {r['bits']}", "")),
+            *(number(times[r["best"]]), number(r["x_best"])),
+        ]
+        for r in every
+        if r["engine"] == "twotower" and r["bits"] != "f32"
+    ]
+    head = ["bits", "mode", "ms a token", "tokens/context pass", "texts as AR"]
+    return markdown([*head, "fastest of the others", "its ms", "speed over it"], rows)
+
+
 def drafts(record: Record) -> str:
     """Tokens a cycle and speed by task and kind of draft."""
     rows = [

@@ -132,7 +132,7 @@ SECTIONS = (
         "How fast is each engine on SmolLM2-135M-Instruct? Questions of GSM8K, MT-bench and "
         "HumanEval, two of each, 96 tokens,\nengines in turns, each in a process of its own with "
         "the same weights. `x best`: over the fastest of the other engines\nwith the same bits, "
-        "its n-gram drafts included; `speculative` takes lookups and the shipped denoiser.",
+        "its n-gram drafts included; `speculative` takes lookups, n-grams and the denoiser.",
         [
             Kind("race_smollm2_1_thread", "One thread", tables.contest),
             Kind("race_smollm2_2_threads", "Two threads", tables.contest),
@@ -141,11 +141,13 @@ SECTIONS = (
     Section(
         "Drafts on a real model",
         "What are drafts worth on SmolLM2-135M-Instruct, on prompts that its denoiser never saw? "
-        "Greedy, prompt included, one\nprompt at a time; `auto` takes a lookup or the denoiser, "
-        "whichever has more to expect, and none where that does not pay.",
+        "Greedy, prompt included, one\nprompt at a time; `lookup` has the n-grams of its "
+        "answers; `auto` takes a lookup or the denoiser beside it,\nwhichever has more to "
+        "expect, and none where that does not pay.",
         [
             Kind("drafts_always", "Drafts in every cycle: how often they are right", tables.drafts),
             Kind("drafts_int8_1_thread", "As users have it, int8, one thread", tables.drafts),
+            Kind("drafts_int8_2_threads", "As users have it, int8, two threads", tables.drafts),
         ],
     ),
     Section(
@@ -209,6 +211,7 @@ BLOCKS = {
     "quality-modes": Block("evaluate", "quality-by-category", tables.quality_modes),
     "quality-line": Block("evaluate", "quality-by-category", tables.quality_line),
     "race": Block("race_1_thread", "race", tables.race_short),
+    "race-smollm2": Block("race_smollm2_2_threads", "race-on-a-real-model", tables.contest_short),
     "training-runs": Block("training_runs", "training", training.training_runs),
 }
 
