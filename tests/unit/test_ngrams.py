@@ -49,6 +49,19 @@ def test_rare_long_contexts_are_left_out() -> None:
     assert len(once.keys) < 3 * 20 + 1 < len(twice.keys) <= ORDER * 20
 
 
+def test_tokens_are_counted_by_every_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the end of a training: NumPy 2.1 counts no unsigned numbers."""
+    counted = np.bincount
+
+    def older(numbers: np.ndarray, *rest: object, **named: object) -> np.ndarray:
+        found: np.ndarray = counted(numbers.astype(np.int64, casting="safe"), *rest, **named)  # type: ignore[call-overload]
+        return found
+
+    monkeypatch.setattr(np, "bincount", older)
+    trained = answers_of([3, 4], [3, 4])
+    assert count_ngrams(trained, trained).find([3])[0] == 4  # type: ignore[index]
+
+
 def test_seen_more_often_is_surer() -> None:
     found = count_ngrams(answers_of(*[[3, 4]] * 20, [5, 6]), [])
     often, once = found.find([3]), found.find([5])

@@ -24,7 +24,10 @@ def count_ngrams(answers: Sequence[Answer], held: Sequence[Answer]) -> Ngrams:
         own = keys[order - 1]
         _, context, totals = np.unique(own, return_inverse=True, return_counts=True)
         _, first, pair, counts = np.unique(
-            own << 32 | nexts, return_index=True, return_inverse=True, return_counts=True
+            own << 32 | nexts.astype(np.uint64),
+            return_index=True,
+            return_inverse=True,
+            return_counts=True,
         )
         total = totals[context]
         below = (counts[pair] + _PRIOR * below) / (total + _PRIOR)
@@ -62,7 +65,7 @@ def _occurrences(answers: Sequence[Answer]) -> tuple[list[np.ndarray], np.ndarra
         for back, column in enumerate(columns, 1):
             column += text[len(before) - back : len(text) - back]
     keys = context_keys(np.array(column, np.uint64) for column in columns)
-    return keys, np.array(nexts, np.int64).astype(np.uint64)
+    return keys, np.array(nexts, np.int64)
 
 
 def _corrected(ngrams: Ngrams, held: Sequence[Answer]) -> Ngrams:
