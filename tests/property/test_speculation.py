@@ -66,9 +66,7 @@ def test_any_draft_gives_the_text_of_ar(
     prompt = PROMPTS[3]
     expected = generate(MODEL, [prompt], options("ar", **shape))[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            MODEL, "pass_costs", {1: 1000.0, 64: 1.0}
-        )  # no pauses: every acceptance length comes up
+        patch.setattr(MODEL, "pass_costs", FREE)
         patch.setattr(MODEL, "denoise", Drafter(len(prompt), expected.tokens, wrong))
         (found,) = generate(MODEL, [prompt], options("speculative", block_size=block_size, **shape))
     assert found.tokens == expected.tokens
@@ -103,6 +101,22 @@ def test_any_ngram_gives_the_text_of_ar(
     assert [c.tokens for c in found] == expected
     if not wrong:
         assert min(c.lookup_tokens for c in found) > 15
+
+
+def test_no_draft_goes_beyond_the_end_of_a_text() -> None:
+    """Guards the counts of tokens that a text does not have, and passes over them."""
+    prompt, shape = PROMPTS[3], {"max_new_tokens": 30}
+    (whole,) = generate(MODEL, [prompt], options("ar", **shape))
+    answer = Answer(number=0, task="", prompt=prompt, tokens=whole.tokens)
+    end = whole.tokens[12]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODEL, "ngrams", count_ngrams([answer] * 3, []))
+        patch.setattr(MODEL, "pass_costs", FREE)
+        asked = options("speculative", drafts="lookup", eos_token_id=(end,), **shape)
+        (found,) = generate(MODEL, [prompt], asked)
+    assert found.tokens == whole.tokens[: whole.tokens.index(end) + 1]
+    # The first token and the last are AR's own.
+    assert 0 < found.lookup_tokens <= len(found.tokens) - 2
 
 
 PENALTIES = [

@@ -79,8 +79,11 @@ def _look_ahead(row: Row, tokens: list[int]) -> None:
 
 
 def _num_possible(row: Row, block: list[int]) -> int:
-    """How much of a block could be accepted, and the token that could not: no more is verified."""
-    possible = len(block)
+    """How much of a block could be accepted, and the token that could not: no more is verified.
+    What ends a text is AR's own choice behind the draft, so nothing of it is verified either.
+    """
+    ends = row.options.eos_token_id
+    possible = next((at for at, token in enumerate(block) if token in ends), len(block))
     if row.grammar is not None:
         possible = min(possible, 2 + row.grammar.num_allowed(block[1:]))
     return min(row.num_left, possible)
