@@ -119,6 +119,20 @@ def test_no_draft_goes_beyond_the_end_of_a_text() -> None:
     assert 0 < found.lookup_tokens <= len(found.tokens) - 2
 
 
+@pytest.mark.filterwarnings("ignore:block_size=30 is larger")
+def test_a_long_block_is_verified_at_once() -> None:
+    """Guards blocks that are longer than a lookup: what the denoiser wrote is not cut to that."""
+    prompt = PROMPTS[3]
+    (expected,) = generate(MODEL, [prompt], options("ar", max_new_tokens=30))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODEL, "pass_costs", FREE)
+        patch.setattr(MODEL, "denoise", Drafter(len(prompt), expected.tokens, set()))
+        shape = {"max_new_tokens": 30, "block_size": 32, "drafts": "denoiser"}
+        (found,) = generate(MODEL, [prompt], options("speculative", **shape))
+    assert found.tokens == expected.tokens
+    assert (found.nfe, found.context_forwards) == (1, 2)  # the prompt, and all of the draft
+
+
 PENALTIES = [
     {"presence_penalty": 1.5},
     {"frequency_penalty": 0.7, "repetition_penalty": 1.3},

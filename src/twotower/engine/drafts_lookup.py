@@ -17,7 +17,7 @@ from twotower.model.ngrams import ORDER, Ngrams
 
 MIN_MATCH, MAX_MATCH = 2, 16  # tokens that must have occurred before, and that are compared
 MAX_TRIED = 32  # occurrences of the last two tokens that are compared, the newest first
-MAX_DRAFT = 15  # tokens: with the newest one 16 places of a pass
+MAX_DRAFT = 15  # tokens, where the denoiser wrote no more: with the newest one 16 places
 # How often the next token is right behind a match of so many tokens (SmolLM2's answers). After as
 # many tokens as _USUAL_WEIGHT a row's own rate counts as much.
 _USUAL = {2: 0.57, 3: 0.67, 4: 0.74, 8: 0.83, 16: 0.95}
@@ -171,7 +171,8 @@ def continuation(
     done, length = row.lookup.index.num_tokens, len(row.prompt) + len(row.tokens)
     row.lookup.extend(row.between(done, length))
     begin = 1 + len(known)
-    tokens, rates = row.lookup.guess(known, min(1 + MAX_DRAFT, row.num_left) - begin, drafted)
+    most = min(max(1 + MAX_DRAFT, begin + len(drafted)), row.num_left) - begin
+    tokens, rates = row.lookup.guess(known, most, drafted)
     expected = list(accumulate([float(begin), *accumulate(rates, mul)]))
     costs = [batch.pass_cost(begin + count) for count in range(len(expected))]
     count, gain = best_length(expected, costs, writing)
