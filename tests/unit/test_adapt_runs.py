@@ -110,6 +110,10 @@ def test_stages_lead_to_a_folder_that_decodes(tmp_path: Path) -> None:
     assert drafting.ngrams is not None
     (most,) = generate(drafting, [questions[1].prompt], GenerateOptions(max_new_tokens=20))
     assert most.lookup_tokens > 5  # it was trained on
+    # A lost file ends the next training before it begins, not where its n-grams are counted.
+    work.answers.write_bytes(work.answers.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"answers.*: holds \d answers, and .*; restore the file"):
+        next(train(model, work, shape, steps, Budget(minutes=9), tmp_path / "out", "me/model"))
 
 
 def test_a_budget_that_is_too_small_says_so(tmp_path: Path) -> None:

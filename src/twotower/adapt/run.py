@@ -134,6 +134,11 @@ def train(
         raise ValueError(
             f"{work.features}: holds {len(places)} answers; run the stage answers first"
         )
+    if (num_answers := len(read_answers(work.answers))) < len(all_places):
+        raise ValueError(
+            f"{work.answers}: holds {num_answers} answers, and {work.features} {len(all_places)}; "
+            "restore the file, or give another --work and run the stage answers first"
+        )
     if start is None:
         made = new_denoiser(model, work, thin, options.seed)
     else:
