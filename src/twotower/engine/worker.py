@@ -114,7 +114,7 @@ class Totals:
     context_forwards: int = 0
     drafted_tokens: int = 0  # that the context tower verified, in mode="speculative"
     accepted_tokens: int = 0  # and those of them that it accepted
-    lookup_tokens: int = 0  # of these, what prompt lookup had drafted
+    lookup_tokens: int = 0  # of these, those from lookups
 
     def add(self, row: Row) -> None:
         """Count what a row has cost and given."""

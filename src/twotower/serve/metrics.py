@@ -40,7 +40,7 @@ _TOTALS = (
     ("context_forwards", "context_forwards", "Context tower passes, counted likewise"),
     ("draft_tokens", "drafted_tokens", "Tokens drafted in mode speculative"),
     ("accepted_tokens", "accepted_tokens", "Draft tokens that verification accepted"),
-    ("lookup_tokens", "lookup_tokens", "Those of them that prompt lookup had drafted"),
+    ("lookup_tokens", "lookup_tokens", "Those of them from lookups, in the text or in n-grams"),
     ("cache_hits", "cache_hits", "Prompts of which the prefix cache knew a part"),
     ("cache_misses", "cache_misses", "Prompts of which it knew nothing"),
     ("cache_saved_tokens", "cache_saved_tokens", "Prompt tokens not read again"),
