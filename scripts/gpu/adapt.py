@@ -12,16 +12,22 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from passes import config_of, random_model
+from picture import Record
 from stage import Stage
 
 from twotower import TwoTower, accelerate
 from twotower.adapt.answers import Question
 from twotower.adapt.options import AnswerOptions, Budget, StepOptions, ThinOptions, WorkFolder
 from twotower.adapt.run import Progress, collect_answers, train
+from twotower.lab.report import COLORS, new_figure
 from twotower.loading import Loaded, Placement, load
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PIECE = 2**24  # bytes
 MAX_TOKENS = 1024  # of a prompt
@@ -59,14 +65,37 @@ def random_questions(count: int, vocab_size: int) -> list[Question]:
     return [Question(number=i, prompt=own, task="random") for i, own in enumerate(ids)]
 
 
-def follow(stage: Stage, progress: Iterator[Progress]) -> None:
+def read_curve(work: WorkFolder) -> list[dict[str, Any]]:
+    """Acceptance on held-out answers as far as it was measured."""
+    if not work.curve.is_file():
+        return []
+    return [json.loads(line) for line in work.curve.read_text().splitlines()]
+
+
+def paint(record: Record) -> "Figure":
+    """Tokens a cycle over the blocks that were learnt from."""
+    curve = record.get("curve", [])
+    blocks, tokens = ([one[key] for one in curve] for key in ("blocks", "tokens_per_cycle"))
+    figure = new_figure(8, 4.5)
+    figure.suptitle("Adapt: what the denoiser's drafts give on held-out answers")
+    axes = figure.subplots()
+    axes.plot(blocks, tokens, marker="o", color=COLORS[0], label="with drafts")
+    axes.axhline(1, color="black", linewidth=1, label="AR: no drafts")
+    axes.set(xlabel="blocks learnt from", ylabel="tokens a cycle", xlim=(0, None), ylim=(0, None))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    return figure
+
+
+def follow(stage: Stage, progress: Iterator[Progress], work: WorkFolder) -> None:
     """Say and write down how far a part is, now and then and at its end."""
     said, last = 0.0, None
     for last in progress:
         if time.monotonic() - said > SAID_EVERY_S:
             said = time.monotonic()
             print(f"{last.stage}: {last.seconds:.0f} of {last.of_seconds:.0f} s, {last.words}")
-            stage.save(progress=vars(last))
+            stage.save(progress=vars(last), curve=read_curve(work))
     if last is not None:
         stage.add(part=last.stage, of_seconds=round(last.of_seconds, 1), words=last.words)
 
@@ -106,7 +135,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256, help="answers written at the same time")
     parser.add_argument("--answers-per-step", type=int, default=64)
     parser.add_argument("--blocks-per-answer", type=int, default=64)
-    stage = Stage("adapt", parser)
+    stage = Stage("adapt", parser, paint)
     args, is_rehearsal = stage.args, stage.is_rehearsal
     model, questions, name = backbone(stage)
     work, budget = WorkFolder(args.work), Budget(minutes=args.minutes)
@@ -117,11 +146,11 @@ def main() -> None:
         answers_per_step=args.answers_per_step, blocks_per_answer=args.blocks_per_answer
     )
     writer = accelerate(model, args.backend)
-    follow(stage, collect_answers(writer, questions, work, thin, answers, budget))
+    follow(stage, collect_answers(writer, questions, work, thin, answers, budget), work)
     out = args.work / "denoiser"
-    follow(stage, train(model, work, thin, steps, budget, out, name))
-    curve = [json.loads(line) for line in work.curve.read_text().splitlines()]
-    stage.save(curve=curve, pieces=cut(out / "model.safetensors"))
+    follow(stage, train(model, work, thin, steps, budget, out, name), work)
+    curve = read_curve(work)
+    stage.close(curve=curve, pieces=cut(out / "model.safetensors"))
     print(json.dumps(curve[-1]))
 
 

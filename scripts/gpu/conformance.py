@@ -12,8 +12,10 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from picture import Record
 from stage import Stage, reason_of
 from torch import Tensor
 
@@ -25,6 +27,10 @@ import slow_kernels  # noqa: E402
 from recorded import GOLDEN, Case  # noqa: E402
 from twotower import TwoTower, accelerate, generate, masks  # noqa: E402
 from twotower.kernels import ops  # noqa: E402
+from twotower.lab.report import COLORS, new_figure  # noqa: E402
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 REHEARSED = 3  # tensors and texts of each case
 
@@ -78,9 +84,48 @@ def check_texts(case: Case, model: TwoTower, most: int | None) -> dict[str, obje
     return {"texts": len(runs), "equal": equal, "is_right": equal == len(runs) or not case.is_exact}
 
 
+def worst_of_limit(record: Record) -> dict[str, dict[str, float]]:
+    """By what was run, by group: the largest difference of all cases, over its limit."""
+    found: dict[str, dict[str, float]] = {}
+    for one in record["results"]:
+        shares = one.get("of_limit", {})
+        if "limit" in one:
+            shares = {one["what"]: one["difference"] / one["limit"]}
+        own = found.setdefault(one.get("backend", "kernel alone"), {})
+        for group, share in shares.items():
+            own[group] = max(own.get(group, 0.0), share)
+    return found
+
+
+def paint(record: Record) -> "Figure":
+    """A bar for each group and backend up to the limit, and how many texts are equal."""
+    found = worst_of_limit(record)
+    groups = list(dict.fromkeys(group for own in found.values() for group in own))
+    texts, equal = (sum(one.get(key, 0) for one in record["results"]) for key in ("texts", "equal"))
+    figure = new_figure(9, 2 + 0.36 * len(groups))
+    wrong = sum(not one.get("is_right", True) for one in record["results"])
+    figure.suptitle(
+        f"Conformance: {wrong} of {len(record['results'])} results wrong; "
+        f"{equal} of {texts} texts equal (in bfloat16 they may differ)"
+    )
+    axes = figure.subplots()
+    for number, (name, own) in enumerate(found.items()):
+        shift = 0.0 if name == "kernel alone" else 0.4 * (number - 1.5)
+        places = [groups.index(group) + shift for group in own]
+        axes.barh(places, list(own.values()), 0.38, label=name, color=COLORS[number])
+    axes.axvline(1, color="black", linewidth=1.5, label="limit")
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(groups)), groups)
+    axes.invert_yaxis()
+    axes.set_xlabel("largest difference of all cases / its limit (no unit)")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    stage = Stage("conformance", parser)
+    stage = Stage("conformance", parser, paint)
     for name, difference, limit in check_kernels(stage.device):
         if not stage.has(what=name):
             stage.add(what=name, difference=difference, limit=limit, is_right=difference <= limit)
@@ -99,6 +144,7 @@ def main() -> int:
                     stage.add(**values, **check(case, model, most))
                 except ValueError as error:
                     stage.add(**values, refused=reason_of(error))
+    stage.close()
     wrong = [one for one in stage.results if not one.get("is_right", True)]
     print(f"{len(stage.results)} results, {len(wrong)} wrong: {stage.args.out}")
     return 1 if wrong else 0

@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product as pairs_of
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from passes import config_of, dtype_of
+from picture import Record
 from stage import Stage, reason_of, times_ms
 from torch import Tensor
 
@@ -29,11 +30,18 @@ from twotower.graphs.arena import Recording
 from twotower.kernels import mixing, ops, quantised
 from twotower.kernels.mixing import MambaWeights, fused_refusal
 from twotower.kernels.quantised import dequantise, to_eight_bits
+from twotower.lab.report import COLORS, new_figure
 from twotower.layers.quantised import QuantisedMatrix
 from twotower.specs import MambaSpec, MLPSpec, MoESpec
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 CACHE = 2**28  # bytes: more than any GPU's cache
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.02}  # of the largest value
+
+# As a picture draws them; tiles stand in the table alone.
+STYLES = {"full precision": "s:", "pytorch": "o--", "fused": "D-"}
 
 Call = Callable[[], Tensor]
 
@@ -196,10 +204,50 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def paint(record: Record) -> "Figure":
+    """Times over tokens, a panel for each kernel, a colour for each size, a line for each way."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    timed = [one for one in record["results"] if "us" in one]
+    kernels = list(dict.fromkeys(one["kernel"] for one in timed))
+    figure = new_figure(12, 8)
+    figure.suptitle("Kernels: PyTorch's ways and the fused one")
+    for place, kernel in enumerate(kernels, 1):
+        axes = figure.add_subplot(2, 3, place, title=kernel, yscale="log")
+        own = [one for one in timed if one["kernel"] == kernel]
+        for color, size in zip(COLORS, dict.fromkeys(one["size"] for one in own), strict=False):
+            axes.plot([], [], color=color, label=size)
+            for way, style in STYLES.items():
+                points = sorted(
+                    (one["tokens"], one["us"][way])
+                    for one in own
+                    if one["size"] == size and way in one["us"]
+                )
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, color=color)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="tokens", ylabel="time of a call, µs")
+        low, high = axes.get_ylim()
+        axes.set_ylim(low / 2, high * 4)  # room for the legend, and for ticks where times are alike
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
+        axes.legend(ncols=2)
+    ways = [way for way in STYLES if any(way in one["us"] for one in timed)]
+    key = figure.add_subplot(2, 3, 6)
+    key.set_axis_off()
+    for way in ways:
+        key.plot([], [], STYLES[way], color="black", label=way)
+    key.legend(loc="center", title="in all panels", handlelength=5)
+    return figure
+
+
 @torch.no_grad()
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    stage, fused = Stage("kernels", parser), None
+    stage, fused = Stage("kernels", parser, paint), None
     if stage.is_rehearsal:
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
     # In the interpreter they run anywhere.
@@ -215,6 +263,7 @@ def main() -> int:
             stage.add(**values, **measure(stage, case))
         except (RuntimeError, ValueError) as error:
             stage.add(**values, failed=reason_of(error))
+    stage.close()
     print(table(stage.results))
     wrong = [one for one in stage.results if not one.get("is_right", False)]
     print(f"{len(stage.results)} results, {len(wrong)} wrong or failed: {stage.args.out}")

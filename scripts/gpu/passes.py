@@ -4,8 +4,8 @@ AR step and verification (with the choice of tokens where the backend makes it),
 extension of the shipped model (float32), of a dense model of 1B parameters and of the released
 30B-A3B with both towers (bfloat16, and int8 weights), with random weights that are made on the
 device; for 1, 4, 16 and 64 rows; eager, recorded (CUDA graphs), and both with compiled mixers and
-norms. Beside each time stands what `twotower plan` predicts. After each size there are a picture
-and, for each variant, a profile for it: `twotower plan --efficiency gpu-passes-graphs.toml`.
+norms. Beside each time stands what `twotower plan` predicts. There is a picture of them and,
+after each size, a profile for each variant: `twotower plan --efficiency gpu-passes-graphs.toml`.
 
     PYTHONPATH=src python scripts/gpu/passes.py --size shipped dense-1b nano-30b
 """
@@ -16,10 +16,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from picture import Record
 from stage import Stage, reason_of, times_ms
 
 from twotower import ContextCache, TwoTower, TwoTowerConfig, accelerate
@@ -34,12 +34,16 @@ from twotower.lab.plan.hardware import built_in, find_hardware
 from twotower.lab.plan.inputs import PROFILES, Efficiency, uniform
 from twotower.lab.plan.passes import ModelShape, Pass, PlanSetup, time_pass
 from twotower.lab.plan.profile import Timed, error_of, fit_efficiency, write_profile
+from twotower.lab.report import new_figure
 from twotower.layers.attention import Attention
 from twotower.layers.mamba2 import Mamba2
 from twotower.layers.mlp import MLP
 from twotower.layers.moe import MoE
 from twotower.layers.norms import ResidualNorm
 from twotower.model.precision import Scheme
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DENSE_1B: dict[str, object] = {  # Llama 3.2 1B
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
@@ -326,16 +330,12 @@ def run_size(stage: Stage, size: str) -> None:
             torch.cuda.empty_cache()
 
 
-def draw(results: list[dict[str, Any]], file: Path) -> None:
-    """Measured times against predicted ones, a panel for each size; nothing without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        print("no picture: matplotlib is not installed")
-        return
-    measured = [one for one in results if "ms" in one]
+def paint(record: Record) -> "Figure":
+    """Measured times against predicted ones, a panel for each size."""
+    measured = [one for one in record["results"] if "ms" in one]
     sizes = [size for size in SIZES if any(one["size"] == size for one in measured)]
-    figure = Figure(figsize=(5 * max(1, len(sizes)), 4), layout="constrained")
+    figure = new_figure(max(7, 4.5 * len(sizes)), 4.6)
+    figure.suptitle("Passes: measured times against what the planner says")
     for place, size in enumerate(sizes, 1):
         axes = figure.add_subplot(1, len(sizes), place, title=size, xscale="log", yscale="log")
         axes.set(xlabel="predicted, ms", ylabel="measured, ms")
@@ -348,10 +348,11 @@ def draw(results: list[dict[str, Any]], file: Path) -> None:
             ]
             if points:
                 axes.scatter(*zip(*points, strict=True), label=variant, s=14)
+        axes.set_xlim(axes.get_xlim()[0] / 3, axes.get_xlim()[1] * 3)  # equal predictions, too
         low, high = axes.get_xlim()
         axes.plot([low, high], [low, high], color="0.6", linewidth=1)
         axes.legend()
-    figure.savefig(file, dpi=120)
+    return figure
 
 
 def main() -> None:
@@ -359,13 +360,12 @@ def main() -> None:
     parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--hardware", default="h200", help="as `twotower plan` names it")
-    stage = Stage("passes", parser)
+    stage = Stage("passes", parser, paint)
     for size in stage.args.size:
         run_size(stage, size)
         gc.collect()  # the next model needs the memory
         write_profiles(stage)
-        draw(stage.results, stage.args.out.with_suffix(".png"))
-    stage.save(conclusions=conclusions(stage.results))
+    stage.close(conclusions=conclusions(stage.results))
     for one in stage.record["conclusions"]:
         print(one)
 

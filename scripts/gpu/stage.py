@@ -1,4 +1,4 @@
-"""What the stages on a GPU share: their options, a record that grows on the disk, and times.
+"""What the stages on a GPU share: options, a record and its picture on the disk, and times.
 
 They need no installation: PYTHONPATH=src python scripts/gpu/NAME.py, with PyTorch, safetensors,
 tokenizers and huggingface_hub. --rehearse runs the same code on a CPU, with tiny sizes.
@@ -11,18 +11,26 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from picture import Picture, Record, write_whole
 
 from twotower.cli.machine import recorded
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Stage:
     """One command: its options, its device, the time that it has, and its record."""
 
-    def __init__(self, name: str, parser: argparse.ArgumentParser) -> None:
-        """parser: has the options of this stage alone."""
+    def __init__(
+        self, name: str, parser: argparse.ArgumentParser, paint: Callable[[Record], "Figure"]
+    ) -> None:
+        """parser: has the options of this stage alone. paint: a figure of the record, with what it
+        shows as its title.
+        """
         parser.add_argument("--device", default="cuda", help="default: cuda")
         parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny sizes")
         parser.add_argument("--out", type=Path, default=Path(f"gpu-{name}.json"), help="the record")
@@ -37,6 +45,7 @@ class Stage:
         self._began = time.monotonic()
         self.record: dict[str, Any] = {"stage": name, "machine": self._machine(), "results": []}
         self._take_up()
+        self._picture = Picture(self.args.out.with_suffix(".png"), paint)
 
     @property
     def results(self) -> list[dict[str, Any]]:
@@ -64,17 +73,22 @@ class Stage:
             try:
                 sync(self.device)
             except RuntimeError:
+                self._picture.renew(self.record, is_forced=True)
                 raise SystemExit(
                     "the device is lost; the same command goes on behind this"
                 ) from None
 
+    def close(self, **more: object) -> None:
+        """Write the record, and its picture as it is at the end."""
+        self.save(**more)
+        self._picture.renew(self.record, is_forced=True)
+
     def save(self, **more: object) -> None:
-        """Write the record, whole or not at all."""
+        """Write the record, whole or not at all; now and then its picture."""
         self.record |= more
         self.record["seconds"] = round(time.monotonic() - self._began, 1)
-        aside = self.args.out.with_suffix(".tmp")
-        aside.write_text(json.dumps(self.record, indent=1) + "\n")
-        aside.replace(self.args.out)
+        write_whole(self.args.out, (json.dumps(self.record, indent=1) + "\n").encode())
+        self._picture.renew(self.record)
 
     def _machine(self) -> dict[str, str]:
         is_gpu = self.device.type == "cuda"

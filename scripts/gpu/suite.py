@@ -10,9 +10,10 @@ with int8 weights, too. A CPU writes the same prompts for comparison, with the s
 import argparse
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from picture import Record
 from stage import Stage, reason_of, sync
 
 from twotower import GenerateOptions, Tokenizer, TwoTower, accelerate, load_tokenizer
@@ -21,6 +22,10 @@ from twotower.checkpoint import load_checkpoint
 from twotower.checkpoint.files import shipped_folder
 from twotower.engine import EngineOptions, Failed, Finished, stream
 from twotower.lab.evaluate.suite import check, held_out
+from twotower.lab.report import COLORS, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CATEGORIES = ("math", "editing", "long_context", "refusal")
 WAYS: tuple[tuple[BackendName, Quantization], ...]
@@ -45,10 +50,44 @@ def write(
     return found
 
 
+def paint(record: Record) -> "Figure":
+    """Right answers and speed over AR by mode, a bar for each backend, weights and rows."""
+    measured = [one for one in record["results"] if "tokens_per_s" in one]
+    ways = list(dict.fromkeys((one["backend"], one["weights"], one["rows"]) for one in measured))
+    figure = new_figure(11, 7.5)
+    figure.suptitle("The shipped model in all modes")
+    answers, speed = figure.subplots(2, sharex=True)
+    for number, way in enumerate(ways):
+        own = {
+            one["mode"]: one
+            for one in measured
+            if (one["backend"], one["weights"], one["rows"]) == way
+        }
+        places = [MODES.index(mode) + (number - 2.5) * 0.14 for mode in own]
+        backend, weights, rows = way
+        name = f"{backend}{', int8' if weights == 'int8' else ''}, {rows} row{'s'[: rows - 1]}"
+        # An outline shows bars of no height, too.
+        look: dict[str, Any] = {"width": 0.11, "color": COLORS[number], "ec": COLORS[number]}
+        right = [100 * one["right"] / one["prompts"] for one in own.values()]
+        if "ar" in own:
+            ar = own["ar"]["tokens_per_s"]
+            name = f"{name}\n(AR: {ar:g} tokens/s)"
+            speed.bar(places, [one["tokens_per_s"] / ar for one in own.values()], **look)
+        answers.bar(places, right, label=name, **look)
+    speed.axhline(1, color="black", linewidth=1)
+    answers.set(ylabel="right answers, %", ylim=(-3, 105))
+    speed.set(ylabel="tokens/s over those of AR (times)", xlabel="mode")
+    speed.set_xticks(range(len(MODES)), MODES)
+    for axes in (answers, speed):
+        axes.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside right upper")
+    return figure
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--items", type=int, default=8, help="prompts of a category")
-    stage = Stage("suite", parser)
+    stage = Stage("suite", parser, paint)
     items, num_tokens = (1, 6) if stage.is_rehearsal else (stage.args.items, 96)
     columns = [held_out(category, items, 0) for category in CATEGORIES]
     documents = [document for column in columns for document in column]
@@ -89,6 +128,7 @@ def main() -> int:
                     equal_to_cpu=sum(found[i].tokens == expected[weights][i].tokens for i in found),
                     right=sum(check(documents[i], found[i].text).correct for i in found),
                 )
+    stage.close()
     failed = [one for one in stage.results if "failed" in one]
     print(f"{len(stage.results)} results, {len(failed)} failed: {stage.args.out}")
     return 1 if failed else 0

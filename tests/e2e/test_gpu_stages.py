@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from twotower.lab.plan import PlanOptions, make_plan
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "scripts" / "gpu"))
-passes = script("passes")
+passes, picture = script("passes"), script("picture")
 
 
 def rehearse(stage: str, out: Path, *options: str) -> dict[str, Any]:
-    """The record that a stage leaves."""
+    """The record that a stage leaves; beside it is a picture, or a line says why there is none."""
     command = [sys.executable, str(ROOT / "scripts" / "gpu" / f"{stage}.py"), "--rehearse"]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -27,6 +28,10 @@ def rehearse(stage: str, out: Path, *options: str) -> dict[str, Any]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr + done.stdout
     found: dict[str, Any] = json.loads(out.read_text())
+    if found["results"]:
+        has_picture = out.with_suffix(".png").is_file()
+        assert has_picture == (find_spec("matplotlib") is not None)
+        assert has_picture == ("no picture is drawn" not in done.stdout)
     return found
 
 
@@ -98,6 +103,33 @@ def test_a_machine_without_a_gpu_is_told(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.endswith("sees no CUDA device; use --rehearse for a CPU\n")
+
+
+def test_a_picture_is_renewed_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards the time of a stage, which drawing must not take, and a stage without matplotlib."""
+    file, now = tmp_path / "found.png", [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    result = {"size": "shipped", "variant": "eager", "predicted_ms": {"limit": {"extend": 1.0}}}
+    record = {"results": [result | {"ms": {"extend": {"median": 2.0}}}],
+              "machine": {"gpu": "none", "torch": "2"}}  # fmt: skip
+    pytest.importorskip("matplotlib")
+    pictures = picture.Picture(file, passes.paint)
+    pictures.renew(record)
+    assert not file.exists()
+    now[0] += picture.RENEWED_EVERY_S + 1
+    pictures.renew(record | {"results": []})
+    assert not file.exists()
+    pictures.renew(record)
+    assert file.read_bytes().startswith(b"\x89PNG")
+    file.unlink()
+    pictures.renew(record)
+    assert not file.exists()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for _ in range(2):
+        pictures.renew(record, is_forced=True)
+    assert capsys.readouterr().out.count("no picture is drawn: matplotlib is not installed") == 1
 
 
 def test_speed_up_by_hand() -> None:
