@@ -101,6 +101,6 @@ def test_a_thin_denoiser_costs_less() -> None:
     """Guards the break-even of a denoiser with fewer layers than its backbone."""
     row = Row(0, [5], ResolvedOptions(draft_passes=1, block_size=16))
     batch = batch_of({1: 1.0, 16: 2.0}, context=30, denoiser=3)
-    assert writing_cost(row, batch) == pytest.approx(0.3)
+    assert writing_cost(row, batch) == pytest.approx(0.4)
     row.options = ResolvedOptions(draft_passes=5, block_size=32)
-    assert writing_cost(row, batch) == pytest.approx(1.6)
+    assert writing_cost(row, batch) == pytest.approx(1.7)

@@ -15,7 +15,7 @@ from twotower.engine.events import Event
 from twotower.engine.request import Row
 
 _WEIGHT, _PAUSES = 0.25, (24, 96)
-_BESIDE_PASSES = 0.1  # AR steps that a draft takes beside them: its head, choosing, Python
+_BESIDE_PASSES = 0.2  # AR steps that a draft takes beside them: its head, choosing, Python
 
 
 def propose(row: Row, batch: Batch, known: Sequence[int]) -> Proposal | None:

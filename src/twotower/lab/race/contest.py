@@ -6,6 +6,7 @@ starts rotates. Ratios are of the same prompt; medians are shown.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -91,10 +92,16 @@ def _gguf(model: TwoTower, file: Path, bits: str, folder: Path) -> Path:
 class _Process:
     """A contestant's process, asked a prompt at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: str) -> None:
         command = [sys.executable, "-m", "twotower.lab.race.contestant"]
+        # As our other verbs ask for; llama.cpp's threads would be slowed down.
+        waiting = {"OMP_WAIT_POLICY": "PASSIVE"} if engine == OURS else {}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**waiting, **os.environ},
         )
 
     def start(self, who: Contestant) -> None:
@@ -130,7 +137,7 @@ def _opened(
     with ExitStack() as stack:
         found = []
         for one in who:
-            process = _Process()
+            process = _Process(one.engine)
             stack.callback(process.close)
             try:
                 process.start(one)
