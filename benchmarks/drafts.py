@@ -1,9 +1,9 @@
 """What drafts are worth on a real model: tokens a cycle and time, by task and by kind of draft.
 
 Each prompt is decoded by every way in turn (a way that begins the odd prompts ends the even ones):
-ar; lookup alone; the denoiser alone; both. All texts must be equal. Drafts are forced where
---always is given, which tells how often they are right; else the engine leaves them out where they
-do not pay, as users have it. The last line is one JSON object.
+ar; lookup alone; the denoiser alone; both. All texts must be equal. With --always the denoiser
+writes in every cycle, which tells how often drafts are right; else only where it pays, as users
+have it. The last line is one JSON object.
 
 Physical limit: a cycle is a draft and a verification, each at least the bytes of its weights over
 the memory bandwidth or its operations over the arithmetic peak; T tokens a cycle cannot be faster
@@ -21,11 +21,18 @@ from pathlib import Path
 
 import twotower
 from twotower.cli.machine import recorded
-from twotower.engine import Completion, GenerateOptions
+from twotower.engine import Completion, GenerateOptions, drafts_denoiser
 from twotower.engine.drafts import DraftController
 from twotower.serve.chat import read_template
 
 WAYS = ("ar", "lookup", "denoiser", "auto")
+
+
+class Always(DraftController):
+    """Every draft of a row is its first, which comes before all others."""
+
+    is_drafting = True  # type: ignore[assignment]
+    num_drafts = property(lambda self: 0, lambda self, number: None)  # type: ignore[assignment]
 
 
 def prompts_of(file: Path, count: int) -> list[str]:
@@ -61,7 +68,7 @@ def main() -> None:
     parser.add_argument("--always", action="store_true", help="draft even where it does not pay")
     given = parser.parse_args()
     if given.always:
-        DraftController.is_drafting = property(lambda self: True)  # type: ignore[method-assign]
+        drafts_denoiser.DraftController = Always  # type: ignore[misc]
     model = twotower.load_model(
         given.model, denoiser=given.denoiser, quantization=given.quantization, threads=given.threads
     )
