@@ -81,9 +81,9 @@ def products(draw: Draw, fused: Any, sizes: Mapping[str, tuple[int, int]]) -> It
     for (name, (rows, columns)), tokens in pairs_of(sizes.items(), draw.tokens):
         count = min(draw.copies, -(-CACHE // (rows * columns)))
         matrices = [to_eight_bits(draw(rows, columns)) for _ in range(count)]
-        wide, x = [dequantise(m, draw.dtype) for m in matrices], draw(tokens, columns)
+        full, x = [dequantise(m, draw.dtype) for m in matrices], draw(tokens, columns)
         ways: dict[str, Call] = {
-            "full precision": each(partial(F.linear, x), wide),
+            "full precision": each(partial(F.linear, x), full),
             "pytorch": each(partial(quantised.linear, x), matrices),
         }
         if fused is not None:
@@ -102,18 +102,18 @@ def each(call: Callable[[Any], Tensor], matrices: list[Any]) -> Call:
 
 def experts(draw: Draw, fused: Any, spec: MoESpec, width: int) -> Iterator[Case]:
     """The routed experts of one layer, of which a few tokens choose more than a cache holds."""
-    inner, stacks, wide = spec.intermediate_size, list[QuantisedMatrix](), list[Tensor]()
+    inner, stacks, full = spec.intermediate_size, list[QuantisedMatrix](), list[Tensor]()
     for shape in ((inner, width), (width, inner)):
         found = [to_eight_bits(draw(*shape)) for _ in range(spec.num_experts)]
         stack = QuantisedMatrix((spec.num_experts, *shape), 8, None, rounds_input=False)
         stack.qdata, stack.scale = (torch.stack([m[part] for m in found]) for part in (0, 1))
         stacks.append(stack)
-        wide.append(torch.stack([dequantise(m, draw.dtype) for m in found]))
+        full.append(torch.stack([dequantise(m, draw.dtype) for m in found]))
     for tokens in draw.tokens:
         scores = draw(tokens, spec.num_experts, dtype=torch.float32)
         chosen = scores.topk(spec.experts_per_token).indices.flatten().sort().values
         x = draw(len(chosen), width)
-        ways = {"full precision": partial(ops.grouped_mlp, x, *wide, chosen)}
+        ways = {"full precision": partial(ops.grouped_mlp, x, *full, chosen)}
         if fused is not None:
             ways["fused"] = partial(fused.grouped_mlp, x, *stacks, chosen)
         expected = ops.grouped_mlp(x.float(), *stacks, chosen)

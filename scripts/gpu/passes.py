@@ -89,7 +89,7 @@ def config_of(size: str, is_rehearsal: bool) -> TwoTowerConfig:
     is_int8, size = size.endswith(INT8), size.removesuffix(INT8)
     values = dict(DENSE_1B if size == "dense-1b" else PRESETS[size])
     if is_int8:
-        values["tie_word_embeddings"] = False  # embeddings stay wide, and their head with them
+        values["tie_word_embeddings"] = False  # embeddings are not quantised, nor their head
     return config_from_dict(values | (REHEARSED[size] if is_rehearsal else {}))
 
 
@@ -245,8 +245,8 @@ def write_profiles(stage: Stage) -> None:
 
 def dtype_of(size: str, stage: Stage) -> torch.dtype:
     """Of weights and arithmetic."""
-    is_wide = size == "shipped" or stage.is_rehearsal
-    return torch.float32 if is_wide else torch.bfloat16
+    is_float32 = size == "shipped" or stage.is_rehearsal
+    return torch.float32 if is_float32 else torch.bfloat16
 
 
 def speed_up(ms: Mapping[str, float], block_size: int, tokens_per_nfe: float) -> float:

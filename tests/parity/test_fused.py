@@ -119,9 +119,9 @@ def test_products_with_eight_bits(
     monkeypatch.setattr(fused_products, "_MANY_ROWS", 40)
     matrix, x = eight_bits(rows, columns), drawn(2, 9, columns + 3).to(dtype)[..., 3:]
     bias = drawn(rows, seed=2).to(dtype)
-    wide = dequantise(matrix, torch.float64)
-    found, expected = fused_products.linear(x, matrix, bias), x.double() @ wide.T + bias.double()
-    sizes = x.double().abs() @ wide.abs().T + bias.double().abs()  # of what is added up
+    full = dequantise(matrix, torch.float64)
+    found, expected = fused_products.linear(x, matrix, bias), x.double() @ full.T + bias.double()
+    sizes = x.double().abs() @ full.abs().T + bias.double().abs()  # of what is added up
     assert found.dtype == dtype
     assert ((found - expected).abs() <= (1e-6 if dtype == torch.float32 else 1e-3) * sizes).all()
     assert torch.equal(fused_products.linear(x[:1, 4:5], matrix, bias)[0, 0], found[0, 4])
@@ -155,9 +155,9 @@ def test_other_products_are_pytorchs(fused_products: Any, monkeypatch: pytest.Mo
     """Guards what the kernel is not for: many tokens, tokens that are rounded, 4 bits."""
     matrix = eight_bits(6, 32)
     rounds, four = matrix._replace(rounds_input=True), four_bits(6, 32, 32)
-    wide = dequantise(matrix, torch.float32)
+    full = dequantise(matrix, torch.float32)
     monkeypatch.delattr(fused_products, "product")
-    for tokens, weight in ((65, matrix), (3, rounds), (3, four), (3, wide)):
+    for tokens, weight in ((65, matrix), (3, rounds), (3, four), (3, full)):
         x = drawn(tokens, 32)
         assert torch.equal(fused_products.linear(x, weight), quantised.linear(x, weight))
 

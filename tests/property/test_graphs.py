@@ -396,5 +396,5 @@ def test_costs_of_passes_are_by_the_weights_that_they_read() -> None:
     weights = [*layers.parameters(), *layers.buffers(), *experts.context_lm_head.parameters()]
     total, routed = sum(w.numel() for w in weights), 4 * 2 * 16 * 12  # one layer
     assert (costs[1], costs[4]) == (1, pytest.approx((total - routed / 16) / (total - routed / 2)))
-    wide = accelerate(tiny_model(moe_intermediate_size=2048), "graphs", "int8").pass_costs
-    assert wide[4] == pytest.approx(15 / 8, rel=0.1)  # 15 / 16 of all bytes by half of them
+    int8 = accelerate(tiny_model(moe_intermediate_size=2048), "graphs", "int8").pass_costs
+    assert int8[4] == pytest.approx(15 / 8, rel=0.1)  # 15 / 16 of all bytes by half of them

@@ -77,9 +77,10 @@ def test_the_choice_is_made_in_float64() -> None:
     weight = torch.tensor([[20.0, 0.0], [20.0, 2.0**-8]])
     made.weight.data.copy_(weight)
     x = torch.ones(1, 2)
-    wide = torch.sigmoid(x.double() @ weight.double().T)
-    narrow = torch.sigmoid(x @ weight.T)
-    assert wide[0, 1] > wide[0, 0] and narrow[0, 1] == narrow[0, 0], "the setting of this test"
+    in_float64 = torch.sigmoid(x.double() @ weight.double().T)
+    in_float32 = torch.sigmoid(x @ weight.T)
+    is_setting = in_float64[0, 1] > in_float64[0, 0] and in_float32[0, 1] == in_float32[0, 0]
+    assert is_setting, "the setting of this test"
     assert made(x)[0].tolist() == [[1]]
     with torch.autocast("cpu", torch.bfloat16):
         assert made(x)[0].tolist() == [[1]], "autocast must not reach the router"

@@ -11,7 +11,7 @@ from twotower.checkpoint import names
 from twotower.layers.quantised import QuantisedMatrix
 from twotower.model.precision import Scheme, quantise_modules, scheme_of, weight_bits
 
-# Layer pattern M*E-M*: the first of each kind. What is not here stays wide.
+# Layer pattern M*E-M*: the first of each kind. What is not here stays in full precision.
 NARROW = {
     "layers.0.mixer.in_proj.weight": 4,
     "layers.0.mixer.out_proj.weight": 4,
@@ -68,28 +68,28 @@ def test_the_gate_of_an_mlp_is_quantised_and_that_of_experts_is_not() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=str)
 def test_the_model_and_the_file_have_one_rule(scheme: Scheme) -> None:
-    """Guards a file whose experts are narrowed otherwise than the model that is to read them."""
+    """Guards a file whose experts are quantised otherwise than the model that is to read them."""
     model = groupable_model()
-    wide = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    full = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     quantise_modules(model, scheme)
-    narrow = {n: m for n, m in model.named_modules() if isinstance(m, QuantisedMatrix)}
-    for released, slot in names.released_slots(wide).items():
+    quantised = {n: m for n, m in model.named_modules() if isinstance(m, QuantisedMatrix)}
+    for released, slot in names.released_slots(full).items():
         bits = weight_bits(released, slot.shape, scheme)
-        assert bits == weight_bits(slot.parameter, wide[slot.parameter], scheme)
-        holder = narrow.get(slot.parameter)
+        assert bits == weight_bits(slot.parameter, full[slot.parameter], scheme)
+        holder = quantised.get(slot.parameter)
         assert bits == (None if holder is None else holder.bits), released
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert scheme_of(model) == scheme
 
 
-def test_a_shared_head_stays_wide_with_the_embeddings() -> None:
+def test_a_shared_head_stays_in_full_precision_with_the_embeddings() -> None:
     model = groupable_model(tie_word_embeddings=True)
     quantise_modules(model, SCHEMES["int8"])
     assert model.lm_head.weight is model.denoiser_tower.embeddings.weight  # type: ignore[union-attr]
     assert scheme_of(model) == SCHEMES["int8"]
 
 
-def test_wide_models_have_no_scheme() -> None:
+def test_full_precision_models_have_no_scheme() -> None:
     assert scheme_of(groupable_model()) is None
 
 
@@ -111,7 +111,7 @@ def test_schemes_that_do_not_exist(make: Callable[[], object], expected: str) ->
 
 
 def test_native_passes_leave_quantised_models_alone() -> None:
-    """Guards a native pass that finds no weights, or wide ones that are not there."""
+    """Guards a native pass that finds no weights, or full-precision ones that are not there."""
     model = groupable_model(hybrid_override_pattern="M*-", num_hidden_layers=3)
     quantise_modules(model, SCHEMES["int8"])
     assert accelerate(model) is model
@@ -120,7 +120,7 @@ def test_native_passes_leave_quantised_models_alone() -> None:
 
 
 def test_gradients_are_not_asked_of_8_bits() -> None:
-    """Guards training that would move only what is wide."""
+    """Guards training that would move only what is in full precision."""
     model = groupable_model(dtype=torch.bfloat16)
     quantise_modules(model, SCHEMES["int8"])
     logits = model.context_logits(torch.tensor([[5, 6, 7]]))

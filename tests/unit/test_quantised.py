@@ -74,9 +74,9 @@ def test_a_product_is_that_of_the_values(
     x = torch.randn(2, tokens, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     bias = torch.arange(24.0).to(dtype)
     y = linear(x, found, bias)
-    wide = dequantise(found, dtype).double()
-    expected = F.linear(x.double(), wide, bias.double())
-    sizes = F.linear(x.double().abs(), wide.abs(), bias.double().abs())  # of what is added up
+    full = dequantise(found, dtype).double()
+    expected = F.linear(x.double(), full, bias.double())
+    sizes = F.linear(x.double().abs(), full.abs(), bias.double().abs())  # of what is added up
     assert y.dtype == dtype and y.shape == (2, tokens, 24)
     limit = 1e-6 if dtype == torch.float32 else 2.0**-7  # rounding: of sum, scale and bias
     assert ((y - expected).abs() <= limit * sizes).all()
@@ -145,12 +145,12 @@ def test_experts_are_those_of_the_values(bits: int) -> None:
     x = random_matrix(6, width, seed=20)
     chosen = torch.tensor([[0, 1], [2, 3], [3, 1], [0, 2], [1, 0], [3, 2]])
     weights = torch.rand(6, 2, generator=torch.Generator().manual_seed(5))
-    narrow = [[packed(bits, matrix) for matrix in side] for side in (up, down)]
-    wide = [torch.stack([dequantise(one, torch.float32) for one in side]) for side in narrow]
-    found = sum_experts(x, chosen, weights, *narrow)
+    quantised = [[packed(bits, matrix) for matrix in side] for side in (up, down)]
+    full = [torch.stack([dequantise(one, torch.float32) for one in side]) for side in quantised]
+    found = sum_experts(x, chosen, weights, *quantised)
     expected = torch.zeros_like(x)
     for token in range(6):
         for expert, weight in zip(chosen[token], weights[token], strict=True):
-            hidden = F.relu(wide[0][expert] @ x[token]).square()
-            expected[token] += weight * (wide[1][expert] @ hidden)
+            hidden = F.relu(full[0][expert] @ x[token]).square()
+            expected[token] += weight * (full[1][expert] @ hidden)
     assert torch.allclose(found, expected, atol=1e-5)

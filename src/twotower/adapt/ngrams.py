@@ -12,12 +12,13 @@ from twotower.adapt.answers import Answer
 from twotower.model.ngrams import ORDER, Ngrams, context_keys
 
 _PRIOR = 3.0  # occurrences that the shorter context counts for
-_MIN = {4: 2, 5: 2}  # occurrences of a context of so many tokens, where not 1
+_MIN_SEEN = (1, 1, 1, 2, 2)  # occurrences of a context that is kept, by its tokens
 _BINS = 16  # of probabilities that are corrected together
+_NO_TOKEN = 2**32 - 1  # before the beginning of a text
 
 
 def count_ngrams(answers: Sequence[Answer], held: Sequence[Answer]) -> Ngrams:
-    """Of answers; held: others, to correct the probabilities by."""
+    """n-grams of answers. held: other answers, by which the probabilities are corrected."""
     keys, nexts = _occurrences(answers)
     below, kept = np.bincount(nexts)[nexts] / max(1, len(nexts)), list[np.ndarray]()
     for order in range(1, ORDER + 1):
@@ -33,7 +34,7 @@ def count_ngrams(answers: Sequence[Answer], held: Sequence[Answer]) -> Ngrams:
         below = (counts[pair] + _PRIOR * below) / (total + _PRIOR)
         likeliest = first[np.lexsort((below[first], own[first]))]  # each context's is its last
         likeliest = likeliest[np.append(np.diff(own[likeliest]) > 0, True)]
-        likeliest = likeliest[total[likeliest] >= _MIN.get(order, 1)]
+        likeliest = likeliest[total[likeliest] >= _MIN_SEEN[order - 1]]
         kept.append(np.stack([own[likeliest], nexts[likeliest], below[likeliest]]))
     found = _sorted(np.concatenate(kept, axis=1))
     return _corrected(found, held)
@@ -59,7 +60,7 @@ def _occurrences(answers: Sequence[Answer]) -> tuple[list[np.ndarray], np.ndarra
     """Of each token of the answers the keys of the contexts before it, by order, and the token."""
     columns, nexts = [list[int]() for _ in range(ORDER)], list[int]()
     for answer in answers:
-        before = [0] * ORDER + answer.prompt[-ORDER:]
+        before = [_NO_TOKEN] * ORDER + answer.prompt[-ORDER:]
         text = before + answer.tokens
         nexts += answer.tokens
         for back, column in enumerate(columns, 1):

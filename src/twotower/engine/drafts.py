@@ -82,7 +82,7 @@ def best_length(
     """How many tokens of a draft to verify, and what is gained. expected: tokens of the cycle with
     none, 1, 2 ... of them; costs: of a pass over those, in AR steps; writing: of the draft.
     """
-    gains = [tokens / (writing + cost) for tokens, cost in zip(expected, costs, strict=False)]
+    gains = [tokens / (writing + cost) for tokens, cost in zip(expected, costs, strict=True)]
     count = max(range(len(gains)), key=gains.__getitem__)
     return count, gains[count]
 

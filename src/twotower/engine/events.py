@@ -74,10 +74,9 @@ class Completion:
     context_forwards: int  # context tower passes: the prefill and each extension
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] | None = None  # of each token, when asked for
-    lookup_tokens: int = (
-        0  # speculative: from lookups, in text or n-grams, and chosen by AR as well
-    )
-    denoiser_tokens: int = 0  # speculative: those that the denoiser drafted
+    # speculative: accepted tokens by who drafted them; lookups are of the text and of n-grams
+    lookup_tokens: int = 0
+    denoiser_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens that were taken from the prefix cache
 
 

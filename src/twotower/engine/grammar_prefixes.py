@@ -15,8 +15,8 @@ from torch import Tensor
 
 from twotower.tokenizer import Tokenizer
 
-_MOST = 512  # forbidden tokens that count, the most probable ones
-_MIN = 1e-6  # and the probability of one that does
+_MAX_FORBIDDEN = 512  # forbidden tokens that count, the most probable ones
+_MIN_SHARE = 1e-6  # and the probability of one that does
 _AFTER_VALUES = b",}]"
 
 
@@ -44,8 +44,8 @@ class TokenPrefixes:
         after_value = next((t for t in self._after_values if is_json and allowed[t]), None)
         largest = logits.max()
         weights = (logits - largest).float().cpu().double().exp()
-        lost = weights.masked_fill(allowed, 0.0).topk(min(_MOST, len(weights)))
-        count = int((lost.values > _MIN * weights.sum()).sum())
+        lost = weights.masked_fill(allowed, 0.0).topk(min(_MAX_FORBIDDEN, len(weights)))
+        count = int((lost.values > _MIN_SHARE * weights.sum()).sum())
         gained: dict[int, float] = {}
         for token in lost.indices[:count].tolist():
             heir = self._longest.get(token)

@@ -86,14 +86,14 @@ class GraphsBackend:
         """Keys go where they belong in the mirror; a draft's Mamba states wait for its counts."""
         layers, before = cache.layers, cache.version
         num_rows, length = tokens.shape
-        wide = bucket(length) if length <= _MAX_RECORDED else length
+        padded = bucket(length) if length <= _MAX_RECORDED else length
         with self._lock:
             arena = self._arena(num_rows)
-            past = arena.reserve(cache.num_past + wide)
-            read = partial(passes.read, self._model, arena, wide, past, is_draft)
-            run = self._recorded(arena, wide, (past, is_draft), read)
+            past = arena.reserve(cache.num_past + padded)
+            read = partial(passes.read, self._model, arena, padded, past, is_draft)
+            run = self._recorded(arena, padded, (past, is_draft), read)
             arena.load(layers, cache.lengths, before)
-            arena.ids("tokens", wide)[:num_rows, :length] = tokens
+            arena.ids("tokens", padded)[:num_rows, :length] = tokens
             arena.counts.zero_()
             arena.counts[:num_rows] = length if counts is None else counts.to(self._device)
             arena.forget()  # until it is committed
@@ -148,16 +148,16 @@ class GraphsBackend:
     ) -> tuple[Tensor, Tensor]:
         """The mirror moves on by itself; the cache follows once the host has seen the tokens."""
         num_rows, length = drafts.shape
-        before, wide = cache.lengths, bucket(length)
+        before, padded = cache.lengths, bucket(length)
         vocab_size = self._model.config.vocab_size
         with self._lock, torch.no_grad():
             arena = self._arena(num_rows)
-            past = arena.reserve(cache.num_past + wide + num_steps - 1)
+            past = arena.reserve(cache.num_past + padded + num_steps - 1)
             uses = arena.choosing.load(sampler, sampler.unused_ids, vocab_size)
-            decode = partial(passes.decode, self._model, arena, wide, past, uses)
-            run = self._recorded(arena, wide, (past, uses, "decode"), decode)
+            decode = partial(passes.decode, self._model, arena, padded, past, uses)
+            run = self._recorded(arena, padded, (past, uses, "decode"), decode)
             arena.load(cache.layers, before, cache.version)
-            arena.ids("tokens", wide)[:num_rows, :length] = drafts
+            arena.ids("tokens", padded)[:num_rows, :length] = drafts
             arena.counts.zero_()
             arena.counts[:num_rows] = lengths
             arena.forget()  # until it is committed
@@ -165,7 +165,7 @@ class GraphsBackend:
             for step in range(num_steps):
                 if noise is not None:
                     own = noise[:, step : step + length]
-                    arena.choosing.noise(wide, vocab_size)[:num_rows, :length] = own
+                    arena.choosing.noise(padded, vocab_size)[:num_rows, :length] = own
                 found.append(copies(run()))
             choices = torch.cat([one for one, _ in found], dim=1)
             stay = torch.stack([stay for _, stay in found]).sum(0)

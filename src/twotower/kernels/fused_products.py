@@ -1,4 +1,4 @@
-"""Products with matrices of 8 bits as one Triton kernel: numbers become wide in registers.
+"""Products with matrices of 8 bits as one Triton kernel: numbers are dequantised in registers.
 
 A few tokens wait for weights to come from memory, and here half as many bytes come. The kernel adds
 up in one order whatever the other tokens are, so a draft is verified as a step would compute it.
@@ -16,7 +16,7 @@ from torch import Tensor
 from twotower.kernels import ops, quantised
 from twotower.kernels.quantised import Matrices, Quantised
 
-MOST_TOKENS = 64  # with more, the product of a matrix that is made wide first takes less time
+MAX_TOKENS = 64  # with more, dequantising the matrix first takes less time
 TILE_TOKENS = 16  # the least that a tensor core multiplies
 # Rows and bytes of x's columns at a time: 8 KiB of numbers, of which a program has three on their
 # way, and as much of x as lies in an ordinary GPU's shared memory.
@@ -97,7 +97,7 @@ def product(
 def linear(x: Tensor, weight: Tensor | Quantised, bias: Tensor | None = None) -> Tensor:
     """`quantised.linear`; PyTorch's for other matrices and for more than 64 tokens."""
     tokens = x.reshape(-1, x.shape[-1])
-    if not is_fused(weight) or len(tokens) > MOST_TOKENS:
+    if not is_fused(weight) or len(tokens) > MAX_TOKENS:
         return quantised.linear(x, weight, bias)
     y = product(tokens, weight).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Bits = Literal[8, 4]
-_MOST = 127
+_MAX_INT8 = 127
 _PIECE = 2**19  # numbers that a CPU dequantises at a time: they stay in a core's cache
 _FEW_TOKENS = 16  # up to here torch's bfloat16 kernel is the faster one
 _SMALLEST = 1e-30  # scale of a token that is all zero
@@ -48,8 +48,8 @@ class Matrices(Protocol):
 def to_eight_bits(weight: Tensor) -> Quantised:
     """A matrix (N, K) of any floating type, each row by its largest number, which becomes 127."""
     weight = weight.detach().float()
-    scale = weight.abs().amax(1, keepdim=True) / _MOST
-    numbers = (weight * torch.where(scale > 0, 1 / scale, 0.0)).round().clamp(-_MOST, _MOST)
+    scale = weight.abs().amax(1, keepdim=True) / _MAX_INT8
+    numbers = (weight * torch.where(scale > 0, 1 / scale, 0.0)).round().clamp(-_MAX_INT8, _MAX_INT8)
     qdata = numbers.nan_to_num(0.0).to(torch.int8)  # NaN stays in the scale
     return Quantised(qdata, scale)
 
@@ -118,7 +118,7 @@ def _times_eight_bits(x: Tensor, weight: Quantised) -> Tensor:
 
 def _times_rounded(x: Tensor, weight: Quantised) -> Tensor:
     """x (tokens, K) -> (tokens, N); integer sums are exact, whatever the other tokens."""
-    step = (x.abs().amax(-1, keepdim=True).float() / _MOST).clamp_min(_SMALLEST)
+    step = (x.abs().amax(-1, keepdim=True).float() / _MAX_INT8).clamp_min(_SMALLEST)
     rounded = (x / step).round().to(torch.int8)
     sums = torch._int_mm(rounded, weight.qdata.T)
     return (sums * step * weight.scale.squeeze(-1)).to(x.dtype)

@@ -1,6 +1,6 @@
 """n-grams of a model's own texts: what it most often wrote behind the newest few tokens.
 
-A draft out of them costs look-ups and no pass. Known as a static lookup cache (llama.cpp) or a
+A draft out of them needs look-ups and no pass. Known as a static lookup cache (llama.cpp) or a
 datastore (arXiv 2311.08252). Contexts are kept as hashes of 32 bits: one that never occurred is
 taken for a known one once in thousands of times, and costs a rejected token.
 """

@@ -105,7 +105,7 @@ def shared_copy(module: M) -> M:
 
 
 def rounded_to_eight_bits(model: TwoTower) -> TwoTower:
-    """The model with those matrices in int8 that are wide, and are quantised in a checkpoint; heads
+    """The model with those full-precision matrices in int8 that a checkpoint would quantise; heads
     too where embeddings share their weights. All else is shared with it.
     """
     found, scheme = shared_copy(model), Scheme(weights="int8")
