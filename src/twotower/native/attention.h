@@ -116,18 +116,45 @@ inline KeyBlock find_keys(const Layer &layer, const RowState &s, int head, int a
     return {room, room + KEYS * A, A};
 }
 
-// y[width][W]: the sum of rows of v (count, width), weighted by p[count][W]
+// Asks for the rows of a head among keys or values that are read next: they lie apart from each other, so
+// the processor does not look ahead by itself.
+inline void ask_for(const float *rows, long stride, int width, int count) {
+    for (int j = 0; j < count; j++)
+        for (int a = 0; a < width; a += 16) __builtin_prefetch(rows + j * stride + a);
+}
+
+// y[W][width] += the sums of rows of v (count, width), weighted by p[count][W]: N vectors of features at
+// a time, so that as many sums are under way as there are registers.
 template <int W>
-void weighted_sum(const float *v, long stride, int width, int count, const float *p, float *y) {
-    product<W>(v, 1, stride, width, count, p, nullptr, y);
+void add_weighted(const float *v, long stride, int width, int count, const float *p, float *y) {
+    auto some = [=](int a, auto vectors) {
+        constexpr int N = decltype(vectors)::value;
+        Floats<16> sum[N][W] = {};
+        for (int j = 0; j < count; j++)
+            for (int n = 0; n < N; n++) {
+                Floats<16> own = floats<16>(v + j * stride + a + n * 16);
+                for (int l = 0; l < W; l++) sum[n][l] += own * p[j * W + l];
+            }
+        for (int n = 0; n < N; n++)
+            for (int l = 0; l < W; l++) floats<16>(y + l * width + a + n * 16) += sum[n][l];
+    };
+    constexpr int N = LANES / W;
+    int a = 0;
+    for (; a + N * 16 <= width; a += N * 16) some(a, std::integral_constant<int, N>());
+    for (; a + 16 <= width; a += 16) some(a, std::integral_constant<int, 1>());
+    for (; a < width; a++) {
+        float sum[W];
+        product_rows<W, 1, 1>(v + a, 1, stride, count, p, W, nullptr, sum);
+        for (int l = 0; l < W; l++) y[l * width + a] += sum[l];
+    }
 }
 
 // score[count][W] of some keys to weights against the largest score so far, `most`; what was summed
-// up against a smaller one, `total` and y[A][W], is brought down to it.
+// up against a smaller one, `total` and y[W][A], is brought down to it.
 template <int W>
 void weigh(float *score, int count, float root, float *most, float *total, float *y, int A) {
     typedef float Lanes __attribute__((vector_size(W * 4), aligned(4), may_alias));
-    Lanes *scores = reinterpret_cast<Lanes *>(score), *sums = reinterpret_cast<Lanes *>(y);
+    Lanes *scores = reinterpret_cast<Lanes *>(score);
     Lanes &before = *reinterpret_cast<Lanes *>(most), &all = *reinterpret_cast<Lanes *>(total);
     Lanes largest = before, kept, sum = {};
     for (int j = 0; j < count; j++) largest = scores[j] < largest ? largest : scores[j];
@@ -141,34 +168,37 @@ void weigh(float *score, int count, float root, float *most, float *total, float
     }
     for (int j = 0; j < count; j++) sum += scores[j];
     all = all * kept + sum;
-    for (int a = 0; a < A; a++) sums[a] *= kept;
+    for (int l = 0; l < W; l++)
+        for (int a = 0; a < A; a++) y[l * A + a] *= shares[l];
     before = largest;
 }
 
-// y[A][W] of q[A][W] to the keys of a head; lane l sees those up to `last`, and where the pass is causal
+// y[W][A] of q[A][W] to the keys of a head; lane l sees those up to `last`, and where the pass is causal
 // one more with every `heads` lanes
 template <int W>
 void attend_head(const Layer &layer, const RowState &row, int head, const float *q, int heads, int last,
                  bool is_causal, int visible, float *y) {
     int A = layer.head_dim;
-    float *score = at_least(scratch.own, size_t(KEYS + A) * W + 2 * size_t(KEYS) * A);
-    float *part = score + KEYS * W, *room = part + A * W;
+    float *score = at_least(scratch.own, size_t(KEYS) * W + 2 * size_t(KEYS) * A);
+    float *room = score + KEYS * W;
     float root = 1.0f / std::sqrt(float(A)), most[W], total[W] = {};
     for (int l = 0; l < W; l++) most[l] = -INFINITY;
     std::fill(y, y + A * W, 0.0f);
     for (int at = 0; at < visible; at += KEYS) {
         int here = std::min(KEYS, visible - at);
         KeyBlock keys = find_keys(layer, row, head, at, here, room);
+        ask_for(keys.v, keys.stride, A, here);
         product<W>(keys.k, keys.stride, 1, here, A, q, nullptr, score);
         if (is_causal)
             for (int j = std::max(0, last + 1 - at); j < here; j++)
                 for (int l = 0; l < std::min((at + j - last) * heads, W); l++) score[j * W + l] = -INFINITY;
+        int next = at + KEYS, left = std::min(KEYS, row.num_past - next);
+        ask_for(row.past.k + next * keys.stride + head, keys.stride, A, left);
         weigh<W>(score, here, root, most, total, y, A);
-        weighted_sum<W>(keys.v, keys.stride, A, here, score, part);
-        for (int i = 0; i < A * W; i++) y[i] += part[i];
+        add_weighted<W>(keys.v, keys.stride, A, here, score, y);
     }
-    for (int a = 0; a < A; a++)
-        for (int l = 0; l < W; l++) y[a * W + l] /= total[l];
+    for (int l = 0; l < W; l++)
+        for (int a = 0; a < A; a++) y[l * A + a] /= total[l];
 }
 
 // The queries of a segment that are compared with keys at the same time: of `heads` heads, which share
@@ -199,7 +229,7 @@ void attend_lanes(const Layer &layer, const RowState &row, int head, const float
         for (int l = 0; l < V; l++) q[a * V + l] = from[a * W + places[l]];
     attend_head<V>(layer, row, head, q, heads, last, is_causal, visible, y);
     for (int a = 0; a < A; a++)
-        for (int l = 0; l < lanes; l++) to[a * W + places[l]] = y[a * V + l];
+        for (int l = 0; l < lanes; l++) to[a * W + places[l]] = y[l * A + a];
 }
 
 // One part of a segment of a tile of W lanes: q and out [q_heads * A][W]

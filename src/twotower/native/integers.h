@@ -155,27 +155,27 @@ inline Ints<16> four_bytes(const uint8_t *bytes) {
     return Ints<16>{} + four;
 }
 
-// sum[16][W]: a block's rows times a few tokens, each weight read once; w [K/4][16][4]
+// sum[N] of 16 rows each: a block's rows times a few tokens, each weight read once; w [K/4][16][4]
 template <int W, int N>
 inline void int8_tokens(const uint8_t *w, const Input<W> &in, int first, Floats<16> *sum) {
+    constexpr int C = N == 1 ? 2 : 1;  // sums of a single token, of which none waits for the other
     int quads = (in.K + 3) / 4, group = (in.group + 3) / 4;
     for (int g = 0; g * group < quads; g++) {
-        Ints<16> one[N], two[N] = {};  // of a single token neither waits for the other
-        for (int l = 0; l < N; l++) one[l] = Ints<16>{} + in.zeros[g * W + first + l];
+        Ints<16> part[C][N] = {};
+        for (int l = 0; l < N; l++) part[0][l] = Ints<16>{} + in.zeros[g * W + first + l];
         int q = g * group, end = std::min(quads, q + group);
-        for (; q + 2 <= end; q += 2) {
-            const uint8_t *own = w + long(q) * 64, *token = in.bytes + (q * W + first) * 4;
-            __builtin_prefetch(own + AHEAD), __builtin_prefetch(own + AHEAD + 64);
-            for (int l = 0; l < N; l++) {
-                Ints<16> &other = N == 1 ? two[l] : one[l];
-                one[l] = add_quads<16>(one[l], ints<16>(own), four_bytes(token + l * 4));
-                other = add_quads<16>(other, ints<16>(own + 64), four_bytes(token + (W + l) * 4));
-            }
+        auto add = [&](int at, Ints<16> *sums) {
+            const uint8_t *own = w + long(at) * 64, *token = in.bytes + (at * W + first) * 4;
+            __builtin_prefetch(own + AHEAD, 0, 1);
+            for (int l = 0; l < N; l++)
+                sums[l] = add_quads<16>(sums[l], ints<16>(own), four_bytes(token + l * 4));
+        };
+        for (; q + 2 <= end; q += 2) add(q, part[0]), add(q + 1, part[C - 1]);
+        if (q < end) add(q, part[0]);
+        for (int l = 0; l < N; l++) {
+            Ints<16> total = C == 1 ? part[0][l] : part[0][l] + part[C - 1][l];
+            sum[l] += __builtin_convertvector(total, Floats<16>) * in.scales[g * W + first + l];
         }
-        for (int l = 0; l < N && q < end; l++)
-            one[l] = add_quads<16>(one[l], ints<16>(w + long(q) * 64), four_bytes(in.bytes + (q * W + first + l) * 4));
-        for (int l = 0; l < N; l++)
-            sum[l] += __builtin_convertvector(one[l] + two[l], Floats<16>) * in.scales[g * W + first + l];
     }
 }
 
@@ -190,7 +190,7 @@ inline Grid grid_of(const uint8_t *w, bool is_centred) {
     return {scale, from_bfloats(w + 288) - 8.0f * scale};
 }
 
-// The same in int4; w: groups of GROUP_BYTES
+// The same in int4, with the weights' scales; w: groups of GROUP_BYTES
 template <int W, int N>
 inline void int4_tokens(const uint8_t *w, bool is_centred, const Input<W> &in, int first, Floats<16> *sum) {
     Ints<16> low = Ints<16>{} + 0x0f0f0f0f;
@@ -253,9 +253,9 @@ inline void integer_rows(const Block &w, const Input<W> &in, int r, int l, float
         for (int q = g * group; q < end; q++) {
             Ints<V> value[N];
             const uint8_t *own = w.bytes + (long(q) * ROWS + r) * 4;
-            if (!IS_INT4 && r == 0 && l == 0) __builtin_prefetch(own + AHEAD, 0, 2);
+            if (!IS_INT4 && r == 0 && l == 0) __builtin_prefetch(own + AHEAD, 0, 1);
             for (int n = 0; n < N; n++) value[n] = ints<V>(in.bytes + (long(q) * W + l + n * V) * 4);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int i = 0; i < R; i++) {
                 int32_t four;
                 std::memcpy(&four, own + i * 4, 4);
@@ -279,7 +279,7 @@ inline void integer_rows(const Block &w, const Input<W> &in, int r, int l, float
 template <int W, bool IS_INT4>
 void integer_product(const Weight &w, int rows, const Input<W> &in, const float *bias, float *y, int begin,
                      int end) {
-    constexpr int V = std::min(W, 16), N = W > 16 ? 2 : 1, R = 8;
+    constexpr int V = std::min(W, 16), N = W > 16 ? 2 : 1, R = 16 / N;
     static thread_local std::vector<uint8_t> room;
     if (IS_INT4 && room.size() < size_t(in.K) * 20) room.resize(size_t(in.K) * 20);
     const uint8_t *packed = IS_INT4 ? w.int4 : w.int8;
@@ -295,8 +295,9 @@ void integer_product(const Weight &w, int rows, const Input<W> &in, const float 
                 Floats<16> lanes[N] = {};
                 if (IS_INT4) int4_tokens<W, N>(own, w.centred, in, first, lanes);
                 else int8_tokens<W, N>(own, in, first, lanes);
-                for (int l = 0; l < N; l++)
-                    for (int r = 0; r < ROWS; r++) sum[r * W + first + l] = lanes[l][r];
+                turn<N>(lanes);
+                const float *turned = reinterpret_cast<float *>(lanes);
+                for (int r = 0; r < ROWS; r++) std::copy_n(turned + r * N, N, sum + r * W + first);
             }
         } else {
             Block block{own, nullptr, nullptr};

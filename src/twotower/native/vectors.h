@@ -31,6 +31,33 @@ inline const Floats<V> &floats(const float *x) { return *reinterpret_cast<const 
 template <int V>
 inline Ints<V> ints(const void *x) { return *static_cast<const Ints<V> *>(x); }
 
+// The first halves of two vectors, or the second ones, number by number in turns.
+template <int Half>
+inline Floats<16> mixed(Floats<16> one, Floats<16> two) {
+    constexpr int H = 8 * Half;
+#ifdef __clang__
+    return __builtin_shufflevector(one, two, H, H + 16, H + 1, H + 17, H + 2, H + 18, H + 3, H + 19, H + 4, H + 20,
+                                   H + 5, H + 21, H + 6, H + 22, H + 7, H + 23);
+#else
+    return __builtin_shuffle(one, two, Ints<16>{H, H + 16, H + 1, H + 17, H + 2, H + 18, H + 3, H + 19, H + 4, H + 20,
+                                                H + 5, H + 21, H + 6, H + 22, H + 7, H + 23});
+#endif
+}
+
+// N vectors of 16 numbers, [N][16], as [16][N]: each round brings the numbers of the second half of the
+// vectors between those of the first.
+template <int N>
+inline void turn(Floats<16> *x) {
+    for (int round = 1; round < N; round *= 2) {
+        Floats<16> turned[N];
+        for (int i = 0; i < N / 2; i++) {
+            turned[2 * i] = mixed<0>(x[i], x[i + N / 2]);
+            turned[2 * i + 1] = mixed<1>(x[i], x[i + N / 2]);
+        }
+        std::memcpy(x, turned, sizeof turned);
+    }
+}
+
 // sum + the products of the four unsigned bytes of each number with the four signed ones.
 template <int V>
 inline Ints<V> add_quads(Ints<V> sum, Ints<V> unsigned_bytes, Ints<V> signed_bytes) {
