@@ -50,6 +50,33 @@ def test_shapes_and_dtypes() -> None:
     assert cache.lengths.device.type == "cpu"
 
 
+def test_a_view_of_some_layers_has_just_these() -> None:
+    """Guards thin denoisers: they would read another layer, or pay for all."""
+    cache = MODEL.prefill(random_ids(2, 5))
+    whole, some = cache.view(), cache.view([1])
+    (one, other) = whole.layers[1], some.layers[1]
+    assert isinstance(one, KV) and isinstance(other, KV)
+    assert all(map(torch.equal, one, other))
+    assert [layer for layer, state in enumerate(some.layers) if state is not None] == [1]
+
+
+def test_room_behind_the_tokens_is_no_part_of_the_cache() -> None:
+    """Guards passes that write where the cache will be: an unfinished block would be text, or what
+    is written there would be lost."""
+    cache = attention_cache(2)
+    append(cache, [[1.0, 2.0], [3.0, 4.0]], [2, 1])
+    (state,) = cache.make_room(3)
+    assert isinstance(state, KV) and state.k.shape[1] >= 5
+    for row, length in enumerate(cache.lengths.tolist()):
+        state.k[row, length : length + 3] = torch.tensor([7.0, 8.0, 9.0]).view(3, 1, 1)
+        state.v[row, length : length + 3] = -torch.tensor([7.0, 8.0, 9.0]).view(3, 1, 1)
+    assert cache.lengths.tolist() == [2, 1]
+    cache.commit(ForwardOutput(torch.zeros(2, 3, 1), [None]), torch.tensor([1, 3]))
+    assert cache.lengths.tolist() == [3, 4]
+    assert keys(cache)[0, :3].tolist() == [1.0, 2.0, 7.0]
+    assert keys(cache)[1].tolist() == [3.0, 7.0, 8.0, 9.0]
+
+
 def test_an_empty_cache() -> None:
     cache = MODEL.empty_cache(3)
     assert (cache.num_rows, cache.num_past, cache.is_uniform) == (3, 0, True)

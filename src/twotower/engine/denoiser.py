@@ -99,7 +99,7 @@ class LocalDenoiser:
     """On the context tower's device: the cache itself is read."""
 
     def fill(self, batch: "Batch", blocks: Blocks) -> Iterator[Step]:
-        return denoise_rows(batch.model, batch.cache.view(), blocks)
+        return denoise_rows(batch.model, batch.cache.view(batch.model.config.reads), blocks)
 
 
 def denoise_rows(model: TwoTower, view: ContextView, blocks: Blocks) -> Iterator[Step]:

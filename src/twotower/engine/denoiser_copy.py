@@ -29,7 +29,7 @@ class CopyDenoiser:
         sources, delta = self._follower.lacks(batch)
         self._copy.update(sources, delta.to(device))
         self._follower.holds(batch)
-        return denoise_rows(batch.model, self._copy.cache.view(), blocks)
+        return denoise_rows(batch.model, self._copy.cache.view(batch.model.config.reads), blocks)
 
 
 class CacheCopy:

@@ -110,10 +110,15 @@ class Arena:
         return room
 
     def load(self, layers: Sequence[LayerState], lengths: Tensor, version: object) -> None:
-        """Hold what a cache of a version does: layers as `ContextCache.layers`, lengths (R,)."""
+        """Hold what a cache of a version does: layers as `ContextCache.layers`, lengths (R,).
+        What a view of some layers says is nobody's state.
+        """
         if version is None or version is not self._held:
             self._copy(layers, len(lengths))
-            self.hold(version)
+            is_whole = all(
+                its is not None for mine, its in zip(self._layers, layers, strict=True) if mine
+            )
+            self.hold(version if is_whole else None)
         self.lengths.zero_()
         self.lengths[: len(lengths)] = lengths.to(self.lengths.device)
 

@@ -4,7 +4,7 @@
 denoiser can get, so nothing of an unfinished block ever reaches the cache.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,10 +32,11 @@ class ContextView:
     """What the denoiser may read of the context, layer by layer.
 
     `layers[i]`: KV of S tokens (B, S, Hk, A); MambaState at the start of each of K blocks, conv
-    (B, K, C, W-1), ssm (B, K, H, P, N), K = 1 in generation; None for a layer without state.
-    `lengths` (B,) on the CPU, or None when every row has all S tokens. `hidden` (B, K, D): the
-    tower's output at the last token before each block, zeros where there is none. `version`: equal
-    objects stand for equal contents (`ContextCache.version`); None says nothing.
+    (B, K, C, W-1), ssm (B, K, H, P, N), K = 1 in generation; None for a layer without state,
+    or that nobody reads. `lengths` (B,) on the CPU, or None when every row has all S tokens.
+    `hidden` (B, K, D): the tower's output at the last token before each block, zeros where there is
+    none. `version`: equal objects stand for equal contents (`ContextCache.version`); None says
+    nothing.
     """
 
     layers: tuple[LayerState, ...]
@@ -66,8 +67,9 @@ class ContextView:
 class ForwardOutput(NamedTuple):
     """The context tower's forward pass over L tokens after a cache that does not hold them yet.
 
-    hidden (B, L, D), normed; states: keys and values of these tokens, and Mamba states after them
-    or None, where states_after makes those that are wanted.
+    hidden (B, L, D), normed; states: keys and values of these tokens, None where they lie in the
+    cache's buffers already (`ContextCache.make_room`), and Mamba states after them or None, where
+    states_after makes those that are wanted.
     """
 
     hidden: Tensor
@@ -113,24 +115,39 @@ class ContextCache:
     @property
     def layers(self) -> tuple[LayerState, ...]:
         """What each layer keeps; keys and values without the room behind them, not copied."""
+        return self._read(range(len(self._states)))
+
+    def _read(self, layers: Collection[int]) -> tuple[LayerState, ...]:
         num_rows, num_past = self.num_rows, self.num_past
+        states = (state if index in layers else None for index, state in enumerate(self._states))
         return tuple(
             KV(*(part[:num_rows, :num_past] for part in state)) if isinstance(state, KV) else state
-            for state in self._states
+            for state in states
         )
 
-    @property
-    def buffers(self) -> Sequence[LayerState]:
-        """What each layer keeps, with the room behind rows and tokens."""
+    def make_room(self, num_tokens: int) -> Sequence[LayerState]:
+        """The buffers, with room for so many tokens behind each row's: a pass may write there, and
+        nothing of it is part of the cache before `commit`.
+        """
+        num_past, num_rows = self.num_past, self.num_rows
+        for index, state in enumerate(self._states):
+            if isinstance(state, KV):
+                length = num_past + num_tokens
+                if num_rows > len(state.k) or length > state.k.shape[1]:
+                    grown = (_with_room(part, num_rows, num_past, length) for part in state)
+                    self._states[index] = KV(*grown)
         return self._states
 
-    def view(self) -> ContextView:
-        """A frozen view: later `extend` calls do not change it."""
+    def view(self, reads: Collection[int] | None = None) -> ContextView:
+        """A frozen view of the layers `reads`, of all where not given: later `extend` calls do not
+        change it.
+        """
+        own = self.layers if reads is None else self._read(reads)
         layers = tuple(
             MambaState(state.conv.unsqueeze(1), state.ssm.unsqueeze(1))
             if isinstance(state, MambaState)
             else state
-            for state in self.layers
+            for state in own
         )
         lengths = None if self.is_uniform else self.lengths
         hidden = None if self.last_hidden is None else self.last_hidden.unsqueeze(1)
@@ -144,27 +161,18 @@ class ContextCache:
         counts (B,) on the CPU. The output must have been made from the cache as it is. Whole or not
         at all: after an error (memory) the cache is what it was.
         """
-        num_past, places = self.num_past, self._places_behind(output.states)
         self.version = object()
         found: dict[int, MambaState] = {}
         buffers, parts = list[Tensor](), list[Tensor]()
-        for index, new in enumerate(output.states):
-            old = self._states[index]
+        states = self.make_room(output.hidden.shape[1])
+        for index, (old, new) in enumerate(zip(states, output.states, strict=True)):
             if isinstance(new, KV) and isinstance(old, KV):
-                # What lies behind the lengths is not yet part of the cache.
-                length = num_past + new.k.shape[1]
-                if self.num_rows > len(old.k) or length > old.k.shape[1]:
-                    old = KV(*(_with_room(part, self.num_rows, num_past, length) for part in old))
-                    self._states[index] = old
                 buffers += old
                 parts += new
             elif isinstance(new, MambaState):
                 found[index] = MambaState(new.conv[:, -1], new.ssm[:, -1])
-        if self.is_uniform and buffers:
-            torch._foreach_copy_([buffer[places] for buffer in buffers], parts)
-        else:
-            for buffer, part in zip(buffers, parts, strict=True):
-                buffer[places] = part.to(buffer.dtype)
+        if buffers:
+            self._write_behind(buffers, parts)
         newest, lengths = self._newest(output.hidden, counts), self.lengths + counts
         if output.states_after is not None:  # now that it is known how many stay
             kept = (i for i, old in enumerate(self._states) if isinstance(old, MambaState))
@@ -244,17 +252,20 @@ class ContextCache:
             return newest
         return torch.where((counts > 0).to(hidden.device).unsqueeze(1), newest, self.last_hidden)
 
-    def _places_behind(self, states: Sequence[LayerState]) -> tuple[slice | Tensor, slice | Tensor]:
-        """Where the new keys (B, L, Hk, A) belong in a buffer: behind each row's last token."""
-        new = next((state.k for state in states if isinstance(state, KV)), None)
-        num_rows, start = self.num_rows, self.num_past
-        length, device = (0, None) if new is None else (new.shape[1], new.device)
+    def _write_behind(self, buffers: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+        """Put parts (B, L, Hk, A) behind each row's last token in its buffer."""
+        num_rows, start, length = self.num_rows, self.num_past, parts[0].shape[1]
         if self.is_uniform:
-            return slice(num_rows), slice(start, start + length)
+            places = slice(num_rows), slice(start, start + length)
+            torch._foreach_copy_([buffer[places] for buffer in buffers], list(parts))
+            return
         # Tokens beyond a row's count land behind its length: the mask hides them, the next call
         # overwrites them.
-        positions = self.lengths.unsqueeze(1) + torch.arange(length)
-        return torch.arange(num_rows, device=device).unsqueeze(1), positions.to(device)
+        device = parts[0].device
+        positions = (self.lengths.unsqueeze(1) + torch.arange(length)).to(device)
+        rows = torch.arange(num_rows, device=device).unsqueeze(1)
+        for buffer, part in zip(buffers, parts, strict=True):
+            buffer[rows, positions] = part.to(buffer.dtype)
 
 
 def _with_room(buffer: Tensor, num_rows: int, num_past: int, length: int) -> Tensor:

@@ -4,7 +4,8 @@ Passes have any number of tokens, of any number of rows, which share each weight
 equations are those of the PyTorch layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from twotower.kernels.quantised import Bits, Quantised, to_eight_bits
 from twotower.layers.mamba2 import MambaState
 from twotower.layers.quantised import QuantisedMatrix
 from twotower.model.precision import Scheme, weight_bits
-from twotower.model.state import ContextCache, ContextView, ForwardOutput
+from twotower.model.state import ContextCache, ContextView, ForwardOutput, LayerState
 from twotower.model.tower import Tower
 from twotower.model.two_tower import TwoTower
 from twotower.native.buffers import BufferPool, PassOutputs, PastStates
@@ -60,6 +61,7 @@ class NativeBackend:
         self._inner: Tensor | None = None
         self._bigram_up = None if bigram is None else _native_head(bigram.up_proj, scheme)
         self._pool = BufferPool()
+        self._pasts = WeakKeyDictionary[ContextCache, PastStates]()
         self._tables: dict[float, Modulations] = {}
 
     def context_pass(
@@ -69,12 +71,13 @@ class NativeBackend:
         tower, tokens = self._context, tokens.contiguous()
         assert tower is not None
         num_rows, length = tokens.shape
-        layers, lengths = cache.buffers, cache.lengths.tolist()
+        layers, lengths = cache.make_room(length), cache.lengths.tolist()
         given = [length] * num_rows if counts is None else counts.tolist()
         is_whole = min(given) == length  # every row fills all of its room
         outputs = PassOutputs(tower.layers, (num_rows, length), is_draft, is_whole, self._pool)
         hidden = (torch.empty if is_whole else torch.zeros)(num_rows, length, self._width)
-        pasts, addresses = PastStates(layers, num_rows), outputs.addresses()
+        pasts = self._past_states(cache, layers)
+        addresses = outputs.addresses(pasts, lengths)
         ids, ids_step = tokens.data_ptr(), 8 * length
         out, out_step = hidden.data_ptr(), 4 * length * self._width
         rows = list[Row]()
@@ -92,12 +95,19 @@ class NativeBackend:
         def states_after(counts: Tensor) -> list[MambaState]:
             ends = counts.tolist()
             outputs.make_ssm()
-            addresses = outputs.addresses()
+            addresses = outputs.addresses(pasts, lengths)
             for row, end in enumerate(ends):
                 tower.fill_states(end, pasts.of(row), addresses.of(row))
             return outputs.states_after(ends)
 
         return ForwardOutput(hidden, outputs.states(), states_after)
+
+    def _past_states(self, cache: ContextCache, layers: Sequence[LayerState]) -> PastStates:
+        """Where a cache's states are: keys and values mostly where they were a pass ago."""
+        known = self._pasts.get(cache)
+        if known is None or not known.is_of(layers, cache.num_rows):
+            known = self._pasts[cache] = PastStates(layers, cache.num_rows)
+        return known
 
     def context_head(self, hidden: Tensor) -> Tensor:
         """The context tower's logits."""

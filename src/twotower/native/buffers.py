@@ -4,6 +4,7 @@ Small models wait for Python as well, so a pass makes few tensors and does sums 
 """
 
 import math
+import operator
 import sys
 import threading
 from collections.abc import Sequence
@@ -21,7 +22,6 @@ from twotower.specs import AttentionSpec, MambaSpec
 _FLOAT = 4  # bytes
 # Addresses are written as plain numbers, in this order.
 assert PAST == ("k", "v", "conv", "ssm") and OUTPUTS[:2] == ("k", "v")
-_NO_KEYS, _NO_STATE = (0,) * 2, (0,) * len(OUTPUTS[2:])
 _ATTENTION, _MAMBA = AttentionSpec.symbol, MambaSpec.symbol
 # Bytes from which memory is kept: the system takes back what is larger, and gives it out again page
 # by page. 8 MB of states a step cost 2,048 page faults, at 160M half as much as the step itself.
@@ -30,12 +30,11 @@ _MAX_FREE = 6  # buffers that nobody uses: passes of one and of 16 tokens take t
 
 
 class Addresses:
-    """A struct of addresses for each layer, of each row: rows follow each other at equal steps."""
+    """A struct of addresses for each layer, of each row: table (rows, layers, fields) int64."""
 
-    def __init__(self, begins: Sequence[int], steps: Sequence[int], num_rows: int) -> None:
-        rows = np.arange(num_rows, dtype=np.int64)[:, None]
-        self._table = np.array(begins, np.int64) + rows * np.array(steps, np.int64)
-        self._first, self._step = self._table.ctypes.data, self._table.strides[0]
+    def __init__(self, table: np.ndarray) -> None:
+        self.table = table
+        self._first, self._step = table.ctypes.data, table.strides[0]
 
     def of(self, row: int) -> int:
         """Where those of a row begin, valid as long as this lives."""
@@ -50,7 +49,7 @@ class PastStates(Addresses):
 
     def __init__(self, layers: Sequence[LayerState], num_rows: int) -> None:
         # The addresses stay valid as long as this lives.
-        self._kept: list[object] = [layers]
+        self._layers, self._kept = tuple(layers), list[Tensor]()
         found: list[tuple[int, int]] = []
         for state in layers:
             parts: list[Tensor | None] = [None] * len(PAST)
@@ -60,8 +59,14 @@ class PastStates(Addresses):
                 conv = state.conv.mT if state.conv.dim() == 3 else state.conv.squeeze(1).mT
                 parts[2:] = conv, state.ssm
             found += map(self._begin, parts)
-        begins, steps = zip(*found, strict=True)
-        super().__init__(begins, steps, num_rows)
+        begins, steps = (
+            np.array(found, np.int64).reshape(len(layers), len(PAST), 2).transpose(2, 0, 1)
+        )
+        super().__init__(begins + np.arange(num_rows)[:, None, None] * steps)
+
+    def is_of(self, layers: Sequence[LayerState], num_rows: int) -> bool:
+        """Whether these are the same states still."""
+        return num_rows == len(self.table) and all(map(operator.is_, layers, self._layers))
 
     def _begin(self, value: Tensor | None) -> tuple[int, int]:
         """Where value (B, ...) begins, and bytes from row to row; of a copy if a row is not in one
@@ -122,16 +127,17 @@ class PassOutputs:
         is_whole: bool,
         pool: BufferPool,
     ) -> None:
-        self._kinds = [chr(layer.kind) for layer in layers]
-        self._keeps_inputs, self._pool = keeps_inputs, pool
+        self._keeps_inputs, self._pool, self._num_layers = keeps_inputs, pool, len(layers)
+        kinds = [chr(layer.kind) for layer in layers]
+        self._attention, self._mambas = (
+            [i for i, own in enumerate(kinds) if own == kind] for kind in (_ATTENTION, _MAMBA)
+        )
         # Layers of a kind have equal sizes.
         sizes = {chr(layer.kind): layer for layer in layers}
         attention, mamba = (sizes.get(kind, Layer()) for kind in (_ATTENTION, _MAMBA))
+        self._token_bytes = _FLOAT * attention.kv_heads * attention.head_dim
         (num_rows, length), make = shape, pool.take if is_whole else torch.zeros
-        self._num_rows = num_rows
-        keys = 2 * self._kinds.count(_ATTENTION), num_rows, length
-        self._kv = make(*keys, attention.kv_heads, attention.head_dim)
-        self._leading = self._kinds.count(_MAMBA), num_rows
+        self._leading = len(self._mambas), num_rows
         self._kept, self._mamba = max(mamba.taps - 1, 0), mamba
         self._parts: dict[str, Tensor] = {}
         if keeps_inputs:
@@ -143,29 +149,20 @@ class PassOutputs:
             self._parts["conv"] = pool.take(*self._leading, self._kept, mamba.channels)
             self.make_ssm()
 
-    def addresses(self) -> Addresses:
-        """Where a pass finds an `Outputs` for each layer of each row, while this lives."""
-        own = self._parts
-        (kv, kv_row, kv_layer), *parts = (
-            _place(value) if value is not None else (0, 0, 0)
-            for value in (self._kv, *(own.get(name) for name in OUTPUTS[2:]))
-        )
-        begins, steps = [begin for begin, _, _ in parts], [row for _, row, _ in parts]
-        found: list[int] = []
-        found_steps: list[int] = []
-        for kind in self._kinds:
-            if kind == _ATTENTION:
-                found += (kv, kv + kv_layer, *_NO_STATE)
-                found_steps += (kv_row, kv_row, *_NO_STATE)
-                kv += 2 * kv_layer
-            elif kind == _MAMBA:
-                found += (*_NO_KEYS, *begins)
-                found_steps += (*_NO_KEYS, *steps)
-                begins = [begin + step for begin, (_, _, step) in zip(begins, parts, strict=True)]
-            else:
-                found += (*_NO_KEYS, *_NO_STATE)
-                found_steps += (*_NO_KEYS, *_NO_STATE)
-        return Addresses(found, found_steps, self._num_rows)
+    def addresses(self, pasts: PastStates, lengths: Sequence[int]) -> Addresses:
+        """Where a pass finds an `Outputs` for each layer of each row, while this lives. Keys and
+        values belong behind the past ones, of which each row has so many.
+        """
+        num_rows = len(lengths)
+        table = np.zeros((num_rows, self._num_layers, len(OUTPUTS)), np.int64)
+        behind = self._token_bytes * np.array(lengths, np.int64)
+        table[:, self._attention, :2] = pasts.table[:, self._attention, :2] + behind[:, None, None]
+        for field, name in enumerate(OUTPUTS):
+            if (value := self._parts.get(name)) is not None:
+                begin, per_row, per_layer = _place(value)
+                rows, layers = np.arange(num_rows)[:, None], np.arange(len(self._mambas))
+                table[:, self._mambas, field] = begin + rows * per_row + layers * per_layer
+        return Addresses(table)
 
     def keep(self, layers: Sequence[LayerState], row: int) -> None:
         """A row without tokens: its state stays as it was."""
@@ -183,16 +180,13 @@ class PassOutputs:
         self._parts["ssm"] = self._pool.take(*self._leading, m.heads, m.head_size, m.state)
 
     def states(self) -> list[LayerState]:
-        """Each layer's new state; None for a Mamba layer of which only the inputs are known."""
-        keys = iter(self._kv.unbind(0))
-        found = [] if self._keeps_inputs else self._mamba_states(self._parts["conv"])
-        mambas = (MambaState(*(part.unsqueeze(1) for part in state)) for state in found)
-        states: list[LayerState] = []
-        for kind in self._kinds:
-            if kind == _ATTENTION:
-                states.append(KV(next(keys), next(keys)))
-            else:
-                states.append(next(mambas, None) if kind == _MAMBA else None)
+        """Each Mamba layer's new state, None where only the inputs are known; None for others."""
+        states: list[LayerState] = [None] * self._num_layers
+        if not self._keeps_inputs:
+            for layer, state in zip(
+                self._mambas, self._mamba_states(self._parts["conv"]), strict=True
+            ):
+                states[layer] = MambaState(*(part.unsqueeze(1) for part in state))
         return states
 
     def states_after(self, counts: Sequence[int]) -> list[MambaState]:
