@@ -130,12 +130,15 @@ class ContextCache:
         nothing of it is part of the cache before `commit`.
         """
         num_past, num_rows = self.num_past, self.num_rows
+        length = num_past + num_tokens
+        # The last to grow is the last one: where it has room, all have.
+        last = next((s.k for s in reversed(self._states) if isinstance(s, KV)), None)
+        if last is None or (num_rows <= len(last) and length <= last.shape[1]):
+            return self._states
         for index, state in enumerate(self._states):
             if isinstance(state, KV):
-                length = num_past + num_tokens
-                if num_rows > len(state.k) or length > state.k.shape[1]:
-                    grown = (_with_room(part, num_rows, num_past, length) for part in state)
-                    self._states[index] = KV(*grown)
+                grown = (_with_room(part, num_rows, num_past, length) for part in state)
+                self._states[index] = KV(*grown)
         return self._states
 
     def view(self, reads: Collection[int] | None = None) -> ContextView:

@@ -89,7 +89,7 @@ class NativeBackend:
                 outputs.keep(layers, row)
         if rows:
             tower(rows)
-        if not is_draft:
+        if not (is_draft and outputs.has_mambas):
             return ForwardOutput(hidden, outputs.states())
 
         def states_after(counts: Tensor) -> list[MambaState]:

@@ -174,6 +174,11 @@ class PassOutputs:
                 self._parts["conv"][index, row] = state.conv[row].mT
                 self._parts["ssm"][index, row] = state.ssm[row]
 
+    @property
+    def has_mambas(self) -> bool:
+        """Whether any layer has a state that depends on how many tokens stay."""
+        return bool(self._mambas)
+
     def make_ssm(self) -> None:
         """Room for the Mamba states after the pass."""
         m = self._mamba
