@@ -17,12 +17,13 @@ from twotower import Completion, ContextView, GenerateOptions, TokensCommitted, 
 from twotower.engine import Failed, Finished, Request, stream_requests
 from twotower.engine.grammar import Grammar, json_schema, lark, regex
 from twotower.engine.grammar_state import GrammarState, TokenRules, begin
+from twotower.model.backend import PassCosts
 from twotower.serve.tool_calls import read_tool_calls, tool_call
 
 EOS, VOCAB = 2, byte_tokenizer().vocab_size
 MODEL = tiny_model(vocab_size=VOCAB, block_size=6)
 PROMPT = random_ids(9, seed=4).tolist()
-FREE = {1: 1000.0, 64: 1.0}  # passes: drafts never pause
+FREE = PassCosts({1: 1000.0, 64: 1.0}, row=0.0)  # passes: drafts never pause
 SCHEMA: dict[str, object] = {
     "type": "object",
     "properties": {

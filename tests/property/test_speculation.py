@@ -23,10 +23,13 @@ from twotower import (
 from twotower.adapt.answers import Answer
 from twotower.adapt.ngrams import count_ngrams
 from twotower.engine import EngineOptions, Finished, Request, stream_requests
+from twotower.model.backend import PassCosts
 
 MODEL = tiny_model()
 PROMPTS = prompts_of([1, 7, 2, 19, 4])
-FREE = {1: 1000.0, 64: 1.0}  # passes: no pauses, and every acceptance length comes up
+FREE = PassCosts(
+    {1: 1000.0, 64: 1.0}, row=0.0
+)  # passes: no pauses, and every acceptance length comes up
 
 
 def options(mode: str, **changes: object) -> GenerateOptions:

@@ -20,6 +20,7 @@ from twotower.engine.drafts_lookup import (
 )
 from twotower.engine.options import ResolvedOptions
 from twotower.engine.request import Row
+from twotower.model.backend import PassCosts
 from twotower.model.ngrams import Ngrams, context_keys
 
 
@@ -52,10 +53,10 @@ def test_the_first_tokens_are_found() -> None:
     assert index_of([1, 2, 9, 1, 2]).find([], 1) == (2, [9])
 
 
-COSTS = {1: 1.0, 4: 1.2, 8: 1.4, 16: 2.0}
+COSTS = PassCosts({1: 1.0, 4: 1.2, 8: 1.4, 16: 2.0})
 
 
-def batch_with(ngrams: Ngrams | None, costs: dict[int, float] = COSTS) -> Batch:
+def batch_with(ngrams: Ngrams | None, costs: PassCosts = COSTS) -> Batch:
     """What a lookup asks of a batch."""
     model = SimpleNamespace(ngrams=ngrams, pass_costs=costs, context_device=torch.device("cpu"))
     return Batch(model, None, [None], None, None)  # type: ignore[arg-type, list-item]
@@ -139,7 +140,7 @@ def test_draft_lengths(sure: list[float], lengths: tuple[int, int]) -> None:
     drafted, found = list(zip([7, 8, 9], sure, strict=True)), []
     for writing in (0.0, 10.0):
         row = Row(0, [5], ResolvedOptions(drafts="denoiser"))
-        costs = {1: 1.0, 2: 1.1, 3: 1.3, 4: 1.6}
+        costs = PassCosts({1: 1.0, 2: 1.1, 3: 1.3, 4: 1.6})
         tokens, _ = continuation(row, batch_with(None, costs), [], drafted, writing)
         assert tokens == [7, 8, 9][: len(tokens)]
         found.append(len(tokens))

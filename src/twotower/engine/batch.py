@@ -102,12 +102,14 @@ class Batch:
         backend = self.model.backend
         return backend if isinstance(backend, ChoosingBackend) else None
 
-    def pass_cost(self, num_tokens: int) -> float:
-        """AR steps of these rows that a pass over so many tokens of each costs. An accelerator's
-        arithmetic waits for weights where rows are few: only on a CPU do the rows count.
+    def pass_cost(self, num_tokens: int, num_rows: int | None = None) -> float:
+        """AR steps of these rows that a pass over so many tokens of num_rows of them costs, of all
+        where not given. An accelerator's arithmetic waits for weights where rows are few: only on a
+        CPU do the rows count.
         """
-        rows = len(self.rows) if self.model.context_device.type == "cpu" else 1
-        return pass_cost(self.model.pass_costs, num_tokens, rows)
+        every = len(self.rows) if self.model.context_device.type == "cpu" else 1
+        rows = every if num_rows is None else min(every, num_rows)
+        return pass_cost(self.model.pass_costs, num_tokens, rows, every - rows)
 
     @property
     def num_read(self) -> int:

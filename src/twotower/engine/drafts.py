@@ -5,14 +5,13 @@ drafts_denoiser lets the denoiser tower write. Each row has a controller for eac
 which knows what drafts of that kind have yielded in this row.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
+
+from twotower.model.backend import PassCosts
 
 Drafts = Literal["auto", "lookup", "denoiser"]
 DrafterName = Literal["lookup", "denoiser"]
-# Of passes on a CPU: AR steps that each further row takes besides its tokens, and the share of the
-# largest known cost that as many tokens more take.
-_ROW, _BEYOND = 0.1, 0.5
 
 
 class DraftController:
@@ -58,22 +57,24 @@ class Proposal(NamedTuple):
     drafter: DrafterName
     gain: float  # expected: tokens of the cycle by AR steps that they cost
     tokens: Sequence[int] = ()  # what follows the known ones, where that is known already
-    cost: float = 0.0  # AR steps that it takes to write it
+    cost: float = 0.0  # AR steps that it took to write it
 
 
-def pass_cost(costs: Mapping[int, float], num_tokens: int, num_rows: int = 1) -> float:
-    """AR steps of so many rows that a pass over num_tokens of each costs, by
-    `Backend.pass_costs` (benchmarks/pass_costs.py).
+def pass_cost(costs: PassCosts, num_tokens: int, num_rows: int = 1, num_waiting: int = 0) -> float:
+    """AR steps that a pass over num_tokens of each of num_rows costs, where so many other rows wait
+    for it: an AR step is of all of them.
     """
-    rows = _ROW * (num_rows - 1)
-    return (_cost(costs, num_tokens * num_rows) + rows) / (_cost(costs, num_rows) + rows)
+    every = num_rows + num_waiting
+    return _cost(costs, num_tokens * num_rows, num_rows) / _cost(costs, every, every)
 
 
-def _cost(costs: Mapping[int, float], num_tokens: int) -> float:
-    for most, cost in costs.items():
+def _cost(costs: PassCosts, num_tokens: int, num_rows: int) -> float:
+    """AR steps of one row alone."""
+    rows = costs.row * (num_rows - 1)
+    for most, cost in costs.tokens.items():
         if num_tokens <= most:
-            return cost
-    return cost * (1 + _BEYOND * (num_tokens / most - 1))
+            return cost + rows
+    return cost * num_tokens / most + rows
 
 
 def best_length(

@@ -30,15 +30,17 @@ def propose(row: Row, batch: Batch, known: Sequence[int]) -> Proposal | None:
         return None
     # The first comes before all others: lookups that give two tokens would keep a denoiser that
     # gives ten from being tried.
-    gain = row.controller.gain if row.controller.num_drafts > 0 else math.inf
-    return Proposal("denoiser", gain, cost=writing_cost(row, batch))
+    return Proposal("denoiser", row.controller.gain if row.controller.num_drafts > 0 else math.inf)
 
 
-def writing_cost(row: Row, batch: Batch) -> float:
-    """AR steps that a draft takes: a layer of either tower costs as much."""
+def writing_cost(row: Row, batch: Batch, num_writers: int) -> float:
+    """AR steps that a draft takes, if as many rows write: the others wait for the passes, at the
+    writers' expense. A layer of either tower costs as much.
+    """
     config, options = batch.model.config, row.options
     share = config.denoiser.num_layers / config.context.num_layers
-    return _BESIDE_PASSES + options.draft_passes * share * batch.pass_cost(options.block_size)
+    passes = options.draft_passes * share * batch.pass_cost(options.block_size, num_writers)
+    return _BESIDE_PASSES + passes * len(batch.rows) / num_writers
 
 
 def write(

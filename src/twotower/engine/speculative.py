@@ -55,9 +55,9 @@ def _write(batch: Batch, known: Sequence[list[int]]) -> Iterator[Event]:
     for place, block in zip(places, written, strict=True):
         row, own = rows[place], known[place]
         assert row.proposal is not None
-        drafted, cost = block[len(own) :], row.proposal.cost
+        drafted, cost = block[len(own) :], drafts_denoiser.writing_cost(row, batch, len(places))
         tokens, _ = drafts_lookup.continuation(row, batch, own[1:], drafted, cost)
-        row.proposal = row.proposal._replace(tokens=tokens)
+        row.proposal = row.proposal._replace(tokens=tokens, cost=cost)
 
 
 def _forced(row: Row, size: int) -> list[int]:

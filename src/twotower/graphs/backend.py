@@ -7,7 +7,7 @@ are, which is for tests: there is nothing to record.
 
 import logging
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaInputs, MambaState, states_after
 from twotower.layers.moe import Experts
 from twotower.layers.quantised import QuantisedExperts
-from twotower.model.backend import EagerBackend
+from twotower.model.backend import EagerBackend, PassCosts
 from twotower.model.delta import apply_delta
 from twotower.model.precision import M, rounded_to_eight_bits, shared_copy
 from twotower.model.state import ContextCache, ContextView, ForwardOutput, LayerState
@@ -65,7 +65,7 @@ class GraphsBackend:
         if self._device.type == "cuda":
             self._require_experts_without_the_host(reason)
             self._pool = torch.cuda.graph_pool_handle()
-        self.pass_costs: Mapping[int, float] = _pass_costs(self._model)
+        self.pass_costs = _pass_costs(self._model)
         self._arenas: dict[int, Arena] = {}
         self._lock = threading.Lock()  # two threads may run passes at the same time
 
@@ -322,7 +322,7 @@ def _without_blocks(state: LayerState) -> LayerState:
     return state
 
 
-def _pass_costs(model: TwoTower) -> dict[int, float]:
+def _pass_costs(model: TwoTower) -> PassCosts:
     """AR steps by the weights that a pass streams: n tokens choose E (1 - (1 - M/E)^n) different
     ones of E experts, if all are as likely.
     """
@@ -337,7 +337,7 @@ def _pass_costs(model: TwoTower) -> dict[int, float]:
         missed = (1 - spec.experts_per_token / spec.num_experts) ** num_tokens
         return total - routed * missed
 
-    return {n: streamed(n) / streamed(1) for n in (1, 4, 8, 16)}
+    return PassCosts({n: streamed(n) / streamed(1) for n in (1, 4, 8, 16, 32, 64)})
 
 
 def _num_bytes(*modules: nn.Module) -> int:

@@ -6,7 +6,7 @@ A backend runs every pass that it is asked for: what it cannot run it refused wh
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -20,15 +20,23 @@ if TYPE_CHECKING:
     from twotower.model.two_tower import TwoTower
 
 
+class PassCosts(NamedTuple):
+    """AR steps of one row that passes cost, heads included (benchmarks/pass_costs.py)."""
+
+    tokens: Mapping[int, float]
+    """Of a pass over up to so many tokens, in ascending order; what is beyond costs in proportion
+    to the last."""
+    row: float = 0.1
+    """Of each further row: it attends to a text of its own."""
+
+
 class Backend(Protocol):
     """The passes of one model, without gradient; tokens and blocks are checked before."""
 
     name: str
     quantization: str
     """To what the loaded weights were rounded for these passes; none: they are as loaded."""
-    pass_costs: Mapping[int, float]
-    """AR steps that a pass over up to so many tokens costs, with its head, for a few numbers of
-    tokens in ascending order (benchmarks/pass_costs.py)."""
+    pass_costs: PassCosts
     prefix_chunk: int
     """Tokens that are read at a time where contexts are kept for prompts that begin alike: fewer
     find longer common beginnings and cost more passes."""
@@ -57,7 +65,7 @@ class EagerBackend:
 
     name, quantization = "eager", "none"
     prefix_chunk = 64
-    pass_costs: Mapping[int, float] = {1: 1.0, 4: 1.4, 8: 1.6, 16: 1.75}
+    pass_costs = PassCosts({1: 1.0, 4: 1.4, 8: 1.6, 16: 1.75})
 
     def __init__(self, model: "TwoTower") -> None:
         self._model = model

@@ -4,7 +4,7 @@ Passes have any number of tokens, of any number of rows, which share each weight
 equations are those of the PyTorch layers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from twotower.kernels.quantised import Bits, Quantised, to_eight_bits
 from twotower.layers.mamba2 import MambaState
 from twotower.layers.quantised import QuantisedMatrix
+from twotower.model.backend import PassCosts
 from twotower.model.precision import Scheme, weight_bits
 from twotower.model.state import ContextCache, ContextView, ForwardOutput, LayerState
 from twotower.model.tower import Tower
@@ -24,10 +25,10 @@ from twotower.native.tower import Modulations, NativeLinear, NativeTower
 # What --quantization rounds weights to; products with them round the tokens, too.
 _SCHEMES = {"int8": Scheme(weights="int8", activations="int8"), "int4": Scheme(weights="int4")}
 # The fewer bits, the less a single token costs, and the more of a block's time is arithmetic.
-_PASS_COSTS: Mapping[str, Mapping[int, float]] = {
-    "none": {1: 1.0, 4: 1.3, 8: 1.35, 16: 1.55},
-    "int8": {1: 1.0, 4: 1.35, 8: 1.65, 16: 2.35},
-    "int4": {1: 1.0, 4: 1.35, 8: 1.75, 16: 2.8},
+_PASS_COSTS = {
+    "none": PassCosts({1: 1.0, 4: 1.25, 8: 1.35, 16: 1.55, 32: 2.15, 64: 3.75}, row=0.025),
+    "int8": PassCosts({1: 1.0, 4: 1.25, 8: 1.55, 16: 2.1, 32: 3.4, 64: 6.5}, row=0.1),
+    "int4": PassCosts({1: 1.0, 4: 1.4, 8: 1.9, 16: 3.3, 32: 6.0, 64: 11.0}, row=0.15),
 }
 _MAX_TABLES = 64  # remembered times; a block of 16 tokens has 16 masked fractions
 
