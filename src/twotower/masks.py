@@ -36,25 +36,14 @@ def full_rows(num_queries: int, lengths: Tensor, num_past: int) -> Tensor:
     return torch.cat([past, own], dim=-1)
 
 
-def block_causal(index: Tensor, num_clean: int, block_size: int) -> Tensor:
-    """Noisy blocks, number index (B, N) of their rows, see the clean blocks before and themselves.
+def block_causal(starts: Tensor, num_past: int, block_size: int) -> Tensor:
+    """Noisy blocks that begin at tokens `starts` (B, N) of their rows see all clean tokens before
+    and themselves.
 
-    Returns (B, 1, N*T, num_clean + N*T), columns clean then noisy. Source: system.md section 5.
-    """
-    own = torch.arange(index.shape[1], device=index.device).repeat_interleave(block_size)
-    block = index.repeat_interleave(block_size, dim=1).unsqueeze(2)  # (B, N*T, 1)
-    clean = torch.arange(num_clean, device=index.device) // block_size < block
-    same = (own.unsqueeze(0) == own.unsqueeze(1)).expand(len(index), -1, -1)
-    return torch.cat([clean, same], dim=2).unsqueeze(1)
-
-
-def anchored(starts: Tensor, num_past: int, block_size: int) -> Tensor:
-    """Blocks that begin at any token of their rows, starts (B, N), see all before and themselves.
-
-    Returns (B, 1, N*T, S + N*T), columns of the past first.
+    Returns (B, 1, N*T, num_past + N*T), columns clean then noisy. Source: system.md section 5.
     """
     own = torch.arange(starts.shape[1], device=starts.device).repeat_interleave(block_size)
     before = starts.repeat_interleave(block_size, dim=1).unsqueeze(2)  # (B, N*T, 1)
-    past = torch.arange(num_past, device=starts.device) < before
+    clean = torch.arange(num_past, device=starts.device) < before
     same = (own.unsqueeze(0) == own.unsqueeze(1)).expand(len(starts), -1, -1)
-    return torch.cat([past, same], dim=2).unsqueeze(1)
+    return torch.cat([clean, same], dim=2).unsqueeze(1)

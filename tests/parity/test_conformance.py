@@ -200,8 +200,8 @@ def test_time_embedder() -> None:
 def test_block_causal_masks(shape: str) -> None:
     num_blocks, block_size = map(int, shape.split("x"))
     expected = SAMPLER[f"block_causal_mask/{shape}/attend"].bool()
-    index = torch.arange(num_blocks).unsqueeze(0)
-    found = masks.block_causal(index, num_blocks * block_size, block_size)
+    starts = torch.arange(num_blocks).unsqueeze(0) * block_size
+    found = masks.block_causal(starts, num_blocks * block_size, block_size)
     assert torch.equal(found[0, 0], expected)
 
 

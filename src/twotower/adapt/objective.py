@@ -62,7 +62,7 @@ def draft_logits(model: TwoTower, rows: Rows, blocks: Anchored) -> Tensor:
     index = torch.arange(num_rows, device=noisy.device).unsqueeze(1)
     hidden = rows.hidden[index, blocks.starts - 1]
     view = ContextView(tuple(layers), None, num_past, num_rows, hidden)
-    mask = masks.anchored(blocks.starts, num_past, size)
+    mask = masks.block_causal(blocks.starts, num_past, size)
     found = tower(noisy, view, mask, None, blocks.starts)[:, :, 1:]
     # Contiguous: of a slice, PyTorch makes one small product a block.
     logits: Tensor = model.lm_head(found.contiguous())

@@ -52,11 +52,11 @@ def read_and_denoise(
     context, view = _training_view(model, clean, block_size, index)
     device = model.denoiser_device
     view, blocks = view.to(device), noisy.unflatten(1, (-1, block_size)).to(device)
-    mask = masks.block_causal(index.to(device), length, block_size)
     if t is not None:
         t = (t if t.dim() == 2 else t.unsqueeze(-1)).to(device)
     modulations = None if t is None else model.modulations(t)
     start = index.to(device) * block_size
+    mask = masks.block_causal(start, length, block_size)
     hidden = model.denoiser()(blocks, view, mask, modulations, start)
     logits: Tensor = model.lm_head(hidden.flatten(1, 2)).float()
     return logits, context
