@@ -38,27 +38,14 @@ MIN_TOP_P = 1e-6  # float32 must tell it from 0
 _BLOCKS: tuple[Mode, ...] = ("diffusion", "posterior", "predict-and-noise")
 _IN_ORDER: tuple[Mode, ...] = ("speculative", "ar", "mock-ar")
 LogitBias = tuple[tuple[int, float], ...]  # pairs of a token and what is added to its logit
-
-# Fields that only some modes use: given in another mode they are refused, in Python, on the command
-# line and over HTTP alike.
-FIELD_MODES: Mapping[str, tuple[Mode, ...]] = {
-    "block_size": (*_BLOCKS, "speculative"),
-    "steps_per_block": _BLOCKS,
-    "first_token": ("diffusion",),
-    "verify_threshold": ("diffusion",),
-    "drafts": ("speculative",),
-    "draft_passes": ("speculative",),
-    "confidence_threshold": ("diffusion", "speculative"),
-    "schedule": ("posterior", "predict-and-noise"),
-    "remask": ("predict-and-noise",),
-    "adaptive": ("predict-and-noise",),
-    "logprobs": (*_BLOCKS, "speculative", "ar"),
-    "grammar": ("speculative", "ar"),
-    # Of a text from left to right: a block is filled in any order, its tokens all at once.
-    "presence_penalty": _IN_ORDER,
-    "frequency_penalty": _IN_ORDER,
-    "repetition_penalty": _IN_ORDER,
-    "logit_bias": _IN_ORDER,
+_penalty = number(-2.0, 2.0)
+_passes = number(1, MAX_PASSES, is_whole=True)
+_flag = instance(bool, "True or False")
+_ENGINE_CHECKS: dict[str, Problem] = {
+    "max_rows": COUNT,
+    "max_waiting": COUNT,
+    "overlap": one_of(*get_args(Overlap)),
+    "prefix_cache_bytes": INDEX,
 }
 # Fields that need a temperature above 0, with the values that are off.
 SAMPLED_ONLY: Mapping[str, float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -192,42 +179,60 @@ class GenerateOptions:
         return f"GenerateOptions({shown})"
 
 
+def _option(default: Any, problem: Problem, modes: tuple[Mode, ...] = MODES) -> Any:
+    """A field with its check, and the modes that use it: given in another one it is refused, in
+    Python, on the command line and over HTTP alike.
+    """
+    return dataclasses.field(default=default, metadata={"problem": problem, "modes": modes})
+
+
 @dataclass(frozen=True, kw_only=True)
 class ResolvedOptions:
     """`GenerateOptions` with a value for every field; made by `resolve_options`, valid."""
 
-    mode: Mode = "diffusion"
-    max_new_tokens: int = 128
-    block_size: int = 16
-    steps_per_block: int = 16
-    first_token: FirstToken = "denoiser"
-    verify_threshold: float = 0.0
-    drafts: Drafts = "auto"
-    draft_passes: int = 1
-    confidence_threshold: float = 0.8
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: LogitBias = ()
-    seed: int = 0
-    eos_token_id: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None
-    grammar: Grammar | None = None
-    schedule: Schedule = "linear"
-    remask: Remask = "confidence"
-    adaptive: bool = False
+    mode: Mode = _option("diffusion", one_of(*MODES))
+    max_new_tokens: int = _option(128, COUNT)
+    block_size: int = _option(16, COUNT, (*_BLOCKS, "speculative"))
+    steps_per_block: int = _option(16, _passes, _BLOCKS)
+    first_token: FirstToken = _option("denoiser", one_of(*get_args(FirstToken)), ("diffusion",))
+    verify_threshold: float = _option(0.0, SHARE, ("diffusion",))
+    drafts: Drafts = _option("auto", one_of(*get_args(Drafts)), ("speculative",))
+    draft_passes: int = _option(1, _passes, ("speculative",))
+    confidence_threshold: float = _option(0.8, SHARE, ("diffusion", "speculative"))
+    temperature: float = _option(0.0, number(0.0))
+    top_k: int = _option(0, INDEX)
+    top_p: float = _option(1.0, number(MIN_TOP_P, 1.0))
+    min_p: float = _option(0.0, SHARE)
+    # Of a text from left to right: a block is filled in any order, its tokens all at once.
+    presence_penalty: float = _option(0.0, _penalty, _IN_ORDER)
+    frequency_penalty: float = _option(0.0, _penalty, _IN_ORDER)
+    repetition_penalty: float = _option(1.0, number(0.01, 100.0), _IN_ORDER)
+    logit_bias: LogitBias = _option((), biases, _IN_ORDER)
+    seed: int = _option(0, INDEX)
+    eos_token_id: tuple[int, ...] = _option((), token_ids)
+    ignore_eos: bool = _option(False, _flag)
+    stop: tuple[str, ...] = _option((), strings)
+    logprobs: int | None = _option(
+        None, number(0, MAX_LOGPROBS, is_whole=True), (*_BLOCKS, "speculative", "ar")
+    )
+    grammar: Grammar | None = _option(None, instance(Grammar, "a Grammar"), ("speculative", "ar"))
+    schedule: Schedule = _option("linear", one_of(*SCHEDULES), ("posterior", "predict-and-noise"))
+    remask: Remask = _option("confidence", one_of(*get_args(Remask)), ("predict-and-noise",))
+    adaptive: bool = _option(False, _flag, ("predict-and-noise",))
 
     @property
     def has_penalties(self) -> bool:
         """Whether the logits depend on more than the model."""
         is_penalised = self.presence_penalty or self.frequency_penalty or self.logit_bias
         return bool(is_penalised) or self.repetition_penalty != 1
+
+
+_FIELDS = dataclasses.fields(ResolvedOptions)
+_CHECKS: Mapping[str, Problem] = {field.name: field.metadata["problem"] for field in _FIELDS}
+# The modes of each field that only some use.
+FIELD_MODES: Mapping[str, tuple[Mode, ...]] = {
+    field.name: field.metadata["modes"] for field in _FIELDS if field.metadata["modes"] != MODES
+}
 
 
 def resolve_options(options: GenerateOptions, defaults: Mapping[str, object]) -> ResolvedOptions:
@@ -306,42 +311,3 @@ def _refuse_combinations(resolved: ResolvedOptions, given: Mapping[str, object])
                 f"{name}={given[name]}: has no effect at temperature 0, which is greedy; leave it "
                 "out, or set a temperature above 0"
             )
-
-
-_penalty = number(-2.0, 2.0)
-_passes = number(1, MAX_PASSES, is_whole=True)
-_flag = instance(bool, "True or False")
-_ENGINE_CHECKS: dict[str, Problem] = {
-    "max_rows": COUNT,
-    "max_waiting": COUNT,
-    "overlap": one_of(*get_args(Overlap)),
-    "prefix_cache_bytes": INDEX,
-}
-_CHECKS: dict[str, Problem] = {
-    "mode": one_of(*MODES),
-    "max_new_tokens": COUNT,
-    "block_size": COUNT,
-    "steps_per_block": _passes,
-    "first_token": one_of(*get_args(FirstToken)),
-    "verify_threshold": SHARE,
-    "drafts": one_of(*get_args(Drafts)),
-    "draft_passes": _passes,
-    "confidence_threshold": SHARE,
-    "temperature": number(0.0),
-    "top_k": INDEX,
-    "top_p": number(MIN_TOP_P, 1.0),
-    "min_p": SHARE,
-    "presence_penalty": _penalty,
-    "frequency_penalty": _penalty,
-    "repetition_penalty": number(0.01, 100.0),
-    "logit_bias": biases,
-    "seed": INDEX,
-    "eos_token_id": token_ids,
-    "ignore_eos": _flag,
-    "stop": strings,
-    "logprobs": number(0, MAX_LOGPROBS, is_whole=True),
-    "grammar": instance(Grammar, "a Grammar"),
-    "schedule": one_of(*SCHEDULES),
-    "remask": one_of(*get_args(Remask)),
-    "adaptive": _flag,
-}
