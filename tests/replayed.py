@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from twotower import TwoTower, accelerate
 from twotower.diffusion import sampling
 from twotower.graphs import backend
-from twotower.kernels import ops
+from twotower.kernels import expert_products
 from twotower.layers import bigram
 
 # What a host must know before it can go on: values, or how large a result is.
@@ -79,7 +79,7 @@ def _tensors(values: object) -> list[Tensor]:
 def recording(model: TwoTower, patch: pytest.MonkeyPatch) -> TwoTower:
     """The model with passes as a GPU has them: recorded, experts without the host."""
     patch.setattr(backend, "Recording", Replayed)
-    patch.setattr(ops, "can_group", lambda weight: True)
+    patch.setattr(expert_products, "can_group", lambda weight: True)
     patch.setattr(bigram, "masked_places", lambda block, _: [True] * block.shape[1])
     patch.setattr(sampling, "argmax", lambda logits: logits.argmax(-1))
     patch.setattr(Replayed, "made", 0)

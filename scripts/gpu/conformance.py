@@ -26,7 +26,7 @@ import recorded  # noqa: E402
 import slow_kernels  # noqa: E402
 from recorded import GOLDEN, Case  # noqa: E402
 from twotower import TwoTower, accelerate, generate, masks  # noqa: E402
-from twotower.kernels import ops  # noqa: E402
+from twotower.kernels import expert_products, ops  # noqa: E402
 from twotower.lab.report import COLORS, new_figure  # noqa: E402
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ def check_kernels(device: torch.device) -> Iterator[tuple[str, float, float]]:
         down[e] @ (up[e] @ row).clamp(min=0).square()
         for e, row in zip(experts.tolist(), x, strict=True)
     ]
-    found = ops.grouped_products(*(part.to(device, half) for part in (x, up, down)), experts)
+    found = expert_products.grouped_products(
+        *(part.to(device, half) for part in (x, up, down)), experts
+    )
     difference = (found.double().cpu() - torch.stack(full)).abs().max()
     yield (
         "grouped products, bfloat16",

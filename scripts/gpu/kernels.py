@@ -27,8 +27,9 @@ from stage import Stage, reason_of, times_ms
 from torch import Tensor
 
 from twotower.graphs.arena import Recording
-from twotower.kernels import mixing, ops, quantised
-from twotower.kernels.mixing import MambaWeights, fused_refusal
+from twotower.graphs.backend import fused_refusal
+from twotower.kernels import expert_products, mixing, quantised
+from twotower.kernels.mixing import MambaWeights
 from twotower.kernels.quantised import dequantise, to_eight_bits
 from twotower.lab.report import COLORS, new_figure
 from twotower.layers.quantised import QuantisedMatrix
@@ -113,10 +114,10 @@ def experts(draw: Draw, fused: Any, spec: MoESpec, width: int) -> Iterator[Case]
         scores = draw(tokens, spec.num_experts, dtype=torch.float32)
         chosen = scores.topk(spec.experts_per_token).indices.flatten().sort().values
         x = draw(len(chosen), width)
-        ways = {"full precision": partial(ops.grouped_mlp, x, *full, chosen)}
+        ways = {"full precision": partial(expert_products.grouped_mlp, x, *full, chosen)}
         if fused is not None:
             ways["fused"] = partial(fused.grouped_mlp, x, *stacks, chosen)
-        expected = ops.grouped_mlp(x.float(), *stacks, chosen)
+        expected = expert_products.grouped_mlp(x.float(), *stacks, chosen)
         num_bytes = len(chosen.unique()) * 2 * inner * width
         yield Case("int8 experts", "one layer", tokens, expected, ways, 1, num_bytes)
 

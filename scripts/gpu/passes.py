@@ -29,7 +29,7 @@ from twotower.checkpoint.inspect import describe_config
 from twotower.diffusion import Sampler
 from twotower.engine.choosing import ChoosingBackend
 from twotower.families import PRESETS, config_from_dict, read_config
-from twotower.kernels import ops
+from twotower.kernels import expert_products
 from twotower.lab.plan.hardware import built_in, find_hardware
 from twotower.lab.plan.inputs import PROFILES, Efficiency, uniform
 from twotower.lab.plan.passes import ModelShape, Pass, PlanSetup, time_pass
@@ -127,7 +127,9 @@ def compile_parts(model: TwoTower, compiler: str) -> None:
     torch._dynamo.config.recompile_limit = 256  # of sizes and roles; beyond it nothing is compiled
     for module in model.modules():
         # Experts whose tokens the host counts would be compiled anew for each count.
-        is_counted = isinstance(module, MoE) and not ops.can_group(module.experts.up_proj)
+        is_counted = isinstance(module, MoE) and not expert_products.can_group(
+            module.experts.up_proj
+        )
         if isinstance(module, _COMPILED) and not is_counted:
             module.compile(backend=compiler)
 

@@ -4,6 +4,7 @@ what runs its passes.
 
 import atexit
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -34,7 +35,6 @@ from twotower.checkpoint.denoiser import load_denoiser
 from twotower.checkpoint.empty import Towers
 from twotower.checkpoint.files import GENERATION_FILE, SHIPPED
 from twotower.families import read_config
-from twotower.measure import usable_cores
 from twotower.model import TwoTower
 from twotower.model.precision import ExpertStorage
 from twotower.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -45,6 +45,8 @@ _BEGINNING = 4  # tokens that show a prompt's form
 _MAX_SCORED = 256  # tokens of a prompt that are compared with the training text
 START_TIMEOUT_S = 300.0  # until both ranks are there; the first import of torch may take long
 PEER_TIMEOUT_S = 30.0  # of silence, from then on
+_CPUS = Path("/sys/devices/system/cpu")
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,3 +282,25 @@ def _load_split(folder: Path, placement: Placement) -> TwoTower:
     model = SplitTwoTower(_load_towers(folder, placement, "context"), link)
     atexit.register(model.close)
     return model
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use, at least 1: two hardware threads of a core share
+    its arithmetic, and a container may have less of the machine than it sees.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cpus = os.sched_getaffinity(0)
+    cores = {_siblings(cpu) for cpu in cpus}
+    quota, _, period = (_read(_CPU_QUOTA) or "max").partition(" ")
+    most = len(cores) if quota == "max" else round(int(quota) / int(period))
+    return max(1, min(len(cores), most))
+
+
+def _siblings(cpu: int) -> str:
+    """The hardware threads of a CPU's core, as Linux writes them."""
+    return _read(_CPUS / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu)
+
+
+def _read(file: Path) -> str | None:
+    return file.read_text().strip() if file.is_file() else None

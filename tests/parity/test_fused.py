@@ -20,8 +20,8 @@ from tiny_quantised import four_bits
 from twotower import TwoTower
 from twotower.graphs import backend
 from twotower.graphs.backend import GraphsBackend, with_kernels
-from twotower.kernels import mixing, ops, quantised
-from twotower.kernels.mixing import TORCH, MambaWeights, Modulation, fused_refusal
+from twotower.kernels import expert_products, mixing, ops, quantised
+from twotower.kernels.mixing import TORCH, MambaWeights, Modulation
 from twotower.kernels.quantised import Quantised, dequantise, to_eight_bits
 from twotower.layers.quantised import QuantisedMatrix
 from twotower.model.precision import rounded_to_eight_bits
@@ -136,7 +136,9 @@ def test_experts_with_eight_bits(fused_products: Any, counts: tuple[int, ...]) -
     experts = torch.arange(5).repeat_interleave(torch.tensor(counts))
     x = drawn(len(experts), 10)
     found = fused_products.grouped_mlp(x, up, down, experts)
-    torch.testing.assert_close(found, ops.grouped_mlp(x, up, down, experts), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        found, expert_products.grouped_mlp(x, up, down, experts), rtol=1e-5, atol=1e-4
+    )
 
 
 def test_no_program_writes_what_is_anothers(
@@ -202,7 +204,7 @@ def test_a_model_with_them(fused: Any, quantization: str, monkeypatch: pytest.Mo
     by_pytorch = tensors(model)
     if quantization == "int8":
         monkeypatch.delattr(quantised, "linear")
-        monkeypatch.delattr(ops, "grouped_mlp")
+        monkeypatch.delattr(expert_products, "grouped_mlp")
     for found, expected in zip(tensors(ours), by_pytorch, strict=True):
         torch.testing.assert_close(found, expected, rtol=0.0, atol=2e-4)  # through 6 layers
 
@@ -229,7 +231,7 @@ def test_kernels_of_all_modules_are_replaced_and_weights_shared() -> None:
 
 
 def test_why_there_are_none() -> None:
-    assert fused_refusal(torch.device("cpu")) == "fused kernels run on CUDA devices"
+    assert backend.fused_refusal(torch.device("cpu")) == "fused kernels run on CUDA devices"
 
 
 class NoGpu:

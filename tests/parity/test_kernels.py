@@ -11,7 +11,7 @@ from torch import Tensor
 
 import slow_kernels as reference
 from twotower import masks
-from twotower.kernels import ops, ssd
+from twotower.kernels import expert_products, ops, ssd
 
 Tensors = tuple[Tensor, ...]
 
@@ -199,7 +199,7 @@ def test_grouped_mlp(counts: list[int]) -> None:
     expected = [
         down[e] @ (up[e] @ row).clamp(min=0).pow(2) for e, row in zip(owner, x, strict=True)
     ]
-    for product in (ops.grouped_mlp, ops.grouped_products):
+    for product in (expert_products.grouped_mlp, expert_products.grouped_products):
         ours = product(x, up, down, torch.tensor(owner))
         torch.testing.assert_close(ours, torch.stack(expected), rtol=1e-5, atol=1e-5)
 

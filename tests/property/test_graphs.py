@@ -30,7 +30,7 @@ from twotower.diffusion import count_accepted
 from twotower.engine.choosing import ChoosingBackend
 from twotower.families import config_from_dict
 from twotower.graphs import arena, backend
-from twotower.kernels import ops
+from twotower.kernels import expert_products
 from twotower.model.precision import rounded_to_eight_bits
 from twotower.model.state import ForwardOutput, LayerState
 from twotower.model.thin import thin_config
@@ -370,7 +370,9 @@ def test_few_recordings_serve_many_batches(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_asks_the_host_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the stand-in itself: a GPU refuses a pass that waits for it, and so must this."""
     model = recording(tiny_model(), monkeypatch)
-    monkeypatch.setattr(ops, "can_group", lambda weight: False)  # then the host counts tokens
+    monkeypatch.setattr(
+        expert_products, "can_group", lambda weight: False
+    )  # then the host counts tokens
     with pytest.raises(RuntimeError, match="the host asks for"):
         model.prefill(random_ids(1, 4))
 

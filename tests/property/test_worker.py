@@ -41,7 +41,7 @@ from twotower.engine.faults import EngineDeadError
 from twotower.engine.request import Row
 from twotower.engine.scheduler import Scheduler
 from twotower.engine.shared_queue import SharedQueue
-from twotower.measure import release_memory
+from twotower.memory import release_memory
 
 PROMPTS = prompts_of([5, 3, 9, 2])
 with_and_without_overlap = pytest.mark.parametrize("overlap", ["off", "on"])

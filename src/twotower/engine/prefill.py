@@ -12,7 +12,7 @@ from twotower.engine.options import Mode
 from twotower.engine.prefix_cache import PrefixCache
 from twotower.engine.request import Row
 from twotower.engine.speculative import SPECULATIVE
-from twotower.measure import available_bytes
+from twotower.memory import available_bytes
 from twotower.model import TwoTower
 from twotower.model.two_tower import PREFILL_CHUNK
 

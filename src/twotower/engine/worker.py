@@ -20,7 +20,7 @@ from twotower.engine.prefix_cache import PrefixCache, PrefixStats
 from twotower.engine.request import Request, Row, check_tokenizer, make_row
 from twotower.engine.scheduler import Scheduler
 from twotower.engine.shared_queue import SharedQueue, Stopped
-from twotower.measure import release_memory
+from twotower.memory import release_memory
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 

@@ -5,6 +5,7 @@ powers of two, so that few recordings serve all batches. On a CPU the same funct
 are, which is for tests: there is nothing to record.
 """
 
+import importlib.util
 import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from twotower.diffusion import NOT_FINITE, Sampler, Step, gumbel
 from twotower.graphs import passes
 from twotower.graphs.arena import Arena, Recording, bucket, copies, on_host
-from twotower.kernels import ops
-from twotower.kernels.mixing import Kernels, fused_refusal
+from twotower.kernels import expert_products
+from twotower.kernels.mixing import Kernels
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaInputs, MambaState, states_after
 from twotower.layers.moe import Experts
@@ -72,7 +73,9 @@ class GraphsBackend:
     def _require_experts_without_the_host(self, unfused: str | None) -> None:
         """unfused: why there are no fused kernels."""
         parts = list(self._model.modules())
-        if not all(ops.can_group(part.up_proj) for part in parts if isinstance(part, Experts)):
+        if not all(
+            expert_products.can_group(part.up_proj) for part in parts if isinstance(part, Experts)
+        ):
             raise ValueError(
                 f"graphs passes need a {MoESpec.label} in bfloat16, its widths multiples of 8, "
                 "and a GPU of compute capability 9.0 or newer"
@@ -344,3 +347,12 @@ def _num_bytes(*modules: nn.Module) -> int:
     """Of all weights, in whatever precision."""
     tensors = (w for m in modules for w in [*m.parameters(), *m.buffers()])
     return sum(weight.numel() * weight.element_size() for weight in tensors)
+
+
+def fused_refusal(device: torch.device) -> str | None:
+    """Why `kernels.fused` cannot run there, in one sentence, or None if it can."""
+    if device.type != "cuda":
+        return "fused kernels run on CUDA devices"
+    if importlib.util.find_spec("triton") is None:
+        return "fused kernels need triton, which is not installed"
+    return None

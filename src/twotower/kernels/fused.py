@@ -1,7 +1,7 @@
 """The functions of `mixing` as Triton kernels: one launch each, without gradient.
 
 A short pass on a GPU is thousands of small operations, and these are most of them. Needs triton:
-import it where `mixing.fused_refusal` gives no reason against it.
+import it where `graphs.backend.fused_refusal` gives no reason against it.
 """
 
 import torch

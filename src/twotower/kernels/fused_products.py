@@ -2,7 +2,7 @@
 
 A few tokens wait for weights to come from memory, and here half as many bytes come. The kernel adds
 up in one order whatever the other tokens are, so a draft is verified as a step would compute it.
-Needs triton: import it where `mixing.fused_refusal` gives no reason against it.
+Needs triton: import it where `graphs.backend.fused_refusal` gives no reason against it.
 """
 
 from typing import TypeGuard
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.kernels import ops, quantised
+from twotower.kernels import expert_products, quantised
 from twotower.kernels.quantised import Matrices, Quantised
 
 MAX_TOKENS = 64  # with more, dequantising the matrix first takes less time
@@ -104,10 +104,10 @@ def linear(x: Tensor, weight: Tensor | Quantised, bias: Tensor | None = None) ->
 
 
 def grouped_mlp(x: Tensor, up: Matrices, down: Matrices, experts: Tensor) -> Tensor:
-    """`ops.grouped_mlp`, for any number of tokens; PyTorch's for other matrices."""
+    """`expert_products.grouped_mlp`, for any number of tokens; PyTorch's for other matrices."""
     first, last = (getattr(one, "matrix", None) for one in (up, down))
     if not (is_fused(first) and is_fused(last)):
-        return ops.grouped_mlp(x, up, down, experts)
+        return expert_products.grouped_mlp(x, up, down, experts)
     every = torch.arange(len(up), device=x.device)
     ends = torch.searchsorted(experts, every, right=True).int()
     return product(F.relu(product(x, first, ends)).square(), last, ends)

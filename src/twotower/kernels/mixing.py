@@ -3,16 +3,14 @@
 These are PyTorch: any device, differentiable. `fused` has the same in one launch each.
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.kernels import ops, quantised, ssd
+from twotower.kernels import expert_products, ops, quantised, ssd
 from twotower.kernels.quantised import Matrices, Quantised
 
 Modulation = tuple[Tensor, Tensor]
@@ -117,13 +115,6 @@ class Kernels:
     """The same."""
 
 
-TORCH = Kernels(add_norm, ops.gated_rms_norm, conv_scan, quantised.linear, ops.grouped_mlp)
-
-
-def fused_refusal(device: torch.device) -> str | None:
-    """Why `fused` cannot run there, in one sentence, or None if it can."""
-    if device.type != "cuda":
-        return "fused kernels run on CUDA devices"
-    if importlib.util.find_spec("triton") is None:
-        return "fused kernels need triton, which is not installed"
-    return None
+TORCH = Kernels(
+    add_norm, ops.gated_rms_norm, conv_scan, quantised.linear, expert_products.grouped_mlp
+)

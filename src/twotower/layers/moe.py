@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from twotower.kernels import ops
+from twotower.kernels import expert_products
 from twotower.kernels.quantised import Matrices
 from twotower.layers.mlp import MLP
 from twotower.specs import MoESpec
@@ -68,7 +68,7 @@ def sum_experts(
     weights: Tensor,
     up: Matrices,
     down: Matrices,
-    mlp: Callable[[Tensor, Matrices, Matrices, Tensor], Tensor] = ops.grouped_mlp,
+    mlp: Callable[[Tensor, Matrices, Matrices, Tensor], Tensor] = expert_products.grouped_mlp,
 ) -> Tensor:
     """Weighted sum of the chosen of E experts (tokens, D): x (tokens, D), chosen and weights
     (tokens, M); up E matrices (F, D), down E matrices (D, F), of any precision; mlp: `grouped_mlp`.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from twotower import loading, measure
+from twotower import loading, memory
 
 CPU = torch.device("cpu")
 
@@ -16,12 +16,12 @@ def test_free_memory_is_read_from_the_system(
 ) -> None:
     file = tmp_path / "meminfo"
     file.write_text("MemTotal:  9 kB\nMemFree:  1 kB\nMemAvailable:    1234 kB\nBuffers:  5 kB\n")
-    monkeypatch.setattr(measure, "_MEMINFO", file)
-    assert measure.available_bytes(CPU) == 1234 * 1024
+    monkeypatch.setattr(memory, "_MEMINFO", file)
+    assert memory.available_bytes(CPU) == 1234 * 1024
     file.write_text("MemTotal:  9 kB\n")
-    assert measure.available_bytes(CPU) is None
-    monkeypatch.setattr(measure, "_MEMINFO", tmp_path / "missing")
-    assert measure.available_bytes(CPU) is None
+    assert memory.available_bytes(CPU) is None
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "missing")
+    assert memory.available_bytes(CPU) is None
 
 
 @pytest.mark.parametrize(
@@ -49,10 +49,10 @@ def test_cores_that_may_be_used(
         (folder / "thread_siblings_list").write_text(f"{own}\n")
     if quota is not None:
         (tmp_path / "cpu.max").write_text(f"{quota}\n")
-    monkeypatch.setattr(measure, "_CPUS", tmp_path)
-    monkeypatch.setattr(measure, "_CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(loading, "_CPUS", tmp_path)
+    monkeypatch.setattr(loading, "_CPU_QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
-    assert measure.usable_cores() == expected
+    assert loading.usable_cores() == expected
 
 
 def test_a_loaded_model_uses_no_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,10 +68,10 @@ def test_a_loaded_model_uses_no_more_threads_than_cores(monkeypatch: pytest.Monk
 
 
 def test_unknown_devices_have_no_figure() -> None:
-    assert measure.available_bytes(torch.device("meta")) is None
+    assert memory.available_bytes(torch.device("meta")) is None
 
 
 @pytest.mark.gpu
 def test_free_memory_of_a_gpu() -> None:
-    found = measure.available_bytes(torch.device("cuda"))
+    found = memory.available_bytes(torch.device("cuda"))
     assert found is not None and found > 0
