@@ -18,6 +18,7 @@ import torch
 import twotower
 from twotower.checkpoint import load_checkpoint
 from twotower.cli.machine import recorded
+from twotower.model.rows import select_rows
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -49,17 +50,17 @@ def passes(model: twotower.TwoTower, num_prompt: int) -> dict[str, Callable[[], 
     base, row, t = model.prefill(prompt), torch.tensor([0]), torch.ones(1)
 
     def step() -> object:
-        cache = base.select(row)
+        cache = select_rows(base, row)
         model.extend(cache, tokens[:, :1])
         return model.next_logits(cache)
 
     return {
         "ar_step": step,
-        "extend": lambda: model.extend(base.select(row), tokens),
+        "extend": lambda: model.extend(select_rows(base, row), tokens),
         "read": lambda: model.context_head(model.verify(base, tokens).hidden),
         "denoise_pass": lambda: model.denoise(block, base.view(), t),
         "prefill": lambda: model.prefill(prompt),
-        "copy_of_cache": lambda: base.select(row),  # contained in the first two
+        "copy_of_cache": lambda: select_rows(base, row),  # contained in the first two
     }
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from tiny_models import masked_like, random_ids, row_state, tiny_model
 from twotower import ContextCache
 from twotower.layers.attention import KV
+from twotower.model.rows import select_rows
 
 MODEL = tiny_model()
 # float32 rounding of sums in another order, through 6 layers
@@ -120,7 +121,7 @@ def test_unused_buffer_space_is_never_read() -> None:
     ids = random_ids(2, 9)
     clean, poisoned = (MODEL.prefill(ids[:, :5], chunk_size=2) for _ in range(2))
     spare = 0
-    for state in poisoned._states:
+    for state in poisoned.buffers:
         if isinstance(state, KV):
             spare += state.k[:, 5:].numel()
             state.k[:, 5:] = float("nan")
@@ -175,7 +176,7 @@ def test_selected_rows_go_on_as_before(rows: list[int]) -> None:
     """Guards rows that leave a batch: the others must keep their own past, in their order."""
     lengths, chosen = torch.tensor([4, 9, 1]), torch.tensor(rows)
     cache = MODEL.prefill(random_ids(3, 9), lengths)
-    few = cache.select(chosen)
+    few = select_rows(cache, chosen)
     untouched = snapshot(cache)
     tokens = random_ids(3, 3, seed=1)
     MODEL.extend(few, tokens[chosen])

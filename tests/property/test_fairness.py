@@ -27,6 +27,7 @@ from twotower.engine.prefill import READ_TOKENS
 from twotower.engine.request import Row, make_row
 from twotower.engine.scheduler import Scheduler
 from twotower.engine.shared_queue import TURN, SharedQueue
+from twotower.model.rows import select_rows
 
 PROMPT = prompts_of([5])[0]
 LONG = options(mode="ar", max_new_tokens=100_000)
@@ -194,7 +195,7 @@ def test_a_prompt_in_pieces_is_read_as_at_once(
                 if leaving < len(batch.rows) > 1:
                     batch = batch.part([i for i in range(len(batch.rows)) if i != leaving])
             for place, row in enumerate(batch.rows):
-                own = batch.cache.select(torch.tensor([place]))
+                own = select_rows(batch.cache, torch.tensor([place]))
                 alone = MODEL.prefill(torch.tensor([row.prompt]))
                 # The same passes beside other rows: equal but for the order of sums in a matrix
                 # product of other height.

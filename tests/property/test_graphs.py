@@ -32,6 +32,7 @@ from twotower.families import config_from_dict
 from twotower.graphs import arena, backend
 from twotower.kernels import expert_products
 from twotower.model.precision import rounded_to_eight_bits
+from twotower.model.rows import append_rows, keep_rows, select_rows
 from twotower.model.state import ForwardOutput, LayerState
 from twotower.model.thin import thin_config
 
@@ -140,14 +141,14 @@ class Text:
         if self.num_rows > 1:
             stay = draw.sample(range(self.num_rows), self.num_rows - 1)
             for cache in self.caches:
-                cache.keep(stay)
+                keep_rows(cache, stay)
 
     def gain_a_row(self, draw: random.Random) -> None:
         """Its text is as long as the first one's, which may be what a row had that has left."""
         length, seed = int(self.caches[0].lengths[0]), draw.randrange(99)
         for model, cache in zip(self.pair, self.caches, strict=True):
             ids = random_ids(1, max(1, length), seed=seed)
-            cache.append(model.prefill(ids) if length else model.empty_cache(1))
+            append_rows(cache, model.prefill(ids) if length else model.empty_cache(1))
 
     def denoise(self, draw: random.Random) -> None:
         """Two passes over a block, of all rows or of some."""
@@ -189,7 +190,7 @@ def test_any_story_gives_the_eager_tensors(
         draw.choice(acts)(draw)
         if draw.random() < 0.1:
             some = torch.tensor([draw.randrange(text.num_rows) for _ in range(text.num_rows)])
-            text.caches = [cache.select(some) for cache in text.caches]
+            text.caches = [select_rows(cache, some) for cache in text.caches]
         if draw.random() < 0.15:
             draw.choice([text.lose_a_row, text.gain_a_row])(draw)
     for text in texts:
@@ -213,12 +214,12 @@ def test_rows_that_change_places(kind: str) -> None:
         torch.testing.assert_close(found, expected, **CLOSE)
 
     check()
-    cache.keep([1, 2, 3])
+    keep_rows(cache, [1, 2, 3])
     check()
-    cache.keep([0, 1])
-    cache.append(ours.prefill(random_ids(1, 5, seed=9)))
+    keep_rows(cache, [0, 1])
+    append_rows(cache, ours.prefill(random_ids(1, 5, seed=9)))
     check()
-    cache.append(ours.prefill(random_ids(1, 5, seed=8)))
+    append_rows(cache, ours.prefill(random_ids(1, 5, seed=8)))
     check()
 
 
@@ -320,7 +321,7 @@ def test_logits_that_are_not_finite_leave_the_cache(monkeypatch: pytest.MonkeyPa
     chooser, sampler = model.backend, sampler_of(RowSampler(), 2)
     assert isinstance(chooser, ChoosingBackend)
     cache = model.prefill(random_ids(2, 5))
-    good = cache.select(torch.tensor([1]))
+    good = select_rows(cache, torch.tensor([1]))
     for state in cache.layers:
         if state is not None:
             state[0][0].fill_(float("nan"))
@@ -381,7 +382,7 @@ def test_a_ruined_text_ruins_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards rows: NaN behind a text that is gone would pass any mask, for 0 times NaN is NaN."""
     model = recording(tiny_model(), monkeypatch)
     clean = model.prefill(random_ids(1, 4))
-    ruined = model.prefill(random_ids(1, 20)).select(torch.tensor([0]))
+    ruined = select_rows(model.prefill(random_ids(1, 20)), torch.tensor([0]))
     for state in ruined.layers:
         for part in state or ():
             part.fill_(float("nan"))

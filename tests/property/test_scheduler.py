@@ -14,6 +14,7 @@ from property.test_decoding import LENGTHS, PROMPTS, every_variant, options
 from tiny_models import prompts_of, tiny_model
 from twotower import ContextCache, Event, Finished, GenerateOptions, TwoTower, generate, stream
 from twotower.engine import MODES, EngineOptions, Failed, Request, prefill, stream_requests
+from twotower.model.rows import append_rows, select_rows
 
 MODEL = tiny_model()
 NEW_TOKENS = [9, 1, 6, 14, 3]
@@ -159,8 +160,8 @@ def test_joined_caches_go_on_as_before(lengths: tuple[list[int], list[int]]) -> 
             [p + [0] * (max(*of_rows, 1) - len(p)) for p in prompts_of(of_rows, seed)]
         )
         caches.append(MODEL.prefill(ids, torch.tensor(of_rows)))
-    joined = caches[0].select(torch.arange(caches[0].num_rows))
-    joined.append(caches[1])
+    joined = select_rows(caches[0], torch.arange(caches[0].num_rows))
+    append_rows(joined, caches[1])
     hidden = [cache.last_hidden for cache in caches]
     assert joined.last_hidden is not None and all(part is not None for part in hidden)
     assert torch.equal(joined.last_hidden, torch.cat([part for part in hidden if part is not None]))

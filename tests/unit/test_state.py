@@ -10,6 +10,7 @@ from tiny_models import random_ids, tiny_config, tiny_model
 from twotower import ContextCache
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
+from twotower.model.rows import append_rows, keep_rows, select_rows
 from twotower.model.state import ForwardOutput
 
 MODEL = tiny_model()
@@ -94,14 +95,14 @@ def test_buffers_grow_by_doubling_and_keep_their_content() -> None:
     sizes = []
     for token in range(1, 300):
         append(cache, [[float(token)]])
-        (state,) = cache._states
+        (state,) = cache.buffers
         assert isinstance(state, KV)
         sizes.append(state.k.shape[1])
         assert keys(cache).tolist() == [[float(n) for n in range(1, token + 1)]]
     assert sizes == [64] * 64 + [128] * 64 + [256] * 128 + [512] * 43
     append(cache, [[0.0] * 1500])
     append(cache, [[0.0]])
-    (state,) = cache._states
+    (state,) = cache.buffers
     assert isinstance(state, KV) and state.k.shape[1] == 299 + 1500 + 1024
 
 
@@ -127,7 +128,7 @@ def test_rows_commit_different_numbers_of_tokens() -> None:
 def test_select_copies() -> None:
     cache = attention_cache(3)
     append(cache, [[1, 2], [3, 4], [5, 6]], [2, 1, 2])
-    few = cache.select(torch.tensor([2, 1]))
+    few = select_rows(cache, torch.tensor([2, 1]))
     assert few.lengths.tolist() == [2, 1]
     append(few, [[7], [8]])
     assert keys(few).tolist()[0] == [5, 6, 7]
@@ -136,7 +137,7 @@ def test_select_copies() -> None:
     assert few.last_hidden[:, 0].tolist() == [7.0, 8.0]
     assert cache.lengths.tolist() == [2, 1, 2]
     assert keys(cache).tolist()[2] == [5, 6]
-    assert attention_cache(2).select(torch.tensor([1])).last_hidden is None
+    assert select_rows(attention_cache(2), torch.tensor([1])).last_hidden is None
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -220,15 +221,15 @@ def test_rows_that_leave_and_enter_change_no_other(kept: list[int]) -> None:
     """
     lengths = torch.tensor([7, 3, 5, 1, 6])
     cache = MODEL.prefill(random_ids(5, 7), lengths)
-    alone = {row: cache.select(torch.tensor([row])) for row in range(5)}
+    alone = {row: select_rows(cache, torch.tensor([row])) for row in range(5)}
     gone = [row for row in range(5) if row not in kept]
     for state in cache.layers:
         if isinstance(state, KV):
             state.k[gone], state.v[gone] = torch.nan, torch.nan
-    order = cache.keep(kept)
+    order = keep_rows(cache, kept)
     assert sorted(order) == sorted(kept)
     newcomer = MODEL.prefill(random_ids(1, 2, seed=3))
-    cache.append(newcomer)
+    append_rows(cache, newcomer)
     caches = [*(alone[row] for row in order), newcomer]
     assert cache.lengths.tolist() == [int(one.lengths) for one in caches]
     for seed in range(3):  # the last goes beyond the room of before
@@ -244,6 +245,6 @@ def test_a_cache_that_lost_most_rows_gives_their_memory_back() -> None:
     """Guards a server's memory after a crowd."""
     cache = attention_cache(16)
     append(cache, [[1]] * 16)
-    cache.keep([3])
+    keep_rows(cache, [3])
     state = cache.layers[0]
     assert isinstance(state, KV) and len(state.k.untyped_storage()) <= 4 * state.k.nbytes

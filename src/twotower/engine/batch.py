@@ -15,6 +15,7 @@ from twotower.engine.drafts import pass_cost
 from twotower.engine.events import Event, TokenLogprob, Verified
 from twotower.engine.request import Row
 from twotower.model import ContextCache, TwoTower
+from twotower.model.rows import append_rows, keep_rows, select_rows
 
 _SAMPLERS: dict[str, SamplerKind] = {
     "posterior": "posterior",
@@ -130,20 +131,20 @@ class Batch:
         chosen = torch.tensor(places, dtype=torch.int64)
         rows = [self.rows[place] for place in places]
         draft = tuple(of_rows[chosen.to(of_rows.device)] for of_rows in self.draft)
-        cache = self.cache.select(chosen)
+        cache = select_rows(self.cache, chosen)
         return Batch(self.model, self.mode, rows, cache, self.denoiser, draft)
 
     def keep(self, places: Sequence[int]) -> "Batch":
         """As `part`, in any order, with the batch's own cache, which loses the other rows."""
         if len(places) == len(self.rows):
             return self
-        order = self.cache.keep(places)
+        order = keep_rows(self.cache, places)
         rows = [self.rows[place] for place in order]
         return Batch(self.model, self.mode, rows, self.cache, self.denoiser)
 
     def join(self, other: "Batch") -> "Batch":
         """These rows and then the other's, with this batch's own cache."""
-        self.cache.append(other.cache)
+        append_rows(self.cache, other.cache)
         return Batch(self.model, self.mode, self.rows + other.rows, self.cache, self.denoiser)
 
     def read(self, num_unread: int, most: int | None = None) -> None:

@@ -13,6 +13,7 @@ from twotower.engine.batch import Batch
 from twotower.engine.denoiser import Blocks, denoise_rows
 from twotower.model import ContextCache
 from twotower.model.delta import CacheDelta, apply_delta, delta_since
+from twotower.model.rows import append_rows, select_rows
 
 
 class CopyDenoiser:
@@ -36,15 +37,15 @@ class CacheCopy:
     """The copy of a batch's cache. empty: a cache of one row before its first token."""
 
     def __init__(self, empty: ContextCache) -> None:
-        self.cache, self._empty = empty.select(torch.tensor([0])), empty
+        self.cache, self._empty = select_rows(empty, torch.tensor([0])), empty
 
     def update(self, sources: Sequence[int], delta: CacheDelta) -> None:
         """Become the cache of rows which were the `sources` of this one, -1 for a new row, and have
         read what is in the delta since.
         """
         if list(sources) != list(range(self.cache.num_rows)):
-            self.cache.append(self._empty)  # the last row, which -1 picks
-            self.cache = self.cache.select(torch.tensor(sources))
+            append_rows(self.cache, self._empty)  # the last row, which -1 picks
+            self.cache = select_rows(self.cache, torch.tensor(sources))
         apply_delta(self.cache, delta)
 
 

@@ -1,7 +1,8 @@
 """The context tower's state: the cache it writes and the view that the denoiser reads.
 
 `ContextCache` is the only mutable object of the model; `ContextView` is frozen and is all that a
-denoiser can get, so nothing of an unfinished block ever reaches the cache.
+denoiser can get, so nothing of an unfinished block ever reaches the cache. How rows enter and leave
+a cache is in `rows`.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -19,8 +20,6 @@ from twotower.specs import AttentionSpec, LayerSpec, MambaSpec
 # Tokens by which a buffer grows. Doubling would make short texts grow again and again, and leave
 # half of a long one's room unused.
 _MIN_GROWTH, _MAX_GROWTH = 64, 1024
-# A cache is copied to a smaller one when its buffers have room for so many times its rows.
-_MAX_SPARE_ROWS = 4
 
 LayerState = KV | MambaState | None
 # Each Mamba layer's state after the first counts (B,) of the tokens that were read.
@@ -60,7 +59,7 @@ class ContextView:
         """The view of some rows: rows (R,) int64."""
         lengths = None if self.lengths is None else self.lengths[rows.cpu()]
         hidden = None if self.hidden is None else self.hidden[rows.to(self.hidden.device)]
-        layers, sizes = _select(self.layers, rows), (self.num_past, len(rows))
+        layers, sizes = select_states(self.layers, rows), (self.num_past, len(rows))
         return ContextView(layers, lengths, *sizes, hidden, object())
 
 
@@ -84,8 +83,8 @@ class ContextCache:
     (B, C, W-1) and ssm (B, H, P, N), or None. `last_hidden` (B, D) is the tower's output at each
     row's last token, None before the first. `version` is another object after each change.
 
-    Key buffers have room for more rows and tokens than there are, so that tokens are added and rows
-    enter and leave without a copy of the others.
+    `buffers` are the same with room for more rows and tokens than there are, so that tokens are
+    added and rows enter and leave without a copy of the others.
     """
 
     def __init__(
@@ -95,7 +94,7 @@ class ContextCache:
         self.lengths = torch.zeros(num_rows, dtype=torch.int64)
         self.last_hidden: Tensor | None = None
         self.version = object()
-        self._states = [_empty_state(layer, num_rows, device, dtype) for layer in config.layers]
+        self.buffers = [_empty_state(layer, num_rows, device, dtype) for layer in config.layers]
 
     @property
     def num_rows(self) -> int:
@@ -115,11 +114,11 @@ class ContextCache:
     @property
     def layers(self) -> tuple[LayerState, ...]:
         """What each layer keeps; keys and values without the room behind them, not copied."""
-        return self._read(range(len(self._states)))
+        return self._read(range(len(self.buffers)))
 
     def _read(self, layers: Collection[int]) -> tuple[LayerState, ...]:
         num_rows, num_past = self.num_rows, self.num_past
-        states = (state if index in layers else None for index, state in enumerate(self._states))
+        states = (state if index in layers else None for index, state in enumerate(self.buffers))
         return tuple(
             KV(*(part[:num_rows, :num_past] for part in state)) if isinstance(state, KV) else state
             for state in states
@@ -132,14 +131,14 @@ class ContextCache:
         num_past, num_rows = self.num_past, self.num_rows
         length = num_past + num_tokens
         # The last to grow is the last one: where it has room, all have.
-        last = next((s.k for s in reversed(self._states) if isinstance(s, KV)), None)
+        last = next((s.k for s in reversed(self.buffers) if isinstance(s, KV)), None)
         if last is None or (num_rows <= len(last) and length <= last.shape[1]):
-            return self._states
-        for index, state in enumerate(self._states):
+            return self.buffers
+        for index, state in enumerate(self.buffers):
             if isinstance(state, KV):
-                grown = (_with_room(part, num_rows, num_past, length) for part in state)
-                self._states[index] = KV(*grown)
-        return self._states
+                grown = (with_room(part, num_rows, num_past, length) for part in state)
+                self.buffers[index] = KV(*grown)
+        return self.buffers
 
     def view(self, reads: Collection[int] | None = None) -> ContextView:
         """A frozen view of the layers `reads`, of all where not given: later `extend` calls do not
@@ -178,71 +177,12 @@ class ContextCache:
             self._write_behind(buffers, parts)
         newest, lengths = self._newest(output.hidden, counts), self.lengths + counts
         if output.states_after is not None:  # now that it is known how many stay
-            kept = (i for i, old in enumerate(self._states) if isinstance(old, MambaState))
+            kept = (i for i, old in enumerate(self.buffers) if isinstance(old, MambaState))
             # Nothing can fail behind this: who made the output may follow the cache from here on.
             found = dict(zip(kept, output.states_after(counts), strict=True))
         for index, state in found.items():
-            self._states[index] = state
+            self.buffers[index] = state
         self.last_hidden, self.lengths = newest, lengths
-
-    def select(self, rows: Tensor) -> "ContextCache":
-        """A new cache with copies of some rows: rows (R,) int64."""
-        chosen = object.__new__(ContextCache)
-        chosen.version = object()
-        chosen.lengths = self.lengths[rows.cpu()]
-        chosen.last_hidden = (
-            None if self.last_hidden is None else self.last_hidden[rows.to(self.last_hidden.device)]
-        )
-        chosen._states = list(_select(self.layers, rows))
-        return chosen
-
-    def keep(self, rows: Sequence[int]) -> list[int]:
-        """Drop all other rows, in place; returns the rows kept in the order in which they now are.
-
-        Only rows that fill the places of others are moved, or all where much room would be left.
-        """
-        kept, movers = set(rows), iter(sorted(row for row in rows if row >= len(rows)))
-        order = [place if place in kept else next(movers) for place in range(len(rows))]
-        chosen = torch.tensor(order, dtype=torch.int64)
-        room = max((len(s.k) for s in self._states if isinstance(s, KV)), default=0)
-        if len(order) * _MAX_SPARE_ROWS <= room:
-            self.__dict__.update(self.select(chosen).__dict__)
-            return order
-        self.version = object()
-        moves = [(p, row, int(self.lengths[row])) for p, row in enumerate(order) if p != row]
-        for index, state in enumerate(self._states):
-            if isinstance(state, KV):
-                for buffer in state:
-                    for place, row, length in moves:
-                        buffer[place, :length] = buffer[row, :length]
-                        buffer[place, length:] = 0  # no NaN of a row that left
-            elif state is not None:
-                self._states[index] = MambaState(*(part[chosen.to(part.device)] for part in state))
-        if self.last_hidden is not None:
-            self.last_hidden = self.last_hidden[chosen.to(self.last_hidden.device)]
-        self.lengths = self.lengths[chosen]
-        return order
-
-    def append(self, other: "ContextCache") -> None:
-        """Add copies of the other's rows behind these. Whole or not at all, as `commit` is."""
-        first, last = self.num_rows, self.num_rows + other.num_rows
-        hidden, length = _joined_hidden(self, other), max(self.num_past, other.num_past)
-        joined: list[LayerState] = []
-        for mine, its in zip(self._states, other.layers, strict=True):
-            if isinstance(mine, KV) and isinstance(its, KV):
-                grown = KV(*(_with_room(part, last, self.num_past, length) for part in mine))
-                joined.append(grown)
-                for buffer, part in zip(grown, its, strict=True):
-                    buffer[first:last, : part.shape[1]] = part
-                    buffer[first:last, part.shape[1] :] = 0  # no NaN of a row that left
-            elif mine is None or its is None:
-                joined.append(None)
-            else:
-                joined.append(
-                    type(mine)(*(torch.cat(parts) for parts in zip(mine, its, strict=True)))
-                )
-        self._states, self.last_hidden, self.version = joined, hidden, object()
-        self.lengths = torch.cat([self.lengths, other.lengths])
 
     def _newest(self, hidden: Tensor, counts: Tensor) -> Tensor:
         """Each row's output (B, D) at the last of its counts[b] tokens; the old one where none."""
@@ -271,7 +211,7 @@ class ContextCache:
             buffer[rows, positions] = part.to(buffer.dtype)
 
 
-def _with_room(buffer: Tensor, num_rows: int, num_past: int, length: int) -> Tensor:
+def with_room(buffer: Tensor, num_rows: int, num_past: int, length: int) -> Tensor:
     """The buffer (rows, tokens, Hk, A), of which num_past tokens are used, or a grown copy if it
     has no room for num_rows rows of `length` tokens.
     """
@@ -288,23 +228,11 @@ def _with_room(buffer: Tensor, num_rows: int, num_past: int, length: int) -> Ten
     return grown
 
 
-def _select(layers: tuple[LayerState, ...], rows: Tensor) -> tuple[LayerState, ...]:
+def select_states(layers: tuple[LayerState, ...], rows: Tensor) -> tuple[LayerState, ...]:
+    """Each layer's state of some rows: rows (R,) int64."""
     return tuple(
         None if state is None else type(state)(*(part[rows.to(part.device)] for part in state))
         for state in layers
-    )
-
-
-def _joined_hidden(one: ContextCache, two: ContextCache) -> Tensor | None:
-    """`last_hidden` of both; zeros where a cache has no token yet."""
-    known = next((c.last_hidden for c in (one, two) if c.last_hidden is not None), None)
-    if known is None:
-        return None
-    return torch.cat(
-        [
-            known.new_zeros(c.num_rows, known.shape[1]) if c.last_hidden is None else c.last_hidden
-            for c in (one, two)
-        ]
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from twotower.model import ContextCache, TwoTower
+from twotower.model.rows import select_rows
 
 WARM_UP = 3
 Call = Callable[[TwoTower, ContextCache], object]
@@ -37,7 +38,7 @@ def time_passes(
     for repeat in range(WARM_UP + shape.repeats):
         for engine, model in models.items():
             for name, call in calls.items():
-                cache = caches[engine].select(row)
+                cache = select_rows(caches[engine], row)
                 start = time.perf_counter()
                 call(model, cache)
                 if repeat >= WARM_UP:
