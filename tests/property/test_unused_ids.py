@@ -22,7 +22,7 @@ PROMPT = "the secret"
 @cache
 def holed() -> Tokenizer:
     """The byte-level tokenizer with an id that is no token before its last one."""
-    values = json.loads(byte_tokenizer().to_json())
+    values = json.loads(byte_tokenizer().json_text)
     vocab = values["model"]["vocab"]
     (last,) = [text for text, number in vocab.items() if number == NUM - 1]
     vocab[last] = NUM

@@ -5,6 +5,7 @@ import torch
 
 from tiny_models import fresh_model, random_ids, tiny_moe
 from twotower.layers.moe import Router
+from twotower.train.models import tie_towers
 from twotower.train.optimizer import ExpertBalance
 
 
@@ -64,7 +65,7 @@ def test_frozen_routers_and_rate_zero_count_nothing() -> None:
 def test_tied_towers_count_together(shared: bool) -> None:
     """Silent failure: one weight with two biases, of which a file keeps the last."""
     model = fresh_model()
-    model.tie_towers()
+    tie_towers(model)
     assert model.denoiser_tower is not None
     own = model.denoiser_tower.layers[2].mixer.gate
     context = model.context_tower.layers[2].mixer.gate

@@ -78,7 +78,7 @@ def read_vocabulary(
         tokens = [f"[{index}]" for index in range(config.vocab_size)]
         types, has_bos = [NORMAL] * len(tokens), "bos" in special
         return Vocabulary(tokens, types, "gpt-2", special, has_bos, chat_template, ["[ 0"])
-    values = json.loads(tokenizer.to_json())
+    values = json.loads(tokenizer.json_text)
     model = values.get("model") or {}
     if model.get("type") != "BPE":
         raise ValueError(

@@ -134,7 +134,7 @@ def _read_vocabulary(tokenizer: Tokenizer, process: Process) -> None:
         )
     size = child.numbers([tokenizer.vocab_size])
     try:
-        process.ask(child.VOCABULARY + size + tokenizer.to_json().encode(), 60.0, 120.0)
+        process.ask(child.VOCABULARY + size + tokenizer.json_text.encode(), 60.0, 120.0)
     except (ValueError, ProcessDied) as error:
         raise ValueError(
             f"grammar: this tokenizer's tokens cannot be read as bytes ({one_line(str(error))}); "

@@ -77,18 +77,6 @@ class TwoTower(nn.Module):
         if self.denoiser_tower is not None and self.config.draft is not None:
             self.denoiser_tower.embeddings = self.context_tower.embeddings
 
-    def tie_towers(self) -> None:
-        """Let the denoiser tower be the context tower's weights; heads and time conditioning stay
-        apart. For training; a file holds both towers.
-        """
-        own, shared = self.denoiser().modules(), self.context_tower.modules()
-        for module, source in zip(own, shared, strict=True):
-            for name, parameter in source.named_parameters(recurse=False):
-                setattr(module, name, parameter)
-            for name, buffer in source.named_buffers(recurse=False):
-                setattr(module, name, buffer)
-        self.tie_heads()
-
     @property
     def backend(self) -> Backend:
         """What runs the passes of decoding."""

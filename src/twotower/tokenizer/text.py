@@ -86,9 +86,11 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
-    def to_json(self) -> str:
+    @cached_property
+    def json_text(self) -> str:
         """The tokenizer file's text."""
-        return self._json
+        text: str = self._backend.to_str()
+        return text
 
     @property
     def pad_id(self) -> int | None:
@@ -112,17 +114,12 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Hex SHA-256 of the tokenizer file: equal for equal vocabularies and rules."""
-        return hashlib.sha256(self._json.encode()).hexdigest()
-
-    @cached_property
-    def _json(self) -> str:
-        text: str = self._backend.to_str()
-        return text
+        return hashlib.sha256(self.json_text.encode()).hexdigest()
 
     @cached_property
     def _reading_special(self) -> tokenizers.Tokenizer:
         """The same, to which "<mask>" in text is that token."""
-        return tokenizers.Tokenizer.from_str(self._json)
+        return tokenizers.Tokenizer.from_str(self.json_text)
 
     @cached_property
     def adds_bos(self) -> bool:
@@ -145,20 +142,21 @@ class Tokenizer:
         tokenizer's own rules cannot take, or of which they would drop a part.
         """
         require("text", text, str, "a string")
-        self._check_bytes(text)
-        backend = self._reading_special if allow_special else self._backend
-        with refused_panics("this text"):
-            # As a batch of one: `encode` would keep every other thread waiting for a long text.
-            (encoding,) = backend.encode_batch_fast([text], add_special_tokens=False)
-        ids: list[int] = encoding.ids
-        return self._with_bos(ids) if add_bos else ids
+        # As a batch of one: the library's `encode` keeps other threads waiting for a long text.
+        (ids,) = self.encode_batch([text], allow_special=allow_special)
+        if not add_bos:
+            return ids
+        if self.bos_id is None:
+            raise ValueError("add_bos=True: this tokenizer names no bos token; encode without it")
+        return [self.bos_id, *ids]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of many texts at once (no bos, special tokens stay text)."""
+    def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[list[int]]:
+        """`encode` of many texts at once, without bos."""
         for text in texts:
             self._check_bytes(text)
-        with refused_panics("one of these texts"):
-            encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        backend = self._reading_special if allow_special else self._backend
+        with refused_panics("this text" if len(texts) == 1 else "one of these texts"):
+            encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 
     def _check_bytes(self, text: str) -> None:
@@ -172,11 +170,6 @@ class Tokenizer:
                 f"tokenizer: has no token for {lost!r} and no unknown token, so the text would "
                 "lose it; remove it from the text, or take a tokenizer with all 256 bytes"
             )
-
-    def _with_bos(self, ids: list[int]) -> list[int]:
-        if self.bos_id is None:
-            raise ValueError("add_bos=True: this tokenizer names no bos token; encode without it")
-        return [self.bos_id, *ids]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The whole text of `ids`; bytes that form no character become U+FFFD. ValueError for an id
@@ -232,7 +225,7 @@ class Tokenizer:
         if self._adds_bos is not None:
             config["add_bos_token"] = self._adds_bos
         return {
-            TOKENIZER_FILE: self._json.encode(),
+            TOKENIZER_FILE: self.json_text.encode(),
             TOKENIZER_CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(),
         }
 

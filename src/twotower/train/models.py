@@ -187,8 +187,21 @@ def _are_equal(model: TwoTower) -> bool:
 def _tie_and_freeze(model: TwoTower, options: TrainOptions) -> None:
     if options.recipe == "denoiser":
         if options.is_tied:
-            model.tie_towers()
+            tie_towers(model)
         _choose_trained(model, options)
+
+
+def tie_towers(model: TwoTower) -> None:
+    """Let the denoiser tower be the context tower's weights; heads and time conditioning stay
+    apart. A file holds both towers.
+    """
+    own, shared = model.denoiser().modules(), model.context_tower.modules()
+    for module, source in zip(own, shared, strict=True):
+        for name, parameter in source.named_parameters(recurse=False):
+            setattr(module, name, parameter)
+        for name, buffer in source.named_buffers(recurse=False):
+            setattr(module, name, buffer)
+    model.tie_heads()
 
 
 def _choose_trained(model: TwoTower, options: TrainOptions) -> None:
