@@ -3,6 +3,7 @@
 Usage: python scripts/backend_table.py
 """
 
+import textwrap
 from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
@@ -88,8 +89,8 @@ def table() -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     names = [name for name in BACKENDS if name != "auto"]
     reasons = {reason for case in cases() for n in names if (reason := refusal(n, case.setup))}
-    return "\n".join([*lines, "", "Everything else is refused, with one of", "",
-                      *(f"- {reason}" for reason in sorted(reasons)), ""])  # fmt: skip
+    listed = (textwrap.fill(f"- {r}", 120, subsequent_indent="  ") for r in sorted(reasons))
+    return "\n".join([*lines, "", "Everything else is refused, with one of", "", *listed, ""])
 
 
 TABLE = PageTable("engine.md", "backends", "backend_table.py", table)

@@ -270,7 +270,7 @@ def contest_short(record: Record) -> str:
             *(number(times[r["best"]]), number(r["x_best"])),
         ]
         for r in every
-        if r["engine"] == "twotower" and r["bits"] != "f32"
+        if r["engine"] == "twotower" and r["bits"] != "float32"
     ]
     head = ["bits", "mode", "ms a token", "tokens/context pass", "texts as AR"]
     return markdown([*head, "fastest of the others", "its ms", "speed over it"], rows)

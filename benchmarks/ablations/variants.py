@@ -13,7 +13,7 @@ BASE = "base"
 VARIANTS: dict[str, dict[str, object]] = {
     BASE: {},
     "tied": {"towers": "tied"},
-    "no-time": {"condition_on": "nothing"},
+    "no-time": {"condition_on": "none"},
     "block-8": {"block_size": 8, "denoised_blocks_per_row": 12},
     "block-32": {"block_size": 32, "denoised_blocks_per_row": 3},
     "bidirectional": {"bidirectional_mamba": True},

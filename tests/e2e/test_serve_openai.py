@@ -114,6 +114,13 @@ def test_stop_echo_and_length(client: openai.OpenAI) -> None:
     )
     whole = expected(SUM, max_new_tokens=40)
     assert stopped.choices[0].text == SUM + whole[: whole.index(" The")]
+    digit = shipped().need_tokenizer().encode("4")[-1]
+    for ends in (digit, [digit, 5]):
+        ended = client.completions.create(
+            model="twotower", prompt=SUM, max_tokens=40, extra_body={"eos_token_id": ends}
+        )
+        assert ended.choices[0].text == expected(SUM, max_new_tokens=40, eos_token_id=ends)
+        assert ended.choices[0].text != whole and ended.choices[0].finish_reason == "stop"
     short = client.completions.create(model="twotower", prompt=SUM, max_tokens=3)
     assert short.choices[0].finish_reason == "length"
     assert short.usage is not None and short.usage.completion_tokens == 3

@@ -26,10 +26,10 @@ def test_ratios_are_of_the_same_bits_and_prompt() -> None:
     medians of different prompts."""
     found = summarise(
         {
-            who("twotower", "f32", "ar"): answers(0.1, 0.3, passes=10),
+            who("twotower", "float32", "ar"): answers(0.1, 0.3, passes=10),
             who("twotower", "int4", "ar"): answers(0.04, 0.06, tokens=8, passes=10),
             who("twotower", "int4", "speculative"): answers(0.02, 0.06, tokens=8, passes=5),
-            who("llama.cpp", "f32", "plain"): answers(0.2, 0.3),
+            who("llama.cpp", "float32", "plain"): answers(0.2, 0.3),
             who("llama.cpp", "int4", "plain"): answers(0.08, 0.09),
             who("llama.cpp", "int4", "ngram-mod"): answers(0.06, 0.06, tokens=9),
         },
@@ -45,7 +45,7 @@ def test_ratios_are_of_the_same_bits_and_prompt() -> None:
     assert (plain["tokens_per_pass"], drafts["tokens_per_pass"]) == (1.0, 2.0)
     assert mod["tokens_per_pass"] is None
     assert [r["same_as_plain"] for r in (plain, drafts, mod)] == [2, 2, 0]
-    assert [r["same_as_f32"] for r in (full, plain, theirs)] == [2, 0, 2]
+    assert [r["same_as_float32"] for r in (full, plain, theirs)] == [2, 0, 2]
     rows = contest_table(found, "t").rows
     assert rows[2][-2:] == ["2/2", "0/2"] and rows[2][5] == "2.00"
 

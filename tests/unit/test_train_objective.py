@@ -98,7 +98,7 @@ def test_elbo_weighted_loss_divides_by_t_and_by_all_positions(
     """Silent failure: a bound that is weighted by what the denoiser is told, not by t."""
     values = {"mask_rate_per": "block", "loss_weight": "elbo"}
     t = objective(**values).draw(batch_of(tokens), noise()).t
-    elbo = objective(**values, condition_on="nothing")
+    elbo = objective(**values, condition_on="none")
     blocks = elbo.draw(batch_of(tokens), noise())
     assert blocks.t is None and t is not None
     logits = model.training_logits(tokens, blocks.noisy, None, 16)

@@ -26,7 +26,7 @@ from twotower.serve.tool_calls import Wanted, tool_call
 from twotower.tokenizer import Tokenizer
 
 # Decoding options that a body may name; one that its mode does not use is an error.
-_NAMED = ("temperature", *SAMPLED_ONLY, "stop", "ignore_eos", *FIELD_MODES)
+_NAMED = ("temperature", *SAMPLED_ONLY, "stop", "eos_token_id", "ignore_eos", *FIELD_MODES)
 _SEEDS = 1 << 63
 _MAX_LOGPROBS = 1 << 17  # values in an answer
 

@@ -36,6 +36,8 @@ _MAX_ID = 1 << 31
 _MAX_CONTAINERS = 100_000  # of a body; to make them takes the interpreter, which all wait for
 
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]
+TokenId = Annotated[int, Field(ge=0, lt=_MAX_ID)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=64)]
 StopText = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LENGTH)]
 
 
@@ -159,6 +161,7 @@ class Decoding(Record):
     schedule: str | None = None
     remask: str | None = None
     adaptive: bool | None = None
+    eos_token_id: TokenId | TokenIds | None = None
     ignore_eos: bool | None = None
     deadline_s: Annotated[float, Field(ge=1)] | None = None
     twotower_events: bool | None = None

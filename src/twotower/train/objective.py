@@ -248,7 +248,7 @@ def draw_t(rates: Tensor, full: Tensor, options: DiffusionObjectiveOptions) -> T
 def _conditioning(
     t: Tensor, is_masked: Tensor, options: DiffusionObjectiveOptions
 ) -> Tensor | None:
-    if options.condition_on == "nothing":
+    if options.condition_on == "none":
         return None
     if options.condition_on == "t":
         differs = options.mask_rate_per == "block" or options.fully_masked_fraction > 0.0

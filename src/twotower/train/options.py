@@ -143,9 +143,9 @@ class DiffusionObjectiveOptions(CheckedOptions):
     unaligned_row_fraction: float = 0.0
     """Fraction of the rows of aligned data (twotower prepare --align) that start at any token, as
     blocks do in speculative decoding."""
-    condition_on: Literal["t", "masked-fraction", "nothing"] = "t"
+    condition_on: Literal["t", "masked-fraction", "none"] = "t"
     """Input of the time conditioning: t, the fraction of the block that is masked (as in decoding),
-    or nothing."""
+    or none."""
     loss_weight: Literal["plain", "elbo"] = "plain"
     """plain: mean cross-entropy of the masked tokens. elbo: each weighted by 1/t, the diffusion
     bound."""

@@ -27,7 +27,7 @@ from twotower.model import TwoTower
 OURS = "twotower"
 _COLUMNS = (
     "engine", "bits", "mode", "decode ms", "x plain", "x best", "prompt tok/s", "tokens/pass",
-    "as plain", "as f32",
+    "as plain", "as float32",
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def contestants(
             (OURS, ("ar", "speculative"), lambda: file),
             ("llama.cpp", ("plain", *SPECULATIONS), partial(_gguf, model, file, own, folder)),
         ]
-        if own == "f32":
+        if own == "float32":
             target = folder / "transformers"
             sources.append(("transformers", ("plain", "lookup"), partial(_exported, model, target)))
         for engine, modes, source in sources:
@@ -85,7 +85,7 @@ def _gguf(model: TwoTower, file: Path, bits: str, folder: Path) -> Path:
     if bits == "int4":
         raise ValueError("4 bits are raced on a GGUF file that has them; give it as --model")
     target = folder / f"{bits}.gguf"
-    export_gguf(model, target, dtype="float32" if bits == "f32" else "q8_0")
+    export_gguf(model, target, dtype="float32" if bits == "float32" else "q8_0")
     return target
 
 
@@ -171,7 +171,7 @@ def summarise(
     """A record of each contestant.
 
     x_plain: over the same engine without drafts; x_best: over the fastest of the others with the
-    same bits, prompt by prompt; same_as_plain, same_as_f32: texts that are that engine's own.
+    same bits, prompt by prompt; same_as_plain, same_as_float32: texts that are that engine's own.
     """
     records: list[dict[str, object]] = []
     for one, own in answers.items():
@@ -194,7 +194,7 @@ def summarise(
                 if passes
                 else None,
                 "same_as_plain": _same(plain, own),
-                "same_as_f32": _same(_find(answers, one.engine, "f32"), own),
+                "same_as_float32": _same(_find(answers, one.engine, "float32"), own),
                 "n": len(own),
             }
         )
@@ -234,7 +234,7 @@ def contest_table(records: Sequence[Record], title: str) -> Table:
         [
             r["engine"], r["bits"], r["mode"], number(r["decode_ms"]), number(r["x_plain"]),
             number(r["x_best"]), number(r["prompt_tokens_per_s"], 0), number(r["tokens_per_pass"]),
-            _count(r, "same_as_plain"), _count(r, "same_as_f32"),
+            _count(r, "same_as_plain"), _count(r, "same_as_float32"),
         ]
         for r in records
     ]  # fmt: skip

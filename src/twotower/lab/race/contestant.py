@@ -21,7 +21,7 @@ from twotower.engine import GenerateOptions
 from twotower.lab.race.baselines import load_llama_cpp, load_transformers
 from twotower.lab.race.runners import time_stream
 
-BITS = {"f32": "none", "int8": "int8", "int4": "int4"}  # ours, by --quantization
+BITS = {"float32": "none", "int8": "int8", "int4": "int4"}  # ours, by --quantization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Contestant:
     """An engine with weights of some bits, and how it decodes."""
 
     engine: str  # twotower, llama.cpp or transformers
-    bits: str  # f32, int8 or int4
+    bits: str  # float32, int8 or int4
     mode: str  # ours; plain, or what drafts, for others
     file: str
     threads: int
