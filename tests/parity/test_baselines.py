@@ -13,9 +13,9 @@ from twotower.checkpoint.files import shipped_folder
 from twotower.engine import GenerateOptions, generate
 from twotower.lab.race.baselines import (
     Baseline,
+    LlamaCpp,
     MissingBaseline,
-    load_llama_cpp,
-    load_transformers,
+    Transformers,
 )
 from twotower.tokenizer import load_tokenizer
 
@@ -31,10 +31,10 @@ def baseline(
     place = tmp_path_factory.mktemp("baseline") / "model"
     if request.param == "transformers":
         export_transformers(load_checkpoint(shipped_folder(), towers="context"), place)
-        loaded = load_transformers(place, threads=1)
+        loaded = Transformers(place, threads=1)
     else:
         convert_to_gguf(shipped_folder(), place, "float32")
-        loaded = load_llama_cpp(place, threads=1)
+        loaded = LlamaCpp(place, threads=1)
     yield loaded
     loaded.close()
 
@@ -86,7 +86,7 @@ def test_a_missing_library_is_said(
     library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    load = load_transformers if library == "transformers" else load_llama_cpp
+    load = Transformers if library == "transformers" else LlamaCpp
     with pytest.raises(
         MissingBaseline, match=rf'^{library} is not installed: pip install "\.\[bench\]"'
     ):
@@ -97,9 +97,9 @@ def test_bad_files_and_long_prompts_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     (tmp_path / "a.gguf").write_bytes(b"not a model")
     with pytest.raises(ValueError, match=r"a\.gguf: not a GGUF file of a language model"):
-        load_llama_cpp(tmp_path / "a.gguf", 1)
+        LlamaCpp(tmp_path / "a.gguf", 1)
     convert_to_gguf(shipped_folder(), tmp_path / "b.gguf", "q8_0")
-    loaded = load_llama_cpp(tmp_path / "b.gguf", 1)
+    loaded = LlamaCpp(tmp_path / "b.gguf", 1)
     with pytest.raises(ValueError, match="prompt of 4000 tokens and num_new=97 exceed the 4096"):
         loaded.decode([5] * 4000, 97)
     with pytest.raises(ValueError, match=r"^llama\.cpp: "):

@@ -24,7 +24,7 @@ from twotower.checkpoint.gguf import Precision
 from twotower.checkpoint.gguf_tokenizer import SPLITS
 from twotower.engine import GenerateOptions, generate
 from twotower.families import config_from_dict
-from twotower.lab.race.baselines import Baseline, load_llama_cpp
+from twotower.lab.race.baselines import Baseline, LlamaCpp
 from twotower.tokenizer import load_tokenizer
 
 pytest.importorskip("xllamacpp")
@@ -49,7 +49,7 @@ def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Baseline]:
     """llama.cpp on the shipped model in float32."""
     file = tmp_path_factory.mktemp("gguf") / "shipped.gguf"
     convert_to_gguf(shipped_folder(), file, "float32")
-    baseline = load_llama_cpp(file, threads=1)
+    baseline = LlamaCpp(file, threads=1)
     yield baseline
     baseline.close()
 
@@ -75,7 +75,7 @@ def run_tiny(folder: Path, **changes: object) -> float:
     """Worst difference of a tiny random model over prompts of 1 to 70 tokens."""
     model = fresh_model(**changes)
     export_gguf(model, folder / "tiny.gguf")
-    baseline = load_llama_cpp(folder / "tiny.gguf", threads=1)
+    baseline = LlamaCpp(folder / "tiny.gguf", threads=1)
     worst = max(difference(model, baseline, random_ids(n).tolist()) for n in (1, 3, 17, 70))
     baseline.close()
     return worst
@@ -145,7 +145,7 @@ def test_tokenizers_of_other_makers_split_text_there_as_here(
     export_gguf(model, tmp_path / "tiny.gguf", tokenizer=tokenizer)
     assert not caplog.messages
     text = SPLIT + " 123123 abab  a ab's\n\n\n   12"
-    baseline = load_llama_cpp(tmp_path / "tiny.gguf", threads=1)
+    baseline = LlamaCpp(tmp_path / "tiny.gguf", threads=1)
     found = split_by_llama_cpp(baseline, text, tokenizer.adds_bos)
     baseline.close()
     assert found == tokenizer.encode_prompt(text)
@@ -181,7 +181,7 @@ def test_smaller_precisions_stay_close(
 ) -> None:
     """Bounds are about twice what was seen; a wrong value is off by many units somewhere."""
     convert_to_gguf(shipped_folder(), tmp_path / "small.gguf", dtype)
-    baseline = load_llama_cpp(tmp_path / "small.gguf", threads=1)
+    baseline = LlamaCpp(tmp_path / "small.gguf", threads=1)
     assert baseline.dtype == dtype
     found = [difference(model, baseline, ids) for ids in prompts()]
     baseline.close()
@@ -192,6 +192,6 @@ def test_a_model_without_an_end_token_runs_on(tmp_path: Path) -> None:
     """Guards the length of replays: llama.cpp would take some token for the end."""
     model = fresh_model(hybrid_override_pattern="M*EM*")
     export_gguf(model, tmp_path / "tiny.gguf")
-    baseline = load_llama_cpp(tmp_path / "tiny.gguf", threads=1)
+    baseline = LlamaCpp(tmp_path / "tiny.gguf", threads=1)
     assert len(baseline.decode(random_ids(70).tolist(), 30).tokens) == 30
     baseline.close()

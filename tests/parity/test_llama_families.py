@@ -16,7 +16,7 @@ from twotower.checkpoint import (
     gguf_reader,
     load_checkpoint,
 )
-from twotower.lab.race.baselines import load_llama_cpp
+from twotower.lab.race.baselines import LlamaCpp
 
 transformers = pytest.importorskip("transformers")
 
@@ -208,7 +208,7 @@ def test_llama_cpp_computes_our_distribution(pair: Any, tmp_path: Path) -> None:
     _, ours, _ = pair
     if not written(ours, tmp_path / "model.gguf"):
         return
-    baseline = load_llama_cpp(tmp_path / "model.gguf", threads=1)
+    baseline = LlamaCpp(tmp_path / "model.gguf", threads=1)
     try:
         for length in (1, 3, 90):
             prompt = ids(1, length, seed=length)

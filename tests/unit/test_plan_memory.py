@@ -11,7 +11,6 @@ from twotower.checkpoint.inspect import describe
 from twotower.lab.plan.inputs import PROFILES, uniform
 from twotower.lab.plan.memory import (
     activation_bytes,
-    block_transfer_bytes,
     cache_bytes,
     device_maps,
     tower_bytes,
@@ -50,9 +49,7 @@ def test_cache_is_what_was_measured() -> None:
 def test_a_block_moves_its_keys_and_the_states() -> None:
     """The whole cache grows with the text; what crosses the link for a block does not."""
     made = setup()
-    assert block_transfer_bytes(made.shape, 3, 4, made.widths) == 3 * (
-        4 * 64 * 2 + 2 * (256 * 4 + 192 * 2)
-    )
+    assert cache_bytes(made.shape, 3, 4, made.widths) == 3 * (4 * 64 * 2 + 2 * (256 * 4 + 192 * 2))
 
 
 def test_activations_go_with_what_a_pass_reads() -> None:

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import pytest
-from torch import nn
 
 from twotower.cli.train import arguments_from_toml
 from twotower.documented import field_docs, summary
@@ -35,7 +34,6 @@ def options(**values: object) -> TrainOptions:
         {"decay_fraction": 1.5},
         {"decay_fraction": math.nan},
         {"final_lr_ratio": -0.1},
-        {"decay_shape": "cubic"},
         {"dtype": "float8"},
         {"betas": [0.9, 1.0]},
         {"weight_decay": -1.0},
@@ -158,13 +156,6 @@ def test_schedule_warms_up_stays_and_decays() -> None:
     )
 
 
-def test_sqrt_decay_falls_faster_first() -> None:
-    expected = [1.0, 1 - math.sqrt(0.25), 1 - math.sqrt(0.5), 1 - math.sqrt(0.75), 0.0]
-    assert rates(steps=5, warmup_steps=0, decay_fraction=0.8, decay_shape="sqrt") == pytest.approx(
-        expected
-    )
-
-
 def test_schedule_without_warmup_and_decay_is_constant() -> None:
     assert rates(steps=5, warmup_steps=0, decay_fraction=0.0) == [1.0] * 5
 
@@ -179,7 +170,7 @@ def test_schedule_is_never_above_the_peak_nor_negative() -> None:
 def test_weight_decay_reaches_matrices_only() -> None:
     """Silent failure: norms, decay rates or the adaLN gates are pulled towards zero."""
     model = TwoTower(preset_config("tiny", 270))
-    decayed = {n for n, p in model.named_parameters() if is_decayed(n, p, decay_embeddings=False)}
+    decayed = {n for n, p in model.named_parameters() if is_decayed(n, p)}
     names = {name for name, _ in model.named_parameters()}
     assert {n for n in decayed if n.startswith("context_tower.")} == {
         "context_tower.layers.0.mixer.in_proj.weight",
@@ -191,9 +182,7 @@ def test_weight_decay_reaches_matrices_only() -> None:
     }
     assert "lm_head.weight" in decayed
     assert "scale_shift_tables.0" in names - decayed
-    embeddings = "denoiser_tower.embeddings.weight"
-    assert embeddings in names - decayed
-    assert is_decayed(embeddings, nn.Parameter(model.lm_head.weight), decay_embeddings=True)
+    assert "denoiser_tower.embeddings.weight" in names - decayed
 
 
 def test_optimiser_holds_each_trainable_parameter_once() -> None:

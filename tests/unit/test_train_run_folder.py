@@ -124,10 +124,6 @@ def test_a_bomb_goes_off(tmp_path: Path) -> None:
     assert (tmp_path / "marker").exists()
 
 
-def bomb_as_file_of_one_process(folder: RunFolder, bomb: bytes) -> None:
-    (folder.checkpoints / "step-00000006.pt").write_bytes(bomb)
-
-
 def bomb_as_torchs_checkpoint(folder: RunFolder, bomb: bytes) -> None:
     path = folder.checkpoint(6)
     path.mkdir()
@@ -145,9 +141,7 @@ def bomb_as_tensors(folder: RunFolder, bomb: bytes) -> None:
     (path / STATE_FILE).write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize(
-    "place", [bomb_as_file_of_one_process, bomb_as_torchs_checkpoint, bomb_as_tensors]
-)
+@pytest.mark.parametrize("place", [bomb_as_torchs_checkpoint, bomb_as_tensors])
 def test_a_foreign_run_folder_runs_no_code(
     folder: RunFolder, tmp_path: Path, place: Callable[[RunFolder, bytes], None]
 ) -> None:

@@ -4,7 +4,6 @@ Decides which parameters each optimiser and the weight decay reach.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from twotower.layers.moe import Router
-from twotower.train.options import DecayShape, OptimizationOptions, ScheduleOptions
+from twotower.train.options import OptimizationOptions, ScheduleOptions
 
-# Vectors of the scan and tables that start at a meaning other than zero.
-_NEVER_DECAYED = ("A_log", "D", "dt_bias", "scale_shift_tables")
+# Vectors of the scan, tables that start at a meaning other than zero, and embeddings.
+_NEVER_DECAYED = ("embeddings", "A_log", "D", "dt_bias", "scale_shift_tables")
 _AVERAGE_WARMUP = 10  # steps: the average forgets the first weights as fast as it can afford to
 
 
@@ -31,14 +30,9 @@ def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleOptions)
     into_decay = step + 1 - (steps - decay_steps)
     factor = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
     if into_decay > 0:
-        left = _remaining(into_decay / decay_steps, schedule.decay_shape)
+        left = 1.0 - into_decay / decay_steps
         factor *= schedule.final_lr_ratio + (1.0 - schedule.final_lr_ratio) * left
     return peak * factor
-
-
-def _remaining(progress: float, shape: DecayShape) -> float:
-    """Share of the fall that is still to come; progress in (0, 1]."""
-    return 1.0 - (math.sqrt(progress) if shape == "sqrt" else progress)
 
 
 class Optimizers:
@@ -79,7 +73,7 @@ def make_optimizer(model: nn.Module, options: OptimizationOptions) -> Optimizers
         if options.optimizer == "muon" and is_turned(name, parameter):
             turned.append(parameter)
         else:
-            is_plain = not is_decayed(name, parameter, options.decay_embeddings)
+            is_plain = not is_decayed(name, parameter)
             (plain if is_plain else decayed).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": options.weight_decay},
@@ -109,14 +103,12 @@ def is_turned(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim == 2 and "layers" in parts and "gate" not in parts
 
 
-def is_decayed(name: str, parameter: nn.Parameter, decay_embeddings: bool) -> bool:
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay applies: matrices and convolutions yes; vectors, tables, embeddings
     no.
     """
     parts = name.split(".")
-    if parameter.ndim < 2 or any(part in _NEVER_DECAYED for part in parts):
-        return False
-    return decay_embeddings or "embeddings" not in parts
+    return parameter.ndim >= 2 and not any(part in _NEVER_DECAYED for part in parts)
 
 
 class ShardedMuon(torch.optim.Muon):

@@ -34,7 +34,6 @@ from twotower.tokenizer.training import MIN_VOCAB_SIZE
 from twotower.train.presets import PRESET_NAMES
 
 Recipe = Literal["backbone", "denoiser"]
-DecayShape = Literal["linear", "sqrt"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +92,8 @@ class OptimizationOptions(CheckedOptions):
     """Gradient accumulation: forward and backward passes per optimizer step, each of --batch-size
     rows."""
     weight_decay: float = 0.1
-    """Weight decay of matrices; never of norms, biases, A_log, D, dt_bias and the adaLN tables."""
-    decay_embeddings: bool = False
-    """Apply the weight decay to the embeddings too."""
+    """Weight decay of matrices; never of embeddings, norms, biases, A_log, D, dt_bias and the adaLN
+    tables."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
     max_grad_norm: float = 1.0
@@ -115,9 +113,7 @@ class ScheduleOptions(CheckedOptions):
     warmup_steps: int = 100
     """Steps in which the learning rate rises linearly from 0 to its peak."""
     decay_fraction: float = 0.2
-    """Fraction of the steps, at the end, in which the learning rate decays. 0: none."""
-    decay_shape: DecayShape = "linear"
-    """Shape of the decay: linear, or sqrt (fast first, then slow)."""
+    """Fraction of the steps, at the end, in which the learning rate falls linearly. 0: none."""
     final_lr_ratio: float = 0.0
     """Last learning rate as a fraction of the peak."""
 

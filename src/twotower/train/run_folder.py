@@ -81,11 +81,6 @@ class RunFolder:
                 f"out: {self.path} holds a run at step {existing[-1]}; use a new folder, or leave "
                 "out --no-resume"
             )
-        if not existing and (old := next(self.checkpoints.glob("step-*.pt"), None)):
-            raise ValueError(
-                f"out: {old} was written by an earlier version and may hold code, so it is not "
-                "read; use a new folder, with --init set to an exported model"
-            )
         found = self._read_newest(existing) if existing else None
         if found is not None:
             self._check_same_run(options, found.step)

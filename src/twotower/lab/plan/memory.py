@@ -75,15 +75,9 @@ def tower_bytes(shape: ModelShape, tower: Tower, widths: Widths) -> tuple[float,
 
 def cache_bytes(shape: ModelShape, rows: int, length: int, widths: Widths) -> float:
     """Bytes of the context cache of `rows` rows of `length` tokens."""
-    keys = shape.config.context.kv_elements * length * widths.cache_bytes
-    return rows * (keys + 4.0 * shape.state_elements + shape.conv_elements * widths.cache_bytes)
-
-
-def block_transfer_bytes(shape: ModelShape, rows: int, tokens: int, widths: Widths) -> float:
-    """What goes from the context tower's device to the denoiser's after `tokens` committed tokens:
-    their keys and values, and the states as they are then.
-    """
-    return cache_bytes(shape, rows, tokens, widths)
+    tower = shape.config.context
+    keys = (tower.kv_elements * length + tower.conv_elements) * widths.cache_bytes
+    return rows * (keys + 4.0 * tower.ssm_elements)
 
 
 def activation_bytes(setup: PlanSetup, workload: Workload, tower: Tower, mode: Mode) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from twotower.checkpoint.inspect import Tower
 from twotower.lab.plan.inputs import MODES, Mode, Workload
-from twotower.lab.plan.memory import CHUNK, NEWCOMERS, DeviceMap, block_transfer_bytes, device_maps
+from twotower.lab.plan.memory import CHUNK, NEWCOMERS, DeviceMap, cache_bytes, device_maps
 from twotower.lab.plan.passes import Pass, PassTime, PlanSetup, time_pass
 
 AR_STEP, DENOISE, EXTEND, VERIFY = "ar_step", "denoise_pass", "extend", "verify"
@@ -191,7 +191,7 @@ def _link_seconds(
     if len(device_map.devices) == 1:
         return 0.0
     assert setup.hardware.link_gb_s is not None, "two devices need a link"
-    moved = block_transfer_bytes(setup.shape, workload.batch_size, round(tokens), setup.widths)
+    moved = cache_bytes(setup.shape, workload.batch_size, round(tokens), setup.widths)
     return moved / (1e9 * setup.hardware.link_gb_s)
 
 

@@ -7,13 +7,8 @@ from typing import Literal
 
 from twotower.arguments import check_fields, nearest, number
 from twotower.checkpoint.files import SHIPPED
-from twotower.checkpoint.inspect import (
-    Description,
-    describe,
-    describe_config,
-)
+from twotower.checkpoint.inspect import Description, describe
 from twotower.checkpoint.quantize import read_scheme
-from twotower.config import DraftSpec
 from twotower.families import PRESETS
 from twotower.lab.plan.hardware import (
     Compute,
@@ -34,7 +29,6 @@ from twotower.lab.plan.inputs import (
 )
 from twotower.lab.plan.passes import ModelShape, PlanSetup
 from twotower.lab.plan.profile import read_profile
-from twotower.model.thin import blocks_of, spread, thin_config
 
 # A published run of the 30B model: 66 denoiser passes for 256 tokens (the port on two DGX Sparks).
 PUBLISHED_TOKENS_PER_NFE = 256 / 66
@@ -65,8 +59,6 @@ class PlanOptions:
     """Tokens of each answer."""
     block_size: int | None = None
     """Tokens per block. Default: the model's own."""
-    denoiser_layers: int | None = None
-    """Layers of a thin denoiser, as twotower adapt makes it. Default: a full denoiser tower."""
     tokens_per_nfe: float | None = None
     """Tokens that diffusion commits per denoiser pass. Default: from --results, else 3.88, of a
     published run of the 30B model."""
@@ -129,17 +121,6 @@ class PlanOptions:
 def known_hardware(file: Path | None) -> dict[str, Hardware]:
     """The built-in machines and those of the file, which win."""
     return built_in() | (read_hardware(file) if file is not None else {})
-
-
-def with_thin_denoiser(record: Description, layers: int) -> Description:
-    """The same model with a denoiser of a few of its blocks; ValueError (one line) for too many."""
-    config, blocks = record.config, blocks_of(record.config.context)
-    if not 1 <= layers <= len(blocks):
-        raise ValueError(
-            f"denoiser_layers: {layers} must be between 1 and {len(blocks)}, as the model has"
-        )
-    thin = thin_config(config, spread(blocks, layers), config.block_size, DraftSpec())
-    return describe_config(thin, record.source)
 
 
 def describe_model(name: str) -> Description:

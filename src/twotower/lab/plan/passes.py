@@ -43,16 +43,6 @@ class ModelShape:
         return self.config.context if tower == "context" else self.config.denoiser
 
     @property
-    def state_elements(self) -> int:
-        """Numbers of one row's SSM states."""
-        return self.config.context.ssm_elements
-
-    @property
-    def conv_elements(self) -> int:
-        """Numbers of one row's last convolution inputs."""
-        return self.config.context.conv_elements
-
-    @property
     def experts(self) -> MoESpec | None:
         """What all layers of experts have in common."""
         return self.config.context.shared_spec(MoESpec)

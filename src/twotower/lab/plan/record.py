@@ -28,7 +28,6 @@ from twotower.lab.plan.options import (
     describe_model,
     make_setup,
     make_workload,
-    with_thin_denoiser,
 )
 from twotower.lab.plan.passes import ModelShape, PlanSetup
 
@@ -38,10 +37,7 @@ _GIB = 2**30
 
 def make_plan(options: PlanOptions) -> dict[str, Any]:
     """The whole record; ValueError (one line) for whatever the options name wrongly."""
-    record = describe_model(options.model)
-    if options.denoiser_layers is not None:
-        record = with_thin_denoiser(record, options.denoiser_layers)
-    return plan_shape(ModelShape.of(record), options)
+    return plan_shape(ModelShape.of(describe_model(options.model)), options)
 
 
 def plan_shape(shape: ModelShape, options: PlanOptions) -> dict[str, Any]:

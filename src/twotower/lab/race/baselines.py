@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -67,34 +67,17 @@ def llama_cpp_name(dtype: str) -> str:
     return f"llama.cpp-{_SHORT.get(dtype, dtype)}"
 
 
-def load_transformers(
-    folder: str | Path,
-    threads: int,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    lookup: bool = False,
-) -> Baseline:
-    """transformers' own class of the family, from a folder that `export_transformers` wrote.
+class Transformers:
+    """transformers' own class of the family, in plain PyTorch on the CPU with its own cache."""
 
-    Plain PyTorch on the CPU, with its own cache; lookup: with its prompt lookup. MissingBaseline
-    when it is not installed.
-    """
-    return _Transformers(Path(folder), threads, dtype, lookup)
-
-
-def load_llama_cpp(file: str | Path, threads: int, speculation: str = "plain") -> Baseline:
-    """llama.cpp's own server inside this process, on a file that `export_gguf` wrote.
-
-    A float32 file gets a float32 KV cache and plain attention, which is exact; others run as
-    llama.cpp does by default. speculation: plain, or one of SPECULATIONS with its own defaults.
-    MissingBaseline when it is not installed; ValueError for a bad file.
-    """
-    return _LlamaCpp(Path(file), threads, speculation)
-
-
-class _Transformers:
     name = "transformers"
 
-    def __init__(self, folder: Path, threads: int, dtype: str, lookup: bool) -> None:
+    def __init__(
+        self, folder: Path, threads: int, dtype: str = "float32", lookup: bool = False
+    ) -> None:
+        """folder: of `export_transformers`; lookup: with its prompt lookup. MissingBaseline when it
+        is not installed.
+        """
         try:
             from transformers import AutoModelForCausalLM, logging
         except ImportError:
@@ -156,8 +139,17 @@ def _torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class _LlamaCpp:
-    def __init__(self, file: Path, threads: int, speculation: str) -> None:
+class LlamaCpp:
+    """llama.cpp's own server inside this process.
+
+    A float32 file gets a float32 KV cache and plain attention, which is exact; others run as
+    llama.cpp does by default.
+    """
+
+    def __init__(self, file: Path, threads: int, speculation: str = "plain") -> None:
+        """file: of `export_gguf`; speculation: plain, or one of SPECULATIONS with its own defaults.
+        MissingBaseline when it is not installed; ValueError for a bad file.
+        """
         try:
             import xllamacpp
         except ImportError:
@@ -308,13 +300,13 @@ def _open_all(
     try:
         export_transformers(model, folder / "transformers")
         name = str(dtype).removeprefix("torch.")
-        baselines.append(load_transformers(folder / "transformers", threads, name))  # type: ignore[arg-type]  # checked there
+        baselines.append(Transformers(folder / "transformers", threads, name))
     except ValueError as error:  # not installed, or a model that it cannot represent
         missing.append(f"transformers: {error}")
     for kind in LLAMA_CPP_DTYPES:
         file = folder / f"{kind}.gguf"
         try:
             export_gguf(model, file, dtype=kind)
-            baselines.append(load_llama_cpp(file, threads))
+            baselines.append(LlamaCpp(file, threads))
         except ValueError as error:
             missing.append(f"{llama_cpp_name(kind)}: {error}")

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
@@ -18,7 +19,7 @@ from twotower.checkpoint import load_checkpoint
 from twotower.checkpoint.denoiser import load_denoiser
 from twotower.checkpoint.empty import Towers
 from twotower.engine import GenerateOptions
-from twotower.lab.race.baselines import load_llama_cpp, load_transformers
+from twotower.lab.race.baselines import Baseline, LlamaCpp, Transformers
 from twotower.lab.race.runners import time_stream
 
 BITS = {"float32": "none", "int8": "int8", "int4": "int4"}  # ours, by --quantization
@@ -81,10 +82,12 @@ def _twotower(who: Contestant) -> Decode:
 
 
 def _baseline(who: Contestant) -> Decode:
+    file = Path(who.file)
+    baseline: Baseline
     if who.engine == "transformers":
-        baseline = load_transformers(who.file, who.threads, lookup=who.mode == "lookup")
+        baseline = Transformers(file, who.threads, lookup=who.mode == "lookup")
     else:
-        baseline = load_llama_cpp(who.file, who.threads, who.mode)
+        baseline = LlamaCpp(file, who.threads, who.mode)
 
     def decode(ids: Sequence[int], num_new: int) -> Answer:
         found = baseline.decode(ids, num_new)
