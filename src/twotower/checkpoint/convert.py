@@ -95,7 +95,7 @@ def convert_to_gguf(
         target,
         dtype=precision or _precision_of(model),
         tokenizer=load_tokenizer(folder) if has_tokenizer else None,
-        chat_template=read_chat_template(folder),
+        chat_template=read_chat_template(folder)[0],
     )
 
 

@@ -11,15 +11,8 @@ from twotower.serve import template_child as child
 from twotower.serve.errors import ApiError
 from twotower.serve.schema import ChatRequest, ContentPart, Message, ToolCall
 from twotower.serve.tool_calls import BARE, HERMES, TooDeep, ToolStyle, as_text, parse_json
-from twotower.tokenizer import (
-    CHAT_TEMPLATE_FILE,
-    TOKENIZER_CONFIG_FILE,
-    Tokenizer,
-    named_template,
-)
+from twotower.tokenizer import Tokenizer, read_chat_template
 
-_MAX_TEMPLATE_BYTES = 1 << 20
-_MAX_CONFIG_BYTES = 16 << 20
 _RENDER_CPU_S, _RENDER_S = 1.0, 10.0
 _RENDER_MEMORY = 256 << 20
 _CHARS_PER_TOKEN = 8  # text has seldom more
@@ -149,63 +142,17 @@ def check_length(num_tokens: int, max_tokens: int) -> None:
 
 
 def read_template(folder: Path, instead: Path | None = None) -> ChatTemplate | None:
-    """The template of a checkpoint folder, from chat_template.jinja or tokenizer_config.json,
-    or from the file that is given instead; ValueError (one line) if that cannot be read.
+    """The template of a checkpoint folder, or of the file that is given instead, if there is one;
+    ValueError (one line) if it cannot be read.
     """
-    file, config_file = instead or folder / CHAT_TEMPLATE_FILE, folder / TOKENIZER_CONFIG_FILE
-    if instead is not None and not instead.is_file():
-        raise ValueError(f"chat_template: there is no file {instead}")
-    config = _read_config(config_file) if config_file.is_file() else {}
-    source = named_template(config)
-    if file.is_file():
-        source = _read(file, _MAX_TEMPLATE_BYTES)
-    if source is None:
-        return None
-    if len(source.encode()) > _MAX_TEMPLATE_BYTES:
-        raise _too_large(config_file, _MAX_TEMPLATE_BYTES, "the chat template of ")
-    return ChatTemplate(source=source, special=_special(config))
+    source, special = read_chat_template(folder, instead)
+    return None if source is None else ChatTemplate(source=source, special=special)
 
 
 def plain_template(tokenizer: Tokenizer) -> ChatTemplate:
     """The format of the shipped model."""
     bos = "" if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id)
     return ChatTemplate(source=PLAIN, special={"bos_token": bos}, strips_reply=True)
-
-
-def _read(file: Path, most_bytes: int) -> str:
-    """A text file of a bounded size."""
-    try:
-        with file.open("rb") as stream:
-            content = stream.read(most_bytes + 1)
-            text = content.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"chat_template: cannot read {file} ({error})") from None
-    if len(content) > most_bytes:
-        raise _too_large(file, most_bytes)
-    return text
-
-
-def _too_large(file: Path, most_bytes: int, what: str = "") -> ValueError:
-    return ValueError(
-        f"chat_template: {what}{file} has more than {most_bytes} bytes; no template needs so many"
-    )
-
-
-def _read_config(file: Path) -> Mapping[str, object]:
-    try:
-        config = json.loads(_read(file, _MAX_CONFIG_BYTES))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"chat_template: {file} is not JSON ({error})") from None
-    return config if isinstance(config, dict) else {}
-
-
-def _special(config: Mapping[str, object]) -> dict[str, str]:
-    special = {}
-    for name, token in config.items():
-        text = token.get("content") if isinstance(token, dict) else token
-        if name.endswith("_token") and isinstance(text, str):
-            special[name] = text
-    return special
 
 
 def encode_chat(

@@ -4,7 +4,6 @@ from twotower.tokenizer.decoding import TextStream
 from twotower.tokenizer.file import (
     CHAT_TEMPLATE_FILE,
     load_tokenizer,
-    named_template,
     read_chat_template,
 )
 from twotower.tokenizer.text import (
@@ -24,7 +23,6 @@ __all__ = [
     "TextStream",
     "Tokenizer",
     "load_tokenizer",
-    "named_template",
     "read_chat_template",
     "train_tokenizer",
 ]

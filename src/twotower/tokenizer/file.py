@@ -27,6 +27,7 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 # Well above the largest that is published (34 MB, 262,144 tokens, 514,906 merges).
 MAX_BYTES, MAX_VALUES, MAX_IDS = 64 << 20, 8_000_000, 1 << 21
 MAX_TOKEN_CHARS, MAX_STEPS, MAX_DEPTH = 4096, 64, 6
+MAX_TEMPLATE_CHARS = 1 << 20
 MAX_GROWTH = 64  # times that normalising may lengthen a text
 MAX_WORD_CHARS = 1000  # of WordPiece, whose time goes with the square
 MAX_AROUND = 64  # special tokens that are put around a text
@@ -68,8 +69,9 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         ) from error
     config = file.parent / TOKENIZER_CONFIG_FILE
     named = _read_json_object(config) if config.is_file() else {}
-    adds_bos = named.get("add_bos_token")
-    return Tokenizer(backend, _read_roles(named), adds_bos if isinstance(adds_bos, bool) else None)
+    special, adds_bos = _special_tokens(named), named.get("add_bos_token")
+    roles = {role: special[name] for role in ROLES if (name := f"{role}_token") in special}
+    return Tokenizer(backend, roles, adds_bos if isinstance(adds_bos, bool) else None)
 
 
 def _read_json_object(file: Path) -> dict[str, Any]:
@@ -92,7 +94,34 @@ def _read_json_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def named_template(config: Mapping[str, Any]) -> str | None:
+def read_chat_template(
+    folder: Path, instead: Path | None = None
+) -> tuple[str | None, dict[str, str]]:
+    """A folder's chat template, if any, and its special tokens by the names that templates use.
+
+    The template is chat_template.jinja, else the (default) one in tokenizer_config.json, or that of
+    the file which is given instead. ValueError (one line) if it cannot be read.
+    """
+    file, config_file = instead or folder / CHAT_TEMPLATE_FILE, folder / TOKENIZER_CONFIG_FILE
+    if instead is not None and not instead.is_file():
+        raise ValueError(f"chat_template: there is no file {instead}")
+    config = _read_json_object(config_file) if config_file.is_file() else {}
+    source = _named_template(config)
+    if file.is_file():
+        try:
+            with file.open(encoding="utf-8") as stream:
+                source = stream.read(MAX_TEMPLATE_CHARS + 1)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"chat_template: cannot read {file} ({error})") from None
+    if source is not None and len(source) > MAX_TEMPLATE_CHARS:
+        raise ValueError(
+            f"chat_template: that of {folder} has more than {MAX_TEMPLATE_CHARS} characters; no "
+            "template needs so many"
+        )
+    return source, _special_tokens(config)
+
+
+def _named_template(config: Mapping[str, Any]) -> str | None:
     """The chat template inside a tokenizer_config.json; of several, by name, the default one."""
     template = config.get("chat_template")
     if isinstance(template, list):
@@ -101,26 +130,14 @@ def named_template(config: Mapping[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def read_chat_template(folder: Path) -> str | None:
-    """A folder's chat template: chat_template.jinja, else the one in tokenizer_config.json."""
-    file, config = folder / CHAT_TEMPLATE_FILE, folder / TOKENIZER_CONFIG_FILE
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"chat_template: cannot read {file} ({error})") from None
-    return named_template(_read_json_object(config)) if config.is_file() else None
-
-
-def _read_roles(config: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens by role; each is stored as a string or as {"content": string}."""
-    roles: dict[str, str] = {}
-    for role in ROLES:
-        token = config.get(f"{role}_token")
-        name = token.get("content") if isinstance(token, dict) else token
-        if isinstance(name, str):
-            roles[role] = name
-    return roles
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """By names such as bos_token; each is stored as a string or as {"content": string}."""
+    found = {}
+    for name, token in config.items():
+        text = token.get("content") if isinstance(token, dict) else token
+        if name.endswith("_token") and isinstance(text, str):
+            found[name] = text
+    return found
 
 
 def check_content(content: Mapping[str, Any]) -> None:
