@@ -89,17 +89,17 @@ class TowerConfig:
     @property
     def kv_elements(self) -> int:
         """Numbers that one token adds to the KV cache, over all attention layers."""
-        return sum(layer.kv_elements for layer in self.layers_of(AttentionSpec))
+        return sum(2 * a.num_kv_heads * a.head_dim for a in self.layers_of(AttentionSpec))
 
     @property
     def conv_elements(self) -> int:
         """Numbers of one row's convolution states, over all Mamba layers."""
-        return sum(layer.conv_elements for layer in self.layers_of(MambaSpec))
+        return sum(m.conv_channels * (m.conv_width - 1) for m in self.layers_of(MambaSpec))
 
     @property
     def ssm_elements(self) -> int:
         """Numbers of one row's SSM states, over all Mamba layers."""
-        return sum(layer.ssm_elements for layer in self.layers_of(MambaSpec))
+        return sum(m.width * m.state_size for m in self.layers_of(MambaSpec))
 
     def layers_of(self, kind: type[S]) -> list[S]:
         """The layers of a kind, in order."""
@@ -154,7 +154,8 @@ class TwoTowerConfig:
     tie_word_embeddings: bool = False
     init: InitSpec = dataclasses.field(default_factory=InitSpec)
     bos_token_id: int | None = 1
-    eos_token_id: int | tuple[int, ...] | None = 2
+    eos_token_ids: tuple[int, ...] = (2,)
+    """Every id that ends a text."""
     pad_token_id: int | None = 0
     mask_token_id: int = 3
     block_size: int = 16
@@ -201,12 +202,6 @@ class TwoTowerConfig:
         """
         ordered = self.denoiser.rotary is not None or self.denoiser.layers_of(MambaSpec)
         return 1 if ordered else self.block_size
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Every id that ends a text; empty when the configuration names none."""
-        eos = self.eos_token_id
-        return () if eos is None else (eos,) if isinstance(eos, int) else eos
 
     def replace(self, **values: object) -> "TwoTowerConfig":
         """A copy with other values, checked again."""

@@ -41,16 +41,6 @@ class MambaSpec:
         """Channels of the causal convolution: C = H * P + 2 * G * N."""
         return self.width + 2 * self.num_groups * self.state_size
 
-    @property
-    def conv_elements(self) -> int:
-        """Numbers of one row's convolution state: C * (W - 1)."""
-        return self.conv_channels * (self.conv_width - 1)
-
-    @property
-    def ssm_elements(self) -> int:
-        """Numbers of one row's SSM state: H * P * N."""
-        return self.width * self.state_size
-
 
 RopeScaling = Literal["none", "linear", "llama3"]
 
@@ -104,11 +94,6 @@ class AttentionSpec:
         check_division(self, "num_heads", "num_kv_heads")
         if self.rope is not None and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary positions")
-
-    @property
-    def kv_elements(self) -> int:
-        """Numbers that one token adds to the KV cache."""
-        return 2 * self.num_kv_heads * self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True)

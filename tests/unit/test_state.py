@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny_models import random_ids, tiny_config, tiny_model
+from tiny_models import random_ids, tiny_model
 from twotower import ContextCache
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
@@ -14,15 +14,12 @@ from twotower.model.rows import append_rows, keep_rows, select_rows
 from twotower.model.state import ForwardOutput
 
 MODEL = tiny_model()
-DEVICE = torch.device("cpu")
 
 
 def attention_cache(num_rows: int) -> ContextCache:
     """A cache of one attention layer with one head of size 1: a key is a number."""
-    config = tiny_config(
-        hybrid_override_pattern="*", num_attention_heads=1, num_key_value_heads=1, head_dim=1
-    )
-    return ContextCache(config.context, num_rows, DEVICE, torch.float32)
+    empty = torch.empty(num_rows, 0, 1, 1)
+    return ContextCache([KV(empty, empty)], num_rows)
 
 
 def append(cache: ContextCache, values: list[list[float]], counts: list[int] | None = None) -> None:

@@ -17,7 +17,7 @@ from twotower.config import TowerConfig, TwoTowerConfig
 T = TypeVar("T")
 Values = Mapping[str, object]
 _MAX_BYTES = 2**28  # of a JSON file: an index of a large checkpoint has some megabytes
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SINGLE_IDS = ("bos_token_id", "pad_token_id")
 
 
 def read_json(file: Path) -> dict[str, object]:
@@ -114,11 +114,11 @@ def write_two_towers(config: TwoTowerConfig) -> dict[str, object]:
         raise ValueError(
             "a denoiser whose layers differ from those that it reads has no file format"
         )
-    found = {name: getattr(config, name) for name in (*_TOKEN_IDS, *_OWN)}
+    found = {name: getattr(config, name) for name in (*_SINGLE_IDS, *_OWN)}
     is_full = config.reads == tuple(range(config.context.num_layers))
     found |= {} if is_full else {"reads": list(config.reads)}
-    eos = config.eos_token_id
-    return found | {"eos_token_id": list(eos) if isinstance(eos, tuple) else eos}
+    ends = list(config.eos_token_ids)
+    return found | {"eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None}
 
 
 def _reads(value: object, num_layers: int) -> tuple[int, ...]:
@@ -164,9 +164,9 @@ def typed(name: str, value: object, kind: Any) -> object:
 
 
 def _token_ids(values: Values) -> dict[str, object]:
-    """The special ids that the file gives, null where it says so; lists of ends become tuples."""
+    """The special ids that the file gives, null where it says so, and all ids that end a text."""
     found: dict[str, object] = {}
-    for name in _TOKEN_IDS:
+    for name in (*_SINGLE_IDS, "eos_token_id"):
         if name not in values:
             continue
         value = values[name]
@@ -176,7 +176,8 @@ def _token_ids(values: Values) -> dict[str, object]:
             raise ValueError(
                 f"config.json: {name}={reprlib.repr(value)} must be a token id or null"
             )
-        found[name] = tuple(ids) if several else value
+        ends = tuple(one for one in ids if one is not None)
+        found |= {name: value} if name in _SINGLE_IDS else {"eos_token_ids": ends}
     return found
 
 

@@ -156,9 +156,8 @@ def _fill(model: TwoTower, copies: dict[int, CacheCopy], asked: Message) -> Mess
     copy = copies.get(values["number"])
     if copy is None:
         device, dtype = model.denoiser_device, delta.hidden.dtype
-        copy = copies[values["number"]] = CacheCopy(
-            ContextCache(model.config.context, 1, device, dtype)
-        )
+        empty = model.context_tower.empty_states(1, device, dtype)
+        copy = copies[values["number"]] = CacheCopy(ContextCache(empty, 1))
     copy.update(values["sources"], delta)
     generators = [torch.Generator() for _ in states]
     for generator, state in zip(generators, states, strict=True):

@@ -12,10 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twotower.config import TowerConfig
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
-from twotower.specs import AttentionSpec, LayerSpec, MambaSpec
 
 # Tokens by which a buffer grows. Doubling would make short texts grow again and again, and leave
 # half of a long one's room unused.
@@ -87,14 +85,13 @@ class ContextCache:
     added and rows enter and leave without a copy of the others.
     """
 
-    def __init__(
-        self, config: TowerConfig, num_rows: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, states: list[LayerState], num_rows: int) -> None:
+        """states: of each layer, before the first token."""
         # On the CPU: it steers control flow.
         self.lengths = torch.zeros(num_rows, dtype=torch.int64)
         self.last_hidden: Tensor | None = None
         self.version = object()
-        self.buffers = [_empty_state(layer, num_rows, device, dtype) for layer in config.layers]
+        self.buffers = states
 
     @property
     def num_rows(self) -> int:
@@ -233,21 +230,4 @@ def select_states(layers: tuple[LayerState, ...], rows: Tensor) -> tuple[LayerSt
     return tuple(
         None if state is None else type(state)(*(part[rows.to(part.device)] for part in state))
         for state in layers
-    )
-
-
-def _empty_state(
-    spec: LayerSpec, num_rows: int, device: torch.device, dtype: torch.dtype
-) -> LayerState:
-    if isinstance(spec, AttentionSpec):
-        shape = (num_rows, 0, spec.num_kv_heads, spec.head_dim)
-        return KV(
-            torch.empty(shape, device=device, dtype=dtype),
-            torch.empty(shape, device=device, dtype=dtype),
-        )
-    if not isinstance(spec, MambaSpec):
-        return None
-    return MambaState(
-        torch.zeros(num_rows, spec.conv_channels, spec.conv_width - 1, device=device, dtype=dtype),
-        torch.zeros(num_rows, spec.num_heads, spec.head_dim, spec.state_size, device=device),
     )

@@ -17,7 +17,7 @@ class Tower(nn.Module):
 
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self._rotary = config, config.rotary
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(spec, config) for spec in config.layers)
         self.norm_f = ResidualNorm(config.hidden_size, config.norm_eps)
@@ -26,11 +26,11 @@ class Tower(nn.Module):
         """How queries and keys of `length` tokens after `start` others, per row (B,) or of all
         rows, are turned; None without rotary layers.
         """
-        if self.config.rotary is None:
+        if self._rotary is None:
             return None
         positions = torch.arange(length, device=device).unsqueeze(0)
         first = start.to(device).unsqueeze(1) if isinstance(start, Tensor) else start
-        return rotation(*self.config.rotary, positions + first)
+        return rotation(*self._rotary, positions + first)
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids (...) -> the residual stream (..., D); float32 when the configuration keeps it so."""

@@ -116,8 +116,10 @@ class TwoTower(nn.Module):
 
     def empty_cache(self, num_rows: int, device: torch.device | None = None) -> ContextCache:
         """A cache before the first token."""
-        weight = self.context_tower.embeddings.weight
-        return ContextCache(self.config.context, num_rows, device or weight.device, weight.dtype)
+        tower = self.context_tower
+        weight = tower.embeddings.weight
+        states = tower.empty_states(num_rows, device or weight.device, weight.dtype)
+        return ContextCache(states, num_rows)
 
     @torch.no_grad()
     def prefill(

@@ -69,7 +69,7 @@ def new_config(options: TrainOptions, shard: Shard) -> TwoTowerConfig:
         given,
         vocab_size=size,
         bos_token_id=special.bos,
-        eos_token_id=eos[0] if len(eos) == 1 else list(eos),
+        eos_token_id=list(eos),
         pad_token_id=special.pad,
         mask_token_id=shard.meta.mask_id,
     )
@@ -93,7 +93,7 @@ def _with_tokens(model: TwoTower, init: Path, shard: Shard) -> TwoTower:
     model.config = _replace(
         model.config,
         bos_token_id=special.bos,
-        eos_token_id=eos[0] if len(eos) == 1 else sorted(eos),
+        eos_token_id=sorted(eos),
         pad_token_id=pad if special.pad is None else special.pad,
         mask_token_id=mask,
     )
