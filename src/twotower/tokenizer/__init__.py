@@ -1,23 +1,13 @@
 """Text to token ids and back: the only importer of `tokenizers`."""
 
 from twotower.tokenizer.decoding import TextStream
-from twotower.tokenizer.file import (
-    CHAT_TEMPLATE_FILE,
-    load_tokenizer,
-    read_chat_template,
-)
-from twotower.tokenizer.text import (
-    SPECIAL_TOKENS,
-    TOKENIZER_CONFIG_FILE,
-    TOKENIZER_FILE,
-    Tokenizer,
-)
+from twotower.tokenizer.file import CHAT_TEMPLATE_FILE, load_tokenizer, read_chat_template
+from twotower.tokenizer.text import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from twotower.tokenizer.training import MIN_VOCAB_SIZE, train_tokenizer
 
 __all__ = [
     "CHAT_TEMPLATE_FILE",
     "MIN_VOCAB_SIZE",
-    "SPECIAL_TOKENS",
     "TOKENIZER_CONFIG_FILE",
     "TOKENIZER_FILE",
     "TextStream",

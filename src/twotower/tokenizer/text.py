@@ -18,9 +18,9 @@ from twotower.arguments import require
 from twotower.tokenizer.decoding import TextStream, num_leading_spaces
 from twotower.tokenizer.rules import read_rule
 
-SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>")
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+# The special tokens of our own tokenizers, in the order of their ids.
 ROLES = {"pad": "<pad>", "bos": "<bos>", "eos": "<eos>", "mask": "<mask>"}
 
 

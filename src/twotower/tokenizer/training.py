@@ -5,9 +5,9 @@ from collections.abc import Iterable
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from twotower.tokenizer.text import SPECIAL_TOKENS, Tokenizer
+from twotower.tokenizer.text import ROLES, Tokenizer
 
-MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256  # the special tokens and every byte
+MIN_VOCAB_SIZE = len(ROLES) + 256  # the special tokens and every byte
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -30,7 +30,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=list(ROLES.values()),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
