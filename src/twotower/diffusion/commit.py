@@ -45,6 +45,8 @@ def count_accepted(drafts: Tensor, choices: Tensor, lengths: Tensor) -> Tensor:
     choices (B, n): the AR tower's token after each; lengths (B,): how much of a row's draft counts.
     Returns (B,), none above its length.
     """
+    if drafts.shape[1] == 1:  # nothing is drafted
+        return lengths
     is_right = drafts[:, 1:] == choices[:, :-1]
     right = is_right.long().cumprod(1).sum(1) + 1
     return torch.minimum(right, lengths)

@@ -108,9 +108,12 @@ class Batch:
         where not given. An accelerator's arithmetic waits for weights where rows are few: only on a
         CPU do the rows count.
         """
-        every = len(self.rows) if self.model.context_device.type == "cpu" else 1
-        rows = every if num_rows is None else min(every, num_rows)
-        return pass_cost(self.model.pass_costs, num_tokens, rows, every - rows)
+        rows = self._num_counted if num_rows is None else min(self._num_counted, num_rows)
+        return pass_cost(self.model.pass_costs, num_tokens, rows, self._num_counted - rows)
+
+    @cached_property
+    def _num_counted(self) -> int:
+        return len(self.rows) if self.model.context_device.type == "cpu" else 1
 
     @property
     def num_read(self) -> int:
@@ -153,6 +156,8 @@ class Batch:
         """
         starts = self.cache.lengths.tolist()
         ends = [len(row.prompt) + len(row.tokens) - num_unread for row in self.rows]
+        if starts == ends:
+            return
         bounds = list(zip(self.rows, starts, ends, strict=True))
         pieces = [row.between(a, b if most is None else min(a + most, b)) for row, a, b in bounds]
         counts = [len(piece) for piece in pieces]

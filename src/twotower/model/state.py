@@ -82,7 +82,8 @@ class ContextCache:
     row's last token, None before the first. `version` is another object after each change.
 
     `buffers` are the same with room for more rows and tokens than there are, so that tokens are
-    added and rows enter and leave without a copy of the others.
+    added and rows enter and leave without a copy of the others. `num_rows` is B, `num_past` S;
+    `is_uniform`: whether all rows hold as many tokens, so that no mask is needed.
     """
 
     def __init__(self, states: list[LayerState], num_rows: int) -> None:
@@ -94,19 +95,15 @@ class ContextCache:
         self.buffers = states
 
     @property
-    def num_rows(self) -> int:
-        """B."""
-        return len(self.lengths)
+    def lengths(self) -> Tensor:
+        """Tokens of each row (B,) int64, never changed in place."""
+        return self._lengths
 
-    @property
-    def num_past(self) -> int:
-        """S: tokens of the longest row."""
-        return int(self.lengths.max()) if len(self.lengths) else 0
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether all rows hold the same number of tokens, so that no mask is needed."""
-        return bool((self.lengths == self.num_past).all())
+    @lengths.setter
+    def lengths(self, lengths: Tensor) -> None:
+        self._lengths, known = lengths, lengths.tolist()
+        self.num_rows, self.num_past = len(known), max(known, default=0)
+        self.is_uniform = known == [self.num_past] * len(known)
 
     @property
     def layers(self) -> tuple[LayerState, ...]:

@@ -90,18 +90,20 @@ class NativeBackend:
                 outputs.keep(layers, row)
         if rows:
             tower(rows)
-        if not (is_draft and outputs.has_mambas):
-            return ForwardOutput(hidden, outputs.states())
+        states: list[LayerState] = [None] * len(tower.layers)  # keys lie in the cache already
+        if not outputs.has_mambas:
+            return ForwardOutput(hidden, states)
 
         def states_after(counts: Tensor) -> list[MambaState]:
+            if not is_draft:
+                return outputs.states()
             ends = counts.tolist()
-            outputs.make_ssm()
-            addresses = outputs.addresses(pasts, lengths)
+            outputs.add_ssm(addresses)
             for row, end in enumerate(ends):
                 tower.fill_states(end, pasts.of(row), addresses.of(row))
             return outputs.states_after(ends)
 
-        return ForwardOutput(hidden, outputs.states(), states_after)
+        return ForwardOutput(hidden, states, states_after)
 
     def _past_states(self, cache: ContextCache, layers: Sequence[LayerState]) -> PastStates:
         """Where a cache's states are: keys and values mostly where they were a pass ago."""

@@ -49,38 +49,28 @@ class PastStates(Addresses):
 
     def __init__(self, layers: Sequence[LayerState], num_rows: int) -> None:
         # The addresses stay valid as long as this lives.
-        self._layers, self._kept = tuple(layers), list[Tensor]()
-        found: list[tuple[int, int]] = []
-        for state in layers:
-            parts: list[Tensor | None] = [None] * len(PAST)
+        self._layers, self._copies = tuple(layers), list[Tensor]()
+        table = np.zeros((2, len(layers), len(PAST)), np.int64)
+        for layer, state in enumerate(layers):
             if isinstance(state, KV):
-                parts[:2] = state
+                table[:, layer, 0], table[:, layer, 1] = map(self._begin, state)
             elif isinstance(state, MambaState):
                 conv = state.conv.mT if state.conv.dim() == 3 else state.conv.squeeze(1).mT
-                parts[2:] = conv, state.ssm
-            found += map(self._begin, parts)
-        begins, steps = (
-            np.array(found, np.int64).reshape(len(layers), len(PAST), 2).transpose(2, 0, 1)
-        )
+                table[:, layer, 2], table[:, layer, 3] = self._begin(conv), self._begin(state.ssm)
+        begins, steps = table
         super().__init__(begins + np.arange(num_rows)[:, None, None] * steps)
 
     def is_of(self, layers: Sequence[LayerState], num_rows: int) -> bool:
         """Whether these are the same states still."""
         return num_rows == len(self.table) and all(map(operator.is_, layers, self._layers))
 
-    def _begin(self, value: Tensor | None) -> tuple[int, int]:
+    def _begin(self, value: Tensor) -> tuple[int, int]:
         """Where value (B, ...) begins, and bytes from row to row; of a copy if a row is not in one
         piece.
         """
-        if value is None:
-            return 0, 0
-        steps, size = value.stride(), 1
-        for step, count in zip(steps[:0:-1], value.shape[:0:-1], strict=True):
-            if step != size and count != 1:
-                value = value.contiguous()
-                self._kept.append(value)
-                break
-            size *= count
+        if not value[:1].is_contiguous():
+            value = value.contiguous()
+            self._copies.append(value)
         return value.data_ptr(), _FLOAT * value.stride(0)
 
 
@@ -157,12 +147,15 @@ class PassOutputs:
         table = np.zeros((num_rows, self._num_layers, len(OUTPUTS)), np.int64)
         behind = self._token_bytes * np.array(lengths, np.int64)
         table[:, self._attention, :2] = pasts.table[:, self._attention, :2] + behind[:, None, None]
-        for field, name in enumerate(OUTPUTS):
-            if (value := self._parts.get(name)) is not None:
-                begin, per_row, per_layer = _place(value)
-                rows, layers = np.arange(num_rows)[:, None], np.arange(len(self._mambas))
-                table[:, self._mambas, field] = begin + rows * per_row + layers * per_layer
+        for name in self._parts:
+            table[:, self._mambas, OUTPUTS.index(name)] = self._places(name)
         return Addresses(table)
+
+    def _places(self, name: str) -> np.ndarray:
+        """Where a part is of each row and Mamba layer, (rows, layers)."""
+        begin, per_row, per_layer = _place(self._parts[name])
+        layers, rows = map(np.arange, self._leading)
+        return begin + rows[:, None] * per_row + layers * per_layer
 
     def keep(self, layers: Sequence[LayerState], row: int) -> None:
         """A row without tokens: its state stays as it was."""
@@ -184,15 +177,14 @@ class PassOutputs:
         m = self._mamba
         self._parts["ssm"] = self._pool.take(*self._leading, m.heads, m.head_size, m.state)
 
-    def states(self) -> list[LayerState]:
-        """Each Mamba layer's new state, None where only the inputs are known; None for others."""
-        states: list[LayerState] = [None] * self._num_layers
-        if not self._keeps_inputs:
-            for layer, state in zip(
-                self._mambas, self._mamba_states(self._parts["conv"]), strict=True
-            ):
-                states[layer] = MambaState(*(part.unsqueeze(1) for part in state))
-        return states
+    def add_ssm(self, addresses: Addresses) -> None:
+        """Room for the Mamba states that are made after the pass, and where it is."""
+        self.make_ssm()
+        addresses.table[:, self._mambas, OUTPUTS.index("ssm")] = self._places("ssm")
+
+    def states(self) -> list[MambaState]:
+        """Each Mamba layer's state after the pass."""
+        return self._mamba_states(self._parts["conv"])
 
     def states_after(self, counts: Sequence[int]) -> list[MambaState]:
         """Each Mamba layer's state after counts[b] tokens of each row b, whose ssm is filled."""
