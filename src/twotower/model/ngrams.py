@@ -43,9 +43,10 @@ class Ngrams(NamedTuple):
         probability.
         """
         keys = np.array(context_keys(newest[: -ORDER - 1 : -1])[::-1], np.uint32)
-        places = self.keys.searchsorted(keys).clip(max=len(self.keys) - 1)
-        is_known = self.keys[places] == keys
-        if not is_known.any():
+        places = self.keys.searchsorted(keys)
+        is_known = self.keys.take(places, mode="clip") == keys
+        longest = is_known.argmax()
+        if not is_known[longest]:
             return None
-        place = places[is_known.argmax()]
+        place = places[longest]
         return int(self.tokens[place]), float(self.probabilities[place])
