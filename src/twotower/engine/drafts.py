@@ -35,14 +35,16 @@ class DraftController:
         """Whether the next cycle may have such a draft."""
         return self._pause == 0
 
-    def record_draft(self, gain: float) -> None:
-        """A cycle had such a draft."""
+    def record_draft(self, gain: float, num_waited: float = 0.0) -> None:
+        """A cycle had such a draft, for which so many other rows waited: a trial that cost them as
+        much comes as much less often.
+        """
         self.num_drafts += 1
         self.gain += max(self._weight, 1 / (1 + self.num_drafts)) * (gain - self.gain)
         if self.gain >= 1:
             self._next_pause = self._first_pause
             return
-        self._pause = self._next_pause
+        self._pause = round(self._next_pause * (1 + num_waited))
         self._next_pause = min(2 * self._next_pause, self._longest_pause)
         self.gain = 1.0  # after the pause one good draft is enough to go on
 

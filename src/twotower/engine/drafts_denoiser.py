@@ -15,7 +15,8 @@ from twotower.engine.events import Event
 from twotower.engine.request import Row
 
 _WEIGHT, _PAUSES = 0.25, (24, 96)
-_BESIDE_PASSES = 0.2  # AR steps that a draft takes beside them: its head, choosing, Python
+# AR steps of one row that drafts take beside their passes: those of a batch together, and each.
+_TOGETHER, _EACH = 0.1, 0.1
 
 
 def propose(row: Row, batch: Batch, known: Sequence[int]) -> Proposal | None:
@@ -34,13 +35,14 @@ def propose(row: Row, batch: Batch, known: Sequence[int]) -> Proposal | None:
 
 
 def writing_cost(row: Row, batch: Batch, num_writers: int) -> float:
-    """AR steps that a draft takes, if as many rows write: the others wait for the passes, at the
-    writers' expense. A layer of either tower costs as much.
+    """AR steps that a draft takes, if as many rows write: the others wait for them, at the writers'
+    expense. A layer of either tower costs as much.
     """
     config, options = batch.model.config, row.options
     share = config.denoiser.num_layers / config.context.num_layers
     passes = options.draft_passes * share * batch.pass_cost(options.block_size, num_writers)
-    return _BESIDE_PASSES + passes * len(batch.rows) / num_writers
+    shared = passes + _TOGETHER * batch.pass_cost(1, num_rows=1)
+    return _EACH + shared * len(batch.rows) / num_writers
 
 
 def write(

@@ -93,11 +93,13 @@ def choose(batch: Batch) -> Choice:
     """Verify the drafts, and let each row's controller learn from it."""
     _, lengths = batch.draft
     choice, verified = verify(batch), []
-    for row, length, own in zip(batch.rows, lengths.tolist(), choice.tokens, strict=True):
-        drafter = None if row.proposal is None else row.proposal.drafter
+    drafters = [None if row.proposal is None else row.proposal.drafter for row in batch.rows]
+    num_writers = drafters.count("denoiser")
+    each = zip(batch.rows, drafters, lengths.tolist(), choice.tokens, strict=True)
+    for row, drafter, length, own in each:
         if row.controller is not None and row.proposal is not None and drafter == "denoiser":
             spent = row.proposal.cost + batch.pass_cost(length)
-            row.controller.record_draft(len(own) / spent)
+            row.controller.record_draft(len(own) / spent, len(batch.rows) / num_writers - 1)
         elif row.controller is not None:
             row.controller.record_other()
         verified.append(Verified(length - 1, len(own) - 1, drafter))
