@@ -200,6 +200,23 @@ def test_a_forward_output_outlives_its_cache() -> None:
     assert output.states_after is not None and all(state() is not None for state in states)
 
 
+@pytest.mark.parametrize("pattern", [DENSE, "*-"])
+def test_what_a_later_pass_overwrote_is_not_committed(pattern: str) -> None:
+    """Guards two passes over one cache, the first of which is committed: it would have the keys of
+    the other's tokens."""
+    ours = accelerate(tiny_model(hybrid_override_pattern=pattern), "native")
+    cache, draft = ours.prefill(random_ids(2, 9)), random_ids(2, 4, seed=1)
+    first, newest = ours.verify(cache, draft.flip(1)), ours.verify(cache, draft)
+    with pytest.raises(ValueError, match="earlier pass"):
+        cache.commit(first, torch.tensor([4, 4]))
+    cache.commit(newest, torch.tensor([4, 2]))
+    with pytest.raises(ValueError, match="earlier pass"):
+        cache.commit(newest, torch.tensor([4, 2]))
+    expected = ours.prefill(random_ids(2, 9))
+    ours.extend(expected, draft, torch.tensor([4, 2]))
+    assert_same_state(cache, expected)
+
+
 def test_a_denoiser_pass_leaves_the_cache_bit_identical() -> None:
     """Guards the architecture's main claim where it is easiest to break: at raw addresses."""
     _, ours = pair()

@@ -1,5 +1,6 @@
 """Memory that native passes use again: never while somebody looks, and no more with each token."""
 
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from property.test_native_int8 import int8_model
 from tiny_models import random_ids
+from twotower.model.rows import keep_rows
 from twotower.native import buffers
 
 
@@ -47,3 +49,17 @@ def test_memory_does_not_grow_with_the_text(monkeypatch: pytest.MonkeyPatch) -> 
         ours.extend(cache, random_ids(2, 1, seed=step))
         held.append(sum(map(len, ours.backend._pool._buffers)))
     assert len(set(held[4:])) == 1
+
+
+def test_remembered_addresses_keep_no_memory() -> None:
+    """Guards the memory of a server: states before the newest ones, or keys of rows that left,
+    would live as long as their cache, beside what took their place."""
+    ours = int8_model()
+    cache = ours.prefill(random_ids(16, 9))
+    for change in (
+        lambda: ours.extend(cache, random_ids(16, 200)),
+        lambda: keep_rows(cache, [3]),
+    ):
+        before = [weakref.ref(part) for part in parts_of(cache.buffers)]
+        change()
+        assert not any(part() is not None for part in before)

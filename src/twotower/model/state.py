@@ -66,12 +66,13 @@ class ForwardOutput(NamedTuple):
 
     hidden (B, L, D), normed; states: keys and values of these tokens, None where they lie in the
     cache's buffers already (`ContextCache.make_room`), and Mamba states after them or None, where
-    states_after makes those that are wanted.
+    states_after makes those that are wanted. version: the cache's, where keys lie in its buffers.
     """
 
     hidden: Tensor
     states: list[LayerState]
     states_after: StatesAfter | None = None
+    version: object = None
 
 
 class ContextCache:
@@ -120,8 +121,10 @@ class ContextCache:
 
     def make_room(self, num_tokens: int) -> Sequence[LayerState]:
         """The buffers, with room for so many tokens behind each row's: a pass may write there, and
-        nothing of it is part of the cache before `commit`.
+        nothing of it is part of the cache before `commit`. What an earlier pass wrote there is
+        given up: `version` changes.
         """
+        self.version = object()
         num_past, num_rows = self.num_past, self.num_rows
         length = num_past + num_tokens
         # The last to grow is the last one: where it has room, all have.
@@ -155,9 +158,14 @@ class ContextCache:
         """Commit the first counts[b] >= 0 of each row's tokens; the rest leaves no trace.
 
         counts (B,) on the CPU. The output must have been made from the cache as it is. Whole or not
-        at all: after an error (memory) the cache is what it was.
+        at all: after an error (memory) the cache is what it was. ValueError (one line) where a
+        later pass or change has overwritten what the output's wrote.
         """
-        self.version = object()
+        if output.version is not None and output.version is not self.version:
+            raise ValueError(
+                "output is of an earlier pass, whose keys have been overwritten since; must be of "
+                "the newest pass over this cache; verify its tokens again"
+            )
         found: dict[int, MambaState] = {}
         buffers, parts = list[Tensor](), list[Tensor]()
         states = self.make_room(output.hidden.shape[1])

@@ -72,7 +72,8 @@ class NativeBackend:
         tower, tokens = self._context, tokens.contiguous()
         assert tower is not None
         num_rows, length = tokens.shape
-        layers, lengths = cache.make_room(length), cache.lengths.tolist()
+        layers, lengths = tuple(cache.make_room(length)), cache.lengths.tolist()
+        version = cache.version
         given = [length] * num_rows if counts is None else counts.tolist()
         is_whole = min(given) == length  # every row fills all of its room
         outputs = PassOutputs(tower.layers, (num_rows, length), is_draft, is_whole, self._pool)
@@ -92,18 +93,19 @@ class NativeBackend:
             tower(rows)
         states: list[LayerState] = [None] * len(tower.layers)  # keys lie in the cache already
         if not outputs.has_mambas:
-            return ForwardOutput(hidden, states)
+            return ForwardOutput(hidden, states, None, version)
 
         def states_after(counts: Tensor) -> list[MambaState]:
             if not is_draft:
                 return outputs.states()
             ends = counts.tolist()
+            assert len(layers) == len(states)  # alive until now: they are read once more
             outputs.add_ssm(addresses)
             for row, end in enumerate(ends):
                 tower.fill_states(end, pasts.of(row), addresses.of(row))
             return outputs.states_after(ends)
 
-        return ForwardOutput(hidden, states, states_after)
+        return ForwardOutput(hidden, states, states_after, version)
 
     def _past_states(self, cache: ContextCache, layers: Sequence[LayerState]) -> PastStates:
         """Where a cache's states are: keys and values mostly where they were a pass ago."""

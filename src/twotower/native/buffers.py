@@ -7,6 +7,7 @@ import math
 import operator
 import sys
 import threading
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,12 +45,14 @@ class Addresses:
 class PastStates(Addresses):
     """Where the states of B rows are, a `Past` per layer, and what they point into.
 
-    layers: KV with leading (B, S), Mamba with (B,) or (B, 1), on the CPU, float32.
+    layers: KV with leading (B, S), Mamba with (B,) or (B, 1), on the CPU, float32. They are not
+    kept alive: who remembers addresses must not hold on to memory that a cache gave up.
     """
 
     def __init__(self, layers: Sequence[LayerState], num_rows: int) -> None:
-        # The addresses stay valid as long as this lives.
-        self._layers, self._copies = tuple(layers), list[Tensor]()
+        # The addresses stay valid as long as this and the layers live.
+        self._parts = [weakref.ref(part) for part in _parts(layers)]
+        self._copies = list[Tensor]()
         table = np.zeros((2, len(layers), len(PAST)), np.int64)
         for layer, state in enumerate(layers):
             if isinstance(state, KV):
@@ -62,7 +65,8 @@ class PastStates(Addresses):
 
     def is_of(self, layers: Sequence[LayerState], num_rows: int) -> bool:
         """Whether these are the same states still."""
-        return num_rows == len(self.table) and all(map(operator.is_, layers, self._layers))
+        own = [part() for part in self._parts]
+        return num_rows == len(self.table) and all(map(operator.is_, _parts(layers), own))
 
     def _begin(self, value: Tensor) -> tuple[int, int]:
         """Where value (B, ...) begins, and bytes from row to row; of a copy if a row is not in one
@@ -198,6 +202,10 @@ class PassOutputs:
         """conv (layers, B, W-1, C)."""
         both = zip(conv.mT.unbind(0), self._parts["ssm"].unbind(0), strict=True)
         return [MambaState(*parts) for parts in both]
+
+
+def _parts(layers: Sequence[LayerState]) -> list[Tensor]:
+    return [part for state in layers if state is not None for part in state]
 
 
 def _place(value: Tensor) -> tuple[int, int, int]:
