@@ -20,7 +20,7 @@ from twotower import ContextCache, TwoTower, accelerate, generate
 from twotower.engine import MODES
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
-from twotower.model.rows import select_rows
+from twotower.model.rows import append_rows, keep_rows, select_rows
 from twotower.native import layout, library
 from twotower.native.backend import NativeBackend
 
@@ -215,6 +215,19 @@ def test_what_a_later_pass_overwrote_is_not_committed(pattern: str) -> None:
     expected = ours.prefill(random_ids(2, 9))
     ours.extend(expected, draft, torch.tensor([4, 2]))
     assert_same_state(cache, expected)
+
+
+def test_a_row_that_enters_where_one_left_has_its_own_place() -> None:
+    """Guards remembered addresses: the buffers are the same ones, and the new row has none yet."""
+    ours = accelerate(tiny_model(hybrid_override_pattern="*-"), "native")
+    cache, newcomer = ours.prefill(random_ids(3, 9)), ours.prefill(random_ids(1, 5, seed=1))
+    keep_rows(cache, [0, 1])
+    ours.extend(cache, random_ids(2, 1))
+    append_rows(cache, select_rows(newcomer, torch.tensor([0])))
+    more = random_ids(3, 4, seed=2)
+    ours.extend(cache, more)
+    ours.extend(newcomer, more[2:])
+    assert_same_state(select_rows(cache, torch.tensor([2])), newcomer)
 
 
 def test_a_denoiser_pass_leaves_the_cache_bit_identical() -> None:

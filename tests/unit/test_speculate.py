@@ -132,3 +132,11 @@ def test_rows_that_write_pay_for_those_that_wait() -> None:
     batch = batch_of(PassCosts({64: 1.0}, row=0.0), num_rows=8, context=30, denoiser=3)
     all_write, one_writes = writing_cost(row, batch, 8), writing_cost(row, batch, 1)
     assert (all_write, one_writes) == (pytest.approx(0.3), pytest.approx(1.7))
+
+
+def test_rows_do_not_count_on_an_accelerator() -> None:
+    """Guards drafts on a GPU: arithmetic waits for weights; many rows would draft nothing."""
+    costs = PassCosts({1: 1.0, 4: 1.3, 64: 9.0})
+    batch = batch_of(costs, num_rows=8)
+    batch.model.context_device = torch.device("meta")
+    assert batch.pass_cost(4) == batch.pass_cost(4, 3) == 1.3
