@@ -73,7 +73,7 @@ def test_a_refusal_is_shown_and_taken_back(
     assert main(["chat", "--url", server.url]) == 0
     out, err = capsys.readouterr()
     assert out == f"{ANSWER}\n"
-    assert "[prompt: is too long" in err and "is no command" in err
+    assert "[prompt: is too long" in err and "is not a command" in err
 
 
 @pytest.mark.parametrize("is_local", [True, False])

@@ -218,9 +218,15 @@ def test_a_block_larger_than_the_trained_one_warns_in_one_line(
         (["a", "--temperature", "-1"], "--temperature -1.0 must"),
         (["a", "--trace", "{tmp}/no/such/trace"], "trace: cannot write"),
         (["a", "--trace", "/dev/full"], "trace: cannot write /dev/full (No space left"),
-        (["a", "--model", "{tmp}/no/model"], "/no/model is no file or folder; give a checkpoint"),
+        (
+            ["a", "--model", "{tmp}/no/model"],
+            "/no/model is not a file or folder; give a checkpoint",
+        ),
         (["a", "-m", "{tmp}/no/model"], "error: -m: "),
-        (["a", "--denoiser", "{tmp}/no"], "/no is no file or folder; give a folder that twotower"),
+        (
+            ["a", "--denoiser", "{tmp}/no"],
+            "/no is not a file or folder; give a folder that twotower",
+        ),
         (["a", "--device", "abacus"], "--device 'abacus' is unknown"),
         (["--input", "{tmp}/none"], "input: cannot read"),
         (["--input", "{tmp}"], "input: cannot read"),

@@ -81,8 +81,8 @@ def test_generate_has_a_flag_with_the_default_of_every_option(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["demoo"], "'demoo' is no verb"),
-        (["--verbose"], "'--verbose' is no verb"),
+        (["demoo"], "'demoo' is not a verb"),
+        (["--verbose"], "'--verbose' is not a verb"),
         (
             ["generate", "--tpo-k", "3"],
             "unrecognized options: --tpo-k; perhaps you meant --top-k",

@@ -100,7 +100,7 @@ BAD = {
     3: (b'{"prompt": ""}', "the prompt is empty; give at least one character"),
     4: (
         b'{"prompt": "a", "temprature": 1}',
-        "'temprature' is no option, perhaps temperature",
+        "'temprature' is not an option, perhaps temperature",
     ),
     6: (b'{"prompt": "a", "temperature": "hot"}', "temperature='hot' must be a number"),
     7: (b'"a"', 'not an object; write {"prompt": ...}'),

@@ -24,14 +24,14 @@ def test_text(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for said in (
         "Weights: context",
-        "A device offers 73.6 GiB, there are 2.",
+        "Usable memory: 2 x 73.6 GiB.",
         "diffusion: ",
         "dollars a million, on",
         "A denoiser pass takes",
         "reaches AR's speed from",
         "speculative fits (one device); tokens per cycle are not known",
         "Faster, by batch size",
-        "ruled by",
+        "bound by",
         "Predicted, not measured",
     ):
         assert said in " ".join(out.split()), said
@@ -60,7 +60,7 @@ def test_text_of_a_machine_where_ar_stays_faster(capsys: pytest.CaptureFixture[s
     flags = ["--hardware", "rtx-4090", "--quantization", "int4", "--max-batch-size", "1"]
     assert main(["plan", *flags]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "A device offers 22.1 GiB, there is 1." in out
+    assert "Usable memory: 1 x 22.1 GiB." in out
     assert "Diffusion never reaches AR's speed; speculation never reaches AR's speed." in out
 
 
@@ -121,7 +121,7 @@ def test_the_list_of_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     [
         (["--hardware", "h100"], "hardware: 'h100' is unknown, perhaps h100-sxm; known are"),
         (["--hardware-file", "gone.toml"], "--hardware-file: cannot read gone.toml (No such file"),
-        (["--model", "nano30b"], "model: 'nano30b' is no file or folder, perhaps nano-30b"),
+        (["--model", "nano30b"], "model: 'nano30b' is not a file or folder, perhaps nano-30b"),
         (["--devices", "4"], "devices: 4 is not possible"),
         (["--hardware", "power8", "--devices", "2"], "devices: power8 has no link_gb_s"),
         (["--quantization", "int3"], "quantization"),

@@ -93,7 +93,7 @@ def test_inspect_wants_exactly_one_source() -> None:
     for arguments in ({}, {"path": "a", "model": "nano-30b"}):
         with pytest.raises(ValueError, match="inspect needs one model"):
             InspectOptions(**arguments)  # type: ignore[arg-type]  # on purpose
-    named = "model: nano-300b is no file or folder; give nano-30b, a checkpoint .*, or shipped"
+    named = "model: nano-300b is not a file or folder; give nano-30b, a checkpoint .*, or shipped"
     with pytest.raises(ValueError, match=named):
         run_inspect(InspectOptions(model="nano-300b"))
 

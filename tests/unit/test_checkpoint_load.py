@@ -278,8 +278,8 @@ def test_places_without_a_checkpoint_are_one_clear_line(tmp_path: Path) -> None:
     shutil.copyfile(GOLDEN / "case_03/config.json", tmp_path / "config.json")
     assert "holds neither" in message(tmp_path)
     assert "is a file" in message(tmp_path / "config.json")
-    assert "is no file or folder" in message(tmp_path / "nothing")
-    with pytest.raises(ValueError, match=r"^model: models/tiny.gguf is no file or folder; give"):
+    assert "is not a file or folder" in message(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"^model: models/tiny.gguf is not a file or folder; give"):
         resolve("models/tiny.gguf")  # which could be a hub id
     with pytest.raises(ValueError, match=r"^nobody/nothing: .*the hub did not give it"):
         resolve("nobody/nothing")

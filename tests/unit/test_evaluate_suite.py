@@ -80,7 +80,7 @@ SUM = Document(
         (" 17 + 25 = 42. The answer is 42.", ""),
         (" 25 + 17 = 42. The answer is 42.", ""),
         (" 17+25 = 30 +12=42. The answer is 42.", ""),
-        (" 17 + 25 = - 42. The answer is -42.", "step 1: '17 + 25 = - 42' is no equation"),
+        (" 17 + 25 = - 42. The answer is -42.", "step 1: '17 + 25 = - 42' is not an equation"),
         (" 17 + 25 = 32 + 10 = 42. The answer is 42.", ""),
         (" 17 + 25 = 30 + 13 = 42. The answer is 42.", "step 1: 30 + 13 is not 42"),
         (" 17 + 26 = 42. The answer is 42.", "step 1: 17 + 26 instead of 17 + 25"),
@@ -90,7 +90,7 @@ SUM = Document(
         (" 17 + 25 = 42. 1 + 1 = 2. The answer is 42.", "2 steps instead of 1"),
         (" 17 + 25 = 30 + 12. The answer is 42.", "step 1: '17 + 25 = 30 + 12' has no result"),
         (" 17 + 25 = 42. Tom has 42.", "no final answer"),
-        (" seventeen. The answer is 42.", "step 1: 'seventeen' is no equation"),
+        (" seventeen. The answer is 42.", "step 1: 'seventeen' is not an equation"),
     ],
 )
 def test_every_step_of_a_sum_is_judged(text: str, reason: str) -> None:

@@ -109,7 +109,7 @@ def test_a_long_match_is_seen_within_the_bound() -> None:
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [
-        ("(", "is no regular expression"),
+        ("(", "is not a regular expression"),
         ("a*", "can match empty text"),
         ("", "can match empty text"),
         ("a|", "can match empty text"),

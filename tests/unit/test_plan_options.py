@@ -47,11 +47,11 @@ def test_models_by_name_and_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert describe_model(str(file)).config == tiny_config()
     assert describe_model(str(tmp_path)).config == tiny_config()
     with pytest.raises(
-        ValueError, match="model: 'nano-30' is no file or folder, perhaps nano-30b;"
+        ValueError, match="model: 'nano-30' is not a file or folder, perhaps nano-30b;"
     ):
         describe_model("nano-30")
     # A hub id would be downloaded by others: a plan reads no weights and no network.
-    with pytest.raises(ValueError, match="'owner/name' is no file or folder; known by name are"):
+    with pytest.raises(ValueError, match="'owner/name' is not a file or folder; known by name are"):
         describe_model("owner/name")
 
 
@@ -114,10 +114,10 @@ def test_tokens_per_pass_come_from_where_they_are_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no results.json"),
-        ("[]", "is no results.json"),
-        ('{"modes": 3}', "is no results.json"),
-        ('{"modes": {"diffusion": 3}}', "is no results.json"),
+        ("{", "is not a results.json"),
+        ("[]", "is not a results.json"),
+        ('{"modes": 3}', "is not a results.json"),
+        ('{"modes": {"diffusion": 3}}', "is not a results.json"),
         ('{"modes": {"ar": {}}}', "has no block mode; evaluate diffusion or speculative"),
     ],
 )

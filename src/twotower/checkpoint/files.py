@@ -80,7 +80,7 @@ def resolve(
         return shipped_folder()
     if _HUB_ID.fullmatch(str(path)) and folder.suffix.lower() != ".gguf":
         return _download(str(path), revision)
-    raise ValueError(f"{field}: {path} is no file or folder; give {accepted}")
+    raise ValueError(f"{field}: {path} is not a file or folder; give {accepted}")
 
 
 def find_tokenizer(path: str | Path) -> Path:

@@ -41,12 +41,12 @@ _LINE_EVERY_S = 30.0  # where there is no terminal
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptArguments(ThinOptions, AnswerOptions, StepOptions, Placement):
-    """Train a thin denoiser for a model of yours: it drafts, the model verifies, and the text stays
-    the model's own.
+    """Train a thin denoiser for your model: it drafts, the model verifies, and the text stays the
+    model's own.
 
-    The model answers the prompts, a denoiser learns to draft the answers, and what it is worth is
-    measured on prompts that it never saw. Run the same command again to resume; with --denoiser a
-    denoiser that was trained before is trained on, in its own shape.
+    The model answers the prompts, a denoiser learns to draft the answers, and the speed-up is
+    measured on held-out prompts. Run the same command again to resume a run. --denoiser continues
+    the training of an earlier denoiser, with its shape.
     """
 
     prompts: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")]

@@ -187,7 +187,7 @@ def _take(talk: Talk, backend: "Backend", line: str) -> bool:
         case "/help", "":
             print(_HELP, file=sys.stderr)
         case _:
-            print(f"{line!r} is no command; /help lists them", file=sys.stderr)
+            print(f"{line!r} is not a command; /help lists them", file=sys.stderr)
     return True
 
 

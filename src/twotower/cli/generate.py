@@ -101,7 +101,7 @@ class TextOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateArguments(TextOptions, FileOptions, BatchOptions, Placement):
-    """Complete prompts and print the new text.
+    """Complete prompts and print the new text. Applies no chat template: see twotower chat.
 
     The default of a decoding option is the checkpoint's (generation_config.json), else the one
     shown.

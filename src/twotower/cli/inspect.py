@@ -62,15 +62,15 @@ def _tell_denoiser(record: DenoiserRecord, is_json: bool) -> int:
         return 0
     draft, console = record.draft, make_console()
     parts = {
-        "the output before the block": draft.reads_hidden,
+        "the hidden state of the newest token": draft.reads_hidden,
         f"bigrams of rank {draft.bigram_rank}": draft.bigram_rank > 0,
     }
     rows = {
-        "a denoiser of": record.backbone,
+        "denoiser of": record.backbone,
         "reads layers": ", ".join(map(str, record.reads)),
         "block size": str(record.block_size),
         "draft vocabulary": "all tokens" if draft.vocab_size is None else str(draft.vocab_size),
-        "has beside them": ", ".join(name for name, has in parts.items() if has) or "nothing",
+        "other inputs": ", ".join(name for name, has in parts.items() if has) or "nothing",
         "parameters": f"{_short(record.parameters)}; {record.num_bytes / 1e6:.1f} MB in the file",
         "n-grams": f"{record.ngrams:,} of the backbone's own answers",
     }

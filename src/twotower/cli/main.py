@@ -23,17 +23,17 @@ from twotower.cli.text import one_line
 VERBS = {
     "demo": "watch the shipped model fill blocks, beside the same text token by token",
     "generate": "complete prompts from arguments, a file or stdin",
-    "serve": "a model behind OpenAI's API, with a page to watch it",
-    "chat": "a conversation in the terminal, with a server or in this process",
-    "inspect": "a checkpoint's architecture, parameters and memory, without its weights",
-    "plan": "does it fit, how fast, for how much: a model on a machine, by arithmetic",
-    "convert": "a checkpoint into another layout or dtype",
-    "prepare": "text into a tokenizer and a token shard for training",
+    "serve": "serve a model with OpenAI's API and a page that shows its blocks",
+    "chat": "chat in the terminal, with a server or in this process",
+    "inspect": "show architecture, parameters and memory; reads no weights",
+    "plan": "estimate memory, speed and cost of a model on a machine",
+    "convert": "write a checkpoint in another layout or dtype",
+    "prepare": "turn text into a tokenizer and a token shard for training",
     "train": "pretrain a backbone, then its denoiser",
-    "adapt": "a thin denoiser for the model you have: it drafts, your model verifies",
-    "bench": "a race of our modes against AR decoding of the same weights, ours and others'",
-    "evaluate": "quality kept and speed of a checkpoint, task by task, mode by mode",
-    "lm-eval": "lm-eval's tasks on a checkpoint, and our suite as its tasks",
+    "adapt": "train a thin denoiser for your model: it drafts, your model verifies",
+    "bench": "measure the speed of each mode against AR decoding, ours, llama.cpp's and transformers'",
+    "evaluate": "measure quality and speed of a checkpoint by task and mode",
+    "lm-eval": "run lm-eval's tasks on a checkpoint, or write our suite as its tasks",
 }
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 + the signal's number, as a shell reports it
 
@@ -80,7 +80,7 @@ def _run(args: list[str]) -> int:
         print(f"twotower {__version__}")
         return 0
     if verb not in VERBS:
-        raise ValueError(f"{verb!r} is no verb; use one of {', '.join(VERBS)}, or twotower -h")
+        raise ValueError(f"{verb!r} is not a verb; use one of {', '.join(VERBS)}, or twotower -h")
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     if verb == "lm-eval":  # its arguments are another program's
         from twotower.cli.lm_eval import run_arguments

@@ -191,7 +191,7 @@ def _request(record: Mapping[str, object], given: Mapping[str, object]) -> Reque
     for name in own:
         if name not in _OPTION_NAMES:
             near = nearest(name[:50], [*_OPTION_NAMES, "prompt", "id"])
-            raise ValueError(f"{name[:50]!r} is no option{near}; see twotower generate -h")
+            raise ValueError(f"{name[:50]!r} is not an option{near}; see twotower generate -h")
     values = {**_defaults_beside(own, given), **own}
     return Request(prompt, GenerateOptions(**values))  # type: ignore[arg-type]  # checks itself
 

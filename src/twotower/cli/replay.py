@@ -18,7 +18,7 @@ from twotower.tokenizer import Tokenizer
 
 TITLES = {
     "diffusion": "Diffusion: masked blocks, filled in parallel",
-    "speculative": "Self-speculation: drafts in one pass, kept as far as AR agrees",
+    "speculative": "Self-speculation: drafts in one pass, accepted while AR agrees",
     "ar": "AR: the context tower alone, token by token",
 }
 STEP_S, BLOCK_S, TOKEN_S = 0.18, 0.5, 0.035  # how long a picture stays at speed 1

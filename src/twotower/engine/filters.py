@@ -43,7 +43,7 @@ def pattern_filter(pattern: str, max_match_chars: int = 100) -> Filter:
     try:
         parsed, compiled = _parser.parse(pattern), re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"filters: {pattern!r} is no regular expression ({error})") from None
+        raise ValueError(f"filters: {pattern!r} is not a regular expression ({error})") from None
     shortest, longest = parsed.getwidth()
     if shortest == 0:
         raise ValueError(
@@ -129,7 +129,7 @@ def _load(entry_point: str) -> Callable[[str], object]:
             "as module:function"
         ) from None
     if not callable(function):
-        raise ValueError(f"filters: {entry_point!r} is no function; name one as module:function")
+        raise ValueError(f"filters: {entry_point!r} is not a function; name one as module:function")
     called: Callable[[str], object] = function
     return called
 

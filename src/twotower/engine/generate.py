@@ -61,7 +61,7 @@ def checked_engine(
 ) -> EngineOptions:
     """The engine's options; ValueError for arguments of wrong types."""
     if not hasattr(model, "context_tower"):
-        raise ValueError(f"model={model!r} is no loaded model; pass twotower.load_model(path)")
+        raise ValueError(f"model={model!r} is not a loaded model; pass twotower.load_model(path)")
     check_tokenizer(model, tokenizer)
     require("engine", engine, (EngineOptions, type(None)), "EngineOptions(...)")
     return engine or EngineOptions()

@@ -33,7 +33,7 @@ def ready_schema(schema: Mapping[str, object] | bool | str, field: str) -> Schem
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{field}: not JSON ({error}); give a JSON schema") from None
     if not isinstance(value, dict | bool):
-        raise ValueError(f"{field}: {repr(value)[:300]} is no JSON schema; give an object")
+        raise ValueError(f"{field}: {repr(value)[:300]} is not a JSON schema; give an object")
     if isinstance(schema, str):
         _check_size(value, field)
     return _Closer(value, field).closed(value) if isinstance(value, dict) else value

@@ -217,7 +217,7 @@ def _said(number: int, part: ContentPart) -> str:
     if part.type in _NOT_SAID:
         return ""
     if part.type not in _TEXTS:
-        message = f"messages.{number}.content: a part of type {part.type!r} is no text, and this"
+        message = f"messages.{number}.content: a part of type {part.type!r} is not text, and this"
         raise ApiError(400, f"{message} model reads text only", param="messages")
     return part.text or part.refusal or ""
 

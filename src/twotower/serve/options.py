@@ -18,7 +18,7 @@ class ServeOptions:
     model_name: str | None = None
     """Name of the model in the API. Default: that of its folder."""
     api_keys_file: Path | None = None
-    """File of API keys, one a line: KEY, or NAME KEY to have the name in logs."""
+    """File of API keys, one a line: KEY, or NAME KEY, whose name is shown in logs."""
     api_keys_env: str | None = None
     """Name of an environment variable that holds API keys, separated by commas."""
     insecure: bool = False
@@ -29,8 +29,8 @@ class ServeOptions:
     """More values of the Host header to answer. Without API keys only localhost and loopback
     addresses are answered, as a protection against DNS rebinding."""
     max_connections: int = 512
-    """Maximum number of open connections; for a new one beyond it, the one that has been idle
-    longest is closed."""
+    """Maximum number of open connections. A new one beyond it closes the one that has been idle
+    longest."""
     max_body_bytes: int = 1 << 20
     """Maximum size of a request body; a larger one is refused before it is read."""
     body_timeout_s: float = 10.0

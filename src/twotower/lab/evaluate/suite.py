@@ -100,7 +100,7 @@ def judge_step(sentence: str, expression: str, result: int) -> str:
     """
     members = _SIGN.sub(r" \1 ", sentence).split(" = ")
     if len(members) < 2 or not all(_TERM.fullmatch(member) for member in members):
-        return f"{sentence!r} is no equation"
+        return f"{sentence!r} is not an equation"
     if _operands(members[0]) != _operands(expression):
         return f"{members[0]} instead of {expression}"
     for member in members:

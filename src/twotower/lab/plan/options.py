@@ -131,7 +131,7 @@ def describe_model(name: str) -> Description:
     if name in known:
         return replace(describe(name), source=name)
     raise ValueError(
-        f"model: {name!r} is no file or folder{nearest(name, known)}; "
+        f"model: {name!r} is not a file or folder{nearest(name, known)}; "
         f"known by name are {', '.join(known)}"
     )
 
@@ -185,7 +185,7 @@ def read_recorded(file: Path) -> dict[str, float]:
         raise ValueError(f"results: cannot read {file} ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
-            f"results: {file} is no results.json; twotower evaluate --output writes one"
+            f"results: {file} is not a results.json; twotower evaluate --output writes one"
         ) from None
     kept = {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
     if not kept:

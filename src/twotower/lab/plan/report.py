@@ -56,7 +56,7 @@ MODE_COLUMNS = (
     "overlapped",
     "$ a million",
 )
-PASS_COLUMNS = ("ms", "overhead", "bandwidth", "arithmetic", "host link", "experts", "ruled by")
+PASS_COLUMNS = ("ms", "overhead", "bandwidth", "arithmetic", "host link", "experts", "bound by")
 # Of a plan, in the words that a reader needs to judge it; docs/plan.md says more.
 ASSUMPTIONS = (
     "A pass streams each weight that it needs once; parts of a pass follow one another, each at "
@@ -120,13 +120,12 @@ def headline(record: Record) -> list[str]:
 
 
 def memory_lines(record: Record) -> list[str]:
-    """What the towers and a row's cache take, and what a device offers."""
+    """What the towers and a row's cache take, and the usable memory of a device."""
     memory = record["memory"]
     towers = ", ".join(f"{tower} {_bytes(n)}" for tower, n in memory["tower_bytes"].items())
     return [
-        f"Weights: {towers}. A row's cache: {_bytes(memory['cache_bytes_per_row'])}. A device "
-        f"offers {_bytes(memory['usable_bytes_per_device'])}, there "
-        f"{'is' if record['devices'] == 1 else 'are'} {record['devices']}."
+        f"Weights: {towers}. Cache per row: {_bytes(memory['cache_bytes_per_row'])}. Usable "
+        f"memory: {record['devices']} x {_bytes(memory['usable_bytes_per_device'])}."
     ]
 
 
@@ -274,7 +273,7 @@ def plot_break_even(record: Record) -> "Figure | None":
 
 
 def plot_memory(record: Record) -> "Figure":
-    """What each device holds in each mode, against what it offers."""
+    """What each device holds in each mode, against its usable memory."""
     bars = []
     for mode, found in record["modes"].items():
         for number, device in enumerate(found["device_map"]["devices"]):
@@ -290,7 +289,7 @@ def plot_memory(record: Record) -> "Figure":
         axes.barh([label for label, _ in bars], widths, left=left, color=color, label=kind)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     usable = record["memory"]["usable_bytes_per_device"]
-    axes.set_xlabel(f"{name}; a device offers {usable / unit:,.0f}")
+    axes.set_xlabel(f"{name}; usable per device: {usable / unit:,.0f}")
     if usable <= _FAR * most:  # else the line would leave no room for the bars
         axes.axvline(usable / unit, color="gray", linestyle="--", linewidth=1)
     axes.invert_yaxis()
