@@ -220,12 +220,12 @@ def test_a_block_larger_than_the_trained_one_warns_in_one_line(
         (["a", "--trace", "/dev/full"], "trace: cannot write /dev/full (No space left"),
         (
             ["a", "--model", "{tmp}/no/model"],
-            "/no/model is not a file or folder; give a checkpoint",
+            "/no/model is not a file or folder; give a check",
         ),
         (["a", "-m", "{tmp}/no/model"], "error: -m: "),
         (
             ["a", "--denoiser", "{tmp}/no"],
-            "/no is not a file or folder; give a folder that twotower",
+            "/no is not a file or folder; give a folder that",
         ),
         (["a", "--device", "abacus"], "--device 'abacus' is unknown"),
         (["--input", "{tmp}/none"], "input: cannot read"),

@@ -139,11 +139,10 @@ def load_denoiser(
         raise ValueError(f"denoiser: {path} is not a folder of a denoiser; give {accepted}")
     values = read_json(folder / "config.json")
     name = values.get("backbone")
+    wrong = f"denoiser: {path} was trained for another model, {name}"
     sizes = backbone.config.hidden_size, backbone.config.context.num_layers
     if sizes != (values.get("backbone_hidden_size"), values.get("backbone_layers")):
-        raise ValueError(
-            f"denoiser: {path} was trained for another model, {name}; give that as --model"
-        )
+        raise ValueError(f"{wrong}; give that as --model")
     try:
         config = thin_config(
             backbone.config,
@@ -155,7 +154,7 @@ def load_denoiser(
         raise ValueError(f"{folder / 'config.json'}: {error}; restore the file") from None
     dtype = backbone.context_tower.norm_f.weight.dtype
     made = _with_empty_denoiser(backbone, config, dtype, device)
-    _fill(made, folder / SINGLE_FILE, f"denoiser: {path} was trained for another model, {name}")
+    _fill(made, folder / SINGLE_FILE, wrong)
     head = made.context_lm_head.weight
     ids = None if made.draft_ids is None else made.draft_ids.to(head.device)
     made.lm_head.weight.data.copy_(head if ids is None else head[ids])

@@ -23,15 +23,15 @@ from twotower.cli.text import one_line
 VERBS = {
     "demo": "watch the shipped model fill blocks, beside the same text token by token",
     "generate": "complete prompts from arguments, a file or stdin",
-    "serve": "serve a model with OpenAI's API and a page that shows its blocks",
-    "chat": "chat in the terminal, with a server or in this process",
+    "serve": "run a server with OpenAI's API and a page that shows its blocks",
+    "chat": "talk with a model in the terminal, on a server or in this process",
     "inspect": "show architecture, parameters and memory; reads no weights",
     "plan": "estimate memory, speed and cost of a model on a machine",
     "convert": "write a checkpoint in another layout or dtype",
     "prepare": "turn text into a tokenizer and a token shard for training",
     "train": "pretrain a backbone, then its denoiser",
     "adapt": "train a thin denoiser for your model: it drafts, your model verifies",
-    "bench": "measure the speed of each mode against AR decoding, ours, llama.cpp's and transformers'",
+    "bench": "measure the speed of each mode against AR decoding by us and other engines",
     "evaluate": "measure quality and speed of a checkpoint by task and mode",
     "lm-eval": "run lm-eval's tasks on a checkpoint, or write our suite as its tasks",
 }
