@@ -174,16 +174,16 @@ def test_denoiser_comes_back_beside_its_backbone(dtype: torch.dtype, tmp_path: P
         torch.testing.assert_close(again.state_dict()[name], tensor, rtol=0.01, atol=0.01)
     with pytest.raises(ValueError, match="thin denoiser is not saved with its model"):
         save_two_towers(model, tmp_path / "whole")
-    with pytest.raises(ValueError, match="of another model, me/model; give that as --model"):
+    with pytest.raises(ValueError, match="for another model, me/model; give that as --model"):
         load_denoiser(backbone(seed=1), tmp_path / "d")
-    with pytest.raises(ValueError, match="of another model"):
+    with pytest.raises(ValueError, match="for another model"):
         load_denoiser(fresh_model(), tmp_path / "d")
 
 
 def test_damaged_denoisers_are_refused(tmp_path: Path) -> None:
     """Guards against half a file, other sizes and NaN: each would draft nonsense."""
     folder, model = tmp_path / "d", thin(backbone())
-    with pytest.raises(ValueError, match="no denoiser alone"):
+    with pytest.raises(ValueError, match="not a folder of a denoiser; give"):
         tmp_path.joinpath("none").mkdir()
         load_denoiser(backbone(), tmp_path / "none")
     save_denoiser(model, folder, "me/model")

@@ -139,10 +139,10 @@ def load_denoiser(
         raise ValueError(f"denoiser: {path} is not a folder of a denoiser; give {accepted}")
     values = read_json(folder / "config.json")
     name = values.get("backbone")
-    wrong = f"denoiser: {path} was trained for another model, {name}"
+    wrong = f"denoiser: {path} was trained for another model, {name}; give that as --model"
     sizes = backbone.config.hidden_size, backbone.config.context.num_layers
     if sizes != (values.get("backbone_hidden_size"), values.get("backbone_layers")):
-        raise ValueError(f"{wrong}; give that as --model")
+        raise ValueError(wrong)
     try:
         config = thin_config(
             backbone.config,
@@ -206,7 +206,7 @@ def _fill(model: TwoTower, file: Path, complaint: str) -> None:
         ) from None
     known = found.pop("backbone_sketch", None)
     if known is None or known.shape != sketch(model).shape or not _are_alike(known, sketch(model)):
-        raise ValueError(f"{complaint}; give that as --model")
+        raise ValueError(complaint)
     ngrams = [found.pop(f"{_NGRAMS}{name}", None) for name in Ngrams._fields]
     if any(tensor is not None for tensor in ngrams):
         model.ngrams = _read_ngrams(ngrams, model.config.vocab_size, file)
