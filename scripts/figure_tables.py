@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 Record = Mapping[str, Any]
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 PASSES = ("ar_step", "denoise_pass", "extend", "verify")
@@ -288,6 +290,26 @@ def drafts(record: Record) -> str:
     ]
     head = ["prompts", "drafts", "texts as AR", "tokens a cycle", "x AR", "median x AR", "NFE"]
     return markdown([*head, "tokens"], rows)
+
+
+def denoiser_parts(record: Record) -> str:
+    """Tokens a cycle by variant, beside the first."""
+    variants, draw = record["variants"], np.random.default_rng(0)
+    first, rows = np.array(variants[0]["tokens_per_cycle"]), []
+    for one in variants:
+        gains = np.array(one["tokens_per_cycle"]) - first
+        picks = draw.integers(len(gains), size=(10_000, len(gains)))
+        low, high = np.quantile(gains[picks].mean(axis=1), [0.025, 0.975])
+        change = f"{gains.mean():+.3f} ({low:+.3f} to {high:+.3f})" if gains.any() else ""
+        cost = one["draft_ms"] / min(v["ar_step_ms"] for v in variants)
+        rows.append(
+            [
+                *(one["variant"], one["processor_s"], number(one["loss"]), number(one["mean"])),
+                *(change, f"{100 * one['right'][0]:.0f} %", number(cost)),
+            ]
+        )
+    head = ["variant", "processor s", "loss", "tokens a cycle", "difference", "first right"]
+    return markdown([*head, "draft, AR steps"], rows)
 
 
 def mapped_experts(record: Record) -> str:
