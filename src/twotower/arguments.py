@@ -19,7 +19,7 @@ def require(name: str, value: object, kind: type | tuple[type, ...], remedy: str
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         named = " or ".join(one.__name__ for one in kinds if one is not type(None))
-        raise ValueError(f"{name}={reprlib.repr(value)} is no {named}; pass {remedy}")
+        raise ValueError(f"{name}={reprlib.repr(value)} is not a {named}; pass {remedy}")
 
 
 def check(values: Mapping[str, object], checks: Mapping[str, Problem]) -> None:

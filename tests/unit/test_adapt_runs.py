@@ -256,13 +256,13 @@ def test_work_that_adapt_did_not_write_is_one_line(text: str, tmp_path: Path) ->
     """Guards resuming on a folder that was edited, or is somebody else's."""
     work = WorkFolder(tmp_path)
     work.answers.write_text(text + "\n")
-    with pytest.raises(ValueError, match=r"answers\.jsonl:1: is no answer that adapt wrote"):
+    with pytest.raises(ValueError, match=r"answers\.jsonl:1: is not an answer that adapt wrote"):
         read_answers(work.answers)
     work.spent.write_text(text if text != "{}" else '{"train": []}')
     (tmp_path / "part-00000.safetensors").write_bytes(text.encode())
     if text != '{"number": 1}':
         with pytest.raises(ValueError, match="is not what adapt wrote"):
             _read_spent(work)
-    with pytest.raises(ValueError, match="is no part that adapt wrote"):
+    with pytest.raises(ValueError, match="is not a part that adapt wrote"):
         find_places(tmp_path)
     assert not feature_files.is_whole(tmp_path / "part-00000.safetensors", 1, [0])

@@ -131,7 +131,7 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
     assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
     with pytest.raises(ValueError, match="is a folder; name the file"):
         export_gguf(dense(), tmp_path)
-    with pytest.raises(ValueError, match="'int4' is no precision of a GGUF file; use one of"):
+    with pytest.raises(ValueError, match="'int4' is not a precision of a GGUF file; use one of"):
         export_gguf(dense(), file, dtype="int4")  # type: ignore[arg-type]  # on purpose
     with pytest.raises(ValueError, match="cannot be written"):
         export_gguf(dense(), file / "inside.gguf")

@@ -101,7 +101,7 @@ def _read_answer(line: bytes, place: str) -> Answer:
             raise ValueError
     except (TypeError, ValueError, RecursionError):
         raise ValueError(
-            f"{place}: is no answer that adapt wrote; remove the line, or give another --work"
+            f"{place}: is not an answer that adapt wrote; remove the line, or give another --work"
         ) from None
     return found
 

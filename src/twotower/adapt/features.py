@@ -90,7 +90,7 @@ def find_places(folder: Path) -> list[Place]:
                 lengths, starts = (part.get_tensor(name) for name in ("lengths", "starts"))
         except (OSError, SafetensorError):
             raise ValueError(
-                f"{file}: is no part that adapt wrote; remove it and run the stage answers again"
+                f"{file}: is not a part that adapt wrote; remove it and run the stage answers again"
             ) from None
         first = 0
         for length, start in zip(lengths.tolist(), starts.tolist(), strict=True):

@@ -87,7 +87,7 @@ def _check(config: TwoTowerConfig, dtype: str) -> None:
     """ValueError for what llama.cpp cannot represent."""
     if dtype not in get_args(Precision):
         known = ", ".join(get_args(Precision))
-        raise ValueError(f"dtype={dtype!r} is no precision of a GGUF file; use one of {known}")
+        raise ValueError(f"dtype={dtype!r} is not a precision of a GGUF file; use one of {known}")
     family_of(config).gguf_architecture(config)
 
 

@@ -74,7 +74,7 @@ def read_index(folder: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
     """The GGUF file behind a folder, and its tensors by their name there: type, shape, offset."""
     if folder.resolve().parent != _CACHE.resolve():
         raise ValueError(
-            f"{folder / INDEX_FILE}: is no index that was made here; name the GGUF file itself"
+            f"{folder / INDEX_FILE}: is not an index that was made here; name the GGUF file itself"
         )
     values = read_json(folder / INDEX_FILE)
     file, tensors = Path(str(values["file"])), values["tensors"]

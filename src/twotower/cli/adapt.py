@@ -26,6 +26,7 @@ from twotower.adapt.options import (
 )
 from twotower.adapt.report import by_task, compare
 from twotower.checkpoint.files import SHIPPED
+from twotower.checkpoint.load import has_denoiser
 from twotower.cli.progress import progress_bar
 from twotower.cli.questions import Question as Asked
 from twotower.cli.questions import question_encoder, read_questions
@@ -77,13 +78,14 @@ def run(options: AdaptArguments) -> int:
     work = WorkFolder(options.work or options.out.with_name(options.out.name + "-work"))
     thin = _part(options, ThinOptions)
     answers, steps = _part(options, AnswerOptions), _part(options, StepOptions)
+    placement = placement_of(options, denoiser=None)  # whose drafts are to be made
+    if has_denoiser(placement.find()):  # before its prompts: the model may be an unknown one
+        raise ValueError(f"model={placement.name} has a denoiser of its own; give a backbone")
     prompts = read_questions(options.prompts)
     work.path.mkdir(parents=True, exist_ok=True)
     with only_writer(work.path):
-        loaded = load(placement_of(options, denoiser=None), "ar")  # whose drafts are to be made
+        loaded = load(placement, "ar")
         _require_source(work, options)
-        if loaded.model.has_denoiser:
-            raise ValueError(f"model={loaded.name} has a denoiser of its own; give a backbone")
         stages.reads_of(loaded.model, thin)  # too many layers are said before anything is written
         questions, held = _questions(prompts, loaded, options)
         wanted = STAGES if options.stage == "all" else (options.stage,)
