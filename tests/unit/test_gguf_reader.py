@@ -221,7 +221,7 @@ def test_an_index_of_somebody_else_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "m.gguf")
     folder = tmp_path / "theirs"
     shutil.copytree(gguf_reader.open_gguf(tmp_path / "m.gguf"), folder)
-    with pytest.raises(ValueError, match="no index that was made here; name the GGUF file"):
+    with pytest.raises(ValueError, match="not an index that was made here; name the GGUF file"):
         load_checkpoint(folder, towers="context")
 
 

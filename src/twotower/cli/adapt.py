@@ -26,11 +26,11 @@ from twotower.adapt.options import (
 )
 from twotower.adapt.report import by_task, compare
 from twotower.checkpoint.files import SHIPPED
-from twotower.checkpoint.load import has_denoiser
 from twotower.cli.progress import progress_bar
 from twotower.cli.questions import Question as Asked
 from twotower.cli.questions import question_encoder, read_questions
 from twotower.cli.tables import make_console, print_table
+from twotower.families import read_config
 from twotower.file_lock import only_writer
 from twotower.lab.report import Table
 from twotower.loading import Loaded, Placement, load, placement_of
@@ -79,13 +79,14 @@ def run(options: AdaptArguments) -> int:
     thin = _part(options, ThinOptions)
     answers, steps = _part(options, AnswerOptions), _part(options, StepOptions)
     placement = placement_of(options, denoiser=None)  # whose drafts are to be made
-    if has_denoiser(placement.find()):  # before its prompts: the model may be an unknown one
-        raise ValueError(f"model={placement.name} has a denoiser of its own; give a backbone")
+    read_config(placement.find())  # an unknown model is refused before its prompts are read
     prompts = read_questions(options.prompts)
     work.path.mkdir(parents=True, exist_ok=True)
     with only_writer(work.path):
         loaded = load(placement, "ar")
         _require_source(work, options)
+        if loaded.model.has_denoiser:
+            raise ValueError(f"model={loaded.name} has a denoiser of its own; give a backbone")
         stages.reads_of(loaded.model, thin)  # too many layers are said before anything is written
         questions, held = _questions(prompts, loaded, options)
         wanted = STAGES if options.stage == "all" else (options.stage,)

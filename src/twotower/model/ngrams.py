@@ -45,8 +45,7 @@ class Ngrams(NamedTuple):
         keys = np.array(context_keys(newest[: -ORDER - 1 : -1])[::-1], np.uint32)
         places = self.keys.searchsorted(keys)
         is_known = self.keys.take(places, mode="clip") == keys
-        longest = is_known.argmax()
-        if not is_known[longest]:
+        if not is_known.any():
             return None
-        place = places[longest]
+        place = places[is_known.argmax()]
         return int(self.tokens[place]), float(self.probabilities[place])
