@@ -233,3 +233,16 @@ def test_a_backend_leaves_the_model_alone() -> None:
 def test_the_page_has_todays_table() -> None:
     """Guards the docs; `python scripts/backend_table.py` writes it."""
     assert backend_table.TABLE.filled() == backend_table.TABLE.page
+
+
+def test_costs_of_passes_are_by_the_weights_that_they_read() -> None:
+    """Half of the experts are chosen by a token, so a second token misses a quarter of them."""
+    experts, dense = tiny_model(), tiny_model(hybrid_override_pattern="M*-")
+    assert accelerate(dense, "graphs").pass_costs.tokens[16] == 1.0
+    costs = accelerate(experts, "graphs").pass_costs.tokens
+    layers = experts.context_tower.layers
+    weights = [*layers.parameters(), *layers.buffers(), *experts.context_lm_head.parameters()]
+    total, routed = sum(w.numel() for w in weights), 4 * 2 * 16 * 12  # one layer
+    assert (costs[1], costs[4]) == (1, pytest.approx((total - routed / 16) / (total - routed / 2)))
+    int8 = accelerate(tiny_model(moe_intermediate_size=2048), "graphs", "int8").pass_costs.tokens
+    assert int8[4] == pytest.approx(15 / 8, rel=0.1)  # 15 / 16 of all bytes by half of them

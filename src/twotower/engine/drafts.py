@@ -1,8 +1,8 @@
 """Where drafts of mode="speculative" come from, and when a row has one.
 
 A drafter is a file with `propose`: drafts_lookup copies what the text has said before,
-drafts_denoiser lets the denoiser tower write. Each row has a controller for each kind of draft,
-which knows what drafts of that kind have yielded in this row.
+drafts_denoiser lets the denoiser tower write. Each row has a controller of the denoiser's
+drafts, which knows what they have yielded in this row.
 """
 
 from collections.abc import Iterator, Sequence

@@ -158,13 +158,13 @@ class ContextCache:
         """Commit the first counts[b] >= 0 of each row's tokens; the rest leaves no trace.
 
         counts (B,) on the CPU. The output must have been made from the cache as it is. Whole or not
-        at all: after an error (memory) the cache is what it was. ValueError (one line) where a
-        later pass or change has overwritten what the output's wrote.
+        at all: after an error (memory) the cache is what it was. ValueError (one line) for the
+        output of an earlier pass, whose keys a later one has overwritten.
         """
         if output.version is not None and output.version is not self.version:
             raise ValueError(
-                "output is of an earlier pass, whose keys have been overwritten since; must be of "
-                "the newest pass over this cache; verify its tokens again"
+                "output is of an earlier pass over this cache, and its keys have been overwritten; "
+                "verify the tokens again"
             )
         found: dict[int, MambaState] = {}
         buffers, parts = list[Tensor](), list[Tensor]()

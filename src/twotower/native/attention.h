@@ -116,9 +116,9 @@ inline KeyBlock find_keys(const Layer &layer, const RowState &s, int head, int a
     return {room, room + KEYS * A, A};
 }
 
-// Asks for the rows of a head among keys or values that are read next: they lie apart from each other, so
+// Prefetches the rows of a head among keys or values: they lie apart from each other, so
 // the processor does not look ahead by itself.
-inline void ask_for(const float *rows, long stride, int width, int count) {
+inline void prefetch_rows(const float *rows, long stride, int width, int count) {
     for (int j = 0; j < count; j++)
         for (int a = 0; a < width; a += 16) __builtin_prefetch(rows + j * stride + a);
 }
@@ -187,13 +187,13 @@ void attend_head(const Layer &layer, const RowState &row, int head, const float 
     for (int at = 0; at < visible; at += KEYS) {
         int here = std::min(KEYS, visible - at);
         KeyBlock keys = find_keys(layer, row, head, at, here, room);
-        ask_for(keys.v, keys.stride, A, here);
+        prefetch_rows(keys.v, keys.stride, A, here);
         product<W>(keys.k, keys.stride, 1, here, A, q, nullptr, score);
         if (is_causal)
             for (int j = std::max(0, last + 1 - at); j < here; j++)
                 for (int l = 0; l < std::min((at + j - last) * heads, W); l++) score[j * W + l] = -INFINITY;
         int next = at + KEYS, left = std::min(KEYS, row.num_past - next);
-        ask_for(row.past.k + next * keys.stride + head, keys.stride, A, left);
+        prefetch_rows(row.past.k + next * keys.stride + head, keys.stride, A, left);
         weigh<W>(score, here, root, most, total, y, A);
         add_weighted<W>(keys.v, keys.stride, A, here, score, y);
     }

@@ -295,9 +295,9 @@ void integer_product(const Weight &w, int rows, const Input<W> &in, const float 
                 Floats<16> lanes[N] = {};
                 if (IS_INT4) int4_tokens<W, N>(own, w.centred, in, first, lanes);
                 else int8_tokens<W, N>(own, in, first, lanes);
-                turn<N>(lanes);
-                const float *turned = reinterpret_cast<float *>(lanes);
-                for (int r = 0; r < ROWS; r++) std::copy_n(turned + r * N, N, sum + r * W + first);
+                transpose<N>(lanes);
+                const float *sums = reinterpret_cast<float *>(lanes);
+                for (int r = 0; r < ROWS; r++) std::copy_n(sums + r * N, N, sum + r * W + first);
             }
         } else {
             Block block{own, nullptr, nullptr};

@@ -33,7 +33,7 @@ inline Ints<V> ints(const void *x) { return *static_cast<const Ints<V> *>(x); }
 
 // The first halves of two vectors, or the second ones, number by number in turns.
 template <int Half>
-inline Floats<16> mixed(Floats<16> one, Floats<16> two) {
+inline Floats<16> interleaved(Floats<16> one, Floats<16> two) {
     constexpr int H = 8 * Half;
 #ifdef __clang__
     return __builtin_shufflevector(one, two, H, H + 16, H + 1, H + 17, H + 2, H + 18, H + 3, H + 19, H + 4, H + 20,
@@ -47,12 +47,12 @@ inline Floats<16> mixed(Floats<16> one, Floats<16> two) {
 // N vectors of 16 numbers, [N][16], as [16][N]: each round brings the numbers of the second half of the
 // vectors between those of the first.
 template <int N>
-inline void turn(Floats<16> *x) {
+inline void transpose(Floats<16> *x) {
     for (int round = 1; round < N; round *= 2) {
         Floats<16> turned[N];
         for (int i = 0; i < N / 2; i++) {
-            turned[2 * i] = mixed<0>(x[i], x[i + N / 2]);
-            turned[2 * i + 1] = mixed<1>(x[i], x[i + N / 2]);
+            turned[2 * i] = interleaved<0>(x[i], x[i + N / 2]);
+            turned[2 * i + 1] = interleaved<1>(x[i], x[i + N / 2]);
         }
         std::memcpy(x, turned, sizeof turned);
     }
