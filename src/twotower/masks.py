@@ -24,9 +24,14 @@ def past_of_rows(lengths: Tensor, num_past: int) -> Tensor:
 
 def causal_rows(num_queries: int, lengths: Tensor, num_past: int) -> Tensor:
     """`causal` for rows whose past differs in length: lengths (B,) -> (B, 1, L, S + L)."""
-    past = past_of_rows(lengths, num_past).expand(-1, -1, num_queries, -1)
     own = torch.ones(num_queries, num_queries, dtype=torch.bool, device=lengths.device).tril()
-    return torch.cat([past, own.expand(len(lengths), 1, -1, -1)], dim=-1)
+    return tree_rows(own.expand(len(lengths), 1, -1, -1), lengths, num_past)
+
+
+def tree_rows(own: Tensor, lengths: Tensor, num_past: int) -> Tensor:
+    """Drafts that branch, own (B, 1, L, L), behind their row's past: (B, 1, L, S + L)."""
+    past = past_of_rows(lengths, num_past).expand(-1, -1, own.shape[2], -1)
+    return torch.cat([past, own], dim=-1)
 
 
 def full_rows(num_queries: int, lengths: Tensor, num_past: int) -> Tensor:

@@ -132,6 +132,27 @@ def test_confidence_is_unscaled_and_without_the_mask_token() -> None:
         torch.testing.assert_close(step.confidence, expected)
 
 
+def test_the_next_most_probable_tokens_of_each_cell() -> None:
+    """Guards branches of drafts: tokens of the draft vocabulary, none of them the one chosen, and
+    none where nothing was masked.
+    """
+    block, ids = torch.full((2, LENGTH), MASK), torch.arange(100, 100 + VOCAB)
+    block[0, 1] = 7
+    sampler = dataclasses.replace(sampler_of(RowSampler(steps=1), 2), num_others=2)
+    (step,) = denoise_block(denoise, block, sampler, token_ids=ids)
+    logits = denoise(block, (block == MASK).float().mean(-1), torch.zeros(2))
+    logits[..., MASK] = float("-inf")
+    probs, best = logits.softmax(-1).topk(3)
+    assert step.others is not None
+    tokens, probabilities = step.others
+    is_masked = block == MASK
+    assert torch.equal(tokens[is_masked], ids[best[..., 1:]][is_masked])
+    torch.testing.assert_close(probabilities[is_masked], probs[..., 1:][is_masked])
+    assert probabilities[0, 1].tolist() == [0.0, 0.0]
+    (without,) = denoise_block(denoise, block, sampler_of(RowSampler(steps=1), 2))
+    assert without.others is None
+
+
 def test_temperature_zero_needs_no_generators_and_no_luck() -> None:
     block = torch.full((2, LENGTH), MASK)
     (step,) = denoise_block(denoise, block, sampler_of(RowSampler(steps=1), 2))

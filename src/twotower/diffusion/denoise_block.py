@@ -43,6 +43,9 @@ class Step:
     is_masked: Tensor  # (B, T) bool after the step
     confidence: Tensor  # (B, T) float32 probability of each last prediction; 1 for given tokens
     nfe: Tensor  # (B,) int64, passes each row has made so far
+    # Of each cell that was masked before this step, the next most probable tokens and how probable
+    # they are, (R, T, sampler.num_others) each; None where that is 0, or a backend chooses.
+    others: tuple[Tensor, Tensor] | None = None
 
 
 def denoise_block(
@@ -93,7 +96,7 @@ def denoise_block(
         is_masked = _put(is_masked, now, still_masked, is_whole)
         yield Step(
             index=step, rows=rows, t=t, tokens=tokens, is_masked=is_masked,
-            confidence=confidence, nfe=nfe,
+            confidence=confidence, nfe=nfe, others=_others(found, own.num_others, token_ids),
         )  # fmt: skip
         is_open = still_masked.any(-1)
         if not bool(is_open.any()):
@@ -147,6 +150,18 @@ def _logits(
     logits = denoise(_pick(tokens, rows, is_whole), _pick(t, rows, is_whole), rows).float()
     logits = ban(logits, [mask_token_id])
     return logits if kept_logits is None else torch.cat([logits, kept_logits])
+
+
+def _others(
+    found: Predictions, count: int, token_ids: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """The most probable tokens beside those that were predicted, and how probable they are."""
+    if count == 0:
+        return None
+    chosen = found.tokens if token_ids is None else torch.searchsorted(token_ids, found.tokens)
+    probs = found.probs.scatter(-1, chosen[..., None], 0.0)
+    probs, ids = probs.masked_fill(~found.is_masked[..., None], 0.0).topk(count)
+    return ids if token_ids is None else token_ids[ids], probs
 
 
 def predictions(

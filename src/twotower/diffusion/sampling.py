@@ -46,6 +46,7 @@ class Sampler:
     unused_ids: tuple[int, ...] = ()  # of the vocabulary, that are no token: never chosen
     has_min_p: bool = True
     has_ranks: bool = True
+    num_others: int = 0  # tokens that a step of a block tells beside those that it chose
 
     @cached_property
     def is_greedy(self) -> bool:

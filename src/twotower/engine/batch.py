@@ -1,7 +1,7 @@
 """Rows that share passes, what a mode does with them, and how their texts are read."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -21,6 +21,9 @@ _SAMPLERS: dict[str, SamplerKind] = {
     "posterior": "posterior",
     "predict-and-noise": "predict-and-noise",
 }
+
+
+NUM_OTHERS = 2  # next most probable tokens of each place of a draft that may branch
 
 
 class Choice(NamedTuple):
@@ -96,6 +99,22 @@ class Batch:
             has_min_p=any(o.min_p > 0 for o in options),
             has_ranks=any(o.top_k > 0 or o.top_p < 1 for o in options),
         )
+
+    @cached_property
+    def draft_sampler(self) -> Sampler:
+        """The rows' sampler for drafts, without chance: the context tower has the last word."""
+        return replace(
+            self.sampler,
+            temperature=torch.zeros(len(self.rows)),
+            num_others=NUM_OTHERS if self.verifies_trees else 0,
+        )
+
+    @cached_property
+    def verifies_trees(self) -> bool:
+        """Whether the rows' drafts may branch."""
+        if not self.model.verifies_trees or self.chooser is not None:
+            return False
+        return not any(row.needs_host for row in self.rows)
 
     @cached_property
     def chooser(self) -> ChoosingBackend | None:

@@ -2,15 +2,13 @@
 
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from twotower.diffusion import Sampler
 from twotower.engine.batch import Batch
 from twotower.engine.denoiser import fill_blocks
 from twotower.engine.drafts import DraftController, Proposal
+from twotower.engine.drafts_lookup import Candidates
 from twotower.engine.events import Event
 from twotower.engine.request import Row
 
@@ -47,21 +45,21 @@ def writing_cost(row: Row, batch: Batch, num_writers: int) -> float:
 
 def write(
     batch: Batch, blocks: Tensor, places: Tensor
-) -> Generator[Event, None, list[list[tuple[int, float]]]]:
+) -> Generator[Event, None, list[list[Candidates]]]:
     """Fill the masks of blocks (B, T) at places (R,): each one's tokens and how sure the denoiser
-    is of them, given those before; 1 for what was known.
+    is of them, given those before; 1 for what was known. Behind a token stand the next most
+    probable ones, where drafts may branch.
     """
-    sampler = _greedy(batch)
+    sampler = batch.draft_sampler
     if len(places) < len(batch.rows):
         sampler = sampler.select(places)
     last = yield from fill_blocks(batch, blocks[places], sampler, places, num_known=1)
-    each = zip(last.tokens.tolist(), last.confidence.tolist(), strict=True)
-    return [list(zip(tokens, sure, strict=True)) for tokens, sure in each]
-
-
-def _greedy(batch: Batch) -> Sampler:
-    """The rows' sampler without chance: the context tower has the last word anyway."""
-    sampler = batch.sampler
-    if sampler.is_greedy:
-        return sampler
-    return replace(sampler, temperature=torch.zeros(len(batch.rows)))
+    written: list[list[Candidates]] = [
+        [[own] for own in zip(tokens, sure, strict=True)]
+        for tokens, sure in zip(last.tokens.tolist(), last.confidence.tolist(), strict=True)
+    ]
+    if last.others is not None:
+        for row, *others in zip(last.rows.tolist(), *map(Tensor.tolist, last.others), strict=True):
+            each = zip(written[row], *others, strict=True)
+            written[row] = [[*own, *zip(*more, strict=True)] for own, *more in each]
+    return written

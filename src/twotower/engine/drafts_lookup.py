@@ -6,11 +6,12 @@ Source: https://github.com/apoorvumang/prompt-lookup-decoding; arXiv 2311.08252.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from itertools import accumulate
-from operator import mul
+from collections.abc import Collection, Sequence
+from heapq import heappop, heappush
+from itertools import accumulate, count
+from typing import NamedTuple
 
-from twotower.engine.batch import Batch
+from twotower.engine.batch import NUM_OTHERS, Batch
 from twotower.engine.drafts import Proposal, best_length
 from twotower.engine.request import Row
 from twotower.model.ngrams import ORDER, Ngrams
@@ -24,6 +25,31 @@ _USUAL = {2: 0.57, 3: 0.67, 4: 0.74, 8: 0.83, 16: 0.95}
 _USUAL_WEIGHT = 10
 _MAX_SURE, _MIN_SURE = 0.98, 0.05  # of a token, and of a whole draft that may go on
 _BINS = 8  # of probabilities that a row corrects together
+# How often a token that is not the likeliest is right, by its own rate, and by what those before it
+# leave.
+_OTHER_RATE, _OTHER_REST = 0.6, 0.8
+
+Candidates = Sequence[tuple[int, float]]  # tokens for one place and how probable each is
+
+
+class Guess(NamedTuple):
+    """What may follow a text, the likeliest first; each token behind the one that it follows."""
+
+    tokens: list[int]
+    parents: list[int]  # the place of what each follows among the known tokens and these, or -1
+    sure: list[float]  # how probable it is that each is reached and right
+
+
+class _Way(NamedTuple):
+    """One way in which a text may go on."""
+
+    path: list[int]  # the tokens behind the known ones
+    parent: int  # the place of what the last of them follows
+    sure: float  # how probable all of them are
+    kind: object  # of guess that the last one is; None where nothing is learnt from it
+    length: int  # of the match that `copied` goes on with
+    copied: Sequence[int]  # what followed there
+    drafted: Sequence[Candidates]  # what the denoiser wrote behind them
 
 
 class LookupIndex:
@@ -91,50 +117,80 @@ class Lookup:
         self.index = LookupIndex()
         self._ngrams, self._copies = ngrams, copies  # copies: of what the text said before
         self._tried, self._right = Counter[object](), Counter[object]()
-        self._guessed: list[tuple[int, object]] = []  # tokens of the newest guess, and their kinds
+        # The newest guess: the place of what each token follows, the token, and its kind.
+        self._guessed: list[tuple[int, int, object]] = []
 
     def extend(self, tokens: Sequence[int]) -> None:
         """The text goes on with these tokens: the newest guess is judged by them."""
-        for token, (guess, kind) in zip(tokens, self._guessed, strict=False):
+        at, left = -1, iter(tokens)
+        token = next(left, None)
+        for place, (parent, guess, kind) in enumerate(self._guessed):
+            if parent != at or token is None:
+                continue
             self._tried[kind] += 1
-            if guess != token:
-                break
-            self._right[kind] += 1
+            if guess == token:
+                self._right[kind] += 1
+                at, token = place, next(left, None)
         self._guessed = []
         self.index.extend(tokens)
 
     def guess(
-        self, known: Sequence[int], most: int, drafted: Sequence[tuple[int, float]] = ()
-    ) -> tuple[list[int], list[float]]:
-        """Up to `most` tokens behind the text and the known ones, and how probable each is, given
-        that those before it are right. drafted: by the denoiser, with its own confidence.
+        self,
+        known: Sequence[int],
+        most: int,
+        drafted: Sequence[Candidates] = (),
+        most_ways: int = 1,
+        ends: Collection[int] = (),
+    ) -> Guess:
+        """Up to `most` tokens behind the text and the known ones. drafted: by the denoiser, with
+        its own confidence. most_ways: in which each token may go on; ends: tokens that end a text.
         """
-        newest, sure = self.index.end(ORDER, known), 1.0
-        found, rates, kinds = list[int](), list[float](), list[object]()
-        length, copied = 0, list[int]()
-        while len(found) < most and sure >= _MIN_SURE:
-            if self._copies and not copied:  # nothing yet, or another token was likelier
-                length, copied = self.index.find([*known, *found], most - len(found))
-            ways = list[tuple[float, int, object]]()
-            if copied:
-                kind = max(n for n in _USUAL if n <= length)
-                ways.append((self._rate(kind, _USUAL[kind]), copied[0], kind))
-            if self._ngrams is not None and (ngram := self._ngrams.find(newest)) is not None:
-                ways.append(self._binned("n-gram", *ngram))
-            if drafted:
-                ways.append(self._binned("denoiser", *drafted[0]))
-            if not ways:
-                break
-            rate, token, kind_of_way = max(ways, key=lambda way: way[0])
-            length = min(length + 1, MAX_MATCH)
-            copied = copied[1:] if copied and copied[0] == token else []
-            drafted = drafted[1:] if drafted and drafted[0][0] == token else ()
-            found.append(token)
-            rates.append(rate)
-            kinds.append(kind_of_way)
-            newest, sure = [*newest[1 - ORDER :], token], sure * rate
-        self._guessed = [*((token, None) for token in known), *zip(found, kinds, strict=True)]
-        return found, rates
+        found, begin, number = Guess([], [], []), len(known), count()
+        self._guessed = [(place - 1, token, None) for place, token in enumerate(known)]
+        way, place = _Way([], begin - 2, 1.0, None, 0, (), drafted), begin - 1
+        ways = list[tuple[float, int, _Way]]()  # the likeliest on top, the first of equals
+        while True:
+            if way.sure >= _MIN_SURE:
+                for following in self._go_on(known, way, place, most - len(way.path), most_ways):
+                    if following.path[-1] not in ends:
+                        heappush(ways, (-following.sure, next(number), following))
+            if not ways or len(found.tokens) == most:
+                return found
+            way, place = heappop(ways)[2], begin + len(found.tokens)
+            self._guessed.append((way.parent, way.path[-1], way.kind))
+            found.tokens.append(way.path[-1])
+            found.parents.append(way.parent)
+            found.sure.append(way.sure)
+
+    def _go_on(
+        self, known: Sequence[int], way: _Way, place: int, most: int, most_ways: int
+    ) -> list[_Way]:
+        """How a way, whose last token is at `place`, goes on, the likeliest first."""
+        behind, length, copied, drafted = [*known, *way.path], way.length, way.copied, way.drafted
+        if self._copies and not copied:  # nothing yet, or another token was likelier
+            length, copied = self.index.find(behind, most)
+        guesses = list[tuple[float, int, object]]()
+        if copied:
+            match = max(n for n in _USUAL if n <= length)
+            guesses.append((self._rate(match, _USUAL[match]), copied[0], match))
+        if self._ngrams is not None:
+            ngram = self._ngrams.find(self.index.end(ORDER, behind))
+            guesses += [] if ngram is None else [self._binned("n-gram", *ngram)]
+        if drafted:
+            guesses += [self._binned("denoiser", *own) for own in drafted[0][:most_ways]]
+        guesses.sort(key=lambda guess: -guess[0])
+        ways, rest, length = dict[int, _Way](), 1.0, min(length + 1, MAX_MATCH)
+        for rate, token, kind in guesses:
+            if token in ways or len(ways) == most_ways:
+                continue
+            if ways:
+                rate, kind = min(_OTHER_RATE * rate, _OTHER_REST * rest), None
+            rest -= rate
+            copy = copied[1:] if copied and copied[0] == token else ()
+            left = drafted[1:] if drafted and drafted[0][0][0] == token else ()
+            path, sure = [*way.path, token], way.sure * rate
+            ways[token] = _Way(path, place, sure, kind, length, copy, left)
+        return list(ways.values())
 
     def _binned(self, source: str, token: int, usual: float) -> tuple[float, int, object]:
         kind = source, int(usual * _BINS)
@@ -150,30 +206,32 @@ def propose(row: Row, batch: Batch, known: Sequence[int]) -> Proposal | None:
     """The draft behind a row's tokens and the known ones that costs no pass, if any pays."""
     if row.options.drafts == "denoiser":
         return None
-    tokens, gain = continuation(row, batch, known)
-    return Proposal("lookup", gain, tokens) if tokens else None
+    tokens, parents, gain = continuation(row, batch, known)
+    return Proposal("lookup", gain, tokens, parents) if tokens else None
 
 
 def continuation(
     row: Row,
     batch: Batch,
     known: Sequence[int],
-    drafted: Sequence[tuple[int, float]] = (),
+    drafted: Sequence[Candidates] = (),
     writing: float = 0.0,
-) -> tuple[list[int], float]:
+) -> tuple[list[int], list[int], float]:
     """What probably follows a row's tokens and the known ones, as much of it as is worth a place in
-    a pass, and the gain that is expected. drafted: by the denoiser, whose passes took `writing` AR
-    steps.
+    a pass, the place of what each follows, and the gain that is expected. drafted: by the denoiser,
+    whose passes took `writing` AR steps.
     """
     if row.lookup is None:
         copies = row.options.drafts != "denoiser"
         row.lookup = Lookup(batch.model.ngrams if copies else None, copies)
-    done, length = row.lookup.index.num_tokens, len(row.prompt) + len(row.tokens)
-    row.lookup.extend(row.between(done, length))
+    done, end = row.lookup.index.num_tokens, len(row.prompt) + len(row.tokens)
+    row.lookup.extend(row.between(done, end))
     begin = 1 + len(known)
     most = min(max(1 + MAX_DRAFT, begin + len(drafted)), row.num_left) - begin
-    tokens, rates = row.lookup.guess(known, most, drafted)
-    expected = list(accumulate([float(begin), *accumulate(rates, mul)]))
-    costs = [batch.pass_cost(begin + count) for count in range(len(expected))]
-    count, gain = best_length(expected, costs, writing)
-    return tokens[:count], gain
+    # Only a denoiser tells several tokens for one place.
+    most_ways = 1 + NUM_OTHERS if drafted and batch.verifies_trees else 1
+    guess = row.lookup.guess(known, most, drafted, most_ways, row.options.eos_token_id)
+    expected = list(accumulate([float(begin), *guess.sure]))
+    costs = [batch.pass_cost(begin + tokens) for tokens in range(len(expected))]
+    length, gain = best_length(expected, costs, writing)
+    return guess.tokens[:length], [1 + parent for parent in guess.parents[:length]], gain

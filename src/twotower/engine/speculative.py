@@ -10,16 +10,19 @@ import torch
 
 from twotower.engine import drafts_denoiser, drafts_lookup
 from twotower.engine.batch import Batch, Choice, DecodingMode
-from twotower.engine.drafts import best
+from twotower.engine.drafts import Proposal, best
 from twotower.engine.events import Event, Verified
 from twotower.engine.request import Row
 from twotower.engine.verify import start, verify
+from twotower.model.draft_tree import has_branches
 
+_NO_DRAFT = Proposal("lookup", 1.0)
 PROPOSE = (drafts_denoiser.propose, drafts_lookup.propose)
 
 
 def draft(batch: Batch) -> Iterator[Event]:
-    """What to verify: each row's newest token with a draft behind it, (B, n); how much of it, (B,).
+    """What to verify: each row's newest token with a draft behind it, (B, n); how much of it, (B,);
+    and where drafts branch the place of what each token follows, (B, n).
 
     Rows that do not draft have their newest token alone, and what their grammar demands behind it.
     """
@@ -28,10 +31,11 @@ def draft(batch: Batch) -> Iterator[Event]:
     for row, own in zip(rows, known, strict=True):
         row.proposal = best(propose(row, batch, own[1:]) for propose in PROPOSE)
     yield from _write(batch, known)
-    blocks = [
-        [*own, *(row.proposal.tokens if row.proposal is not None else ())][: row.num_left]
-        for row, own in zip(rows, known, strict=True)
-    ]
+    blocks, parents = list[list[int]](), list[list[int]]()
+    for row, own in zip(rows, known, strict=True):
+        proposal = row.proposal or _NO_DRAFT
+        blocks.append([*own, *proposal.tokens][: row.num_left])
+        parents.append([*range(-1, len(own) - 1), *proposal.parents])
     for row, block in zip(rows, blocks, strict=True):  # before any answer is waited for
         if row.proposal is not None:
             _look_ahead(row, block[1:])
@@ -40,6 +44,9 @@ def draft(batch: Batch) -> Iterator[Event]:
     # Padded with any token: a mask of the denoiser's own is none that the context tower could read.
     padded = torch.tensor([block + [0] * (most - len(block)) for block in blocks])
     batch.draft = padded, torch.tensor([len(block) for block in blocks])
+    if any(has_branches(own[: len(block)]) for own, block in zip(parents, blocks, strict=True)):
+        follow = [[*own, *range(len(own) - 1, most - 1)][:most] for own in parents]
+        batch.draft = *batch.draft, torch.tensor(follow)
 
 
 def _write(batch: Batch, known: Sequence[list[int]]) -> Iterator[Event]:
@@ -56,8 +63,8 @@ def _write(batch: Batch, known: Sequence[list[int]]) -> Iterator[Event]:
         row, own = rows[place], known[place]
         assert row.proposal is not None
         drafted, cost = block[len(own) :], drafts_denoiser.writing_cost(row, batch, len(places))
-        tokens, _ = drafts_lookup.continuation(row, batch, own[1:], drafted, cost)
-        row.proposal = row.proposal._replace(tokens=tokens, cost=cost)
+        tokens, parents, _ = drafts_lookup.continuation(row, batch, own[1:], drafted, cost)
+        row.proposal = row.proposal._replace(tokens=tokens, parents=parents, cost=cost)
 
 
 def _forced(row: Row, size: int) -> list[int]:
@@ -91,7 +98,7 @@ def _num_possible(row: Row, block: list[int]) -> int:
 
 def choose(batch: Batch) -> Choice:
     """Verify the drafts, and let each row's controller learn from it."""
-    _, lengths = batch.draft
+    lengths = batch.draft[1]
     choice, verified = verify(batch), []
     drafters = [None if row.proposal is None else row.proposal.drafter for row in batch.rows]
     num_writers = drafters.count("denoiser")

@@ -16,6 +16,7 @@ from twotower.engine.constraints import choose_allowed, penalize
 from twotower.engine.events import Event
 from twotower.engine.logits import choose_tokens, rows_logprobs
 from twotower.engine.request import Row
+from twotower.model.draft_tree import DraftTree
 
 
 def start(batch: Batch) -> Choice:
@@ -37,7 +38,7 @@ def verify(batch: Batch, most_steps: int = 1) -> Choice:
 
     most_steps: AR steps that a backend which chooses may make; above 1 without drafts alone.
     """
-    drafts, lengths = batch.draft
+    drafts, lengths = batch.draft[:2]
     needs_host = any(row.needs_host for row in batch.rows)
     if batch.chooser is not None and not needs_host:
         steps = min(most_steps, batch.chooser.decode_steps)
@@ -47,19 +48,34 @@ def verify(batch: Batch, most_steps: int = 1) -> Choice:
             row.context_forwards += min(steps, row.num_left)
         return Choice(_kept(*found))
     is_draft = drafts.shape[1] > 1  # the newest token always stays
-    output = batch.model.verify(batch.cache, drafts, lengths if is_draft else None, is_draft)
+    tree = _tree(batch)
+    output = batch.model.verify(batch.cache, drafts, lengths if is_draft else None, is_draft, tree)
     if needs_host or not batch.sampler.is_greedy or int(lengths.min()) == drafts.shape[1]:
         logits = batch.model.context_head(output.hidden)
-        choices = _choices(batch, logits)
+        choices = _choices(batch, logits, tree)
     else:
         logits, choices = None, _greedy_choices(batch, output.hidden)
-    counts = count_accepted(drafts, choices, lengths)
-    tokens = _kept(choices, counts)
+    if tree is None:
+        paths, counts = None, count_accepted(drafts, choices, lengths)
+        tokens = _kept(choices, counts)
+    else:
+        paths = tree.paths(drafts.tolist(), choices.tolist())
+        counts = torch.tensor([len(path) for path in paths])
+        each = zip(choices.tolist(), paths, strict=True)
+        tokens = [[own[place] for place in path] for own, path in each]
     logprobs = None if logits is None else rows_logprobs(batch.rows, logits, tokens)
-    batch.cache.commit(output, counts)
+    batch.cache.commit(output, counts, paths)
     for row in batch.rows:
         row.context_forwards += 1
     return Choice(tokens, logprobs)
+
+
+def _tree(batch: Batch) -> DraftTree | None:
+    """What each token of the drafts follows, if any branches."""
+    if len(batch.draft) < 3:
+        return None
+    _, lengths, parents = (part.tolist() for part in batch.draft)
+    return DraftTree([own[:length] for own, length in zip(parents, lengths, strict=True)])
 
 
 def _kept(choices: Tensor, counts: Tensor) -> list[list[int]]:
@@ -71,7 +87,7 @@ def _greedy_choices(batch: Batch, hidden: Tensor) -> Tensor:
     """`_choices` of rows that need no more than argmax, hidden (B, n, D): the head is a fifth of a
     small model, and only where a row has tokens does it run.
     """
-    drafts, lengths = batch.draft
+    drafts, lengths = batch.draft[:2]
     is_token = torch.arange(drafts.shape[1]) < lengths.unsqueeze(1)
     logits = batch.model.context_head(hidden[is_token.to(hidden.device)])
     choices = torch.zeros_like(drafts)
@@ -79,16 +95,18 @@ def _greedy_choices(batch: Batch, hidden: Tensor) -> Tensor:
     return choices
 
 
-def _choices(batch: Batch, logits: Tensor) -> Tensor:
+def _choices(batch: Batch, logits: Tensor, tree: DraftTree | None) -> Tensor:
     """The AR tower's token after each of the draft's: logits (B, n, V) -> (B, n) on the CPU.
 
     Penalties count the draft's tokens, and under a grammar choices are made, as far as the draft
     agrees with them.
     """
-    drafts, lengths = batch.draft
+    drafts, lengths = batch.draft[:2]
     each = zip(drafts.tolist(), lengths.tolist(), strict=True)
     logits = penalize(logits, batch.rows, [own[1:length] for own, length in each])
     noise = _noise(batch, *logits.shape[1:])
+    if noise is not None and tree is not None:  # that of a token's place in the text
+        noise = torch.stack([own[depths] for own, depths in zip(noise, tree.depths, strict=True)])
     noise = None if noise is None else noise.to(logits.device)
     choices = choose_each(require_finite(logits), batch.sampler, noise).cpu()
     for place, row in enumerate(batch.rows):
@@ -103,7 +121,7 @@ def _keep_grammar(batch: Batch, place: int, logits: Tensor, noise: Tensor | None
     """A row's choices from left to right, each under the grammar after those before it, up to the
     first that its draft does not have: logits (n, V).
     """
-    row, (drafts, lengths) = batch.rows[place], batch.draft
+    row, (drafts, lengths) = batch.rows[place], batch.draft[:2]
     assert row.grammar is not None
     kept: list[int] = []
     following = [*drafts[place].tolist()[1:], None]

@@ -26,6 +26,7 @@ from twotower.layers.moe import Experts
 from twotower.layers.quantised import QuantisedExperts
 from twotower.model.backend import EagerBackend, PassCosts
 from twotower.model.delta import apply_delta
+from twotower.model.draft_tree import DraftTree
 from twotower.model.precision import M, rounded_to_eight_bits, shared_copy
 from twotower.model.state import ContextCache, ContextView, ForwardOutput, LayerState
 from twotower.model.two_tower import TwoTower
@@ -48,7 +49,7 @@ class GraphsBackend:
 
     name = "graphs"
     decode_steps = 8  # a reader sees tokens that much later
-    prefix_chunk = EagerBackend.prefix_chunk
+    prefix_chunk, verifies_trees = EagerBackend.prefix_chunk, False
 
     def __init__(self, model: TwoTower, quantization: str = "none") -> None:
         self.quantization, self._device = quantization, model.context_device
@@ -84,9 +85,15 @@ class GraphsBackend:
             raise ValueError(f"graphs passes run no {MoESpec.label} in int8 here: {unfused}")
 
     def context_pass(
-        self, cache: ContextCache, tokens: Tensor, counts: Tensor | None, is_draft: bool
+        self,
+        cache: ContextCache,
+        tokens: Tensor,
+        counts: Tensor | None,
+        is_draft: bool,
+        tree: DraftTree | None = None,
     ) -> ForwardOutput:
         """Keys go where they belong in the mirror; a draft's Mamba states wait for its counts."""
+        assert tree is None  # not verified here
         layers, before = cache.layers, cache.version
         num_rows, length = tokens.shape
         padded = bucket(length) if length <= _MAX_RECORDED else length

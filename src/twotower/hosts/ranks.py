@@ -28,7 +28,9 @@ from twotower.model.delta import CacheDelta
 from twotower.model.state import LayerState
 
 _log = logging.getLogger(__name__)
-_STEP_TENSORS = [field.name for field in dataclasses.fields(Step) if field.name != "index"]
+_STEP_TENSORS = [
+    field.name for field in dataclasses.fields(Step) if field.name not in ("index", "others")
+]
 _PER_ROW = ("temperature", "top_k", "top_p", "min_p", "steps", "threshold")  # of a sampler
 
 
@@ -203,4 +205,4 @@ def _steps_of(count: int, tensors: Sequence[Tensor]) -> Iterator[Step]:
     width = len(_STEP_TENSORS)
     for index in range(count):
         own = tensors[index * width : (index + 1) * width]
-        yield Step(index=index, **dict(zip(_STEP_TENSORS, own, strict=True)))
+        yield Step(index=index, **dict(zip(_STEP_TENSORS, own, strict=True)))  # type: ignore[arg-type]

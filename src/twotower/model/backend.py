@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from twotower import masks
 from twotower.kernels import ssd
 from twotower.layers.bigram import add_bigrams
 from twotower.layers.mamba2 import MambaInputs, states_after
+from twotower.model.draft_tree import DraftTree
 from twotower.model.state import ContextCache, ContextView, ForwardOutput
 
 if TYPE_CHECKING:
@@ -41,13 +43,22 @@ class Backend(Protocol):
     """Tokens that are read at a time where contexts are kept for prompts that begin alike: fewer
     find longer common beginnings and cost more passes."""
 
+    verifies_trees: bool
+    """Whether drafts may branch, where the context tower has attention and no other state."""
+
     def context_pass(
-        self, cache: ContextCache, tokens: Tensor, counts: Tensor | None, is_draft: bool
+        self,
+        cache: ContextCache,
+        tokens: Tensor,
+        counts: Tensor | None,
+        is_draft: bool,
+        tree: DraftTree | None = None,
     ) -> ForwardOutput:
         """The context tower over tokens (B, L >= 1) after the cache, which stays as it is.
 
         counts (B,): how many tokens of each row are worth a pass, None for all. is_draft: how many
-        of them stay is decided after the pass; otherwise the counts are.
+        of them stay is decided after the pass; otherwise the counts are. tree: what each token
+        follows, where that is not always the one before it.
         """
         ...
 
@@ -64,14 +75,19 @@ class EagerBackend:
     """Plain PyTorch: every model and device; what the other backends are compared with."""
 
     name, quantization = "eager", "none"
-    prefix_chunk = 64
+    prefix_chunk, verifies_trees = 64, True
     pass_costs = PassCosts({1: 1.0, 4: 1.4, 8: 1.6, 16: 1.75})
 
     def __init__(self, model: "TwoTower") -> None:
         self._model = model
 
     def context_pass(
-        self, cache: ContextCache, tokens: Tensor, counts: Tensor | None, is_draft: bool
+        self,
+        cache: ContextCache,
+        tokens: Tensor,
+        counts: Tensor | None,
+        is_draft: bool,
+        tree: DraftTree | None = None,
     ) -> ForwardOutput:
         length, device = tokens.shape[1], tokens.device
         states_every: int | None = length
@@ -79,14 +95,19 @@ class EagerBackend:
             # The cache makes the states of all layers at once, which takes fewer operations.
             counts = states_every = None
         start: Tensor | int = cache.num_past
-        if cache.is_uniform:
-            mask = masks.causal(length, 0, device)  # all of the past is seen
+        own = None if tree is None else tree.mask.to(device)
+        depths = None if tree is None else torch.tensor(tree.depths, device=device)
+        if cache.is_uniform:  # all of the past is seen
+            mask = masks.causal(length, 0, device) if own is None else own
         else:
             start = cache.lengths.to(device)
-            mask = masks.causal_rows(length, start, cache.num_past)
+            if own is None:
+                mask = masks.causal_rows(length, start, cache.num_past)
+            else:
+                mask = masks.tree_rows(own, start, cache.num_past)
         on_device = None if counts is None else counts.to(device)
         tower = self._model.context_tower
-        hidden, states = tower(tokens, cache.layers, mask, on_device, states_every, start)
+        hidden, states = tower(tokens, cache.layers, mask, on_device, states_every, start, depths)
         inputs = [state for state in states if isinstance(state, MambaInputs)]
         if not inputs:
             return ForwardOutput(hidden, states)

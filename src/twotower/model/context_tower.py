@@ -33,14 +33,16 @@ class ContextTower(Tower):
         counts: Tensor | None,
         states_every: int | None,
         start: Tensor | int = 0,
+        depths: Tensor | None = None,
     ) -> tuple[Tensor, list[NewState]]:
         """ids (B, L) after a past -> hidden (B, L, D), normed, and each layer's new state.
 
         Past, new state: KV of S, L tokens; MambaState with leading (B,), (B, L/states_every), or
         MambaInputs where states_every is None. start: tokens of the past, (B,) where rows differ.
+        depths: as `rotation` takes them.
         """
         h, added = self.embed(ids), None
-        rotation = self.rotation(start, ids.shape[1], ids.device)
+        rotation = self.rotation(start, ids.shape[1], ids.device, depths)
         states: list[NewState] = []
         for index, layer in enumerate(self.each_layer()):
             h, u = layer.pre_norm(h, added)

@@ -154,18 +154,23 @@ class ContextCache:
         return ContextView(layers, lengths, *sizes, hidden, self.version)
 
     @torch.no_grad()
-    def commit(self, output: ForwardOutput, counts: Tensor) -> None:
+    def commit(
+        self, output: ForwardOutput, counts: Tensor, paths: Sequence[Sequence[int]] | None = None
+    ) -> None:
         """Commit the first counts[b] >= 0 of each row's tokens; the rest leaves no trace.
 
-        counts (B,) on the CPU. The output must have been made from the cache as it is. Whole or not
-        at all: after an error (memory) the cache is what it was. ValueError (one line) for the
-        output of an earlier pass, whose keys a later one has overwritten.
+        counts (B,) on the CPU. paths: of drafts that branch, the places of these tokens. The output
+        must have been made from the cache as it is. Whole or not at all: after an error (memory)
+        the cache is what it was. ValueError (one line) for the output of an earlier pass, whose
+        keys a later one has overwritten.
         """
         if output.version is not None and output.version is not self.version:
             raise ValueError(
                 "output is of an earlier pass over this cache, and its keys have been overwritten; "
                 "verify the tokens again"
             )
+        if paths is not None:
+            output = self._along(output, paths)
         found: dict[int, MambaState] = {}
         buffers, parts = list[Tensor](), list[Tensor]()
         states = self.make_room(output.hidden.shape[1])
@@ -185,6 +190,27 @@ class ContextCache:
         for index, state in found.items():
             self.buffers[index] = state
         self.last_hidden, self.lengths = newest, lengths
+
+    def _along(self, output: ForwardOutput, paths: Sequence[Sequence[int]]) -> ForwardOutput:
+        """The output with what lies at each row's places in front, in their order."""
+        hidden, length = output.hidden, output.hidden.shape[1]
+        for row, path in enumerate(paths):
+            at = next((i for i, place in enumerate(path) if place != i), len(path))
+            if at == len(path):
+                continue  # nothing lies before it
+            places, front = torch.tensor(path[at:]), slice(at, len(path))
+            hidden = hidden.clone() if hidden is output.hidden else hidden
+            hidden[row, front] = hidden[row, places]
+            start = int(self.lengths[row])
+            for old, new in zip(self.buffers, output.states, strict=True):
+                if isinstance(new, KV):
+                    for part in new:
+                        part[row, front] = part[row, places.to(part.device)]
+                elif isinstance(old, KV):  # they lie in the buffers
+                    for part in old:
+                        behind = part[row, start : start + length]
+                        behind[front] = behind[places]
+        return output._replace(hidden=hidden)
 
     def _newest(self, hidden: Tensor, counts: Tensor) -> Tensor:
         """Each row's output (B, D) at the last of its counts[b] tokens; the old one where none."""

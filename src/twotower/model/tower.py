@@ -22,13 +22,20 @@ class Tower(nn.Module):
         self.layers = nn.ModuleList(Layer(spec, config) for spec in config.layers)
         self.norm_f = ResidualNorm(config.hidden_size, config.norm_eps)
 
-    def rotation(self, start: Tensor | int, length: int, device: torch.device) -> Rotation | None:
+    def rotation(
+        self,
+        start: Tensor | int,
+        length: int,
+        device: torch.device,
+        depths: Tensor | None = None,
+    ) -> Rotation | None:
         """How queries and keys of `length` tokens after `start` others, per row (B,) or of all
-        rows, are turned; None without rotary layers.
+        rows, are turned; None without rotary layers. depths (B, L): tokens of these before each,
+        where that is not its place.
         """
         if self._rotary is None:
             return None
-        positions = torch.arange(length, device=device).unsqueeze(0)
+        positions = torch.arange(length, device=device).unsqueeze(0) if depths is None else depths
         first = start.to(device).unsqueeze(1) if isinstance(start, Tensor) else start
         return rotation(*self._rotary, positions + first)
 

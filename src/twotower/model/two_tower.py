@@ -18,9 +18,11 @@ from twotower.layers.bigram import Bigram
 from twotower.model.backend import Backend, EagerBackend
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
+from twotower.model.draft_tree import DraftTree
 from twotower.model.ngrams import Ngrams
 from twotower.model.state import ContextCache, ContextView, ForwardOutput
 from twotower.model.training import read_and_denoise
+from twotower.specs import MambaSpec
 
 # Tokens of a prompt read at a time: bounds the attention scores at chunk x prompt.
 PREFILL_CHUNK = 512
@@ -163,15 +165,32 @@ class TwoTower(nn.Module):
         tokens: Tensor,
         counts: Tensor | None = None,
         is_draft: bool = True,
+        tree: DraftTree | None = None,
     ) -> ForwardOutput:
         """Forward pass over tokens (B, n >= 1) after the cache, which stays as it is:
         `cache.commit` keeps as many of them as are wanted.
 
         counts (B,): how many tokens of each row are worth a pass, all where not given; without
-        is_draft just these will be committed, which saves work.
+        is_draft just these will be committed, which saves work. tree: what each token follows,
+        where drafts branch; ValueError (one line) where `verifies_trees` is false.
         Source: system.md section 4, 'Self-speculation'.
         """
-        return self.backend.context_pass(cache, self._after(cache, tokens), counts, is_draft)
+        tokens = self._after(cache, tokens)
+        if tree is None:
+            return self.backend.context_pass(cache, tokens, counts, is_draft)
+        if not self.verifies_trees:
+            raise ValueError(
+                "drafts branch, which the context tower's Mamba layers or the backend cannot "
+                "verify; give drafts without branches"
+            )
+        return self.backend.context_pass(cache, tokens, counts, is_draft, tree)
+
+    @property
+    def verifies_trees(self) -> bool:
+        """Whether drafts may branch: a Mamba layer's state is that of one text."""
+        layers = self.config.context.layers
+        has_mamba = any(isinstance(layer, MambaSpec) for layer in layers)
+        return not has_mamba and self.backend.verifies_trees
 
     @torch.no_grad()
     def context_head(self, hidden: Tensor) -> Tensor:

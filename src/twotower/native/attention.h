@@ -9,7 +9,9 @@
 
 namespace twotower {
 
-constexpr int KEYS = 64;  // of a block
+constexpr int KEYS = 64;         // of a block
+constexpr int BRANCHING = 32;    // tokens of a draft that branches, at most: the bits of what one sees
+constexpr int MOST = KEYS + BRANCHING;
 
 // Room for all queries, and for keys and values that nobody else keeps
 inline void make_room_for_keys(const Step &s) {
@@ -32,7 +34,9 @@ void make_angles(const Call &call, int head_dim, const Tile &tile) {
     float *cosines = scratch.angles.data() + long(tile.place) * head_dim, *sines = cosines + half * W;
     float positions[W] = {};
     each_segment(call, tile, [&](const Segment &s) {
-        for (int t = 0; t < s.count; t++) positions[s.lane + t] = float(call.rows[s.row].num_past + s.at + t);
+        const Row &row = call.rows[s.row];
+        for (int t = s.at; t < s.at + s.count; t++)
+            positions[s.lane + t - s.at] = float(row.num_past + (row.depths ? row.depths[t] : t));
     });
     for (int l = 0; l < W; l++)
         for (int i = 0; i < half; i++) {
@@ -97,23 +101,55 @@ void project(const Step &s, const Tile &tile) {
 struct KeyBlock {
     const float *k, *v;
     long stride;
+    int count;
 };
 
 // Keys `at` to `at + count` of the head whose features begin at `head`: where they lie, or in room
-// for 2 * KEYS * A floats where the past ends among them.
+// for 2 * MOST * A floats where the past ends among them.
 inline KeyBlock find_keys(const Layer &layer, const RowState &s, int head, int at, int count, float *room) {
     int A = layer.head_dim, S = s.num_past;
     long stride = long(layer.kv_heads) * A, own = long(at - S) * stride + head;
-    if (at >= S) return {s.out.k + own, s.out.v + own, stride};
+    if (at >= S) return {s.out.k + own, s.out.v + own, stride, count};
     const float *k = s.past.k + at * stride + head, *v = s.past.v + at * stride + head;
-    if (at + count <= S) return {k, v, stride};
+    if (at + count <= S) return {k, v, stride, count};
     for (int j = 0; j < count; j++) {
         bool is_past = at + j < S;
         std::copy_n(is_past ? k + j * stride : s.out.k + own + j * stride, A, room + j * A);
         std::copy_n(is_past ? v + j * stride : s.out.v + own + j * stride, A,
-                    room + (KEYS + j) * A);
+                    room + (MOST + j) * A);
     }
-    return {room, room + KEYS * A, A};
+    return {room, room + MOST * A, A, count};
+}
+
+// The same of a draft that branches, where its block holds tokens of the pass: the past, then all tokens
+// whose positions lie in the block, whose places in the pass go to `places`. Of those a token sees,
+// each stands behind the one that it follows, so sums are taken in the order of a text.
+inline KeyBlock find_branches(const Layer &layer, const RowState &s, int head, int at, float *room,
+                              int *places) {
+    int A = layer.head_dim, S = s.num_past, count = std::max(0, S - at);
+    long stride = long(layer.kv_heads) * A;
+    auto add = [=](const Past &from, long place, int j) {
+        std::copy_n(from.k + place * stride + head, A, room + j * A);
+        std::copy_n(from.v + place * stride + head, A, room + (MOST + j) * A);
+    };
+    for (int j = 0; j < count; j++) add(s.past, at + j, j);
+    for (int t = 0; t < s.length; t++)
+        if (int position = S + s.depths[t]; position >= at && position < at + KEYS) {
+            places[count] = t;
+            add({s.out.k, s.out.v, nullptr, nullptr}, t, count++);
+        }
+    return {room, room + MOST * A, A, count};
+}
+
+// score[count][W] of keys that a lane does not see: those of other branches. first: the first lane's
+// token; `heads` lanes are of one.
+template <int W>
+void hide_branches(const RowState &s, const int *places, int past, int count, int first, int heads, float *score) {
+    for (int j = past; j < count; j++)
+        for (int l = 0; l < W; l++) {
+            int token = std::min(first + l / heads, s.length - 1);
+            if (!(s.sees[token] >> places[j] & 1)) score[j * W + l] = -INFINITY;
+        }
 }
 
 // Prefetches the rows of a head among keys or values: they lie apart from each other, so
@@ -179,20 +215,26 @@ template <int W>
 void attend_head(const Layer &layer, const RowState &row, int head, const float *q, int heads, int last,
                  bool is_causal, int visible, float *y) {
     int A = layer.head_dim;
-    float *score = at_least(scratch.own, size_t(KEYS) * W + 2 * size_t(KEYS) * A);
-    float *room = score + KEYS * W;
+    float *score = at_least(scratch.own, size_t(MOST) * W + 2 * size_t(MOST) * A);
+    float *room = score + MOST * W;
     float root = 1.0f / std::sqrt(float(A)), most[W], total[W] = {};
+    int places[MOST], S = row.num_past;
     for (int l = 0; l < W; l++) most[l] = -INFINITY;
     std::fill(y, y + A * W, 0.0f);
     for (int at = 0; at < visible; at += KEYS) {
-        int here = std::min(KEYS, visible - at);
-        KeyBlock keys = find_keys(layer, row, head, at, here, room);
+        bool branches = row.depths && at + KEYS > S;
+        KeyBlock keys = branches ? find_branches(layer, row, head, at, room, places)
+                                 : find_keys(layer, row, head, at, std::min(KEYS, visible - at), room);
+        int here = keys.count;
+        if (here == 0) continue;
         prefetch_rows(keys.v, keys.stride, A, here);
         product<W>(keys.k, keys.stride, 1, here, A, q, nullptr, score);
-        if (is_causal)
+        if (branches)
+            hide_branches<W>(row, places, std::max(0, S - at), here, last - S, heads, score);
+        else if (is_causal)
             for (int j = std::max(0, last + 1 - at); j < here; j++)
                 for (int l = 0; l < std::min((at + j - last) * heads, W); l++) score[j * W + l] = -INFINITY;
-        int next = at + KEYS, left = std::min(KEYS, row.num_past - next);
+        int next = at + KEYS, left = std::min(KEYS, S - next);
         prefetch_rows(row.past.k + next * keys.stride + head, keys.stride, A, left);
         weigh<W>(score, here, root, most, total, y, A);
         add_weighted<W>(keys.v, keys.stride, A, here, score, y);

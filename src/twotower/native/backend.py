@@ -14,21 +14,22 @@ from twotower.kernels.quantised import Bits, Quantised, to_eight_bits
 from twotower.layers.mamba2 import MambaState
 from twotower.layers.quantised import QuantisedMatrix
 from twotower.model.backend import PassCosts
+from twotower.model.draft_tree import DraftTree
 from twotower.model.precision import Scheme, weight_bits
 from twotower.model.state import ContextCache, ContextView, ForwardOutput, LayerState
 from twotower.model.tower import Tower
 from twotower.model.two_tower import TwoTower
 from twotower.native.buffers import BufferPool, PassOutputs, PastStates
 from twotower.native.layout import LANES, Row
-from twotower.native.tower import Modulations, NativeLinear, NativeTower
+from twotower.native.tower import Branches, Modulations, NativeLinear, NativeTower
 
 # What --quantization rounds weights to; products with them round the tokens, too.
 _SCHEMES = {"int8": Scheme(weights="int8", activations="int8"), "int4": Scheme(weights="int4")}
 # The fewer bits, the less a single token costs, and the more of a block's time is arithmetic.
 _PASS_COSTS = {
     "none": PassCosts({1: 1.0, 4: 1.25, 8: 1.35, 16: 1.55, 32: 2.15, 64: 3.75}, row=0.025),
-    "int8": PassCosts({1: 1.0, 4: 1.25, 8: 1.55, 16: 2.1, 32: 3.4, 64: 6.5}, row=0.1),
-    "int4": PassCosts({1: 1.0, 4: 1.4, 8: 1.9, 16: 3.3, 32: 6.0, 64: 11.0}, row=0.15),
+    "int8": PassCosts({1: 1.0, 4: 1.2, 8: 1.5, 16: 2.0, 32: 3.4, 64: 6.5}, row=0.1),
+    "int4": PassCosts({1: 1.0, 4: 1.2, 8: 1.65, 16: 2.9, 32: 5.7, 64: 11.0}, row=0.15),
 }
 _MAX_TABLES = 64  # remembered times; a block of 16 tokens has 16 masked fractions
 
@@ -42,7 +43,7 @@ class NativeBackend:
     """
 
     name = "native"
-    prefix_chunk = LANES
+    prefix_chunk, verifies_trees = LANES, True
 
     def __init__(self, model: TwoTower, quantization: str) -> None:
         self.quantization = quantization
@@ -66,7 +67,12 @@ class NativeBackend:
         self._tables: dict[float, Modulations] = {}
 
     def context_pass(
-        self, cache: ContextCache, tokens: Tensor, counts: Tensor | None, is_draft: bool
+        self,
+        cache: ContextCache,
+        tokens: Tensor,
+        counts: Tensor | None,
+        is_draft: bool,
+        tree: DraftTree | None = None,
     ) -> ForwardOutput:
         """Each row with its own past and its own number of tokens."""
         tower, tokens = self._context, tokens.contiguous()
@@ -82,11 +88,13 @@ class NativeBackend:
         addresses = outputs.addresses(pasts, lengths)
         ids, ids_step = tokens.data_ptr(), 8 * length
         out, out_step = hidden.data_ptr(), 4 * length * self._width
+        branches = None if tree is None else Branches(tree)
         rows = list[Row]()
         for row, count in enumerate(given):
             if count:
                 places = pasts.of(row), addresses.of(row), None, out + row * out_step
-                rows.append(Row(count, lengths[row], ids + row * ids_step, *places))
+                shape = () if branches is None else branches.of(row)
+                rows.append(Row(count, lengths[row], ids + row * ids_step, *places, *shape))
             else:
                 outputs.keep(layers, row)
         if rows:

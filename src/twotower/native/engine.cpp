@@ -114,7 +114,7 @@ void run(const Call &call, const float *const *modulations) {
         const float *modulation = modulations ? modulations[i] : nullptr;
         for (int r = 0; r < call.num_rows; r++) {
             const Row &row = call.rows[r];
-            states[r] = {row.past[i], row.out ? row.out[i] : Outputs{}, row.length, row.num_past};
+            states[r] = {row.past[i], row.out ? row.out[i] : Outputs{}, row.length, row.num_past, row.depths, row.sees};
         }
         run_layer({call, tower.layers[i], states.data()}, before, modulation);
         before = {false, modulation ? modulation + 2 * D : nullptr};

@@ -39,6 +39,8 @@ struct RowState {
     Past past;
     Outputs out;
     int length, num_past;
+    const int32_t *depths;
+    const uint32_t *sees;
 
     bool is_last(const Segment &s) const { return s.at + s.count == length; }
 };

@@ -35,9 +35,12 @@ _STRUCTS = {
     "Outputs": "float *k, float *v, float *conv, float *ssm, float *window, float *mixed, "
     "float *step",
     # One text of a pass: length >= 1 tokens after num_past others, past and out with an entry for
-    # each layer; out and added (width,), which is added to its embeddings, may be null.
+    # each layer; out and added (width,), which is added to its embeddings, may be null. Of a draft
+    # that branches: depths (length,), how many tokens of the row come before each; sees (length,),
+    # a bit for each place that it attends to. Null where each follows the one before.
     "Row": "int32_t length, int32_t num_past, const int64_t *ids, const Past *past, "
-    "const Outputs *out, const float *added, float *hidden",
+    "const Outputs *out, const float *added, float *hidden, const int32_t *depths, "
+    "const uint32_t *sees",
 }
 # Of each kind its symbol, and its weights' names below `layers.{i}.mixer.`, after the layer's own
 # norm; those of `OPTIONAL` that the model lacks are null.

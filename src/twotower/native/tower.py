@@ -3,12 +3,14 @@
 import ctypes
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from twotower.config import TowerConfig
 from twotower.kernels.quantised import Bits, Quantised
 from twotower.layers.rope import inverse_frequencies
+from twotower.model.draft_tree import DraftTree
 from twotower.native import layout
 from twotower.native.layout import OPTIONAL, Row, Weight, layer_of, weight_names
 from twotower.native.library import library
@@ -72,6 +74,18 @@ class NativeTower:
 
     def _threads(self) -> int:
         return torch.get_num_threads() if self._is_shared else 1
+
+
+class Branches:
+    """Depths and what is seen of each token of drafts that branch, as rows of a pass take them."""
+
+    def __init__(self, tree: DraftTree) -> None:
+        self._kept = np.array(tree.depths, np.int32), np.array(tree.sees, np.uint32)
+
+    def of(self, row: int) -> tuple[int, int]:
+        """Where those of a row begin, valid as long as this lives."""
+        depths, sees = (part.ctypes.data + row * part.strides[0] for part in self._kept)
+        return depths, sees
 
 
 class Modulations:

@@ -1,0 +1,63 @@
+"""Drafts that branch: one pass verifies several ways in which a text may go on.
+
+Each token of a row of drafts follows its parent, an earlier place of the row, and sees what it
+follows alone. Also known as tree attention. Source: arXiv 2305.09781.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+MAX_TOKENS = 32  # of a row: what a token sees is a number of as many bits
+
+
+def has_branches(parents: Sequence[int]) -> bool:
+    """Whether any token follows another than the one before it."""
+    return any(parent != place - 1 for place, parent in enumerate(parents))
+
+
+class DraftTree:
+    """What each token of drafts (B, L) follows: parents[b][i] < i, -1 for the first of a row.
+
+    A row's list ends with its tokens; padding behind them sees itself alone. ValueError (one line)
+    for a row of more than 32 tokens.
+    """
+
+    def __init__(self, parents: Sequence[Sequence[int]]) -> None:
+        self.parents, self.length = parents, max(map(len, parents))
+        if self.length > MAX_TOKENS:
+            raise ValueError(
+                f"a draft of {self.length} tokens branches; must have at most {MAX_TOKENS}"
+            )
+        self.depths = [[0] * self.length for _ in parents]
+        """Tokens of the row that come before each, (B, L)."""
+        self.sees = [[1 << place for place in range(self.length)] for _ in parents]
+        """Places that each token attends to, itself among them, as bits: (B, L)."""
+        for own, depths, sees in zip(parents, self.depths, self.sees, strict=True):
+            for place, parent in enumerate(own):
+                if parent >= 0:
+                    depths[place] = depths[parent] + 1
+                    sees[place] |= sees[parent]
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """`sees` as bool (B, 1, L, L)."""
+        bits = torch.tensor(self.sees).unsqueeze(-1) >> torch.arange(self.length)
+        return (bits & 1).bool().unsqueeze(1)
+
+    def paths(
+        self, drafts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]]
+    ) -> list[list[int]]:
+        """The places of each row's tokens that stand: the first, and each that follows one of them
+        and is the token chosen there. choices (B, L): behind each place.
+        """
+        paths = []
+        for parents, tokens, chosen in zip(self.parents, drafts, choices, strict=True):
+            path = [0]
+            for place, parent in enumerate(parents):
+                if parent == path[-1] and tokens[place] == chosen[parent]:
+                    path.append(place)
+            paths.append(path)
+        return paths
