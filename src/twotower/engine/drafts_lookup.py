@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from heapq import heappop, heappush
 from itertools import accumulate, count
+from operator import itemgetter
 from typing import NamedTuple
 
 from twotower.engine.batch import NUM_OTHERS, Batch
@@ -43,7 +44,7 @@ class Guess(NamedTuple):
 class _Way(NamedTuple):
     """One way in which a text may go on."""
 
-    path: list[int]  # the tokens behind the known ones
+    behind: list[int]  # the known tokens and those of this way
     parent: int  # the place of what the last of them follows
     sure: float  # how probable all of them are
     kind: object  # of guess that the last one is; None where nothing is learnt from it
@@ -147,26 +148,26 @@ class Lookup:
         """
         found, begin, number = Guess([], [], []), len(known), count()
         self._guessed = [(place - 1, token, None) for place, token in enumerate(known)]
-        way, place = _Way([], begin - 2, 1.0, None, 0, (), drafted), begin - 1
+        way, place = _Way([*known], begin - 2, 1.0, None, 0, (), drafted), begin - 1
         ways = list[tuple[float, int, _Way]]()  # the likeliest on top, the first of equals
         while True:
             if way.sure >= _MIN_SURE:
-                for following in self._go_on(known, way, place, most - len(way.path), most_ways):
-                    if following.path[-1] not in ends:
+                left = most - len(way.behind) + begin
+                for following in self._go_on(way, place, left, most_ways):
+                    if following.behind[-1] not in ends:
                         heappush(ways, (-following.sure, next(number), following))
             if not ways or len(found.tokens) == most:
                 return found
             way, place = heappop(ways)[2], begin + len(found.tokens)
-            self._guessed.append((way.parent, way.path[-1], way.kind))
-            found.tokens.append(way.path[-1])
+            token = way.behind[-1]
+            self._guessed.append((way.parent, token, way.kind))
+            found.tokens.append(token)
             found.parents.append(way.parent)
             found.sure.append(way.sure)
 
-    def _go_on(
-        self, known: Sequence[int], way: _Way, place: int, most: int, most_ways: int
-    ) -> list[_Way]:
+    def _go_on(self, way: _Way, place: int, most: int, most_ways: int) -> list[_Way]:
         """How a way, whose last token is at `place`, goes on, the likeliest first."""
-        behind, length, copied, drafted = [*known, *way.path], way.length, way.copied, way.drafted
+        behind, _, sure, _, length, copied, drafted = way
         if self._copies and not copied:  # nothing yet, or another token was likelier
             length, copied = self.index.find(behind, most)
         guesses = list[tuple[float, int, object]]()
@@ -178,19 +179,19 @@ class Lookup:
             guesses += [] if ngram is None else [self._binned("n-gram", *ngram)]
         if drafted:
             guesses += [self._binned("denoiser", *own) for own in drafted[0][:most_ways]]
-        guesses.sort(key=lambda guess: -guess[0])
-        ways, rest, length = dict[int, _Way](), 1.0, min(length + 1, MAX_MATCH)
+        guesses.sort(key=itemgetter(0), reverse=True)
+        ways, told, rest, length = list[_Way](), set[int](), 1.0, min(length + 1, MAX_MATCH)
         for rate, token, kind in guesses:
-            if token in ways or len(ways) == most_ways:
+            if token in told or len(ways) == most_ways:
                 continue
             if ways:
                 rate, kind = min(_OTHER_RATE * rate, _OTHER_REST * rest), None
             rest -= rate
+            told.add(token)
             copy = copied[1:] if copied and copied[0] == token else ()
             left = drafted[1:] if drafted and drafted[0][0][0] == token else ()
-            path, sure = [*way.path, token], way.sure * rate
-            ways[token] = _Way(path, place, sure, kind, length, copy, left)
-        return list(ways.values())
+            ways.append(_Way([*behind, token], place, sure * rate, kind, length, copy, left))
+        return ways
 
     def _binned(self, source: str, token: int, usual: float) -> tuple[float, int, object]:
         kind = source, int(usual * _BINS)
