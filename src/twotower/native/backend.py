@@ -28,8 +28,10 @@ _SCHEMES = {"int8": Scheme(weights="int8", activations="int8"), "int4": Scheme(w
 # The fewer bits, the less a single token costs, and the more of a block's time is arithmetic.
 _PASS_COSTS = {
     "none": PassCosts({1: 1.0, 4: 1.25, 8: 1.35, 16: 1.55, 32: 2.15, 64: 3.75}, row=0.025),
-    "int8": PassCosts({1: 1.0, 4: 1.2, 8: 1.5, 16: 2.0, 32: 3.4, 64: 6.5}, row=0.1),
-    "int4": PassCosts({1: 1.0, 4: 1.2, 8: 1.65, 16: 2.9, 32: 5.7, 64: 11.0}, row=0.15),
+    "int8": PassCosts({1: 1.0, 4: 1.2, 8: 1.45, 12: 1.85, 16: 2.0, 32: 3.4, 64: 6.5}, row=0.1),
+    "int4": PassCosts(
+        {1: 1.0, 4: 1.2, 6: 1.45, 8: 1.65, 12: 2.5, 16: 2.9, 32: 5.7, 64: 11.0}, row=0.15
+    ),
 }
 _MAX_TABLES = 64  # remembered times; a block of 16 tokens has 16 masked fractions
 

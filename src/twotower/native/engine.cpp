@@ -137,7 +137,13 @@ void linear(Team &team, const Weight &w, int rows, int K, const float *x, int co
         for (int l = 0; l < W; l++)
             for (int f = first; f < std::min(K, first + 16); f++)
                 lanes[size_t(f) * W + l] = x[long(std::min(l, count - 1)) * K + f];
-    Input<W> in = as_input<W>(team, w, lanes, K, at_least(scratch.bytes, input_bytes<W>(K)));
+    Input<W> in = as_input<W>(team, w, lanes, K, count, at_least(scratch.bytes, input_bytes<W>(K)));
+    if (in.bytes)
+        return team.split(blocks_of(rows), [&, y](int begin, int end) {
+            auto own = w.int4 ? integer_product<W, true, Order::TOKENS_FIRST>
+                              : integer_product<W, false, Order::TOKENS_FIRST>;
+            own(w, rows, in, nullptr, y, begin, end);
+        });
     matrix<W>(team, w, rows, in, nullptr, out);
     to_rows<W>(out, rows, count, y, rows);
 }

@@ -21,7 +21,6 @@ constexpr int ROWS = 16;  // of a packed block
 constexpr int AHEAD = 8192;  // bytes that a product asks for in advance
 constexpr int GROUP = 32;  // columns of an int4 group
 constexpr int GROUP_BYTES = ROWS * (GROUP / 2 + 4);  // two numbers a byte, scales, offsets of two bytes
-constexpr int FEW = 8;  // tokens whose sums stay in registers, a block's rows side by side
 constexpr int ZERO = 128;  // what the bytes of an int8 matrix are too large
 
 // What tokens are to a packed matrix: signed bytes, and for each group of `group` columns a scale,
@@ -29,7 +28,8 @@ constexpr int ZERO = 128;  // what the bytes of an int8 matrix are too large
 template <int W>
 struct Input {
     const float *x;  // [K][W]
-    int K, group = 0;
+    int K, count;  // of W lanes, so many are tokens
+    int group = 0;
     const uint8_t *bytes = nullptr;  // [K/4][W][4]; null where the matrix is float32
     const float *scales = nullptr, *sums = nullptr;  // [groups][W]
     const int32_t *zeros = nullptr;
@@ -124,8 +124,8 @@ inline int32_t token_to_bytes(const float *x, int count, uint8_t *bytes, float *
 
 // buffer: at least input_bytes<W>(K) bytes.
 template <int W>
-Input<W> as_input(Team &team, const Weight &w, const float *x, int K, uint8_t *buffer) {
-    if (w.int8 == nullptr && w.int4 == nullptr) return {x, K};
+Input<W> as_input(Team &team, const Weight &w, const float *x, int K, int count, uint8_t *buffer) {
+    if (w.int8 == nullptr && w.int4 == nullptr) return {x, K, count};
     int group = w.group, groups = (K + group - 1) / group;
     float *scales = reinterpret_cast<float *>(buffer + (long(K) + 3) / 4 * 4 * W);
     float *sums = scales + groups * W;
@@ -133,20 +133,20 @@ Input<W> as_input(Team &team, const Weight &w, const float *x, int K, uint8_t *b
     over_features<W>(team, groups, K, [=](int begin, int end) {
         constexpr int V = std::min(W, 16);
         for (int g = begin; g < end; g++) {
-            int count = std::min(group, K - g * group);
+            int here = std::min(group, K - g * group);
             const float *in = x + long(g) * group * W;
             uint8_t *out = buffer + long(g) * group * W;
             for (int at = g * W, l = 0; l < W; l += V, at += V) {
                 Ints<V> total;
-                if constexpr (W == 1) total = Ints<V>{} + token_to_bytes(in, count, out, scales + at);
-                else total = group_to_bytes<W, V>(in + l, count, out + l * 4, scales + at);
+                if constexpr (W == 1) total = Ints<V>{} + token_to_bytes(in, here, out, scales + at);
+                else total = group_to_bytes<W, V>(in + l, here, out + l * 4, scales + at);
                 floats<V>(sums + at) = floats<V>(scales + at) * __builtin_convertvector(total, Floats<V>);
                 total *= -ZERO;
                 std::memcpy(zeros + at, &total, sizeof total);
             }
         }
     });
-    return {x, K, group, buffer, scales, sums, zeros};
+    return {x, K, count, group, buffer, scales, sums, zeros};
 }
 
 inline Ints<16> four_bytes(const uint8_t *bytes) {
@@ -275,43 +275,96 @@ inline void integer_rows(const Block &w, const Input<W> &in, int r, int l, float
         for (int n = 0; n < N; n++) floats<V>(sum + (r + i) * W + l + n * V) = total[i][n];
 }
 
-// y[rows][W] of blocks `begin` to `end` of a packed matrix.
-template <int W, bool IS_INT4>
+// How the numbers of a product lie: those of a row side by side, [rows][W], or those of a token.
+enum class Order { ROWS_FIRST, TOKENS_FIRST };
+
+// sum of a block's rows and N tokens from `first` on
+template <int W, int N, bool IS_INT4, Order ORDER>
+inline void few_tokens(const uint8_t *w, bool is_centred, const Input<W> &in, int first, float *sum) {
+    constexpr int V = N <= 1 ? 1 : N <= 4 ? 4 : N <= 8 ? 8 : 16;
+    Floats<16> lanes[V] = {};
+    if constexpr (IS_INT4) int4_tokens<W, N>(w, is_centred, in, first, lanes);
+    else int8_tokens<W, N>(w, in, first, lanes);
+    if constexpr (ORDER == Order::ROWS_FIRST) transpose<V>(lanes);
+    const float *sums = reinterpret_cast<float *>(lanes);
+    if constexpr (ORDER == Order::TOKENS_FIRST) std::copy_n(sums, N * ROWS, sum + first * ROWS);
+    else for (int r = 0; r < ROWS; r++) std::copy_n(sums + r * V, std::min(V, W - first), sum + r * W + first);
+}
+
+// The same of all tokens of a tile, the fewer the cheaper; false where they are too many
+template <int W, bool IS_INT4, Order ORDER>
+inline bool each_few(const uint8_t *w, bool is_centred, const Input<W> &in, float *sum) {
+    auto some = [&](int first, auto count) {
+        few_tokens<W, decltype(count)::value, IS_INT4, ORDER>(w, is_centred, in, first, sum);
+    };
+    std::integral_constant<int, 4> four;
+    std::integral_constant<int, 8> eight;
+    if constexpr (W <= 4) some(0, std::integral_constant<int, W>());
+    else if constexpr (W == 8) {
+        if (IS_INT4 && in.count <= 6) some(0, std::integral_constant<int, 6>());
+        else some(0, eight);
+    } else if constexpr (W == 16 && IS_INT4) {  // what is not unpacked first is faster
+        some(0, eight);
+        if (in.count <= 12) some(8, four);
+        else some(8, eight);
+    } else if constexpr (W == 16) {
+        if (in.count > 12) return false;
+        some(0, std::integral_constant<int, 12>());
+    } else return false;
+    return true;
+}
+
+// A block's sums from [16][W] to [W][16]
+template <int W>
+inline void by_token(float *sum) {
+    float turned[ROWS * W];
+    for (int l = 0; l < W; l += 16) {
+        Floats<16> part[ROWS];
+        for (int r = 0; r < ROWS; r++) part[r] = floats<16>(sum + r * W + l);
+        transpose<ROWS>(part);
+        std::memcpy(turned + l * ROWS, part, sizeof part);
+    }
+    std::memcpy(sum, turned, sizeof turned);
+}
+
+// y of blocks `begin` to `end` of a packed matrix: [rows][W]; or [tokens][rows], without bias
+template <int W, bool IS_INT4, Order ORDER = Order::ROWS_FIRST>
 void integer_product(const Weight &w, int rows, const Input<W> &in, const float *bias, float *y, int begin,
                      int end) {
     constexpr int V = std::min(W, 16), N = W > 16 ? 2 : 1, R = 16 / N;
+    constexpr bool BY_TOKEN = ORDER == Order::TOKENS_FIRST;
     static thread_local std::vector<uint8_t> room;
     if (IS_INT4 && room.size() < size_t(in.K) * 20) room.resize(size_t(in.K) * 20);
     const uint8_t *packed = IS_INT4 ? w.int4 : w.int8;
     int groups = in.K / GROUP, blocks = (rows + ROWS - 1) / ROWS;
     long size = IS_INT4 ? groups * GROUP_BYTES : (in.K + 3) / 4 * 64;
     const float *scales = reinterpret_cast<const float *>(packed + blocks * size);  // of int8
+    float sum[ROWS * W] = {};  // lanes that are nobody's must be numbers
     for (int b = begin; b < end; b++) {
-        float sum[ROWS * W];
         const uint8_t *own = packed + b * size;
-        if constexpr (W <= FEW || (IS_INT4 && W == 2 * FEW)) {  // what is not unpacked first is faster
-            constexpr int N = std::min(W, FEW);
-            for (int first = 0; first < W; first += N) {
-                Floats<16> lanes[N] = {};
-                if (IS_INT4) int4_tokens<W, N>(own, w.centred, in, first, lanes);
-                else int8_tokens<W, N>(own, in, first, lanes);
-                transpose<N>(lanes);
-                const float *sums = reinterpret_cast<float *>(lanes);
-                for (int r = 0; r < ROWS; r++) std::copy_n(sums + r * N, N, sum + r * W + first);
-            }
-        } else {
+        if (!each_few<W, IS_INT4, ORDER>(own, w.centred, in, sum)) {
             Block block{own, nullptr, nullptr};
             if (IS_INT4) block = unpack(own, w.centred, groups, room.data());
             for (int l = 0; l < W; l += V * N)
                 for (int r = 0; r < ROWS; r += R)
                     integer_rows<W, V, N, R, IS_INT4>(block, in, r, l, sum);
+            if constexpr (BY_TOKEN && W >= 16) by_token<W>(sum);
         }
         int first = b * ROWS, here = std::min(ROWS, rows - first);
-        for (int r = 0; r < here; r++) {
-            float added = bias ? bias[first + r] : 0.0f, scale = IS_INT4 ? 1.0f : scales[first + r];
-            for (int l = 0; l < W; l++)
-                y[long(first + r) * W + l] = std::fma(sum[r * W + l], scale, added);
-        }
+        if constexpr (BY_TOKEN) {
+            Floats<16> scale = Floats<16>{} + 1.0f;
+            if (!IS_INT4) std::copy_n(scales + first, here, reinterpret_cast<float *>(&scale));
+            for (int l = 0; l < in.count; l++) {
+                Floats<16> own = floats<16>(sum + l * ROWS) * scale;
+                if (here == ROWS) floats<16>(y + long(l) * rows + first) = own;
+                else std::copy_n(reinterpret_cast<float *>(&own), here, y + long(l) * rows + first);
+            }
+        } else
+            for (int r = 0; r < here; r++) {
+                float added = bias ? bias[first + r] : 0.0f, scale = IS_INT4 ? 1.0f : scales[first + r];
+                for (int l = 0; l < W; l++)
+                    y[long(first + r) * W + l] = std::fma(sum[r * W + l], scale, added);
+            }
     }
 }
 

@@ -222,8 +222,8 @@ void to_rows(const float *x, int width, int count, float *y, long stride) {
 
 // The input of a tile's next product
 template <int W>
-Input<W> input_of(const Step &s, const Weight &w, const float *x, int K) {
-    return as_input<W>(s.call.team, w, x, K, at_least(scratch.bytes, input_bytes<W>(K)));
+Input<W> input_of(const Step &s, const Tile &tile, const Weight &w, const float *x, int K) {
+    return as_input<W>(s.call.team, w, x, K, tile.count, at_least(scratch.bytes, input_bytes<W>(K)));
 }
 
 inline bool exists(const Weight &w) { return w.full || w.int8 || w.int4; }
@@ -259,12 +259,12 @@ void mlp(const Step &s, const Tile &tile) {
     bool is_gated = exists(w.gate_proj);
     float *a = at_least(scratch.a, size_t(inner) * W);
     float *up = is_gated ? at_least(scratch.flat, size_t(inner) * W) : nullptr;
-    Input<W> in = input_of<W>(s, w.up_proj, scratch.u.data(), width);
+    Input<W> in = input_of<W>(s, tile, w.up_proj, scratch.u.data(), width);
     s.call.team.split(blocks_of(inner), [&s, &in, a, up](int begin, int end) {
         if (up) gated<W>(s, in, a, up, begin, end);
         else squared<W>(s, in, a, begin, end);
     });
-    matrix<W>(s.call.team, w.down_proj, width, input_of<W>(s, w.down_proj, a, inner), w.down_proj_bias.full,
+    matrix<W>(s.call.team, w.down_proj, width, input_of<W>(s, tile, w.down_proj, a, inner), w.down_proj_bias.full,
               scratch.y.data() + long(tile.place) * width);
 }
 

@@ -182,7 +182,7 @@ void mamba(const Step &s, const Tile &tile) {
     int inner = s.layer.heads * s.layer.head_size, width = s.call.tower.width;
     int all = inner + channels_of(s.layer) + s.layer.heads;
     float *z = at_least(scratch.a, size_t(all) * W), *y = at_least(scratch.b, size_t(inner) * W);
-    matrix<W>(s.call.team, w.in_proj, all, input_of<W>(s, w.in_proj, scratch.u.data(), width),
+    matrix<W>(s.call.team, w.in_proj, all, input_of<W>(s, tile, w.in_proj, scratch.u.data(), width),
               w.in_proj_bias.full, z);
     if (tile.num_segments == 1)
         mix<W>(s, s.call.segments[tile.first_segment], z, y);
@@ -197,7 +197,7 @@ void mamba(const Step &s, const Tile &tile) {
     for (int g = 0; g < s.layer.groups; g++)
         norm<W>(s.call.team, y + g * part * W, w.norm.full + g * part, part, s.call.tower.eps,
                 y + g * part * W);
-    matrix<W>(s.call.team, w.out_proj, width, input_of<W>(s, w.out_proj, y, inner), w.out_proj_bias.full,
+    matrix<W>(s.call.team, w.out_proj, width, input_of<W>(s, tile, w.out_proj, y, inner), w.out_proj_bias.full,
               scratch.y.data() + long(tile.place) * width);
 }
 
