@@ -3,6 +3,7 @@ a draft is all that remains of it.
 """
 
 import functools
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from property.test_native_llama import model_of, tokens
 from tiny_models import random_ids, row_state, tiny_model
 from tiny_options import options_of
-from twotower import ContextCache, TwoTower, accelerate, generate
+from twotower import Completion, ContextCache, TwoTower, accelerate, generate
 from twotower.engine import drafts_denoiser
 from twotower.model.backend import PassCosts
 from twotower.model.draft_tree import MAX_TOKENS, DraftTree, has_branches
@@ -100,8 +101,10 @@ def test_what_is_kept_of_a_draft_is_a_text(way: str, num_rows: int) -> None:
         assert_close(model.verify(cache, more).hidden[0], after, way)
 
 
-def oracle(texts: dict[int, list[int]]) -> object:
-    """In place of the denoiser: of each place the right token among wrong ones, by a pattern."""
+def oracle(texts: dict[int, list[int]], unsure: range) -> object:
+    """In place of the denoiser: of each place the right token among wrong ones, in columns where it
+    is unsure behind them by a pattern.
+    """
 
     def write(batch, blocks, places) -> Iterator[None]:  # type: ignore[no-untyped-def]
         written = []
@@ -112,6 +115,9 @@ def oracle(texts: dict[int, list[int]]) -> object:
                 text = texts[row.index]
                 right = text[at + column] if at + column < len(text) else 0
                 wrong = (right + 1) % 60
+                if column not in unsure:
+                    cells.append([(right, 0.99), (wrong, 0.005)])
+                    continue
                 is_first = (at + column) % 3 != 1
                 order = [right, wrong] if is_first else [wrong, right]
                 cells.append([*zip(order, (0.5, 0.45), strict=True)])
@@ -122,6 +128,26 @@ def oracle(texts: dict[int, list[int]]) -> object:
     return write
 
 
+def texts_of(
+    model: TwoTower,
+    monkeypatch: pytest.MonkeyPatch,
+    lengths: list[int],
+    unsure: range = range(MAX_TOKENS),
+    **shape: object,
+) -> dict[str, list[Completion]]:
+    """Rows of so many tokens, by AR and from the oracle's drafts."""
+    prompts, found = [tokens(length, seed=length).tolist() for length in (1, 7, 40)], {}
+    monkeypatch.setattr(model, "pass_costs", FREE)
+    for mode in ("ar", "speculative"):
+        own = {"mode": mode} | ({} if mode == "ar" else {"drafts": "denoiser"})
+        each = [options_of(shape | {"max_new_tokens": length}, own) for length in lengths]
+        found[mode] = generate(model, prompts[: len(lengths)], each)
+        texts = {index: row.tokens for index, row in enumerate(found["ar"])}
+        monkeypatch.setattr(drafts_denoiser, "write", oracle(texts, unsure))
+    assert [r.tokens for r in found["speculative"]] == [r.tokens for r in found["ar"]]
+    return found
+
+
 @pytest.mark.parametrize("way", ["eager", "int8"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_texts_are_those_of_ar(
@@ -130,17 +156,40 @@ def test_texts_are_those_of_ar(
     """Guards decoding as a whole: branches are taken, in rows of unequal texts, and change no
     token; what is gained are tokens of a pass."""
     model = ours("llama", way)
-    prompts = [tokens(length, seed=length).tolist() for length in (1, 7, 40)]
-    monkeypatch.setattr(model, "pass_costs", FREE)
-    found = {}
-    for mode in ("ar", "speculative"):
-        shape = {"block_size": 6, "temperature": temperature, "max_new_tokens": 40}
-        o = options_of(shape, {"mode": mode} | ({} if mode == "ar" else {"drafts": "denoiser"}))
-        found[mode] = generate(model, prompts, o)
-        texts = {index: row.tokens for index, row in enumerate(found["ar"])}
-        monkeypatch.setattr(drafts_denoiser, "write", oracle(texts))
-    assert [r.tokens for r in found["speculative"]] == [r.tokens for r in found["ar"]]
+    found = texts_of(model, monkeypatch, [40, 40, 40], block_size=6, temperature=temperature)
     assert max(row.context_forwards for row in found["speculative"]) <= 40 / 2.5
+
+
+@pytest.mark.parametrize("way", ["eager", "int8"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_of_a_tree_that_is_verified_alone(
+    way: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards the second try after a fault: of a shorter row only padding is left where the others'
+    drafts were, and a mask that does not cover it shows each token all others.
+    """
+    model = ours("llama", way)
+    verify, calls = model.verify, itertools.count()
+
+    def fail(cache: ContextCache, drafts: Tensor, *others: object) -> object:
+        if len(drafts) > 1 and next(calls) % 2:
+            raise MemoryError
+        return verify(cache, drafts, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model, "verify", fail)
+    texts_of(model, monkeypatch, [40, 7, 23], block_size=6, temperature=temperature)
+    assert next(calls) > 8
+
+
+@pytest.mark.filterwarnings("ignore:block_size")
+@pytest.mark.parametrize("block_size", [MAX_TOKENS, 2 * MAX_TOKENS])
+def test_drafts_are_no_longer_than_a_tree_may_be(
+    block_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards large blocks: a draft of more tokens than a tree holds ended the row."""
+    model = ours("llama", "int8")
+    found = texts_of(model, monkeypatch, [90, 33], range(1, 2), block_size=block_size)
+    assert max(row.context_forwards for row in found["speculative"]) < 90 / 2
 
 
 def test_who_cannot_verify_a_tree_says_so() -> None:

@@ -15,6 +15,7 @@ from twotower.engine.drafts import pass_cost
 from twotower.engine.events import Event, TokenLogprob, Verified
 from twotower.engine.request import Row
 from twotower.model import ContextCache, TwoTower
+from twotower.model.draft_tree import MAX_TOKENS
 from twotower.model.rows import append_rows, keep_rows, select_rows
 
 _SAMPLERS: dict[str, SamplerKind] = {
@@ -111,10 +112,13 @@ class Batch:
 
     @cached_property
     def verifies_trees(self) -> bool:
-        """Whether the rows' drafts may branch."""
+        """Whether the rows' drafts may branch. Of a larger block than a tree holds only a chain is
+        verified.
+        """
         if not self.model.verifies_trees or self.chooser is not None:
             return False
-        return not any(row.needs_host for row in self.rows)
+        is_small = self.rows[0].options.block_size <= MAX_TOKENS
+        return is_small and not any(row.needs_host for row in self.rows)
 
     @cached_property
     def chooser(self) -> ChoosingBackend | None:

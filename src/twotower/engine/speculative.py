@@ -22,7 +22,7 @@ PROPOSE = (drafts_denoiser.propose, drafts_lookup.propose)
 
 def draft(batch: Batch) -> Iterator[Event]:
     """What to verify: each row's newest token with a draft behind it, (B, n); how much of it, (B,);
-    and where drafts branch the place of what each token follows, (B, n).
+    and where drafts branch the place of what each token follows, (B, n), as in `DraftTree`.
 
     Rows that do not draft have their newest token alone, and what their grammar demands behind it.
     """
@@ -44,8 +44,9 @@ def draft(batch: Batch) -> Iterator[Event]:
     # Padded with any token: a mask of the denoiser's own is none that the context tower could read.
     padded = torch.tensor([block + [0] * (most - len(block)) for block in blocks])
     batch.draft = padded, torch.tensor([len(block) for block in blocks])
-    if any(has_branches(own[: len(block)]) for own, block in zip(parents, blocks, strict=True)):
-        follow = [[*own, *range(len(own) - 1, most - 1)][:most] for own in parents]
+    parents = [own[: len(block)] for own, block in zip(parents, blocks, strict=True)]
+    if any(map(has_branches, parents)):
+        follow = [own + [-1] * (most - len(own)) for own in parents]
         batch.draft = *batch.draft, torch.tensor(follow)
 
 

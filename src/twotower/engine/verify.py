@@ -48,7 +48,7 @@ def verify(batch: Batch, most_steps: int = 1) -> Choice:
             row.context_forwards += min(steps, row.num_left)
         return Choice(_kept(*found))
     is_draft = drafts.shape[1] > 1  # the newest token always stays
-    tree = _tree(batch)
+    tree = DraftTree(batch.draft[2].tolist()) if len(batch.draft) > 2 else None
     output = batch.model.verify(batch.cache, drafts, lengths if is_draft else None, is_draft, tree)
     if needs_host or not batch.sampler.is_greedy or int(lengths.min()) == drafts.shape[1]:
         logits = batch.model.context_head(output.hidden)
@@ -68,14 +68,6 @@ def verify(batch: Batch, most_steps: int = 1) -> Choice:
     for row in batch.rows:
         row.context_forwards += 1
     return Choice(tokens, logprobs)
-
-
-def _tree(batch: Batch) -> DraftTree | None:
-    """What each token of the drafts follows, if any branches."""
-    if len(batch.draft) < 3:
-        return None
-    _, lengths, parents = (part.tolist() for part in batch.draft)
-    return DraftTree([own[:length] for own, length in zip(parents, lengths, strict=True)])
 
 
 def _kept(choices: Tensor, counts: Tensor) -> list[list[int]]:

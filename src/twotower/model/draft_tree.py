@@ -19,10 +19,10 @@ def has_branches(parents: Sequence[int]) -> bool:
 
 
 class DraftTree:
-    """What each token of drafts (B, L) follows: parents[b][i] < i, -1 for the first of a row.
+    """What each token of drafts (B, L) follows: parents[b][i] < i, -1 for the first of a row and
+    for padding, which sees itself alone. A row may be shorter than L, the longest.
 
-    A row's list ends with its tokens; padding behind them sees itself alone. ValueError (one line)
-    for a row of more than 32 tokens.
+    ValueError (one line) for a row of more than 32 tokens.
     """
 
     def __init__(self, parents: Sequence[Sequence[int]]) -> None:
