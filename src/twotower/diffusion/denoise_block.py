@@ -158,10 +158,12 @@ def _others(
     """The most probable tokens beside those that were predicted, and how probable they are."""
     if count == 0:
         return None
-    chosen = found.tokens if token_ids is None else torch.searchsorted(token_ids, found.tokens)
-    probs = found.probs.scatter(-1, chosen[..., None], 0.0)
-    probs, ids = probs.masked_fill(~found.is_masked[..., None], 0.0).topk(count)
-    return ids if token_ids is None else token_ids[ids], probs
+    probs, ids = found.probs.topk(count + 1)  # the one way over the vocabulary: it takes a while
+    tokens = ids if token_ids is None else token_ids[ids]
+    is_chosen = tokens == found.tokens[..., None]
+    order = is_chosen.byte().argsort(dim=-1, stable=True)[..., :count]
+    probs = probs.gather(-1, order).masked_fill(~found.is_masked[..., None], 0.0)
+    return tokens.gather(-1, order), probs
 
 
 def predictions(
