@@ -188,7 +188,7 @@ def test_a_prompt_in_pieces_is_read_as_at_once(
         patch.setattr(prefill, "READ_TOKENS", 10**6)
         for batch in prefill.open_batches(MODEL, rows, are_alone=False):
             for budget in itertools.cycle(budgets):
-                patch.setattr(prefill, "READ_TOKENS", budget)
+                patch.setattr(prefill, "READ_TOKENS", budget * len(batch.rows))
                 prefill.read_prompts(batch, None)
                 if batch.has_read_prompts:
                     break
