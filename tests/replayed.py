@@ -80,7 +80,7 @@ def recording(model: TwoTower, patch: pytest.MonkeyPatch) -> TwoTower:
     """The model with passes as a GPU has them: recorded, experts without the host."""
     patch.setattr(backend, "Recording", Replayed)
     patch.setattr(expert_products, "can_group", lambda weight: True)
-    patch.setattr(bigram, "masked_places", lambda block, _: [True] * block.shape[1])
+    patch.setattr(bigram, "masked_positions", lambda block, _: [True] * block.shape[1])
     patch.setattr(sampling, "argmax", lambda logits: logits.argmax(-1))
     patch.setattr(Replayed, "made", 0)
     found = accelerate(model, "graphs")

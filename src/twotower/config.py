@@ -196,9 +196,9 @@ class TwoTowerConfig:
         return self.mask_token_id == self.vocab_size
 
     @property
-    def mask_places(self) -> int:
-        """Embeddings of an own mask: one for each place of a block where no layer of the denoiser
-        knows an order, else one.
+    def num_mask_embeddings(self) -> int:
+        """Embeddings of an own mask: one for each position of a block where no layer of the
+        denoiser knows an order, else one.
         """
         ordered = self.denoiser.rotary is not None or self.denoiser.layers_of(MambaSpec)
         return 1 if ordered else self.block_size

@@ -125,7 +125,7 @@ def test_a_review_strikes_out_what_it_gives_back(tab: Driver) -> None:
 
 
 def test_a_cell_remembers_the_pass_that_filled_it(tab: Driver) -> None:
-    """Guards the commit order, also where a sampler blanks a place and fills it again."""
+    """Guards the commit order, also where a sampler masks a position again and fills it again."""
     read = frames(
         tab,
         step(0, 0, "a", None, "c"),

@@ -59,7 +59,7 @@ def test_a_typed_prompt_is_decoded(tab: Driver, server: str, mode: str) -> None:
 def test_scrubbing_shows_each_pass_as_it_was(tab: Driver, tmp_path: Path) -> None:
     """Guards the timeline: each moment must show the masks, NFE and text of its own event, not of
     the one before or of the end."""
-    # No prediction is surer than 1: each pass fills one place, until the last takes the rest.
+    # No prediction is surer than 1: each pass fills one position, until the last takes the rest.
     tab.ask(MATH, "diffusion", confidence_threshold=1, steps_per_block=5, max_tokens=32).run()
     (run,) = tab.export(tmp_path)["runs"]
     events = states(run)
@@ -105,7 +105,7 @@ def test_slow_motion_shows_blanks_that_fill(new_tab: Callable[..., Driver]) -> N
     """Guards the reason for the page: the model is done in milliseconds, so people must see the
     recording pass by pass; and the playback can be paused."""
     tab = new_tab(reduced_motion="no-preference").open()
-    # No prediction is surer than 1: each pass fills one place.
+    # No prediction is surer than 1: each pass fills one position.
     tab.ask(MATH, "diffusion", confidence_threshold=1, steps_per_block=6, max_tokens=16)
     tab.page.select_option("#pace", "2", force=True)
     tab.page.evaluate(
@@ -184,7 +184,7 @@ def test_what_is_seen_is_said(tab: Driver) -> None:
         tab.scrub(moment)
         seen.append(tab.page.inner_text("#seen"))
     assert seen[0] == "The prompt is prefilled; no token is generated yet."
-    assert seen[1].startswith("Pass 1 filled ") and " blank, where " in seen[1]
+    assert seen[1].startswith("Pass 1 filled ") and " still masked, where " in seen[1]
     assert seen[2].startswith("The context tower ")
 
 

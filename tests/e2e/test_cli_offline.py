@@ -312,7 +312,7 @@ def test_memory_holds_a_window_of_lines(
     lines = [{"prompt": "a", "max_new_tokens": 40}, *({"prompt": "b"} for _ in range(40))]
     source = write_lines(tmp_path / "in.jsonl", lines)
     assert answer(source, tmp_path / "out.jsonl", checkpoint) == 0
-    assert most == 6  # two for each of three places
+    assert most == 6  # two for each of three slots
     assert len(records(tmp_path / "out.jsonl")) == 41
 
 

@@ -78,7 +78,7 @@ def test_one_key_may_have_so_many_requests_at_a_time() -> None:
         assert refused.status_code == 429 and error_of(refused)["code"] == "key_concurrency"
         thread.join()
         server.wait_until_idle()
-        assert client.post(URL, json=SHORT).status_code == 200, "the place was not freed"
+        assert client.post(URL, json=SHORT).status_code == 200, "the slot was not freed"
 
 
 @pytest.mark.parametrize("is_wanted", [False, True])

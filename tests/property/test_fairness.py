@@ -78,7 +78,7 @@ def test_a_row_that_was_paused_writes_what_it_writes_alone(
         for (caller, _, _), own, prompt in zip(rows, o, prompts, strict=True)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("twotower.engine.shared_queue.TURN", 1)  # so that places change hands often
+        patch.setattr("twotower.engine.shared_queue.TURN", 1)  # so that slots change hands often
         patch.setattr("twotower.engine.prefill.READ_TOKENS", 8)
         patch.setattr("twotower.engine.scheduler.READ_TOKENS", 8)
         set_chunk(patch, 4)
@@ -94,7 +94,7 @@ def test_a_row_that_was_paused_writes_what_it_writes_alone(
 @pytest.mark.parametrize("overlap", ["off", "on"])
 def test_one_caller_s_long_rows_make_room_for_others(overlap: str) -> None:
     """Guards everybody behind a request of n long rows: until its deadline nobody else would get a
-    place."""
+    slot."""
     with running(max_rows=4, overlap=overlap) as worker:
         greedy = [worker.submit(request("greedy", LONG)) for _ in range(32)]
         wait_for(lambda: worker.stats().tokens > 40)
@@ -142,7 +142,7 @@ def steps_of(requests: list[Request], max_rows: int, num_steps: int) -> list[lis
 
 def test_callers_with_as_much_to_do_write_as_much() -> None:
     """Guards against one who sends more rows and so gets more of the machine, and against rows that
-    change places all the time."""
+    change slots all the time."""
     requests = [request("a", LONG) for _ in range(12)] + [request("b", LONG) for _ in range(4)]
     events = [e for step in steps_of(requests, 4, 200) for e in step]
     written: Counter[str] = Counter()
@@ -194,8 +194,8 @@ def test_a_prompt_in_pieces_is_read_as_at_once(
                     break
                 if leaving < len(batch.rows) > 1:
                     batch = batch.part([i for i in range(len(batch.rows)) if i != leaving])
-            for place, row in enumerate(batch.rows):
-                own = select_rows(batch.cache, torch.tensor([place]))
+            for slot, row in enumerate(batch.rows):
+                own = select_rows(batch.cache, torch.tensor([slot]))
                 alone = MODEL.prefill(torch.tensor([row.prompt]))
                 # The same passes beside other rows: equal but for the order of sums in a matrix
                 # product of other height.
@@ -359,7 +359,7 @@ def test_a_row_that_lost_its_place_gets_it_back_while_others_come() -> None:
 def test_a_row_on_its_way_is_not_lost_with_the_thread(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards a client that waits for ever: a thread that dies while a row gets or loses its place
+    """Guards a client that waits for ever: a thread that dies while a row gets or loses its slot
     leaves it neither among the rows that have one nor among those that wait."""
     method, deaths = getattr(SharedQueue, name), [1]
 
@@ -380,4 +380,4 @@ def test_a_row_on_its_way_is_not_lost_with_the_thread(
         wait_for(lambda: not worker.stats().is_alive)
         worker.start()
         assert failure_of(long).kind == "internal"
-        assert all(end_of(one) for one in others)  # the one that got the place may fail as well
+        assert all(end_of(one) for one in others)  # the one that got the slot may fail as well

@@ -1,4 +1,4 @@
-"""What admission and retirement promise: a row's result is its own, places are refilled at once."""
+"""What admission and retirement promise: a row's result is its own, slots are refilled at once."""
 
 import itertools
 import threading
@@ -76,7 +76,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
 
 
 def test_a_place_is_refilled_at_the_next_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards throughput: with two places, one long row and short ones cost the long row's steps."""
+    """Guards throughput: with two slots, one long row and short ones cost the long row's steps."""
     seen = watched(monkeypatch, "verify")
     o = [options(mode="ar", max_new_tokens=n) for n in (8, 2, 2, 2, 2)]
     generate(MODEL, PROMPTS, o, engine=EngineOptions(max_rows=2))

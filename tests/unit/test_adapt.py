@@ -94,7 +94,7 @@ def test_places_of_a_block_are_told_apart(make: Callable[[], TwoTower], backend:
     for place in range(1, 4):
         assert float((found[0, place] - found[0, place + 1]).abs().max()) > 0.1
     has_order = model.config.context.rotary is not None
-    assert model.config.mask_places == (1 if has_order else 5)
+    assert model.config.num_mask_embeddings == (1 if has_order else 5)
 
 
 @pytest.mark.parametrize("ids", [None, IDS])

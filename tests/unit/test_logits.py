@@ -30,7 +30,7 @@ def test_large_logits_are_no_damage() -> None:
 
 def test_penalties_by_hand() -> None:
     """Guards what counts as history: repetition sees prompt and text, the others the text alone,
-    and a place behind a draft counts the tokens before it and no later one.
+    and a position behind a draft counts the tokens before it and no later one.
     """
     given = GenerateOptions(
         mode="ar",

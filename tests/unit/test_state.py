@@ -213,7 +213,7 @@ def test_wrong_arguments_are_one_line(call: object, message: str) -> None:
 
 @pytest.mark.parametrize("kept", [[1], [0, 3], [3, 1], [0, 1, 2, 4], [2, 3, 4], [4, 3, 2, 1, 0]])
 def test_rows_that_leave_and_enter_change_no_other(kept: list[int]) -> None:
-    """Guards the places of rows in a cache: each goes on as alone, also in the place of a row whose
+    """Guards the slots of rows in a cache: each goes on as alone, also in the slot of a row whose
     keys were not finite.
     """
     lengths = torch.tensor([7, 3, 5, 1, 6])

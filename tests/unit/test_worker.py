@@ -38,7 +38,7 @@ with_and_without_overlap = pytest.mark.parametrize("overlap", ["off", "on"])
 
 @contextlib.contextmanager
 def one_at_a_time(**changes: object) -> Iterator[tuple[Worker, Ticket]]:
-    """A worker with one place, which a row of no end has."""
+    """A worker with one slot, which a row of no end has."""
     with running(max_rows=1, **changes) as worker:
         ticket = worker.submit(LONG)
         wait_for(lambda: worker.stats().tokens > 0)

@@ -1,6 +1,6 @@
 """`twotower generate --input FILE --output FILE`: any number of prompts, line by line.
 
-Lines are read as places become free and written in the input's order, so that memory holds a
+Lines are read as slots become free and written in the input's order, so that memory holds a
 window of them; the same command again resumes where a killed one stopped.
 """
 
@@ -40,7 +40,7 @@ from twotower.engine.options import FIELD_MODES, SAMPLED_ONLY
 from twotower.loading import Loaded, Placement, load
 
 REFUSED_LINES = 3  # exit status: all is done, but some lines were no request
-# Lines between the first unwritten and the last read, for each place: a long text holds up the
+# Lines between the first unwritten and the last read, for each slot: a long text holds up the
 # writing of the short ones behind it, and decoding should not wait.
 _WINDOW = 16
 _OPTION_NAMES = [field.name for field in dataclasses.fields(GenerateOptions)]

@@ -27,11 +27,11 @@ def _open_blocks(batch: Batch) -> Tensor:
     rows, model = batch.rows, batch.model
     block_size = rows[0].options.block_size
     blocks = torch.full((len(rows), block_size), model.config.mask_token_id)
-    places = [i for i, row in enumerate(rows) if row.options.first_token == "context"]
-    if places and block_size > 1:  # a block needs something to fill
-        logits = model.next_logits(batch.cache)[places]
-        sampler = batch.sampler.select(torch.tensor(places))
-        blocks[places, 0] = choose_tokens(logits, [rows[i] for i in places], sampler).cpu()
+    slots = [i for i, row in enumerate(rows) if row.options.first_token == "context"]
+    if slots and block_size > 1:  # a block needs something to fill
+        logits = model.next_logits(batch.cache)[slots]
+        sampler = batch.sampler.select(torch.tensor(slots))
+        blocks[slots, 0] = choose_tokens(logits, [rows[i] for i in slots], sampler).cpu()
     return blocks
 
 
@@ -62,7 +62,7 @@ def choose(batch: Batch) -> Choice:
 
 def count_plausible(tokens: Tensor, logits: Tensor, least: Tensor) -> Tensor:
     """How many tokens of blocks (B, T) stand: the first, and all up to one whose probability under
-    the logits (B, T, V) that chose its place is below least (B,). Returns (B,) >= 1.
+    the logits (B, T, V) at its position is below least (B,). Returns (B,) >= 1.
     """
     chances = logits.softmax(-1).gather(2, tokens.unsqueeze(2)).squeeze(2)
     is_plausible = chances[:, 1:] >= least.unsqueeze(1)

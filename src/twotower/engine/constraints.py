@@ -12,18 +12,18 @@ from twotower.engine.request import Row
 
 def penalize(logits: Tensor, rows: Sequence[Row], drafts: Sequence[list[int]]) -> Tensor:
     """The rows' logits (B, n, V) under their penalties and biases. drafts: of each row, at most
-    n - 1 tokens that are text when the second and later places are chosen; places behind them stay.
+    n - 1 tokens that are text when the second and later positions are chosen; those behind stay.
 
-    A place's penalties are worked out from the tokens before it, in the same steps for one place as
-    for many, so that a verified draft gives what decoding token by token gives.
+    A position's penalties are worked out from the tokens before it, in the same steps for one
+    position as for many, so that a verified draft gives what decoding token by token gives.
     """
     if not any(row.options.has_penalties for row in rows):
         return logits
     logits = logits.clone()
     for row, own, draft in zip(rows, logits, drafts, strict=True):
         if row.options.has_penalties:
-            for place in range(len(draft) + 1):
-                _penalize_one(own[place], row, row.tokens + draft[:place])
+            for count in range(len(draft) + 1):
+                _penalize_one(own[count], row, row.tokens + draft[:count])
     return logits
 
 
@@ -50,13 +50,13 @@ def _penalize_one(logits: Tensor, row: Row, text: list[int]) -> None:
 
 
 def choose_allowed(
-    row: Row, logits: Tensor, sampler: Sampler, place: int, noise: Tensor | None
+    row: Row, logits: Tensor, sampler: Sampler, slot: int, noise: Tensor | None
 ) -> int:
     """The token that a row with a grammar chooses from logits (V,): among those it allows next.
 
-    place: of the row in the sampler. noise (V,): as for `choose`; None when no row samples.
+    slot: of the row in the sampler. noise (V,): as for `choose`; None when no row samples.
     """
     assert row.grammar is not None
     allowed = row.grammar.restrict(logits)
-    own = sampler.select(torch.tensor([place]))
+    own = sampler.select(torch.tensor([slot]))
     return int(choose(allowed.unsqueeze(0), own, None if noise is None else noise.unsqueeze(0)))

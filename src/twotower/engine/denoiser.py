@@ -21,12 +21,12 @@ class RowsAborted(Exception):
 
 
 class Blocks(NamedTuple):
-    """What is to be filled: blocks (R, T) of a batch's rows at places (R,), of all where None."""
+    """What is to be filled: blocks (R, T) of the rows in slots (R,) of a batch; None: of all."""
 
     tokens: Tensor
     sampler: Sampler
     generators: Sequence[torch.Generator]
-    places: Tensor | None
+    slots: Tensor | None
 
 
 class Denoiser(Protocol):
@@ -61,7 +61,7 @@ def fill_blocks(
     batch: "Batch",
     blocks: Tensor,
     sampler: Sampler,
-    places: Tensor | None = None,
+    slots: Tensor | None = None,
     num_known: int = 0,
 ) -> Generator[Event, None, Step]:
     """Fill the masked positions of blocks (R, T), at least one a row; returns the last step.
@@ -69,11 +69,11 @@ def fill_blocks(
     The first `num_known` tokens of a block are text already: events leave them out. RowsAborted
     after a pass when all rows of the batch are cancelled or too late.
     """
-    rows = batch.rows if places is None else [batch.rows[place] for place in places.tolist()]
+    rows = batch.rows if slots is None else [batch.rows[slot] for slot in slots.tolist()]
     generators = [row.generator for row in rows]
     before = [row.nfe for row in rows]
     last: Step | None = None
-    for last in batch.denoiser.fill(batch, Blocks(blocks, sampler, generators, places)):
+    for last in batch.denoiser.fill(batch, Blocks(blocks, sampler, generators, slots)):
         for index in last.t.nonzero().flatten().tolist():  # also rows that reuse their last pass
             row = rows[index]
             row.nfe = before[index] + int(last.nfe[index])
@@ -104,8 +104,8 @@ class LocalDenoiser:
 
 def denoise_rows(model: TwoTower, view: ContextView, blocks: Blocks) -> Iterator[Step]:
     """`denoise_block` on blocks of a view's rows, by this process's denoiser tower."""
-    tokens, sampler, generators, places = blocks
-    own = view if places is None or len(places) == view.num_rows else view.select(places)
+    tokens, sampler, generators, slots = blocks
+    own = view if slots is None or len(slots) == view.num_rows else view.select(slots)
     if isinstance(model.backend, ChoosingBackend) and sampler.kind == "confidence":
         return model.backend.fill(own, tokens, sampler, generators)
     held = list(range(own.num_rows)), own  # rows of a view are copied only when they change

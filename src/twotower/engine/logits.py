@@ -51,9 +51,9 @@ def choose_tokens(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tens
         logits = penalize(logits.unsqueeze(1), rows, [[]] * len(rows)).squeeze(1)
     noise = draw_noise(logits, sampler, [row.generator for row in rows])
     tokens = choose(require_finite(logits), sampler, noise)
-    for place, row in enumerate(rows):
+    for slot, row in enumerate(rows):
         if row.grammar is not None:
             row.grammar.follow(row.tokens)
-            own = None if noise is None else noise[place]
-            tokens[place] = choose_allowed(row, logits[place], sampler, place, own)
+            own = None if noise is None else noise[slot]
+            tokens[slot] = choose_allowed(row, logits[slot], sampler, slot, own)
     return tokens

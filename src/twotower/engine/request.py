@@ -1,6 +1,6 @@
 """A request and its row: from a prompt that is checked, in one line if unusable, to its last event.
 
-A row waits in the queue, gets one of the engine's places, has its prompt read, writes, and ends. It
+A row waits in the queue, gets one of the engine's slots, has its prompt read, writes, and ends. It
 may be paused in between, so that others get their turn.
 """
 
@@ -46,7 +46,7 @@ Prompt = str | Sequence[int]
 class Request(NamedTuple):
     """One prompt, text or token ids, and how to decode it.
 
-    filters: what no reader may see of its text. caller: who asks; callers share the engine's places
+    filters: what no reader may see of its text. caller: who asks; callers share the engine's slots
     evenly, and a caller's long rows make room for its short ones. Rows without one are served in
     the order in which they come. given: token ids that the text is to be, whatever the model would
     choose: the row tells their log-probabilities.
@@ -87,10 +87,10 @@ class Row:
         self.is_cancelled = False
         self.deadline_s = math.inf  # of time.monotonic()
         self.submitted_s = time.monotonic()
-        self.started_s: float | None = None  # when it first got a place
-        self.num_served = 0  # steps in which it had a place
-        self.num_since = 0  # steps since it got or lost its place, or came
-        self.paused: Batch | None = None  # all that was read, while it has no place
+        self.started_s: float | None = None  # when it first got a slot
+        self.num_served = 0  # steps in which it had a slot
+        self.num_since = 0  # steps since it got or lost its slot, or came
+        self.paused: Batch | None = None  # all that was read, while it has no slot
         # Of speculation.
         self.controller: DraftController | None = None  # of the denoiser's drafts
         self.proposal: Proposal | None = None  # what this cycle's draft is, if it has one

@@ -1,4 +1,4 @@
-"""Where rows wait for a place, in the order in which they come."""
+"""Where rows wait for a slot, in the order in which they come."""
 
 import threading
 import time
@@ -9,10 +9,10 @@ from twotower.engine.request import Row
 
 
 class RequestQueue:
-    """Rows, each of which keeps its place to its end.
+    """Rows, each of which keeps its slot to its end.
 
-    `SourceQueue` reads them as places become free; `SharedQueue` is for a server: other threads put
-    rows in, and callers share the places.
+    `SourceQueue` reads them as slots become free; `SharedQueue` is for a server: other threads put
+    rows in, and callers share the slots.
     """
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:
@@ -28,8 +28,8 @@ class RequestQueue:
         """How many rows wait, counted up to `most`."""
         return min(most, len(self._rows))
 
-    def peek(self, places: Mapping[str | None, int], is_paused: bool = False) -> Row | None:
-        """The row whose turn it is; places: how many each caller has. is_paused: of those that are
+    def peek(self, slots: Mapping[str | None, int], is_paused: bool = False) -> Row | None:
+        """The row whose turn it is; slots: how many each caller has. is_paused: of those that are
         paused alone.
         """
         rows = (row for row in self._rows if row.paused is not None or not is_paused)
@@ -43,19 +43,19 @@ class RequestQueue:
             row.started_s = row.started_s or time.monotonic()
 
     def victim(
-        self, rows: Sequence[Row], waiting: Row, places: Mapping[str | None, int]
+        self, rows: Sequence[Row], waiting: Row, slots: Mapping[str | None, int]
     ) -> Row | None:
         """The one of the rows that has to make room for one that waits, if any."""
         return None
 
     def put_back(self, row: Row) -> None:
-        """A row that has lost its place waits again."""
+        """A row that has lost its slot waits again."""
         with self._changed:
             row.num_since = 0
             self._rows.append(row)
 
     def aborted(self, rows: Sequence[Row]) -> list[Failed]:
-        """Who has to go, of the rows, which have places, and of those that wait; called once in a
+        """Who has to go, of the rows, which have slots, and of those that wait; called once in a
         step.
         """
         return []

@@ -1,6 +1,6 @@
-"""Who is decoded when. `Scheduler.step` is one cycle of every row that has a place.
+"""Who is decoded when. `Scheduler.step` is one cycle of every row that has a slot.
 
-The queue says whose turn it is. A row that loses its place keeps its cache and goes on later as if
+The queue says whose turn it is. A row that loses its slot keeps its cache and goes on later as if
 nothing had been; no text depends on who else is there.
 """
 
@@ -48,7 +48,7 @@ class Scheduler:
 
     @property
     def rows(self) -> list[Row]:
-        """The rows that have a place."""
+        """The rows that have a slot."""
         return [row for group in self._groups for row in group.rows]
 
     def run(self) -> Generator[Event, None, None]:
@@ -84,31 +84,31 @@ class Scheduler:
             group.keep(lambda row: row.index not in numbers)
 
     def _admit(self, group: Group) -> Iterator[Event]:
-        """Give places to rows that wait, in the queue's order, as far as memory allows."""
+        """Give slots to rows that wait, in the queue's order, as far as memory allows."""
         newcomers, paused = list[Row](), list[Row]()
         present = group.rows  # who may have to make room; not those that enter now
-        places = Counter(row.caller for row in self.rows)
-        num_waiting = self._queue.count(self._max_rows - places.total())
-        share = -(-(places.total() + num_waiting) // len(self._groups))  # both get as many
+        slots = Counter(row.caller for row in self.rows)
+        num_waiting = self._queue.count(self._max_rows - slots.total())
+        share = -(-(slots.total() + num_waiting) // len(self._groups))  # both get as many
         is_short = False  # of memory: only paused rows, whose caches are there, can enter
-        while (row := self._queue.peek(places, is_short)) is not None:
+        while (row := self._queue.peek(slots, is_short)) is not None:
             message = None if row.paused else self._refusal([*group.rows, *newcomers], row)
             if message is not None:
-                is_short = places.total() > 0 or self._queue.peek(places, True) is not None
+                is_short = slots.total() > 0 or self._queue.peek(slots, True) is not None
                 if not is_short:  # no memory will become free
                     self._queue.take(row)
                     yield Failed(row=row.index, kind="memory", message=message)
                 continue
-            if places.total() >= self._max_rows:
-                if (victim := self._queue.victim(present, row, places)) is None:
+            if slots.total() >= self._max_rows:
+                if (victim := self._queue.victim(present, row, slots)) is None:
                     break
                 present.remove(victim)
                 paused.append(victim)
-                places[victim.caller] -= 1
+                slots[victim.caller] -= 1
             elif len(group.rows) + len(newcomers) >= share:
                 break
             self._queue.take(row)
-            places[row.caller] += 1
+            slots[row.caller] += 1
             if row.paused is None:
                 newcomers.append(row)
             else:
@@ -123,7 +123,7 @@ class Scheduler:
         return refusal(self._model, [*(r for r in rows if kind_of(r) == kind_of(row)), row])
 
     def _pause(self, group: Group, row: Row) -> None:
-        """Take a row's place; it waits with all that was read of it."""
+        """Take a row's slot; it waits with all that was read of it."""
         row.paused = group.remove(row)
         row.paused.denoiser = new_denoiser(self._model)  # the old one goes on with the others
         self._queue.put_back(row)
@@ -133,10 +133,10 @@ class Scheduler:
         batches, group.batches = group.batches, []
         for batch in batches:
             group.batches += yield from _attempt(batch, _extend)
-        places = Counter(row.caller for row in self.rows)
+        slots = Counter(row.caller for row in self.rows)
         num_left = READ_TOKENS
         while group.prompts and num_left > 0:
-            batch = min(group.prompts, key=lambda one: _turn(one, places))
+            batch = min(group.prompts, key=lambda one: _turn(one, slots))
             group.prompts.remove(batch)
             before = batch.num_read
             for part in (yield from _attempt(batch, self._read_prompts)):
@@ -175,18 +175,18 @@ def _attempt(
             return []
         _log.info("a pass of %d rows failed (%s): one by one", len(saved), type(error).__name__)
     done: list[Batch] = []
-    for place, (row, state) in enumerate(zip(batch.rows, saved, strict=True)):
+    for slot, (row, state) in enumerate(zip(batch.rows, saved, strict=True)):
         row.restore(state)
-        done += yield from _attempt(batch.part([place]), work)
+        done += yield from _attempt(batch.part([slot]), work)
     return done
 
 
-def _turn(batch: Batch, places: Mapping[str | None, int]) -> tuple[int, int, int]:
-    """Whose prompts are read first, as a key: of callers with few places, then those that had the
+def _turn(batch: Batch, slots: Mapping[str | None, int]) -> tuple[int, int, int]:
+    """Whose prompts are read first, as a key: of callers with few slots, then those that had the
     fewest turns, then the shortest.
     """
     num_turns, length = batch.num_read // READ_TOKENS, max(len(row.prompt) for row in batch.rows)
-    return min(places[row.caller] for row in batch.rows), num_turns, length
+    return min(slots[row.caller] for row in batch.rows), num_turns, length
 
 
 def _draft(group: Group) -> Iterator[Event]:
@@ -218,23 +218,21 @@ def _advance(group: Group, batch: Batch, choose: Callable[[Batch], Choice]) -> I
 
 
 def _write(batch: Batch) -> Generator[Event, None, list[int]]:
-    """Hand each row its tokens; the places of the rows that go on. One that cannot take them (its
+    """Hand each row its tokens; the slots of the rows that go on. One that cannot take them (its
     text, its filters) ends alone.
     """
     assert batch.choice is not None
     tokens, logprobs, verified = batch.choice
     batch.choice, batch.draft = None, ()
     going = []
-    for place, row in enumerate(batch.rows):
-        own = None if logprobs is None else logprobs[place]
+    for slot, row in enumerate(batch.rows):
+        own = None if logprobs is None else logprobs[slot]
         try:
-            yield row.commit(
-                tokens[place], own, Verified() if verified is None else verified[place]
-            )
+            yield row.commit(tokens[slot], own, Verified() if verified is None else verified[slot])
             if row.is_finished:
                 yield row.finished()
             else:
-                going.append(place)
+                going.append(slot)
         except Exception as error:
             yield failure(row, error)
     return going

@@ -1,6 +1,6 @@
-"""The queue of a server: any thread puts rows in, and callers share the places.
+"""The queue of a server: any thread puts rows in, and callers share the slots.
 
-While rows wait, the caller with the most places gives some up, and a row that had one for long
+While rows wait, the caller with the most slots gives some up, and a row that had one for long
 makes room for one that did not.
 """
 
@@ -12,12 +12,12 @@ from twotower.engine.faults import failed
 from twotower.engine.request import Row
 from twotower.engine.request_queue import RequestQueue
 
-# A caller's rows may wait while they are fewer than so many times the free places of the queue: one
-# caller alone fills 8 of 9, and another finds room.
+# A caller's rows may wait while they are fewer than so many times the free entries of the queue:
+# one caller alone fills 8 of 9, and another finds room.
 _SHARE = 8
-# A row makes room for another of its caller, or of one with fewer places, after this many steps and
+# A row makes room for another of its caller, or of one with fewer slots, after this many steps and
 # twice as many as the other has had more than it has waited: new rows begin soon, old ones change
-# places rarely, and nobody waits for ever.
+# slots rarely, and nobody waits for ever.
 TURN = 8
 
 
@@ -46,7 +46,7 @@ class SharedQueue(RequestQueue):
 
     @property
     def num_waiting(self) -> int:
-        """Rows that never had a place."""
+        """Rows that never had a slot."""
         return sum(row.paused is None for row in self._rows)
 
     @property
@@ -88,30 +88,30 @@ class SharedQueue(RequestQueue):
         with self._changed:
             self._rows.clear()
 
-    def peek(self, places: Mapping[str | None, int], is_paused: bool = False) -> Row | None:
-        """Of the caller with the fewest places, then the row that was served least for its time of
+    def peek(self, slots: Mapping[str | None, int], is_paused: bool = False) -> Row | None:
+        """Of the caller with the fewest slots, then the row that was served least for its time of
         waiting, then the first.
         """
         with self._changed:
             rows = [row for row in self._rows if row.paused is not None or not is_paused]
-            return min(rows, key=lambda row: (places[row.caller], _debt(row)), default=None)
+            return min(rows, key=lambda row: (slots[row.caller], _debt(row)), default=None)
 
     def victim(
-        self, rows: Sequence[Row], waiting: Row, places: Mapping[str | None, int]
+        self, rows: Sequence[Row], waiting: Row, slots: Mapping[str | None, int]
     ) -> Row | None:
-        """A row of a caller with more places, or one of its own caller's, if it has one."""
-        own, caller = places[waiting.caller], waiting.caller
+        """A row of a caller with more slots, or one of its own caller's, if it has one."""
+        own, caller = slots[waiting.caller], waiting.caller
         peers = [row for row in rows if row.caller == caller] if caller is not None else []
-        others = [row for row in rows if places[row.caller] > own]
+        others = [row for row in rows if slots[row.caller] > own]
         victim = max(
             [*others, *peers],
-            key=lambda row: (places[row.caller], row.num_since >= TURN, row.num_served),
+            key=lambda row: (slots[row.caller], row.num_since >= TURN, row.num_served),
             default=None,
         )
         if victim is None:
             return None
-        has_more = places[victim.caller] > own + 1
-        has_turned = victim.num_since >= TURN  # a place that was waited for is not lost at once
+        has_more = slots[victim.caller] > own + 1
+        has_turned = victim.num_since >= TURN  # a slot that was waited for is not lost at once
         was_longer = victim.num_served >= TURN + 2 * max(0, _debt(waiting))
         return victim if has_more or (has_turned and was_longer) else None
 

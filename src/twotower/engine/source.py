@@ -1,4 +1,4 @@
-"""Decoding of any number of requests, which are read as places become free."""
+"""Decoding of any number of requests, which are read as slots become free."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +21,7 @@ def stream_requests(
     tokenizer: Tokenizer | None = None,
     engine: EngineOptions | None = None,
 ) -> Iterator[Event]:
-    """`stream` for any number of requests, read as places become free; rows are their numbers.
+    """`stream` for any number of requests, read as slots become free; rows are their numbers.
 
     None in place of a request means nothing at present: it is asked again after a cycle. A request
     that cannot be decoded yields Failed and does not end the others.

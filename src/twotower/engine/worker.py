@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class QueueFull(Exception):
-    """Too many requests wait; another try after `retry_after_s` seconds may find a place."""
+    """Too many requests wait; another try after `retry_after_s` seconds may find a slot."""
 
     def __init__(self, num_waiting: int, max_waiting: int, retry_after_s: int) -> None:
         super().__init__(
@@ -190,7 +190,7 @@ class Worker:
     def submit(
         self, request: Request, deadline_s: float | None = None, wants_steps: bool = False
     ) -> Ticket:
-        """Let a request wait for its place.
+        """Let a request wait for its slot.
 
         deadline_s: seconds from now after which the row has failed. wants_steps: whether StepTaken
         events are wanted. Raises ValueError (one line) for an unusable request, QueueFull, Stopped.
@@ -207,7 +207,7 @@ class Worker:
                 del self._tickets[row.index]
         if not is_waiting:
             num_waiting, most = self._queue.num_waiting, self._options.max_waiting
-            # By then about half of those who wait now have their place.
+            # By then about half of those who wait now have their slot.
             retry_after_s = math.ceil(self._seconds_between_ends * num_waiting / 2)
             raise QueueFull(num_waiting, most, min(max(retry_after_s, 1), _LONGEST_RETRY_S))
         return ticket
@@ -266,7 +266,7 @@ class Worker:
                 self._fail_rows(error)
 
     def _fail_rows(self, error: Exception) -> None:
-        """End the rows that have had a place and do not wait in the queue: also those that were
+        """End the rows that have had a slot and do not wait in the queue: also those that were
         about to get one again or to lose it, whom nobody else would find.
         """
         for index, ticket in list(self._tickets.items()):

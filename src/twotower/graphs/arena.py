@@ -80,7 +80,7 @@ class Arena:
         return self._ids[kind, length]
 
     def confidence(self, length: int) -> Tensor:
-        """Of the newest prediction at each place of blocks (B, T)."""
+        """Of the newest prediction at each position of blocks (B, T)."""
         if length not in self._confidence:
             self._confidence[length] = self.t.new_ones(self.num_rows, length)
         return self._confidence[length]
@@ -155,11 +155,11 @@ class Arena:
         with leading (B, 1). Leaves `lengths` alone.
         """
         rows = torch.arange(self.num_rows, device=self.lengths.device).unsqueeze(1)
-        places = self.lengths.unsqueeze(1) + torch.arange(length, device=self.lengths.device)
+        positions = self.lengths.unsqueeze(1) + torch.arange(length, device=self.lengths.device)
         for mine, new in zip(self._layers, states, strict=True):
             if isinstance(mine, KV) and isinstance(new, KV):
                 for to, part in zip(mine, new, strict=True):
-                    to[rows, places] = part.to(to.dtype)
+                    to[rows, positions] = part.to(to.dtype)
             elif isinstance(mine, MambaState) and isinstance(new, MambaState):
                 for to, part in zip(mine, new, strict=True):
                     to.copy_(part[:, -1])
@@ -169,13 +169,13 @@ class Arena:
         both on the CPU.
         """
         num_rows, most = len(lengths), int(counts.max())
-        places = (lengths.unsqueeze(1) + torch.arange(most)).to(self.lengths.device)
-        rows = torch.arange(num_rows, device=places.device).unsqueeze(1)
+        positions = (lengths.unsqueeze(1) + torch.arange(most)).to(self.lengths.device)
+        rows = torch.arange(num_rows, device=positions.device).unsqueeze(1)
         mamba = iter(self.mamba(num_rows))
         states: list[LayerState] = []
         for state in self._layers:
             if isinstance(state, KV):
-                states.append(KV(*(part[rows, places] for part in state)))
+                states.append(KV(*(part[rows, positions] for part in state)))
             elif state is None:
                 states.append(None)
             else:

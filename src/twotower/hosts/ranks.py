@@ -104,7 +104,7 @@ class RemoteDenoiser:
         weakref.finalize(self, client.dropped.append, self._number)
 
     def fill(self, batch: Batch, blocks: Blocks) -> Iterator[Step]:
-        tokens, sampler, generators, places = blocks
+        tokens, sampler, generators, slots = blocks
         sources, delta = self._follower.lacks(batch)
         states = [generator.get_state() for generator in generators if sampler.is_random]
         parts = [_delta_tensors(delta), _sampler_tensors(sampler), [tokens], states]
@@ -115,7 +115,7 @@ class RemoteDenoiser:
             "sources": sources,
             "counts": delta.counts.tolist(),
             "layers": [_name_of(state) for state in delta.states],
-            "places": None if places is None else places.tolist(),
+            "slots": None if slots is None else slots.tolist(),
             "sampler": _sampler_values(sampler),
             "tensors": [len(part) for part in parts],
         }
@@ -164,10 +164,10 @@ def _fill(model: TwoTower, copies: dict[int, CacheCopy], asked: Message) -> Mess
     generators = [torch.Generator() for _ in states]
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state)
-    places = None if values["places"] is None else torch.tensor(values["places"])
+    slots = None if values["slots"] is None else torch.tensor(values["slots"])
     per_row: dict[str, Any] = dict(zip(_PER_ROW, of_sampler, strict=True))
     sampler = Sampler(**values["sampler"], **per_row)
-    asked_blocks = Blocks(blocks, sampler, generators, places)
+    asked_blocks = Blocks(blocks, sampler, generators, slots)
     steps = list(denoise_rows(model, copy.cache.view(), asked_blocks))
     drawn = [generator.get_state() for generator in generators]
     of_steps = [getattr(step, name) for step in steps for name in _STEP_TENSORS]

@@ -37,20 +37,20 @@ def add_bigrams(
     bigram: token ids (B,) -> (B, V). draft_ids (V,): what the logits are of, where not all tokens.
     """
     given = block.to(logits.device).unbind(1)
-    has_masks = masked_places(block, mask_token_id)
-    places = [logits.select(1, place) for place in range(block.shape[1])]
-    for place in range(1, len(places)):
-        before = given[place - 1]
-        if has_masks[place - 1]:
-            drafted = places[place - 1].argmax(-1)
+    has_masks = masked_positions(block, mask_token_id)
+    of_position = [logits.select(1, t) for t in range(block.shape[1])]
+    for t in range(1, len(of_position)):
+        before = given[t - 1]
+        if has_masks[t - 1]:
+            drafted = of_position[t - 1].argmax(-1)
             drafted = drafted if draft_ids is None else draft_ids[drafted]
             before = torch.where(before == mask_token_id, drafted, before)
-        places[place].add_(bigram(before))
+        of_position[t].add_(bigram(before))
     return logits
 
 
-def masked_places(block: Tensor, mask_token_id: int) -> list[bool]:
-    """Which places of blocks (B, T) may be masked in any row. A GPU would have to be waited for:
+def masked_positions(block: Tensor, mask_token_id: int) -> list[bool]:
+    """Which positions of blocks (B, T) may be masked in any row. A GPU would have to be waited for:
     there all of them.
     """
     if block.device.type != "cpu":

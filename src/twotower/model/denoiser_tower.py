@@ -25,7 +25,9 @@ class DenoiserTower(Tower):
         width = config.hidden_size
         self.mask_embedding: nn.Parameter | None = None
         if config.has_own_mask:
-            self.mask_embedding = nn.Parameter(torch.zeros(config.mask_places, width).squeeze(0))
+            self.mask_embedding = nn.Parameter(
+                torch.zeros(config.num_mask_embeddings, width).squeeze(0)
+            )
         reads_hidden = config.draft is not None and config.draft.reads_hidden
         self.hidden_proj = nn.Linear(width, width, bias=False) if reads_hidden else None
 
@@ -56,14 +58,14 @@ class DenoiserTower(Tower):
 
     def embed(self, ids: Tensor) -> Tensor:
         """As for any tower; a mask outside the vocabulary has an embedding of its own, or one for
-        each place of a block (..., T), of which the last goes on.
+        each position of a block (..., T), of which the last goes on.
         """
         if self.mask_embedding is None:
             return super().embed(ids)
         masks: Tensor = self.mask_embedding
         if masks.dim() == 2:
-            places = torch.arange(ids.shape[-1], device=ids.device)
-            masks = masks[places.clamp(max=len(masks) - 1)]
+            positions = torch.arange(ids.shape[-1], device=ids.device)
+            masks = masks[positions.clamp(max=len(masks) - 1)]
         is_mask = (ids == self.config.vocab_size).unsqueeze(-1)
         h = super().embed(ids.clamp(max=self.config.vocab_size - 1))
         return torch.where(is_mask, masks.to(h.dtype), h)

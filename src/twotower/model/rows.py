@@ -25,10 +25,10 @@ def select_rows(cache: ContextCache, rows: Tensor) -> ContextCache:
 def keep_rows(cache: ContextCache, rows: Sequence[int]) -> list[int]:
     """Drop all other rows, in place; returns the rows kept in the order in which they now are.
 
-    Only rows that fill the places of others are moved, or all where much room would be left.
+    Only rows that fill the slots of others are moved, or all where much room would be left.
     """
     kept, movers = set(rows), iter(sorted(row for row in rows if row >= len(rows)))
-    order = [place if place in kept else next(movers) for place in range(len(rows))]
+    order = [slot if slot in kept else next(movers) for slot in range(len(rows))]
     chosen = torch.tensor(order, dtype=torch.int64)
     room = max((len(s.k) for s in cache.buffers if isinstance(s, KV)), default=0)
     if len(order) * _MAX_SPARE_ROWS <= room:
@@ -39,9 +39,9 @@ def keep_rows(cache: ContextCache, rows: Sequence[int]) -> list[int]:
     for index, state in enumerate(cache.buffers):
         if isinstance(state, KV):
             for buffer in state:
-                for place, row, length in moves:
-                    buffer[place, :length] = buffer[row, :length]
-                    buffer[place, length:] = 0  # no NaN of a row that left
+                for slot, row, length in moves:
+                    buffer[slot, :length] = buffer[row, :length]
+                    buffer[slot, length:] = 0  # no NaN of a row that left
         elif state is not None:
             cache.buffers[index] = type(state)(*(part[chosen.to(part.device)] for part in state))
     if cache.last_hidden is not None:

@@ -47,7 +47,7 @@ _TOTALS = (
     ("cache_evictions", "cache_evictions", "Entries that the prefix cache gave up"),
 )
 _LEVELS = (
-    ("rows_waiting", "rows_waiting", "Rows that wait for a place"),
+    ("rows_waiting", "rows_waiting", "Rows that wait for a slot"),
     ("rows_in_flight", "rows_in_flight", "Rows that are being decoded"),
     ("cache_bytes", "cache_bytes", "Memory of the prefix cache"),
     ("worker_alive", "is_alive", "1 while the decoding thread runs"),

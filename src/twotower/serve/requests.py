@@ -104,7 +104,7 @@ class Reader:
         self._served, self._options, self._filters = served, options, filters
 
     def completion(self, body: CompletionRequest, caller: str | None = None) -> Generation:
-        """Of /v1/completions. caller: who asks; callers share the engine's places."""
+        """Of /v1/completions. caller: who asks; callers share the engine's slots."""
         self._check(body)
         texts = _prompts(body.prompt)
         self._check_rows(len(texts) * (body.n or 1))

@@ -2,7 +2,7 @@
 
 uvicorn takes every connection and waits for whatever comes of it. Here those that have not sent a
 whole request, or do not read their answer, are closed in time, and the oldest of them at once when
-a new one finds no place. The system's limit of open files is never reached.
+there is no room for a new one. The system's limit of open files is never reached.
 """
 
 import asyncio

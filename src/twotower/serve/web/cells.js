@@ -39,7 +39,7 @@ export class BlockList {
       const frame = groupFrame(this.run, group, at);
       const block = this.blocks[index];
       block.item.hidden = frame === null;
-      // Rejected places leave with the next picture; until then they can be seen.
+      // Rejected tokens leave with the next picture; until then they can be seen.
       const isCurrent = frame !== null && frame === this.run.frames[at];
       if (frame !== null) this.#update(block, group, index, frame, isCurrent);
       block.item.classList.toggle("current", isCurrent);

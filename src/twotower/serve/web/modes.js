@@ -16,11 +16,11 @@ const MODES = {
   ar: { title: "AR", note: "The context tower alone, one token a pass: the yardstick." },
   posterior: {
     title: "Posterior",
-    note: "Places are filled at random times on a fixed schedule, and never changed again.",
+    note: "Positions are filled at random times on a fixed schedule, and never changed again.",
   },
   "predict-and-noise": {
     title: "Predict and noise",
-    note: "Every pass predicts all places, then blanks the least sure again, fewer each time.",
+    note: "Every pass predicts all positions, then masks the least sure again, fewer each time.",
   },
   "mock-ar": { title: "Mock AR", note: "The denoiser, one token a pass: for comparison only." },
 };

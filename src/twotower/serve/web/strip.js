@@ -1,4 +1,4 @@
-// The picture above the slider: one bar for each moment, as high as the number of places it filled.
+// The picture above the slider: one bar for each moment, as high as the number of positions it filled.
 
 const NAMESPACE = "http://www.w3.org/2000/svg";
 const MAX_BARS = 600; // more moments than this share bars

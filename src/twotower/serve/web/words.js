@@ -77,10 +77,10 @@ function plainSentence(frame) {
 }
 
 function passSentence(frame, masked) {
-  const filled = `Pass ${frame.step + 1} filled ${counted(frame.filled, "place")} at once`;
+  const filled = `Pass ${frame.step + 1} filled ${counted(frame.filled, "position")} at once`;
   if (masked === 0) return `${filled}: the block is whole.`;
-  const rest = masked === 1 ? "1 place is" : `${masked} places are`;
-  return `${filled}; ${rest} blank, where the denoiser is not sure enough yet.`;
+  const rest = masked === 1 ? "1 position is" : `${masked} positions are`;
+  return `${filled}; ${rest} still masked, where the denoiser is not sure enough.`;
 }
 
 /** How much slower than it ran a run is shown, in words; empty when about as fast. */
