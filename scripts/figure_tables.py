@@ -96,7 +96,7 @@ def quality_modes(record: Record) -> str:
 # Speed --------------------------------------------------------------------------------------
 
 
-def race(record: Record) -> str:
+def texts(record: Record) -> str:
     """Every engine and mode: time a token of the first size, tokens a second of all sizes."""
     sizes = record["sizes"]
     first = next(iter(sizes))
@@ -117,7 +117,7 @@ def race(record: Record) -> str:
     return markdown([*head, *(f"tokens/s, {size}" for size in sizes)], rows)
 
 
-def race_short(record: Record) -> str:
+def bench_short(record: Record) -> str:
     """The shipped model alone, without what few readers look for."""
     engines = record["sizes"]["shipped"]["engines"]
     return markdown(

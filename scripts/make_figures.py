@@ -50,8 +50,8 @@ class Section(NamedTuple):
     kinds: Sequence[Kind]
 
 
-def race_kinds(title: str, table: Callable[[Mapping[str, Any]], str]) -> list[Kind]:
-    """The races that there are, for one table."""
+def bench_kinds(title: str, table: Callable[[Mapping[str, Any]], str]) -> list[Kind]:
+    """The benchmarks that there are, for one table."""
     return [
         Kind("race_1_thread", f"{title}, one thread", table),
         Kind("race_2_threads", f"{title}, two threads", table),
@@ -78,23 +78,23 @@ SECTIONS = (
         ],
     ),
     Section(
-        "Race",
+        "Benchmark",
         "How fast is each engine and mode, prompt included, one prompt at a time? "
-        "[Method](race.md#method)."
+        "[Method](benchmark.md#method)."
         "\n`shipped` is real text, by its weights of before 2026-11-29; 32M and 160M parameters a "
         "tower are random weights that repeat "
         "recorded commits.",
-        race_kinds("Texts", tables.race),
+        bench_kinds("Texts", tables.texts),
     ),
     Section(
         "Passes",
         "What does one pass cost, after as many tokens as the median prompt has?",
-        race_kinds("Passes", tables.passes)[:2],
+        bench_kinds("Passes", tables.passes)[:2],
     ),
     Section(
         "Decoding without the prompt",
         "What does a token cost once the prompt has been read?",
-        race_kinds("Decoding", tables.decode_only)[:2],
+        bench_kinds("Decoding", tables.decode_only)[:2],
     ),
     Section(
         "Rows and throughput",
@@ -128,7 +128,7 @@ SECTIONS = (
         [Kind("precision_quality", "Perplexity", tables.precision_quality)],
     ),
     Section(
-        "Race on a real model",
+        "Benchmark on a real model",
         "How fast is each engine on SmolLM2-135M-Instruct? Questions of GSM8K, MT-bench and "
         "HumanEval, two of each, 96 tokens,\nengines in turns, each in a process of its own with "
         "the same weights. `x best`: over the fastest of the other engines\nwith the same bits, "
@@ -220,8 +220,10 @@ BLOCKS = {
     "quality": Block("evaluate", "quality-by-category", tables.quality),
     "quality-modes": Block("evaluate", "quality-by-category", tables.quality_modes),
     "quality-line": Block("evaluate", "quality-by-category", tables.quality_line),
-    "race": Block("race_1_thread", "race", tables.race_short),
-    "race-smollm2": Block("race_smollm2_2_threads", "race-on-a-real-model", tables.contest_short),
+    "benchmark": Block("race_1_thread", "benchmark", tables.bench_short),
+    "benchmark-smollm2": Block(
+        "race_smollm2_2_threads", "benchmark-on-a-real-model", tables.contest_short
+    ),
     "training-runs": Block("training_runs", "training", training.training_runs),
 }
 

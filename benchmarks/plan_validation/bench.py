@@ -13,13 +13,13 @@ from benchmarks.plan_validation.rows import Row, both
 
 from twotower import load_tokenizer
 from twotower.checkpoint.inspect import Tower, describe, describe_config
+from twotower.lab.bench.replay import random_config
 from twotower.lab.evaluate.suite import held_out
 from twotower.lab.plan.hardware import built_in
 from twotower.lab.plan.inputs import PROFILES, Efficiency, Mode, Width, Widths, Workload, uniform
 from twotower.lab.plan.memory import device_maps
 from twotower.lab.plan.modes import ModeTime, time_mode
 from twotower.lab.plan.passes import ModelShape, Pass, PlanSetup, time_pass
-from twotower.lab.race.replay import random_config
 
 RESULTS = Path(__file__).parents[1] / "results"
 DATE, ROWS_DATE = "cpu_2026-11-26.json", "cpu_2026-11-29.json"
@@ -48,7 +48,7 @@ def read_record(name: str, date: str = DATE) -> dict[str, Any]:
 
 @cache
 def shape_of(size: str) -> ModelShape:
-    """The shipped model, or one of the race's random ones."""
+    """The shipped model, or one of the benchmark's random ones."""
     if size == "shipped":
         return ModelShape.of(describe(Path(str(resources.files("twotower") / "assets"))))
     return ModelShape.of(describe_config(random_config(size, 16), size))
@@ -72,14 +72,14 @@ def make_setup(size: str, hardware: str, profile: str, width: Width = "float32")
 
 
 def predict_call(setup: PlanSetup, call: str, past: int) -> float:
-    """Milliseconds of one of the race's passes."""
+    """Milliseconds of one of the benchmark's passes."""
     tower, tokens, logits = CALLS[call]
     made = Pass(tower=tower, rows=1, tokens=tokens, logits=logits, past=past)
     return 1e3 * time_pass(setup, made).seconds
 
 
 def pass_rows(threads: str, hardware: str) -> Iterator[Row]:
-    """Every pass of every size and backend of a race; native ones of the small model have one
+    """Every pass of every size and backend of a benchmark; native ones of the small model have one
     thread in each."""
     for size, found in read_record(f"race_{threads}")["sizes"].items():
         for engine, calls in found["ms_by_engine"].items():

@@ -1,4 +1,4 @@
-"""`twotower bench`: the race with and without baselines, its record, pictures and refusals."""
+"""`twotower bench`: with and without baselines, its record, pictures and refusals."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from tiny_text import tiny_tokenizer
 from twotower.checkpoint import save_two_towers
 from twotower.cli.main import main
 from twotower.families import config_to_dict
-from twotower.lab.race import replay
+from twotower.lab.bench import replay
 
 FLAGS = ["--items", "1", "--max-new-tokens", "12", "--repeats", "3", "--replays", "2"]
 FLAGS += ["--max-prompt-tokens", "1000"]
@@ -36,7 +36,7 @@ def tiny_random_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(replay.SIZES, "32M", TINY)
 
 
-def test_the_race_without_baselines(
+def test_bench_without_baselines(
     checkpoint: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -45,7 +45,7 @@ def test_the_race_without_baselines(
     """Silent failure: a missing baseline is left out, and our AR looks like the best there is."""
     for library in ("transformers", "xllamacpp", "gguf"):
         monkeypatch.setitem(sys.modules, library, None)
-    out = tmp_path / "race"
+    out = tmp_path / "bench"
     flags = ["--model", checkpoint, "--sizes", "shipped,32M", "--output", str(out), *FLAGS]
     assert main(["bench", "--json", *flags]) == 0
     record = json.loads(capsys.readouterr().out)
@@ -70,7 +70,7 @@ def test_the_race_without_baselines(
     # One long-context prompt at most is above 1000 tokens; whether this one is, the record says.
     is_short = any("left out" in line for line in record["warnings"])
     assert shipped["n"] == 8 - is_short
-    assert json.loads((out / "race.json").read_text()) == record
+    assert json.loads((out / "bench.json").read_text()) == record
     assert {file.name for file in out.glob("*.png")} == {
         "speed.png",
         "break_even_shipped.png",
@@ -92,12 +92,12 @@ def test_replays_repeat_what_the_checkpoint_commits(
     assert found["32M"]["missing"] == []
 
 
-def test_the_race_with_baselines(checkpoint: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bench_with_baselines(checkpoint: str, capfd: pytest.CaptureFixture[str]) -> None:
     for library in ("transformers", "xllamacpp", "gguf"):
         pytest.importorskip(library)
     assert main(["bench", "--model", checkpoint, "--threads", "1", *FLAGS]) == 0
     text, err = capfd.readouterr()
-    assert "falling back" not in err  # a baseline's notes about itself are no result of the race
+    assert "falling back" not in err  # a baseline's notes about itself are no result
     for name in ("eager", "transformers", "llama.cpp-f32", "llama.cpp-f16", "llama.cpp-q8_0"):
         assert name in text
     assert "x best" in text and "overhead-bound" in text and "tokens/NFE" in text
@@ -123,7 +123,7 @@ def test_a_missing_baseline_is_printed(
         (["--max-prompt-tokens", "1"], "leaves out every prompt"),
         (["--output", "/dev/null/x"], "output: cannot write into /dev/null/x"),
         (["--model", "/nowhere"], "/nowhere"),
-        (["--quantization", "int8"], "quantization: has no effect here; a race compares --engines"),
+        (["--quantization", "int8"], "quantization: has no effect here; bench compares --engines"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -53,8 +53,8 @@ def test_a_backbone_races_in_processes(
     assert [r["mode"] for r in ours] == ["ar", "speculative"]
     assert all(r["same_as_plain"] == r["n"] == 3 and r["decode_ms"] > 0 for r in ours)
     told = " ".join(record["missing"])
-    assert "llama.cpp int4: 4 bits are raced on a GGUF file that has them" in told
-    saved = json.loads((tmp_path / "out" / "contest.json").read_text())
+    assert "llama.cpp int4: 4 bits are measured on a GGUF file that has them" in told
+    saved = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert saved["contestants"] == record["contestants"]
 
 
@@ -75,9 +75,9 @@ def test_prompts_that_cannot_be_used(
 
 
 @pytest.mark.parametrize("flag", [["--sizes", "32M"], ["--repeats", "2"], ["--no-baselines"]])
-def test_options_of_the_other_race_are_refused(
+def test_options_of_the_other_benchmark_are_refused(
     flag: list[str], backbone: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Silent failure: a user thinks that fewer repeats made the run faster."""
     assert main(["bench", "--model", backbone, *flag]) == 2
-    assert "has no effect in a race on a real model; leave it out" in capsys.readouterr().err
+    assert "has no effect on a real model; leave it out" in capsys.readouterr().err

@@ -252,7 +252,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 )
 def test_waiting_threads_sleep_unless_told_otherwise(verb: str, given: str, policy: str) -> None:
     """Guards against threads that spin for one that a busy machine does not let run, and against a
-    race that llama.cpp runs with threads put to sleep. The setting counts only if it is there
+    benchmark that llama.cpp runs with threads put to sleep. The setting counts only if it is there
     before torch is."""
     code = (
         "import os, sys; from twotower.cli.main import main; print('torch' in sys.modules); "

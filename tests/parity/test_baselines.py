@@ -11,7 +11,7 @@ import torch
 from twotower.checkpoint import convert_to_gguf, export_transformers, load_checkpoint
 from twotower.checkpoint.files import shipped_folder
 from twotower.engine import GenerateOptions, generate
-from twotower.lab.race.baselines import (
+from twotower.lab.bench.baselines import (
     Baseline,
     LlamaCpp,
     MissingBaseline,

@@ -24,7 +24,7 @@ from twotower.checkpoint.gguf import Precision
 from twotower.checkpoint.gguf_tokenizer import SPLITS
 from twotower.engine import GenerateOptions, generate
 from twotower.families import config_from_dict
-from twotower.lab.race.baselines import Baseline, LlamaCpp
+from twotower.lab.bench.baselines import Baseline, LlamaCpp
 from twotower.tokenizer import load_tokenizer
 
 pytest.importorskip("xllamacpp")
@@ -82,7 +82,7 @@ def run_tiny(folder: Path, **changes: object) -> float:
 
 
 def test_llama_cpp_computes_our_distribution(model: TwoTower, llama_cpp: Baseline) -> None:
-    """Guards the baseline's weights: a race against a model that computes otherwise is void."""
+    """Guards the baseline's weights: a comparison with a model that computes otherwise is void."""
     assert (llama_cpp.name, llama_cpp.dtype) == ("llama.cpp-f32", "float32")
     for ids in prompts():
         assert difference(model, llama_cpp, ids) < TOLERANCE

@@ -16,7 +16,7 @@ from twotower.checkpoint import (
     gguf_reader,
     load_checkpoint,
 )
-from twotower.lab.race.baselines import LlamaCpp
+from twotower.lab.bench.baselines import LlamaCpp
 
 transformers = pytest.importorskip("transformers")
 

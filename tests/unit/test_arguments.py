@@ -12,8 +12,8 @@ from tiny_models import tiny_model
 from tiny_text import byte_tokenizer
 from twotower.adapt.options import AnswerOptions, ThinOptions
 from twotower.arguments import check_fields, number
+from twotower.lab.bench.run import MeasureOptions
 from twotower.lab.evaluate.run import EvaluationOptions
-from twotower.lab.race.run import RaceOptions
 from twotower.serve.options import ServeOptions
 from twotower.train.options import TrainOptions
 from twotower.train.prepare import PrepareOptions
@@ -107,7 +107,7 @@ def test_none_is_taken_where_it_is_the_default_alone() -> None:
         (AnswerOptions, {"rows": 2.5}, "rows=2.5 must be a whole number"),
         (ThinOptions, {"block_size": 1}, "block_size=1 must be at least 2"),
         (EvaluationOptions, {"items": 2.5}, "items=2.5 must be a whole number"),
-        (RaceOptions, {"items": 2.5}, "items=2.5 must be a whole number"),
+        (MeasureOptions, {"items": 2.5}, "items=2.5 must be a whole number"),
         (ServeOptions, {"port": 80.5}, "port=80.5 must be a whole number"),
         (TrainOptions, {"recipe": "backbone", "betas": (0.9,)}, "betas=(0.9,) must be a list of 2"),
         (PrepareOptions, {"vocab_size": 9}, "vocab_size=9 must be at least 260"),

@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "lab.evaluate": COMMON
     | {"engine", "model", "diffusion", "tokenizer", "lab.corpus", "lab.report"},
     "lab.plan": COMMON | {"families", "model", "checkpoint", "lab.report"},
-    "lab.race": COMMON
+    "lab.bench": COMMON
     | {"families", "engine", "model", "backends", "native", "kernels", "diffusion", "checkpoint"}
     | {"tokenizer", "lab.evaluate", "lab.corpus", "lab.plan", "lab.report"},
 }
@@ -66,10 +66,10 @@ FENCES: dict[str, tuple[str, ...]] = {
     "jsonschema": ("lab.evaluate",),
     "lm_eval": ("lab.evaluate.lm_harness",),
     "matplotlib": ("lab",),
-    "gguf": ("checkpoint", "families", "lab.race.baselines"),
+    "gguf": ("checkpoint", "families", "lab.bench.baselines"),
     "torchao": ("checkpoint.quantize",),
-    "xllamacpp": ("lab.race.baselines",),
-    "transformers": ("lab.race.baselines",),
+    "xllamacpp": ("lab.bench.baselines",),
+    "transformers": ("lab.bench.baselines",),
     # Of the extra serve: loaded by the verb alone, which names what is missing.
     "fastapi": ("serve",),
     "starlette": ("serve",),
@@ -237,7 +237,7 @@ BAD = [
     ("train.loop", "from torch.utils.tensorboard import SummaryWriter"),
     ("lab.corpus.numbers", "from num2words import num2words"),
     ("lab.corpus.numbers", "def f():\n    import pandas"),
-    ("lab.race.runners", "def f():\n    import xllamacpp"),
+    ("lab.bench.runners", "def f():\n    import xllamacpp"),
     ("model.two_tower", "def f():\n    from twotower.native import backend"),
     ("engine.scheduler", "from twotower.backends import accelerate"),
     ("checkpoint.gguf", "from gguf import GGUFWriter"),
@@ -254,7 +254,7 @@ GOOD = [
     ("lab.corpus.numbers", "def f():\n    from num2words import num2words"),
     ("lab.corpus.numbers", "if TYPE_CHECKING:\n    from babel import Locale"),
     ("tokenizer", "from tokenizers import Tokenizer"),
-    ("lab.race.baselines", "def f():\n    from transformers import AutoModelForCausalLM"),
+    ("lab.bench.baselines", "def f():\n    from transformers import AutoModelForCausalLM"),
     ("__init__", "from .engine import generate\nfrom .checkpoint.load import load_checkpoint"),
     ("cli.demo", "import twotower\nfrom twotower.train.loop import train"),
 ]

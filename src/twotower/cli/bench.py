@@ -22,31 +22,31 @@ from twotower.cli.measuring import (
 from twotower.cli.progress import progress_bar
 from twotower.cli.tables import make_console, print_table
 from twotower.engine import defaults_of, resolve_options
+from twotower.lab.bench.limits import Machine, cache_bytes
+from twotower.lab.bench.replay import make_random
+from twotower.lab.bench.report import bench_figures, describe_break_even, tables
+from twotower.lab.bench.run import (
+    MeasureOptions,
+    draw_prompts,
+    mode_options,
+    open_bench,
+    record_replays,
+    run_bench,
+    watch_idle,
+)
+from twotower.lab.bench.runners import TimedPrompt
 from twotower.lab.corpus import CATEGORIES
 from twotower.lab.evaluate.run import split_names
 from twotower.lab.evaluate.suite import make_judge
-from twotower.lab.race.limits import Machine, cache_bytes
-from twotower.lab.race.replay import make_random
-from twotower.lab.race.report import describe_break_even, race_figures, tables
-from twotower.lab.race.run import (
-    RaceOptions,
-    draw_prompts,
-    mode_options,
-    open_race,
-    record_replays,
-    run_race,
-    watch_idle,
-)
-from twotower.lab.race.runners import TimedPrompt
 from twotower.lab.report import Record, Table, to_png, write_files
 from twotower.loading import Loaded, Placement, load, placement_of
 from twotower.model.precision import require_plain
 
-RECORD_FILE = "race.json"
+RECORD_FILE = "bench.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchOptions(RaceOptions, Placement):
+class BenchOptions(MeasureOptions, Placement):
     """Measure the speed of each decoding mode against AR decoding of the same weights by twotower,
     transformers and llama.cpp, in paired runs, and what bounds each forward pass: bandwidth or
     arithmetic.
@@ -61,7 +61,7 @@ class BenchOptions(RaceOptions, Placement):
         usual = Placement()
         for name in ("backend", "quantization", "expert_storage"):
             if getattr(self, name) != getattr(usual, name):
-                raise ValueError(f"{name}: has no effect here; a race compares --engines")
+                raise ValueError(f"{name}: has no effect here; bench compares --engines")
 
 
 def run(options: BenchOptions) -> int:
@@ -79,30 +79,29 @@ def run(options: BenchOptions) -> int:
     else:
         record = measure(options, loaded)
     if options.output is not None:
-        figures = {} if is_contest else race_figures(record)
+        figures = {} if is_contest else bench_figures(record)
         pictures = {name: to_png(figure) for name, figure in figures.items()}
-        name = contest.RECORD_FILE if is_contest else RECORD_FILE
-        write_files(options.output, name, record, pictures, None)
+        write_files(options.output, RECORD_FILE, record, pictures, None)
     if options.json:
         print(json.dumps(record))
     elif is_contest:
         print_tables(contest.contest_tables(record), record["missing"], record["warnings"])
     else:
-        print_race(record)
+        print_bench(record)
     return 0 if record["complete"] else INTERRUPTED
 
 
 def refuse_unused(options: BenchOptions, is_contest: bool) -> None:
-    """ValueError for options of the other kind of race."""
+    """ValueError for options of the other kind of benchmark."""
     others = ("sizes", "modes", "engines", "baselines", "replays", "repeats")
     usual = BenchOptions()
     for name in others if is_contest else ("bits",):
         if getattr(options, name) != getattr(usual, name):
             reason = "on a real model" if is_contest else "without --prompts"
-            raise ValueError(f"{name}: has no effect in a race {reason}; leave it out")
+            raise ValueError(f"{name}: has no effect {reason}; leave it out")
 
 
-def print_race(record: Record) -> None:
+def print_bench(record: Record) -> None:
     """Costs, passes and break-even of every size; then what was missing or doubtful."""
     sizes = record["sizes"].items()
     missing = dict.fromkeys(line for _, found in sizes for line in found["missing"])
@@ -138,7 +137,7 @@ def measure(options: BenchOptions, loaded: Loaded) -> dict[str, Any]:
     """The record of every size; after Ctrl-C, of those that were finished."""
     warnings = watch_idle()
     sandbox = open_sandbox(CATEGORIES, options.allow_unsandboxed_code)
-    require_plain(loaded.model, "a race")
+    require_plain(loaded.model, "bench")
     prompts, num_long = draw_prompts(loaded.need_tokenizer(), options, make_judge(sandbox))
     say_protection(sandbox)
     if num_long:
@@ -178,10 +177,10 @@ def measure_size(
         modes = mode_options(options)
         prompts = record_replays(loaded.model, prompts[: options.replays], modes, options.seed)
         model = make_random(size, loaded.model, options.seed)
-    with open_race(size, model, prompts, options) as race, progress_bar() as bar:
+    with open_bench(size, model, prompts, options) as setup, progress_bar() as bar:
         task = bar.add_task("warm-up", total=len(prompts))
-        return run_race(
-            race,
+        return run_bench(
+            setup,
             options,
             loaded.tokenizer.decode,
             machine,

@@ -9,18 +9,16 @@ import torch
 from twotower.cli.machine import recorded
 from twotower.cli.measuring import describe_versions
 from twotower.cli.questions import question_encoder, read_questions
+from twotower.lab.bench.contest import contest_table, contestants, run_contest, summarise
+from twotower.lab.bench.run import MeasureOptions, watch_idle
 from twotower.lab.corpus import CATEGORIES
 from twotower.lab.evaluate.run import draw_groups, split_names
-from twotower.lab.race.contest import contest_table, contestants, run_contest, summarise
-from twotower.lab.race.run import RaceOptions, watch_idle
 from twotower.lab.report import Record, Table
 from twotower.loading import Loaded
 
-RECORD_FILE = "contest.json"
-
 
 def measure(
-    options: RaceOptions, loaded: Loaded, file: Path, denoiser: str | None
+    options: MeasureOptions, loaded: Loaded, file: Path, denoiser: str | None
 ) -> dict[str, Any]:
     """The record of a contest; file and denoiser: what other processes load."""
     prompts = encode_questions(loaded, options)
@@ -51,7 +49,7 @@ def contest_tables(record: Record) -> list[Table]:
     return [contest_table(record["contestants"], title)]
 
 
-def encode_questions(loaded: Loaded, options: RaceOptions) -> list[list[int]]:
+def encode_questions(loaded: Loaded, options: MeasureOptions) -> list[list[int]]:
     """Token ids of the questions of the files, or of the suite."""
     encode = question_encoder(loaded, "bench on a real model", is_plain=False)
     if options.prompts:

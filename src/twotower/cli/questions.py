@@ -1,4 +1,4 @@
-"""Questions for a model that is adapted or raced: from files, in its chat template."""
+"""Questions for a model that is adapted or benchmarked: from files, in its chat template."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence

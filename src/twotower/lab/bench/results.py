@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from twotower.lab.race.runners import AR, Measurement, TimedPrompt
+from twotower.lab.bench.runners import AR, Measurement, TimedPrompt
 
 TARGET = 2.42  # the announcement's speed-up of diffusion over AR decoding
 SPEEDUPS = (1.0, TARGET)
@@ -45,7 +45,7 @@ def best_ar(costs: Mapping[Name, Sequence[float]], engines: Sequence[str]) -> Na
         for c, values in costs.items()
         if c[0] in engines and c[1] == AR
     }
-    assert medians, "a race without AR has nothing to compare with"
+    assert medians, "a benchmark without AR has nothing to compare with"
     return min(medians, key=lambda name: medians[name])
 
 

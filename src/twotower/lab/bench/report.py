@@ -1,9 +1,9 @@
-"""A race's record for readers: tables and sentences for the terminal, and pictures."""
+"""A benchmark's record for readers: tables and sentences for the terminal, and pictures."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from twotower.lab.race.results import TARGET, block_cost
+from twotower.lab.bench.results import TARGET, block_cost
 from twotower.lab.report import COLORS, Record, Table, new_figure, number
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def describe_break_even(engine: str, pays: Record, found: Record) -> str:
     return "\n".join(lines)
 
 
-def race_figures(record: Record) -> dict[str, "Figure"]:
+def bench_figures(record: Record) -> dict[str, "Figure"]:
     """Every picture of the record by the name of its file."""
     made = {"speed": plot_speed(record)}
     for size, found in record["sizes"].items():

@@ -14,9 +14,9 @@ import torch
 
 from twotower.checkpoint.inspect import Tower, describe_config
 from twotower.kernels.quantised import to_eight_bits
+from twotower.lab.bench.passes import PassShape
 from twotower.lab.plan.inputs import uniform
 from twotower.lab.plan.passes import ModelShape, Pass, pass_parts
-from twotower.lab.race.passes import PassShape
 from twotower.model import TwoTower
 from twotower.native.layout import LANES
 from twotower.native.tower import NativeLinear
@@ -74,7 +74,7 @@ def describe_limits(
     """
     dtype = model.context_lm_head.weight.dtype
     ours = list(_our_passes(record, shape.block_size))
-    planned = ModelShape.of(describe_config(model.config, "race"))
+    planned = ModelShape.of(describe_config(model.config, "bench"))
     rows = []
     for taken in [*ours, *_baseline_passes(record, {one.engine for one in ours})]:
         size = weight_bytes_of(taken.engine, float(dtype.itemsize))

@@ -1,6 +1,6 @@
 """What else could run the same weights: greedy decoding by transformers and by llama.cpp.
 
-Decides how each is called and which of its times count; what is compared is the race's business.
+Decides how each is called and which of its times count; `run` decides what is compared.
 Each runs in this process, reads the context tower alone and keeps no cache between calls.
 """
 
@@ -279,7 +279,7 @@ def open_baselines(
     """
     baselines: list[Baseline] = []
     missing: list[str] = []
-    with TemporaryDirectory(prefix="twotower-race-") as folder:
+    with TemporaryDirectory(prefix="twotower-bench-") as folder:
         try:
             if model is not None:
                 _open_all(model, Path(folder), (threads, dtype), baselines, missing)

@@ -1,4 +1,4 @@
-"""One contestant of a contest in a process of its own: `python -m twotower.lab.race.contestant`.
+"""One contestant of a contest in a process of its own: `python -m twotower.lab.bench.contestant`.
 
 Threads that one engine leaves spinning would slow another down in the same process. stdin has the
 contestant as a line of JSON, then a request a line; stdout has a line when it is ready, and an
@@ -19,8 +19,8 @@ from twotower.checkpoint import load_checkpoint
 from twotower.checkpoint.denoiser import load_denoiser
 from twotower.checkpoint.empty import Towers
 from twotower.engine import GenerateOptions
-from twotower.lab.race.baselines import Baseline, LlamaCpp, Transformers
-from twotower.lab.race.runners import time_stream
+from twotower.lab.bench.baselines import Baseline, LlamaCpp, Transformers
+from twotower.lab.bench.runners import time_stream
 
 BITS = {"float32": "none", "int8": "int8", "int4": "int4"}  # ours, by --quantization
 

@@ -6,16 +6,16 @@ import pytest
 
 from tiny_models import prompts_of, tiny_model
 from twotower import GenerateOptions, TwoTower
-from twotower.lab.race import runners as module
-from twotower.lab.race.baselines import Decoded, llama_cpp_name
-from twotower.lab.race.replay import Script
-from twotower.lab.race.runners import (
+from twotower.lab.bench import runners as module
+from twotower.lab.bench.baselines import Decoded, llama_cpp_name
+from twotower.lab.bench.replay import Script
+from twotower.lab.bench.runners import (
     BaselineRunner,
     Measurement,
     OurRunner,
     TimedPrompt,
     open_engines,
-    race,
+    take_turns,
 )
 
 
@@ -41,7 +41,7 @@ def test_starts_rotate_and_laps_keep_their_place() -> None:
     starts: list[str] = []
     runners = [Noting("a", starts), Noting("b", starts)]
     prompts = [TimedPrompt(ids=[number], max_new_tokens=1) for number in range(3)]
-    rows = list(race(runners, prompts))
+    rows = list(take_turns(runners, prompts))
     assert starts == ["a0", "b0", "a0", "b0", "b1", "a1", "a2", "b2"]  # two untimed
     assert [[one.context_forwards for one in row] for row in rows] == [[1, 2]] * 3
     assert [row[0].tokens for row in rows] == [[0], [1], [2]]

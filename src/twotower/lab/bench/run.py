@@ -1,4 +1,4 @@
-"""What is raced, with which options, and one size's race from its prompts to its record."""
+"""What is measured, with which options, and one size from its prompts to its record."""
 
 import os
 import statistics
@@ -14,21 +14,18 @@ import torch
 from twotower.arguments import COUNT, INDEX, check_fields
 from twotower.checkpoint.files import SHIPPED
 from twotower.engine import MODES, GenerateOptions, stream
-from twotower.lab.corpus import CATEGORIES, Document
-from twotower.lab.evaluate.run import check_names, draw_groups, split_names
-from twotower.lab.evaluate.suite import Judge
-from twotower.lab.race.baselines import open_baselines
-from twotower.lab.race.contestant import BITS
-from twotower.lab.race.limits import Machine, describe_limits, doubt_limits
-from twotower.lab.race.passes import PassShape, draw_ids, time_passes
-from twotower.lab.race.replay import SIZES, record_script
-from twotower.lab.race.results import (
+from twotower.lab.bench.baselines import open_baselines
+from twotower.lab.bench.contestant import BITS
+from twotower.lab.bench.limits import Machine, describe_limits, doubt_limits
+from twotower.lab.bench.passes import PassShape, draw_ids, time_passes
+from twotower.lab.bench.replay import SIZES, record_script
+from twotower.lab.bench.results import (
     count_right,
     count_same,
     summarise_measurements,
     summarise_passes,
 )
-from twotower.lab.race.runners import (
+from twotower.lab.bench.runners import (
     AR,
     ENGINES,
     BaselineRunner,
@@ -37,8 +34,11 @@ from twotower.lab.race.runners import (
     Runner,
     TimedPrompt,
     open_engines,
-    race,
+    take_turns,
 )
+from twotower.lab.corpus import CATEGORIES, Document
+from twotower.lab.evaluate.run import check_names, draw_groups, split_names
+from twotower.lab.evaluate.suite import Judge
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 
@@ -48,11 +48,11 @@ REPLAY_PROMPT = (
 )
 _STAT = Path("/proc/stat")
 _MAX_OTHERS = 0.07  # cores, on average
-_IDLE_S = 1.0  # how long others are watched before the race
+_IDLE_S = 1.0  # how long others are watched before the benchmark
 
 
 @dataclass(frozen=True, kw_only=True)
-class RaceOptions:
+class MeasureOptions:
     """What is measured."""
 
     sizes: str = SHIPPED
@@ -65,10 +65,10 @@ class RaceOptions:
     baselines: bool = True
     """Also measure AR decoding by transformers and llama.cpp, where they are installed."""
     prompts: tuple[Path, ...] = ()
-    """Files of prompts for a race on a real model, each engine in a process of its own with the
+    """Files of prompts to compare on a real model, each engine in a process of its own with the
     same weights and bits: our modes, llama.cpp, transformers. .jsonl: one object a line with a
     prompt, question, instruction, text or turns; any other file: one prompt a line. Models without
-    a denoiser always race so."""
+    a denoiser are always measured so."""
     bits: str = ",".join(BITS)
     """With --prompts: precisions of the weights, separated by commas."""
     items: int = 10
@@ -86,7 +86,7 @@ class RaceOptions:
     allow_unsandboxed_code: bool = False
     """Run code that the model writes even where this machine has no sandbox for it."""
     output: Path | None = None
-    """Folder for race.json and its pictures."""
+    """Folder for bench.json and its pictures."""
 
     def __post_init__(self) -> None:
         counts = ("items", "max_new_tokens", "max_prompt_tokens", "replays", "repeats")
@@ -100,7 +100,7 @@ class RaceOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Race:
+class Setup:
     """A size with what is measured on it: our engines' models by name, runners and prompts."""
 
     size: str
@@ -112,7 +112,7 @@ class Race:
 
 
 def draw_prompts(
-    tokenizer: Tokenizer, options: RaceOptions, judge: Judge
+    tokenizer: Tokenizer, options: MeasureOptions, judge: Judge
 ) -> tuple[list[TimedPrompt], int]:
     """Held-out prompts of every category in turns, and how many were too long."""
     prompts = [
@@ -136,7 +136,7 @@ def _is_right(judge: Judge, document: Document, text: str) -> bool:
     return judge(document, text).correct
 
 
-def mode_options(options: RaceOptions) -> list[GenerateOptions]:
+def mode_options(options: MeasureOptions) -> list[GenerateOptions]:
     """Each mode's options; all else is the checkpoint's. Drafts are the denoiser's: they are what a
     script repeats.
     """
@@ -167,9 +167,9 @@ def record_replays(
 
 
 @contextmanager
-def open_race(
-    size: str, model: TwoTower, prompts: Sequence[TimedPrompt], options: RaceOptions
-) -> Iterator[Race]:
+def open_bench(
+    size: str, model: TwoTower, prompts: Sequence[TimedPrompt], options: MeasureOptions
+) -> Iterator[Setup]:
     """A size's runners, ready to start; baselines are closed at the end."""
     engines, unable = open_engines(model, split_names(options.engines))
     modes = mode_options(options)
@@ -177,7 +177,7 @@ def open_race(
     threads, dtype = torch.get_num_threads(), model.context_lm_head.weight.dtype
     wanted = model if options.baselines else None
     with open_baselines(wanted, threads, dtype) as (baselines, missing):
-        yield Race(
+        yield Setup(
             size=size,
             model=model,
             engines=engines,
@@ -187,9 +187,9 @@ def open_race(
         )
 
 
-def run_race(
-    found: Race,
-    options: RaceOptions,
+def run_bench(
+    found: Setup,
+    options: MeasureOptions,
     decode: Callable[[list[int]], str],
     machine: Machine,
     advance: Callable[[str], None],
@@ -199,7 +199,7 @@ def run_race(
     columns: dict[tuple[str, str], list[Measurement]] = {
         (runner.engine, runner.mode): [] for runner in found.runners
     }
-    for row in race(found.runners, found.prompts):
+    for row in take_turns(found.runners, found.prompts):
         for column, measurement in zip(columns.values(), row, strict=True):
             column.append(measurement)
         advance(found.size)
@@ -301,7 +301,7 @@ def others_used(before: CpuLoad, after: CpuLoad, during: str) -> list[str]:
 
 
 def watch_idle() -> list[str]:
-    """What others do while we do nothing: the machine's state before the race."""
+    """What others do while we do nothing: the machine's state before we measure."""
     before = take_load()
     time.sleep(_IDLE_S)
-    return others_used(before, take_load(), "before the race")
+    return others_used(before, take_load(), "before the benchmark")

@@ -1,10 +1,10 @@
-"""The race's record from measurements and times written by hand."""
+"""The benchmark's record from measurements and times written by hand."""
 
 from typing import Any
 
 import pytest
 
-from twotower.lab.race.results import (
+from twotower.lab.bench.results import (
     best_ar,
     block_cost,
     break_even,
@@ -16,7 +16,7 @@ from twotower.lab.race.results import (
     summarise_measurements,
     summarise_passes,
 )
-from twotower.lab.race.runners import Measurement, TimedPrompt
+from twotower.lab.bench.runners import Measurement, TimedPrompt
 
 
 def one(num_tokens: int, ms: float, decode_ms: float, nfe: int = 0) -> Measurement:

@@ -1,4 +1,4 @@
-"""Pictures and sentences of a race, from a recorded one."""
+"""Pictures and sentences of a benchmark, from a recorded one."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from twotower.lab.race.report import describe_break_even, plot_break_even
+from twotower.lab.bench.report import describe_break_even, plot_break_even
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 

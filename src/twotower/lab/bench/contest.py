@@ -19,8 +19,8 @@ from typing import Any
 
 from twotower.checkpoint import export_transformers
 from twotower.checkpoint.gguf import export_gguf
-from twotower.lab.race.baselines import SPECULATIONS, gguf_bits
-from twotower.lab.race.contestant import Answer, Contestant
+from twotower.lab.bench.baselines import SPECULATIONS, gguf_bits
+from twotower.lab.bench.contestant import Answer, Contestant
 from twotower.lab.report import Record, Table, number
 from twotower.model import TwoTower
 
@@ -83,7 +83,7 @@ def _gguf(model: TwoTower, file: Path, bits: str, folder: Path) -> Path:
     if file.suffix == ".gguf" and gguf_bits(file) == bits:
         return file
     if bits == "int4":
-        raise ValueError("4 bits are raced on a GGUF file that has them; give it as --model")
+        raise ValueError("4 bits are measured on a GGUF file that has them; give it as --model")
     target = folder / f"{bits}.gguf"
     export_gguf(model, target, dtype="float32" if bits == "float32" else "q8_0")
     return target
@@ -93,7 +93,7 @@ class _Process:
     """A contestant's process, asked a prompt at a time."""
 
     def __init__(self, engine: str) -> None:
-        command = [sys.executable, "-m", "twotower.lab.race.contestant"]
+        command = [sys.executable, "-m", "twotower.lab.bench.contestant"]
         # As our other verbs ask for; llama.cpp's threads would be slowed down.
         waiting = {"OMP_WAIT_POLICY": "PASSIVE"} if engine == OURS else {}
         self._process = subprocess.Popen(

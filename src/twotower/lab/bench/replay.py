@@ -1,4 +1,4 @@
-"""Larger models of a race: random weights that repeat what another model committed.
+"""Larger models to measure: random weights that repeat what another model committed.
 
 Cost does not depend on content. A model with random weights would commit nonsense at its own pace,
 so that its towers compute as ever and only the logits that leave them are replaced by ones that

@@ -13,8 +13,8 @@ from twotower import GenerateOptions
 from twotower.checkpoint.empty import build_empty
 from twotower.engine import Finished, StepTaken, TokensCommitted, stream
 from twotower.families import config_to_dict
-from twotower.lab.race import replay
-from twotower.lab.race.replay import (
+from twotower.lab.bench import replay
+from twotower.lab.bench.replay import (
     Script,
     ScriptedModel,
     logit_of,
@@ -22,7 +22,7 @@ from twotower.lab.race.replay import (
     random_config,
     record_script,
 )
-from twotower.lab.race.runners import OurRunner, TimedPrompt
+from twotower.lab.bench.runners import OurRunner, TimedPrompt
 from twotower.model import ContextCache, ContextView, TwoTower
 
 PROMPT = prompts_of([7])[0]

@@ -5,8 +5,7 @@ import torch
 
 from tiny_models import fresh_model, tiny_config
 from twotower.checkpoint.inspect import describe_config
-from twotower.lab.plan.passes import ModelShape, Tower
-from twotower.lab.race.limits import (
+from twotower.lab.bench.limits import (
     Machine,
     MeasuredPass,
     Work,
@@ -17,7 +16,8 @@ from twotower.lab.race.limits import (
     measure_peak,
     regime,
 )
-from twotower.lab.race.passes import PassShape
+from twotower.lab.bench.passes import PassShape
+from twotower.lab.plan.passes import ModelShape, Tower
 
 
 def work_of(

@@ -1,10 +1,10 @@
-"""What a race refuses, the passes it times, and whether others disturbed it."""
+"""What a benchmark refuses, the passes it times, and whether others disturbed it."""
 
 import pytest
 
 from tiny_models import tiny_model
-from twotower.lab.race.passes import PassShape, time_passes
-from twotower.lab.race.run import CpuLoad, RaceOptions, others_used, parse_stat, take_load
+from twotower.lab.bench.passes import PassShape, time_passes
+from twotower.lab.bench.run import CpuLoad, MeasureOptions, others_used, parse_stat, take_load
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from twotower.lab.race.run import CpuLoad, RaceOptions, others_used, parse_stat,
 )
 def test_refusals(changes: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        RaceOptions(**changes)  # type: ignore[arg-type]
+        MeasureOptions(**changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mask", [3, 20, 40, 41])
@@ -41,7 +41,7 @@ def load(wall_s: float, own_s: float, busy_s: float | None) -> CpuLoad:
 
 
 def test_other_processes_are_noticed() -> None:
-    """Silent failure: a race beside a training run whose timings look like any others."""
+    """Silent failure: a benchmark beside a training run whose timings look like any others."""
     begin = load(0.0, 0.0, 100.0)
     assert others_used(begin, load(10.0, 8.0, 108.5), "32M") == []
     (line,) = others_used(begin, load(10.0, 8.0, 113.0), "32M")

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from tiny_models import tiny_model
-from twotower.lab.race import contest
-from twotower.lab.race.contest import contest_table, summarise
-from twotower.lab.race.contestant import Answer, Contestant
+from twotower.lab.bench import contest
+from twotower.lab.bench.contest import contest_table, summarise
+from twotower.lab.bench.contestant import Answer, Contestant
 
 PROMPTS = [[5] * 10, [5] * 20]
 
@@ -55,7 +55,7 @@ def mod_name() -> str:
 
 
 def test_the_denoiser_drafts_for_us_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards a race whose speculative mode silently goes without the denoiser that was given."""
+    """Guards a comparison whose speculative mode silently lacks the denoiser that was given."""
     monkeypatch.setattr(contest, "_gguf", lambda *_: tmp_path / "x.gguf")
     model = tiny_model()
     found, missing = contest.contestants(model, tmp_path / "m", ["int8"], 1, tmp_path, "d")

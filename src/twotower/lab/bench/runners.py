@@ -14,8 +14,8 @@ from torch import Tensor
 from twotower.backends import accelerate
 from twotower.engine import GenerateOptions, TokensCommitted, stream
 from twotower.engine.events import Event, Finished
-from twotower.lab.race.baselines import Baseline
-from twotower.lab.race.replay import Script, ScriptedModel
+from twotower.lab.bench.baselines import Baseline
+from twotower.lab.bench.replay import Script, ScriptedModel
 from twotower.model import ContextCache, TwoTower
 
 AR = "ar"
@@ -75,7 +75,9 @@ class Runner(Protocol):
         """Continue the prompt, timed."""
 
 
-def race(runners: Sequence[Runner], prompts: Sequence[TimedPrompt]) -> Iterator[list[Measurement]]:
+def take_turns(
+    runners: Sequence[Runner], prompts: Sequence[TimedPrompt]
+) -> Iterator[list[Measurement]]:
     """Yield each prompt's measurements in the runners' order; who starts rotates.
 
     Before the first prompt each runner continues it once untimed: first calls pay for later ones.

@@ -1,1 +1,0 @@
-"""The race: our modes and what else could run the same weights, on one clock."""
