@@ -1,8 +1,8 @@
-"""A thin denoiser for a real backbone: that writes answers in large batches, then it learns.
+"""Train a thin denoiser for a real backbone: on answers that it writes in large batches.
 
-What `twotower adapt` does in an hour of a CPU, with batches for a GPU. All of it is kept in --work:
-the same command goes on where it stopped, with more --minutes for longer. The denoiser also comes
-in pieces of 16 MiB, which `cat` joins. Without --model a small random one is used.
+What `twotower adapt` does, with batches for a GPU. The same command resumes from --work, and trains
+longer with more --minutes. The denoiser is also written in pieces of 16 MiB, which `cat` joins.
+Without --model a small random model is used.
 
     PYTHONPATH=src python scripts/gpu/adapt.py --model FILE.gguf --prompts FILE.jsonl --work DIR
 """
@@ -127,12 +127,14 @@ def backbone(stage: Stage) -> tuple[TwoTower, list[Question], str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--model", help="GGUF file or checkpoint folder of the backbone")
-    parser.add_argument("--prompts", type=Path, nargs="+", default=[], help="JSON lines")
-    parser.add_argument("--work", type=Path, default=Path("gpu-adapt"), help="answers and so on")
-    parser.add_argument("--minutes", type=float, default=3.2, help="of all runs on --work together")
+    parser.add_argument("--prompts", type=Path, nargs="+", default=[], help="files of JSON lines")
+    parser.add_argument(
+        "--work", type=Path, default=Path("gpu-adapt"), help="folder of answers and features"
+    )
+    parser.add_argument("--minutes", type=float, default=3.2, help="of all runs with this --work")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--backend", default="graphs", choices=("graphs", "eager"))
-    parser.add_argument("--rows", type=int, default=256, help="answers written at the same time")
+    parser.add_argument("--rows", type=int, default=256, help="batch size of decoding")
     parser.add_argument("--answers-per-step", type=int, default=64)
     parser.add_argument("--blocks-per-answer", type=int, default=64)
     stage = Stage("adapt", parser, paint)

@@ -1,4 +1,4 @@
-"""Does a GPU compute what was recorded? Recorded tensors and texts, and kernels against float64.
+"""Does a GPU reproduce recorded tensors and texts, and do its kernels agree with float64?
 
 Cases of the official implementation and of our own eager backend (tests/golden), by eager and by
 recorded passes (CUDA graphs). What a backend refuses is noted with its reason. Exit status 1 where

@@ -1,4 +1,4 @@
-"""How long do passes take on a GPU, and what speed-up over AR is possible with them?
+"""How long do passes take on a GPU, and what speed-up over AR do they allow?
 
 AR step and verification (with the choice of tokens where the backend makes it), denoiser pass and
 extension of the shipped model (float32), of a dense model of 1B parameters and of the released
@@ -361,7 +361,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--hardware", default="h200", help="as `twotower plan` names it")
+    parser.add_argument("--hardware", default="h200", help="name of the machine in `twotower plan`")
     stage = Stage("passes", parser, paint)
     for size in stage.args.size:
         run_size(stage, size)

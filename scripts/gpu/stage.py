@@ -32,10 +32,11 @@ class Stage:
         shows as its title.
         """
         parser.add_argument("--device", default="cuda", help="default: cuda")
-        parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny sizes")
-        parser.add_argument("--out", type=Path, default=Path(f"gpu-{name}.json"), help="the record")
+        parser.add_argument("--rehearse", action="store_true", help="run on a CPU with tiny sizes")
+        out = Path(f"gpu-{name}.json")
+        parser.add_argument("--out", type=Path, default=out, help=f"JSON record, default: {out}")
         parser.add_argument(
-            "--seconds", type=float, default=210.0, help="nothing is begun after so many"
+            "--seconds", type=float, default=210.0, help="start no measurement after this time"
         )
         self.args = parser.parse_args()
         self.is_rehearsal: bool = self.args.rehearse

@@ -1,4 +1,4 @@
-"""Do all modes work on a GPU, how fast, and do they write what a CPU writes?
+"""How fast is each mode on a GPU, and does it write what a CPU writes?
 
 The shipped model in float32 on held-out prompts of the categories that need no other package, in
 every mode, eager and recorded (CUDA graphs), 1 and 16 rows at a time; ar and speculative recorded
@@ -86,7 +86,7 @@ def paint(record: Record) -> "Figure":
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--items", type=int, default=8, help="prompts of a category")
+    parser.add_argument("--items", type=int, default=8, help="prompts per category")
     stage = Stage("suite", parser, paint)
     items, num_tokens = (1, 6) if stage.is_rehearsal else (stage.args.items, 96)
     columns = [held_out(category, items, 0) for category in CATEGORIES]
