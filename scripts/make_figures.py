@@ -81,24 +81,23 @@ SECTIONS = (
         "Benchmark",
         "How fast is each engine and mode, prompt included, one prompt at a time? "
         "[Method](benchmark.md#method)."
-        "\n`shipped` is real text, by its weights of before 2026-11-29; 32M and 160M parameters a "
-        "tower are random weights that repeat "
-        "recorded commits.",
+        "\n`shipped` is real text, with its weights of before 2026-11-29; 32M and 160M parameters "
+        "a tower are random weights that\nreplay recorded commits.",
         bench_kinds("Texts", tables.texts),
     ),
     Section(
         "Passes",
-        "What does one pass cost, after as many tokens as the median prompt has?",
+        "How long does one pass take, after a context of the median prompt's length?",
         bench_kinds("Passes", tables.passes)[:2],
     ),
     Section(
         "Decoding without the prompt",
-        "What does a token cost once the prompt has been read?",
+        "How long does a token take, prefill not counted?",
         bench_kinds("Decoding", tables.decode_only)[:2],
     ),
     Section(
         "Rows and throughput",
-        "How does the throughput of one process grow with the rows decoded at a time?",
+        "How does the throughput of one process grow with the batch size?",
         [
             Kind("rows_eager", "Eager backend", tables.rows_table),
             Kind("rows_native", "Native backend", tables.rows_table),
@@ -106,33 +105,34 @@ SECTIONS = (
     ),
     Section(
         "Prefix cache",
-        "How long does a prompt take to read whose beginning is known? Its last 24 tokens are new.",
+        "How long does prefill take if all but the last 24 tokens of a prompt are cached?",
         [Kind("prefix_cache", "Processor seconds", tables.prefix_cache)],
     ),
     Section(
         "Memory",
         "How much memory does decoding take beside the weights, by prompt length and mode?",
-        [Kind("decode_memory", "Growth of the resident peak, eager", tables.decode_memory)],
+        [Kind("decode_memory", "Growth of peak resident memory, eager", tables.decode_memory)],
     ),
     Section(
         "Quantised checkpoints",
-        "What does a smaller precision cost in quality? 40 prompts a category, without "
-        "verification, at the model's default\nthreshold: compare the settings with each other, "
-        "and take the level from [the full suite](#quality-by-category).",
+        "How much quality do fewer bits cost? 40 prompts a category, without verification, at the "
+        "model's default threshold:\ncompare the settings with each other; for the level see "
+        "[the full suite](#quality-by-category).",
         [Kind("quantised_quality", "Quality by precision", tables.quantised_quality)],
     ),
     Section(
         "A real model by precision",
-        "What do fewer bits cost on text that people wrote? Solutions of GSM8K's test questions, "
-        "read behind the question in\nthe model's chat template by native passes.",
+        "How much quality do fewer bits cost on a real model? Perplexity of the solutions of "
+        "GSM8K's test questions, after the\nquestion in the model's chat template; native passes.",
         [Kind("precision_quality", "Perplexity", tables.precision_quality)],
     ),
     Section(
         "Benchmark on a real model",
         "How fast is each engine on SmolLM2-135M-Instruct? Questions of GSM8K, MT-bench and "
-        "HumanEval, two of each, 96 tokens,\nengines in turns, each in a process of its own with "
-        "the same weights. `x best`: over the fastest of the other engines\nwith the same bits, "
-        "its n-gram drafts included; `speculative` takes lookups, n-grams and the denoiser.",
+        "HumanEval, two of each, 96 tokens,\nengines in turns, each in its own process with the "
+        "same weights. `x best`: over the fastest of the other engines with\nthe same bits, "
+        "its n-gram drafts included; `speculative` drafts with prompt lookup, n-grams and the "
+        "denoiser.",
         [
             Kind("race_smollm2_1_thread", "One thread", tables.contest),
             Kind("race_smollm2_2_threads", "Two threads", tables.contest),
@@ -140,29 +140,29 @@ SECTIONS = (
     ),
     Section(
         "Drafts on a real model",
-        "What are drafts worth on SmolLM2-135M-Instruct, on prompts that its denoiser never saw? "
-        "Greedy, prompt included, one\nprompt at a time; `lookup` has the n-grams of its "
-        "answers; `auto` takes a lookup or the denoiser beside it,\nwhichever has more to "
-        "expect, and none where that does not pay.",
+        "How many tokens a cycle and what speed-up do drafts give on SmolLM2-135M-Instruct, on "
+        "prompts that its denoiser was not\ntrained on? Greedy, prompt included, one prompt at a "
+        "time. `lookup` includes the n-grams of its answers; `auto` takes\nlookup or the "
+        "denoiser as well, whichever has the larger expected gain, or no draft.",
         [
-            Kind("drafts_always", "Drafts in every cycle: how often they are right", tables.drafts),
+            Kind("drafts_always", "Drafts in every cycle: acceptance", tables.drafts),
             Kind("drafts_whole_answers", "The same, answers of up to 512 tokens", tables.drafts),
-            Kind("drafts_int8_1_thread", "As users have it, int8, one thread", tables.drafts),
-            Kind("drafts_int8_2_threads", "As users have it, int8, two threads", tables.drafts),
+            Kind("drafts_int8_1_thread", "Default options, int8, one thread", tables.drafts),
+            Kind("drafts_int8_2_threads", "Default options, int8, two threads", tables.drafts),
         ],
     ),
     Section(
         "Parts of a thin denoiser",
-        "What is each part worth? Denoisers of SmolLM2-135M-Instruct, trained alike on the same "
-        "blocks, each without one part: a\nshort training, so levels are low. Tokens a cycle are "
-        "greedy chains against answers that were not trained on; the\ndifference to all parts is "
-        "the mean over these answers, with 95 % of a paired bootstrap. A draft is one int8 pass\n"
-        "with its head, by an AR step, the smallest of 200.",
+        "What does each part contribute? Denoisers of SmolLM2-135M-Instruct, each without one "
+        "part, trained on the same blocks;\nthe training is short, so levels are low. Tokens a "
+        "cycle are for greedy drafts on held-out answers; the difference to\nall parts is the "
+        "mean over these answers, with its 95 % interval (paired bootstrap). The cost of a draft\n"
+        "is one int8 pass with its head in AR steps, the smallest of 200.",
         [Kind("denoiser_parts", "One part less", tables.denoiser_parts)],
     ),
     Section(
         "Experts in files",
-        "Does a model run whose experts are larger than memory?",
+        "Does a model run whose experts do not fit into memory?",
         [Kind("mapped_experts", "A limit of 600 MB", tables.mapped_experts)],
     ),
     Section(
@@ -172,7 +172,7 @@ SECTIONS = (
     ),
     Section(
         "Server under load",
-        "Is a request lost when clients leave and the decoding thread is killed?",
+        "Is a request lost when clients disconnect and the decoding thread is killed?",
         [
             Kind("serve_load", "32 clients, 5 minutes a mode", tables.serve_load),
             Kind("ray_replicas", "Replicas killed and replaced", tables.ray_replicas),
@@ -180,26 +180,26 @@ SECTIONS = (
     ),
     Section(
         "Two hosts",
-        "What travels between the towers, and what does the delay of the connection cost?",
+        "How many bytes go between the towers, and how much time does the latency cost?",
         [Kind("two_hosts", "Three prompts in one batch, eager", tables.two_hosts)],
     ),
     Section(
         "Training",
         "How was the shipped model trained, and do several processes train the same model?",
         [
-            Kind("training_runs", "Runs, each going on from the last", training.training_runs),
+            Kind("training_runs", "Runs, each continued from the last", training.training_runs),
             Kind("parallel_training", "Largest difference of a loss", training.parallel_training),
         ],
     ),
     Section(
         "Plan validation",
-        "How well does [`twotower plan`](plan.md) predict what was measured, by others on the 30B "
-        "and by us?\n\"Off by\" counts too fast and too slow alike; calibrated rows are left out.",
+        "How well does [`twotower plan`](plan.md) predict speeds that others measured on the 30B, "
+        "and our own?\n\"Off by\" is the factor in either direction; calibrated rows are left out.",
         [Kind("plan_validation", "Predicted and measured", training.plan_validation)],
     ),
     Section(
         "Ablations",
-        "What does each part of the method give? [Set-up and reading](ablations.md).",
+        "What does each part of the method contribute? [Set-up and findings](ablations.md).",
         [
             Kind("ablations_train", "Training", training.ablations(r"(?!sample-).*")),
             Kind("ablations_sample", "Sampling", training.ablations("sample-.*")),

@@ -261,9 +261,9 @@ def test_an_empty_file_has_an_empty_answer(checkpoint: str, tmp_path: Path) -> N
         (["--input", "{tmp}/none.jsonl", "--output", "{tmp}/o"], "input: cannot read"),
         (
             ["--input", "{tmp}/in.txt", "--output", "{tmp}/o"],
-            "named .jsonl with --input",
+            "give one as --input FILE.jsonl",
         ),
-        (["a", "--output", "{tmp}/o"], "named .jsonl with --input"),
+        (["a", "--output", "{tmp}/o"], "give one as --input FILE.jsonl"),
         (["a", "--input", "{tmp}/in.jsonl", "--output", "{tmp}/o"], "leave out other prompts"),
         (["--json", "--input", "{tmp}/in.jsonl", "--output", "{tmp}/o"], "--json"),
         (["a", "--max-rows", "0"], "--max-rows 0 must be at least 1"),

@@ -132,7 +132,9 @@ class GenerateArguments(TextOptions, FileOptions, BatchOptions, Placement):
                 )
             return
         if self.input is None or not is_jsonl(self.input):
-            raise ValueError("output: answers a file; give one that is named .jsonl with --input")
+            raise ValueError(
+                "output: is for prompts of a JSONL file; give one as --input FILE.jsonl"
+            )
         if self.prompts or self.prompt or self.json or self.trace:
             raise ValueError(
                 "output: takes the prompts of --input alone and writes lines of JSON; "
