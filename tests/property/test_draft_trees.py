@@ -4,7 +4,7 @@ a draft is all that remains of it.
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -133,14 +133,16 @@ def texts_of(
     monkeypatch: pytest.MonkeyPatch,
     lengths: list[int],
     unsure: range = range(MAX_TOKENS),
+    only: Sequence[dict[str, object]] = ({}, {}, {}),
     **shape: object,
 ) -> dict[str, list[Completion]]:
-    """Rows of so many tokens, by AR and from the oracle's drafts."""
+    """Rows of so many tokens, by AR and from the oracle's drafts; only: options of each row."""
     prompts, found = [tokens(length, seed=length).tolist() for length in (1, 7, 40)], {}
     monkeypatch.setattr(model, "pass_costs", FREE)
     for mode in ("ar", "speculative"):
         own = {"mode": mode} | ({} if mode == "ar" else {"drafts": "denoiser"})
-        each = [options_of(shape | {"max_new_tokens": length}, own) for length in lengths]
+        shapes = [shape | {"max_new_tokens": n} | o for n, o in zip(lengths, only, strict=False)]
+        each = [options_of(of_row, own) for of_row in shapes]
         found[mode] = generate(model, prompts[: len(lengths)], each)
         texts = {index: row.tokens for index, row in enumerate(found["ar"])}
         monkeypatch.setattr(drafts_denoiser, "write", oracle(texts, unsure))
@@ -179,6 +181,16 @@ def test_a_row_of_a_tree_that_is_verified_alone(
     monkeypatch.setattr(model, "verify", fail)
     texts_of(model, monkeypatch, [40, 7, 23], block_size=6, temperature=temperature)
     assert next(calls) > 8
+
+
+def test_rows_that_more_than_logits_choose_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards penalties, which count what a draft holds before a token, and log-probabilities, of
+    tokens in the order of a draft: neither knows branches, in one row of a batch or alone.
+    """
+    only = [{}, {"repetition_penalty": 1.5}, {"logprobs": 1}]
+    found = texts_of(ours("llama", "eager"), monkeypatch, [20, 40, 40], block_size=6, only=only)
+    told = [[one.logprob for one in found[mode][2].logprobs or ()] for mode in found]
+    assert len(told[0]) == 40 and told[1] == pytest.approx(told[0], abs=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:block_size")

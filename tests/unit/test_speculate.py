@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from twotower.diffusion import count_accepted
+from twotower.engine import speculative
 from twotower.engine.batch import Batch
 from twotower.engine.drafts import DraftController, Proposal, best, best_length, pass_cost
 from twotower.engine.drafts_denoiser import writing_cost
 from twotower.engine.options import ResolvedOptions
 from twotower.engine.request import Row
 from twotower.model.backend import PassCosts
+from twotower.model.draft_tree import DraftTree
 
 FIRST_PAUSE, LONGEST_PAUSE = PAUSES = 24, 96
 
@@ -107,6 +109,23 @@ def test_a_trial_that_others_wait_for_comes_less_often() -> None:
         controller.record_other()
         pause += 1
     assert pause == 16 * FIRST_PAUSE
+
+
+def test_padding_of_drafts_that_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a short draft beside a longer one: padding that followed a token would be accepted
+    where the tower chooses token 0, and then what was chosen behind that.
+    """
+    proposals = iter([Proposal("lookup", 2.0, [7, 8], [0, 0]), None])
+    monkeypatch.setattr(speculative, "PROPOSE", (lambda *_: next(proposals),))
+    rows = [Row(index, [5], ResolvedOptions(mode="speculative")) for index in range(2)]
+    for row in rows:
+        row.tokens = [4]
+    batch = Batch(None, speculative.SPECULATIVE, rows, None, None)  # type: ignore[arg-type]
+    assert list(speculative.draft(batch)) == []
+    drafts, lengths, parents = (part.tolist() for part in batch.draft)
+    assert (drafts, lengths) == ([[4, 7, 8], [4, 0, 0]], [3, 1])
+    assert parents == [[-1, 0, 0], [-1, -1, -1]]
+    assert DraftTree(parents).paths(drafts, [[7, 0, 0], [0, 0, 0]]) == [[0, 1], [0]]
 
 
 def test_the_draft_that_promises_most_is_tried() -> None:
