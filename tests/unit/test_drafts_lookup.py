@@ -61,7 +61,8 @@ def batch_with(ngrams: Ngrams | None, costs: PassCosts = COSTS) -> Batch:
     model = SimpleNamespace(
         ngrams=ngrams, pass_costs=costs, context_device=torch.device("cpu"), verifies_trees=False
     )
-    return Batch(model, None, [None], None, None)  # type: ignore[arg-type, list-item]
+    row = Row(0, [1], ResolvedOptions())
+    return Batch(model, None, [row], None, None)  # type: ignore[arg-type]
 
 
 def ngrams_of(*known: tuple[list[int], int, float]) -> Ngrams:

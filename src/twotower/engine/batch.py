@@ -115,10 +115,9 @@ class Batch:
         """Whether the rows' drafts may branch. Of a larger block than a tree holds only a chain is
         verified.
         """
-        if not self.model.verifies_trees or self.chooser is not None:
-            return False
         is_small = self.rows[0].options.block_size <= MAX_TOKENS
-        return is_small and not any(row.needs_host for row in self.rows)
+        needs_host = any(row.needs_host for row in self.rows)
+        return self.model.verifies_trees and is_small and not needs_host
 
     @cached_property
     def chooser(self) -> ChoosingBackend | None:

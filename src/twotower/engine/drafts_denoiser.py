@@ -61,5 +61,9 @@ def write(
     if last.others is not None:
         for row, *others in zip(last.rows.tolist(), *map(Tensor.tolist, last.others), strict=True):
             each = zip(written[row], *others, strict=True)
-            written[row] = [[*own, *zip(*more, strict=True)] for own, *more in each]
+            # What was no mask any more in the last pass has others of probability 0.
+            written[row] = [
+                [*own, *(other for other in zip(*more, strict=True) if other[1] > 0)]
+                for own, *more in each
+            ]
     return written

@@ -156,7 +156,7 @@ class Lookup:
                 for following in self._go_on(way, place, left, most_ways):
                     if following.behind[-1] not in ends:
                         heappush(ways, (-following.sure, next(number), following))
-            if not ways or len(found.tokens) == most:
+            if not ways or len(found.tokens) >= most:
                 return found
             way, place = heappop(ways)[2], begin + len(found.tokens)
             token = way.behind[-1]

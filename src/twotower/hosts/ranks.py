@@ -180,7 +180,8 @@ def _sampler_tensors(sampler: Sampler) -> list[Tensor]:
 
 def _sampler_values(sampler: Sampler) -> dict[str, object]:
     names = [field.name for field in dataclasses.fields(sampler) if field.name not in _PER_ROW]
-    return {name: getattr(sampler, name) for name in names}
+    values = {name: getattr(sampler, name) for name in names}
+    return values | {"num_others": 0}  # they do not travel
 
 
 def _name_of(state: LayerState) -> str | None:

@@ -226,7 +226,6 @@ void attend_head(const Layer &layer, const RowState &row, int head, const float 
         KeyBlock keys = branches ? find_branches(layer, row, head, at, room, places)
                                  : find_keys(layer, row, head, at, std::min(KEYS, visible - at), room);
         int here = keys.count;
-        if (here == 0) continue;
         prefetch_rows(keys.v, keys.stride, A, here);
         product<W>(keys.k, keys.stride, 1, here, A, q, nullptr, score);
         if (branches)
