@@ -1,5 +1,7 @@
 """Families: published models by their config.json, and what is refused before anything loads."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -143,21 +145,24 @@ def test_an_unknown_model_type_is_refused_by_its_name(model_type: object) -> Non
         ["inspect", "MODEL"],
         ["plan", "--model", "MODEL", "--hardware", "h100-sxm"],
         ["generate", "--model", "MODEL", "Hello"],
+        ["generate", "--model", "MODEL", "--input", "OUT"],
         ["chat", "--model", "MODEL"],
         ["serve", "--model", "MODEL"],
         ["convert", "MODEL", "OUT"],
         ["evaluate", "--model", "MODEL"],
         ["bench", "--model", "MODEL"],
         ["train", "denoiser", "--init", "MODEL", "--data", "OUT", "--out", "OUT"],
+        ["train", "backbone", "--config", "MODEL/config.json", "--data", "OUT", "--out", "OUT"],
     ],
-    ids=lambda verb: verb[0],
+    ids=" ".join,
 )
 def test_every_verb_refuses_an_unknown_model_type_first(
     verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Silent failure: a verb says that a file or field is missing, and hides the real reason."""
     (tmp_path / "config.json").write_text('{"model_type": "falcon_h1", "hidden_size": 64}')
-    arguments = [{"MODEL": str(tmp_path), "OUT": str(tmp_path / "out")}.get(a, a) for a in verb]
+    places = {"MODEL": str(tmp_path), "OUT": str(tmp_path / "out")}
+    arguments = [re.sub("MODEL|OUT", lambda found: places[found[0]], word) for word in verb]
     assert main(arguments) == 2
     assert "model_type 'falcon_h1' is not supported; supported are " in capsys.readouterr().err
 
@@ -248,6 +253,12 @@ def llama_refusal(**values: object) -> str:
             {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]},
             "layer_types has 'sliding_attention', which is not supported",
         ),
+        (
+            {"model_type": "qwen3", "layer_types": ["full_attention"] * 3},
+            "layer_types=['full_attention', 'full_attention', 'full_attention'] contradicts "
+            "num_hidden_layers=4",
+        ),
+        ({"layer_types": "full_attention"}, "layer_types='full_attention' contradicts num_hidden"),
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_type='yarn' is not supported"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type='dynamic' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "missing field factor"),
@@ -283,6 +294,18 @@ def test_what_a_llama_cannot_have_is_refused_by_name(
 ) -> None:
     """Silent failure: a window, scaling or activation is passed over, and texts go wrong late."""
     assert expected in llama_refusal(**values)
+
+
+@pytest.mark.parametrize("verb", [["inspect"], ["plan", "--model"]], ids=" ".join)
+@pytest.mark.parametrize("name", ["", "config.json"])
+def test_a_configuration_of_another_quantisation_is_refused_without_weights(
+    verb: list[str], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Silent failure: a file of 4 bits is shown and priced at full precision, and never loads."""
+    values = LLAMA | {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert main([*verb, str(tmp_path / name)]) == 2
+    assert "quant_method='awq' is not supported" in capsys.readouterr().err
 
 
 def test_fields_that_mean_nothing_are_passed_over() -> None:

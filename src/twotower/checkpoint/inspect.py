@@ -114,18 +114,16 @@ def describe(path: str | Path) -> Description:
     """
     if str(path) in PRESETS and not Path(path).exists():
         return describe_config(config_from_dict(PRESETS[str(path)]), str(path))
-    if Path(path).is_file() and not is_gguf(Path(path)):
-        return describe_config(read_config(path), str(path))
-    folder = resolve(path, accepted=", ".join((*PRESETS, ACCEPTED)))
-    config = read_config(folder)
-    if not has_weights(folder):
+    is_config = Path(path).is_file() and not is_gguf(Path(path))
+    folder = Path(path) if is_config else resolve(path, accepted=", ".join((*PRESETS, ACCEPTED)))
+    config, scheme = read_config(folder), read_scheme(folder)
+    if is_config or not has_weights(folder):
         return describe_config(config, str(folder))
     entries, layout = read_layout(folder, config)
     log_others(folder, entries.values())
     towers: Towers = "both" if layout == names.TWO_TOWER else "context"
     if config.tie_word_embeddings:
         entries = names.with_tied_heads(entries)
-    scheme = read_scheme(folder)
     files = _describe_files(folder, build_empty(config, towers, scheme), entries, layout)
     precision = None if scheme is None else _describe_precision(scheme, entries)
     return _describe_model(build_empty(config, towers), str(folder), files, precision)

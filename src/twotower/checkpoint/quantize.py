@@ -33,12 +33,12 @@ def quantization_entry(scheme: Scheme | None) -> dict[str, object]:
     return {CONFIG_KEY: {"quant_method": _METHOD, **given}}
 
 
-def read_scheme(folder: Path) -> Scheme | None:
-    """The scheme in a checkpoint folder's config.json; None at full precision.
+def read_scheme(path: Path) -> Scheme | None:
+    """The scheme in a config.json, or in that of a folder; None at full precision.
 
     ValueError (one line) for one that is damaged or of another library.
     """
-    file = folder / "config.json"
+    file = path / "config.json" if path.is_dir() else path
     values = read_json(file).get(CONFIG_KEY)
     if values is None:
         return None

@@ -31,6 +31,7 @@ from twotower.engine import (
     stream,
 )
 from twotower.engine.options import Overlap
+from twotower.families import read_config
 from twotower.loading import Loaded, Placement, load, placement_of, prompt_notice
 
 _DOCS, _ENGINE_DOCS = field_docs(GenerateOptions), field_docs(EngineOptions)
@@ -178,6 +179,7 @@ def _bias(pair: str) -> tuple[str, object]:
 
 def run(options: GenerateArguments) -> int:
     """Generate; returns the exit status. Errors of the user arrive as ValueError."""
+    read_config(options.find())  # an unknown model is refused before its prompts are read
     decoding = options.generate_options()
     if options.input is not None and options.output is not None:
         return _complete_file(options, options.input, options.output)

@@ -305,6 +305,11 @@ class LlamaFamily:
                     f"config.json: layer_types has {reprlib.repr(one)}, which is not supported; "
                     "only 'full_attention'"
                 )
+        if types is not None and (not isinstance(types, list) or len(types) != num_blocks):
+            raise ValueError(
+                f"config.json: layer_types={reprlib.repr(types)} contradicts "
+                f"num_hidden_layers={num_blocks}; it must name the kind of each layer"
+            )
         refuse_per_layer(given, num_blocks, _PER_LAYER)
 
     def _has_rope(self, values: Values, num_blocks: int) -> list[bool]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from twotower.arguments import require
+from twotower.checkpoint import resolve
 from twotower.families import read_config
 from twotower.model.two_tower import TwoTower
 from twotower.train.data import Rows
@@ -117,8 +118,10 @@ def _require_readable(options: TrainOptions) -> None:
     """ValueError (one line) for a model of another family, before anything is said of the data. A
     resumed run does not need its initial checkpoint any more.
     """
-    if options.init is not None and options.init.is_dir():
-        read_config(options.init)
+    if options.init is not None and options.init.exists():
+        read_config(resolve(options.init, field="init"))
+    if options.config is not None:
+        read_config(options.config)
 
 
 @contextmanager
