@@ -19,6 +19,7 @@ from twotower.specs import AttentionSpec, LayerSpec, MambaSpec, MLPSpec, MoESpec
 WEIGHTS: dict[str, tuple[torch.dtype, Scheme | None]] = {
     "float32": (torch.float32, None),
     "bfloat16": (torch.bfloat16, None),
+    "float16": (torch.float16, None),
     "int8": (torch.float32, Scheme(weights="int8")),
     "int8-int8": (torch.float32, Scheme(weights="int8", activations="int8")),
     "int4": (torch.float32, Scheme(weights="int4")),

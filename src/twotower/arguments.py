@@ -19,14 +19,30 @@ def require(name: str, value: object, kind: type | tuple[type, ...], remedy: str
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         named = " or ".join(one.__name__ for one in kinds if one is not type(None))
-        raise ValueError(f"{name}={reprlib.repr(value)} is not a {named}; pass {remedy}")
+        raise ValueError(f"{name}={shown(value)} is not a {named}; pass {remedy}")
+
+
+def require_unicode(text: str, where: str) -> str:
+    """The text; ValueError for half a surrogate pair, which JSON can spell and which undecodable
+    bytes of a command line become: it is no character, and no tokenizer takes it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} is not UTF-8 text; correct or remove it") from None
+    return text
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: short, and on one line where its own form has several."""
+    return " ".join(_repr.repr(value).split())
 
 
 def check(values: Mapping[str, object], checks: Mapping[str, Problem]) -> None:
     """ValueError (one line) for the first named value that is not as its check wants it."""
     for name, value in values.items():
         if (problem := checks[name](value)) is not None:
-            raise ValueError(f"{name}={_repr.repr(value)} {problem}")
+            raise ValueError(f"{name}={shown(value)} {problem}")
 
 
 def check_fields(options: object, checks: Mapping[str, Problem]) -> None:
@@ -82,6 +98,7 @@ def _is_finite(value: float) -> bool:
 
 
 COUNT = number(1, is_whole=True)
+THREADS = number(1, 1024, is_whole=True)  # the system ends a process that starts too many
 INDEX = number(0, is_whole=True)
 SHARE = number(0, 1)
 ABOVE_ZERO = number(0, is_above=True)
@@ -112,6 +129,11 @@ def each(problem: Problem, count: int | None = None) -> Problem:
         return next(filter(None, map(problem, values)), None)
 
     return found
+
+
+def nonempty(value: object) -> str | None:
+    """Text that is not empty."""
+    return None if isinstance(value, str) and value else "must be text that is not empty"
 
 
 def instance(kind: type, words: str) -> Problem:

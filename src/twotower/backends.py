@@ -203,6 +203,8 @@ def _complaint(backend: str, setup: Setup, reasons: list[str]) -> str:
     if setup.quantization == "none":
         return f"backend={backend}: {reasons[0]}; use backend=eager"
     remedy = "use quantization=none, or a checkpoint that `twotower convert` has quantised"
+    if refusal("native", replace(setup, dtypes=frozenset({torch.float32}))) is None:
+        remedy = "use backend=native with dtype=float32, or quantization=none"
     other: BackendName = "graphs" if "cuda" in setup.devices else "native"
     if refusal(other, setup) is None:
         remedy = f"use backend={other} or quantization=none"

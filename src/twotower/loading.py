@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import torch
 
-from twotower.arguments import COUNT, check_fields, one_of, require
+from twotower.arguments import THREADS, check_fields, nonempty, one_of, require
 from twotower.backends import (
     BACKENDS,
     QUANTIZATIONS,
@@ -89,7 +89,10 @@ class Placement:
             "quantization": one_of(*QUANTIZATIONS),
             "backend": one_of(*BACKENDS),
             "expert_storage": one_of(*get_args(ExpertStorage)),
-            "threads": COUNT,
+            "threads": THREADS,
+            **dict.fromkeys(
+                ("model", "denoiser", "revision", "device", "denoiser_device"), nonempty
+            ),
         }
         check_fields(self, checks)
         if self.revision is not None and (self.model is None or Path(self.model).exists()):
@@ -142,6 +145,7 @@ def load(placement: Placement, mode: str | None = None) -> Loaded:
     preferred = generation_defaults(folder).get("mode")
     has_tokenizer = (folder / TOKENIZER_FILE).exists()
     tokenizer = load_tokenizer(folder) if has_tokenizer else None
+    _refuse_idle_denoiser(placement, mode, placement.denoiser is not None or has_denoiser(folder))
     if placement.denoiser_device == PEER:
         model = _load_split(folder, placement)
     else:
@@ -172,6 +176,9 @@ def load_model(
     (one line) for anything unusable.
     """
     require("model", model, (str, Path, type(None)), "a path or hub id")
+    require("denoiser", denoiser, (str, Path, type(None)), "a path or hub id")
+    require("device", device, (str, torch.device), "cpu, cuda or another device")
+    require("denoiser_device", denoiser_device, (str, torch.device, type(None)), "a device")
     placement = Placement(
         model=None if model is None else str(model),
         denoiser=None if denoiser is None else str(denoiser),
@@ -202,6 +209,7 @@ def save_model(
     require("model", model, TwoTower, "twotower.load_model(path)")
     require("folder", folder, (str, Path), "a path")
     require("tokenizer", tokenizer, (Tokenizer, type(None)), "twotower.load_tokenizer(path)")
+    require("dtype", dtype, (torch.dtype, type(None)), "torch.bfloat16 or another dtype")
     files = {} if tokenizer is None else tokenizer.files()
     if model.generation_defaults:
         files[GENERATION_FILE] = json.dumps(dict(model.generation_defaults), indent=2).encode()
@@ -223,12 +231,20 @@ def prompt_notice(model: TwoTower, ids: Sequence[int]) -> str | None:
     logprobs = model.context_logits(tokens)[0, :-1].log_softmax(-1).cpu()
     each = -logprobs.gather(1, tokens[0, 1:, None])
     nats = float(max(each.mean(), each[:_BEGINNING].mean()))
-    if nats <= most:
+    if not nats > most:  # nor where it is no number, which decoding refuses
         return None
     return (
         f"unlike the model's training text ({nats:.1f} nats a token, its own has at most "
         f"{most:g}), so expect no sensible answer"
     )
+
+
+def _refuse_idle_denoiser(placement: Placement, mode: str | None, has_any: bool) -> None:
+    """ValueError for a denoiser, or its device, that the mode or the model does not use."""
+    for name in ("denoiser", "denoiser_device"):
+        if getattr(placement, name) is not None and (mode == "ar" or not has_any):
+            where = "in mode ar" if mode == "ar" else "on a model without a denoiser"
+            raise ValueError(f"{name}: has no effect {where}; leave it out")
 
 
 def _load_towers(folder: Path, placement: Placement, towers: Towers) -> TwoTower:

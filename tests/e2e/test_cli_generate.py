@@ -202,7 +202,7 @@ def test_a_block_larger_than_the_trained_one_warns_in_one_line(
 ) -> None:
     assert main(["generate", "a", "--model", checkpoint, "--block-size", "9", "-n", "9"]) == 0
     assert capsys.readouterr().err.splitlines() == [
-        "warning: block_size=9 is larger than the 4 the model was trained with; "
+        "warning: blocks of 9 tokens are larger than the 4 the model was trained with; "
         "expect the text to collapse"
     ]
 

@@ -123,7 +123,7 @@ def test_a_long_match_is_seen_within_the_bound() -> None:
 def test_bad_patterns(pattern: str, said: str) -> None:
     with pytest.raises(ValueError) as error:
         pattern_filter(pattern)
-    assert str(error.value).startswith(f"filters: {pattern!r} ")
+    assert str(error.value).startswith(f"filter: {pattern!r} ")
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -152,7 +152,7 @@ def test_a_function_cannot_take_back_what_was_shown() -> None:
     "entry_point", ["nowhere:f", f"{__name__}:nothing", f"{__name__}:NOT_A_FUNCTION", "f", "", ":"]
 )
 def test_functions_that_are_none(entry_point: str) -> None:
-    with pytest.raises(ValueError, match=r"filters: .*module:function"):
+    with pytest.raises(ValueError, match=r"filter: .*module:function"):
         function_filter(entry_point)
 
 
@@ -160,7 +160,7 @@ def test_functions_that_are_none(entry_point: str) -> None:
 def test_a_function_that_fails_ends_the_row(name: str) -> None:
     """Guards against text that goes out unseen because its filter is broken."""
     own = row(function_filter(f"{__name__}:{name}"))
-    with pytest.raises(FilterFailed, match=rf"filters: .*:{name} ") as error:
+    with pytest.raises(FilterFailed, match=rf"filter: .*:{name} ") as error:
         own.commit(ids_of("abc"))
     assert "abc" not in str(error.value)
 

@@ -42,6 +42,7 @@ def refusal(*arguments: Any) -> str:
         ([5.7], "prompt 1 must be text or a list of whole token ids"),
         (["5"], "prompt 1 must be text or a list of whole token ids"),
         (None, "prompt 1 must be text or a list of whole token ids"),
+        ("a\ud800", "the text is not UTF-8 text; correct or remove it"),
     ],
 )
 def test_unusable_prompts(prompt: object, message: str) -> None:
@@ -111,7 +112,7 @@ def test_memory_is_no_obstacle_where_it_suffices_or_is_unknown(
         assert len(generate(MODEL, [[5]], options())[0].tokens) == 8
 
 
-@pytest.mark.filterwarnings("ignore:block_size")
+@pytest.mark.filterwarnings("ignore:blocks of")
 @pytest.mark.parametrize(("asked", "new", "block"), [(4096, 6, 6), (4096, 2, 4), (5, 8, 5)])
 def test_a_block_is_no_longer_than_what_may_be_written(asked: int, new: int, block: int) -> None:
     """Guards minutes of passes over 4,096 positions for two tokens. The model's own size stays."""
@@ -124,7 +125,7 @@ def test_a_block_is_no_longer_than_what_may_be_written(asked: int, new: int, blo
 
 def test_blocks_larger_than_trained_warn_in_block_modes_alone() -> None:
     """Guards users against silent collapse; the warning points at their own line."""
-    with pytest.warns(UserWarning, match="block_size=8 is larger than the 4") as seen:
+    with pytest.warns(UserWarning, match="blocks of 8 tokens are larger than the 4") as seen:
         generate(MODEL, [[5], [6]], options(block_size=8))
     assert [one.filename for one in seen] == [__file__], "once, and at the caller"
     with warnings.catch_warnings():
@@ -133,6 +134,8 @@ def test_blocks_larger_than_trained_warn_in_block_modes_alone() -> None:
         model = fresh_model()
         model.generation_defaults = {"block_size": 8}
         generate(model, [[5]], GenerateOptions(mode="ar", max_new_tokens=2))
+        speculative = GenerateOptions(mode="speculative", block_size=8, max_new_tokens=8)
+        generate(model, [[5]], speculative)  # AR's text all the same
 
 
 def test_eos_of_the_configuration() -> None:

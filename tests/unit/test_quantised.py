@@ -82,6 +82,13 @@ def test_a_product_is_that_of_the_values(
     assert ((y - expected).abs() <= limit * sizes).all()
 
 
+def test_sums_of_whole_numbers_fit_into_float16() -> None:
+    """Guards int8 weights in float16: 1024 times 127 is above its largest number, 65504."""
+    matrix = Quantised(torch.full((1, 1024), 127, dtype=torch.int8), torch.tensor([[2.0**-10]]))
+    y = linear(torch.ones(3, 1024, dtype=torch.float16), matrix)
+    assert y.dtype == torch.float16 and y.tolist() == [[127.0]] * 3
+
+
 def test_rounded_input_by_hand() -> None:
     matrix = Quantised(
         torch.tensor([[127, -1], [0, 3]], dtype=torch.int8),

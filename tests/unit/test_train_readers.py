@@ -100,7 +100,7 @@ BAD_LINES = {
     "a null prompt": (b'{"prompt": null, "completion": "b"}', "line 3: prompt is null"),
     "empty": (b'{"text": ""}', "line 3: text is empty"),
     "blank": (b'{"prompt": "a", "completion": " \\n"}', "line 3: completion is empty"),
-    "half a character": (b'{"text": "a\\ud800"}', "line 3: text is not valid Unicode"),
+    "half a character": (b'{"text": "a\\ud800"}', "line 3: text is not UTF-8 text"),
     "deep": (b"[" * 100_000, "line 3 is not JSON"),
     "another encoding": (b'{"text": "Z\xfcrich"}', "line 3 is not UTF-8"),
 }

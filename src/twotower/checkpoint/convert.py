@@ -64,9 +64,7 @@ def convert(
 
     Files beside the weights (tokenizer, generation defaults, model card) come along.
     """
-    folder = resolve(source)
-    if Path(target).resolve() == folder.resolve():
-        raise ValueError(f"{target}: is the source itself; choose another folder")
+    folder = _source_folder(source, target)
     towers: Towers = "both" if to == "released" else "context"
     if scheme is None:
         model = load_checkpoint(folder, dtype=dtype, towers=towers)
@@ -87,7 +85,7 @@ def convert_to_gguf(
 
     None keeps the precision of the embeddings. Its tokenizer and chat template go in.
     """
-    folder = resolve(source)
+    folder = _source_folder(source, target)
     model = load_checkpoint(folder, dtype=None, towers="context")
     has_tokenizer = (folder / TOKENIZER_FILE).is_file()
     export_gguf(
@@ -97,6 +95,14 @@ def convert_to_gguf(
         tokenizer=load_tokenizer(folder) if has_tokenizer else None,
         chat_template=read_chat_template(folder)[0],
     )
+
+
+def _source_folder(source: str | Path, target: str | Path) -> Path:
+    """The folder to read; ValueError where the target, a folder or a file, is the source itself."""
+    folder = resolve(source, field="source")
+    if Path(target).resolve() in (folder.resolve(), Path(source).resolve()):
+        raise ValueError(f"{target}: is the source itself; choose another name")
+    return folder
 
 
 def _precision_of(model: TwoTower) -> Precision:

@@ -106,16 +106,17 @@ class Description:
     precision: PrecisionRecord | None
 
 
-def describe(path: str | Path) -> Description:
+def describe(path: str | Path, field: str = "model") -> Description:
     """Describe a checkpoint folder, hub id, GGUF file, a model that is known by name, or a
     config.json alone (without files).
 
-    ValueError (one line) if there is no such checkpoint or a file is damaged.
+    ValueError (one line), of the `field`, if there is no such checkpoint or a file is damaged.
     """
     if str(path) in PRESETS and not Path(path).exists():
         return describe_config(config_from_dict(PRESETS[str(path)]), str(path))
     is_config = Path(path).is_file() and not is_gguf(Path(path))
-    folder = Path(path) if is_config else resolve(path, accepted=", ".join((*PRESETS, ACCEPTED)))
+    known = ", ".join((*PRESETS, ACCEPTED))
+    folder = Path(path) if is_config else resolve(path, field=field, accepted=known)
     config, scheme = read_config(folder), read_scheme(folder)
     if is_config or not has_weights(folder):
         return describe_config(config, str(folder))

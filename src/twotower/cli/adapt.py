@@ -78,7 +78,8 @@ def run(options: AdaptArguments) -> int:
     work = WorkFolder(options.work or options.out.with_name(options.out.name + "-work"))
     thin = _part(options, ThinOptions)
     answers, steps = _part(options, AnswerOptions), _part(options, StepOptions)
-    placement = placement_of(options, denoiser=None)  # whose drafts are to be made
+    # No denoiser yet: its drafts are to be made.
+    placement = placement_of(options, denoiser=None, denoiser_device=None)
     read_config(placement.find())  # an unknown model is refused before its prompts are read
     prompts = read_questions(options.prompts)
     work.path.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,8 @@ class BenchOptions(MeasureOptions, Placement):
         usual = Placement()
         for name in ("backend", "quantization", "expert_storage"):
             if getattr(self, name) != getattr(usual, name):
-                raise ValueError(f"{name}: has no effect here; bench compares --engines")
+                compared = "--bits" if self.prompts else "--engines"
+                raise ValueError(f"{name}: has no effect here; bench compares {compared}")
 
 
 def run(options: BenchOptions) -> int:

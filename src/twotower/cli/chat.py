@@ -14,7 +14,8 @@ from twotower.checkpoint.files import SHIPPED
 from twotower.cli.prompts import read_argument
 from twotower.cli.serve import ServeArguments, describe, need_extra
 from twotower.cli.text import one_line, printable
-from twotower.engine import GenerateOptions, Mode
+from twotower.engine import GenerateOptions, Mode, defaults_of, resolve_options
+from twotower.engine.request import require_denoiser
 from twotower.loading import Placement, load, placement_of
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ Ctrl-C stops a reply. A line that ends with \\ continues on the next."""
 
 
 _SHIPPED = """\
-The shipped model shows the method and is no assistant: it knows a few kinds of questions, such as
+The shipped model shows the method and is not an assistant. It knows a few kinds of questions:
   How much is 48 - 44?
   What is 77 in Spanish?
   Zoe has 70 buttons. She buys 10 more and loses 15. How many buttons does Zoe have now?
@@ -45,7 +46,7 @@ A real model: twotower chat --model FOLDER, GGUF file or hub id; README.md fetch
 class ChatArguments(Placement):
     """Chat in the terminal, with a model in this process or with a server. /help lists commands.
 
-    The shipped model knows questions of a few kinds only; it is no assistant.
+    The shipped model knows questions of a few kinds only; it is not an assistant.
     """
 
     url: str | None = None
@@ -75,6 +76,8 @@ class ChatArguments(Placement):
             for name in ("chat_template", *vars(usual)):
                 if name != "model" and getattr(self, name) != getattr(usual, name, None):
                     raise ValueError(f"{name}: is the server's with --url; leave it out")
+        elif self.api_key_env != ChatArguments.api_key_env:
+            raise ValueError("api_key_env: no effect without --url; leave it out")
         if self.escape and self.system is None:
             raise ValueError("escape: no effect without --system; leave it out")
 
@@ -116,6 +119,8 @@ def _backend(options: ChatArguments) -> "Backend":
         if options.url is not None:
             return Remote(options.url, os.environ.get(options.api_key_env))
         loaded = load(placement_of(options), options.mode)
+        asked = GenerateOptions(mode=options.mode, temperature=options.temperature)
+        require_denoiser(loaded.model, resolve_options(asked, defaults_of(loaded.model)))
         arguments = ServeArguments(model=options.model, chat_template=options.chat_template)
         served = describe(loaded, arguments)
         if served.template is None:

@@ -17,14 +17,15 @@ class ConvertOptions:
     """Write a checkpoint in another layout or dtype; files beside the weights are copied."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """Checkpoint folder or hub id owner/name: two towers, or a single-tower backbone."""
+    """Checkpoint folder, GGUF file, hub id owner/name, or shipped: two towers, or a single-tower
+    backbone."""
     target: Annotated[str, tyro.conf.Positional]
     """Folder to write (with --to gguf: the file); an existing checkpoint there is replaced when the
     new one is complete."""
     to: Literal["released", "backbone", "transformers", "gguf"] = "released"
     """released: both towers (a backbone fills both). backbone: the context tower alone.
-    transformers: the context tower as transformers 5 loads it (NemotronHForCausalLM).
-    gguf: the context tower and the tokenizer as one file for llama.cpp (nemotron_h)."""
+    transformers: the context tower as transformers 5 loads it. gguf: the context tower and the
+    tokenizer as one file for llama.cpp."""
     dtype: DType = "keep"
     """Precision of the written weights; routers stay float32. keep: as they are. q8_0 (GGUF only):
     8 bits, a scale for each 32 weights."""

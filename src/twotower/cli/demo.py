@@ -44,8 +44,8 @@ class DemoOptions(Placement):
     write token by token; a table compares the three. Needs no arguments and no network.
     """
 
-    sample: Sample = "tools"
-    """Built-in prompt to complete; the model was not trained on it."""
+    sample: Sample | None = None
+    """Built-in prompt to complete; the model was not trained on it. Default: tools."""
     prompt: str | None = None
     """A prompt of your own instead."""
     escape: bool = False
@@ -62,13 +62,15 @@ class DemoOptions(Placement):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.escape and self.prompt is None:
-            raise ValueError("escape: no effect without prompt; leave it out")
+            raise ValueError("escape: no effect without --prompt; leave it out")
+        if self.sample is not None and self.prompt is not None:
+            raise ValueError("sample: has no effect with --prompt; leave one of them out")
         check_fields(self, {"repeats": COUNT, "speed": ABOVE_ZERO})
 
 
 def run(options: DemoOptions) -> int:
     """Run the demo; returns the exit status. Errors of the user arrive as ValueError."""
-    prompt = SAMPLES[options.sample]
+    prompt = SAMPLES[options.sample or "tools"]
     if options.prompt is not None:
         prompt = read_argument(options.prompt, "the prompt", options.escape)
     modes: dict[str, GenerateOptions] = {
@@ -76,6 +78,11 @@ def run(options: DemoOptions) -> int:
     }
     with Console(stderr=True).status("decoding, to take the times ..."):
         loaded = load(placement_of(options), "diffusion")
+        if not loaded.model.has_denoiser:
+            raise ValueError(
+                f"model={loaded.name} has no denoiser, which this shows; give one with --denoiser "
+                "DIR, or another model"
+            )
         results = measure(loaded, prompt, modes, options.repeats)
     if options.json:
         print(json.dumps(_record(loaded.name, prompt, results), indent=2))

@@ -47,7 +47,7 @@ def run(options: InspectOptions) -> int:
     assert name is not None
     if is_denoiser(Path(name)):
         return _tell_denoiser(describe_denoiser(Path(name)), options.json)
-    record = describe(name)
+    record = describe(name, "model" if options.path is None else "path")
     if options.json:
         print(json.dumps(as_json(record), indent=2))
     else:

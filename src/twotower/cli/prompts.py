@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from twotower.arguments import require_unicode
 from twotower.cli.output_file import MAX_LINE_BYTES, InputLine, read_lines
 from twotower.engine.grammar import Grammar, json_schema, lark, regex
 
@@ -45,7 +46,7 @@ def read_prompts(
 
 def read_argument(text: str, name: str, is_escaped: bool) -> str:
     """A text of the command line; one that seems to spell line breaks is named on stderr."""
-    require_utf8(text, name)
+    require_unicode(text, name)
     if is_escaped:
         return re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], text)
     if r"\n" in text and "\n" not in text:
@@ -102,7 +103,7 @@ def parse_prompt(record: object, where: str) -> Prompt:
     """The prompt of a line's object; ValueError (one line, which begins with `where`)."""
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if isinstance(prompt, str):
-        return require_utf8(prompt, where)
+        return require_unicode(prompt, where)
     if isinstance(prompt, list) and all(type(token) is int for token in prompt):
         return prompt
     raise ValueError(f'{where} has no "prompt" that is text or a list of token ids; add one')
@@ -114,15 +115,6 @@ def decoded(content: bytes, where: str) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8 text (byte {error.start}); convert it") from None
-
-
-def require_utf8(text: str, where: str) -> str:
-    """The text; ValueError for lone surrogates, which undecodable bytes of an argument become."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"{where} is not UTF-8 text; convert it") from None
-    return text
 
 
 def read_grammar(file: Path) -> Grammar:

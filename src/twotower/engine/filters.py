@@ -43,17 +43,17 @@ def pattern_filter(pattern: str, max_match_chars: int = 100) -> Filter:
     try:
         parsed, compiled = _parser.parse(pattern), re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"filters: {pattern!r} is not a regular expression ({error})") from None
+        raise ValueError(f"filter: {pattern!r} is not a regular expression ({error})") from None
     shortest, longest = parsed.getwidth()
     if shortest == 0:
         raise ValueError(
-            f"filters: {pattern!r} can match empty text, which would end every row; make a part "
+            f"filter: {pattern!r} can match empty text, which would end every row; make a part "
             "of it necessary"
         )
     found = set(_assertions(parsed))
     if "ahead" in found:
         raise ValueError(
-            f"filters: {pattern!r} looks ahead, at text that may never come; use \\b or $, or "
+            f"filter: {pattern!r} looks ahead, at text that may never come; use \\b or $, or "
             "match that text too"
         )
     most = min(longest, max_match_chars)
@@ -105,13 +105,13 @@ def function_filter(entry_point: str, max_match_chars: int = 100) -> Filter:
             start = function(text[:end])
         except Exception as error:  # someone else's code: any of it may fail
             raise FilterFailed(
-                f"filters: {entry_point} failed ({type(error).__name__}); the row is ended"
+                f"filter: {entry_point} failed ({type(error).__name__}); the row is ended"
             ) from error
         if start is None:
             return None
         if type(start) is not int or not 0 <= start < end:
             raise FilterFailed(
-                f"filters: {entry_point} returned {start!r} for a text of {end} characters; it "
+                f"filter: {entry_point} returned {start!r} for a text of {end} characters; it "
                 "must return where a match begins, or None"
             )
         return max(start, end - max_match_chars)
@@ -125,11 +125,11 @@ def _load(entry_point: str) -> Callable[[str], object]:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"filters: {entry_point!r} cannot be loaded ({error}); name an importable function "
+            f"filter: {entry_point!r} cannot be loaded ({error}); name an importable function "
             "as module:function"
         ) from None
     if not callable(function):
-        raise ValueError(f"filters: {entry_point!r} is not a function; name one as module:function")
+        raise ValueError(f"filter: {entry_point!r} is not a function; name one as module:function")
     called: Callable[[str], object] = function
     return called
 

@@ -4,9 +4,9 @@ import contextlib
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 
-from twotower.arguments import require
+from twotower.arguments import require, shown
 from twotower.engine.events import Completion, Event, Failed, Finished
-from twotower.engine.options import EngineOptions, GenerateOptions
+from twotower.engine.options import BLOCK_MODES, EngineOptions, GenerateOptions
 from twotower.engine.request import Prompt, Request, Row, check_tokenizer, make_row
 from twotower.engine.request_queue import RequestQueue
 from twotower.engine.scheduler import Scheduler
@@ -46,7 +46,7 @@ def stream(
     """
     engine = checked_engine(model, tokenizer, engine)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        raise ValueError(f"prompts={prompts!r} must be a list of prompts, e.g. [prompt]")
+        raise ValueError(f"prompts={shown(prompts)} must be a list of prompts, e.g. [prompt]")
     per_prompt = _per_prompt(options, len(prompts))
     rows = [
         make_row(model, index, Request(prompt, own), tokenizer, f"prompt {index}")
@@ -61,7 +61,9 @@ def checked_engine(
 ) -> EngineOptions:
     """The engine's options; ValueError for arguments of wrong types."""
     if not hasattr(model, "context_tower"):
-        raise ValueError(f"model={model!r} is not a loaded model; pass twotower.load_model(path)")
+        raise ValueError(
+            f"model={shown(model)} is not a loaded model; pass twotower.load_model(path)"
+        )
     check_tokenizer(model, tokenizer)
     require("engine", engine, (EngineOptions, type(None)), "EngineOptions(...)")
     return engine or EngineOptions()
@@ -73,7 +75,7 @@ def _per_prompt(
     if options is None or isinstance(options, GenerateOptions):
         return [options or GenerateOptions()] * num_prompts
     if not isinstance(options, Sequence) or isinstance(options, str):
-        raise ValueError(f"options={options!r} must be GenerateOptions, or a list of them")
+        raise ValueError(f"options={shown(options)} must be GenerateOptions, or a list of them")
     if len(options) != num_prompts:
         raise ValueError(
             f"options: {len(options)} given for {num_prompts} prompts; pass one, or one per prompt"
@@ -82,10 +84,11 @@ def _per_prompt(
 
 
 def _warn_of_block_size(model: TwoTower, rows: Sequence[Row]) -> None:
-    sizes = {row.options.block_size for row in rows if row.options.mode not in ("ar", "mock-ar")}
+    # A draft of any length changes no text.
+    sizes = {row.options.block_size for row in rows if row.options.mode in BLOCK_MODES}
     for size in sorted(size for size in sizes if size > model.config.block_size):
         warnings.warn(
-            f"block_size={size} is larger than the {model.config.block_size} the model was "
+            f"blocks of {size} tokens are larger than the {model.config.block_size} the model was "
             "trained with; expect the text to collapse",
             stacklevel=4,
         )

@@ -35,7 +35,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 MAX_LOGPROBS = 100  # alternatives to each token
 MAX_PASSES = 1024  # of a block or draft; more than its tokens change nothing but `posterior`
 MIN_TOP_P = 1e-6  # float32 must tell it from 0
-_BLOCKS: tuple[Mode, ...] = ("diffusion", "posterior", "predict-and-noise")
+BLOCK_MODES: tuple[Mode, ...] = ("diffusion", "posterior", "predict-and-noise")
 _IN_ORDER: tuple[Mode, ...] = ("speculative", "ar", "mock-ar")
 LogitBias = tuple[tuple[int, float], ...]  # pairs of a token and what is added to its logit
 _penalty = number(-2.0, 2.0)
@@ -103,9 +103,9 @@ class GenerateOptions:
     first_token=context."""
     drafts: Drafts | None = None
     """speculative: where drafts come from. lookup: prompt lookup (n-gram matching), which copies
-    what followed the last tokens where they occurred before, and n-grams of the model's own answers
-    where --denoiser brings some. denoiser: the denoiser tower. auto: in each cycle the one that is
-    expected to save more time."""
+    what followed the last tokens where they occurred before, and n-grams of the model's answers
+    where its denoiser brings some. denoiser: the denoiser tower. auto: in each cycle the one that
+    is expected to save more time."""
     draft_passes: int | None = None
     """speculative: maximum number of denoiser passes per draft."""
     confidence_threshold: float | None = None
@@ -192,8 +192,8 @@ class ResolvedOptions:
 
     mode: Mode = _option("diffusion", one_of(*MODES))
     max_new_tokens: int = _option(128, COUNT)
-    block_size: int = _option(16, COUNT, (*_BLOCKS, "speculative"))
-    steps_per_block: int = _option(16, _passes, _BLOCKS)
+    block_size: int = _option(16, COUNT, (*BLOCK_MODES, "speculative"))
+    steps_per_block: int = _option(16, _passes, BLOCK_MODES)
     first_token: FirstToken = _option("denoiser", one_of(*get_args(FirstToken)), ("diffusion",))
     verify_threshold: float = _option(0.0, SHARE, ("diffusion",))
     drafts: Drafts = _option("auto", one_of(*get_args(Drafts)), ("speculative",))
@@ -213,7 +213,7 @@ class ResolvedOptions:
     ignore_eos: bool = _option(False, _flag)
     stop: tuple[str, ...] = _option((), strings)
     logprobs: int | None = _option(
-        None, number(0, MAX_LOGPROBS, is_whole=True), (*_BLOCKS, "speculative", "ar")
+        None, number(0, MAX_LOGPROBS, is_whole=True), (*BLOCK_MODES, "speculative", "ar")
     )
     grammar: Grammar | None = _option(None, instance(Grammar, "a Grammar"), ("speculative", "ar"))
     schedule: Schedule = _option("linear", one_of(*SCHEDULES), ("posterior", "predict-and-noise"))
@@ -303,6 +303,8 @@ def _refuse_combinations(resolved: ResolvedOptions, given: Mapping[str, object])
                     f"{name}={given[name]}: has no effect on drafts='lookup', which no denoiser "
                     "writes; leave it out"
                 )
+    if resolved.adaptive and "schedule" in given:
+        raise ValueError("schedule: has no effect with adaptive; leave one of them out")
     if resolved.temperature > 0:
         return
     for name, off in SAMPLED_ONLY.items():

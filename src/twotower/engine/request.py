@@ -270,13 +270,8 @@ def check_tokenizer(model: TwoTower, tokenizer: Tokenizer | None) -> None:
         )
 
 
-def _check(
-    model: TwoTower,
-    options: ResolvedOptions,
-    tokenizer: Tokenizer | None,
-    filters: tuple[Filter, ...],
-) -> None:
-    """ValueError for what this model, or a row without a tokenizer, cannot do."""
+def require_denoiser(model: TwoTower, options: ResolvedOptions) -> None:
+    """ValueError for a mode, or drafts, that need a tower which the model does not have."""
     is_speculative = options.mode == "speculative"
     needs_denoiser = options.drafts == "denoiser" if is_speculative else options.mode != "ar"
     if needs_denoiser and not model.has_denoiser:
@@ -285,6 +280,16 @@ def _check(
             f"{asked} needs a denoiser tower, and this model has none; use mode='ar', or "
             "mode='speculative' with drafts='lookup'"
         )
+
+
+def _check(
+    model: TwoTower,
+    options: ResolvedOptions,
+    tokenizer: Tokenizer | None,
+    filters: tuple[Filter, ...],
+) -> None:
+    """ValueError for what this model, or a row without a tokenizer, cannot do."""
+    require_denoiser(model, options)
     needs = {"stop": options.stop, "filters": filters, "grammar": options.grammar}
     for name, value in needs.items():
         if value and tokenizer is None:

@@ -110,6 +110,8 @@ def _times_eight_bits(x: Tensor, weight: Quantised) -> Tensor:
         ones = torch.ones(len(weight.qdata), dtype=x.dtype)
         y = torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight.qdata, ones)
     else:
+        if x.dtype == torch.float16:  # whose range the sums of numbers up to 127 leave
+            return _times_eight_bits(x.float(), weight).to(x.dtype)
         pieces = weight.qdata.split(_rows_at_a_time(x, weight))
         y = torch.cat([x @ piece.to(x.dtype).T for piece in pieces], dim=1)
     scaled: Tensor = y * weight.scale.squeeze(-1)

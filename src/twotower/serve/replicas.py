@@ -50,7 +50,7 @@ class ReplicaOptions:
         if not self.ray:
             for field in fields(ReplicaOptions):
                 if getattr(self, field.name) != field.default:
-                    raise ValueError(f"{field.name}: no effect without ray; add --ray")
+                    raise ValueError(f"{field.name}: no effect without --ray; add it")
 
 
 class Replica:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tokenizers
 
-from twotower.arguments import require
+from twotower.arguments import require, require_unicode
 from twotower.tokenizer.decoding import TextStream, num_leading_spaces
 from twotower.tokenizer.rules import read_rule
 
@@ -153,6 +153,7 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[list[int]]:
         """`encode` of many texts at once, without bos."""
         for text in texts:
+            require_unicode(text, "the text")
             self._check_bytes(text)
         backend = self._reading_special if allow_special else self._backend
         with refused_panics("this text" if len(texts) == 1 else "one of these texts"):

@@ -21,6 +21,7 @@ from twotower.arguments import (
     COUNT,
     INDEX,
     SHARE,
+    THREADS,
     Problem,
     check,
     each,
@@ -235,7 +236,7 @@ class TrainOptions(
         given = [name for name in ("init", "preset", "config") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(
-                f"{given[0]}: given together with {given[1]}; only one can name the model"
+                f"{given[0]}: given together with {given[1]}=...; only one can name the model"
             )
         if self.activation_checkpointing and self.compile:
             raise ValueError("activation_checkpointing: not together with compile; leave one out")
@@ -246,6 +247,10 @@ class TrainOptions(
                 "init: missing; the denoiser recipe needs the checkpoint folder of a trained "
                 "backbone"
             )
+        for name, needed in (("final_lr_ratio", "decay_fraction"), ("eval_rows", "eval_every")):
+            is_given = getattr(self, name) != getattr(TrainOptions, name)
+            if is_given and getattr(self, needed) == 0:
+                raise ValueError(f"{name}: no effect with {needed}=0; leave it out")
         self._check_early_blocks()
         self._check_towers()
 
@@ -327,10 +332,10 @@ def read_toml(file: Path) -> dict[str, object]:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(
-            f"options: cannot read {file} ({error.strerror}); check the path"
+            f"--options: cannot read {file} ({error.strerror}); check the path"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"options: {file} is not TOML ({error}); correct it") from error
+        raise ValueError(f"--options: {file} is not TOML ({error}); correct it") from error
     return {name.replace("-", "_"): value for name, value in content.items()}
 
 
@@ -345,7 +350,8 @@ _CHECKS: dict[str, Problem] = {
     "learning_rate": ABOVE_ZERO,
     "vocab_size": number(MIN_VOCAB_SIZE, is_whole=True),
     "sequence_length": number(2, is_whole=True),
-    **dict.fromkeys(("batch_size", "accumulate", "steps", "threads", "block_size"), COUNT),
+    **dict.fromkeys(("batch_size", "accumulate", "steps", "block_size"), COUNT),
+    "threads": THREADS,
     **dict.fromkeys(("denoised_blocks_per_row", "early_block_size", "eval_rows"), COUNT),
     **dict.fromkeys(("checkpoint_every", "keep_checkpoints", "log_every"), COUNT),
     **dict.fromkeys(("peer_timeout_s", "tokens", "tokenizer_documents", "align"), COUNT),

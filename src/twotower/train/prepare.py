@@ -91,11 +91,13 @@ class PrepareOptions(CheckedOptions):
         super().__post_init__()
         if self.tokenizer is not None and self.vocab_size is not None:
             raise ValueError(
-                "vocab_size: a given tokenizer has its own; leave out vocab_size or tokenizer"
+                "vocab_size: a given tokenizer has its own; leave out vocab_size or tokenizer=..."
             )
         for name in ("bos_token", "eos_token", "mask_token"):
             if getattr(self, name) is not None and self.tokenizer is None:
-                raise ValueError(f"{name}: no effect on a tokenizer trained here; give tokenizer")
+                raise ValueError(
+                    f"{name}: no effect on a tokenizer trained here; give tokenizer=..."
+                )
         parse_weights(self.weights)
         if len(self.columns) > 2:
             raise ValueError(
@@ -103,7 +105,9 @@ class PrepareOptions(CheckedOptions):
             )
         for name in ("columns", "shuffle"):
             if getattr(self, name) and not self.input:
-                raise ValueError(f"{name}: no effect on the built-in corpus; give input as well")
+                raise ValueError(
+                    f"{name}: no effect on the built-in corpus; give input=... as well"
+                )
 
     @property
     def limit(self) -> int | None:

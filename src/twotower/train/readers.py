@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from twotower.arguments import require_unicode
+
 Text = tuple[str, str]  # prompt, completion; the prompt may be empty
 
 _JSON = {".jsonl", ".ndjson", ".jsonlines", ".json"}
@@ -127,7 +129,7 @@ def _read_plain(file: Path, is_named_text: bool) -> Iterator[Text]:
             if is_first and not is_named_text:
                 _refuse_json(file, text)
             is_first = False
-            _check_characters(text, f"input: {file}")
+            require_unicode(text, f"input: {file}")
             yield "", text
 
 
@@ -160,19 +162,11 @@ def _document(values: Sequence[object], names: Sequence[str], where: str) -> Tex
         if not isinstance(value, str):
             kind = "null" if value is None else type(value).__name__
             raise ValueError(f"{where}: {name} is {kind}, not a string; correct or remove it")
-        _check_characters(value, f"{where}: {name}")
+        require_unicode(value, f"{where}: {name}")
     *prompt, completion = map(str, values)
     if not completion.strip():
         raise ValueError(f"{where}: {names[-1]} is empty; correct or remove it")
     return "".join(prompt), completion
-
-
-def _check_characters(text: str, where: str) -> None:
-    """Half a surrogate pair, which JSON can spell, is no character: no tokenizer takes it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where} is not valid Unicode ({error}); correct or remove it") from error
 
 
 def _lines(file: Path) -> Iterator[str]:

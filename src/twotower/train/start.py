@@ -13,6 +13,7 @@ from pathlib import Path
 from twotower.config import TwoTowerConfig
 from twotower.families import config_from_dict, config_to_dict
 from twotower.model.two_tower import TwoTower
+from twotower.specs import MoESpec
 from twotower.train.data import Rows
 from twotower.train.models import empty_model, new_config, starting_model
 from twotower.train.optimizer import WeightAverage, make_optimizer
@@ -49,6 +50,7 @@ def begin(options: TrainOptions, rows: Rows, folder: RunFolder, processes: Proce
     else:
         model = _handed_out(options, rows, processes)
     processes.on_first(lambda: _check_block_sizes(options, model.config))
+    _check_balance(options, model)
     average = WeightAverage(model, options.ema_decay) if options.ema_decay > 0.0 else None
     state = TrainState(model=model, optimizer=make_optimizer(model, options), average=average)
     if found is not None:
@@ -129,6 +131,13 @@ def _placed(model: TwoTower, options: TrainOptions, processes: Processes) -> Two
     assert processes.mesh is not None
     shard(model, processes.mesh, is_narrow=options.dtype == "bfloat16")
     return model
+
+
+def _check_balance(options: TrainOptions, model: TwoTower) -> None:
+    """ValueError for the balance of experts in a model that has none."""
+    is_given = options.load_balance_rate != TrainOptions.load_balance_rate
+    if is_given and not model.config.context.layers_of(MoESpec):
+        raise ValueError("load_balance_rate: no effect on a model without experts; leave it out")
 
 
 def _check_block_sizes(options: TrainOptions, config: TwoTowerConfig) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from twotower.arguments import check_fields, nearest, number
+from twotower.arguments import COUNT, check_fields, nearest, number
 from twotower.checkpoint.files import SHIPPED
 from twotower.checkpoint.inspect import Description, describe
 from twotower.checkpoint.quantize import read_scheme
@@ -29,6 +29,7 @@ from twotower.lab.plan.inputs import (
 )
 from twotower.lab.plan.passes import ModelShape, PlanSetup
 from twotower.lab.plan.profile import read_profile
+from twotower.specs import MoESpec
 
 # A published run of the 30B model: 66 denoiser passes for 256 tokens (the port on two DGX Sparks).
 PUBLISHED_TOKENS_PER_NFE = 256 / 66
@@ -105,7 +106,9 @@ class PlanOptions:
         if self.devices not in (1, 2):
             raise ValueError(f"devices: {self.devices} is not possible; a tower each on 1 or 2")
         most = number(1, _MAX_BATCH, is_whole=True)
-        check_fields(self, {"max_batch_size": most, "price_per_hour": number(0)})
+        check_fields(
+            self, {"max_batch_size": most, "price_per_hour": number(0), "block_size": COUNT}
+        )
         name = self.efficiency
         if name is not None and name not in PROFILES and not name.endswith(".toml"):
             raise ValueError(
@@ -144,6 +147,9 @@ def make_setup(options: PlanOptions, shape: ModelShape) -> PlanSetup:
             f"devices: {hardware.name} has no link_gb_s, so two cannot be joined; "
             "give it in a --hardware-file"
         )
+    has_experts = bool(shape.config.context.layers_of(MoESpec))
+    if options.expert_weights is not None and not has_experts:
+        raise ValueError("expert_weights: has no effect on a model without experts; leave it out")
     widths = _make_widths(options)
     return PlanSetup(
         shape=shape,
