@@ -116,7 +116,7 @@ def test_generate_has_a_flag_with_the_default_of_every_option(
         (["generate", "--temp", "inf", "a"], "--temp inf must be a finite number, at least 0.0"),
         (["generate", "-n=0", "a"], "-n 0 must be at least 1"),
         (["chat", "--max-tokens", "0"], "--max-tokens 0 must be at least 1"),
-        (["generate", "--threads", "0", "a"], "--threads 0 must be at least 1"),
+        (["generate", "--threads", "0", "a"], "--threads 0 must be between 1 and 1024"),
         (["generate", "--quantization", "int8", "--backend", "eager", "a"], "--quantization int8:"),
         (["convert", "a", "b", "--to", "gguf", "--quantization", "int8"], "needs --to released or"),
         (["convert", "a", "b", "--group-size", "32"], "--group-size: no effect without"),
@@ -130,6 +130,37 @@ def test_generate_has_a_flag_with_the_default_of_every_option(
             "--device 'xpu:9' is not on this",
         ),
         (["generate", "--denoiser-device", "meta", "a"], "--denoiser-device 'meta' is not"),
+        (["generate", "-m", "", "a"], "-m '' must be text that is not empty"),
+        (["generate", "--threads", "99999", "a"], "--threads 99999 must be between 1 and 1024"),
+        (
+            ["generate", "--quantization", "int8", "--dtype", "float16", "a"],
+            "use --backend native with --dtype float32, or --quantization none",
+        ),
+        (
+            ["generate", "--mode", "ar", "--denoiser-device", "cpu", "a"],
+            "--denoiser-device: has no effect in mode ar",
+        ),
+        (
+            ["generate", "--mode", "predict-and-noise", "--adaptive", "--schedule", "cosine", "a"],
+            "--schedule: has no effect with adaptive",
+        ),
+        (["chat", "--api-key-env", "KEY"], "--api-key-env: no effect without --url"),
+        (["demo", "--sample", "math", "-p", "a"], "--sample: has no effect with --prompt"),
+        (["serve", "--filter", "("], "--filter: '(' is not a regular expression"),
+        (["plan", "--block-size", "0"], "--block-size 0 must be at least 1"),
+        (["plan", "-m", "shipped", "--expert-weights", "int8"], "--expert-weights: has no effect"),
+        (["inspect", "nowhere"], "error: path: nowhere is not a file or folder"),
+        (["convert", "nowhere", "a"], "error: source: nowhere is not a file or folder"),
+        (["train", "backbone", "--options", "nowhere"], "--options: cannot read nowhere"),
+        (
+            ["train", "backbone", "--init", "a", "--preset", "tiny"],
+            "--init: given together with --",
+        ),
+        (
+            ["train", "backbone", "--eval-rows", "8", "--eval-every", "0"],
+            "--eval-rows: no effect with --eval-every 0",
+        ),
+        (["prepare", "--shuffle", "2"], "give --input ... as well"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_status_2(

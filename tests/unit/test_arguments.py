@@ -25,6 +25,23 @@ MODEL, TOKENIZER = tiny_model(), byte_tokenizer()
     ("call", "said"),
     [
         (lambda: twotower.load_model(5), "model=5 is not a str or Path; pass a path or hub id"),
+        (lambda: twotower.load_model(MODEL), r"model=TwoTower\(.*\) is not a str or Path"),
+        (
+            lambda: twotower.load_model(denoiser=MODEL),
+            r"denoiser=TwoTower\(.* is not a str or Path",
+        ),
+        (lambda: twotower.load_model(device=5), "device=5 is not a str or device"),
+        (lambda: twotower.load_model(""), "model='' must be text that is not empty"),
+        (lambda: twotower.Placement(model=5), "model=5 must be text that is not empty"),
+        (
+            lambda: twotower.GenerateOptions(mode=MODEL),
+            r"mode=TwoTower\(.*\) is unknown; use one of",
+        ),
+        (lambda: twotower.generate(MODEL, MODEL), "prompts=TwoTower.* must be a list of prompts"),
+        (
+            lambda: twotower.save_model(MODEL, "a", dtype="float32"),
+            "dtype='float32' is not a dtype; pass torch.bfloat16",
+        ),
         (lambda: twotower.load_tokenizer(5), "model=5 is not a str or Path"),
         (
             lambda: twotower.save_model("x", "a"),

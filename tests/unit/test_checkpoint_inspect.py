@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from twotower.checkpoint import convert, describe, load_checkpoint
+from twotower.checkpoint import convert, convert_to_gguf, describe, load_checkpoint
 from twotower.cli.convert import ConvertOptions
 from twotower.cli.convert import run as run_convert
 from twotower.cli.inspect import InspectOptions
@@ -117,3 +117,5 @@ def test_convert_takes_the_other_files_along(
     assert capsys.readouterr().out.count("written in the") == 3
     with pytest.raises(ValueError, match="is the source itself"):
         convert(source, source, "released")
+    with pytest.raises(ValueError, match="is the source itself"):
+        convert_to_gguf(source, source)
