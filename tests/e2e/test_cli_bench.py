@@ -119,7 +119,7 @@ def test_a_missing_baseline_is_printed(
     [
         (["--sizes", "9M"], "sizes: '9M' is unknown"),
         (["--modes", "diffusion"], "lacks ar"),
-        (["--threads", "0"], "--threads 0 must be at least 1"),
+        (["--threads", "0"], "--threads 0 must be between 1 and 1024"),
         (["--max-prompt-tokens", "1"], "leaves out every prompt"),
         (["--output", "/dev/null/x"], "output: cannot write into /dev/null/x"),
         (["--model", "/nowhere"], "/nowhere"),

@@ -68,6 +68,7 @@ BAD: list[tuple[object, str | None, str]] = [
     ({"prompt": "a", "stop": ["x"] * 17}, "stop", "16"),
     ({"prompt": "a", "mode": "ar", "steps_per_block": 2}, "steps_per_block", "no effect"),
     ({"prompt": "a", "block_size": 65}, "block_size", "at most 64"),
+    ({"prompt": "a", "max_tokens": 2, "max_new_tokens": 3}, "max_tokens", "contradicts max_new"),
     ({"prompt": "a", "schedule": "x", "mode": "posterior"}, "schedule", "linear"),
     ({"prompt": "a", "twotower_events": True}, "twotower_events", "needs stream"),
     ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options", "needs stream"),

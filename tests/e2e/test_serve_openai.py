@@ -124,6 +124,10 @@ def test_stop_echo_and_length(client: openai.OpenAI) -> None:
     short = client.completions.create(model="twotower", prompt=SUM, max_tokens=3)
     assert short.choices[0].finish_reason == "length"
     assert short.usage is not None and short.usage.completion_tokens == 3
+    own = {"max_new_tokens": 3}  # as the command line and Python call it
+    assert (
+        client.completions.create(model="twotower", prompt=SUM, extra_body=own).usage == short.usage
+    )
 
 
 def test_logprobs_are_those_of_the_tokens(client: openai.OpenAI) -> None:

@@ -95,7 +95,7 @@ def test_greedy_texts(pair: Any, length: int) -> None:
     theirs, ours, _ = pair
     prompt = ids(1, length, seed=length)
     expected = theirs.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)
-    options = GenerateOptions(mode="ar", max_new_tokens=12, eos_token_id=None)
+    options = GenerateOptions(mode="ar", max_new_tokens=12, ignore_eos=True)
     (found,) = generate(ours, [prompt[0].tolist()], options)
     assert found.tokens == expected[0, length:].tolist()
 

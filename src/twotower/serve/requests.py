@@ -30,6 +30,9 @@ _NAMED = ("temperature", *SAMPLED_ONLY, "stop", "eos_token_id", "ignore_eos", *F
 _SEEDS = 1 << 63
 _MAX_LOGPROBS = 1 << 17  # values in an answer
 
+# OpenAI's two names, and that of `GenerateOptions`.
+_LIMITS = ("max_tokens", "max_completion_tokens", "max_new_tokens")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
@@ -95,6 +98,16 @@ class Generation:
         return self.requests[0].options.grammar if self.requests else None
 
 
+def _limit(body: TextRequest) -> int | None:
+    """The maximum number of new tokens, which has several names; ApiError where they contradict."""
+    names = [name for name in _LIMITS if getattr(body, name, None) is not None]
+    limits = {int(getattr(body, name)) for name in names}
+    if len(limits) > 1:
+        message = f"{names[0]}: contradicts {names[1]}; give one of them"
+        raise ApiError(400, message, param=names[0])
+    return next(iter(limits), None)
+
+
 class Reader:
     """Reads bodies for one server. ApiError (one line) for what cannot be asked."""
 
@@ -109,7 +122,7 @@ class Reader:
         texts = _prompts(body.prompt)
         self._check_rows(len(texts) * (body.n or 1))
         prompts = [self._ids(text) for text in texts]
-        asked = self._generation(body, prompts, body.max_tokens, body.num_alternatives, caller)
+        asked = self._generation(body, prompts, _limit(body), body.num_alternatives, caller)
         if not body.echo or body.num_alternatives is None:
             return asked
         self._check_logprobs(sum(map(len, prompts)), 1, body.num_alternatives)
@@ -120,16 +133,11 @@ class Reader:
         """Of /v1/chat/completions, likewise."""
         self._check(body)
         self._check_rows(body.n or 1)
-        limits = {body.max_tokens, body.max_completion_tokens} - {None}
-        if len(limits) > 1:
-            raise ApiError(
-                400, "max_tokens: give it or max_completion_tokens, not both", param="max_tokens"
-            )
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs: needs logprobs to be true", param="top_logprobs")
         served, most = self._served, self._options.max_prompt_tokens
         prompt = encode_chat(body, served.name, served.template, served.tokenizer, most)
-        limit = next(iter(limits), None)
+        limit = _limit(body)
         if limit == 0:
             raise ApiError(400, "max_tokens: 0 must be at least 1", param="max_tokens")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None

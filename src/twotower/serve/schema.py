@@ -171,6 +171,7 @@ class TextRequest(Decoding):
     """What completions and chat share besides."""
 
     max_tokens: int | None = None
+    max_new_tokens: int | None = None
     n: Count | None = None
     stop: (
         Annotated[str, Field(max_length=_MAX_STOP_LENGTH)]
