@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.2, help="of all runs with this --work")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--backend", default="graphs", choices=("graphs", "eager"))
-    parser.add_argument("--rows", type=int, default=256, help="batch size of decoding")
+    parser.add_argument("--batch-size", type=int, default=256, help="answers decoded at the same time")
     parser.add_argument("--answers-per-step", type=int, default=64)
     parser.add_argument("--blocks-per-answer", type=int, default=64)
     stage = Stage("adapt", parser, paint)
@@ -143,7 +143,7 @@ def main() -> None:
     work, budget = WorkFolder(args.work), Budget(minutes=args.minutes)
     work.path.mkdir(parents=True, exist_ok=True)
     thin = ThinOptions(layers=1, block_size=4, draft_vocab=32) if is_rehearsal else ThinOptions()
-    answers = AnswerOptions(max_tokens=12 if is_rehearsal else 320, rows=args.rows)
+    answers = AnswerOptions(max_tokens=12 if is_rehearsal else 320, batch_size=args.batch_size)
     steps = StepOptions(
         answers_per_step=args.answers_per_step, blocks_per_answer=args.blocks_per_answer
     )

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import textwrap
+from collections.abc import Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -28,9 +29,12 @@ def field_docs(options_class: type) -> dict[str, str]:
     return docs
 
 
-def documented(options_class: type[T]) -> type[T]:
-    """The class, whose `help` explains every field."""
-    lines = [f"{name}: {doc}" for name, doc in field_docs(options_class).items()]
+def documented(options_class: type[T], defaults: Mapping[str, object] | None = None) -> type[T]:
+    """The class, whose `help` explains every field; defaults: of fields that have None there."""
+    given = {n: value for n, value in (defaults or {}).items() if value not in (None, ())}
+    ends = {name: f" Default: {value!r}." for name, value in given.items()}
+    docs = field_docs(options_class)
+    lines = [f"{name}: {doc}{ends.get(name, '')}" for name, doc in docs.items()]
     filled = (textwrap.fill(line, 96, subsequent_indent="    ") for line in lines)
     options_class.__doc__ = f"{inspect.getdoc(options_class)}\n\n" + "\n".join(filled)
     return options_class

@@ -15,9 +15,11 @@ import tyro
 from safetensors.torch import save_file
 
 from twotower.cli import inspect
+from twotower.cli.generate import GenerateArguments
 from twotower.cli.inspect import InspectOptions
 from twotower.cli.main import VERBS, main, train_arguments
 from twotower.cli.parse import parse
+from twotower.cli.serve import ServeArguments
 from twotower.documented import field_docs
 from twotower.engine import GenerateOptions, ResolvedOptions
 from twotower.train.options import TrainOptions
@@ -69,7 +71,7 @@ def test_generate_has_a_flag_with_the_default_of_every_option(
         text = " ".join(entry.replace("\u2502", " ").split())
         helps |= dict.fromkeys(re.findall(r"--([\w-]+)", flags), text)
     for field in dataclasses.fields(ResolvedOptions):
-        is_repeatable = field.name in ("stop", "logit_bias")
+        is_repeatable = field.name in ("stop", "logit_bias", "eos_token_id")
         shown = "(repeatable)" if is_repeatable else f"(default: {field.default})"
         shown = "" if field.default is False else shown  # a switch
         assert (
@@ -169,6 +171,15 @@ def test_a_wrong_flag_is_one_line_and_status_2(
     assert main(arguments) == 2
     line = only_line(capsys)
     assert line.startswith("error: ") and said in line and "None" not in line
+
+
+def test_a_list_takes_the_values_of_all_its_flags() -> None:
+    """Silent failure: a server without the first of two --filter, as the last one replaces it."""
+    arguments = ["--filter", "a", "--port", "80", "--filter=b", "c"]
+    assert parse(ServeArguments, "serve", arguments).filter == ("a", "b", "c")
+    arguments = ["--eos-token-id", "5", "--eos-token-id", "6", "a", "--", "-b"]
+    ends = parse(GenerateArguments, "generate", arguments)
+    assert ends.given() == {"eos_token_id": (5, 6)} and ends.prompts == ("a", "-b")
 
 
 @pytest.mark.parametrize("frame", ["lines", "blanks"])

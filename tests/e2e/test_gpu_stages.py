@@ -86,7 +86,7 @@ def test_suite(tmp_path: Path) -> None:
 
 
 def test_adapt_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    options = ("--work", str(tmp_path / "work"), "--rows", "8", "--answers-per-step", "4",
+    options = ("--work", str(tmp_path / "work"), "--batch-size", "8", "--answers-per-step", "4",
                "--blocks-per-answer", "4", "--minutes")  # fmt: skip
     first = rehearse("adapt", tmp_path / "found.json", *options, "0.04")
     later = rehearse("adapt", tmp_path / "found.json", *options, "0.08")

@@ -34,7 +34,7 @@ def test_answers_go_on_where_a_killed_run_stopped(tmp_path: Path) -> None:
     """Guards hours of work: no answer is written twice, none is lost, half a line is none."""
     model, file = backbone(), tmp_path / "answers.jsonl"
     questions = [Question(number=i, prompt=p, task="t") for i, p in enumerate(prompts_of([4] * 9))]
-    options = AnswerOptions(max_tokens=6, rows=2)
+    options = AnswerOptions(max_tokens=6, batch_size=2)
     run = write_answers(model, questions, file, options, 60.0)
     kept = [next(run) for _ in range(3)]
     run.close()
@@ -121,7 +121,7 @@ def test_a_budget_that_is_too_small_says_so(tmp_path: Path) -> None:
     work, shape = WorkFolder(tmp_path), ThinOptions(layers=2)
     questions = [Question(number=i, prompt=[1, 2], task="t") for i in range(60)]
     run = collect_answers(
-        backbone(), questions, work, shape, AnswerOptions(rows=1), Budget(minutes=1e-4)
+        backbone(), questions, work, shape, AnswerOptions(batch_size=1), Budget(minutes=1e-4)
     )
     with pytest.raises(ValueError, match=r"minutes=0\.0001: the model has written .* are needed"):
         list(run)

@@ -55,7 +55,7 @@ def estimate(
     budget: Budget,
 ) -> str:
     """One line; takes a few seconds."""
-    rate = answers.rows / _answer_step_s(model, answers.rows)
+    rate = answers.batch_size / _answer_step_s(model, answers.batch_size)
     tokens = rate * budget.seconds("answers")
     blocks = steps.blocks * budget.seconds("train") / _training_step_s(model, thin, steps)
     name, expected = expected_tokens_per_cycle(blocks)

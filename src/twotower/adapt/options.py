@@ -52,13 +52,13 @@ class AnswerOptions:
     temperature: float = 0.0
     """Sampling temperature of the answers; 0 is greedy. Use the temperature at which the model will
     decode."""
-    rows: int = 32
-    """Batch size: answers decoded at the same time."""
+    batch_size: int = 32
+    """Answers decoded at the same time."""
     max_prompt_tokens: int = 1024
     """Leave out prompts with more tokens than this."""
 
     def __post_init__(self) -> None:
-        counts = dict.fromkeys(("max_tokens", "rows", "max_prompt_tokens"), COUNT)
+        counts = dict.fromkeys(("max_tokens", "batch_size", "max_prompt_tokens"), COUNT)
         check_fields(self, {**counts, "temperature": number(0)})
 
 

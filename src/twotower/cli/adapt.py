@@ -46,8 +46,7 @@ class AdaptArguments(ThinOptions, AnswerOptions, StepOptions, Placement):
     model's own.
 
     The model answers the prompts, a denoiser learns to draft the answers, and the speed-up is
-    measured on held-out prompts. Run the same command again to resume a run. --denoiser continues
-    the training of an earlier denoiser, with its shape.
+    measured on held-out prompts. Run the same command again to resume a run.
     """
 
     prompts: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")]
@@ -55,6 +54,8 @@ class AdaptArguments(ThinOptions, AnswerOptions, StepOptions, Placement):
     question, instruction, text or turns; any other file: one prompt a line."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the denoiser, for --denoiser DIR of the other verbs."""
+    denoiser: str | None = None
+    """Folder or hub id of an earlier denoiser of this model: its training goes on, in its shape."""
     minutes: float = 60.0
     """Time for the whole run: two fifths for answers, a twentieth to measure, the rest to train."""
     stage: Literal["all", "answers", "train", "measure"] = "all"

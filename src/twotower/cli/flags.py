@@ -45,8 +45,7 @@ def optional_flags(
                 if field.default is False
                 else f"(default: {_spell(field.default)})",
             )
-            # Of several numbers one: a list would swallow the prompts behind it.
-            hint = int if hints[field.name] == tuple[int, ...] else hints[field.name]
+            hint = hints[field.name]
             specs = [_alternatives(hint)] if NoneType in get_args(hint) else []
             flags[field.name] = Annotated[(hint, *specs, shown)]
     # Made at run time, so there is nothing for a type checker to see.

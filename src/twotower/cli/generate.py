@@ -42,7 +42,9 @@ if TYPE_CHECKING:
     Decoding = dict[str, object]
 else:
     # What is repeatable tyro cannot combine with "not given".
-    Decoding = optional_flags(ResolvedOptions, _DOCS, _FIRST, ("stop", "logit_bias", "grammar"))
+    Decoding = optional_flags(
+        ResolvedOptions, _DOCS, _FIRST, ("stop", "logit_bias", "eos_token_id", "grammar")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,11 @@ class TextOptions:
             help=_DOCS["logit_bias"],
         ),
     ] = ()
+    eos_token_id: Annotated[
+        tuple[int, ...],
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(metavar="INT", help=_DOCS["eos_token_id"]),
+    ] = ()
     escape: bool = False
     r"""Replace \n, \t and \\ in --stop, --prompt and PROMPT by line break, tab and backslash."""
 
@@ -145,6 +152,8 @@ class GenerateArguments(TextOptions, FileOptions, BatchOptions, Placement):
     def given(self) -> dict[str, object]:
         """The decoding options that were named."""
         named = {**self.decoding, **({"stop": self._stop} if self._stop else {})}
+        if self.eos_token_id:
+            named["eos_token_id"] = self.eos_token_id
         if self.logit_bias:
             named["logit_bias"] = dict(map(_bias, self.logit_bias))
         return named if self.grammar is None else {**named, "grammar": read_grammar(self.grammar)}

@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -41,7 +42,7 @@ def parse(
                 _flags_of(options_class),
                 prog=prog,
                 description=description or summary(options_class),
-                args=arguments,
+                args=_joined(arguments, _list_flags(options_class)),
             )
     except SystemExit as stop:
         if stop.code in (None, 0):
@@ -53,6 +54,39 @@ def parse(
         if value == () and (flag := f"--{name.replace('_', '-')}") in arguments:
             raise ValueError(f"{flag} needs a value; see {prog} -h")
     return options_class(**values)
+
+
+def _joined(arguments: Sequence[str], lists: Collection[str]) -> list[str]:
+    """All values of a list behind its first flag: tyro keeps those of the last alone."""
+    parts: list[list[str]] = []
+    known: dict[str, list[str]] = {}
+    values: list[str] | None = None  # of the list that is being read
+    for place, argument in enumerate(arguments):
+        if argument == "--":
+            return [*itertools.chain.from_iterable(parts), *arguments[place:]]
+        flag, equals, value = argument.partition("=")
+        if flag in lists:
+            if flag not in known:
+                parts.append(known.setdefault(flag, [flag]))
+            values = known[flag]
+            values += [value] * bool(equals)
+        elif argument.startswith("-") or values is None:
+            parts.append([argument])
+            values = None
+        else:
+            values.append(argument)
+    return [*itertools.chain.from_iterable(parts)]
+
+
+def _list_flags(options_class: type) -> set[str]:
+    """Flags that take any number of values."""
+    found = set()
+    for name, hint in get_type_hints(options_class, include_extras=True).items():
+        kind, *own = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        is_list = get_origin(kind) is tuple and Ellipsis in get_args(kind)
+        if is_list and not {tyro.conf.UseAppendAction, tyro.conf.Positional} & {*own}:
+            found.add(f"--{name.replace('_', '-')}")
+    return found
 
 
 def _flat(flags: object) -> dict[str, Any]:

@@ -72,13 +72,12 @@ class EngineOptions:
         check_fields(self, _ENGINE_CHECKS)
 
 
-@documented
 @dataclass(frozen=True, kw_only=True, repr=False)
 class GenerateOptions:
     """How to decode one prompt.
 
     A field that is None (not given) takes the checkpoint's default from generation_config.json, and
-    without one the value in `ResolvedOptions`.
+    without one the library's.
     """
 
     mode: Mode | None = None
@@ -228,6 +227,7 @@ class ResolvedOptions:
 
 
 _FIELDS = dataclasses.fields(ResolvedOptions)
+documented(GenerateOptions, {field.name: field.default for field in _FIELDS})
 _CHECKS: Mapping[str, Problem] = {field.name: field.metadata["problem"] for field in _FIELDS}
 # The modes of each field that only some use.
 FIELD_MODES: Mapping[str, tuple[Mode, ...]] = {

@@ -129,8 +129,8 @@ class DiffusionObjectiveOptions(CheckedOptions):
     """Draw the masking rate t, uniform in [0.001, 1], once a row, as in the paper, or for each
     block."""
     denoised_blocks_per_row: int | None = None
-    """Number of blocks of each row that are masked and denoised, drawn anew in every step: first
-    those with a target, several times with different masks if they are fewer. Default: every block
+    """Number of blocks per row that are masked and denoised, drawn anew in every step. Blocks with
+    a target come first; if there are fewer, they repeat with other masks. Default: every block
     once."""
     fully_masked_fraction: float = 0.0
     """Fraction of the blocks that are masked entirely (t = 1), as in the first pass of decoding."""
@@ -141,14 +141,14 @@ class DiffusionObjectiveOptions(CheckedOptions):
     """Fraction of the rows of aligned data (twotower prepare --align) that start at any token, as
     blocks do in speculative decoding."""
     condition_on: Literal["t", "masked-fraction", "none"] = "t"
-    """Input of the time conditioning: t, the fraction of the block that is masked (as in decoding),
-    or none."""
+    """Input of the time conditioning. t: the masking rate that was drawn. masked-fraction: the
+    fraction of the block that is masked, as in decoding. none: no time conditioning."""
     loss_weight: Literal["plain", "elbo"] = "plain"
     """plain: mean cross-entropy of the masked tokens. elbo: each weighted by 1/t, the diffusion
     bound."""
-    ar_loss_weight: float = 0.0
-    """Weight of the context tower's next-token loss beside the denoiser's, for --train-context and
-    --towers tied-ar (there 0 means 1)."""
+    ar_loss_weight: float | None = None
+    """Weight of the context tower's next-token loss beside the denoiser's, with --train-context or
+    --towers tied-ar. Default: 1 with tied-ar, else 0."""
     early_block_size: int | None = None
     """Block size of the first steps (--early-fraction), before --block-size; the paper has 32, then
     16."""
@@ -282,7 +282,7 @@ class TrainOptions(
                 f"denoiser_init: scratch would lose the tower that towers={self.towers} shares; "
                 "use context"
             )
-        if self.ar_loss_weight > 0.0 and not (self.train_context or self.towers == "tied-ar"):
+        if self.ar_loss_weight and not (self.train_context or self.towers == "tied-ar"):
             raise ValueError(
                 "ar_loss_weight: no effect on a frozen context; add train_context or towers=tied-ar"
             )
@@ -295,7 +295,7 @@ class TrainOptions(
     def next_token_weight(self) -> float:
         """What the context tower's next-token loss weighs beside the denoiser's."""
         default = 1.0 if self.towers == "tied-ar" else 0.0
-        return self.ar_loss_weight or default
+        return default if self.ar_loss_weight is None else self.ar_loss_weight
 
     @property
     def tokens_per_step(self) -> int:

@@ -54,9 +54,10 @@ class PrepareOptions(CheckedOptions):
     "prompt" and "completion"."""
     weights: tuple[str, ...] = ()
     """Mixture of the inputs, such as a=3 b=1: relative numbers of tokens, until one input ends. An
-    input is named by its file or folder without suffix, or as it was given. Categories of the
-    built-in corpus, such as math=2, set its own mixture; with --input they add it as one more
-    input, with the sum of their weights. Default: all inputs to their end."""
+    input is named by its file or folder without suffix, or as it was given. Without --input: the
+    mixture of the built-in corpus by its categories, such as math=2. Categories beside inputs add
+    the built-in corpus as one more input, whose weight is their sum. Default: all inputs to their
+    end."""
     tokens: int | None = None
     """Stop after this many tokens, with a whole document. Default: 20 million of the built-in
     corpus, or all inputs."""
@@ -81,8 +82,8 @@ class PrepareOptions(CheckedOptions):
     """Size of the shuffle buffer of each input, in documents, for inputs that are sorted by
     subject. 0 is off. Training shuffles rows anyway."""
     align: int = 1
-    """Pad with EOS so that completions begin and end at multiples of this many tokens: with the
-    block size a denoiser is trained on blocks as it will generate them. 1 packs documents without
+    """Pad with EOS so that completions begin and end at multiples of this many tokens. Give the
+    block size to train a denoiser on blocks as it will generate them. 1 packs documents without
     padding."""
     overwrite: bool = False
     """Replace an existing shard in the folder once the new one is complete."""

@@ -48,8 +48,8 @@ class EvaluationOptions:
     """Also measure diffusion at other values of --confidence-threshold and --steps-per-block, on a
     quarter of the prompts."""
     likelihood: bool = False
-    """Also measure the negative log-likelihood of the reference answers: ar's, and an upper bound
-    of the denoiser's."""
+    """Also measure the negative log-likelihood of the reference answers: exact for the context
+    tower, an upper bound for the denoiser."""
     output: Path | None = None
     """Folder for results.json, report.html and its pictures."""
     json: bool = False
