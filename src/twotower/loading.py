@@ -67,8 +67,8 @@ class Placement:
     """Device of the denoiser tower. Default: --device. peer: the second of two processes that
     torchrun started, on this host or another."""
     dtype: DTypeName = "auto"
-    """Precision of weights and computation. auto: float32 for the native backend, else the
-    checkpoint's own."""
+    """Precision of weights and computation. auto: float32 on a CPU for a model that the native
+    backend can run, else the checkpoint's own."""
     quantization: Quantization = "none"
     """int8, int4: quantise the weights while they are loaded, for the native backend; int8 also for
     graphs. none: as they are stored."""

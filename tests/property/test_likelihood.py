@@ -111,7 +111,7 @@ def test_masks_have_uniform_sizes_and_positions() -> None:
 
 
 def test_empty_parts_are_refused(model: TwoTower) -> None:
-    with pytest.raises(ValueError, match="row 0"):
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
         score_texts(model, [[]], [[5]])
     with pytest.raises(ValueError, match="at least"):
         bound_text(model, [5], [], 4, torch.Generator())

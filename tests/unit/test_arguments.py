@@ -53,6 +53,11 @@ MODEL, TOKENIZER = tiny_model(), byte_tokenizer()
         (lambda: twotower.generate(MODEL, [[1]], engine=5), "engine=5 is not a EngineOptions"),
         (lambda: twotower.generate(MODEL, [[1]], None, "x"), "tokenizer='x' is not a Tokenizer"),
         (lambda: twotower.score_texts(MODEL, ["a"], [[1]]), "prompts='a' is not a list or tuple"),
+        (
+            lambda: twotower.score_texts(MODEL, [[1]], [[1], [2]]),
+            "texts: 2 given for 1 prompts; give one for each",
+        ),
+        (lambda: twotower.score_texts(MODEL, [[1]], [[99]]), "text 0 has token 99 outside the vo"),
         (lambda: twotower.score_texts("x", [[1]], [[1]]), "model='x' is not a TwoTower"),
         (lambda: twotower.train_model(5), "options=5 is not a TrainOptions"),
         (lambda: twotower.prepare_data(5), "options=5 is not a PrepareOptions"),
@@ -121,7 +126,7 @@ def test_none_is_taken_where_it_is_the_default_alone() -> None:
 @pytest.mark.parametrize(
     ("options_class", "values", "said"),
     [
-        (AnswerOptions, {"rows": 2.5}, "rows=2.5 must be a whole number"),
+        (AnswerOptions, {"batch_size": 2.5}, "batch_size=2.5 must be a whole number"),
         (ThinOptions, {"block_size": 1}, "block_size=1 must be at least 2"),
         (EvaluationOptions, {"items": 2.5}, "items=2.5 must be a whole number"),
         (MeasureOptions, {"items": 2.5}, "items=2.5 must be a whole number"),

@@ -123,18 +123,23 @@ def test_toml_becomes_flags(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(
         'recipe = "backbone"\nlearning-rate = 0.01\nbetas = [0.8, 0.9]\n'
-        "compile = true\nresume = false\n"
+        'compile = true\nresume = false\noutput = "a"\n'
     )
     assert arguments_from_toml(file) == [
         *["--recipe", "backbone", "--learning-rate", "0.01"],
-        *["--betas", "0.8", "0.9", "--compile", "--no-resume"],
+        *["--betas", "0.8", "0.9", "--compile", "--no-resume", "--out", "a"],
     ]
-    assert TrainOptions.from_dict(read_toml(file)).learning_rate == 0.01
+    assert read_toml(file)["learning_rate"] == 0.01
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("learning_rat = 1", "learning_rate"), ("steps = ", "not TOML"), (None, "cannot read")],
+    [
+        ("learning_rat = 1", "learning_rate"),
+        ("steps = ", "not TOML"),
+        (None, "cannot read"),
+        ('out = "a"\noutput = "b"', "out: is given in two spellings"),
+    ],
 )
 def test_bad_toml(tmp_path: Path, text: str | None, words: str) -> None:
     file = tmp_path / "run.toml"

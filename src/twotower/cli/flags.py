@@ -24,6 +24,27 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def spellings(names: Collection[str]) -> dict[str, str]:
+    """Fields by the other long spellings of their flags, as a file of options may call them."""
+    return {
+        flag[2:].replace("-", "_"): name
+        for name in names
+        for flag in ALIASES.get(name, ())
+        if flag.startswith("--")
+    }
+
+
+def by_field(values: Mapping[str, object], known: Mapping[str, str]) -> dict[str, object]:
+    """Values by their fields' names; ValueError for a field in two `spellings`."""
+    found: dict[str, object] = {}
+    for spelling, value in values.items():
+        name = known.get(spelling, spelling)
+        if name in found:
+            raise ValueError(f"{name}: is given in two spellings; leave one of them out")
+        found[name] = value
+    return found
+
+
 def optional_flags(
     options_class: type,
     docs: Mapping[str, str],

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twotower.arguments import nearest
-from twotower.cli.flags import ALIASES
+from twotower.cli.flags import by_field, spellings
 from twotower.cli.output_file import (
     MAX_LINE_BYTES,
     InputLine,
@@ -44,13 +44,7 @@ REFUSED_LINES = 3  # exit status: all is done, but some lines were no request
 # writing of the short ones behind it, and decoding should not wait.
 _WINDOW = 16
 _OPTION_NAMES = [field.name for field in dataclasses.fields(GenerateOptions)]
-# Other spellings, as of flags: max_tokens for max_new_tokens.
-_SPELLINGS = {
-    flag[2:].replace("-", "_"): name
-    for name in _OPTION_NAMES
-    for flag in ALIASES.get(name, ())
-    if flag.startswith("--")
-}
+_SPELLINGS = spellings(_OPTION_NAMES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,13 +175,8 @@ def _parse(line: InputLine) -> dict[str, object]:
 def _request(record: Mapping[str, object], given: Mapping[str, object]) -> Request:
     """Prompt and options of one line, which win over the command's."""
     prompt = parse_prompt(record, "the line")
-    own: dict[str, object] = {}
-    for spelling, value in record.items():
-        name = _SPELLINGS.get(spelling, spelling)
-        if name in own:
-            raise ValueError(f"{name}: is given in two spellings; leave one of them out")
-        if name not in ("prompt", "id"):
-            own[name] = value
+    named = by_field(record, _SPELLINGS)
+    own = {name: value for name, value in named.items() if name not in ("prompt", "id")}
     for name in own:
         if name not in _OPTION_NAMES:
             near = nearest(name[:50], [*_OPTION_NAMES, "prompt", "id"])

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import get_type_hints
 
 from rich.progress import TaskID
 
-from twotower.cli.flags import name_flags
+from twotower.cli.flags import by_field, name_flags, spellings
 from twotower.cli.progress import progress_bar
 from twotower.train.loop import StepReport, train_steps
 from twotower.train.options import TrainOptions, check_values, read_toml
@@ -69,6 +70,7 @@ def arguments_from_toml(file: Path) -> list[str]:
     """
     values = read_toml(file)
     try:
+        values = by_field(values, spellings(get_type_hints(TrainOptions)))
         check_values(values)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None

@@ -304,6 +304,22 @@ def _check(
             )
 
 
+def known_ids(model: TwoTower, name: str, tokens: Sequence[int]) -> list[int]:
+    """Token ids of the vocabulary, at least one; ValueError for anything else."""
+    try:
+        ids = [operator.index(token) for token in tokens]  # int() would take 5.7 and "5"
+    except TypeError:
+        raise ValueError(f"{name} must be text or a list of whole token ids") from None
+    if not ids:
+        raise ValueError(f"{name} is empty; give at least one token")
+    vocab_size = model.config.vocab_size
+    if bad := [token for token in ids if not 0 <= token < vocab_size]:
+        raise ValueError(
+            f"{name} has token {bad[0]} outside the vocabulary; use 0 to {vocab_size - 1}"
+        )
+    return ids
+
+
 def _prompt_ids(
     model: TwoTower, name: str, prompt: Prompt, tokenizer: Tokenizer | None
 ) -> list[int]:
@@ -316,17 +332,7 @@ def _prompt_ids(
         if not prompt:
             raise ValueError(f"{name} is empty; give at least one character")
         return tokenizer.encode_prompt(prompt)
-    try:
-        ids = [operator.index(token) for token in prompt]  # int() would take 5.7 and "5"
-    except TypeError:
-        raise ValueError(f"{name} must be text or a list of whole token ids") from None
-    if not ids:
-        raise ValueError(f"{name} is empty; give at least one token")
-    vocab_size, mask_token_id = model.config.vocab_size, model.config.mask_token_id
-    if bad := [token for token in ids if not 0 <= token < vocab_size]:
-        raise ValueError(
-            f"{name} has token {bad[0]} outside the vocabulary; use 0 to {vocab_size - 1}"
-        )
+    ids, mask_token_id = known_ids(model, name, prompt), model.config.mask_token_id
     if mask_token_id in ids:
         raise ValueError(
             f"{name} has the mask token {mask_token_id}; a prompt is committed text, remove it"

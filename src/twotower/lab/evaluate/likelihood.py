@@ -13,6 +13,7 @@ from torch import Tensor
 
 from twotower.arguments import require
 from twotower.diffusion.loss import token_cross_entropy
+from twotower.engine.request import known_ids
 from twotower.lab.corpus import Document
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
@@ -50,18 +51,19 @@ def score_texts(
     """Log-likelihood of each text after its prompt (>= 1 token) under the context tower.
 
     Rows of different lengths share passes, right-padded, `CHUNK` tokens at a time through the
-    cache: exact at any length. ValueError for an empty prompt or text.
+    cache: exact at any length. ValueError for lists of other lengths, and for no or unknown tokens.
     """
     require("model", model, TwoTower, "twotower.load_model(path)")
     for name, lists in (("prompts", prompts), ("texts", texts)):
         require(name, lists, (list, tuple), "a list of lists of token ids")
         for one in lists:
             require(name, one, (list, tuple), "a list of lists of token ids")
+    if len(prompts) != len(texts):
+        raise ValueError(f"texts: {len(texts)} given for {len(prompts)} prompts; give one for each")
     rows = []
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-        if not prompt or not text:
-            raise ValueError(f"row {number}: prompt and text need at least one token each")
-        rows.append([*prompt, *text])
+        ids = known_ids(model, f"prompt {number}", prompt)
+        rows.append([*ids, *known_ids(model, f"text {number}", text)])
     losses, hits = _row_losses(model, rows)
     scores = []
     for row, prompt, text in zip(range(len(rows)), prompts, texts, strict=True):
