@@ -133,6 +133,11 @@ def test_generate_has_a_flag_with_the_default_of_every_option(
         ),
         (["generate", "--denoiser-device", "meta", "a"], "--denoiser-device 'meta' is not"),
         (["generate", "-m", "", "a"], "-m '' must be text that is not empty"),
+        (["generate", "-n", "a: b"], "-n 'a: b' must be a whole number"),
+        (["generate", "--json=true", "a"], "--json takes no value"),
+        (["generate", "--ignore-eos=false", "a"], "--ignore-eos takes no value"),
+        (["train", "backbone", "--no-compile=1"], "--no-compile takes no value"),
+        (["generate", "--logit-bias", "x=1", "a"], "--logit-bias 'x=1' must be a token id, = and"),
         (["generate", "--threads", "99999", "a"], "--threads 99999 must be between 1 and 1024"),
         (
             ["generate", "--quantization", "int8", "--dtype", "float16", "a"],

@@ -134,7 +134,7 @@ class GenerateArguments(TextOptions, FileOptions, BatchOptions, Placement):
         if self.escape and not (self.prompts or self.prompt or self.stop):
             raise ValueError("escape: no effect without --stop or prompts that are arguments")
         if self.output is None:
-            if "logprobs" in self.decoding and not (self.json or self.trace):
+            if self.decoding.get("logprobs") is not None and not (self.json or self.trace):
                 raise ValueError(
                     "logprobs: text does not show them; use --json, --trace or --output"
                 )
@@ -179,7 +179,7 @@ class GenerateArguments(TextOptions, FileOptions, BatchOptions, Placement):
 def _bias(pair: str) -> tuple[str, object]:
     token, _, bias = pair.partition("=")
     try:
-        return token.strip(), float(bias)
+        return str(int(token)), float(bias)
     except ValueError:
         raise ValueError(
             f"logit_bias={pair!r} must be a token id, = and a number, such as 42=-100"

@@ -9,7 +9,16 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 import tyro
 
@@ -21,7 +30,7 @@ _METAVARS = {Path: "PATH", str: "TEXT", int: "INT", float: "FLOAT"}
 _RULES = " -\u2500\u2570\u256f"  # what lines between and below a message are made of
 _BRACKETS = str.maketrans("", "", "()[]'")
 _NOT_A_NUMBER = (
-    r"(\S+): (?:invalid literal for int|could not convert).*: (.*)",
+    r"(\S+): (?:invalid literal for int|could not convert).*?: (.*)",
     r"(\S+): no type matching [^']* could be instantiated from \[(.*)\]",
 )
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -35,6 +44,10 @@ def parse(
     ValueError (one line) for a wrong flag or value, or what the options' own checks say.
     """
     prog = f"twotower {verb}"
+    for argument in itertools.takewhile(lambda word: word != "--", arguments):
+        flag, equals, _ = argument.partition("=")
+        if equals and flag in _switches(options_class):  # tyro would take the value as a prompt
+            raise ValueError(f"{flag} takes no value; see {prog} -h")
     refusal = io.StringIO()
     try:
         with contextlib.redirect_stderr(refusal):
@@ -76,6 +89,17 @@ def _joined(arguments: Sequence[str], lists: Collection[str]) -> list[str]:
         else:
             values.append(argument)
     return [*itertools.chain.from_iterable(parts)]
+
+
+def _switches(options_class: type) -> set[str]:
+    """Flags that take no value."""
+    hints = get_type_hints(options_class, include_extras=True)
+    for hint in [*hints.values()]:
+        (decoding, *_) = get_args(hint) or (hint,)
+        hints |= get_type_hints(decoding, include_extras=True) if is_typeddict(decoding) else {}
+    kinds = {name: (get_args(hint) or (hint,))[0] for name, hint in hints.items()}
+    words = [name.replace("_", "-") for name, kind in kinds.items() if kind is bool]
+    return {f"--{prefix}{word}" for word in words for prefix in ("", "no-")}
 
 
 def _list_flags(options_class: type) -> set[str]:
