@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.2, help="of all runs with this --work")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--backend", default="graphs", choices=("graphs", "eager"))
-    parser.add_argument("--batch-size", type=int, default=256, help="answers decoded at the same time")
+    parser.add_argument("--batch-size", type=int, default=256, help="answers at the same time")
     parser.add_argument("--answers-per-step", type=int, default=64)
     parser.add_argument("--blocks-per-answer", type=int, default=64)
     stage = Stage("adapt", parser, paint)
