@@ -146,7 +146,6 @@ SECTIONS = (
         "denoiser as well, whichever has the larger expected gain, or no draft.",
         [
             Kind("drafts_always", "Drafts in every cycle: acceptance", tables.drafts),
-            Kind("drafts_whole_answers", "The same, answers of up to 512 tokens", tables.drafts),
             Kind("drafts_int8_1_thread", "Default options, int8, one thread", tables.drafts),
             Kind("drafts_int8_2_threads", "Default options, int8, two threads", tables.drafts),
         ],

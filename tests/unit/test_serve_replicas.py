@@ -20,8 +20,8 @@ from twotower.serve.replicas import Replica, ReplicaOptions
         ({"min_replicas": 3, "max_replicas": 2}, "max_replicas=2"),
         ({"replica_cpus": -1.0}, "replica_cpus=-1.0"),
         ({"replica_gpus": float("inf")}, "replica_gpus=inf"),
-        ({"max_replicas": 2}, "max_replicas: no effect without ray"),
-        ({"ray_address": "auto"}, "ray_address: no effect without ray"),
+        ({"max_replicas": 2}, "max_replicas: no effect without --ray; add it"),
+        ({"ray_address": "auto"}, "ray_address: no effect without --ray; add it"),
     ],
 )
 def test_bad_options_are_named(given: dict[str, float], named: str) -> None:

@@ -44,7 +44,7 @@ class HarnessOptions:
     """Decoding mode of generate_until; the checkpoint's own when not given."""
     dtype: str = "float32"
     device: str = "cpu"
-    denoiser_device: str = "cpu"
+    denoiser_device: str | None = None
     batch_size: int = 1
     confidence_threshold: float | None = None
     steps_per_block: int | None = None
@@ -150,7 +150,7 @@ def make_model_class(load: Callable[[HarnessOptions], Decoder]) -> type:
             values = {"batch_size": int(extra.get("batch_size", 1)), **arg_dict}
             # lm-eval's own default is a GPU: without one it is no wish of the user's.
             if (device := str(extra.get("device", "cpu"))) != "cpu" and torch.cuda.is_available():
-                values = {"device": device, "denoiser_device": device, **values}
+                values = {"device": device, **values}
             return cls(load(HarnessOptions.from_arguments(values)))
 
         @classmethod
