@@ -151,6 +151,9 @@ def test_the_next_most_probable_tokens_of_each_cell() -> None:
     assert probabilities[0, 1].tolist() == [0.0, 0.0]
     (without,) = denoise_block(denoise, block, sampler_of(RowSampler(steps=1), 2))
     assert without.others is None
+    few = torch.tensor([[[0.0, 2.0]] * LENGTH] * 2)  # logits of a draft vocabulary of two
+    (step,) = denoise_block(lambda *_: few, block, sampler, token_ids=torch.tensor([50, 60]))
+    assert step.others is not None and step.others[0][0, 0, 0] == 50
 
 
 def test_temperature_zero_needs_no_generators_and_no_luck() -> None:

@@ -158,7 +158,8 @@ def _others(
     """The most probable tokens beside those that were predicted, and how probable they are."""
     if count == 0:
         return None
-    probs, ids = found.probs.topk(count + 1)  # the one way over the vocabulary: it takes a while
+    # The one way over the vocabulary: it takes a while. A draft vocabulary may have fewer tokens.
+    probs, ids = found.probs.topk(min(count + 1, found.probs.shape[-1]))
     tokens = ids if token_ids is None else token_ids[ids]
     is_chosen = tokens == found.tokens[..., None]
     order = is_chosen.byte().argsort(dim=-1, stable=True)[..., :count]
