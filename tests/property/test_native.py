@@ -64,10 +64,10 @@ def assert_same_state(ours: ContextCache, plain: ContextCache) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("length", [1, 2, 8, 9, 16, 17, 24, 41])
+@pytest.mark.parametrize("length", [1, 2, 8, 9, 16, 17, 24, 41, 105])
 def test_every_shape_of_a_pass(name: str, length: int) -> None:
-    """Guards lanes, tiles, remainders and biases: 1, 8 and 16 tokens are separate code, more are
-    several tiles; a wrong remainder of a width shows in no test of one size."""
+    """Guards lanes, tiles, remainders and biases: 1, 8, 16, 32 and 64 tokens are separate code,
+    more are several tiles; a wrong remainder of a width shows in no test of one size."""
     plain, ours = pair(name)
     ids = random_ids(1, 21)
     caches = [model.prefill(ids) for model in (ours, plain)]
@@ -180,8 +180,8 @@ def test_drafts_of_any_length_are_cut_anywhere() -> None:
     exactly as many as a pass of that length leaves."""
     _, ours = pair()
     cache = ours.prefill(random_ids(1, 21))
-    draft = random_ids(1, 40, seed=1)
-    for count in (0, 1, 15, 16, 17, 32, 33, 40):
+    draft = random_ids(1, 105, seed=1)
+    for count in (0, 1, 15, 16, 17, 33, 63, 64, 65, 96, 97, 105):
         cut, read = select_rows(cache, torch.tensor([0])), select_rows(cache, torch.tensor([0]))
         cut.commit(ours.verify(cut, draft), torch.tensor([count]))
         if count:

@@ -189,24 +189,22 @@ void add_weighted(const float *v, long stride, int width, int count, const float
 // up against a smaller one, `total` and y[W][A], is brought down to it.
 template <int W>
 void weigh(float *score, int count, float root, float *most, float *total, float *y, int A) {
-    typedef float Lanes __attribute__((vector_size(W * 4), aligned(4), may_alias));
-    Lanes *scores = reinterpret_cast<Lanes *>(score);
-    Lanes &before = *reinterpret_cast<Lanes *>(most), &all = *reinterpret_cast<Lanes *>(total);
-    Lanes largest = before, kept, sum = {};
-    for (int j = 0; j < count; j++) largest = scores[j] < largest ? largest : scores[j];
-    kept = (before - largest) * root;
-    for (int j = 0; j < count; j++) scores[j] = (scores[j] - largest) * root;
-    float *shares = reinterpret_cast<float *>(&kept);
-    for (int l = 0; l < W; l++) shares[l] = exponential(shares[l]);
-    for (int i = 0; i < count * W; i++) {
-        float p = exponential(score[i]);
-        score[i] = score[i] < -87.0f ? 0.0f : p;  // a hidden key has no weight at all
+    Floats<W> largest = floats<W>(most), sum = {}, hidden = Floats<W>{} - 87.0f;
+    for (int j = 0; j < count; j++) {
+        Floats<W> own = floats<W>(score + j * W);
+        largest = own < largest ? largest : own;
     }
-    for (int j = 0; j < count; j++) sum += scores[j];
-    all = all * kept + sum;
+    Floats<W> kept = exponential<W>((floats<W>(most) - largest) * root);
+    for (int j = 0; j < count; j++) {
+        Floats<W> own = (floats<W>(score + j * W) - largest) * root;
+        own = own < hidden ? Floats<W>{} : exponential<W>(own);  // a hidden key has no weight at all
+        floats<W>(score + j * W) = own;
+        sum += own;
+    }
+    floats<W>(total) = floats<W>(total) * kept + sum;
+    floats<W>(most) = largest;
     for (int l = 0; l < W; l++)
-        for (int a = 0; a < A; a++) y[l * A + a] *= shares[l];
-    before = largest;
+        for (int a = 0; a < A; a++) y[l * A + a] *= kept[l];
 }
 
 // y[W][A] of q[A][W] to the keys of a head; lane l sees those up to `last`, and where the pass is causal

@@ -68,10 +68,7 @@ void run_layer(const Step &s, Before before, const float *modulation) {
     };
     switch (s.layer.kind) {
     case MAMBA:
-        return all_tiles([&](auto width, const Tile &tile) {
-            constexpr int W = decltype(width)::value;
-            if constexpr (W <= LANES) mamba<W>(s, tile);
-        });
+        return all_tiles([&](auto width, const Tile &tile) { mamba<decltype(width)::value>(s, tile); });
     case ATTENTION: {
         make_room_for_keys(s);
         all_tiles([&](auto width, const Tile &tile) { project<decltype(width)::value>(s, tile); });
@@ -93,12 +90,6 @@ void turn(const Call &call) {
             make_angles<decltype(width)::value>(call, A, tile);
         });
     }
-}
-
-// Mamba layers have tiles of 16: their recurrence is a product of a tile's tokens with each other.
-bool may_be_wide(const Tower &tower) {
-    auto is_mamba = [](const Layer &layer) { return layer.kind == MAMBA; };
-    return std::none_of(tower.layers, tower.layers + tower.num_layers, is_mamba);
 }
 
 void run(const Call &call, const float *const *modulations) {
@@ -160,7 +151,7 @@ extern "C" int32_t twotower_pass(const Tower *tower, int32_t num_rows, const Row
             if (rows[r].ids[t] < 0 || rows[r].ids[t] >= tower->vocabulary + (tower->mask != nullptr)) return 1;
     Team team(threads);
     Call call{*tower, rows, num_rows, causal != 0, team, {}, {}};
-    make_tiles(call, may_be_wide(*tower));
+    make_tiles(call);
     run(call, modulations);
     return 0;
 }
@@ -178,7 +169,7 @@ extern "C" void twotower_linear(const Weight *w, int32_t rows, int32_t K, int32_
                                 const float *x, int32_t length, float *y) {
     Team team(threads);
     for (int first = 0, count; first < length; first += count) {
-        count = tile_of(length - first, true);
+        count = tile_of(length - first);
         with_width(width_of(count), [&](auto width) {
             linear<decltype(width)::value>(team, *w, rows, K, x + long(first) * K, count,
                                            y + long(first) * rows);

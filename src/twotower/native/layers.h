@@ -75,12 +75,14 @@ inline int width_of(int count) {
 }
 
 // How many of the `left` tokens of a long row its next tile takes
-inline int tile_of(int left, bool is_wide) {
-    return is_wide && left >= WIDE ? WIDE : std::min(left, LANES);
+inline int tile_of(int left) {
+    for (int width : {WIDE, 2 * LANES})
+        if (left >= width) return width;
+    return std::min(left, LANES);
 }
 
 // The tiles of a pass: short rows share one, a long row has its own.
-inline void make_tiles(Call &call, bool is_wide) {
+inline void make_tiles(Call &call) {
     int count = 0;
     auto add = [&](int row, int at, int tokens) {
         call.segments.push_back({row, at, tokens, count});
@@ -94,10 +96,10 @@ inline void make_tiles(Call &call, bool is_wide) {
         count = 0;
     };
     for (int r = 0; r < call.num_rows; r++) {
-        int length = call.rows[r].length, most = is_wide ? WIDE : LANES;
-        if (length > LANES || count + length > most) close();
+        int length = call.rows[r].length;
+        if (length > LANES || count + length > WIDE) close();
         for (int at = 0; at < length; at += call.segments.back().count) {
-            add(r, at, length > LANES ? tile_of(length - at, is_wide) : length);
+            add(r, at, length > LANES ? tile_of(length - at) : length);
             if (length > LANES) close();
         }
     }
@@ -116,24 +118,36 @@ void each_segment(const Call &call, const Tile &tile, Work work) {
     for (int i = 0; i < tile.num_segments; i++) work(call.segments[tile.first_segment + i]);
 }
 
-inline float exponential(float x) {
-    x = std::min(std::max(x, -87.3f), 88.3f);  // in this order NaN stays NaN
-    float n = std::nearbyint(x * 1.44269504088896341f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
+// e^x of each lane, to 1e-7 of it; NaN stays NaN
+template <int V>
+inline Floats<V> exponential(Floats<V> x) {
+    Floats<V> least = Floats<V>{} - 87.3f, most = Floats<V>{} + 88.3f, shift = Floats<V>{} + 0x1.8p23f;
+    x = x < least ? least : x;
+    x = x > most ? most : x;
+    Floats<V> n = (x * 1.44269504088896341f + shift) - shift;  // rounded to a whole number
+    Floats<V> r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Floats<V> p = Floats<V>{} + 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    int32_t bits = (int32_t(n) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &bits, 4);
+    Ints<V> bits = (__builtin_convertvector(n, Ints<V>) + 127) << 23;
+    Floats<V> scale;
+    std::memcpy(&scale, &bits, sizeof scale);
     return p * scale;
 }
 
-inline float silu(float x) { return x / (1.0f + exponential(-x)); }
+inline float exponential(float x) { return exponential<1>(Floats<1>{x})[0]; }
+
+// x / (1 + e^-x) of `count` numbers, in place
+inline void silu(float *x, long count) {
+    long i = 0;
+    for (; i + 16 <= count; i += 16)
+        floats<16>(x + i) = floats<16>(x + i) / (1.0f + exponential<16>(-floats<16>(x + i)));
+    for (; i < count; i++) x[i] = x[i] / (1.0f + exponential(-x[i]));
+}
 
 inline float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
 
@@ -215,9 +229,19 @@ void modulate(float *x, const float *shift, const float *scale, int begin, int e
 // rows may lie so far apart that they push each other out of the cache
 template <int W>
 void to_rows(const float *x, int width, int count, float *y, long stride) {
-    for (int first = 0; first < width; first += 16)
-        for (int t = 0; t < count; t++)
-            for (int f = first; f < std::min(width, first + 16); f++) y[t * stride + f] = x[f * W + t];
+    constexpr int V = std::min(W, 16);
+    for (int l = 0; l < count; l += V)
+        for (int first = 0; first < width; first += 16) {
+            int here = std::min(count - l, V), features = std::min(width - first, 16);
+            if (W >= 16 && features == 16) {
+                Floats<16> part[16];
+                for (int f = 0; f < 16; f++) part[f] = floats<16>(x + long(first + f) * W + l);
+                transpose<16>(part);
+                for (int t = 0; t < here; t++) floats<16>(y + (l + t) * stride + first) = part[t];
+            } else
+                for (int t = 0; t < here; t++)
+                    for (int f = 0; f < features; f++) y[(l + t) * stride + first + f] = x[long(first + f) * W + l + t];
+        }
 }
 
 // The input of a tile's next product
@@ -247,8 +271,9 @@ void gated(const Step &s, const Input<W> &in, float *a, float *up, int begin, in
     int inner = s.layer.inner;
     product_blocks<W>(w.gate_proj, inner, in, w.gate_proj_bias.full, a, begin, end);
     product_blocks<W>(w.up_proj, inner, in, w.up_proj_bias.full, up, begin, end);
-    for (long i = long(begin) * ROWS * W; i < long(std::min(inner, end * ROWS)) * W; i++)
-        a[i] = silu(a[i]) * up[i];
+    long first = long(begin) * ROWS * W, last = long(std::min(inner, end * ROWS)) * W;
+    silu(a + first, last - first);
+    for (long i = first; i < last; i++) a[i] *= up[i];
 }
 
 // A tile: scratch.u to its part of scratch.y

@@ -14,21 +14,21 @@ void convolve(const Layer &s, const float *past, float *x, int begin, int end) {
     const auto &w = weights_of<MambaWeights>(s);
     const float *weight = w.conv1d.full, *bias = w.conv1d_bias.full;
     int kept = s.taps - 1, stride = kept + W, channels = channels_of(s);
-    float *window = at_least(scratch.own, size_t(end - begin) * stride);
-    for (int k = 0; k < kept; k++)
-        for (int c = begin; c < end; c++)
-            window[long(c - begin) * stride + k] = past[long(k) * channels + c];
-    for (int c = begin; c < end; c++)
-        for (int l = 0; l < W; l++) window[long(c - begin) * stride + kept + l] = x[long(c) * W + l];
-    for (int c = begin; c < end; c++) {
-        const float *in = window + long(c - begin) * stride;
-        float sum[W];
-        for (int l = 0; l < W; l++) sum[l] = bias ? bias[c] : 0.0f;
-        for (int k = 0; k < s.taps; k++)
-            for (int l = 0; l < W; l++) sum[l] += in[k + l] * weight[c * s.taps + k];
-        for (int l = 0; l < W; l++) x[long(c) * W + l] = sum[l];
+    float *window = at_least(scratch.own, size_t(ROWS) * stride);
+    for (int first = begin; first < end; first += ROWS) {  // what is read at once was written before
+        int here = std::min(ROWS, end - first);
+        for (int c = 0; c < here; c++) {
+            for (int k = 0; k < kept; k++) window[c * stride + k] = past[long(k) * channels + first + c];
+            floats<W>(window + c * stride + kept) = floats<W>(x + long(first + c) * W);
+        }
+        for (int c = 0; c < here; c++) {
+            const float *own = weight + (first + c) * s.taps;
+            Floats<W> sum = Floats<W>{} + (bias ? bias[first + c] : 0.0f);
+            for (int k = 0; k < s.taps; k++) sum += floats<W>(window + c * stride + k) * own[k];
+            floats<W>(x + long(first + c) * W) = sum;
+        }
     }
-    for (long i = long(begin) * W; i < long(end) * W; i++) x[i] = silu(x[i]);
+    silu(x + long(begin) * W, long(end - begin) * W);
 }
 
 // R rows of next (P, N) = keep state + x[P][W] added (L, N): the state after L tokens.
@@ -61,10 +61,9 @@ template <int W>
 void next_state(const float *dt, const float *decay, const float *x, const float *B,
                 const float *state, int L, int P, int N, float *added, float *next) {
     constexpr int R = W == 1 ? 1 : 8;  // one token: in the order of memory
-    for (int t = 0; t < L; t++) {
-        float kept = exponential(decay[L - 1] - decay[t]) * dt[t];
-        for (int n = 0; n < N; n++) added[t * N + n] = B[t * N + n] * kept;
-    }
+    Floats<W> kept = exponential<W>(decay[L - 1] - floats<W>(decay)) * floats<W>(dt);
+    for (int t = 0; t < L; t++)
+        for (int n = 0; n < N; n++) added[t * N + n] = B[t * N + n] * kept[t];
     float keep = exponential(decay[L - 1]);
     int p = 0;
     for (; p + R <= P; p += R)
@@ -73,35 +72,36 @@ void next_state(const float *dt, const float *decay, const float *x, const float
         advance_rows<W, 1>(state + p * N, keep, x + p * W, added, L, N, next + p * N);
 }
 
-// One head of the recurrence over L tokens as products: y[P][W] of x[P][W] after the state (P, N).
+// One head of the recurrence over L tokens as products: y[P][W] of x[P][W] after the state (P, N),
+// times gate[P][W].
 // mixing[L][W]: B of each token times C of each; B (L, N); C [N][W]; dt[W]; next may be null.
 template <int W>
 void scan_head(const Layer &s, int L, float A, float D, const float *x, const float *mixing,
-               const float *B, const float *C, const float *dt, const float *state, float *next,
-               float *y) {
+               const float *B, const float *C, const float *dt, const float *state, const float *gate,
+               float *next, float *y) {
     int P = s.head_size, N = s.state;
     float *mix = at_least(scratch.own, size_t(L + P) * W + size_t(L) * N), *own = mix + L * W;
     float *added = own + P * W, decay[W], total = 0.0f;  // decay: log, from the start through t
     for (int l = 0; l < W; l++) decay[l] = total += dt[l] * A;
-    for (int t = 0; t < L; t++)
-        for (int l = 0; l < W; l++) {
-            float kept = exponential(decay[l] - decay[t]) * dt[t] * mixing[t * W + l];
-            mix[t * W + l] = l < t ? 0.0f : kept;
-        }
-    for (int t = 0; t < L; t++) mix[t * W + t] += D;
+    Ints<W> lanes;
+    for (int l = 0; l < W; l++) lanes[l] = l;
+    for (int t = 0; t < L; t++) {
+        Floats<W> kept = exponential<W>(floats<W>(decay) - decay[t]) * dt[t] * floats<W>(mixing + t * W);
+        floats<W>(mix + t * W) = lanes < t ? Floats<W>{} : kept;
+        mix[t * W + t] += D;
+    }
     product<W>(x, W, 1, P, L, mix, nullptr, own);
     product<W>(state, N, 1, P, N, C, nullptr, y);
-    for (int l = 0; l < W; l++) {
-        float kept = exponential(decay[l]);
-        for (int p = 0; p < P; p++) y[p * W + l] = y[p * W + l] * kept + own[p * W + l];
-    }
+    Floats<W> kept = exponential<W>(floats<W>(decay));
+    for (int p = 0; p < P; p++)
+        floats<W>(y + p * W) = (floats<W>(y + p * W) * kept + floats<W>(own + p * W)) * floats<W>(gate + p * W);
     if (next != nullptr) next_state<W>(dt, decay, x, B, state, L, P, N, added, next);
 }
 
 // All heads over L tokens: xbc[C][W] after the convolution, dt[H][W] after softplus; y feature by
 // feature, gated by z.
 template <int W>
-void scan(const Step &step, int L, const float *z, const float *xbc, const float *dt,
+void scan(const Step &step, int L, float *z, const float *xbc, const float *dt,
           const float *state, float *next, float *y) {
     const Layer &s = step.layer;
     const auto &w = weights_of<MambaWeights>(s);
@@ -116,12 +116,13 @@ void scan(const Step &step, int L, const float *z, const float *xbc, const float
         for (int head = begin; head < end; head++) {
             int g = head / (s.heads / s.groups);
             long at = long(head) * P * N;
+            float *gate = z + long(head) * P * W;
+            silu(gate, long(P) * W);
             scan_head<W>(s, L, -std::exp(w.A_log.full[head]), w.D.full[head],
                          xbc + long(head) * P * W, mixing.data() + g * L * W,
                          rows.data() + g * L * N, xbc + long(inner + (s.groups + g) * N) * W,
-                         dt + head * W, state + at, next ? next + at : nullptr,
+                         dt + head * W, state + at, gate, next ? next + at : nullptr,
                          y + long(head) * P * W);
-            for (long i = long(head) * P * W; i < long(head + 1) * P * W; i++) y[i] *= silu(z[i]);
         }
     });
 }
@@ -143,13 +144,14 @@ void mix(const Step &s, const Segment &part, float *in, float *y) {
         window = at_least(scratch.window, size_t(kept + row.length) * channels);
     if (keeps && is_first) std::copy_n(row.past.conv, long(kept) * channels, window);
     const float *before = is_first ? row.past.conv : window + long(part.at) * channels;
+    int first = row.out.window ? 0 : std::max(0, count - kept);  // a later tile needs the newest alone
     float *mixed = row.out.mixed ? row.out.mixed + long(part.at) * channels : nullptr;
     s.call.team.split(blocks_of(channels), [&](int begin, int end) {
         begin *= ROWS, end = std::min(channels, end * ROWS);
         float *mine = xbc + long(begin) * W;
         if (keeps)
-            to_rows<W>(mine, end - begin, count, window + long(kept + part.at) * channels + begin,
-                       channels);
+            to_rows<W>(mine + first, end - begin, count - first,
+                       window + long(kept + part.at + first) * channels + begin, channels);
         convolve<W>(s.layer, before, xbc, begin, end);
         if (mixed) to_rows<W>(mine, end - begin, count, mixed + begin, channels);
     });
@@ -163,16 +165,29 @@ void mix(const Step &s, const Segment &part, float *in, float *y) {
         std::copy_n(window + long(row.length) * channels, long(kept) * channels, row.out.conv);
 }
 
-// The same for one of several rows of a tile of W lanes: V of them are taken out and put back.
+// The same for some of the tokens of a tile of W lanes: V of them are taken out and put back.
 template <int W, int V>
 void mix_part(const Step &s, const Segment &part, const float *in, float *y) {
     int inner = s.layer.heads * s.layer.head_size, all = inner + channels_of(s.layer) + s.layer.heads;
     float *own = at_least(scratch.flat, size_t(all + inner) * V), *found = own + long(all) * V;
     for (int f = 0; f < all; f++)
-        for (int l = 0; l < V; l++) own[f * V + l] = in[f * W + part.lane + std::min(l, part.count - 1)];
+        if (part.count == V) floats<V>(own + f * V) = floats<V>(in + f * W + part.lane);
+        else
+            for (int l = 0; l < V; l++) own[f * V + l] = in[f * W + part.lane + std::min(l, part.count - 1)];
     mix<V>(s, part, own, found);
     for (int f = 0; f < inner; f++)
-        for (int l = 0; l < part.count; l++) y[f * W + part.lane + l] = found[f * V + l];
+        if (part.count == V) floats<V>(y + f * W + part.lane) = floats<V>(found + f * V);
+        else std::copy_n(found + f * V, part.count, y + f * W + part.lane);
+}
+
+// The same for any row of a tile, LANES tokens at a time: the recurrence is a product of tokens with each other.
+template <int W>
+void mix_parts(const Step &s, const Segment &all, const float *in, float *y) {
+    for (int at = 0; at < all.count; at += LANES) {
+        Segment part{all.row, all.at + at, std::min(LANES, all.count - at), all.lane + at};
+        auto each = part.count == 1 ? mix_part<W, 1> : part.count <= 8 ? mix_part<W, 8> : mix_part<W, LANES>;
+        each(s, part, in, y);
+    }
 }
 
 // A tile: scratch.u to its part of scratch.y, each row after its past or after the tile before
@@ -184,14 +199,12 @@ void mamba(const Step &s, const Tile &tile) {
     float *z = at_least(scratch.a, size_t(all) * W), *y = at_least(scratch.b, size_t(inner) * W);
     matrix<W>(s.call.team, w.in_proj, all, input_of<W>(s, tile, w.in_proj, scratch.u.data(), width),
               w.in_proj_bias.full, z);
-    if (tile.num_segments == 1)
-        mix<W>(s, s.call.segments[tile.first_segment], z, y);
-    else {
+    const Segment *segments = s.call.segments.data() + tile.first_segment;
+    if constexpr (W <= LANES)
+        if (tile.num_segments == 1) mix<W>(s, *segments, z, y);
+    if (W > LANES || tile.num_segments > 1) {
         std::fill(y, y + long(inner) * W, 0.0f);  // lanes that are nobody's must be numbers
-        each_segment(s.call, tile, [&](const Segment &part) {
-            auto each = part.count == 1 ? mix_part<W, 1> : part.count <= 8 ? mix_part<W, 8> : mix_part<W, LANES>;
-            each(s, part, z, y);
-        });
+        each_segment(s.call, tile, [&](const Segment &own) { mix_parts<W>(s, own, z, y); });
     }
     int part = inner / s.layer.groups;
     for (int g = 0; g < s.layer.groups; g++)
@@ -217,7 +230,7 @@ inline void state_after(Team &team, const Layer &layer, const Past &past, const 
             if (count == 0) std::copy_n(state, long(P) * N, next);
             for (int first = 0; first < count; first += W, state = next) {
                 int here = std::min(W, count - first);
-                float dt[W], decay[W], total = 0.0f;
+                float dt[W] = {}, decay[W] = {}, total = 0.0f;
                 for (int t = 0; t < here; t++) {
                     const float *row = out.mixed + long(first + t) * channels;
                     dt[t] = out.step[(first + t) * layer.heads + head];
