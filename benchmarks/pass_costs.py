@@ -19,7 +19,7 @@ import twotower
 from twotower.cli.machine import recorded
 from twotower.engine.drafts import pass_cost
 
-LENGTHS = (1, 2, 4, 8, 16)
+LENGTHS = (1, 2, 4, 6, 8, 12, 16, 32, 64)
 
 
 def median_ms(model: twotower.TwoTower, num_rows: int, past: int, repeats: int) -> dict[int, float]:
