@@ -27,10 +27,10 @@ from twotower.native.tower import Branches, Modulations, NativeLinear, NativeTow
 _SCHEMES = {"int8": Scheme(weights="int8", activations="int8"), "int4": Scheme(weights="int4")}
 # The fewer bits, the less a single token costs, and the more of a block's time is arithmetic.
 _PASS_COSTS = {
-    "none": PassCosts({1: 1.0, 4: 1.22, 8: 1.3, 16: 1.48, 32: 1.95, 64: 3.85}, row=0.025),
-    "int8": PassCosts({1: 1.0, 2: 1.12, 4: 1.16, 8: 1.4, 12: 1.74, 16: 1.8, 32: 3.0, 64: 6.2}),
+    "none": PassCosts({1: 1.0, 4: 1.23, 8: 1.3, 16: 1.48, 32: 1.9, 64: 3.7}, row=0.025),
+    "int8": PassCosts({1: 1.0, 4: 1.12, 8: 1.3, 16: 1.63, 32: 2.7, 64: 5.7}),
     "int4": PassCosts(
-        {1: 1.0, 2: 1.14, 4: 1.18, 6: 1.38, 8: 1.45, 12: 2.1, 16: 2.37, 32: 4.35, 64: 8.6}, row=0.15
+        {1: 1.0, 4: 1.14, 6: 1.29, 8: 1.35, 12: 1.95, 16: 2.2, 32: 4.25, 64: 8.6}, row=0.15
     ),
 }
 _MAX_TABLES = 64  # remembered times; a block of 16 tokens has 16 masked fractions
