@@ -4,9 +4,6 @@ Passes have any number of tokens, of any number of rows, which share each weight
 equations are those of the PyTorch layers.
 """
 
-from collections.abc import Sequence
-from weakref import WeakKeyDictionary
-
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +16,7 @@ from twotower.model.precision import Scheme, weight_bits
 from twotower.model.state import ContextCache, ContextView, ForwardOutput, LayerState
 from twotower.model.tower import Tower
 from twotower.model.two_tower import TwoTower
-from twotower.native.buffers import BufferPool, PassOutputs, PastStates
+from twotower.native.buffers import BufferPool, PassOutputs, PastStates, StateSizes
 from twotower.native.layout import LANES, Row
 from twotower.native.tower import Branches, Modulations, NativeLinear, NativeTower
 
@@ -65,7 +62,7 @@ class NativeBackend:
         self._inner: Tensor | None = None
         self._bigram_up = None if bigram is None else _native_head(bigram.up_proj, scheme)
         self._pool = BufferPool()
-        self._pasts = WeakKeyDictionary[ContextCache, PastStates]()
+        self._sizes = StateSizes(() if self._context is None else self._context.layers)
         self._tables: dict[float, Modulations] = {}
 
     def context_pass(
@@ -84,25 +81,24 @@ class NativeBackend:
         version = cache.version
         given = [length] * num_rows if counts is None else counts.tolist()
         is_whole = min(given) == length  # every row fills all of its room
-        outputs = PassOutputs(tower.layers, (num_rows, length), is_draft, is_whole, self._pool)
+        pasts = PastStates(layers, num_rows)
+        outputs = PassOutputs(self._sizes, pasts, lengths, length, is_draft, is_whole, self._pool)
         hidden = (torch.empty if is_whole else torch.zeros)(num_rows, length, self._width)
-        pasts = self._past_states(cache, layers)
-        addresses = outputs.addresses(pasts, lengths)
         ids, ids_step = tokens.data_ptr(), 8 * length
         out, out_step = hidden.data_ptr(), 4 * length * self._width
         branches = None if tree is None else Branches(tree)
         rows = list[Row]()
         for row, count in enumerate(given):
             if count:
-                places = pasts.of(row), addresses.of(row), None, out + row * out_step
+                places = pasts.of(row), outputs.of(row), None, out + row * out_step
                 shape = () if branches is None else branches.of(row)
                 rows.append(Row(count, lengths[row], ids + row * ids_step, *places, *shape))
             else:
                 outputs.keep(layers, row)
         if rows:
             tower(rows)
-        states: list[LayerState] = [None] * len(tower.layers)  # keys lie in the cache already
-        if not outputs.has_mambas:
+        states: list[LayerState] = [None] * len(layers)  # keys lie in the cache already
+        if not self._sizes.num_mambas:
             return ForwardOutput(hidden, states, None, version)
 
         def states_after(counts: Tensor) -> list[MambaState]:
@@ -110,19 +106,11 @@ class NativeBackend:
                 return outputs.states()
             ends = counts.tolist()
             assert len(layers) == len(states)  # alive until now: they are read once more
-            outputs.add_ssm(addresses)
             for row, end in enumerate(ends):
-                tower.fill_states(end, pasts.of(row), addresses.of(row))
+                tower.fill_states(end, pasts.of(row), outputs.after.of(row))
             return outputs.states_after(ends)
 
         return ForwardOutput(hidden, states, states_after, version)
-
-    def _past_states(self, cache: ContextCache, layers: Sequence[LayerState]) -> PastStates:
-        """Where a cache's states are: keys and values mostly where they were a pass ago."""
-        known = self._pasts.get(cache)
-        if known is None or not known.is_of(layers, cache.num_rows):
-            known = self._pasts[cache] = PastStates(layers, cache.num_rows)
-        return known
 
     def context_head(self, hidden: Tensor) -> Tensor:
         """The context tower's logits."""
@@ -140,12 +128,14 @@ class NativeBackend:
             assert view.hidden is not None
             added = self._hidden_proj(view.hidden.squeeze(1))
         pasts = PastStates(layers, len(block))
+        lengths = [view.num_past] * len(block) if view.lengths is None else view.lengths.tolist()
+        first, step = block.data_ptr(), 8 * block.shape[1]
+        out, out_step = hidden.data_ptr(), 4 * block.shape[1] * self._width
         times: dict[float | None, list[Row]] = {}
         for row, time in enumerate([None] * len(block) if t is None else t.tolist()):
-            length = view.num_past if view.lengths is None else int(view.lengths[row])
             place = None if added is None else added[row].data_ptr()
-            own = block[row].data_ptr(), pasts.of(row), None, place, hidden[row].data_ptr()
-            times.setdefault(time, []).append(Row(block.shape[1], length, *own))
+            own = first + row * step, pasts.of(row), None, place, out + row * out_step
+            times.setdefault(time, []).append(Row(block.shape[1], lengths[row], *own))
         for time, rows in times.items():
             self._denoiser(rows, None if time is None else self._table(time))
         logits = self._denoiser_head(hidden)

@@ -1,13 +1,6 @@
-"""States of the context as raw addresses: where a native pass reads them and leaves new ones.
-
-Small models wait for Python as well, so a pass makes few tensors and does sums instead of views.
-"""
-
 import math
-import operator
 import sys
 import threading
-import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,8 +15,9 @@ from twotower.specs import AttentionSpec, MambaSpec
 
 _FLOAT = 4  # bytes
 # Addresses are written as plain numbers, in this order.
-assert PAST == ("k", "v", "conv", "ssm") and OUTPUTS[:2] == ("k", "v")
-_ATTENTION, _MAMBA = AttentionSpec.symbol, MambaSpec.symbol
+assert PAST == ("k", "v", "conv", "ssm")
+assert OUTPUTS == ("k", "v", "conv", "ssm", "window", "mixed", "step")
+_KEYS, _SSM = slice(2), 3
 # Bytes from which memory is kept: the system takes back what is larger, and gives it out again page
 # by page. 8 MB of states a step cost 2,048 page faults, at 160M half as much as the step itself.
 _MIN_KEPT = 2**18
@@ -43,36 +37,35 @@ class Addresses:
 
 
 class PastStates(Addresses):
-    """Where the states of B rows are, a `Past` per layer, and what they point into.
+    """Where the states of B rows are, a `Past` per layer, valid as long as this and the layers
+    live.
 
-    layers: KV with leading (B, S), Mamba with (B,) or (B, 1), on the CPU, float32. They are not
-    kept alive: who remembers addresses must not hold on to memory that a cache gave up.
+    layers: KV with leading (B, S), Mamba with (B,) or (B, 1), on the CPU, float32.
     """
 
     def __init__(self, layers: Sequence[LayerState], num_rows: int) -> None:
-        # The addresses stay valid as long as this and the layers live.
-        self._parts = [weakref.ref(part) for part in _parts(layers)]
         self._copies = list[Tensor]()
-        table = np.zeros((2, len(layers), len(PAST)), np.int64)
-        for layer, state in enumerate(layers):
+        places = list[int]()  # of each layer, where its fields begin, then bytes from row to row
+        for state in layers:
             if isinstance(state, KV):
-                table[:, layer, 0], table[:, layer, 1] = map(self._begin, state)
+                (k, k_step), (v, v_step) = map(self._begin, state)
+                places += k, v, 0, 0, k_step, v_step, 0, 0
             elif isinstance(state, MambaState):
-                conv = state.conv.mT if state.conv.dim() == 3 else state.conv.squeeze(1).mT
-                table[:, layer, 2], table[:, layer, 3] = self._begin(conv), self._begin(state.ssm)
-        begins, steps = table
-        super().__init__(begins + np.arange(num_rows)[:, None, None] * steps)
-
-    def is_of(self, layers: Sequence[LayerState], num_rows: int) -> bool:
-        """Whether these are the same states still."""
-        own = [part() for part in self._parts]
-        return num_rows == len(self.table) and all(map(operator.is_, _parts(layers), own))
+                (conv, conv_step), (ssm, ssm_step) = (
+                    self._begin(state.conv.mT),
+                    self._begin(state.ssm),
+                )
+                places += 0, 0, conv, ssm, 0, 0, conv_step, ssm_step
+            else:
+                places += [0] * 8
+        table = np.array(places, np.int64).reshape(len(layers), 2, len(PAST))
+        super().__init__(table[:, 0] + np.arange(num_rows)[:, None, None] * table[:, 1])
 
     def _begin(self, value: Tensor) -> tuple[int, int]:
         """Where value (B, ...) begins, and bytes from row to row; of a copy if a row is not in one
         piece.
         """
-        if not value[:1].is_contiguous():
+        if not (value.is_contiguous() or value[:1].is_contiguous()):
             value = value.contiguous()
             self._copies.append(value)
         return value.data_ptr(), _FLOAT * value.stride(0)
@@ -106,93 +99,85 @@ class BufferPool:
         return own[-1]
 
 
-class PassOutputs:
-    """Room for what a context pass of B rows and L tokens leaves, and the states made of it.
+class StateSizes:
+    """What the layers of a tower keep of a text; layers of a kind have equal sizes."""
 
-    keeps_inputs: of a Mamba layer the inputs of all tokens, not the state after them. is_whole:
-    all rows commit all tokens; else the rest is zeros, which a mask may hide and NaN would not.
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        own = {chr(layer.kind): layer for layer in layers}
+        attention, mamba = (own.get(spec.symbol, Layer()) for spec in (AttentionSpec, MambaSpec))
+        kinds = np.array([layer.kind for layer in layers], np.int64)[:, None]  # (layers, 1)
+        self.is_mamba = kinds == ord(MambaSpec.symbol)
+        self.mamba_index = self.is_mamba.cumsum(0) - 1
+        """Of each Mamba layer among those."""
+        self.num_mambas = int(self.is_mamba.sum())
+        width = _FLOAT * attention.kv_heads * attention.head_dim
+        self.token_bytes = width * (kinds == ord(AttentionSpec.symbol))
+        """Of a token's keys, and of its values; 0 for a layer without."""
+        self.kept, self.channels = max(mamba.taps - 1, 0), mamba.channels
+        self.ssm = mamba.heads, mamba.head_size, mamba.state
+
+
+class PassOutputs(Addresses):
+    """Room for what a context pass over L tokens leaves, an `Outputs` per layer of each row, and
+    the states made of it.
+
+    pasts: of the rows, of which each has so many tokens (lengths); keys and values belong behind
+    those. keeps_inputs: of a Mamba layer the inputs of all tokens, not the state after them.
+    is_whole: all rows commit all tokens; else the rest is zeros, which a mask may hide and NaN
+    would not.
     """
 
     def __init__(
         self,
-        layers: Sequence[Layer],
-        shape: tuple[int, int],
+        sizes: StateSizes,
+        pasts: PastStates,
+        lengths: Sequence[int],
+        num_tokens: int,
         keeps_inputs: bool,
         is_whole: bool,
         pool: BufferPool,
     ) -> None:
-        self._keeps_inputs, self._pool, self._num_layers = keeps_inputs, pool, len(layers)
-        kinds = [chr(layer.kind) for layer in layers]
-        self._attention, self._mambas = (
-            [i for i, own in enumerate(kinds) if own == kind] for kind in (_ATTENTION, _MAMBA)
-        )
-        # Layers of a kind have equal sizes.
-        sizes = {chr(layer.kind): layer for layer in layers}
-        attention, mamba = (sizes.get(kind, Layer()) for kind in (_ATTENTION, _MAMBA))
-        self._token_bytes = _FLOAT * attention.kv_heads * attention.head_dim
-        (num_rows, length), make = shape, pool.take if is_whole else torch.zeros
-        self._leading = len(self._mambas), num_rows
-        self._kept, self._mamba = max(mamba.taps - 1, 0), mamba
-        self._parts: dict[str, Tensor] = {}
+        self._keeps_inputs, self._kept = keeps_inputs, sizes.kept
+        leading, channels = (sizes.num_mambas, len(lengths)), sizes.channels
+        self._ssm = pool.take(*leading, *sizes.ssm)
+        parts: tuple[Tensor | None, ...]
         if keeps_inputs:
-            window = make(*self._leading, self._kept + length, mamba.channels)
-            mixed = make(*self._leading, length, mamba.channels)
-            step = make(*self._leading, length, mamba.heads)
-            self._parts = {"window": window, "mixed": mixed, "step": step}
+            make = pool.take if is_whole else torch.zeros
+            self._conv = make(*leading, sizes.kept + num_tokens, channels)
+            mixed = make(*leading, num_tokens, channels)
+            step = make(*leading, num_tokens, sizes.ssm[0])
+            self._inputs = mixed, step
+            parts = None, None, None, self._ssm, self._conv, mixed, step
         else:
-            self._parts["conv"] = pool.take(*self._leading, self._kept, mamba.channels)
-            self.make_ssm()
-
-    def addresses(self, pasts: PastStates, lengths: Sequence[int]) -> Addresses:
-        """Where a pass finds an `Outputs` for each layer of each row, while this lives. Keys and
-        values belong behind the past ones, of which each row has so many.
-        """
-        num_rows = len(lengths)
-        table = np.zeros((num_rows, self._num_layers, len(OUTPUTS)), np.int64)
-        behind = self._token_bytes * np.array(lengths, np.int64)
-        table[:, self._attention, :2] = pasts.table[:, self._attention, :2] + behind[:, None, None]
-        for name in self._parts:
-            table[:, self._mambas, OUTPUTS.index(name)] = self._places(name)
-        return Addresses(table)
-
-    def _places(self, name: str) -> np.ndarray:
-        """Where a part is of each row and Mamba layer, (rows, layers)."""
-        begin, per_row, per_layer = _place(self._parts[name])
-        layers, rows = map(np.arange, self._leading)
-        return begin + rows[:, None] * per_row + layers * per_layer
+            self._conv = pool.take(*leading, sizes.kept, channels)
+            parts = None, None, self._conv, self._ssm, None, None, None
+        places = [(0, 0, 0) if part is None else _place(part) for part in parts]
+        begin, per_layer, per_row = np.array(places, np.int64).T
+        of_row = sizes.is_mamba * (begin + sizes.mamba_index * per_layer)
+        rows = np.arange(len(lengths))[:, None, None]
+        table = of_row + rows * (sizes.is_mamba * per_row)
+        behind = np.array(lengths, np.int64)[:, None, None] * sizes.token_bytes
+        table[..., _KEYS] = pasts.table[..., _KEYS] + behind
+        if keeps_inputs:  # states are made when it is known how many tokens stay
+            self.after = Addresses(table.copy())
+            table[..., _SSM] = 0
+        super().__init__(table)
 
     def keep(self, layers: Sequence[LayerState], row: int) -> None:
         """A row without tokens: its state stays as it was."""
         mambas = [state for state in layers if isinstance(state, MambaState)]
         for index, state in enumerate(mambas):
-            if self._keeps_inputs:
-                self._parts["window"][index, row, : self._kept] = state.conv[row].mT
-            else:
-                self._parts["conv"][index, row] = state.conv[row].mT
-                self._parts["ssm"][index, row] = state.ssm[row]
-
-    @property
-    def has_mambas(self) -> bool:
-        """Whether any layer has a state that depends on how many tokens stay."""
-        return bool(self._mambas)
-
-    def make_ssm(self) -> None:
-        """Room for the Mamba states after the pass."""
-        m = self._mamba
-        self._parts["ssm"] = self._pool.take(*self._leading, m.heads, m.head_size, m.state)
-
-    def add_ssm(self, addresses: Addresses) -> None:
-        """Room for the Mamba states that are made after the pass, and where it is."""
-        self.make_ssm()
-        addresses.table[:, self._mambas, OUTPUTS.index("ssm")] = self._places("ssm")
+            self._conv[index, row, : self._kept] = state.conv[row].mT
+            if not self._keeps_inputs:
+                self._ssm[index, row] = state.ssm[row]
 
     def states(self) -> list[MambaState]:
         """Each Mamba layer's state after the pass."""
-        return self._mamba_states(self._parts["conv"])
+        return self._mamba_states(self._conv)
 
     def states_after(self, counts: Sequence[int]) -> list[MambaState]:
         """Each Mamba layer's state after counts[b] tokens of each row b, whose ssm is filled."""
-        window, kept = self._parts["window"], self._kept
+        window, kept = self._conv, self._kept
         if min(counts) == max(counts):
             return self._mamba_states(window[:, :, counts[0] : counts[0] + kept])
         rows = [window[:, b, n : n + kept] for b, n in enumerate(counts)]
@@ -200,17 +185,10 @@ class PassOutputs:
 
     def _mamba_states(self, conv: Tensor) -> list[MambaState]:
         """conv (layers, B, W-1, C)."""
-        both = zip(conv.mT.unbind(0), self._parts["ssm"].unbind(0), strict=True)
+        both = zip(conv.mT.unbind(0), self._ssm.unbind(0), strict=True)
         return [MambaState(*parts) for parts in both]
 
 
-def _parts(layers: Sequence[LayerState]) -> list[Tensor]:
-    return [part for state in layers if state is not None for part in state]
-
-
 def _place(value: Tensor) -> tuple[int, int, int]:
-    """Where value (layers, B, ...) begins, and bytes from row to row and from layer to layer; value
-    is contiguous.
-    """
-    per_row = _FLOAT * math.prod(value.shape[2:])
-    return value.data_ptr(), per_row, per_row * value.shape[1]
+    """Where value (layers, B, ...) begins, and bytes from layer to layer and from row to row."""
+    return value.data_ptr(), _FLOAT * value.stride(0), _FLOAT * value.stride(1)
