@@ -4,6 +4,7 @@ Rows of one batch belong to different requests: each has its own temperature, to
 generator, so that a row's tokens never depend on its neighbours.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -81,7 +82,7 @@ NOT_FINITE = (
 def require_finite(logits: Tensor) -> Tensor:
     """The logits themselves; ValueError if any is NaN or infinite, which argmax would hide."""
     # A finite sum has finite terms, and is found in a fifth of the time.
-    if not bool(torch.isfinite(logits.sum())) and not bool(torch.isfinite(logits).all()):
+    if not math.isfinite(logits.sum().item()) and not bool(torch.isfinite(logits).all()):
         raise ValueError(NOT_FINITE)
     return logits
 
