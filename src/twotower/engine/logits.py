@@ -49,7 +49,8 @@ def choose_tokens(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tens
     """One token per row from its logits (B, V), by the row's own options and randomness: (B,)."""
     if any(row.options.has_penalties for row in rows):
         logits = penalize(logits.unsqueeze(1), rows, [[]] * len(rows)).squeeze(1)
-    noise = draw_noise(logits, sampler, [row.generator for row in rows])
+    generators = [] if sampler.is_greedy else [row.generator for row in rows]
+    noise = draw_noise(logits, sampler, generators)
     tokens = choose(require_finite(logits), sampler, noise)
     for slot, row in enumerate(rows):
         if row.grammar is not None:

@@ -170,8 +170,7 @@ class GenerateOptions:
 
     def given(self) -> dict[str, Any]:
         """The fields that are not None."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name in _CHECKS if (value := getattr(self, name)) is not None}
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value!r}" for name, value in self.given().items())

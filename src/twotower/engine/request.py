@@ -6,7 +6,6 @@ may be paused in between, so that others get their turn.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import operator
 import time
@@ -76,7 +75,7 @@ class Row:
         self.unused_ids = unused_ids  # of the vocabulary, that no text has
         self.index, self.prompt, self.options = index, prompt, options
         self.text, self.grammar, self.caller, self.given = text, grammar, caller, given
-        self.generator = torch.Generator().manual_seed(options.seed)
+        self._generator: torch.Generator | None = None
         self.tokens: list[int] = []  # all, also those that filters hold back
         self.finish_reason: FinishReason | None = None
         self.nfe = self.context_forwards = 0
@@ -98,6 +97,13 @@ class Row:
         self.noise_ahead: list[Tensor] = []  # (V,) of each token to come, once drawn
         self._logprobs: list[TokenLogprob] = []
         self.num_released = 0  # tokens that were given out
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The row's randomness; made when first asked for, since most rows draw nothing."""
+        if self._generator is None:
+            self._generator = torch.Generator().manual_seed(self.options.seed)
+        return self._generator
 
     @property
     def is_finished(self) -> bool:
@@ -130,13 +136,16 @@ class Row:
             return "cancelled"
         return "deadline" if now >= self.deadline_s else None
 
-    def save(self) -> tuple[int, Tensor, list[Tensor]]:
+    def save(self) -> tuple[int, Tensor | None, list[Tensor]]:
         """What a pass that fails may have changed, to try it again after `restore`."""
-        return self.nfe, self.generator.get_state(), list(self.noise_ahead)
+        state = None if self._generator is None else self._generator.get_state()
+        return self.nfe, state, list(self.noise_ahead)
 
-    def restore(self, saved: tuple[int, Tensor, list[Tensor]]) -> None:
+    def restore(self, saved: tuple[int, Tensor | None, list[Tensor]]) -> None:
         self.nfe, state, noise = saved
-        self.generator.set_state(state)
+        self._generator = None  # its first state is that of its seed
+        if state is not None:
+            self.generator.set_state(state)
         self.noise_ahead = list(noise)
 
     def commit(
@@ -228,9 +237,9 @@ def make_row(
     if not isinstance(request.options, GenerateOptions):
         raise ValueError(f"options of {name} must be GenerateOptions, not {request.options!r}")
     options = resolve_options(request.options, defaults_of(model))
-    # A larger block than the model's own is no longer than what may be written at all.
     longest = max(model.config.block_size, options.max_new_tokens)
-    options = dataclasses.replace(options, block_size=min(options.block_size, longest))
+    if options.block_size > longest:  # no longer than what may be written at all
+        options = replace(options, block_size=longest)
     _check(model, options, tokenizer, request.filters)
     prompt = _prompt_ids(model, name, request.prompt, tokenizer)
     if request.given:
