@@ -69,7 +69,7 @@ def denoise_block(
     tokens, is_masked = block, block == sampler.mask_token_id
     confidence = (~is_masked).float()
     nfe = torch.zeros(block.shape[0], dtype=torch.int64, device=block.device)
-    every = torch.arange(block.shape[0], device=block.device)
+    every, no_time = torch.arange(len(block), device=block.device), torch.zeros_like(nfe).float()
     rows = is_masked.any(-1).nonzero().flatten()  # rows that need a new pass
     kept_rows, kept_logits = rows[:0], None  # unfinished rows that reuse their last pass
     step = 0
@@ -79,12 +79,12 @@ def denoise_block(
         own = sampler if is_whole else sampler.select(now)
         masked = _pick(is_masked, now, is_whole)
         times = _times(own, masked, step)
-        t = _put(torch.zeros_like(nfe, dtype=torch.float32), now, times, is_whole)
+        t = _put(no_time, now, times, is_whole)
         logits = _logits(denoise, own.mask_token_id, tokens, t, rows, kept_logits)
         row_generators = [generators[row] for row in now.tolist()] if generators else ()
         noise = draw_noise(logits, own, row_generators) if generators else None
-        found = predictions(logits, choose(logits, own, noise), masked, token_ids)
-        found = replace(found, step=step, generators=row_generators, is_last=step + 1 >= most)
+        own_step = step, row_generators, step + 1 >= most
+        found = predictions(logits, choose(logits, own, noise), masked, token_ids, *own_step)
         commit = _RULES[own.kind](own, found)
 
         nfe = nfe.index_add(0, rows, torch.ones_like(rows))
@@ -98,9 +98,9 @@ def denoise_block(
             index=step, rows=rows, t=t, tokens=tokens, is_masked=is_masked,
             confidence=confidence, nfe=nfe, others=_others(found, own.num_others, token_ids),
         )  # fmt: skip
-        is_open = still_masked.any(-1)
-        if not bool(is_open.any()):
+        if not bool(still_masked.any()):
             return
+        is_open = still_masked.any(-1)
         is_kept = is_open & ~commit.any(-1) & sampler.reuse_unchanged
         rows, kept_rows = now[is_open & ~is_kept].sort().values, now[is_kept]
         kept_logits = logits[is_kept] if len(kept_rows) > 0 else None
@@ -168,15 +168,22 @@ def _others(
 
 
 def predictions(
-    logits: Tensor, chosen: Tensor, is_masked: Tensor, token_ids: Tensor | None
+    logits: Tensor,
+    chosen: Tensor,
+    is_masked: Tensor,
+    token_ids: Tensor | None,
+    step: int = 0,
+    generators: Sequence[torch.Generator] = (),
+    is_last: bool = False,
 ) -> Predictions:
     """What was chosen (R, T) from logits (R, T, V); its confidence is the unscaled probability."""
     probs = logits.softmax(-1)
     return Predictions(
-        step=0,
-        generators=(),
+        step=step,
+        generators=generators,
         is_masked=is_masked,
         probs=probs,
         tokens=chosen if token_ids is None else token_ids[chosen],
         confidence=probs.gather(-1, chosen[..., None]).squeeze(-1),
+        is_last=is_last,
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from twotower.diffusion import Sampler, SamplerKind
-from twotower.engine.choosing import ChoosingBackend
+from twotower.engine.choosing import ChoosingBackend, chooser_of
 from twotower.engine.denoiser import Denoiser
 from twotower.engine.drafts import pass_cost
 from twotower.engine.events import Event, TokenLogprob, Verified
@@ -122,8 +122,7 @@ class Batch:
     @cached_property
     def chooser(self) -> ChoosingBackend | None:
         """The model's backend, if it chooses tokens."""
-        backend = self.model.backend
-        return backend if isinstance(backend, ChoosingBackend) else None
+        return chooser_of(self.model.backend)
 
     def pass_cost(self, num_tokens: int, num_rows: int | None = None) -> float:
         """AR steps of these rows that a pass over so many tokens of num_rows of them costs, of all

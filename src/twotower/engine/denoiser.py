@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from twotower.diffusion import Sampler, Step, denoise_block, require_finite
-from twotower.engine.choosing import ChoosingBackend
+from twotower.engine.choosing import chooser_of
 from twotower.engine.events import Event, StepTaken
 from twotower.model import ContextView, TwoTower
 
@@ -37,7 +37,6 @@ class Denoiser(Protocol):
         ...
 
 
-@runtime_checkable
 class HasDenoiser(Protocol):
     """A model that brings its own kind of denoiser."""
 
@@ -48,8 +47,8 @@ class HasDenoiser(Protocol):
 
 def new_denoiser(model: TwoTower) -> Denoiser:
     """A denoiser for a new batch, where the model's denoiser tower is."""
-    if isinstance(model, HasDenoiser):
-        return model.new_denoiser()
+    if hasattr(model, "new_denoiser"):
+        return cast(HasDenoiser, model).new_denoiser()
     if model.denoiser_device == model.context_device:
         return LocalDenoiser()
     from twotower.engine.denoiser_copy import CopyDenoiser
@@ -70,22 +69,24 @@ def fill_blocks(
     after a pass when all rows of the batch are cancelled or too late.
     """
     rows = batch.rows if slots is None else [batch.rows[slot] for slot in slots.tolist()]
-    generators = [row.generator for row in rows]
+    generators = [row.generator for row in rows] if sampler.is_random else []
     before = [row.nfe for row in rows]
     last: Step | None = None
     for last in batch.denoiser.fill(batch, Blocks(blocks, sampler, generators, slots)):
-        for index in last.t.nonzero().flatten().tolist():  # also rows that reuse their last pass
-            row = rows[index]
-            row.nfe = before[index] + int(last.nfe[index])
-            if not row.is_filtered:  # its filters have not seen these tokens
+        parts = last.t, last.nfe, last.tokens, last.is_masked, last.confidence
+        each = zip(rows, before, *map(Tensor.tolist, parts), strict=True)
+        for row, passes, t, nfe, tokens, is_masked, confidence in each:
+            row.nfe = passes + nfe
+            # A row that reuses its last pass has a step too; filters have not seen these tokens.
+            if t > 0 and not row.is_filtered:
                 yield StepTaken(
                     row=row.index,
                     block_index=row.num_commits,
                     step=last.index,
-                    t=float(last.t[index]),
-                    tokens=last.tokens[index, num_known:].tolist(),
-                    is_masked=last.is_masked[index, num_known:].tolist(),
-                    confidence=last.confidence[index, num_known:].tolist(),
+                    t=t,
+                    tokens=tokens[num_known:],
+                    is_masked=is_masked[num_known:],
+                    confidence=confidence[num_known:],
                     nfe=row.nfe,
                 )
         now = time.monotonic()
@@ -106,8 +107,8 @@ def denoise_rows(model: TwoTower, view: ContextView, blocks: Blocks) -> Iterator
     """`denoise_block` on blocks of a view's rows, by this process's denoiser tower."""
     tokens, sampler, generators, slots = blocks
     own = view if slots is None or len(slots) == view.num_rows else view.select(slots)
-    if isinstance(model.backend, ChoosingBackend) and sampler.kind == "confidence":
-        return model.backend.fill(own, tokens, sampler, generators)
+    if (chooser := chooser_of(model.backend)) is not None and sampler.kind == "confidence":
+        return chooser.fill(own, tokens, sampler, generators)
     held = list(range(own.num_rows)), own  # rows of a view are copied only when they change
 
     def denoise(tokens: Tensor, t: Tensor, rows: Tensor) -> Tensor:

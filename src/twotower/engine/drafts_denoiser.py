@@ -46,14 +46,14 @@ def writing_cost(row: Row, batch: Batch, num_writers: int) -> float:
 def write(
     batch: Batch, blocks: Tensor, places: Tensor
 ) -> Generator[Event, None, list[list[Candidates]]]:
-    """Fill the masks of blocks (B, T) at places (R,): each one's tokens and how sure the denoiser
-    is of them, given those before; 1 for what was known. Behind a token stand the next most
-    probable ones, where drafts may branch.
+    """Fill the masks of blocks (R, T) of the rows at places (R,): each one's tokens and how sure
+    the denoiser is of them, given those before; 1 for what was known. Behind a token stand the next
+    most probable ones, where drafts may branch.
     """
     sampler = batch.draft_sampler
     if len(places) < len(batch.rows):
         sampler = sampler.select(places)
-    last = yield from fill_blocks(batch, blocks[places], sampler, places, num_known=1)
+    last = yield from fill_blocks(batch, blocks, sampler, places, num_known=1)
     written: list[list[Candidates]] = [
         [[own] for own in zip(tokens, sure, strict=True)]
         for tokens, sure in zip(last.tokens.tolist(), last.confidence.tolist(), strict=True)

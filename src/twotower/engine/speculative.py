@@ -56,9 +56,8 @@ def _write(batch: Batch, known: Sequence[list[int]]) -> Iterator[Event]:
     places = [place for place, row in enumerate(rows) if row.proposal and not row.proposal.tokens]
     if not places:
         return
-    blocks = torch.full((len(rows), size), batch.model.config.mask_token_id)
-    for place in places:
-        blocks[place, : len(known[place])] = torch.tensor(known[place])
+    masks = [batch.model.config.mask_token_id] * size
+    blocks = torch.tensor([[*known[place], *masks[len(known[place]) :]] for place in places])
     written = yield from drafts_denoiser.write(batch, blocks, torch.tensor(places))
     for place, block in zip(places, written, strict=True):
         row, own = rows[place], known[place]
