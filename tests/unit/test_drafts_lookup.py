@@ -81,7 +81,7 @@ def test_the_index_follows_the_row() -> None:
         row.tokens += new
         proposal = propose(row, batch, [])
         assert (proposal and tuple(proposal.tokens[:3])) == expected
-        assert row.lookup is not None and row.lookup.index.num_tokens == 3 + len(row.tokens)
+        assert row.lookup is not None and row.lookup.num_tokens == 3 + len(row.tokens)
     row.options = ResolvedOptions(drafts="denoiser")
     assert propose(row, batch, [1, 2]) is None
 

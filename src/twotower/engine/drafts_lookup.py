@@ -72,11 +72,6 @@ class LookupIndex:
                 self._newest[pair] = at
             text.append(token)
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the text so far."""
-        return len(self._text)
-
     def end(self, count: int, after: Sequence[int] = ()) -> list[int]:
         """The last `count` tokens of the text and what comes after it."""
         return [*self._text[-count:], *after][-count:]
@@ -116,6 +111,7 @@ class Lookup:
 
     def __init__(self, ngrams: Ngrams | None, copies: bool = True) -> None:
         self.index = LookupIndex()
+        self.num_tokens = 0  # of the text so far
         self._ngrams, self._copies = ngrams, copies  # copies: of what the text said before
         self._tried, self._right = Counter[object](), Counter[object]()
         # The newest guess: the place of what each token follows, the token, and its kind.
@@ -133,7 +129,9 @@ class Lookup:
                 self._right[kind] += 1
                 at, token = place, next(left, None)
         self._guessed = []
-        self.index.extend(tokens)
+        self.num_tokens += len(tokens)
+        if self._copies or self._ngrams is not None:  # else nothing is looked up
+            self.index.extend(tokens)
 
     def guess(
         self,
@@ -225,7 +223,7 @@ def continuation(
     if row.lookup is None:
         copies = row.options.drafts != "denoiser"
         row.lookup = Lookup(batch.model.ngrams if copies else None, copies)
-    done, end = row.lookup.index.num_tokens, len(row.prompt) + len(row.tokens)
+    done, end = row.lookup.num_tokens, len(row.prompt) + len(row.tokens)
     row.lookup.extend(row.between(done, end))
     begin = 1 + len(known)
     most = min(max(1 + MAX_DRAFT, begin + len(drafted)), row.num_left) - begin
