@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from twotower.diffusion import choose as choose_each
-from twotower.diffusion import count_accepted, gumbel, require_finite
+from twotower.diffusion import gumbel, require_finite
 from twotower.engine.batch import Batch, Choice
 from twotower.engine.constraints import choose_allowed, penalize
 from twotower.engine.events import Event
@@ -50,24 +50,29 @@ def verify(batch: Batch, most_steps: int = 1) -> Choice:
     is_draft = drafts.shape[1] > 1  # the newest token always stays
     tree = DraftTree(batch.draft[2].tolist()) if len(batch.draft) > 2 else None
     output = batch.model.verify(batch.cache, drafts, lengths if is_draft else None, is_draft, tree)
-    if needs_host or not batch.sampler.is_greedy or int(lengths.min()) == drafts.shape[1]:
+    if needs_host or not batch.sampler.is_greedy or min(lengths.tolist()) == drafts.shape[1]:
         logits = batch.model.context_head(output.hidden)
         choices = _choices(batch, logits, tree)
     else:
         logits, choices = None, _greedy_choices(batch, output.hidden)
+    chosen, paths = choices.tolist(), None
     if tree is None:
-        paths, counts = None, count_accepted(drafts, choices, lengths)
-        tokens = _kept(choices, counts)
+        each = zip(drafts.tolist(), chosen, lengths.tolist(), strict=True)
+        tokens = [own[: _num_right(draft, own, length)] for draft, own, length in each]
     else:
-        paths = tree.paths(drafts.tolist(), choices.tolist())
-        counts = torch.tensor([len(path) for path in paths])
-        each = zip(choices.tolist(), paths, strict=True)
-        tokens = [[own[place] for place in path] for own, path in each]
+        paths = tree.paths(drafts.tolist(), chosen)
+        tokens = [[own[at] for at in path] for own, path in zip(chosen, paths, strict=True)]
+    counts = torch.tensor([len(own) for own in tokens])
     logprobs = None if logits is None else rows_logprobs(batch.rows, logits, tokens)
     batch.cache.commit(output, counts, paths)
     for row in batch.rows:
         row.context_forwards += 1
     return Choice(tokens, logprobs)
+
+
+def _num_right(draft: Sequence[int], choices: Sequence[int], length: int) -> int:
+    """`count_accepted` of one row, on the host: a small model waits for tensors, too."""
+    return next((at for at in range(1, length) if draft[at] != choices[at - 1]), length)
 
 
 def _kept(choices: Tensor, counts: Tensor) -> list[list[int]]:
