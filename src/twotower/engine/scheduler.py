@@ -87,8 +87,11 @@ class Scheduler:
         """Give slots to rows that wait, in the queue's order, as far as memory allows."""
         newcomers, paused = list[Row](), list[Row]()
         present = group.rows  # who may have to make room; not those that enter now
-        slots = Counter(row.caller for row in self.rows)
-        num_waiting = self._queue.count(self._max_rows - slots.total())
+        rows = self.rows
+        num_waiting = self._queue.count(self._max_rows - len(rows))
+        if num_waiting == 0 and len(rows) < self._max_rows:
+            return
+        slots = Counter(row.caller for row in rows)
         share = -(-(slots.total() + num_waiting) // len(self._groups))  # both get as many
         is_short = False  # of memory: only paused rows, whose caches are there, can enter
         while (row := self._queue.peek(slots, is_short)) is not None:
@@ -133,8 +136,9 @@ class Scheduler:
         batches, group.batches = group.batches, []
         for batch in batches:
             group.batches += yield from _attempt(batch, _extend)
-        slots = Counter(row.caller for row in self.rows)
-        num_left = READ_TOKENS
+        if not group.prompts:
+            return
+        slots, num_left = Counter(row.caller for row in self.rows), READ_TOKENS
         while group.prompts and num_left > 0:
             batch = min(group.prompts, key=lambda one: _turn(one, slots))
             group.prompts.remove(batch)
