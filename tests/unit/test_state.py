@@ -87,7 +87,8 @@ def test_an_empty_cache() -> None:
 
 
 def test_buffers_grow_by_doubling_and_keep_their_content() -> None:
-    """Guards the cost of decoding: growing by one token at a time copies the text every token."""
+    """Guards the cost of decoding: growing by one token at a time copies the text every token, and
+    without room behind a prompt its first draft copies it."""
     cache = attention_cache(1)
     sizes = []
     for token in range(1, 300):
@@ -96,11 +97,22 @@ def test_buffers_grow_by_doubling_and_keep_their_content() -> None:
         assert isinstance(state, KV)
         sizes.append(state.k.shape[1])
         assert keys(cache).tolist() == [[float(n) for n in range(1, token + 1)]]
-    assert sizes == [64] * 64 + [128] * 64 + [256] * 128 + [512] * 43
+    assert sizes == [65] * 65 + [131] * 66 + [263] * 132 + [527] * 36
     append(cache, [[0.0] * 1500])
-    append(cache, [[0.0]])
+    append(cache, [[0.0] * 1000])
     (state,) = cache.buffers
-    assert isinstance(state, KV) and state.k.shape[1] == 299 + 1500 + 1024
+    assert isinstance(state, KV) and state.k.shape[1] == 299 + 1500 + 1000 + 1024
+
+
+@pytest.mark.parametrize("counts", [[3, 3], [2, 4]])
+def test_what_is_committed_has_no_gradients(counts: list[int]) -> None:
+    """Guards memory: with them a cache would hold every pass that was ever made."""
+    assert any(parameter.requires_grad for parameter in MODEL.parameters())
+    cache = MODEL.prefill(random_ids(2, 5))
+    cache.commit(MODEL.verify(cache, random_ids(2, 4)), torch.tensor(counts))
+    parts = [part for state in cache.buffers if state for part in state]
+    assert cache.last_hidden is not None and parts
+    assert not any(part.requires_grad for part in (cache.last_hidden, *parts))
 
 
 def test_rows_commit_different_numbers_of_tokens() -> None:

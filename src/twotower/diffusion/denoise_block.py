@@ -67,19 +67,18 @@ def denoise_block(
     most = max(sampler.steps.tolist(), default=0)
     sampler = _ready(sampler, block.device, token_ids)
     tokens, is_masked = block, block == sampler.mask_token_id
-    confidence = (~is_masked).float()
+    confidence = torch.ones(block.shape, device=block.device)
     nfe = torch.zeros(block.shape[0], dtype=torch.int64, device=block.device)
-    every, no_time = torch.arange(len(block), device=block.device), torch.zeros_like(nfe).float()
     rows = is_masked.any(-1).nonzero().flatten()  # rows that need a new pass
     kept_rows, kept_logits = rows[:0], None  # unfinished rows that reuse their last pass
     step = 0
     while len(rows) + len(kept_rows) > 0:
-        is_whole = len(rows) == len(every)  # as it mostly is: nothing to pick out and put back
-        now = every if is_whole else torch.cat([rows, kept_rows])
+        is_whole = len(rows) == len(block)  # as it mostly is: nothing to pick out and put back
+        now = rows if is_whole else torch.cat([rows, kept_rows])
         own = sampler if is_whole else sampler.select(now)
         masked = _pick(is_masked, now, is_whole)
         times = _times(own, masked, step)
-        t = _put(no_time, now, times, is_whole)
+        t = times if is_whole else torch.zeros_like(confidence[:, 0]).index_copy(0, now, times)
         logits = _logits(denoise, own.mask_token_id, tokens, t, rows, kept_logits)
         row_generators = [generators[row] for row in now.tolist()] if generators else ()
         noise = draw_noise(logits, own, row_generators) if generators else None

@@ -94,7 +94,7 @@ def ban(logits: Tensor, ids: Sequence[int]) -> Tensor:
         return logits
     if len(known) == 1:  # no index has to travel to a GPU
         banned = logits.clone()
-        banned[..., known[0]] = float("-inf")
+        banned.select(-1, known[0]).fill_(float("-inf"))
         return banned
     return logits.index_fill(-1, torch.tensor(known, device=logits.device), float("-inf"))
 

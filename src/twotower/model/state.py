@@ -112,12 +112,12 @@ class ContextCache:
         return self._read(range(len(self.buffers)))
 
     def _read(self, layers: Collection[int]) -> tuple[LayerState, ...]:
-        num_rows, num_past = self.num_rows, self.num_past
-        states = (state if index in layers else None for index, state in enumerate(self.buffers))
-        return tuple(
-            KV(*(part[:num_rows, :num_past] for part in state)) if isinstance(state, KV) else state
-            for state in states
-        )
+        used = slice(self.num_rows), slice(self.num_past)
+        found: list[LayerState] = [None] * len(self.buffers)
+        for index in layers:
+            state = self.buffers[index]
+            found[index] = KV(state.k[used], state.v[used]) if isinstance(state, KV) else state
+        return tuple(found)
 
     def make_room(self, num_tokens: int) -> Sequence[LayerState]:
         """The buffers, with room for so many tokens behind each row's: a pass may write there, and
@@ -153,7 +153,6 @@ class ContextCache:
         sizes = self.num_past, self.num_rows
         return ContextView(layers, lengths, *sizes, hidden, self.version)
 
-    @torch.no_grad()
     def commit(
         self, output: ForwardOutput, counts: Tensor, paths: Sequence[Sequence[int]] | None = None
     ) -> None:
@@ -216,7 +215,7 @@ class ContextCache:
         """Each row's output (B, D) at the last of its counts[b] tokens; the old one where none."""
         first, *others = counts.tolist()
         if first > 0 and all(count == first for count in others):
-            return hidden[:, first - 1]
+            return hidden.select(1, first - 1)
         last = (counts - 1).clamp(min=0).to(hidden.device)
         newest = hidden[torch.arange(self.num_rows, device=hidden.device), last]
         if self.last_hidden is None:
@@ -247,12 +246,13 @@ def with_room(buffer: Tensor, num_rows: int, num_past: int, length: int) -> Tens
     if num_rows <= rows and length <= tokens:
         return buffer
     if length > tokens:
-        tokens = max(length, tokens + min(max(tokens, _MIN_GROWTH), _MAX_GROWTH))
+        tokens = length + min(max(tokens, _MIN_GROWTH), _MAX_GROWTH)
     if num_rows > rows:
         rows = max(num_rows, rows + rows // 2)
     # Zeros, not empty: a masked key has weight 0, but 0 times stray NaN is NaN.
     grown = buffer.new_zeros(rows, tokens, *buffer.shape[2:])
-    grown[: len(buffer), :num_past] = buffer[:, :num_past]
+    if num_past:
+        grown[: len(buffer), :num_past] = buffer[:, :num_past]
     return grown
 
 
