@@ -87,6 +87,36 @@ def test_every_shape_of_a_pass(name: str, length: int) -> None:
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
+CHANGES = ["none", "another backend", "a row leaves", "rows come", "growth"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("is_draft", [False, True])
+def test_a_pass_reads_where_states_are_now(change: str, is_draft: bool) -> None:
+    """Guards addresses that a pass before has left: states that have moved since are read where
+    they were, a text that never was, in silence."""
+    plain, ours = pair()
+    cache, tokens = ours.prefill(random_ids(2, 9)), random_ids(2, 5, seed=1)
+    cache.commit(ours.verify(cache, tokens, None, is_draft), torch.tensor([5, 5]))
+    if change == "another backend":
+        plain.extend(cache, tokens)
+    elif change == "a row leaves":
+        keep_rows(cache, [1])
+    elif change == "rows come":
+        append_rows(cache, ours.prefill(random_ids(1, 4)))
+    elif change == "growth":
+        ours.extend(cache, random_ids(2, 200, seed=2))
+    same = select_rows(cache, torch.arange(cache.num_rows))  # elsewhere
+    block, more = (masked_like(random_ids(cache.num_rows, 4, seed=i)) for i in (3, 4))
+    assert ours.denoise(block, cache.view(), None).equal(ours.denoise(block, same.view(), None))
+    for count in (3, 1):
+        outputs = [ours.verify(one, more) for one in (cache, same)]
+        assert outputs[0].hidden.equal(outputs[1].hidden)
+        for one, output in zip((cache, same), outputs, strict=True):
+            one.commit(output, torch.full((cache.num_rows,), count))
+    assert_same_state(cache, same)
+
+
 @given(
     lengths=st.lists(st.integers(0, 20), min_size=2, max_size=4).filter(any),
     counts=st.lists(st.integers(0, 6), min_size=4, max_size=4).filter(any),

@@ -20,6 +20,17 @@ from twotower.layers.mamba2 import MambaState
 _MIN_GROWTH, _MAX_GROWTH = 64, 1024
 
 LayerState = KV | MambaState | None
+
+
+class Version:
+    """Stands for the contents of a cache.
+
+    places: where its buffers are, if the backend that wrote them has said so.
+    """
+
+    places: object = None
+
+
 # Each Mamba layer's state after the first counts (B,) of the tokens that were read.
 StatesAfter = Callable[[Tensor], list[MambaState]]
 
@@ -92,7 +103,7 @@ class ContextCache:
         # On the CPU: it steers control flow.
         self.lengths = torch.zeros(num_rows, dtype=torch.int64)
         self.last_hidden: Tensor | None = None
-        self.version = object()
+        self.version: object = Version()
         self.buffers = states
 
     @property
@@ -124,7 +135,7 @@ class ContextCache:
         nothing of it is part of the cache before `commit`. What an earlier pass wrote there is
         given up: `version` changes.
         """
-        self.version = object()
+        self.version = Version()
         num_past, num_rows = self.num_past, self.num_rows
         length = num_past + num_tokens
         # The last to grow is the last one: where it has room, all have.

@@ -4,6 +4,8 @@ Passes have any number of tokens, of any number of rows, which share each weight
 equations are those of the PyTorch layers.
 """
 
+from operator import is_
+
 import torch
 from torch import Tensor, nn
 
@@ -13,10 +15,10 @@ from twotower.layers.quantised import QuantisedMatrix
 from twotower.model.backend import PassCosts
 from twotower.model.draft_tree import DraftTree
 from twotower.model.precision import Scheme, weight_bits
-from twotower.model.state import ContextCache, ContextView, ForwardOutput, LayerState
+from twotower.model.state import ContextCache, ContextView, ForwardOutput, LayerState, Version
 from twotower.model.tower import Tower
 from twotower.model.two_tower import TwoTower
-from twotower.native.buffers import BufferPool, PassOutputs, PastStates, StateSizes
+from twotower.native.buffers import Addresses, BufferPool, PassOutputs, StateSizes, past_states
 from twotower.native.layout import LANES, Row
 from twotower.native.tower import Branches, Modulations, NativeLinear, NativeTower
 
@@ -48,6 +50,7 @@ class NativeBackend:
         self.quantization = quantization
         self.pass_costs = _PASS_COSTS[quantization]
         self._model, self._width = model, model.config.hidden_size
+        self._reads = model.config.reads
         scheme = _SCHEMES.get(quantization)
         if not all(parameter.is_contiguous() for parameter in model.parameters()):
             raise ValueError("the native backend needs contiguous weights")
@@ -77,11 +80,10 @@ class NativeBackend:
         tower, tokens = self._context, tokens.contiguous()
         assert tower is not None
         num_rows, length = tokens.shape
-        layers, lengths = tuple(cache.make_room(length)), cache.lengths.tolist()
-        version = cache.version
+        layers, pasts = self._with_room(cache, length)
+        lengths, version = cache.lengths.tolist(), cache.version
         given = [length] * num_rows if counts is None else counts.tolist()
         is_whole = min(given) == length  # every row fills all of its room
-        pasts = PastStates(layers, num_rows)
         outputs = PassOutputs(self._sizes, pasts, lengths, length, is_draft, is_whole, self._pool)
         hidden = (torch.empty if is_whole else torch.zeros)(num_rows, length, self._width)
         ids, ids_step = tokens.data_ptr(), 8 * length
@@ -98,19 +100,29 @@ class NativeBackend:
         if rows:
             tower(rows)
         states: list[LayerState] = [None] * len(layers)  # keys lie in the cache already
-        if not self._sizes.num_mambas:
-            return ForwardOutput(hidden, states, None, version)
 
         def states_after(counts: Tensor) -> list[MambaState]:
-            if not is_draft:
-                return outputs.states()
             ends = counts.tolist()
-            assert len(layers) == len(states)  # alive until now: they are read once more
-            for row, end in enumerate(ends):
+            for row, end in enumerate(ends if is_draft and self._sizes.num_mambas else ()):
                 tower.fill_states(end, pasts.of(row), outputs.after.of(row))
-            return outputs.states_after(ends)
+            found, places = outputs.states_after(ends) if is_draft else outputs.states()
+            if isinstance(cache.version, Version) and all(map(is_, layers, cache.buffers)):
+                cache.version.places = places  # the next pass need not ask each tensor
+            return found
 
         return ForwardOutput(hidden, states, states_after, version)
+
+    def _with_room(
+        self, cache: ContextCache, length: int
+    ) -> tuple[tuple[LayerState, ...], Addresses]:
+        """The cache's buffers with room for more tokens, and where they are: mostly where the pass
+        before has left them.
+        """
+        before, known = tuple(cache.buffers), _known(cache.version)
+        layers = tuple(cache.make_room(length))
+        if known is None or not all(map(is_, layers, before)):
+            known = past_states(layers, cache.num_rows)
+        return layers, known
 
     def context_head(self, hidden: Tensor) -> Tensor:
         """The context tower's logits."""
@@ -123,11 +135,11 @@ class NativeBackend:
         assert self._denoiser is not None and self._denoiser_head is not None
         block = block.contiguous()
         hidden = torch.empty(*block.shape, self._width)
-        layers, added = [view.layers[read] for read in self._model.config.reads], None
+        added = None
         if self._hidden_proj is not None:
             assert view.hidden is not None
             added = self._hidden_proj(view.hidden.squeeze(1))
-        pasts = PastStates(layers, len(block))
+        pasts = self._pasts(view, len(block))
         lengths = [view.num_past] * len(block) if view.lengths is None else view.lengths.tolist()
         first, step = block.data_ptr(), 8 * block.shape[1]
         out, out_step = hidden.data_ptr(), 4 * block.shape[1] * self._width
@@ -143,6 +155,12 @@ class NativeBackend:
             return logits
         ids = self._model.config.mask_token_id, self._model.draft_ids
         return self._bigram_up.add_bigrams(logits, block, *ids, self._bigram_table())
+
+    def _pasts(self, view: ContextView, num_rows: int) -> Addresses:
+        """Where the states of the layers are that the denoiser reads."""
+        if (known := _known(view.version)) is not None:
+            return Addresses(known.table.take(self._reads, 1), known.kept)
+        return past_states([view.layers[read] for read in self._reads], num_rows)
 
     def _bigram_table(self) -> Tensor:
         """The small side of the bigram term for every token (V, rank), made at first use."""
@@ -160,6 +178,12 @@ class NativeBackend:
             table = torch.stack([torch.stack([*m]).flatten(1) for m in found])  # (layers, 3, D)
             self._tables[t] = Modulations(table)
         return self._tables[t]
+
+
+def _known(version: object) -> Addresses | None:
+    """Where the states of a cache of this version are, if a pass has said so."""
+    places = version.places if isinstance(version, Version) else None
+    return places if isinstance(places, Addresses) else None
 
 
 def _native_tower(

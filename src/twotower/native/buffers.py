@@ -2,6 +2,7 @@ import math
 import sys
 import threading
 from collections.abc import Sequence
+from ctypes import addressof, c_char
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ _FLOAT = 4  # bytes
 # Addresses are written as plain numbers, in this order.
 assert PAST == ("k", "v", "conv", "ssm")
 assert OUTPUTS == ("k", "v", "conv", "ssm", "window", "mixed", "step")
-_KEYS, _SSM = slice(2), 3
+_KEYS, _CONV, _SSM, _WINDOW = slice(2), 2, 3, 4
 # Bytes from which memory is kept: the system takes back what is larger, and gives it out again page
 # by page. 8 MB of states a step cost 2,048 page faults, at 160M half as much as the step itself.
 _MIN_KEPT = 2**18
@@ -25,50 +26,47 @@ _MAX_FREE = 6  # buffers that nobody uses: passes of one and of 16 tokens take t
 
 
 class Addresses:
-    """A struct of addresses for each layer, of each row: table (rows, layers, fields) int64."""
+    """A struct of addresses for each layer, of each row: table (rows, layers, fields) int64. kept:
+    what of it they alone keep alive.
+    """
 
-    def __init__(self, table: np.ndarray) -> None:
-        self.table = table
-        self._first, self._step = table.ctypes.data, table.strides[0]
+    def __init__(self, table: np.ndarray, kept: object = None) -> None:
+        self.table, self.kept = table, kept
+        # numpy's own way to its address takes longer than the sums.
+        self._first, self._step = addressof(c_char.from_buffer(table.data)), table.strides[0]
 
     def of(self, row: int) -> int:
         """Where those of a row begin, valid as long as this lives."""
         return self._first + row * self._step
 
 
-class PastStates(Addresses):
-    """Where the states of B rows are, a `Past` per layer, valid as long as this and the layers
-    live.
+def past_states(layers: Sequence[LayerState], num_rows: int) -> Addresses:
+    """Where the states of rows are, a `Past` per layer, valid as long as the layers live too.
 
     layers: KV with leading (B, S), Mamba with (B,) or (B, 1), on the CPU, float32.
     """
+    copies = list[Tensor]()
 
-    def __init__(self, layers: Sequence[LayerState], num_rows: int) -> None:
-        self._copies = list[Tensor]()
-        places = list[int]()  # of each layer, where its fields begin, then bytes from row to row
-        for state in layers:
-            if isinstance(state, KV):
-                (k, k_step), (v, v_step) = map(self._begin, state)
-                places += k, v, 0, 0, k_step, v_step, 0, 0
-            elif isinstance(state, MambaState):
-                (conv, conv_step), (ssm, ssm_step) = (
-                    self._begin(state.conv.mT),
-                    self._begin(state.ssm),
-                )
-                places += 0, 0, conv, ssm, 0, 0, conv_step, ssm_step
-            else:
-                places += [0] * 8
-        table = np.array(places, np.int64).reshape(len(layers), 2, len(PAST))
-        super().__init__(table[:, 0] + np.arange(num_rows)[:, None, None] * table[:, 1])
-
-    def _begin(self, value: Tensor) -> tuple[int, int]:
-        """Where value (B, ...) begins, and bytes from row to row; of a copy if a row is not in one
-        piece.
-        """
+    def begin(value: Tensor) -> tuple[int, int]:
+        # Where value (B, ...) begins, and bytes from row to row; of a copy if a row is not in one
+        # piece.
         if not (value.is_contiguous() or value[:1].is_contiguous()):
             value = value.contiguous()
-            self._copies.append(value)
+            copies.append(value)
         return value.data_ptr(), _FLOAT * value.stride(0)
+
+    places = list[int]()  # of each layer, where its fields begin, then bytes from row to row
+    for state in layers:
+        if isinstance(state, KV):
+            (k, k_step), (v, v_step) = map(begin, state)
+            places += k, v, 0, 0, k_step, v_step, 0, 0
+        elif isinstance(state, MambaState):
+            (conv, conv_step), (ssm, ssm_step) = begin(state.conv.mT), begin(state.ssm)
+            places += 0, 0, conv, ssm, 0, 0, conv_step, ssm_step
+        else:
+            places += [0] * 8
+    table = np.array(places, np.int64).reshape(len(layers), 2, len(PAST))
+    return Addresses(table[:, 0] + np.arange(num_rows)[:, None, None] * table[:, 1], copies)
 
 
 class BufferPool:
@@ -107,14 +105,21 @@ class StateSizes:
         attention, mamba = (own.get(spec.symbol, Layer()) for spec in (AttentionSpec, MambaSpec))
         kinds = np.array([layer.kind for layer in layers], np.int64)[:, None]  # (layers, 1)
         self.is_mamba = kinds == ord(MambaSpec.symbol)
-        self.mamba_index = self.is_mamba.cumsum(0) - 1
-        """Of each Mamba layer among those."""
+        self._mamba_index = self.is_mamba.cumsum(0) - 1
+        self._row_indices: dict[int, np.ndarray] = {}
         self.num_mambas = int(self.is_mamba.sum())
         width = _FLOAT * attention.kv_heads * attention.head_dim
         self.token_bytes = width * (kinds == ord(AttentionSpec.symbol))
         """Of a token's keys, and of its values; 0 for a layer without."""
         self.kept, self.channels = max(mamba.taps - 1, 0), mamba.channels
         self.ssm = mamba.heads, mamba.head_size, mamba.state
+
+    def row_index(self, num_rows: int) -> np.ndarray:
+        """Of each row of each Mamba layer among all of those, (B, layers, 1)."""
+        if num_rows not in self._row_indices:
+            rows = np.arange(num_rows)[:, None, None]
+            self._row_indices[num_rows] = self._mamba_index * num_rows + rows
+        return self._row_indices[num_rows]
 
 
 class PassOutputs(Addresses):
@@ -130,14 +135,14 @@ class PassOutputs(Addresses):
     def __init__(
         self,
         sizes: StateSizes,
-        pasts: PastStates,
+        pasts: Addresses,
         lengths: Sequence[int],
         num_tokens: int,
         keeps_inputs: bool,
         is_whole: bool,
         pool: BufferPool,
     ) -> None:
-        self._keeps_inputs, self._kept = keeps_inputs, sizes.kept
+        self._keeps_inputs, self._sizes, self._pasts = keeps_inputs, sizes, pasts
         leading, channels = (sizes.num_mambas, len(lengths)), sizes.channels
         self._ssm = pool.take(*leading, *sizes.ssm)
         parts: tuple[Tensor | None, ...]
@@ -146,42 +151,49 @@ class PassOutputs(Addresses):
             self._conv = make(*leading, sizes.kept + num_tokens, channels)
             mixed = make(*leading, num_tokens, channels)
             step = make(*leading, num_tokens, sizes.ssm[0])
-            self._inputs = mixed, step
             parts = None, None, None, self._ssm, self._conv, mixed, step
         else:
             self._conv = pool.take(*leading, sizes.kept, channels)
             parts = None, None, self._conv, self._ssm, None, None, None
-        places = [(0, 0, 0) if part is None else _place(part) for part in parts]
-        begin, per_layer, per_row = np.array(places, np.int64).T
-        of_row = sizes.is_mamba * (begin + sizes.mamba_index * per_layer)
-        rows = np.arange(len(lengths))[:, None, None]
-        table = of_row + rows * (sizes.is_mamba * per_row)
+        places = [(0, 0) if part is None else _place(part) for part in parts]
+        begin, step = np.array(places, np.int64).T
+        table = sizes.is_mamba * (begin + sizes.row_index(len(lengths)) * step)
         behind = np.array(lengths, np.int64)[:, None, None] * sizes.token_bytes
         table[..., _KEYS] = pasts.table[..., _KEYS] + behind
         if keeps_inputs:  # states are made when it is known how many tokens stay
             self.after = Addresses(table.copy())
             table[..., _SSM] = 0
-        super().__init__(table)
+        super().__init__(table, parts)
 
     def keep(self, layers: Sequence[LayerState], row: int) -> None:
         """A row without tokens: its state stays as it was."""
         mambas = [state for state in layers if isinstance(state, MambaState)]
         for index, state in enumerate(mambas):
-            self._conv[index, row, : self._kept] = state.conv[row].mT
+            self._conv[index, row, : self._sizes.kept] = state.conv[row].mT
             if not self._keeps_inputs:
                 self._ssm[index, row] = state.ssm[row]
 
-    def states(self) -> list[MambaState]:
-        """Each Mamba layer's state after the pass."""
-        return self._mamba_states(self._conv)
+    def states(self) -> tuple[list[MambaState], Addresses]:
+        """Each Mamba layer's state after the pass, and where the past of the next one is."""
+        return self._mamba_states(self._conv), self._next(self.table[..., : len(PAST)].copy())
 
-    def states_after(self, counts: Sequence[int]) -> list[MambaState]:
-        """Each Mamba layer's state after counts[b] tokens of each row b, whose ssm is filled."""
-        window, kept = self._conv, self._kept
+    def states_after(self, counts: Sequence[int]) -> tuple[list[MambaState], Addresses | None]:
+        """The same after counts[b] tokens of each row b, whose ssm is filled; None where these are
+        not equally many: then convolutions' inputs are copies.
+        """
+        window, kept = self._conv, self._sizes.kept
         if min(counts) == max(counts):
-            return self._mamba_states(window[:, :, counts[0] : counts[0] + kept])
+            table = self.after.table[..., : len(PAST)].copy()
+            skipped = _FLOAT * counts[0] * self._sizes.channels
+            table[..., _CONV] = self.table[..., _WINDOW] + skipped  # nobody reads other layers'
+            conv = window[:, :, counts[0] : counts[0] + kept]
+            return self._mamba_states(conv), self._next(table)
         rows = [window[:, b, n : n + kept] for b, n in enumerate(counts)]
-        return self._mamba_states(torch.stack(rows, dim=1))
+        return self._mamba_states(torch.stack(rows, dim=1)), None
+
+    def _next(self, table: np.ndarray) -> Addresses:
+        table[..., _KEYS] = self._pasts.table[..., _KEYS]
+        return Addresses(table, self._pasts.kept)
 
     def _mamba_states(self, conv: Tensor) -> list[MambaState]:
         """conv (layers, B, W-1, C)."""
@@ -189,6 +201,6 @@ class PassOutputs(Addresses):
         return [MambaState(*parts) for parts in both]
 
 
-def _place(value: Tensor) -> tuple[int, int, int]:
-    """Where value (layers, B, ...) begins, and bytes from layer to layer and from row to row."""
-    return value.data_ptr(), _FLOAT * value.stride(0), _FLOAT * value.stride(1)
+def _place(value: Tensor) -> tuple[int, int]:
+    """Where value (layers, B, ...) begins, and bytes from row to row."""
+    return value.data_ptr(), _FLOAT * value.stride(1)
