@@ -15,10 +15,9 @@ def available_bytes(device: torch.device) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu" or not _MEMINFO.is_file():
         return None
-    for line in _MEMINFO.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+    with _MEMINFO.open("rb") as lines:  # asked for each prompt: no more of it is read than needed
+        found = next((line for line in lines if line.startswith(b"MemAvailable:")), None)
+    return None if found is None else int(found.split()[1]) * 1024
 
 
 def release_memory() -> None:

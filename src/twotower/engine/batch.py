@@ -148,6 +148,12 @@ class Batch:
         pairs = zip(self.rows, lengths, strict=True)
         return all(length >= len(row.prompt) - num_unread for row, length in pairs)
 
+    @property
+    def has_read_texts(self) -> bool:
+        """The same of all texts."""
+        ends = [len(row.prompt) + len(row.tokens) - self.mode.num_unread for row in self.rows]
+        return ends == self.cache.lengths.tolist()
+
     def part(self, places: Sequence[int]) -> "Batch":
         """The rows at some places, in order; the batch itself when these are all."""
         if len(places) == len(self.rows):
@@ -177,8 +183,6 @@ class Batch:
         """
         starts = self.cache.lengths.tolist()
         ends = [len(row.prompt) + len(row.tokens) - num_unread for row in self.rows]
-        if starts == ends:
-            return
         bounds = list(zip(self.rows, starts, ends, strict=True))
         pieces = [row.between(a, b if most is None else min(a + most, b)) for row, a, b in bounds]
         counts = [len(piece) for piece in pieces]

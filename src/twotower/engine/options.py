@@ -7,6 +7,7 @@ A field that is not given takes the checkpoint's default, and without one the li
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from twotower.arguments import (
@@ -218,7 +219,7 @@ class ResolvedOptions:
     remask: Remask = _option("confidence", one_of(*get_args(Remask)), ("predict-and-noise",))
     adaptive: bool = _option(False, _flag, ("predict-and-noise",))
 
-    @property
+    @cached_property
     def has_penalties(self) -> bool:
         """Whether the logits depend on more than the model."""
         is_penalised = self.presence_penalty or self.frequency_penalty or self.logit_bias

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -114,7 +115,7 @@ class Row:
         """Whether nobody may see what filters have not: there are no StepTaken events then."""
         return self.text is not None and self.text.is_filtered
 
-    @property
+    @cached_property
     def needs_host(self) -> bool:
         """Whether more than its logits and its noise chooses its tokens, or tells of them."""
         options = self.options

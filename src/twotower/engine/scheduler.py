@@ -135,7 +135,8 @@ class Scheduler:
         """Let the context tower read what was committed, and pieces of prompts."""
         batches, group.batches = group.batches, []
         for batch in batches:
-            group.batches += yield from _attempt(batch, _extend)
+            is_read = batch.has_read_texts
+            group.batches += [batch] if is_read else (yield from _attempt(batch, _extend))
         if not group.prompts:
             return
         slots, num_left = Counter(row.caller for row in self.rows), READ_TOKENS

@@ -29,7 +29,7 @@ def start(batch: Batch) -> Choice:
 def newest_alone(batch: Batch) -> Iterator[Event]:
     """A draft of nothing: each row's newest token, which the cache does not hold."""
     newest = torch.tensor([[row.tokens[-1]] for row in batch.rows])
-    batch.draft = newest, torch.ones(len(newest), dtype=torch.int64)
+    batch.draft = newest, torch.ones(len(batch.rows), dtype=torch.int64)
     return iter(())
 
 
@@ -47,20 +47,21 @@ def verify(batch: Batch, most_steps: int = 1) -> Choice:
         for row in batch.rows:
             row.context_forwards += min(steps, row.num_left)
         return Choice(_kept(*found))
+    given, counted = drafts.tolist(), lengths.tolist()
     is_draft = drafts.shape[1] > 1  # the newest token always stays
     tree = DraftTree(batch.draft[2].tolist()) if len(batch.draft) > 2 else None
     output = batch.model.verify(batch.cache, drafts, lengths if is_draft else None, is_draft, tree)
-    if needs_host or not batch.sampler.is_greedy or min(lengths.tolist()) == drafts.shape[1]:
+    if needs_host or not batch.sampler.is_greedy or min(counted) == drafts.shape[1]:
         logits = batch.model.context_head(output.hidden)
         choices = _choices(batch, logits, tree)
     else:
         logits, choices = None, _greedy_choices(batch, output.hidden)
     chosen, paths = choices.tolist(), None
     if tree is None:
-        each = zip(drafts.tolist(), chosen, lengths.tolist(), strict=True)
+        each = zip(given, chosen, counted, strict=True)
         tokens = [own[: _num_right(draft, own, length)] for draft, own, length in each]
     else:
-        paths = tree.paths(drafts.tolist(), chosen)
+        paths = tree.paths(given, chosen)
         tokens = [[own[at] for at in path] for own, path in zip(chosen, paths, strict=True)]
     counts = torch.tensor([len(own) for own in tokens])
     logprobs = None if logits is None else rows_logprobs(batch.rows, logits, tokens)

@@ -139,8 +139,8 @@ class ContextCache:
         num_past, num_rows = self.num_past, self.num_rows
         length = num_past + num_tokens
         # The last to grow is the last one: where it has room, all have.
-        last = next((s.k for s in reversed(self.buffers) if isinstance(s, KV)), None)
-        if last is None or (num_rows <= len(last) and length <= last.shape[1]):
+        last = next((s.k.shape for s in reversed(self.buffers) if isinstance(s, KV)), None)
+        if last is None or (num_rows <= last[0] and length <= last[1]):
             return self.buffers
         for index, state in enumerate(self.buffers):
             if isinstance(state, KV):
@@ -183,13 +183,15 @@ class ContextCache:
             output = self._along(output, paths)
         found: dict[int, MambaState] = {}
         buffers, parts = list[Tensor](), list[Tensor]()
-        states = self.make_room(output.hidden.shape[1])
-        for index, (old, new) in enumerate(zip(states, output.states, strict=True)):
-            if isinstance(new, KV) and isinstance(old, KV):
-                buffers += old
-                parts += new
-            elif isinstance(new, MambaState):
-                found[index] = MambaState(new.conv[:, -1], new.ssm[:, -1])
+        self.version = Version()
+        if any(output.states):  # else all of them are where they belong
+            states = self.make_room(output.hidden.shape[1])
+            for index, (old, new) in enumerate(zip(states, output.states, strict=True)):
+                if isinstance(new, KV) and isinstance(old, KV):
+                    buffers += old
+                    parts += new
+                elif isinstance(new, MambaState):
+                    found[index] = MambaState(new.conv[:, -1], new.ssm[:, -1])
         if buffers:
             self._write_behind(buffers, parts)
         newest, lengths = self._newest(output.hidden, counts), self.lengths + counts
