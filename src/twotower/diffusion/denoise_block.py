@@ -86,12 +86,12 @@ def denoise_block(
         found = predictions(logits, choose(logits, own, noise), masked, token_ids, *own_step)
         commit = _RULES[own.kind](own, found)
 
-        nfe = nfe.index_add(0, rows, torch.ones_like(rows))
+        nfe = _put(nfe, rows, _pick(nfe, rows, is_whole) + 1, is_whole)
         newest = torch.where(commit, found.tokens, _pick(tokens, now, is_whole))
         tokens = _put(tokens, now, newest, is_whole)
         sure = torch.where(masked, found.confidence, _pick(confidence, now, is_whole))
         confidence = _put(confidence, now, sure, is_whole)
-        still_masked = masked & ~commit
+        still_masked = masked ^ commit  # what is committed was masked
         is_masked = _put(is_masked, now, still_masked, is_whole)
         yield Step(
             index=step, rows=rows, t=t, tokens=tokens, is_masked=is_masked,
@@ -183,6 +183,6 @@ def predictions(
         is_masked=is_masked,
         probs=probs,
         tokens=chosen if token_ids is None else token_ids[chosen],
-        confidence=probs.gather(-1, chosen[..., None]).squeeze(-1),
+        confidence=probs.gather(-1, chosen.unsqueeze(-1)).squeeze(-1),
         is_last=is_last,
     )
