@@ -111,10 +111,10 @@ def compare(
     found = {}
     for mode in ("ar", "diffusion", "speculative"):
         o = GenerateOptions(mode=mode, max_new_tokens=args.new_tokens, ignore_eos=True)
-        cached = EngineOptions(max_rows=1, prefix_cache_bytes=PLENTY)
+        cached = EngineOptions(batch_size=1, prefix_cache_bytes=PLENTY)
         hits = generate(model, prompts, o, engine=cached)
         cold = [generate(model, [prompt], o, engine=cached)[0] for prompt in prompts]
-        plain = generate(model, prompts, o, engine=EngineOptions(max_rows=1))
+        plain = generate(model, prompts, o, engine=EngineOptions(batch_size=1))
         found[mode] = {
             "prompts": len(prompts),
             "with_hits": sum(row.cached_tokens > 0 for row in hits),

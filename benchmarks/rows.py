@@ -42,7 +42,7 @@ def run_once(
     options: twotower.GenerateOptions,
     engine: EngineOptions,
 ) -> tuple[float, int]:
-    """Seconds and tokens of all prompts, `max_rows` at a time."""
+    """Seconds and tokens of all prompts, `batch_size` at a time."""
     is_alone = torch.get_num_threads() == 1 and engine.overlap == "off"
     clock = time.process_time if is_alone else time.perf_counter
     start = clock()
@@ -72,7 +72,7 @@ def main() -> None:
     for repeat in range(args.repeats + 1):
         for overlap, mode, rows in cases:
             options = twotower.GenerateOptions(mode=mode, max_new_tokens=args.new_tokens)
-            engine = EngineOptions(max_rows=rows, overlap=overlap)
+            engine = EngineOptions(batch_size=rows, overlap=overlap)
             seconds, tokens = run_once(model, tokenizer, prompts, options, engine)
             if repeat:  # the first is warm-up
                 rates[overlap, mode, rows].append(tokens / seconds)

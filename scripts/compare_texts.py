@@ -38,7 +38,7 @@ TINY: tuple[dict[str, object], ...] = (
     {"mode": "diffusion", "first_token": "context", "verify": 0.011},
     {"mode": "speculative", "draft_passes": 3, "logprobs": 1},
 )
-ENGINES: tuple[dict[str, int], ...] = ({}, {"max_rows": 2}, {"prefix_cache_bytes": 10**8})
+ENGINES: tuple[dict[str, int], ...] = ({}, {"batch_size": 2}, {"prefix_cache_bytes": 10**8})
 
 
 def main(arguments: list[str]) -> int:

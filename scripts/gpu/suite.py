@@ -42,7 +42,7 @@ def write(
 ) -> dict[int, Any]:
     """The completion of each prompt by its place; ValueError where one failed."""
     found = {}
-    for event in stream(model, prompts, options, tokenizer, EngineOptions(max_rows=rows)):
+    for event in stream(model, prompts, options, tokenizer, EngineOptions(batch_size=rows)):
         if isinstance(event, Failed):
             raise ValueError(f"row {event.row}: {event.message}") from event.error
         if isinstance(event, Finished):

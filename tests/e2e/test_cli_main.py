@@ -21,7 +21,7 @@ from twotower.cli.main import VERBS, main, train_arguments
 from twotower.cli.parse import parse
 from twotower.cli.serve import ServeArguments
 from twotower.documented import field_docs
-from twotower.engine import GenerateOptions, ResolvedOptions
+from twotower.engine import EngineOptions, GenerateOptions, ResolvedOptions
 from twotower.train.options import TrainOptions
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -117,6 +117,9 @@ def test_generate_has_a_flag_with_the_default_of_every_option(
         (["demo", "--speed", "inf"], "--speed inf must be a finite number above 0"),
         (["generate", "--temp", "inf", "a"], "--temp inf must be a finite number, at least 0.0"),
         (["generate", "-n=0", "a"], "-n 0 must be at least 1"),
+        (["evaluate", "--max-num-seqs", "0"], "--max-num-seqs 0 must be at least 1"),
+        (["plan", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["train", "backbone", "--max-num-seqs", "4"], "unrecognized options: --max-num-seqs"),
         (["chat", "--max-tokens", "0"], "--max-tokens 0 must be at least 1"),
         (["generate", "--threads", "0", "a"], "--threads 0 must be between 1 and 1024"),
         (["generate", "--quantization", "int8", "--backend", "eager", "a"], "--quantization int8:"),
@@ -346,3 +349,8 @@ def test_a_decoding_flag_has_one_help_text(
     docs = field_docs(GenerateOptions)
     for name in ("confidence_threshold", "steps_per_block", "first_token"):
         assert f"{docs[name]} Default: the checkpoint's." in shown
+    monkeypatch.setenv("COLUMNS", "80")
+    said = f"--batch-size INT {field_docs(EngineOptions)['batch_size']} (default: "
+    for verb in ("adapt", "evaluate", "generate", "plan", "serve"):
+        assert main([verb, "-h"]) == 0
+        assert said in " ".join(capsys.readouterr().out.replace("\u2502", " ").split()), verb

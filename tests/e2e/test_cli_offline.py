@@ -18,7 +18,7 @@ from twotower.cli import prompts as prompt_files
 from twotower.cli.main import main
 from twotower.cli.output_file import OutputFile, read_lines
 
-SHAPE = ["--max-new-tokens", "6", "--ignore-eos", "--max-rows", "3"]
+SHAPE = ["--max-new-tokens", "6", "--ignore-eos", "--batch-size", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ def test_an_empty_file_has_an_empty_answer(checkpoint: str, tmp_path: Path) -> N
         (["a", "--output", "{tmp}/o"], "give one as --input FILE.jsonl"),
         (["a", "--input", "{tmp}/in.jsonl", "--output", "{tmp}/o"], "leave out other prompts"),
         (["--json", "--input", "{tmp}/in.jsonl", "--output", "{tmp}/o"], "--json"),
-        (["a", "--max-rows", "0"], "--max-rows 0 must be at least 1"),
+        (["a", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
     ],
 )
 def test_refusals_are_one_line(

@@ -270,7 +270,7 @@ def test_unfinished_connections_make_room_for_new_ones(name: str) -> None:
 
 def test_requests_under_way_are_not_closed_for_new_ones() -> None:
     """Guards callers who wait for their answer, and tells the new one."""
-    with running(loaded=tiny(), max_connections=2, max_rows=4) as server:
+    with running(loaded=tiny(), max_connections=2, batch_size=4) as server:
         threads = [threading.Thread(target=client_of(server, LONG, 2.0)) for _ in range(2)]
         for thread in threads:
             thread.start()

@@ -20,7 +20,7 @@ from twotower.serve.options import ServeOptions
 
 def test_a_full_queue_refuses_and_takes_back_what_it_took() -> None:
     """Guards against unbounded waiting, and against half of a request that stays in the queue."""
-    with running(loaded=tiny(), max_rows=1, max_waiting=2) as server, server.client() as client:
+    with running(loaded=tiny(), batch_size=1, max_waiting=2) as server, server.client() as client:
         endless = {**LONG, "stream": True}
         with client.stream("POST", URL, json=endless), client.stream("POST", URL, json=endless):
             wait_for(lambda: is_full(server.worker.stats()))

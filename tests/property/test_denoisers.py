@@ -49,7 +49,7 @@ def test_texts_are_those_of_a_shared_cache(mode: str, overlap: str) -> None:
         )
         for i in range(len(PROMPTS))
     ]
-    engine = EngineOptions(max_rows=2, overlap=overlap)  # type: ignore[arg-type]
+    engine = EngineOptions(batch_size=2, overlap=overlap)  # type: ignore[arg-type]
     apart = generate(CopyingTwoTower(MODEL), PROMPTS, options, engine=engine)
     assert apart == generate(MODEL, PROMPTS, options, engine=engine)
 
@@ -148,7 +148,7 @@ def test_the_other_rank_fills_blocks_as_this_one(monkeypatch: pytest.MonkeyPatch
             ["diffusion", "speculative", "posterior", "diffusion", "diffusion"]
         )  # type: ignore[arg-type]
     ]
-    engine = EngineOptions(max_rows=2)
+    engine = EngineOptions(batch_size=2)
     expected = generate(MODEL, PROMPTS, options, engine=engine)
     assert generate(model, PROMPTS, options, engine=engine) == expected
     denoise, calls = TwoTower.denoise, []

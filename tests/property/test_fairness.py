@@ -52,7 +52,7 @@ def set_chunk(patch: pytest.MonkeyPatch, size: int) -> None:
         min_size=4,
         max_size=8,
     ),
-    max_rows=st.integers(1, 4),
+    batch_size=st.integers(1, 4),
     overlap=st.sampled_from(["off", "on"]),
     cache=st.sampled_from([0, 10**6]),
     temperature=st.sampled_from([0.0, 0.8]),
@@ -60,7 +60,7 @@ def set_chunk(patch: pytest.MonkeyPatch, size: int) -> None:
 def test_a_row_that_was_paused_writes_what_it_writes_alone(
     modes: list[str],
     rows: list[tuple[str | None, int, int]],
-    max_rows: int,
+    batch_size: int,
     overlap: str,
     cache: int,
     temperature: float,
@@ -82,7 +82,7 @@ def test_a_row_that_was_paused_writes_what_it_writes_alone(
         patch.setattr("twotower.engine.prefill.READ_TOKENS", 8)
         patch.setattr("twotower.engine.scheduler.READ_TOKENS", 8)
         set_chunk(patch, 4)
-        with running(max_rows=max_rows, overlap=overlap, prefix_cache_bytes=cache) as worker:
+        with running(batch_size=batch_size, overlap=overlap, prefix_cache_bytes=cache) as worker:
             tickets = [worker.submit(one) for one in requests]
             done = [completion_of(ticket) for ticket in tickets]
     for found, expected in zip(done, alone, strict=True):
@@ -95,7 +95,7 @@ def test_a_row_that_was_paused_writes_what_it_writes_alone(
 def test_one_caller_s_long_rows_make_room_for_others(overlap: str) -> None:
     """Guards everybody behind a request of n long rows: until its deadline nobody else would get a
     slot."""
-    with running(max_rows=4, overlap=overlap) as worker:
+    with running(batch_size=4, overlap=overlap) as worker:
         greedy = [worker.submit(request("greedy", LONG)) for _ in range(32)]
         wait_for(lambda: worker.stats().tokens > 40)
         for caller in ("one", "two", "three"):
@@ -109,7 +109,7 @@ def test_one_caller_s_long_rows_make_room_for_others(overlap: str) -> None:
 
 
 def test_a_caller_s_own_long_rows_make_room_for_its_short_ones() -> None:
-    with running(max_rows=2) as worker:
+    with running(batch_size=2) as worker:
         long = [worker.submit(request("a", LONG)) for _ in range(4)]
         wait_for(lambda: worker.stats().tokens > 40)
         assert len(completion_of(worker.submit(request("a"), deadline_s=60)).tokens) == 3
@@ -118,7 +118,7 @@ def test_a_caller_s_own_long_rows_make_room_for_its_short_ones() -> None:
 
 def test_rows_of_no_caller_keep_their_places() -> None:
     """Guards files of prompts: of a million rows only those that are decoded are in memory."""
-    with running(max_rows=1) as worker:
+    with running(batch_size=1) as worker:
         first, second = worker.submit(request(None, LONG)), worker.submit(request(None))
         wait_for(lambda: len(first.row.tokens) > 10 * TURN)
         assert second.row.started_s is None
@@ -126,17 +126,17 @@ def test_rows_of_no_caller_keep_their_places() -> None:
         assert completion_of(second).tokens
 
 
-def scheduler_of(requests: list[Request], max_rows: int) -> Scheduler:
+def scheduler_of(requests: list[Request], batch_size: int) -> Scheduler:
     """A scheduler in whose queue all requests are from the beginning."""
     rows = [make_row(MODEL, i, one, None, "it") for i, one in enumerate(requests)]
     queue = SharedQueue(rows)
     queue.count(len(rows))
-    return Scheduler(MODEL, queue, EngineOptions(max_rows=max_rows))
+    return Scheduler(MODEL, queue, EngineOptions(batch_size=batch_size))
 
 
-def steps_of(requests: list[Request], max_rows: int, num_steps: int) -> list[list[Event]]:
+def steps_of(requests: list[Request], batch_size: int, num_steps: int) -> list[list[Event]]:
     """The events of each of the first steps."""
-    scheduler = scheduler_of(requests, max_rows)
+    scheduler = scheduler_of(requests, batch_size)
     return [list(scheduler.step()) for _ in range(num_steps)]
 
 
@@ -158,7 +158,7 @@ def test_callers_with_as_much_to_do_write_as_much() -> None:
 
 def test_the_queue_has_room_for_another_caller() -> None:
     """Guards a queue that one caller fills: everybody else would be told to come later."""
-    with running(max_rows=1, max_waiting=20) as worker:
+    with running(batch_size=1, max_waiting=20) as worker:
         worker.submit(request("greedy", LONG))
         wait_for(lambda: worker.stats().rows_in_flight == 1)
         count = 0
@@ -274,7 +274,7 @@ def test_prompts_of_a_client_that_left_are_not_read(
     """Guards the machine: long prompts of which nobody will hear the answer."""
     reads = watch_reads(monkeypatch, seconds=0.005)
     prompts = prompts_of([4 * READ_TOKENS] * 20)
-    with running(max_rows=16, overlap=overlap) as worker:
+    with running(batch_size=16, overlap=overlap) as worker:
         tickets = [worker.submit(request("gone", SHORT, prompt)) for prompt in prompts]
         wait_for(lambda: len(reads) > 2)
         for ticket in tickets:
@@ -313,7 +313,7 @@ def test_little_memory_lets_paused_rows_go_on(monkeypatch: pytest.MonkeyPatch) -
         for caller, n in zip("abc", lengths, strict=True)
     ]
     ends: list[int] = []
-    for event in scheduler_of(requests, max_rows=1).run():
+    for event in scheduler_of(requests, batch_size=1).run():
         if isinstance(event, TokensCommitted) and event.row == 1:
             free[0] = 0
         if isinstance(event, Finished | Failed):
@@ -330,7 +330,7 @@ def test_a_row_that_never_fits_fails_at_last(monkeypatch: pytest.MonkeyPatch) ->
     o = options(mode="ar", max_new_tokens=60)
     requests = [request(caller, o) for caller in "abcabc"]
     too_large = request("d", SHORT, prompts_of([9000])[0])
-    events = list(scheduler_of([*requests, too_large], max_rows=2).run())
+    events = list(scheduler_of([*requests, too_large], batch_size=2).run())
     ends = {e.row: type(e) for e in events if isinstance(e, Finished | Failed)}
     assert ends == {**dict.fromkeys(range(6), Finished), 6: Failed}
 
@@ -344,7 +344,7 @@ def test_a_row_that_lost_its_place_gets_it_back_while_others_come() -> None:
         asked = request("a", options(mode="ar", max_new_tokens=length))
         assert queue.put(make_row(MODEL, next(number), asked, None, "it"))
 
-    scheduler = Scheduler(MODEL, queue, EngineOptions(max_rows=3))
+    scheduler = Scheduler(MODEL, queue, EngineOptions(batch_size=3))
     ended: list[int] = []
     put(60)
     while 0 not in ended and next(number) < 2000:
@@ -373,7 +373,7 @@ def test_a_row_on_its_way_is_not_lost_with_the_thread(
             method(queue, row)
 
     monkeypatch.setattr(SharedQueue, name, dying)
-    with running(max_rows=1) as worker:
+    with running(batch_size=1) as worker:
         long = worker.submit(request("a", options(mode="ar", max_new_tokens=200)))
         wait_for(lambda: len(long.row.tokens) > TURN)
         others = [worker.submit(request("a")) for _ in range(3)]

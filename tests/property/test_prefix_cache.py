@@ -176,7 +176,7 @@ def test_rows_that_begin_alike_write_what_they_write_alone(mode: str, overlap: s
     beginning = random_ids(33, seed=5).tolist()
     prompts = [beginning[:n] + prompts_of([3], seed=n)[0] for n in (33, 20, 7, 33, 1)]
     o = options_of({"steps_per_block": 4}, {"mode": mode, "max_new_tokens": 6, "temperature": 0.8})
-    engine = EngineOptions(max_rows=2, overlap=overlap, prefix_cache_bytes=PLENTY)  # type: ignore[arg-type]
+    engine = EngineOptions(batch_size=2, overlap=overlap, prefix_cache_bytes=PLENTY)  # type: ignore[arg-type]
     done = generate(MODEL, prompts, o, engine=engine)
     alone = [generate(MODEL, [prompt], o)[0] for prompt in prompts]
     assert [row.tokens for row in done] == [row.tokens for row in alone]
@@ -189,7 +189,7 @@ def test_a_known_prompt_costs_no_pass() -> None:
     """Guards the count: context forwards are those that ran."""
     prompt = random_ids(8).tolist()
     o = GenerateOptions(mode="ar", max_new_tokens=1)
-    engine = EngineOptions(max_rows=1, prefix_cache_bytes=PLENTY)
+    engine = EngineOptions(batch_size=1, prefix_cache_bytes=PLENTY)
     first, second = generate(MODEL, [prompt, prompt], o, engine=engine)
     assert (first.cached_tokens, second.cached_tokens) == (0, 8)
     assert (first.context_forwards, second.context_forwards) == (1, 0)

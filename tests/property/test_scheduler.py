@@ -30,15 +30,15 @@ def uneven(**changes: object) -> list[GenerateOptions]:
 
 @every_variant
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("max_rows", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_a_row_that_enters_late_is_as_alone(
-    variant: dict[str, object], temperature: float, max_rows: int
+    variant: dict[str, object], temperature: float, batch_size: int
 ) -> None:
     """Guards admission: a newcomer whose cache is joined in the wrong place, or whose neighbours
     are, writes a fluent text that is another row's."""
     o = uneven(**variant, temperature=temperature)
     alone = [generate(MODEL, [p], own)[0] for p, own in zip(PROMPTS, o, strict=True)]
-    assert generate(MODEL, PROMPTS, o, engine=EngineOptions(max_rows=max_rows)) == alone
+    assert generate(MODEL, PROMPTS, o, engine=EngineOptions(batch_size=batch_size)) == alone
 
 
 @settings(max_examples=15)
@@ -46,11 +46,11 @@ def test_a_row_that_enters_late_is_as_alone(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=7),
     new_tokens=st.lists(st.integers(1, 12), min_size=7, max_size=7),
     modes=st.lists(st.sampled_from(MODES), min_size=7, max_size=7),
-    max_rows=st.integers(1, 4),
+    batch_size=st.integers(1, 4),
     seed=st.integers(0, 99),
 )
 def test_any_rows_share_any_number_of_places(
-    lengths: list[int], new_tokens: list[int], modes: list[str], max_rows: int, seed: int
+    lengths: list[int], new_tokens: list[int], modes: list[str], batch_size: int, seed: int
 ) -> None:
     """Guards batches of several kinds that come and go side by side."""
     prompts = prompts_of(lengths, seed=seed)
@@ -59,7 +59,7 @@ def test_any_rows_share_any_number_of_places(
         for i, (n, mode, _) in enumerate(zip(new_tokens, modes, lengths, strict=False))
     ]
     alone = [generate(MODEL, [p], own)[0] for p, own in zip(prompts, o, strict=True)]
-    assert generate(MODEL, prompts, o, engine=EngineOptions(max_rows=max_rows)) == alone
+    assert generate(MODEL, prompts, o, engine=EngineOptions(batch_size=batch_size)) == alone
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
@@ -79,17 +79,17 @@ def test_a_place_is_refilled_at_the_next_cycle(monkeypatch: pytest.MonkeyPatch) 
     """Guards throughput: with two slots, one long row and short ones cost the long row's steps."""
     seen = watched(monkeypatch, "verify")
     o = [options(mode="ar", max_new_tokens=n) for n in (8, 2, 2, 2, 2)]
-    generate(MODEL, PROMPTS, o, engine=EngineOptions(max_rows=2))
+    generate(MODEL, PROMPTS, o, engine=EngineOptions(batch_size=2))
     assert seen == [2, 2, 2, 2, 1, 1, 1]  # of all tokens but each row's first
 
 
 def test_places_are_shared_by_rows_of_all_kinds() -> None:
-    """Guards memory: `max_rows` counts all rows that have a cache, whatever their mode."""
+    """Guards memory: `batch_size` counts all rows that have a cache, whatever their mode."""
     modes = ["ar", "diffusion", "mock-ar", "diffusion", "ar"]
     o = [options(mode=mode, max_new_tokens=n) for mode, n in zip(modes, NEW_TOKENS, strict=True)]
     opened: set[int] = set()
     most = 0
-    for event in stream(MODEL, PROMPTS, o, engine=EngineOptions(max_rows=2)):
+    for event in stream(MODEL, PROMPTS, o, engine=EngineOptions(batch_size=2)):
         opened.add(event.row)
         most = max(most, len(opened))
         if isinstance(event, Finished):
@@ -102,7 +102,7 @@ def test_rows_enter_in_order_and_end_when_they_end() -> None:
     o = [options(mode="ar", max_new_tokens=n) for n in (9, 3, 2, 5, 1)]
     ends = [
         e.row
-        for e in stream(MODEL, PROMPTS, o, engine=EngineOptions(max_rows=2))
+        for e in stream(MODEL, PROMPTS, o, engine=EngineOptions(batch_size=2))
         if isinstance(e, Finished)
     ]
     assert ends == [1, 2, 3, 4, 0]  # each row has its first token in the cycle that admits it
@@ -131,7 +131,7 @@ def test_a_source_is_read_when_places_are_free() -> None:
             yield Request(prompt, options(mode="ar", max_new_tokens=3))
 
     ended = 0
-    for event in stream_requests(MODEL, requests(), engine=EngineOptions(max_rows=2)):
+    for event in stream_requests(MODEL, requests(), engine=EngineOptions(batch_size=2)):
         assert len(read) <= ended + 2
         ended += isinstance(event, Finished)
     assert ended == 20 and read == list(range(20))
@@ -184,15 +184,15 @@ def test_joined_caches_go_on_as_before(lengths: tuple[list[int], list[int]]) -> 
 
 
 def test_engine_options_are_checked() -> None:
-    with pytest.raises(ValueError, match="max_rows=0 must be at least 1"):
-        EngineOptions(max_rows=0)
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        EngineOptions(batch_size=0)
     with pytest.raises(ValueError, match="overlap='both' is unknown; use one of auto, on, off"):
         EngineOptions(overlap="both")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("max_rows", [1, 4])
+@pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_overlap_gives_the_texts_of_one_group(max_rows: int, temperature: float) -> None:
+def test_overlap_gives_the_texts_of_one_group(batch_size: int, temperature: float) -> None:
     """Guards the threads: rows of two groups whose work interleaves in any order."""
     modes = itertools.cycle(MODES)
     prompts = prompts_of([1, 7, 2, 19, 4, 3, 30, 5, 8, 2])
@@ -200,7 +200,7 @@ def test_overlap_gives_the_texts_of_one_group(max_rows: int, temperature: float)
         options(mode=mode, max_new_tokens=NEW_TOKENS[i % 5], temperature=temperature, seed=i)
         for i, mode in zip(range(len(prompts)), modes, strict=False)
     ]
-    two = EngineOptions(overlap="on", max_rows=max_rows)
+    two = EngineOptions(overlap="on", batch_size=batch_size)
     assert generate(MODEL, prompts, o, engine=two) == generate(MODEL, prompts, o)
 
 

@@ -174,7 +174,7 @@ def test_rows_with_and_without_penalties_share_passes(penalties: dict[str, objec
     ]
     assert alone[::2] != alone[1::2]
     requests = [Request(p, options("speculative", **o)) for p in PROMPTS for o in ({}, penalties)]
-    events = stream_requests(MODEL, requests, None, EngineOptions(max_rows=10))
+    events = stream_requests(MODEL, requests, None, EngineOptions(batch_size=10))
     ended = {e.row: e.completion.tokens for e in events if isinstance(e, Finished)}
     assert [ended[row] for row in range(len(alone))] == alone
 

@@ -79,7 +79,7 @@ def test_rows_that_are_called_off_change_no_other(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SharedQueue, "abort_reason", impatient)
-        with running(max_rows=4, overlap=overlap, prefix_cache_bytes=cache) as worker:
+        with running(batch_size=4, overlap=overlap, prefix_cache_bytes=cache) as worker:
             tickets = [worker.submit(Request(p, options(**of(i)))) for i, p in enumerate(prompts)]
             ends = [end_of(ticket) for ticket in tickets]
     for i, end in enumerate(ends):
@@ -193,7 +193,7 @@ def test_an_error_of_the_scheduler_ends_rows_but_not_the_worker(
         return read(scheduler, group)
 
     monkeypatch.setattr(Scheduler, "_prefill", broken)
-    with running(overlap=overlap, max_rows=2) as worker:
+    with running(overlap=overlap, batch_size=2) as worker:
         tickets = [worker.submit(Request(p, options(mode="ar"))) for p in PROMPTS * 2]
         ends = [end_of(ticket) for ticket in tickets]
         failed = [end for end in ends if isinstance(end, Failed)]
@@ -213,7 +213,7 @@ def test_a_dead_worker_tells_everyone_and_takes_no_more(
         raise EngineDeadError("lost the other rank")
 
     monkeypatch.setattr(TwoTower, "next_logits", lost)
-    with running(overlap=overlap, max_rows=1) as worker:
+    with running(overlap=overlap, batch_size=1) as worker:
         tickets = []
         with contextlib.suppress(Stopped):
             for _ in range(5):

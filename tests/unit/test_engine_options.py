@@ -93,9 +93,9 @@ def test_bad_values(field: str, value: object, allowed: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
-        ("max_rows", 0, "at least 1"),
-        ("max_rows", "4", "whole number"),
-        ("max_rows", None, "whole number"),
+        ("batch_size", 0, "at least 1"),
+        ("batch_size", "4", "whole number"),
+        ("batch_size", None, "whole number"),
         ("max_waiting", 0, "at least 1"),
         ("overlap", "both", "use one of auto, on, off"),
         ("prefix_cache_bytes", -1, "at least 0"),

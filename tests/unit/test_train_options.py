@@ -139,6 +139,7 @@ def test_toml_becomes_flags(tmp_path: Path) -> None:
         ("steps = ", "not TOML"),
         (None, "cannot read"),
         ('out = "a"\noutput = "b"', "out: is given in two spellings"),
+        ("max_num_seqs = 4", "max_num_seqs: no such option"),
     ],
 )
 def test_bad_toml(tmp_path: Path, text: str | None, words: str) -> None:

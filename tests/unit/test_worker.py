@@ -39,7 +39,7 @@ with_and_without_overlap = pytest.mark.parametrize("overlap", ["off", "on"])
 @contextlib.contextmanager
 def one_at_a_time(**changes: object) -> Iterator[tuple[Worker, Ticket]]:
     """A worker with one slot, which a row of no end has."""
-    with running(max_rows=1, **changes) as worker:
+    with running(batch_size=1, **changes) as worker:
         ticket = worker.submit(LONG)
         wait_for(lambda: worker.stats().tokens > 0)
         yield worker, ticket
@@ -135,7 +135,7 @@ def test_who_leaves_its_events_has_cancelled() -> None:
 
 @with_and_without_overlap
 def test_a_deadline_ends_rows_that_run_and_rows_that_wait(overlap: str) -> None:
-    with running(max_rows=1, overlap=overlap) as worker:
+    with running(batch_size=1, overlap=overlap) as worker:
         start = time.monotonic()
         tickets = [worker.submit(LONG, deadline_s=0.3), worker.submit(SHORT, deadline_s=0.1)]
         ends = [failure_of(ticket) for ticket in tickets]
@@ -185,7 +185,7 @@ def test_memory_that_runs_out_in_a_pass_is_named(monkeypatch: pytest.MonkeyPatch
 @with_and_without_overlap
 def test_a_stop_finishes_rows(overlap: str) -> None:
     """Guards answers that are all but ready, also of those that have not begun."""
-    worker = Worker(MODEL, None, EngineOptions(max_rows=1, overlap=overlap))  # type: ignore[arg-type]
+    worker = Worker(MODEL, None, EngineOptions(batch_size=1, overlap=overlap))  # type: ignore[arg-type]
     worker.start()
     tickets = [worker.submit(SHORT) for _ in range(3)]
     worker.stop(grace_s=100)
@@ -233,7 +233,7 @@ def test_events_reach_an_event_loop() -> None:
         ticking.cancel()
         return found
 
-    with running(max_rows=2) as worker:
+    with running(batch_size=2) as worker:
         found = asyncio.run(asyncio.wait_for(read(worker), 60))
     assert found == [["TokensCommitted", "TokensCommitted", "Finished"]] * 4
     assert ticks > 20

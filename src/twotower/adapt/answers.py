@@ -74,7 +74,7 @@ def write_answers(
 
     _drop_half_line(file)
     with file.open("ab") as lines:
-        engine = EngineOptions(max_rows=options.batch_size)
+        engine = EngineOptions(batch_size=options.batch_size)
         for event in stream_requests(model, requests(), None, engine):
             if isinstance(event, Failed):
                 raise ValueError(f"answer {open_ones[event.row].number}: {event.message}")

@@ -52,8 +52,7 @@ class AnswerOptions:
     temperature: float = 0.0
     """Sampling temperature of the answers; 0 is greedy. Use the temperature at which the model will
     decode."""
-    batch_size: int = 32
-    """Answers decoded at the same time."""
+    batch_size: int = 32  # as in EngineOptions, whose help it has
     max_prompt_tokens: int = 1024
     """Leave out prompts with more tokens than this."""
 

@@ -100,7 +100,7 @@ class Local:
     """A model in this process, behind the same checks as a server's."""
 
     def __init__(self, loaded: Loaded, served: "Served") -> None:
-        options = EngineOptions(max_rows=1, prefix_cache_bytes=_CACHE_BYTES)
+        options = EngineOptions(batch_size=1, prefix_cache_bytes=_CACHE_BYTES)
         self._worker = Worker(loaded.model, loaded.tokenizer, options)
         self._worker.start()
         self._model = loaded.model

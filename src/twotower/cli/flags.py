@@ -6,14 +6,17 @@ Types, help and defaults are read from the dataclass, where they are written onc
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cache
 from types import NoneType
 from typing import Annotated, Literal, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from twotower.documented import field_docs
+
 # Other spellings of flags, the same in every verb.
-ALIASES: Mapping[str, tuple[str, ...]] = {
+_ALIASES: Mapping[str, tuple[str, ...]] = {
     "model": ("-m",),
     "max_new_tokens": ("-n", "--max-tokens"),
     "max_tokens": ("-n", "--max-new-tokens"),
@@ -21,15 +24,35 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "output": ("-o", "--out"),
     "out": ("-o", "--output"),
     "prompt": ("-p",),
+    "batch_size": ("--max-num-seqs",),
 }
 
 
-def spellings(names: Collection[str]) -> dict[str, str]:
+@cache
+def decoding_docs() -> Mapping[str, str]:
+    """The help of each field of `GenerateOptions` and `EngineOptions`, for every verb."""
+    from twotower.engine.options import EngineOptions, GenerateOptions
+
+    return field_docs(EngineOptions) | field_docs(GenerateOptions)
+
+
+def aliases_of(options_class: type) -> dict[str, tuple[str, ...]]:
+    """Other spellings of a class's flags, by field. A batch size with help of its own (rows of a
+    training pass) is not the engine's, whose spellings it lacks.
+    """
+    docs = field_docs(options_class)
+    found = {name: _ALIASES[name] for name in get_type_hints(options_class) if name in _ALIASES}
+    if docs.get("batch_size", decoding_docs()["batch_size"]) != decoding_docs()["batch_size"]:
+        del found["batch_size"]
+    return found
+
+
+def spellings(options_class: type) -> dict[str, str]:
     """Fields by the other long spellings of their flags, as a file of options may call them."""
     return {
         flag[2:].replace("-", "_"): name
-        for name in names
-        for flag in ALIASES.get(name, ())
+        for name, flags in aliases_of(options_class).items()
+        for flag in flags
         if flag.startswith("--")
     }
 
@@ -56,11 +79,12 @@ def optional_flags(
     """
     hints = get_type_hints(options_class)
     flags: dict[str, object] = {}
+    aliases = aliases_of(options_class)
     fields = {field.name: field for field in dataclasses.fields(options_class)}
     for field in (*map(fields.pop, first), *fields.values()):
         if field.name not in leave_out:
             shown = tyro.conf.arg(
-                aliases=ALIASES.get(field.name),
+                aliases=aliases.get(field.name),
                 help=with_flags(docs[field.name], hints),
                 help_behavior_hint=""
                 if field.default is False
@@ -130,7 +154,7 @@ def name_flags(message: str, options_class: type, arguments: Sequence[str]) -> s
         if argument == "--":
             break
         if flag.startswith("-"):
-            names = (name for name, others in ALIASES.items() if flag in others)
+            names = (name for name, others in _ALIASES.items() if flag in others)
             typed |= dict.fromkeys([flag.lstrip("-").replace("-", "_"), *names], flag)
     first = re.match(r"(\w+)(?=[=:])", message)
     is_of_options = first is not None and first[1] in known | typed

@@ -34,7 +34,7 @@ from twotower.engine.options import Overlap
 from twotower.families import read_config
 from twotower.loading import Loaded, Placement, load, placement_of, prompt_notice
 
-_DOCS, _ENGINE_DOCS = field_docs(GenerateOptions), field_docs(EngineOptions)
+_DOCS = field_docs(GenerateOptions)
 _FIRST = ("mode", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos")
 _MAX_NOTED = 16  # prompts that are looked at before decoding begins
 _KNOWN = "twotower demo shows what the shipped model knows, --model takes another"
@@ -69,11 +69,10 @@ class FileOptions:
 class BatchOptions:
     """How prompts share the machine. None of these options changes a text."""
 
-    max_rows: Annotated[int, tyro.conf.arg(help=_ENGINE_DOCS["max_rows"])] = EngineOptions.max_rows
-    overlap: Annotated[Overlap, tyro.conf.arg(help=_ENGINE_DOCS["overlap"])] = EngineOptions.overlap
-    prefix_cache_bytes: Annotated[int, tyro.conf.arg(help=_ENGINE_DOCS["prefix_cache_bytes"])] = (
-        EngineOptions.prefix_cache_bytes
-    )
+    # As in EngineOptions, whose help they have.
+    batch_size: int = EngineOptions.batch_size
+    overlap: Overlap = EngineOptions.overlap
+    prefix_cache_bytes: int = EngineOptions.prefix_cache_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +169,7 @@ class GenerateArguments(TextOptions, FileOptions, BatchOptions, Placement):
     def engine(self) -> EngineOptions:
         """How prompts share the machine."""
         return EngineOptions(
-            max_rows=self.max_rows,
+            batch_size=self.batch_size,
             overlap=self.overlap,
             prefix_cache_bytes=self.prefix_cache_bytes,
         )

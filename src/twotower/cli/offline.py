@@ -44,7 +44,7 @@ REFUSED_LINES = 3  # exit status: all is done, but some lines were no request
 # writing of the short ones behind it, and decoding should not wait.
 _WINDOW = 16
 _OPTION_NAMES = [field.name for field in dataclasses.fields(GenerateOptions)]
-_SPELLINGS = spellings(_OPTION_NAMES)
+_SPELLINGS = spellings(GenerateOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ class Window:
 
     def __init__(self, lines: Iterator[InputLine], output: OutputFile, key: str, job: Job) -> None:
         self._lines, self._output, self._key = lines, output, key
-        self._given, self._size = job.given, _WINDOW * job.engine.max_rows
+        self._given, self._size = job.given, _WINDOW * job.engine.batch_size
         self._entries: deque[_Entry] = deque()
         self._requested: dict[int, _Entry] = {}
 

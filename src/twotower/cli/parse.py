@@ -22,7 +22,7 @@ from typing import (
 
 import tyro
 
-from twotower.cli.flags import ALIASES, with_flags
+from twotower.cli.flags import aliases_of, decoding_docs, with_flags
 from twotower.documented import field_docs, summary
 
 T = TypeVar("T")
@@ -149,6 +149,7 @@ def _annotated_fields(options_class: type) -> dict[str, tuple[str, Any, Any]]:
     """Name, annotated type and default of every field, by name."""
     hints, docs = get_type_hints(options_class, include_extras=True), _docs(options_class)
     found: dict[str, tuple[str, Any, Any]] = {}
+    aliases = aliases_of(options_class)
     for field in dataclasses.fields(options_class):
         hint, *own = (
             get_args(hints[field.name])
@@ -160,7 +161,7 @@ def _annotated_fields(options_class: type) -> dict[str, tuple[str, Any, Any]]:
         is_list = field.default == () and tyro.conf.UseAppendAction not in own
         hidden = "(default: on)" if is_switch and field.default is True else ""
         shown = tyro.conf.arg(
-            aliases=ALIASES.get(field.name),
+            aliases=aliases.get(field.name),
             help=docs.get(field.name),
             metavar=_metavar(field, hint, tyro.conf.Positional in own, is_list),
             help_behavior_hint=hidden if is_optional or is_switch or is_list else None,
@@ -177,20 +178,15 @@ def _annotated_fields(options_class: type) -> dict[str, tuple[str, Any, Any]]:
 
 
 def _docs(options_class: type) -> dict[str, str]:
-    """The help of each field; one of decoding that has none here has that of `GenerateOptions`."""
-    docs = field_docs(options_class)
-    names = [field.name for field in dataclasses.fields(options_class)]
-    if all(docs.get(name) for name in names):
-        return docs
-    from twotower.engine.options import GenerateOptions
-
-    known = field_docs(GenerateOptions)
+    """The help of each field; that of an option of decoding or of the engine stands with these."""
+    fields = {field.name: field.default for field in dataclasses.fields(options_class)}
     shared = {
-        name: f"{with_flags(known[name], names)} Default: the checkpoint's."
-        for name in names
-        if name in known
+        name: with_flags(decoding_docs()[name], fields)
+        + ("" if default is not None else " Default: the checkpoint's.")
+        for name, default in fields.items()
+        if name in decoding_docs()
     }
-    return shared | docs
+    return shared | field_docs(options_class)
 
 
 def _metavar(

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import get_type_hints
 
 from rich.progress import TaskID
 
@@ -70,7 +69,7 @@ def arguments_from_toml(file: Path) -> list[str]:
     """
     values = read_toml(file)
     try:
-        values = by_field(values, spellings(get_type_hints(TrainOptions)))
+        values = by_field(values, spellings(TrainOptions))
         check_values(values)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None

@@ -43,7 +43,7 @@ _penalty = number(-2.0, 2.0)
 _passes = number(1, MAX_PASSES, is_whole=True)
 _flag = instance(bool, "True or False")
 _ENGINE_CHECKS: dict[str, Problem] = {
-    "max_rows": COUNT,
+    "batch_size": COUNT,
     "max_waiting": COUNT,
     "overlap": one_of(*get_args(Overlap)),
     "prefix_cache_bytes": INDEX,
@@ -57,8 +57,8 @@ SAMPLED_ONLY: Mapping[str, float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 class EngineOptions:
     """How requests share the machine. None of these options changes a text."""
 
-    max_rows: int = 16
-    """Maximum number of prompts decoded at the same time; others wait."""
+    batch_size: int = 16
+    """Maximum number of sequences decoded at the same time; others wait."""
     max_waiting: int = 256
     """Server: maximum number of prompts that wait; further ones are refused."""
     overlap: Overlap = "auto"

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """Decodes the rows of a queue, up to max_rows at a time."""
+    """Decodes the rows of a queue, up to batch_size at a time."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Scheduler:
         """prefixes: contexts of earlier runs; by default of this one alone, if the options want
         any.
         """
-        self._model, self._queue, self._max_rows = model, queue, options.max_rows
+        self._model, self._queue, self._batch_size = model, queue, options.batch_size
         if prefixes is None and options.prefix_cache_bytes:
             prefixes = PrefixCache(model, options.prefix_cache_bytes)
         self._prefixes = prefixes
@@ -88,8 +88,8 @@ class Scheduler:
         newcomers, paused = list[Row](), list[Row]()
         present = group.rows  # who may have to make room; not those that enter now
         rows = self.rows
-        num_waiting = self._queue.count(self._max_rows - len(rows))
-        if num_waiting == 0 and len(rows) < self._max_rows:
+        num_waiting = self._queue.count(self._batch_size - len(rows))
+        if num_waiting == 0 and len(rows) < self._batch_size:
             return
         slots = Counter(row.caller for row in rows)
         share = -(-(slots.total() + num_waiting) // len(self._groups))  # both get as many
@@ -102,7 +102,7 @@ class Scheduler:
                     self._queue.take(row)
                     yield Failed(row=row.index, kind="memory", message=message)
                 continue
-            if slots.total() >= self._max_rows:
+            if slots.total() >= self._batch_size:
                 if (victim := self._queue.victim(present, row, slots)) is None:
                     break
                 present.remove(victim)

@@ -102,13 +102,13 @@ def deploy(build: Callable[[], "FastAPI"], options: ReplicatedOptions) -> None:
     deployment = serve.deployment(
         serve.ingress()(Replica),
         name="model",
-        max_ongoing_requests=options.max_rows + options.max_waiting,
+        max_ongoing_requests=options.batch_size + options.max_waiting,
         ray_actor_options={"num_cpus": options.replica_cpus, "num_gpus": options.replica_gpus},
         autoscaling_config={
             "min_replicas": options.min_replicas,
             "max_replicas": options.max_replicas,
             # More than share passes: another replica is worth its start.
-            "target_ongoing_requests": options.max_rows,
+            "target_ongoing_requests": options.batch_size,
         },
         graceful_shutdown_timeout_s=options.grace_s,
         health_check_period_s=5.0,

@@ -40,8 +40,7 @@ class EvaluationOptions:
     """Held-out prompts per category."""
     max_new_tokens: int = 128
     """Maximum number of new tokens per answer."""
-    batch_size: int = 1
-    """Prompts decoded at the same time."""
+    batch_size: int = 1  # as in EngineOptions
     seed: int = 0
     """Seed of the prompts and of the bootstrap."""
     sweep: bool = False
@@ -56,7 +55,7 @@ class EvaluationOptions:
     """Print one JSON object instead of tables."""
     allow_unsandboxed_code: bool = False
     """Run code that the model writes even where this machine has no sandbox for it."""
-    # Of diffusion, as in GenerateOptions, whose help they have.
+    # As in GenerateOptions, whose help they have.
     confidence_threshold: float | None = None
     steps_per_block: int | None = None
     first_token: FirstToken | None = None

@@ -52,8 +52,7 @@ class PlanOptions:
     """Precision of weights and cache. Default: bfloat16."""
     quantization: Literal["none", "int8", "int4"] | None = None
     """Quantisation of all matrices; with int4 the head has 8 bits. Default: the checkpoint's."""
-    batch_size: int = 1
-    """Prompts decoded at the same time."""
+    batch_size: int = 1  # as in EngineOptions, whose help it has
     prompt_tokens: int = 512
     """Tokens of each prompt."""
     new_tokens: int = 256
