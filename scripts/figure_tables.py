@@ -251,30 +251,31 @@ def contest(record: Record) -> str:
     """What a token costs each engine on a real model."""
     rows = [
         [
-            *(r["engine"], r["bits"], r["mode"], number(r["decode_ms"]), number(r["x_plain"])),
-            *(number(r["x_best"]), f"{r['prompt_tokens_per_s']:,.0f}"),
+            *(r["engine"], r["quantization"], r["mode"]),
+            *(number(r[ratio]) for ratio in ("decode_ms", "x_plain", "x_best")),
+            f"{r['prompt_tokens_per_s']:,.0f}",
             *(number(r["tokens_per_pass"]), f"{r['same_as_plain']}/{r['n']}"),
         ]
         for r in record["contestants"]
     ]
-    head = ["engine", "bits", "mode", "ms a token", "x plain", "x best", "prompt tokens/s"]
+    head = ["engine", "quantization", "mode", "ms a token", "x plain", "x best", "prompt tokens/s"]
     return markdown([*head, "tokens/pass", "texts as plain"], rows)
 
 
 def contest_short(record: Record) -> str:
-    """Our engine, and the fastest of the others, with the same bits."""
+    """Our engine, and the fastest of the others, in the same quantisation."""
     every = record["contestants"]
-    times = {f"{r['engine']} {r['bits']} {r['mode']}": r["decode_ms"] for r in every}
+    times = {f"{r['engine']} {r['quantization']} {r['mode']}": r["decode_ms"] for r in every}
     rows = [
         [
-            *(r["bits"], r["mode"], number(r["decode_ms"]), number(r["tokens_per_pass"])),
-            *(f"{r['same_as_plain']}/{r['n']}", r["best"].replace(f" {r['bits']}", "")),
+            *(r["quantization"], r["mode"], number(r["decode_ms"]), number(r["tokens_per_pass"])),
+            *(f"{r['same_as_plain']}/{r['n']}", r["best"].replace(f" {r['quantization']}", "")),
             *(number(times[r["best"]]), number(r["x_best"])),
         ]
         for r in every
-        if r["engine"] == "twotower" and r["bits"] != "float32"
+        if r["engine"] == "twotower" and r["quantization"] != "none"
     ]
-    head = ["bits", "mode", "ms a token", "tokens/context pass", "texts as AR"]
+    head = ["quantization", "mode", "ms a token", "tokens/context pass", "texts as AR"]
     return markdown([*head, "fastest of the others", "its ms", "speed over it"], rows)
 
 

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 
 from twotower.arguments import check, one_of, require
+from twotower.config import TwoTowerConfig
 from twotower.graphs.backend import ONE_DEVICE, GraphsBackend
 from twotower.model import TwoTower
 from twotower.model.backend import Backend, EagerBackend
@@ -60,6 +61,15 @@ def setup_of(model: TwoTower, quantization: Quantization = "none") -> Setup:
         devices=frozenset(p.device.type for p in loaded),
         expert_storage="mmap" if has_mapped_experts(model) else "memory",
         bidirectional_mamba=model.config.bidirectional_mamba,
+    )
+
+
+def planned_setup(config: TwoTowerConfig, quantization: Quantization = "none") -> Setup:
+    """The setup of full-precision weights in float32 on the CPU, before they are loaded."""
+    return Setup(
+        layers=frozenset(config.context.layers + config.denoiser.layers),
+        quantization=quantization,
+        bidirectional_mamba=config.bidirectional_mamba,
     )
 
 

@@ -13,7 +13,7 @@ T = TypeVar("T")
 def field_docs(options_class: type) -> dict[str, str]:
     """The docstring under each field of a dataclass, on one line; {} without its source."""
     docs: dict[str, str] = {}
-    for parent in options_class.__mro__[1:]:
+    for parent in reversed(options_class.__mro__[1:]):  # the nearest wins
         if dataclasses.is_dataclass(parent):
             docs |= field_docs(parent)
     try:

@@ -18,8 +18,8 @@ from twotower.backends import (
     QUANTIZATIONS,
     BackendName,
     Quantization,
-    Setup,
     accelerate,
+    planned_setup,
     refusal,
 )
 from twotower.checkpoint import (
@@ -278,9 +278,7 @@ def _dtype(folder: Path, placement: Placement, device: str) -> torch.dtype | Non
         return found
     if device != "cpu":
         return None
-    config = read_config(folder)
-    layers = frozenset(config.context.layers + config.denoiser.layers)
-    setup = Setup(layers=layers, bidirectional_mamba=config.bidirectional_mamba)
+    setup = planned_setup(read_config(folder))
     return torch.float32 if refusal("native", setup) is None else None
 
 

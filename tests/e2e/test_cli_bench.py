@@ -123,7 +123,12 @@ def test_a_missing_baseline_is_printed(
         (["--max-prompt-tokens", "1"], "leaves out every prompt"),
         (["--output", "/dev/null/x"], "output: cannot write into /dev/null/x"),
         (["--model", "/nowhere"], "/nowhere"),
-        (["--quantization", "int8"], "quantization: has no effect here; bench compares --engines"),
+        (
+            ["--backend", "eager", "--quantization", "int8,int4"],
+            "--backend eager: eager passes run weights as they are loaded; use --backend eager wi",
+        ),
+        (["--quantization", "int8,int3"], "--quantization: 'int3' is unknown; use some of none,"),
+        (["--expert-storage", "mmap"], "--expert-storage: has no effect here"),
     ],
 )
 def test_bad_input_is_one_line(

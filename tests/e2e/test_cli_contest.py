@@ -44,7 +44,7 @@ def test_a_backbone_races_in_processes(
 ) -> None:
     """Silent failure: a contestant that could not start is missing without a word, or answers get
     into one another."""
-    flags = ["--model", backbone, "--prompts", write(tmp_path, *LINES), "--bits", "int4"]
+    flags = ["--model", backbone, "--prompts", write(tmp_path, *LINES), "--quantization", "int4"]
     flags += ["--max-new-tokens", "24", "--items", "3", "--threads", "1"]
     assert main(["bench", "--json", *flags, "--output", str(tmp_path / "out")]) == 0
     record = json.loads(capsys.readouterr().out)
@@ -53,7 +53,7 @@ def test_a_backbone_races_in_processes(
     assert [r["mode"] for r in ours] == ["ar", "speculative"]
     assert all(r["same_as_plain"] == r["n"] == 3 and r["decode_ms"] > 0 for r in ours)
     told = " ".join(record["missing"])
-    assert "llama.cpp int4: 4 bits are measured on a GGUF file that has them" in told
+    assert "llama.cpp int4: int4 is measured on a GGUF file that has it" in told
     saved = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert saved["contestants"] == record["contestants"]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tiny_models import tiny_model
+from twotower.backends import Quantization
 from twotower.lab.bench import contest
 from twotower.lab.bench.contest import contest_table, summarise
 from twotower.lab.bench.contestant import Answer, Contestant
@@ -12,8 +13,8 @@ from twotower.lab.bench.contestant import Answer, Contestant
 PROMPTS = [[5] * 10, [5] * 20]
 
 
-def who(engine: str, bits: str, mode: str) -> Contestant:
-    return Contestant(engine=engine, bits=bits, mode=mode, file="f", threads=1)
+def who(engine: str, quantization: Quantization, mode: str) -> Contestant:
+    return Contestant(engine=engine, quantization=quantization, mode=mode, file="f", threads=1)
 
 
 def answers(*decode_s: float, tokens: int = 7, passes: int | None = None) -> list[Answer]:
@@ -21,15 +22,15 @@ def answers(*decode_s: float, tokens: int = 7, passes: int | None = None) -> lis
     return [Answer(tokens=text, prompt_s=0.5, decode_s=s, passes=passes) for s in decode_s]
 
 
-def test_ratios_are_of_the_same_bits_and_prompt() -> None:
+def test_ratios_are_of_the_same_quantisation_and_prompt() -> None:
     """Guards the table against a speed-up over other weights, over an engine's own drafts, or of
     medians of different prompts."""
     found = summarise(
         {
-            who("twotower", "float32", "ar"): answers(0.1, 0.3, passes=10),
+            who("twotower", "none", "ar"): answers(0.1, 0.3, passes=10),
             who("twotower", "int4", "ar"): answers(0.04, 0.06, tokens=8, passes=10),
             who("twotower", "int4", "speculative"): answers(0.02, 0.06, tokens=8, passes=5),
-            who("llama.cpp", "float32", "plain"): answers(0.2, 0.3),
+            who("llama.cpp", "none", "plain"): answers(0.2, 0.3),
             who("llama.cpp", "int4", "plain"): answers(0.08, 0.09),
             who("llama.cpp", "int4", "ngram-mod"): answers(0.06, 0.06, tokens=9),
         },
@@ -57,8 +58,8 @@ def mod_name() -> str:
 def test_the_denoiser_drafts_for_us_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards a comparison whose speculative mode silently lacks the denoiser that was given."""
     monkeypatch.setattr(contest, "_gguf", lambda *_: tmp_path / "x.gguf")
-    model = tiny_model()
-    found, missing = contest.contestants(model, tmp_path / "m", ["int8"], 1, tmp_path, "d")
+    model, pairs = tiny_model(), (("auto", "eager"), ("int8",))
+    found, missing = contest.contestants(model, tmp_path / "m", pairs, 1, tmp_path, "d")
     assert not missing and len(found) > 4
     given = {one.name for one in found if one.denoiser == "d"}
-    assert given == {"twotower int8 speculative"}
+    assert given == {"twotower int8 speculative", "twotower eager int8 speculative"}

@@ -13,7 +13,12 @@ from twotower.lab.bench.run import CpuLoad, MeasureOptions, others_used, parse_s
         ({"sizes": "30B"}, "sizes: '30B' is unknown; use some of shipped, 32M, 160M"),
         ({"modes": "diffusion"}, "modes: diffusion lacks ar"),
         ({"modes": "ar,fast"}, "modes: 'fast' is unknown"),
-        ({"engines": ","}, "engines: none given"),
+        ({"backend": ","}, "backend: none given"),
+        (
+            {"backend": "auto,eager"},
+            "backend: 'auto' is unknown; use some of eager, native, gra",
+        ),
+        ({"quantization": "fp8"}, "quantization: 'fp8' is unknown; use some of none, int8, int4"),
         ({"items": 0}, "items=0 must be at least 1"),
         ({"repeats": 0}, "repeats=0 must be at least 1"),
         ({"seed": -1}, "seed=-1 must be at least 0"),

@@ -6,6 +6,7 @@ import pytest
 
 from tiny_models import prompts_of, tiny_model
 from twotower import GenerateOptions, TwoTower
+from twotower.backends import accelerate
 from twotower.lab.bench import runners as module
 from twotower.lab.bench.baselines import Decoded, llama_cpp_name
 from twotower.lab.bench.replay import Script
@@ -109,13 +110,25 @@ def test_our_laps_leave_out_the_prompt(mode: str, given: int) -> None:
 def test_an_engine_that_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Silent failure: the engine that was asked for is left out of the table."""
 
-    def refuse(model: TwoTower) -> TwoTower:
-        raise ValueError("no compiler; install one")
+    def build(model: TwoTower, backend: str, quantization: str) -> TwoTower:
+        if backend == "native":
+            raise ValueError("no compiler; install one")
+        return accelerate(model, backend, quantization)  # type: ignore[arg-type]
 
-    engines = {"eager": module.ENGINES["eager"], "other": refuse}
-    monkeypatch.setattr(module, "ENGINES", engines)
+    monkeypatch.setattr(module, "accelerate", build)
     model = tiny_model()
-    opened, unable = open_engines(model, ["other", "eager"])
-    assert opened == {"eager": model} and unable == ["other: no compiler; install one"]
-    with pytest.raises(ValueError, match="engines: none can run this model"):
-        open_engines(model, ["other"])
+    opened, unable = open_engines(model, ["native", "eager"], ["none"])
+    assert opened == {"eager": model} and unable == ["native: no compiler; install one"]
+    _, (first, second, third) = open_engines(model, ["native", "eager"], ["none", "int8"])
+    assert first.startswith("native: ") and second.startswith("native-int8: ")
+    assert third.startswith("eager-int8: ")
+    with pytest.raises(ValueError, match="no backend can run this model: native: no"):
+        open_engines(model, ["native"], ["none"])
+
+
+def test_pairs_that_do_not_exist_are_left_out() -> None:
+    """Guards a warning in every run by default: eager passes have no int8."""
+    opened, unable = open_engines(
+        tiny_model(hybrid_override_pattern="M*-"), ["eager", "native"], ["none", "int8", "int4"]
+    )
+    assert [*opened] == ["eager", "native", "native-int8", "native-int4"] and unable == []

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from twotower.checkpoint import has_denoiser
 from twotower.checkpoint.files import SHIPPED
 from twotower.cli import contest
 from twotower.cli.machine import recorded
@@ -22,6 +23,7 @@ from twotower.cli.measuring import (
 from twotower.cli.progress import progress_bar
 from twotower.cli.tables import make_console, print_table
 from twotower.engine import defaults_of, resolve_options
+from twotower.families import read_config
 from twotower.lab.bench.limits import Machine, cache_bytes
 from twotower.lab.bench.replay import make_random
 from twotower.lab.bench.report import bench_figures, describe_break_even, tables
@@ -34,7 +36,7 @@ from twotower.lab.bench.run import (
     run_bench,
     watch_idle,
 )
-from twotower.lab.bench.runners import TimedPrompt
+from twotower.lab.bench.runners import TimedPrompt, refuse_impossible
 from twotower.lab.corpus import CATEGORIES
 from twotower.lab.evaluate.run import split_names
 from twotower.lab.evaluate.suite import make_judge
@@ -57,12 +59,13 @@ class BenchOptions(MeasureOptions, Placement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Placement.__post_init__(self)
-        usual = Placement()
-        for name in ("backend", "quantization", "expert_storage"):
-            if getattr(self, name) != getattr(usual, name):
-                compared = "--bits" if self.prompts else "--engines"
-                raise ValueError(f"{name}: has no effect here; bench compares {compared}")
+        placement = self.placement()
+        if placement.expert_storage != Placement.expert_storage:
+            raise ValueError("expert_storage: has no effect here; leave it out")
+
+    def placement(self) -> Placement:
+        """Where the weights are loaded that all engines are made of."""
+        return placement_of(self, backend="eager", quantization="none")
 
 
 def run(options: BenchOptions) -> int:
@@ -70,9 +73,12 @@ def run(options: BenchOptions) -> int:
     if options.output is not None:
         open_folder(options.output)
         require_library("matplotlib")
-    loaded = load(placement_of(options, backend="eager"), "diffusion")
-    is_contest = bool(options.prompts) or not loaded.model.has_denoiser
-    refuse_unused(options, is_contest)
+    folder = options.find()
+    has_any = options.denoiser is not None or has_denoiser(folder)
+    if is_contest := bool(options.prompts) or not has_any:
+        refuse_unused(options)
+    refuse_impossible(read_config(folder), *options.pairs(is_contest))
+    loaded = load(options.placement(), "diffusion")
     if is_contest:
         given = Path(options.model or "")
         file = given if given.is_file() else loaded.folder
@@ -92,14 +98,13 @@ def run(options: BenchOptions) -> int:
     return 0 if record["complete"] else INTERRUPTED
 
 
-def refuse_unused(options: BenchOptions, is_contest: bool) -> None:
-    """ValueError for options of the other kind of benchmark."""
-    others = ("sizes", "modes", "engines", "baselines", "replays", "repeats")
+def refuse_unused(options: BenchOptions) -> None:
+    """ValueError for options of the benchmark of the shipped sizes."""
+    others = ("sizes", "modes", "baselines", "replays", "repeats")
     usual = BenchOptions()
-    for name in others if is_contest else ("bits",):
+    for name in others:
         if getattr(options, name) != getattr(usual, name):
-            reason = "on a real model" if is_contest else "without --prompts"
-            raise ValueError(f"{name}: has no effect {reason}; leave it out")
+            raise ValueError(f"{name}: has no effect on a real model; leave it out")
 
 
 def print_bench(record: Record) -> None:

@@ -12,7 +12,7 @@ from twotower.cli.questions import question_encoder, read_questions
 from twotower.lab.bench.contest import contest_table, contestants, run_contest, summarise
 from twotower.lab.bench.run import MeasureOptions, watch_idle
 from twotower.lab.corpus import CATEGORIES
-from twotower.lab.evaluate.run import draw_groups, split_names
+from twotower.lab.evaluate.run import draw_groups
 from twotower.lab.report import Record, Table
 from twotower.loading import Loaded
 
@@ -23,10 +23,9 @@ def measure(
     """The record of a contest; file and denoiser: what other processes load."""
     prompts = encode_questions(loaded, options)
     threads = torch.get_num_threads()
+    compared = options.pairs(is_contest=True)
     with TemporaryDirectory(prefix="twotower-contest-") as folder:
-        who, missing = contestants(
-            loaded.model, file, split_names(options.bits), threads, Path(folder), denoiser
-        )
+        who, missing = contestants(loaded.model, file, compared, threads, Path(folder), denoiser)
         warnings = watch_idle()
         answers, more = run_contest(who, prompts, options.max_new_tokens)
     return {

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "Q8_0": "q8_0"}
 LLAMA_CPP_DTYPES: tuple[Precision, ...] = ("float32", "float16", "q8_0")
 _SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-_BITS = {"F32": "float32", "Q8_0": "int8", "Q4_0": "int4", "Q4_1": "int4"}
+_QUANTIZATIONS = {"F32": "none", "Q8_0": "int8", "Q4_0": "int4", "Q4_1": "int4"}
 SPECULATIONS = ("ngram-simple", "ngram-map-k", "ngram-mod")  # of llama.cpp, without a draft model
 _LOOKUP_TOKENS = 10  # of transformers' prompt lookup
 _LLAMA_CPP_CONTEXT = 4096  # tokens of a prompt and what is written after it
@@ -236,10 +236,10 @@ def _missing(package: str) -> MissingBaseline:
     return MissingBaseline(f'{package} is not installed: pip install ".[bench]"')
 
 
-def gguf_bits(file: Path) -> str | None:
-    """float32, int8 or int4: the bits of a GGUF file's matrices; None for others."""
+def gguf_quantization(file: Path) -> str | None:
+    """none (float32), int8 or int4: of a GGUF file's matrices; None for others."""
     name = _read_header(file)[0]
-    return {_DTYPES.get(kind, kind): bits for kind, bits in _BITS.items()}.get(name)
+    return {_DTYPES.get(kind, kind): own for kind, own in _QUANTIZATIONS.items()}.get(name)
 
 
 def _read_header(file: Path) -> tuple[str, int, bool]:

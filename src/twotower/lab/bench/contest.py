@@ -1,8 +1,8 @@
-"""A contest on a real model: our modes, llama.cpp and transformers on the same weights and bits,
-each in a process of its own, plain and with their own lookup of n-grams.
+"""A contest on a real model: our modes, llama.cpp and transformers on the same weights in the same
+quantisation, each in a process of its own, plain and with their own lookup of n-grams.
 
-All of the same bits continue one prompt, one after the other, before the next prompt begins; who
-starts rotates. Ratios are of the same prompt; medians are shown.
+All of the same quantisation continue one prompt, one after the other, before the next prompt
+begins; who starts rotates. Ratios are of the same prompt; medians are shown.
 """
 
 import json
@@ -17,41 +17,56 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from twotower.backends import BackendName, Quantization
 from twotower.checkpoint import export_transformers
 from twotower.checkpoint.gguf import export_gguf
-from twotower.lab.bench.baselines import SPECULATIONS, gguf_bits
-from twotower.lab.bench.contestant import Answer, Contestant
+from twotower.lab.bench.baselines import SPECULATIONS, gguf_quantization
+from twotower.lab.bench.contestant import Answer, Contestant, label
 from twotower.lab.report import Record, Table, number
 from twotower.model import TwoTower
 
 OURS = "twotower"
 _COLUMNS = (
-    "engine", "bits", "mode", "decode ms", "x plain", "x best", "prompt tok/s", "tokens/pass",
-    "as plain", "as float32",
+    "engine", "quantization", "mode", "decode ms", "x plain", "x best", "prompt tok/s",
+    "tokens/pass", "as plain", "as float32",
 )  # fmt: skip
 
 
 def contestants(
     model: TwoTower,
     file: Path,
-    bits: Sequence[str],
+    compared: tuple[Sequence[BackendName], Sequence[Quantization]],
     threads: int,
     folder: Path,
     denoiser: str | None = None,
 ) -> tuple[list[Contestant], list[str]]:
-    """Who takes part, by bits, and a line for each that cannot; files of others go to the folder.
+    """Who takes part, by quantisation, and a line for each that cannot; files of others go to the
+    folder.
 
-    file: the model's own; denoiser: the folder of a thin one beside it. Weights of 4 bits are only
-    those of a GGUF file that has them.
+    file: the model's own; compared: our backends, and quantisations of all; denoiser: the folder of
+    a thin one beside it. For llama.cpp, int4 is that of a GGUF file that has it.
     """
+    backends, quantizations = compared
     found: list[Contestant] = []
     missing: list[str] = []
-    for own in bits:
+    for own in quantizations:
+        found += [
+            Contestant(
+                engine=OURS,
+                quantization=own,
+                mode=mode,
+                file=str(file),
+                threads=threads,
+                denoiser=None if mode == "ar" else denoiser,
+                backend=backend,
+            )
+            for backend in backends
+            for mode in ("ar", "speculative")
+        ]
         sources: list[tuple[str, Sequence[str], Callable[[], Path]]] = [
-            (OURS, ("ar", "speculative"), lambda: file),
             ("llama.cpp", ("plain", *SPECULATIONS), partial(_gguf, model, file, own, folder)),
         ]
-        if own == "float32":
+        if own == "none":
             target = folder / "transformers"
             sources.append(("transformers", ("plain", "lookup"), partial(_exported, model, target)))
         for engine, modes, source in sources:
@@ -61,14 +76,7 @@ def contestants(
                 missing.append(f"{engine} {own}: {error}")
                 continue
             found += [
-                Contestant(
-                    engine=engine,
-                    bits=own,
-                    mode=mode,
-                    file=name,
-                    threads=threads,
-                    denoiser=denoiser if engine == OURS and mode != "ar" else None,
-                )
+                Contestant(engine=engine, quantization=own, mode=mode, file=name, threads=threads)
                 for mode in modes
             ]
     return found, missing
@@ -79,13 +87,13 @@ def _exported(model: TwoTower, folder: Path) -> Path:
     return folder
 
 
-def _gguf(model: TwoTower, file: Path, bits: str, folder: Path) -> Path:
-    if file.suffix == ".gguf" and gguf_bits(file) == bits:
+def _gguf(model: TwoTower, file: Path, quantization: Quantization, folder: Path) -> Path:
+    if file.suffix == ".gguf" and gguf_quantization(file) == quantization:
         return file
-    if bits == "int4":
-        raise ValueError("4 bits are measured on a GGUF file that has them; give it as --model")
-    target = folder / f"{bits}.gguf"
-    export_gguf(model, target, dtype="float32" if bits == "float32" else "q8_0")
+    if quantization == "int4":
+        raise ValueError("int4 is measured on a GGUF file that has it; give it as --model")
+    target = folder / f"{quantization}.gguf"
+    export_gguf(model, target, dtype="float32" if quantization == "none" else "q8_0")
     return target
 
 
@@ -155,8 +163,8 @@ def run_contest(
     """Everybody's answers in the prompts' order, and a line for each that could not start."""
     answers: dict[Contestant, list[Answer]] = {}
     missing: list[str] = []
-    for bits in dict.fromkeys(one.bits for one in who):
-        own = [one for one in who if one.bits == bits]
+    for quantization in dict.fromkeys(one.quantization for one in who):
+        own = [one for one in who if one.quantization == quantization]
         with _opened(own, prompts[0], missing) as opened:
             for turn, prompt in enumerate(prompts):
                 for place in range(len(opened)):
@@ -170,13 +178,18 @@ def summarise(
 ) -> list[dict[str, object]]:
     """A record of each contestant.
 
-    x_plain: over the same engine without drafts; x_best: over the fastest of the others with the
-    same bits, prompt by prompt; same_as_plain, same_as_float32: texts that are that engine's own.
+    x_plain: over the same engine without drafts; x_best: over the fastest of the others in the same
+    quantisation, prompt by prompt; same_as_plain, same_as_float32: texts that are that engine's
+    own without drafts, and also without quantisation.
     """
     records: list[dict[str, object]] = []
     for one, own in answers.items():
-        peers = {w: a for w, a in answers.items() if w.bits == one.bits and w.engine != one.engine}
-        plain = _find(answers, one.engine, one.bits)
+        peers = {
+            w: a
+            for w, a in answers.items()
+            if w.quantization == one.quantization and w.engine != one.engine
+        }
+        plain = _find(answers, one, one.quantization)
         best = min(peers, key=lambda w: statistics.median(map(_decode_ms, peers[w])), default=None)
         passes = [a.passes for a in own if a.passes]
         records.append(
@@ -194,7 +207,7 @@ def summarise(
                 if passes
                 else None,
                 "same_as_plain": _same(plain, own),
-                "same_as_float32": _same(_find(answers, one.engine, "float32"), own),
+                "same_as_float32": _same(_find(answers, one, "none"), own),
                 "n": len(own),
             }
         )
@@ -202,11 +215,12 @@ def summarise(
 
 
 def _find(
-    answers: Mapping[Contestant, Sequence[Answer]], engine: str, bits: str
+    answers: Mapping[Contestant, Sequence[Answer]], like: Contestant, quantization: Quantization
 ) -> Sequence[Answer] | None:
-    """Answers of an engine without drafts."""
+    """Answers of the same engine in some quantisation, without drafts."""
+    wanted = like.engine, like.backend, quantization
     for one, own in answers.items():
-        if (one.engine, one.bits) == (engine, bits) and one.mode in ("ar", "plain"):
+        if (one.engine, one.backend, one.quantization) == wanted and one.mode in ("ar", "plain"):
             return own
     return None
 
@@ -229,11 +243,12 @@ def _same(first: Sequence[Answer] | None, second: Sequence[Answer]) -> int | Non
 
 
 def contest_table(records: Sequence[Record], title: str) -> Table:
-    """What a token costs each, beside the others with the same bits."""
+    """What a token costs each, beside the others in the same quantisation."""
     rows = [
         [
-            r["engine"], r["bits"], r["mode"], number(r["decode_ms"]), number(r["x_plain"]),
-            number(r["x_best"]), number(r["prompt_tokens_per_s"], 0), number(r["tokens_per_pass"]),
+            label(r["engine"], r["backend"]), r["quantization"], r["mode"],
+            number(r["decode_ms"]), number(r["x_plain"]), number(r["x_best"]),
+            number(r["prompt_tokens_per_s"], 0), number(r["tokens_per_pass"]),
             _count(r, "same_as_plain"), _count(r, "same_as_float32"),
         ]
         for r in records

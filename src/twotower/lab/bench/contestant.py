@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from twotower.backends import accelerate
+from twotower.backends import BackendName, Quantization, accelerate
 from twotower.checkpoint import load_checkpoint
 from twotower.checkpoint.denoiser import load_denoiser
 from twotower.checkpoint.empty import Towers
@@ -22,24 +22,23 @@ from twotower.engine import GenerateOptions
 from twotower.lab.bench.baselines import Baseline, LlamaCpp, Transformers
 from twotower.lab.bench.runners import time_stream
 
-BITS = {"float32": "none", "int8": "int8", "int4": "int4"}  # ours, by --quantization
-
 
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
-    """An engine with weights of some bits, and how it decodes."""
+    """An engine with weights of some quantisation, and how it decodes."""
 
     engine: str  # twotower, llama.cpp or transformers
-    bits: str  # float32, int8 or int4
+    quantization: Quantization
     mode: str  # ours; plain, or what drafts, for others
     file: str
     threads: int
     denoiser: str | None = None  # ours: the folder of a thin one, for modes that draft
+    backend: BackendName = "auto"  # ours
 
     @property
     def name(self) -> str:
         """In tables."""
-        return f"{self.engine} {self.bits} {self.mode}"
+        return f"{label(self.engine, self.backend)} {self.quantization} {self.mode}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +54,11 @@ class Answer:
 Decode = Callable[[Sequence[int], int], Answer]
 
 
+def label(engine: str, backend: str) -> str:
+    """An engine in tables, with the backend that was asked for."""
+    return engine if backend == "auto" else f"{engine} {backend}"
+
+
 def open_contestant(who: Contestant) -> Decode:
     """Load it; ValueError (one line) where it cannot run."""
     torch.set_num_threads(who.threads)
@@ -66,7 +70,7 @@ def _twotower(who: Contestant) -> Decode:
     model = load_checkpoint(who.file, dtype=torch.float32, towers=towers)
     if who.denoiser is not None:
         model = load_denoiser(model, who.denoiser)
-    model = accelerate(model, quantization=BITS[who.bits])  # type: ignore[arg-type]  # a key of it
+    model = accelerate(model, who.backend, who.quantization)
 
     def decode(ids: Sequence[int], num_new: int) -> Answer:
         options = GenerateOptions(mode=who.mode, max_new_tokens=num_new, temperature=0.0)  # type: ignore[arg-type]

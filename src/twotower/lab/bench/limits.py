@@ -25,7 +25,8 @@ Regime = Literal["overhead-bound", "compute-bound", "bandwidth-bound"]
 OVERHEAD = 2.0  # above so many times its limit, a pass waits for something else
 _CREDIBLE = 0.8  # of its limit: the least time that a pass can have taken
 # Bytes of a weight by the end of an engine's name; q8_0 has one 2-byte scale per 32 weights.
-_WEIGHT_BYTES = {"-f32": 4.0, "-f16": 2.0, "-bf16": 2.0, "-q8_0": 34 / 32, "-int8": 1.0}
+_WEIGHT_BYTES = {"-f32": 4.0, "-f16": 2.0, "-bf16": 2.0, "-q8_0": 34 / 32}
+_WEIGHT_BYTES |= {"-int8": 1.0, "-int4": 5 / 8}  # ours: int4 has its scales beside it
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 _GEMM = 1024  # rows and columns of the matrices that measure the peak
 _MIN_READ = 2**20  # bytes; below, a timed read would be all overhead
@@ -70,7 +71,8 @@ def describe_limits(
     """A row per pass of ours and per baseline's AR token: bytes, operations, limits, regime.
 
     Bandwidth is measured with a buffer as large as the weights, so that small models are held
-    against the cache's. Baselines compute in float32 whatever their weights are, our int8 in int8.
+    against the cache's. Baselines compute in float32 whatever their weights are, our int8 and int4
+    in int8.
     """
     dtype = model.context_lm_head.weight.dtype
     ours = list(_our_passes(record, shape.block_size))
@@ -80,7 +82,7 @@ def describe_limits(
         size = weight_bytes_of(taken.engine, float(dtype.itemsize))
         work = count_work(planned, taken, shape.num_past, size, dtype)
         computes_in = dtype if taken in ours else torch.float32
-        if taken in ours and taken.engine.endswith("-int8"):
+        if taken in ours and taken.engine.endswith(("-int8", "-int4")):
             computes_in = torch.int8
         rows.append(_describe(taken, work, machine, computes_in))
     return rows

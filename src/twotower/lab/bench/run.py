@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from twotower.arguments import COUNT, INDEX, check_fields
+from twotower.backends import BACKENDS, QUANTIZATIONS, BackendName, Quantization
 from twotower.checkpoint.files import SHIPPED
 from twotower.engine import MODES, GenerateOptions, stream
 from twotower.lab.bench.baselines import open_baselines
-from twotower.lab.bench.contestant import BITS
 from twotower.lab.bench.limits import Machine, describe_limits, doubt_limits
 from twotower.lab.bench.passes import PassShape, draw_ids, time_passes
 from twotower.lab.bench.replay import SIZES, record_script
@@ -27,7 +27,6 @@ from twotower.lab.bench.results import (
 )
 from twotower.lab.bench.runners import (
     AR,
-    ENGINES,
     BaselineRunner,
     Measurement,
     OurRunner,
@@ -37,7 +36,7 @@ from twotower.lab.bench.runners import (
     take_turns,
 )
 from twotower.lab.corpus import CATEGORIES, Document
-from twotower.lab.evaluate.run import check_names, draw_groups, split_names
+from twotower.lab.evaluate.run import AUTO, check_names, draw_groups, split_names
 from twotower.lab.evaluate.suite import Judge
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
@@ -60,17 +59,19 @@ class MeasureOptions:
     what the shipped model committed)."""
     modes: str = ",".join(OUR_MODES)
     """Decoding modes, separated by commas; ar must be among them."""
-    engines: str = ",".join(ENGINES)
-    """Backends, separated by commas: eager, native, native-int8."""
+    backend: str = AUTO
+    """Backends to compare, separated by commas: eager, native, graphs. auto: eager,native; with
+    --prompts the one that suits the model, as in other verbs."""
+    quantization: str = AUTO
+    """Quantisations to compare, separated by commas: none, int8, int4. Each backend runs those
+    that it has. auto: none,int8; with --prompts none,int8,int4."""
     baselines: bool = True
     """Also measure AR decoding by transformers and llama.cpp, where they are installed."""
     prompts: tuple[Path, ...] = ()
     """Files of prompts to compare on a real model, each engine in a process of its own with the
-    same weights and bits: our modes, llama.cpp, transformers. .jsonl: one object a line with a
-    prompt, question, instruction, text or turns; any other file: one prompt a line. Models without
-    a denoiser are always measured so."""
-    bits: str = ",".join(BITS)
-    """With --prompts: precisions of the weights, separated by commas."""
+    same weights in the same quantisation: our modes, llama.cpp, transformers. .jsonl: one object a
+    line with a prompt, question, instruction, text or turns; any other file: one prompt a line.
+    Models without a denoiser are always measured so."""
     items: int = 10
     """Held-out prompts per category; with --prompts, prompts per file."""
     max_new_tokens: int = 128
@@ -93,10 +94,23 @@ class MeasureOptions:
         check_fields(self, {**dict.fromkeys(counts, COUNT), "seed": INDEX})
         check_names("sizes", split_names(self.sizes), (SHIPPED, *SIZES))
         check_names("modes", split_names(self.modes), MODES)
-        check_names("bits", split_names(self.bits), tuple(BITS))
-        check_names("engines", split_names(self.engines), tuple(ENGINES))
+        known = {"backend": tuple(b for b in BACKENDS if b != AUTO), "quantization": QUANTIZATIONS}
+        for name, choices in known.items():
+            if getattr(self, name) != AUTO:
+                check_names(name, split_names(getattr(self, name)), choices)
         if AR not in split_names(self.modes):
             raise ValueError(f"modes: {self.modes} lacks ar, which all others are compared with")
+
+    def pairs(self, is_contest: bool) -> tuple[Sequence[BackendName], Sequence[Quantization]]:
+        """Backends and quantisations to compare, on a real model or on the shipped sizes."""
+        backend = AUTO if is_contest else "eager,native"
+        quantization = "none,int8,int4" if is_contest else "none,int8"
+        usual = {"backend": backend, "quantization": quantization}
+        names = (
+            split_names(text if getattr(self, name) == AUTO else getattr(self, name))
+            for name, text in usual.items()
+        )
+        return tuple(names)  # type: ignore[return-value]  # two of checked names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +185,7 @@ def open_bench(
     size: str, model: TwoTower, prompts: Sequence[TimedPrompt], options: MeasureOptions
 ) -> Iterator[Setup]:
     """A size's runners, ready to start; baselines are closed at the end."""
-    engines, unable = open_engines(model, split_names(options.engines))
+    engines, unable = open_engines(model, *options.pairs(is_contest=False))
     modes = mode_options(options)
     ours = [OurRunner(n, m, mode) for n, m in engines.items() for mode in modes]
     threads, dtype = torch.get_num_threads(), model.context_lm_head.weight.dtype

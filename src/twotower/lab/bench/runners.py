@@ -4,6 +4,7 @@ All take turns on every prompt, so that a slow moment of the machine falls on al
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,14 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
-from twotower.backends import accelerate
+from twotower.backends import (
+    BackendName,
+    Quantization,
+    accelerate,
+    planned_setup,
+    refusal,
+)
+from twotower.config import TwoTowerConfig
 from twotower.engine import GenerateOptions, TokensCommitted, stream
 from twotower.engine.events import Event, Finished
 from twotower.lab.bench.baselines import Baseline
@@ -116,30 +124,44 @@ class BaselineRunner:
         )
 
 
-# Name in the table -> the model as that engine runs it; ValueError (one line) where it cannot.
-ENGINES: Mapping[str, Callable[[TwoTower], TwoTower]] = {
-    "eager": lambda model: model,
-    "native": lambda model: accelerate(model, "native"),
-    "native-int8": lambda model: accelerate(model, "native", "int8"),
-}
+def refuse_impossible(
+    config: TwoTowerConfig, backends: Sequence[BackendName], quantizations: Sequence[Quantization]
+) -> None:
+    """ValueError (one line) if no backend runs such a model in any of these quantisations."""
+    reasons = [
+        None if backend == "auto" else refusal(backend, planned_setup(config, quantization))
+        for backend, quantization in itertools.product(backends, quantizations)
+    ]
+    if None not in reasons:
+        raise ValueError(
+            f"backend={','.join(backends)}: {'; '.join(dict.fromkeys(filter(None, reasons)))}; "
+            "use backend=eager with quantization=none"
+        )
 
 
-def open_engines(model: TwoTower, names: Sequence[str]) -> tuple[dict[str, TwoTower], list[str]]:
-    """The model on each engine, and a line for each that cannot run it; ValueError if none can."""
+def open_engines(
+    model: TwoTower, backends: Sequence[BackendName], quantizations: Sequence[Quantization]
+) -> tuple[dict[str, TwoTower], list[str]]:
+    """The model on each backend in each quantisation, such as "native-int8", and a line for each
+    pair that cannot run: only where its backend or its quantisation runs in no other pair, as
+    eager has no int8. ValueError if nothing can run.
+    """
     engines: dict[str, TwoTower] = {}
-    unable: list[str] = []
-    for name in names:
+    used, unable = set[str](), dict[tuple[str, str], str]()
+    for backend, quantization in itertools.product(backends, quantizations):
+        name = backend if quantization == "none" else f"{backend}-{quantization}"
         try:
-            engines[name] = ENGINES[name](model)
+            engines[name] = accelerate(model, backend, quantization)
+            used |= {backend, quantization}
         except (ValueError, ImportError) as error:
-            unable.append(f"{name}: {error}")
+            unable[backend, quantization] = f"{name}: {error}"
     if not engines:
-        raise ValueError(f"engines: none can run this model ({'; '.join(unable)}); use eager")
-    return engines, unable
+        raise ValueError(f"no backend can run this model: {'; '.join(unable.values())}")
+    return engines, [line for pair, line in unable.items() if not used.issuperset(pair)]
 
 
 class OurRunner:
-    """One of our modes on one of our engines."""
+    """One of our modes on one of our engines: a backend with a quantisation."""
 
     def __init__(self, engine: str, model: TwoTower, options: GenerateOptions) -> None:
         self.engine = engine
