@@ -151,11 +151,35 @@ def test_ctrl_c_stops_a_reply_and_frees_its_row(
     assert talk.turns[1]["content"] == ANSWER
 
 
+def test_replies_take_the_decoding_flags(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Silent failure: a flag of generate's that chat takes, and forgets to send."""
+    say(monkeypatch, SUM, "/show")
+    flags = ["--temp", "0.7", "--top-k", "1", "--seed", "3", "--stop", r"\n", "--escape"]
+    flags += ["--eos-token-id", "5", "--logit-bias", "6=-1", "--mode", "ar", "-n", "9"]
+    assert main(["chat", *flags]) == 0
+    out, err = capsys.readouterr()
+    assert ANSWER.startswith(out.strip()) and out.strip()
+    shown = json.loads(err[err.index("{") :])
+    del shown["messages"]
+    assert shown == {
+        **{"mode": "ar", "max_tokens": 9, "temperature": 0.7, "top_k": 1, "seed": 3},
+        **{"stop": ["\n"], "eos_token_id": [5], "logit_bias": {"6": -1.0}},
+    }
+
+
 def test_what_cannot_work_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     for flags, message in (
         (["--url", "ftp://x"], "must be the address of a server"),
         (["--url", "http://x", "--chat-template", "f"], "is the server's with --url"),
         (["--model", tiny().name], "has no chat template"),
+        (["--top-k", "5"], "--top-k 5: has no effect at temperature 0"),
+        (["--url", "http://x", "--temp", "0", "--min-p", "0.1"], "--min-p 0.1: has no effect at"),
+        (["--mode", "ar", "--steps-per-block", "4"], "--steps-per-block: has no effect in mode ar"),
+        (["--eos-token-id", "99999"], "--eos-token-id 99999 is outside the vocabulary"),
+        (["--logprobs", "2"], "unrecognized options: --logprobs"),
+        (["--escape"], "--escape: no effect without --system or --stop"),
     ):
         assert main(["chat", *flags]) == 2
         assert message in capsys.readouterr().err

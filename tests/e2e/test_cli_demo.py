@@ -53,6 +53,40 @@ def test_json_holds_both_modes(checkpoint: str, capsys: pytest.CaptureFixture[st
     assert record["same_text"] is (len(texts) == 1)
 
 
+def test_the_modes_take_the_decoding_flags(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Silent failure: a table of other options than were asked for."""
+    flags = ["--temp", "0.8", "--seed", "5", "--block-size", "4", "--steps-per-block", "2"]
+    flags += ["--drafts", "denoiser", "--repetition-penalty", "1.2"]
+    assert main(["demo", "--json", "--model", checkpoint, *FLAGS, *flags]) == 0
+    modes = json.loads(capsys.readouterr().out)["modes"]
+    model, tokenizer = load_checkpoint(checkpoint), twotower.load_tokenizer(checkpoint)
+    own = {"diffusion": {"block_size": 4, "steps_per_block": 2}, "ar": {"repetition_penalty": 1.2}}
+    own["speculative"] = {"block_size": 4, "drafts": "denoiser", "repetition_penalty": 1.2}
+    for mode, values in own.items():
+        o = twotower.GenerateOptions(mode=mode, max_new_tokens=9, temperature=0.8, seed=5, **values)
+        (wanted,) = twotower.generate(model, ["abc"], o, tokenizer)
+        assert modes[mode]["text"] == wanted.text and modes[mode]["nfe"] == wanted.nfe
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--top-k", "5"], "--top-k 5: has no effect at temperature 0"),
+        (["--remask", "random"], "unrecognized options: --remask"),
+        (["--mode", "ar"], "unrecognized options: --mode"),
+        (["--confidence-threshold", "2"], "--confidence-threshold 2.0 must be between 0 and 1"),
+        (["--escape"], "--escape: no effect without --prompt or --stop"),
+    ],
+)
+def test_flags_without_effect_are_refused(
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_piped_it_is_plain_text(checkpoint: str) -> None:
     """Guards against escape sequences and live drawing in a log file."""
     done = subprocess.run(

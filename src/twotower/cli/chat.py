@@ -5,21 +5,28 @@ import json
 import os
 import sys
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from twotower.checkpoint.files import SHIPPED
+from twotower.cli.decoding import TextOptions, decoding_flags
 from twotower.cli.prompts import read_argument
 from twotower.cli.serve import ServeArguments, describe, need_extra
 from twotower.cli.text import one_line, printable
-from twotower.engine import GenerateOptions, Mode, defaults_of, resolve_options
+from twotower.engine import GenerateOptions, defaults_of, resolve_options
+from twotower.engine.options import refuse_sampling
 from twotower.engine.request import require_denoiser
 from twotower.loading import Placement, load, placement_of
 
 if TYPE_CHECKING:
     from twotower.cli.chat_backends import Backend
+
+    Decoding = dict[str, object]
+else:
+    Decoding = decoding_flags(("logprobs", "seed"))  # no reply shows those; seeds are random
 
 _HELP = """\
 /new            forget the conversation
@@ -43,10 +50,13 @@ A real model: twotower chat --model FOLDER, GGUF file or hub id; README.md fetch
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatArguments(Placement):
+class ChatArguments(TextOptions, Placement):
     """Chat in the terminal, with a model in this process or with a server. /help lists commands.
 
     The shipped model knows questions of a few kinds only; it is not an assistant.
+
+    The default of a decoding option is the checkpoint's (generation_config.json), else the one
+    shown; with --url the server's.
     """
 
     url: str | None = None
@@ -58,19 +68,17 @@ class ChatArguments(Placement):
     system: str | None = None
     """System message."""
     escape: bool = False
-    r"""Replace \n, \t and \\ in --system by line break, tab and backslash."""
-    mode: Mode | None = None
-    """Decoding algorithm, as in twotower generate. Default: the checkpoint's, or the server's."""
-    max_new_tokens: int | None = None
-    """Maximum number of new tokens of a reply."""
-    temperature: float | None = None
-    """Sampling temperature; 0 is greedy."""
+    r"""Replace \n, \t and \\ in --system and --stop by line break, tab and backslash."""
+    seed: int | None = None
+    """Seed of the random numbers of replies. Default: a random one."""
+    decoding: Decoding
+    """How to decode."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        GenerateOptions(
-            mode=self.mode, max_new_tokens=self.max_new_tokens, temperature=self.temperature
-        )
+        if self.given.get("temperature") == 0:
+            refuse_sampling(self.given)
+        self.generate_options()
         if self.url is not None:
             usual = Placement()
             for name in ("chat_template", *vars(usual)):
@@ -78,18 +86,24 @@ class ChatArguments(Placement):
                     raise ValueError(f"{name}: is the server's with --url; leave it out")
         elif self.api_key_env != ChatArguments.api_key_env:
             raise ValueError("api_key_env: no effect without --url; leave it out")
-        if self.escape and self.system is None:
-            raise ValueError("escape: no effect without --system; leave it out")
+        if self.escape and self.system is None and not self.stop:
+            raise ValueError("escape: no effect without --system or --stop; leave it out")
+
+    @cached_property
+    def given(self) -> dict[str, object]:
+        """The decoding options that were named."""
+        named = self.named(self.decoding, self.escape)
+        return named if self.seed is None else {**named, "seed": self.seed}
+
+    def generate_options(self) -> GenerateOptions:
+        """The same, checked."""
+        return GenerateOptions(**self.given)  # type: ignore[arg-type]  # checked by __post_init__
 
     def settings(self) -> dict[str, object]:
-        """Fields of every request that were named."""
-        named = {
-            "model": self.model if self.url is not None else None,
-            "mode": self.mode,
-            "max_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-        }
-        return {name: value for name, value in named.items() if value is not None}
+        """Fields of every request that were named, as servers call them."""
+        named = {} if self.url is None or self.model is None else {"model": self.model}
+        calls = {"max_new_tokens": "max_tokens"}
+        return {**named, **{calls.get(name, name): value for name, value in self.given.items()}}
 
 
 def run(options: ChatArguments) -> int:
@@ -102,6 +116,8 @@ def run(options: ChatArguments) -> int:
     talk = Talk(system, options.settings())
     is_terminal = sys.stdin.isatty()
     with contextlib.closing(_backend(options)) as backend:
+        if options.url is None and options.given:
+            _try_out(talk, backend)
         if is_terminal:
             print(f"{backend.name}; /help lists commands, Ctrl-D ends", file=sys.stderr)
             if options.url is None and options.model in (None, SHIPPED):
@@ -118,13 +134,15 @@ def _backend(options: ChatArguments) -> "Backend":
 
         if options.url is not None:
             return Remote(options.url, os.environ.get(options.api_key_env))
-        loaded = load(placement_of(options), options.mode)
-        asked = GenerateOptions(mode=options.mode, temperature=options.temperature)
+        asked = GenerateOptions(mode=options.generate_options().mode)
+        loaded = load(placement_of(options), asked.mode)
         require_denoiser(loaded.model, resolve_options(asked, defaults_of(loaded.model)))
         arguments = ServeArguments(model=options.model, chat_template=options.chat_template)
         served = describe(loaded, arguments)
         if served.template is None:
             raise ValueError(f"model={loaded.name} has no chat template; give --chat-template FILE")
+        if served.defaults["temperature"] == 0 and "temperature" not in options.given:
+            refuse_sampling(options.given)
         return Local(loaded, served)
 
 

@@ -8,17 +8,20 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.text import Text
 
 from twotower.arguments import ABOVE_ZERO, COUNT, check_fields
 from twotower.cli.comparison import Measured, measure, print_comparison
+from twotower.cli.decoding import TextOptions, decoding_flags
 from twotower.cli.prompts import read_argument
 from twotower.cli.replay import TITLES, Scene, block_frames, play, token_frames
 from twotower.cli.text import printable
 from twotower.engine import GenerateOptions, Mode
+from twotower.engine.options import FIELD_MODES
 from twotower.loading import Loaded, Placement, load, placement_of
 
 Sample = Literal["math", "code", "editing", "tools", "knowledge"]
@@ -36,12 +39,21 @@ SAMPLES: dict[Sample, str] = {
 }
 
 MODES: tuple[Mode, ...] = ("diffusion", "speculative", "ar")
+# What none of the modes uses, or the table does not show; the length is the demo's own.
+_LEFT_OUT = ("mode", "max_new_tokens", "logprobs", "schedule", "remask", "adaptive")
+if TYPE_CHECKING:
+    Decoding = dict[str, object]
+else:
+    Decoding = decoding_flags(_LEFT_OUT)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoOptions(Placement):
+class DemoOptions(TextOptions, Placement):
     """Watch the model fill blocks of text, then draft blocks that the context tower verifies, then
     write token by token; a table compares the three. Needs no arguments and no network.
+
+    A decoding option is given to each of the three modes that uses it. Its default is the
+    checkpoint's (generation_config.json), else the one shown.
     """
 
     sample: Sample | None = None
@@ -49,7 +61,7 @@ class DemoOptions(Placement):
     prompt: str | None = None
     """A prompt of your own instead."""
     escape: bool = False
-    r"""Replace \n, \t and \\ in --prompt by line break, tab and backslash."""
+    r"""Replace \n, \t and \\ in --prompt and --stop by line break, tab and backslash."""
     max_new_tokens: int = 96
     """Maximum number of new tokens."""
     repeats: int = 3
@@ -58,14 +70,32 @@ class DemoOptions(Placement):
     """Playback speed in a terminal, 2 for twice as fast; the timings do not depend on it."""
     json: bool = False
     """Print one JSON object instead of text."""
+    decoding: Decoding
+    """How to decode."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.escape and self.prompt is None:
-            raise ValueError("escape: no effect without --prompt; leave it out")
+        self.modes()
+        if self.escape and self.prompt is None and not self.stop:
+            raise ValueError("escape: no effect without --prompt or --stop; leave it out")
         if self.sample is not None and self.prompt is not None:
             raise ValueError("sample: has no effect with --prompt; leave one of them out")
         check_fields(self, {"repeats": COUNT, "speed": ABOVE_ZERO})
+
+    @cached_property
+    def given(self) -> dict[str, object]:
+        """The decoding options that were named, and how long the texts become."""
+        return self.named(self.decoding, self.escape) | {"max_new_tokens": self.max_new_tokens}
+
+    def modes(self) -> dict[str, GenerateOptions]:
+        """Each mode with the options that it uses."""
+        return {
+            mode: GenerateOptions(
+                mode=mode,
+                **{n: v for n, v in self.given.items() if mode in FIELD_MODES.get(n, MODES)},  # type: ignore[arg-type]
+            )
+            for mode in MODES
+        }
 
 
 def run(options: DemoOptions) -> int:
@@ -73,9 +103,6 @@ def run(options: DemoOptions) -> int:
     prompt = SAMPLES[options.sample or "tools"]
     if options.prompt is not None:
         prompt = read_argument(options.prompt, "the prompt", options.escape)
-    modes: dict[str, GenerateOptions] = {
-        mode: GenerateOptions(mode=mode, max_new_tokens=options.max_new_tokens) for mode in MODES
-    }
     with Console(stderr=True).status("decoding, to take the times ..."):
         loaded = load(placement_of(options), "diffusion")
         if not loaded.model.has_denoiser:
@@ -83,7 +110,7 @@ def run(options: DemoOptions) -> int:
                 f"model={loaded.name} has no denoiser, which this shows; give one with --denoiser "
                 "DIR, or another model"
             )
-        results = measure(loaded, prompt, modes, options.repeats)
+        results = measure(loaded, prompt, options.modes(), options.repeats)
     if options.json:
         print(json.dumps(_record(loaded.name, prompt, results), indent=2))
         return 0

@@ -7,24 +7,21 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO
+from typing import Annotated, BinaryIO
 
 import tyro
 
-from twotower.cli.flags import optional_flags
-from twotower.cli.prompts import Prompt, is_jsonl, read_argument, read_grammar, read_prompts
+from twotower.cli.decoding import Decoding, TextOptions
+from twotower.cli.prompts import Prompt, is_jsonl, read_grammar, read_prompts
 from twotower.cli.records import completion_record
 from twotower.cli.text import printable
-from twotower.documented import field_docs
 from twotower.engine import (
     Completion,
     EngineOptions,
     Event,
     Finished,
     GenerateOptions,
-    ResolvedOptions,
     TokensCommitted,
     defaults_of,
     resolve_options,
@@ -34,22 +31,13 @@ from twotower.engine.options import Overlap
 from twotower.families import read_config
 from twotower.loading import Loaded, Placement, load, placement_of, prompt_notice
 
-_DOCS = field_docs(GenerateOptions)
-_FIRST = ("mode", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos")
 _MAX_NOTED = 16  # prompts that are looked at before decoding begins
 _KNOWN = "twotower demo shows what the shipped model knows, --model takes another"
-if TYPE_CHECKING:
-    Decoding = dict[str, object]
-else:
-    # What is repeatable tyro cannot combine with "not given".
-    Decoding = optional_flags(
-        ResolvedOptions, _DOCS, _FIRST, ("stop", "logit_bias", "eos_token_id", "grammar")
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileOptions:
-    """Prompts and answers as files or JSON."""
+    """Prompts, answers and a grammar as files or JSON."""
 
     input: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """File of prompts: .jsonl has one object a line, {"prompt": text or token ids}; any other
@@ -63,6 +51,11 @@ class FileOptions:
     trace: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write every event (StepTaken, TokensCommitted, Finished) as a line of JSON when it
     happens."""
+    grammar: Annotated[
+        Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")
+    ] = None
+    """ar, speculative: JSON schema (.json), Lark grammar (.lark) or regular expression (any other
+    file) that the text must match. Needs: pip install '.[serve]'."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,37 +66,6 @@ class BatchOptions:
     batch_size: int = EngineOptions.batch_size
     overlap: Overlap = EngineOptions.overlap
     prefix_cache_bytes: int = EngineOptions.prefix_cache_bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextOptions:
-    """What the text may be, and where it ends."""
-
-    grammar: Annotated[
-        Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")
-    ] = None
-    """ar, speculative: JSON schema (.json), Lark grammar (.lark) or regular expression (any other
-    file) that the text must match. Needs: pip install '.[serve]'."""
-    stop: Annotated[
-        tuple[str, ...],
-        tyro.conf.UseAppendAction,
-        tyro.conf.arg(metavar="TEXT", help=_DOCS["stop"]),
-    ] = ()
-    logit_bias: Annotated[
-        tuple[str, ...],
-        tyro.conf.UseAppendAction,
-        tyro.conf.arg(
-            metavar="ID=BIAS",
-            help=_DOCS["logit_bias"],
-        ),
-    ] = ()
-    eos_token_id: Annotated[
-        tuple[int, ...],
-        tyro.conf.UseAppendAction,
-        tyro.conf.arg(metavar="INT", help=_DOCS["eos_token_id"]),
-    ] = ()
-    escape: bool = False
-    r"""Replace \n, \t and \\ in --stop, --prompt and PROMPT by line break, tab and backslash."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +86,9 @@ class GenerateArguments(TextOptions, FileOptions, BatchOptions, Placement):
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")
     ] = ()
     """A prompt, as another way to give one."""
-    decoding: Annotated[Decoding, tyro.conf.arg(name="")]
+    escape: bool = False
+    r"""Replace \n, \t and \\ in --stop, --prompt and PROMPT by line break, tab and backslash."""
+    decoding: Decoding
     """How to decode."""
 
     def __post_init__(self) -> None:
@@ -150,16 +114,8 @@ class GenerateArguments(TextOptions, FileOptions, BatchOptions, Placement):
 
     def given(self) -> dict[str, object]:
         """The decoding options that were named."""
-        named = {**self.decoding, **({"stop": self._stop} if self._stop else {})}
-        if self.eos_token_id:
-            named["eos_token_id"] = self.eos_token_id
-        if self.logit_bias:
-            named["logit_bias"] = dict(map(_bias, self.logit_bias))
+        named = self.named(self.decoding, self.escape)
         return named if self.grammar is None else {**named, "grammar": read_grammar(self.grammar)}
-
-    @cached_property
-    def _stop(self) -> tuple[str, ...]:
-        return tuple(read_argument(text, "--stop", self.escape) for text in self.stop)
 
     def generate_options(self) -> GenerateOptions:
         """Options of which only the given flags count as given."""
@@ -175,22 +131,12 @@ class GenerateArguments(TextOptions, FileOptions, BatchOptions, Placement):
         )
 
 
-def _bias(pair: str) -> tuple[str, object]:
-    token, _, bias = pair.partition("=")
-    try:
-        return str(int(token)), float(bias)
-    except ValueError:
-        raise ValueError(
-            f"logit_bias={pair!r} must be a token id, = and a number, such as 42=-100"
-        ) from None
-
-
 def run(options: GenerateArguments) -> int:
     """Generate; returns the exit status. Errors of the user arrive as ValueError."""
     read_config(options.find())  # an unknown model is refused before its prompts are read
     decoding = options.generate_options()
     if options.input is not None and options.output is not None:
-        return _complete_file(options, options.input, options.output)
+        return _complete_file(options, decoding, options.input, options.output)
     prompts = read_prompts([*options.prompts, *options.prompt], options.input, options.escape)
     with _open_trace(options.trace) as trace:
         loaded = load(placement_of(options), decoding.mode)
@@ -204,7 +150,8 @@ def run(options: GenerateArguments) -> int:
         completions = _finished(_shown(events) if is_live else events)
         seconds = time.perf_counter() - start
     if options.json:
-        print(json.dumps(_record(options, loaded, prompts, completions, seconds), indent=2))
+        record = _record(options, decoding, loaded, prompts, completions, seconds)
+        print(json.dumps(record, indent=2))
     elif is_live:
         _print_figures(completions[0], seconds)
     else:
@@ -227,14 +174,16 @@ def _encoded(loaded: Loaded, prompt: Prompt) -> list[int]:
     return prompt
 
 
-def _complete_file(options: GenerateArguments, source: Path, target: Path) -> int:
+def _complete_file(
+    options: GenerateArguments, decoding: GenerateOptions, source: Path, target: Path
+) -> int:
     from twotower.cli.offline import Job, complete_file
 
     return complete_file(
         Job(
             input=source,
             output=target,
-            given=options.given(),
+            given=decoding.given(),
             placement=placement_of(options),
             engine=options.engine(),
         )
@@ -308,13 +257,14 @@ def _print_texts(completions: Sequence[Completion]) -> None:
 
 
 def _record(
-    options: GenerateArguments,
+    options: Placement,
+    decoding: GenerateOptions,
     loaded: Loaded,
     prompts: Sequence[Prompt],
     completions: Sequence[Completion],
     seconds: float,
 ) -> dict[str, object]:
-    decoding = resolve_options(options.generate_options(), defaults_of(loaded.model))
+    resolved = resolve_options(decoding, defaults_of(loaded.model))
     results = [
         {
             "prompt": prompt,
@@ -325,7 +275,7 @@ def _record(
     ]
     return {
         "model": loaded.name,
-        "options": dataclasses.asdict(decoding) | dataclasses.asdict(placement_of(options)),
+        "options": dataclasses.asdict(resolved) | dataclasses.asdict(placement_of(options)),
         "results": results,
         "seconds": seconds,
         "tokens_per_s": sum(len(c.tokens) for c in completions) / seconds,

@@ -305,8 +305,12 @@ def _refuse_combinations(resolved: ResolvedOptions, given: Mapping[str, object])
                 )
     if resolved.adaptive and "schedule" in given:
         raise ValueError("schedule: has no effect with adaptive; leave one of them out")
-    if resolved.temperature > 0:
-        return
+    if resolved.temperature == 0:
+        refuse_sampling(given)
+
+
+def refuse_sampling(given: Mapping[str, object]) -> None:
+    """ValueError for a given field that needs a temperature above 0."""
     for name, off in SAMPLED_ONLY.items():
         if given.get(name, off) != off:
             raise ValueError(

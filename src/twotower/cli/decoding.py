@@ -1,0 +1,74 @@
+"""The decoding options as flags, one set for the verbs that write text. A verb leaves out what
+means nothing in it.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from twotower.cli.flags import optional_flags
+from twotower.cli.prompts import read_argument
+from twotower.documented import field_docs
+from twotower.engine import GenerateOptions, ResolvedOptions
+
+_DOCS = field_docs(GenerateOptions)
+_FIRST = ("mode", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos")
+# What is repeatable tyro cannot combine with "not given"; a grammar is a file of its own.
+_OTHERWISE = ("stop", "logit_bias", "eos_token_id", "grammar")
+
+
+def decoding_flags(leave_out: Collection[str] = ()) -> Any:
+    """The type of a verb's field `decoding`, whose flags are all but some of the options."""
+    first = [name for name in _FIRST if name not in leave_out]
+    flags = optional_flags(ResolvedOptions, _DOCS, first, (*_OTHERWISE, *leave_out))
+    return Annotated[flags, tyro.conf.arg(name="")]
+
+
+if TYPE_CHECKING:
+    Decoding = dict[str, object]
+else:
+    Decoding = decoding_flags()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """What the text may be, and where it ends."""
+
+    stop: Annotated[
+        tuple[str, ...],
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(metavar="TEXT", help=_DOCS["stop"]),
+    ] = ()
+    logit_bias: Annotated[
+        tuple[str, ...],
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(metavar="ID=BIAS", help=_DOCS["logit_bias"]),
+    ] = ()
+    eos_token_id: Annotated[
+        tuple[int, ...],
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(metavar="INT", help=_DOCS["eos_token_id"]),
+    ] = ()
+
+    def named(self, decoding: Mapping[str, object], is_escaped: bool) -> dict[str, object]:
+        """The decoding options that were named, here and by other flags."""
+        found = dict(decoding)
+        if self.stop:
+            found["stop"] = tuple(read_argument(text, "--stop", is_escaped) for text in self.stop)
+        if self.eos_token_id:
+            found["eos_token_id"] = self.eos_token_id
+        if self.logit_bias:
+            found["logit_bias"] = dict(map(_bias, self.logit_bias))
+        return found
+
+
+def _bias(pair: str) -> tuple[str, object]:
+    token, _, bias = pair.partition("=")
+    try:
+        return str(int(token)), float(bias)
+    except ValueError:
+        raise ValueError(
+            f"logit_bias={pair!r} must be a token id, = and a number, such as 42=-100"
+        ) from None
