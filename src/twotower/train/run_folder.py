@@ -147,6 +147,10 @@ class RunFolder:
     def _check_same_run(self, options: TrainOptions, step: int) -> None:
         """ValueError for options that contradict what was trained; other changes are logged."""
         before, now = self._options_before(), json.loads(json.dumps(options.to_dict()))
+        if before["condition_on"] == "nothing":  # what older versions called it
+            before["condition_on"] = "none"
+        if before["ar_loss_weight"] == 0 and not now["ar_loss_weight"]:
+            before["ar_loss_weight"] = now["ar_loss_weight"]  # 0 was the default, which None is now
         changed = {name: value for name, value in now.items() if before[name] != value}
         for name in _FIXED:
             if name in changed:
