@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import torch
 
-from twotower.arguments import THREADS, check_fields, nonempty, one_of, require
+from twotower.arguments import THREADS, check_fields, nonempty, one_of, require, usable_path
 from twotower.backends import (
     BACKENDS,
     QUANTIZATIONS,
@@ -95,7 +95,9 @@ class Placement:
             ),
         }
         check_fields(self, checks)
-        if self.revision is not None and (self.model is None or Path(self.model).exists()):
+        if self.revision is not None and (
+            self.model is None or usable_path("model", self.model).exists()
+        ):
             raise ValueError(
                 f"revision={self.revision!r} is of a hub id, and the model is a local one; leave "
                 "it out"

@@ -1,7 +1,9 @@
 """The public calls, given what they cannot take: one line, and the names that Tab completes."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,9 @@ import twotower
 from tiny_models import tiny_model
 from tiny_text import byte_tokenizer
 from twotower.adapt.options import AnswerOptions, ThinOptions
-from twotower.arguments import check_fields, number
+from twotower.arguments import check_fields, number, usable_path
+from twotower.checkpoint import describe, export_gguf
+from twotower.families import read_config
 from twotower.lab.bench.run import MeasureOptions
 from twotower.lab.evaluate.run import EvaluationOptions
 from twotower.serve.options import ServeOptions
@@ -19,6 +23,7 @@ from twotower.train.options import TrainOptions
 from twotower.train.prepare import PrepareOptions
 
 MODEL, TOKENIZER = tiny_model(), byte_tokenizer()
+DENSE = tiny_model(hybrid_override_pattern="M*-")
 
 
 @pytest.mark.parametrize(
@@ -72,6 +77,58 @@ def test_an_argument_of_a_wrong_type_is_one_line(call: Callable[[], object], sai
     with pytest.raises(ValueError, match=f"^{said}" if "must" not in said else said) as found:
         call()
     assert "\n" not in str(found.value)
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        (LONG, "File name too long"),
+        (f"{LONG}.gguf", "File name too long"),
+        ("a/" * 3000, "File name too long"),
+        ("a\0b", "embedded null byte"),
+        ("\ud800", "surrogates not allowed"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("field", "call"),
+    [
+        ("model", twotower.load_model),
+        ("model", lambda path: twotower.Placement(model=path, revision="main")),
+        ("denoiser", lambda path: twotower.load_model(denoiser=path)),
+        ("tokenizer", twotower.load_tokenizer),
+        ("folder", lambda path: twotower.save_model(MODEL, path)),
+        ("folder", TOKENIZER.save),
+        ("path", lambda path: export_gguf(DENSE, path)),
+        ("path", read_config),
+        ("model", describe),
+        ("out", lambda path: PrepareOptions(out=Path(path))),
+        ("data", lambda path: TrainOptions(recipe="backbone", data=Path(path))),
+    ],
+)
+def test_a_path_that_no_system_takes_is_one_line(
+    field: str, call: Callable[[str], object], path: str, reason: str
+) -> None:
+    """Silent failure: an OSError from the depth of pathlib, which names no argument."""
+    with pytest.raises(ValueError, match=rf"^{field}='.* cannot be used \(.*{reason}.*\)") as found:
+        call(path)
+    assert type(found.value) is ValueError
+    assert "\n" not in str(found.value) and len(str(found.value)) < 250
+
+
+def test_a_folder_that_may_not_be_read_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a PermissionError later, of a file whose name nobody gave. Root may read all,
+    so that the system's answer is made up."""
+    assert usable_path("model", tmp_path) == tmp_path
+    assert usable_path("model", "nothing/here") == Path("nothing/here")
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    monkeypatch.setattr(os, "supports_effective_ids", {os.access})
+    with pytest.raises(ValueError, match=r"^model='.*' cannot be used \(Permission denied\)"):
+        twotower.load_model(tmp_path)
 
 
 def test_tab_completes_the_public_names_alone() -> None:

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from twotower.arguments import usable_path
 from twotower.checkpoint.empty import Towers
 from twotower.checkpoint.files import INDEX_FILE, WEIGHTS, resolve
 from twotower.checkpoint.gguf import Precision, export_gguf
@@ -100,7 +101,7 @@ def convert_to_gguf(
 def _source_folder(source: str | Path, target: str | Path) -> Path:
     """The folder to read; ValueError where the target, a folder or a file, is the source itself."""
     folder = resolve(source, field="source")
-    if Path(target).resolve() in (folder.resolve(), Path(source).resolve()):
+    if usable_path("target", target).resolve() in (folder.resolve(), Path(source).resolve()):
         raise ValueError(f"{target}: is the source itself; choose another name")
     return folder
 

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from twotower.arguments import usable_path
 from twotower.checkpoint.gguf_reader import INDEX_FILE as GGUF_INDEX
 from twotower.checkpoint.gguf_reader import is_gguf, open_gguf, read_index, read_tensor
 from twotower.families import read_json
@@ -66,14 +67,14 @@ def resolve(
 
     ValueError (one line) if there is neither, of the `field` and what it accepts.
     """
-    folder = Path(path)
+    folder = usable_path(field, path)
     if folder.is_dir():
         return folder
     if is_gguf(folder):
         return open_gguf(folder)
     if folder.exists():
         raise ValueError(f"{path}: is a file; give a GGUF file or the folder with config.json")
-    replaced = set_aside(folder)
+    replaced = usable_path(field, set_aside(folder))
     if replaced.is_dir():  # a save was killed between its two renames
         return replaced
     if str(path) == SHIPPED:
@@ -85,7 +86,7 @@ def resolve(
 
 def find_tokenizer(path: str | Path) -> Path:
     """The file or folder of the tokenizer of whatever `resolve` takes, or of a tokenizer.json."""
-    file = Path(path)
+    file = usable_path("tokenizer", path)
     if file.is_file() and file.suffix.lower() == ".json":
         return file
     return resolve(path, field="tokenizer", accepted=f"a tokenizer.json, {ACCEPTED}")

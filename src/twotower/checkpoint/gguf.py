@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from twotower.arguments import usable_path
 from twotower.checkpoint import names
 from twotower.checkpoint.gguf_reader import gguf_names
 from twotower.checkpoint.gguf_vocabulary import Vocabulary, read_vocabulary
@@ -55,10 +56,10 @@ def export_gguf(
     require_plain(model, "GGUF")
     _check(model.config, dtype)
     _import_gguf()
-    file = Path(path).resolve()
+    file = usable_path("path", path).resolve()
     if file.is_dir():
         raise ValueError(f"{path}: is a folder; name the file to write, such as model.gguf")
-    aside = file.parent / f".{file.name}.new"
+    aside = usable_path("path", file.parent / f".{file.name}.new")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         vocabulary = read_vocabulary(model.config, tokenizer, chat_template)

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from twotower.arguments import usable_path
 from twotower.checkpoint import names
 from twotower.checkpoint.empty import Towers, build_empty
 from twotower.checkpoint.files import (
@@ -112,11 +113,12 @@ def describe(path: str | Path, field: str = "model") -> Description:
 
     ValueError (one line), of the `field`, if there is no such checkpoint or a file is damaged.
     """
-    if str(path) in PRESETS and not Path(path).exists():
+    file = usable_path(field, path)
+    if str(path) in PRESETS and not file.exists():
         return describe_config(config_from_dict(PRESETS[str(path)]), str(path))
-    is_config = Path(path).is_file() and not is_gguf(Path(path))
+    is_config = file.is_file() and not is_gguf(file)
     known = ", ".join((*PRESETS, ACCEPTED))
-    folder = Path(path) if is_config else resolve(path, field=field, accepted=known)
+    folder = file if is_config else resolve(path, field=field, accepted=known)
     config, scheme = read_config(folder), read_scheme(folder)
     if is_config or not has_weights(folder):
         return describe_config(config, str(folder))

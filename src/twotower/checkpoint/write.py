@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twotower.arguments import COUNT, check
+from twotower.arguments import COUNT, check, usable_path
 from twotower.checkpoint.files import (
     DTYPES,
     INDEX_FILE,
@@ -51,7 +51,7 @@ def write_checkpoint(
     max_shard_bytes: int,
 ) -> None:
     """Write weights, config.json and extra files aside, then put them in the old folder's place."""
-    folder = Path(path).resolve()
+    folder = usable_path("folder", path).resolve()
     extra = {**(extra_files or {}), "config.json": _json(config)}
     _check(folder, pieces, extra, max_shard_bytes)
     try:

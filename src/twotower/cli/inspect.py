@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from twotower.arguments import usable_path
 from twotower.checkpoint.denoiser import DenoiserRecord, describe_denoiser, is_denoiser
 from twotower.checkpoint.inspect import (
     KINDS,
@@ -45,9 +45,10 @@ def run(options: InspectOptions) -> int:
     """Print the description; returns the exit status. Errors of the user arrive as ValueError."""
     name = options.model or options.path
     assert name is not None
-    if is_denoiser(Path(name)):
-        return _tell_denoiser(describe_denoiser(Path(name)), options.json)
-    record = describe(name, "model" if options.path is None else "path")
+    field = "model" if options.path is None else "path"
+    if is_denoiser(folder := usable_path(field, name)):
+        return _tell_denoiser(describe_denoiser(folder), options.json)
+    record = describe(name, field)
     if options.json:
         print(json.dumps(as_json(record), indent=2))
     else:

@@ -22,6 +22,7 @@ from typing import (
 
 import tyro
 
+from twotower.arguments import a_path, check
 from twotower.cli.flags import aliases_of, decoding_docs, with_flags
 from twotower.documented import field_docs, summary
 
@@ -63,9 +64,13 @@ def parse(
         said = _in_words(_unframe(refusal.getvalue()), options_class, arguments)
         raise ValueError(f"{said}; see {prog} -h") from None
     values = _flat(flags)
-    for name, value in values.items():  # a list that was named and left empty
+    for name, value in values.items():
+        # A list that was named and left empty.
         if value == () and (flag := f"--{name.replace('_', '-')}") in arguments:
             raise ValueError(f"{flag} needs a value; see {prog} -h")
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, Path):
+                check({name: path}, {name: a_path})
     return options_class(**values)
 
 

@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from twotower.arguments import usable_path
 from twotower.config import TwoTowerConfig
 from twotower.families import llama, nemotron_h
 from twotower.families.family import Family
@@ -59,7 +60,7 @@ def family_of(config: TwoTowerConfig) -> Family:
 
 def read_config(path: str | Path) -> TwoTowerConfig:
     """Read a config.json, or the folder that holds it; ValueError (one line) names the file."""
-    path = Path(path)
+    path = usable_path("path", path)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{file}: no such file; a checkpoint folder holds a config.json")

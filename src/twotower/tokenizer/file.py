@@ -13,6 +13,7 @@ from typing import Any
 
 import tokenizers
 
+from twotower.arguments import usable_path
 from twotower.tokenizer.patterns import why_refused
 from twotower.tokenizer.rules import flatten
 from twotower.tokenizer.text import (
@@ -45,7 +46,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     Special tokens are named by `tokenizer_config.json` beside it, when present.
     ValueError (one line) when the file is missing, damaged, of another kind or out of bounds.
     """
-    path = Path(path)
+    path = usable_path("tokenizer", path)
     file = path / TOKENIZER_FILE if path.is_dir() else path
     if not file.is_file():
         raise ValueError(
@@ -75,7 +76,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 
 def _read_json_object(file: Path) -> dict[str, Any]:
-    size = file.stat().st_size
+    size = usable_path("tokenizer", file).stat().st_size
     if size > MAX_BYTES:
         raise ValueError(
             f"tokenizer: {file} has {size >> 20} MiB; at most {MAX_BYTES >> 20} are read"

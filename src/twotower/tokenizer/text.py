@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tokenizers
 
-from twotower.arguments import require, require_unicode
+from twotower.arguments import require, require_unicode, usable_path
 from twotower.tokenizer.decoding import TextStream, num_leading_spaces
 from twotower.tokenizer.rules import read_rule
 
@@ -210,11 +210,18 @@ class Tokenizer:
         return TextStream(self.token_bytes, self.special_ids)
 
     def save(self, folder: Path | str) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json` into `folder` (created if needed)."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in self.files().items():
-            (folder / name).write_bytes(content)
+        """Write `tokenizer.json` and `tokenizer_config.json` into `folder` (created if needed).
+        ValueError (one line) where that cannot be.
+        """
+        folder = usable_path("folder", folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in self.files().items():
+                (folder / name).write_bytes(content)
+        except OSError as error:
+            raise ValueError(
+                f"{folder}: cannot be written ({error.strerror}); choose another place"
+            ) from None
 
     def files(self) -> dict[str, bytes]:
         """The files that `load_tokenizer` reads, by name: what a checkpoint has to carry."""

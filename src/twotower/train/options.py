@@ -23,6 +23,7 @@ from twotower.arguments import (
     SHARE,
     THREADS,
     Problem,
+    a_path,
     check,
     each,
     instance,
@@ -361,11 +362,7 @@ _CHECKS: dict[str, Problem] = {
 }
 
 
-_KINDS: Mapping[type, Problem] = {
-    bool: instance(bool, "true or false"),
-    str: instance(str, "text"),
-    Path: instance(Path, "a path"),
-}
+_KINDS = {bool: instance(bool, "true or false"), str: instance(str, "text"), Path: a_path}
 
 
 def _checked(name: str, value: object, hint: object) -> object:

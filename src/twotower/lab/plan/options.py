@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from twotower.arguments import COUNT, check_fields, nearest, number
+from twotower.arguments import COUNT, check_fields, nearest, number, usable_path
 from twotower.checkpoint.files import SHIPPED
 from twotower.checkpoint.inspect import Description, describe
 from twotower.checkpoint.quantize import read_scheme
@@ -128,7 +128,7 @@ def known_hardware(file: Path | None) -> dict[str, Hardware]:
 def describe_model(name: str) -> Description:
     """A preset, the shipped model, or what a folder or config.json says; ValueError (one line)."""
     known = (*PRESETS, SHIPPED)
-    if Path(name).exists():
+    if usable_path("model", name).exists():
         return describe(name)
     if name in known:
         return replace(describe(name), source=name)
