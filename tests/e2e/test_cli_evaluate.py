@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from twotower.checkpoint import load_checkpoint
+from twotower.checkpoint import load_checkpoint, save_backbone
 
 pytest.importorskip("num2words")
 pytest.importorskip("jsonschema")
 
 import twotower
 from tiny_checkpoint import make_checkpoint
-from twotower import GenerateOptions, accelerate
+from tiny_models import tiny_model
+from tiny_text import tiny_tokenizer
+from twotower import GenerateOptions, accelerate, loading
 from twotower.cli import evaluate as evaluation
 from twotower.cli.main import main
 from twotower.lab.evaluate.suite import check, held_out
@@ -187,3 +189,37 @@ def test_a_missing_library_is_said_before_the_run(
     monkeypatch.setattr(evaluation, "load_subject", None)  # would fail with another error
     assert main(["evaluate", "--output", str(tmp_path)]) == 2
     assert f'{library} is not installed: pip install ".[eval]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["evaluate", "--modes", "ar,diffusion"], "--modes: diffusion needs a denoiser tower"),
+        (["evaluate", "--modes", "speculative,mock-ar"], "--modes: mock-ar needs a denoiser"),
+        (["evaluate", "--sweep"], "--sweep: needs the modes ar and diffusion"),
+        (["evaluate", "--steps-per-block", "4"], "--steps-per-block: no effect without diffusion"),
+        (["generate", "--mode", "diffusion", "a"], "--mode 'diffusion' needs a denoiser tower"),
+        (["generate", "--drafts", "denoiser", "a"], "--drafts 'denoiser' needs a denoiser tower"),
+        (["chat", "--mode", "posterior"], "--mode 'posterior' needs a denoiser tower"),
+        (["demo"], "has no denoiser, which this shows"),
+        (["bench", "--modes", "ar,diffusion"], "--modes: has no effect on a real model"),
+        (
+            ["bench", "--backend", "eager", "--quantization", "int4"],
+            "--backend eager: eager passes",
+        ),
+    ],
+)
+def test_what_a_backbone_cannot_do_is_said_before_weights_are_read(
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Silent failure: 60 GB are loaded for a mode that the model does not have."""
+    model = tiny_model(hybrid_override_pattern="M*-")
+    save_backbone(model, tmp_path / "m", extra_files=tiny_tokenizer().files())
+    monkeypatch.setattr(loading, "load_checkpoint", None)
+    assert main([arguments[0], "--model", str(tmp_path / "m"), *arguments[1:]]) == 2
+    err = capsys.readouterr().err
+    assert said in err.splitlines()[-1]

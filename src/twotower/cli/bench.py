@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from twotower.checkpoint import has_denoiser
 from twotower.checkpoint.files import SHIPPED
 from twotower.cli import contest
+from twotower.cli.decoding import has_any_denoiser
 from twotower.cli.machine import recorded
 from twotower.cli.measuring import (
     INTERRUPTED,
@@ -73,11 +73,9 @@ def run(options: BenchOptions) -> int:
     if options.output is not None:
         open_folder(options.output)
         require_library("matplotlib")
-    folder = options.find()
-    has_any = options.denoiser is not None or has_denoiser(folder)
-    if is_contest := bool(options.prompts) or not has_any:
+    if is_contest := bool(options.prompts) or not has_any_denoiser(options):
         refuse_unused(options)
-    refuse_impossible(read_config(folder), *options.pairs(is_contest))
+    refuse_impossible(read_config(options.find()), *options.pairs(is_contest))
     loaded = load(options.placement(), "diffusion")
     if is_contest:
         given = Path(options.model or "")

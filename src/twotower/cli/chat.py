@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from twotower.checkpoint.files import SHIPPED
-from twotower.cli.decoding import TextOptions, decoding_flags
+from twotower.cli.decoding import TextOptions, decoding_flags, refuse_without_denoiser
 from twotower.cli.prompts import read_argument
 from twotower.cli.serve import ServeArguments, describe, need_extra
 from twotower.cli.text import one_line, printable
-from twotower.engine import GenerateOptions, defaults_of, resolve_options
+from twotower.engine import GenerateOptions
 from twotower.engine.options import refuse_sampling
-from twotower.engine.request import require_denoiser
 from twotower.loading import Placement, load, placement_of
 
 if TYPE_CHECKING:
@@ -134,9 +133,9 @@ def _backend(options: ChatArguments) -> "Backend":
 
         if options.url is not None:
             return Remote(options.url, os.environ.get(options.api_key_env))
-        asked = GenerateOptions(mode=options.generate_options().mode)
+        asked = options.generate_options()
+        refuse_without_denoiser(options, asked)
         loaded = load(placement_of(options), asked.mode)
-        require_denoiser(loaded.model, resolve_options(asked, defaults_of(loaded.model)))
         arguments = ServeArguments(model=options.model, chat_template=options.chat_template)
         served = describe(loaded, arguments)
         if served.template is None:

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from twotower.checkpoint import has_denoiser
 from twotower.cli.flags import optional_flags
 from twotower.cli.prompts import read_argument
 from twotower.documented import field_docs
 from twotower.engine import GenerateOptions, ResolvedOptions
+from twotower.engine.request import require_denoiser
+from twotower.loading import Placement
 
 _DOCS = field_docs(GenerateOptions)
 _FIRST = ("mode", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos")
@@ -62,6 +65,19 @@ class TextOptions:
         if self.logit_bias:
             found["logit_bias"] = dict(map(_bias, self.logit_bias))
         return found
+
+
+def refuse_without_denoiser(placement: Placement, options: GenerateOptions) -> None:
+    """ValueError, before weights are loaded, for a mode or drafts that were asked for and need a
+    tower which the model does not have.
+    """
+    asked = ResolvedOptions(mode=options.mode or "speculative", drafts=options.drafts or "auto")
+    require_denoiser(has_any_denoiser(placement), asked)
+
+
+def has_any_denoiser(placement: Placement) -> bool:
+    """Whether a model that is to be loaded will have a denoiser."""
+    return placement.denoiser is not None or has_denoiser(placement.find())
 
 
 def _bias(pair: str) -> tuple[str, object]:

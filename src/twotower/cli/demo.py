@@ -16,7 +16,7 @@ from rich.text import Text
 
 from twotower.arguments import ABOVE_ZERO, COUNT, check_fields
 from twotower.cli.comparison import Measured, measure, print_comparison
-from twotower.cli.decoding import TextOptions, decoding_flags
+from twotower.cli.decoding import TextOptions, decoding_flags, has_any_denoiser
 from twotower.cli.prompts import read_argument
 from twotower.cli.replay import TITLES, Scene, block_frames, play, token_frames
 from twotower.cli.text import printable
@@ -103,13 +103,13 @@ def run(options: DemoOptions) -> int:
     prompt = SAMPLES[options.sample or "tools"]
     if options.prompt is not None:
         prompt = read_argument(options.prompt, "the prompt", options.escape)
+    if not has_any_denoiser(options):
+        raise ValueError(
+            f"model={options.name} has no denoiser, which this shows; give one with --denoiser "
+            "DIR, or another model"
+        )
     with Console(stderr=True).status("decoding, to take the times ..."):
         loaded = load(placement_of(options), "diffusion")
-        if not loaded.model.has_denoiser:
-            raise ValueError(
-                f"model={loaded.name} has no denoiser, which this shows; give one with --denoiser "
-                "DIR, or another model"
-            )
         results = measure(loaded, prompt, options.modes(), options.repeats)
     if options.json:
         print(json.dumps(_record(loaded.name, prompt, results), indent=2))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from twotower.checkpoint.empty import count_parameters
+from twotower.cli.decoding import has_any_denoiser
 from twotower.cli.machine import recorded
 from twotower.cli.measuring import (
     INTERRUPTED,
@@ -90,9 +91,11 @@ def run_suite(options: EvaluateOptions) -> tuple[dict[str, object], list[Item]]:
     if "tools" in options.category_names:
         require_library("jsonschema")
     sandbox = open_sandbox(options.category_names, options.allow_unsandboxed_code)
+    options = options.for_model(has_any_denoiser(options))
+    chosen = mode_options(options)
     loaded = load_subject(options)
-    options = options.for_model(loaded.model.has_denoiser)
-    subject = make_subject(options, loaded)
+    assert loaded.tokenizer is not None
+    subject = Subject(model=loaded.model, tokenizer=loaded.tokenizer, options=chosen)
     groups = draw_groups(options.category_names, options.items, options.seed, options.batch_size)
     say_protection(sandbox)
     findings = Findings(traces={mode: Trace() for mode in subject.options})
@@ -155,9 +158,8 @@ def load_subject(options: EvaluateOptions) -> Loaded:
     return loaded
 
 
-def make_subject(options: EvaluateOptions, loaded: Loaded) -> Subject:
+def mode_options(options: EvaluationOptions) -> dict[str, GenerateOptions]:
     """Each mode's options: what was asked for."""
-    assert loaded.tokenizer is not None
     if options.sweep and not {"ar", "diffusion"} <= set(options.mode_names):
         raise ValueError("sweep: needs the modes ar and diffusion; add them to --modes")
     asked = {
@@ -174,7 +176,7 @@ def make_subject(options: EvaluateOptions, loaded: Loaded) -> Subject:
             given |= asked
         # GenerateOptions checks names and values itself.
         chosen[mode] = GenerateOptions(**given)  # type: ignore[arg-type]
-    return Subject(model=loaded.model, tokenizer=loaded.tokenizer, options=chosen)
+    return chosen
 
 
 def describe_run(options: EvaluateOptions, loaded: Loaded, subject: Subject) -> dict[str, object]:

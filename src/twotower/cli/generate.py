@@ -12,7 +12,7 @@ from typing import Annotated, BinaryIO
 
 import tyro
 
-from twotower.cli.decoding import Decoding, TextOptions
+from twotower.cli.decoding import Decoding, TextOptions, refuse_without_denoiser
 from twotower.cli.prompts import Prompt, is_jsonl, read_grammar, read_prompts
 from twotower.cli.records import completion_record
 from twotower.cli.text import printable
@@ -135,6 +135,7 @@ def run(options: GenerateArguments) -> int:
     """Generate; returns the exit status. Errors of the user arrive as ValueError."""
     read_config(options.find())  # an unknown model is refused before its prompts are read
     decoding = options.generate_options()
+    refuse_without_denoiser(options, decoding)
     if options.input is not None and options.output is not None:
         return _complete_file(options, decoding, options.input, options.output)
     prompts = read_prompts([*options.prompts, *options.prompt], options.input, options.escape)

@@ -19,6 +19,7 @@ from twotower.engine import (
     defaults_of,
     resolve_options,
 )
+from twotower.engine.options import MODES_OF_BACKBONES
 from twotower.loading import Loaded, Placement, load, placement_of, prompt_notice
 from twotower.serve import ServeOptions, replicas
 from twotower.serve.replicas import ReplicaOptions, ReplicatedOptions
@@ -115,7 +116,7 @@ def describe(loaded: Loaded, options: ServeArguments) -> "Served":
         created=int((loaded.folder / "config.json").stat().st_mtime),
         tokenizer=tokenizer,
         block_size=model.config.block_size,
-        modes=MODES if model.has_denoiser else ("speculative", "ar"),
+        modes=MODES if model.has_denoiser else MODES_OF_BACKBONES,
         default_mode=defaults.mode,
         defaults={name: getattr(defaults, name) for name in _SHOWN},
         template=_template(options, loaded),

@@ -36,6 +36,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 MAX_LOGPROBS = 100  # alternatives to each token
 MAX_PASSES = 1024  # of a block or draft; more than its tokens change nothing but `posterior`
 MIN_TOP_P = 1e-6  # float32 must tell it from 0
+MODES_OF_BACKBONES: tuple[Mode, ...] = ("speculative", "ar")  # which need no denoiser
 BLOCK_MODES: tuple[Mode, ...] = ("diffusion", "posterior", "predict-and-noise")
 _IN_ORDER: tuple[Mode, ...] = ("speculative", "ar", "mock-ar")
 LogitBias = tuple[tuple[int, float], ...]  # pairs of a token and what is added to its logit

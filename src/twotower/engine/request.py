@@ -30,7 +30,12 @@ from twotower.engine.events import (
 )
 from twotower.engine.filters import Filter
 from twotower.engine.grammar_state import GrammarState, TokenRules, begin
-from twotower.engine.options import GenerateOptions, ResolvedOptions, resolve_options
+from twotower.engine.options import (
+    MODES_OF_BACKBONES,
+    GenerateOptions,
+    ResolvedOptions,
+    resolve_options,
+)
 from twotower.engine.text import RowText
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
@@ -280,11 +285,11 @@ def check_tokenizer(model: TwoTower, tokenizer: Tokenizer | None) -> None:
         )
 
 
-def require_denoiser(model: TwoTower, options: ResolvedOptions) -> None:
+def require_denoiser(has_denoiser: bool, options: ResolvedOptions) -> None:
     """ValueError for a mode, or drafts, that need a tower which the model does not have."""
     is_speculative = options.mode == "speculative"
-    needs_denoiser = options.drafts == "denoiser" if is_speculative else options.mode != "ar"
-    if needs_denoiser and not model.has_denoiser:
+    is_drafted = is_speculative and options.drafts == "denoiser"
+    if not has_denoiser and (is_drafted or options.mode not in MODES_OF_BACKBONES):
         asked = f"drafts={options.drafts!r}" if is_speculative else f"mode={options.mode!r}"
         raise ValueError(
             f"{asked} needs a denoiser tower, and this model has none; use mode='ar', or "
@@ -299,7 +304,7 @@ def _check(
     filters: tuple[Filter, ...],
 ) -> None:
     """ValueError for what this model, or a row without a tokenizer, cannot do."""
-    require_denoiser(model, options)
+    require_denoiser(model.has_denoiser, options)
     needs = {"stop": options.stop, "filters": filters, "grammar": options.grammar}
     for name, value in needs.items():
         if value and tokenizer is None:

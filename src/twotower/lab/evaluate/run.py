@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from twotower.arguments import COUNT, INDEX, check_fields
 from twotower.engine import Finished, GenerateOptions, StepTaken, stream
-from twotower.engine.options import MODES, FirstToken
+from twotower.engine.options import MODES, MODES_OF_BACKBONES, FirstToken
 from twotower.lab.corpus import CATEGORIES, Document
 from twotower.lab.evaluate.suite import Judge, Verdict, held_out
 from twotower.model import TwoTower
@@ -72,10 +72,18 @@ class EvaluationOptions:
         return _WITH_DENOISER if self.modes == AUTO else split_names(self.modes)
 
     def for_model(self: T, has_denoiser: bool) -> T:
-        """The same with the modes named that the model has, where they are to be found."""
-        if self.modes != AUTO or has_denoiser:
+        """The same with the modes named that the model has, where they are to be found. ValueError
+        (one line) for a mode that needs a denoiser, where there is none.
+        """
+        if has_denoiser:
             return self
-        return replace(self, modes="ar,speculative")
+        lacking = [mode for mode in self.mode_names if mode not in MODES_OF_BACKBONES]
+        if self.modes != AUTO and lacking:
+            raise ValueError(
+                f"modes: {lacking[0]} needs a denoiser tower, and this model has none; use ar, "
+                "speculative or both"
+            )
+        return replace(self, modes="ar,speculative") if self.modes == AUTO else self
 
     @property
     def category_names(self) -> tuple[str, ...]:
