@@ -12,6 +12,7 @@ import sys
 
 from twotower.checkpoint.files import shipped_folder
 from twotower.cli.machine import recorded
+from twotower.cli.scripts import script_parser
 
 MODES = ("ar", "diffusion", "speculative", "posterior", "predict-and-noise", "mock-ar")
 LENGTHS = (256, 1024, 4096, 16384)
@@ -49,12 +50,20 @@ print(json.dumps({
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="shipped", help="a checkpoint folder")
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--backend", choices=("eager", "native"), default="eager")
+    parser = script_parser(__doc__)
+    parser.add_argument("--model", default="shipped", help="checkpoint folder, or shipped")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=list(LENGTHS), help="tokens of the prompts"
+    )
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, default=list(MODES), help="decoding modes"
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, default=32, help="tokens decoded after each prompt"
+    )
+    parser.add_argument(
+        "--backend", choices=("eager", "native"), default="eager", help="what runs forward passes"
+    )
     args = parser.parse_args()
     rows = []
     for mode in args.modes:

@@ -12,7 +12,6 @@ share of the bytes.
     python benchmarks/denoiser_parts.py smollm2.gguf WORK --steps 320 --json parts.json
 """
 
-import argparse
 import json
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from twotower.adapt.run import HELD_OUT, draft_vocabulary, reads_of
 from twotower.adapt.training import Trainer, measure
 from twotower.checkpoint.denoiser import with_new_denoiser
 from twotower.cli.machine import recorded
+from twotower.cli.scripts import script_parser
 from twotower.model import TwoTower
 from twotower.model.thin import thin_config
 
@@ -102,16 +102,26 @@ def costs(model: TwoTower, repeats: int = 200) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = script_parser(__doc__)
+    parser.add_argument("model", help="backbone: checkpoint folder, GGUF file or hub id")
+    parser.add_argument(
+        "work", type=Path, help="--work folder of a twotower adapt whose answers are written"
     )
-    parser.add_argument("model")
-    parser.add_argument("work", type=Path, help="the --work of an adapt whose answers are written")
-    parser.add_argument("--steps", type=int, default=320)
-    parser.add_argument("--held-out", type=int, default=60, help="answers to measure on")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--json", type=Path, required=True, help="written after every variant")
+    parser.add_argument("--steps", type=int, default=320, help="training steps of each variant")
+    parser.add_argument(
+        "--held-out", type=int, default=60, help="answers that are not trained on, to measure"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and bootstrap")
+    parser.add_argument(
+        "--variants",
+        nargs="*",
+        default=list(VARIANTS),
+        choices=list(VARIANTS),
+        help="variants to train",
+    )
+    parser.add_argument(
+        "--json", type=Path, required=True, help="file of the record, rewritten after every variant"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     model, work = twotower.load_model(given.model), WorkFolder(given.work)

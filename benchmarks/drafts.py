@@ -13,7 +13,6 @@ than T times an AR step over their sum.
         gsm8k=test.jsonl mt-bench=question.jsonl
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import twotower
 from twotower.cli.machine import recorded
+from twotower.cli.scripts import script_parser
 from twotower.engine import Completion, GenerateOptions, drafts_denoiser
 from twotower.engine.drafts import DraftController
 from twotower.serve.chat import read_template
@@ -55,17 +55,28 @@ def decode(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = script_parser(__doc__)
+    parser.add_argument("model", help="checkpoint folder, GGUF file or hub id")
+    parser.add_argument(
+        "tasks",
+        nargs="+",
+        metavar="NAME=FILE",
+        help="name of a task and its file of prompts, as for twotower bench --prompts",
     )
-    parser.add_argument("model")
-    parser.add_argument("tasks", nargs="+", metavar="NAME=FILE")
-    parser.add_argument("--denoiser")
-    parser.add_argument("--quantization", default="none")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--prompts", type=int, default=20, help="of each task")
-    parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--always", action="store_true", help="draft even where it does not pay")
+    parser.add_argument(
+        "--denoiser", help="folder of a thin denoiser; without one the model's own drafts"
+    )
+    parser.add_argument("--quantization", default="none", help="of the weights: none, int8 or int4")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a forward pass")
+    parser.add_argument("--prompts", type=int, default=20, help="prompts of each task")
+    parser.add_argument(
+        "--max-tokens", type=int, default=256, help="maximum number of new tokens per prompt"
+    )
+    parser.add_argument(
+        "--always",
+        action="store_true",
+        help="draft with the denoiser in every cycle, even where it does not pay",
+    )
     given = parser.parse_args()
     if given.always:
         drafts_denoiser.DraftController = Always  # type: ignore[misc]

@@ -20,6 +20,7 @@ import twotower
 from twotower import GenerateOptions, generate, load_tokenizer
 from twotower.checkpoint import load_checkpoint
 from twotower.cli.machine import recorded
+from twotower.cli.scripts import script_parser
 from twotower.engine.grammar import Grammar, json_schema, regex
 from twotower.engine.grammar_state import TokenRules, begin
 from twotower.lab.corpus import tools
@@ -155,6 +156,7 @@ def acceptance() -> dict[str, dict[str, float]]:
 
 
 def main() -> int:
+    script_parser(__doc__).parse_args()  # -h
     shipped, large = load_tokenizer(ASSETS), large_tokenizer()
     result = {f"masks, {one.vocab_size} tokens": mask_costs(one) for one in (shipped, large)} | {
         "speculative": acceptance()

@@ -5,7 +5,6 @@ loaded by a fresh process, whose growth in peak resident memory is measured (Lin
 line is one JSON object.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 from twotower.checkpoint import save_two_towers
+from twotower.cli.scripts import script_parser
 from twotower.families import config_from_dict
 from twotower.model import TwoTower
 from twotower.model.initialise import randomise
@@ -34,9 +34,9 @@ print(peak() - before, size)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden-size", type=int, default=1024)
-    parser.add_argument("--shard-mb", type=int, default=64)
+    parser = script_parser(__doc__)
+    parser.add_argument("--hidden-size", type=int, default=1024, help="width of the random model")
+    parser.add_argument("--shard-mb", type=int, default=64, help="size of a weight file, in MB")
     args = parser.parse_args()
     config = config_from_dict(
         {

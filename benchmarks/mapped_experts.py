@@ -20,6 +20,7 @@ import torch
 from twotower.checkpoint import save_two_towers
 from twotower.checkpoint.empty import allocate, build_empty
 from twotower.cli.machine import recorded
+from twotower.cli.scripts import script_parser
 from twotower.families import config_from_dict
 from twotower.model import TwoTower
 from twotower.model.initialise import randomise
@@ -81,12 +82,14 @@ print(json.dumps({
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--experts", type=int, default=96, help="of each of the 3 layers")
-    parser.add_argument("--limit-mb", type=int, default=600)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser = script_parser(__doc__)
+    parser.add_argument("--experts", type=int, default=96, help="experts in each of the 3 layers")
+    parser.add_argument("--limit-mb", type=int, default=600, help="memory limit, in MB")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens to decode")
     parser.add_argument(
-        "--folder", type=Path, default=None, help="where to write, e.g. a slow disk"
+        "--folder",
+        type=Path,
+        help="folder for the checkpoint, such as one on a slow disk; without it a temporary one",
     )
     parser.add_argument("--timeout", type=float, default=300, help="seconds given to each run")
     args = parser.parse_args()

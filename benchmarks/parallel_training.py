@@ -23,6 +23,7 @@ import torch
 
 from twotower.checkpoint import load_checkpoint, save_backbone
 from twotower.cli.machine import recorded
+from twotower.cli.scripts import script_parser
 from twotower.families import config_from_dict
 from twotower.model.initialise import randomise
 from twotower.model.two_tower import TwoTower
@@ -98,9 +99,11 @@ CASES_ORDER = {name: place for place, name in enumerate(CASES)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--cases", help="only cases whose name has this in it")
-    parser.add_argument("--skip", nargs="*", default=[], help="equality, resume or loss")
+    parser.add_argument(
+        "--skip", nargs="*", default=[], help="parts to leave out: equality, resume, loss"
+    )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     names = [name for name in CASES if not args.cases or args.cases in name]

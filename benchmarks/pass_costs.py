@@ -8,7 +8,6 @@ one JSON object.
     python benchmarks/pass_costs.py --model smollm2.gguf --quantization int8 --threads 2
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -17,6 +16,7 @@ import torch
 
 import twotower
 from twotower.cli.machine import recorded
+from twotower.cli.scripts import script_parser
 from twotower.diffusion import require_finite
 from twotower.diffusion.sampling import argmax
 from twotower.engine.drafts import pass_cost
@@ -40,16 +40,20 @@ def median_ms(model: twotower.TwoTower, num_rows: int, past: int, repeats: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = script_parser(__doc__)
+    parser.add_argument(
+        "--model", help="checkpoint folder, GGUF file or hub id; without it the shipped model"
     )
-    parser.add_argument("--model", default=None, help="the shipped one where not given")
-    parser.add_argument("--quantization", default="none")
-    parser.add_argument("--backend", default="native")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rows", default="1,4,16")
+    parser.add_argument("--quantization", default="none", help="of the weights: none, int8 or int4")
+    parser.add_argument(
+        "--backend", default="native", help="what runs forward passes: native, eager or graphs"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a forward pass")
+    parser.add_argument(
+        "--rows", default="1,4,16", help="numbers of rows in a pass, separated by commas"
+    )
     parser.add_argument("--past", type=int, default=200, help="tokens that the cache holds")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=9, help="timed passes of each kind")
     given = parser.parse_args()
     model = twotower.load_model(
         given.model,

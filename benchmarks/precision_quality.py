@@ -7,7 +7,6 @@ model's chat template, and the answer is read behind it by native passes in each
 weights everywhere: what differs is the rounding. The last line is one JSON object.
 """
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -18,6 +17,7 @@ import twotower
 from twotower.backends import QUANTIZATIONS
 from twotower.cli.contest import encode_questions
 from twotower.cli.machine import recorded
+from twotower.cli.scripts import script_parser
 from twotower.loading import Placement, load
 
 
@@ -32,10 +32,10 @@ def read(model: twotower.TwoTower, prompt: list[int], answer: list[int]) -> tupl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--items", type=int, default=100)
+    parser = script_parser(__doc__)
+    parser.add_argument("model", help="checkpoint folder, GGUF file or hub id")
+    parser.add_argument("file", type=Path, help="JSONL file, a question and an answer a line")
+    parser.add_argument("--items", type=int, default=100, help="lines to read")
     args = parser.parse_args()
     lines = args.file.read_text("utf-8").splitlines()[: args.items]
     pairs = [(values["question"], values["answer"]) for values in map(json.loads, lines)]

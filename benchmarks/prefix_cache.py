@@ -19,6 +19,7 @@ import twotower
 from twotower import ContextCache, GenerateOptions, TwoTower, accelerate, generate
 from twotower.checkpoint import load_checkpoint
 from twotower.cli.machine import recorded
+from twotower.cli.scripts import script_parser
 from twotower.engine import EngineOptions
 from twotower.engine.prefix_cache import PrefixCache
 
@@ -27,14 +28,24 @@ Result = TypeVar("Result")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="checkpoint folder; the shipped model unless given")
-    parser.add_argument("--backends", nargs="+", default=["eager", "native"])
-    parser.add_argument("--shared", type=int, nargs="+", default=[64, 256, 1024])
-    parser.add_argument("--own", type=int, default=24)
-    parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = script_parser(__doc__)
+    parser.add_argument("--model", help="checkpoint folder; without it the shipped model")
+    parser.add_argument(
+        "--backends", nargs="+", default=["eager", "native"], help="what runs forward passes"
+    )
+    parser.add_argument(
+        "--shared",
+        type=int,
+        nargs="+",
+        default=[64, 256, 1024],
+        help="tokens of the beginning that prompts share",
+    )
+    parser.add_argument("--own", type=int, default=24, help="tokens of each prompt after it")
+    parser.add_argument("--prompts", type=int, default=12, help="number of prompts")
+    parser.add_argument(
+        "--new-tokens", type=int, default=32, help="tokens decoded after each prompt"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="timed prefills of each kind")
     args = parser.parse_args()
     torch.set_num_threads(1)
     plain = load_checkpoint(args.model or twotower.__path__[0] + "/assets")

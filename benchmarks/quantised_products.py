@@ -5,7 +5,6 @@ matrices are one of an expert of the released model and one like the shipped mod
 of the processor in the fastest of many repeats, one thread. The last line is one JSON object.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable
@@ -15,14 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.checkpoint.quantize import quantise
+from twotower.cli.scripts import script_parser
 from twotower.kernels.quantised import linear
 
 SHAPES = {"expert 1,856 x 2,688": (1856, 2688), "projection 832 x 192": (832, 192)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=0.4, help="of repeats a figure")
+    parser = script_parser(__doc__)
+    parser.add_argument(
+        "--seconds", type=float, default=0.4, help="seconds of repeats for each figure"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     records = []

@@ -21,6 +21,7 @@ from twotower.checkpoint.files import shipped_folder
 from twotower.checkpoint.quantize import quantise
 from twotower.cli.evaluate import EvaluateOptions, run_suite
 from twotower.cli.machine import recorded
+from twotower.cli.scripts import script_parser
 from twotower.kernels.quantised import dequantise
 from twotower.model.precision import Scheme, weight_bits
 
@@ -88,14 +89,21 @@ SETTINGS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument(
-        "--model", default=None, help="checkpoint in full precision; default: the shipped one"
+        "--model", help="checkpoint in full precision; without it the shipped model"
     )
     parser.add_argument("--items", type=int, default=25, help="prompts of each category")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--verify-threshold", type=float, default=0.0, help="0: blocks as drawn")
-    parser.add_argument("--only", nargs="*", default=None, help="names of settings")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="sequences decoded at the same time"
+    )
+    parser.add_argument(
+        "--verify-threshold",
+        type=float,
+        default=0.0,
+        help="of diffusion; 0 accepts all tokens of a block",
+    )
+    parser.add_argument("--only", nargs="*", help="names of settings to measure; without it all")
     args = parser.parse_args()
     source = Path(args.model) if args.model else shipped_folder()
     records = []

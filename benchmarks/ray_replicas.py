@@ -9,7 +9,6 @@ after all tries), different. The last line is one JSON object.
 Limit: replicas share this machine, so the figures are about loss, not speed.
 """
 
-import argparse
 import functools
 import json
 import threading
@@ -24,6 +23,7 @@ from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 
 from twotower.cli.machine import recorded
+from twotower.cli.scripts import script_parser
 from twotower.cli.serve import ServeArguments, build_app
 from twotower.serve import replicas
 from twotower.serve.access import Keys
@@ -109,10 +109,14 @@ def deploy(options: ServeArguments) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--port", type=int, default=8457)
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=30.0, help="before and after each event")
+    parser = script_parser(__doc__)
+    parser.add_argument("--port", type=int, default=8457, help="port of the server")
+    parser.add_argument(
+        "--clients", type=int, default=8, help="clients that send requests at the same time"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="seconds of load before and after each event"
+    )
     given = parser.parse_args()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     cluster.add_node(num_cpus=2)

@@ -22,6 +22,7 @@ from twotower.backends import BACKENDS, accelerate
 from twotower.checkpoint import load_checkpoint
 from twotower.checkpoint.files import shipped_folder
 from twotower.cli.machine import recorded
+from twotower.cli.scripts import script_parser
 from twotower.engine import EngineOptions, Finished, stream
 from twotower.lab.evaluate.suite import held_out
 
@@ -52,15 +53,31 @@ def run_once(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="shipped", help="a checkpoint folder")
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--overlap", nargs="+", choices=("off", "on"), default=["off"])
-    parser.add_argument("--backend", choices=BACKENDS, default="auto")
-    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
+    parser = script_parser(__doc__)
+    parser.add_argument("--model", default="shipped", help="checkpoint folder, or shipped")
+    parser.add_argument("--prompts", type=int, default=32, help="number of prompts")
+    parser.add_argument(
+        "--new-tokens", type=int, default=64, help="tokens decoded after each prompt"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each case")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a forward pass")
+    parser.add_argument(
+        "--overlap",
+        nargs="+",
+        choices=("off", "on"),
+        default=["off"],
+        help="whether both towers run at the same time",
+    )
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="what runs forward passes"
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        nargs="+",
+        default=list(ROWS),
+        help="batch sizes: sequences decoded at the same time",
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     path = shipped_folder() if args.model == "shipped" else Path(args.model)

@@ -174,12 +174,16 @@ class Client(locust.User):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--url", required=True)
-    parser.add_argument("--clients", type=int, required=True)
-    parser.add_argument("--minutes", type=float, required=True)
-    parser.add_argument("--max-tokens", type=int, required=True)
-    parser.add_argument("--patience", type=float, required=True)
-    parser.add_argument("--mode", required=True, help="a mode, or default")
+    parser.add_argument("--url", required=True, help="address of the server")
+    parser.add_argument("--clients", type=int, required=True, help="clients at the same time")
+    parser.add_argument("--minutes", type=float, required=True, help="duration, in minutes")
+    parser.add_argument(
+        "--max-tokens", type=int, required=True, help="maximum number of new tokens per request"
+    )
+    parser.add_argument(
+        "--patience", type=float, required=True, help="seconds that a client waits for an answer"
+    )
+    parser.add_argument("--mode", required=True, help="decoding mode, or default")
     Client.args = args = parser.parse_args()
     tally = Client.tally
     runner = Environment(user_classes=[Client]).create_local_runner()

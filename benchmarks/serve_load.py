@@ -26,6 +26,7 @@ import urllib.request
 from importlib.metadata import version
 
 from twotower.cli.machine import recorded
+from twotower.cli.scripts import script_parser
 
 CLIENTS = pathlib.Path(__file__).with_name("serve_clients.py")
 ENDS = ("answered", "told", "refused", "left", "lost")
@@ -120,16 +121,36 @@ def wait_until_idle(server: Server, timeout_s: float = 30.0) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--minutes", type=float, default=5.0, help="of each mode")
-    parser.add_argument("--modes", nargs="+", default=["default", "ar"])
-    parser.add_argument("--kills", type=int, default=4, help="of the decoding thread, in each mode")
-    parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--patience", type=float, default=120.0, help="seconds of a client")
-    parser.add_argument("--model", help="default: the shipped model")
-    parser.add_argument("--log", default="serve_load.log", help="where the server's log goes")
-    parser.add_argument("--server", nargs=argparse.REMAINDER, default=[], help="its own flags")
+    parser = script_parser(__doc__)
+    parser.add_argument("--clients", type=int, default=32, help="clients at the same time")
+    parser.add_argument(
+        "--minutes", type=float, default=5.0, help="duration of each mode, in minutes"
+    )
+    parser.add_argument(
+        "--modes", nargs="+", default=["default", "ar"], help="decoding modes, or default"
+    )
+    parser.add_argument(
+        "--kills",
+        type=int,
+        default=4,
+        help="times that the decoding thread is killed, in each mode",
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=64, help="maximum number of new tokens per request"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=120.0, help="seconds that a client waits for an answer"
+    )
+    parser.add_argument(
+        "--model", help="checkpoint folder, GGUF file or hub id; without it the shipped model"
+    )
+    parser.add_argument("--log", default="serve_load.log", help="file of the server's log")
+    parser.add_argument(
+        "--server",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="all that follows: flags of twotower serve",
+    )
     return parser.parse_args()
 
 

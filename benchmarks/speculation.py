@@ -5,7 +5,6 @@ denoiser pass and one verification, so `block_size` tokens for two passes at bes
 turns on every prompt; the last line is one JSON object.
 """
 
-import argparse
 import json
 
 import torch
@@ -13,6 +12,7 @@ import torch
 import twotower
 from twotower.checkpoint import load_checkpoint
 from twotower.cli.machine import recorded
+from twotower.cli.scripts import script_parser
 from twotower.engine import GenerateOptions
 from twotower.lab.corpus import CATEGORIES
 from twotower.lab.evaluate.results import summarise
@@ -22,13 +22,23 @@ from twotower.lab.evaluate.suite import make_judge
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=twotower.__path__[0] + "/assets")
-    parser.add_argument("--passes", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--items", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = script_parser(__doc__)
+    parser.add_argument(
+        "--model", default=twotower.__path__[0] + "/assets", help="checkpoint folder"
+    )
+    parser.add_argument(
+        "--passes",
+        type=int,
+        nargs="+",
+        default=[1, 2, 3],
+        help="denoiser passes per draft, one setting each",
+    )
+    parser.add_argument("--items", type=int, default=20, help="prompts of each category")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the prompts")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a forward pass")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     options = {"ar": GenerateOptions(mode="ar", temperature=args.temperature)} | {

@@ -7,7 +7,6 @@ repeats, backends taking turns; on a machine that others use, `--clock cpu` leav
 others. The last line is one JSON object.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -18,6 +17,8 @@ import torch
 import twotower
 from twotower.checkpoint import load_checkpoint
 from twotower.cli.machine import recorded
+from twotower.cli.scripts import script_parser
+from twotower.lab.bench.runners import open_engines
 from twotower.model.rows import select_rows
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -66,21 +67,35 @@ def passes(model: twotower.TwoTower, num_prompt: int) -> dict[str, Callable[[], 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=twotower.__path__[0] + "/assets")
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--backends", default="eager,native,native-int8")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    parser.add_argument("--repeats", type=int, default=100)
+    parser = script_parser(__doc__)
+    parser.add_argument(
+        "--model", default=twotower.__path__[0] + "/assets", help="checkpoint folder"
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=64, help="tokens before the timed pass"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a forward pass")
+    parser.add_argument("--backend", default="eager,native", help="backends, separated by commas")
+    parser.add_argument(
+        "--quantization", default="none,int8", help="of those that have them, separated by commas"
+    )
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="wall time, or processor time of this process",
+    )
+    parser.add_argument("--repeats", type=int, default=100, help="timed passes of each kind")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = load_checkpoint(args.model)
     calls: dict[str, Callable[[], object]] = {}
-    for backend in args.backends.split(","):
-        name, _, quantization = backend.partition("-")
-        ready = passes(twotower.accelerate(model, name, quantization or "none"), args.prompt_tokens)
-        calls |= {f"{backend} {name}": call for name, call in ready.items()}
+    engines, unable = open_engines(model, args.backend.split(","), args.quantization.split(","))
+    for line in unable:
+        print(f"not measured: {line}")
+    for engine, own in engines.items():
+        ready = passes(own, args.prompt_tokens)
+        calls |= {f"{engine} {name}": call for name, call in ready.items()}
     result = {
         "recorded": recorded(),
         "ms": median_ms(calls, args.repeats, CLOCKS[args.clock]),

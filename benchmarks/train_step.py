@@ -17,6 +17,7 @@ import torch
 import twotower
 from twotower.checkpoint import save_backbone
 from twotower.cli.prepare import BUILT_IN
+from twotower.cli.scripts import script_parser
 from twotower.model.initialise import randomise
 from twotower.train.loop import train_steps
 from twotower.train.options import TrainOptions
@@ -25,13 +26,20 @@ from twotower.train.presets import preset_config
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipe", choices=("backbone", "denoiser"), default="backbone")
-    parser.add_argument("--preset", default="small")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--compile", action="store_true")
+    parser = script_parser(__doc__)
+    parser.add_argument(
+        "--recipe", choices=("backbone", "denoiser"), default="backbone", help="what is trained"
+    )
+    parser.add_argument("--preset", default="small", help="size of the model: tiny, small or moe")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="precision of activations",
+    )
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         speed = measure(Path(folder), args)

@@ -30,6 +30,7 @@ from twotower import TwoTowerConfig
 from twotower.checkpoint.files import shipped_folder
 from twotower.cli.machine import recorded
 from twotower.cli.main import main as twotower_command
+from twotower.cli.scripts import script_parser
 from twotower.families import read_config
 
 SPACES, ADDRESSES = ("near", "far"), ("10.77.0.1", "10.77.0.2")
@@ -171,11 +172,17 @@ def bytes_per_block(config: TwoTowerConfig, element_size: int) -> dict[str, int]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mode", default="diffusion")
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--delays-ms", type=float, nargs="+", default=[0, 1, 20])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = script_parser(__doc__)
+    parser.add_argument("--mode", default="diffusion", help="decoding mode")
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens decoded")
+    parser.add_argument(
+        "--delays-ms",
+        type=float,
+        nargs="+",
+        default=[0, 1, 20],
+        help="one-way delays of the line, in ms",
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs at each delay")
     options = parser.parse_args()
     alone = in_one_process(options)
     needed = bytes_per_block(read_config(shipped_folder()), 4)

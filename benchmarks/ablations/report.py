@@ -14,6 +14,8 @@ from benchmarks.ablations import pictures
 from benchmarks.ablations.scoring import RESULTS, Record, compare, verdict_vector
 from benchmarks.ablations.variants import BASE, TABLES, VARIANTS
 
+from twotower.cli.scripts import script_parser
+
 REFERENCES = ("ar", "diffusion")  # of every sampling record: the limit and the control
 MISSING = "Not measured yet."
 PICTURES = Path("docs/ablations")
@@ -27,11 +29,9 @@ def main() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        prog="python -m benchmarks.ablations.report", description=__doc__.splitlines()[0]
-    )
-    found.add_argument("--results", type=Path, default=RESULTS)
-    found.add_argument("--pictures", type=Path, default=PICTURES, help="folder for them")
+    found = script_parser(__doc__, "python -m benchmarks.ablations.report")
+    found.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    found.add_argument("--pictures", type=Path, default=PICTURES, help="folder of the pictures")
     return found
 
 

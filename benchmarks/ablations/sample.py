@@ -24,6 +24,7 @@ from rich.progress import Progress
 import twotower
 from twotower.checkpoint import load_checkpoint
 from twotower.cli.machine import recorded
+from twotower.cli.scripts import script_parser
 from twotower.engine import MODES, GenerateOptions, defaults_of, resolve_options
 from twotower.engine.options import FIELD_MODES
 from twotower.lab.corpus import CATEGORIES, Document
@@ -111,20 +112,30 @@ def main() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        prog="python -m benchmarks.ablations.sample", description=__doc__.splitlines()[0]
+    found = script_parser(__doc__, "python -m benchmarks.ablations.sample")
+    found.add_argument("--model", help="checkpoint folder; without it the shipped model")
+    found.add_argument("--name", default="shipped", help="name of the record")
+    found.add_argument(
+        "--tables", default=",".join(TABLES), help="tables to measure, separated by commas"
     )
-    found.add_argument("--model", help="checkpoint folder; the shipped model when not given")
-    found.add_argument("--name", default="shipped", help="of the record")
-    found.add_argument("--tables", default=",".join(TABLES), help="some of " + ", ".join(TABLES))
-    found.add_argument("--categories", default=",".join(SHORT_CATEGORIES))
-    found.add_argument("--items", type=int, default=60, help="prompts per category")
-    found.add_argument("--seed", type=int, default=0)
-    found.add_argument("--threshold", type=float, help="instead of the checkpoint's")
-    found.add_argument("--max-new-tokens", type=int, default=128)
-    found.add_argument("--batch-size", type=int, default=30)
-    found.add_argument("--threads", type=int, default=1)
-    found.add_argument("--results", type=Path, default=RESULTS)
+    found.add_argument(
+        "--categories",
+        default=",".join(SHORT_CATEGORIES),
+        help="categories of prompts, separated by commas",
+    )
+    found.add_argument("--items", type=int, default=60, help="prompts of each category")
+    found.add_argument("--seed", type=int, default=0, help="seed of the prompts")
+    found.add_argument(
+        "--threshold", type=float, help="confidence threshold; without it the checkpoint's"
+    )
+    found.add_argument(
+        "--max-new-tokens", type=int, default=128, help="maximum number of new tokens per prompt"
+    )
+    found.add_argument(
+        "--batch-size", type=int, default=30, help="sequences decoded at the same time"
+    )
+    found.add_argument("--threads", type=int, default=1, help="CPU threads of a forward pass")
+    found.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     return found
 
 

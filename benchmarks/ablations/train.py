@@ -39,6 +39,7 @@ import twotower
 from twotower.checkpoint import load_checkpoint
 from twotower.cli.machine import recorded
 from twotower.cli.prepare import BUILT_IN
+from twotower.cli.scripts import script_parser
 from twotower.cli.train import TrainProgress
 from twotower.engine import GenerateOptions
 from twotower.lab.corpus import Document
@@ -71,22 +72,40 @@ def main() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        prog="python -m benchmarks.ablations.train", description=__doc__.splitlines()[0]
+    found = script_parser(__doc__, "python -m benchmarks.ablations.train")
+    found.add_argument(
+        "--table",
+        choices=("all", *TABLES),
+        default="all",
+        help="variants to train: those of one table, or all",
     )
-    found.add_argument("--table", choices=("all", *TABLES), default="all")
     found.add_argument("--variants", help="instead of a table: " + ", ".join(VARIANTS))
-    found.add_argument("--out", type=Path, default=Path("runs/ablations"), help="weights and data")
-    found.add_argument("--results", type=Path, default=RESULTS)
-    found.add_argument("--steps", type=int, default=2800, help="of the backbone")
-    found.add_argument("--denoiser-steps", type=int, default=900)
-    found.add_argument("--data-tokens", type=int, default=9_000_000, help="of the backbone")
-    found.add_argument("--denoiser-data-tokens", type=int, default=4_000_000)
-    found.add_argument("--items", type=int, default=80, help="prompts per category")
-    found.add_argument("--batch-size", type=int, default=40, help="prompts decoded together")
-    found.add_argument("--seed", type=int, default=0)
-    found.add_argument("--threads", type=int, default=1)
-    found.add_argument("--compile", action="store_true", help="the backbone's training")
+    found.add_argument(
+        "--out", type=Path, default=Path("runs/ablations"), help="folder of weights and data"
+    )
+    found.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    found.add_argument("--steps", type=int, default=2800, help="training steps of the backbone")
+    found.add_argument(
+        "--denoiser-steps", type=int, default=900, help="training steps of each denoiser"
+    )
+    found.add_argument(
+        "--data-tokens", type=int, default=9_000_000, help="tokens of the backbone's training data"
+    )
+    found.add_argument(
+        "--denoiser-data-tokens",
+        type=int,
+        default=4_000_000,
+        help="tokens of the denoisers' training data",
+    )
+    found.add_argument("--items", type=int, default=80, help="prompts of each category")
+    found.add_argument(
+        "--batch-size", type=int, default=40, help="sequences decoded at the same time"
+    )
+    found.add_argument("--seed", type=int, default=0, help="seed of data, weights and prompts")
+    found.add_argument("--threads", type=int, default=1, help="CPU threads")
+    found.add_argument(
+        "--compile", action="store_true", help="use torch.compile to train the backbone"
+    )
     return found
 
 

@@ -6,7 +6,6 @@ scripts/make_figures.py makes its section of docs/figures.md, and the examples o
 `--check` only says whether they are up to date. Run as `python -m benchmarks.plan_validation`.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -33,6 +32,7 @@ from benchmarks.plan_validation.published import (
 from benchmarks.plan_validation.rows import Row
 from benchmarks.plan_validation.tables import put_between, summary_table
 
+from twotower.cli.scripts import script_parser
 from twotower.lab.plan.inputs import PROFILES, Efficiency
 
 DOCS = Path(__file__).parents[2] / "docs" / "plan.md"
@@ -84,8 +84,12 @@ def make_page(text: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true")
+    parser = script_parser(__doc__, prog="python -m benchmarks.plan_validation")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="change nothing; say whether record and page are up to date",
+    )
     args = parser.parse_args()
     rows = all_rows()
     page = make_page(DOCS.read_text(encoding="utf-8"))

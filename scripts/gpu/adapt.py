@@ -7,7 +7,6 @@ Without --model a small random model is used.
     PYTHONPATH=src python scripts/gpu/adapt.py --model FILE.gguf --prompts FILE.jsonl --work DIR
 """
 
-import argparse
 import json
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from twotower import TwoTower, accelerate
 from twotower.adapt.answers import Question
 from twotower.adapt.options import AnswerOptions, Budget, StepOptions, ThinOptions, WorkFolder
 from twotower.adapt.run import Progress, collect_answers, train
+from twotower.cli.scripts import script_parser
 from twotower.lab.report import COLORS, new_figure
 from twotower.loading import Loaded, Placement, load
 
@@ -125,18 +125,30 @@ def backbone(stage: Stage) -> tuple[TwoTower, list[Question], str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--model", help="GGUF file or checkpoint folder of the backbone")
     parser.add_argument("--prompts", type=Path, nargs="+", default=[], help="files of JSON lines")
     parser.add_argument(
         "--work", type=Path, default=Path("gpu-adapt"), help="folder of answers and features"
     )
-    parser.add_argument("--minutes", type=float, default=3.2, help="of all runs with this --work")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--backend", default="graphs", choices=("graphs", "eager"))
-    parser.add_argument("--batch-size", type=int, default=256, help="answers at the same time")
-    parser.add_argument("--answers-per-step", type=int, default=64)
-    parser.add_argument("--blocks-per-answer", type=int, default=64)
+    parser.add_argument(
+        "--minutes", type=float, default=3.2, help="time of all runs with this --work"
+    )
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the passes"
+    )
+    parser.add_argument(
+        "--backend", default="graphs", choices=("graphs", "eager"), help="what runs the passes"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=256, help="answers decoded at the same time"
+    )
+    parser.add_argument(
+        "--answers-per-step", type=int, default=64, help="answers of a training step"
+    )
+    parser.add_argument(
+        "--blocks-per-answer", type=int, default=64, help="blocks of an answer and step"
+    )
     stage = Stage("adapt", parser, paint)
     args, is_rehearsal = stage.args, stage.is_rehearsal
     model, questions, name = backbone(stage)

@@ -7,7 +7,6 @@ a tensor is beyond its limit, or a text in float32 differs.
     PYTHONPATH=src python scripts/gpu/conformance.py
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -26,6 +25,7 @@ import recorded  # noqa: E402
 import slow_kernels  # noqa: E402
 from recorded import GOLDEN, Case  # noqa: E402
 from twotower import TwoTower, accelerate, generate, masks  # noqa: E402
+from twotower.cli.scripts import script_parser  # noqa: E402
 from twotower.kernels import expert_products, ops  # noqa: E402
 from twotower.lab.report import COLORS, new_figure  # noqa: E402
 
@@ -126,7 +126,7 @@ def paint(record: Record) -> "Figure":
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = script_parser(__doc__)
     stage = Stage("conformance", parser, paint)
     for name, difference, limit in check_kernels(stage.device):
         if not stage.has(what=name):

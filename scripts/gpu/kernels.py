@@ -10,7 +10,6 @@ runs them in Triton's interpreter, where triton is installed.
     PYTHONPATH=src python scripts/gpu/kernels.py
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +25,7 @@ from picture import Record
 from stage import Stage, reason_of, times_ms
 from torch import Tensor
 
+from twotower.cli.scripts import script_parser
 from twotower.graphs.arena import Recording
 from twotower.graphs.backend import fused_refusal
 from twotower.kernels import expert_products, mixing, quantised
@@ -247,7 +247,7 @@ def paint(record: Record) -> "Figure":
 
 @torch.no_grad()
 def main() -> int:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = script_parser(__doc__)
     stage, fused = Stage("kernels", parser, paint), None
     if stage.is_rehearsal:
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined

@@ -10,7 +10,6 @@ after each size, a profile for each variant: `twotower plan --efficiency gpu-pas
     PYTHONPATH=src python scripts/gpu/passes.py --size shipped dense-1b nano-30b
 """
 
-import argparse
 import gc
 import math
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from twotower import ContextCache, TwoTower, TwoTowerConfig, accelerate
 from twotower.checkpoint.empty import Towers, allocate, build_empty
 from twotower.checkpoint.files import shipped_folder
 from twotower.checkpoint.inspect import describe_config
+from twotower.cli.scripts import script_parser
 from twotower.diffusion import Sampler
 from twotower.engine.choosing import ChoosingBackend
 from twotower.families import PRESETS, config_from_dict, read_config
@@ -358,9 +358,15 @@ def paint(record: Record) -> "Figure":
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser = script_parser(__doc__)
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES), help="models")
+    parser.add_argument(
+        "--variant",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        help="backends and precisions",
+    )
     parser.add_argument("--hardware", default="h200", help="name of the machine in `twotower plan`")
     stage = Stage("passes", parser, paint)
     for size in stage.args.size:

@@ -31,10 +31,10 @@ class Stage:
         """parser: has the options of this stage alone. paint: a figure of the record, with what it
         shows as its title.
         """
-        parser.add_argument("--device", default="cuda", help="default: cuda")
+        parser.add_argument("--device", default="cuda", help="cuda, or cpu with --rehearse")
         parser.add_argument("--rehearse", action="store_true", help="run on a CPU with tiny sizes")
         out = Path(f"gpu-{name}.json")
-        parser.add_argument("--out", type=Path, default=out, help=f"JSON record, default: {out}")
+        parser.add_argument("--out", type=Path, default=out, help="file of the JSON record")
         parser.add_argument(
             "--seconds", type=float, default=210.0, help="start no measurement after this time"
         )

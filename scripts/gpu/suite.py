@@ -7,7 +7,6 @@ with int8 weights, too. A CPU writes the same prompts for comparison, with the s
     PYTHONPATH=src python scripts/gpu/suite.py
 """
 
-import argparse
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from twotower import GenerateOptions, Tokenizer, TwoTower, accelerate, load_toke
 from twotower.backends import BackendName, Quantization
 from twotower.checkpoint import load_checkpoint
 from twotower.checkpoint.files import shipped_folder
+from twotower.cli.scripts import script_parser
 from twotower.engine import EngineOptions, Failed, Finished, stream
 from twotower.lab.evaluate.suite import check, held_out
 from twotower.lab.report import COLORS, new_figure
@@ -85,7 +85,7 @@ def paint(record: Record) -> "Figure":
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--items", type=int, default=8, help="prompts per category")
     stage = Stage("suite", parser, paint)
     items, num_tokens = (1, 6) if stage.is_rehearsal else (stage.args.items, 96)
