@@ -6,7 +6,7 @@ import inspect
 import io
 import itertools
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
 from typing import (
@@ -49,6 +49,10 @@ def parse(
         flag, equals, _ = argument.partition("=")
         if equals and flag in _switches(options_class):  # tyro would take the value as a prompt
             raise ValueError(f"{flag} takes no value; see {prog} -h")
+    lists = {name: f"--{name.replace('_', '-')}" for name in _lists(options_class)}
+    fields = {field.name: field.default for field in dataclasses.fields(options_class)}  # type: ignore[arg-type]
+    # Lists may come again, so that tyro asks for none of them.
+    required = [flag for name, flag in lists.items() if fields[name] is dataclasses.MISSING]
     refusal = io.StringIO()
     try:
         with contextlib.redirect_stderr(refusal):
@@ -56,44 +60,27 @@ def parse(
                 _flags_of(options_class),
                 prog=prog,
                 description=description or summary(options_class),
-                args=_joined(arguments, _list_flags(options_class)),
+                args=list(arguments),
             )
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
         said = _in_words(_unframe(refusal.getvalue()), options_class, arguments)
+        if said.startswith("missing: "):
+            said += "".join(f", {flag}" for flag in required if flag not in arguments)
         raise ValueError(f"{said}; see {prog} -h") from None
     values = _flat(flags)
-    for name, value in values.items():
-        # A list that was named and left empty.
-        if value == () and (flag := f"--{name.replace('_', '-')}") in arguments:
+    for name, flag in lists.items():
+        if () in values[name]:  # named and left empty
             raise ValueError(f"{flag} needs a value; see {prog} -h")
+        values[name] = tuple(itertools.chain.from_iterable(values[name]))
+        if flag in required and not values[name]:
+            raise ValueError(f"missing: {flag}; see {prog} -h")
+    for name, value in values.items():
         for path in value if isinstance(value, tuple) else (value,):
             if isinstance(path, Path):
                 check({name: path}, {name: a_path})
     return options_class(**values)
-
-
-def _joined(arguments: Sequence[str], lists: Collection[str]) -> list[str]:
-    """All values of a list behind its first flag: tyro keeps those of the last alone."""
-    parts: list[list[str]] = []
-    known: dict[str, list[str]] = {}
-    values: list[str] | None = None  # of the list that is being read
-    for place, argument in enumerate(arguments):
-        if argument == "--":
-            return [*itertools.chain.from_iterable(parts), *arguments[place:]]
-        flag, equals, value = argument.partition("=")
-        if flag in lists:
-            if flag not in known:
-                parts.append(known.setdefault(flag, [flag]))
-            values = known[flag]
-            values += [value] * bool(equals)
-        elif argument.startswith("-") or values is None:
-            parts.append([argument])
-            values = None
-        else:
-            values.append(argument)
-    return [*itertools.chain.from_iterable(parts)]
 
 
 def _switches(options_class: type) -> set[str]:
@@ -107,14 +94,14 @@ def _switches(options_class: type) -> set[str]:
     return {f"--{prefix}{word}" for word in words for prefix in ("", "no-")}
 
 
-def _list_flags(options_class: type) -> set[str]:
-    """Flags that take any number of values."""
+def _lists(options_class: type) -> set[str]:
+    """Fields whose flags take any number of values, each time that they are given."""
     found = set()
     for name, hint in get_type_hints(options_class, include_extras=True).items():
         kind, *own = get_args(hint) if get_origin(hint) is Annotated else (hint,)
         is_list = get_origin(kind) is tuple and Ellipsis in get_args(kind)
         if is_list and not {tyro.conf.UseAppendAction, tyro.conf.Positional} & {*own}:
-            found.add(f"--{name.replace('_', '-')}")
+            found.add(name)
     return found
 
 
@@ -154,7 +141,7 @@ def _annotated_fields(options_class: type) -> dict[str, tuple[str, Any, Any]]:
     """Name, annotated type and default of every field, by name."""
     hints, docs = get_type_hints(options_class, include_extras=True), _docs(options_class)
     found: dict[str, tuple[str, Any, Any]] = {}
-    aliases = aliases_of(options_class)
+    aliases, lists = aliases_of(options_class), _lists(options_class)
     for field in dataclasses.fields(options_class):
         hint, *own = (
             get_args(hints[field.name])
@@ -163,8 +150,10 @@ def _annotated_fields(options_class: type) -> dict[str, tuple[str, Any, Any]]:
         )
         is_optional = NoneType in get_args(hint) and field.default is None
         is_switch = hint is bool
-        is_list = field.default == () and tyro.conf.UseAppendAction not in own
+        is_list = field.name in lists
         hidden = "(default: on)" if is_switch and field.default is True else ""
+        if is_list and field.default is dataclasses.MISSING:
+            hidden = "(required)"
         shown = tyro.conf.arg(
             aliases=aliases.get(field.name),
             help=docs.get(field.name),
@@ -174,6 +163,8 @@ def _annotated_fields(options_class: type) -> dict[str, tuple[str, Any, Any]]:
         default: Any = dataclasses.field(
             default=field.default, default_factory=field.default_factory
         )
+        if is_list:  # the flag may come again: tyro would keep the last one's values alone
+            hint, own = tuple[hint, ...], [tyro.conf.UseAppendAction, *own]  # type: ignore[valid-type]
         # A switch that a file of options may turn on needs its --no-; --json comes from no file.
         if field.name == "json":
             own = [tyro.conf.FlagCreatePairsOff, *own]
