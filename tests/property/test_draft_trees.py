@@ -36,15 +36,15 @@ def read(model: TwoTower, ids: Tensor) -> ContextCache:
 
 
 def random_parents(length: int, seed: int) -> list[int]:
-    """Of a tree whose branches fork at any place."""
+    """Of a tree whose branches fork at any token."""
     generator = torch.Generator().manual_seed(seed)
     later = (int(torch.randint(i + 1, (1,), generator=generator)) for i in range(length - 1))
     return [-1, *later]
 
 
-def path_to(parents: list[int], place: int) -> list[int]:
-    """The places from the first one to this one."""
-    path = [place]
+def path_to(parents: list[int], index: int) -> list[int]:
+    """The indices from the first one to this one."""
+    path = [index]
     while parents[path[0]] >= 0:
         path.insert(0, parents[path[0]])
     return path
@@ -69,8 +69,8 @@ def test_each_branch_is_as_if_it_were_alone(name: str, way: str) -> None:
     together = model.verify(cache, drafts, counts, tree=DraftTree(parents)).hidden
     for row, own in enumerate(parents):
         alone = read(model, ids[row, : CUTS[row]])
-        for place in range(1, len(own), 3):
-            path = path_to(own, place)
+        for index in range(1, len(own), 3):
+            path = path_to(own, index)
             hidden = model.verify(alone, drafts[row : row + 1, path]).hidden[0]
             assert_close(together[row, path], hidden, way)
 
@@ -102,14 +102,14 @@ def test_what_is_kept_of_a_draft_is_a_text(way: str, num_rows: int) -> None:
 
 
 def oracle(texts: dict[int, list[int]], unsure: range) -> object:
-    """In place of the denoiser: of each place the right token among wrong ones, in columns where it
-    is unsure behind them by a pattern.
+    """In place of the denoiser: of each position the right token among wrong ones, in columns where
+    it is unsure behind them by a pattern.
     """
 
-    def write(batch, blocks, places) -> Iterator[None]:  # type: ignore[no-untyped-def]
+    def write(batch, blocks, indices) -> Iterator[None]:  # type: ignore[no-untyped-def]
         written = []
-        for place in places.tolist():
-            row = batch.rows[place]
+        for index in indices.tolist():
+            row = batch.rows[index]
             at, cells = len(row.tokens) - 1, []
             for column in range(blocks.shape[1]):
                 text = texts[row.index]

@@ -190,7 +190,7 @@ def test_a_draft_branches_where_the_denoiser_is_unsure() -> None:
 
 
 def test_no_branch_for_what_ends_a_text() -> None:
-    """Guards places of a pass: what ends a text is the tower's own choice behind a draft."""
+    """Guards tokens of a pass: what ends a text is the tower's own choice behind a draft."""
     guess = Lookup(None, copies=False).guess([], 9, TOLD, most_ways=3, ends={5, 4})
     assert guess.tokens == [8, 6, 3] and guess.parents == [-1, -1, 0]
 
@@ -216,17 +216,17 @@ def test_equals_the_search_of_the_whole_text(text: list[int], cut: int) -> None:
     index = index_of(text[:cut])
     index.extend(text[cut:])
     length, draft = index.find([], 4)
-    places = [
+    found = [
         (count, at)
         for at in range(2, len(text))
         for count in range(MIN_MATCH, min(at, MAX_MATCH) + 1)
         if text[at - count : at] == text[len(text) - count :]
     ]
-    if not places:
+    if not found:
         assert (length, draft) == (0, [])
         return
-    tried = sorted({at for _, at in places}, reverse=True)[:MAX_TRIED]
-    expected, at = max((count, at) for count, at in places if at in tried)
+    tried = sorted({at for _, at in found}, reverse=True)[:MAX_TRIED]
+    expected, at = max((count, at) for count, at in found if at in tried)
     assert length == expected
     repeated = text[at:] * 4
     assert draft == repeated[:4]

@@ -24,7 +24,7 @@ _SAMPLERS: dict[str, SamplerKind] = {
 }
 
 
-NUM_OTHERS = 2  # next most probable tokens of each place of a draft that may branch
+NUM_OTHERS = 2  # next most probable tokens at each position of a draft that may branch
 
 
 class Choice(NamedTuple):
@@ -154,22 +154,22 @@ class Batch:
         ends = [len(row.prompt) + len(row.tokens) - self.mode.num_unread for row in self.rows]
         return ends == self.cache.lengths.tolist()
 
-    def part(self, places: Sequence[int]) -> "Batch":
-        """The rows at some places, in order; the batch itself when these are all."""
-        if len(places) == len(self.rows):
+    def part(self, indices: Sequence[int]) -> "Batch":
+        """The rows of some indices, in order; the batch itself when these are all."""
+        if len(indices) == len(self.rows):
             return self
-        chosen = torch.tensor(places, dtype=torch.int64)
-        rows = [self.rows[place] for place in places]
+        chosen = torch.tensor(indices, dtype=torch.int64)
+        rows = [self.rows[index] for index in indices]
         draft = tuple(of_rows[chosen.to(of_rows.device)] for of_rows in self.draft)
         cache = select_rows(self.cache, chosen)
         return Batch(self.model, self.mode, rows, cache, self.denoiser, draft)
 
-    def keep(self, places: Sequence[int]) -> "Batch":
+    def keep(self, indices: Sequence[int]) -> "Batch":
         """As `part`, in any order, with the batch's own cache, which loses the other rows."""
-        if len(places) == len(self.rows):
+        if len(indices) == len(self.rows):
             return self
-        order = keep_rows(self.cache, places)
-        rows = [self.rows[place] for place in order]
+        order = keep_rows(self.cache, indices)
+        rows = [self.rows[index] for index in order]
         return Batch(self.model, self.mode, rows, self.cache, self.denoiser)
 
     def join(self, other: "Batch") -> "Batch":
@@ -220,8 +220,8 @@ class Group:
     def keep(self, stays: Callable[[Row], bool]) -> None:
         """Drop all other rows, and their parts of the caches."""
         for batches in (self.batches, self.prompts):
-            places = [[i for i, row in enumerate(b.rows) if stays(row)] for b in batches]
-            batches[:] = [b.keep(own) for b, own in zip(batches, places, strict=True) if own]
+            indices = [[i for i, row in enumerate(b.rows) if stays(row)] for b in batches]
+            batches[:] = [b.keep(own) for b, own in zip(batches, indices, strict=True) if own]
 
     def remove(self, row: Row) -> Batch:
         """A row with its part of the cache, which leave the group."""

@@ -59,7 +59,7 @@ class Proposal(NamedTuple):
     drafter: DrafterName
     gain: float  # expected: tokens of the cycle by AR steps that they cost
     tokens: Sequence[int] = ()  # what follows the known ones, where that is known already
-    parents: Sequence[int] = ()  # the place of what each follows, the newest token's being 0
+    parents: Sequence[int] = ()  # what each follows, by index: 0 is the newest token
     cost: float = 0.0  # AR steps that it took to write it
 
 

@@ -22,7 +22,7 @@ def propose(row: Row, batch: Batch, known: Sequence[int]) -> Proposal | None:
     if row.options.drafts == "lookup" or not batch.model.has_denoiser:
         return None
     if len(known) > row.options.block_size - 2 or row.num_left < 2:
-        return None  # no place is left to fill
+        return None  # no position is left to fill
     if row.controller is None:
         row.controller = DraftController(_WEIGHT, _PAUSES)
     if not row.controller.is_drafting:
@@ -44,16 +44,16 @@ def writing_cost(row: Row, batch: Batch, num_writers: int) -> float:
 
 
 def write(
-    batch: Batch, blocks: Tensor, places: Tensor
+    batch: Batch, blocks: Tensor, indices: Tensor
 ) -> Generator[Event, None, list[list[Candidates]]]:
-    """Fill the masks of blocks (R, T) of the rows at places (R,): each one's tokens and how sure
+    """Fill the masks of blocks (R, T) of the rows `indices` (R,): each one's tokens and how sure
     the denoiser is of them, given those before; 1 for what was known. Behind a token stand the next
     most probable ones, where drafts may branch.
     """
     sampler = batch.draft_sampler
-    if len(places) < len(batch.rows):
-        sampler = sampler.select(places)
-    last = yield from fill_blocks(batch, blocks, sampler, places, num_known=1)
+    if len(indices) < len(batch.rows):
+        sampler = sampler.select(indices)
+    last = yield from fill_blocks(batch, blocks, sampler, indices, num_known=1)
     written: list[list[Candidates]] = [
         [[own] for own in zip(tokens, sure, strict=True)]
         for tokens, sure in zip(last.tokens.tolist(), last.confidence.tolist(), strict=True)

@@ -19,7 +19,7 @@ from twotower.model.ngrams import ORDER, Ngrams
 
 MIN_MATCH, MAX_MATCH = 2, 16  # tokens that must have occurred before, and that are compared
 MAX_TRIED = 32  # occurrences of the last two tokens that are compared, the newest first
-MAX_DRAFT = 15  # tokens, where the denoiser wrote no more: with the newest one 16 places
+MAX_DRAFT = 15  # tokens, where the denoiser wrote no more: with the newest one 16
 # How often the next token is right behind a match of so many tokens (SmolLM2's answers). After as
 # many tokens as _USUAL_WEIGHT a row's own rate counts as much.
 _USUAL = {2: 0.57, 3: 0.67, 4: 0.74, 8: 0.83, 16: 0.95}
@@ -30,14 +30,14 @@ _BINS = 8  # of probabilities that a row corrects together
 # leave.
 _OTHER_RATE, _OTHER_REST = 0.6, 0.8
 
-Candidates = Sequence[tuple[int, float]]  # tokens for one place and how probable each is
+Candidates = Sequence[tuple[int, float]]  # tokens for one position and how probable each is
 
 
 class Guess(NamedTuple):
     """What may follow a text, the likeliest first; each token behind the one that it follows."""
 
     tokens: list[int]
-    parents: list[int]  # the place of what each follows among the known tokens and these, or -1
+    parents: list[int]  # the index of what each follows among the known tokens and these, or -1
     sure: list[float]  # how probable it is that each is reached and right
 
 
@@ -45,7 +45,7 @@ class _Way(NamedTuple):
     """One way in which a text may go on."""
 
     behind: list[int]  # the known tokens and those of this way
-    parent: int  # the place of what the last of them follows
+    parent: int  # the index of what the last of them follows
     sure: float  # how probable all of them are
     kind: object  # of guess that the last one is; None where nothing is learnt from it
     length: int  # of the match that `copied` goes on with
@@ -83,23 +83,23 @@ class LookupIndex:
         What followed may run into the end of the text: then it repeats, as the text would.
         """
         end = self.end(MAX_MATCH, after)
-        length, place = 0, -1
+        length, start = 0, -1
         at = self._newest.get((end[-2], end[-1]), -1) if len(end) >= MIN_MATCH else -1
         for _ in range(MAX_TRIED):
             if at < 0 or length == len(end):
                 break
             if (found := self._num_equal(end, at)) > length:
-                length, place = found, at
+                length, start = found, at
             at = self._earlier[at]
         if length == 0:
             return 0, []
-        text = self._text[place : place + most]
+        text = self._text[start : start + most]
         if len(text) < most:  # all that there is
             text += after
         return length, [text[i % len(text)] for i in range(most)]
 
     def _num_equal(self, end: Sequence[int], at: int) -> int:
-        """How many tokens before place `at` are those at the end."""
+        """How many tokens before index `at` are those at the end."""
         count = 0
         while count < min(len(end), at) and self._text[at - 1 - count] == end[-1 - count]:
             count += 1
@@ -114,20 +114,20 @@ class Lookup:
         self.num_tokens = 0  # of the text so far
         self._ngrams, self._copies = ngrams, copies  # copies: of what the text said before
         self._tried, self._right = Counter[object](), Counter[object]()
-        # The newest guess: the place of what each token follows, the token, and its kind.
+        # The newest guess: the index of what each token follows, the token, and its kind.
         self._guessed: list[tuple[int, int, object]] = []
 
     def extend(self, tokens: Sequence[int]) -> None:
         """The text goes on with these tokens: the newest guess is judged by them."""
         at, left = -1, iter(tokens)
         token = next(left, None)
-        for place, (parent, guess, kind) in enumerate(self._guessed):
+        for index, (parent, guess, kind) in enumerate(self._guessed):
             if parent != at or token is None:
                 continue
             self._tried[kind] += 1
             if guess == token:
                 self._right[kind] += 1
-                at, token = place, next(left, None)
+                at, token = index, next(left, None)
         self._guessed = []
         self.num_tokens += len(tokens)
         if self._copies or self._ngrams is not None:  # else nothing is looked up
@@ -145,26 +145,26 @@ class Lookup:
         its own confidence. most_ways: in which each token may go on; ends: tokens that end a text.
         """
         found, begin, number = Guess([], [], []), len(known), count()
-        self._guessed = [(place - 1, token, None) for place, token in enumerate(known)]
-        way, place = _Way([*known], begin - 2, 1.0, None, 0, (), drafted), begin - 1
+        self._guessed = [(index - 1, token, None) for index, token in enumerate(known)]
+        way, index = _Way([*known], begin - 2, 1.0, None, 0, (), drafted), begin - 1
         ways = list[tuple[float, int, _Way]]()  # the likeliest on top, the first of equals
         while True:
             if way.sure >= _MIN_SURE:
                 left = most - len(way.behind) + begin
-                for following in self._go_on(way, place, left, most_ways):
+                for following in self._go_on(way, index, left, most_ways):
                     if following.behind[-1] not in ends:
                         heappush(ways, (-following.sure, next(number), following))
             if not ways or len(found.tokens) >= most:
                 return found
-            way, place = heappop(ways)[2], begin + len(found.tokens)
+            way, index = heappop(ways)[2], begin + len(found.tokens)
             token = way.behind[-1]
             self._guessed.append((way.parent, token, way.kind))
             found.tokens.append(token)
             found.parents.append(way.parent)
             found.sure.append(way.sure)
 
-    def _go_on(self, way: _Way, place: int, most: int, most_ways: int) -> list[_Way]:
-        """How a way, whose last token is at `place`, goes on, the likeliest first."""
+    def _go_on(self, way: _Way, index: int, most: int, most_ways: int) -> list[_Way]:
+        """How a way, whose last token is at `index`, goes on, the likeliest first."""
         behind, _, sure, _, length, copied, drafted = way
         if self._copies and not copied:  # nothing yet, or another token was likelier
             length, copied = self.index.find(behind, most)
@@ -188,7 +188,7 @@ class Lookup:
             told.add(token)
             copy = copied[1:] if copied and copied[0] == token else ()
             left = drafted[1:] if drafted and drafted[0][0][0] == token else ()
-            ways.append(_Way([*behind, token], place, sure * rate, kind, length, copy, left))
+            ways.append(_Way([*behind, token], index, sure * rate, kind, length, copy, left))
         return ways
 
     def _binned(self, source: str, token: int, usual: float) -> tuple[float, int, object]:
@@ -216,8 +216,8 @@ def continuation(
     drafted: Sequence[Candidates] = (),
     writing: float = 0.0,
 ) -> tuple[list[int], list[int], float]:
-    """What probably follows a row's tokens and the known ones, as much of it as is worth a place in
-    a pass, the place of what each follows, and the gain that is expected. drafted: by the denoiser,
+    """What probably follows a row's tokens and the known ones, as much of it as is worth verifying,
+    the index of what each follows, and the gain that is expected. drafted: by the denoiser,
     whose passes took `writing` AR steps.
     """
     if row.lookup is None:
@@ -227,7 +227,7 @@ def continuation(
     row.lookup.extend(row.between(done, end))
     begin = 1 + len(known)
     most = min(max(1 + MAX_DRAFT, begin + len(drafted)), row.num_left) - begin
-    # Only a denoiser tells several tokens for one place.
+    # Only a denoiser gives several tokens for one position.
     most_ways = 1 + NUM_OTHERS if drafted and batch.verifies_trees else 1
     guess = row.lookup.guess(known, most, drafted, most_ways, row.options.eos_token_id)
     expected = list(accumulate([float(begin), *guess.sure]))

@@ -22,7 +22,7 @@ PROPOSE = (drafts_denoiser.propose, drafts_lookup.propose)
 
 def draft(batch: Batch) -> Iterator[Event]:
     """What to verify: each row's newest token with a draft behind it, (B, n); how much of it, (B,);
-    and where drafts branch the place of what each token follows, (B, n), as in `DraftTree`.
+    and where drafts branch the index of the token that each follows, (B, n), as in `DraftTree`.
 
     Rows that do not draft have their newest token alone, and what their grammar demands behind it.
     """
@@ -53,16 +53,16 @@ def draft(batch: Batch) -> Iterator[Event]:
 def _write(batch: Batch, known: Sequence[list[int]]) -> Iterator[Event]:
     """Let the denoiser write where that is proposed, behind what is known of each row."""
     rows, size = batch.rows, batch.rows[0].options.block_size
-    places = [place for place, row in enumerate(rows) if row.proposal and not row.proposal.tokens]
-    if not places:
+    indices = [index for index, row in enumerate(rows) if row.proposal and not row.proposal.tokens]
+    if not indices:
         return
     masks = [batch.model.config.mask_token_id] * size
-    blocks = torch.tensor([[*known[place], *masks[len(known[place]) :]] for place in places])
-    written = yield from drafts_denoiser.write(batch, blocks, torch.tensor(places))
-    for place, block in zip(places, written, strict=True):
-        row, own = rows[place], known[place]
+    blocks = torch.tensor([[*known[index], *masks[len(known[index]) :]] for index in indices])
+    written = yield from drafts_denoiser.write(batch, blocks, torch.tensor(indices))
+    for index, block in zip(indices, written, strict=True):
+        row, own = rows[index], known[index]
         assert row.proposal is not None
-        drafted, cost = block[len(own) :], drafts_denoiser.writing_cost(row, batch, len(places))
+        drafted, cost = block[len(own) :], drafts_denoiser.writing_cost(row, batch, len(indices))
         tokens, parents, _ = drafts_lookup.continuation(row, batch, own[1:], drafted, cost)
         row.proposal = row.proposal._replace(tokens=tokens, parents=parents, cost=cost)
 

@@ -103,30 +103,30 @@ def _choices(batch: Batch, logits: Tensor, tree: DraftTree | None) -> Tensor:
     each = zip(drafts.tolist(), lengths.tolist(), strict=True)
     logits = penalize(logits, batch.rows, [own[1:length] for own, length in each])
     noise = _noise(batch, *logits.shape[1:])
-    if noise is not None and tree is not None:  # that of a token's place in the text
+    if noise is not None and tree is not None:  # that of a token's position in the text
         noise = torch.stack([own[depths] for own, depths in zip(noise, tree.depths, strict=True)])
     noise = None if noise is None else noise.to(logits.device)
     choices = choose_each(require_finite(logits), batch.sampler, noise).cpu()
-    for place, row in enumerate(batch.rows):
+    for index, row in enumerate(batch.rows):
         if row.grammar is not None:
-            own = None if noise is None else noise[place]
-            kept = _keep_grammar(batch, place, logits[place], own)
-            choices[place, : len(kept)] = torch.tensor(kept)
+            own = None if noise is None else noise[index]
+            kept = _keep_grammar(batch, index, logits[index], own)
+            choices[index, : len(kept)] = torch.tensor(kept)
     return choices
 
 
-def _keep_grammar(batch: Batch, place: int, logits: Tensor, noise: Tensor | None) -> Sequence[int]:
+def _keep_grammar(batch: Batch, index: int, logits: Tensor, noise: Tensor | None) -> Sequence[int]:
     """A row's choices from left to right, each under the grammar after those before it, up to the
     first that its draft does not have: logits (n, V).
     """
-    row, (drafts, lengths) = batch.rows[place], batch.draft[:2]
+    row, (drafts, lengths) = batch.rows[index], batch.draft[:2]
     assert row.grammar is not None
     kept: list[int] = []
-    following = [*drafts[place].tolist()[1:], None]
-    for at in range(int(lengths[place])):
+    following = [*drafts[index].tolist()[1:], None]
+    for at in range(int(lengths[index])):
         row.grammar.follow(row.tokens + kept)
         noises = None if noise is None else noise[at]
-        kept.append(choose_allowed(row, logits[at], batch.sampler, place, noises))
+        kept.append(choose_allowed(row, logits[at], batch.sampler, index, noises))
         if kept[-1] != following[at] or kept[-1] in row.options.eos_token_id:
             break
     return kept

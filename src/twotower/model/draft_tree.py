@@ -1,6 +1,6 @@
 """Drafts that branch: one pass verifies several ways in which a text may go on.
 
-Each token of a row of drafts follows its parent, an earlier place of the row, and sees what it
+Each token of a row of drafts follows its parent, an earlier token of the row, and sees what it
 follows alone. Also known as tree attention. Source: arXiv 2305.09781.
 """
 
@@ -15,7 +15,7 @@ MAX_TOKENS = 32  # of a row: what a token sees is a number of as many bits
 
 def has_branches(parents: Sequence[int]) -> bool:
     """Whether any token follows another than the one before it."""
-    return any(parent != place - 1 for place, parent in enumerate(parents))
+    return any(parent != index - 1 for index, parent in enumerate(parents))
 
 
 class DraftTree:
@@ -33,13 +33,13 @@ class DraftTree:
             )
         self.depths = [[0] * self.length for _ in parents]
         """Tokens of the row that come before each, (B, L)."""
-        self.sees = [[1 << place for place in range(self.length)] for _ in parents]
-        """Places that each token attends to, itself among them, as bits: (B, L)."""
+        self.sees = [[1 << index for index in range(self.length)] for _ in parents]
+        """Which tokens each attends to, itself among them: a bit for each index, (B, L)."""
         for own, depths, sees in zip(parents, self.depths, self.sees, strict=True):
-            for place, parent in enumerate(own):
+            for index, parent in enumerate(own):
                 if parent >= 0:
-                    depths[place] = depths[parent] + 1
-                    sees[place] |= sees[parent]
+                    depths[index] = depths[parent] + 1
+                    sees[index] |= sees[parent]
 
     @cached_property
     def mask(self) -> Tensor:
@@ -50,14 +50,14 @@ class DraftTree:
     def paths(
         self, drafts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]]
     ) -> list[list[int]]:
-        """The places of each row's tokens that stand: the first, and each that follows one of them
-        and is the token chosen there. choices (B, L): behind each place.
+        """The indices of each row's tokens that stand: the first, and each that follows one of them
+        and is the token chosen there. choices (B, L): behind each token.
         """
         paths = []
         for parents, tokens, chosen in zip(self.parents, drafts, choices, strict=True):
             path = [0]
-            for place, parent in enumerate(parents):
-                if parent == path[-1] and tokens[place] == chosen[parent]:
-                    path.append(place)
+            for index, parent in enumerate(parents):
+                if parent == path[-1] and tokens[index] == chosen[parent]:
+                    path.append(index)
             paths.append(path)
         return paths

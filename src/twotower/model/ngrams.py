@@ -43,9 +43,9 @@ class Ngrams(NamedTuple):
         probability.
         """
         keys = np.array(context_keys(newest[: -ORDER - 1 : -1])[::-1], np.uint32)
-        places = self.keys.searchsorted(keys)
-        is_known = self.keys.take(places, mode="clip") == keys
+        indices = self.keys.searchsorted(keys)
+        is_known = self.keys.take(indices, mode="clip") == keys
         if not is_known.any():
             return None
-        place = places[is_known.argmax()]
-        return int(self.tokens[place]), float(self.probabilities[place])
+        index = indices[is_known.argmax()]
+        return int(self.tokens[index]), float(self.probabilities[index])

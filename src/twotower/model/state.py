@@ -169,10 +169,10 @@ class ContextCache:
     ) -> None:
         """Commit the first counts[b] >= 0 of each row's tokens; the rest leaves no trace.
 
-        counts (B,) on the CPU. paths: of drafts that branch, the places of these tokens. The output
-        must have been made from the cache as it is. Whole or not at all: after an error (memory)
-        the cache is what it was. ValueError (one line) for the output of an earlier pass, whose
-        keys a later one has overwritten.
+        counts (B,) on the CPU. paths: of drafts that branch, the indices of these tokens. The
+        output must have been made from the cache as it is. Whole or not at all: after an error
+        (memory) the cache is what it was. ValueError (one line) for the output of an earlier pass,
+        whose keys a later one has overwritten.
         """
         if output.version is not None and output.version is not self.version:
             raise ValueError(
@@ -204,24 +204,24 @@ class ContextCache:
         self.last_hidden, self.lengths = newest, lengths
 
     def _along(self, output: ForwardOutput, paths: Sequence[Sequence[int]]) -> ForwardOutput:
-        """The output with what lies at each row's places in front, in their order."""
+        """The output whose tokens at each row's path come first, in its order."""
         hidden, length = output.hidden, output.hidden.shape[1]
         for row, path in enumerate(paths):
-            at = next((i for i, place in enumerate(path) if place != i), len(path))
+            at = next((i for i, index in enumerate(path) if index != i), len(path))
             if at == len(path):
                 continue  # nothing lies before it
-            places, front = torch.tensor(path[at:]), slice(at, len(path))
+            indices, front = torch.tensor(path[at:]), slice(at, len(path))
             hidden = hidden.clone() if hidden is output.hidden else hidden
-            hidden[row, front] = hidden[row, places]
+            hidden[row, front] = hidden[row, indices]
             start = int(self.lengths[row])
             for old, new in zip(self.buffers, output.states, strict=True):
                 if isinstance(new, KV):
                     for part in new:
-                        part[row, front] = part[row, places.to(part.device)]
+                        part[row, front] = part[row, indices.to(part.device)]
                 elif isinstance(old, KV):  # they lie in the buffers
                     for part in old:
                         behind = part[row, start : start + length]
-                        behind[front] = behind[places]
+                        behind[front] = behind[indices]
         return output._replace(hidden=hidden)
 
     def _newest(self, hidden: Tensor, counts: Tensor) -> Tensor:
@@ -239,8 +239,8 @@ class ContextCache:
         """Put parts (B, L, Hk, A) behind each row's last token in its buffer."""
         num_rows, start, length = self.num_rows, self.num_past, parts[0].shape[1]
         if self.is_uniform:
-            places = slice(num_rows), slice(start, start + length)
-            torch._foreach_copy_([buffer[places] for buffer in buffers], list(parts))
+            indices = slice(num_rows), slice(start, start + length)
+            torch._foreach_copy_([buffer[indices] for buffer in buffers], list(parts))
             return
         # Tokens beyond a row's count land behind its length: the mask hides them, the next call
         # overwrites them.

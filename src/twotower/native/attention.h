@@ -31,7 +31,7 @@ inline void make_room_for_keys(const Step &s) {
 template <int W>
 void make_angles(const Call &call, int head_dim, const Tile &tile) {
     int half = head_dim / 2;
-    float *cosines = scratch.angles.data() + long(tile.place) * head_dim, *sines = cosines + half * W;
+    float *cosines = scratch.angles.data() + long(tile.first_lane) * head_dim, *sines = cosines + half * W;
     float positions[W] = {};
     each_segment(call, tile, [&](const Segment &s) {
         const Row &row = call.rows[s.row];
@@ -81,8 +81,8 @@ void project(const Step &s, const Tile &tile) {
     const auto &w = weights_of<AttentionWeights>(s.layer);
     int A = s.layer.head_dim, q_width = s.layer.q_heads * A, kv_width = s.layer.kv_heads * A;
     float *k = at_least(scratch.flat, 2 * size_t(kv_width) * W), *v = k + kv_width * W;
-    float *q = scratch.q.data() + long(tile.place) * q_width;
-    const float *angles = s.layer.rotary ? scratch.angles.data() + long(tile.place) * A : nullptr;
+    float *q = scratch.q.data() + long(tile.first_lane) * q_width;
+    const float *angles = s.layer.rotary ? scratch.angles.data() + long(tile.first_lane) * A : nullptr;
     Input<W> in = input_of<W>(s, tile, w.q_proj, scratch.u.data(), s.call.tower.width);
     matrices<W>(s.call.team,
                 {{w.q_proj, q_width, w.q_proj_bias.full, q},
@@ -122,20 +122,20 @@ inline KeyBlock find_keys(const Layer &layer, const RowState &s, int head, int a
 }
 
 // The same of a draft that branches, where its block holds tokens of the pass: the past, then all tokens
-// whose positions lie in the block, whose places in the pass go to `places`. Of those a token sees,
+// whose positions lie in the block, whose indices in the pass go to `indices`. Of those a token sees,
 // each stands behind the one that it follows, so sums are taken in the order of a text.
 inline KeyBlock find_branches(const Layer &layer, const RowState &s, int head, int at, float *room,
-                              int *places) {
+                              int *indices) {
     int A = layer.head_dim, S = s.num_past, count = std::max(0, S - at);
     long stride = long(layer.kv_heads) * A;
-    auto add = [=](const Past &from, long place, int j) {
-        std::copy_n(from.k + place * stride + head, A, room + j * A);
-        std::copy_n(from.v + place * stride + head, A, room + (MOST + j) * A);
+    auto add = [=](const Past &from, long index, int j) {
+        std::copy_n(from.k + index * stride + head, A, room + j * A);
+        std::copy_n(from.v + index * stride + head, A, room + (MOST + j) * A);
     };
     for (int j = 0; j < count; j++) add(s.past, at + j, j);
     for (int t = 0; t < s.length; t++)
         if (int position = S + s.depths[t]; position >= at && position < at + KEYS) {
-            places[count] = t;
+            indices[count] = t;
             add({s.out.k, s.out.v, nullptr, nullptr}, t, count++);
         }
     return {room, room + MOST * A, A, count};
@@ -144,11 +144,11 @@ inline KeyBlock find_branches(const Layer &layer, const RowState &s, int head, i
 // score[count][W] of keys that a lane does not see: those of other branches. first: the first lane's
 // token; `heads` lanes are of one.
 template <int W>
-void hide_branches(const RowState &s, const int *places, int past, int count, int first, int heads, float *score) {
+void hide_branches(const RowState &s, const int *indices, int past, int count, int first, int heads, float *score) {
     for (int j = past; j < count; j++)
         for (int l = 0; l < W; l++) {
             int token = std::min(first + l / heads, s.length - 1);
-            if (!(s.sees[token] >> places[j] & 1)) score[j * W + l] = -INFINITY;
+            if (!(s.sees[token] >> indices[j] & 1)) score[j * W + l] = -INFINITY;
         }
 }
 
@@ -216,18 +216,18 @@ void attend_head(const Layer &layer, const RowState &row, int head, const float 
     float *score = at_least(scratch.own, size_t(MOST) * W + 2 * size_t(MOST) * A);
     float *room = score + MOST * W;
     float root = 1.0f / std::sqrt(float(A)), most[W], total[W] = {};
-    int places[MOST], S = row.num_past;
+    int indices[MOST], S = row.num_past;
     for (int l = 0; l < W; l++) most[l] = -INFINITY;
     std::fill(y, y + A * W, 0.0f);
     for (int at = 0; at < visible; at += KEYS) {
         bool branches = row.depths && at + KEYS > S;
-        KeyBlock keys = branches ? find_branches(layer, row, head, at, room, places)
+        KeyBlock keys = branches ? find_branches(layer, row, head, at, room, indices)
                                  : find_keys(layer, row, head, at, std::min(KEYS, visible - at), room);
         int here = keys.count;
         prefetch_rows(keys.v, keys.stride, A, here);
         product<W>(keys.k, keys.stride, 1, here, A, q, nullptr, score);
         if (branches)
-            hide_branches<W>(row, places, std::max(0, S - at), here, last - S, heads, score);
+            hide_branches<W>(row, indices, std::max(0, S - at), here, last - S, heads, score);
         else if (is_causal)
             for (int j = std::max(0, last + 1 - at); j < here; j++)
                 for (int l = 0; l < std::min((at + j - last) * heads, W); l++) score[j * W + l] = -INFINITY;
@@ -259,16 +259,16 @@ void attend_lanes(const Layer &layer, const RowState &row, int head, const float
                   int heads, int tokens, int last, bool is_causal, int visible) {
     int A = layer.head_dim, lanes = heads * tokens;
     float *q = at_least(scratch.lanes, 2 * size_t(A) * V), *y = q + A * V;
-    long places[V];
+    long offsets[V];
     for (int l = 0; l < V; l++) {
         int own = std::min(l, lanes - 1);
-        places[l] = long(own % heads) * A * W + own / heads;
+        offsets[l] = long(own % heads) * A * W + own / heads;
     }
     for (int a = 0; a < A; a++)
-        for (int l = 0; l < V; l++) q[a * V + l] = from[a * W + places[l]];
+        for (int l = 0; l < V; l++) q[a * V + l] = from[a * W + offsets[l]];
     attend_head<V>(layer, row, head, q, heads, last, is_causal, visible, y);
     for (int a = 0; a < A; a++)
-        for (int l = 0; l < lanes; l++) to[a * W + places[l]] = y[l * A + a];
+        for (int l = 0; l < lanes; l++) to[a * W + offsets[l]] = y[l * A + a];
 }
 
 // One part of a segment of a tile of W lanes: q and out [q_heads * A][W]
@@ -294,7 +294,7 @@ template <int W>
 void attend(const Step &s, const Tile &tile) {
     const auto &w = weights_of<AttentionWeights>(s.layer);
     int width = s.call.tower.width, q_width = s.layer.q_heads * s.layer.head_dim, total = 0;
-    const float *q = scratch.q.data() + long(tile.place) * q_width;
+    const float *q = scratch.q.data() + long(tile.first_lane) * q_width;
     float *out = at_least(scratch.b, size_t(q_width) * W);
     each_segment(s.call, tile, [&](const Segment &part) { total += Together(s.layer, part).parts; });
     s.call.team.split(total, [=, &s, &tile](int begin, int end) {
@@ -309,7 +309,7 @@ void attend(const Step &s, const Tile &tile) {
     for (int f = 0; f < q_width; f++)  // lanes that are nobody's must be numbers
         for (int l = tile.count; l < W; l++) out[f * W + l] = 0.0f;
     matrix<W>(s.call.team, w.o_proj, width, input_of<W>(s, tile, w.o_proj, out, q_width), w.o_proj_bias.full,
-              scratch.y.data() + long(tile.place) * width);
+              scratch.y.data() + long(tile.first_lane) * width);
 }
 
 }  // namespace twotower

@@ -92,9 +92,9 @@ class NativeBackend:
         rows = list[Row]()
         for row, count in enumerate(given):
             if count:
-                places = pasts.of(row), outputs.of(row), None, out + row * out_step
+                pointers = pasts.of(row), outputs.of(row), None, out + row * out_step
                 shape = () if branches is None else branches.of(row)
-                rows.append(Row(count, lengths[row], ids + row * ids_step, *places, *shape))
+                rows.append(Row(count, lengths[row], ids + row * ids_step, *pointers, *shape))
             else:
                 outputs.keep(layers, row)
         if rows:
@@ -145,8 +145,8 @@ class NativeBackend:
         out, out_step = hidden.data_ptr(), 4 * block.shape[1] * self._width
         times: dict[float | None, list[Row]] = {}
         for row, time in enumerate([None] * len(block) if t is None else t.tolist()):
-            place = None if added is None else added[row].data_ptr()
-            own = first + row * step, pasts.of(row), None, place, out + row * out_step
+            pointer = None if added is None else added[row].data_ptr()
+            own = first + row * step, pasts.of(row), None, pointer, out + row * out_step
             times.setdefault(time, []).append(Row(block.shape[1], lengths[row], *own))
         for time, rows in times.items():
             self._denoiser(rows, None if time is None else self._table(time))

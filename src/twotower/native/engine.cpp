@@ -21,7 +21,7 @@ void add_residual(const float *y, const float *gate, float *h, int begin, int en
 template <int W>
 void embed(const Call &call, const Tile &tile) {
     const Tower &tower = call.tower;
-    float *h = scratch.h.data() + long(tile.place) * tower.width;
+    float *h = scratch.h.data() + long(tile.first_lane) * tower.width;
     each_segment(call, tile, [&](const Segment &s) {
         const Row &row = call.rows[s.row];
         for (int t = 0; t < s.count; t++) {
@@ -46,8 +46,8 @@ struct Before {
 template <int W>
 void pre_norm(const Step &s, const Tile &tile, Before before, const float *modulation) {
     int D = s.call.tower.width;
-    const float *y = scratch.y.data() + long(tile.place) * D, *m = modulation;
-    float *h = scratch.h.data() + long(tile.place) * D, *u = at_least(scratch.u, size_t(D) * W);
+    const float *y = scratch.y.data() + long(tile.first_lane) * D, *m = modulation;
+    float *h = scratch.h.data() + long(tile.first_lane) * D, *u = at_least(scratch.u, size_t(D) * W);
     bool modulates_first = s.layer.kind != MLP;  // a fact of the released weights
     over_features<W>(s.call.team, D, D, [=](int begin, int end) {
         if (!before.is_first) add_residual<W>(y, before.gate, h, begin, end);
@@ -112,8 +112,8 @@ void run(const Call &call, const float *const *modulations) {
     }
     each_tile(call, [&](auto width, const Tile &tile) {
         constexpr int W = decltype(width)::value;
-        float *h = scratch.h.data() + long(tile.place) * D, *u = at_least(scratch.u, size_t(D) * W);
-        if (!before.is_first) add_residual<W>(scratch.y.data() + long(tile.place) * D, before.gate, h, 0, D);
+        float *h = scratch.h.data() + long(tile.first_lane) * D, *u = at_least(scratch.u, size_t(D) * W);
+        if (!before.is_first) add_residual<W>(scratch.y.data() + long(tile.first_lane) * D, before.gate, h, 0, D);
         norm<W>(call.team, h, tower.norm, D, tower.eps, u);
         each_segment(call, tile, [&](const Segment &s) {
             to_rows<W>(u + s.lane, D, s.count, call.rows[s.row].hidden + long(s.at) * D, D);
@@ -177,7 +177,7 @@ extern "C" void twotower_linear(const Weight *w, int32_t rows, int32_t K, int32_
     }
 }
 
-// Adds to each place of logits (length, rows) but the first what the token before it does: w (rows, K) by
+// Adds to each position of logits (length, rows) but the first what the token before it does: w (rows, K) by
 // inner (ids, K), from left to right. ids (length,): where one is `mask`, the most probable stands for it,
 // number n of the logits being id drafts[n], or n itself where drafts is null.
 extern "C" void twotower_bigrams(const Weight *w, int32_t rows, int32_t K, int32_t threads, const float *inner,

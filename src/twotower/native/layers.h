@@ -17,10 +17,10 @@ struct Segment {
     int row, at, count, lane;
 };
 
-// Tokens that are computed side by side: `count` of `width` lanes, whose activations lie `place`
-// lanes behind the first tile's.
+// Tokens that are computed side by side: `count` of `width` lanes, of which the
+// first is lane `first_lane` of the pass.
 struct Tile {
-    int place, width, count, first_segment, num_segments;
+    int first_lane, width, count, first_segment, num_segments;
 };
 
 struct Call {
@@ -290,7 +290,7 @@ void mlp(const Step &s, const Tile &tile) {
         else squared<W>(s, in, a, begin, end);
     });
     matrix<W>(s.call.team, w.down_proj, width, input_of<W>(s, tile, w.down_proj, a, inner), w.down_proj_bias.full,
-              scratch.y.data() + long(tile.place) * width);
+              scratch.y.data() + long(tile.first_lane) * width);
 }
 
 }  // namespace twotower

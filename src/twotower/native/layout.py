@@ -19,7 +19,7 @@ _STRUCTS = {
     "Layer": "int32_t kind, int32_t q_heads, int32_t kv_heads, int32_t head_dim, int32_t rotary, "
     "int32_t heads, int32_t head_size, int32_t groups, int32_t state, int32_t taps, int32_t inner, "
     "const Weight *weights",
-    # mask (masks, width): embeddings of the id `vocabulary` at each place of a row, of which the
+    # mask (masks, width): embeddings of the id `vocabulary` at each index of a row, of which the
     # last goes on; null where there is none. frequencies (A/2,): the angle of each pair per
     # position, null without rotary layers.
     "Tower": "int32_t vocabulary, int32_t width, int32_t num_layers, int32_t masks, float eps, "
@@ -37,7 +37,7 @@ _STRUCTS = {
     # One text of a pass: length >= 1 tokens after num_past others, past and out with an entry for
     # each layer; out and added (width,), which is added to its embeddings, may be null. Of a draft
     # that branches: depths (length,), how many tokens of the row come before each; sees (length,),
-    # a bit for each place that it attends to. Null where each follows the one before.
+    # a bit for the index of each token that it attends to. Null where each follows the one before.
     "Row": "int32_t length, int32_t num_past, const int64_t *ids, const Past *past, "
     "const Outputs *out, const float *added, float *hidden, const int32_t *depths, "
     "const uint32_t *sees",

@@ -211,7 +211,7 @@ void mamba(const Step &s, const Tile &tile) {
         norm<W>(s.call.team, y + g * part * W, w.norm.full + g * part, part, s.call.tower.eps,
                 y + g * part * W);
     matrix<W>(s.call.team, w.out_proj, width, input_of<W>(s, tile, w.out_proj, y, inner), w.out_proj_bias.full,
-              scratch.y.data() + long(tile.place) * width);
+              scratch.y.data() + long(tile.first_lane) * width);
 }
 
 // out.ssm after the first `count` tokens of a pass that left `mixed` and `step`

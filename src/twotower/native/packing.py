@@ -104,9 +104,9 @@ class Packed:
         self.groups = {name: _token_group(matrix) for name, matrix in matrices.items()}
         at = 0
         for name, matrix in matrices.items():
-            place = self._buffer[at : at + sizes[name]]
-            place.copy_(_bytes_of(matrix, self.bits[name]))
-            self.addresses[name] = place.data_ptr()
+            part = self._buffer[at : at + sizes[name]]
+            part.copy_(_bytes_of(matrix, self.bits[name]))
+            self.addresses[name] = part.data_ptr()
             at += sizes[name]
 
 

@@ -142,11 +142,11 @@ class NativeLinear:
 
 
 def _weight(name: str, weights: Mapping[str, Tensor], packed: Packed) -> Weight:
-    full, place = weights.get(name), packed.addresses.get(name)
-    if full is None and place is None and not name.endswith(OPTIONAL):
+    full, address = weights.get(name), packed.addresses.get(name)
+    if full is None and address is None and not name.endswith(OPTIONAL):
         raise ValueError(f"the native backend needs the weight {name}, which this model lacks")
     found = Weight(full=None if full is None else full.data_ptr())
-    if place is not None:
+    if address is not None:
         found.group, found.centred = packed.groups[name], name in packed.centred
-        setattr(found, f"int{packed.bits[name]}", place)
+        setattr(found, f"int{packed.bits[name]}", address)
     return found
