@@ -44,16 +44,27 @@ def test_a_run_ends_with_a_denoiser_that_decodes(
     assert json.loads(capsys.readouterr().out)["results"][0]["tokens"] == drafted
 
 
+GOOD = b"".join(b'{"prompt": "a%d"}\n' % i for i in range(30))
+
+
 @pytest.mark.parametrize(
     ("content", "flags", "said"),
     [
         (b"", [], "hold no prompt"),
         (b'{"x": 1}\n', [], "line 1 has none of prompt, question"),
         (b"\xff\xfe\n", [], "is not"),
-        (b'{"prompt": "a"}\n' * 5, [], "are usable, and 20 are needed"),
-        (b'{"prompt": "a"}\n' * 30, ["--layers", "99"], "--layers 99 must be at most"),
-        (b'{"prompt": "a"}\n' * 30, ["--minutes", "nan"], "--minutes nan"),
-        (b'{"prompt": "a"}\n' * 30, ["--stage", "train"], "run the stage answers first"),
+        (b'{"prompt": "\\ud800"}\n', [], "q.jsonl line 1 is not UTF-8 text"),
+        (b'{"prompt": [300]}\n', [], "q.jsonl line 1 has token 300 outside the vocabulary"),
+        (b'{"prompt": "a"}\n' * 60, [], "1 of 60 are usable, without repeated ones"),
+        (GOOD, ["--max-prompt-tokens", "1"], "those of more than 1 tokens; at least 22 are needed"),
+        (b"".join(GOOD.splitlines(True)[:21]), [], "21 of 21 are usable"),
+        (GOOD, ["--layers", "99"], "--layers 99 must be at most"),
+        (GOOD, ["--minutes", "nan"], "--minutes nan"),
+        (GOOD, ["--stage", "train"], "run the stage answers first"),
+        (GOOD, ["--stage", "measure"], "has no denoiser; run the stage train first"),
+        (GOOD, ["--stage", "train", "--json"], "--json: has no effect with --stage train"),
+        (GOOD, ["--denoiser", "x", "--block-size", "5"], "--block-size: has no effect with a"),
+        (GOOD, ["--denoiser", "x"], "--denoiser: x is not a file or folder"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(
@@ -92,3 +103,49 @@ def test_a_template_that_refuses_is_one_line(
     assert main([*command, "--out", str(tmp_path / "d")]) == 2
     error = capsys.readouterr().err
     assert "only pairs of turns" in error and "defect" not in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["out", "work"])
+@pytest.mark.parametrize("place", ["model", "file", "prompts"])
+def test_places_of_other_files_are_refused_and_stay(
+    name: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards the user's model: --out of its folder overwrote it, after all the training."""
+    model = make_text_checkpoint(tmp_path / "m")
+    (tmp_path / "p").mkdir()
+    file = prompts_file(tmp_path / "p", 30)
+    where = {"model": model, "file": file, "prompts": file.parent}[place]
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    places = {"out": tmp_path / "d", name: where}
+    command = ["adapt", "-m", str(model), "--prompts", str(file), "--minutes", "0.001"]
+    assert main([*command, *(str(x) for key in places for x in (f"--{key}", places[key]))]) == 2
+    error = capsys.readouterr().err
+    assert f"--{name}" in error and "give a" in error and error.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"m", "p"}
+
+
+def test_prompts_that_were_trained_on_are_not_measured(
+    backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards the measurement: with another seed other prompts are kept, which were answered."""
+    file = tmp_path / "q.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + GOOD)  # with a byte order mark, as Windows writes it
+    command = ["adapt", "-m", backbone, "--prompts", str(file), "--out", str(tmp_path / "d")]
+    command += ["--layers", "1", "--max-tokens", "6", "--minutes", "0.03"]
+    assert main([*command, "--stage", "answers"]) == 0
+    assert "27 of 27 answers" in capsys.readouterr().err
+    assert main([*command, "--stage", "train"]) == 0
+    command += ["--stage", "measure", "--json", "--minutes", "9"]
+    for seed in range(1, 30):
+        status = main([*command, "--seed", str(seed)])
+        printed = capsys.readouterr()
+        if status == 2:
+            assert "all that were kept to measure have been trained on" in printed.err
+            break
+        assert json.loads(printed.out)["tasks"][0]["prompts"] < 3
+    assert status == 2
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["tasks"][0]["prompts"] == 3
+    assert "measure: 3 of 3 prompts" in printed.err

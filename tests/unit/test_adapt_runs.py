@@ -10,20 +10,27 @@ import torch
 from tiny_adapt import answers, backbone, features_of, thin
 from tiny_models import fresh_model, prompts_of
 from twotower import GenerateOptions, generate
-from twotower.adapt import features as feature_files
-from twotower.adapt.answers import Answer, Question, read_answers, write_answers
-from twotower.adapt.features import Features, find_places, write_part
+from twotower.adapt import files as run_files
+from twotower.adapt.answers import (
+    Answer,
+    Question,
+    read_answers,
+    unanswered,
+    write_answers,
+)
+from twotower.adapt.features import Features, find_places, is_whole, write_part
 from twotower.adapt.ngrams import count_ngrams
 from twotower.adapt.options import AnswerOptions, Budget, StepOptions, ThinOptions, WorkFolder
 from twotower.adapt.run import (
     Progress,
+    _add_to_curve,
     _read_spent,
     collect_answers,
     draft_vocabulary,
     reads_of,
     train,
 )
-from twotower.adapt.training import Trainer, measure
+from twotower.adapt.training import Acceptance, Trainer, measure
 from twotower.checkpoint.denoiser import load_denoiser, save_denoiser
 from twotower.cli.main import main
 from twotower.model.precision import Scheme, quantise_modules
@@ -41,13 +48,33 @@ def test_answers_go_on_where_a_killed_run_stopped(tmp_path: Path) -> None:
     with file.open("ab") as lines:
         lines.write(b'{"number": 4, "prom')
     assert read_answers(file) == kept
-    rest = list(write_answers(model, questions, file, options, 60.0))
+    left = unanswered(questions, kept)
+    rest = list(write_answers(model, left, file, options, 60.0))
     assert sorted(a.number for a in kept + rest) == list(range(9))
     assert read_answers(file) == kept + rest
     alone = generate(
         model, [q.prompt for q in questions], GenerateOptions(mode="ar", max_new_tokens=6)
     )
     assert {a.number: a.tokens for a in kept + rest} == {i: c.tokens for i, c in enumerate(alone)}
+
+
+def test_answers_that_the_time_ends_are_kept(tmp_path: Path) -> None:
+    """Guards small budgets: a batch that is not finished in time was thrown away, all of it."""
+    model, file = backbone(), tmp_path / "answers.jsonl"
+    questions = [Question(number=i, prompt=p, task="t") for i, p in enumerate(prompts_of([4] * 3))]
+    (short,) = write_answers(model, questions[:1], file, AnswerOptions(max_tokens=2000), 0.02)
+    assert 0 < len(short.tokens) < 2000
+    plain = GenerateOptions(mode="ar", max_new_tokens=len(short.tokens))
+    (whole,) = generate(model, [questions[0].prompt], plain)
+    assert whole.tokens == short.tokens
+    assert read_answers(file) == [short]
+
+
+def test_other_prompts_in_the_same_folder_are_answered(tmp_path: Path) -> None:
+    """Guards a second file of prompts: by their numbers, its first prompts seemed answered."""
+    known = Answer(number=0, task="a", prompt=[1, 2], tokens=[3])
+    again, other = (Question(number=0, prompt=ids, task="b") for ids in ([1, 2], [1, 5]))
+    assert unanswered([again, other], [known]) == [other]
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +87,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(feature_files, "save_file", full)
+    monkeypatch.setattr(run_files, "save_file", full)
     with pytest.raises(ValueError, match=r"No space left on device.*free some space"):
         write_part(model, answers(4), [2], file)
     assert file.read_bytes() == before
@@ -265,4 +292,25 @@ def test_work_that_adapt_did_not_write_is_one_line(text: str, tmp_path: Path) ->
             _read_spent(work)
     with pytest.raises(ValueError, match="is not a part that adapt wrote"):
         find_places(tmp_path)
-    assert not feature_files.is_whole(tmp_path / "part-00000.safetensors", 1, [0])
+    assert not is_whole(tmp_path / "part-00000.safetensors", 1, [0])
+
+
+def test_a_curve_has_each_step_once(tmp_path: Path) -> None:
+    """Guards the curve of a run that was killed: steps that are taken again appeared twice."""
+    model, work = backbone(), WorkFolder(tmp_path)
+    trainer = Trainer(thin(model), features_of(thin(model)), StepOptions())
+    found = Acceptance(tokens_per_cycle=1.5, right=[0.5])
+    for step in (10, 20, 30, 20, 20):
+        trainer.step = step
+        _add_to_curve(work, trainer, found, StepOptions())
+    assert [json.loads(line)["steps"] for line in work.curve.read_text().splitlines()] == [10, 20]
+
+
+def test_training_that_diverges_ends_at_once(tmp_path: Path) -> None:
+    """Guards the time that is left: a loss of nan was trained on to the end, and saved."""
+    write_part(backbone(), answers(9), [2, 3, 6], tmp_path / "part-00000.safetensors")
+    places, steps = find_places(tmp_path), StepOptions(learning_rate=1e30, warmup_steps=0)
+    trainer = Trainer(thin(backbone()), Features([2, 6]), steps)
+    with pytest.raises(ValueError, match=r"learning_rate=1e\+30 is too high: the loss is"):
+        for _ in range(5):
+            trainer.take_step(places, 0.0)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from twotower.adapt.files import writing
 from twotower.adapt.options import AnswerOptions
 from twotower.engine import (
     EngineOptions,
@@ -14,6 +15,7 @@ from twotower.engine import (
     Finished,
     GenerateOptions,
     Request,
+    TokensCommitted,
     stream_requests,
 )
 from twotower.model import TwoTower
@@ -49,6 +51,12 @@ def read_answers(file: Path) -> list[Answer]:
     return [_read_answer(line, f"{file}:{number}") for number, line in enumerate(whole, 1)]
 
 
+def unanswered(questions: Sequence[Question], answers: Sequence[Answer]) -> list[Question]:
+    """The questions that have no answer yet."""
+    done = {tuple(answer.prompt) for answer in answers}
+    return [question for question in questions if tuple(question.prompt) not in done]
+
+
 def write_answers(
     model: TwoTower,
     questions: Sequence[Question],
@@ -56,41 +64,44 @@ def write_answers(
     options: AnswerOptions,
     seconds: float,
 ) -> Iterator[Answer]:
-    """Answer questions that the file has no answer to, in order, until the time is over; each is on
-    the disk when it is yielded.
+    """Answer questions in order, until the time is over; each answer is on the disk when it is
+    yielded. Those that are not finished then are kept as far as they are.
     """
-    done = {answer.number for answer in read_answers(file)}
-    open_ones = [question for question in questions if question.number not in done]
     deadline = time.monotonic() + seconds
     decoding = GenerateOptions(
         mode="ar", max_new_tokens=options.max_tokens, temperature=options.temperature
     )
+    begun = dict[int, list[int]]()  # tokens of each row that is not finished
 
     def requests() -> Iterator[Request]:
-        for question in open_ones:
+        for question in questions:
             if time.monotonic() > deadline:
                 return
             yield Request(question.prompt, decoding)
 
+    def written(row: int, tokens: list[int]) -> Answer:
+        answer = Answer(**vars(questions[row]), tokens=tokens)
+        content = json.dumps(vars(answer)).encode() + b"\n"
+        with writing(file):
+            while content:  # a full disk takes a part first and refuses then
+                content = content[lines.write(content) :]
+        return answer
+
     _drop_half_line(file)
-    with file.open("ab") as lines:
+    with file.open("ab", buffering=0) as lines:
         engine = EngineOptions(batch_size=options.batch_size)
         for event in stream_requests(model, requests(), None, engine):
             if isinstance(event, Failed):
-                raise ValueError(f"answer {open_ones[event.row].number}: {event.message}")
+                raise ValueError(f"answer {questions[event.row].number}: {event.message}")
+            if isinstance(event, TokensCommitted):
+                begun.setdefault(event.row, []).extend(event.tokens)
             if isinstance(event, Finished):
-                question = open_ones[event.row]
-                answer = Answer(
-                    number=question.number,
-                    task=question.task,
-                    prompt=question.prompt,
-                    tokens=event.completion.tokens,
-                )
-                lines.write(json.dumps(vars(answer)).encode() + b"\n")
-                lines.flush()
-                yield answer
+                begun.pop(event.row, None)
+                yield written(event.row, event.completion.tokens)
             if time.monotonic() > deadline:
-                return
+                break
+        for row, tokens in begun.items():
+            yield written(row, tokens)
 
 
 def _read_answer(line: bytes, place: str) -> Answer:

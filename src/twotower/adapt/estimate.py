@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Sequence
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -11,13 +12,10 @@ import torch
 from torch import Tensor
 
 from twotower.adapt.features import Features, Place, Rows
-from twotower.adapt.options import AnswerOptions, Budget, StepOptions, ThinOptions
-from twotower.adapt.run import reads_of
+from twotower.adapt.options import AnswerOptions, Budget, StepOptions
 from twotower.adapt.training import Trainer
-from twotower.checkpoint.denoiser import with_new_denoiser
 from twotower.layers.attention import KV
 from twotower.model import TwoTower
-from twotower.model.thin import thin_config
 
 _TIMED = 3  # passes of each kind, after one that warms up
 _TOKENS = 200  # of a text that is trained on
@@ -26,7 +24,7 @@ _TOKENS = 200  # of a text that is trained on
 class _Sample(Features):
     """Answers of any tokens, as long as usual ones."""
 
-    def __init__(self, model: TwoTower, reads: list[int], count: int) -> None:
+    def __init__(self, model: TwoTower, reads: Sequence[int], count: int) -> None:
         super().__init__(reads)
         width, layers = model.config.hidden_size, model.empty_cache(count).layers
         states = {}
@@ -49,15 +47,20 @@ class _Sample(Features):
 
 def estimate(
     model: TwoTower,
-    thin: ThinOptions,
+    drafting: TwoTower,
     answers: AnswerOptions,
     steps: StepOptions,
-    budget: Budget,
+    minutes: float,
+    began: float,
 ) -> str:
-    """One line; takes a few seconds."""
+    """One line; takes a few seconds. drafting: the backbone with the denoiser that training begins
+    with; began: on the monotonic clock, the beginning of the run.
+    """
     rate = answers.batch_size / _answer_step_s(model, answers.batch_size)
+    step_s = _training_step_s(drafting, steps)
+    budget = Budget(minutes=minutes, overhead_s=time.monotonic() - began)
     tokens = rate * budget.seconds("answers")
-    blocks = steps.blocks * budget.seconds("train") / _training_step_s(model, thin, steps)
+    blocks = steps.blocks * budget.seconds("train") / step_s
     name, expected = expected_tokens_per_cycle(blocks)
     return (
         f"{budget.minutes:g} minutes: at most {_short(tokens)} tokens of answers ({rate:.0f} a "
@@ -93,15 +96,11 @@ def _answer_step_s(model: TwoTower, rows: int) -> float:
     return min(times[1:])
 
 
-def _training_step_s(model: TwoTower, thin: ThinOptions, steps: StepOptions) -> float:
+def _training_step_s(model: TwoTower, steps: StepOptions) -> float:
     """Seconds of a step of training."""
-    reads, size = reads_of(model, thin), thin.draft_vocab
-    ids = torch.arange(size) if 0 < size < model.config.vocab_size else None
-    config = thin_config(model.config, reads, thin.block_size, thin.draft_of(ids))
-    made = with_new_denoiser(model, config, ids, steps.seed)
-    sample = _Sample(model, reads, steps.answers_per_step)
+    sample = _Sample(model, model.config.reads, steps.answers_per_step)
     places, times = [Place(file=Path(), first=0, last=_TOKENS, start=0)], list[float]()
-    trainer = Trainer(made, sample, steps)
+    trainer = Trainer(model, sample, steps)
     for _ in range(_TIMED + 1):
         began = time.perf_counter()
         trainer.take_step(places, 0.0)

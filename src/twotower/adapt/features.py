@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from twotower.adapt.answers import Answer
+from twotower.adapt.files import save_whole
 from twotower.config import TowerConfig
 from twotower.layers.attention import KV
 from twotower.model import TwoTower
@@ -54,21 +54,6 @@ def write_part(
     tensors["lengths"] = torch.tensor([len(one) for one in tokens])
     tensors["starts"] = torch.tensor([len(a.prompt) for a in answers])
     save_whole(tensors, file)
-
-
-def save_whole(tensors: dict[str, Tensor], file: Path, told: dict[str, str] | None = None) -> None:
-    """Tensors into a file in one piece, or not at all: ValueError (one line) for a full disk."""
-    aside = file.with_suffix(".tmp")
-    try:
-        save_file(tensors, aside, told)
-        aside.replace(file)
-    except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{file}: cannot be written ({reason}); what was done is kept: free some space and run "
-            "the same command again"
-        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,16 +38,11 @@ def compare(
     model: TwoTower,
     questions: Sequence[Question],
     max_tokens: int,
-    deadline: float,
 ) -> Iterator[Pair]:
-    """Both modes on one prompt after another, until the time (of the monotonic clock) is over; who
-    begins alternates.
-    """
+    """Both modes on one prompt after another; who begins alternates."""
     plain = GenerateOptions(mode="ar", max_new_tokens=max_tokens)
     drafted = replace(plain, mode="speculative")
     for number, question in enumerate(questions):
-        if time.monotonic() > deadline and number > 0:
-            return
         runs = [(backbone, plain), (model, drafted)]
         found: dict[str, tuple[Completion, float]] = {}
         for runner, options in runs if number % 2 else reversed(runs):

@@ -5,16 +5,17 @@ for all runs of one work folder together: time that a killed run had is not give
 """
 
 import json
+import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from twotower.adapt.answers import Answer, Question, read_answers, write_answers
+from twotower.adapt.answers import Answer, Question, read_answers, unanswered, write_answers
 from twotower.adapt.features import (
     PART,
     Features,
@@ -24,6 +25,7 @@ from twotower.adapt.features import (
     is_whole,
     write_part,
 )
+from twotower.adapt.files import write_whole
 from twotower.adapt.ngrams import count_ngrams, joined
 from twotower.adapt.options import (
     AnswerOptions,
@@ -33,6 +35,7 @@ from twotower.adapt.options import (
     ThinOptions,
     WorkFolder,
 )
+from twotower.adapt.report import Pair
 from twotower.adapt.training import Acceptance, Trainer, measure
 from twotower.checkpoint.denoiser import load_denoiser, save_denoiser, with_new_denoiser
 from twotower.model import TwoTower
@@ -94,16 +97,15 @@ def collect_answers(
     reads = reads_of(model, thin) if start is None else load_denoiser(model, start).config.reads
     clock, answers = _Clock(work, "answers", budget), read_answers(work.answers)
     _write_features(model, answers, work, reads)  # what a killed run left undone
-    tokens, began = 0, time.monotonic()
-    for answer in write_answers(model, questions, work.answers, options, clock.left):
+    open_ones = unanswered(questions, answers)
+    tokens, began, total = 0, time.monotonic(), len(answers) + len(open_ones)
+    for answer in write_answers(model, open_ones, work.answers, options, clock.left):
         answers.append(answer)
         tokens += len(answer.tokens)
         if len(answers) % PART == 0:
             _write_features(model, answers, work, reads)
         rate = tokens / (time.monotonic() - began)
-        yield clock.progress(f"{len(answers)} of {len(questions)} answers, {rate:.0f} tokens/s")
-        if clock.left <= 0:
-            break
+        yield clock.progress(f"{len(answers)} of {total} answers, {rate:.0f} tokens/s")
     _write_features(model, answers, work, reads, is_last=True)
     clock.save()
     usable = sum(_is_usable(place) for place in find_places(work.features))
@@ -140,7 +142,8 @@ def train(
             "restore the file, or give another --work and run the stage answers first"
         )
     if start is None:
-        made = new_denoiser(model, work, thin, options.seed)
+        ids = draft_vocabulary(work, thin.draft_vocab, model.config.vocab_size)
+        made = new_denoiser(model, thin, ids, options.seed)
     else:
         made = load_denoiser(model, start)
     keyed = attended(model.config.context, made.config.reads)
@@ -179,12 +182,34 @@ def split(places: Sequence[Place]) -> tuple[list[Place], list[Place]]:
     return trained, list(places[::HELD_OUT])[:_MAX_HELD]
 
 
-def new_denoiser(model: TwoTower, work: WorkFolder, thin: ThinOptions, seed: int) -> TwoTower:
-    """The model with a denoiser before its first step, of the draft vocabulary of the answers."""
-    reads = reads_of(model, thin)
-    ids = draft_vocabulary(work, thin.draft_vocab, model.config.vocab_size)
-    config = thin_config(model.config, reads, thin.block_size, thin.draft_of(ids))
+def new_denoiser(model: TwoTower, thin: ThinOptions, ids: Tensor | None, seed: int) -> TwoTower:
+    """The model with a denoiser before its first step. ids: the draft vocabulary."""
+    config = thin_config(model.config, reads_of(model, thin), thin.block_size, thin.draft_of(ids))
     return with_new_denoiser(model, config, ids, seed)
+
+
+def first_denoiser(
+    model: TwoTower, thin: ThinOptions, seed: int, start: str | Path | None
+) -> TwoTower:
+    """What training will begin with, before there are answers to take a draft vocabulary from."""
+    if start is not None:
+        return load_denoiser(model, start)
+    size = thin.draft_vocab
+    ids = torch.arange(size) if 0 < size < model.config.vocab_size else None
+    return new_denoiser(model, thin, ids, seed)
+
+
+def measured(
+    pairs: Iterable[Pair], budget: Budget, count: int, done: list[Pair]
+) -> Iterator[Progress]:
+    """Stage measure: pairs of `count` prompts, into a list, until the time is over."""
+    began, of_seconds = time.monotonic(), budget.seconds("measure")
+    for pair in pairs:
+        done.append(pair)
+        seconds, words = time.monotonic() - began, f"{len(done)} of {count} prompts"
+        yield Progress(stage="measure", seconds=seconds, of_seconds=of_seconds, words=words)
+        if seconds > of_seconds:
+            return
 
 
 def ngrams_of(work: WorkFolder) -> Ngrams:
@@ -210,7 +235,7 @@ def draft_vocabulary(work: WorkFolder, size: int, vocab_size: int) -> Tensor | N
         most = [token for token, _ in counts.most_common(size)]
         rest = (token for token in range(vocab_size) if token not in counts)
         most += [token for _, token in zip(range(size - len(most)), rest, strict=False)]
-        _write_whole(file, json.dumps(sorted(most)))
+        write_whole(file, json.dumps(sorted(most)))
     return torch.tensor(json.loads(file.read_text()))
 
 
@@ -240,7 +265,9 @@ def _is_usable(place: Place) -> bool:
 def _add_to_curve(
     work: WorkFolder, trainer: Trainer, found: Acceptance, options: StepOptions
 ) -> str:
-    """Write down what was measured; returns it in words."""
+    """Write down what was measured, in the place of what a killed run had measured at this step or
+    later; returns it in words.
+    """
     point = {
         "seconds": round(trainer.seconds, 1),
         "steps": trainer.step,
@@ -248,9 +275,18 @@ def _add_to_curve(
         "tokens_per_cycle": round(found.tokens_per_cycle, 4),
         "right": [round(share, 4) for share in found.right],
     }
-    with work.curve.open("a") as lines:
-        lines.write(json.dumps(point) + "\n")
+    lines = work.curve.read_text().splitlines() if work.curve.is_file() else []
+    lines = [line for line in lines if _steps_of(line) < trainer.step]
+    write_whole(work.curve, "\n".join([*lines, json.dumps(point), ""]))
     return f", {found.tokens_per_cycle:.2f} tokens a cycle on held-out answers"
+
+
+def _steps_of(point: str) -> float:
+    """Of a line of the curve; infinite for half a line."""
+    try:
+        return int(json.loads(point)["steps"])
+    except (KeyError, TypeError, ValueError):
+        return math.inf
 
 
 class _Clock:
@@ -293,7 +329,7 @@ class _Clock:
         """Write down the seconds."""
         self._saved = self.used
         spent = _read_spent(self._work) | {self._stage: round(self._saved, 1)}
-        _write_whole(self._work.spent, json.dumps(spent))
+        write_whole(self._work.spent, json.dumps(spent))
 
 
 def _read_spent(work: WorkFolder) -> dict[str, float]:
@@ -306,9 +342,3 @@ def _read_spent(work: WorkFolder) -> dict[str, float]:
         raise ValueError(
             f"{work.spent}: is not what adapt wrote; remove it, or give another --work"
         ) from None
-
-
-def _write_whole(file: Path, text: str) -> None:
-    aside = file.with_suffix(".tmp")
-    aside.write_text(text)
-    aside.replace(file)

@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from twotower.adapt.features import Features, Place, save_whole
+from twotower.adapt.features import Features, Place
+from twotower.adapt.files import save_whole
 from twotower.adapt.objective import (
     add_true_bigrams,
     anchor_at,
@@ -100,6 +101,11 @@ class Trainer:
         targets = targets_of(blocks, self._numbers)
         loss, weight = weighted_loss(logits.float(), targets, options.loss_decay, wanted, share)
         mean = loss / weight.clamp(min=1e-6)
+        if not mean.isfinite():
+            raise ValueError(
+                f"learning_rate={options.learning_rate:g} is too high: the loss is {mean.item()} "
+                f"at step {self.step}; use a lower one, and another --work"
+            )
         mean.backward()
         nn.utils.clip_grad_norm_(self._parameters.values(), options.max_grad_norm)
         self._optimizer.set_learning_rate(self._rate(used))

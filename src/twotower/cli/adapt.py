@@ -8,14 +8,16 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import tyro
 
 from twotower.adapt import run as stages
-from twotower.adapt.answers import Question
+from twotower.adapt.answers import Question, read_answers
 from twotower.adapt.estimate import estimate
+from twotower.adapt.files import write_whole
 from twotower.adapt.options import (
     STAGES,
     AnswerOptions,
@@ -24,7 +26,8 @@ from twotower.adapt.options import (
     ThinOptions,
     WorkFolder,
 )
-from twotower.adapt.report import by_task, compare
+from twotower.adapt.report import Pair, by_task, compare
+from twotower.checkpoint.denoiser import is_denoiser
 from twotower.checkpoint.files import SHIPPED
 from twotower.cli.progress import progress_bar
 from twotower.cli.questions import Question as Asked
@@ -37,6 +40,7 @@ from twotower.loading import Loaded, Placement, load, placement_of
 
 T = TypeVar("T")
 _MEASURED = 200  # prompts that are kept to measure, at most
+_MIN_PROMPTS = next(n for n in count() if n - n // 10 >= stages.MIN_ANSWERS)
 _LINE_EVERY_S = 30.0  # where there is no terminal
 
 
@@ -71,31 +75,42 @@ class AdaptArguments(ThinOptions, AnswerOptions, StepOptions, Placement):
         for part in (ThinOptions, AnswerOptions, StepOptions, Placement):
             part.__post_init__(self)
         Budget(minutes=self.minutes)
+        if self.json and self.stage not in ("all", "measure"):
+            raise ValueError(f"json: has no effect with stage={self.stage}; leave it out")
+        kept = [
+            f.name for f in dataclasses.fields(ThinOptions) if getattr(self, f.name) != f.default
+        ]
+        if self.denoiser is not None and kept:
+            raise ValueError(
+                f"{kept[0]}: has no effect with a denoiser that is trained on, whose shape stays; "
+                "leave it out"
+            )
 
 
 def run(options: AdaptArguments) -> int:
     """All stages, or one; returns the exit status. Errors of the user arrive as ValueError."""
     began = time.monotonic()
-    work = WorkFolder(options.work or options.out.with_name(options.out.name + "-work"))
+    work = _places(options)
     thin = _part(options, ThinOptions)
     answers, steps = _part(options, AnswerOptions), _part(options, StepOptions)
     # No denoiser yet: its drafts are to be made.
     placement = placement_of(options, denoiser=None, denoiser_device=None)
     read_config(placement.find())  # an unknown model is refused before its prompts are read
     prompts = read_questions(options.prompts)
-    work.path.mkdir(parents=True, exist_ok=True)
+    work.path.parent.mkdir(parents=True, exist_ok=True)
     with only_writer(work.path):
         loaded = load(placement, "ar")
-        _require_source(work, options)
-        if loaded.model.has_denoiser:
-            raise ValueError(f"model={loaded.name} has a denoiser of its own; give a backbone")
-        stages.reads_of(loaded.model, thin)  # too many layers are said before anything is written
-        questions, held = _questions(prompts, loaded, options)
-        wanted = STAGES if options.stage == "all" else (options.stage,)
+        source = _source(work, options)
         model, start = loaded.model, options.denoiser
+        stages.reads_of(model, thin)  # too many layers are said before anything is written
+        questions, held = _questions(prompts, loaded, options, work)
+        wanted = STAGES if options.stage == "all" else (options.stage,)
         if options.stage == "all" and not work.spent.is_file():
-            whole = Budget(minutes=options.minutes)
-            print(estimate(model, thin, answers, steps, whole), file=sys.stderr)
+            first = stages.first_denoiser(model, thin, steps.seed, start)
+            batch = dataclasses.replace(answers, batch_size=min(answers.batch_size, len(questions)))
+            print(estimate(model, first, batch, steps, options.minutes, began), file=sys.stderr)
+        work.path.mkdir(exist_ok=True)
+        write_whole(work.source, source)
         budget = Budget(minutes=options.minutes, overhead_s=time.monotonic() - began)
         if "answers" in wanted:
             _show(stages.collect_answers(model, questions, work, thin, answers, budget, start))
@@ -108,14 +123,35 @@ def run(options: AdaptArguments) -> int:
     return 0
 
 
+def _places(options: AdaptArguments) -> WorkFolder:
+    """The folder of work. ValueError where it, or that of the denoiser, holds other files: a run
+    writes over what is there, in the end.
+    """
+    out = options.out.resolve()
+    work = WorkFolder(options.work or out.with_name(f"{out.name}-work"))
+    for name, path, is_ours in (
+        ("out", out, is_denoiser(out)),
+        ("work", work.path, work.source.is_file() and work.path.resolve() != out),
+    ):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{name}: {path} is a file; give a folder")
+        if path.is_dir() and any(path.iterdir()) and not is_ours:
+            raise ValueError(f"{name}: {path} holds other files; give a new or empty folder")
+    if work.path.resolve() == out:
+        raise ValueError(f"work: {work.path} is the folder of the denoiser; give another")
+    return work
+
+
 def _part(options: AdaptArguments, kind: type[T]) -> T:
     """The options of one stage."""
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]  # a dataclass
     return kind(**{name: getattr(options, name) for name in names})
 
 
-def _require_source(work: WorkFolder, options: AdaptArguments) -> None:
-    """ValueError where the folder has answers of another model, or otherwise made."""
+def _source(work: WorkFolder, options: AdaptArguments) -> str:
+    """What makes a folder's answers what they are. ValueError where it has answers of another
+    model, or otherwise made.
+    """
     name = options.name
     source = {
         "model": str(Path(name).resolve()) if Path(name).exists() else name,
@@ -123,7 +159,7 @@ def _require_source(work: WorkFolder, options: AdaptArguments) -> None:
         "plain_prompts": options.plain_prompts,
         "temperature": options.temperature,
     }
-    if work.source.is_file():
+    if read_answers(work.answers):
         known = json.loads(work.source.read_text())
         for key, value in source.items():
             if known.get(key) != value:
@@ -131,35 +167,39 @@ def _require_source(work: WorkFolder, options: AdaptArguments) -> None:
                     f"work: {work.path} has answers with {key}={known.get(key)}, not {value}; give "
                     "the same, or another folder"
                 )
-    work.source.write_text(json.dumps(source) + "\n")
+    return json.dumps(source) + "\n"
 
 
 def _questions(
-    prompts: Sequence[Asked], loaded: Loaded, options: AdaptArguments
+    prompts: Sequence[Asked], loaded: Loaded, options: AdaptArguments, work: WorkFolder
 ) -> tuple[list[Question], list[Question]]:
-    """The prompts as token ids in a random order, through the model's chat template where it has
-    one: those to answer, and those that are kept to measure. Prompts that are too long are left
-    out; ValueError where none is left.
+    """The prompts as token ids in a random order, each once, through the model's chat template
+    where it has one: those to answer, and those that are kept to measure, of which none was
+    answered before. Prompts that are too long are left out; ValueError where too few are left.
     """
     encode = question_encoder(loaded, "adapt", options.plain_prompts or loaded.name == SHIPPED)
     order = random.Random(options.seed).sample(range(len(prompts)), len(prompts))
-    kept = min(_MEASURED, len(prompts) // 10)
-    found: list[Question] = []
+    found: dict[tuple[int, ...], Question] = {}
     for number in order:
-        ids = encode(prompts[number].text)
+        asked = prompts[number]
+        ids = encode(asked.text, asked.where)
         if 0 < len(ids) <= options.max_prompt_tokens:
-            found.append(Question(number=number, prompt=ids, task=prompts[number].task))
-    if len(found) < len(order):
+            found.setdefault(tuple(ids), Question(number=number, prompt=ids, task=asked.task))
+    usable = list(found.values())
+    kept = min(_MEASURED, len(usable) // 10)
+    if len(usable) - kept < stages.MIN_ANSWERS:
+        raise ValueError(
+            f"prompts: {len(usable)} of {len(prompts)} are usable, without repeated ones and those "
+            f"of more than {options.max_prompt_tokens} tokens; at least {_MIN_PROMPTS} are needed"
+        )
+    if len(usable) < len(prompts):
         print(
-            f"{len(order) - len(found)} of {len(order)} prompts have more than "
-            f"{options.max_prompt_tokens} tokens and are left out",
+            f"{len(prompts) - len(usable)} of {len(prompts)} prompts are left out: repeated, or of "
+            f"more than {options.max_prompt_tokens} tokens",
             file=sys.stderr,
         )
-    if len(found) < stages.MIN_ANSWERS:
-        raise ValueError(
-            f"prompts: {len(found)} are usable, and {stages.MIN_ANSWERS} are needed; add some"
-        )
-    return found[kept:], found[:kept]
+    trained = {tuple(answer.prompt) for answer in read_answers(work.answers)}
+    return usable[kept:], [q for q in usable[:kept] if tuple(q.prompt) not in trained]
 
 
 def _show(progress: Iterator[stages.Progress]) -> None:
@@ -180,8 +220,9 @@ def _show(progress: Iterator[stages.Progress]) -> None:
 
 
 def _line(progress: stages.Progress) -> str:
-    left = max(0.0, progress.of_seconds - progress.seconds) / 60
-    return f"{progress.stage}: {progress.words}, {left:.0f} min left"
+    left = max(0.0, progress.of_seconds - progress.seconds)
+    time_left = f"{left / 60:.0f} min" if left >= 100 else f"{left:.0f} s"
+    return f"{progress.stage}: {progress.words}, {time_left} left"
 
 
 def _report(
@@ -189,10 +230,16 @@ def _report(
 ) -> None:
     """Stage measure: the table, or the object, of what the denoiser is worth by task."""
     if not held:
-        raise ValueError("prompts: too few to keep some for measuring; give at least 200")
+        raise ValueError(
+            "prompts: all that were kept to measure have been trained on; give those of the "
+            "earlier runs, with the same seed"
+        )
+    if not is_denoiser(options.out):
+        raise ValueError(f"out: {options.out} has no denoiser; run the stage train first")
     model = load(placement_of(options, denoiser=str(options.out)), "speculative").model
-    deadline = time.monotonic() + budget.seconds("measure")
-    pairs = list(compare(loaded.model, model, held, options.max_tokens, deadline))
+    pairs = list[Pair]()
+    compared = compare(loaded.model, model, held, options.max_tokens)
+    _show(stages.measured(compared, budget, len(held), pairs))
     results = by_task(pairs)
     report = {
         "model": loaded.name,
@@ -200,7 +247,7 @@ def _report(
         "minutes": options.minutes,
         "tasks": [vars(result) for result in results],
     }
-    (options.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_whole(options.out / "report.json", json.dumps(report, indent=2) + "\n")
     if options.json:
         print(json.dumps(report))
         return
@@ -210,4 +257,5 @@ def _report(
     ]
     columns = ["task", "prompts", "texts equal", "tokens a cycle", "x AR"]
     print_table(make_console(), Table(f"{loaded.name} with {options.out}", columns, rows))
-    print(f"\ntwotower generate --model {loaded.name} --denoiser {options.out} ...")
+    flags = "" if options.quantization == "none" else f" --quantization {options.quantization}"
+    print(f"\ntwotower chat --model {loaded.name} --denoiser {options.out}{flags}")

@@ -52,10 +52,10 @@ def encode_questions(loaded: Loaded, options: MeasureOptions) -> list[list[int]]
     """Token ids of the questions of the files, or of the suite."""
     encode = question_encoder(loaded, "bench on a real model", is_plain=False)
     if options.prompts:
-        asked = [encode(one.text) for one in read_questions(options.prompts, options.items)]
+        asked = [encode(q.text, q.where) for q in read_questions(options.prompts, options.items)]
     else:
         groups = draw_groups(CATEGORIES, options.items, options.seed, 1)
-        asked = [encode(document.prompt) for group in groups for document in group]
+        asked = [encode(document.prompt, "suite") for group in groups for document in group]
     kept = [ids for ids in asked if len(ids) <= options.max_prompt_tokens]
     if not kept:
         most = options.max_prompt_tokens

@@ -110,9 +110,11 @@ def parse_prompt(record: object, where: str) -> Prompt:
 
 
 def decoded(content: bytes, where: str) -> str:
-    """Bytes as text; ValueError (one line, which begins with `where`) unless they are UTF-8."""
+    """Bytes as text, without the byte order mark that some editors write first; ValueError (one
+    line, which begins with `where`) unless they are UTF-8.
+    """
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8 text (byte {error.start}); convert it") from None
 

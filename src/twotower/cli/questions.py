@@ -7,21 +7,25 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from twotower.arguments import require_unicode
 from twotower.cli.output_file import InputLine, read_lines
 from twotower.cli.prompts import Prompt, decoded, is_jsonl
 from twotower.cli.serve import need_extra
+from twotower.engine.request import known_ids
 from twotower.loading import Loaded
 
 _FIELDS = ("prompt", "question", "instruction", "text", "turns")  # of turns the first
+Encode = Callable[[Prompt, str], list[int]]  # a prompt, and where it lies
 _MAX_TOKENS = 2**20  # of a prompt: longer ones are left out later
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """Text or token ids, and the name of the file that has it."""
+    """Text or token ids, the name of the file that has it, and where it lies, for messages."""
 
     text: Prompt
     task: str
+    where: str
 
 
 def read_questions(files: Sequence[Path], most: int | None = None) -> list[Question]:
@@ -43,7 +47,8 @@ def _questions(file: Path) -> Iterator[Question]:
     for line in read_lines(file):
         where = f"prompts: {file} line {line.number}"
         text = _text(line, where)
-        yield Question(text=_of_object(text, where) if is_jsonl(file) else text, task=file.stem)
+        prompt = _of_object(text, where) if is_jsonl(file) else text
+        yield Question(text=prompt, task=file.stem, where=where)
 
 
 def _text(line: InputLine, where: str) -> str:
@@ -65,13 +70,13 @@ def _of_object(text: str, where: str) -> Prompt:
     if not is_ids and not isinstance(found, str):
         names = ", ".join(_FIELDS)
         raise ValueError(f"{where} has none of {names} that is text or token ids; add one")
-    prompt: Prompt = found
+    prompt: Prompt = found if is_ids else require_unicode(found, where)
     return prompt
 
 
-def question_encoder(loaded: Loaded, verb: str, is_plain: bool) -> Callable[[Prompt], list[int]]:
+def question_encoder(loaded: Loaded, verb: str, is_plain: bool) -> Encode:
     """How a question becomes token ids: as a user's message, where the model has a chat template
-    and is_plain does not leave it out.
+    and is_plain does not leave it out. ValueError (one line) for ids outside the vocabulary.
     """
     tokenizer = loaded.need_tokenizer()
     template = None
@@ -82,9 +87,9 @@ def question_encoder(loaded: Loaded, verb: str, is_plain: bool) -> Callable[[Pro
 
         template = read_template(loaded.folder)
 
-    def encode(text: Prompt) -> list[int]:
+    def encode(text: Prompt, where: str) -> list[int]:
         if not isinstance(text, str):
-            return text
+            return known_ids(loaded.model, where, text)
         if template is None:
             return tokenizer.encode_prompt(text)
         messages = [{"role": "user", "content": text}]

@@ -1,0 +1,44 @@
+"""Files of a run, written whole or not at all: a full disk loses nothing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """ValueError (one line) where the file cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{file}: cannot be written ({reason}); what was done is kept: free some space and run "
+            "the same command again"
+        ) from None
+
+
+def write_whole(file: Path, text: str) -> None:
+    """A text in one piece."""
+    aside = file.with_suffix(".tmp")
+    with writing(file):
+        try:
+            aside.write_text(text)
+            aside.replace(file)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def save_whole(tensors: dict[str, Tensor], file: Path, told: dict[str, str] | None = None) -> None:
+    """Tensors in one piece."""
+    aside = file.with_suffix(".tmp")
+    with writing(file):
+        try:
+            save_file(tensors, aside, told)
+            aside.replace(file)
+        finally:
+            aside.unlink(missing_ok=True)
