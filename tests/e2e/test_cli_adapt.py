@@ -61,6 +61,7 @@ GOOD = b"".join(b'{"prompt": "a%d"}\n' % i for i in range(30))
         (GOOD, ["--layers", "99"], "--layers 99 must be at most"),
         (GOOD, ["--minutes", "nan"], "--minutes nan"),
         (GOOD, ["--stage", "train"], "run the stage answers first"),
+        (GOOD, ["--denoiser-device", "cpu"], "--denoiser-device: a denoiser is trained on"),
         (GOOD, ["--stage", "measure"], "has no denoiser; run the stage train first"),
         (GOOD, ["--stage", "train", "--json"], "--json: has no effect with --stage train"),
         (GOOD, ["--denoiser", "x", "--block-size", "5"], "--block-size: has no effect with a"),

@@ -227,6 +227,7 @@ def test_a_refusal_reads_the_same_in_a_terminal(
         (ValueError("a file's \x1b[2J"), 2, "a file's \ufffd[2J"),
         (ImportError("babel is not installed"), 2, "babel is not installed"),
         (OSError(28, "No space left on device", "there"), 2, "there: No space left on device"),
+        (RuntimeError("alloc_cpu: can't allocate memory: 9 bytes"), 2, "not enough memory; use"),
         (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
         (AssertionError(), 1, "AssertionError"),
     ],

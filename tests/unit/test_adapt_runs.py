@@ -182,6 +182,29 @@ def test_it_learns_what_can_be_learnt(tmp_path: Path) -> None:
     assert measure(model, features, places).tokens_per_cycle > max(3.0, before)
 
 
+def test_it_trains_beside_half_precision(tmp_path: Path) -> None:
+    """Guards backbones whose weights stay in bfloat16: products of two dtypes ended the run."""
+    model = backbone().to(torch.bfloat16)
+    write_part(model, answers(9), [2, 3, 6], tmp_path / "part-00000.safetensors")
+    places = find_places(tmp_path)
+    trainer = Trainer(thin(model), Features([2, 6]), StepOptions())
+    assert 0 < trainer.take_step(places, 0.0) < 20
+    assert measure(trainer.model, Features([2, 6]), places).tokens_per_cycle >= 1.0
+
+
+def test_a_run_without_time_to_train_says_so(tmp_path: Path) -> None:
+    """Guards the folder of the denoiser: one that was never trained was written."""
+    work, steps = WorkFolder(tmp_path / "w"), StepOptions()
+    work.features.mkdir(parents=True)
+    write_part(backbone(), answers(30), [6, 7], work.features / "part-00000.safetensors")
+    lines = [json.dumps(vars(answer)) + "\n" for answer in answers(30)]
+    work.answers.write_text("".join(lines))
+    shape, budget = ThinOptions(layers=1, draft_vocab=0), Budget(minutes=1e-9)
+    with pytest.raises(ValueError, match=r"minutes=1e-09: no time is left to train"):
+        list(train(backbone(), work, shape, steps, budget, tmp_path / "out", "me/model"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_layers_are_spread_over_blocks() -> None:
     """Guards what is read: the last block among them, MLPs with their attention."""
     blocks = blocks_of(backbone().config.context)

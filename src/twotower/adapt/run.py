@@ -169,6 +169,11 @@ def train(
             trainer.save(work.checkpoint)
             saved = clock.used
         yield clock.progress(f"{trainer.step * options.blocks} blocks, loss {average:.2f}{words}")
+    if trainer.step == 0:
+        raise ValueError(
+            f"minutes={budget.minutes:g}: no time is left to train; give more (what is done is "
+            "kept)"
+        )
     trainer.save(work.checkpoint)
     words = _add_to_curve(work, trainer, measure(made, features, held), options)
     made.ngrams = joined(ngrams_of(work), made.ngrams)

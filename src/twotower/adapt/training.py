@@ -73,6 +73,15 @@ def draft_numbers(model: TwoTower) -> Tensor | None:
     return numbers
 
 
+def _precision(model: TwoTower) -> torch.autocast:
+    """bfloat16 products on a CUDA device, and beside a backbone that is not in float32: what the
+    denoiser shares with it is in its dtype.
+    """
+    device, dtype = model.denoiser_device.type, model.context_tower.norm_f.weight.dtype
+    is_mixed = device == "cuda" or dtype != torch.float32
+    return torch.autocast(device, torch.bfloat16, enabled=is_mixed)
+
+
 class Trainer:
     """A denoiser, its optimiser, and how far they are."""
 
@@ -94,7 +103,7 @@ class Trainer:
         starts = random_starts(rows, torch.from_numpy(uniform)).to(device)
         rows = rows.to(device)
         blocks = anchor_at(rows, starts, self.model.config.block_size)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with _precision(self.model):
             logits = add_true_bigrams(self.model, draft_logits(self.model, rows, blocks), blocks)
             share = options.soft_targets
             wanted = backbone_probabilities(self.model, rows, blocks) if share > 0 else None
@@ -178,7 +187,8 @@ def measure(model: TwoTower, features: Features, places: Sequence[Place]) -> Acc
         hits = list[Tensor]()
         for starts in torch.arange(first, last, device=device).unsqueeze(0).split(_AT_ONCE, dim=1):
             blocks = anchor_at(rows, starts, size)
-            chosen = choose_drafts(model, draft_logits(model, rows, blocks), blocks)
+            with _precision(model):
+                chosen = choose_drafts(model, draft_logits(model, rows, blocks), blocks)
             hits.append((chosen == targets_of(blocks, numbers))[0].cpu())
             right += hits[-1].sum(0)
             count += (blocks.clean[0, :, 1:] >= 0).sum(0).cpu()

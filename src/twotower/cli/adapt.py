@@ -75,6 +75,8 @@ class AdaptArguments(ThinOptions, AnswerOptions, StepOptions, Placement):
         for part in (ThinOptions, AnswerOptions, StepOptions, Placement):
             part.__post_init__(self)
         Budget(minutes=self.minutes)
+        if self.denoiser_device is not None:
+            raise ValueError("denoiser_device: a denoiser is trained on the device; leave it out")
         if self.json and self.stage not in ("all", "measure"):
             raise ValueError(f"json: has no effect with stage={self.stage}; leave it out")
         kept = [

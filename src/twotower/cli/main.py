@@ -147,10 +147,13 @@ def _report(error: Exception) -> int:
             where = f"{error.filename}: " if error.filename else ""
             status, text = 2, f"{where}{error.strerror or one_line(error)}"
         case _:
-            from twotower.engine.faults import EngineDeadError  # torch comes too late to delay help
+            # torch comes too late to delay help
+            from twotower.engine.faults import EngineDeadError, is_out_of_memory
 
             status, text = 1, one_line(error)
-            if not isinstance(error, EngineDeadError):
+            if is_out_of_memory(error):
+                status, text = 2, f"not enough memory; use smaller sizes or batches ({text})"
+            elif not isinstance(error, EngineDeadError):
                 kind = type(error).__name__
                 text = f"{kind}: {text} (a defect of twotower? see twotower --debug VERB ...)"
     print(f"error: {text}", file=sys.stderr)

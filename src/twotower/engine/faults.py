@@ -29,11 +29,15 @@ def failed(row: int, kind: FailureKind, error: Exception | None = None) -> Faile
     return Failed(row=row, kind=kind, message=_MESSAGES[kind], error=error)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was lacking; PyTorch on a CPU has no exception of its own for that."""
+    is_named = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return is_named or "can't allocate memory" in str(error)
+
+
 def failure(row: Row, error: Exception) -> Failed:
     """A row's last event after an error: ours, its grammar's or filters', or for want of memory."""
-    # PyTorch on a CPU has no exception of its own for it.
-    is_named = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if is_named or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return failed(row.index, "memory", error)
     if not isinstance(error, FilterFailed | GrammarFailed):
         return failed(row.index, "internal", error)
