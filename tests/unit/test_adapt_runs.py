@@ -1,6 +1,8 @@
 """Runs of adapt: stages lead on, what a killed one left is taken up, and nothing is lost."""
 
 import json
+import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,6 +156,14 @@ def test_a_budget_that_is_too_small_says_so(tmp_path: Path) -> None:
         list(run)
     with pytest.raises(ValueError, match="layers=9 must be at most 4"):
         reads_of(backbone(), replace(shape, layers=9))
+
+
+def test_a_run_of_all_stages_ends_in_its_time() -> None:
+    """Guards --minutes: what loading and caching took too long came on top of it."""
+    budget = Budget(minutes=1, began=time.monotonic() - 50, load_s=4)
+    assert budget.left("train") == pytest.approx(60 - 50 - 4 - 3, abs=0.5)
+    assert budget.left("measure") == pytest.approx(60 - 50, abs=0.5)
+    assert Budget(minutes=1).left("train") == math.inf
 
 
 def test_draft_vocabulary_is_the_most_frequent_and_stays(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """What `adapt` may be told, and where its files lie."""
 
+import math
+import time
 from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +115,10 @@ class Budget:
     minutes: float
     overhead_s: float = 0.0
     """Of all that is no stage: loading, the estimate."""
+    began: float | None = None
+    """On the monotonic clock, the beginning of a run of all stages; None for one stage alone."""
+    load_s: float = 0.0
+    """Of loading the model again, to measure."""
 
     def __post_init__(self) -> None:
         check_fields(self, {"minutes": number(0, 1e6, is_above=True)})
@@ -121,6 +127,13 @@ class Budget:
         """Of one stage."""
         share = {"answers": _ANSWERS, "measure": _MEASURE}.get(stage, 1 - _ANSWERS - _MEASURE)
         return max(0.0, 60 * self.minutes - self.overhead_s) * share
+
+    def left(self, stage: Stage) -> float:
+        """Seconds from now until a stage must end, for the whole run to end in time."""
+        if self.began is None:
+            return math.inf
+        after = self.load_s + self.seconds("measure") if stage == "train" else 0.0
+        return self.began + 60 * self.minutes - after - time.monotonic()
 
 
 @dataclass(frozen=True)

@@ -156,15 +156,15 @@ def train(
     if work.checkpoint.is_file():
         trainer.load(work.checkpoint)
         clock.used = trainer.seconds
-    (trained, held), of_seconds = split(places), clock.total
-    average, words, saved, measured = None, "", clock.used, clock.used
-    while clock.left > 0:
-        loss = trainer.take_step(trained, clock.used / of_seconds)
+    trained, held = split(places)
+    average, words, saved, measured, measuring_s = None, "", clock.used, clock.used, 0.0
+    while clock.left > measuring_s:  # which it will do once more
+        loss = trainer.take_step(trained, clock.used / clock.total)
         trainer.seconds = clock.used
         average = loss if average is None else 0.98 * average + 0.02 * loss
-        if trainer.seconds - measured > of_seconds / _CURVE_POINTS:
+        if trainer.seconds - measured > clock.total / _CURVE_POINTS:
             words = _add_to_curve(work, trainer, measure(made, features, held), options)
-            measured = clock.used
+            measured, measuring_s = clock.used, clock.used - trainer.seconds
         if trainer.seconds - saved > _SAVE_S:
             trainer.save(work.checkpoint)
             saved = clock.used
@@ -208,7 +208,8 @@ def measured(
     pairs: Iterable[Pair], budget: Budget, count: int, done: list[Pair]
 ) -> Iterator[Progress]:
     """Stage measure: pairs of `count` prompts, into a list, until the time is over."""
-    began, of_seconds = time.monotonic(), budget.seconds("measure")
+    began = time.monotonic()
+    of_seconds = max(0.0, min(budget.seconds("measure"), budget.left("measure")))
     for pair in pairs:
         done.append(pair)
         seconds, words = time.monotonic() - began, f"{len(done)} of {count} prompts"
@@ -300,6 +301,7 @@ class _Clock:
     def __init__(self, work: WorkFolder, stage: Stage, budget: Budget) -> None:
         spent = _read_spent(work)
         self._work, self._stage, self._of = work, stage, budget.seconds(stage)
+        self._budget = budget
         if stage == "train":  # what the answers did not need, or less what they took too much
             self._of += budget.seconds("answers") - spent.get("answers", 0.0)
         self._before: float = spent.get(stage, 0.0)
@@ -315,20 +317,20 @@ class _Clock:
         self._before, self._began = seconds, time.monotonic()
 
     @property
-    def total(self) -> float:
-        """Seconds that it may have."""
-        return self._of
-
-    @property
     def left(self) -> float:
         """Seconds that are left."""
-        return self._of - self.used
+        return min(self._of - self.used, self._budget.left(self._stage))
+
+    @property
+    def total(self) -> float:
+        """Seconds that it may have."""
+        return self.used + max(0.0, self.left)
 
     def progress(self, words: str) -> Progress:
         """Where the stage is; written down now and then."""
         if self.used - self._saved > 5:
             self.save()
-        return Progress(stage=self._stage, seconds=self.used, of_seconds=self._of, words=words)
+        return Progress(stage=self._stage, seconds=self.used, of_seconds=self.total, words=words)
 
     def save(self) -> None:
         """Write down the seconds."""

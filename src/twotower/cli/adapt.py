@@ -101,7 +101,9 @@ def run(options: AdaptArguments) -> int:
     prompts = read_questions(options.prompts)
     work.path.parent.mkdir(parents=True, exist_ok=True)
     with only_writer(work.path):
+        loading = time.monotonic()
         loaded = load(placement, "ar")
+        load_s = time.monotonic() - loading
         source = _source(work, options)
         model, start = loaded.model, options.denoiser
         stages.reads_of(model, thin)  # too many layers are said before anything is written
@@ -113,7 +115,12 @@ def run(options: AdaptArguments) -> int:
             print(estimate(model, first, batch, steps, options.minutes, began), file=sys.stderr)
         work.path.mkdir(exist_ok=True)
         write_whole(work.source, source)
-        budget = Budget(minutes=options.minutes, overhead_s=time.monotonic() - began)
+        budget = Budget(
+            minutes=options.minutes,
+            overhead_s=time.monotonic() - began + load_s,
+            began=began if options.stage == "all" else None,
+            load_s=load_s,
+        )
         if "answers" in wanted:
             _show(stages.collect_answers(model, questions, work, thin, answers, budget, start))
         if "train" in wanted:
