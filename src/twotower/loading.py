@@ -31,7 +31,7 @@ from twotower.checkpoint import (
     save_backbone,
     save_two_towers,
 )
-from twotower.checkpoint.denoiser import load_denoiser
+from twotower.checkpoint.denoiser import find_denoiser, load_denoiser
 from twotower.checkpoint.empty import Towers
 from twotower.checkpoint.files import GENERATION_FILE, SHIPPED
 from twotower.families import read_config
@@ -148,6 +148,8 @@ def load(placement: Placement, mode: str | None = None) -> Loaded:
     has_tokenizer = (folder / TOKENIZER_FILE).exists()
     tokenizer = load_tokenizer(folder) if has_tokenizer else None
     _refuse_idle_denoiser(placement, mode, placement.denoiser is not None or has_denoiser(folder))
+    if placement.denoiser is not None:
+        find_denoiser(read_config(folder), placement.denoiser)  # before the weights are read
     if placement.denoiser_device == PEER:
         model = _load_split(folder, placement)
     else:

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -60,16 +61,22 @@ def test_answers_go_on_where_a_killed_run_stopped(tmp_path: Path) -> None:
     assert {a.number: a.tokens for a in kept + rest} == {i: c.tokens for i, c in enumerate(alone)}
 
 
-def test_answers_that_the_time_ends_are_kept(tmp_path: Path) -> None:
-    """Guards small budgets: a batch that is not finished in time was thrown away, all of it."""
-    model, file = backbone(), tmp_path / "answers.jsonl"
-    questions = [Question(number=i, prompt=p, task="t") for i, p in enumerate(prompts_of([4] * 3))]
-    (short,) = write_answers(model, questions[:1], file, AnswerOptions(max_tokens=2000), 0.02)
-    assert 0 < len(short.tokens) < 2000
-    plain = GenerateOptions(mode="ar", max_new_tokens=len(short.tokens))
-    (whole,) = generate(model, [questions[0].prompt], plain)
-    assert whole.tokens == short.tokens
-    assert read_answers(file) == [short]
+@pytest.mark.parametrize(("seconds", "is_kept"), [(30.0, True), (10.0, False)])
+def test_long_answers_that_the_time_ends_are_kept(
+    seconds: float, is_kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards small budgets: a batch that is not finished in time was thrown away, all of it. And
+    prompts that were only begun are still to be answered by a run with more time."""
+    model, file, ticks = backbone(), tmp_path / "answers.jsonl", count()
+    monkeypatch.setattr("time.monotonic", lambda: float(next(ticks)))  # a second for each event
+    question = Question(number=0, prompt=prompts_of([4])[0], task="t")
+    found = list(write_answers(model, [question], file, AnswerOptions(max_tokens=40), seconds))
+    assert read_answers(file) == found
+    plain = GenerateOptions(mode="ar", max_new_tokens=40)
+    (whole,) = generate(model, [question.prompt], plain)
+    expected = [whole.tokens[: len(answer.tokens)] for answer in found]
+    assert [answer.tokens for answer in found] == expected
+    assert [20 <= len(answer.tokens) < 40 for answer in found] == [True] * is_kept
 
 
 def test_other_prompts_in_the_same_folder_are_answered(tmp_path: Path) -> None:

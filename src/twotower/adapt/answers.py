@@ -65,7 +65,7 @@ def write_answers(
     seconds: float,
 ) -> Iterator[Answer]:
     """Answer questions in order, until the time is over; each answer is on the disk when it is
-    yielded. Those that are not finished then are kept as far as they are.
+    yielded. Those that are not finished then are kept from half of their greatest length on.
     """
     deadline = time.monotonic() + seconds
     decoding = GenerateOptions(
@@ -101,7 +101,8 @@ def write_answers(
             if time.monotonic() > deadline:
                 break
         for row, tokens in begun.items():
-            yield written(row, tokens)
+            if len(tokens) >= options.max_tokens / 2:
+                yield written(row, tokens)
 
 
 def _read_answer(line: bytes, place: str) -> Answer:

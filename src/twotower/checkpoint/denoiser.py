@@ -126,6 +126,26 @@ def save_denoiser(
     write_checkpoint(folder, pieces, config, None, 2**62)
 
 
+def find_denoiser(backbone: TwoTowerConfig, path: str | Path) -> Path:
+    """The folder of a denoiser for a backbone, which need not be loaded. ValueError (one line) for
+    what is no denoiser, or one of a backbone of other sizes.
+    """
+    accepted = "a folder that twotower adapt has written, or a hub id owner/name"
+    folder = resolve(path, field="denoiser", accepted=accepted)
+    if not is_denoiser(folder):
+        raise ValueError(f"denoiser: {path} is not a folder of a denoiser; give {accepted}")
+    values = read_json(folder / "config.json")
+    sizes = backbone.hidden_size, backbone.context.num_layers
+    if sizes != (values.get("backbone_hidden_size"), values.get("backbone_layers")):
+        raise ValueError(_of_another(path, values))
+    return folder
+
+
+def _of_another(path: str | Path, values: Mapping[str, object]) -> str:
+    name = values.get("backbone")
+    return f"denoiser: {path} was trained for another model, {name}; give that as --model"
+
+
 def load_denoiser(
     backbone: TwoTower, path: str | Path, device: torch.device | None = None
 ) -> TwoTower:
@@ -133,16 +153,8 @@ def load_denoiser(
     the backbone's where none is given; there both share the embeddings. ValueError (one line) for
     the denoiser of another backbone.
     """
-    accepted = "a folder that twotower adapt has written, or a hub id owner/name"
-    folder = resolve(path, field="denoiser", accepted=accepted)
-    if not is_denoiser(folder):
-        raise ValueError(f"denoiser: {path} is not a folder of a denoiser; give {accepted}")
+    folder = find_denoiser(backbone.config, path)
     values = read_json(folder / "config.json")
-    name = values.get("backbone")
-    wrong = f"denoiser: {path} was trained for another model, {name}; give that as --model"
-    sizes = backbone.config.hidden_size, backbone.config.context.num_layers
-    if sizes != (values.get("backbone_hidden_size"), values.get("backbone_layers")):
-        raise ValueError(wrong)
     try:
         config = thin_config(
             backbone.config,
@@ -154,7 +166,7 @@ def load_denoiser(
         raise ValueError(f"{folder / 'config.json'}: {error}; restore the file") from None
     dtype = backbone.context_tower.norm_f.weight.dtype
     made = _with_empty_denoiser(backbone, config, dtype, device)
-    _fill(made, folder / SINGLE_FILE, wrong)
+    _fill(made, folder / SINGLE_FILE, _of_another(path, values))
     head = made.context_lm_head.weight
     ids = None if made.draft_ids is None else made.draft_ids.to(head.device)
     made.lm_head.weight.data.copy_(head if ids is None else head[ids])
