@@ -78,6 +78,17 @@ def test_text_is_that_of_ar(make: Callable[[], TwoTower], backend: str) -> None:
     assert set(found.tokens) <= set(IDS.tolist())
 
 
+@pytest.mark.parametrize("backend", ["eager", "native", "graphs"])
+def test_an_empty_context_has_a_hidden_state_of_zeros(backend: str) -> None:
+    """Guards mode mock-ar of prompts of one token: no pass has run, and the draft failed, or took
+    the output of a longer row's padding."""
+    fast = accelerate(thin(backbone()), backend)  # type: ignore[arg-type]
+    options, prompts = GenerateOptions(mode="mock-ar", max_new_tokens=8), prompts_of([1, 7, 1])
+    together = generate(fast, prompts, options)
+    alone = [generate(fast, [prompt], options)[0] for prompt in prompts]
+    assert [c.tokens for c in together] == [c.tokens for c in alone]
+
+
 @pytest.mark.parametrize("backend", ["eager", "native"])
 @pytest.mark.parametrize("make", [backbone, unordered])
 def test_places_of_a_block_are_told_apart(make: Callable[[], TwoTower], backend: str) -> None:

@@ -265,8 +265,8 @@ class GraphsBackend:
         if lengths is None:
             lengths = torch.full((view.num_rows,), view.num_past)
         arena.load([_without_blocks(state) for state in view.layers], lengths, view.version)
-        if view.hidden is not None:
-            arena.hidden[: view.num_rows] = view.hidden.squeeze(1)
+        hidden = arena.hidden[: view.num_rows]
+        hidden.copy_(torch.zeros_like(hidden) if view.hidden is None else view.hidden.squeeze(1))
 
     def _arena(self, num_rows: int) -> Arena:
         """The arena for so many rows; where there are many, the one not used for longest goes."""

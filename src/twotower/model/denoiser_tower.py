@@ -45,8 +45,7 @@ class DenoiserTower(Tower):
         (B, Hq, K*T, S + K*T), or None: every block sees all keys.
         """
         h = self.embed(blocks)
-        if self.hidden_proj is not None:
-            assert view.hidden is not None
+        if self.hidden_proj is not None and view.hidden is not None:  # zeros of an empty context
             h = h + self.hidden_proj(view.hidden.to(h.dtype)).unsqueeze(2)
         rotation, added = self._block_rotation(start, blocks), None
         for index, layer in enumerate(self.each_layer()):

@@ -231,9 +231,8 @@ class ContextCache:
             return hidden.select(1, first - 1)
         last = (counts - 1).clamp(min=0).to(hidden.device)
         newest = hidden[torch.arange(self.num_rows, device=hidden.device), last]
-        if self.last_hidden is None:
-            return newest
-        return torch.where((counts > 0).to(hidden.device).unsqueeze(1), newest, self.last_hidden)
+        before = torch.zeros_like(newest) if self.last_hidden is None else self.last_hidden
+        return torch.where((counts > 0).to(hidden.device).unsqueeze(1), newest, before)
 
     def _write_behind(self, buffers: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
         """Put parts (B, L, Hk, A) behind each row's last token in its buffer."""

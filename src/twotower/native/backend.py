@@ -136,8 +136,7 @@ class NativeBackend:
         block = block.contiguous()
         hidden = torch.empty(*block.shape, self._width)
         added = None
-        if self._hidden_proj is not None:
-            assert view.hidden is not None
+        if self._hidden_proj is not None and view.hidden is not None:
             added = self._hidden_proj(view.hidden.squeeze(1))
         pasts = self._pasts(view, len(block))
         lengths = [view.num_past] * len(block) if view.lengths is None else view.lengths.tolist()
