@@ -21,7 +21,6 @@ from tiny_quantised import four_bits
 from twotower import GenerateOptions, TwoTower, accelerate, generate, load_tokenizer
 from twotower.checkpoint import load_checkpoint
 from twotower.checkpoint.files import shipped_folder
-from twotower.cli.bench import BenchOptions
 from twotower.cli.demo import SAMPLES
 from twotower.cli.main import main
 from twotower.engine import MODES
@@ -384,5 +383,3 @@ def test_the_command_line_hands_the_quantization_on(capsys: pytest.CaptureFixtur
     assert main([*command, "--backend", "eager"]) == 2
     assert "--quantization int8" in capsys.readouterr().err
     assert main(command) == 0
-    with pytest.raises(ValueError, match="quantization: has no effect here"):
-        BenchOptions(quantization="int8")
