@@ -145,8 +145,8 @@ SECTIONS = (
         "time. `lookup` includes the n-grams of its answers; `auto` takes\nlookup or the "
         "denoiser as well, whichever has the larger expected gain, or no draft.",
         [
-            Kind("drafts_always", "Drafts in every cycle, int8: acceptance", tables.drafts),
-            Kind("drafts_always_float32", "Drafts in every cycle, float32: acceptance", tables.drafts),
+            Kind("drafts_always", "Drafts in every cycle, int8", tables.drafts),
+            Kind("drafts_always_float32", "Drafts in every cycle, float32", tables.drafts),
             Kind("drafts_int8_1_thread", "Default options, int8, one thread", tables.drafts),
             Kind("drafts_int8_2_threads", "Default options, int8, two threads", tables.drafts),
         ],
