@@ -24,21 +24,23 @@ def writing(file: Path) -> Iterator[None]:
 
 def write_whole(file: Path, text: str) -> None:
     """A text in one piece."""
-    aside = file.with_suffix(".tmp")
-    with writing(file):
-        try:
-            aside.write_text(text)
-            aside.replace(file)
-        finally:
-            aside.unlink(missing_ok=True)
+    with _replacing(file) as aside:
+        aside.write_text(text)
 
 
 def save_whole(tensors: dict[str, Tensor], file: Path, told: dict[str, str] | None = None) -> None:
     """Tensors in one piece."""
+    with _replacing(file) as aside:
+        save_file(tensors, aside, told)
+
+
+@contextmanager
+def _replacing(file: Path) -> Iterator[Path]:
+    """A file beside it, which takes its place at the end."""
     aside = file.with_suffix(".tmp")
     with writing(file):
         try:
-            save_file(tensors, aside, told)
+            yield aside
             aside.replace(file)
         finally:
             aside.unlink(missing_ok=True)

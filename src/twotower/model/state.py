@@ -25,10 +25,10 @@ LayerState = KV | MambaState | None
 class Version:
     """Stands for the contents of a cache.
 
-    places: where its buffers are, if the backend that wrote them has said so.
+    addresses: where its buffers are, if the backend that wrote them has said so.
     """
 
-    places: object = None
+    addresses: object = None
 
 
 # Each Mamba layer's state after the first counts (B,) of the tokens that were read.

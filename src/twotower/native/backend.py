@@ -105,9 +105,9 @@ class NativeBackend:
             ends = counts.tolist()
             for row, end in enumerate(ends if is_draft and self._sizes.num_mambas else ()):
                 tower.fill_states(end, pasts.of(row), outputs.after.of(row))
-            found, places = outputs.states_after(ends) if is_draft else outputs.states()
+            found, addresses = outputs.states_after(ends) if is_draft else outputs.states()
             if isinstance(cache.version, Version) and all(map(is_, layers, cache.buffers)):
-                cache.version.places = places  # the next pass need not ask each tensor
+                cache.version.addresses = addresses  # the next pass need not ask each tensor
             return found
 
         return ForwardOutput(hidden, states, states_after, version)
@@ -181,8 +181,8 @@ class NativeBackend:
 
 def _known(version: object) -> Addresses | None:
     """Where the states of a cache of this version are, if a pass has said so."""
-    places = version.places if isinstance(version, Version) else None
-    return places if isinstance(places, Addresses) else None
+    known = version.addresses if isinstance(version, Version) else None
+    return known if isinstance(known, Addresses) else None
 
 
 def _native_tower(

@@ -1,3 +1,8 @@
+"""States of the context as raw addresses: where a native pass reads them and leaves new ones.
+
+Small models wait for Python as well, so a pass makes few tensors and does sums instead of views.
+"""
+
 import math
 import sys
 import threading
@@ -55,17 +60,17 @@ def past_states(layers: Sequence[LayerState], num_rows: int) -> Addresses:
             copies.append(value)
         return value.data_ptr(), _FLOAT * value.stride(0)
 
-    places = list[int]()  # of each layer, where its fields begin, then bytes from row to row
+    addresses = list[int]()  # of each layer, where its fields begin, then bytes from row to row
     for state in layers:
         if isinstance(state, KV):
             (k, k_step), (v, v_step) = map(begin, state)
-            places += k, v, 0, 0, k_step, v_step, 0, 0
+            addresses += k, v, 0, 0, k_step, v_step, 0, 0
         elif isinstance(state, MambaState):
             (conv, conv_step), (ssm, ssm_step) = begin(state.conv.mT), begin(state.ssm)
-            places += 0, 0, conv, ssm, 0, 0, conv_step, ssm_step
+            addresses += 0, 0, conv, ssm, 0, 0, conv_step, ssm_step
         else:
-            places += [0] * 8
-    table = np.array(places, np.int64).reshape(len(layers), 2, len(PAST))
+            addresses += [0] * 8
+    table = np.array(addresses, np.int64).reshape(len(layers), 2, len(PAST))
     return Addresses(table[:, 0] + np.arange(num_rows)[:, None, None] * table[:, 1], copies)
 
 
@@ -155,8 +160,8 @@ class PassOutputs(Addresses):
         else:
             self._conv = pool.take(*leading, sizes.kept, channels)
             parts = None, None, self._conv, self._ssm, None, None, None
-        places = [(0, 0) if part is None else _place(part) for part in parts]
-        begin, step = np.array(places, np.int64).T
+        addresses = [(0, 0) if part is None else _address(part) for part in parts]
+        begin, step = np.array(addresses, np.int64).T
         table = sizes.is_mamba * (begin + sizes.row_index(len(lengths)) * step)
         behind = np.array(lengths, np.int64)[:, None, None] * sizes.token_bytes
         table[..., _KEYS] = pasts.table[..., _KEYS] + behind
@@ -201,6 +206,6 @@ class PassOutputs(Addresses):
         return [MambaState(*parts) for parts in both]
 
 
-def _place(value: Tensor) -> tuple[int, int]:
+def _address(value: Tensor) -> tuple[int, int]:
     """Where value (layers, B, ...) begins, and bytes from row to row."""
     return value.data_ptr(), _FLOAT * value.stride(1)
