@@ -131,16 +131,7 @@ def train(
     start: the folder of a denoiser to go on from, which decides the shape.
     """
     all_places = find_places(work.features)
-    places = [place for place in all_places if _is_usable(place)]
-    if len(places) < MIN_ANSWERS:
-        raise ValueError(
-            f"{work.features}: holds {len(places)} answers; run the stage answers first"
-        )
-    if (num_answers := len(read_answers(work.answers))) < len(all_places):
-        raise ValueError(
-            f"{work.answers}: holds {num_answers} answers, and {work.features} {len(all_places)}; "
-            "restore the file, or give another --work and run the stage answers first"
-        )
+    places = _usable(work, all_places)
     if start is None:
         ids = draft_vocabulary(work, thin.draft_vocab, model.config.vocab_size)
         made = new_denoiser(model, thin, ids, options.seed)
@@ -179,6 +170,21 @@ def train(
     made.ngrams = joined(ngrams_of(work), made.ngrams)
     save_denoiser(made, out, backbone)
     yield clock.progress(f"{trainer.step * options.blocks} blocks{words}")
+
+
+def _usable(work: WorkFolder, places: Sequence[Place]) -> list[Place]:
+    """Those that can be trained on. ValueError (one line) for too few, or without their answers."""
+    found = [place for place in places if _is_usable(place)]
+    if len(found) < MIN_ANSWERS:
+        raise ValueError(
+            f"{work.features}: holds {len(found)} answers; run the stage answers first"
+        )
+    if (num_answers := len(read_answers(work.answers))) < len(places):
+        raise ValueError(
+            f"{work.answers}: holds {num_answers} answers, and {work.features} {len(places)}; "
+            "restore the file, or give another --work and run the stage answers first"
+        )
+    return found
 
 
 def split(places: Sequence[Place]) -> tuple[list[Place], list[Place]]:
