@@ -1,15 +1,12 @@
 """Native passes in int8, with 4 bits of a checkpoint, by several threads: against plain code."""
 
 import copy
-import ctypes
 import os
-import shutil
 import signal
 import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -145,34 +142,6 @@ def test_the_4_bits_of_a_checkpoint_are_not_rounded_again(rows: int, group_size:
         size = x.abs().double() @ weight.abs().mT
         away = (product(x).double() - x.double() @ weight.mT).abs() / size
         assert away.max() < 2e-7, length
-
-
-def run_linear(plain: ctypes.CDLL, product: NativeLinear, x: Tensor) -> Tensor:
-    """The product by a library of one's own."""
-    y = torch.empty(len(x), product._rows)
-    plain.twotower_linear(
-        ctypes.byref(product._weight), product._rows, product._width, 1, x.data_ptr(), len(x),
-        y.data_ptr(),
-    )  # fmt: skip
-    return y
-
-
-def test_processors_without_the_instruction_give_the_same_bits(tmp_path: Path) -> None:
-    """Guards the plain path, which no test would run on the machine of whoever changes it."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    assert compiler is not None
-    file = tmp_path / "plain.so"
-    library.compile_library(compiler, file, ("-DTWOTOWER_PLAIN", "-O2"))
-    plain = library.load_library(file)
-    generator = torch.Generator().manual_seed(0)
-    for matrix in (
-        to_eight_bits(torch.randn(37, 70, generator=generator)),
-        four_bits(37, 96, 32),
-    ):
-        product = NativeLinear(matrix)
-        for length in (1, 5, 16):
-            x = torch.randn(length, matrix.shape[1], generator=generator)
-            assert torch.equal(run_linear(plain, product, x), product(x))
 
 
 @pytest.mark.parametrize("name", SHAPES)

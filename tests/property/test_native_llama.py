@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -238,21 +236,6 @@ def test_int4_equals_plain_code_of_the_same_rounding(name: str) -> None:
 def _as_int4(linear: torch.nn.Linear, x: Tensor) -> Tensor:
     y = grouped_product(x, linear.weight)
     return y if linear.bias is None else y + linear.bias
-
-
-def test_processors_without_the_instruction_give_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Guards the plain path of int4, which no test would run on its author's machine."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    assert compiler is not None
-    model, ids = model_of("qwen2"), tokens(1, 81)
-    expected = accelerate(model, "native", "int4").prefill(ids)
-    library.compile_library(compiler, tmp_path / "plain.so", ("-DTWOTOWER_PLAIN", "-O2"))
-    plain = library.load_library(tmp_path / "plain.so")
-    monkeypatch.setattr(tower, "library", lambda: plain)
-    found = accelerate(model, "native", "int4").prefill(ids)
-    assert torch.equal(found.last_hidden, expected.last_hidden)
 
 
 def test_layers_that_differ_in_positions_alone_are_no_obstacle() -> None:

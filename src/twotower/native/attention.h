@@ -51,8 +51,8 @@ void rotate(float *x, const float *angles, int A) {
     int half = A / 2 * W;
     for (int i = 0; i < half; i++) {
         float one = x[i], two = x[i + half], cosine = angles[i], sine = angles[i + half];
-        x[i] = std::fma(one, cosine, -(two * sine));
-        x[i + half] = std::fma(two, cosine, one * sine);
+        x[i] = add_product(-(two * sine), one, cosine);
+        x[i + half] = add_product(one * sine, two, cosine);
     }
 }
 
@@ -169,7 +169,7 @@ void add_weighted(const float *v, long stride, int width, int count, const float
         for (int j = 0; j < count; j++)
             for (int n = 0; n < N; n++) {
                 Floats<16> own = floats<16>(v + j * stride + a + n * 16);
-                for (int l = 0; l < W; l++) sum[n][l] += own * p[j * W + l];
+                for (int l = 0; l < W; l++) sum[n][l] = add_product<16>(sum[n][l], own, p[j * W + l]);
             }
         for (int n = 0; n < N; n++)
             for (int l = 0; l < W; l++) floats<16>(y + l * width + a + n * 16) += sum[n][l];

@@ -174,7 +174,7 @@ inline void int8_tokens(const uint8_t *w, const Input<W> &in, int first, Floats<
         if (q < end) add(q, part[0]);
         for (int l = 0; l < N; l++) {
             Ints<16> total = C == 1 ? part[0][l] : part[0][l] + part[C - 1][l];
-            sum[l] += __builtin_convertvector(total, Floats<16>) * in.scales[g * W + first + l];
+            sum[l] = add_product<16>(sum[l], __builtin_convertvector(total, Floats<16>), in.scales[g * W + first + l]);
         }
     }
 }
@@ -209,8 +209,9 @@ inline void int4_tokens(const uint8_t *w, bool is_centred, const Input<W> &in, i
         }
         auto [scale, offset] = grid_of(w, is_centred);
         for (int l = 0; l < N; l++) {
-            sum[l] += __builtin_convertvector(one[l] + two[l], Floats<16>) * scale * in.scales[g * W + first + l];
-            sum[l] += offset * in.sums[g * W + first + l];
+            Floats<16> scaled = __builtin_convertvector(one[l] + two[l], Floats<16>) * scale;
+            sum[l] = add_product<16>(sum[l], scaled, in.scales[g * W + first + l]);
+            sum[l] = add_product<16>(sum[l], offset, in.sums[g * W + first + l]);
         }
     }
 }
@@ -267,8 +268,10 @@ inline void integer_rows(const Block &w, const Input<W> &in, int r, int l, float
             for (int n = 0; n < N; n++) {
                 Floats<V> scaled = __builtin_convertvector(part[i][n], Floats<V>);
                 if (IS_INT4) scaled *= w.scales[g * ROWS + r + i];
-                total[i][n] += scaled * floats<V>(in.scales + at + n * V);
-                if (IS_INT4) total[i][n] += w.offsets[g * ROWS + r + i] * floats<V>(in.sums + at + n * V);
+                total[i][n] = add_product<V>(total[i][n], scaled, floats<V>(in.scales + at + n * V));
+                if (IS_INT4)
+                    total[i][n] = add_product<V>(total[i][n], floats<V>(in.sums + at + n * V),
+                                                 w.offsets[g * ROWS + r + i]);
             }
     }
     for (int i = 0; i < R; i++)
@@ -363,7 +366,7 @@ void integer_product(const Weight &w, int rows, const Input<W> &in, const float 
             for (int r = 0; r < here; r++) {
                 float added = bias ? bias[first + r] : 0.0f, scale = IS_INT4 ? 1.0f : scales[first + r];
                 for (int l = 0; l < W; l++)
-                    y[long(first + r) * W + l] = std::fma(sum[r * W + l], scale, added);
+                    y[long(first + r) * W + l] = add_product(added, sum[r * W + l], scale);
             }
     }
 }

@@ -124,15 +124,12 @@ inline Floats<V> exponential(Floats<V> x) {
     Floats<V> least = Floats<V>{} - 87.3f, most = Floats<V>{} + 88.3f, shift = Floats<V>{} + 0x1.8p23f;
     x = x < least ? least : x;
     x = x > most ? most : x;
-    Floats<V> n = (x * 1.44269504088896341f + shift) - shift;  // rounded to a whole number
-    Floats<V> r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Floats<V> n = add_product<V>(shift, x, 1.44269504088896341f) - shift;  // rounded to a whole number
+    Floats<V> r = add_product<V>(add_product<V>(x, n, -0.693359375f), n, 2.12194440e-4f);
     Floats<V> p = Floats<V>{} + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        p = add_product<V>(Floats<V>{} + next, p, r);
+    p = add_product<V>(r, p, r * r) + 1.0f;
     Ints<V> bits = (__builtin_convertvector(n, Ints<V>) + 127) << 23;
     Floats<V> scale;
     std::memcpy(&scale, &bits, sizeof scale);
@@ -178,14 +175,14 @@ void square_parts(const float *x, int width, int begin, int end, float *part) {
     if constexpr (W == 1) {
         Floats<PARTS> sum = {};
         for (; first + PARTS <= width; first += PARTS)
-            sum += floats<PARTS>(x + first) * floats<PARTS>(x + first);
+            sum = add_product<PARTS>(sum, floats<PARTS>(x + first), floats<PARTS>(x + first));
         std::memcpy(part, &sum, sizeof sum);
     }
     for (; first < width; first += PARTS)
         for (int p = begin; p < std::min(end, width - first); p++)
             for (int l = 0; l < W; l++) {
                 float value = x[long(first + p) * W + l];
-                part[p * W + l] += value * value;
+                part[p * W + l] = add_product(part[p * W + l], value, value);
             }
 }
 

@@ -21,7 +21,7 @@ _FOLDER = Path(__file__).parent
 _SOURCE = _FOLDER / "engine.cpp"
 _FLAGS = (
     "-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math",
-    "-fno-signed-zeros", "-fPIC", "-shared", "-pthread",
+    "-fno-signed-zeros", "-ffp-contract=off", "-fPIC", "-shared", "-pthread",
 )  # fmt: skip
 _int = ctypes.c_int32
 

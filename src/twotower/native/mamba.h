@@ -24,7 +24,7 @@ void convolve(const Layer &s, const float *past, float *x, int begin, int end) {
         for (int c = 0; c < here; c++) {
             const float *own = weight + (first + c) * s.taps;
             Floats<W> sum = Floats<W>{} + (bias ? bias[first + c] : 0.0f);
-            for (int k = 0; k < s.taps; k++) sum += floats<W>(window + c * stride + k) * own[k];
+            for (int k = 0; k < s.taps; k++) sum = add_product<W>(sum, floats<W>(window + c * stride + k), own[k]);
             floats<W>(x + long(first + c) * W) = sum;
         }
     }
@@ -35,22 +35,20 @@ void convolve(const Layer &s, const float *past, float *x, int begin, int end) {
 template <int W, int R>
 void advance_rows(const float *state, float keep, const float *x, const float *added, int L, int N,
                   float *next) {
-    typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
     int n = 0;
     for (; n + 16 <= N; n += 16) {
-        Lanes sum[R];
-        for (int r = 0; r < R; r++)
-            sum[r] = *reinterpret_cast<const Lanes *>(state + r * N + n) * keep;
+        Floats<16> sum[R];
+        for (int r = 0; r < R; r++) sum[r] = floats<16>(state + r * N + n) * keep;
         for (int t = 0; t < L; t++) {
-            Lanes one = *reinterpret_cast<const Lanes *>(added + t * N + n);
-            for (int r = 0; r < R; r++) sum[r] += one * x[r * W + t];
+            Floats<16> one = floats<16>(added + t * N + n);
+            for (int r = 0; r < R; r++) sum[r] = add_product<16>(sum[r], one, x[r * W + t]);
         }
-        for (int r = 0; r < R; r++) *reinterpret_cast<Lanes *>(next + r * N + n) = sum[r];
+        for (int r = 0; r < R; r++) floats<16>(next + r * N + n) = sum[r];
     }
     for (; n < N; n++)
         for (int r = 0; r < R; r++) {
             float sum = state[r * N + n] * keep;
-            for (int t = 0; t < L; t++) sum += added[t * N + n] * x[r * W + t];
+            for (int t = 0; t < L; t++) sum = add_product(sum, added[t * N + n], x[r * W + t]);
             next[r * N + n] = sum;
         }
 }

@@ -25,7 +25,8 @@ inline void product_rows(const float *w, long row, long column, int K, const flo
         Floats<V> value[N];
         for (int n = 0; n < N; n++) value[n] = floats<V>(x + i * stride + n * V);
         for (int r = 0; r < R; r++)
-            for (int n = 0; n < N; n++) sum[r][n] += w[r * row + i * column] * value[n];
+            for (int n = 0; n < N; n++)
+                sum[r][n] = add_product<V>(sum[r][n], value[n], w[r * row + i * column]);
     }
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) floats<V>(y + r * stride + n * V) = sum[r][n];
@@ -36,14 +37,15 @@ template <int R>
 inline void dot_rows(const float *w, long row, int K, const float *x, const float *bias, float *y) {
     Floats<16> sum[R] = {};
     for (int i = 0; i + 16 <= K; i += 16)
-        for (int r = 0; r < R; r++) sum[r] += floats<16>(w + r * row + i) * floats<16>(x + i);
+        for (int r = 0; r < R; r++)
+            sum[r] = add_product<16>(sum[r], floats<16>(w + r * row + i), floats<16>(x + i));
     for (int r = 0; r < R; r++) {
         float part[16];
         std::memcpy(part, &sum[r], sizeof part);
         for (int half = 8; half > 0; half /= 2)
             for (int lane = 0; lane < half; lane++) part[lane] += part[lane + half];
         float total = part[0] + (bias ? bias[r] : 0.0f);
-        for (int rest = K / 16 * 16; rest < K; rest++) total += w[r * row + rest] * x[rest];
+        for (int rest = K / 16 * 16; rest < K; rest++) total = add_product(total, w[r * row + rest], x[rest]);
         y[r] = total;
     }
 }

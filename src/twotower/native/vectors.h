@@ -1,12 +1,16 @@
-// Vectors of V numbers, and the one instruction that products of whole numbers are made of.
+// Vectors of V numbers, and the instructions that products are made of.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__) && !defined(TWOTOWER_PLAIN)
-#define TWOTOWER_VNNI
+#if defined(__FMA__) && !defined(TWOTOWER_PLAIN)
+#define TWOTOWER_FMA
 #include <immintrin.h>
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define TWOTOWER_VNNI
+#endif
 #endif
 
 namespace twotower {
@@ -30,6 +34,38 @@ template <int V>
 inline const Floats<V> &floats(const float *x) { return *reinterpret_cast<const Floats<V> *>(x); }
 template <int V>
 inline Ints<V> ints(const void *x) { return *static_cast<const Ints<V> *>(x); }
+
+// sum + one * two, rounded once where the processor does that as fast. The compiler may not choose
+// (-ffp-contract=off): it would fuse one width of a tile and not another, and a token's numbers would
+// depend on how many are beside it.
+inline float add_product(float sum, float one, float two) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__riscv_flen)
+    return std::fma(one, two, sum);
+#else
+    return sum + one * two;
+#endif
+}
+
+template <int V>
+inline Floats<V> add_product(Floats<V> sum, Floats<V> one, Floats<V> two) {
+#ifdef TWOTOWER_FMA
+    if constexpr (V == 4) return Floats<V>(_mm_fmadd_ps(__m128(one), __m128(two), __m128(sum)));
+    else if constexpr (V == 8) return Floats<V>(_mm256_fmadd_ps(__m256(one), __m256(two), __m256(sum)));
+#ifdef __AVX512F__
+    else if constexpr (V == 16) return Floats<V>(_mm512_fmadd_ps(__m512(one), __m512(two), __m512(sum)));
+#endif
+    else
+#endif
+    {
+        for (int l = 0; l < V; l++) sum[l] = add_product(sum[l], one[l], two[l]);
+        return sum;
+    }
+}
+
+template <int V>
+inline Floats<V> add_product(Floats<V> sum, Floats<V> one, float two) {
+    return add_product<V>(sum, one, Floats<V>{} + two);
+}
 
 // The first halves of two vectors, or the second ones, number by number in turns.
 template <int Half>
