@@ -166,6 +166,8 @@ class LlamaCpp:
         except RuntimeError:
             raise ValueError(f"{file}: llama.cpp cannot load it; its reason stands above") from None
         self._address = self._server.listening_address.removeprefix("http://")
+        # A server that is closed before its loop runs waits for the loop's end for ever.
+        self._complete([0], 1, {})
 
     def decode(self, ids: Sequence[int], num_new: int) -> Decoded:
         answer = self._complete(ids, num_new, {})
