@@ -15,7 +15,7 @@ from tiny_models import random_ids, row_state, tiny_model
 from tiny_options import options_of
 from twotower import Completion, ContextCache, TwoTower, accelerate, generate
 from twotower.engine import drafts_denoiser
-from twotower.model.backend import PassCosts
+from twotower.model.backend import EagerBackend, PassCosts
 from twotower.model.draft_tree import MAX_TOKENS, DraftTree, has_branches
 
 WAYS = ["eager", "none", "int8", "int4"]
@@ -138,7 +138,8 @@ def texts_of(
 ) -> dict[str, list[Completion]]:
     """Rows of so many tokens, by AR and from the oracle's drafts; only: options of each row."""
     prompts, found = [tokens(length, seed=length).tolist() for length in (1, 7, 40)], {}
-    monkeypatch.setattr(model, "pass_costs", FREE)
+    owner = EagerBackend if model.backend.name == "eager" else model.backend
+    monkeypatch.setattr(owner, "pass_costs", FREE)
     for mode in ("ar", "speculative"):
         own = {"mode": mode} | ({} if mode == "ar" else {"drafts": "denoiser"})
         shapes = [shape | {"max_new_tokens": n} | o for n, o in zip(lengths, only, strict=False)]

@@ -17,7 +17,7 @@ from twotower import Completion, ContextView, GenerateOptions, TokensCommitted, 
 from twotower.engine import Failed, Finished, Request, stream_requests
 from twotower.engine.grammar import Grammar, json_schema, lark, regex
 from twotower.engine.grammar_state import GrammarState, TokenRules, begin
-from twotower.model.backend import PassCosts
+from twotower.model.backend import EagerBackend, PassCosts
 from twotower.serve.tool_calls import read_tool_calls, tool_call
 
 EOS, VOCAB = 2, byte_tokenizer().vocab_size
@@ -146,7 +146,7 @@ def test_any_draft_gives_the_text_of_ar(
     assert grammar is not None
     expected = complete("ar", grammar, **shape)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODEL, "pass_costs", FREE)
+        patch.setattr(EagerBackend, "pass_costs", FREE)
         patch.setattr(MODEL, "denoise", Drafter(expected.tokens, wrong))
         found = complete("speculative", grammar, **shape)
     assert (found.tokens, found.finish_reason) == (expected.tokens, expected.finish_reason)
@@ -179,7 +179,7 @@ def test_what_the_grammar_demands_is_drafted() -> None:
     fixed = regex("[ab]the secret: 0123456789[ab]")
     expected = complete("ar", fixed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODEL, "pass_costs", FREE)
+        patch.setattr(EagerBackend, "pass_costs", FREE)
         patch.setattr(MODEL, "denoise", Drafter([], {}))
         found = complete("speculative", fixed)
     assert found.tokens == expected.tokens
@@ -213,7 +213,7 @@ def test_a_draft_beyond_the_end_is_not_followed() -> None:
 def test_no_more_of_a_draft_is_read_than_could_be_accepted() -> None:
     """Guards the cost of reading what the grammar rules out."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODEL, "pass_costs", FREE)
+        patch.setattr(EagerBackend, "pass_costs", FREE)
         patch.setattr(MODEL, "denoise", Drafter([], {}))  # drafts one control character
         o = options("speculative", regex("[ab]{40}"), drafts="denoiser")
         events = list(stream(MODEL, [PROMPT], o, byte_tokenizer()))

@@ -23,7 +23,7 @@ from twotower import (
 from twotower.adapt.answers import Answer
 from twotower.adapt.ngrams import count_ngrams
 from twotower.engine import EngineOptions, Finished, Request, stream_requests
-from twotower.model.backend import PassCosts
+from twotower.model.backend import EagerBackend, PassCosts
 
 MODEL = tiny_model()
 PROMPTS = prompts_of([1, 7, 2, 19, 4])
@@ -69,7 +69,7 @@ def test_any_draft_gives_the_text_of_ar(
     prompt = PROMPTS[3]
     expected = generate(MODEL, [prompt], options("ar", **shape))[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODEL, "pass_costs", FREE)
+        patch.setattr(EagerBackend, "pass_costs", FREE)
         patch.setattr(MODEL, "denoise", Drafter(len(prompt), expected.tokens, wrong))
         (found,) = generate(MODEL, [prompt], options("speculative", block_size=block_size, **shape))
     assert found.tokens == expected.tokens
@@ -99,7 +99,7 @@ def test_any_ngram_gives_the_text_of_ar(
     answers = [Answer(number=0, task="", prompt=p, tokens=own) for p, own in texts for _ in "xyz"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MODEL, "ngrams", count_ngrams(answers, []))
-        patch.setattr(MODEL, "pass_costs", FREE)
+        patch.setattr(EagerBackend, "pass_costs", FREE)
         found = generate(MODEL, prompts, options("speculative", drafts="lookup", **shape))
     assert [c.tokens for c in found] == expected
     if not wrong:
@@ -114,7 +114,7 @@ def test_no_draft_goes_beyond_the_end_of_a_text() -> None:
     end = whole.tokens[12]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MODEL, "ngrams", count_ngrams([answer] * 3, []))
-        patch.setattr(MODEL, "pass_costs", FREE)
+        patch.setattr(EagerBackend, "pass_costs", FREE)
         asked = options("speculative", drafts="lookup", eos_token_id=(end,), **shape)
         (found,) = generate(MODEL, [prompt], asked)
     assert found.tokens == whole.tokens[: whole.tokens.index(end) + 1]
@@ -128,7 +128,7 @@ def test_a_long_block_is_verified_at_once() -> None:
     prompt = PROMPTS[3]
     (expected,) = generate(MODEL, [prompt], options("ar", max_new_tokens=30))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODEL, "pass_costs", FREE)
+        patch.setattr(EagerBackend, "pass_costs", FREE)
         patch.setattr(MODEL, "denoise", Drafter(len(prompt), expected.tokens, set()))
         shape = {"max_new_tokens": 30, "block_size": 32, "drafts": "denoiser"}
         (found,) = generate(MODEL, [prompt], options("speculative", **shape))
@@ -160,7 +160,7 @@ def test_any_draft_gives_the_text_of_ar_under_penalties(
     prompt = PROMPTS[3]
     expected = generate(MODEL, [prompt], options("ar", **shape))[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODEL, "pass_costs", FREE)
+        patch.setattr(EagerBackend, "pass_costs", FREE)
         patch.setattr(MODEL, "denoise", Drafter(len(prompt), expected.tokens, wrong))
         (found,) = generate(MODEL, [prompt], options("speculative", **shape))
     assert found.tokens == expected.tokens

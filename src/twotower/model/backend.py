@@ -38,13 +38,17 @@ class Backend(Protocol):
     name: str
     quantization: str
     """To what the loaded weights were rounded for these passes; none: they are as loaded."""
-    pass_costs: PassCosts
     prefix_chunk: int
     """Tokens that are read at a time where contexts are kept for prompts that begin alike: fewer
     find longer common beginnings and cost more passes."""
 
     verifies_trees: bool
     """Whether drafts may branch, where the context tower has attention and no other state."""
+
+    @property
+    def pass_costs(self) -> PassCosts:
+        """What its passes cost, by which drafts are made as long as pays."""
+        ...
 
     def context_pass(
         self,

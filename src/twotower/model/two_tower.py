@@ -15,7 +15,7 @@ from twotower.arguments import require
 from twotower.config import TwoTowerConfig
 from twotower.layers.adaln import Modulation, TimestepEmbedder
 from twotower.layers.bigram import Bigram
-from twotower.model.backend import Backend, EagerBackend
+from twotower.model.backend import Backend, EagerBackend, PassCosts
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.draft_tree import DraftTree
@@ -35,7 +35,7 @@ class TwoTower(nn.Module):
     is no denoiser (`denoiser_tower` is None): AR decoding and backbone training need no more.
     """
 
-    pass_costs, prefix_chunk = EagerBackend.pass_costs, EagerBackend.prefix_chunk
+    prefix_chunk = EagerBackend.prefix_chunk
     draft_ids: Tensor | None  # (draft_vocab_size,): the tokens of a smaller head of the denoiser
     _backend: Backend | None = None  # None: eager
 
@@ -88,8 +88,13 @@ class TwoTower(nn.Module):
         """This model's modules, with decoding passes by another backend."""
         found = copy.copy(self)
         found._backend = backend
-        found.pass_costs, found.prefix_chunk = backend.pass_costs, backend.prefix_chunk
+        found.prefix_chunk = backend.prefix_chunk
         return found
+
+    @property
+    def pass_costs(self) -> PassCosts:
+        """What passes of decoding cost in AR steps."""
+        return self.backend.pass_costs
 
     @property
     def has_denoiser(self) -> bool:

@@ -4,6 +4,7 @@ Passes have any number of tokens, of any number of rows, which share each weight
 equations are those of the PyTorch layers.
 """
 
+from functools import cached_property
 from operator import is_
 
 import torch
@@ -18,20 +19,15 @@ from twotower.model.precision import Scheme, weight_bits
 from twotower.model.state import ContextCache, ContextView, ForwardOutput, LayerState, Version
 from twotower.model.tower import Tower
 from twotower.model.two_tower import TwoTower
+from twotower.native import costs
 from twotower.native.buffers import Addresses, BufferPool, PassOutputs, StateSizes, past_states
 from twotower.native.layout import LANES, Row
+from twotower.native.library import library_file
 from twotower.native.tower import Branches, Modulations, NativeLinear, NativeTower
 
 # What --quantization rounds weights to; products with them round the tokens, too.
 _SCHEMES = {"int8": Scheme(weights="int8", activations="int8"), "int4": Scheme(weights="int4")}
-# The fewer bits, the less a single token costs, and the more of a block's time is arithmetic.
-_PASS_COSTS = {
-    "none": PassCosts({1: 1.0, 4: 1.23, 8: 1.3, 16: 1.48, 32: 1.9, 64: 3.7}, row=0.025),
-    "int8": PassCosts({1: 1.0, 4: 1.12, 8: 1.3, 16: 1.63, 32: 2.7, 64: 5.7}),
-    "int4": PassCosts(
-        {1: 1.0, 4: 1.14, 6: 1.29, 8: 1.35, 12: 1.95, 16: 2.2, 32: 4.25, 64: 8.6}, row=0.15
-    ),
-}
+_PAST = 64  # tokens behind which passes are timed
 _MAX_TABLES = 64  # remembered times; a block of 16 tokens has 16 masked fractions
 
 
@@ -48,7 +44,6 @@ class NativeBackend:
 
     def __init__(self, model: TwoTower, quantization: str) -> None:
         self.quantization = quantization
-        self.pass_costs = _PASS_COSTS[quantization]
         self._model, self._width = model, model.config.hidden_size
         self._reads = model.config.reads
         scheme = _SCHEMES.get(quantization)
@@ -67,6 +62,22 @@ class NativeBackend:
         self._pool = BufferPool()
         self._sizes = StateSizes(() if self._context is None else self._context.layers)
         self._tables: dict[float, Modulations] = {}
+
+    @cached_property
+    def pass_costs(self) -> PassCosts:
+        """What passes cost with the number of threads that PyTorch has at the first question."""
+        ids = torch.arange(_PAST).remainder(self._model.config.vocab_size).unsqueeze(0)
+        cache = self._model.empty_cache(1)
+        cache.commit(self.context_pass(cache, ids, None, is_draft=False), torch.tensor([_PAST]))
+
+        def run(length: int) -> None:
+            hidden = self.context_pass(cache, ids[:, :length], None, is_draft=length > 1).hidden
+            self.context_head(hidden).numpy().argmax(-1)
+
+        file, tower = library_file(), self._model.context_tower
+        num_bytes = sum(tensor.nbytes for tensor in tower.state_dict().values())
+        identity = f"{file.name} {self._model.config.context} {num_bytes} bytes"
+        return costs.pass_costs(run, self.quantization, identity, file.parent)
 
     def context_pass(
         self,

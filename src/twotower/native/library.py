@@ -29,13 +29,22 @@ _int = ctypes.c_int32
 @cache
 def library() -> ctypes.CDLL:
     """The compiled library, from the user's cache or made now. OSError says why there is none."""
+    file = library_file()
+    if not file.is_file():
+        compile_library(_compiler(), file)
+    return load_library(file)
+
+
+def library_file() -> Path:
+    """Where the library lies or will lie: another name for each machine, compiler and source."""
+    return Path.home() / ".cache" / "twotower" / f"native-{_fingerprint(_compiler())}.so"
+
+
+def _compiler() -> str:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("there is no C++ compiler; install g++ or clang++")
-    file = Path.home() / ".cache" / "twotower" / f"native-{_fingerprint(compiler)}.so"
-    if not file.is_file():
-        compile_library(compiler, file)
-    return load_library(file)
+    return compiler
 
 
 def load_library(file: Path) -> ctypes.CDLL:

@@ -1,0 +1,85 @@
+"""What native passes cost in AR steps: measured once on each machine, at the first draft.
+
+How many tokens a pass reads at nearly the price of one depends on the processor, the sizes of the
+model and the number of threads (benchmarks/pass_costs.py): on two server processors 16 tokens in
+int8 cost 1.6 and 2.15 AR steps. What was measured lies in the user's cache, so that later runs
+draft as the first one did.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import torch
+
+from twotower.model.backend import PassCosts
+
+_LENGTHS = (1, 4, 6, 8, 12, 16, 32)  # tokens of a pass: where tiles end
+_ROUNDS, _SECONDS = 3, 0.3  # at least so many, and so long
+# Of each further row, which attends to a text of its own; by the bits of the weights.
+_ROW = {"none": 0.025, "int8": 0.1, "int4": 0.15}
+
+_log = logging.getLogger(__name__)
+
+
+def pass_costs(
+    run: Callable[[int], object], quantization: str, identity: str, folder: Path
+) -> PassCosts:
+    """The costs of passes that `run(tokens)` makes, each with its head and a choice.
+
+    identity: whatever else they depend on. folder: keeps what was measured; if it cannot, the next
+    process measures again.
+    """
+    key = f"{identity} {quantization} {torch.get_num_threads()} threads"
+    file = folder / f"pass-costs-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    steps = _read(file)
+    if steps is None:
+        _log.info("measuring once what passes of this model cost on this machine")
+        steps = measure(run)
+        _write(file, steps)
+    return PassCosts(dict(zip(_LENGTHS, steps, strict=True)), _ROW[quantization])
+
+
+def measure(run: Callable[[int], object]) -> list[float]:
+    """AR steps of a pass over as many tokens as each of _LENGTHS: the fastest of several passes, so
+    that other programs do not count; more tokens never cost less.
+    """
+    best, began, rounds = dict.fromkeys(_LENGTHS, math.inf), time.perf_counter(), 0
+    run(_LENGTHS[-1])  # memory of the largest one is there
+    while rounds < _ROUNDS or time.perf_counter() - began < _SECONDS:
+        for length in _LENGTHS:
+            before = time.perf_counter()
+            run(length)
+            best[length] = min(best[length], time.perf_counter() - before)
+        rounds += 1
+    steps, most = list[float](), 1.0
+    for length in _LENGTHS:
+        most = max(most, round(best[length] / best[1], 2))
+        steps.append(most)
+    return steps
+
+
+def _read(file: Path) -> list[float] | None:
+    """What was measured before; None where that is not known or damaged."""
+    try:
+        steps = [float(step) for step in json.loads(file.read_text())]
+    except (OSError, TypeError, ValueError):
+        return None
+    is_whole = len(steps) == len(_LENGTHS) and all(1 <= step < math.inf for step in steps)
+    return steps if is_whole else None
+
+
+def _write(file: Path, steps: list[float]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile("w", dir=file.parent, delete=False) as part:
+            json.dump(steps, part)
+        os.replace(part.name, file)  # whole or not there, also beside another process
+    except OSError as error:
+        _log.info("cannot keep what passes cost: %s", error)

@@ -1,0 +1,58 @@
+"""What passes cost on this machine: measured once, and kept."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from twotower.native import costs
+
+STEP = 2e-4  # seconds
+measured = costs.pass_costs  # before a fixture replaces it
+
+
+def spin(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+def test_costs_are_what_passes_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards drafts that are as long as pays on somebody else's processor."""
+    monkeypatch.setattr(costs, "_SECONDS", 0.05)
+    steps = costs.measure(lambda length: spin(STEP * (1 + length / 16)))
+    expected = [(1 + length / 16) / (1 + 1 / 16) for length in costs._LENGTHS]
+    assert steps == pytest.approx(expected, rel=0.3)
+    assert steps[0] == 1 and steps == sorted(steps)
+
+
+def test_what_others_take_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a table for ever from a busy moment: a longer pass that was fast by chance, and one
+    that had to wait."""
+    monkeypatch.setattr(costs, "_SECONDS", 0.0)
+    calls = iter([0.0, *[STEP, 9 * STEP, STEP / 2, STEP, STEP, STEP, STEP], *[STEP] * 14])
+    steps = costs.measure(lambda length: spin(next(calls)))
+    assert steps == pytest.approx([1.0] * 7, abs=0.3)
+
+
+def test_a_machine_measures_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards runs that repeat: another table makes other drafts. Other bits, threads or a damaged
+    file are measured anew; where nothing can be kept, drafts are made all the same."""
+    tables = iter([[1.0, *[n / 2] * 6] for n in range(3, 20)])
+    monkeypatch.setattr(costs, "measure", lambda run: next(tables))
+
+    def found(quantization: str = "int8", folder: Path = tmp_path) -> float:
+        return measured(lambda length: None, quantization, "one model", folder).tokens[32]
+
+    assert [found(), found(), found("int4"), found()] == [1.5, 1.5, 2.0, 1.5]
+    torch.set_num_threads(2)
+    assert [found(), found()] == [2.5, 2.5]
+    for damaged in ("", "[1.0]", '["a"]', "[1,1,1,1,1,1,null]", "[1,1,1,1,1,1,0]", "{}", "3"):
+        for file in tmp_path.iterdir():
+            file.write_text(damaged)
+        last = found()
+        assert last == found() > 2.5
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert found(folder=blocked) != found(folder=blocked)
