@@ -27,11 +27,13 @@ MODELS: dict[str, Callable[[], TwoTower]] = {
     "qwen3": lambda: random_model(config_from_dict(LLAMA)),
     "nemotron_h": lambda: fresh_model(hybrid_override_pattern="M*-M-"),
 }
-# Other vectors, other instructions, and processors for which GCC takes fused ones apart.
+# Other vectors, other instructions, and a processor for which GCC takes fused ones apart; each with
+# what the machine must have to run it.
 OTHERS = {
-    "plain": ("-DTWOTOWER_PLAIN", "-O2"),
-    "zen": ("-mtune=znver3", "-mprefer-vector-width=128"),
-    "wide": ("-mtune=skylake-avx512", "-mprefer-vector-width=512"),
+    "plain": (("-DTWOTOWER_PLAIN", "-O2"), ""),
+    "zen": (("-mtune=znver3", "-mprefer-vector-width=128"), ""),
+    "avx2": (("-march=haswell",), "avx2"),
+    "avx-vnni": (("-march=alderlake",), "avx_vnni"),
 }
 
 
@@ -40,9 +42,13 @@ def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """A library that is compiled in another way."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     assert compiler is not None
+    flags, needed = OTHERS[request.param]
+    cpu = Path("/proc/cpuinfo")
+    if needed and (not cpu.is_file() or needed not in cpu.read_text().split()):
+        pytest.skip(f"this processor has no {needed}")
     file: Path = tmp_path_factory.mktemp("library") / f"{request.param}.so"
     try:
-        library.compile_library(compiler, file, OTHERS[request.param])
+        library.compile_library(compiler, file, flags)
     except OSError as error:
         if request.param == "plain":
             raise

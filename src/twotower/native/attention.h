@@ -159,25 +159,27 @@ inline void prefetch_rows(const float *rows, long stride, int width, int count) 
         for (int a = 0; a < width; a += 16) __builtin_prefetch(rows + j * stride + a);
 }
 
-// y[W][width] += the sums of rows of v (count, width), weighted by p[count][W]: N vectors of features at
-// a time, so that as many sums are under way as there are registers.
+// y[W][width] += the sums of rows of v (count, width), weighted by p[count][W]: N vectors of features and
+// L lanes at a time, so that as many sums are under way as there are registers.
 template <int W>
 void add_weighted(const float *v, long stride, int width, int count, const float *p, float *y) {
+    constexpr int L = std::min(W, SUMS), N = SUMS / L;
     auto some = [=](int a, auto vectors) {
         constexpr int N = decltype(vectors)::value;
-        Floats<16> sum[N][W] = {};
-        for (int j = 0; j < count; j++)
-            for (int n = 0; n < N; n++) {
-                Floats<16> own = floats<16>(v + j * stride + a + n * 16);
-                for (int l = 0; l < W; l++) sum[n][l] = add_product<16>(sum[n][l], own, p[j * W + l]);
-            }
-        for (int n = 0; n < N; n++)
-            for (int l = 0; l < W; l++) floats<16>(y + l * width + a + n * 16) += sum[n][l];
+        for (int first = 0; first < W; first += L) {
+            Floats<VECTOR> sum[N][L] = {};
+            for (int j = 0; j < count; j++)
+                for (int n = 0; n < N; n++) {
+                    Floats<VECTOR> own = floats<VECTOR>(v + j * stride + a + n * VECTOR);
+                    for (int l = 0; l < L; l++) sum[n][l] = add_product<VECTOR>(sum[n][l], own, p[j * W + first + l]);
+                }
+            for (int n = 0; n < N; n++)
+                for (int l = 0; l < L; l++) floats<VECTOR>(y + (first + l) * width + a + n * VECTOR) += sum[n][l];
+        }
     };
-    constexpr int N = LANES / W;
     int a = 0;
-    for (; a + N * 16 <= width; a += N * 16) some(a, std::integral_constant<int, N>());
-    for (; a + 16 <= width; a += 16) some(a, std::integral_constant<int, 1>());
+    for (; a + N * VECTOR <= width; a += N * VECTOR) some(a, std::integral_constant<int, N>());
+    for (; a + VECTOR <= width; a += VECTOR) some(a, std::integral_constant<int, 1>());
     for (; a < width; a++) {
         float sum[W];
         product_rows<W, 1, 1>(v + a, 1, stride, count, p, W, nullptr, sum);
@@ -189,22 +191,25 @@ void add_weighted(const float *v, long stride, int width, int count, const float
 // up against a smaller one, `total` and y[W][A], is brought down to it.
 template <int W>
 void weigh(float *score, int count, float root, float *most, float *total, float *y, int A) {
-    Floats<W> largest = floats<W>(most), sum = {}, hidden = Floats<W>{} - 87.0f;
-    for (int j = 0; j < count; j++) {
-        Floats<W> own = floats<W>(score + j * W);
-        largest = own < largest ? largest : own;
+    constexpr int V = std::min(W, VECTOR);
+    for (int first = 0; first < W; first += V, score += V, most += V, total += V) {
+        Floats<V> largest = floats<V>(most), sum = {}, hidden = Floats<V>{} - 87.0f;
+        for (int j = 0; j < count; j++) {
+            Floats<V> own = floats<V>(score + j * W);
+            largest = own < largest ? largest : own;
+        }
+        Floats<V> kept = exponential<V>((floats<V>(most) - largest) * root);
+        for (int j = 0; j < count; j++) {
+            Floats<V> own = (floats<V>(score + j * W) - largest) * root;
+            own = own < hidden ? Floats<V>{} : exponential<V>(own);  // a hidden key has no weight at all
+            floats<V>(score + j * W) = own;
+            sum += own;
+        }
+        floats<V>(total) = floats<V>(total) * kept + sum;
+        floats<V>(most) = largest;
+        for (int l = 0; l < V; l++)
+            for (int a = 0; a < A; a++) y[(first + l) * A + a] *= kept[l];
     }
-    Floats<W> kept = exponential<W>((floats<W>(most) - largest) * root);
-    for (int j = 0; j < count; j++) {
-        Floats<W> own = (floats<W>(score + j * W) - largest) * root;
-        own = own < hidden ? Floats<W>{} : exponential<W>(own);  // a hidden key has no weight at all
-        floats<W>(score + j * W) = own;
-        sum += own;
-    }
-    floats<W>(total) = floats<W>(total) * kept + sum;
-    floats<W>(most) = largest;
-    for (int l = 0; l < W; l++)
-        for (int a = 0; a < A; a++) y[l * A + a] *= kept[l];
 }
 
 // y[W][A] of q[A][W] to the keys of a head; lane l sees those up to `last`, and where the pass is causal

@@ -57,7 +57,7 @@ inline void scale_of(Ints<V> largest, Floats<V> &scale, Floats<V> &inverse) {
     Floats<V> zero = {}, value;
     std::memcpy(&value, &largest, sizeof value);
     scale = value / 127.0f;
-    inverse = (value > 0.0f) & (value < INFINITY) ? 127.0f / value : zero;
+    inverse = ((value > 0.0f) & (value < INFINITY)) ? 127.0f / value : zero;
     auto is_finite = inverse < INFINITY;
     inverse = is_finite ? inverse : zero;
     scale = is_finite ? scale : zero;
@@ -101,24 +101,25 @@ inline Ints<V> group_to_bytes(const float *x, int count, uint8_t *bytes, float *
 
 // The same of a single token, whose numbers lie side by side.
 inline int32_t token_to_bytes(const float *x, int count, uint8_t *bytes, float *scale) {
-    Ints<16> most = {}, total = {};
-    float rest[16] = {};
-    int whole_vectors = count / 16 * 16;
+    constexpr int V = VECTOR;
+    Ints<V> most = {}, total = {};
+    float rest[V] = {};
+    int whole_vectors = count / V * V;
     std::copy(x + whole_vectors, x + count, rest);
     auto numbers = [&](int at) { return at < whole_vectors ? x + at : rest; };
-    for (int at = 0; at < count; at += 16) most = larger<16>(most, magnitude<16>(numbers(at)));
+    for (int at = 0; at < count; at += V) most = larger<V>(most, magnitude<V>(numbers(at)));
     int32_t largest = 0, sum = 0;
-    for (int i = 0; i < 16; i++) largest = std::max(largest, most[i]);
+    for (int i = 0; i < V; i++) largest = std::max(largest, most[i]);
     Floats<4> one, inverse;
     scale_of<4>(Ints<4>{} + largest, one, inverse);
     *scale = one[0];
-    for (int at = 0; at < count; at += 16) {
-        Ints<16> whole = as_whole<16>(floats<16>(numbers(at)) * inverse[0]);
-        auto own = __builtin_convertvector(whole, Bytes<16>);
-        std::memcpy(bytes + at, &own, std::min(16, (count - at + 3) / 4 * 4));
+    for (int at = 0; at < count; at += V) {
+        Ints<V> whole = as_whole<V>(floats<V>(numbers(at)) * inverse[0]);
+        auto own = __builtin_convertvector(whole, Bytes<V>);
+        std::memcpy(bytes + at, &own, std::min(V, (count - at + 3) / 4 * 4));
         total += whole;
     }
-    for (int i = 0; i < 16; i++) sum += total[i];
+    for (int i = 0; i < V; i++) sum += total[i];
     return sum;
 }
 
@@ -131,7 +132,7 @@ Input<W> as_input(Team &team, const Weight &w, const float *x, int K, int count,
     float *sums = scales + groups * W;
     int32_t *zeros = reinterpret_cast<int32_t *>(sums + groups * W);
     over_features<W>(team, groups, K, [=](int begin, int end) {
-        constexpr int V = std::min(W, 16);
+        constexpr int V = std::min(W, VECTOR);
         for (int g = begin; g < end; g++) {
             int here = std::min(group, K - g * group);
             const float *in = x + long(g) * group * W;
@@ -149,77 +150,103 @@ Input<W> as_input(Team &team, const Weight &w, const float *x, int K, int count,
     return {x, K, count, group, buffer, scales, sums, zeros};
 }
 
-inline Ints<16> four_bytes(const uint8_t *bytes) {
+inline Ints<VECTOR> four_bytes(const uint8_t *bytes) {
     int32_t four;
     std::memcpy(&four, bytes, 4);
-    return Ints<16>{} + four;
+    return Ints<VECTOR>{} + four;
 }
 
-// sum[N] of 16 rows each: a block's rows times a few tokens, each weight read once; w [K/4][16][4]
-template <int W, int N>
-inline void int8_tokens(const uint8_t *w, const Input<W> &in, int first, Floats<16> *sum) {
-    constexpr int C = N == 1 ? 2 : 1;  // sums of a single token, of which none waits for the other
+// How many of a block's rows have their sums of N tokens in registers
+template <int N>
+constexpr int rows_at_once() {
+    int rows = ROWS;
+    while (rows > VECTOR && N * rows / VECTOR > SUMS) rows /= 2;
+    return rows;
+}
+
+// sum[N][ROWS]: H of a block's rows times a few tokens, each weight read once; w [K/4][16][4]
+template <int W, int N, int H>
+inline void int8_tokens(const uint8_t *w, const Input<W> &in, int first, float *sum) {
+    // A single token has two sums, of which none waits for the other.
+    constexpr int P = H / VECTOR, C = N == 1 ? 2 : 1;
+    Floats<VECTOR> all[N][P] = {};
     int quads = (in.K + 3) / 4, group = (in.group + 3) / 4;
     for (int g = 0; g * group < quads; g++) {
-        Ints<16> part[C][N] = {};
-        for (int l = 0; l < N; l++) part[0][l] = Ints<16>{} + in.zeros[g * W + first + l];
+        Ints<VECTOR> part[C][N][P] = {};
+        for (int l = 0; l < N; l++)
+            for (int p = 0; p < P; p++) part[0][l][p] = Ints<VECTOR>{} + in.zeros[g * W + first + l];
         int q = g * group, end = std::min(quads, q + group);
-        auto add = [&](int at, Ints<16> *sums) {
+        auto add = [&](int at, Ints<VECTOR> (&sums)[N][P]) {
             const uint8_t *own = w + long(at) * 64, *token = in.bytes + (at * W + first) * 4;
             __builtin_prefetch(own + AHEAD, 0, 1);
             for (int l = 0; l < N; l++)
-                sums[l] = add_quads<16>(sums[l], ints<16>(own), four_bytes(token + l * 4));
+                for (int p = 0; p < P; p++)
+                    sums[l][p] = add_quads<VECTOR>(sums[l][p], ints<VECTOR>(own + p * VECTOR * 4),
+                                                   four_bytes(token + l * 4));
         };
         for (; q + 2 <= end; q += 2) add(q, part[0]), add(q + 1, part[C - 1]);
         if (q < end) add(q, part[0]);
-        for (int l = 0; l < N; l++) {
-            Ints<16> total = C == 1 ? part[0][l] : part[0][l] + part[C - 1][l];
-            sum[l] = add_product<16>(sum[l], __builtin_convertvector(total, Floats<16>), in.scales[g * W + first + l]);
-        }
+        for (int l = 0; l < N; l++)
+            for (int p = 0; p < P; p++) {
+                Ints<VECTOR> total = C == 1 ? part[0][l][p] : part[0][l][p] + part[C - 1][l][p];
+                all[l][p] = add_product<VECTOR>(all[l][p], __builtin_convertvector(total, Floats<VECTOR>),
+                                                in.scales[g * W + first + l]);
+            }
     }
+    for (int l = 0; l < N; l++) std::memcpy(sum + l * ROWS, all[l], sizeof all[l]);
 }
 
+template <int V>
 struct Grid {
-    Floats<16> scale, offset;
+    Floats<V> scale, offset;
 };
 
-// Of the 16 rows of a group: a weight is number * scale + offset
-inline Grid grid_of(const uint8_t *w, bool is_centred) {
-    if (!is_centred) return {from_halves(w + 256), from_halves(w + 288)};
-    Floats<16> scale = from_bfloats(w + 256);
-    return {scale, from_bfloats(w + 288) - 8.0f * scale};
+// Of V of the 16 rows of a group, from `row` on: a weight is number * scale + offset
+template <int V>
+inline Grid<V> grid_of(const uint8_t *w, bool is_centred, int row) {
+    const uint8_t *scales = w + ROWS * GROUP / 2 + 2 * row, *offsets = scales + 2 * ROWS;
+    if (!is_centred) return {from_halves<V>(scales), from_halves<V>(offsets)};
+    Floats<V> scale = from_bfloats<V>(scales);
+    return {scale, from_bfloats<V>(offsets) - 8.0f * scale};
 }
 
-// The same in int4, with the weights' scales; w: groups of GROUP_BYTES
-template <int W, int N>
-inline void int4_tokens(const uint8_t *w, bool is_centred, const Input<W> &in, int first, Floats<16> *sum) {
-    Ints<16> low = Ints<16>{} + 0x0f0f0f0f;
+// The same in int4, with the weights' scales, of the rows from `row` on; w: groups of GROUP_BYTES
+template <int W, int N, int H>
+inline void int4_tokens(const uint8_t *w, bool is_centred, const Input<W> &in, int first, int row, float *sum) {
+    constexpr int P = H / VECTOR, C = N == 1 ? 2 : 1;
+    Floats<VECTOR> all[N][P] = {};
+    Ints<VECTOR> low = Ints<VECTOR>{} + 0x0f0f0f0f;
     for (int g = 0; g < in.K / GROUP; g++, w += GROUP_BYTES) {
-        Ints<16> one[N] = {}, two[N] = {};
+        Ints<VECTOR> part[C][N][P] = {};
         const uint8_t *token = in.bytes + g * GROUP * W + first * 4;
         for (int line = 0; line < GROUP_BYTES; line += 64) __builtin_prefetch(w + AHEAD + line);
-        for (int i = 0; i < 4; i++) {
-            Ints<16> both = ints<16>(w + i * 64), high = (both >> 4) & low;
-            both &= low;
+        for (int i = 0; i < 4; i++)
+            for (int p = 0; p < P; p++) {
+                Ints<VECTOR> both = ints<VECTOR>(w + i * 64 + (row + p * VECTOR) * 4), high = (both >> 4) & low;
+                both &= low;
+                for (int l = 0; l < N; l++) {
+                    Ints<VECTOR> &one = part[0][l][p], &other = part[C - 1][l][p];
+                    one = add_quads<VECTOR, 15>(one, both, four_bytes(token + (i * W + l) * 4));
+                    other = add_quads<VECTOR, 15>(other, high, four_bytes(token + ((i + 4) * W + l) * 4));
+                }
+            }
+        for (int p = 0; p < P; p++) {
+            auto [scale, offset] = grid_of<VECTOR>(w, is_centred, row + p * VECTOR);
             for (int l = 0; l < N; l++) {
-                Ints<16> &other = N == 1 ? two[l] : one[l];
-                one[l] = add_quads<16>(one[l], both, four_bytes(token + (i * W + l) * 4));
-                other = add_quads<16>(other, high, four_bytes(token + ((i + 4) * W + l) * 4));
+                Ints<VECTOR> total = C == 1 ? part[0][l][p] : part[0][l][p] + part[C - 1][l][p];
+                Floats<VECTOR> scaled = __builtin_convertvector(total, Floats<VECTOR>) * scale;
+                all[l][p] = add_product<VECTOR>(all[l][p], scaled, in.scales[g * W + first + l]);
+                all[l][p] = add_product<VECTOR>(all[l][p], offset, in.sums[g * W + first + l]);
             }
         }
-        auto [scale, offset] = grid_of(w, is_centred);
-        for (int l = 0; l < N; l++) {
-            Floats<16> scaled = __builtin_convertvector(one[l] + two[l], Floats<16>) * scale;
-            sum[l] = add_product<16>(sum[l], scaled, in.scales[g * W + first + l]);
-            sum[l] = add_product<16>(sum[l], offset, in.sums[g * W + first + l]);
-        }
     }
+    for (int l = 0; l < N; l++) std::memcpy(sum + l * ROWS, all[l], sizeof all[l]);
 }
 
 // A block of 16 rows as bytes [K/4][16][4]; scales and offsets [K/32][16] of int4, else null.
 struct Block {
     const uint8_t *bytes;
-    const float *scales, *offsets;
+    const float *scales = nullptr, *offsets = nullptr;
 };
 
 // An int4 block in `room` of at least K * 20 bytes
@@ -234,8 +261,10 @@ inline Block unpack(const uint8_t *w, bool is_centred, int groups, uint8_t *room
             std::memcpy(room + (g * 8 + i) * 64, &one, 64);
             std::memcpy(room + (g * 8 + i + 4) * 64, &two, 64);
         }
-        auto [scale, offset] = grid_of(w, is_centred);
-        floats<16>(scales + g * ROWS) = scale, floats<16>(offsets + g * ROWS) = offset;
+        for (int r = 0; r < ROWS; r += VECTOR) {
+            auto [scale, offset] = grid_of<VECTOR>(w, is_centred, r);
+            floats<VECTOR>(scales + g * ROWS + r) = scale, floats<VECTOR>(offsets + g * ROWS + r) = offset;
+        }
     }
     return {room, scales, offsets};
 }
@@ -261,7 +290,7 @@ inline void integer_rows(const Block &w, const Input<W> &in, int r, int l, float
                 int32_t four;
                 std::memcpy(&four, own + i * 4, 4);
                 for (int n = 0; n < N; n++)
-                    part[i][n] = add_quads<V>(part[i][n], Ints<V>{} + four, value[n]);
+                    part[i][n] = add_quads<V, IS_INT4 ? 15 : 255>(part[i][n], Ints<V>{} + four, value[n]);
             }
         }
         for (int i = 0; i < R; i++)
@@ -284,14 +313,17 @@ enum class Order { ROWS_FIRST, TOKENS_FIRST };
 // sum of a block's rows and N tokens from `first` on
 template <int W, int N, bool IS_INT4, Order ORDER>
 inline void few_tokens(const uint8_t *w, bool is_centred, const Input<W> &in, int first, float *sum) {
-    constexpr int V = N <= 1 ? 1 : N <= 4 ? 4 : N <= 8 ? 8 : 16;
-    Floats<16> lanes[V] = {};
-    if constexpr (IS_INT4) int4_tokens<W, N>(w, is_centred, in, first, lanes);
-    else int8_tokens<W, N>(w, in, first, lanes);
-    if constexpr (ORDER == Order::ROWS_FIRST) transpose<V>(lanes);
-    const float *sums = reinterpret_cast<float *>(lanes);
-    if constexpr (ORDER == Order::TOKENS_FIRST) std::copy_n(sums, N * ROWS, sum + first * ROWS);
-    else for (int r = 0; r < ROWS; r++) std::copy_n(sums + r * V, std::min(V, W - first), sum + r * W + first);
+    constexpr int V = N <= 1 ? 1 : N <= 4 ? 4 : N <= 8 ? 8 : 16, H = rows_at_once<N>();
+    float lanes[V * ROWS] = {}, rows[V * ROWS];
+    for (int r = 0; r < ROWS; r += H)
+        if constexpr (IS_INT4) int4_tokens<W, N, H>(w, is_centred, in, first, r, lanes + r);
+        else int8_tokens<W, N, H>(w + r * 4, in, first, lanes + r);
+    if constexpr (ORDER == Order::TOKENS_FIRST) std::copy_n(lanes, N * ROWS, sum + first * ROWS);
+    else if constexpr (V == W) turn<V>(lanes, ROWS, sum, W);
+    else {
+        turn<V>(lanes, ROWS, rows, V);
+        for (int r = 0; r < ROWS; r++) std::copy_n(rows + r * V, std::min(V, W - first), sum + r * W + first);
+    }
 }
 
 // The same of all tokens of a tile, the fewer the cheaper; false where they are too many
@@ -306,7 +338,7 @@ inline bool each_few(const uint8_t *w, bool is_centred, const Input<W> &in, floa
     else if constexpr (W == 8) {
         if (IS_INT4 && in.count <= 6) some(0, std::integral_constant<int, 6>());
         else some(0, eight);
-    } else if constexpr (W == 16 && IS_INT4) {  // what is not unpacked first is faster
+    } else if constexpr (W == 16 && (IS_INT4 || VECTOR < 16)) {  // what is not unpacked first is faster
         some(0, eight);
         if (in.count <= 12) some(8, four);
         else some(8, eight);
@@ -321,12 +353,7 @@ inline bool each_few(const uint8_t *w, bool is_centred, const Input<W> &in, floa
 template <int W>
 inline void by_token(float *sum) {
     float turned[ROWS * W];
-    for (int l = 0; l < W; l += 16) {
-        Floats<16> part[ROWS];
-        for (int r = 0; r < ROWS; r++) part[r] = floats<16>(sum + r * W + l);
-        transpose<ROWS>(part);
-        std::memcpy(turned + l * ROWS, part, sizeof part);
-    }
+    for (int l = 0; l < W; l += 16) turn<ROWS>(sum + l, W, turned + l * ROWS, ROWS);
     std::memcpy(sum, turned, sizeof turned);
 }
 
@@ -334,7 +361,7 @@ inline void by_token(float *sum) {
 template <int W, bool IS_INT4, Order ORDER = Order::ROWS_FIRST>
 void integer_product(const Weight &w, int rows, const Input<W> &in, const float *bias, float *y, int begin,
                      int end) {
-    constexpr int V = std::min(W, 16), N = W > 16 ? 2 : 1, R = 16 / N;
+    constexpr int V = std::min(W, VECTOR), N = W > V && SUMS > 8 ? 2 : 1, R = SUMS / N;
     constexpr bool BY_TOKEN = ORDER == Order::TOKENS_FIRST;
     static thread_local std::vector<uint8_t> room;
     if (IS_INT4 && room.size() < size_t(in.K) * 20) room.resize(size_t(in.K) * 20);
@@ -346,8 +373,7 @@ void integer_product(const Weight &w, int rows, const Input<W> &in, const float 
     for (int b = begin; b < end; b++) {
         const uint8_t *own = packed + b * size;
         if (!each_few<W, IS_INT4, ORDER>(own, w.centred, in, sum)) {
-            Block block{own, nullptr, nullptr};
-            if (IS_INT4) block = unpack(own, w.centred, groups, room.data());
+            Block block = IS_INT4 ? unpack(own, w.centred, groups, room.data()) : Block{own};
             for (int l = 0; l < W; l += V * N)
                 for (int r = 0; r < ROWS; r += R)
                     integer_rows<W, V, N, R, IS_INT4>(block, in, r, l, sum);

@@ -141,8 +141,8 @@ inline float exponential(float x) { return exponential<1>(Floats<1>{x})[0]; }
 // x / (1 + e^-x) of `count` numbers, in place
 inline void silu(float *x, long count) {
     long i = 0;
-    for (; i + 16 <= count; i += 16)
-        floats<16>(x + i) = floats<16>(x + i) / (1.0f + exponential<16>(-floats<16>(x + i)));
+    for (; i + VECTOR <= count; i += VECTOR)
+        floats<VECTOR>(x + i) = floats<VECTOR>(x + i) / (1.0f + exponential<VECTOR>(-floats<VECTOR>(x + i)));
     for (; i < count; i++) x[i] = x[i] / (1.0f + exponential(-x[i]));
 }
 
@@ -173,9 +173,12 @@ void square_parts(const float *x, int width, int begin, int end, float *part) {
     std::fill(part + begin * W, part + end * W, 0.0f);
     int first = 0;
     if constexpr (W == 1) {
-        Floats<PARTS> sum = {};
+        Floats<VECTOR> sum[PARTS / VECTOR] = {};
         for (; first + PARTS <= width; first += PARTS)
-            sum = add_product<PARTS>(sum, floats<PARTS>(x + first), floats<PARTS>(x + first));
+            for (int p = 0; p < PARTS / VECTOR; p++) {
+                Floats<VECTOR> own = floats<VECTOR>(x + first + p * VECTOR);
+                sum[p] = add_product<VECTOR>(sum[p], own, own);
+            }
         std::memcpy(part, &sum, sizeof sum);
     }
     for (; first < width; first += PARTS)
@@ -230,11 +233,12 @@ void to_rows(const float *x, int width, int count, float *y, long stride) {
     for (int l = 0; l < count; l += V)
         for (int first = 0; first < width; first += 16) {
             int here = std::min(count - l, V), features = std::min(width - first, 16);
-            if (W >= 16 && features == 16) {
-                Floats<16> part[16];
-                for (int f = 0; f < 16; f++) part[f] = floats<16>(x + long(first + f) * W + l);
-                transpose<16>(part);
-                for (int t = 0; t < here; t++) floats<16>(y + (l + t) * stride + first) = part[t];
+            if (W >= 16 && here == 16 && features == 16)
+                turn<16>(x + long(first) * W + l, W, y + l * stride + first, stride);
+            else if (W >= 16 && features == 16) {
+                float rows[16 * 16];
+                turn<16>(x + long(first) * W + l, W, rows, 16);
+                for (int t = 0; t < here; t++) std::copy_n(rows + t * 16, 16, y + (l + t) * stride + first);
             } else
                 for (int t = 0; t < here; t++)
                     for (int f = 0; f < features; f++) y[(l + t) * stride + first + f] = x[long(first + f) * W + l + t];

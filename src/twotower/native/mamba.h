@@ -36,14 +36,14 @@ template <int W, int R>
 void advance_rows(const float *state, float keep, const float *x, const float *added, int L, int N,
                   float *next) {
     int n = 0;
-    for (; n + 16 <= N; n += 16) {
-        Floats<16> sum[R];
-        for (int r = 0; r < R; r++) sum[r] = floats<16>(state + r * N + n) * keep;
+    for (; n + VECTOR <= N; n += VECTOR) {
+        Floats<VECTOR> sum[R];
+        for (int r = 0; r < R; r++) sum[r] = floats<VECTOR>(state + r * N + n) * keep;
         for (int t = 0; t < L; t++) {
-            Floats<16> one = floats<16>(added + t * N + n);
-            for (int r = 0; r < R; r++) sum[r] = add_product<16>(sum[r], one, x[r * W + t]);
+            Floats<VECTOR> one = floats<VECTOR>(added + t * N + n);
+            for (int r = 0; r < R; r++) sum[r] = add_product<VECTOR>(sum[r], one, x[r * W + t]);
         }
-        for (int r = 0; r < R; r++) floats<16>(next + r * N + n) = sum[r];
+        for (int r = 0; r < R; r++) floats<VECTOR>(next + r * N + n) = sum[r];
     }
     for (; n < N; n++)
         for (int r = 0; r < R; r++) {

@@ -35,13 +35,16 @@ inline void product_rows(const float *w, long row, long column, int K, const flo
 // One token: rows are contiguous, each is a dot product; four rows share the loads of x.
 template <int R>
 inline void dot_rows(const float *w, long row, int K, const float *x, const float *bias, float *y) {
-    Floats<16> sum[R] = {};
+    Floats<VECTOR> sum[R][16 / VECTOR] = {};
     for (int i = 0; i + 16 <= K; i += 16)
         for (int r = 0; r < R; r++)
-            sum[r] = add_product<16>(sum[r], floats<16>(w + r * row + i), floats<16>(x + i));
+            for (int p = 0; p < 16 / VECTOR; p++) {
+                const float *own = w + r * row + i + p * VECTOR;
+                sum[r][p] = add_product<VECTOR>(sum[r][p], floats<VECTOR>(own), floats<VECTOR>(x + i + p * VECTOR));
+            }
     for (int r = 0; r < R; r++) {
         float part[16];
-        std::memcpy(part, &sum[r], sizeof part);
+        std::memcpy(part, sum[r], sizeof part);
         for (int half = 8; half > 0; half /= 2)
             for (int lane = 0; lane < half; lane++) part[lane] += part[lane + half];
         float total = part[0] + (bias ? bias[r] : 0.0f);
@@ -53,7 +56,7 @@ inline void dot_rows(const float *w, long row, int K, const float *x, const floa
 template <int W>
 void product(const float *w, long row, long column, int rows, int K, const float *x,
              const float *bias, float *y) {
-    constexpr int V = std::min(W, 16), N = W > 16 ? 2 : 1, R = W == 1 ? 4 : 8;
+    constexpr int V = std::min(W, VECTOR), N = W > V ? 2 : 1, R = W == 1 ? 4 : std::min(8, SUMS / N);
     auto some = [&](int r, auto count) {
         constexpr int C = decltype(count)::value;
         const float *b = bias ? bias + r : nullptr;

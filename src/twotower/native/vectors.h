@@ -1,16 +1,17 @@
 // Vectors of V numbers, and the instructions that products are made of.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#if defined(__FMA__) && !defined(TWOTOWER_PLAIN)
-#define TWOTOWER_FMA
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(TWOTOWER_PLAIN)
+#define TWOTOWER_AVX2
 #include <immintrin.h>
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-#define TWOTOWER_VNNI
-#endif
+#elif defined(__ARM_FEATURE_DOTPROD) && !defined(TWOTOWER_PLAIN)
+#define TWOTOWER_DOTPROD
+#include <arm_neon.h>
 #endif
 
 namespace twotower {
@@ -35,6 +36,15 @@ inline const Floats<V> &floats(const float *x) { return *reinterpret_cast<const 
 template <int V>
 inline Ints<V> ints(const void *x) { return *static_cast<const Ints<V> *>(x); }
 
+// What a register holds, and how many sums are under way where each has a register.
+#if defined(TWOTOWER_AVX2) && defined(__AVX512F__)
+constexpr int VECTOR = 16, SUMS = 16;
+#elif defined(TWOTOWER_AVX2)
+constexpr int VECTOR = 8, SUMS = 8;
+#else
+constexpr int VECTOR = 4, SUMS = 16;
+#endif
+
 // sum + one * two, rounded once where the processor does that as fast. The compiler may not choose
 // (-ffp-contract=off): it would fuse one width of a tile and not another, and a token's numbers would
 // depend on how many are beside it.
@@ -48,7 +58,7 @@ inline float add_product(float sum, float one, float two) {
 
 template <int V>
 inline Floats<V> add_product(Floats<V> sum, Floats<V> one, Floats<V> two) {
-#ifdef TWOTOWER_FMA
+#ifdef TWOTOWER_AVX2
     if constexpr (V == 4) return Floats<V>(_mm_fmadd_ps(__m128(one), __m128(two), __m128(sum)));
     else if constexpr (V == 8) return Floats<V>(_mm256_fmadd_ps(__m256(one), __m256(two), __m256(sum)));
 #ifdef __AVX512F__
@@ -68,41 +78,81 @@ inline Floats<V> add_product(Floats<V> sum, Floats<V> one, float two) {
 }
 
 // The first halves of two vectors, or the second ones, number by number in turns.
-template <int Half>
-inline Floats<16> interleaved(Floats<16> one, Floats<16> two) {
-    constexpr int H = 8 * Half;
+template <int HALF, int V>
+inline Floats<V> interleaved(Floats<V> one, Floats<V> two) {
+    constexpr int H = V / 2 * HALF;
 #ifdef __clang__
-    return __builtin_shufflevector(one, two, H, H + 16, H + 1, H + 17, H + 2, H + 18, H + 3, H + 19, H + 4, H + 20,
-                                   H + 5, H + 21, H + 6, H + 22, H + 7, H + 23);
+#define TWOTOWER_SHUFFLE(...) __builtin_shufflevector(one, two, __VA_ARGS__)
 #else
-    return __builtin_shuffle(one, two, Ints<16>{H, H + 16, H + 1, H + 17, H + 2, H + 18, H + 3, H + 19, H + 4, H + 20,
-                                                H + 5, H + 21, H + 6, H + 22, H + 7, H + 23});
+#define TWOTOWER_SHUFFLE(...) __builtin_shuffle(one, two, Ints<V>{__VA_ARGS__})
 #endif
+    if constexpr (V == 4) return TWOTOWER_SHUFFLE(H, H + 4, H + 1, H + 5);
+    else if constexpr (V == 8) return TWOTOWER_SHUFFLE(H, H + 8, H + 1, H + 9, H + 2, H + 10, H + 3, H + 11);
+    else
+        return TWOTOWER_SHUFFLE(H, H + 16, H + 1, H + 17, H + 2, H + 18, H + 3, H + 19, H + 4, H + 20, H + 5, H + 21,
+                                H + 6, H + 22, H + 7, H + 23);
+#undef TWOTOWER_SHUFFLE
 }
 
-// N vectors of 16 numbers, [N][16], as [16][N]: each round brings the numbers of the second half of the
+// [N][V] numbers as [V][N], those of N vectors: each round brings the numbers of the second half of the
 // vectors between those of the first.
-template <int N>
-inline void transpose(Floats<16> *x) {
+template <int N, int V>
+inline void transpose(Floats<V> *x) {
     for (int round = 1; round < N; round *= 2) {
-        Floats<16> turned[N];
+        Floats<V> turned[N];
         for (int i = 0; i < N / 2; i++) {
-            turned[2 * i] = interleaved<0>(x[i], x[i + N / 2]);
-            turned[2 * i + 1] = interleaved<1>(x[i], x[i + N / 2]);
+            turned[2 * i] = interleaved<0, V>(x[i], x[i + N / 2]);
+            turned[2 * i + 1] = interleaved<1, V>(x[i], x[i + N / 2]);
         }
         std::memcpy(x, turned, sizeof turned);
     }
 }
 
-// sum + the products of the four unsigned bytes of each number with the four signed ones.
-template <int V>
+// x[N][16], `from` floats apart, as y[16][N], `to` floats apart; N: 1, 4, 8, or 16, below VECTOR with `to` = N.
+template <int N>
+inline void turn(const float *x, long from, float *y, long to) {
+    constexpr int V = VECTOR, R = std::min(N, V);  // of a piece, numbers and rows
+    for (int i = 0; i < N; i += R)
+        for (int j = 0; j < 16; j += V) {
+            Floats<V> part[R];
+            for (int n = 0; n < R; n++) part[n] = floats<V>(x + (i + n) * from + j);
+            transpose<R, V>(part);
+            if constexpr (R < V) std::memcpy(y + j * N, part, sizeof part);
+            else for (int n = 0; n < V; n++) floats<V>(y + (j + n) * to + i) = part[n];
+        }
+}
+
+// sum + the products of the four unsigned bytes of each number, up to MOST, with the four signed ones.
+template <int V, int MOST = 255>
 inline Ints<V> add_quads(Ints<V> sum, Ints<V> unsigned_bytes, Ints<V> signed_bytes) {
-#ifdef TWOTOWER_VNNI
+#if defined(TWOTOWER_AVX2) && defined(__AVX512VNNI__) && defined(__AVX512VL__)
     if constexpr (V == 16)
         return Ints<V>(_mm512_dpbusd_epi32(__m512i(sum), __m512i(unsigned_bytes), __m512i(signed_bytes)));
     else if constexpr (V == 8)
         return Ints<V>(_mm256_dpbusd_epi32(__m256i(sum), __m256i(unsigned_bytes), __m256i(signed_bytes)));
     else
+#elif defined(TWOTOWER_AVX2) && defined(__AVXVNNI__)
+    if constexpr (V == 8)
+        return Ints<V>(_mm256_dpbusd_avx_epi32(__m256i(sum), __m256i(unsigned_bytes), __m256i(signed_bytes)));
+    else
+#elif defined(TWOTOWER_AVX2)
+    if constexpr (V == 8) {  // sums of two products have 16 bits: of the highest bit alone, and of the others
+        __m256i all = __m256i(unsigned_bytes), ones = _mm256_set1_epi16(1), rest = _mm256_set1_epi8(127);
+        auto products = [=](__m256i some) {
+            return Ints<V>(_mm256_madd_epi16(_mm256_maddubs_epi16(some, __m256i(signed_bytes)), ones));
+        };
+        if constexpr (MOST <= 127) return sum + products(all);
+        else return sum + products(_mm256_and_si256(all, rest)) + products(_mm256_andnot_si256(rest, all));
+    } else
+#elif defined(TWOTOWER_DOTPROD)
+    if constexpr (V == 4) {  // signed bytes alone: those that are ZERO less, and twice its half
+        int8x16_t other = vreinterpretq_s8_s32(int32x4_t(signed_bytes));
+        if constexpr (MOST <= 127)
+            return Ints<V>(vdotq_s32(int32x4_t(sum), vreinterpretq_s8_s32(int32x4_t(unsigned_bytes)), other));
+        int8x16_t half = vdupq_n_s8(64);
+        int8x16_t less = vreinterpretq_s8_s32(int32x4_t(unsigned_bytes) ^ vdupq_n_s32(0x80808080));
+        return Ints<V>(vdotq_s32(vdotq_s32(vdotq_s32(int32x4_t(sum), less, other), half, other), half, other));
+    } else
 #endif
     {
         uint8_t one[V * 4];
@@ -128,23 +178,28 @@ inline float from_half(uint16_t half) {
     return half & 0x8000 ? -value : value;
 }
 
-inline Floats<16> from_halves(const uint8_t *halves) {
-#ifdef TWOTOWER_VNNI
-    return Floats<16>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(halves))));
-#else
-    Floats<16> found;
-    uint16_t own[16];
-    std::memcpy(own, halves, sizeof own);
-    for (int i = 0; i < 16; i++) found[i] = from_half(own[i]);
-    return found;
+template <int V>
+inline Floats<V> from_halves(const uint8_t *halves) {
+#if defined(TWOTOWER_AVX2) && defined(__AVX512F__)
+    if constexpr (V == 16)
+        return Floats<V>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(halves))));
+#elif defined(TWOTOWER_AVX2)
+    if constexpr (V == 8)
+        return Floats<V>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(halves))));
 #endif
+    Floats<V> found;
+    uint16_t own[V];
+    std::memcpy(own, halves, sizeof own);
+    for (int i = 0; i < V; i++) found[i] = from_half(own[i]);
+    return found;
 }
 
 // bfloat16 numbers: the upper halves of float32
-inline Floats<16> from_bfloats(const uint8_t *upper) {
-    typedef uint16_t Halves __attribute__((vector_size(32), aligned(1), may_alias));
-    Ints<16> bits = __builtin_convertvector(*reinterpret_cast<const Halves *>(upper), Ints<16>) << 16;
-    Floats<16> found;
+template <int V>
+inline Floats<V> from_bfloats(const uint8_t *upper) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * V), aligned(1), may_alias));
+    Ints<V> bits = __builtin_convertvector(*reinterpret_cast<const Halves *>(upper), Ints<V>) << 16;
+    Floats<V> found;
     std::memcpy(&found, &bits, sizeof found);
     return found;
 }
