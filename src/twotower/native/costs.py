@@ -20,7 +20,7 @@ import torch
 
 from twotower.model.backend import PassCosts
 
-_LENGTHS = (1, 4, 6, 8, 12, 16, 32)  # tokens of a pass: where tiles end
+_LENGTHS = (1, 2, 4, 6, 8, 12, 16, 32)  # tokens of a pass: where tiles end
 _ROUNDS, _SECONDS = 3, 0.3  # at least so many, and so long
 # Of each further row, which attends to a text of its own; by the bits of the weights.
 _ROW = {"none": 0.025, "int8": 0.1, "int4": 0.15}

@@ -326,25 +326,25 @@ inline void few_tokens(const uint8_t *w, bool is_centred, const Input<W> &in, in
     }
 }
 
+template <int N>
+using Count = std::integral_constant<int, N>;
+
 // The same of all tokens of a tile, the fewer the cheaper; false where they are too many
 template <int W, bool IS_INT4, Order ORDER>
 inline bool each_few(const uint8_t *w, bool is_centred, const Input<W> &in, float *sum) {
     auto some = [&](int first, auto count) {
         few_tokens<W, decltype(count)::value, IS_INT4, ORDER>(w, is_centred, in, first, sum);
     };
-    std::integral_constant<int, 4> four;
-    std::integral_constant<int, 8> eight;
-    if constexpr (W <= 4) some(0, std::integral_constant<int, W>());
-    else if constexpr (W == 8) {
-        if (IS_INT4 && in.count <= 6) some(0, std::integral_constant<int, 6>());
-        else some(0, eight);
-    } else if constexpr (W == 16 && (IS_INT4 || VECTOR < 16)) {  // what is not unpacked first is faster
-        some(0, eight);
-        if (in.count <= 12) some(8, four);
-        else some(8, eight);
+    constexpr bool COUNTS = IS_INT4 || VECTOR < 16;  // arithmetic takes longer than reading
+    if constexpr (W == 1) some(0, Count<1>());
+    else if constexpr (W == 4) COUNTS && in.count <= 2 ? some(0, Count<2>()) : some(0, Count<4>());
+    else if constexpr (W == 8) COUNTS && in.count <= 6 ? some(0, Count<6>()) : some(0, Count<8>());
+    else if constexpr (W == 16 && COUNTS) {  // what is not unpacked first is faster
+        some(0, Count<8>());
+        in.count <= 12 ? some(8, Count<4>()) : some(8, Count<8>());
     } else if constexpr (W == 16) {
         if (in.count > 12) return false;
-        some(0, std::integral_constant<int, 12>());
+        some(0, Count<12>());
     } else return false;
     return true;
 }
