@@ -54,10 +54,10 @@ def made(model: TwoTower, work: WorkFolder, thin: ThinOptions, seed: int) -> Two
     features.
     """
     assert thin.layers is not None
-    reads = reads_of(model, FULL)
+    reads = reads_of(model.config, FULL)
     reads = reads[len(reads) - thin.layers * len(reads) // 3 :]
     ids = draft_vocabulary(work, thin.draft_vocab, model.config.vocab_size)
-    config = thin_config(model.config, reads, thin.block_size, thin.draft_of(ids))
+    config = thin_config(model.config, reads, thin.own_block_size, thin.draft_of(ids))
     return with_new_denoiser(model, config, ids, seed)
 
 
@@ -128,7 +128,7 @@ def main() -> None:
     places = [p for p in find_places(work.features) if p.last - p.start >= 2]
     held = places[::HELD_OUT][: given.held_out]
     known = [place for number, place in enumerate(places) if number % HELD_OUT]
-    features, found = Features(attended(model.config.context, reads_of(model, FULL))), []
+    features, found = Features(attended(model.config.context, reads_of(model.config, FULL))), []
     for name in given.variants:
         thin, steps = VARIANTS[name]
         steps = replace(steps, seed=given.seed)

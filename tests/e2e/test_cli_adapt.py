@@ -64,7 +64,12 @@ GOOD = b"".join(b'{"prompt": "a%d"}\n' % i for i in range(30))
         (GOOD, ["--denoiser-device", "cpu"], "--denoiser-device: a denoiser is trained on"),
         (GOOD, ["--stage", "measure"], "has no denoiser; run the stage train first"),
         (GOOD, ["--stage", "train", "--json"], "--json: has no effect with --stage train"),
-        (GOOD, ["--denoiser", "x", "--block-size", "5"], "--block-size: has no effect with a"),
+        (GOOD, ["--denoiser", "x", "--layers", "1"], "--layers: has no effect with a denoiser"),
+        (b"", ["--bigram-rank", "1000000"], "--bigram-rank 1000000 must be between 0 and 1024"),
+        (b"", ["--block-size", "65"], "--block-size 65 must be between 2 and 64"),
+        (b"", ["--batch-size", "2000"], "--batch-size 2000 must be between 1 and 1024"),
+        (b"", ["--blocks-per-answer", "2000"], "--blocks-per-answer 2000 must be between 1 and"),
+        (GOOD, ["--max-tokens", str(10**15)], f"--max-tokens {10**15}: an answer needs about"),
         (GOOD, ["--denoiser", "x"], "--denoiser: x is not a file or folder"),
     ],
 )

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -14,17 +14,29 @@ Stage = Literal["answers", "train", "measure"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 # Of a budget: the backbone writes and its features are kept; the rest is training, but for the end.
 _ANSWERS, _MEASURE = 0.4, 0.05
+_OF_ANY = ("denoiser", "block_size")  # options that a denoiser which is trained on takes too
+# Beyond these a size takes memory and gives nothing.
+_AT_ONCE = number(1, 1024, is_whole=True)
+_THIN_CHECKS = {
+    "layers": COUNT,
+    "block_size": number(2, 64, is_whole=True),
+    "draft_vocab": INDEX,
+    "bigram_rank": number(0, 1024, is_whole=True),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ThinOptions:
-    """The denoiser's shape."""
+    """The denoiser's shape, or the denoiser that has it."""
 
+    denoiser: str | None = None
+    """Folder or hub id of an earlier denoiser of this model: its training goes on, in its shape."""
     layers: int | None = None
     """Number of the denoiser's layers: copies of backbone layers at even distances, the last one
     among them. Default: 3, or all that have attention where those are fewer."""
-    block_size: int = 8
-    """Tokens per draft: the newest token and the masked ones after it."""
+    block_size: int | None = None
+    """Tokens per draft: the newest token and the masked ones after it. Default: 8, or that of
+    --denoiser."""
     draft_vocab: int = 8192
     """Vocabulary size of drafts: the most frequent tokens of the answers. 0: all tokens."""
     reads_hidden: bool = True
@@ -33,8 +45,19 @@ class ThinOptions:
     """Rank of a bigram term, which lets each drafted token depend on the one before. 0: none."""
 
     def __post_init__(self) -> None:
-        sizes = {"layers": COUNT, "draft_vocab": INDEX, "bigram_rank": INDEX}
-        check_fields(self, {**sizes, "block_size": number(2, is_whole=True)})
+        check_fields(self, _THIN_CHECKS)
+        for field in fields(ThinOptions):
+            is_given = getattr(self, field.name) != field.default
+            if self.denoiser is not None and is_given and field.name not in _OF_ANY:
+                raise ValueError(
+                    f"{field.name}: has no effect with a denoiser that is trained on, whose shape "
+                    "stays; leave it out"
+                )
+
+    @property
+    def own_block_size(self) -> int:
+        """Of a new denoiser."""
+        return self.block_size or 8
 
     def draft_of(self, draft_ids: Sized | None) -> DraftSpec:
         """What the configuration keeps of it, for a draft vocabulary; None: the whole one."""
@@ -59,8 +82,8 @@ class AnswerOptions:
     """Leave out prompts with more tokens than this."""
 
     def __post_init__(self) -> None:
-        counts = dict.fromkeys(("max_tokens", "batch_size", "max_prompt_tokens"), COUNT)
-        check_fields(self, {**counts, "temperature": number(0)})
+        counts = dict.fromkeys(("max_tokens", "max_prompt_tokens"), COUNT)
+        check_fields(self, {**counts, "batch_size": _AT_ONCE, "temperature": number(0)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +123,7 @@ class StepOptions:
 
 
 _STEP_CHECKS = {
-    **dict.fromkeys(("answers_per_step", "blocks_per_answer"), COUNT),
+    **dict.fromkeys(("answers_per_step", "blocks_per_answer"), _AT_ONCE),
     **dict.fromkeys(("warmup_steps", "seed"), INDEX),
     **dict.fromkeys(("learning_rate", "loss_decay", "max_grad_norm"), ABOVE_ZERO),
     "weight_decay": number(0),

@@ -37,11 +37,18 @@ from twotower.adapt.options import (
 )
 from twotower.adapt.report import Pair
 from twotower.adapt.training import Acceptance, Trainer, measure
-from twotower.checkpoint.denoiser import load_denoiser, save_denoiser, with_new_denoiser
+from twotower.checkpoint.denoiser import (
+    describe_denoiser,
+    find_denoiser,
+    load_denoiser,
+    save_denoiser,
+    with_new_denoiser,
+)
+from twotower.config import TwoTowerConfig
 from twotower.model import TwoTower
 from twotower.model.ngrams import Ngrams
 from twotower.model.precision import require_plain
-from twotower.model.thin import blocks_of, spread, thin_config
+from twotower.model.thin import blocks_of, set_block_size, spread, thin_config
 from twotower.specs import AttentionSpec
 
 MIN_ANSWERS = 20
@@ -62,18 +69,21 @@ class Progress:
     words: str
 
 
-def reads_of(model: TwoTower, options: ThinOptions) -> list[int]:
+def reads_of(config: TwoTowerConfig, thin: ThinOptions) -> list[int]:
     """The context layers that the denoiser reads, attention and what follows it: a Mamba state is
-    too large to be kept for every token. ValueError (one line) for too many, and for a quantised
-    model: the denoiser begins with its weights.
+    too large to be kept for every token. ValueError (one line) for a shape that the model does not
+    allow; the model need not be loaded.
     """
-    require_plain(model, "adapt")
-    tower = model.config.context
+    if thin.denoiser is not None:
+        return [*describe_denoiser(find_denoiser(config, thin.denoiser)).reads]
+    tower = config.context
     blocks = [
         block for block in blocks_of(tower) if isinstance(tower.layers[block[0]], AttentionSpec)
     ]
-    count = min(_LAYERS, len(blocks)) if options.layers is None else options.layers
-    if not 1 <= count <= len(blocks):
+    if not blocks:
+        raise ValueError("model: has no attention layers, which alone a denoiser can read")
+    count = thin.layers or min(_LAYERS, len(blocks))
+    if count > len(blocks):
         raise ValueError(
             f"layers={count} must be at most {len(blocks)}, the model's attention layers"
         )
@@ -87,14 +97,10 @@ def collect_answers(
     thin: ThinOptions,
     options: AnswerOptions,
     budget: Budget,
-    start: str | Path | None = None,
 ) -> Iterator[Progress]:
-    """Stage answers: the backbone answers questions, and what a denoiser reads of them is kept.
-
-    start: the folder of a denoiser that is to be trained on, which decides what is read.
-    """
+    """Stage answers: the backbone answers questions, and what a denoiser reads of them is kept."""
     work.features.mkdir(parents=True, exist_ok=True)
-    reads = reads_of(model, thin) if start is None else load_denoiser(model, start).config.reads
+    reads = reads_of(model.config, thin)
     clock, answers = _Clock(work, "answers", budget), read_answers(work.answers)
     _write_features(model, answers, work, reads)  # what a killed run left undone
     open_ones = unanswered(questions, answers)
@@ -124,19 +130,11 @@ def train(
     budget: Budget,
     out: Path,
     backbone: str,
-    start: str | Path | None = None,
 ) -> Iterator[Progress]:
-    """Stage train: a denoiser from the features, its curve, and in the end its folder.
-
-    start: the folder of a denoiser to go on from, which decides the shape.
-    """
+    """Stage train: a denoiser from the features, its curve, and in the end its folder."""
     all_places = find_places(work.features)
     places = _usable(work, all_places)
-    if start is None:
-        ids = draft_vocabulary(work, thin.draft_vocab, model.config.vocab_size)
-        made = new_denoiser(model, thin, ids, options.seed)
-    else:
-        made = load_denoiser(model, start)
+    made = first_denoiser(model, thin, options.seed, work)
     keyed = attended(model.config.context, made.config.reads)
     if not all(
         is_whole(file, count, keyed) for file, count in Counter(p.file for p in all_places).items()
@@ -193,21 +191,28 @@ def split(places: Sequence[Place]) -> tuple[list[Place], list[Place]]:
     return trained, list(places[::HELD_OUT])[:_MAX_HELD]
 
 
-def new_denoiser(model: TwoTower, thin: ThinOptions, ids: Tensor | None, seed: int) -> TwoTower:
-    """The model with a denoiser before its first step. ids: the draft vocabulary."""
-    config = thin_config(model.config, reads_of(model, thin), thin.block_size, thin.draft_of(ids))
-    return with_new_denoiser(model, config, ids, seed)
-
-
 def first_denoiser(
-    model: TwoTower, thin: ThinOptions, seed: int, start: str | Path | None
+    model: TwoTower, thin: ThinOptions, seed: int, work: WorkFolder | None = None
 ) -> TwoTower:
-    """What training will begin with, before there are answers to take a draft vocabulary from."""
-    if start is not None:
-        return load_denoiser(model, start)
-    size = thin.draft_vocab
-    ids = torch.arange(size) if 0 < size < model.config.vocab_size else None
-    return new_denoiser(model, thin, ids, seed)
+    """The model with the denoiser that training begins with. work: whose answers tell the draft
+    vocabulary; None before there are any. ValueError (one line) for a quantised model, with whose
+    weights it begins, and for a denoiser of another model.
+    """
+    require_plain(model, "adapt")
+    if thin.denoiser is not None:
+        made = load_denoiser(model, thin.denoiser)
+        set_block_size(made, thin.block_size or made.config.block_size)
+        return made
+    size, ids = thin.draft_vocab, None
+    if 0 < size < model.config.vocab_size:
+        ids = (
+            torch.arange(size)
+            if work is None
+            else draft_vocabulary(work, size, model.config.vocab_size)
+        )
+    reads = reads_of(model.config, thin)
+    config = thin_config(model.config, reads, thin.own_block_size, thin.draft_of(ids))
+    return with_new_denoiser(model, config, ids, seed)
 
 
 def measured(
@@ -231,12 +236,8 @@ def ngrams_of(work: WorkFolder) -> Ngrams:
     return count_ngrams(counted, answers[::HELD_OUT])
 
 
-def draft_vocabulary(work: WorkFolder, size: int, vocab_size: int) -> Tensor | None:
-    """The ids of most answers' tokens and prompts', ascending; those of the first training stay.
-    None where all tokens can be drafted.
-    """
-    if size == 0 or size >= vocab_size:
-        return None
+def draft_vocabulary(work: WorkFolder, size: int, vocab_size: int) -> Tensor:
+    """The ids of most answers' tokens and prompts', ascending; those of the first training stay."""
     file = work.path / f"draft_vocabulary-{size}.json"
     if not file.is_file():
         counts = Counter[int]()

@@ -33,6 +33,7 @@ from twotower.cli.progress import progress_bar
 from twotower.cli.questions import Question as Asked
 from twotower.cli.questions import question_encoder, read_questions
 from twotower.cli.tables import make_console, print_table
+from twotower.engine import lacking_memory
 from twotower.families import read_config
 from twotower.file_lock import only_writer
 from twotower.lab.report import Table
@@ -58,8 +59,6 @@ class AdaptArguments(ThinOptions, AnswerOptions, StepOptions, Placement):
     question, instruction, text or turns; any other file: one prompt a line."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the denoiser, for --denoiser DIR of the other verbs."""
-    denoiser: str | None = None
-    """Folder or hub id of an earlier denoiser of this model: its training goes on, in its shape."""
     minutes: float = 60.0
     """Time for the whole run: two fifths for answers, a twentieth to measure, the rest to train."""
     stage: Literal["all", "answers", "train", "measure"] = "all"
@@ -79,14 +78,6 @@ class AdaptArguments(ThinOptions, AnswerOptions, StepOptions, Placement):
             raise ValueError("denoiser_device: a denoiser is trained on the device; leave it out")
         if self.json and self.stage not in ("all", "measure"):
             raise ValueError(f"json: has no effect with stage={self.stage}; leave it out")
-        kept = [
-            f.name for f in dataclasses.fields(ThinOptions) if getattr(self, f.name) != f.default
-        ]
-        if self.denoiser is not None and kept:
-            raise ValueError(
-                f"{kept[0]}: has no effect with a denoiser that is trained on, whose shape stays; "
-                "leave it out"
-            )
 
 
 def run(options: AdaptArguments) -> int:
@@ -97,7 +88,7 @@ def run(options: AdaptArguments) -> int:
     answers, steps = _part(options, AnswerOptions), _part(options, StepOptions)
     # No denoiser yet: its drafts are to be made.
     placement = placement_of(options, denoiser=None, denoiser_device=None)
-    read_config(placement.find())  # an unknown model is refused before its prompts are read
+    stages.reads_of(read_config(placement.find()), thin)  # before prompts and weights are read
     prompts = read_questions(options.prompts)
     work.path.parent.mkdir(parents=True, exist_ok=True)
     with only_writer(work.path):
@@ -105,14 +96,17 @@ def run(options: AdaptArguments) -> int:
         loaded = load(placement, "ar")
         load_s = time.monotonic() - loading
         source = _source(work, options)
-        model, start = loaded.model, options.denoiser
-        stages.reads_of(model, thin)  # too many layers are said before anything is written
+        model = loaded.model
+        first = stages.first_denoiser(model, thin, steps.seed)  # or why there can be none
         questions, held = _questions(prompts, loaded, options, work)
+        longest = max(len(question.prompt) for question in questions) + options.max_tokens
+        if lack := lacking_memory(model, longest):
+            raise ValueError(f"max_tokens={options.max_tokens}: an answer needs {lack}; use fewer")
         wanted = STAGES if options.stage == "all" else (options.stage,)
         if options.stage == "all" and not work.spent.is_file():
-            first = stages.first_denoiser(model, thin, steps.seed, start)
             batch = dataclasses.replace(answers, batch_size=min(answers.batch_size, len(questions)))
             print(estimate(model, first, batch, steps, options.minutes, began), file=sys.stderr)
+        del first  # its memory is for the stages
         work.path.mkdir(exist_ok=True)
         write_whole(work.source, source)
         budget = Budget(
@@ -122,11 +116,11 @@ def run(options: AdaptArguments) -> int:
             load_s=load_s,
         )
         if "answers" in wanted:
-            _show(stages.collect_answers(model, questions, work, thin, answers, budget, start))
+            _show(stages.collect_answers(model, questions, work, thin, answers, budget))
         if "train" in wanted:
             out, path = options.out, Path(loaded.name)
             name = path.name if path.exists() else loaded.name  # not where it lies here
-            _show(stages.train(model, work, thin, steps, budget, out, name, start))
+            _show(stages.train(model, work, thin, steps, budget, out, name))
         if "measure" in wanted:
             _report(options, loaded, held, budget)
     return 0

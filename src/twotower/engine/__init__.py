@@ -21,6 +21,7 @@ from twotower.engine.options import (
     ResolvedOptions,
     resolve_options,
 )
+from twotower.engine.prefill import lacking_memory
 from twotower.engine.request import Request, defaults_of
 from twotower.engine.source import stream_requests
 from twotower.engine.worker import QueueFull, Stopped, Ticket, Worker, WorkerStats
@@ -49,6 +50,7 @@ __all__ = [
     "WorkerStats",
     "defaults_of",
     "generate",
+    "lacking_memory",
     "resolve_options",
     "stream",
     "stream_requests",

@@ -32,24 +32,28 @@ def refusal(model: TwoTower, rows: Sequence[Row]) -> str | None:
     """Why these rows cannot share a batch: keys and values of their prompts and new tokens would
     not fit into memory. One line, or None when they do.
     """
-    weight = model.context_tower.embeddings.weight
     num_prompt = max(len(row.prompt) for row in rows)
     num_new = max(row.options.max_new_tokens + row.options.block_size for row in rows)
-    # Buffers have room for up to half as many more rows, and a grown one is a copy.
-    needed = (
-        2
-        * len(rows)
-        * (num_prompt + num_new)
-        * model.config.context.kv_elements
-        * weight.element_size()
+    lack = lacking_memory(model, len(rows) * (num_prompt + num_new))
+    if lack is None:
+        return None
+    return (
+        f"a prompt of {num_prompt} tokens in {len(rows)} rows needs {lack}; shorten it or send "
+        "fewer rows at once"
     )
+
+
+def lacking_memory(model: TwoTower, num_tokens: int) -> str | None:
+    """In words, what the cache of so many tokens would need and what is free; None where it is
+    enough.
+    """
+    weight = model.context_tower.embeddings.weight
+    # Buffers have room for up to half as many more rows, and a grown one is a copy.
+    needed = 2 * num_tokens * model.config.context.kv_elements * weight.element_size()
     free = available_bytes(weight.device)
     if free is None or needed <= free:
         return None
-    return (
-        f"a prompt of {num_prompt} tokens in {len(rows)} rows needs about {needed / 1e9:.1f} GB "
-        f"of cache and {free / 1e9:.1f} GB are free; shorten it or send fewer rows at once"
-    )
+    return f"about {needed / 1e9:.1f} GB of cache and {free / 1e9:.1f} GB are free"
 
 
 def open_batches(model: TwoTower, rows: Sequence[Row], are_alone: bool) -> Iterator[Batch]:

@@ -48,6 +48,19 @@ def thin_config(
     )
 
 
+def set_block_size(model: TwoTower, block_size: int) -> None:
+    """Let a thin denoiser draft blocks of another size: of masks for each position the last ones
+    are left out, or the last goes on.
+    """
+    model.config = model.config.replace(block_size=block_size)
+    model.generation_defaults = {**model.generation_defaults, "block_size": block_size}
+    masks = model.denoiser().mask_embedding
+    assert masks is not None
+    if masks.dim() == 2:
+        positions = torch.arange(block_size, device=masks.device)
+        model.denoiser().mask_embedding = nn.Parameter(masks[positions.clamp(max=len(masks) - 1)])
+
+
 def sketch(model: TwoTower) -> Tensor:
     """A few numbers of every matrix of the context tower: (matrices, 16) float32, each row of
     length 1, zeros where the numbers are packed. Rounding to 4 bits turns it by little.
