@@ -45,6 +45,7 @@ def test_a_run_ends_with_a_denoiser_that_decodes(
 
 
 GOOD = b"".join(b'{"prompt": "a%d"}\n' % i for i in range(30))
+FEW = b"".join(GOOD.splitlines(True)[:18])
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,8 @@ GOOD = b"".join(b'{"prompt": "a%d"}\n' % i for i in range(30))
         (b"\xff\xfe\n", [], "is not"),
         (b'{"prompt": "\\ud800"}\n', [], "q.jsonl line 1 is not UTF-8 text"),
         (b'{"prompt": [300]}\n', [], "q.jsonl line 1 has token 300 outside the vocabulary"),
-        (b'{"prompt": "a"}\n' * 60, [], "1 of 60 are usable, without repeated ones"),
+        (b'{"prompt": "a"}\n' * 60, [], "1 of 60 are usable, without blank and repeated ones"),
+        (FEW + b'\n{"text": " "}\n{"prompt": ""}\n' * 9, [], "18 of 36 are usable"),
         (GOOD, ["--max-prompt-tokens", "1"], "those of more than 1 tokens; at least 22 are needed"),
         (b"".join(GOOD.splitlines(True)[:21]), [], "21 of 21 are usable"),
         (GOOD, ["--layers", "99"], "--layers 99 must be at most"),

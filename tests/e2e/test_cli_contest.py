@@ -44,10 +44,13 @@ def test_a_backbone_races_in_processes(
 ) -> None:
     """Silent failure: a contestant that could not start is missing without a word, or answers get
     into one another."""
-    flags = ["--model", backbone, "--prompts", write(tmp_path, *LINES), "--quantization", "int4"]
-    flags += ["--max-new-tokens", "24", "--items", "3", "--threads", "1"]
+    lines = ({"prompt": " "}, *LINES)
+    flags = ["--model", backbone, "--prompts", write(tmp_path, *lines), "--quantization", "int4"]
+    flags += ["--max-new-tokens", "24", "--items", "4", "--threads", "1"]
     assert main(["bench", "--json", *flags, "--output", str(tmp_path / "out")]) == 0
-    record = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert "1 of 4 prompts are left out: blank ones" in printed.err
+    record = json.loads(printed.out)
     assert record["prompts"] == 3
     ours = [r for r in record["contestants"] if r["engine"] == "twotower"]
     assert [r["mode"] for r in ours] == ["ar", "speculative"]

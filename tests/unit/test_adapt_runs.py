@@ -15,6 +15,7 @@ from tiny_adapt import answers, backbone, features_of, thin, unordered
 from tiny_models import fresh_model, prompts_of
 from twotower import GenerateOptions, TwoTower, generate
 from twotower.adapt import files as run_files
+from twotower.adapt import run as stages
 from twotower.adapt.answers import (
     Answer,
     Question,
@@ -221,6 +222,28 @@ def test_a_run_without_time_to_train_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"minutes=1e-09: no time is left to train"):
         list(train(backbone(), work, shape, steps, budget, tmp_path / "out", "me/model"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_short_run_trains_and_does_not_only_measure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards runs of minutes: twelve measurements took more of them than the steps between, and the
+    time before the first checkpoint of a killed run was neither kept nor given again.
+    """
+    measurements = []
+
+    def slow(*_: object) -> Acceptance:
+        measurements.append(time.sleep(0.3))
+        return Acceptance(tokens_per_cycle=1.0, right=[])
+
+    monkeypatch.setattr(stages, "measure", slow)
+    work, shape = WorkFolder(tmp_path / "w"), ThinOptions(layers=1, draft_vocab=0)
+    work.features.mkdir(parents=True)
+    write_part(backbone(), answers(30), [6, 7], work.features / "part-00000.safetensors")
+    work.answers.write_text("".join(json.dumps(vars(answer)) + "\n" for answer in answers(30)))
+    work.spent.write_text('{"answers": 1.2, "train": 99}')
+    list(train(backbone(), work, shape, StepOptions(), Budget(minutes=0.05), tmp_path / "d", "m"))
+    assert len(measurements) <= 3
 
 
 def test_layers_are_spread_over_blocks() -> None:

@@ -144,14 +144,14 @@ def train(
     trainer, clock = Trainer(made, features, options), _Clock(work, "train", budget)
     if work.checkpoint.is_file():
         trainer.load(work.checkpoint)
-        clock.used = trainer.seconds
+    clock.used = trainer.seconds  # what a killed run did after its last checkpoint is lost
     trained, held = split(places)
     average, words, saved, measured, measuring_s = None, "", clock.used, clock.used, 0.0
     while clock.left > measuring_s:  # which it will do once more
         loss = trainer.take_step(trained, clock.used / clock.total)
         trainer.seconds = clock.used
         average = loss if average is None else 0.98 * average + 0.02 * loss
-        if trainer.seconds - measured > clock.total / _CURVE_POINTS:
+        if trainer.seconds - measured > max(clock.total / _CURVE_POINTS, 9 * measuring_s):
             words = _add_to_curve(work, trainer, measure(made, features, held), options)
             measured, measuring_s = clock.used, clock.used - trainer.seconds
         if trainer.seconds - saved > _SAVE_S:

@@ -31,7 +31,7 @@ from twotower.checkpoint.denoiser import is_denoiser
 from twotower.checkpoint.files import SHIPPED
 from twotower.cli.progress import progress_bar
 from twotower.cli.questions import Question as Asked
-from twotower.cli.questions import question_encoder, read_questions
+from twotower.cli.questions import question_encoder, read_questions, tell_left_out
 from twotower.cli.tables import make_console, print_table
 from twotower.engine import lacking_memory
 from twotower.families import read_config
@@ -178,7 +178,7 @@ def _questions(
 ) -> tuple[list[Question], list[Question]]:
     """The prompts as token ids in a random order, each once, through the model's chat template
     where it has one: those to answer, and those that are kept to measure, of which none was
-    answered before. Prompts that are too long are left out; ValueError where too few are left.
+    answered before. Blank ones and too long ones are left out; ValueError where too few are left.
     """
     encode = question_encoder(loaded, "adapt", options.plain_prompts or loaded.name == SHIPPED)
     order = random.Random(options.seed).sample(range(len(prompts)), len(prompts))
@@ -190,17 +190,13 @@ def _questions(
             found.setdefault(tuple(ids), Question(number=number, prompt=ids, task=asked.task))
     usable = list(found.values())
     kept = min(_MEASURED, len(usable) // 10)
+    left_out = f"blank and repeated ones, and those of more than {options.max_prompt_tokens} tokens"
     if len(usable) - kept < stages.MIN_ANSWERS:
         raise ValueError(
-            f"prompts: {len(usable)} of {len(prompts)} are usable, without repeated ones and those "
-            f"of more than {options.max_prompt_tokens} tokens; at least {_MIN_PROMPTS} are needed"
+            f"prompts: {len(usable)} of {len(prompts)} are usable, without {left_out}; at least "
+            f"{_MIN_PROMPTS} are needed"
         )
-    if len(usable) < len(prompts):
-        print(
-            f"{len(prompts) - len(usable)} of {len(prompts)} prompts are left out: repeated, or of "
-            f"more than {options.max_prompt_tokens} tokens",
-            file=sys.stderr,
-        )
+    tell_left_out(len(usable), len(prompts), left_out)
     trained = {tuple(answer.prompt) for answer in read_answers(work.answers)}
     return usable[kept:], [q for q in usable[:kept] if tuple(q.prompt) not in trained]
 

@@ -8,7 +8,7 @@ import torch
 
 from twotower.cli.machine import recorded
 from twotower.cli.measuring import describe_versions
-from twotower.cli.questions import question_encoder, read_questions
+from twotower.cli.questions import question_encoder, read_questions, tell_left_out
 from twotower.lab.bench.contest import contest_table, contestants, run_contest, summarise
 from twotower.lab.bench.run import MeasureOptions, watch_idle
 from twotower.lab.corpus import CATEGORIES
@@ -56,8 +56,9 @@ def encode_questions(loaded: Loaded, options: MeasureOptions) -> list[list[int]]
     else:
         groups = draw_groups(CATEGORIES, options.items, options.seed, 1)
         asked = [encode(document.prompt, "suite") for group in groups for document in group]
-    kept = [ids for ids in asked if len(ids) <= options.max_prompt_tokens]
+    most = options.max_prompt_tokens
+    kept = [ids for ids in asked if 0 < len(ids) <= most]
     if not kept:
-        most = options.max_prompt_tokens
         raise ValueError(f"max_prompt_tokens: {most} leaves out every prompt; use more")
+    tell_left_out(len(kept), len(asked), f"blank ones, and those of more than {most} tokens")
     return kept

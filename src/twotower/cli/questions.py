@@ -1,6 +1,7 @@
 """Questions for a model that is adapted or benchmarked: from files, in its chat template."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -63,8 +64,9 @@ def _of_object(text: str, where: str) -> Prompt:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON ({error}); write one object a line") from None
     record = record if isinstance(record, dict) else {}
-    found: Any = next((record[key] for key in _FIELDS if record.get(key)), None)
-    if isinstance(found, list) and isinstance(found[0], str):
+    values = [record[key] for key in _FIELDS if record.get(key) is not None]
+    found: Any = next(filter(None, values), values[0] if values else None)
+    if isinstance(found, list) and found and isinstance(found[0], str):
         found = found[0]
     is_ids = isinstance(found, list) and all(type(token) is int for token in found)
     if not is_ids and not isinstance(found, str):
@@ -76,7 +78,8 @@ def _of_object(text: str, where: str) -> Prompt:
 
 def question_encoder(loaded: Loaded, verb: str, is_plain: bool) -> Encode:
     """How a question becomes token ids: as a user's message, where the model has a chat template
-    and is_plain does not leave it out. ValueError (one line) for ids outside the vocabulary.
+    and is_plain does not leave it out. A blank one has no ids. ValueError (one line) for ids
+    outside the vocabulary.
     """
     tokenizer = loaded.need_tokenizer()
     template = None
@@ -90,6 +93,8 @@ def question_encoder(loaded: Loaded, verb: str, is_plain: bool) -> Encode:
     def encode(text: Prompt, where: str) -> list[int]:
         if not isinstance(text, str):
             return known_ids(loaded.model, where, text)
+        if not text.strip():
+            return []
         if template is None:
             return tokenizer.encode_prompt(text)
         messages = [{"role": "user", "content": text}]
@@ -99,3 +104,9 @@ def question_encoder(loaded: Loaded, verb: str, is_plain: bool) -> Encode:
             raise ValueError(str(error)) from None
 
     return encode
+
+
+def tell_left_out(num_kept: int, total: int, reasons: str) -> None:
+    """Say on stderr how many prompts are left out, if any."""
+    if num_kept < total:
+        print(f"{total - num_kept} of {total} prompts are left out: {reasons}", file=sys.stderr)
