@@ -38,7 +38,6 @@ from twotower.adapt.run import (
 )
 from twotower.adapt.training import Acceptance, Trainer, measure
 from twotower.checkpoint.denoiser import load_denoiser, save_denoiser
-from twotower.cli.main import main
 from twotower.model.precision import Scheme, quantise_modules
 from twotower.model.thin import blocks_of, spread
 
@@ -316,24 +315,6 @@ def test_a_denoiser_goes_on_in_blocks_of_another_size(
     view = model.prefill(torch.tensor([[5, 9, 17]])).view()
     expected = first.denoise(block, view, None)
     torch.testing.assert_close(again.denoise(block, view, None), expected, rtol=0.0, atol=0.0)
-
-
-def test_inspect_tells_a_denoiser_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards a folder that people find: what it is, whose it is, and where it goes."""
-    model, folder = thin(backbone()), tmp_path / "d"
-    model.ngrams = count_ngrams(answers(30), [])
-    save_denoiser(model, folder, "me/model")
-    assert main(["inspect", str(folder)]) == 0
-    assert "me/model" in capsys.readouterr().out
-    assert main(["inspect", str(folder), "--json"]) == 0
-    record = json.loads(capsys.readouterr().out)
-    own = [p for n, p in model.named_parameters() if n.startswith(("denoiser_tower.", "bigram."))]
-    shared = model.denoiser().embeddings.weight.numel()
-    total = sum(p.numel() for p in own)
-    assert record["parameters"] in (total, total - shared)
-    assert record["reads"] == [2, 3, 6] and record["ngrams"] == len(model.ngrams.keys)
-    assert main(["generate", "-m", str(folder), "a"]) == 2
-    assert "is of a denoiser alone; give 'me/model'" in capsys.readouterr().err
 
 
 def test_features_of_other_layers_are_made_anew(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from twotower.adapt.options import (
 from twotower.adapt.report import Pair
 from twotower.adapt.training import Acceptance, Trainer, measure
 from twotower.checkpoint.denoiser import (
-    describe_denoiser,
+    denoiser_config,
     find_denoiser,
     load_denoiser,
     save_denoiser,
@@ -75,7 +75,7 @@ def reads_of(config: TwoTowerConfig, thin: ThinOptions) -> list[int]:
     allow; the model need not be loaded.
     """
     if thin.denoiser is not None:
-        return [*describe_denoiser(find_denoiser(config, thin.denoiser)).reads]
+        return [*denoiser_config(config, find_denoiser(config, thin.denoiser)).reads]
     tower = config.context
     blocks = [
         block for block in blocks_of(tower) if isinstance(tower.layers[block[0]], AttentionSpec)

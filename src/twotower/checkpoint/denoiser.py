@@ -141,6 +141,20 @@ def find_denoiser(backbone: TwoTowerConfig, path: str | Path) -> Path:
     return folder
 
 
+def denoiser_config(backbone: TwoTowerConfig, folder: Path) -> TwoTowerConfig:
+    """A backbone's configuration with the denoiser of a folder that `find_denoiser` found."""
+    values = read_json(folder / "config.json")
+    try:
+        return thin_config(
+            backbone,
+            values["reads"],  # type: ignore[arg-type]  # checked there
+            values["block_size"],  # type: ignore[arg-type]
+            _draft_of(values),
+        )
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}; restore the file") from None
+
+
 def _of_another(path: str | Path, values: Mapping[str, object]) -> str:
     name = values.get("backbone")
     return f"denoiser: {path} was trained for another model, {name}; give that as --model"
@@ -154,19 +168,10 @@ def load_denoiser(
     the denoiser of another backbone.
     """
     folder = find_denoiser(backbone.config, path)
-    values = read_json(folder / "config.json")
-    try:
-        config = thin_config(
-            backbone.config,
-            values["reads"],  # type: ignore[arg-type]  # checked there
-            values["block_size"],  # type: ignore[arg-type]
-            _draft_of(values),
-        )
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}; restore the file") from None
+    config = denoiser_config(backbone.config, folder)
     dtype = backbone.context_tower.norm_f.weight.dtype
     made = _with_empty_denoiser(backbone, config, dtype, device)
-    _fill(made, folder / SINGLE_FILE, _of_another(path, values))
+    _fill(made, folder / SINGLE_FILE, _of_another(path, read_json(folder / "config.json")))
     head = made.context_lm_head.weight
     ids = None if made.draft_ids is None else made.draft_ids.to(head.device)
     made.lm_head.weight.data.copy_(head if ids is None else head[ids])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from twotower.arguments import usable_path
 from twotower.checkpoint import names
+from twotower.checkpoint.denoiser import denoiser_config, find_denoiser
 from twotower.checkpoint.empty import Towers, build_empty
 from twotower.checkpoint.files import (
     ACCEPTED,
@@ -107,21 +108,29 @@ class Description:
     precision: PrecisionRecord | None
 
 
-def describe(path: str | Path, field: str = "model") -> Description:
+def describe(
+    path: str | Path, field: str = "model", denoiser: str | Path | None = None
+) -> Description:
     """Describe a checkpoint folder, hub id, GGUF file, a model that is known by name, or a
-    config.json alone (without files).
+    config.json alone (without files). denoiser: folder or hub id of a thin one, for both together.
 
     ValueError (one line), of the `field`, if there is no such checkpoint or a file is damaged.
     """
+
+    def pair(config: TwoTowerConfig) -> TwoTowerConfig:
+        if denoiser is None:
+            return config
+        return denoiser_config(config, find_denoiser(config, denoiser))
+
     file = usable_path(field, path)
     if str(path) in PRESETS and not file.exists():
-        return describe_config(config_from_dict(PRESETS[str(path)]), str(path))
+        return describe_config(pair(config_from_dict(PRESETS[str(path)])), str(path))
     is_config = file.is_file() and not is_gguf(file)
     known = ", ".join((*PRESETS, ACCEPTED))
     folder = file if is_config else resolve(path, field=field, accepted=known)
     config, scheme = read_config(folder), read_scheme(folder)
     if is_config or not has_weights(folder):
-        return describe_config(config, str(folder))
+        return describe_config(pair(config), str(folder))
     entries, layout = read_layout(folder, config)
     log_others(folder, entries.values())
     towers: Towers = "both" if layout == names.TWO_TOWER else "context"
@@ -129,7 +138,8 @@ def describe(path: str | Path, field: str = "model") -> Description:
         entries = names.with_tied_heads(entries)
     files = _describe_files(folder, build_empty(config, towers, scheme), entries, layout)
     precision = None if scheme is None else _describe_precision(scheme, entries)
-    return _describe_model(build_empty(config, towers), str(folder), files, precision)
+    model = build_empty(pair(config), towers if denoiser is None else "both")
+    return _describe_model(model, str(folder), files, precision)
 
 
 def describe_config(config: TwoTowerConfig, source: str) -> Description:

@@ -11,7 +11,12 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from twotower.arguments import usable_path
-from twotower.checkpoint.denoiser import DenoiserRecord, describe_denoiser, is_denoiser
+from twotower.checkpoint.denoiser import (
+    DenoiserRecord,
+    describe_denoiser,
+    find_denoiser,
+    is_denoiser,
+)
 from twotower.checkpoint.inspect import (
     KINDS,
     Description,
@@ -22,6 +27,7 @@ from twotower.checkpoint.inspect import (
 from twotower.cli.tables import make_console, print_table
 from twotower.families import config_to_dict
 from twotower.lab.report import Table
+from twotower.model.ngrams import NGRAM_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,9 @@ class InspectOptions:
     config.json, or a denoiser's folder."""
     model: str | None = None
     """The same as PATH."""
+    denoiser: str | None = None
+    """Folder or hub id of a denoiser that `twotower adapt` trained for this model: both
+    together."""
     json: bool = False
     """One JSON object on stdout instead of tables."""
 
@@ -46,22 +55,29 @@ def run(options: InspectOptions) -> int:
     name = options.model or options.path
     assert name is not None
     field = "model" if options.path is None else "path"
-    if is_denoiser(folder := usable_path(field, name)):
-        return _tell_denoiser(describe_denoiser(folder), options.json)
-    record = describe(name, field)
+    console = make_console()
+    if options.denoiser is None and is_denoiser(folder := usable_path(field, name)):
+        alone = describe_denoiser(folder)
+        if options.json:
+            print(json.dumps(dataclasses.asdict(alone), indent=2))
+        else:
+            _print_denoiser(alone, console)
+        return 0
+    record, values = describe(name, field, options.denoiser), dict[str, object]()
+    if options.denoiser is not None:
+        drafter = describe_denoiser(find_denoiser(record.config, options.denoiser))
+        values["denoiser"] = dataclasses.asdict(drafter)
     if options.json:
-        print(json.dumps(as_json(record), indent=2))
-    else:
-        _print(record, make_console())
+        print(json.dumps(as_json(record) | values, indent=2))
+        return 0
+    if options.denoiser is not None:
+        _print_denoiser(drafter, console)
+    _print(record, console)
     return 0
 
 
-def _tell_denoiser(record: DenoiserRecord, is_json: bool) -> int:
-    """Print what a denoiser alone is; returns the exit status."""
-    if is_json:
-        print(json.dumps(dataclasses.asdict(record), indent=2))
-        return 0
-    draft, console = record.draft, make_console()
+def _print_denoiser(record: DenoiserRecord, console: Console) -> None:
+    draft = record.draft
     parts = {
         "the hidden state of the newest token": draft.reads_hidden,
         f"bigrams of rank {draft.bigram_rank}": draft.bigram_rank > 0,
@@ -73,11 +89,11 @@ def _tell_denoiser(record: DenoiserRecord, is_json: bool) -> int:
         "draft vocabulary": "all tokens" if draft.vocab_size is None else str(draft.vocab_size),
         "other inputs": ", ".join(name for name, has in parts.items() if has) or "nothing",
         "parameters": f"{_short(record.parameters)}; {record.num_bytes / 1e6:.1f} MB in the file",
-        "n-grams": f"{record.ngrams:,} of the backbone's own answers",
+        "n-grams": f"{record.ngrams:,} of the backbone's own answers; "
+        f"{record.ngrams * NGRAM_BYTES / 1e6:.1f} MB in memory",
     }
     console.print(f"[bold]{escape(record.source)}[/]", highlight=False, soft_wrap=True)
     console.print(_grid(rows))
-    return 0
 
 
 def as_json(record: Description) -> dict[str, object]:

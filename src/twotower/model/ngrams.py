@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 ORDER = 5  # tokens of the longest context
+NGRAM_BYTES = 12  # of memory, each
 _BITS, _FACTOR = 0xFFFFFFFF, 0x9E3779B1
 
 T = TypeVar("T", int, np.ndarray)

@@ -115,14 +115,15 @@ DEFAULTS: Mapping[Kind, str] = {"gpu": "eager-gpu", "unified": "eager-gpu", "cpu
 class Workload:
     """`batch_size` rows, each reads a prompt and writes `new_tokens`; all rows are taken as equal.
 
-    `tokens_per_cycle`: of speculation, one draft and one verification; None if it is not known.
+    `tokens_per_nfe`: of diffusion; `tokens_per_cycle`: of speculation, one draft and one
+    verification. None where it is not known.
     """
 
     batch_size: int
     prompt_tokens: int
     new_tokens: int
     block_size: int
-    tokens_per_nfe: float
+    tokens_per_nfe: float | None = None
     tokens_per_cycle: float | None = None
     draft_passes: int = 1
 
@@ -134,6 +135,11 @@ class Workload:
             "tokens_per_cycle": number(1, self.block_size),  # the context tower's own, at the least
         }
         check_fields(self, of_block)
+
+    def yield_of(self, mode: Mode) -> float | None:
+        """Tokens of a pass, or cycle, of a mode; None where it is not known."""
+        known = {"ar": 1.0, "diffusion": self.tokens_per_nfe}
+        return known.get(mode, self.tokens_per_cycle)
 
     @property
     def extensions(self) -> int:

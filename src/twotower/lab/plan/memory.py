@@ -92,7 +92,8 @@ def activation_bytes(setup: PlanSetup, workload: Workload, tower: Tower, mode: M
         rows = min(workload.batch_size, NEWCOMERS)
         tokens = max(tokens, rows * min(workload.prompt_tokens, CHUNK))
     makes_block = tower == "denoiser" or mode == "speculative"
-    logits = workload.batch_size * (block if makes_block else 1) * config.vocab_size * 4.0
+    vocab = config.draft_vocab_size if tower == "denoiser" else config.vocab_size
+    logits = workload.batch_size * (block if makes_block else 1) * vocab * 4.0
     width = _STREAMS * config.hidden_size + _widest(config.context)
     return tokens * width * setup.widths.cache_bytes + logits
 

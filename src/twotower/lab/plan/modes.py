@@ -92,7 +92,7 @@ def pass_times(setup: PlanSetup, workload: Workload, device_map: DeviceMap) -> d
 def time_mode(setup: PlanSetup, workload: Workload, mode: Mode, device_map: DeviceMap) -> ModeTime:
     """The mode on that device map, overlapped where two devices gain by it.
 
-    Speculation needs `tokens_per_cycle`.
+    Its tokens per pass or cycle must be known.
     """
     prefill_s = prefill_seconds(setup, workload, device_map)
     first_s, overlapped_s = prefill_s, None
@@ -121,17 +121,17 @@ def time_mode(setup: PlanSetup, workload: Workload, mode: Mode, device_map: Devi
 
 def turns(setup: PlanSetup, workload: Workload, mode: Mode, device_map: DeviceMap) -> Turns:
     """An answer of a block mode, split by tower; the link counts as the context tower's."""
-    calls = pass_times(setup, workload, device_map)
+    calls, per_turn = pass_times(setup, workload, device_map), workload.yield_of(mode)
+    assert per_turn is not None, "block modes need tokens per pass or cycle"
     if mode == "diffusion":
-        passes = workload.new_tokens / workload.tokens_per_nfe
+        passes = workload.new_tokens / per_turn
         reads, read = float(workload.extensions), calls[EXTEND]
         cycles = workload.new_tokens / workload.block_size
         per_read = float(workload.block_size)
     else:
-        assert workload.tokens_per_cycle is not None, "speculation needs tokens per cycle"
-        reads = (workload.new_tokens - 1) / workload.tokens_per_cycle
+        reads = (workload.new_tokens - 1) / per_turn
         passes, read, cycles = workload.draft_passes * reads, calls[VERIFY], reads
-        per_read = workload.tokens_per_cycle
+        per_read = per_turn
     moved = _link_seconds(setup, workload, device_map, per_read)
     return Turns(
         denoiser_s=passes * calls[DENOISE].seconds,
@@ -213,8 +213,10 @@ class Span:
 
 
 def all_times(setup: PlanSetup, workload: Workload, mode: Mode, num_devices: int) -> list[ModeTime]:
-    """The mode on every device_map that fits, fastest first; speculation needs tokens per cycle."""
-    if mode == "speculative" and workload.tokens_per_cycle is None:
+    """The mode on every device_map that fits, fastest first; none where it is not known how many
+    tokens a pass or cycle yields.
+    """
+    if workload.yield_of(mode) is None:
         return []
     fitting = [p for p in device_maps(setup, workload, mode, num_devices) if p.fits]
     times = [time_mode(setup, workload, mode, device_map) for device_map in fitting]

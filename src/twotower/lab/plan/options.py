@@ -44,6 +44,8 @@ class PlanOptions:
 
     model: str = "nano-30b"
     """nano-30b (the released model), shipped, a checkpoint folder, a GGUF file or a config.json."""
+    denoiser: str | None = None
+    """Folder or hub id of a denoiser that `twotower adapt` trained for this model."""
     hardware: str = "h100-sxm"
     """Machine, by its name in --list-hardware or in --hardware-file."""
     devices: int = 1
@@ -61,7 +63,7 @@ class PlanOptions:
     """Tokens per block. Default: the model's own."""
     tokens_per_nfe: float | None = None
     """Tokens that diffusion commits per denoiser pass. Default: from --results, else 3.88, of a
-    published run of the 30B model."""
+    published run of the 30B model; with --denoiser only the break-even is shown."""
     tokens_per_cycle: float | None = None
     """Tokens that speculative decoding commits per verification. Default: from --results; without
     them only the break-even is shown."""
@@ -125,13 +127,15 @@ def known_hardware(file: Path | None) -> dict[str, Hardware]:
     return built_in() | (read_hardware(file) if file is not None else {})
 
 
-def describe_model(name: str) -> Description:
-    """A preset, the shipped model, or what a folder or config.json says; ValueError (one line)."""
+def describe_model(name: str, denoiser: str | None = None) -> Description:
+    """A preset, the shipped model, or what a folder or config.json says, with a thin denoiser where
+    one is named; ValueError (one line).
+    """
     known = (*PRESETS, SHIPPED)
     if usable_path("model", name).exists():
-        return describe(name)
+        return describe(name, denoiser=denoiser)
     if name in known:
-        return replace(describe(name), source=name)
+        return replace(describe(name, denoiser=denoiser), source=name)
     raise ValueError(
         f"model: {name!r} is not a file or folder{nearest(name, known)}; "
         f"known by name are {', '.join(known)}"
@@ -167,12 +171,14 @@ def make_workload(options: PlanOptions, block_size: int) -> Workload:
         per_nfe = recorded.get("tokens_per_nfe") if per_nfe is None else per_nfe
         per_cycle = recorded.get("tokens_per_cycle") if per_cycle is None else per_cycle
     size = options.block_size or block_size
+    if per_nfe is None and options.denoiser is None:
+        per_nfe = min(PUBLISHED_TOKENS_PER_NFE, size)
     return Workload(
         batch_size=options.batch_size,
         prompt_tokens=options.prompt_tokens,
         new_tokens=options.new_tokens,
         block_size=size,
-        tokens_per_nfe=min(PUBLISHED_TOKENS_PER_NFE, size) if per_nfe is None else per_nfe,
+        tokens_per_nfe=per_nfe,
         tokens_per_cycle=per_cycle,
         draft_passes=options.draft_passes,
     )

@@ -129,8 +129,7 @@ def pass_parts(shape: ModelShape, call: Pass, widths: Widths) -> list[PassPart]:
         parts.append(_experts(shape.experts, counts[EXPERTS], n, widths))
     if call.logits:
         # Tied heads count as embeddings: the same table.
-        is_denoiser, config = call.tower == "denoiser", shape.config
-        head = config.hidden_size * (config.draft_vocab_size if is_denoiser else config.vocab_size)
+        head = counts.get("head", shape.config.hidden_size * shape.config.vocab_size)
         parts.append(_matrices("head", head, call.rows * call.logits, widths))
     if call.tower == "denoiser" and "time conditioning" in counts:
         kind = "time conditioning"

@@ -37,19 +37,26 @@ _GIB = 2**30
 
 def make_plan(options: PlanOptions) -> dict[str, Any]:
     """The whole record; ValueError (one line) for whatever the options name wrongly."""
-    return plan_shape(ModelShape.of(describe_model(options.model)), options)
+    return plan_shape(ModelShape.of(describe_model(options.model, options.denoiser)), options)
 
 
 def plan_shape(shape: ModelShape, options: PlanOptions) -> dict[str, Any]:
     """The record of a model that is described already."""
     setup = make_setup(options, shape)
     workload = make_workload(options, shape.config.block_size)
-    best = best_times(setup, workload, options.devices)
+    # Passes and break-evens need to know where a mode runs, not how many tokens a pass commits.
+    placed = dataclasses.replace(workload, tokens_per_nfe=workload.tokens_per_nfe or 1.0)
+    best = best_times(setup, placed, options.devices)
     price = options.price_per_hour
     price = setup.hardware.price_per_hour if price is None else price
     points = sweep(setup, workload, options.devices, options.max_batch_size)
+    compared = [] if workload.tokens_per_nfe is None else points
     return {
-        "model": {"name": options.model, "parameters": _parameters(shape)},
+        "model": {
+            "name": options.model,
+            "denoiser": options.denoiser,
+            "parameters": _parameters(shape),
+        },
         "hardware": dataclasses.asdict(setup.hardware),
         "devices": options.devices,
         "widths": dataclasses.asdict(setup.widths),
@@ -59,11 +66,11 @@ def plan_shape(shape: ModelShape, options: PlanOptions) -> dict[str, Any]:
         "price_per_hour": price,
         "memory": _memory(setup, workload),
         "modes": {mode: _mode(setup, workload, mode, options.devices, price) for mode in MODES},
-        "passes": _passes(setup, workload, best),
-        "break_even": _break_even(setup, workload, best),
+        "passes": _passes(setup, placed, best),
+        "break_even": _break_even(setup, placed, best),
         "sweep": [_point(point) for point in points],
         "spans": {
-            name: [dataclasses.asdict(span) for span in faster_mode(points, name != "all")]
+            name: [dataclasses.asdict(span) for span in faster_mode(compared, name != "all")]
             for name in ("all", "per_device")
         },
     }
@@ -77,7 +84,9 @@ def _source(options: PlanOptions) -> str:
     """Where tokens per pass come from."""
     if options.tokens_per_nfe is not None:
         return "given"
-    return "results" if options.results is not None else "published"
+    if options.results is not None:
+        return "results"
+    return "published" if options.denoiser is None else "unknown"
 
 
 def _memory(setup: PlanSetup, workload: Workload) -> dict[str, Any]:
@@ -103,7 +112,9 @@ def _mode(
     misfit = nearest_misfit(setup, workload, mode, num_devices)
     record: dict[str, Any] = {"fits": misfit.fits, "device_map": _device_map(misfit)}
     if misfit.fits:
-        record["missing"] = "tokens per cycle are not known: give --tokens-per-cycle or --results"
+        unit = "pass" if mode == "diffusion" else "cycle"
+        flag = "--tokens-per-nfe" if mode == "diffusion" else "--tokens-per-cycle"
+        record["missing"] = f"tokens per {unit} are not known: give {flag} or --results"
     else:
         record["missing"] = _describe_misfit(misfit)
     return record

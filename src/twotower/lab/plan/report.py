@@ -264,7 +264,8 @@ def plot_break_even(record: Record) -> "Figure | None":
     for height, label in ((1.0, "AR"), (2.42, "2.42, the announcement")):
         axes.axhline(height, color="gray", linestyle="--", linewidth=1)
         axes.annotate(label, (at[-1], height), ha="right", va="bottom", fontsize=8, color="gray")
-    axes.axvline(work["tokens_per_nfe"], color="gray", linestyle=":", linewidth=1)
+    if work["tokens_per_nfe"] is not None:
+        axes.axvline(work["tokens_per_nfe"], color="gray", linestyle=":", linewidth=1)
     axes.set_xlabel("tokens per denoiser pass; dotted: assumed here")
     axes.set_ylabel("times the speed of AR")
     axes.set_ylim(bottom=0)
