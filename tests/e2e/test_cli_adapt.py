@@ -27,7 +27,7 @@ def test_a_run_ends_with_a_denoiser_that_decodes(
     """Guards the whole command: stages, the estimate, the report, and the folder that it leaves."""
     file, out = prompts_file(tmp_path, 300), tmp_path / "denoiser"
     command = ["adapt", "-m", backbone, "--prompts", str(file), "--out", str(out), "--layers", "1"]
-    command += ["--max-tokens", "12", "--draft-vocab", "0", "--minutes", "0.2", "--json"]
+    command += ["--max-tokens", "12", "--draft-vocab", "0", "--minutes", "0.3", "--json"]
     assert main(command) == 0
     printed = capsys.readouterr()
     assert "tokens of answers" in printed.err and "blocks of training" in printed.err
@@ -72,6 +72,8 @@ FEW = b"".join(GOOD.splitlines(True)[:18])
         (b"", ["--batch-size", "2000"], "--batch-size 2000 must be between 1 and 1024"),
         (b"", ["--blocks-per-answer", "2000"], "--blocks-per-answer 2000 must be between 1 and"),
         (GOOD, ["--max-tokens", str(10**15)], f"--max-tokens {10**15}: an answer needs about"),
+        (b"", ["--out", "/dev/null/d"], "--out: /dev/null/d: its parent cannot be written"),
+        (b"", ["--work", "/dev/null/w"], "--work: /dev/null/w: its parent cannot be written"),
         (GOOD, ["--denoiser", "x"], "--denoiser: x is not a file or folder"),
     ],
 )
@@ -99,6 +101,20 @@ def test_what_cannot_be_done_is_one_line(
     assert main(command) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_more_processes_are_refused(
+    backbone: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Guards torchrun: its second process was told to wait for the first, or to go elsewhere."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    file = prompts_file(tmp_path, 30)
+    command = ["adapt", "-m", backbone, "--prompts", str(file), "--out", str(tmp_path / "d")]
+    assert main(command) == 2
+    assert "one process; start it without torchrun" in capsys.readouterr().err
 
 
 def test_a_template_that_refuses_is_one_line(
@@ -140,10 +156,10 @@ def test_prompts_that_were_trained_on_are_not_measured(
     file = tmp_path / "q.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + GOOD)  # with a byte order mark, as Windows writes it
     command = ["adapt", "-m", backbone, "--prompts", str(file), "--out", str(tmp_path / "d")]
-    command += ["--layers", "1", "--max-tokens", "6", "--minutes", "0.03"]
+    command += ["--layers", "1", "--max-tokens", "6"]
     assert main([*command, "--stage", "answers"]) == 0
     assert "27 of 27 answers" in capsys.readouterr().err
-    assert main([*command, "--stage", "train"]) == 0
+    assert main([*command, "--stage", "train", "--minutes", "0.1"]) == 0
     command += ["--stage", "measure", "--json", "--minutes", "9"]
     for seed in range(1, 30):
         status = main([*command, "--seed", str(seed)])

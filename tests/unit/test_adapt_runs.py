@@ -23,16 +23,16 @@ from twotower.adapt.answers import (
     unanswered,
     write_answers,
 )
+from twotower.adapt.budget import Budget, Progress
 from twotower.adapt.features import Features, find_places, is_whole, write_part
 from twotower.adapt.ngrams import count_ngrams
-from twotower.adapt.options import AnswerOptions, Budget, StepOptions, ThinOptions, WorkFolder
+from twotower.adapt.options import AnswerOptions, StepOptions, ThinOptions, WorkFolder
 from twotower.adapt.run import (
-    Progress,
     _add_to_curve,
-    _read_spent,
     collect_answers,
     draft_vocabulary,
     first_denoiser,
+    read_spent,
     reads_of,
     train,
 )
@@ -353,13 +353,21 @@ def test_work_that_adapt_did_not_write_is_one_line(text: str, tmp_path: Path) ->
     work.answers.write_text(text + "\n")
     with pytest.raises(ValueError, match=r"answers\.jsonl:1: is not an answer that adapt wrote"):
         read_answers(work.answers)
-    work.spent.write_text(text if text != "{}" else '{"train": []}')
+    work.spent.write_text(text if text != "{}" else '{"answers": []}')
     (tmp_path / "part-00000.safetensors").write_bytes(text.encode())
     if text != '{"number": 1}':
         with pytest.raises(ValueError, match="is not what adapt wrote"):
-            _read_spent(work)
+            read_spent(work)
     with pytest.raises(ValueError, match="is not a part that adapt wrote"):
         find_places(tmp_path)
+    (tmp_path / "draft_vocabulary-5.json").write_text(text if text != "[1]" else "[[]]")
+    if text != "{}":
+        with pytest.raises(ValueError, match=r"vocabulary-5.json: is not what adapt wrote; remove"):
+            draft_vocabulary(work, 5, 67)
+    work.checkpoint.write_text(text)
+    made = thin(backbone())
+    with pytest.raises(ValueError, match="is not what adapt wrote; remove it, and the training"):
+        Trainer(made, features_of(made), StepOptions()).load(work.checkpoint)
     assert not is_whole(tmp_path / "part-00000.safetensors", 1, [0])
 
 

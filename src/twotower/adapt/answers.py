@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from twotower.adapt.files import writing
+from twotower.adapt.files import reading, writing
 from twotower.adapt.options import AnswerOptions
 from twotower.engine import (
     EngineOptions,
@@ -106,16 +106,12 @@ def write_answers(
 
 
 def _read_answer(line: bytes, place: str) -> Answer:
-    try:
+    with reading(place, "remove the line, or give another --work", "an answer that"):
         found = Answer(**json.loads(line))
         ids = [*found.prompt, *found.tokens]
         if not all(isinstance(i, int) and i >= 0 for i in (found.number + 2**63, *ids)):
             raise ValueError
-    except (TypeError, ValueError, RecursionError):
-        raise ValueError(
-            f"{place}: is not an answer that adapt wrote; remove the line, or give another --work"
-        ) from None
-    return found
+        return found
 
 
 def _drop_half_line(file: Path) -> None:

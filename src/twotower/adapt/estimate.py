@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from twotower.adapt.budget import Budget
 from twotower.adapt.features import Features, Place, Rows
-from twotower.adapt.options import AnswerOptions, Budget, StepOptions
+from twotower.adapt.options import AnswerOptions, StepOptions
 from twotower.adapt.training import Trainer
 from twotower.layers.attention import KV
 from twotower.model import TwoTower

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from twotower.adapt.answers import Answer
-from twotower.adapt.files import save_whole
+from twotower.adapt.files import reading, save_whole
 from twotower.config import TowerConfig
 from twotower.layers.attention import KV
 from twotower.model import TwoTower
@@ -70,13 +70,9 @@ def find_places(folder: Path) -> list[Place]:
     """All answers of a folder's parts, in order. ValueError (one line) for a file that is none."""
     places = []
     for file in sorted(folder.glob("part-*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as part:
-                lengths, starts = (part.get_tensor(name) for name in ("lengths", "starts"))
-        except (OSError, SafetensorError):
-            raise ValueError(
-                f"{file}: is not a part that adapt wrote; remove it and run the stage answers again"
-            ) from None
+        remedy = "remove it and run the stage answers again"
+        with reading(file, remedy, "a part that"), safe_open(file, framework="pt") as part:
+            lengths, starts = (part.get_tensor(name) for name in ("lengths", "starts"))
         first = 0
         for length, start in zip(lengths.tolist(), starts.tolist(), strict=True):
             places.append(Place(file=file, first=first, last=first + length, start=start))

@@ -22,6 +22,17 @@ def writing(file: Path) -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def reading(place: Path | str, remedy: str, what: str = "what") -> Iterator[None]:
+    """ValueError (one line) for what adapt did not write so. what: "what", or "a ... that"."""
+    try:
+        yield
+    except (
+        OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError
+    ):  # fmt: skip
+        raise ValueError(f"{place}: is not {what} adapt wrote; {remedy}") from None
+
+
 def write_whole(file: Path, text: str) -> None:
     """A text in one piece."""
     with _replacing(file) as aside:

@@ -1,19 +1,13 @@
 """What `adapt` may be told, and where its files lie."""
 
-import math
-import time
 from collections.abc import Sized
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from twotower.arguments import ABOVE_ZERO, COUNT, INDEX, SHARE, check_fields, number
 from twotower.config import DraftSpec
 
-Stage = Literal["answers", "train", "measure"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
-# Of a budget: the backbone writes and its features are kept; the rest is training, but for the end.
-_ANSWERS, _MEASURE = 0.4, 0.05
 _OF_ANY = ("denoiser", "block_size")  # options that a denoiser which is trained on takes too
 # Beyond these a size takes memory and gives nothing.
 _AT_ONCE = number(1, 1024, is_whole=True)
@@ -131,34 +125,6 @@ _STEP_CHECKS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """How many seconds each stage of a run may take."""
-
-    minutes: float
-    overhead_s: float = 0.0
-    """Of all that is no stage: loading, the estimate."""
-    began: float | None = None
-    """On the monotonic clock, the beginning of a run of all stages; None for one stage alone."""
-    load_s: float = 0.0
-    """Of loading the model again, to measure."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, {"minutes": number(0, 1e6, is_above=True)})
-
-    def seconds(self, stage: Stage) -> float:
-        """Of one stage."""
-        share = {"answers": _ANSWERS, "measure": _MEASURE}.get(stage, 1 - _ANSWERS - _MEASURE)
-        return max(0.0, 60 * self.minutes - self.overhead_s) * share
-
-    def left(self, stage: Stage) -> float:
-        """Seconds from now until a stage must end, for the whole run to end in time."""
-        if self.began is None:
-            return math.inf
-        after = self.load_s + self.seconds("measure") if stage == "train" else 0.0
-        return self.began + 60 * self.minutes - after - time.monotonic()
-
-
 @dataclass(frozen=True)
 class WorkFolder:
     """Where a run keeps what it has done so far."""
@@ -192,5 +158,5 @@ class WorkFolder:
 
     @property
     def spent(self) -> Path:
-        """Seconds that each stage has had."""
+        """Seconds that the stage answers has had."""
         return self.path / "spent.json"

@@ -6,16 +6,15 @@ for all runs of one work folder together: time that a killed run had is not give
 
 import json
 import math
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from twotower.adapt.answers import Answer, Question, read_answers, unanswered, write_answers
+from twotower.adapt.budget import Budget, Clock, Progress
 from twotower.adapt.features import (
     PART,
     Features,
@@ -25,12 +24,10 @@ from twotower.adapt.features import (
     is_whole,
     write_part,
 )
-from twotower.adapt.files import write_whole
+from twotower.adapt.files import reading, write_whole
 from twotower.adapt.ngrams import count_ngrams, joined
 from twotower.adapt.options import (
     AnswerOptions,
-    Budget,
-    Stage,
     StepOptions,
     ThinOptions,
     WorkFolder,
@@ -55,18 +52,8 @@ MIN_ANSWERS = 20
 _LAYERS = 3  # of a denoiser when nobody says
 HELD_OUT = 20  # one answer in so many is never trained on
 _MAX_HELD = 24  # answers that the curve is measured on
-_SAVE_S = 60.0
+_SPENT_S, _SAVE_S = 5.0, 60.0
 _CURVE_POINTS = 12
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far a stage is: of its seconds, and in words."""
-
-    stage: Stage
-    seconds: float
-    of_seconds: float
-    words: str
 
 
 def reads_of(config: TwoTowerConfig, thin: ThinOptions) -> list[int]:
@@ -101,19 +88,22 @@ def collect_answers(
     """Stage answers: the backbone answers questions, and what a denoiser reads of them is kept."""
     work.features.mkdir(parents=True, exist_ok=True)
     reads = reads_of(model.config, thin)
-    clock, answers = _Clock(work, "answers", budget), read_answers(work.answers)
+    clock, answers = Clock("answers", budget, read_spent(work)), read_answers(work.answers)
     _write_features(model, answers, work, reads)  # what a killed run left undone
     open_ones = unanswered(questions, answers)
-    tokens, began, total = 0, time.monotonic(), len(answers) + len(open_ones)
+    tokens, total, began, saved = 0, len(answers) + len(open_ones), clock.used, clock.used
     for answer in write_answers(model, open_ones, work.answers, options, clock.left):
         answers.append(answer)
         tokens += len(answer.tokens)
         if len(answers) % PART == 0:
             _write_features(model, answers, work, reads)
-        rate = tokens / (time.monotonic() - began)
+        if clock.used - saved > _SPENT_S:
+            saved = clock.used
+            _write_spent(work, saved)
+        rate = tokens / (clock.used - began)
         yield clock.progress(f"{len(answers)} of {total} answers, {rate:.0f} tokens/s")
     _write_features(model, answers, work, reads, is_last=True)
-    clock.save()
+    _write_spent(work, clock.used)
     usable = sum(_is_usable(place) for place in find_places(work.features))
     if usable < MIN_ANSWERS:
         raise ValueError(
@@ -141,10 +131,13 @@ def train(
     ):
         raise ValueError(f"{work.features}: is of other layers; run the stage answers first")
     features = Features(keyed)
-    trainer, clock = Trainer(made, features, options), _Clock(work, "train", budget)
+    trainer = Trainer(made, features, options)
     if work.checkpoint.is_file():
         trainer.load(work.checkpoint)
-    clock.used = trainer.seconds  # what a killed run did after its last checkpoint is lost
+    # What a killed run did after its last checkpoint is lost, and its time given again.
+    clock = Clock(
+        "train", budget, trainer.seconds, more=budget.seconds("answers") - read_spent(work)
+    )
     trained, held = split(places)
     average, words, saved, measured, measuring_s = None, "", clock.used, clock.used, 0.0
     while clock.left > measuring_s:  # which it will do once more
@@ -219,13 +212,11 @@ def measured(
     pairs: Iterable[Pair], budget: Budget, count: int, done: list[Pair]
 ) -> Iterator[Progress]:
     """Stage measure: pairs of `count` prompts, into a list, until the time is over."""
-    began = time.monotonic()
-    of_seconds = max(0.0, min(budget.seconds("measure"), budget.left("measure")))
+    clock = Clock("measure", budget)
     for pair in pairs:
         done.append(pair)
-        seconds, words = time.monotonic() - began, f"{len(done)} of {count} prompts"
-        yield Progress(stage="measure", seconds=seconds, of_seconds=of_seconds, words=words)
-        if seconds > of_seconds:
+        yield clock.progress(f"{len(done)} of {count} prompts")
+        if clock.left < 0:
             return
 
 
@@ -249,7 +240,8 @@ def draft_vocabulary(work: WorkFolder, size: int, vocab_size: int) -> Tensor:
         rest = (token for token in range(vocab_size) if token not in counts)
         most += [token for _, token in zip(range(size - len(most)), rest, strict=False)]
         write_whole(file, json.dumps(sorted(most)))
-    return torch.tensor(json.loads(file.read_text()))
+    with reading(file, "remove it, or give another --work"):
+        return torch.tensor([int(token) for token in json.loads(file.read_text())])
 
 
 def _write_features(
@@ -302,57 +294,13 @@ def _steps_of(point: str) -> float:
         return math.inf
 
 
-class _Clock:
-    """The seconds that a stage has had, in all runs of a work folder."""
-
-    def __init__(self, work: WorkFolder, stage: Stage, budget: Budget) -> None:
-        spent = _read_spent(work)
-        self._work, self._stage, self._of = work, stage, budget.seconds(stage)
-        self._budget = budget
-        if stage == "train":  # what the answers did not need, or less what they took too much
-            self._of += budget.seconds("answers") - spent.get("answers", 0.0)
-        self._before: float = spent.get(stage, 0.0)
-        self._began, self._saved = time.monotonic(), 0.0
-
-    @property
-    def used(self) -> float:
-        """Seconds until now."""
-        return self._before + time.monotonic() - self._began
-
-    @used.setter
-    def used(self, seconds: float) -> None:
-        self._before, self._began = seconds, time.monotonic()
-
-    @property
-    def left(self) -> float:
-        """Seconds that are left."""
-        return min(self._of - self.used, self._budget.left(self._stage))
-
-    @property
-    def total(self) -> float:
-        """Seconds that it may have."""
-        return self.used + max(0.0, self.left)
-
-    def progress(self, words: str) -> Progress:
-        """Where the stage is; written down now and then."""
-        if self.used - self._saved > 5:
-            self.save()
-        return Progress(stage=self._stage, seconds=self.used, of_seconds=self.total, words=words)
-
-    def save(self) -> None:
-        """Write down the seconds."""
-        self._saved = self.used
-        spent = _read_spent(self._work) | {self._stage: round(self._saved, 1)}
-        write_whole(self._work.spent, json.dumps(spent))
-
-
-def _read_spent(work: WorkFolder) -> dict[str, float]:
+def read_spent(work: WorkFolder) -> float:
+    """Seconds that the stage answers has had in all runs."""
     if not work.spent.is_file():
-        return {}
-    try:
-        found = json.loads(work.spent.read_text())
-        return {stage: float(seconds) for stage, seconds in found.items()}
-    except (AttributeError, TypeError, ValueError, RecursionError):
-        raise ValueError(
-            f"{work.spent}: is not what adapt wrote; remove it, or give another --work"
-        ) from None
+        return 0.0
+    with reading(work.spent, "remove it, or give another --work"):
+        return float(json.loads(work.spent.read_text()).get("answers", 0.0))
+
+
+def _write_spent(work: WorkFolder, seconds: float) -> None:
+    write_whole(work.spent, json.dumps({"answers": round(seconds, 1)}))

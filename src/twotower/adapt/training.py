@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from twotower.adapt.features import Features, Place
-from twotower.adapt.files import save_whole
+from twotower.adapt.files import reading, save_whole
 from twotower.adapt.objective import (
     add_true_bigrams,
     anchor_at,
@@ -26,7 +26,7 @@ from twotower.adapt.objective import (
     targets_of,
     weighted_loss,
 )
-from twotower.adapt.options import StepOptions
+from twotower.adapt.options import StepOptions, WorkFolder
 from twotower.model import TwoTower
 from twotower.train.optimizer import make_optimizer
 from twotower.train.options import OptimizationOptions
@@ -113,7 +113,8 @@ class Trainer:
         if not mean.isfinite():
             raise ValueError(
                 f"learning_rate={options.learning_rate:g} is too high: the loss is {mean.item()} "
-                f"at step {self.step}; use a lower one, and another --work"
+                f"at step {self.step}; use a lower one, and remove "
+                f"{WorkFolder(Path()).checkpoint} from --work if it is there"
             )
         mean.backward()
         nn.utils.clip_grad_norm_(self._parameters.values(), options.max_grad_norm)
@@ -138,14 +139,16 @@ class Trainer:
 
     def load(self, file: Path) -> None:
         """The inverse of `save`; ValueError (one line) for the state of another denoiser."""
-        with safe_open(file, framework="pt", device=str(self.model.denoiser_device)) as opened:
+        device, remedy = str(self.model.denoiser_device), "remove it, and the training begins anew"
+        with reading(file, remedy), safe_open(file, framework="pt", device=device) as opened:
             told = opened.metadata()
+            step, seconds = int(told["step"]), float(told["seconds"])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         shapes = {f"{_WEIGHT}:{name}": p.shape for name, p in self._parameters.items()}
         if any(n not in tensors or tensors[n].shape != shape for n, shape in shapes.items()):
             raise ValueError(
-                f"{file}: is of a denoiser of another shape; give the same options, or another "
-                "--work"
+                f"{file}: is of a denoiser of another shape; give the same options, or remove it, "
+                "and the training begins anew"
             )
         for key_and_name, value in tensors.items():
             key, _, name = key_and_name.partition(":")
@@ -154,7 +157,7 @@ class Trainer:
                 parameter.data.copy_(value)
             else:
                 self._state(parameter)[key] = value
-        self.step, self.seconds = int(told["step"]), float(told["seconds"])
+        self.step, self.seconds = step, seconds
 
     def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """What the optimiser that moves a parameter keeps of it."""

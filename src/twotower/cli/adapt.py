@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import random
 import sys
 import time
@@ -10,22 +9,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Literal, TypeVar
 
+import torch.distributed as dist
 import tyro
 
 from twotower.adapt import run as stages
 from twotower.adapt.answers import Question, read_answers
+from twotower.adapt.budget import STAGES, Budget, Progress
 from twotower.adapt.estimate import estimate
-from twotower.adapt.files import write_whole
-from twotower.adapt.options import (
-    STAGES,
-    AnswerOptions,
-    Budget,
-    StepOptions,
-    ThinOptions,
-    WorkFolder,
-)
+from twotower.adapt.files import reading, write_whole
+from twotower.adapt.options import AnswerOptions, StepOptions, ThinOptions, WorkFolder
 from twotower.adapt.report import Pair, by_task, compare
 from twotower.checkpoint.denoiser import is_denoiser
 from twotower.checkpoint.files import SHIPPED
@@ -82,6 +77,8 @@ class AdaptArguments(ThinOptions, AnswerOptions, StepOptions, Placement):
 
 def run(options: AdaptArguments) -> int:
     """All stages, or one; returns the exit status. Errors of the user arrive as ValueError."""
+    if dist.is_torchelastic_launched():
+        raise ValueError("adapt runs in one process; start it without torchrun")
     began = time.monotonic()
     work = _places(options)
     thin = _part(options, ThinOptions)
@@ -90,7 +87,6 @@ def run(options: AdaptArguments) -> int:
     placement = placement_of(options, denoiser=None, denoiser_device=None)
     stages.reads_of(read_config(placement.find()), thin)  # before prompts and weights are read
     prompts = read_questions(options.prompts)
-    work.path.parent.mkdir(parents=True, exist_ok=True)
     with only_writer(work.path):
         loading = time.monotonic()
         loaded = load(placement, "ar")
@@ -127,8 +123,8 @@ def run(options: AdaptArguments) -> int:
 
 
 def _places(options: AdaptArguments) -> WorkFolder:
-    """The folder of work. ValueError where it, or that of the denoiser, holds other files: a run
-    writes over what is there, in the end.
+    """The folder of work. ValueError where it, or that of the denoiser, holds other files or cannot
+    be written: a run does so in the end.
     """
     out = options.out.resolve()
     work = WorkFolder(options.work or out.with_name(f"{out.name}-work"))
@@ -142,6 +138,14 @@ def _places(options: AdaptArguments) -> WorkFolder:
             raise ValueError(f"{name}: {path} holds other files; give a new or empty folder")
     if work.path.resolve() == out:
         raise ValueError(f"work: {work.path} is the folder of the denoiser; give another")
+    for name, path in (("out", out), ("work", work.path)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            reason = f"its parent cannot be written ({error.strerror})"
+            raise ValueError(f"{name}: {path}: {reason}; give another folder") from None
     return work
 
 
@@ -163,7 +167,8 @@ def _source(work: WorkFolder, options: AdaptArguments) -> str:
         "temperature": options.temperature,
     }
     if read_answers(work.answers):
-        known = json.loads(work.source.read_text())
+        with reading(work.source, "give another --work"):
+            known = dict(json.loads(work.source.read_text()))
         for key, value in source.items():
             if known.get(key) != value:
                 raise ValueError(
@@ -201,9 +206,10 @@ def _questions(
     return usable[kept:], [q for q in usable[:kept] if tuple(q.prompt) not in trained]
 
 
-def _show(progress: Iterator[stages.Progress]) -> None:
+def _show(progress: Iterator[Progress]) -> None:
     """A stage's progress on stderr: a bar with the time left, or a line now and then."""
-    shown, last = -math.inf, None
+    told: Progress | None = None
+    last: Progress | None = None
     with progress_bar("words", has_count=False) as bar:
         task = bar.add_task("", total=None, words="")
         for last in progress:
@@ -211,14 +217,14 @@ def _show(progress: Iterator[stages.Progress]) -> None:
                 task, description=last.stage, completed=last.seconds, total=last.of_seconds,
                 words=last.words,
             )  # fmt: skip
-            if bar.disable and last.seconds - shown > _LINE_EVERY_S:
-                shown = last.seconds
+            if bar.disable and (told is None or last.seconds - told.seconds > _LINE_EVERY_S):
+                told = last
                 print(_line(last), file=sys.stderr, flush=True)
-    if last is not None and bar.disable:
+    if bar.disable and last is not None and last is not told:
         print(_line(last), file=sys.stderr, flush=True)
 
 
-def _line(progress: stages.Progress) -> str:
+def _line(progress: Progress) -> str:
     left = max(0.0, progress.of_seconds - progress.seconds)
     time_left = f"{left / 60:.0f} min" if left >= 100 else f"{left:.0f} s"
     return f"{progress.stage}: {progress.words}, {time_left} left"
