@@ -73,7 +73,7 @@ def resolve(
     if is_gguf(folder):
         return open_gguf(folder)
     if folder.exists():
-        raise ValueError(f"{path}: is a file; give a GGUF file or the folder with config.json")
+        raise ValueError(f"{field}: {path} is a file of another kind; give {accepted}")
     replaced = usable_path(field, set_aside(folder))
     if replaced.is_dir():  # a save was killed between its two renames
         return replaced
