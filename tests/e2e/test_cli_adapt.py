@@ -74,7 +74,11 @@ FEW = b"".join(GOOD.splitlines(True)[:18])
         (GOOD, ["--max-tokens", str(10**15)], f"--max-tokens {10**15}: an answer needs about"),
         (b"", ["--out", "/dev/null/d"], "--out: /dev/null/d: its parent cannot be written"),
         (b"", ["--work", "/dev/null/w"], "--work: /dev/null/w: its parent cannot be written"),
-        (GOOD, ["--denoiser", __file__], "test_cli_adapt.py is a file of another kind; give a fold"),
+        (
+            GOOD,
+            ["--denoiser", __file__],
+            "test_cli_adapt.py is a file of another kind; give a fold",
+        ),
         (GOOD, ["--denoiser", "x"], "--denoiser: x is not a file or folder"),
     ],
 )

@@ -124,6 +124,10 @@ def test_a_run_that_is_killed_takes_the_same_steps(tmp_path: Path) -> None:
     other = Trainer(thin(backbone(), bigram_rank=3), Features([2, 6]), options)
     with pytest.raises(ValueError, match="another shape"):
         other.load(tmp_path / "state.safetensors")
+    # It was resumed, to its end, instead of the denoiser that more time was given to.
+    on = Trainer(thin(backbone()), Features([2, 6]), options, "me/denoiser")
+    with pytest.raises(ValueError, match=r"training with denoiser=None, not me/denoiser; .*remove"):
+        on.load(tmp_path / "state.safetensors")
 
 
 def test_stages_lead_to_a_folder_that_decodes(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def train(
     ):
         raise ValueError(f"{work.features}: is of other layers; run the stage answers first")
     features = Features(keyed)
-    trainer = Trainer(made, features, options)
+    trainer = Trainer(made, features, options, thin.denoiser)
     if work.checkpoint.is_file():
         trainer.load(work.checkpoint)
     # What a killed run did after its last checkpoint is lost, and its time given again.
@@ -196,13 +196,9 @@ def first_denoiser(
         made = load_denoiser(model, thin.denoiser)
         set_block_size(made, thin.block_size or made.config.block_size)
         return made
-    size, ids = thin.draft_vocab, None
-    if 0 < size < model.config.vocab_size:
-        ids = (
-            torch.arange(size)
-            if work is None
-            else draft_vocabulary(work, size, model.config.vocab_size)
-        )
+    size, vocab_size, ids = thin.draft_vocab, model.config.vocab_size, None
+    if 0 < size < vocab_size:
+        ids = torch.arange(size) if work is None else draft_vocabulary(work, size, vocab_size)
     reads = reads_of(model.config, thin)
     config = thin_config(model.config, reads, thin.own_block_size, thin.draft_of(ids))
     return with_new_denoiser(model, config, ids, seed)

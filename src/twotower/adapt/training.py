@@ -83,9 +83,12 @@ def _precision(model: TwoTower) -> torch.autocast:
 
 
 class Trainer:
-    """A denoiser, its optimiser, and how far they are."""
+    """A denoiser, its optimiser, and how far they are. start: the denoiser that it was, if any."""
 
-    def __init__(self, model: TwoTower, features: Features, options: StepOptions) -> None:
+    def __init__(
+        self, model: TwoTower, features: Features, options: StepOptions, start: str | None = None
+    ) -> None:
+        self._start = str(start and (Path(start).resolve() if Path(start).exists() else start))
         self.model, self.step, self.seconds = model, 0, 0.0  # of the budget, as the caller counts
         self._features, self._options, self._numbers = features, options, draft_numbers(model)
         self._parameters = trained_parameters(model)
@@ -135,15 +138,23 @@ class Trainer:
         for name, parameter in self._parameters.items():
             for key, value in self._state(parameter).items():
                 tensors[f"{key}:{name}"] = value
-        save_whole(tensors, file, {"step": str(self.step), "seconds": str(self.seconds)})
+        told = {"step": self.step, "seconds": self.seconds, "start": self._start}
+        save_whole(tensors, file, {name: str(value) for name, value in told.items()})
 
     def load(self, file: Path) -> None:
-        """The inverse of `save`; ValueError (one line) for the state of another denoiser."""
+        """The inverse of `save`; ValueError (one line) for the state of another denoiser, or of one
+        that began elsewhere.
+        """
         device, remedy = str(self.model.denoiser_device), "remove it, and the training begins anew"
         with reading(file, remedy), safe_open(file, framework="pt", device=device) as opened:
             told = opened.metadata()
             step, seconds = int(told["step"]), float(told["seconds"])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        if (start := told.get("start", self._start)) != self._start:
+            raise ValueError(
+                f"{file}: is of a training with denoiser={start}, not {self._start}; give the same,"
+                " or remove it to begin with yours"
+            )
         shapes = {f"{_WEIGHT}:{name}": p.shape for name, p in self._parameters.items()}
         if any(n not in tensors or tensors[n].shape != shape for n, shape in shapes.items()):
             raise ValueError(
