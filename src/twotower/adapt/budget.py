@@ -23,7 +23,7 @@ class Budget:
     began: float | None = None
     """On the monotonic clock, the beginning of a run of all stages; None for one stage alone."""
     load_s: float = 0.0
-    """Of loading the model again, to measure."""
+    """Of loading. As long may take what lies between training and measuring: n-grams, files."""
 
     def __post_init__(self) -> None:
         check_fields(self, {"minutes": number(0, 1e6, is_above=True)})

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -57,7 +57,7 @@ def estimate(
     """One line; takes a few seconds. drafting: the backbone with the denoiser that training begins
     with; began: on the monotonic clock, the beginning of the run.
     """
-    rate = answers.batch_size / _answer_step_s(model, answers.batch_size)
+    rate = 1 / _answer_token_s(model, answers.batch_size)
     step_s = _training_step_s(drafting, steps)
     budget = Budget(minutes=minutes, overhead_s=time.monotonic() - began)
     tokens = rate * budget.seconds("answers")
@@ -85,26 +85,36 @@ def expected_tokens_per_cycle(blocks: float) -> tuple[str, float]:
 
 
 @torch.no_grad()
-def _answer_step_s(model: TwoTower, rows: int) -> float:
-    """Seconds in which each of some rows gets a token."""
+def _answer_token_s(model: TwoTower, rows: int) -> float:
+    """Seconds of a token of an answer: some rows are written together, and each is read once more
+    for its features.
+    """
     cache = model.prefill(torch.zeros(rows, 8, dtype=torch.int64))
-    times = []
-    for _ in range(_TIMED + 1):
-        began = time.perf_counter()
+
+    def write() -> None:
         hidden: Tensor = model.extend(cache, torch.zeros(rows, 1, dtype=torch.int64))
         model.context_head(hidden).argmax(-1)
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+
+    def read() -> None:
+        model.extend(model.empty_cache(1), torch.zeros(1, _TOKENS, dtype=torch.int64))
+
+    return _fastest_s(write) / rows + _fastest_s(read) / _TOKENS
 
 
 def _training_step_s(model: TwoTower, steps: StepOptions) -> float:
     """Seconds of a step of training."""
     sample = _Sample(model, model.config.reads, steps.answers_per_step)
-    places, times = [Place(file=Path(), first=0, last=_TOKENS, start=0)], list[float]()
+    places = [Place(file=Path(), first=0, last=_TOKENS, start=0)]
     trainer = Trainer(model, sample, steps)
+    return _fastest_s(lambda: trainer.take_step(places, 0.0))
+
+
+def _fastest_s(run: Callable[[], object]) -> float:
+    """Seconds of the fastest of some runs, after one that warms up."""
+    times = []
     for _ in range(_TIMED + 1):
         began = time.perf_counter()
-        trainer.take_step(places, 0.0)
+        run()
         times.append(time.perf_counter() - began)
     return min(times[1:])
 

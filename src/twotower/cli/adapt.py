@@ -22,7 +22,8 @@ from twotower.adapt.estimate import estimate
 from twotower.adapt.files import reading, write_whole
 from twotower.adapt.options import AnswerOptions, StepOptions, ThinOptions, WorkFolder
 from twotower.adapt.report import Pair, by_task, compare
-from twotower.checkpoint.denoiser import is_denoiser
+from twotower.backends import accelerate
+from twotower.checkpoint.denoiser import is_denoiser, load_denoiser
 from twotower.checkpoint.files import SHIPPED
 from twotower.cli.progress import progress_bar
 from twotower.cli.questions import Question as Asked
@@ -241,7 +242,9 @@ def _report(
         )
     if not is_denoiser(options.out):
         raise ValueError(f"out: {options.out} has no denoiser; run the stage train first")
-    model = load(placement_of(options, denoiser=str(options.out)), "speculative").model
+    model = accelerate(
+        load_denoiser(loaded.model, options.out), options.backend, options.quantization
+    )
     pairs = list[Pair]()
     compared = compare(loaded.model, model, held, options.max_tokens)
     _show(stages.measured(compared, budget, len(held), pairs))
