@@ -13,7 +13,7 @@ from torch import Tensor
 
 from twotower.adapt.budget import Budget
 from twotower.adapt.features import Features, Place, Rows
-from twotower.adapt.options import AnswerOptions, StepOptions
+from twotower.adapt.options import AnswerOptions, StepOptions, ThinOptions
 from twotower.adapt.training import Trainer
 from twotower.layers.attention import KV
 from twotower.model import TwoTower
@@ -49,25 +49,25 @@ class _Sample(Features):
 def estimate(
     model: TwoTower,
     drafting: TwoTower,
+    thin: ThinOptions,
     answers: AnswerOptions,
     steps: StepOptions,
-    minutes: float,
-    began: float,
+    budget: Budget,
 ) -> str:
     """One line; takes a few seconds. drafting: the backbone with the denoiser that training begins
-    with; began: on the monotonic clock, the beginning of the run.
+    with.
     """
     rate = 1 / _answer_token_s(model, answers.batch_size)
-    step_s = _training_step_s(drafting, steps)
-    budget = Budget(minutes=minutes, overhead_s=time.monotonic() - began)
     tokens = rate * budget.seconds("answers")
-    blocks = steps.blocks * budget.seconds("train") / step_s
-    name, expected = expected_tokens_per_cycle(blocks)
-    return (
+    blocks = steps.blocks * budget.seconds("train") / _training_step_s(drafting, steps)
+    said = (
         f"{budget.minutes:g} minutes: at most {_short(tokens)} tokens of answers ({rate:.0f} a "
-        f"second) and {_short(blocks)} blocks of training; after as many {name} had "
-        f"{expected:.1f} tokens a cycle on held-out answers"
+        f"second) and {_short(blocks)} blocks of training"
     )
+    if thin.denoiser is not None:  # how far that one is, the curve of a new one does not tell
+        return said
+    name, expected = expected_tokens_per_cycle(blocks)
+    return f"{said}; after as many {name} had {expected:.1f} tokens a cycle on held-out answers"
 
 
 def expected_tokens_per_cycle(blocks: float) -> tuple[str, float]:

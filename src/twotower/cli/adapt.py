@@ -99,19 +99,20 @@ def run(options: AdaptArguments) -> int:
         longest = max(len(question.prompt) for question in questions) + options.max_tokens
         if lack := lacking_memory(model, longest):
             raise ValueError(f"max_tokens={options.max_tokens}: an answer needs {lack}; use fewer")
-        wanted = STAGES if options.stage == "all" else (options.stage,)
-        if options.stage == "all" and not work.spent.is_file():
-            batch = dataclasses.replace(answers, batch_size=min(answers.batch_size, len(questions)))
-            print(estimate(model, first, batch, steps, options.minutes, began), file=sys.stderr)
-        del first  # its memory is for the stages
-        work.path.mkdir(exist_ok=True)
-        write_whole(work.source, source)
+        is_all = options.stage == "all"
+        wanted = STAGES if is_all else (options.stage,)
         budget = Budget(
             minutes=options.minutes,
             overhead_s=time.monotonic() - began + load_s,
-            began=began if options.stage == "all" else None,
+            began=began if is_all else None,
             load_s=load_s,
         )
+        if is_all and not work.spent.is_file():
+            batch = dataclasses.replace(answers, batch_size=min(answers.batch_size, len(questions)))
+            print(estimate(model, first, thin, batch, steps, budget), file=sys.stderr)
+        del first  # its memory is for the stages
+        work.path.mkdir(exist_ok=True)
+        write_whole(work.source, source)
         if "answers" in wanted:
             _show(stages.collect_answers(model, questions, work, thin, answers, budget))
         if "train" in wanted:
