@@ -23,7 +23,7 @@ from twotower.adapt.answers import (
     unanswered,
     write_answers,
 )
-from twotower.adapt.budget import Budget, Progress
+from twotower.adapt.budget import Budget
 from twotower.adapt.features import Features, find_places, is_whole, write_part
 from twotower.adapt.ngrams import count_ngrams
 from twotower.adapt.options import AnswerOptions, StepOptions, ThinOptions, WorkFolder
@@ -40,6 +40,15 @@ from twotower.adapt.training import Acceptance, Trainer, measure
 from twotower.checkpoint.denoiser import load_denoiser, save_denoiser
 from twotower.model.precision import Scheme, quantise_modules
 from twotower.model.thin import blocks_of, spread
+
+
+def answered(model: TwoTower, work: WorkFolder, shape: ThinOptions, num_tokens: int) -> None:
+    """The stage answers to its end, and its time not counted: on a busy machine little is left."""
+    questions = [Question(number=i, prompt=p, task="t") for i, p in enumerate(prompts_of([4] * 60))]
+    options = AnswerOptions(max_tokens=num_tokens)
+    told = list(collect_answers(model, questions, work, shape, options, Budget(minutes=9)))
+    assert {p.stage for p in told} <= {"answers"}
+    work.spent.unlink()
 
 
 def test_answers_go_on_where_a_killed_run_stopped(tmp_path: Path) -> None:
@@ -133,24 +142,20 @@ def test_a_run_that_is_killed_takes_the_same_steps(tmp_path: Path) -> None:
 def test_stages_lead_to_a_folder_that_decodes(tmp_path: Path) -> None:
     """Guards the whole: stages in order, a curve, a folder that decodes."""
     model, work = backbone(), WorkFolder(tmp_path / "work")
-    questions = [Question(number=i, prompt=p, task="t") for i, p in enumerate(prompts_of([4] * 60))]
     shape = ThinOptions(layers=2, block_size=4, draft_vocab=40, bigram_rank=2)
-    options, budget = AnswerOptions(max_tokens=24), Budget(minutes=0.2)
-    told: list[Progress] = []
-    told += collect_answers(model, questions, work, shape, options, budget)
+    answered(model, work, shape, 24)
     steps = StepOptions(answers_per_step=4, blocks_per_answer=8, warmup_steps=5)
-    told += train(model, work, shape, steps, budget, tmp_path / "out", "me/model")
-    assert {p.stage for p in told} == {"answers", "train"}
+    told = list(train(model, work, shape, steps, Budget(minutes=0.1), tmp_path / "out", "me/model"))
+    assert {p.stage for p in told} == {"train"}
     curve = [json.loads(line) for line in work.curve.read_text().splitlines()]
     assert curve[-1]["blocks"] > 0 and curve[-1]["tokens_per_cycle"] >= 1.0
     drafting = load_denoiser(model, tmp_path / "out")
-    (one,) = generate(
-        drafting, [questions[0].prompt], GenerateOptions(max_new_tokens=20, drafts="denoiser")
-    )
-    (plain,) = generate(model, [questions[0].prompt], GenerateOptions(mode="ar", max_new_tokens=20))
+    first, second = ([prompt] for prompt in prompts_of([4] * 2))
+    (one,) = generate(drafting, first, GenerateOptions(max_new_tokens=20, drafts="denoiser"))
+    (plain,) = generate(model, first, GenerateOptions(mode="ar", max_new_tokens=20))
     assert one.tokens == plain.tokens
     assert drafting.ngrams is not None
-    (most,) = generate(drafting, [questions[1].prompt], GenerateOptions(max_new_tokens=20))
+    (most,) = generate(drafting, second, GenerateOptions(max_new_tokens=20))
     assert most.lookup_tokens > 5  # it was trained on
     # A lost file ends the next training before it begins, not where its n-grams are counted.
     work.answers.write_bytes(work.answers.read_bytes()[:100])
@@ -286,9 +291,8 @@ def test_a_denoiser_is_trained_on(tmp_path: Path) -> None:
     first = thin(model)
     first.ngrams = count_ngrams(answers(30), [])
     save_denoiser(first, tmp_path / "first", "me/model", dtype=torch.float32)
-    questions = [Question(number=i, prompt=p, task="t") for i, p in enumerate(prompts_of([4] * 40))]
     shape, budget = ThinOptions(denoiser=str(tmp_path / "first")), Budget(minutes=0.05)
-    list(collect_answers(model, questions, work, shape, AnswerOptions(max_tokens=8), budget))
+    answered(model, work, shape, 8)
     steps = StepOptions(learning_rate=1e-9)
     list(train(model, work, shape, steps, budget, tmp_path / "out", "me/model"))
     again = load_denoiser(model, tmp_path / "out")
@@ -324,12 +328,11 @@ def test_a_denoiser_goes_on_in_blocks_of_another_size(
 def test_features_of_other_layers_are_made_anew(tmp_path: Path) -> None:
     """Guards a work folder that is used for another shape: a layer would read nothing."""
     model, work, steps = backbone(), WorkFolder(tmp_path / "work"), StepOptions()
-    questions = [Question(number=i, prompt=p, task="t") for i, p in enumerate(prompts_of([4] * 30))]
-    budget, options = Budget(minutes=0.05), AnswerOptions(max_tokens=6)
-    list(collect_answers(model, questions, work, ThinOptions(layers=1), options, budget))
+    budget = Budget(minutes=0.05)
+    answered(model, work, ThinOptions(layers=1), 6)
     with pytest.raises(ValueError, match="is of other layers; run the stage answers first"):
         list(train(model, work, ThinOptions(layers=2), steps, budget, tmp_path / "out", "m"))
-    list(collect_answers(model, questions, work, ThinOptions(layers=2), options, budget))
+    answered(model, work, ThinOptions(layers=2), 6)
     list(train(model, work, ThinOptions(layers=2), steps, budget, tmp_path / "out", "m"))
     assert load_denoiser(model, tmp_path / "out").config.reads == (2, 3, 6, 7)
 

@@ -66,13 +66,18 @@ class Place:
     start: int
 
 
-def find_places(folder: Path) -> list[Place]:
-    """All answers of a folder's parts, in order. ValueError (one line) for a file that is none."""
+def find_places(folder: Path, reads: Sequence[int] = ()) -> list[Place]:
+    """All answers of a folder's parts, in order. ValueError (one line) for a file that is none, and
+    for one that lacks keys of the layers.
+    """
     places = []
     for file in sorted(folder.glob("part-*.safetensors")):
         remedy = "remove it and run the stage answers again"
         with reading(file, remedy, "a part that"), safe_open(file, framework="pt") as part:
             lengths, starts = (part.get_tensor(name) for name in ("lengths", "starts"))
+            names = {*part.keys()}
+        if not {f"k.{read}" for read in reads} <= names:
+            raise ValueError(f"{folder}: is of other layers; run the stage answers first")
         first = 0
         for length, start in zip(lengths.tolist(), starts.tolist(), strict=True):
             places.append(Place(file=file, first=first, last=first + length, start=start))

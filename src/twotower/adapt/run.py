@@ -122,15 +122,9 @@ def train(
     backbone: str,
 ) -> Iterator[Progress]:
     """Stage train: a denoiser from the features, its curve, and in the end its folder."""
-    all_places = find_places(work.features)
-    places = _usable(work, all_places)
-    made = first_denoiser(model, thin, options.seed, work)
-    keyed = attended(model.config.context, made.config.reads)
-    if not all(
-        is_whole(file, count, keyed) for file, count in Counter(p.file for p in all_places).items()
-    ):
-        raise ValueError(f"{work.features}: is of other layers; run the stage answers first")
-    features = Features(keyed)
+    keyed = attended(model.config.context, reads_of(model.config, thin))
+    places = _usable(work, find_places(work.features, keyed))
+    made, features = first_denoiser(model, thin, options.seed, work), Features(keyed)
     trainer = Trainer(made, features, options, thin.denoiser)
     if work.checkpoint.is_file():
         trainer.load(work.checkpoint)
