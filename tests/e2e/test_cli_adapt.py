@@ -7,6 +7,7 @@ import pytest
 
 from tiny_checkpoint import make_text_checkpoint
 from twotower.cli.main import main
+from twotower.engine.fork_server import Root
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,22 @@ def test_a_template_that_refuses_is_one_line(
     assert main([*command, "--out", str(tmp_path / "d")]) == 2
     error = capsys.readouterr().err
     assert "only pairs of turns" in error and "defect" not in error and error.count("\n") == 1
+
+
+def test_prompts_share_the_process_of_the_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards runs beside others: each prompt had a fork of its own, thousands in all, of which each
+    must answer within a second; on two busy cores 3,000 took four minutes, or ended the run.
+    """
+    forks, copy = [], Root.copy
+    monkeypatch.setattr(Root, "copy", lambda root: forks.append(root) or copy(root))
+    folder = make_text_checkpoint(tmp_path / "m")
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    command = ["adapt", "-m", str(folder), "--prompts", str(prompts_file(tmp_path, 30))]
+    command += ["--layers", "1", "--max-tokens", "4", "--stage", "answers"]
+    assert main([*command, "--out", str(tmp_path / "d")]) == 0
+    assert len(forks) == 1
 
 
 @pytest.mark.parametrize("name", ["out", "work"])

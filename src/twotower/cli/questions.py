@@ -12,6 +12,7 @@ from twotower.arguments import require_unicode
 from twotower.cli.output_file import InputLine, read_lines
 from twotower.cli.prompts import Prompt, decoded, is_jsonl
 from twotower.cli.serve import need_extra
+from twotower.engine.fork_server import Process
 from twotower.engine.request import known_ids
 from twotower.loading import Loaded
 
@@ -89,6 +90,7 @@ def question_encoder(loaded: Loaded, verb: str, is_plain: bool) -> Encode:
             from twotower.serve.errors import ApiError
 
         template = read_template(loaded.folder)
+    processes: list[Process] = []  # one for all: a fork takes longer than a prompt
 
     def encode(text: Prompt, where: str) -> list[int]:
         if not isinstance(text, str):
@@ -99,7 +101,9 @@ def question_encoder(loaded: Loaded, verb: str, is_plain: bool) -> Encode:
             return tokenizer.encode_prompt(text)
         messages = [{"role": "user", "content": text}]
         try:
-            return template.encode(messages, None, tokenizer, _MAX_TOKENS)
+            if not processes:
+                processes.append(template.process(tokenizer))
+            return template.encode(messages, None, tokenizer, _MAX_TOKENS, processes[0])
         except ApiError as error:
             raise ValueError(str(error)) from None
 

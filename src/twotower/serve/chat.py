@@ -1,7 +1,8 @@
 """A conversation into token ids, by the checkpoint's own Jinja template."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -64,21 +65,35 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, object]] | None,
         tokenizer: Tokenizer,
         max_tokens: int,
+        process: Process | None = None,
     ) -> list[int]:
         """Token ids of a prompt for the next reply; ApiError 400 where the template refuses, takes
-        too much, or makes more tokens than that.
+        too much, or makes more tokens than that. process: one for many prompts of one caller, from
+        `process`; by itself each prompt gets its own.
         """
         context = {"messages": messages, "tools": tools, "add_generation_prompt": True}
         request = json.dumps({"context": context, "most_pieces": max_tokens}).encode()
-        variables = tuple(sorted(self.special.items()))
-        try:
-            process = _root(self.source, variables, tokenizer.special_texts).copy()
+        process = process or self.process(tokenizer)
+        with _refusals():
             reply, _ = process.ask(child.RENDER + request, _RENDER_CPU_S, _RENDER_S)
-        except ProcessDied:
-            raise _refusal("takes too much time or memory") from None
-        except ValueError as error:
-            raise _refusal(str(error)) from None
         return encode_pieces(tokenizer, json.loads(reply), max_tokens)
+
+    def process(self, tokenizer: Tokenizer) -> Process:
+        """A process of its own that renders; ApiError 400 where the template does not compile."""
+        variables = tuple(sorted(self.special.items()))
+        with _refusals():
+            return _root(self.source, variables, tokenizer.special_texts).copy()
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What a process says about its template, as ApiError 400."""
+    try:
+        yield
+    except ProcessDied:
+        raise _refusal("takes too much time or memory") from None
+    except ValueError as error:
+        raise _refusal(str(error)) from None
 
 
 def _refusal(reason: str) -> ApiError:
