@@ -20,8 +20,9 @@ from stage import Stage
 
 from twotower import TwoTower, accelerate
 from twotower.adapt.answers import Question
-from twotower.adapt.options import AnswerOptions, Budget, StepOptions, ThinOptions, WorkFolder
-from twotower.adapt.run import Progress, collect_answers, train
+from twotower.adapt.budget import Budget, Progress
+from twotower.adapt.options import AnswerOptions, StepOptions, ThinOptions, WorkFolder
+from twotower.adapt.run import collect_answers, train
 from twotower.cli.scripts import script_parser
 from twotower.lab.report import COLORS, new_figure
 from twotower.loading import Loaded, Placement, load
