@@ -50,12 +50,11 @@ def main(mode: str = "diffusion", backend: str = "eager") -> None:
 def lines_of_functions(file: Path, executed: set[int]) -> int:
     """The lines of the functions of a file in which a line was executed."""
     functions = [
-        range(node.lineno, node.end_lineno or node.lineno)
+        set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.FunctionDef)
     ]
-    read = {line for own in functions if executed & set(own) for line in (*own, own.stop)}
-    return len(read)
+    return len(set().union(*(own for own in functions if executed & own)))
 
 
 if __name__ == "__main__":
