@@ -3,6 +3,7 @@
 import math
 import reprlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal, TypeVar
 
 from twotower.arguments import ABOVE_ZERO, check, check_fields, number
@@ -31,12 +32,12 @@ class MambaSpec:
         check_sizes(self, "num_heads", "head_dim", "state_size", "num_groups", "conv_width")
         check_division(self, "num_heads", "num_groups")
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Channels of x: H * P."""
         return self.num_heads * self.head_dim
 
-    @property
+    @cached_property
     def conv_channels(self) -> int:
         """Channels of the causal convolution: C = H * P + 2 * G * N."""
         return self.width + 2 * self.num_groups * self.state_size

@@ -25,7 +25,7 @@ from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
 from twotower.model import ContextCache, ContextView, TwoTower
 from twotower.model.delta import CacheDelta
-from twotower.model.state import LayerState
+from twotower.model.state import LayerState, empty_states
 
 _log = logging.getLogger(__name__)
 _STEP_TENSORS = [
@@ -158,7 +158,7 @@ def _fill(model: TwoTower, copies: dict[int, CacheCopy], asked: Message) -> Mess
     copy = copies.get(values["number"])
     if copy is None:
         device, dtype = model.denoiser_device, delta.hidden.dtype
-        empty = model.context_tower.empty_states(1, device, dtype)
+        empty = empty_states(model.config.context.layers, 1, device, dtype)
         copy = copies[values["number"]] = CacheCopy(ContextCache(empty, 1))
     copy.update(values["sources"], delta)
     generators = [torch.Generator() for _ in states]

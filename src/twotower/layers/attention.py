@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from twotower.kernels import ops
@@ -24,7 +23,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, spec: AttentionSpec, eps: float) -> None:
         """eps: of the norms of queries and keys."""
         super().__init__()
-        self.head_dim, self.num_kv_heads = spec.head_dim, spec.num_kv_heads
+        self.head_dim = spec.head_dim
         self.has_rope = spec.rope is not None
         queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.q_proj = nn.Linear(width, queries, bias=spec.bias)
@@ -33,13 +32,6 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, width, bias=spec.out_bias)
         self.q_norm = RMSNorm(spec.head_dim, eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, eps) if spec.qk_norm else None
-
-    def empty_state(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> KV:
-        """The past before the first token."""
-        k, v = torch.empty(
-            2, num_rows, 0, self.num_kv_heads, self.head_dim, device=device, dtype=dtype
-        )
-        return KV(k, v)
 
     def forward(
         self, x: Tensor, past: KV | None, mask: Tensor | None, rotation: Rotation | None = None

@@ -86,15 +86,6 @@ class Mamba2(nn.Module):
         self.norm = GatedRMSNorm(self.width, self.num_groups, eps)
         self.out_proj = nn.Linear(self.width, width, bias=spec.proj_bias)
 
-    def empty_state(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> MambaState:
-        """The state before the first token."""
-        conv = (self.conv1d.in_channels, self.conv_width - 1)
-        ssm = (self.num_heads, self.head_dim, self.state_size)
-        return MambaState(
-            torch.zeros(num_rows, *conv, device=device, dtype=dtype),
-            torch.zeros(num_rows, *ssm, device=device),
-        )
-
     def forward(
         self, x: Tensor, past: MambaState | None, counts: Tensor | None, states_every: int | None
     ) -> tuple[Tensor, MambaState | MambaInputs]:

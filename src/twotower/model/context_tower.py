@@ -1,6 +1,5 @@
 """The context tower: the causal backbone. It alone writes state."""
 
-import torch
 from torch import Tensor
 
 from twotower.layers.attention import KV, Attention
@@ -13,17 +12,6 @@ NewState = LayerState | MambaInputs  # inputs where the caller decides later how
 
 class ContextTower(Tower):
     """The causal tower: each layer starts from its own past and hands on its new state."""
-
-    def empty_states(
-        self, num_rows: int, device: torch.device, dtype: torch.dtype
-    ) -> list[LayerState]:
-        """What each layer keeps of a text before its first token."""
-        return [
-            layer.mixer.empty_state(num_rows, device, dtype)
-            if isinstance(layer.mixer, Attention | Mamba2)
-            else None
-            for layer in self.each_layer()
-        ]
 
     def forward(
         self,

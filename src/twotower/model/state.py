@@ -14,12 +14,32 @@ from torch import Tensor
 
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
+from twotower.specs import AttentionSpec, LayerSpec, MambaSpec
 
 # Tokens by which a buffer grows. Doubling would make short texts grow again and again, and leave
 # half of a long one's room unused.
 _MIN_GROWTH, _MAX_GROWTH = 64, 1024
 
 LayerState = KV | MambaState | None
+
+
+def empty_states(
+    layers: Sequence[LayerSpec], num_rows: int, device: torch.device, dtype: torch.dtype
+) -> list[LayerState]:
+    """What each layer keeps of a text before its first token."""
+    states = list[LayerState]()
+    for spec in layers:
+        if isinstance(spec, AttentionSpec):
+            shape = num_rows, 0, spec.num_kv_heads, spec.head_dim
+            states.append(KV(*torch.empty(2, *shape, device=device, dtype=dtype)))
+        elif isinstance(spec, MambaSpec):
+            inputs = num_rows, spec.conv_channels, spec.conv_width - 1
+            conv = torch.zeros(inputs, device=device, dtype=dtype)
+            shape = num_rows, spec.num_heads, spec.head_dim, spec.state_size
+            states.append(MambaState(conv, torch.zeros(shape, device=device)))
+        else:
+            states.append(None)
+    return states
 
 
 class Version:

@@ -20,7 +20,7 @@ from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.draft_tree import DraftTree
 from twotower.model.ngrams import Ngrams
-from twotower.model.state import ContextCache, ContextView, ForwardOutput
+from twotower.model.state import ContextCache, ContextView, ForwardOutput, empty_states
 from twotower.model.training import read_and_denoise
 from twotower.specs import MambaSpec
 
@@ -123,10 +123,9 @@ class TwoTower(nn.Module):
 
     def empty_cache(self, num_rows: int, device: torch.device | None = None) -> ContextCache:
         """A cache before the first token."""
-        tower = self.context_tower
-        weight = tower.embeddings.weight
-        states = tower.empty_states(num_rows, device or weight.device, weight.dtype)
-        return ContextCache(states, num_rows)
+        dtype, device = self.context_tower.embeddings.weight.dtype, device or self.context_device
+        layers = self.config.context.layers
+        return ContextCache(empty_states(layers, num_rows, device, dtype), num_rows)
 
     @torch.no_grad()
     def prefill(
