@@ -109,6 +109,7 @@ def batch_of(denoiser: CopyDenoiser, *indices: int) -> Batch:
 
 def fill(batch: Batch) -> list[list[int]]:
     blocks = torch.full((len(batch.rows), 4), MASK)
+    assert batch.denoiser is not None
     *_, last = batch.denoiser.fill(batch, Blocks(blocks, batch.sampler, [], None))
     return last.tokens.tolist()
 

@@ -62,7 +62,7 @@ def batch_with(ngrams: Ngrams | None, costs: PassCosts = COSTS) -> Batch:
         ngrams=ngrams, pass_costs=costs, context_device=torch.device("cpu"), verifies_trees=False
     )
     row = Row(0, [1], ResolvedOptions())
-    return Batch(model, None, [row], None, None)  # type: ignore[arg-type]
+    return Batch(model, None, [row], None)  # type: ignore[arg-type]
 
 
 def ngrams_of(*known: tuple[list[int], int, float]) -> Ngrams:

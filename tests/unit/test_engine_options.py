@@ -12,7 +12,6 @@ from twotower.documented import field_docs
 from twotower.engine import MODES, EngineOptions, ResolvedOptions, defaults_of, resolve_options
 from twotower.engine.batch import Batch
 from twotower.engine.blocks import BLOCKS
-from twotower.engine.denoiser import LocalDenoiser
 from twotower.engine.options import FIELD_MODES
 from twotower.engine.request import Row
 
@@ -275,7 +274,7 @@ def test_options_reach_the_sampler(mode: str, kind: str) -> None:
         adaptive=True,
     )
     rows = [Row(0, [5], options), Row(1, [5], dataclasses.replace(options, temperature=0.0))]
-    s = Batch(model, BLOCKS, rows, model.empty_cache(2), LocalDenoiser()).sampler
+    s = Batch(model, BLOCKS, rows, model.empty_cache(2)).sampler
     steps = 3 if mode == "speculative" else 5
     assert (s.kind, s.steps.tolist()) == (kind, [steps, steps])
     assert s.threshold.tolist() == pytest.approx([0.4, 0.4])

@@ -49,4 +49,4 @@ def test_penalties_by_hand() -> None:
     assert found[0, 1].tolist() == [-2.0, 2.0, 1.0, 2.25, 0.0]  # 6 / 2 - 0.5 - 0.25
     assert found[0, 2].tolist() == logits[0, 2].tolist()  # behind the draft
     assert torch.equal(found[1], logits[1])
-    assert penalize(logits, [other, other], [[], []]) is logits
+    assert penalize(logits, [other, other], [[], []]).equal(logits)

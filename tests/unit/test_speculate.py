@@ -30,7 +30,7 @@ def batch_of(costs: PassCosts, num_rows: int = 1, **towers: int) -> Batch:
     """What drafts ask of a batch: costs of passes and the towers' layers."""
     config = SimpleNamespace(**{n: SimpleNamespace(num_layers=v) for n, v in towers.items()})
     model = SimpleNamespace(pass_costs=costs, config=config, context_device=torch.device("cpu"))
-    return Batch(model, None, [None] * num_rows, None, None)  # type: ignore[arg-type, list-item]
+    return Batch(model, None, [None] * num_rows, None)  # type: ignore[arg-type, list-item]
 
 
 def test_best_length() -> None:
@@ -120,7 +120,7 @@ def test_padding_of_drafts_that_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [Row(index, [5], ResolvedOptions(mode="speculative")) for index in range(2)]
     for row in rows:
         row.tokens = [4]
-    batch = Batch(None, speculative.SPECULATIVE, rows, None, None)  # type: ignore[arg-type]
+    batch = Batch(None, speculative.SPECULATIVE, rows, None)  # type: ignore[arg-type]
     assert list(speculative.draft(batch)) == []
     drafts, lengths, parents = (part.tolist() for part in batch.draft)
     assert (drafts, lengths) == ([[4, 7, 8], [4, 0, 0]], [3, 1])

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from twotower.diffusion import Sampler, SamplerKind
-from twotower.engine.choosing import ChoosingBackend, chooser_of
+from twotower.engine.choosing import ChoosingBackend
 from twotower.engine.denoiser import Denoiser
 from twotower.engine.drafts import pass_cost
 from twotower.engine.events import Event, TokenLogprob, Verified
@@ -69,7 +69,7 @@ class Batch:
     mode: DecodingMode
     rows: list[Row]
     cache: ContextCache
-    denoiser: Denoiser
+    denoiser: Denoiser | None = None  # once it has filled a block
     draft: tuple[Tensor, ...] = ()  # what the denoiser proposes, (B, ...) each
     choice: Choice | None = None  # what the context tower made of it
 
@@ -116,13 +116,18 @@ class Batch:
         verified.
         """
         is_small = self.rows[0].options.block_size <= MAX_TOKENS
-        needs_host = any(row.needs_host for row in self.rows)
-        return self.model.verifies_trees and is_small and not needs_host
+        return self.model.verifies_trees and is_small and not self.needs_host
+
+    @cached_property
+    def needs_host(self) -> bool:
+        """Whether more than logits and noise chooses tokens of any row, or tells of them."""
+        return any(row.needs_host for row in self.rows)
 
     @cached_property
     def chooser(self) -> ChoosingBackend | None:
         """The model's backend, if it chooses tokens."""
-        return chooser_of(self.model.backend)
+        backend = self.model.backend
+        return cast(ChoosingBackend, backend) if backend.chooses_tokens else None
 
     def pass_cost(self, num_tokens: int, num_rows: int | None = None) -> float:
         """AR steps of these rows that a pass over so many tokens of num_rows of them costs, of all

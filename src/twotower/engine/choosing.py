@@ -4,19 +4,18 @@ The host then synchronises once in several passes. `Backend` alone is enough to 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from twotower.diffusion import Sampler, Step
 from twotower.model import ContextCache, ContextView
-from twotower.model.backend import Backend
 
 
 @runtime_checkable
 class ChoosingBackend(Protocol):
-    """A backend whose passes also choose tokens and commit them.
+    """A backend whose passes also choose tokens and commit them (`Backend.chooses_tokens`).
 
     ValueError (one line) where logits are not finite; caches are then what they were.
     """
@@ -51,10 +50,3 @@ class ChoosingBackend(Protocol):
     ) -> Iterator[Step]:
         """`denoise_block` with the model's denoiser, for a sampler of kind confidence."""
         ...
-
-
-def chooser_of(backend: Backend) -> ChoosingBackend | None:
-    """The backend, if it chooses tokens. Python looks through all of a protocol for an instance of
-    it, which takes a small model's pass too long.
-    """
-    return cast(ChoosingBackend, backend) if hasattr(backend, "decode_steps") else None

@@ -17,8 +17,6 @@ def penalize(logits: Tensor, rows: Sequence[Row], drafts: Sequence[list[int]]) -
     A position's penalties are worked out from the tokens before it, in the same steps for one
     position as for many, so that a verified draft gives what decoding token by token gives.
     """
-    if not any(row.options.has_penalties for row in rows):
-        return logits
     logits = logits.clone()
     for row, own, draft in zip(rows, logits, drafts, strict=True):
         if row.options.has_penalties:

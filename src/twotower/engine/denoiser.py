@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from twotower.diffusion import Sampler, Step, denoise_block, require_finite
-from twotower.engine.choosing import chooser_of
+from twotower.engine.choosing import ChoosingBackend
 from twotower.engine.events import Event, StepTaken
 from twotower.model import ContextView, TwoTower
 
@@ -72,6 +72,7 @@ def fill_blocks(
     generators = [row.generator for row in rows] if sampler.is_random else []
     before = [row.nfe for row in rows]
     last: Step | None = None
+    batch.denoiser = batch.denoiser or new_denoiser(batch.model)
     for last in batch.denoiser.fill(batch, Blocks(blocks, sampler, generators, slots)):
         parts = last.t, last.nfe, last.tokens, last.is_masked, last.confidence
         each = zip(rows, before, *map(Tensor.tolist, parts), strict=True)
@@ -107,8 +108,8 @@ def denoise_rows(model: TwoTower, view: ContextView, blocks: Blocks) -> Iterator
     """`denoise_block` on blocks of a view's rows, by this process's denoiser tower."""
     tokens, sampler, generators, slots = blocks
     own = view if slots is None or len(slots) == view.num_rows else view.select(slots)
-    if (chooser := chooser_of(model.backend)) is not None and sampler.kind == "confidence":
-        return chooser.fill(own, tokens, sampler, generators)
+    if model.backend.chooses_tokens and sampler.kind == "confidence":
+        return cast(ChoosingBackend, model.backend).fill(own, tokens, sampler, generators)
     held = list(range(own.num_rows)), own  # rows of a view are copied only when they change
 
     def denoise(tokens: Tensor, t: Tensor, rows: Tensor) -> Tensor:

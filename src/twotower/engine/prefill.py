@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from twotower.engine.ar import AR
 from twotower.engine.batch import Batch, DecodingMode, kind_of
 from twotower.engine.blocks import BLOCKS
-from twotower.engine.denoiser import new_denoiser
 from twotower.engine.given import GIVEN
 from twotower.engine.mock_ar import MOCK_AR
 from twotower.engine.options import Mode
@@ -72,7 +71,7 @@ def open_batches(model: TwoTower, rows: Sequence[Row], are_alone: bool) -> Itera
         for some in row_lists:
             first, cache = some[0], model.empty_cache(len(some))
             mode = GIVEN if first.given else DECODING_MODES[first.options.mode]
-            yield Batch(model, mode, some, cache, new_denoiser(model))
+            yield Batch(model, mode, some, cache)
 
 
 def read_prompts(batch: Batch, prefixes: PrefixCache | None) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 
 from twotower.engine.batch import Batch, Choice, Group, kind_of
-from twotower.engine.denoiser import RowsAborted, new_denoiser
+from twotower.engine.denoiser import RowsAborted
 from twotower.engine.events import Event, Failed, Verified
 from twotower.engine.faults import EngineDeadError, failed, failure
 from twotower.engine.options import EngineOptions
@@ -128,7 +128,7 @@ class Scheduler:
     def _pause(self, group: Group, row: Row) -> None:
         """Take a row's slot; it waits with all that was read of it."""
         row.paused = group.remove(row)
-        row.paused.denoiser = new_denoiser(self._model)  # the old one goes on with the others
+        row.paused.denoiser = None  # it goes on with the others
         self._queue.put_back(row)
 
     def _prefill(self, group: Group) -> Iterator[Event]:

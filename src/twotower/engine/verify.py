@@ -39,8 +39,7 @@ def verify(batch: Batch, most_steps: int = 1) -> Choice:
     most_steps: AR steps that a backend which chooses may make; above 1 without drafts alone.
     """
     drafts, lengths = batch.draft[:2]
-    needs_host = any(row.needs_host for row in batch.rows)
-    if batch.chooser is not None and not needs_host:
+    if batch.chooser is not None and not batch.needs_host:
         steps = min(most_steps, batch.chooser.decode_steps)
         noise = _noise(batch, max(steps, drafts.shape[1]), batch.model.config.vocab_size)
         found = batch.chooser.decode(batch.cache, drafts, lengths, batch.sampler, noise, steps)
@@ -51,7 +50,7 @@ def verify(batch: Batch, most_steps: int = 1) -> Choice:
     is_draft = drafts.shape[1] > 1  # the newest token always stays
     tree = DraftTree(batch.draft[2].tolist()) if len(batch.draft) > 2 else None
     output = batch.model.verify(batch.cache, drafts, lengths if is_draft else None, is_draft, tree)
-    if needs_host or not batch.sampler.is_greedy or min(counted) == drafts.shape[1]:
+    if batch.needs_host or not batch.sampler.is_greedy or min(counted) == drafts.shape[1]:
         logits = batch.model.context_head(output.hidden)
         choices = _choices(batch, logits, tree)
     else:
@@ -100,8 +99,9 @@ def _choices(batch: Batch, logits: Tensor, tree: DraftTree | None) -> Tensor:
     agrees with them.
     """
     drafts, lengths = batch.draft[:2]
-    each = zip(drafts.tolist(), lengths.tolist(), strict=True)
-    logits = penalize(logits, batch.rows, [own[1:length] for own, length in each])
+    if any(row.options.has_penalties for row in batch.rows):
+        each = zip(drafts.tolist(), lengths.tolist(), strict=True)
+        logits = penalize(logits, batch.rows, [own[1:length] for own, length in each])
     noise = _noise(batch, *logits.shape[1:])
     if noise is not None and tree is not None:  # that of a token's position in the text
         noise = torch.stack([own[depths] for own, depths in zip(noise, tree.depths, strict=True)])

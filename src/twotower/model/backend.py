@@ -44,6 +44,8 @@ class Backend(Protocol):
 
     verifies_trees: bool
     """Whether drafts may branch, where the context tower has attention and no other state."""
+    chooses_tokens: bool
+    """Whether passes may choose tokens, too: then it is a `ChoosingBackend` of the engine."""
 
     @property
     def pass_costs(self) -> PassCosts:
@@ -79,7 +81,7 @@ class EagerBackend:
     """Plain PyTorch: every model and device; what the other backends are compared with."""
 
     name, quantization = "eager", "none"
-    prefix_chunk, verifies_trees = 64, True
+    prefix_chunk, verifies_trees, chooses_tokens = 64, True, False
     pass_costs = PassCosts({1: 1.0, 4: 1.4, 8: 1.6, 16: 1.75})
 
     def __init__(self, model: "TwoTower") -> None:

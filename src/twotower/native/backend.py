@@ -40,7 +40,7 @@ class NativeBackend:
     """
 
     name = "native"
-    prefix_chunk, verifies_trees = LANES, True
+    prefix_chunk, verifies_trees, chooses_tokens = LANES, True, False
 
     def __init__(self, model: TwoTower, quantization: str) -> None:
         self.quantization = quantization
