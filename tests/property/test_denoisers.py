@@ -76,7 +76,7 @@ def test_a_copy_follows_whatever_becomes_of_a_batch(data: st.DataObject) -> None
         if change == "read":
             for row in batch.rows:
                 row.tokens += prompts_of([data.draw(st.integers(0, 3))], seed=row.index)[0]
-            batch.read(0)
+            batch.read()
         elif change == "part" and len(batch.rows) > 1:
             batch = batch.part(
                 sorted(data.draw(st.sets(st.sampled_from(range(len(batch.rows))), min_size=1)))
@@ -90,7 +90,7 @@ def test_a_copy_follows_whatever_becomes_of_a_batch(data: st.DataObject) -> None
             batch = batch.join(waiting.pop())
         elif change == "fail":
             batch.rows[0].tokens += [7, 8]
-            batch.read(0)
+            batch.read()
             denoiser._follower.lacks(batch)  # and the copy never gets it
             continue
         fill(batch)
@@ -103,7 +103,7 @@ def batch_of(denoiser: CopyDenoiser, *indices: int) -> Batch:
     options = resolve_options(GenerateOptions(mode="diffusion", max_new_tokens=99), {})
     rows = [Row(i, prompts_of([1 + i % 5], seed=i)[0], options) for i in indices]
     batch = Batch(MODEL, BLOCKS, rows, MODEL.empty_cache(len(rows)), denoiser)
-    batch.read(0)
+    batch.read()
     return batch
 
 
@@ -130,7 +130,7 @@ def test_only_what_is_new_is_copied() -> None:
     assert (sources, delta.counts.tolist()) == ([-1, -1], [5, 5])
     follower.holds(batch)
     batch.rows[1].tokens += [5, 6]
-    batch.read(0)
+    batch.read()
     rest = batch.part([1])
     sources, delta = follower.lacks(rest)
     assert (sources, delta.counts.tolist()) == ([1], [2])

@@ -190,7 +190,7 @@ def test_a_prompt_in_pieces_is_read_as_at_once(
             for budget in itertools.cycle(budgets):
                 patch.setattr(prefill, "READ_TOKENS", budget * len(batch.rows))
                 prefill.read_prompts(batch, None)
-                if batch.has_read_prompts:
+                if batch.has_read:
                     break
                 if leaving < len(batch.rows) > 1:
                     batch = batch.part([i for i in range(len(batch.rows)) if i != leaving])
@@ -221,7 +221,7 @@ def test_pieces_end_where_the_model_says(monkeypatch: pytest.MonkeyPatch) -> Non
         row = Row(0, prompts_of([61])[0], resolve_options(SHORT, {}))
         (batch,) = prefill.open_batches(MODEL, [row], are_alone=True)
         sizes.clear()
-        while not batch.has_read_prompts:
+        while not batch.has_read:
             prefill.read_prompts(batch, None)
         assert sizes == expected
 

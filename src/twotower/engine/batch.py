@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple, cast
+from typing import NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -18,12 +18,7 @@ from twotower.model import ContextCache, TwoTower
 from twotower.model.draft_tree import MAX_TOKENS
 from twotower.model.rows import append_rows, keep_rows, select_rows
 
-_SAMPLERS: dict[str, SamplerKind] = {
-    "posterior": "posterior",
-    "predict-and-noise": "predict-and-noise",
-}
-
-
+_KINDS: dict[str, SamplerKind] = {kind: kind for kind in get_args(SamplerKind)}  # modes of the name
 NUM_OTHERS = 2  # next most probable tokens at each position of a draft that may branch
 
 
@@ -33,11 +28,6 @@ class Choice(NamedTuple):
     tokens: Sequence[list[int]]  # of each row
     logprobs: Sequence[Sequence[TokenLogprob] | None] | None = None  # None if no row asked
     verified: Sequence[Verified] | None = None  # of each row
-
-
-def no_draft(batch: "Batch") -> Iterator[Event]:
-    """The draft of a mode without one."""
-    return iter(())
 
 
 @dataclass(frozen=True)
@@ -51,14 +41,9 @@ class DecodingMode:
     """
 
     choose: Callable[["Batch"], Choice]
-    draft: Callable[["Batch"], Iterator[Event]] = no_draft
+    draft: Callable[["Batch"], Iterator[Event] | None] = lambda batch: None
     start: Callable[["Batch"], Choice] | None = None
     num_unread: int = 0  # newest tokens of a text that the cache does not hold
-
-    @property
-    def num_unread_prompt(self) -> int:
-        """The same of a prompt, before the start."""
-        return self.num_unread if self.start is None else 0
 
 
 @dataclass(eq=False)
@@ -73,11 +58,6 @@ class Batch:
     draft: tuple[Tensor, ...] = ()  # what the denoiser proposes, (B, ...) each
     choice: Choice | None = None  # what the context tower made of it
 
-    @property
-    def kind(self) -> object:
-        """Batches of one kind may be joined."""
-        return kind_of(self.rows[0])
-
     @cached_property
     def sampler(self) -> Sampler:
         """How the rows choose tokens."""
@@ -91,7 +71,7 @@ class Batch:
             min_p=torch.tensor([float(o.min_p) for o in options]),
             steps=torch.tensor(steps),
             threshold=torch.tensor([float(o.confidence_threshold) for o in options]),
-            kind=_SAMPLERS.get(first.mode, "confidence"),
+            kind=_KINDS.get(first.mode, "confidence"),
             schedule=first.schedule,
             remask=first.remask,
             adaptive=first.adaptive,
@@ -142,21 +122,15 @@ class Batch:
         return len(self.rows) if self.model.context_device.type == "cpu" else 1
 
     @property
-    def num_read(self) -> int:
-        """Tokens of the longest text in the cache."""
-        return self.cache.num_past
+    def num_unread(self) -> int:
+        """Newest tokens that the cache is not to hold; before a `start`, which needs all, none."""
+        is_prompt = self.mode.start is not None and not self.rows[0].tokens
+        return 0 if is_prompt else self.mode.num_unread
 
     @property
-    def has_read_prompts(self) -> bool:
-        """Whether the cache holds all prompts."""
-        lengths, num_unread = self.cache.lengths.tolist(), self.mode.num_unread_prompt
-        pairs = zip(self.rows, lengths, strict=True)
-        return all(length >= len(row.prompt) - num_unread for row, length in pairs)
-
-    @property
-    def has_read_texts(self) -> bool:
-        """The same of all texts."""
-        ends = [len(row.prompt) + len(row.tokens) - self.mode.num_unread for row in self.rows]
+    def has_read(self) -> bool:
+        """Whether the cache holds all of the rows' texts but those."""
+        ends = [len(row.prompt) + len(row.tokens) - self.num_unread for row in self.rows]
         return ends == self.cache.lengths.tolist()
 
     def part(self, indices: Sequence[int]) -> "Batch":
@@ -182,12 +156,12 @@ class Batch:
         append_rows(self.cache, other.cache)
         return Batch(self.model, self.mode, self.rows + other.rows, self.cache, self.denoiser)
 
-    def read(self, num_unread: int, most: int | None = None) -> None:
-        """Let the context tower read what the cache lacks of each row's text, but for its last
+    def read(self, most: int | None = None) -> None:
+        """Let the context tower read what the cache lacks of each row's text, but for the last
         num_unread tokens: at most `most` tokens a row.
         """
         starts = self.cache.lengths.tolist()
-        ends = [len(row.prompt) + len(row.tokens) - num_unread for row in self.rows]
+        ends = [len(row.prompt) + len(row.tokens) - self.num_unread for row in self.rows]
         bounds = list(zip(self.rows, starts, ends, strict=True))
         pieces = [row.between(a, b if most is None else min(a + most, b)) for row, a, b in bounds]
         counts = [len(piece) for piece in pieces]
@@ -212,11 +186,11 @@ class Group:
 
     def add(self, batch: Batch) -> None:
         """Let rows decode with those of their kind, or have their prompts read."""
-        if not batch.has_read_prompts:
+        if not (batch.rows[0].tokens or batch.has_read):
             self.prompts.append(batch)
             return
         for own in self.batches:
-            if own.kind == batch.kind:
+            if kind_of(own.rows[0]) == kind_of(batch.rows[0]):
                 self.batches.remove(own)
                 batch = own.join(batch)
                 break

@@ -3,16 +3,13 @@
 It reads each row's last token, which the cache does not hold yet. Source: system.md section 4.
 """
 
-from collections.abc import Iterator
-
 import torch
 
 from twotower.engine.batch import Batch, Choice, DecodingMode
-from twotower.engine.events import Event
 from twotower.engine.logits import choose_tokens
 
 
-def draft(batch: Batch) -> Iterator[Event]:
+def draft(batch: Batch) -> None:
     """The denoiser's choice after each row's last token, without t."""
     last = torch.tensor([[(row.tokens or row.prompt)[-1]] for row in batch.rows])
     logits = batch.model.denoise(last, batch.cache.view(), None)[:, 0]
@@ -20,7 +17,6 @@ def draft(batch: Batch) -> Iterator[Event]:
         row.nfe += 1
     chosen, ids = choose_tokens(logits, batch.rows, batch.sampler), batch.model.draft_ids
     batch.draft = (chosen if ids is None else ids[chosen],)
-    return iter(())
 
 
 def choose(batch: Batch) -> Choice:

@@ -78,14 +78,14 @@ def read_prompts(batch: Batch, prefixes: PrefixCache | None) -> None:
     """Read prompts on, READ_TOKENS of all rows together. Pieces end where the model says or, with
     a prefix cache, that: what else is read in between changes no bit.
     """
-    num_unread = batch.mode.num_unread_prompt
-    if prefixes is not None and batch.num_read == 0:
+    if prefixes is not None and batch.cache.num_past == 0:
         (row,) = batch.rows
-        batch.cache, row.cached_tokens = prefixes.take(row.prompt[: len(row.prompt) - num_unread])
+        known = row.prompt[: len(row.prompt) - batch.num_unread]
+        batch.cache, row.cached_tokens = prefixes.take(known)
     num_left = READ_TOKENS // len(batch.rows)
-    while num_left > 0 and not batch.has_read_prompts:
-        size = PREFILL_CHUNK if prefixes is None else prefixes.piece(batch.num_read)
-        batch.read(num_unread, size)
+    while num_left > 0 and not batch.has_read:
+        size = PREFILL_CHUNK if prefixes is None else prefixes.piece(batch.cache.num_past)
+        batch.read(size)
         if prefixes is not None:
             prefixes.keep(batch.rows[0].prompt, batch.cache)
         num_left -= size

@@ -135,29 +135,25 @@ class Scheduler:
         """Let the context tower read what was committed, and pieces of prompts."""
         batches, group.batches = group.batches, []
         for batch in batches:
-            is_read = batch.has_read_texts
-            group.batches += [batch] if is_read else (yield from _attempt(batch, _extend))
+            is_read = batch.has_read
+            group.batches += [batch] if is_read else (yield from _attempt(batch, Batch.read))
         if not group.prompts:
             return
         slots, num_left = Counter(row.caller for row in self.rows), READ_TOKENS
         while group.prompts and num_left > 0:
             batch = min(group.prompts, key=lambda one: _turn(one, slots))
             group.prompts.remove(batch)
-            before = batch.num_read
-            for part in (yield from _attempt(batch, self._read_prompts)):
-                num_left -= len(part.rows) * (part.num_read - before)
-                if part.mode.start is not None and part.has_read_prompts:
+            before = batch.cache.num_past
+            for part in (yield from _attempt(batch, lambda b: read_prompts(b, self._prefixes))):
+                num_left -= len(part.rows) * (part.cache.num_past - before)
+                if part.mode.start is not None and part.has_read:
                     yield from _advance(group, part, part.mode.start)
                 else:
                     group.add(part)
 
-    def _read_prompts(self, batch: Batch) -> Iterator[Event]:
-        read_prompts(batch, self._prefixes)
-        return iter(())
-
 
 def _attempt(
-    batch: Batch, work: Callable[[Batch], Iterable[Event]]
+    batch: Batch, work: Callable[[Batch], Iterable[Event] | None]
 ) -> Generator[Event, None, list[Batch]]:
     """Work on a batch; where that fails, on each of its rows alone. Returns what succeeded.
 
@@ -166,7 +162,7 @@ def _attempt(
     """
     saved = [row.save() for row in batch.rows]
     try:
-        yield from work(batch)
+        yield from work(batch) or ()
         return [batch]
     except EngineDeadError:
         raise
@@ -190,8 +186,9 @@ def _turn(batch: Batch, slots: Mapping[str | None, int]) -> tuple[int, int, int]
     """Whose prompts are read first, as a key: of callers with few slots, then those that had the
     fewest turns, then the shortest.
     """
-    num_turns, length = batch.num_read // READ_TOKENS, max(len(row.prompt) for row in batch.rows)
-    return min(slots[row.caller] for row in batch.rows), num_turns, length
+    num_slots = min(slots[row.caller] for row in batch.rows)
+    length = max(len(row.prompt) for row in batch.rows)
+    return num_slots, batch.cache.num_past // READ_TOKENS, length
 
 
 def _draft(group: Group) -> Iterator[Event]:
@@ -212,9 +209,8 @@ def _commit(group: Group) -> Iterator[Event]:
 def _advance(group: Group, batch: Batch, choose: Callable[[Batch], Choice]) -> Iterator[Event]:
     """Add what is chosen to the rows' texts; those that go on stay in the group."""
 
-    def work(part: Batch) -> Iterator[Event]:
+    def work(part: Batch) -> None:
         part.choice = choose(part)
-        return iter(())
 
     for part in (yield from _attempt(batch, work)):
         going = yield from _write(part)
@@ -241,9 +237,3 @@ def _write(batch: Batch) -> Generator[Event, None, list[int]]:
         except Exception as error:
             yield failure(row, error)
     return going
-
-
-def _extend(batch: Batch) -> Iterator[Event]:
-    """Read what was committed since."""
-    batch.read(batch.mode.num_unread)
-    return iter(())

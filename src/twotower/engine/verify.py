@@ -4,7 +4,7 @@ A draft decides only how many tokens a pass yields; without one it yields the ne
 needs no more than its logits and its noise, a `ChoosingBackend` chooses.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from twotower.diffusion import choose as choose_each
 from twotower.diffusion import gumbel, require_finite
 from twotower.engine.batch import Batch, Choice
 from twotower.engine.constraints import choose_allowed, penalize
-from twotower.engine.events import Event
 from twotower.engine.logits import choose_tokens, rows_logprobs
 from twotower.engine.request import Row
 from twotower.model.draft_tree import DraftTree
@@ -26,11 +25,10 @@ def start(batch: Batch) -> Choice:
     return Choice(tokens, rows_logprobs(batch.rows, logits.unsqueeze(1), tokens))
 
 
-def newest_alone(batch: Batch) -> Iterator[Event]:
+def newest_alone(batch: Batch) -> None:
     """A draft of nothing: each row's newest token, which the cache does not hold."""
     newest = torch.tensor([[row.tokens[-1]] for row in batch.rows])
     batch.draft = newest, torch.ones(len(batch.rows), dtype=torch.int64)
-    return iter(())
 
 
 def verify(batch: Batch, most_steps: int = 1) -> Choice:
