@@ -6,6 +6,7 @@ Knows no file: how a family spells it in config.json is that family's business (
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from twotower.specs import (
     MAX_EXPERTS,
@@ -175,12 +176,12 @@ class TwoTowerConfig:
         reads = tuple(range(tower.num_layers))
         return cls(family=family, context=tower, denoiser=tower, reads=reads, **values)  # type: ignore[arg-type]
 
-    @property
+    @cached_property
     def hidden_size(self) -> int:
         """Width of both towers."""
         return self.context.hidden_size
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """Tokens of both heads."""
         return self.context.vocab_size

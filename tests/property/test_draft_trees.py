@@ -16,7 +16,7 @@ from tiny_options import options_of
 from twotower import Completion, ContextCache, TwoTower, accelerate, generate
 from twotower.engine import drafts_denoiser
 from twotower.model.backend import EagerBackend, PassCosts
-from twotower.model.draft_tree import MAX_TOKENS, DraftTree, has_branches
+from twotower.model.draft_tree import MAX_TOKENS, DraftTree, along_paths, has_branches
 
 WAYS = ["eager", "none", "int8", "int4"]
 CUTS = (0, 5, 57, 63, 64, 120)  # pasts that end before, at and behind a block of 64 keys
@@ -87,7 +87,8 @@ def test_what_is_kept_of_a_draft_is_a_text(way: str, num_rows: int) -> None:
         paths = [path_to(own, 11 - 2 * row) for row, own in enumerate(parents)]
         output = model.verify(cache, drafts, tree=DraftTree(parents))
         before = output.hidden.clone()
-        cache.commit(output, torch.tensor([len(path) for path in paths]), paths)
+        chosen = along_paths(cache, output, paths)
+        cache.commit(chosen, torch.tensor([len(path) for path in paths]))
         assert torch.equal(output.hidden, before)  # another commit could follow
         for row, path in enumerate(paths):
             alone = read(model, ids[row, : int(lengths[row])])

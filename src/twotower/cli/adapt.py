@@ -97,7 +97,8 @@ def run(options: AdaptArguments) -> int:
         first = stages.first_denoiser(model, thin, steps.seed)  # or why there can be none
         questions, held = _questions(prompts, loaded, options, work)
         longest = max(len(question.prompt) for question in questions) + options.max_tokens
-        if lack := lacking_memory(model, longest):
+        token_bytes = model.empty_cache(1).token_bytes
+        if lack := lacking_memory(model.context_device, token_bytes, longest):
             raise ValueError(f"max_tokens={options.max_tokens}: an answer needs {lack}; use fewer")
         is_all = options.stage == "all"
         wanted = STAGES if is_all else (options.stage,)

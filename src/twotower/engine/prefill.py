@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
+
 from twotower.engine.ar import AR
 from twotower.engine.batch import Batch, DecodingMode, kind_of
 from twotower.engine.blocks import BLOCKS
@@ -27,13 +29,13 @@ DECODING_MODES: Mapping[Mode, DecodingMode] = {
 READ_TOKENS = 1024
 
 
-def refusal(model: TwoTower, rows: Sequence[Row]) -> str | None:
-    """Why these rows cannot share a batch: keys and values of their prompts and new tokens would
-    not fit into memory. One line, or None when they do.
+def refusal(device: torch.device, token_bytes: int, rows: Sequence[Row]) -> str | None:
+    """Why these rows cannot share a batch on a device: keys and values, of so many bytes a token,
+    of their prompts and new tokens would not fit into memory. One line, or None when they do.
     """
     num_prompt = max(len(row.prompt) for row in rows)
     num_new = max(row.options.max_new_tokens + row.options.block_size for row in rows)
-    lack = lacking_memory(model, len(rows) * (num_prompt + num_new))
+    lack = lacking_memory(device, token_bytes, len(rows) * (num_prompt + num_new))
     if lack is None:
         return None
     return (
@@ -42,14 +44,13 @@ def refusal(model: TwoTower, rows: Sequence[Row]) -> str | None:
     )
 
 
-def lacking_memory(model: TwoTower, num_tokens: int) -> str | None:
-    """In words, what the cache of so many tokens would need and what is free; None where it is
-    enough.
+def lacking_memory(device: torch.device, token_bytes: int, num_tokens: int) -> str | None:
+    """In words, what a device's cache of so many tokens would need and what is free; None where it
+    is enough.
     """
-    weight = model.context_tower.embeddings.weight
     # Buffers have room for up to half as many more rows, and a grown one is a copy.
-    needed = 2 * num_tokens * model.config.context.kv_elements * weight.element_size()
-    free = available_bytes(weight.device)
+    needed = 2 * num_tokens * token_bytes
+    free = available_bytes(device)
     if free is None or needed <= free:
         return None
     return f"about {needed / 1e9:.1f} GB of cache and {free / 1e9:.1f} GB are free"

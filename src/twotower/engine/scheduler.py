@@ -40,7 +40,7 @@ class Scheduler:
         self._model, self._queue, self._batch_size = model, queue, options.batch_size
         if prefixes is None and options.prefix_cache_bytes:
             prefixes = PrefixCache(model, options.prefix_cache_bytes)
-        self._prefixes = prefixes
+        self._prefixes, self._token_bytes = prefixes, model.empty_cache(1).token_bytes
         is_apart = model.denoiser_device != model.context_device
         has_overlap = options.overlap == "on" or (options.overlap == "auto" and is_apart)
         self._pool = ThreadPoolExecutor(1, "twotower-denoiser") if has_overlap else None
@@ -123,7 +123,8 @@ class Scheduler:
             group.add(batch)
 
     def _refusal(self, rows: Sequence[Row], row: Row) -> str | None:
-        return refusal(self._model, [*(r for r in rows if kind_of(r) == kind_of(row)), row])
+        own = [*(other for other in rows if kind_of(other) == kind_of(row)), row]
+        return refusal(self._model.context_device, self._token_bytes, own)
 
     def _pause(self, group: Group, row: Row) -> None:
         """Take a row's slot; it waits with all that was read of it."""

@@ -15,7 +15,7 @@ from twotower.engine.batch import Batch, Choice
 from twotower.engine.constraints import choose_allowed, penalize
 from twotower.engine.logits import choose_tokens, rows_logprobs
 from twotower.engine.request import Row
-from twotower.model.draft_tree import DraftTree
+from twotower.model.draft_tree import DraftTree, along_paths
 
 
 def start(batch: Batch) -> Choice:
@@ -53,16 +53,17 @@ def verify(batch: Batch, most_steps: int = 1) -> Choice:
         choices = _choices(batch, logits, tree)
     else:
         logits, choices = None, _greedy_choices(batch, output.hidden)
-    chosen, paths = choices.tolist(), None
+    chosen = choices.tolist()
     if tree is None:
         each = zip(given, chosen, counted, strict=True)
         tokens = [own[: _num_right(draft, own, length)] for draft, own, length in each]
     else:
         paths = tree.paths(given, chosen)
         tokens = [[own[at] for at in path] for own, path in zip(chosen, paths, strict=True)]
+        output = along_paths(batch.cache, output, paths)
     counts = torch.tensor([len(own) for own in tokens])
     logprobs = None if logits is None else rows_logprobs(batch.rows, logits, tokens)
-    batch.cache.commit(output, counts, paths)
+    batch.cache.commit(output, counts)
     for row in batch.rows:
         row.context_forwards += 1
     return Choice(tokens, logprobs)

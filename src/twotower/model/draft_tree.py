@@ -10,6 +10,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from twotower.layers.attention import KV
+from twotower.model.state import ContextCache, ForwardOutput
+
 MAX_TOKENS = 32  # of a row: what a token sees is a number of as many bits
 
 
@@ -61,3 +64,29 @@ class DraftTree:
                     path.append(index)
             paths.append(path)
         return paths
+
+
+def along_paths(
+    cache: ContextCache, output: ForwardOutput, paths: Sequence[Sequence[int]]
+) -> ForwardOutput:
+    """The output of a pass over such drafts behind a cache, ready to be committed: the tokens at
+    each row's path come first, in its order.
+    """
+    hidden, length = output.hidden, output.hidden.shape[1]
+    for row, path in enumerate(paths):
+        at = next((i for i, index in enumerate(path) if index != i), len(path))
+        if at == len(path):
+            continue  # nothing lies before it
+        indices, front = torch.tensor(path[at:]), slice(at, len(path))
+        hidden = hidden.clone() if hidden is output.hidden else hidden
+        hidden[row, front] = hidden[row, indices]
+        start = int(cache.lengths[row])
+        for old, new in zip(cache.buffers, output.states, strict=True):
+            if isinstance(new, KV):
+                for part in new:
+                    part[row, front] = part[row, indices.to(part.device)]
+            elif isinstance(old, KV):  # they lie in the buffers
+                for part in old:
+                    behind = part[row, start : start + length]
+                    behind[front] = behind[indices]
+    return output._replace(hidden=hidden)

@@ -150,6 +150,12 @@ class ContextCache:
             found[index] = KV(state.k[used], state.v[used]) if isinstance(state, KV) else state
         return tuple(found)
 
+    @property
+    def token_bytes(self) -> int:
+        """Of the keys and values of a token."""
+        kept = (state for state in self.buffers if isinstance(state, KV))
+        return sum(part.element_size() * part.shape[2:].numel() for kv in kept for part in kv)
+
     def make_room(self, num_tokens: int) -> Sequence[LayerState]:
         """The buffers, with room for so many tokens behind each row's: a pass may write there, and
         nothing of it is part of the cache before `commit`. What an earlier pass wrote there is
@@ -184,23 +190,18 @@ class ContextCache:
         sizes = self.num_past, self.num_rows
         return ContextView(layers, lengths, *sizes, hidden, self.version)
 
-    def commit(
-        self, output: ForwardOutput, counts: Tensor, paths: Sequence[Sequence[int]] | None = None
-    ) -> None:
+    def commit(self, output: ForwardOutput, counts: Tensor) -> None:
         """Commit the first counts[b] >= 0 of each row's tokens; the rest leaves no trace.
 
-        counts (B,) on the CPU. paths: of drafts that branch, the indices of these tokens. The
-        output must have been made from the cache as it is. Whole or not at all: after an error
-        (memory) the cache is what it was. ValueError (one line) for the output of an earlier pass,
-        whose keys a later one has overwritten.
+        counts (B,) on the CPU. The output must have been made from the cache as it is. Whole or not
+        at all: after an error (memory) the cache is what it was. ValueError (one line) for the
+        output of an earlier pass, whose keys a later one has overwritten.
         """
         if output.version is not None and output.version is not self.version:
             raise ValueError(
                 "output is of an earlier pass over this cache, and its keys have been overwritten; "
                 "verify the tokens again"
             )
-        if paths is not None:
-            output = self._along(output, paths)
         found: dict[int, MambaState] = {}
         buffers, parts = list[Tensor](), list[Tensor]()
         self.version = Version()
@@ -222,27 +223,6 @@ class ContextCache:
         for index, state in found.items():
             self.buffers[index] = state
         self.last_hidden, self.lengths = newest, lengths
-
-    def _along(self, output: ForwardOutput, paths: Sequence[Sequence[int]]) -> ForwardOutput:
-        """The output whose tokens at each row's path come first, in its order."""
-        hidden, length = output.hidden, output.hidden.shape[1]
-        for row, path in enumerate(paths):
-            at = next((i for i, index in enumerate(path) if index != i), len(path))
-            if at == len(path):
-                continue  # nothing lies before it
-            indices, front = torch.tensor(path[at:]), slice(at, len(path))
-            hidden = hidden.clone() if hidden is output.hidden else hidden
-            hidden[row, front] = hidden[row, indices]
-            start = int(self.lengths[row])
-            for old, new in zip(self.buffers, output.states, strict=True):
-                if isinstance(new, KV):
-                    for part in new:
-                        part[row, front] = part[row, indices.to(part.device)]
-                elif isinstance(old, KV):  # they lie in the buffers
-                    for part in old:
-                        behind = part[row, start : start + length]
-                        behind[front] = behind[indices]
-        return output._replace(hidden=hidden)
 
     def _newest(self, hidden: Tensor, counts: Tensor) -> Tensor:
         """Each row's output (B, D) at the last of its counts[b] tokens; the old one where none."""
