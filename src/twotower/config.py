@@ -71,7 +71,7 @@ class TowerConfig:
         if len(turned) > 1:
             raise ValueError("attention layers with different rotary positions are not supported")
 
-    @property
+    @cached_property
     def num_layers(self) -> int:
         """How many residual layers."""
         return len(self.layers)

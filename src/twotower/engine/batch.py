@@ -22,12 +22,12 @@ _KINDS: dict[str, SamplerKind] = {kind: kind for kind in get_args(SamplerKind)} 
 NUM_OTHERS = 2  # next most probable tokens at each position of a draft that may branch
 
 
-class Choice(NamedTuple):
-    """What a cycle adds to the texts of a batch's rows."""
+class Chosen(NamedTuple):
+    """What a cycle adds to the text of a row."""
 
-    tokens: Sequence[list[int]]  # of each row
-    logprobs: Sequence[Sequence[TokenLogprob] | None] | None = None  # None if no row asked
-    verified: Sequence[Verified] | None = None  # of each row
+    tokens: list[int]
+    logprobs: Sequence[TokenLogprob] | None = None  # of each, if the row asked for them
+    verified: Verified = Verified()  # a tuple
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class DecodingMode:
     prompts have just been read.
     """
 
-    choose: Callable[["Batch"], Choice]
+    choose: Callable[["Batch"], list[Chosen]]
     draft: Callable[["Batch"], Iterator[Event] | None] = lambda batch: None
-    start: Callable[["Batch"], Choice] | None = None
+    start: Callable[["Batch"], list[Chosen]] | None = None
     num_unread: int = 0  # newest tokens of a text that the cache does not hold
 
 
@@ -56,7 +56,7 @@ class Batch:
     cache: ContextCache
     denoiser: Denoiser | None = None  # once it has filled a block
     draft: tuple[Tensor, ...] = ()  # what the denoiser proposes, (B, ...) each
-    choice: Choice | None = None  # what the context tower made of it
+    chosen: Sequence[Chosen] = ()  # what the context tower made of it
 
     @cached_property
     def sampler(self) -> Sampler:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from twotower.diffusion import require_finite
-from twotower.engine.batch import Batch, Choice, DecodingMode
+from twotower.engine.batch import Batch, Chosen, DecodingMode
 from twotower.engine.denoiser import fill_blocks
 from twotower.engine.events import Event, Verified
-from twotower.engine.logits import choose_tokens, rows_logprobs
+from twotower.engine.logits import choose_tokens, with_logprobs
 
 
 def draft(batch: Batch) -> Iterator[Event]:
@@ -35,12 +35,12 @@ def _open_blocks(batch: Batch) -> Tensor:
     return blocks
 
 
-def choose(batch: Batch) -> Choice:
+def choose(batch: Batch) -> list[Chosen]:
     """The blocks, or what is left of them after verification."""
     (blocks,) = batch.draft
     options = batch.rows[0].options  # all rows are of one kind
     if options.verify_threshold == 0 and options.logprobs is None:
-        return Choice(blocks.tolist())
+        return [Chosen(tokens) for tokens in blocks.tolist()]
     output = batch.model.verify(batch.cache, blocks)
     first = batch.model.next_logits(batch.cache).unsqueeze(1)
     logits = torch.cat([first, batch.model.context_head(output.hidden[:, :-1])], dim=1)
@@ -49,15 +49,14 @@ def choose(batch: Batch) -> Choice:
         blocks.to(logits.device), require_finite(logits), thresholds.to(logits.device)
     ).cpu()
     kept = [own[:count] for own, count in zip(blocks.tolist(), counts.tolist(), strict=True)]
-    logprobs = rows_logprobs(batch.rows, logits, kept)
+    chosen = with_logprobs(batch.rows, logits, kept)
     batch.cache.commit(output, counts)
-    rejected = []
-    for row, tokens in zip(batch.rows, kept, strict=True):
+    for slot, row in enumerate(batch.rows):
         row.context_forwards += 1
-        is_verified = row.options.verify_threshold > 0
-        count = blocks.shape[1] - len(tokens) if is_verified else None
-        rejected.append(Verified(rejected=count))
-    return Choice(kept, logprobs, rejected)
+        if row.options.verify_threshold > 0:
+            rejected = Verified(rejected=blocks.shape[1] - len(kept[slot]))
+            chosen[slot] = chosen[slot]._replace(verified=rejected)
+    return chosen
 
 
 def count_plausible(tokens: Tensor, logits: Tensor, least: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def writing_cost(row: Row, batch: Batch, num_writers: int) -> float:
     expense. A layer of either tower costs as much.
     """
     config, options = batch.model.config, row.options
-    share = len(config.denoiser.layers) / len(config.context.layers)
+    share = config.denoiser.num_layers / config.context.num_layers
     passes = options.draft_passes * share * batch.pass_cost(options.block_size, num_writers)
     shared = passes + _TOGETHER * batch.pass_cost(1, num_rows=1)
     return _EACH + shared * len(batch.rows) / num_writers

@@ -3,13 +3,13 @@
 import torch
 
 from twotower.diffusion import require_finite
-from twotower.engine.batch import Batch, Choice, DecodingMode
-from twotower.engine.logits import rows_logprobs
+from twotower.engine.batch import Batch, Chosen, DecodingMode
+from twotower.engine.logits import with_logprobs
 
 _TOKENS = 32  # that are read at a time: each has logits of the size of the vocabulary
 
 
-def choose(batch: Batch) -> Choice:
+def choose(batch: Batch) -> list[Chosen]:
     """The next given tokens of each row."""
     tokens = [list(row.given[len(row.tokens) :][:_TOKENS]) for row in batch.rows]
     counts = torch.tensor([len(own) for own in tokens])
@@ -17,11 +17,11 @@ def choose(batch: Batch) -> Choice:
     output = batch.model.verify(batch.cache, torch.tensor(padded), counts)
     first = batch.model.next_logits(batch.cache).unsqueeze(1)
     logits = torch.cat([first, batch.model.context_head(output.hidden[:, :-1])], dim=1)
-    logprobs = rows_logprobs(batch.rows, require_finite(logits), tokens)
+    chosen = with_logprobs(batch.rows, require_finite(logits), tokens)
     batch.cache.commit(output, counts)
     for row in batch.rows:
         row.context_forwards += 1
-    return Choice(tokens, logprobs)
+    return chosen
 
 
 GIVEN = DecodingMode(choose=choose)

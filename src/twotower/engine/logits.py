@@ -6,25 +6,25 @@ import torch
 from torch import Tensor
 
 from twotower.diffusion import Sampler, ban, choose, draw_noise, require_finite
+from twotower.engine.batch import Chosen
 from twotower.engine.constraints import choose_allowed, penalize
 from twotower.engine.events import TokenLogprob
 from twotower.engine.request import Row
 
 
-def rows_logprobs(
-    rows: Sequence[Row], logits: Tensor, tokens: Sequence[Sequence[int]]
-) -> list[list[TokenLogprob] | None] | None:
-    """Of each row's tokens, chosen from the first of logits (B, n, V), if it asked; None if no
-    row did.
+def with_logprobs(
+    rows: Sequence[Row], logits: Tensor | None, tokens: Sequence[list[int]]
+) -> list[Chosen]:
+    """Each row's tokens, chosen from the first of logits (B, n, V), with their log-probabilities
+    where it asked for them; logits None: no row did.
     """
-    if all(row.options.logprobs is None for row in rows):
-        return None
-    return [
-        None
-        if (num_top := row.options.logprobs) is None
-        else token_logprobs(one, own, num_top, row.unused_ids)
-        for row, one, own in zip(rows, logits, tokens, strict=True)
-    ]
+    chosen = [Chosen(own) for own in tokens]
+    for slot, (row, own) in enumerate(zip(rows, tokens, strict=True)):
+        if (num_top := row.options.logprobs) is not None:
+            assert logits is not None
+            logprobs = token_logprobs(logits[slot], own, num_top, row.unused_ids)
+            chosen[slot] = Chosen(own, logprobs)
+    return chosen
 
 
 def token_logprobs(

@@ -5,7 +5,7 @@ It reads each row's last token, which the cache does not hold yet. Source: syste
 
 import torch
 
-from twotower.engine.batch import Batch, Choice, DecodingMode
+from twotower.engine.batch import Batch, Chosen, DecodingMode
 from twotower.engine.logits import choose_tokens
 
 
@@ -19,10 +19,10 @@ def draft(batch: Batch) -> None:
     batch.draft = (chosen if ids is None else ids[chosen],)
 
 
-def choose(batch: Batch) -> Choice:
+def choose(batch: Batch) -> list[Chosen]:
     """What the denoiser chose."""
     (tokens,) = batch.draft
-    return Choice([[token] for token in tokens.tolist()])
+    return [Chosen([token]) for token in tokens.tolist()]
 
 
 MOCK_AR = DecodingMode(choose=choose, draft=draft, num_unread=1)

@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from twotower.engine.batch import Batch, Choice, Group, kind_of
+from twotower.engine.batch import Batch, Chosen, Group, kind_of
 from twotower.engine.denoiser import RowsAborted
-from twotower.engine.events import Event, Failed, Verified
+from twotower.engine.events import Event, Failed
 from twotower.engine.faults import EngineDeadError, failed, failure
 from twotower.engine.options import EngineOptions
 from twotower.engine.prefill import READ_TOKENS, open_batches, read_prompts, refusal
@@ -207,34 +207,27 @@ def _commit(group: Group) -> Iterator[Event]:
         yield from _advance(group, batch, batch.mode.choose)
 
 
-def _advance(group: Group, batch: Batch, choose: Callable[[Batch], Choice]) -> Iterator[Event]:
-    """Add what is chosen to the rows' texts; those that go on stay in the group."""
+def _advance(
+    group: Group, batch: Batch, choose: Callable[[Batch], list[Chosen]]
+) -> Iterator[Event]:
+    """Hand each row what is chosen for it; those that go on stay in the group. One that cannot take
+    its tokens (its text, its filters) ends alone.
+    """
 
     def work(part: Batch) -> None:
-        part.choice = choose(part)
+        part.chosen = choose(part)
 
     for part in (yield from _attempt(batch, work)):
-        going = yield from _write(part)
+        chosen, going = part.chosen, []
+        part.chosen = part.draft = ()
+        for slot, (row, own) in enumerate(zip(part.rows, chosen, strict=True)):
+            try:
+                yield row.commit(*own)
+                if row.is_finished:
+                    yield row.finished()
+                else:
+                    going.append(slot)
+            except Exception as error:
+                yield failure(row, error)
         if going:
             group.add(part.keep(going))
-
-
-def _write(batch: Batch) -> Generator[Event, None, list[int]]:
-    """Hand each row its tokens; the slots of the rows that go on. One that cannot take them (its
-    text, its filters) ends alone.
-    """
-    assert batch.choice is not None
-    tokens, logprobs, verified = batch.choice
-    batch.choice, batch.draft = None, ()
-    going = []
-    for slot, row in enumerate(batch.rows):
-        own = None if logprobs is None else logprobs[slot]
-        try:
-            yield row.commit(tokens[slot], own, Verified() if verified is None else verified[slot])
-            if row.is_finished:
-                yield row.finished()
-            else:
-                going.append(slot)
-        except Exception as error:
-            yield failure(row, error)
-    return going

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from twotower.engine import drafts_denoiser, drafts_lookup
-from twotower.engine.batch import Batch, Choice, DecodingMode
+from twotower.engine.batch import Batch, Chosen, DecodingMode
 from twotower.engine.drafts import Proposal, best
 from twotower.engine.events import Event, Verified
 from twotower.engine.request import Row
@@ -96,21 +96,23 @@ def _num_possible(row: Row, block: list[int]) -> int:
     return min(row.num_left, possible)
 
 
-def choose(batch: Batch) -> Choice:
+def choose(batch: Batch) -> list[Chosen]:
     """Verify the drafts, and let each row's controller learn from it."""
     lengths = batch.draft[1]
-    choice, verified = verify(batch), []
+    found, chosen = verify(batch), list[Chosen]()
     drafters = [None if row.proposal is None else row.proposal.drafter for row in batch.rows]
     num_writers = drafters.count("denoiser")
-    each = zip(batch.rows, drafters, lengths.tolist(), choice.tokens, strict=True)
+    each = zip(batch.rows, drafters, lengths.tolist(), found, strict=True)
     for row, drafter, length, own in each:
+        num_tokens = len(own.tokens)
         if row.controller is not None and row.proposal is not None and drafter == "denoiser":
             spent = row.proposal.cost + batch.pass_cost(length)
-            row.controller.record_draft(len(own) / spent, len(batch.rows) / num_writers - 1)
+            row.controller.record_draft(num_tokens / spent, len(batch.rows) / num_writers - 1)
         elif row.controller is not None:
             row.controller.record_other()
-        verified.append(Verified(length - 1, len(own) - 1, drafter))
-    return choice._replace(verified=verified)
+        verified = Verified(length - 1, num_tokens - 1, drafter)
+        chosen.append(own._replace(verified=verified))
+    return chosen
 
 
 SPECULATIVE = DecodingMode(choose=choose, draft=draft, start=start, num_unread=1)

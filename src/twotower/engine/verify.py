@@ -11,18 +11,18 @@ from torch import Tensor
 
 from twotower.diffusion import choose as choose_each
 from twotower.diffusion import gumbel, require_finite
-from twotower.engine.batch import Batch, Choice
+from twotower.engine.batch import Batch, Chosen
 from twotower.engine.constraints import choose_allowed, penalize
-from twotower.engine.logits import choose_tokens, rows_logprobs
+from twotower.engine.logits import choose_tokens, with_logprobs
 from twotower.engine.request import Row
 from twotower.model.draft_tree import DraftTree, along_paths
 
 
-def start(batch: Batch) -> Choice:
+def start(batch: Batch) -> list[Chosen]:
     """The first token of each row, from what the context tower said of its prompt's last one."""
     logits = batch.model.next_logits(batch.cache)
     tokens = [[token] for token in choose_tokens(logits, batch.rows, batch.sampler).tolist()]
-    return Choice(tokens, rows_logprobs(batch.rows, logits.unsqueeze(1), tokens))
+    return with_logprobs(batch.rows, logits.unsqueeze(1), tokens)
 
 
 def newest_alone(batch: Batch) -> None:
@@ -31,7 +31,7 @@ def newest_alone(batch: Batch) -> None:
     batch.draft = newest, torch.ones(len(batch.rows), dtype=torch.int64)
 
 
-def verify(batch: Batch, most_steps: int = 1) -> Choice:
+def verify(batch: Batch, most_steps: int = 1) -> list[Chosen]:
     """Keep of each draft what the AR tower chooses too, and its own token behind that.
 
     most_steps: AR steps that a backend which chooses may make; above 1 without drafts alone.
@@ -43,7 +43,8 @@ def verify(batch: Batch, most_steps: int = 1) -> Choice:
         found = batch.chooser.decode(batch.cache, drafts, lengths, batch.sampler, noise, steps)
         for row in batch.rows:
             row.context_forwards += min(steps, row.num_left)
-        return Choice(_kept(*found))
+        each = zip(*map(Tensor.tolist, found), strict=True)
+        return [Chosen(own[:count]) for own, count in each]
     given, counted = drafts.tolist(), lengths.tolist()
     is_draft = drafts.shape[1] > 1  # the newest token always stays
     tree = DraftTree(batch.draft[2].tolist()) if len(batch.draft) > 2 else None
@@ -62,21 +63,16 @@ def verify(batch: Batch, most_steps: int = 1) -> Choice:
         tokens = [[own[at] for at in path] for own, path in zip(chosen, paths, strict=True)]
         output = along_paths(batch.cache, output, paths)
     counts = torch.tensor([len(own) for own in tokens])
-    logprobs = None if logits is None else rows_logprobs(batch.rows, logits, tokens)
+    chosen = with_logprobs(batch.rows, logits, tokens)
     batch.cache.commit(output, counts)
     for row in batch.rows:
         row.context_forwards += 1
-    return Choice(tokens, logprobs)
+    return chosen
 
 
 def _num_right(draft: Sequence[int], choices: Sequence[int], length: int) -> int:
     """`count_accepted` of one row, on the host: a small model waits for tensors, too."""
     return next((at for at in range(1, length) if draft[at] != choices[at - 1]), length)
-
-
-def _kept(choices: Tensor, counts: Tensor) -> list[list[int]]:
-    each = zip(choices.tolist(), counts.tolist(), strict=True)
-    return [own[:count] for own, count in each]
 
 
 def _greedy_choices(batch: Batch, hidden: Tensor) -> Tensor:
