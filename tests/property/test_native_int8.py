@@ -25,7 +25,7 @@ from twotower.kernels.quantised import dequantise, to_eight_bits
 from twotower.model.precision import Scheme, quantise_modules, weight_bits
 from twotower.native import library, tower
 from twotower.native.backend import NativeBackend
-from twotower.native.tower import NativeLinear
+from twotower.native.weights import native_linear
 
 try:
     library.library()
@@ -111,7 +111,7 @@ def whole_numbers(rows: int, width: int, seed: int) -> Tensor:
 def test_sums_are_exact(rows: int, width: int) -> None:
     """Guards packing, remainders and the largest values: any error is off by a whole number."""
     weight = whole_numbers(rows, width, seed=0)
-    product = NativeLinear(to_eight_bits(weight))
+    product = native_linear(to_eight_bits(weight))
     for length in (1, 2, 8, 9, 16, 35):
         x = whole_numbers(length, width, seed=length)
         expected = (x.long() @ weight.long().mT).float()
@@ -124,7 +124,7 @@ def test_products_of_any_values() -> None:
     weight = torch.randn(45, 70, generator=generator) * torch.logspace(-6, 3, 45).unsqueeze(1)
     x = torch.randn(40, 70, generator=generator) * torch.logspace(3, -6, 40).unsqueeze(1)
     weight[7], x[5] = 0.0, 0.0  # no scale at all
-    found = NativeLinear(to_eight_bits(weight))(x)
+    found = native_linear(to_eight_bits(weight))(x)
     expected = quantised_product(x, weight)
     size = x.abs().amax(1, keepdim=True) * weight.abs().amax(1)  # three groups' sums may cancel
     torch.testing.assert_close(found / size, expected / size, rtol=0.0, atol=1e-5, equal_nan=True)
@@ -136,7 +136,7 @@ def test_products_of_any_values() -> None:
 def test_the_4_bits_of_a_checkpoint_are_not_rounded_again(rows: int, group_size: int) -> None:
     """Guards scales and offsets that a half cannot hold, and which group a column belongs to."""
     matrix = four_bits(rows, 256, group_size)
-    weight, product = dequantise(matrix, torch.float64), NativeLinear(matrix)
+    weight, product = dequantise(matrix, torch.float64), native_linear(matrix)
     for length in (1, 3, 8, 16, 35, 64):
         x = whole_numbers(length, 256, seed=length)
         size = x.abs().double() @ weight.abs().mT
@@ -203,7 +203,7 @@ def test_passes_at_the_same_time(shared_work: None) -> None:
 def test_a_forked_process_has_helpers_of_its_own(shared_work: None) -> None:
     """Guards workers of data loaders and harnesses: threads do not survive a fork; waiting for
     them would never end."""
-    product = NativeLinear(to_eight_bits(torch.randn(64, 32)))
+    product = native_linear(to_eight_bits(torch.randn(64, 32)))
     x = torch.randn(16, 32)
     torch.set_num_threads(2)
     expected = product(x)
@@ -308,7 +308,7 @@ def test_nan_is_not_hidden() -> None:
         assert bool(logits.isnan().any()), name
     x = torch.zeros(2, 8)
     x[1, 3] = float("inf")
-    found = NativeLinear(to_eight_bits(torch.ones(3, 8)))(x)
+    found = native_linear(to_eight_bits(torch.ones(3, 8)))(x)
     assert not found[0].any() and bool(found[1].isnan().all())
 
 
@@ -334,7 +334,7 @@ def test_a_quantised_checkpoint_keeps_its_numbers() -> None:
 def test_rows_that_are_too_long_are_one_line() -> None:
     """Guards the sums: beyond this, they leave an int32."""
     with pytest.raises(ValueError, match="a row of 70000 weights is too long"):
-        NativeLinear(to_eight_bits(torch.zeros(1, 70_000)))
+        native_linear(to_eight_bits(torch.zeros(1, 70_000)))
 
 
 def test_the_command_line_hands_the_quantization_on(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,22 +8,20 @@ from functools import cached_property
 from operator import is_
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from twotower.kernels.quantised import Bits, Quantised, to_eight_bits
 from twotower.layers.mamba2 import MambaState
-from twotower.layers.quantised import QuantisedMatrix
 from twotower.model.backend import PassCosts
 from twotower.model.draft_tree import DraftTree
-from twotower.model.precision import Scheme, weight_bits
+from twotower.model.precision import Scheme
 from twotower.model.state import ContextCache, ContextView, ForwardOutput, LayerState, Version
-from twotower.model.tower import Tower
 from twotower.model.two_tower import TwoTower
 from twotower.native import costs
 from twotower.native.buffers import Addresses, BufferPool, PassOutputs, StateSizes, past_states
 from twotower.native.layout import LANES, Row
 from twotower.native.library import library_file
-from twotower.native.tower import Branches, Modulations, NativeLinear, NativeTower
+from twotower.native.tower import Branches, Modulations
+from twotower.native.weights import native_head, native_tower
 
 # What --quantization rounds weights to; products with them round the tokens, too.
 _SCHEMES = {"int8": Scheme(weights="int8", activations="int8"), "int4": Scheme(weights="int4")}
@@ -49,16 +47,16 @@ class NativeBackend:
         scheme = _SCHEMES.get(quantization)
         if not all(parameter.is_contiguous() for parameter in model.parameters()):
             raise ValueError("the native backend needs contiguous weights")
-        self._context = _native_tower(model.context_tower, "context_tower", True, scheme)
-        self._context_head = _native_head(model.context_lm_head, scheme)
+        self._context = native_tower(model.context_tower, "context_tower", True, scheme)
+        self._context_head = native_head(model.context_lm_head, scheme)
         if model.denoiser_tower is not None:
-            self._denoiser = _native_tower(model.denoiser_tower, "denoiser_tower", False, scheme)
-            self._denoiser_head = _native_head(model.lm_head, scheme)
+            self._denoiser = native_tower(model.denoiser_tower, "denoiser_tower", False, scheme)
+            self._denoiser_head = native_head(model.lm_head, scheme)
             proj = model.denoiser_tower.hidden_proj
-            self._hidden_proj = None if proj is None else _native_head(proj, scheme)
+            self._hidden_proj = None if proj is None else native_head(proj, scheme)
         bigram = model.bigram
         self._inner: Tensor | None = None
-        self._bigram_up = None if bigram is None else _native_head(bigram.up_proj, scheme)
+        self._bigram_up = None if bigram is None else native_head(bigram.up_proj, scheme)
         self._pool = BufferPool()
         self._sizes = StateSizes(() if self._context is None else self._context.layers)
         self._tables: dict[float, Modulations] = {}
@@ -194,34 +192,3 @@ def _known(version: object) -> Addresses | None:
     """Where the states of a cache of this version are, if a pass has said so."""
     known = version.addresses if isinstance(version, Version) else None
     return known if isinstance(known, Addresses) else None
-
-
-def _native_tower(
-    tower: Tower, name: str, is_causal: bool, scheme: Scheme | None
-) -> NativeTower | None:
-    """A tower with what of it is packed: what is so already, and all that the scheme quantises."""
-    if tower.embeddings.weight.is_meta:
-        return None
-    weights = {key: weight.detach() for key, weight in tower.named_parameters()}
-    matrices: dict[str, Tensor | Quantised] = {
-        key: module.matrix
-        for key, module in tower.named_modules()
-        if isinstance(module, QuantisedMatrix)
-    }
-    bits: dict[str, Bits] = {}
-    if scheme is not None:
-        for key, weight in weights.items():
-            found = weight_bits(f"{name}.{key}", weight.shape, scheme)
-            if found is not None:
-                matrices[key], bits[key] = weight, found
-    return NativeTower(tower.config, weights, is_causal, matrices, bits)
-
-
-def _native_head(head: nn.Module, scheme: Scheme | None) -> NativeLinear | None:
-    weight = head.weight
-    if isinstance(weight, Tensor) and weight.is_meta:
-        return None
-    if isinstance(weight, QuantisedMatrix):
-        return NativeLinear(weight.matrix)
-    assert isinstance(weight, Tensor)
-    return NativeLinear(to_eight_bits(weight) if scheme else weight.detach())

@@ -1,20 +1,16 @@
-"""A tower, and a head, as the library sees them: addresses of weights, then one call a pass."""
+"""A tower, and a head, as the library runs them: one call a pass."""
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from twotower.config import TowerConfig
-from twotower.kernels.quantised import Bits, Quantised
-from twotower.layers.rope import inverse_frequencies
 from twotower.model.draft_tree import DraftTree
 from twotower.native import layout
-from twotower.native.layout import OPTIONAL, Row, Weight, layer_of, weight_names
+from twotower.native.layout import Row, Weight
 from twotower.native.library import library
-from twotower.native.packing import Packed
 
 # Weights from this many on stream from memory, and threads share them: below, it costs more to wake
 # another than it helps.
@@ -22,41 +18,22 @@ LARGE = 4_000_000
 
 
 class NativeTower:
-    """One tower's passes. The weights are not copied but for packed matrices; they must stay.
+    """One tower's passes.
 
-    weights: the parameters by name, float32 and contiguous. is_causal: whether a token is hidden
-    from those before it. matrices: what is packed, by name; bits: of each, 8 where not given.
+    is_causal: whether a token is hidden from those before it. kept: what the struct's addresses
+    point to, of num_weights numbers or bytes.
     """
 
     def __init__(
         self,
-        config: TowerConfig,
-        weights: Mapping[str, Tensor],
+        struct: layout.Tower,
+        layers: Sequence[layout.Layer],
         is_causal: bool,
-        matrices: Mapping[str, Tensor | Quantised],
-        bits: Mapping[str, Bits],
+        num_weights: int,
+        kept: object,
     ) -> None:
-        packed = Packed(matrices, bits)
-        self._is_causal, self.layers = is_causal, [layer_of(x) for x in config.layers]
-        num_weights = sum(w.numel() for w in weights.values()) + packed.num_bytes
-        self._is_shared = num_weights >= LARGE
-        arrays = []
-        for index, layer in enumerate(self.layers):
-            names = [f"layers.{index}.{name}" for name in weight_names(layer.kind)]
-            array = (Weight * len(names))(*(_weight(name, weights, packed) for name in names))
-            layer.weights = ctypes.addressof(array)
-            arrays.append(array)
-        layers = (layout.Layer * len(self.layers))(*self.layers)
-        mask = weights.get("mask_embedding")
-        turns = None if config.rotary is None else inverse_frequencies(*config.rotary)
-        self._tower = layout.Tower(
-            config.vocab_size, config.hidden_size, len(layers),
-            0 if mask is None else mask.numel() // config.hidden_size, config.norm_eps,
-            weights["embeddings.weight"].data_ptr(), None if mask is None else mask.data_ptr(),
-            weights["norm_f.weight"].data_ptr(), None if turns is None else turns.data_ptr(),
-            ctypes.addressof(layers),
-        )  # fmt: skip
-        self._kept = weights, packed, arrays, layers, turns  # what the addresses point to
+        self._tower, self.layers, self._kept = struct, layers, kept
+        self._is_causal, self._is_shared = is_causal, num_weights >= LARGE
         self._run, self._run_states = library().twotower_pass, library().twotower_states
 
     def __call__(self, rows: Sequence[Row], modulations: "Modulations | None" = None) -> None:
@@ -99,15 +76,14 @@ class Modulations:
 
 
 class NativeLinear:
-    """x (..., K) -> (..., N) float32 by a weight (N, K), float32 or int8, as a pass has it."""
+    """x (..., K) -> (..., N) float32 by a weight of shape (N, K), as a pass has it; kept: what the
+    weight's addresses point to.
+    """
 
-    def __init__(self, weight: Tensor | Quantised) -> None:
-        full = {"": weight} if isinstance(weight, Tensor) else {}
-        packed = Packed({} if isinstance(weight, Tensor) else {"": weight})
-        self._kept = weight, packed
-        self._rows, self._width = weight.shape
+    def __init__(self, weight: Weight, shape: Sequence[int], kept: object) -> None:
+        self._weight, self._kept = weight, kept
+        self._rows, self._width = shape
         self._is_shared = self._rows * self._width >= LARGE
-        self._weight = _weight("", full, packed)
         self._run, self._run_bigrams = library().twotower_linear, library().twotower_bigrams
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -139,14 +115,3 @@ class NativeLinear:
                 mask_token_id, ids.data_ptr(), len(ids), own.data_ptr(),
             )  # fmt: skip
         return logits
-
-
-def _weight(name: str, weights: Mapping[str, Tensor], packed: Packed) -> Weight:
-    full, address = weights.get(name), packed.addresses.get(name)
-    if full is None and address is None and not name.endswith(OPTIONAL):
-        raise ValueError(f"the native backend needs the weight {name}, which this model lacks")
-    found = Weight(full=None if full is None else full.data_ptr())
-    if address is not None:
-        found.group, found.centred = packed.groups[name], name in packed.centred
-        setattr(found, f"int{packed.bits[name]}", address)
-    return found

@@ -19,7 +19,7 @@ from twotower.lab.plan.inputs import uniform
 from twotower.lab.plan.passes import ModelShape, Pass, pass_parts
 from twotower.model import TwoTower
 from twotower.native.layout import LANES
-from twotower.native.tower import NativeLinear
+from twotower.native.weights import native_linear
 
 Regime = Literal["overhead-bound", "compute-bound", "bandwidth-bound"]
 OVERHEAD = 2.0  # above so many times its limit, a pass waits for something else
@@ -208,7 +208,7 @@ def _measure_own_product(dtype: torch.dtype) -> float:
         return 0.0
     weight, tokens = torch.ones(2 * _GEMM, 2 * _GEMM), torch.ones(LANES, 2 * _GEMM)
     try:
-        linear = NativeLinear(to_eight_bits(weight) if dtype == torch.int8 else weight)
+        linear = native_linear(to_eight_bits(weight) if dtype == torch.int8 else weight)
     except OSError:
         return 0.0
     return 2 * weight.numel() * len(tokens) / _best_seconds(lambda: linear(tokens))

@@ -1,0 +1,87 @@
+"""What the library gets of a model, made once: addresses of weights, and packed matrices."""
+
+import ctypes
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from twotower.kernels.quantised import Bits, Quantised, to_eight_bits
+from twotower.layers.quantised import QuantisedMatrix
+from twotower.layers.rope import inverse_frequencies
+from twotower.model.precision import Scheme, weight_bits
+from twotower.model.tower import Tower
+from twotower.native import layout
+from twotower.native.layout import OPTIONAL, Weight, layer_of, weight_names
+from twotower.native.packing import Packed
+from twotower.native.tower import NativeLinear, NativeTower
+
+
+def native_tower(
+    tower: Tower, name: str, is_causal: bool, scheme: Scheme | None
+) -> NativeTower | None:
+    """The passes of a tower; None where it has no memory. Packed is what is so already, and all
+    that the scheme quantises of the tower of this name; other weights are not copied.
+    """
+    if tower.embeddings.weight.is_meta:
+        return None
+    weights = {key: weight.detach() for key, weight in tower.named_parameters()}
+    matrices: dict[str, Tensor | Quantised] = {
+        key: module.matrix
+        for key, module in tower.named_modules()
+        if isinstance(module, QuantisedMatrix)
+    }
+    bits: dict[str, Bits] = {}
+    if scheme is not None:
+        for key, weight in weights.items():
+            found = weight_bits(f"{name}.{key}", weight.shape, scheme)
+            if found is not None:
+                matrices[key], bits[key] = weight, found
+    packed, config = Packed(matrices, bits), tower.config
+    layers, arrays = [layer_of(spec) for spec in config.layers], []
+    for index, layer in enumerate(layers):
+        names = [f"layers.{index}.{one}" for one in weight_names(layer.kind)]
+        array = (Weight * len(names))(*(_weight(one, weights, packed) for one in names))
+        layer.weights = ctypes.addressof(array)
+        arrays.append(array)
+    of_layers = (layout.Layer * len(layers))(*layers)
+    mask = weights.get("mask_embedding")
+    turns = None if config.rotary is None else inverse_frequencies(*config.rotary)
+    struct = layout.Tower(
+        config.vocab_size, config.hidden_size, len(layers),
+        0 if mask is None else mask.numel() // config.hidden_size, config.norm_eps,
+        weights["embeddings.weight"].data_ptr(), None if mask is None else mask.data_ptr(),
+        weights["norm_f.weight"].data_ptr(), None if turns is None else turns.data_ptr(),
+        ctypes.addressof(of_layers),
+    )  # fmt: skip
+    num_weights = sum(w.numel() for w in weights.values()) + packed.num_bytes
+    kept = weights, packed, arrays, of_layers, turns
+    return NativeTower(struct, layers, is_causal, num_weights, kept)
+
+
+def native_head(head: nn.Module, scheme: Scheme | None) -> NativeLinear | None:
+    """A head, in int8 where a scheme rounds anything; None where it has no memory."""
+    weight = head.weight
+    if isinstance(weight, QuantisedMatrix):
+        return native_linear(weight.matrix)
+    assert isinstance(weight, Tensor)
+    if weight.is_meta:
+        return None
+    return native_linear(to_eight_bits(weight) if scheme else weight.detach())
+
+
+def native_linear(weight: Tensor | Quantised) -> NativeLinear:
+    """A linear map by a weight (N, K), float32 or int8."""
+    full = {"": weight} if isinstance(weight, Tensor) else {}
+    packed = Packed({} if isinstance(weight, Tensor) else {"": weight})
+    return NativeLinear(_weight("", full, packed), weight.shape, (weight, packed))
+
+
+def _weight(name: str, weights: Mapping[str, Tensor], packed: Packed) -> Weight:
+    full, address = weights.get(name), packed.addresses.get(name)
+    if full is None and address is None and not name.endswith(OPTIONAL):
+        raise ValueError(f"the native backend needs the weight {name}, which this model lacks")
+    found = Weight(full=None if full is None else full.data_ptr())
+    if address is not None:
+        found.group, found.centred = packed.groups[name], name in packed.centred
+        setattr(found, f"int{packed.bits[name]}", address)
+    return found
