@@ -168,7 +168,7 @@ class Batch:
         if (longest := max(counts)) == 0:
             return
         ids = torch.tensor([piece + [0] * (longest - len(piece)) for piece in pieces])
-        self.model.extend(self.cache, ids, None if min(counts) == longest else torch.tensor(counts))
+        self.model.extend(self.cache, ids, torch.tensor(counts))
         for (row, start, end), count in zip(bounds, counts, strict=True):
             row.context_forwards += start < start + count == end  # a prompt counts as one
 

@@ -4,10 +4,10 @@ import contextlib
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 
-from twotower.arguments import require, shown
+from twotower.arguments import shown
 from twotower.engine.events import Completion, Event, Failed, Finished
 from twotower.engine.options import BLOCK_MODES, EngineOptions, GenerateOptions
-from twotower.engine.request import Prompt, Request, Row, check_tokenizer, make_row
+from twotower.engine.request import Prompt, Request, Row, checked_engine, make_row
 from twotower.engine.request_queue import RequestQueue
 from twotower.engine.scheduler import Scheduler
 from twotower.model import TwoTower
@@ -54,19 +54,6 @@ def stream(
     ]
     _warn_of_block_size(model, rows)
     return _or_raise(Scheduler(model, RequestQueue(rows), engine).run())
-
-
-def checked_engine(
-    model: TwoTower, tokenizer: Tokenizer | None, engine: EngineOptions | None
-) -> EngineOptions:
-    """The engine's options; ValueError for arguments of wrong types."""
-    if not hasattr(model, "context_tower"):
-        raise ValueError(
-            f"model={shown(model)} is not a loaded model; pass twotower.load_model(path)"
-        )
-    check_tokenizer(model, tokenizer)
-    require("engine", engine, (EngineOptions, type(None)), "EngineOptions(...)")
-    return engine or EngineOptions()
 
 
 def _per_prompt(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from twotower.arguments import require
+from twotower.arguments import require, shown
 from twotower.engine.events import (
     Completion,
     FailureKind,
@@ -32,6 +32,7 @@ from twotower.engine.filters import Filter
 from twotower.engine.grammar_state import GrammarState, TokenRules, begin
 from twotower.engine.options import (
     MODES_OF_BACKBONES,
+    EngineOptions,
     GenerateOptions,
     ResolvedOptions,
     resolve_options,
@@ -275,14 +276,24 @@ def defaults_of(model: TwoTower) -> dict[str, object]:
     return preferred
 
 
-def check_tokenizer(model: TwoTower, tokenizer: Tokenizer | None) -> None:
-    """ValueError for what is no tokenizer, or one of a larger vocabulary than the model's."""
+def checked_engine(
+    model: TwoTower, tokenizer: Tokenizer | None, engine: EngineOptions | None
+) -> EngineOptions:
+    """The engine's options; ValueError (one line) for arguments of wrong types, and for a tokenizer
+    of a larger vocabulary than the model's.
+    """
+    if not hasattr(model, "context_tower"):
+        raise ValueError(
+            f"model={shown(model)} is not a loaded model; pass twotower.load_model(path)"
+        )
     require("tokenizer", tokenizer, (Tokenizer, type(None)), "load_tokenizer(path)")
+    require("engine", engine, (EngineOptions, type(None)), "EngineOptions(...)")
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
             f"{model.config.vocab_size}; load the tokenizer of the same checkpoint"
         )
+    return engine or EngineOptions()
 
 
 def require_denoiser(has_denoiser: bool, options: ResolvedOptions) -> None:

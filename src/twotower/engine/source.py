@@ -4,9 +4,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from twotower.engine.events import Event, Failed
-from twotower.engine.generate import checked_engine
 from twotower.engine.options import EngineOptions
-from twotower.engine.request import Request, Row, make_row
+from twotower.engine.request import Request, Row, checked_engine, make_row
 from twotower.engine.request_queue import RequestQueue
 from twotower.engine.scheduler import Scheduler
 from twotower.model import TwoTower

@@ -17,7 +17,7 @@ from twotower.engine.events import Event, Failed, Finished, StepTaken
 from twotower.engine.faults import EngineDeadError, failed, log_failure
 from twotower.engine.options import EngineOptions
 from twotower.engine.prefix_cache import PrefixCache, PrefixStats
-from twotower.engine.request import Request, Row, check_tokenizer, make_row
+from twotower.engine.request import Request, Row, checked_engine, make_row
 from twotower.engine.scheduler import Scheduler
 from twotower.engine.shared_queue import SharedQueue, Stopped
 from twotower.memory import release_memory
@@ -148,9 +148,8 @@ class Worker:
         tokenizer: Tokenizer | None = None,
         options: EngineOptions | None = None,
     ) -> None:
-        check_tokenizer(model, tokenizer)
+        self._options = checked_engine(model, tokenizer, options)
         self._model, self._tokenizer = model, tokenizer
-        self._options = options or EngineOptions()
         self._queue = SharedQueue((), self._options.max_waiting, self._read_an_ended_text)
         self._tickets: dict[int, Ticket] = {}  # of all rows that have not ended
         self._prefixes: PrefixCache | None = None

@@ -180,9 +180,7 @@ class TwoTower(nn.Module):
         Source: system.md section 4, 'Self-speculation'.
         """
         tokens = self._after(cache, tokens)
-        if tree is None:
-            return self.backend.context_pass(cache, tokens, counts, is_draft)
-        if not self.verifies_trees:
+        if tree is not None and not self.verifies_trees:
             raise ValueError(
                 "drafts branch, which the context tower's Mamba layers or the backend cannot "
                 "verify; give drafts without branches"
