@@ -47,14 +47,25 @@ def _penalize_one(logits: Tensor, row: Row, text: list[int]) -> None:
         logits[torch.tensor(list(counts), device=device)] -= lost
 
 
-def choose_allowed(
-    row: Row, logits: Tensor, sampler: Sampler, slot: int, noise: Tensor | None
-) -> int:
-    """The token that a row with a grammar chooses from logits (V,): among those it allows next.
+def choose_along(
+    row: Row,
+    draft: Sequence[int],
+    logits: Tensor,
+    sampler: Sampler,
+    slot: int,
+    noise: Tensor | None,
+) -> list[int]:
+    """What a row with a grammar chooses from left to right, each token among those that may follow
+    the ones before it, up to the first that its draft does not have.
 
-    slot: of the row in the sampler. noise (V,): as for `choose`; None when no row samples.
+    slot: of the row in the sampler. logits, noise (n, V), n > len(draft); None when no row samples.
     """
     assert row.grammar is not None
-    allowed = row.grammar.restrict(logits)
-    own = sampler.select(torch.tensor([slot]))
-    return int(choose(allowed.unsqueeze(0), own, None if noise is None else noise.unsqueeze(0)))
+    chosen, own = list[int](), sampler.select(torch.tensor([slot]))
+    for at, following in enumerate([*draft, None]):
+        row.grammar.follow(row.tokens + chosen)
+        allowed = row.grammar.restrict(logits[at]).unsqueeze(0)
+        chosen.append(int(choose(allowed, own, None if noise is None else noise[at].unsqueeze(0))))
+        if chosen[-1] != following or chosen[-1] in row.options.eos_token_id:
+            break
+    return chosen

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from twotower.diffusion import Sampler, ban, choose, draw_noise, require_finite
 from twotower.engine.batch import Chosen
-from twotower.engine.constraints import choose_allowed, penalize
+from twotower.engine.constraints import choose_along, penalize
 from twotower.engine.events import TokenLogprob
 from twotower.engine.request import Row
 
@@ -54,7 +54,6 @@ def choose_tokens(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tens
     tokens = choose(require_finite(logits), sampler, noise)
     for slot, row in enumerate(rows):
         if row.grammar is not None:
-            row.grammar.follow(row.tokens)
-            own = None if noise is None else noise[slot]
-            tokens[slot] = choose_allowed(row, logits[slot], sampler, slot, own)
+            own = None if noise is None else noise[slot : slot + 1]
+            (tokens[slot],) = choose_along(row, [], logits[slot : slot + 1], sampler, slot, own)
     return tokens

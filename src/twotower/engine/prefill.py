@@ -29,10 +29,12 @@ DECODING_MODES: Mapping[Mode, DecodingMode] = {
 READ_TOKENS = 1024
 
 
-def refusal(device: torch.device, token_bytes: int, rows: Sequence[Row]) -> str | None:
-    """Why these rows cannot share a batch on a device: keys and values, of so many bytes a token,
-    of their prompts and new tokens would not fit into memory. One line, or None when they do.
+def refusal(device: torch.device, token_bytes: int, present: Sequence[Row], row: Row) -> str | None:
+    """Why a row cannot share a batch with those present of its kind: keys and values of their
+    prompts and new tokens, of so many bytes each, would not fit into the device's memory. One line,
+    or None when they do.
     """
+    rows = [*(other for other in present if kind_of(other) == kind_of(row)), row]
     num_prompt = max(len(row.prompt) for row in rows)
     num_new = max(row.options.max_new_tokens + row.options.block_size for row in rows)
     lack = lacking_memory(device, token_bytes, len(rows) * (num_prompt + num_new))

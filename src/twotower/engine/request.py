@@ -211,7 +211,7 @@ class Row:
     def _release(self) -> slice:
         """The tokens that may be given out now, from the first that was not."""
         end = len(self.tokens)
-        if self.text is not None and self.text.is_filtered:
+        if self.text is not None and self.is_filtered:
             end = self.text.num_released
         released, self.num_released = slice(self.num_released, end), end
         return released

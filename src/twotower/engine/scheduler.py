@@ -7,10 +7,10 @@ nothing had been; no text depends on who else is there.
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from twotower.engine.batch import Batch, Chosen, Group, kind_of
+from twotower.engine.batch import Batch, Chosen, Group
 from twotower.engine.denoiser import RowsAborted
 from twotower.engine.events import Event, Failed
 from twotower.engine.faults import EngineDeadError, failed, failure
@@ -95,7 +95,8 @@ class Scheduler:
         share = -(-(slots.total() + num_waiting) // len(self._groups))  # both get as many
         is_short = False  # of memory: only paused rows, whose caches are there, can enter
         while (row := self._queue.peek(slots, is_short)) is not None:
-            message = None if row.paused else self._refusal([*group.rows, *newcomers], row)
+            here, device = [*group.rows, *newcomers], self._model.context_device
+            message = None if row.paused else refusal(device, self._token_bytes, here, row)
             if message is not None:
                 is_short = slots.total() > 0 or self._queue.peek(slots, True) is not None
                 if not is_short:  # no memory will become free
@@ -108,7 +109,7 @@ class Scheduler:
                 present.remove(victim)
                 paused.append(victim)
                 slots[victim.caller] -= 1
-            elif len(group.rows) + len(newcomers) >= share:
+            elif len(here) >= share:
                 break
             self._queue.take(row)
             slots[row.caller] += 1
@@ -121,10 +122,6 @@ class Scheduler:
             self._pause(group, row)
         for batch in open_batches(self._model, newcomers, self._prefixes is not None):
             group.add(batch)
-
-    def _refusal(self, rows: Sequence[Row], row: Row) -> str | None:
-        own = [*(other for other in rows if kind_of(other) == kind_of(row)), row]
-        return refusal(self._model.context_device, self._token_bytes, own)
 
     def _pause(self, group: Group, row: Row) -> None:
         """Take a row's slot; it waits with all that was read of it."""

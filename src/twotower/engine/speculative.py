@@ -37,8 +37,8 @@ def draft(batch: Batch) -> Iterator[Event]:
         blocks.append([*own, *proposal.tokens][: row.num_left])
         parents.append([*range(-1, len(own) - 1), *proposal.parents])
     for row, block in zip(rows, blocks, strict=True):  # before any answer is waited for
-        if row.proposal is not None:
-            _look_ahead(row, block[1:])
+        if row.grammar is not None and row.proposal is not None:
+            row.grammar.look_ahead(block[1:])
     blocks = [block[: _num_possible(row, block)] for row, block in zip(rows, blocks, strict=True)]
     most = max(map(len, blocks))
     # Padded with any token: a mask of the denoiser's own is none that the context tower could read.
@@ -69,20 +69,14 @@ def _write(batch: Batch, known: Sequence[list[int]]) -> Iterator[Event]:
 
 def _forced(row: Row, size: int) -> list[int]:
     """What the row's grammar demands behind its newest token; a drafter keeps something to fill.
-    Like any draft only a proposal.
+    Like any draft only a proposal, on which the grammar works while the towers do.
     """
     if row.grammar is None:
         return []
     row.grammar.follow(row.tokens)
     forced = row.grammar.forced()[: max(0, size - 2)]
-    _look_ahead(row, forced)
+    row.grammar.look_ahead(forced)
     return forced
-
-
-def _look_ahead(row: Row, tokens: list[int]) -> None:
-    """Let the row's grammar work on what may come, while the towers do."""
-    if row.grammar is not None:
-        row.grammar.look_ahead(tokens)
 
 
 def _num_possible(row: Row, block: list[int]) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from twotower.diffusion import choose as choose_each
 from twotower.diffusion import gumbel, require_finite
 from twotower.engine.batch import Batch, Chosen
-from twotower.engine.constraints import choose_allowed, penalize
+from twotower.engine.constraints import choose_along, penalize
 from twotower.engine.logits import choose_tokens, with_logprobs
 from twotower.engine.request import Row
 from twotower.model.draft_tree import DraftTree, along_paths
@@ -105,26 +105,10 @@ def _choices(batch: Batch, logits: Tensor, tree: DraftTree | None) -> Tensor:
     for index, row in enumerate(batch.rows):
         if row.grammar is not None:
             own = None if noise is None else noise[index]
-            kept = _keep_grammar(batch, index, logits[index], own)
+            draft = drafts[index, 1 : lengths[index]].tolist()
+            kept = choose_along(row, draft, logits[index], batch.sampler, index, own)
             choices[index, : len(kept)] = torch.tensor(kept)
     return choices
-
-
-def _keep_grammar(batch: Batch, index: int, logits: Tensor, noise: Tensor | None) -> Sequence[int]:
-    """A row's choices from left to right, each under the grammar after those before it, up to the
-    first that its draft does not have: logits (n, V).
-    """
-    row, (drafts, lengths) = batch.rows[index], batch.draft[:2]
-    assert row.grammar is not None
-    kept: list[int] = []
-    following = [*drafts[index].tolist()[1:], None]
-    for at in range(int(lengths[index])):
-        row.grammar.follow(row.tokens + kept)
-        noises = None if noise is None else noise[at]
-        kept.append(choose_allowed(row, logits[at], batch.sampler, index, noises))
-        if kept[-1] != following[at] or kept[-1] in row.options.eos_token_id:
-            break
-    return kept
 
 
 def _noise(batch: Batch, length: int, vocab_size: int) -> Tensor | None:
