@@ -26,10 +26,10 @@ from tiny_sampler import RowSampler, sampler_of
 from twotower import ContextCache, TwoTower, accelerate, generate
 from twotower.checkpoint.denoiser import with_new_denoiser
 from twotower.config import DraftSpec
-from twotower.diffusion import count_accepted
 from twotower.engine.choosing import ChoosingBackend
 from twotower.families import config_from_dict
 from twotower.graphs import arena, backend
+from twotower.graphs.passes import count_accepted
 from twotower.kernels import expert_products
 from twotower.model.backend import EagerBackend
 from twotower.model.precision import rounded_to_eight_bits

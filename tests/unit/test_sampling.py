@@ -11,8 +11,8 @@ from twotower.diffusion.sampling import (
     draw_noise,
     filter_logits,
     gumbel,
-    uniform,
 )
+from twotower.diffusion.scheduled import uniform
 
 
 def seeded(*seeds: int) -> list[torch.Generator]:

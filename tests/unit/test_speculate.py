@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from twotower.diffusion import count_accepted
 from twotower.engine import speculative
 from twotower.engine.batch import Batch
 from twotower.engine.drafts import DraftController, Proposal, best, best_length, pass_cost
 from twotower.engine.drafts_denoiser import writing_cost
 from twotower.engine.options import ResolvedOptions
 from twotower.engine.request import Row
+from twotower.graphs.passes import count_accepted
 from twotower.model.backend import PassCosts
 from twotower.model.draft_tree import DraftTree
 

@@ -1,6 +1,6 @@
 """Masked diffusion as pure functions on tensors: noise, losses, token choice, the block loop."""
 
-from twotower.diffusion.commit import commit_confident, count_accepted
+from twotower.diffusion.commit import commit_confident
 from twotower.diffusion.denoise_block import Denoise, Step, denoise_block, predictions
 from twotower.diffusion.loss import elbo_weight, masked_loss_sum, token_cross_entropy
 from twotower.diffusion.noise import SCHEDULES, Schedule, alpha, alpha_prime, corrupt
@@ -16,7 +16,6 @@ from twotower.diffusion.sampling import (
     gumbel,
     require_finite,
     sample,
-    uniform,
 )
 
 __all__ = [
@@ -34,7 +33,6 @@ __all__ = [
     "choose",
     "commit_confident",
     "corrupt",
-    "count_accepted",
     "denoise_block",
     "draw_noise",
     "elbo_weight",
@@ -45,5 +43,4 @@ __all__ = [
     "require_finite",
     "sample",
     "token_cross_entropy",
-    "uniform",
 ]

@@ -39,19 +39,6 @@ def count_confident(
     return torch.maximum(confident, fair_share(is_masked.sum(-1), steps_left))
 
 
-def count_accepted(drafts: Tensor, choices: Tensor, lengths: Tensor) -> Tensor:
-    """How many tokens of drafts (B, n) stand: the first, and each that the choice before it equals.
-
-    choices (B, n): the AR tower's token after each; lengths (B,): how much of a row's draft counts.
-    Returns (B,), none above its length.
-    """
-    if drafts.shape[1] == 1:  # nothing is drafted
-        return lengths
-    is_right = drafts[:, 1:] == choices[:, :-1]
-    right = is_right.long().cumprod(1).sum(1) + 1
-    return torch.minimum(right, lengths)
-
-
 def fair_share(num_masked: Tensor, steps_left: Tensor) -> Tensor:
     """ceil(num_masked / steps_left) in integers (B,)."""
     return -(-num_masked // steps_left)

@@ -147,11 +147,6 @@ def gumbel(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tenso
     return noise.clamp_(min=torch.finfo(torch.float32).tiny).log_().neg_()
 
 
-def uniform(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Uniform [0, 1) noise (len(generators), *shape), float32 on CPU, one generator per row."""
-    return torch.stack([torch.rand(*shape, generator=generator) for generator in generators])
-
-
 def draw_noise(
     logits: Tensor, sampler: Sampler, generators: Sequence[torch.Generator]
 ) -> Tensor | None:

@@ -4,14 +4,14 @@ The rules of predict-and-noise, which commits all predictions and masks some aga
 posterior, which draws for each position whether it is unmasked. Source: system.md section 4.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from twotower.diffusion.commit import Predictions, fair_share, select_commits
 from twotower.diffusion.noise import alpha, grid_time
-from twotower.diffusion.sampling import Remask, Sampler, uniform
+from twotower.diffusion.sampling import Remask, Sampler
 
 ADAPTIVE_START = 0.4  # fraction of the steps during which the adaptive rule commits one token
 
@@ -85,3 +85,8 @@ _REMASK_SCORES: dict[Remask, Callable[[Predictions], Tensor]] = {
     "margin": lambda found: top2_margin(found.probs),
     "random": _random_scores,
 }
+
+
+def uniform(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """Uniform [0, 1) noise (len(generators), *shape), float32 on CPU, one generator per row."""
+    return torch.stack([torch.rand(*shape, generator=generator) for generator in generators])

@@ -133,8 +133,7 @@ class Scheduler:
         """Let the context tower read what was committed, and pieces of prompts."""
         batches, group.batches = group.batches, []
         for batch in batches:
-            is_read = batch.has_read
-            group.batches += [batch] if is_read else (yield from _attempt(batch, Batch.read))
+            group.batches += [batch] if batch.has_read else (yield from _attempt(batch, Batch.read))
         if not group.prompts:
             return
         slots, num_left = Counter(row.caller for row in self.rows), READ_TOKENS

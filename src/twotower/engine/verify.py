@@ -71,7 +71,9 @@ def verify(batch: Batch, most_steps: int = 1) -> list[Chosen]:
 
 
 def _num_right(draft: Sequence[int], choices: Sequence[int], length: int) -> int:
-    """`count_accepted` of one row, on the host: a small model waits for tensors, too."""
+    """How many tokens of a row's draft stand: the first, and each that the choice before it equals.
+    On the host: a small model waits for tensors, too.
+    """
     return next((at for at in range(1, length) if draft[at] != choices[at - 1]), length)
 
 

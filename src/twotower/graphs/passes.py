@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from twotower import masks
-from twotower.diffusion import ban, commit_confident, count_accepted, predictions
+from twotower.diffusion import ban, commit_confident, predictions
 from twotower.graphs.arena import Arena
 from twotower.graphs.choosing import Uses
 from twotower.layers.attention import KV
@@ -77,6 +77,19 @@ def decode(
     arena.lengths.add_(stay)
     ids[:, 0] = choices[rows, last]  # the next draft
     return choices.where(logits.isfinite().all(-1), -1), stay
+
+
+def count_accepted(drafts: Tensor, choices: Tensor, lengths: Tensor) -> Tensor:
+    """How many tokens of drafts (B, n) stand: the first, and each that the choice before it equals.
+
+    choices (B, n): the AR tower's token after each; lengths (B,): how much of a row's draft counts.
+    Returns (B,), none above its length.
+    """
+    if drafts.shape[1] == 1:  # nothing is drafted
+        return lengths
+    is_right = drafts[:, 1:] == choices[:, :-1]
+    right = is_right.long().cumprod(1).sum(1) + 1
+    return torch.minimum(right, lengths)
 
 
 def fill(
