@@ -4,14 +4,12 @@ import difflib
 import errno
 import math
 import os
-import re
 import reprlib
 import stat
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-MAX_BIASED = 1024  # tokens of a logit_bias
 _MAX_WHOLE = 2**63 - 1
 Problem = Callable[[object], str | None]  # what is wrong with a value, if anything
 _repr = reprlib.Repr()  # nobody reads a megabyte
@@ -184,32 +182,3 @@ def strings(value: object) -> str | None:
     if not all(isinstance(text, str) for text in texts):
         return "must be text, or a list of texts"
     return None if all(texts) else "has an empty string; leave it out"
-
-
-def as_pairs(biases: Mapping[Any, Any]) -> tuple[tuple[Any, Any], ...]:
-    """Tokens and biases; the names of a JSON object are text."""
-    return tuple(
-        (
-            int(token) if isinstance(token, str) and re.fullmatch("[0-9]{1,9}", token) else token,
-            bias,
-        )
-        for token, bias in biases.items()
-    )
-
-
-def biases(value: object) -> str | None:
-    """Pairs of tokens and what is added to their logits."""
-    pairs = value if isinstance(value, tuple) else (value,)
-    if len(pairs) > MAX_BIASED:
-        return f"must name at most {MAX_BIASED} tokens"
-    are_good = all(
-        isinstance(pair, tuple)
-        and len(pair) == 2
-        and token_ids(pair[0]) is None
-        and _bias(pair[1]) is None
-        for pair in pairs
-    )
-    return None if are_good else "must map token ids to numbers between -100 and 100"
-
-
-_bias = number(-100, 100)

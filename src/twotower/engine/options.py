@@ -15,8 +15,6 @@ from twotower.arguments import (
     INDEX,
     SHARE,
     Problem,
-    as_pairs,
-    biases,
     check_fields,
     instance,
     number,
@@ -26,6 +24,7 @@ from twotower.arguments import (
 )
 from twotower.diffusion import SCHEDULES, Remask, Schedule
 from twotower.documented import documented
+from twotower.engine.biases import LogitBias, as_pairs, biases
 from twotower.engine.drafts import Drafts
 from twotower.engine.grammar import Grammar
 
@@ -39,7 +38,6 @@ MIN_TOP_P = 1e-6  # float32 must tell it from 0
 MODES_OF_BACKBONES: tuple[Mode, ...] = ("speculative", "ar")  # which need no denoiser
 BLOCK_MODES: tuple[Mode, ...] = ("diffusion", "posterior", "predict-and-noise")
 _IN_ORDER: tuple[Mode, ...] = ("speculative", "ar", "mock-ar")
-LogitBias = tuple[tuple[int, float], ...]  # pairs of a token and what is added to its logit
 _penalty = number(-2.0, 2.0)
 _passes = number(1, MAX_PASSES, is_whole=True)
 _flag = instance(bool, "True or False")
