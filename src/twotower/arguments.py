@@ -8,7 +8,6 @@ import reprlib
 import stat
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 _MAX_WHOLE = 2**63 - 1
 Problem = Callable[[object], str | None]  # what is wrong with a value, if anything

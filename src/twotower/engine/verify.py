@@ -54,13 +54,13 @@ def verify(batch: Batch, most_steps: int = 1) -> list[Chosen]:
         choices = _choices(batch, logits, tree)
     else:
         logits, choices = None, _greedy_choices(batch, output.hidden)
-    chosen = choices.tolist()
+    answers = choices.tolist()
     if tree is None:
-        each = zip(given, chosen, counted, strict=True)
+        each = zip(given, answers, counted, strict=True)
         tokens = [own[: _num_right(draft, own, length)] for draft, own, length in each]
     else:
-        paths = tree.paths(given, chosen)
-        tokens = [[own[at] for at in path] for own, path in zip(chosen, paths, strict=True)]
+        paths = tree.paths(given, answers)
+        tokens = [[own[at] for at in path] for own, path in zip(answers, paths, strict=True)]
         output = along_paths(batch.cache, output, paths)
     counts = torch.tensor([len(own) for own in tokens])
     chosen = with_logprobs(batch.rows, logits, tokens)
