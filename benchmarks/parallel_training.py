@@ -135,7 +135,9 @@ def make_inputs(folder: Path) -> None:
         for n in range(400):
             pair = {"prompt": f"Say {n % 10}: ", "completion": f"it is {n % 10}.\n"}
             stream.write(json.dumps(pair) + "\n")
-    options = PrepareOptions(out=folder / "data", input=(source,), vocab_size=270, tokens=100_000)
+    options = PrepareOptions(
+        output=folder / "data", input=(source,), vocab_size=270, tokens=100_000
+    )
     for _ in prepare(options):
         pass
     vocab_size = json.loads((folder / "data" / "meta.json").read_text())["vocab_size"]
@@ -152,7 +154,7 @@ def options_of(folder: Path, case: str, out: str) -> TrainOptions:
     values: dict[str, object] = {
         "recipe": recipe,
         "data": str(folder / "data"),
-        "out": str(folder / out),
+        "output": str(folder / out),
         "init": str(folder / pattern),
         "sequence_length": 32,
         "batch_size": 4,
@@ -182,7 +184,7 @@ def two_passes(options: TrainOptions, out: Path) -> TrainOptions:
     """The same rows of each step in twice as many passes: what the order of sums alone changes."""
     accumulate = 2 * options.accumulate
     half = options.batch_size // 2
-    return dataclasses.replace(options, out=out, batch_size=half, accumulate=accumulate)
+    return dataclasses.replace(options, output=out, batch_size=half, accumulate=accumulate)
 
 
 def equality(folder: Path, cases: list[str], only: str | None) -> list[dict[str, object]]:

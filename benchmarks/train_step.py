@@ -55,7 +55,7 @@ def main() -> None:
 def measure(folder: Path, args: argparse.Namespace) -> float:
     """Median tokens/s of `args.steps` steps after three of warm-up."""
     for _ in prepare(
-        PrepareOptions(out=folder / "data", tokens=200_000, vocab_size=1024), BUILT_IN
+        PrepareOptions(output=folder / "data", tokens=200_000, vocab_size=1024), BUILT_IN
     ):
         pass
     init = None
@@ -68,7 +68,7 @@ def measure(folder: Path, args: argparse.Namespace) -> float:
     options = TrainOptions(
         recipe=args.recipe,
         data=folder / "data",
-        out=folder / "run",
+        output=folder / "run",
         init=init,
         preset=None if init else args.preset,
         steps=10_000,

@@ -23,7 +23,7 @@ def make_shard(folder: Path, count: int = 400, align: int = 1) -> Path:
     """A token shard in `folder`, which must not exist."""
     source = write_documents(folder.with_name("documents.jsonl"), count)
     options = PrepareOptions(
-        out=folder, input=(source,), vocab_size=270, tokens=100_000, align=align
+        output=folder, input=(source,), vocab_size=270, tokens=100_000, align=align
     )
     for _ in prepare(options):
         pass
@@ -49,7 +49,7 @@ def tiny_options(data: Path, out: Path, **changes: object) -> TrainOptions:
     values: dict[str, object] = {
         "recipe": "backbone",
         "data": str(data),
-        "out": str(out),
+        "output": str(out),
         "preset": "tiny",
         "sequence_length": 32,
         "batch_size": 4,

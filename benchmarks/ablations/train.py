@@ -58,8 +58,8 @@ def main() -> None:
     args = parser().parse_args()
     torch.set_num_threads(args.threads)
     for options in shard_options(args.out, args.data_tokens, args.denoiser_data_tokens):
-        if not options.out.exists():
-            print(f"preparing {options.out}", flush=True)
+        if not options.output.exists():
+            print(f"preparing {options.output}", flush=True)
             for _ in prepare(options, BUILT_IN):
                 pass
     backbone = backbone_options(args.out, args.steps, args.seed, args.threads, args.compile)
@@ -161,7 +161,7 @@ def train_to_end(name: str, options: TrainOptions) -> dict[str, float | None]:
     """
     if (options.run_folder / "export").exists():
         before = json.loads((options.run_folder / "options.json").read_text())
-        if before != json.loads(json.dumps(options.to_dict())):
+        if TrainOptions.from_dict(before) != options:
             raise SystemExit(f"{options.run_folder}: holds another run; remove it or change --out")
         return {"train_seconds": None, "train_cpu_seconds": None}
     clock, processor = time.perf_counter(), time.process_time()

@@ -36,11 +36,11 @@ def shard_options(
     """The backbone's shard, packed, and the denoisers', aligned, with the same tokenizer."""
     mixture = tuple(f"{category}=1" for category in CATEGORIES)
     packed = PrepareOptions(
-        out=out / "packed", tokens=tokens, weights=mixture, seed=0, vocab_size=1024
+        output=out / "packed", tokens=tokens, weights=mixture, seed=0, vocab_size=1024
     )
     aligned = PrepareOptions(
-        out=out / "aligned", tokens=denoiser_tokens, weights=mixture, seed=1, tokenizer=packed.out,
-        align=ALIGN,
+        output=out / "aligned", tokens=denoiser_tokens, weights=mixture, seed=1, align=ALIGN,
+        tokenizer=packed.output,
     )  # fmt: skip
     return packed, aligned
 
@@ -50,7 +50,7 @@ def backbone_options(out: Path, steps: int, seed: int, threads: int, compile: bo
     return TrainOptions(
         recipe="backbone",
         data=out / "packed",
-        out=out / "backbone",
+        output=out / "backbone",
         config=Path(__file__).with_name("backbone.json"),
         learning_rate=3e-3,
         warmup_steps=60,
@@ -72,7 +72,7 @@ def denoiser_options(name: str, out: Path, steps: int, seed: int, threads: int) 
     return TrainOptions(
         recipe="denoiser",
         data=out / "aligned",
-        out=out / name,
+        output=out / name,
         init=out / "backbone" / "export",
         targets="completion",
         mask_rate_per="block",

@@ -156,7 +156,7 @@ def main() -> None:
     work, budget = WorkFolder(args.work), Budget(minutes=args.minutes)
     work.path.mkdir(parents=True, exist_ok=True)
     thin = ThinOptions(layers=1, block_size=4, draft_vocab=32) if is_rehearsal else ThinOptions()
-    answers = AnswerOptions(max_tokens=12 if is_rehearsal else 320, batch_size=args.batch_size)
+    answers = AnswerOptions(max_new_tokens=12 if is_rehearsal else 320, batch_size=args.batch_size)
     steps = StepOptions(
         answers_per_step=args.answers_per_step, blocks_per_answer=args.blocks_per_answer
     )

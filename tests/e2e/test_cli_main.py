@@ -100,7 +100,7 @@ def test_generate_has_a_flag_with_the_default_of_every_option(
         (["prepare", "--columns"], "--columns needs a value"),
         (["bench", "--prompts", "--json"], "--prompts needs a value"),
         (["bench", "--prompts", "a", "--json", "--prompts"], "--prompts needs a value"),
-        (["adapt"], "missing: -o DIR, --output DIR, --out DIR, --prompts; see"),
+        (["adapt"], "missing: -o DIR, --out DIR, --output DIR, --prompts; see"),
         (["adapt", "-o", "a"], "missing: --prompts; see"),
         (["train", "backbone", "--betas", "0.9", "x"], "--betas '0.9', 'x' must be numbers"),
         (

@@ -59,7 +59,7 @@ def start(options: TrainOptions, count: int, *more: str) -> subprocess.Popen[str
             value = list(value)
         if value is not None:
             lines.append(f"{name} = {json.dumps(value)}")
-    file = Path(str(options.out) + ".toml")
+    file = Path(str(options.output) + ".toml")
     file.write_text("\n".join(lines))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     return subprocess.Popen(

@@ -45,7 +45,7 @@ from twotower.model.thin import blocks_of, spread
 def answered(model: TwoTower, work: WorkFolder, shape: ThinOptions, num_tokens: int) -> None:
     """The stage answers to its end, and its time not counted: on a busy machine little is left."""
     questions = [Question(number=i, prompt=p, task="t") for i, p in enumerate(prompts_of([4] * 60))]
-    options = AnswerOptions(max_tokens=num_tokens)
+    options = AnswerOptions(max_new_tokens=num_tokens)
     told = list(collect_answers(model, questions, work, shape, options, Budget(minutes=9)))
     assert {p.stage for p in told} <= {"answers"}
     work.spent.unlink()
@@ -55,7 +55,7 @@ def test_answers_go_on_where_a_killed_run_stopped(tmp_path: Path) -> None:
     """Guards hours of work: no answer is written twice, none is lost, half a line is none."""
     model, file = backbone(), tmp_path / "answers.jsonl"
     questions = [Question(number=i, prompt=p, task="t") for i, p in enumerate(prompts_of([4] * 9))]
-    options = AnswerOptions(max_tokens=6, batch_size=2)
+    options = AnswerOptions(max_new_tokens=6, batch_size=2)
     run = write_answers(model, questions, file, options, 60.0)
     kept = [next(run) for _ in range(3)]
     run.close()
@@ -81,7 +81,7 @@ def test_long_answers_that_the_time_ends_are_kept(
     model, file, ticks = backbone(), tmp_path / "answers.jsonl", count()
     monkeypatch.setattr("time.monotonic", lambda: float(next(ticks)))  # a second for each event
     question = Question(number=0, prompt=prompts_of([4])[0], task="t")
-    found = list(write_answers(model, [question], file, AnswerOptions(max_tokens=40), seconds))
+    found = list(write_answers(model, [question], file, AnswerOptions(max_new_tokens=40), seconds))
     assert read_answers(file) == found
     plain = GenerateOptions(mode="ar", max_new_tokens=40)
     (whole,) = generate(model, [question.prompt], plain)

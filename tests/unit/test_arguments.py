@@ -104,7 +104,7 @@ LONG = "x" * 300
         ("path", lambda path: export_gguf(DENSE, path)),
         ("path", read_config),
         ("model", describe),
-        ("out", lambda path: PrepareOptions(out=Path(path))),
+        ("output", lambda path: PrepareOptions(output=Path(path))),
         ("data", lambda path: TrainOptions(recipe="backbone", data=Path(path))),
     ],
 )

@@ -130,7 +130,7 @@ def test_the_tokenizer_and_the_template_come_along(tmp_path: Path) -> None:
     assert tokenizer.encode("<2>", allow_special=True) == [2]
     (tmp_path / "a.txt").write_text("no <2> here")
     options = PrepareOptions(
-        input=[tmp_path / "a.txt"], tokenizer=tmp_path / "m.gguf", out=tmp_path / "shard"
+        input=[tmp_path / "a.txt"], tokenizer=tmp_path / "m.gguf", output=tmp_path / "shard"
     )
     prepare_data(options)  # a shard for training beside this model
     shard = Shard(tmp_path / "shard")

@@ -109,9 +109,13 @@ def test_help_explains_every_field_and_the_command_line_does_not_repeat_it(
 
 
 def test_options_survive_json() -> None:
-    chosen = options(recipe="denoiser", init="runs/a", betas=[0.8, 0.9], learning_rate=1, out="x")
+    chosen = options(
+        recipe="denoiser", init="runs/a", betas=[0.8, 0.9], learning_rate=1, output="x"
+    )
     stored = json.loads(json.dumps(chosen.to_dict()))
     assert TrainOptions.from_dict(stored) == chosen
+    older = {"out" if name == "output" else name: value for name, value in stored.items()}
+    assert TrainOptions.from_dict(older) == chosen
     assert chosen.init == Path("runs/a")
     assert chosen.learning_rate == 1.0
     assert chosen.run_folder == Path("x")
@@ -127,9 +131,11 @@ def test_toml_becomes_flags(tmp_path: Path) -> None:
     )
     assert arguments_from_toml(file) == [
         *["--recipe", "backbone", "--learning-rate", "0.01"],
-        *["--betas", "0.8", "0.9", "--compile", "--no-resume", "--out", "a"],
+        *["--betas", "0.8", "0.9", "--compile", "--no-resume", "--output", "a"],
     ]
     assert read_toml(file)["learning_rate"] == 0.01
+    file.write_text('out = "a"')  # as older versions had it
+    assert arguments_from_toml(file) == ["--output", "a"]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +144,7 @@ def test_toml_becomes_flags(tmp_path: Path) -> None:
         ("learning_rat = 1", "learning_rate"),
         ("steps = ", "not TOML"),
         (None, "cannot read"),
-        ('out = "a"\noutput = "b"', "out: is given in two spellings"),
+        ('out = "a"\noutput = "b"', ": output: is given in two spellings"),
         ("max_num_seqs = 4", "max_num_seqs: no such option"),
     ],
 )

@@ -22,7 +22,7 @@ def run(**options: object) -> Shard:
     chosen = PrepareOptions(**options)  # type: ignore[arg-type]  # tests pass plain values
     for _ in prepare(chosen, BUILT_IN):
         pass
-    return Shard(chosen.out)
+    return Shard(chosen.output)
 
 
 def test_documents_are_packed_with_bos_and_eos(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_shards_say_which_tokens_are_completions(tmp_path: Path) -> None:
 
 def test_built_in_corpus_is_the_default(tmp_path: Path) -> None:
     shard = run(
-        out=tmp_path / "shard", tokens=3000, vocab_size=400, tokenizer_documents=200, seed=7
+        output=tmp_path / "shard", tokens=3000, vocab_size=400, tokenizer_documents=200, seed=7
     )
     tokenizer = load_tokenizer(shard.folder)
     first = next(iter(documents("train", 7)))
@@ -86,14 +86,14 @@ def test_built_in_corpus_is_the_default(tmp_path: Path) -> None:
 def test_same_options_same_shard(tmp_path: Path) -> None:
     """Silent failure: a run cannot be repeated because its data cannot."""
     options = {"tokens": 2000, "vocab_size": 300, "tokenizer_documents": 100}
-    one, two = (run(out=tmp_path / name, seed=3, **options).meta for name in ("one", "two"))
-    other = run(out=tmp_path / "other", seed=4, **options).meta
+    one, two = (run(output=tmp_path / name, seed=3, **options).meta for name in ("one", "two"))
+    other = run(output=tmp_path / "other", seed=4, **options).meta
     assert one == two != other
 
 
 def test_token_limit_keeps_the_last_document_whole(tmp_path: Path) -> None:
     source = write_documents(tmp_path / "d.jsonl", 1000)
-    shard = run(out=tmp_path / "shard", input=(source,), tokens=500, vocab_size=270)
+    shard = run(output=tmp_path / "shard", input=(source,), tokens=500, vocab_size=270)
     assert 500 <= shard.meta.num_tokens < 540
     assert shard.tokens[:][-1] == 2
     assert np.count_nonzero(shard.tokens[:] == 2) == shard.meta.num_documents
@@ -102,13 +102,13 @@ def test_token_limit_keeps_the_last_document_whole(tmp_path: Path) -> None:
 def test_plain_text_documents_are_separated_by_blank_lines(tmp_path: Path) -> None:
     source = tmp_path / "text.txt"
     source.write_text("first\nstill first\n\n \nsecond")
-    shard = run(out=tmp_path / "shard", input=(source,), vocab_size=260)
+    shard = run(output=tmp_path / "shard", input=(source,), vocab_size=260)
     assert documents_of(shard) == ["first\nstill first\n", "second"]
 
 
 def test_a_given_tokenizer_is_kept(tmp_path: Path) -> None:
     first = make_shard(tmp_path / "first")
-    second = run(out=tmp_path / "second", tokenizer=first, tokens=1000)
+    second = run(output=tmp_path / "second", tokenizer=first, tokens=1000)
     assert second.meta.tokenizer_sha256 == load_tokenizer(first).fingerprint
 
 
@@ -117,9 +117,9 @@ def test_an_existing_shard_is_only_replaced_on_request(tmp_path: Path) -> None:
     before = Shard(folder).meta
     source = write_documents(tmp_path / "other.jsonl", 10)
     with pytest.raises(ValueError, match="--overwrite"):
-        run(out=folder, input=(source,))
+        run(output=folder, input=(source,))
     assert Shard(folder).meta == before
-    assert run(out=folder, input=(source,), overwrite=True).meta.num_documents == 10
+    assert run(output=folder, input=(source,), overwrite=True).meta.num_documents == 10
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "documents.jsonl",
         "other.jsonl",
@@ -132,7 +132,7 @@ def test_another_folder_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "love.txt").write_text("dear")
     with pytest.raises(ValueError, match="not a token shard"):
-        run(out=tmp_path / "letters", overwrite=True)
+        run(output=tmp_path / "letters", overwrite=True)
     assert (tmp_path / "letters" / "love.txt").exists()
 
 
@@ -174,7 +174,7 @@ def test_weights_are_shares_of_tokens(tmp_path: Path) -> None:
     short = write_texts(tmp_path / "short.jsonl", "a", 3000)
     long = write_texts(tmp_path / "long.jsonl", "word " * 40, 3000)
     options = {"input": (short, long), "weights": ("short=3", "long=1"), "tokens": 6000}
-    shard = run(out=tmp_path / "shard", vocab_size=260, **options)
+    shard = run(output=tmp_path / "shard", vocab_size=260, **options)
     documents = documents_of(shard)
     held = {name: tokens / shard.meta.num_tokens for name, tokens in shard.meta.sources.items()}
     assert held["short"] == pytest.approx(0.75, abs=250 / 6000)  # one long document
@@ -189,12 +189,12 @@ def test_a_mixture_ends_with_its_first_input(
 ) -> None:
     """Silent failure: documents are repeated to keep a share, also into the held-out rows."""
     a, b = write_texts(tmp_path / "a.jsonl", "a", 50), write_texts(tmp_path / "b.jsonl", "b", 50)
-    shard = run(out=tmp_path / "one", input=(a, b), weights=("a=1", "b=4"), vocab_size=260)
+    shard = run(output=tmp_path / "one", input=(a, b), weights=("a=1", "b=4"), vocab_size=260)
     documents = documents_of(shard)
     assert sum(text.startswith("b ") for text in documents) == 50
     assert 11 <= sum(text.startswith("a ") for text in documents) <= 14
     assert "one input has ended" in caplog.text
-    every = documents_of(run(out=tmp_path / "two", input=(a, b), vocab_size=260))
+    every = documents_of(run(output=tmp_path / "two", input=(a, b), vocab_size=260))
     assert sorted(every) == sorted(f"{word} {i}" for word in "ab" for i in range(50))
 
 
@@ -202,17 +202,19 @@ def test_inputs_mix_with_the_built_in_corpus(tmp_path: Path) -> None:
     a = write_texts(tmp_path / "a.jsonl", "a", 2000)
     weights = ("a=1", "math=0.5", "code=0.5")
     options = {"weights": weights, "tokens": 4000, "vocab_size": 300, "tokenizer_documents": 100}
-    meta = run(out=tmp_path / "shard", input=(a,), **options).meta
+    meta = run(output=tmp_path / "shard", input=(a,), **options).meta
     assert meta.sources["a"] == pytest.approx(meta.sources["built-in corpus"], abs=300)
 
 
 def test_order_depends_on_the_seed_only_when_shuffled(tmp_path: Path) -> None:
     """Silent failure: the same command gives other data, or another seed the same."""
     a = write_texts(tmp_path / "a.jsonl", "a", 100)
-    plain = documents_of(run(out=tmp_path / "plain", input=(a,), vocab_size=260, seed=1))
+    plain = documents_of(run(output=tmp_path / "plain", input=(a,), vocab_size=260, seed=1))
     assert plain == [f"a {i}" for i in range(100)]
     drawn = [
-        documents_of(run(out=tmp_path / f"{i}", input=(a,), vocab_size=260, seed=seed, shuffle=30))
+        documents_of(
+            run(output=tmp_path / f"{i}", input=(a,), vocab_size=260, seed=seed, shuffle=30)
+        )
         for i, seed in enumerate((1, 1, 2))
     ]
     assert drawn[0] == drawn[1] != drawn[2] != plain
@@ -223,7 +225,7 @@ def test_a_document_longer_than_a_row_goes_on_in_the_next(tmp_path: Path) -> Non
     """Silent failure: what does not fit a row is dropped."""
     text = " ".join(map(str, range(400)))
     (tmp_path / "a.txt").write_text(text)
-    shard = run(out=tmp_path / "shard", input=(tmp_path / "a.txt",), vocab_size=260)
+    shard = run(output=tmp_path / "shard", input=(tmp_path / "a.txt",), vocab_size=260)
     tokenizer = load_tokenizer(shard.folder)
     rows = Rows(shard, 64, seed=0)
     read = torch.cat([rows.training(i, 1).tokens[0] for i in range(rows.num_training)]).tolist()
@@ -241,7 +243,7 @@ def test_bad_input_leaves_everything_as_it_was(tmp_path: Path, bad: str) -> None
     (tmp_path / "b.jsonl").write_text(bad)
     names = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"input: .*b.jsonl"):
-        run(out=folder, input=(good, tmp_path / "b.jsonl"), overwrite=True)
+        run(output=folder, input=(good, tmp_path / "b.jsonl"), overwrite=True)
     assert Shard(folder).meta == before
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
@@ -252,7 +254,7 @@ def test_a_kill_between_the_renames_loses_nothing(tmp_path: Path) -> None:
     before = Shard(folder).meta
     folder.rename(tmp_path / "shard.old")
     with pytest.raises(ValueError, match="no file or folder"):
-        run(out=folder, input=(tmp_path / "absent",), overwrite=True)
+        run(output=folder, input=(tmp_path / "absent",), overwrite=True)
     assert Shard(folder).meta == before
 
 
@@ -266,8 +268,8 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             stream.write(b"0")
 
     monkeypatch.setattr(ShardWriter, "append", fill)
-    with pytest.raises(ValueError, match=r"out: no room for .*No space left on device"):
-        run(out=folder, input=(tmp_path / "documents.jsonl",), overwrite=True)
+    with pytest.raises(ValueError, match=r"output: no room for .*No space left on device"):
+        run(output=folder, input=(tmp_path / "documents.jsonl",), overwrite=True)
     assert Shard(folder).meta == before
     assert not (tmp_path / "shard.partial").exists()
 
@@ -275,7 +277,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_library_reads_inputs_only(tmp_path: Path) -> None:
     """The generated corpus is the laboratory's, which the library does not import."""
     with pytest.raises(ValueError, match="input: missing"):
-        list(prepare(PrepareOptions(out=tmp_path / "shard")))
+        list(prepare(PrepareOptions(output=tmp_path / "shard")))
 
 
 def test_the_built_in_corpus_needs_no_pyarrow(
@@ -283,4 +285,4 @@ def test_the_built_in_corpus_needs_no_pyarrow(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     options = {"tokens": 1000, "vocab_size": 260, "tokenizer_documents": 10}
-    assert run(out=tmp_path / "shard", **options).meta.num_tokens >= 1000
+    assert run(output=tmp_path / "shard", **options).meta.num_tokens >= 1000

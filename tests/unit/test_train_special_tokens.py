@@ -41,7 +41,7 @@ def make_foreign(folder: Path, *more: str, named: bool = True, **files: dict[str
 
 def make_shard(folder: Path, tokenizer: Path, **options: object) -> Shard:
     source = write_documents(folder.with_name("documents.jsonl"))
-    chosen = PrepareOptions(out=folder, input=(source,), tokenizer=tokenizer, **options)  # type: ignore[arg-type]
+    chosen = PrepareOptions(output=folder, input=(source,), tokenizer=tokenizer, **options)  # type: ignore[arg-type]
     for _ in prepare(chosen):
         pass
     return Shard(folder)

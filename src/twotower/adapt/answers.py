@@ -69,7 +69,7 @@ def write_answers(
     """
     deadline = time.monotonic() + seconds
     decoding = GenerateOptions(
-        mode="ar", max_new_tokens=options.max_tokens, temperature=options.temperature
+        mode="ar", max_new_tokens=options.max_new_tokens, temperature=options.temperature
     )
     begun = dict[int, list[int]]()  # tokens of each row that is not finished
 
@@ -101,7 +101,7 @@ def write_answers(
             if time.monotonic() > deadline:
                 break
         for row, tokens in begun.items():
-            if len(tokens) >= options.max_tokens / 2:
+            if len(tokens) >= options.max_new_tokens / 2:
                 yield written(row, tokens)
 
 

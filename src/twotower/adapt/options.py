@@ -66,7 +66,7 @@ class ThinOptions:
 class AnswerOptions:
     """The backbone's own answers."""
 
-    max_tokens: int = 320
+    max_new_tokens: int = 320
     """Maximum number of new tokens per answer."""
     temperature: float = 0.0
     """Sampling temperature of the answers; 0 is greedy. Use the temperature at which the model will
@@ -76,7 +76,7 @@ class AnswerOptions:
     """Leave out prompts with more tokens than this."""
 
     def __post_init__(self) -> None:
-        counts = dict.fromkeys(("max_tokens", "max_prompt_tokens"), COUNT)
+        counts = dict.fromkeys(("max_new_tokens", "max_prompt_tokens"), COUNT)
         check_fields(self, {**counts, "batch_size": _AT_ONCE, "temperature": number(0)})
 
 

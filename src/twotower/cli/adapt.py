@@ -53,14 +53,14 @@ class AdaptArguments(ThinOptions, AnswerOptions, StepOptions, Placement):
     prompts: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")]
     """Questions like those that the model will get. .jsonl: one object a line with a prompt,
     question, instruction, text or turns; any other file: one prompt a line."""
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the denoiser, for --denoiser DIR of the other verbs."""
     minutes: float = 60.0
     """Time for the whole run: two fifths for answers, a twentieth to measure, the rest to train."""
     stage: Literal["all", "answers", "train", "measure"] = "all"
     """Run one stage alone, from the files of the stages before it."""
     work: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder of answers, features and checkpoints. Default: OUT-work."""
+    """Folder of answers, features and checkpoints. Default: OUTPUT-work."""
     plain_prompts: tyro.conf.FlagCreatePairsOff[bool] = False
     """Give the model the prompts as they are, without its chat template."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -96,10 +96,10 @@ def run(options: AdaptArguments) -> int:
         model = loaded.model
         first = stages.first_denoiser(model, thin, steps.seed)  # or why there can be none
         questions, held = _questions(prompts, loaded, options, work)
-        longest = max(len(question.prompt) for question in questions) + options.max_tokens
+        longest = max(len(question.prompt) for question in questions) + options.max_new_tokens
         token_bytes = model.empty_cache(1).token_bytes
         if lack := lacking_memory(model.context_device, token_bytes, longest):
-            raise ValueError(f"max_tokens={options.max_tokens}: an answer needs {lack}; use fewer")
+            raise ValueError(f"max_new_tokens={options.max_new_tokens}: an answer needs {lack}; use fewer")
         is_all = options.stage == "all"
         wanted = STAGES if is_all else (options.stage,)
         budget = Budget(
@@ -117,7 +117,7 @@ def run(options: AdaptArguments) -> int:
         if "answers" in wanted:
             _show(stages.collect_answers(model, questions, work, thin, answers, budget))
         if "train" in wanted:
-            out, path = options.out, Path(loaded.name)
+            out, path = options.output, Path(loaded.name)
             name = path.name if path.exists() else loaded.name  # not where it lies here
             _show(stages.train(model, work, thin, steps, budget, out, name))
         if "measure" in wanted:
@@ -129,10 +129,10 @@ def _places(options: AdaptArguments) -> WorkFolder:
     """The folder of work. ValueError where it, or that of the denoiser, holds other files or cannot
     be written: a run does so in the end.
     """
-    out = options.out.resolve()
+    out = options.output.resolve()
     work = WorkFolder(options.work or out.with_name(f"{out.name}-work"))
     for name, path, is_ours in (
-        ("out", out, is_denoiser(out)),
+        ("output", out, is_denoiser(out)),
         ("work", work.path, work.source.is_file() and work.path.resolve() != out),
     ):
         if path.exists() and not path.is_dir():
@@ -242,22 +242,22 @@ def _report(
             "prompts: all that were kept to measure have been trained on; give those of the "
             "earlier runs, with the same seed"
         )
-    if not is_denoiser(options.out):
-        raise ValueError(f"out: {options.out} has no denoiser; run the stage train first")
+    if not is_denoiser(options.output):
+        raise ValueError(f"output: {options.output} has no denoiser; run the stage train first")
     model = accelerate(
-        load_denoiser(loaded.model, options.out), options.backend, options.quantization
+        load_denoiser(loaded.model, options.output), options.backend, options.quantization
     )
     pairs = list[Pair]()
-    compared = compare(loaded.model, model, held, options.max_tokens)
+    compared = compare(loaded.model, model, held, options.max_new_tokens)
     _show(stages.measured(compared, budget, len(held), pairs))
     results = by_task(pairs)
     report = {
         "model": loaded.name,
-        "denoiser": str(options.out),
+        "denoiser": str(options.output),
         "minutes": options.minutes,
         "tasks": [vars(result) for result in results],
     }
-    write_whole(options.out / "report.json", json.dumps(report, indent=2) + "\n")
+    write_whole(options.output / "report.json", json.dumps(report, indent=2) + "\n")
     if options.json:
         print(json.dumps(report))
         return
@@ -266,6 +266,6 @@ def _report(
         for r in results
     ]
     columns = ["task", "prompts", "texts equal", "tokens a cycle", "x AR"]
-    print_table(make_console(), Table(f"{loaded.name} with {options.out}", columns, rows))
+    print_table(make_console(), Table(f"{loaded.name} with {options.output}", columns, rows))
     flags = "" if options.quantization == "none" else f" --quantization {options.quantization}"
-    print(f"\ntwotower chat --model {loaded.name} --denoiser {options.out}{flags}")
+    print(f"\ntwotower chat --model {loaded.name} --denoiser {options.output}{flags}")

@@ -19,10 +19,8 @@ from twotower.documented import field_docs
 _ALIASES: Mapping[str, tuple[str, ...]] = {
     "model": ("-m",),
     "max_new_tokens": ("-n", "--max-tokens"),
-    "max_tokens": ("-n", "--max-new-tokens"),
     "temperature": ("--temp",),
     "output": ("-o", "--out"),
-    "out": ("-o", "--output"),
     "prompt": ("-p",),
     "batch_size": ("--max-num-seqs",),
 }

@@ -50,5 +50,5 @@ def speed_text(tokens: int, began: float | None) -> str:
 def summary(options: PrepareOptions, record: PrepareProgress) -> str:
     """What was written, with the share of each source if there are several."""
     shares = [f"{name} {tokens / record.tokens:.1%}" for name, tokens in record.sources.items()]
-    text = f"{options.out}: {record.tokens} tokens in {record.documents} documents"
+    text = f"{options.output}: {record.tokens} tokens in {record.documents} documents"
     return f"{text} ({', '.join(shares)})" if len(shares) > 1 else text

@@ -216,7 +216,7 @@ class TrainOptions(
     """Token shard that twotower prepare made."""
     init: Path | None = None
     """Checkpoint folder to start from; a denoiser needs a backbone or a two-tower model."""
-    out: Path | None = None
+    output: Path | None = None
     """Run folder: options, versions, metrics, checkpoints and the exported model. Default:
     runs/backbone or runs/denoiser."""
     steps: int = 4000
@@ -290,7 +290,7 @@ class TrainOptions(
 
     @property
     def run_folder(self) -> Path:
-        return Path("runs") / self.recipe if self.out is None else self.out
+        return Path("runs") / self.recipe if self.output is None else self.output
 
     @property
     def next_token_weight(self) -> float:
@@ -309,7 +309,10 @@ class TrainOptions(
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> TrainOptions:
-        """Options from plain values (TOML, JSON); ValueError for unknown names and wrong types."""
+        """Options from plain values (TOML, JSON), also of older versions, which wrote `out`.
+        ValueError for unknown names and wrong types.
+        """
+        values = {"output" if name == "out" else name: value for name, value in values.items()}
         check_values(values)
         if "recipe" not in values:
             raise ValueError("recipe: missing; use backbone or denoiser")

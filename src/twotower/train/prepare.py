@@ -43,7 +43,7 @@ Encoded = tuple[list[int], int, int]
 class PrepareOptions(CheckedOptions):
     """Turn text into a tokenizer and a shard of tokens for training."""
 
-    out: Path = Path("data/corpus")
+    output: Path = Path("data/corpus")
     """Folder to create; an existing one needs --overwrite."""
     input: tuple[Path, ...] = ()
     """Files, folders, or quoted patterns such as 'books/*.parquet'. .jsonl (an object a line) and
@@ -132,7 +132,7 @@ def prepare_data(options: PrepareOptions) -> Path:
     """
     for _ in prepare(options):
         pass
-    return options.out
+    return options.output
 
 
 def prepare(options: PrepareOptions, corpus: Corpus | None = None) -> Iterator[PrepareProgress]:
@@ -141,7 +141,7 @@ def prepare(options: PrepareOptions, corpus: Corpus | None = None) -> Iterator[P
     corpus: what to read when the options name no input, or its categories beside the inputs.
     """
     require("options", options, PrepareOptions, "PrepareOptions(input=...)")
-    out = options.out
+    out = options.output
     partial, old = (out.with_name(f"{out.name}.{end}") for end in ("partial", "old"))
     _restore(out, old)
     _check_out(options)
@@ -158,7 +158,7 @@ def prepare(options: PrepareOptions, corpus: Corpus | None = None) -> Iterator[P
         if error.errno not in _DISK_FULL:
             raise
         raise ValueError(
-            f"out: no room for {partial} ({error.strerror}), {out} is as it was; make room or "
+            f"output: no room for {partial} ({error.strerror}), {out} is as it was; make room or "
             "choose another disk"
         ) from error
     finally:
@@ -289,14 +289,14 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[Text], align: int = 1
 
 
 def _check_out(options: PrepareOptions) -> None:
-    out = options.out
+    out = options.output
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / META_FILE).is_file():
-        raise ValueError(f"out: {out} exists and is not a token shard; choose another folder")
+        raise ValueError(f"output: {out} exists and is not a token shard; choose another folder")
     if not options.overwrite:
         raise ValueError(
-            f"out: {out} already holds a token shard; choose another folder or add --overwrite"
+            f"output: {out} already holds a token shard; choose another folder or add --overwrite"
         )
 
 

@@ -47,7 +47,7 @@ _FIXED = (
 )  # fmt: skip
 # These change nothing that is learnt.
 _UNTOLD = (
-    "data", "out", "steps", "device", "threads", "compile", "activation_checkpointing",
+    "data", "output", "steps", "device", "threads", "compile", "activation_checkpointing",
     "peer_timeout_s", "resume", "checkpoint_every", "keep_checkpoints", "log_every", "eval_every",
     "eval_rows", "tensorboard",
 )  # fmt: skip
@@ -78,8 +78,8 @@ class RunFolder:
         existing = self.steps()
         if existing and not options.resume:
             raise ValueError(
-                f"out: {self.path} holds a run at step {existing[-1]}; use a new folder, or leave "
-                "out --no-resume"
+                f"output: {self.path} holds a run at step {existing[-1]}; use a new folder, or "
+                "leave out --no-resume"
             )
         found = self._read_newest(existing) if existing else None
         if found is not None:
@@ -142,7 +142,9 @@ class RunFolder:
                 return read_checkpoint(self.checkpoint(step))
             except ValueError as error:
                 _log.warning("%s; trying the one before", error)
-        raise ValueError(f"out: no checkpoint in {self.checkpoints} can be read; use a new folder")
+        raise ValueError(
+            f"output: no checkpoint in {self.checkpoints} can be read; use a new folder"
+        )
 
     def _check_same_run(self, options: TrainOptions, step: int) -> None:
         """ValueError for options that contradict what was trained; other changes are logged."""
@@ -156,12 +158,12 @@ class RunFolder:
             if name in changed:
                 raise ValueError(
                     f"{name}: {now[name]} differs from {before[name]} of the run in {self.path}; "
-                    "use that value, or another --out"
+                    "use that value, or another --output"
                 )
         if options.steps < step:
             raise ValueError(
                 f"steps: {options.steps}, but the run in {self.path} is at step {step} already; "
-                f"give {step} to export that, more to go on, or another --out"
+                f"give {step} to export that, more to go on, or another --output"
             )
         for name in changed.keys() - {*_UNTOLD}:
             _log.warning("%s: %s from step %d on, %s before", name, now[name], step, before[name])
@@ -176,7 +178,9 @@ class RunFolder:
             return {**defaults, **before}  # an older version may not have had the others
         except (OSError, ValueError, TypeError, RecursionError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"out: {file} cannot be read ({reason}); use a new folder") from error
+            raise ValueError(
+                f"output: {file} cannot be read ({reason}); use a new folder"
+            ) from error
 
 
 def _make_empty(folder: Path) -> None:
@@ -255,7 +259,7 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
                 found.append(record | {"step": int(record["step"])})
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{file}: line {number} is damaged; delete the line or use a new --out"
+                f"{file}: line {number} is damaged; delete the line or use a new --output"
             ) from error
     return found
 

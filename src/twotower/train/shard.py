@@ -117,7 +117,7 @@ def read_meta(folder: Path) -> ShardMeta:
     file = folder / META_FILE
     if not file.is_file():
         raise ValueError(
-            f"data: {folder} is not a token shard (no {META_FILE}); run 'twotower prepare --out "
+            f"data: {folder} is not a token shard (no {META_FILE}); run 'twotower prepare --output "
             f"{folder}'"
         )
     try:
