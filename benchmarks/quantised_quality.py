@@ -139,7 +139,7 @@ def measure(
         items=args.items,
         batch_size=args.batch_size,
         modes="ar,diffusion",
-        verify_threshold=args.verify_threshold,
+        decoding={"verify_threshold": args.verify_threshold},
         dtype=setting.dtype,  # type: ignore[arg-type]  # two of its values
         threads=torch.get_num_threads(),
     )

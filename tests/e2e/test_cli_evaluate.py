@@ -109,6 +109,21 @@ def test_the_pair_is_said_in_words(checkpoint: str, capsys: pytest.CaptureFixtur
     assert "there is no retention" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_decoding_flag_goes_to_the_modes_that_use_it(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Silent failure: a mode that is measured with other options than were asked for."""
+    asked = ["--min-p", "0.1", "--temp", "0.9", "--seed", "3", "--stop", r"\n", "--escape"]
+    asked += ["--drafts", "denoiser", "--steps-per-block", "2", "--confidence-threshold", "0.6"]
+    assert main(["evaluate", "--json", "--model", checkpoint, *FLAGS, *asked]) == 0
+    used = json.loads(capsys.readouterr().out)["options"]
+    for mode, found in used.items():
+        assert (found["mode"], found["min_p"], found["temperature"]) == (mode, 0.1, 0.9)
+        assert (found["seed"], found["stop"], found["max_new_tokens"]) == (3, ["\n"], 20)
+    assert [used[mode]["confidence_threshold"] for mode in used] == [0.8, 0.6, 0.6]
+    assert (used["speculative"]["drafts"], used["diffusion"]["steps_per_block"]) == ("denoiser", 2)
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_a_narrow_terminal_loses_nothing(
     width: int,
@@ -138,6 +153,13 @@ def test_a_narrow_terminal_loses_nothing(
             ["evaluate", "--modes", "ar", "--confidence-threshold", "0.5"],
             "--confidence-threshold: no effect",
         ),
+        (
+            ["evaluate", "--modes", "ar,diffusion", "--remask", "random"],
+            "--remask: no effect without predict-and-noise among --modes; leave it out",
+        ),
+        (["evaluate", "--logprobs", "1"], "unrecognized options: --logprobs"),
+        (["evaluate", "--top-k", "4", "--items", "1"], "--top-k 4: has no effect at temperature 0"),
+        (["evaluate", "--escape"], "--escape: no effect without --stop"),
         (["evaluate", "--modes", "ar", "--sweep"], "sweep"),
         (["evaluate", "--threads", "0"], "threads"),
         (["evaluate", "--output", "/dev/null/x"], "output: cannot write into /dev/null/x"),

@@ -348,11 +348,12 @@ def test_a_decoding_flag_has_one_help_text(
 ) -> None:
     """Silent failure: one verb explains a flag as it was before it was changed."""
     monkeypatch.setenv("COLUMNS", "2000")
-    assert main(["evaluate", "-h"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
     docs = field_docs(GenerateOptions)
-    for name in ("confidence_threshold", "steps_per_block", "first_token"):
-        assert f"{docs[name]} Default: the checkpoint's." in shown
+    for verb in ("chat", "demo", "evaluate", "generate"):
+        assert main([verb, "-h"]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        for name in ("confidence_threshold", "steps_per_block", "first_token", "min_p"):
+            assert f"{docs[name]} (default: " in shown, verb
     monkeypatch.setenv("COLUMNS", "80")
     said = f"--batch-size INT {field_docs(EngineOptions)['batch_size']} (default: "
     for verb in ("adapt", "evaluate", "generate", "plan", "serve"):

@@ -15,9 +15,9 @@ from tiny_text import byte_tokenizer
 from twotower.adapt.options import AnswerOptions, ThinOptions
 from twotower.arguments import check_fields, number, usable_path
 from twotower.checkpoint import describe, export_gguf
+from twotower.cli.evaluate import EvaluateOptions
 from twotower.families import read_config
 from twotower.lab.bench.run import MeasureOptions
-from twotower.lab.evaluate.run import EvaluationOptions
 from twotower.serve.options import ServeOptions
 from twotower.train.options import TrainOptions
 from twotower.train.prepare import PrepareOptions
@@ -185,7 +185,7 @@ def test_none_is_taken_where_it_is_the_default_alone() -> None:
     [
         (AnswerOptions, {"batch_size": 2.5}, "batch_size=2.5 must be a whole number"),
         (ThinOptions, {"block_size": 1}, "block_size=1 must be at least 2"),
-        (EvaluationOptions, {"items": 2.5}, "items=2.5 must be a whole number"),
+        (EvaluateOptions, {"items": 2.5}, "items=2.5 must be a whole number"),
         (MeasureOptions, {"items": 2.5}, "items=2.5 must be a whole number"),
         (ServeOptions, {"port": 80.5}, "port=80.5 must be a whole number"),
         (TrainOptions, {"recipe": "backbone", "betas": (0.9,)}, "betas=(0.9,) must be a list of 2"),

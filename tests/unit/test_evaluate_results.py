@@ -9,6 +9,7 @@ pytest.importorskip("jsonschema")
 
 from tiny_models import tiny_model
 from tiny_text import tiny_tokenizer
+from twotower.cli.evaluate import EvaluateOptions
 from twotower.engine import GenerateOptions
 from twotower.lab.corpus import Document
 from twotower.lab.evaluate.results import (
@@ -24,7 +25,6 @@ from twotower.lab.evaluate.results import (
     summarise_traces,
 )
 from twotower.lab.evaluate.run import (
-    EvaluationOptions,
     Item,
     Judged,
     Output,
@@ -162,7 +162,7 @@ def test_traces() -> None:
 )
 def test_bad_options_are_one_line(values: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words) as caught:
-        EvaluationOptions(**values)  # type: ignore[arg-type]
+        EvaluateOptions(**values)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 

@@ -2,7 +2,7 @@
 means nothing in it.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +12,8 @@ from twotower.checkpoint import has_denoiser
 from twotower.cli.flags import optional_flags
 from twotower.cli.prompts import read_argument
 from twotower.documented import field_docs
-from twotower.engine import GenerateOptions, ResolvedOptions
+from twotower.engine import MODES, GenerateOptions, ResolvedOptions
+from twotower.engine.options import FIELD_MODES
 from twotower.engine.request import require_denoiser
 from twotower.loading import Placement
 
@@ -65,6 +66,17 @@ class TextOptions:
         if self.logit_bias:
             found["logit_bias"] = dict(map(_bias, self.logit_bias))
         return found
+
+
+def by_mode(modes: Iterable[str], named: Mapping[str, object]) -> dict[str, GenerateOptions]:
+    """Options of each mode: of those that were named, the ones that it uses."""
+    return {
+        mode: GenerateOptions(
+            mode=mode,  # type: ignore[arg-type]  # checked by __post_init__, as all others
+            **{n: value for n, value in named.items() if mode in FIELD_MODES.get(n, MODES)},  # type: ignore[arg-type]
+        )
+        for mode in modes
+    }
 
 
 def refuse_without_denoiser(placement: Placement, options: GenerateOptions) -> None:

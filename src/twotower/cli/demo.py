@@ -16,12 +16,11 @@ from rich.text import Text
 
 from twotower.arguments import ABOVE_ZERO, COUNT, check_fields
 from twotower.cli.comparison import Measured, measure, print_comparison
-from twotower.cli.decoding import TextOptions, decoding_flags, has_any_denoiser
+from twotower.cli.decoding import TextOptions, by_mode, decoding_flags, has_any_denoiser
 from twotower.cli.prompts import read_argument
 from twotower.cli.replay import TITLES, Scene, block_frames, play, token_frames
 from twotower.cli.text import printable
 from twotower.engine import GenerateOptions, Mode
-from twotower.engine.options import FIELD_MODES
 from twotower.loading import Loaded, Placement, load, placement_of
 
 Sample = Literal["math", "code", "editing", "tools", "knowledge"]
@@ -89,13 +88,7 @@ class DemoOptions(TextOptions, Placement):
 
     def modes(self) -> dict[str, GenerateOptions]:
         """Each mode with the options that it uses."""
-        return {
-            mode: GenerateOptions(
-                mode=mode,
-                **{n: v for n, v in self.given.items() if mode in FIELD_MODES.get(n, MODES)},  # type: ignore[arg-type]
-            )
-            for mode in MODES
-        }
+        return by_mode(MODES, self.given)
 
 
 def run(options: DemoOptions) -> int:

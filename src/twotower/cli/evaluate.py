@@ -4,12 +4,14 @@ import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from twotower.arguments import COUNT, INDEX, check_fields
 from twotower.checkpoint.empty import count_parameters
-from twotower.cli.decoding import has_any_denoiser
+from twotower.cli.decoding import TextOptions, by_mode, decoding_flags, has_any_denoiser
 from twotower.cli.machine import recorded
 from twotower.cli.measuring import (
     INTERRUPTED,
@@ -21,33 +23,117 @@ from twotower.cli.measuring import (
 )
 from twotower.cli.progress import progress_bar
 from twotower.cli.tables import make_console, print_table
-from twotower.engine import GenerateOptions, defaults_of, resolve_options
-from twotower.lab.corpus import Document
+from twotower.engine import MODES, GenerateOptions, defaults_of, resolve_options
+from twotower.engine.options import FIELD_MODES, MODES_OF_BACKBONES
+from twotower.lab.corpus import CATEGORIES, Document
 from twotower.lab.evaluate.likelihood import Reference, score_references, summarise_references
 from twotower.lab.evaluate.report import LEGEND, headline, tables, write_report
 from twotower.lab.evaluate.results import settings, summarise, summarise_traces, sweep
 from twotower.lab.evaluate.run import (
-    EvaluationOptions,
+    AUTO,
     Item,
     Subject,
     Trace,
+    check_names,
     draw_groups,
     evaluate,
+    split_names,
     warm_up,
 )
 from twotower.lab.evaluate.suite import Judge, make_judge
 from twotower.loading import Loaded, Placement, load, placement_of
 
+if TYPE_CHECKING:
+    Decoding = dict[str, object]
+else:  # --modes names them; the length and the seed are the suite's; no table shows logprobs
+    Decoding = decoding_flags(("mode", "max_new_tokens", "seed", "logprobs"))
+
+_WITH_DENOISER = ("ar", "diffusion", "speculative")
 SWEEP_SHARE = 4  # the first of so many parts of each category is swept
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(EvaluationOptions, Placement):
-    """Measure quality and speed of a checkpoint by task and mode, on the same held-out prompts."""
+class EvaluateOptions(TextOptions, Placement):
+    """Measure quality and speed of a checkpoint by task and mode, on the same held-out prompts.
+
+    A decoding option is given to each of the modes that uses it. Its default is the checkpoint's
+    (generation_config.json), else the one shown.
+    """
+
+    modes: str = AUTO
+    """Decoding modes to compare, separated by commas; ar is the baseline. auto: ar, speculative
+    and, if the model has a denoiser, diffusion."""
+    categories: str = ",".join(CATEGORIES)
+    """Categories of the suite, separated by commas."""
+    items: int = 200
+    """Held-out prompts per category."""
+    max_new_tokens: int = 128
+    """Maximum number of new tokens per answer."""
+    batch_size: int = 1  # as in EngineOptions
+    seed: int = 0
+    """Seed of the prompts, of sampled answers and of the bootstrap."""
+    sweep: bool = False
+    """Also measure diffusion at other values of --confidence-threshold and --steps-per-block, on a
+    quarter of the prompts."""
+    likelihood: bool = False
+    """Also measure the negative log-likelihood of the reference answers: exact for the context
+    tower, an upper bound for the denoiser."""
+    output: Path | None = None
+    """Folder for results.json, report.html and its pictures."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+    allow_unsandboxed_code: bool = False
+    """Run code that the model writes even where this machine has no sandbox for it."""
+    escape: bool = False
+    r"""Replace \n, \t and \\ in --stop by line break, tab and backslash."""
+    decoding: Decoding = dataclasses.field(default_factory=dict)
+    """How to decode."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Placement.__post_init__(self)
+        counts = ("items", "batch_size", "max_new_tokens")
+        check_fields(self, {**dict.fromkeys(counts, COUNT), "seed": INDEX})
+        check_names("modes", self.mode_names, MODES)
+        check_names("categories", self.category_names, CATEGORIES)
+        if self.escape and not self.stop:
+            raise ValueError("escape: no effect without --stop; leave it out")
+
+    @property
+    def mode_names(self) -> tuple[str, ...]:
+        """The modes to compare, those of a model with a denoiser where they are to be found."""
+        return _WITH_DENOISER if self.modes == AUTO else split_names(self.modes)
+
+    @property
+    def category_names(self) -> tuple[str, ...]:
+        """The categories of the suite to measure."""
+        return split_names(self.categories)
+
+    def for_model(self, has_denoiser: bool) -> Self:
+        """The same with the modes named that the model has, where they are to be found. ValueError
+        (one line) for a mode that needs a denoiser, where there is none.
+        """
+        if has_denoiser:
+            return self
+        lacking = [mode for mode in self.mode_names if mode not in MODES_OF_BACKBONES]
+        if self.modes != AUTO and lacking:
+            raise ValueError(
+                f"modes: {lacking[0]} needs a denoiser tower, and this model has none; use ar, "
+                "speculative or both"
+            )
+        return dataclasses.replace(self, modes="ar,speculative") if self.modes == AUTO else self
+
+    def by_mode(self) -> dict[str, GenerateOptions]:
+        """Each mode's options: what was asked for and it uses."""
+        if self.sweep and not {"ar", "diffusion"} <= set(self.mode_names):
+            raise ValueError("sweep: needs the modes ar and diffusion; add them to --modes")
+        named = self.named(self.decoding, self.escape)
+        for name in named:
+            users = FIELD_MODES.get(name, MODES)
+            if not {*users} & {*self.mode_names}:
+                known = " or ".join([", ".join(users[:-1]), users[-1]] if users[1:] else users)
+                raise ValueError(f"{name}: no effect without {known} among --modes; leave it out")
+        given = {"max_new_tokens": self.max_new_tokens, "seed": self.seed}
+        return by_mode(self.mode_names, named | given)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -92,11 +178,12 @@ def run_suite(options: EvaluateOptions) -> tuple[dict[str, object], list[Item]]:
         require_library("jsonschema")
     sandbox = open_sandbox(options.category_names, options.allow_unsandboxed_code)
     options = options.for_model(has_any_denoiser(options))
-    chosen = mode_options(options)
+    chosen = options.by_mode()
     loaded = load_subject(options)
     assert loaded.tokenizer is not None
     subject = Subject(model=loaded.model, tokenizer=loaded.tokenizer, options=chosen)
     groups = draw_groups(options.category_names, options.items, options.seed, options.batch_size)
+    described = describe_run(options, loaded, subject)
     say_protection(sandbox)
     findings = Findings(traces={mode: Trace() for mode in subject.options})
     try:
@@ -108,7 +195,7 @@ def run_suite(options: EvaluateOptions) -> tuple[dict[str, object], list[Item]]:
         print(f"interrupted: results of {done} of {total} items", file=sys.stderr)
     references = findings.references
     results = {
-        **describe_run(options, loaded, subject),
+        **described,
         "sandbox": None if sandbox is None else sandbox.protection,
         "complete": findings.is_complete,
         **summarise(findings.items, list(subject.options), options.seed),
@@ -156,27 +243,6 @@ def load_subject(options: EvaluateOptions) -> Loaded:
     loaded = load(placement_of(options), wanted)
     loaded.need_tokenizer()
     return loaded
-
-
-def mode_options(options: EvaluationOptions) -> dict[str, GenerateOptions]:
-    """Each mode's options: what was asked for."""
-    if options.sweep and not {"ar", "diffusion"} <= set(options.mode_names):
-        raise ValueError("sweep: needs the modes ar and diffusion; add them to --modes")
-    asked = {
-        name: value
-        for name in ("confidence_threshold", "steps_per_block", "first_token", "verify_threshold")
-        if (value := getattr(options, name)) is not None
-    }
-    if asked and "diffusion" not in options.mode_names:
-        raise ValueError(f"{next(iter(asked))}: no effect without diffusion among --modes")
-    chosen = {}
-    for mode in options.mode_names:
-        given = {"mode": mode, "max_new_tokens": options.max_new_tokens}
-        if mode == "diffusion":
-            given |= asked
-        # GenerateOptions checks names and values itself.
-        chosen[mode] = GenerateOptions(**given)  # type: ignore[arg-type]
-    return chosen
 
 
 def describe_run(options: EvaluateOptions, loaded: Loaded, subject: Subject) -> dict[str, object]:

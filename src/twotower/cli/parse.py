@@ -175,12 +175,9 @@ def _annotated_fields(options_class: type) -> dict[str, tuple[str, Any, Any]]:
 
 def _docs(options_class: type) -> dict[str, str]:
     """The help of each field; that of an option of decoding or of the engine stands with these."""
-    fields = {field.name: field.default for field in dataclasses.fields(options_class)}
+    fields = {field.name for field in dataclasses.fields(options_class)}
     shared = {
-        name: with_flags(decoding_docs()[name], fields)
-        + ("" if default is not None else " Default: the checkpoint's.")
-        for name, default in fields.items()
-        if name in decoding_docs()
+        name: with_flags(doc, fields) for name, doc in decoding_docs().items() if name in fields
     }
     return shared | field_docs(options_class)
 

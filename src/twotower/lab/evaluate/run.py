@@ -7,87 +7,16 @@ falls on all of them.
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import TypeVar
+from dataclasses import asdict, dataclass, field
 
-from twotower.arguments import COUNT, INDEX, check_fields
 from twotower.engine import Finished, GenerateOptions, StepTaken, stream
-from twotower.engine.options import MODES, MODES_OF_BACKBONES, FirstToken
-from twotower.lab.corpus import CATEGORIES, Document
+from twotower.lab.corpus import Document
 from twotower.lab.evaluate.suite import Judge, Verdict, held_out
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 
 AUTO = "auto"
-_WITH_DENOISER = ("ar", "diffusion", "speculative")
 REPEATS, REPEATED_TOKENS, LONGEST_LOOP = 4, 16, 16
-
-
-T = TypeVar("T", bound="EvaluationOptions")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
-    """Measure quality and speed of a checkpoint by task and mode, on the same held-out prompts."""
-
-    modes: str = AUTO
-    """Decoding modes to compare, separated by commas; ar is the baseline. auto: ar, speculative
-    and, if the model has a denoiser, diffusion."""
-    categories: str = ",".join(CATEGORIES)
-    """Categories of the suite, separated by commas."""
-    items: int = 200
-    """Held-out prompts per category."""
-    max_new_tokens: int = 128
-    """Maximum number of new tokens per answer."""
-    batch_size: int = 1  # as in EngineOptions
-    seed: int = 0
-    """Seed of the prompts and of the bootstrap."""
-    sweep: bool = False
-    """Also measure diffusion at other values of --confidence-threshold and --steps-per-block, on a
-    quarter of the prompts."""
-    likelihood: bool = False
-    """Also measure the negative log-likelihood of the reference answers: exact for the context
-    tower, an upper bound for the denoiser."""
-    output: Path | None = None
-    """Folder for results.json, report.html and its pictures."""
-    json: bool = False
-    """Print one JSON object instead of tables."""
-    allow_unsandboxed_code: bool = False
-    """Run code that the model writes even where this machine has no sandbox for it."""
-    # As in GenerateOptions, whose help they have.
-    confidence_threshold: float | None = None
-    steps_per_block: int | None = None
-    first_token: FirstToken | None = None
-    verify_threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        counts = ("items", "batch_size", "max_new_tokens")
-        check_fields(self, {**dict.fromkeys(counts, COUNT), "seed": INDEX})
-        check_names("modes", self.mode_names, MODES)
-        check_names("categories", self.category_names, CATEGORIES)
-
-    @property
-    def mode_names(self) -> tuple[str, ...]:
-        return _WITH_DENOISER if self.modes == AUTO else split_names(self.modes)
-
-    def for_model(self: T, has_denoiser: bool) -> T:
-        """The same with the modes named that the model has, where they are to be found. ValueError
-        (one line) for a mode that needs a denoiser, where there is none.
-        """
-        if has_denoiser:
-            return self
-        lacking = [mode for mode in self.mode_names if mode not in MODES_OF_BACKBONES]
-        if self.modes != AUTO and lacking:
-            raise ValueError(
-                f"modes: {lacking[0]} needs a denoiser tower, and this model has none; use ar, "
-                "speculative or both"
-            )
-        return replace(self, modes="ar,speculative") if self.modes == AUTO else self
-
-    @property
-    def category_names(self) -> tuple[str, ...]:
-        return split_names(self.categories)
 
 
 def split_names(text: str) -> tuple[str, ...]:
