@@ -100,8 +100,9 @@ def test_generate_has_a_flag_with_the_default_of_every_option(
         (["prepare", "--columns"], "--columns needs a value"),
         (["bench", "--prompts", "--json"], "--prompts needs a value"),
         (["bench", "--prompts", "a", "--json", "--prompts"], "--prompts needs a value"),
-        (["adapt"], "missing: -o DIR, --out DIR, --output DIR, --prompts; see"),
-        (["adapt", "-o", "a"], "missing: --prompts; see"),
+        (["adapt", "-m", "a"], "missing: -o DIR, --out DIR, --output DIR, --prompts; see"),
+        (["adapt", "-m", "a", "-o", "a"], "missing: --prompts; see"),
+        (["adapt", "-o", "a", "--prompts", "a"], "missing: -m TEXT, --model TEXT; see"),
         (["train", "backbone", "--betas", "0.9", "x"], "--betas '0.9', 'x' must be numbers"),
         (
             ["generate", "--mode", "magic"],

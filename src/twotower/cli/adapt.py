@@ -50,6 +50,9 @@ class AdaptArguments(ThinOptions, AnswerOptions, StepOptions, Placement):
     measured on held-out prompts. Run the same command again to resume a run.
     """
 
+    model: str = dataclasses.field()
+    """Checkpoint folder, GGUF file or hub id owner/name. shipped: the small model inside this
+    package, which has a denoiser."""
     prompts: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")]
     """Questions like those that the model will get. .jsonl: one object a line with a prompt,
     question, instruction, text or turns; any other file: one prompt a line."""
