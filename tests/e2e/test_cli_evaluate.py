@@ -220,9 +220,9 @@ def test_a_missing_library_is_said_before_the_run(
         (["evaluate", "--modes", "speculative,mock-ar"], "--modes: mock-ar needs a denoiser"),
         (["evaluate", "--sweep"], "--sweep: needs the modes ar and diffusion"),
         (["evaluate", "--steps-per-block", "4"], "--steps-per-block: no effect without diffusion"),
-        (["generate", "--mode", "diffusion", "a"], "--mode 'diffusion' needs a denoiser tower"),
-        (["generate", "--drafts", "denoiser", "a"], "--drafts 'denoiser' needs a denoiser tower"),
-        (["chat", "--mode", "posterior"], "--mode 'posterior' needs a denoiser tower"),
+        (["generate", "--mode", "diffusion", "a"], "--mode diffusion needs a denoiser tower"),
+        (["generate", "--drafts", "denoiser", "a"], "--drafts denoiser needs a denoiser tower"),
+        (["chat", "--mode", "posterior"], "--mode posterior needs a denoiser tower"),
         (["demo"], "has no denoiser, which this shows"),
         (["bench", "--modes", "ar,diffusion"], "--modes: has no effect on a real model"),
         (

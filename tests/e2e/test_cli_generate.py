@@ -227,7 +227,7 @@ def test_a_block_larger_than_the_trained_one_warns_in_one_line(
             ["a", "--denoiser", "{tmp}/no"],
             "/no is not a file or folder; give a folder that",
         ),
-        (["a", "--device", "abacus"], "--device 'abacus' is unknown"),
+        (["a", "--device", "abacus"], "--device abacus is unknown"),
         (["--input", "{tmp}/none"], "input: cannot read"),
         (["--input", "{tmp}"], "input: cannot read"),
         (["--input", "{tmp}/latin.txt"], "latin.txt is not UTF-8 text (byte 1)"),
@@ -319,7 +319,7 @@ def test_penalties_and_biases_are_flags(
         assert record["results"][0]["tokens"] != plain  # type: ignore[index]
     assert record["options"]["logit_bias"] == [[plain[0], -100.0], [7, -100.0]]  # type: ignore[index]
     assert main(["generate", "abc", *flags, "--logit-bias", "18"]) == 2
-    said = "--logit-bias '18' must be a token id, = and a number, such as 42=-100"
+    said = "--logit-bias 18 must be a token id, = and a number, such as 42=-100"
     assert said in capsys.readouterr().err
 
 

@@ -5,6 +5,7 @@ Types, help and defaults are read from the dataclass, where they are written onc
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from types import NoneType
@@ -160,12 +161,17 @@ def name_flags(message: str, options_class: type, arguments: Sequence[str]) -> s
     if is_of_options:
         message = re.sub(r"^(\w+):", lambda match: f"{flags[match[1]]}:", message)
     message = re.sub(
-        r"(?<![\w.])(\w+)=(?=[^\s=])",
-        lambda match: f"{flags[match[1]]} " if match[1] in flags else match[0],
+        r"(?<![\w.])(\w+)=('[^']*'(?: or '[^']*')*|(?=[^\s=]))",
+        lambda match: f"{flags[match[1]]} {as_typed(match[2])}" if match[1] in flags else match[0],
         message,
     )
     # Elsewhere in the line only names that are no English words.
     return re.sub(r"(?<![\w.-])\w+_\w+", lambda match: flags.get(match[0], match[0]), message)
+
+
+def as_typed(text: str) -> str:
+    """Values in Python's quotes as a user types them, in quotes only where a shell needs some."""
+    return re.sub("'([^']*)'", lambda match: shlex.quote(match[1]), text)
 
 
 def _flag_fields(options_class: type) -> Iterator[str]:

@@ -23,7 +23,7 @@ from typing import (
 import tyro
 
 from twotower.arguments import a_path, check
-from twotower.cli.flags import aliases_of, decoding_docs, with_flags
+from twotower.cli.flags import aliases_of, as_typed, decoding_docs, with_flags
 from twotower.documented import field_docs, summary
 
 T = TypeVar("T")
@@ -232,15 +232,15 @@ def _in_words(said: str, options_class: type, arguments: Sequence[str]) -> str:
         value, flag, choices = found.groups()
         known = _in_order(choices.translate(_BRACKETS).strip().split(", "), options_class)
         allowed = f"one of {', '.join(known)}" if known[1:] else known[0]
-        return f"{_typed(flag, arguments)} {value} is unknown; use {allowed}"
+        return f"{_typed(flag, arguments)} {as_typed(value)} is unknown; use {allowed}"
     for pattern in _NOT_A_NUMBER:
         if found := re.fullmatch(pattern, said):
             kind = "whole number" if re.search("literal for int|INT", said) else "number"
-            return f"{_typed(found[1], arguments)} {found[2]} must be a {kind}"
+            return f"{_typed(found[1], arguments)} {as_typed(found[2])} must be a {kind}"
     if found := re.fullmatch(r"(\S+): ('.*' must be .*)", said):
-        return f"{_typed(found[1], arguments)} {found[2]}"
+        return f"{_typed(found[1], arguments)} {as_typed(found[2])}"
     if found := re.fullmatch(r"(\S+): could not parse arguments \[(.*)\] .*", said, re.I):
-        return f"{_typed(found[1], arguments)} {found[2]} must be numbers"
+        return f"{_typed(found[1], arguments)} {as_typed(found[2])} must be numbers"
     if found := re.fullmatch(r"missing value for argument '(.*)'. Expected (\d+) values", said):
         what = "a value" if found[2] == "1" else f"{found[2]} values"
         return f"{_typed(found[1], arguments)} needs {what}"
