@@ -64,6 +64,18 @@ def test_a_system_message_may_have_line_breaks(
     assert "--escape: no effect without --system" in capsys.readouterr().err
 
 
+def test_an_option_is_not_dropped_by_a_greedy_server(
+    server: Running, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards --top-k that a server takes and leaves out, as its default is greedy decoding."""
+    assert main(["chat", "--url", server.url, "--top-k", "5"]) == 2
+    assert "error: --top-k 5: has no effect at temperature 0" in capsys.readouterr().err
+    say(monkeypatch, "/show")
+    assert main(["chat", "--url", server.url, "--top-k", "5", "--temp", "0.5"]) == 0
+    # Of a server that does not tell its default nothing is known.
+    assert main(["chat", "--url", "http://127.0.0.1:9", "--top-k", "5"]) == 0
+
+
 def test_a_refusal_is_shown_and_taken_back(
     server: Running, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,8 +106,12 @@ def test_a_setting_that_fails_later_is_refused_at_once(
         assert chat._take(talk, backend, f"/set {text}")
         assert said in capsys.readouterr().err and talk.settings == {"temperature": 0.5}
     chat._take(talk, backend, "/set top_k 5")
-    chat._take(talk, backend, "/set temperature")
-    assert talk.settings == {"top_k": 5} and capsys.readouterr().err == ""
+    assert capsys.readouterr().err == ""
+    for command in ("temperature", "temperature 0"):  # top_k would be dropped without a word
+        chat._take(talk, backend, f"/set {command}")
+        said = "top_k=5: has no effect at temperature 0, which is greedy"
+        assert said in capsys.readouterr().err
+    assert talk.settings == {"temperature": 0.5, "top_k": 5}
     before = local._worker.stats().tokens
     talk.system = "Explain quantum computing in simple terms!"  # a notice comes before any text
     chat._take(talk, backend, "/set ignore_eos true")  # a reply that would never end by itself

@@ -17,7 +17,7 @@ from twotower.cli.prompts import read_argument
 from twotower.cli.serve import ServeArguments, describe, need_extra
 from twotower.cli.text import one_line, printable
 from twotower.engine import GenerateOptions
-from twotower.engine.options import refuse_sampling
+from twotower.engine.options import SAMPLED_ONLY, refuse_sampling
 from twotower.loading import Placement, load, placement_of
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ def run(options: ChatArguments) -> int:
     talk = Talk(system, options.settings())
     is_terminal = sys.stdin.isatty()
     with contextlib.closing(_backend(options)) as backend:
+        _refuse_greedy_sampling(talk, backend)
         if options.url is None and options.given:
             _try_out(talk, backend)
         if is_terminal:
@@ -140,8 +141,6 @@ def _backend(options: ChatArguments) -> "Backend":
         served = describe(loaded, arguments)
         if served.template is None:
             raise ValueError(f"model={loaded.name} has no chat template; give --chat-template FILE")
-        if served.defaults["temperature"] == 0 and "temperature" not in options.given:
-            refuse_sampling(options.given)
         return Local(loaded, served)
 
 
@@ -226,10 +225,21 @@ def _set(talk: Talk, backend: "Backend", name: str, value: str) -> None:
         except ValueError:
             talk.settings[name] = value.strip()
     try:
+        _refuse_greedy_sampling(talk, backend)
         _try_out(talk, backend)
     except ValueError as error:
         talk.settings = before
         print(f"[{error}; {name} stays as it was]", file=sys.stderr)
+
+
+def _refuse_greedy_sampling(talk: Talk, backend: "Backend") -> None:
+    """ValueError for fields that need a temperature above 0 and lack it: servers take and drop
+    them, as OpenAI's clients name such fields in every request.
+    """
+    if {*talk.settings} & {*SAMPLED_ONLY}:
+        temperature = talk.settings.get("temperature")
+        if (backend.default_temperature if temperature is None else temperature) == 0:
+            refuse_sampling(talk.settings)
 
 
 def _try_out(talk: Talk, backend: "Backend") -> None:

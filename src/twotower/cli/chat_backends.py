@@ -30,6 +30,10 @@ class Backend(Protocol):
 
     name: str
 
+    @property
+    def default_temperature(self) -> float | None:
+        """Of a request that names none; None where the server does not tell."""
+
     def reply(self, body: Body) -> Generator[Chunk, None, None]:
         """Chunks of the reply, the last with `usage`; a `notice` may come first. Leaving it early
         stops the reply. ValueError (one line) when the request is refused or fails.
@@ -48,17 +52,29 @@ class Remote:
             raise ValueError(f"url={url!r} must be the address of a server, http://HOST:PORT")
         self.name = url
         self._parts = parts
-        self._path = parts.path.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
+        self._path = parts.path.rstrip("/").removesuffix("/v1") + "/v1"
         self._headers = {"Content-Type": "application/json"}
         if key is not None:
             self._headers["Authorization"] = f"Bearer {key}"
+
+    @property
+    def default_temperature(self) -> float | None:
+        """See Backend."""
+        with contextlib.closing(self._connection()) as connection:
+            try:
+                connection.request("GET", f"{self._path}/models", headers=self._headers)
+                (card,) = json.load(connection.getresponse())["data"]
+                return float(card["twotower"]["defaults"]["temperature"])
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
+                return None  # no server of ours, or none that answers now
 
     def reply(self, body: Body) -> Generator[Chunk, None, None]:
         """See Backend."""
         asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
         with contextlib.closing(self._connection()) as connection:
             try:
-                connection.request("POST", self._path, json.dumps(asked), self._headers)
+                path, content = f"{self._path}/chat/completions", json.dumps(asked)
+                connection.request("POST", path, content, self._headers)
                 answer = connection.getresponse()
                 if answer.status != 200:
                     raise ValueError(_message(answer.read(), answer.status))
@@ -106,6 +122,7 @@ class Local:
         self._model = loaded.model
         self._served = served
         self.name = served.name
+        self.default_temperature: float = served.defaults["temperature"]
 
     def reply(self, body: Body) -> Generator[Chunk, None, None]:
         """See Backend."""

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from twotower.engine import Filter, GenerateOptions, Grammar, Mode, Request
 from twotower.engine.grammar import json_schema
@@ -44,7 +45,7 @@ class Served:
     block_size: int  # what it was trained with
     modes: tuple[Mode, ...]
     default_mode: Mode
-    defaults: Mapping[str, object]  # decoding options of a request that names none
+    defaults: Mapping[str, Any]  # decoding options of a request that names none
     template: ChatTemplate | None
     about: str | None = None  # what it can do, for people
     notice: Callable[[Sequence[int]], str | None] | None = None  # of a prompt it cannot answer
@@ -233,8 +234,7 @@ class Reader:
         return given
 
     def _num_tokens(self, max_tokens: int | None) -> int:
-        default = self._served.defaults["max_new_tokens"]
-        assert isinstance(default, int)
+        default: int = self._served.defaults["max_new_tokens"]
         return min(default, self._options.max_new_tokens) if max_tokens is None else max_tokens
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
