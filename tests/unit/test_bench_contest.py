@@ -1,5 +1,6 @@
 """A contest's arithmetic: who is compared with whom, prompt by prompt."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,9 @@ import pytest
 from tiny_models import tiny_model
 from twotower.backends import Quantization
 from twotower.lab.bench import contest
+from twotower.lab.bench.baselines import Measurement
 from twotower.lab.bench.contest import contest_table, summarise
-from twotower.lab.bench.contestant import Answer, Contestant
+from twotower.lab.bench.contestant import Contestant
 
 PROMPTS = [[5] * 10, [5] * 20]
 
@@ -17,9 +19,10 @@ def who(engine: str, quantization: Quantization, mode: str) -> Contestant:
     return Contestant(engine=engine, quantization=quantization, mode=mode, file="f", threads=1)
 
 
-def answers(*decode_s: float, tokens: int = 7, passes: int | None = None) -> list[Answer]:
+def answers(*decode_s: float, tokens: int = 7, passes: int = 3) -> list[Measurement]:
     text = [tokens] * 11  # ten after the first
-    return [Answer(tokens=text, prompt_s=0.5, decode_s=s, passes=passes) for s in decode_s]
+    each = [Measurement.of_ar(text, 0.5, s) for s in decode_s]
+    return [replace(one, context_forwards=passes + 1) for one in each]
 
 
 def test_ratios_are_of_the_same_quantisation_and_prompt() -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from twotower.lab.bench.baselines import Measurement
 from twotower.lab.bench.results import (
     best_ar,
     block_cost,
@@ -16,7 +17,7 @@ from twotower.lab.bench.results import (
     summarise_measurements,
     summarise_passes,
 )
-from twotower.lab.bench.runners import Measurement, TimedPrompt
+from twotower.lab.bench.runners import TimedPrompt
 
 
 def one(num_tokens: int, ms: float, decode_ms: float, nfe: int = 0) -> Measurement:

@@ -8,11 +8,10 @@ from tiny_models import prompts_of, tiny_model
 from twotower import GenerateOptions, TwoTower
 from twotower.backends import accelerate
 from twotower.lab.bench import runners as module
-from twotower.lab.bench.baselines import Decoded, llama_cpp_name
+from twotower.lab.bench.baselines import Measurement, llama_cpp_name
 from twotower.lab.bench.replay import Script
 from twotower.lab.bench.runners import (
     BaselineRunner,
-    Measurement,
     OurRunner,
     TimedPrompt,
     open_engines,
@@ -66,8 +65,8 @@ class Stub:
 
     name, dtype = "llama.cpp-q8_0", "q8_0"
 
-    def decode(self, ids: Sequence[int], num_new: int) -> Decoded:
-        return Decoded(list(range(num_new)), 0.5, 0.25)
+    def decode(self, ids: Sequence[int], num_new: int) -> Measurement:
+        return Measurement.of_ar(list(range(num_new)), 0.5, 0.25)
 
     def logprobs(self, ids: Sequence[int]) -> list[float]:
         return []

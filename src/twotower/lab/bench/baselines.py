@@ -9,9 +9,10 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -35,15 +36,42 @@ class MissingBaseline(ValueError):
     """A baseline's library is not installed; the message says how to get it."""
 
 
-class Decoded(NamedTuple):
-    """New tokens, the end token included when it was reached, and the seconds they took.
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """New tokens after one prompt, the end token included when it was reached, and their cost.
 
-    prefill_seconds: until the first new token is known; decode_seconds: from there to the last.
+    Decoding begins when the first token is known (block modes: when the prompt is read) and yields
+    `decode_tokens` tokens.
     """
 
     tokens: list[int]
-    prefill_seconds: float
+    seconds: float
     decode_seconds: float
+    decode_tokens: int
+    nfe: int
+    context_forwards: int
+
+    @classmethod
+    def of_ar(cls, tokens: list[int], prompt_s: float, decode_s: float) -> "Measurement":
+        """Of decoding token by token; prompt_s: until the first one is known."""
+        return cls(
+            tokens=tokens,
+            seconds=prompt_s + decode_s,
+            decode_seconds=decode_s,
+            decode_tokens=len(tokens) - 1,
+            nfe=0,
+            context_forwards=len(tokens),
+        )
+
+    @property
+    def ms_per_token(self) -> float:
+        """From the prompt to the last token, by tokens."""
+        return 1e3 * self.seconds / max(1, len(self.tokens))
+
+    @property
+    def decode_ms_per_token(self) -> float | None:
+        """Without prefill; None where that was all."""
+        return 1e3 * self.decode_seconds / self.decode_tokens if self.decode_tokens else None
 
 
 class Baseline(Protocol):
@@ -52,7 +80,7 @@ class Baseline(Protocol):
     name: str  # in the table
     dtype: str
 
-    def decode(self, ids: Sequence[int], num_new: int) -> Decoded:
+    def decode(self, ids: Sequence[int], num_new: int) -> Measurement:
         """Continue a prompt of token ids until the model's end token or `num_new` tokens."""
 
     def logprobs(self, ids: Sequence[int]) -> list[float]:
@@ -91,7 +119,7 @@ class Transformers:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         self._model = model.eval()
 
-    def decode(self, ids: Sequence[int], num_new: int) -> Decoded:
+    def decode(self, ids: Sequence[int], num_new: int) -> Measurement:
         stopwatch = _Stopwatch()
         prompt = torch.tensor([list(ids)])
         with _torch_threads(self._threads), torch.inference_mode():
@@ -104,7 +132,7 @@ class Transformers:
                 **self._lookup,
             )
         start, first, last = (stopwatch.seconds[index] for index in (0, 1, -1))
-        return Decoded(found[0, len(ids) :].tolist(), first - start, last - first)
+        return Measurement.of_ar(found[0, len(ids) :].tolist(), first - start, last - first)
 
     def logprobs(self, ids: Sequence[int]) -> list[float]:
         with _torch_threads(self._threads), torch.inference_mode():
@@ -169,11 +197,11 @@ class LlamaCpp:
         # A server that is closed before its loop runs waits for the loop's end for ever.
         self._complete([0], 1, {})
 
-    def decode(self, ids: Sequence[int], num_new: int) -> Decoded:
+    def decode(self, ids: Sequence[int], num_new: int) -> Measurement:
         answer = self._complete(ids, num_new, {})
-        times = answer["timings"]
         # Its clock of decoding starts when the first new token has been chosen.
-        return Decoded(answer["tokens"], times["prompt_ms"] / 1000, times["predicted_ms"] / 1000)
+        prompt_ms, decode_ms = (answer["timings"][f"{name}_ms"] for name in ("prompt", "predicted"))
+        return Measurement.of_ar(answer["tokens"], prompt_ms / 1000, decode_ms / 1000)
 
     def logprobs(self, ids: Sequence[int]) -> list[float]:
         answer = self._complete(ids, 1, {"n_probs": self._vocab_size})

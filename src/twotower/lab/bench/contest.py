@@ -20,12 +20,13 @@ from typing import Any
 from twotower.backends import BackendName, Quantization
 from twotower.checkpoint import export_transformers
 from twotower.checkpoint.gguf import export_gguf
-from twotower.lab.bench.baselines import SPECULATIONS, gguf_quantization
-from twotower.lab.bench.contestant import Answer, Contestant, label
+from twotower.lab.bench.baselines import SPECULATIONS, Measurement, gguf_quantization
+from twotower.lab.bench.contestant import Contestant, label
 from twotower.lab.report import Record, Table, number
 from twotower.model import TwoTower
 
 OURS = "twotower"
+Answers = Mapping[Contestant, Sequence[Measurement]]
 _COLUMNS = (
     "engine", "quantization", "mode", "decode ms", "x plain", "x best", "prompt tok/s",
     "tokens/pass", "as plain", "as float32",
@@ -116,9 +117,9 @@ class _Process:
         """Load it. ValueError where it cannot run."""
         self._ask(asdict(who))
 
-    def decode(self, ids: Sequence[int], num_new: int) -> Answer:
+    def decode(self, ids: Sequence[int], num_new: int) -> Measurement:
         """Continue a prompt. ValueError where it could not."""
-        return Answer(**self._ask({"ids": list(ids), "max_new_tokens": num_new}))
+        return Measurement(**self._ask({"ids": list(ids), "max_new_tokens": num_new}))
 
     def _ask(self, request: Mapping[str, object]) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -159,9 +160,9 @@ def _opened(
 
 def run_contest(
     who: Sequence[Contestant], prompts: Sequence[Sequence[int]], num_new: int
-) -> tuple[dict[Contestant, list[Answer]], list[str]]:
+) -> tuple[dict[Contestant, list[Measurement]], list[str]]:
     """Everybody's answers in the prompts' order, and a line for each that could not start."""
-    answers: dict[Contestant, list[Answer]] = {}
+    answers: dict[Contestant, list[Measurement]] = {}
     missing: list[str] = []
     for quantization in dict.fromkeys(one.quantization for one in who):
         own = [one for one in who if one.quantization == quantization]
@@ -173,9 +174,7 @@ def run_contest(
     return answers, missing
 
 
-def summarise(
-    answers: Mapping[Contestant, Sequence[Answer]], prompts: Sequence[Sequence[int]]
-) -> list[dict[str, object]]:
+def summarise(answers: Answers, prompts: Sequence[Sequence[int]]) -> list[dict[str, object]]:
     """A record of each contestant.
 
     x_plain: over the same engine without drafts; x_best: over the fastest of the others in the same
@@ -191,7 +190,7 @@ def summarise(
         }
         plain = _find(answers, one, one.quantization)
         best = min(peers, key=lambda w: statistics.median(map(_decode_ms, peers[w])), default=None)
-        passes = [a.passes for a in own if a.passes]
+        passes = sum(a.context_forwards - 1 for a in own) if one.engine == OURS else 0
         records.append(
             {
                 **asdict(one),
@@ -201,11 +200,10 @@ def summarise(
                 "x_best": None if best is None else _ratio(peers[best], own),
                 "best": None if best is None else best.name,
                 "prompt_tokens_per_s": statistics.median(
-                    len(p) / a.prompt_s for p, a in zip(prompts, own, strict=True)
+                    len(p) / (a.seconds - a.decode_seconds)
+                    for p, a in zip(prompts, own, strict=True)
                 ),
-                "tokens_per_pass": sum(len(a.tokens) - 1 for a in own) / sum(passes)
-                if passes
-                else None,
+                "tokens_per_pass": sum(len(a.tokens) - 1 for a in own) / passes if passes else None,
                 "same_as_plain": _same(plain, own),
                 "same_as_float32": _same(_find(answers, one, "none"), own),
                 "n": len(own),
@@ -215,8 +213,8 @@ def summarise(
 
 
 def _find(
-    answers: Mapping[Contestant, Sequence[Answer]], like: Contestant, quantization: Quantization
-) -> Sequence[Answer] | None:
+    answers: Answers, like: Contestant, quantization: Quantization
+) -> Sequence[Measurement] | None:
     """Answers of the same engine in some quantisation, without drafts."""
     wanted = like.engine, like.backend, quantization
     for one, own in answers.items():
@@ -225,18 +223,18 @@ def _find(
     return None
 
 
-def _decode_ms(answer: Answer) -> float:
-    return 1e3 * answer.decode_s / max(1, len(answer.tokens) - 1)
+def _decode_ms(answer: Measurement) -> float:
+    return 1e3 * answer.decode_seconds / max(1, len(answer.tokens) - 1)
 
 
-def _ratio(slow: Sequence[Answer] | None, fast: Sequence[Answer]) -> float | None:
+def _ratio(slow: Sequence[Measurement] | None, fast: Sequence[Measurement]) -> float | None:
     if slow is None:
         return None
     pairs = zip(slow, fast, strict=True)
     return statistics.median(_decode_ms(a) / _decode_ms(b) for a, b in pairs)
 
 
-def _same(first: Sequence[Answer] | None, second: Sequence[Answer]) -> int | None:
+def _same(first: Sequence[Measurement] | None, second: Sequence[Measurement]) -> int | None:
     if first is None:
         return None
     return sum(a.tokens == b.tokens for a, b in zip(first, second, strict=True))

@@ -19,7 +19,7 @@ from twotower.checkpoint import load_checkpoint
 from twotower.checkpoint.denoiser import load_denoiser
 from twotower.checkpoint.empty import Towers
 from twotower.engine import GenerateOptions
-from twotower.lab.bench.baselines import Baseline, LlamaCpp, Transformers
+from twotower.lab.bench.baselines import LlamaCpp, Measurement, Transformers
 from twotower.lab.bench.runners import time_stream
 
 
@@ -41,17 +41,7 @@ class Contestant:
         return f"{label(self.engine, self.backend)} {self.quantization} {self.mode}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What a contestant wrote behind a prompt; prompt_s: until the first token is known."""
-
-    tokens: list[int]
-    prompt_s: float
-    decode_s: float
-    passes: int | None = None  # of decoding, where they are known
-
-
-Decode = Callable[[Sequence[int], int], Answer]
+Decode = Callable[[Sequence[int], int], Measurement]
 
 
 def label(engine: str, backend: str) -> str:
@@ -72,34 +62,18 @@ def _twotower(who: Contestant) -> Decode:
         model = load_denoiser(model, who.denoiser)
     model = accelerate(model, who.backend, who.quantization)
 
-    def decode(ids: Sequence[int], num_new: int) -> Answer:
+    def decode(ids: Sequence[int], num_new: int) -> Measurement:
         options = GenerateOptions(mode=who.mode, max_new_tokens=num_new, temperature=0.0)  # type: ignore[arg-type]
-        found = time_stream(model, list(ids), options)
-        return Answer(
-            tokens=found.tokens,
-            prompt_s=found.seconds - found.decode_seconds,
-            decode_s=found.decode_seconds,
-            passes=found.context_forwards - 1,
-        )
+        return time_stream(model, list(ids), options)
 
     return decode
 
 
 def _baseline(who: Contestant) -> Decode:
-    file = Path(who.file)
-    baseline: Baseline
     if who.engine == "transformers":
-        baseline = Transformers(file, who.threads, lookup=who.mode == "lookup")
-    else:
-        baseline = LlamaCpp(file, who.threads, who.mode)
-
-    def decode(ids: Sequence[int], num_new: int) -> Answer:
-        found = baseline.decode(ids, num_new)
-        return Answer(
-            tokens=found.tokens, prompt_s=found.prefill_seconds, decode_s=found.decode_seconds
-        )
-
-    return decode
+        lookup = who.mode == "lookup"
+        return Transformers(Path(who.file), who.threads, lookup=lookup).decode
+    return LlamaCpp(Path(who.file), who.threads, who.mode).decode
 
 
 def main() -> int:

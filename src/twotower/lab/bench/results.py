@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from twotower.lab.bench.runners import AR, Measurement, TimedPrompt
+from twotower.lab.bench.baselines import Measurement
+from twotower.lab.bench.runners import AR, TimedPrompt
 
 TARGET = 2.42  # the announcement's speed-up of diffusion over AR decoding
 SPEEDUPS = (1.0, TARGET)

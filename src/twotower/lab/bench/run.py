@@ -15,7 +15,7 @@ from twotower.arguments import COUNT, INDEX, check_fields
 from twotower.backends import BACKENDS, QUANTIZATIONS, BackendName, Quantization
 from twotower.checkpoint.files import SHIPPED
 from twotower.engine import MODES, GenerateOptions, stream
-from twotower.lab.bench.baselines import open_baselines
+from twotower.lab.bench.baselines import Measurement, open_baselines
 from twotower.lab.bench.limits import Machine, describe_limits, doubt_limits
 from twotower.lab.bench.passes import PassShape, draw_ids, time_passes
 from twotower.lab.bench.replay import SIZES, record_script
@@ -28,7 +28,6 @@ from twotower.lab.bench.results import (
 from twotower.lab.bench.runners import (
     AR,
     BaselineRunner,
-    Measurement,
     OurRunner,
     Runner,
     TimedPrompt,

@@ -22,7 +22,7 @@ from twotower.backends import (
 from twotower.config import TwoTowerConfig
 from twotower.engine import GenerateOptions, TokensCommitted, stream
 from twotower.engine.events import Event, Finished
-from twotower.lab.bench.baselines import Baseline
+from twotower.lab.bench.baselines import Baseline, Measurement
 from twotower.lab.bench.replay import Script, ScriptedModel
 from twotower.model import ContextCache, TwoTower
 
@@ -42,32 +42,6 @@ class TimedPrompt:
     max_new_tokens: int
     is_right: Callable[[str], bool] | None = None
     scripts: Mapping[str, Script] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """One runner's answer to one prompt and what it cost.
-
-    Decoding begins when the first token is known (block modes: when the prompt is read) and yields
-    `decode_tokens` tokens.
-    """
-
-    tokens: list[int]
-    seconds: float
-    decode_seconds: float
-    decode_tokens: int
-    nfe: int
-    context_forwards: int
-
-    @property
-    def ms_per_token(self) -> float:
-        """From the prompt to the last token, by tokens."""
-        return 1e3 * self.seconds / max(1, len(self.tokens))
-
-    @property
-    def decode_ms_per_token(self) -> float | None:
-        """Without prefill; None where that was all."""
-        return 1e3 * self.decode_seconds / self.decode_tokens if self.decode_tokens else None
 
 
 class Runner(Protocol):
@@ -113,15 +87,7 @@ class BaselineRunner:
     def run(self, prompt: TimedPrompt) -> Measurement:
         script = prompt.scripts.get(AR)
         limit = prompt.max_new_tokens if script is None else script.num_tokens
-        found = self._baseline.decode(prompt.ids, limit)
-        return Measurement(
-            tokens=found.tokens,
-            seconds=found.prefill_seconds + found.decode_seconds,
-            decode_seconds=found.decode_seconds,
-            decode_tokens=len(found.tokens) - 1,
-            nfe=0,
-            context_forwards=len(found.tokens),
-        )
+        return self._baseline.decode(prompt.ids, limit)
 
 
 def refuse_impossible(
