@@ -67,7 +67,6 @@ def cases() -> dict[str, tuple[Grammar, str]]:
     all_tools = tools_of([tool.name for tool in tools.TOOLS])
     call = '{"name": "translate", "arguments": {"text": "my red house", "language": "Dutch"}}'
     required, optional = tool_call(all_tools, "required"), tool_call(all_tools, "auto", HERMES)
-    assert required is not None and optional is not None
     return {
         "schema": (json_schema(RECORD), RECORD_TEXT),
         "any JSON": (json_schema(True), RECORD_TEXT),

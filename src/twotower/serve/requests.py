@@ -325,9 +325,7 @@ def _schema(wanted: ResponseFormat | None) -> Wanted | None:
     return form.schema_, form.strict is True
 
 
-def _calls(
-    body: ChatRequest, template: ChatTemplate | None, wanted: Wanted | None
-) -> Grammar | None:
+def _calls(body: ChatRequest, template: ChatTemplate | None, wanted: Wanted | None) -> Grammar:
     """wanted: what a reply without a call must be."""
     if not body.tools:
         raise ApiError(400, "tool_choice: needs tools", param="tool_choice")

@@ -9,10 +9,11 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from twotower.engine.grammar import Grammar, schema_rule
 
-Tools = Sequence[Mapping[str, object]]
+Tools = Sequence[Mapping[str, Any]]  # as OpenAI's API has them, and validated
 CHOICES = ("none", "auto", "required")
 _MAX_DEPTH = 100  # of lists and objects
 _TOO_DEEP = f"more than {_MAX_DEPTH} lists and objects in one another"
@@ -23,7 +24,6 @@ _OPENING = re.compile(
 _HEAD = '{"name":"'
 _NAMED = re.compile(r'\{"name":"(?:[^"\\]|\\.)*(?:\\|"(.*))?')
 
-Rule = dict[str, object]
 Wanted = tuple[Mapping[str, object], bool]  # a schema, and whether to the letter
 Function = tuple[str, Mapping[str, object], bool]  # name, schema of the arguments, strict
 
@@ -70,25 +70,21 @@ class ToolText:
 
 def tool_call(
     tools: Tools,
-    choice: str | Mapping[str, object] = "auto",
+    choice: str | Mapping[str, Any] = "auto",
     style: ToolStyle = BARE,
     is_parallel: bool = True,
     answer: Wanted | None = None,
-) -> Grammar | None:
-    """What a text must match so that its calls fit the tools; None where it need not match.
+) -> Grammar:
+    """What a text must match so that its calls fit the tools, of which there is one or more.
 
-    choice: "none", "auto" (text, or calls), "required" (calls only) or an object that names one
-    function. is_parallel: more than one call, where the style can separate them. answer: the schema
-    of a text without calls. ValueError (one line) for unusable tools or choice.
+    choice: "auto" (text, or calls), "required" (calls only) or an object that names one function.
+    is_parallel: more than one call, where the style can separate them. answer: the schema of a text
+    without calls. ValueError (one line) for names and parameters that cannot be.
     """
     functions = [_function(index, tool) for index, tool in enumerate(tools)]
     if len({name for name, _, _ in functions}) < len(functions):
         raise ValueError("tools: two functions have the same name; names must differ")
-    if choice == "none":
-        return None
-    if not functions:
-        raise ValueError("tools: none are given; give one, or tool_choice='none'")
-    chosen = functions if choice in CHOICES else [_named(choice, functions)]
+    chosen = functions if isinstance(choice, str) else [_named(choice, functions)]
     if answer is not None and choice == "auto" and not style.begin:
         return _calls_or_answer(chosen, answer)
     rules = [
@@ -180,28 +176,18 @@ def _call_rule(index: int, name: str) -> str:
     return f'call_{index}: {opening} @arguments_{index} "}}"'
 
 
-def _function(index: int, tool: object) -> Function:
+def _function(index: int, tool: Mapping[str, Any]) -> Function:
     """Name and parameters of a tool, and whether they must be kept to the letter."""
-    function = tool.get("function") if isinstance(tool, Mapping) else None
-    if not isinstance(tool, Mapping) or tool.get("type") != "function" or not function:
-        raise ValueError(
-            f'tools[{index}] must be {{"type": "function", "function": {{"name": ...}}}}'
-        )
-    name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
-        raise ValueError(f"tools[{index}].function.name={name!r} must be a text that is not empty")
-    parameters = function.get("parameters")
-    parameters = {} if parameters is None else parameters
-    if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
+    function = tool["function"]
+    parameters = function.get("parameters") or {}
+    if parameters.get("type", "object") != "object":
         raise ValueError(f"tools[{index}].function.parameters must be a schema of type object")
-    return name, {**parameters, "type": "object"}, function.get("strict") is True
+    return function["name"], {**parameters, "type": "object"}, function.get("strict") is True
 
 
-def _named(choice: object, functions: list[Function]) -> Function:
-    function = choice.get("function") if isinstance(choice, Mapping) else None
-    name = function.get("name") if isinstance(function, Mapping) else None
+def _named(choice: Mapping[str, Any], functions: list[Function]) -> Function:
     for known in functions:
-        if name is not None and name == known[0]:
+        if choice["function"]["name"] == known[0]:
             return known
     names = ", ".join(known for known, _, _ in functions)
     raise ValueError(
