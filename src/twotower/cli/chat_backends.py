@@ -8,7 +8,7 @@ import contextlib
 import http.client
 import json
 from collections.abc import Generator, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from twotower.engine import EngineOptions, TokensCommitted, Worker
@@ -23,24 +23,6 @@ Body = Mapping[str, object]
 Chunk = dict[str, object]
 _CACHE_BYTES = 64 << 20  # a conversation begins with all that was said before
 _TIMEOUT_S = 600.0
-
-
-class Backend(Protocol):
-    """Whoever replies."""
-
-    name: str
-
-    @property
-    def default_temperature(self) -> float | None:
-        """Of a request that names none; None where the server does not tell."""
-
-    def reply(self, body: Body) -> Generator[Chunk, None, None]:
-        """Chunks of the reply, the last with `usage`; a `notice` may come first. Leaving it early
-        stops the reply. ValueError (one line) when the request is refused or fails.
-        """
-
-    def close(self) -> None:
-        """No more replies."""
 
 
 class Remote:
@@ -59,7 +41,7 @@ class Remote:
 
     @property
     def default_temperature(self) -> float | None:
-        """See Backend."""
+        """Of a request that names none; None where the server does not tell."""
         with contextlib.closing(self._connection()) as connection:
             try:
                 connection.request("GET", f"{self._path}/models", headers=self._headers)
@@ -69,7 +51,9 @@ class Remote:
                 return None  # no server of ours, or none that answers now
 
     def reply(self, body: Body) -> Generator[Chunk, None, None]:
-        """See Backend."""
+        """Chunks of the reply, the last with `usage`. Leaving it early stops the reply. ValueError
+        (one line) when the request is refused or fails.
+        """
         asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
         with contextlib.closing(self._connection()) as connection:
             try:
@@ -90,7 +74,7 @@ class Remote:
         return kind(self._parts.hostname, self._parts.port, timeout=_TIMEOUT_S)
 
     def close(self) -> None:
-        """See Backend."""
+        """Each reply closes its own connection."""
 
 
 def _chunks(answer: http.client.HTTPResponse) -> Generator[Chunk, None, None]:
@@ -125,7 +109,7 @@ class Local:
         self.default_temperature: float = served.defaults["temperature"]
 
     def reply(self, body: Body) -> Generator[Chunk, None, None]:
-        """See Backend."""
+        """The same; a `notice` may come first."""
         from twotower.serve.answers import ChatShape, usage_of
         from twotower.serve.errors import ApiError
         from twotower.serve.pieces import Replies
@@ -157,5 +141,8 @@ class Local:
             ticket.cancel()  # also of a reply that was left before its first event
 
     def close(self) -> None:
-        """See Backend."""
+        """No more replies."""
         self._worker.stop(grace_s=0.0)
+
+
+Backend = Remote | Local

@@ -74,7 +74,10 @@ def _read_file(file: Path) -> list[Prompt]:
         except OSError as error:
             raise ValueError(f"input: cannot read {file} ({error.strerror})") from None
         return [decoded(content, f"input: {file}").removesuffix("\n")]
-    lines = [_parse_line(line, f"input: {file} line {line.number}") for line in read_lines(file)]
+    lines = []
+    for line in read_lines(file):
+        where = f"input: {file} line {line.number}"
+        lines.append(parse_prompt(parse_line(line, where), where))
     if not lines:
         raise ValueError(f"input: {file} holds no prompt; write one object a line")
     return lines
@@ -88,15 +91,20 @@ def _bounded(stream: BinaryIO, where: str) -> bytes:
     return content
 
 
-def _parse_line(line: InputLine, where: str) -> Prompt:
+def line_text(line: InputLine, where: str) -> str:
+    """What a line says; ValueError (one line, which begins with `where`) if it cannot be read."""
     if line.content is None:
         raise ValueError(f"{where} {_TOO_LONG}")
-    text = decoded(line.content, where)
+    return decoded(line.content, where).strip()
+
+
+def parse_line(line: InputLine, where: str) -> object:
+    """The JSON value of a line; ValueError likewise."""
+    text = line_text(line, where)
     try:
-        record = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON ({error}); write one object a line") from None
-    return parse_prompt(record, where)
 
 
 def parse_prompt(record: object, where: str) -> Prompt:

@@ -1,6 +1,5 @@
 """Questions for a model that is adapted or benchmarked: from files, in its chat template."""
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from twotower.arguments import require_unicode
-from twotower.cli.output_file import InputLine, read_lines
-from twotower.cli.prompts import Prompt, decoded, is_jsonl
+from twotower.cli.output_file import read_lines
+from twotower.cli.prompts import Prompt, is_jsonl, line_text, parse_line
 from twotower.cli.serve import need_extra
 from twotower.engine.fork_server import Process
 from twotower.engine.request import known_ids
@@ -48,22 +47,12 @@ def read_questions(files: Sequence[Path], most: int | None = None) -> list[Quest
 def _questions(file: Path) -> Iterator[Question]:
     for line in read_lines(file):
         where = f"prompts: {file} line {line.number}"
-        text = _text(line, where)
-        prompt = _of_object(text, where) if is_jsonl(file) else text
+        is_object = is_jsonl(file)
+        prompt = _of_object(parse_line(line, where), where) if is_object else line_text(line, where)
         yield Question(text=prompt, task=file.stem, where=where)
 
 
-def _text(line: InputLine, where: str) -> str:
-    if line.content is None:
-        raise ValueError(f"{where} is too long; leave it out")
-    return decoded(line.content, where).strip()
-
-
-def _of_object(text: str, where: str) -> Prompt:
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON ({error}); write one object a line") from None
+def _of_object(record: object, where: str) -> Prompt:
     record = record if isinstance(record, dict) else {}
     values = [record[key] for key in _FIELDS if record.get(key) is not None]
     found: Any = next(filter(None, values), values[0] if values else None)
