@@ -89,7 +89,7 @@ def test_generate_has_a_flag_with_the_default_of_every_option(
             ["generate", "--tpo-k", "3"],
             "unrecognized options: --tpo-k; perhaps you meant --top-k",
         ),
-        (["generate", "--logprobs", "x"], "--logprobs x must be a whole number or none"),
+        (["generate", "--logprobs", "x"], "--logprobs x must be a whole number;"),
         (["generate", "--max-new-tokens", "x"], "--max-new-tokens x must be a whole number"),
         (["generate", "-n", "x"], "-n x must be a whole number"),
         (["chat", "--temp=x"], "--temp x must be a number"),

@@ -23,9 +23,6 @@ from twotower.loading import Placement, load, placement_of
 if TYPE_CHECKING:
     from twotower.cli.chat_backends import Backend
 
-    Decoding = dict[str, object]
-else:
-    Decoding = decoding_flags(("logprobs", "seed"))  # no reply shows those; seeds are random
 
 _HELP = """\
 /new            forget the conversation
@@ -70,7 +67,7 @@ class ChatArguments(TextOptions, Placement):
     r"""Replace \n, \t and \\ in --system and --stop by line break, tab and backslash."""
     seed: int | None = None
     """Seed of the random numbers of replies. Default: a random one."""
-    decoding: Decoding
+    decoding: Annotated[dict[str, object], decoding_flags("logprobs", "seed")]
     """How to decode."""
 
     def __post_init__(self) -> None:

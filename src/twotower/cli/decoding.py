@@ -2,14 +2,16 @@
 means nothing in it.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from types import NoneType
+from typing import Annotated, TypedDict, get_args, get_type_hints
 
 import tyro
 
 from twotower.checkpoint import has_denoiser
-from twotower.cli.flags import optional_flags
+from twotower.cli.flags import aliases_of, with_flags
 from twotower.cli.prompts import read_argument
 from twotower.documented import field_docs
 from twotower.engine import MODES, GenerateOptions, ResolvedOptions
@@ -23,17 +25,26 @@ _FIRST = ("mode", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "ig
 _OTHERWISE = ("stop", "logit_bias", "eos_token_id", "grammar")
 
 
-def decoding_flags(leave_out: Collection[str] = ()) -> Any:
-    """The type of a verb's field `decoding`, whose flags are all but some of the options."""
-    first = [name for name in _FIRST if name not in leave_out]
-    flags = optional_flags(ResolvedOptions, _DOCS, first, (*_OTHERWISE, *leave_out))
-    return Annotated[flags, tyro.conf.arg(name="")]
-
-
-if TYPE_CHECKING:
-    Decoding = dict[str, object]
-else:
-    Decoding = decoding_flags()
+def decoding_flags(*leave_out: str) -> type:
+    """What a verb's field `decoding` is annotated with: a dictionary type of all options but some,
+    of which only those that are given come back. Types, help and defaults are those of the library.
+    """
+    hints = get_type_hints(ResolvedOptions)
+    flags: dict[str, object] = {}
+    aliases = aliases_of(ResolvedOptions)
+    fields = {field.name: field.default for field in dataclasses.fields(ResolvedOptions)}
+    for name in dict.fromkeys((*_FIRST, *fields)):
+        if name not in (*_OTHERWISE, *leave_out):
+            default = "none" if fields[name] is None else fields[name]
+            shown = tyro.conf.arg(
+                aliases=aliases.get(name),
+                help=with_flags(_DOCS[name], hints),
+                help_behavior_hint="" if default is False else f"(default: {default})",
+            )
+            kinds = {*get_args(hints[name])} - {NoneType}  # which is not to be given
+            flags[name] = Annotated[kinds.pop() if len(kinds) == 1 else hints[name], shown]
+    # Made at run time, so there is nothing for a type checker to see.
+    return TypedDict("decoding", flags, total=False)  # type: ignore[operator, no-any-return]
 
 
 @dataclass(frozen=True, kw_only=True)

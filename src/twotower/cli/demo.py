@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import Annotated, Literal
 
 from rich.console import Console
 from rich.text import Text
@@ -40,10 +40,6 @@ SAMPLES: dict[Sample, str] = {
 MODES: tuple[Mode, ...] = ("diffusion", "speculative", "ar")
 # What none of the modes uses, or the table does not show; the length is the demo's own.
 _LEFT_OUT = ("mode", "max_new_tokens", "logprobs", "schedule", "remask", "adaptive")
-if TYPE_CHECKING:
-    Decoding = dict[str, object]
-else:
-    Decoding = decoding_flags(_LEFT_OUT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +65,7 @@ class DemoOptions(TextOptions, Placement):
     """Playback speed in a terminal, 2 for twice as fast; the timings do not depend on it."""
     json: bool = False
     """Print one JSON object instead of text."""
-    decoding: Decoding
+    decoding: Annotated[dict[str, object], decoding_flags(*_LEFT_OUT)]
     """How to decode."""
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Annotated, Any, Self
 
 import torch
 
@@ -43,11 +43,8 @@ from twotower.lab.evaluate.run import (
 from twotower.lab.evaluate.suite import Judge, make_judge
 from twotower.loading import Loaded, Placement, load, placement_of
 
-if TYPE_CHECKING:
-    Decoding = dict[str, object]
-else:  # --modes names them; the length and the seed are the suite's; no table shows logprobs
-    Decoding = decoding_flags(("mode", "max_new_tokens", "seed", "logprobs"))
-
+# --modes names them; the length and the seed are the suite's; no table shows logprobs.
+_LEFT_OUT = ("mode", "max_new_tokens", "seed", "logprobs")
 _WITH_DENOISER = ("ar", "diffusion", "speculative")
 SWEEP_SHARE = 4  # the first of so many parts of each category is swept
 
@@ -86,7 +83,9 @@ class EvaluateOptions(TextOptions, Placement):
     """Run code that the model writes even where this machine has no sandbox for it."""
     escape: bool = False
     r"""Replace \n, \t and \\ in --stop by line break, tab and backslash."""
-    decoding: Decoding = dataclasses.field(default_factory=dict)
+    decoding: Annotated[dict[str, object], decoding_flags(*_LEFT_OUT)] = dataclasses.field(
+        default_factory=dict
+    )
     """How to decode."""
 
     def __post_init__(self) -> None:

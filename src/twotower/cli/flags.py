@@ -1,18 +1,12 @@
-"""Flags from an options dataclass of the library, of which only those that were given come back.
+"""What the flags of an options dataclass are called, in every verb, and messages that name them."""
 
-Types, help and defaults are read from the dataclass, where they are written once.
-"""
-
-import dataclasses
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
-from types import NoneType
-from typing import Annotated, Literal, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Annotated, Any, get_args, get_origin, get_type_hints, is_typeddict
 
 import tyro
-from tyro.constructors import PrimitiveConstructorSpec
 
 from twotower.documented import field_docs
 
@@ -67,33 +61,22 @@ def by_field(values: Mapping[str, object], known: Mapping[str, str]) -> dict[str
     return found
 
 
-def optional_flags(
-    options_class: type,
-    docs: Mapping[str, str],
-    first: Sequence[str] = (),
-    leave_out: Collection[str] = (),
-) -> type:
-    """A dictionary type with the fields of a dataclass, some of them first and none of them
-    required, for tyro to fill.
-    """
-    hints = get_type_hints(options_class)
-    flags: dict[str, object] = {}
-    aliases = aliases_of(options_class)
-    fields = {field.name: field for field in dataclasses.fields(options_class)}
-    for field in (*map(fields.pop, first), *fields.values()):
-        if field.name not in leave_out:
-            shown = tyro.conf.arg(
-                aliases=aliases.get(field.name),
-                help=with_flags(docs[field.name], hints),
-                help_behavior_hint=""
-                if field.default is False
-                else f"(default: {_spell(field.default)})",
-            )
-            hint = hints[field.name]
-            specs = [_alternatives(hint)] if NoneType in get_args(hint) else []
-            flags[field.name] = Annotated[(hint, *specs, shown)]
-    # Made at run time, so there is nothing for a type checker to see.
-    return TypedDict("decoding", flags, total=False)  # type: ignore[operator, no-any-return]
+def split_hint(hint: object) -> tuple[Any, list[Any]]:
+    """A field's type, and what is annotated to it."""
+    kind, *own = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    return kind, own
+
+
+def flag_types(options_class: type) -> dict[str, object]:
+    """The types of a verb's fields that are flags, and of the options of decoding."""
+    found: dict[str, object] = {}
+    for name, hint in get_type_hints(options_class, include_extras=True).items():
+        kind, own = split_hint(hint)
+        if own and is_typeddict(own[0]):
+            found |= get_type_hints(own[0])
+        elif tyro.conf.Positional not in own:
+            found[name] = kind
+    return found
 
 
 def with_flags(text: str, names: Collection[str]) -> str:
@@ -107,46 +90,11 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _spell(value: object) -> str:
-    return "none" if value in (None, ()) else str(value)
-
-
-def _alternatives(hint: object) -> PrimitiveConstructorSpec[object]:
-    """How to read `int | None` and the like: a number, one of the words, or none."""
-    words = [w for part in get_args(hint) if get_origin(part) is Literal for w in get_args(part)]
-    numbers: list[Callable[[str], object]] = [k for k in (int, float) if k in get_args(hint)]
-    metavar = "|".join(
-        [*(k.__name__.upper() for k in (int, float) if k in numbers), *words, "none"]
-    )
-
-    def read(arguments: list[str]) -> object:
-        (text,) = arguments
-        if text.lower() == "none":
-            return None
-        if text in words:
-            return text
-        for number in numbers:
-            try:
-                return number(text)
-            except ValueError:
-                continue
-        kinds = ["a whole number" if number is int else "a number" for number in numbers]
-        raise ValueError(f"{text!r} must be {', '.join([*kinds, *words])} or none")
-
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=metavar,
-        instance_from_str=read,
-        is_instance=lambda value: True,
-        str_from_instance=lambda value: [_spell(value)],
-    )
-
-
 def name_flags(message: str, options_class: type, arguments: Sequence[str]) -> str:
     """An error of the library in the words of a command line: `field=value` and `field: ...` name
     the flags that were typed, or the verb's where the error is about its options.
     """
-    known = {name: _flag(name) for name in _flag_fields(options_class)}
+    known = {name: _flag(name) for name in flag_types(options_class)}
     typed: dict[str, str] = {}
     for argument in arguments:
         flag = argument.partition("=")[0]
@@ -172,13 +120,3 @@ def name_flags(message: str, options_class: type, arguments: Sequence[str]) -> s
 def as_typed(text: str) -> str:
     """Values in Python's quotes as a user types them, in quotes only where a shell needs some."""
     return re.sub("'([^']*)'", lambda match: shlex.quote(match[1]), text)
-
-
-def _flag_fields(options_class: type) -> Iterator[str]:
-    """Names of a verb's fields that are flags, and those of the options of decoding."""
-    for name, hint in get_type_hints(options_class, include_extras=True).items():
-        parts = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        if is_typeddict(parts[0]):
-            yield from parts[0].__annotations__
-        elif tyro.conf.Positional not in parts[1:]:
-            yield name

@@ -12,7 +12,7 @@ from typing import Annotated, BinaryIO
 
 import tyro
 
-from twotower.cli.decoding import Decoding, TextOptions, refuse_without_denoiser
+from twotower.cli.decoding import TextOptions, decoding_flags, refuse_without_denoiser
 from twotower.cli.prompts import Prompt, is_jsonl, read_grammar, read_prompts
 from twotower.cli.records import completion_record
 from twotower.cli.text import printable
@@ -88,7 +88,7 @@ class GenerateArguments(TextOptions, FileOptions, BatchOptions, Placement):
     """A prompt, as another way to give one."""
     escape: bool = False
     r"""Replace \n, \t and \\ in --stop, --prompt and PROMPT by line break, tab and backslash."""
-    decoding: Decoding
+    decoding: Annotated[dict[str, object], decoding_flags()]
     """How to decode."""
 
     def __post_init__(self) -> None:

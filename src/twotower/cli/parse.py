@@ -23,7 +23,14 @@ from typing import (
 import tyro
 
 from twotower.arguments import a_path, check
-from twotower.cli.flags import aliases_of, as_typed, decoding_docs, with_flags
+from twotower.cli.flags import (
+    aliases_of,
+    as_typed,
+    decoding_docs,
+    flag_types,
+    split_hint,
+    with_flags,
+)
 from twotower.documented import field_docs, summary
 
 T = TypeVar("T")
@@ -85,12 +92,7 @@ def parse(
 
 def _switches(options_class: type) -> set[str]:
     """Flags that take no value."""
-    hints = get_type_hints(options_class, include_extras=True)
-    for hint in [*hints.values()]:
-        (decoding, *_) = get_args(hint) or (hint,)
-        hints |= get_type_hints(decoding, include_extras=True) if is_typeddict(decoding) else {}
-    kinds = {name: (get_args(hint) or (hint,))[0] for name, hint in hints.items()}
-    words = [name.replace("_", "-") for name, kind in kinds.items() if kind is bool]
+    words = [n.replace("_", "-") for n, kind in flag_types(options_class).items() if kind is bool]
     return {f"--{prefix}{word}" for word in words for prefix in ("", "no-")}
 
 
@@ -98,7 +100,7 @@ def _lists(options_class: type) -> set[str]:
     """Fields whose flags take any number of values, each time that they are given."""
     found = set()
     for name, hint in get_type_hints(options_class, include_extras=True).items():
-        kind, *own = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        kind, own = split_hint(hint)
         is_list = get_origin(kind) is tuple and Ellipsis in get_args(kind)
         if is_list and not {tyro.conf.UseAppendAction, tyro.conf.Positional} & {*own}:
             found.add(name)
@@ -143,11 +145,9 @@ def _annotated_fields(options_class: type) -> dict[str, tuple[str, Any, Any]]:
     found: dict[str, tuple[str, Any, Any]] = {}
     aliases, lists = aliases_of(options_class), _lists(options_class)
     for field in dataclasses.fields(options_class):
-        hint, *own = (
-            get_args(hints[field.name])
-            if get_origin(hints[field.name]) is Annotated
-            else (hints[field.name],)
-        )
+        hint, own = split_hint(hints[field.name])
+        if own and is_typeddict(own[0]):  # the options of decoding
+            hint, own = own[0], [tyro.conf.arg(name="")]
         is_optional = NoneType in get_args(hint) and field.default is None
         is_switch = hint is bool
         is_list = field.name in lists
@@ -237,8 +237,6 @@ def _in_words(said: str, options_class: type, arguments: Sequence[str]) -> str:
         if found := re.fullmatch(pattern, said):
             kind = "whole number" if re.search("literal for int|INT", said) else "number"
             return f"{_typed(found[1], arguments)} {as_typed(found[2])} must be a {kind}"
-    if found := re.fullmatch(r"(\S+): ('.*' must be .*)", said):
-        return f"{_typed(found[1], arguments)} {as_typed(found[2])}"
     if found := re.fullmatch(r"(\S+): could not parse arguments \[(.*)\] .*", said, re.I):
         return f"{_typed(found[1], arguments)} {as_typed(found[2])} must be numbers"
     if found := re.fullmatch(r"missing value for argument '(.*)'. Expected (\d+) values", said):
@@ -259,7 +257,7 @@ def _typed(flag: str, arguments: Sequence[str]) -> str:
 
 def _in_order(choices: list[str], options_class: type) -> list[str]:
     """Choices as the option's type lists them; the parser has some of them in no order."""
-    for hint in get_type_hints(options_class).values():
+    for hint in flag_types(options_class).values():
         for part in (hint, *get_args(hint)):
             if get_origin(part) is Literal and set(map(str, get_args(part))) == set(choices):
                 return [str(choice) for choice in get_args(part)]
