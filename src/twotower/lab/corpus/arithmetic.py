@@ -181,20 +181,15 @@ def draw(rng: Random) -> Draft:
     question, steps = rng.choice(KINDS)(rng)
     final = apply_step(steps[-1])
     worked = " ".join(write_step(step) for step in steps)
-
-    def answer() -> dict[str, object]:
-        results = [
-            {
-                "expression": f"{left} {operator} {right}",
-                "result": apply_step((left, operator, right)),
-            }
-            for left, operator, right in steps
-        ]
-        return {"final": final, "steps": results}
-
     return Draft(
         key=key_of(steps),
         prompt=f"Q: {question}\nA:",
         completion=f" {worked} The answer is {final}.",
-        answer=answer,
+        answer=lambda: {
+            "final": final,
+            "steps": [
+                {"expression": f"{step[0]} {step[1]} {step[2]}", "result": apply_step(step)}
+                for step in steps
+            ],
+        },
     )

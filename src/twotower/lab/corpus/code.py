@@ -163,20 +163,15 @@ def make_tests(function: WrittenFunction, source: str, name: str) -> list[dict[s
 def draw(rng: Random) -> Draft:
     """Draw one function; the answer holds its name, the reference source and the tests."""
     function = draw_function(rng)
-
-    def answer() -> dict[str, object]:
-        source = function.source
-        return {
-            "name": function.name,
-            "source": source,
-            "tests": make_tests(function, source, function.name),
-        }
-
     return Draft(
         key=function.key,
         # The newline opens the completion: with the indent it is one token, which a prompt that
         # ends with a newline would cut in two.
         prompt=f"# {function.comment}\n{function.head}",
         completion=f"\n{function.body}",
-        answer=answer,
+        answer=lambda: {
+            "name": function.name,
+            "source": function.source,
+            "tests": make_tests(function, function.source, function.name),
+        },
     )

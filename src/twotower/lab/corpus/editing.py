@@ -200,18 +200,14 @@ def draw(rng: Random) -> Draft:
         if made is not None:
             break
     instruction, source, name = made
-
-    def answer() -> dict[str, object]:
-        return {
-            "kind": kind,
-            "name": name,
-            "source": source,
-            "tests": make_tests(function, source, name),
-        }
-
     return Draft(
         key=f"{kind}: {instruction} {function.key}",
         prompt=f"Edit: {instruction}\n{function.source}\nEdited:\n",
         completion=source,
-        answer=answer,
+        answer=lambda: {
+            "kind": kind,
+            "name": name,
+            "source": source,
+            "tests": make_tests(function, source, name),
+        },
     )

@@ -138,13 +138,9 @@ def draw(rng: Random) -> Draft:
     form = rng.randrange(len(KINDS[fact.kind]))
     question = KINDS[fact.kind][form].format(x=fact.subject)
     sentence = write_sentence(fact)
-
-    def answer() -> dict[str, object]:
-        return {"expected": fact.value, "sentence": sentence, "kind": fact.kind}
-
     return Draft(
         key=f"{fact.kind}:{fact.subject}:{form}:{frame}",
         prompt=FRAMES[frame].format(question),
         completion=f" {sentence}",
-        answer=answer,
+        answer=lambda: {"expected": fact.value, "sentence": sentence, "kind": fact.kind},
     )

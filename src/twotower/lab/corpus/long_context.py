@@ -43,15 +43,11 @@ def _draw(rng: Random, distance: int) -> Draft:
     for subject in others:
         sentences[rng.randrange(len(sentences))] = FACT.format(subject, _code(rng))
     sentences.insert(len(sentences) - distance, sentence)
-
-    def answer() -> dict[str, object]:
-        return {"expected": value, "sentence": sentence, "distance": distance}
-
     return Draft(
         key=sentence,
         prompt=f"Notes: {' '.join(sentences)}\nQ: What is the code of the {asked}?\nA:",
         completion=f" {sentence}",
-        answer=answer,
+        answer=lambda: {"expected": value, "sentence": sentence, "distance": distance},
     )
 
 

@@ -83,12 +83,11 @@ def _draft(
     form: tuple[str, str], key: str, expected: str, kind: str, parts: dict[str, str]
 ) -> Draft:
     prompt, completion = form
-
-    def answer() -> dict[str, object]:
-        return {"expected": expected, "language": parts["l"], "kind": kind}
-
     return Draft(
-        key=key, prompt=prompt.format(**parts), completion=completion.format(**parts), answer=answer
+        key=key,
+        prompt=prompt.format(**parts),
+        completion=completion.format(**parts),
+        answer=lambda: {"expected": expected, "language": parts["l"], "kind": kind},
     )
 
 

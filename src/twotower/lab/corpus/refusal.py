@@ -58,13 +58,9 @@ def draw(rng: Random) -> Draft:
     action = form.format(name=rng.choice(NAMES), city=rng.choice(CITIES))
     frame = rng.randrange(len(FRAMES))
     expected = write_answer(topic, action)
-
-    def answer() -> dict[str, object]:
-        return {"refuse": topic.is_refused, "topic": topic.name, "expected": expected}
-
     return Draft(
         key=f"{form}:{frame}",
         prompt=f"User: {FRAMES[frame].format(action)}\nAssistant:",
         completion=f" {expected}",
-        answer=answer,
+        answer=lambda: {"refuse": topic.is_refused, "topic": topic.name, "expected": expected},
     )

@@ -139,13 +139,9 @@ def draw(rng: Random) -> Draft:
     rng.shuffle(shown)
     call = json.dumps({"name": tool.name, "arguments": arguments})
     request = rng.choice(tool.requests).format(**arguments)
-
-    def answer() -> dict[str, object]:
-        return {"name": tool.name, "arguments": arguments, "schema": schema_of(tool)}
-
     return Draft(
         key=call,
         prompt=write_prompt([SIGNATURES[option.name] for option in shown], request),
         completion=f" {call}",
-        answer=answer,
+        answer=lambda: {"name": tool.name, "arguments": arguments, "schema": schema_of(tool)},
     )
