@@ -15,8 +15,8 @@ import torch
 
 import twotower
 from twotower.backends import QUANTIZATIONS
-from twotower.cli.contest import encode_questions
 from twotower.cli.machine import recorded
+from twotower.cli.questions import question_encoder
 from twotower.cli.scripts import script_parser
 from twotower.loading import Placement, load
 
@@ -46,7 +46,8 @@ def main() -> None:
             Placement(model=args.model, backend="native", quantization=quantization), "ar"
         )
         assert loaded.tokenizer is not None
-        prompts = encode_questions(loaded, [question for question, _ in pairs], 1 << 20)
+        encode = question_encoder(loaded, "this benchmark", is_plain=False)
+        prompts = [encode(question, "the file") for question, _ in pairs]
         answers = [loaded.tokenizer.encode(answer) for _, answer in pairs]
         losses, best[quantization] = 0.0, []
         for prompt, answer in zip(prompts, answers, strict=True):

@@ -1,15 +1,17 @@
-"""`twotower bench`: our modes against AR decoding of the same weights, by us and by others."""
+"""`twotower bench`: our modes against AR decoding of the same weights, by us and by others; on a
+real model as a contest of processes, with prompts from files in its chat template.
+"""
 
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from twotower.checkpoint.files import SHIPPED
-from twotower.cli import contest
 from twotower.cli.decoding import has_any_denoiser
 from twotower.cli.machine import recorded
 from twotower.cli.measuring import (
@@ -21,9 +23,11 @@ from twotower.cli.measuring import (
     say_protection,
 )
 from twotower.cli.progress import progress_bar
+from twotower.cli.questions import question_encoder, read_questions, tell_left_out
 from twotower.cli.tables import make_console, print_table
 from twotower.engine import defaults_of, resolve_options
 from twotower.families import read_config
+from twotower.lab.bench.contest import contest_table, contestants, run_contest, summarise
 from twotower.lab.bench.limits import Machine, cache_bytes
 from twotower.lab.bench.replay import make_random
 from twotower.lab.bench.report import bench_figures, describe_break_even, tables
@@ -38,7 +42,7 @@ from twotower.lab.bench.run import (
 )
 from twotower.lab.bench.runners import TimedPrompt, refuse_impossible
 from twotower.lab.corpus import CATEGORIES
-from twotower.lab.evaluate.run import split_names
+from twotower.lab.evaluate.run import draw_groups, split_names
 from twotower.lab.evaluate.suite import make_judge
 from twotower.lab.report import Record, Table, to_png, write_files
 from twotower.loading import Loaded, Placement, load, placement_of
@@ -80,7 +84,7 @@ def run(options: BenchOptions) -> int:
     if is_contest:
         given = Path(options.model or "")
         file = given if given.is_file() else loaded.folder
-        record = contest.measure(options, loaded, file, options.denoiser)
+        record = measure_contest(options, loaded, file, options.denoiser)
     else:
         record = measure(options, loaded)
     if options.output is not None:
@@ -90,7 +94,9 @@ def run(options: BenchOptions) -> int:
     if options.json:
         print(json.dumps(record))
     elif is_contest:
-        print_tables(contest.contest_tables(record), record["missing"], record["warnings"])
+        title = f"{record['model']}: {record['prompts']} prompts, {record['threads']} threads"
+        table = contest_table(record["contestants"], title)
+        print_tables([table], record["missing"], record["warnings"])
     else:
         print_bench(record)
     return 0 if record["complete"] else INTERRUPTED
@@ -209,3 +215,44 @@ def describe_run(options: BenchOptions, loaded: Loaded) -> dict[str, object]:
         "versions": describe_versions("transformers", "xllamacpp", "gguf"),
         "cache_bytes": cache_bytes(),
     }
+
+
+def measure_contest(
+    options: BenchOptions, loaded: Loaded, file: Path, denoiser: str | None
+) -> dict[str, Any]:
+    """The record of a contest; file and denoiser: what other processes load."""
+    prompts = encode_questions(loaded, options)
+    threads = torch.get_num_threads()
+    compared = options.pairs(is_contest=True)
+    with TemporaryDirectory(prefix="twotower-contest-") as folder:
+        who, missing = contestants(loaded.model, file, compared, threads, Path(folder), denoiser)
+        warnings = watch_idle()
+        answers, more = run_contest(who, prompts, options.max_new_tokens)
+    return {
+        "recorded": recorded(),
+        "model": loaded.name,
+        "threads": threads,
+        "prompts": len(prompts),
+        "max_new_tokens": options.max_new_tokens,
+        "warnings": warnings,
+        "versions": describe_versions("transformers", "xllamacpp", "gguf"),
+        "contestants": summarise(answers, prompts),
+        "missing": [*missing, *more],
+        "complete": True,
+    }
+
+
+def encode_questions(loaded: Loaded, options: BenchOptions) -> list[list[int]]:
+    """Token ids of the questions of the files, or of the suite."""
+    encode = question_encoder(loaded, "bench on a real model", is_plain=False)
+    if options.prompts:
+        asked = [encode(q.text, q.where) for q in read_questions(options.prompts, options.items)]
+    else:
+        groups = draw_groups(CATEGORIES, options.items, options.seed, 1)
+        asked = [encode(document.prompt, "suite") for group in groups for document in group]
+    most = options.max_prompt_tokens
+    kept = [ids for ids in asked if 0 < len(ids) <= most]
+    if not kept:
+        raise ValueError(f"max_prompt_tokens: {most} leaves out every prompt; use more")
+    tell_left_out(len(kept), len(asked), f"blank ones, and those of more than {most} tokens")
+    return kept
