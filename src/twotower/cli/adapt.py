@@ -102,7 +102,9 @@ def run(options: AdaptArguments) -> int:
         longest = max(len(question.prompt) for question in questions) + options.max_new_tokens
         token_bytes = model.empty_cache(1).token_bytes
         if lack := lacking_memory(model.context_device, token_bytes, longest):
-            raise ValueError(f"max_new_tokens={options.max_new_tokens}: an answer needs {lack}; use fewer")
+            raise ValueError(
+                f"max_new_tokens={options.max_new_tokens}: an answer needs {lack}; use fewer"
+            )
         is_all = options.stage == "all"
         wanted = STAGES if is_all else (options.stage,)
         budget = Budget(

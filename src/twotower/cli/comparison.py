@@ -30,19 +30,9 @@ class Measured:
     seconds: float
 
     @property
-    def num_tokens(self) -> int:
-        """New tokens."""
-        return len(self.completion.tokens)
-
-    @property
     def tokens_per_s(self) -> float:
         """New tokens per second."""
-        return self.num_tokens / self.seconds
-
-    @property
-    def tokens_per_nfe(self) -> float | None:
-        """Tokens per denoiser pass; None where there was none (AR)."""
-        return self.num_tokens / self.completion.nfe if self.completion.nfe else None
+        return len(self.completion.tokens) / self.seconds
 
     @property
     def passes(self) -> int:
@@ -55,7 +45,7 @@ class Measured:
             "tokens_per_s": self.tokens_per_s,
             "nfe": self.completion.nfe,
             "context_forwards": self.completion.context_forwards,
-            "tokens_per_nfe": self.tokens_per_nfe,
+            "tokens_per_nfe": self.completion.tokens_per_nfe,
             "text": self.completion.text,
             "tokens": self.completion.tokens,
             "seconds": self.seconds,
@@ -99,7 +89,7 @@ def print_comparison(console: Console, results: Mapping[str, Measured]) -> None:
             mode,
             f"{result.tokens_per_s:.0f}",
             str(result.completion.nfe),
-            number(result.tokens_per_nfe),
+            number(result.completion.tokens_per_nfe),
             str(result.completion.context_forwards),
             f"{result.seconds:.2f}",
             "same" if result.completion.text == ar.completion.text else "differs",

@@ -137,7 +137,10 @@ def run(options: GenerateArguments) -> int:
     decoding = options.generate_options()
     refuse_without_denoiser(options, decoding)
     if options.input is not None and options.output is not None:
-        return _complete_file(options, decoding, options.input, options.output)
+        from twotower.cli.offline import complete_file
+
+        engine = options.engine()
+        return complete_file(options.input, options.output, placement_of(options), decoding, engine)
     prompts = read_prompts([*options.prompts, *options.prompt], options.input, options.escape)
     with _open_trace(options.trace) as trace:
         loaded = load(placement_of(options), decoding.mode)
@@ -173,27 +176,6 @@ def _encoded(loaded: Loaded, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         return [] if loaded.tokenizer is None else loaded.tokenizer.encode_prompt(prompt)
     return prompt
-
-
-def _complete_file(
-    options: GenerateArguments, decoding: GenerateOptions, source: Path, target: Path
-) -> int:
-    from twotower.cli.offline import Job, complete_file
-
-    return complete_file(
-        Job(
-            input=source,
-            output=target,
-            given=decoding.given(),
-            placement=placement_of(options),
-            engine=options.engine(),
-        )
-    )
-
-
-def per_pass(completion: Completion) -> float | None:
-    """Tokens per denoiser pass; None where there was none (AR)."""
-    return len(completion.tokens) / completion.nfe if completion.nfe else None
 
 
 @contextlib.contextmanager
@@ -235,7 +217,7 @@ def _finished(events: Iterable[Event]) -> list[Completion]:
 
 def _print_figures(completion: Completion, seconds: float) -> None:
     """Finish a streamed text: its last line break, and the cost on stderr."""
-    tokens, rate = len(completion.tokens), per_pass(completion)
+    tokens, rate = len(completion.tokens), completion.tokens_per_nfe
     drafted = ("lookup", completion.lookup_tokens), ("the denoiser", completion.denoiser_tokens)
     print(" ".join(map(str, completion.tokens)) if completion.text is None else "")
     parts = [
@@ -270,7 +252,7 @@ def _record(
         {
             "prompt": prompt,
             **completion_record(completion),
-            "tokens_per_nfe": per_pass(completion),
+            "tokens_per_nfe": completion.tokens_per_nfe,
         }
         for prompt, completion in zip(prompts, completions, strict=True)
     ]

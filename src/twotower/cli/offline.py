@@ -47,28 +47,23 @@ _OPTION_NAMES = [field.name for field in dataclasses.fields(GenerateOptions)]
 _SPELLINGS = spellings(GenerateOptions)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What to decode, how, and where the results go."""
-
-    input: Path
-    output: Path
-    given: Mapping[str, object]  # decoding options that the user named
-    placement: Placement
-    engine: EngineOptions
-
-
-def complete_file(job: Job) -> int:
-    """Decode every line of the input; returns the exit status."""
-    options = GenerateOptions(**job.given)  # type: ignore[arg-type]  # checked by __post_init__
-    total = sum(1 for _ in read_lines(job.input))
-    with OutputFile(job.output) as output:
-        loaded = load(job.placement, options.mode)
+def complete_file(
+    source: Path,
+    target: Path,
+    placement: Placement,
+    options: GenerateOptions,
+    engine: EngineOptions,
+) -> int:
+    """Decode every line of the source; returns the exit status."""
+    total = sum(1 for _ in read_lines(source))
+    with OutputFile(target) as output:
+        loaded = load(placement, options.mode)
         key = run_key(loaded, resolve_options(options, defaults_of(loaded.model)))
-        lines = read_lines(job.input)
+        lines = read_lines(source)
         output.resume(lines, key)
         before, start = output.counts["done"], time.perf_counter()
-        num_tokens = _decode(job, loaded, Window(lines, output, key, job), total)
+        window = Window(lines, output, key, options, _WINDOW * engine.batch_size)
+        num_tokens = _decode(loaded, engine, window, total)
         seconds = time.perf_counter() - start
     done, refused = output.counts["done"], output.counts["refused"]
     print(
@@ -79,12 +74,12 @@ def complete_file(job: Job) -> int:
     return REFUSED_LINES if refused else 0
 
 
-def _decode(job: Job, loaded: Loaded, window: "Window", total: int) -> int:
+def _decode(loaded: Loaded, engine: EngineOptions, window: "Window", total: int) -> int:
     """Run the scheduler over the window's lines; returns how many tokens were written."""
     num_tokens = 0
     with progress_bar() as bar:
         task, start = bar.add_task("", total=total), time.perf_counter()
-        events = stream_requests(loaded.model, window.requests(), loaded.tokenizer, job.engine)
+        events = stream_requests(loaded.model, window.requests(), loaded.tokenizer, engine)
         for event in events:
             if isinstance(event, Finished):
                 num_tokens += len(event.completion.tokens)
@@ -109,9 +104,17 @@ class _Entry:
 class Window:
     """Lines on their way, in order: read when there is room, written when all before them are."""
 
-    def __init__(self, lines: Iterator[InputLine], output: OutputFile, key: str, job: Job) -> None:
+    def __init__(
+        self,
+        lines: Iterator[InputLine],
+        output: OutputFile,
+        key: str,
+        options: GenerateOptions,
+        size: int,
+    ) -> None:
+        """options: the command's; size: the most lines that it holds."""
         self._lines, self._output, self._key = lines, output, key
-        self._given, self._size = job.given, _WINDOW * job.engine.batch_size
+        self._given, self._size = options.given(), size
         self._entries: deque[_Entry] = deque()
         self._requested: dict[int, _Entry] = {}
 

@@ -79,6 +79,11 @@ class Completion:
     denoiser_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens that were taken from the prefix cache
 
+    @property
+    def tokens_per_nfe(self) -> float | None:
+        """New tokens by denoiser passes; None where there was none (AR)."""
+        return len(self.tokens) / self.nfe if self.nfe else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
