@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Record = Mapping[str, Any]
@@ -67,6 +68,24 @@ def new_figure(width: float = 7.0, height: float = 3.8) -> "Figure":
         message = 'matplotlib is not installed: pip install ".[eval]"'
         raise ImportError(message) from None
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def new_axes(height: float = 3.8) -> "tuple[Figure, Axes]":
+    """A figure with one picture."""
+    figure = new_figure(height=height)
+    return figure, figure.add_subplot()
+
+
+def stack_bars(
+    axes: "Axes", names: Sequence[str], parts: Mapping[str, Sequence[float]], unit: str
+) -> None:
+    """Lying bars, from above in the order of their names, each of the parts in their colours."""
+    left = [0.0] * len(names)
+    for color, (label, widths) in zip(COLORS, parts.items(), strict=False):
+        axes.barh(names, widths, left=left, color=color, label=label)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
 
 
 def to_png(figure: "Figure") -> bytes:

@@ -62,49 +62,36 @@ class Metrics:
         registry.register(_WorkerCollector(stats))
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
-        self.requests = Counter(
-            "twotower_requests",
-            "HTTP requests by what became of them",
-            ("path", "status"),
-            registry=registry,
-        )
-        self.refused = Counter(
-            "twotower_refused", "Requests refused, by reason", ("reason",), registry=registry
-        )
+        became = "HTTP requests by what became of them"
+        self.requests = self._count("requests", became, "path", "status")
+        self.refused = self._count("refused", "Requests refused, by reason", "reason")
         self.running = Gauge(
             "twotower_requests_in_flight", "HTTP requests being answered", registry=registry
         )
-        self.restarts = Counter(
-            "twotower_worker_restarts", "Times that the decoding thread died", registry=registry
-        )
-        self.prompt_tokens = Counter(
-            "twotower_prompt_tokens", "Prompt tokens of answered requests", registry=registry
-        )
-        self.request_s = self._by_mode(
-            "twotower_request_seconds", "From body to the last byte", _SECONDS
-        )
+        self.restarts = self._count("worker_restarts", "Times that the decoding thread died")
+        self.prompt_tokens = self._count("prompt_tokens", "Prompt tokens of answered requests")
+        self.request_s = self._by_mode("request_seconds", "From body to the last byte", _SECONDS)
         self.first_block_s = self._by_mode(
-            "twotower_time_to_first_block_seconds", "From body to a row's first commit", _SECONDS
+            "time_to_first_block_seconds", "From body to a row's first commit", _SECONDS
         )
         self.token_s = self._by_mode(
-            "twotower_time_per_token_seconds",
+            "time_per_token_seconds",
             "A row's time after its first commit, by the tokens that came in it",
             _TOKEN_SECONDS,
         )
         self.per_nfe = self._by_mode(
-            "twotower_tokens_per_nfe", "A row's tokens by its denoiser passes", _PER_PASS
+            "tokens_per_nfe", "A row's tokens by its denoiser passes", _PER_PASS
         )
         self.acceptance = self._by_mode(
-            "twotower_acceptance", "Accepted share of a row's draft tokens", _SHARES
+            "acceptance", "Accepted share of a row's draft tokens", _SHARES
         )
-        self.ends = Counter(
-            "twotower_row_ends",
-            "How rows ended",
-            ("mode", "reason"),
-            registry=registry,
-        )
+        self.ends = self._count("row_ends", "How rows ended", "mode", "reason")
+
+    def _count(self, name: str, explanation: str, *labels: str) -> Counter:
+        return Counter(f"twotower_{name}", explanation, labels, registry=self.registry)
 
     def _by_mode(self, name: str, explanation: str, buckets: tuple[float, ...]) -> Histogram:
+        name = f"twotower_{name}"
         return Histogram(name, explanation, ("mode",), buckets=buckets, registry=self.registry)
 
     def text(self) -> bytes:

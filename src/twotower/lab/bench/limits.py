@@ -16,7 +16,7 @@ from twotower.checkpoint.inspect import Tower, describe_config
 from twotower.kernels.quantised import to_eight_bits
 from twotower.lab.bench.passes import PassShape
 from twotower.lab.plan.inputs import uniform
-from twotower.lab.plan.passes import ModelShape, Pass, pass_parts
+from twotower.lab.plan.passes import ModelShape, Pass, call_shapes, pass_parts
 from twotower.model import TwoTower
 from twotower.native.layout import LANES
 from twotower.native.weights import native_linear
@@ -113,13 +113,7 @@ def count_work(
 def _our_passes(record: Mapping[str, object], size: int) -> Iterator[MeasuredPass]:
     by_engine = record["ms_by_engine"]
     assert isinstance(by_engine, dict)
-    # What `passes.py` calls: tower, tokens read, positions whose logits are made.
-    calls: dict[str, tuple[Tower, int, int]] = {
-        "ar_step": ("context", 1, 1),
-        "denoise_pass": ("denoiser", size, size),
-        "extend": ("context", size, 0),
-        "verify": ("context", size, size),
-    }
+    calls = call_shapes(size)
     for engine, times in by_engine.items():
         for call, found in times.items():
             yield MeasuredPass(engine, call, found["median"], *calls[call])

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from twotower.lab.bench.results import TARGET, block_cost
-from twotower.lab.report import COLORS, Record, Table, new_figure, number
+from twotower.lab.report import COLORS, Record, Table, new_axes, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,8 +106,7 @@ def plot_speed(record: Record) -> "Figure":
         for mode, found in modes.items()
         if found["decode_ms_per_token"] is not None
     ]
-    figure = new_figure(height=1.4 + 0.3 * len(rows))
-    axes = figure.add_subplot()
+    figure, axes = new_axes(1.4 + 0.3 * len(rows))
     modes = list(dict.fromkeys(mode for _, mode, _ in rows))
     for at, (_, mode, found) in enumerate(reversed(rows)):
         slow, fast = (1e3 / ms for ms in reversed(found["decode_ms_per_token_quartiles"]))
@@ -125,8 +124,7 @@ def plot_speed(record: Record) -> "Figure":
 
 def plot_break_even(size: str, found: Record) -> "Figure":
     """Speed-up over the best AR against tokens per pass: composed of pass times, and measured."""
-    figure = new_figure(height=5.0)
-    axes = figure.add_subplot()
+    figure, axes = new_axes(5.0)
     block_size = found["model"]["block_size"]
     rates = [1 + step * (block_size - 1) / 60 for step in range(61)]
     for place, (engine, calls) in enumerate(found["ms_by_engine"].items()):

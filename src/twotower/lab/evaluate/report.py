@@ -16,6 +16,7 @@ from twotower.lab.report import (
     html_page,
     html_picture,
     html_table,
+    new_axes,
     new_figure,
     number,
     percent,
@@ -252,8 +253,7 @@ def plot_retention(results: Record) -> "Figure | None":
     rows = {n: m for n, m in rows.items() if modes and m[modes[0]]["retention"] is not None}
     if not rows:
         return None
-    figure = new_figure(height=1.4 + 0.4 * len(rows))
-    axes = figure.add_subplot()
+    figure, axes = new_axes(1.4 + 0.4 * len(rows))
     for place, mode in enumerate(modes):
         for at, (_, measured) in enumerate(reversed(rows.items())):
             low, high = measured[mode]["retention_interval"]
@@ -330,8 +330,7 @@ def plot_steps_by_block(results: Record) -> "Figure | None":
     traces = {m: t for m, t in results.get("traces", {}).items() if t}
     if not traces:
         return None
-    figure = new_figure()
-    axes = figure.add_subplot()
+    figure, axes = new_axes()
     width = 0.8 / len(traces)
     for place, (mode, trace) in enumerate(traces.items()):
         at = [number + place * width for number in range(len(trace["steps_by_block"]))]
@@ -349,8 +348,7 @@ def plot_commit_order(results: Record) -> "Figure | None":
     traces = {m: t for m, t in results.get("traces", {}).items() if t}
     if not traces:
         return None
-    figure = new_figure()
-    axes = figure.add_subplot()
+    figure, axes = new_axes()
     for place, (mode, trace) in enumerate(traces.items()):
         tau = trace["kendall_tau"]
         label = mode if tau is None else f"{mode}, Kendall tau {tau:.2f}"

@@ -6,12 +6,19 @@ Pure arithmetic on what `passes` and `memory` say.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from twotower.checkpoint.inspect import Tower
 from twotower.lab.plan.inputs import MODES, Mode, Workload
 from twotower.lab.plan.memory import CHUNK, NEWCOMERS, DeviceMap, cache_bytes, device_maps
-from twotower.lab.plan.passes import Pass, PassTime, PlanSetup, time_pass
-
-AR_STEP, DENOISE, EXTEND, VERIFY = "ar_step", "denoise_pass", "extend", "verify"
+from twotower.lab.plan.passes import (
+    AR_STEP,
+    DENOISE,
+    EXTEND,
+    VERIFY,
+    Pass,
+    PassTime,
+    PlanSetup,
+    call_shapes,
+    time_pass,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +75,9 @@ class Turns:
 
 def pass_times(setup: PlanSetup, workload: Workload, device_map: DeviceMap) -> dict[str, PassTime]:
     """Each pass that the modes are made of, half-way through the answer, with all rows."""
-    size, calls = workload.block_size, {}
-    shapes: dict[str, tuple[Tower, int, int]] = {
-        AR_STEP: ("context", 1, 1),
-        DENOISE: ("denoiser", size, size),
-        EXTEND: ("context", size, 0),
-        VERIFY: ("context", size, size),
-    }
+    calls = {}
     held = {tower for device in device_map.devices for tower in device.towers}
-    for name, (tower, tokens, logits) in shapes.items():
+    for name, (tower, tokens, logits) in call_shapes(workload.block_size).items():
         if tower in held:
             call = Pass(
                 tower=tower,

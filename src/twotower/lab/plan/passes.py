@@ -16,6 +16,7 @@ from twotower.specs import AttentionSpec, MoESpec
 
 _MATRICES = ("mamba", "attention", "mlp", "norms", "moe router", "moe shared")
 EXPERTS = "moe routed"
+AR_STEP, DENOISE, EXTEND, VERIFY = "ar_step", "denoise_pass", "extend", "verify"
 _SCAN = 5  # operations on each number of an SSM state: decay, outer product, sum; readout
 
 
@@ -75,6 +76,16 @@ class Pass:
     tokens: int
     logits: int
     past: float
+
+
+def call_shapes(block_size: int) -> dict[str, tuple[Tower, int, int]]:
+    """The passes that modes are made of: tower, tokens read, positions whose logits are made."""
+    return {
+        AR_STEP: ("context", 1, 1),
+        DENOISE: ("denoiser", block_size, block_size),
+        EXTEND: ("context", block_size, 0),
+        VERIFY: ("context", block_size, block_size),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,6 @@ from typing import Any
 from twotower.lab.plan.inputs import MODES, Mode, Workload
 from twotower.lab.plan.memory import DeviceMap, cache_bytes, tower_bytes
 from twotower.lab.plan.modes import (
-    AR_STEP,
-    DENOISE,
-    EXTEND,
-    VERIFY,
     ModeTime,
     Point,
     all_times,
@@ -29,7 +25,7 @@ from twotower.lab.plan.options import (
     make_setup,
     make_workload,
 )
-from twotower.lab.plan.passes import ModelShape, PlanSetup
+from twotower.lab.plan.passes import AR_STEP, DENOISE, EXTEND, VERIFY, ModelShape, PlanSetup
 
 TARGETS = (1.0, 2.42)  # speed-ups over AR: equal, and what the announcement reports
 _GIB = 2**30

@@ -14,7 +14,8 @@ from twotower.lab.report import (
     html_page,
     html_picture,
     html_table,
-    new_figure,
+    new_axes,
+    stack_bars,
     to_png,
     write_files,
 )
@@ -228,8 +229,7 @@ def plot_speed(record: Record) -> "Figure | None":
     """Tokens a second by rows at a time, a line per mode."""
     if not record["sweep"]:
         return None
-    figure = new_figure()
-    axes = figure.add_subplot()
+    figure, axes = new_axes()
     for color, mode in zip(COLORS, MODES, strict=False):
         points = [(p["batch_size"], p["modes"][mode]) for p in record["sweep"]]
         kept = [(batch, found["tokens_per_s"]) for batch, found in points if found]
@@ -255,8 +255,7 @@ def plot_break_even(record: Record) -> "Figure | None":
     work = record["workload"]
     reads = -(-work["new_tokens"] // work["block_size"]) - 1
     read_ms = even["read_ms"] * reads
-    figure = new_figure()
-    axes = figure.add_subplot()
+    figure, axes = new_axes()
     ar_ms = passes["ar_step"]["ms"] * (work["new_tokens"] - 1)
     at = [1 + 0.25 * i for i in range(4 * (work["block_size"] - 1) + 1)]
     cost = [work["new_tokens"] / k * passes["denoise_pass"]["ms"] + read_ms for k in at]
@@ -280,20 +279,15 @@ def plot_memory(record: Record) -> "Figure":
         for number, device in enumerate(found["device_map"]["devices"]):
             towers = " + ".join(device["towers"])
             bars.append((f"{mode}, device {number}: {towers}", device))
-    figure = new_figure(height=1.6 + 0.45 * len(bars))
-    axes = figure.add_subplot()
+    figure, axes = new_axes(1.6 + 0.45 * len(bars))
     most = max(device["total"] for _, device in bars)
-    name, unit = ("GiB", 2**30) if most >= 2**30 else ("MiB", 2**20)
-    left = [0.0] * len(bars)
-    for color, kind in zip(COLORS, _KINDS, strict=False):
-        widths = [device[kind] / unit for _, device in bars]
-        axes.barh([label for label, _ in bars], widths, left=left, color=color, label=kind)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
+    scale, unit = ("GiB", _GIB) if most >= _GIB else ("MiB", _MIB)
     usable = record["memory"]["usable_bytes_per_device"]
-    axes.set_xlabel(f"{name}; usable per device: {usable / unit:,.0f}")
+    parts = {kind: [device[kind] / unit for _, device in bars] for kind in _KINDS}
+    names = [name for name, _ in bars]
+    stack_bars(axes, names, parts, f"{scale}; usable per device: {usable / unit:,.0f}")
     if usable <= _FAR * most:  # else the line would leave no room for the bars
         axes.axvline(usable / unit, color="gray", linestyle="--", linewidth=1)
-    axes.invert_yaxis()
     axes.set_title("Memory")
     figure.legend(loc="outside lower center", ncols=len(_KINDS), fontsize=8)
     return figure
@@ -304,16 +298,13 @@ def plot_passes(record: Record) -> "Figure | None":
     passes = record["passes"]
     if not passes:
         return None
-    figure = new_figure(height=1.6 + 0.45 * len(passes))
-    axes = figure.add_subplot()
-    left = [0.0] * len(passes)
-    parts = {"overhead": "overhead_ms", "bandwidth": "stream_ms", "arithmetic": "compute_ms"}
-    for color, (label, key) in zip(COLORS, {**parts, "host link": "host_ms"}.items(), strict=False):
-        widths = [found[key] for found in passes.values()]
-        axes.barh(list(passes), widths, left=left, color=color, label=label)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
-    axes.invert_yaxis()
-    axes.set_xlabel("ms a pass, all rows")
+    figure, axes = new_axes(1.6 + 0.45 * len(passes))
+    keys = {"overhead": "overhead_ms", "bandwidth": "stream_ms", "arithmetic": "compute_ms"}
+    parts = {
+        label: [found[key] for found in passes.values()]
+        for label, key in {**keys, "host link": "host_ms"}.items()
+    }
+    stack_bars(axes, list(passes), parts, "ms a pass, all rows")
     axes.set_title("Where the time of a pass goes")
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     return figure
