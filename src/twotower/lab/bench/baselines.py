@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -74,22 +74,6 @@ class Measurement:
         return 1e3 * self.decode_seconds / self.decode_tokens if self.decode_tokens else None
 
 
-class Baseline(Protocol):
-    """Greedy decoding by somebody else's code."""
-
-    name: str  # in the table
-    dtype: str
-
-    def decode(self, ids: Sequence[int], num_new: int) -> Measurement:
-        """Continue a prompt of token ids until the model's end token or `num_new` tokens."""
-
-    def logprobs(self, ids: Sequence[int]) -> list[float]:
-        """Natural-log probability of every token of the vocabulary as the next one."""
-
-    def close(self) -> None:
-        """Free memory and threads."""
-
-
 def llama_cpp_name(dtype: str) -> str:
     """What the table calls llama.cpp with weights of a precision."""
     return f"llama.cpp-{_SHORT.get(dtype, dtype)}"
@@ -120,6 +104,7 @@ class Transformers:
         self._model = model.eval()
 
     def decode(self, ids: Sequence[int], num_new: int) -> Measurement:
+        """Continue a prompt of token ids until the model's end token or `num_new` tokens."""
         stopwatch = _Stopwatch()
         prompt = torch.tensor([list(ids)])
         with _torch_threads(self._threads), torch.inference_mode():
@@ -135,12 +120,14 @@ class Transformers:
         return Measurement.of_ar(found[0, len(ids) :].tolist(), first - start, last - first)
 
     def logprobs(self, ids: Sequence[int]) -> list[float]:
+        """Natural-log probability of every token of the vocabulary as the next one."""
         with _torch_threads(self._threads), torch.inference_mode():
             logits = self._model(torch.tensor([list(ids)])).logits[0, -1]
         values: list[float] = logits.float().log_softmax(-1).tolist()
         return values
 
     def close(self) -> None:
+        """Free its memory."""
         del self._model
 
 
@@ -241,6 +228,9 @@ class LlamaCpp:
             raise ValueError(f"llama.cpp: {answer['error'].get('message', answer['error'])}")
         found: dict[str, Any] = answer
         return found
+
+
+Baseline = Transformers | LlamaCpp
 
 
 def _server_options(file: Path, threads: int, dtype: str) -> Any:

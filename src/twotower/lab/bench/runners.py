@@ -8,7 +8,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import cast
 
 from torch import Tensor
 
@@ -44,21 +44,8 @@ class TimedPrompt:
     scripts: Mapping[str, Script] = field(default_factory=dict)
 
 
-class Runner(Protocol):
-    """An engine in one mode."""
-
-    @property
-    def engine(self) -> str: ...
-
-    @property
-    def mode(self) -> str: ...
-
-    def run(self, prompt: TimedPrompt) -> Measurement:
-        """Continue the prompt, timed."""
-
-
 def take_turns(
-    runners: Sequence[Runner], prompts: Sequence[TimedPrompt]
+    runners: Sequence["Runner"], prompts: Sequence[TimedPrompt]
 ) -> Iterator[list[Measurement]]:
     """Yield each prompt's measurements in the runners' order; who starts rotates.
 
@@ -85,6 +72,7 @@ class BaselineRunner:
         self.engine = baseline.name
 
     def run(self, prompt: TimedPrompt) -> Measurement:
+        """Continue the prompt, timed."""
         script = prompt.scripts.get(AR)
         limit = prompt.max_new_tokens if script is None else script.num_tokens
         return self._baseline.decode(prompt.ids, limit)
@@ -144,6 +132,9 @@ class OurRunner:
                 options, max_new_tokens=script.num_tokens, ignore_eos=True
             )
         return time_stream(model, prompt.ids, options)
+
+
+Runner = OurRunner | BaselineRunner  # an engine in one mode
 
 
 def time_stream(model: TwoTower, ids: list[int], options: GenerateOptions) -> Measurement:
