@@ -6,7 +6,7 @@ import math
 import os
 import reprlib
 import stat
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 _MAX_WHOLE = 2**63 - 1
@@ -116,6 +116,12 @@ def nearest(name: str, known: Collection[str]) -> str:
     begun = [other for other in known if name and other.startswith(name.lower())]
     found = begun or difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.65)
     return f", perhaps {found[0]}" if found else ""
+
+
+def either(words: Sequence[str]) -> str:
+    """ "a, b or c"."""
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def one_of(*choices: str) -> Problem:

@@ -41,8 +41,10 @@ def decoding_flags(*leave_out: str) -> type:
                 help=with_flags(_DOCS[name], hints),
                 help_behavior_hint="" if default is False else f"(default: {default})",
             )
-            kinds = {*get_args(hints[name])} - {NoneType}  # which is not to be given
-            flags[name] = Annotated[kinds.pop() if len(kinds) == 1 else hints[name], shown]
+            hint = hints[name]
+            if NoneType in get_args(hint):  # which is not to be given
+                (hint,) = {*get_args(hint)} - {NoneType}
+            flags[name] = Annotated[hint, shown]
     # Made at run time, so there is nothing for a type checker to see.
     return TypedDict("decoding", flags, total=False)  # type: ignore[operator, no-any-return]
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 
 import torch
 
-from twotower.arguments import COUNT, INDEX, check_fields
+from twotower.arguments import COUNT, INDEX, check_fields, either
 from twotower.checkpoint.empty import count_parameters
 from twotower.cli.decoding import TextOptions, by_mode, decoding_flags, has_any_denoiser
 from twotower.cli.machine import recorded
@@ -129,8 +129,9 @@ class EvaluateOptions(TextOptions, Placement):
         for name in named:
             users = FIELD_MODES.get(name, MODES)
             if not {*users} & {*self.mode_names}:
-                known = " or ".join([", ".join(users[:-1]), users[-1]] if users[1:] else users)
-                raise ValueError(f"{name}: no effect without {known} among --modes; leave it out")
+                raise ValueError(
+                    f"{name}: no effect without {either(users)} among --modes; leave it out"
+                )
         given = {"max_new_tokens": self.max_new_tokens, "seed": self.seed}
         return by_mode(self.mode_names, named | given)
 

@@ -16,6 +16,7 @@ from twotower.arguments import (
     SHARE,
     Problem,
     check_fields,
+    either,
     instance,
     number,
     one_of,
@@ -282,8 +283,7 @@ def _refuse_unused(options: GenerateOptions, mode: Mode) -> None:
                     "to right, so it cannot follow a grammar; use mode='speculative' or 'ar'"
                 )
             raise ValueError(
-                f"{name}: has no effect in mode {mode}; leave it out, or use mode "
-                f"{' or '.join([', '.join(modes[:-1]), modes[-1]] if modes[1:] else modes)}"
+                f"{name}: has no effect in mode {mode}; leave it out, or use mode {either(modes)}"
             )
 
 
