@@ -12,7 +12,7 @@ from serving import Running, running, shipped, tiny
 from twotower.cli import chat
 from twotower.cli.chat_backends import Local, Remote
 from twotower.cli.main import main
-from twotower.cli.serve import ServeArguments, describe
+from twotower.cli.serve import describe
 
 SUM = "How much is 48 - 44?"
 ANSWER = "48 - 44 = 0 + 4 = 4. The answer is 4."
@@ -26,7 +26,7 @@ def server() -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def local() -> Iterator[Local]:
-    backend = Local(shipped(), describe(shipped(), ServeArguments()))
+    backend = Local(shipped(), describe(shipped()))
     yield backend
     backend.close()
 

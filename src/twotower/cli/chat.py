@@ -14,7 +14,7 @@ import tyro
 from twotower.checkpoint.files import SHIPPED
 from twotower.cli.decoding import TextOptions, decoding_flags, refuse_without_denoiser
 from twotower.cli.prompts import read_argument
-from twotower.cli.serve import ServeArguments, describe, need_extra
+from twotower.cli.serve import describe, need_extra
 from twotower.cli.text import one_line, printable
 from twotower.engine import GenerateOptions
 from twotower.engine.options import SAMPLED_ONLY, refuse_sampling
@@ -134,8 +134,7 @@ def _backend(options: ChatArguments) -> "Backend":
         asked = options.generate_options()
         refuse_without_denoiser(options, asked)
         loaded = load(placement_of(options), asked.mode)
-        arguments = ServeArguments(model=options.model, chat_template=options.chat_template)
-        served = describe(loaded, arguments)
+        served = describe(loaded, chat_template=options.chat_template)
         if served.template is None:
             raise ValueError(f"model={loaded.name} has no chat template; give --chat-template FILE")
         return Local(loaded, served)

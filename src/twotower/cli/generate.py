@@ -14,7 +14,6 @@ import tyro
 
 from twotower.cli.decoding import TextOptions, decoding_flags, refuse_without_denoiser
 from twotower.cli.prompts import Prompt, is_jsonl, read_grammar, read_prompts
-from twotower.cli.records import completion_record
 from twotower.cli.text import printable
 from twotower.engine import (
     Completion,
@@ -263,3 +262,19 @@ def _record(
         "seconds": seconds,
         "tokens_per_s": sum(len(c.tokens) for c in completions) / seconds,
     }
+
+
+def completion_record(completion: Completion) -> dict[str, object]:
+    """What was written and what it cost; how probable each token is, where that was asked."""
+    record: dict[str, object] = {
+        "text": completion.text,
+        "tokens": completion.tokens,
+        "nfe": completion.nfe,
+        "context_forwards": completion.context_forwards,
+        "lookup_tokens": completion.lookup_tokens,
+        "denoiser_tokens": completion.denoiser_tokens,
+        "finish_reason": completion.finish_reason,
+    }
+    if completion.logprobs is not None:
+        record["logprobs"] = [dataclasses.asdict(one) for one in completion.logprobs]
+    return record

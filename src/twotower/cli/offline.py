@@ -15,6 +15,7 @@ from pathlib import Path
 
 from twotower.arguments import nearest
 from twotower.cli.flags import by_field, spellings
+from twotower.cli.generate import completion_record
 from twotower.cli.output_file import (
     MAX_LINE_BYTES,
     InputLine,
@@ -24,7 +25,6 @@ from twotower.cli.output_file import (
 )
 from twotower.cli.progress import progress_bar
 from twotower.cli.prompts import parse_prompt
-from twotower.cli.records import completion_record
 from twotower.engine import (
     EngineOptions,
     Failed,

@@ -91,7 +91,8 @@ def build_app(options: ServeArguments, keys: "Keys") -> "App":
 
     loaded = load(placement_of(options))
     worker = Worker(loaded.model, loaded.tokenizer, options)
-    return create_app(worker, options, describe(loaded, options), keys)
+    served = describe(loaded, options.model_name, options.chat_template)
+    return create_app(worker, options, served, keys)
 
 
 @contextlib.contextmanager
@@ -105,21 +106,25 @@ def need_extra(verb: str) -> Iterator[None]:
         raise ValueError(f"twotower {verb} needs {error.name}; pip install '.[serve]'") from None
 
 
-def describe(loaded: Loaded, options: ServeArguments) -> "Served":
-    """The model as its callers see it; ValueError without a tokenizer."""
+def describe(
+    loaded: Loaded, name: str | None = None, chat_template: Path | None = None
+) -> "Served":
+    """The model as its callers see it; ValueError without a tokenizer. name, chat_template: others
+    than its own.
+    """
     from twotower.serve.requests import Served
 
     model, tokenizer = loaded.model, loaded.need_tokenizer()
     defaults = resolve_options(GenerateOptions(), defaults_of(model))
     return Served(
-        name=options.model_name or served_name(loaded),
+        name=name or served_name(loaded),
         created=int((loaded.folder / "config.json").stat().st_mtime),
         tokenizer=tokenizer,
         block_size=model.config.block_size,
         modes=MODES if model.has_denoiser else MODES_OF_BACKBONES,
         default_mode=defaults.mode,
         defaults={name: getattr(defaults, name) for name in _SHOWN},
-        template=_template(options, loaded),
+        template=_template(loaded, chat_template),
         about=_ABOUT if loaded.name == SHIPPED else None,
         notice=functools.partial(prompt_notice, model),
     )
@@ -133,11 +138,10 @@ def served_name(loaded: Loaded) -> str:
     return file.stem if file.suffix.lower() == ".gguf" else file.name
 
 
-def _template(options: ServeArguments, loaded: Loaded) -> "ChatTemplate | None":
+def _template(loaded: Loaded, instead: Path | None) -> "ChatTemplate | None":
     """The given template, the checkpoint's, or for the shipped model the plain one."""
     from twotower.serve.chat import plain_template, read_template
 
-    if loaded.name == SHIPPED and options.chat_template is None:
-        assert loaded.tokenizer is not None
-        return plain_template(loaded.tokenizer)
-    return read_template(loaded.folder, options.chat_template)
+    if loaded.name == SHIPPED and instead is None:
+        return plain_template(loaded.need_tokenizer())
+    return read_template(loaded.folder, instead)
