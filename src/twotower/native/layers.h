@@ -74,10 +74,10 @@ inline int width_of(int count) {
     return WIDE;
 }
 
-// How many of the `left` tokens of a long row its next tile takes
+// How many of the `left` tokens of a long row its next tile takes; fewer than 8 lanes stay nobody's
 inline int tile_of(int left) {
     for (int width : {WIDE, 2 * LANES})
-        if (left >= width) return width;
+        if (left > width - 8) return std::min(left, width);
     return std::min(left, LANES);
 }
 
