@@ -184,7 +184,7 @@ def test_none_is_taken_where_it_is_the_default_alone() -> None:
     ("options_class", "values", "said"),
     [
         (AnswerOptions, {"batch_size": 2.5}, "batch_size=2.5 must be a whole number"),
-        (ThinOptions, {"block_size": 1}, "block_size=1 must be at least 2"),
+        (ThinOptions, {"block_size": 1}, "block_size=1 must be between 2 and 64"),
         (EvaluateOptions, {"items": 2.5}, "items=2.5 must be a whole number"),
         (MeasureOptions, {"items": 2.5}, "items=2.5 must be a whole number"),
         (ServeOptions, {"port": 80.5}, "port=80.5 must be a whole number"),
