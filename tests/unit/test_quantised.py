@@ -1,6 +1,10 @@
 """Matrices of 8 and 4 bits by hand, products with them, and agreement with torchao's tensors."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,3 +165,29 @@ def test_experts_are_those_of_the_values(bits: int) -> None:
             hidden = F.relu(full[0][expert] @ x[token]).square()
             expected[token] += weight * (full[1][expert] @ hidden)
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("processor", ["this one", "AVX2"])
+def test_sums_of_bytes_are_exact(processor: str) -> None:
+    """Guards processors without VNNI, where PyTorch's own product cuts sums of two products to 16
+    bits: texts would still flow. oneDNN is told to be on one, in a process of its own."""
+    script = """
+import torch
+from twotower.kernels import quantised
+generator = torch.Generator().manual_seed(0)
+for tokens, width, rows in ((1, 40, 7), (17, 1024, 24), (33, 2500, 64)):
+    x, w = (torch.randint(-128, 128, size, generator=generator, dtype=torch.int8)
+            for size in ((tokens, width), (rows, width)))
+    assert torch.equal(quantised._sums_of_bytes(x, w), (x.double() @ w.double().T).int())
+print("exact")
+"""
+    more = {} if processor == "this one" else {"ONEDNN_MAX_CPU_ISA": processor}
+    source = str(Path(quantised.__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": source} | more,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "exact\n", done.stderr

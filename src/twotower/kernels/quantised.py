@@ -4,6 +4,7 @@ Decides how numbers are packed and in which steps a product is computed; which m
 is the business of others. A CPU dequantises a piece at a time, so that no matrix is copied whole.
 """
 
+from functools import cache
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -15,6 +16,7 @@ _MAX_INT8 = 127
 _PIECE = 2**19  # numbers that a CPU dequantises at a time: they stay in a core's cache
 _FEW_TOKENS = 16  # up to here torch's bfloat16 kernel is the faster one
 _SMALLEST = 1e-30  # scale of a token that is all zero
+_EXACT = 1024  # products of bytes whose sum float32 holds exactly
 
 
 class Quantised(NamedTuple):
@@ -122,5 +124,21 @@ def _times_rounded(x: Tensor, weight: Quantised) -> Tensor:
     """x (tokens, K) -> (tokens, N); integer sums are exact, whatever the other tokens."""
     step = (x.abs().amax(-1, keepdim=True).float() / _MAX_INT8).clamp_min(_SMALLEST)
     rounded = (x / step).round().to(torch.int8)
-    sums = torch._int_mm(rounded, weight.qdata.T)
+    sums = _sums_of_bytes(rounded, weight.qdata)
     return (sums * step * weight.scale.squeeze(-1)).to(x.dtype)
+
+
+def _sums_of_bytes(x: Tensor, weight: Tensor) -> Tensor:
+    """int8 (tokens, K), (N, K) -> int32 (tokens, N), exactly."""
+    if x.device.type != "cpu" or _sums_are_exact():
+        return torch._int_mm(x, weight.T)
+    pairs = zip(x.split(_EXACT, dim=1), weight.split(_EXACT, dim=1), strict=True)
+    sums = [(one.float() @ two.float().T).int() for one, two in pairs]
+    return torch.stack(sums).sum(0, dtype=torch.int32)
+
+
+@cache
+def _sums_are_exact() -> bool:
+    """Whether PyTorch's are here: without VNNI, oneDNN cuts sums of two products to 16 bits."""
+    largest = torch.full((32, 64), _MAX_INT8, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.T) == 64 * _MAX_INT8**2).all())
