@@ -56,7 +56,8 @@ def made(model: TwoTower, work: WorkFolder, thin: ThinOptions, seed: int) -> Two
     assert thin.layers is not None
     reads = reads_of(model.config, FULL)
     reads = reads[len(reads) - thin.layers * len(reads) // 3 :]
-    ids = draft_vocabulary(work, thin.draft_vocab, model.config.vocab_size)
+    size, vocab_size = thin.draft_vocab, model.config.vocab_size
+    ids = draft_vocabulary(work, size, vocab_size) if 0 < size < vocab_size else None
     config = thin_config(model.config, reads, thin.own_block_size, thin.draft_of(ids))
     return with_new_denoiser(model, config, ids, seed)
 

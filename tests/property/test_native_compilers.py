@@ -33,6 +33,7 @@ OTHERS = {
     "plain": (("-DTWOTOWER_PLAIN", "-O2"), ""),
     "zen": (("-mtune=znver3", "-mprefer-vector-width=128"), ""),
     "avx2": (("-march=haswell",), "avx2"),
+    "avx512 without vnni": (("-march=skylake-avx512",), "avx512f"),
     "avx-vnni": (("-march=alderlake",), "avx_vnni"),
 }
 

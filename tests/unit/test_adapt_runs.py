@@ -135,7 +135,7 @@ def test_a_run_that_is_killed_takes_the_same_steps(tmp_path: Path) -> None:
         other.load(tmp_path / "state.safetensors")
     # It was resumed, to its end, instead of the denoiser that more time was given to.
     on = Trainer(thin(backbone()), Features([2, 6]), options, "me/denoiser")
-    with pytest.raises(ValueError, match=r"training with denoiser=None, not me/denoiser; .*remove"):
+    with pytest.raises(ValueError, match=r"a new denoiser, not with me/denoiser; .*remove"):
         on.load(tmp_path / "state.safetensors")
 
 

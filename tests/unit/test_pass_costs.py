@@ -1,11 +1,17 @@
 """What passes cost on this machine: measured once, and kept."""
 
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from tiny_models import fresh_model
+from twotower import ContextCache, accelerate
+from twotower.model.backend import Backend, PassCosts
 from twotower.native import costs
 
 STEP = 2e-4  # seconds
@@ -41,18 +47,51 @@ def test_a_machine_measures_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     file are measured anew; where nothing can be kept, drafts are made all the same."""
     tables = iter([[1.0, *[n / 2] * 7] for n in range(3, 20)])
     monkeypatch.setattr(costs, "measure", lambda run: next(tables))
+    monkeypatch.setattr(os, "getloadavg", lambda: (load[0], 0.0, 0.0))
+    load = [9.0]
 
     def found(quantization: str = "int8", folder: Path = tmp_path) -> float:
         return measured(lambda length: None, quantization, "one model", folder).tokens[32]
 
-    assert [found(), found(), found("int4"), found()] == [1.5, 1.5, 2.0, 1.5]
+    assert [found(), found()] == [1.5, 2.0]  # others were running
+    load[0] = 1.2
+    assert [found(), found(), found("int4"), found()] == [2.5, 2.5, 3.0, 2.5]
     torch.set_num_threads(2)
-    assert [found(), found()] == [2.5, 2.5]
+    assert [found(), found()] == [3.5, 3.5]
     for damaged in ("", "[1.0]", '["a"]', "[1,1,1,1,1,1,1,null]", "[1,1,1,1,1,1,1,0]", "{}", "3"):
         for file in tmp_path.iterdir():
             file.write_text(damaged)
         last = found()
-        assert last == found() > 2.5
+        assert last == found() > 3.5
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert found(folder=blocked) != found(folder=blocked)
+
+
+@pytest.mark.parametrize("pattern", ["*-*-", "M*-M*-"])
+def test_what_is_timed_are_passes(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    """Guards the timed passes themselves, which no other test makes: each has its own number of
+    tokens, and none leaves a trace in what comes after."""
+    runs: list[int] = []
+
+    def timed(run: Callable[[int], object], *_: object) -> PassCosts:
+        for length in costs._LENGTHS:
+            run(length)
+            runs.append(length)
+        return PassCosts({1: 1.0, 32: 1.5})
+
+    monkeypatch.setattr(costs, "pass_costs", timed)
+    ours = accelerate(fresh_model(hybrid_override_pattern=pattern), "native", "int8")
+    lengths: list[int] = []
+    whole = type(ours.backend).context_pass
+
+    def noted(
+        self: Backend, cache: ContextCache, tokens: Tensor, *rest: object, **more: object
+    ) -> object:
+        lengths.append(tokens.shape[1])
+        return whole(self, cache, tokens, *rest, **more)
+
+    monkeypatch.setattr(type(ours.backend), "context_pass", noted)
+    assert ours.pass_costs.tokens[32] == 1.5 and runs == [*costs._LENGTHS]
+    assert lengths[1:] == runs  # after the text behind which they are made
+    assert ours.pass_costs is ours.backend.pass_costs and len(runs) == len(costs._LENGTHS)

@@ -116,6 +116,8 @@ def test_options_survive_json() -> None:
     assert TrainOptions.from_dict(stored) == chosen
     older = {"out" if name == "output" else name: value for name, value in stored.items()}
     assert TrainOptions.from_dict(older) == chosen
+    with pytest.raises(ValueError, match="out: is the older name of output"):
+        TrainOptions.from_dict(older | stored)
     assert chosen.init == Path("runs/a")
     assert chosen.learning_rate == 1.0
     assert chosen.run_folder == Path("x")

@@ -8,6 +8,8 @@ from twotower.adapt.answers import Question
 from twotower.engine import Completion, GenerateOptions, generate
 from twotower.model import TwoTower
 
+_WARM_UP = 4  # tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
@@ -37,11 +39,18 @@ def compare(
     backbone: TwoTower,
     model: TwoTower,
     questions: Sequence[Question],
-    max_tokens: int,
+    max_new_tokens: int,
 ) -> Iterator[Pair]:
-    """Both modes on one prompt after another; who begins alternates."""
-    plain = GenerateOptions(mode="ar", max_new_tokens=max_tokens)
+    """Both modes on one prompt after another; who begins alternates. What is done once on a machine
+    or in a process is not counted.
+    """
+    plain = GenerateOptions(mode="ar", max_new_tokens=max_new_tokens)
     drafted = replace(plain, mode="speculative")
+    if questions:
+        few = replace(drafted, max_new_tokens=min(max_new_tokens, _WARM_UP))
+        for runner in (backbone, model):
+            generate(runner, [questions[0].prompt], few)
+        model.pass_costs  # noqa: B018  # which no draft may have asked for yet
     for number, question in enumerate(questions):
         runs = [(backbone, plain), (model, drafted)]
         found: dict[str, tuple[Completion, float]] = {}

@@ -34,6 +34,7 @@ from twotower.train.options import OptimizationOptions
 _POOL = 16  # steps whose answers are drawn at once and sorted by length
 _MIN_RATE = 0.02  # of the largest learning rate, at the end
 _AT_ONCE = 64  # blocks that are measured at once
+_NEW = "a new denoiser"
 _WEIGHT = "weight"  # among the optimiser's own keys in a file
 
 
@@ -88,7 +89,9 @@ class Trainer:
     def __init__(
         self, model: TwoTower, features: Features, options: StepOptions, start: str | None = None
     ) -> None:
-        self._start = str(start and (Path(start).resolve() if Path(start).exists() else start))
+        self._start = _NEW
+        if start is not None:
+            self._start = str(Path(start).resolve() if Path(start).exists() else start)
         self.model, self.step, self.seconds = model, 0, 0.0  # of the budget, as the caller counts
         self._features, self._options, self._numbers = features, options, draft_numbers(model)
         self._parameters = trained_parameters(model)
@@ -152,8 +155,8 @@ class Trainer:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         if (start := told.get("start", self._start)) != self._start:
             raise ValueError(
-                f"{file}: is of a training with denoiser={start}, not {self._start}; give the same,"
-                " or remove it to begin with yours"
+                f"{file}: is of a training that began with {start}, not with {self._start}; give "
+                "the same --denoiser, or remove it to begin with yours"
             )
         shapes = {f"{_WEIGHT}:{name}": p.shape for name, p in self._parameters.items()}
         if any(n not in tensors or tensors[n].shape != shape for n, shape in shapes.items()):

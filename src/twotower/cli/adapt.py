@@ -90,6 +90,7 @@ def run(options: AdaptArguments) -> int:
     # No denoiser yet: its drafts are to be made.
     placement = placement_of(options, denoiser=None, denoiser_device=None)
     stages.reads_of(read_config(placement.find()), thin)  # before prompts and weights are read
+    _require_writable(output=options.output.resolve(), work=work.path)
     prompts = read_questions(options.prompts)
     with only_writer(work.path):
         loading = time.monotonic()
@@ -131,8 +132,8 @@ def run(options: AdaptArguments) -> int:
 
 
 def _places(options: AdaptArguments) -> WorkFolder:
-    """The folder of work. ValueError where it, or that of the denoiser, holds other files or cannot
-    be written: a run does so in the end.
+    """The folder of work. ValueError where it, or that of the denoiser, holds other files: a run
+    writes over them in the end.
     """
     out = options.output.resolve()
     work = WorkFolder(options.work or out.with_name(f"{out.name}-work"))
@@ -146,7 +147,12 @@ def _places(options: AdaptArguments) -> WorkFolder:
             raise ValueError(f"{name}: {path} holds other files; give a new or empty folder")
     if work.path.resolve() == out:
         raise ValueError(f"work: {work.path} is the folder of the denoiser; give another")
-    for name, path in (("out", out), ("work", work.path)):
+    return work
+
+
+def _require_writable(**folders: Path) -> None:
+    """ValueError, by the flag, where a folder could not be made at the end of a run."""
+    for name, path in folders.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with TemporaryFile(dir=path.parent):
@@ -154,7 +160,6 @@ def _places(options: AdaptArguments) -> WorkFolder:
         except OSError as error:
             reason = f"its parent cannot be written ({error.strerror})"
             raise ValueError(f"{name}: {path}: {reason}; give another folder") from None
-    return work
 
 
 def _part(options: AdaptArguments, kind: type[T]) -> T:

@@ -82,10 +82,10 @@ def question_encoder(loaded: Loaded, verb: str, is_plain: bool) -> Encode:
     processes: list[Process] = []  # one for all: a fork takes longer than a prompt
 
     def encode(text: Prompt, where: str) -> list[int]:
+        if not text or (isinstance(text, str) and not text.strip()):
+            return []
         if not isinstance(text, str):
             return known_ids(loaded.model, where, text)
-        if not text.strip():
-            return []
         if template is None:
             return tokenizer.encode_prompt(text)
         messages = [{"role": "user", "content": text}]

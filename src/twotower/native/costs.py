@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -33,8 +33,8 @@ def pass_costs(
 ) -> PassCosts:
     """The costs of passes that `run(tokens)` makes, each with its head and a choice.
 
-    identity: whatever else they depend on. folder: keeps what was measured; if it cannot, the next
-    process measures again.
+    identity: whatever else they depend on. folder: keeps what was measured; if it cannot, or other
+    programs were running, the next process measures again.
     """
     key = f"{identity} {quantization} {torch.get_num_threads()} threads"
     file = folder / f"pass-costs-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
@@ -42,13 +42,14 @@ def pass_costs(
     if steps is None:
         _log.info("measuring once what passes of this model cost on this machine")
         steps = measure(run)
-        _write(file, steps)
+        if not _is_busy():
+            _write(file, steps)
     return PassCosts(dict(zip(_LENGTHS, steps, strict=True)), _ROW[quantization])
 
 
 def measure(run: Callable[[int], object]) -> list[float]:
-    """AR steps of a pass over as many tokens as each of _LENGTHS: the fastest of several passes, so
-    that other programs do not count; more tokens never cost less.
+    """AR steps of a pass over as many tokens as each of _LENGTHS: the fastest of several passes;
+    more tokens never cost less.
     """
     best, began, rounds = dict.fromkeys(_LENGTHS, math.inf), time.perf_counter(), 0
     run(_LENGTHS[-1])  # memory of the largest one is there
@@ -78,8 +79,18 @@ def _read(file: Path) -> list[float] | None:
 def _write(file: Path, steps: list[float]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile("w", dir=file.parent, delete=False) as part:
-            json.dump(steps, part)
-        os.replace(part.name, file)  # whole or not there, also beside another process
+        with TemporaryDirectory(dir=file.parent) as folder:
+            part = Path(folder) / file.name
+            part.write_text(json.dumps(steps))
+            os.replace(part, file)  # whole or not there, also beside another process
     except OSError as error:
         _log.info("cannot keep what passes cost: %s", error)
+
+
+def _is_busy() -> bool:
+    """Whether other programs have had more than half a core of late. They hold up the memory that
+    an AR step waits for, and longer passes less: drafts would be too long for ever.
+    """
+    if not hasattr(os, "getloadavg"):  # Windows
+        return False
+    return os.getloadavg()[0] > torch.get_num_threads() + 0.5

@@ -9,6 +9,9 @@
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(TWOTOWER_PLAIN)
 #define TWOTOWER_AVX2
 #include <immintrin.h>
+#if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define TWOTOWER_AVX512
+#endif
 #elif defined(__ARM_FEATURE_DOTPROD) && !defined(TWOTOWER_PLAIN)
 #define TWOTOWER_DOTPROD
 #include <arm_neon.h>
@@ -37,7 +40,7 @@ template <int V>
 inline Ints<V> ints(const void *x) { return *static_cast<const Ints<V> *>(x); }
 
 // What a register holds, and how many sums are under way where each has a register.
-#if defined(TWOTOWER_AVX2) && defined(__AVX512F__)
+#ifdef TWOTOWER_AVX512
 constexpr int VECTOR = 16, SUMS = 16;
 #elif defined(TWOTOWER_AVX2)
 constexpr int VECTOR = 8, SUMS = 8;
@@ -46,8 +49,8 @@ constexpr int VECTOR = 4, SUMS = 16;
 #endif
 
 // sum + one * two, rounded once where the processor does that as fast. The compiler may not choose
-// (-ffp-contract=off): it would fuse one width of a tile and not another, and a token's numbers would
-// depend on how many are beside it.
+// (-ffp-contract=off): it would fuse one width of a tile and not another, and a token's numbers in int8 and
+// int4 would depend on how many are beside it.
 inline float add_product(float sum, float one, float two) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__riscv_flen)
     return std::fma(one, two, sum);
@@ -61,7 +64,7 @@ inline Floats<V> add_product(Floats<V> sum, Floats<V> one, Floats<V> two) {
 #ifdef TWOTOWER_AVX2
     if constexpr (V == 4) return Floats<V>(_mm_fmadd_ps(__m128(one), __m128(two), __m128(sum)));
     else if constexpr (V == 8) return Floats<V>(_mm256_fmadd_ps(__m256(one), __m256(two), __m256(sum)));
-#ifdef __AVX512F__
+#ifdef TWOTOWER_AVX512
     else if constexpr (V == 16) return Floats<V>(_mm512_fmadd_ps(__m512(one), __m512(two), __m512(sum)));
 #endif
     else
@@ -125,7 +128,7 @@ inline void turn(const float *x, long from, float *y, long to) {
 // sum + the products of the four unsigned bytes of each number, up to MOST, with the four signed ones.
 template <int V, int MOST = 255>
 inline Ints<V> add_quads(Ints<V> sum, Ints<V> unsigned_bytes, Ints<V> signed_bytes) {
-#if defined(TWOTOWER_AVX2) && defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#ifdef TWOTOWER_AVX512
     if constexpr (V == 16)
         return Ints<V>(_mm512_dpbusd_epi32(__m512i(sum), __m512i(unsigned_bytes), __m512i(signed_bytes)));
     else if constexpr (V == 8)
@@ -180,7 +183,7 @@ inline float from_half(uint16_t half) {
 
 template <int V>
 inline Floats<V> from_halves(const uint8_t *halves) {
-#if defined(TWOTOWER_AVX2) && defined(__AVX512F__)
+#ifdef TWOTOWER_AVX512
     if constexpr (V == 16)
         return Floats<V>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(halves))));
 #elif defined(TWOTOWER_AVX2)
