@@ -234,7 +234,7 @@ def _refuse_greedy_sampling(talk: Talk, backend: "Backend") -> None:
     """
     if {*talk.settings} & {*SAMPLED_ONLY}:
         temperature = talk.settings.get("temperature")
-        if (backend.default_temperature if temperature is None else temperature) == 0:
+        if (backend.default_temperature() if temperature is None else temperature) == 0:
             refuse_sampling(talk.settings)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Body = Mapping[str, object]
 Chunk = dict[str, object]
 _CACHE_BYTES = 64 << 20  # a conversation begins with all that was said before
-_TIMEOUT_S = 600.0
+_TIMEOUT_S, _CARD_TIMEOUT_S = 600.0, 5.0
 
 
 class Remote:
@@ -39,10 +39,9 @@ class Remote:
         if key is not None:
             self._headers["Authorization"] = f"Bearer {key}"
 
-    @property
     def default_temperature(self) -> float | None:
-        """Of a request that names none; None where the server does not tell."""
-        with contextlib.closing(self._connection()) as connection:
+        """Of a request that names none; None where the server does not tell in a few seconds."""
+        with contextlib.closing(self._connection(_CARD_TIMEOUT_S)) as connection:
             try:
                 connection.request("GET", f"{self._path}/models", headers=self._headers)
                 (card,) = json.load(connection.getresponse())["data"]
@@ -66,12 +65,12 @@ class Remote:
             except (OSError, http.client.HTTPException) as error:
                 raise ValueError(f"{self.name} does not answer ({error})") from None
 
-    def _connection(self) -> http.client.HTTPConnection:
+    def _connection(self, timeout: float = _TIMEOUT_S) -> http.client.HTTPConnection:
         kind: type[http.client.HTTPConnection] = http.client.HTTPConnection
         if self._parts.scheme == "https":
             kind = http.client.HTTPSConnection
         assert self._parts.hostname is not None
-        return kind(self._parts.hostname, self._parts.port, timeout=_TIMEOUT_S)
+        return kind(self._parts.hostname, self._parts.port, timeout=timeout)
 
     def close(self) -> None:
         """Each reply closes its own connection."""
@@ -106,7 +105,11 @@ class Local:
         self._model = loaded.model
         self._served = served
         self.name = served.name
-        self.default_temperature: float = served.defaults["temperature"]
+
+    def default_temperature(self) -> float | None:
+        """Of a request that names none."""
+        found: float = self._served.defaults["temperature"]
+        return found
 
     def reply(self, body: Body) -> Generator[Chunk, None, None]:
         """The same; a `notice` may come first."""

@@ -146,9 +146,9 @@ class Worker:
         self,
         model: TwoTower,
         tokenizer: Tokenizer | None = None,
-        options: EngineOptions | None = None,
+        engine: EngineOptions | None = None,
     ) -> None:
-        self._options = checked_engine(model, tokenizer, options)
+        self._options = checked_engine(model, tokenizer, engine)
         self._model, self._tokenizer = model, tokenizer
         self._queue = SharedQueue((), self._options.max_waiting, self._read_an_ended_text)
         self._tickets: dict[int, Ticket] = {}  # of all rows that have not ended

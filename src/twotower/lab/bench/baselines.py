@@ -185,12 +185,14 @@ class LlamaCpp:
         self._complete([0], 1, {})
 
     def decode(self, ids: Sequence[int], num_new: int) -> Measurement:
+        """Greedy tokens behind a prompt, and what its own clock says of both."""
         answer = self._complete(ids, num_new, {})
         # Its clock of decoding starts when the first new token has been chosen.
         prompt_ms, decode_ms = (answer["timings"][f"{name}_ms"] for name in ("prompt", "predicted"))
         return Measurement.of_ar(answer["tokens"], prompt_ms / 1000, decode_ms / 1000)
 
     def logprobs(self, ids: Sequence[int]) -> list[float]:
+        """Of every token of the vocabulary behind a prompt."""
         answer = self._complete(ids, 1, {"n_probs": self._vocab_size})
         values = [float("nan")] * self._vocab_size
         for entry in answer["completion_probabilities"][0]["top_logprobs"]:
@@ -198,6 +200,7 @@ class LlamaCpp:
         return values
 
     def close(self) -> None:
+        """End the server."""
         del self._server
 
     def _complete(self, ids: Sequence[int], num_new: int, more: dict[str, int]) -> dict[str, Any]:
