@@ -272,7 +272,7 @@ HOSTILE = {
     ),
     "thirty at once": lark("start: T\nT: " + " & ".join(f"/.*a.{{{i}}}b.*/" for i in range(30))),
     "many names": json_schema(
-        {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(6_000)}}
+        {"type": "object", "properties": {f"{i}pppppp": {"type": "integer"} for i in range(6_600)}}
     ),
     "many patterns of names": json_schema(
         {
@@ -285,8 +285,12 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_grammar_that_takes_too_much_ends_itself(name: str) -> None:
-    """Guards the server: in its own process each of these ends it, or keeps it for minutes."""
+def test_a_grammar_that_takes_too_much_ends_itself(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Guards the server: in its own process each of these ends it, or keeps it for minutes. Half of
+    the time, for processors that are twice as fast."""
+    monkeypatch.setattr(grammar_builder, "_BUILD_CPU_S", 1.0)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     with pytest.raises(ValueError, match="s or 128 MiB, or is too deep") as error:
         state(HOSTILE[name])
