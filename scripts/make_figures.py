@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -291,7 +292,11 @@ def make_section(section: Section, records: Sequence[Record]) -> str:
 
 def source(record: Record) -> str:
     """Date, record and command of a table."""
-    return f"{record.recorded['date']}, {link(record, PAGE)}:\n\n    {record.recorded['command']}"
+    lines = textwrap.wrap(
+        record.recorded["command"], 110, break_long_words=False, break_on_hyphens=False
+    )
+    command = " \\\n        ".join(lines)
+    return f"{record.recorded['date']}, {link(record, PAGE)}:\n\n    {command}"
 
 
 def link(record: Record, page: Path) -> str:

@@ -15,6 +15,7 @@ from twotower.engine.drafts import pass_cost
 from twotower.engine.events import Event, TokenLogprob, Verified
 from twotower.engine.request import Row
 from twotower.model import ContextCache, TwoTower
+from twotower.model.backend import PassCosts
 from twotower.model.draft_tree import MAX_TOKENS
 from twotower.model.rows import append_rows, keep_rows, select_rows
 
@@ -115,7 +116,11 @@ class Batch:
         CPU do the rows count.
         """
         rows = self._num_counted if num_rows is None else min(self._num_counted, num_rows)
-        return pass_cost(self.model.pass_costs, num_tokens, rows, self._num_counted - rows)
+        return pass_cost(self._pass_costs, num_tokens, rows, self._num_counted - rows)
+
+    @cached_property
+    def _pass_costs(self) -> PassCosts:
+        return self.model.pass_costs  # asked for every length of every draft
 
     @cached_property
     def _num_counted(self) -> int:

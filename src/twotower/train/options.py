@@ -309,9 +309,7 @@ class TrainOptions(
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> TrainOptions:
-        """Options from plain values (TOML, JSON), also of older versions, which wrote `out`.
-        ValueError for unknown names and wrong types.
-        """
+        """Options from plain values (TOML, JSON); ValueError for unknown names and wrong types."""
         if {"out", "output"} <= values.keys():
             raise ValueError("out: is the older name of output, which is given too; leave it out")
         values = {"output" if name == "out" else name: value for name, value in values.items()}
