@@ -156,7 +156,34 @@ void hide_branches(const RowState &s, const int *indices, int past, int count, i
 // the processor does not look ahead by itself.
 inline void prefetch_rows(const float *rows, long stride, int width, int count) {
     for (int j = 0; j < count; j++)
-        for (int a = 0; a < width; a += 16) __builtin_prefetch(rows + j * stride + a);
+        for (int a = 0; a < width; a += 16) __builtin_prefetch(rows + j * stride + a, 0, 2);
+}
+
+// score[count][W] of keys k[count][A], `stride` floats apart, to q[A][W]. Few lanes leave most of a vector
+// empty: then keys stand side by side in it, N vectors of them at a time. The order of each sum is the same.
+template <int W>
+void compare(const float *k, long stride, int A, int count, const float *q, float *score) {
+    auto some = [=](int j, auto vectors) {
+        constexpr int N = decltype(vectors)::value, T = N * VECTOR;
+        float *turned = at_least(scratch.turned, size_t(A) * T);
+        for (int first = 0; first < T; first += 16)
+            for (int a = 0; a < A; a += 16) turn<16>(k + (j + first) * stride + a, stride, turned + a * T + first, T);
+        Floats<VECTOR> sum[W][N] = {};
+        for (int a = 0; a < A; a++)
+            for (int l = 0; l < W; l++)
+                for (int n = 0; n < N; n++)
+                    sum[l][n] = add_product<VECTOR>(sum[l][n], floats<VECTOR>(turned + a * T + n * VECTOR), q[a * W + l]);
+        for (int first = 0; first < T; first += 16)
+            turn<W>(reinterpret_cast<const float *>(sum) + first, T, score + (j + first) * W, W);
+    };
+    int j = 0;
+    if constexpr (W < VECTOR)
+        if (A % 16 == 0) {
+            constexpr int N = SUMS / W, ONE = 16 / VECTOR;
+            for (; j + N * VECTOR <= count; j += N * VECTOR) some(j, std::integral_constant<int, N>());
+            for (; j + 16 <= count; j += 16) some(j, std::integral_constant<int, ONE>());
+        }
+    product<W>(k + j * stride, stride, 1, count - j, A, q, nullptr, score + j * W);
 }
 
 // y[W][width] += the sums of rows of v (count, width), weighted by p[count][W]: N vectors of features and
@@ -230,7 +257,7 @@ void attend_head(const Layer &layer, const RowState &row, int head, const float 
                                  : find_keys(layer, row, head, at, std::min(KEYS, visible - at), room);
         int here = keys.count;
         prefetch_rows(keys.v, keys.stride, A, here);
-        product<W>(keys.k, keys.stride, 1, here, A, q, nullptr, score);
+        compare<W>(keys.k, keys.stride, A, here, q, score);
         if (branches)
             hide_branches<W>(row, indices, std::max(0, S - at), here, last - S, heads, score);
         else if (is_causal)
