@@ -28,6 +28,7 @@ from twotower.adapt.objective import (
 )
 from twotower.adapt.options import StepOptions, WorkFolder
 from twotower.model import TwoTower
+from twotower.model.thin import trained_parameters
 from twotower.train.optimizer import make_optimizer
 from twotower.train.options import OptimizationOptions
 
@@ -46,21 +47,6 @@ def places_of_step(places: Sequence[Place], step: int, options: StepOptions) -> 
     chosen.sort(key=lambda place: place.last - place.first)
     first = int(draw.permutation(_POOL)[turn]) * count
     return chosen[first : first + count]
-
-
-def trained_parameters(model: TwoTower) -> dict[str, nn.Parameter]:
-    """What training moves, and only that requires a gradient: the denoiser without what it shares
-    with the context tower.
-    """
-    model.requires_grad_(False)
-    found = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if name.startswith(("denoiser_tower.", "bigram.")) and ".embeddings." not in name
-    }
-    for parameter in found.values():
-        parameter.requires_grad_(True)
-    return found
 
 
 def draft_numbers(model: TwoTower) -> Tensor | None:

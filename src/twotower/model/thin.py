@@ -37,7 +37,12 @@ def spread(blocks: Sequence[tuple[int, ...]], count: int) -> list[int]:
 def thin_config(
     config: TwoTowerConfig, reads: Sequence[int], block_size: int, draft: DraftSpec
 ) -> TwoTowerConfig:
-    """A backbone's configuration with a denoiser whose layer j is, and reads, layer reads[j]."""
+    """A backbone's configuration with a denoiser whose layer j is, and reads, layer reads[j].
+    ValueError (one line) for layers that it does not have.
+    """
+    last = config.context.num_layers - 1
+    if not reads or not all(0 <= index <= last for index in reads):
+        raise ValueError(f"reads={list(reads)} must be layers of the model, 0 to {last}")
     layers = tuple(config.context.layers[index] for index in reads)
     return config.replace(
         denoiser=replace(config.context, layers=layers),
@@ -46,6 +51,21 @@ def thin_config(
         mask_token_id=config.vocab_size,
         draft=draft,
     )
+
+
+def trained_parameters(model: TwoTower) -> dict[str, nn.Parameter]:
+    """What training of a thin denoiser moves, and only that requires a gradient: the denoiser
+    without what it shares with the context tower.
+    """
+    model.requires_grad_(False)
+    found = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.startswith(("denoiser_tower.", "bigram.")) and ".embeddings." not in name
+    }
+    for parameter in found.values():
+        parameter.requires_grad_(True)
+    return found
 
 
 def set_block_size(model: TwoTower, block_size: int) -> None:

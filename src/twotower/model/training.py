@@ -3,6 +3,7 @@
 Source: system.md section 5.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,8 +33,8 @@ def read_and_denoise(
     model.require_loaded_weights("training")
     if model.config.draft is not None:
         raise ValueError(
-            "this denoiser is a thin one, which only drafts: twotower adapt trains it, and it "
-            "scores no texts"
+            "this denoiser is a thin one, which only drafts and scores no texts; use the context "
+            "tower, or a full denoiser"
         )
     num_rows, length = model.checked(clean, "clean").shape
     if length % block_size:
@@ -62,6 +63,27 @@ def read_and_denoise(
     return logits, context
 
 
+def read_and_draft(model: "TwoTower", clean: Tensor, block_size: int, index: Tensor) -> Tensor:
+    """A thin denoiser's logits (B, N, T - 1, V) of all tokens of blocks but the first.
+
+    Arguments as in `TwoTower.draft_logits`.
+    """
+    model.require_loaded_weights("training")
+    rows = torch.arange(len(model.checked(clean, "clean")), device=clean.device).unsqueeze(1)
+    context, view = _training_view(model, clean, block_size, index)
+    before = _shift_one_block(context[:, block_size - 1 :: block_size])[rows, index]
+    view, blocks = replace(view, hidden=before), clean.unflatten(1, (-1, block_size))[rows, index]
+    start = index * block_size
+    mask = masks.block_causal(start, clean.shape[1], block_size)
+    noisy = F.pad(blocks[:, :, :1], (0, block_size - 1), value=model.config.mask_token_id)
+    hidden = model.denoiser()(noisy, view, mask, None, start)[:, :, 1:]
+    logits: Tensor = model.lm_head(hidden.contiguous()).float()
+    if model.bigram is not None:
+        given = model.denoiser().embeddings(blocks[:, :, :-1]).detach()
+        logits = logits + model.bigram(given).float()
+    return logits
+
+
 def _training_view(
     model: "TwoTower", clean: Tensor, block_size: int, index: Tensor
 ) -> tuple[Tensor, ContextView]:
@@ -75,7 +97,7 @@ def _training_view(
         context, states = model.context_tower(clean, None, mask, None, block_size)
     rows = torch.arange(num_rows, device=clean.device).unsqueeze(1)
     layers = tuple(
-        MambaState(*(part[rows, index] for part in _shift_one_block(state)))
+        MambaState(*(_shift_one_block(part)[rows, index] for part in state))
         if isinstance(state, MambaState)
         else state
         for state in states
@@ -83,6 +105,6 @@ def _training_view(
     return context, ContextView(layers, None, length, num_rows)
 
 
-def _shift_one_block(state: MambaState) -> MambaState:
-    """States at the end of each block -> states at its start: block 0 starts from zeros."""
-    return MambaState(*(F.pad(part[:, :-1], (0, 0) * (part.dim() - 2) + (1, 0)) for part in state))
+def _shift_one_block(ends: Tensor) -> Tensor:
+    """What was at the end of each block (B, K, ...) -> at its start: block 0 starts from zeros."""
+    return F.pad(ends[:, :-1], (0, 0) * (ends.dim() - 2) + (1, 0))

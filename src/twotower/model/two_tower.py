@@ -21,7 +21,7 @@ from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.draft_tree import DraftTree
 from twotower.model.ngrams import Ngrams
 from twotower.model.state import ContextCache, ContextView, ForwardOutput, empty_states
-from twotower.model.training import read_and_denoise
+from twotower.model.training import read_and_denoise, read_and_draft
 from twotower.specs import MambaSpec
 
 # Tokens of a prompt read at a time: bounds the attention scores at chunk x prompt.
@@ -244,6 +244,13 @@ class TwoTower(nn.Module):
         """`training_logits` and, of the same pass over clean, `context_logits` (B, K*T, V)."""
         logits, hidden = read_and_denoise(self, clean, noisy, t, block_size, index)
         return logits, self.context_lm_head(hidden).float()
+
+    def draft_logits(self, clean: Tensor, block_size: int, index: Tensor) -> Tensor:
+        """A thin denoiser's logits of N blocks per row, as it drafts them: each of the first token
+        and masks; the bigram term is given the true token before. clean, index as in
+        `training_logits`. Returns those of all tokens but the first, (B, N, T - 1, V) float32.
+        """
+        return read_and_draft(self, clean, block_size, index)
 
     def modulations(self, t: Tensor) -> list[Modulation]:
         """t (B, K) or (B, 1) -> for each layer shift, scale, gate (B, K, 1, D)."""

@@ -23,6 +23,7 @@ from twotower.checkpoint import resolve
 from twotower.families import read_config
 from twotower.model.two_tower import TwoTower
 from twotower.train.data import Rows
+from twotower.train.drafts import Drafts
 from twotower.train.models import export
 from twotower.train.objective import InputsT, MaskedBlocks, NextToken, Objective, row_noise
 from twotower.train.optimizer import ExpertBalance, learning_rate
@@ -111,7 +112,7 @@ def _train(
         with state.averaged():
             model = whole_model(state.model, options, processes)
             if model is not None:
-                export(model, folder.export, options.recipe, rows.shard)
+                export(model, folder.export, options, rows.shard)
 
 
 def _require_readable(options: TrainOptions) -> None:
@@ -148,6 +149,9 @@ def objectives(
         next_token = NextToken(options.compile)
         return lambda step: next_token, NextToken()
     mask, size = model.config.mask_token_id, denoiser_block_size(options, model.config)
+    if options.reads is not None:
+        drafts = Drafts(options, size)
+        return lambda step: drafts, drafts
     sizes = {size, options.early_block_size or size}
     weight, compile = options.next_token_weight, options.compile
     by_size = {n: MaskedBlocks(options, n, mask, weight, compile) for n in sizes}

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from twotower.checkpoint import describe, load_checkpoint, resolve, save_backbone, save_two_towers
+from twotower.checkpoint.denoiser import save_denoiser, with_new_denoiser
 from twotower.checkpoint.empty import allocate, build_empty
-from twotower.config import TwoTowerConfig
+from twotower.config import DraftSpec, TwoTowerConfig
 from twotower.families import config_from_dict, config_to_dict, read_config
 from twotower.model.initialise import randomise, remove_conditioning
 from twotower.model.precision import require_plain
+from twotower.model.thin import thin_config, trained_parameters
 from twotower.model.two_tower import TwoTower
 from twotower.tokenizer import TOKENIZER_FILE, load_tokenizer
 from twotower.train.options import Recipe, TrainOptions
@@ -49,6 +51,8 @@ def starting_model(options: TrainOptions, shard: Shard) -> TwoTower:
 
 def empty_model(options: TrainOptions, config: TwoTowerConfig) -> TwoTower:
     """`starting_model` without values: memory that is not touched takes no room."""
+    if options.reads is not None:  # a file of the configuration tells no more than what is read
+        config = config.replace(draft=DraftSpec(bigram_rank=options.bigram_rank))
     model = build_empty(config, _towers(options.recipe))
     allocate(model, (torch.float32, torch.float32), (torch.device("cpu"), torch.device("cpu")))
     _tie_and_freeze(model, options)
@@ -75,10 +79,17 @@ def new_config(options: TrainOptions, shard: Shard) -> TwoTowerConfig:
     )
 
 
-def export(model: TwoTower, path: Path, recipe: Recipe, shard: Shard) -> None:
-    """Write the trained model with its tokenizer: the backbone layout, or both towers."""
-    save = save_backbone if recipe == "backbone" else save_two_towers
-    save(model, path, extra_files=shard.tokenizer.files())
+def export(model: TwoTower, path: Path, options: TrainOptions, shard: Shard) -> None:
+    """Write the trained model with its tokenizer: the backbone layout, or both towers; of a thin
+    denoiser, what the backbone does not have.
+    """
+    if options.reads is not None:
+        assert options.init is not None
+        return save_denoiser(
+            model, path, options.init.name if options.init.exists() else str(options.init)
+        )
+    save = save_backbone if options.recipe == "backbone" else save_two_towers
+    return save(model, path, extra_files=shard.tokenizer.files())
 
 
 def _with_tokens(model: TwoTower, init: Path, shard: Shard) -> TwoTower:
@@ -158,6 +169,11 @@ def _replace(config: TwoTowerConfig, **values: object) -> TwoTowerConfig:
 
 def _with_denoiser(model: TwoTower, options: TrainOptions) -> TwoTower:
     """The initial checkpoint with the denoiser and the configuration that the options ask for."""
+    if options.reads is not None:
+        size = options.block_size or model.config.block_size
+        draft = DraftSpec(bigram_rank=options.bigram_rank)
+        config = thin_config(model.config, options.reads, size, draft)
+        return with_new_denoiser(model, config, None, options.seed)
     if options.is_tied and not _are_equal(model):
         raise ValueError(
             f"towers: {options.towers} needs one tower, but the two of {options.init} differ; give "
@@ -185,7 +201,9 @@ def _are_equal(model: TwoTower) -> bool:
 
 
 def _tie_and_freeze(model: TwoTower, options: TrainOptions) -> None:
-    if options.recipe == "denoiser":
+    if options.reads is not None:
+        trained_parameters(model)
+    elif options.recipe == "denoiser":
         if options.is_tied:
             tie_towers(model)
         _choose_trained(model, options)

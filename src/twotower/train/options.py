@@ -32,10 +32,13 @@ from twotower.arguments import (
     one_of,
 )
 from twotower.documented import documented
+from twotower.specs import MAX_LAYERS
 from twotower.tokenizer.training import MIN_VOCAB_SIZE
 from twotower.train.presets import PRESET_NAMES
 
 Recipe = Literal["backbone", "denoiser"]
+_OF_THIN = ("reads", "bigram_rank", "loss_decay")  # options of thin denoisers alone
+_OF_ANY = ("block_size", "targets", "denoised_blocks_per_row", "unaligned_row_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,15 @@ class DenoiserOptions(CheckedOptions):
     denoiser_init: Literal["context", "scratch"] = "context"
     """context: start from a copy of the context tower, or from the denoiser of a two-tower
     checkpoint. scratch: from random weights."""
+    reads: tuple[int, ...] | None = None
+    """Train a thin denoiser, which only drafts: the context layers that its layers start from and
+    read, by number, such as 0 9 11. Each block is drafted from its first token and masks alone."""
+    bigram_rank: int = 64
+    """With --reads: rank of a bigram term, which lets each drafted token depend on the one before.
+    0: none."""
+    loss_decay: float = 8.0
+    """With --reads: weight of the k-th masked token in the loss: exp(-(k - 1) / decay). A drafted
+    token is of use only if all before it are accepted."""
 
     @property
     def is_tied(self) -> bool:
@@ -254,6 +266,7 @@ class TrainOptions(
                 raise ValueError(f"{name}: no effect with {needed}=0; leave it out")
         self._check_early_blocks()
         self._check_towers()
+        self._check_thin()
 
     def _refuse_denoiser_options(self) -> None:
         groups = (DenoiserOptions, DiffusionObjectiveOptions)
@@ -287,6 +300,18 @@ class TrainOptions(
             raise ValueError(
                 "ar_loss_weight: no effect on a frozen context; add train_context or towers=tied-ar"
             )
+
+    def _check_thin(self) -> None:
+        """Options of thin denoisers and of full ones have no effect on each other."""
+        groups = (DenoiserOptions, DiffusionObjectiveOptions)
+        for field in itertools.chain.from_iterable(map(dataclasses.fields, groups)):
+            is_given = getattr(self, field.name) != field.default
+            if is_given and self.reads is None and field.name in _OF_THIN:
+                raise ValueError(f"{field.name}: no effect without reads; leave it out")
+            if is_given and self.reads is not None and field.name not in (*_OF_THIN, *_OF_ANY):
+                raise ValueError(
+                    f"{field.name}: no effect on a thin denoiser (reads); leave it out"
+                )
 
     @property
     def run_folder(self) -> Path:
@@ -351,7 +376,9 @@ _CHECKS: dict[str, Problem] = {
     "early_fraction": number(0, 1, is_above=True, is_below=True),
     "ema_decay": _fraction,
     "betas": each(_fraction, 2),
-    "learning_rate": ABOVE_ZERO,
+    **dict.fromkeys(("learning_rate", "loss_decay"), ABOVE_ZERO),
+    "reads": each(number(0, MAX_LAYERS - 1, is_whole=True)),
+    "bigram_rank": number(0, 1024, is_whole=True),
     "vocab_size": number(MIN_VOCAB_SIZE, is_whole=True),
     "sequence_length": number(2, is_whole=True),
     **dict.fromkeys(("batch_size", "accumulate", "steps", "block_size"), COUNT),

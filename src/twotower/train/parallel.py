@@ -27,7 +27,8 @@ from twotower.model.layer import Layer
 from twotower.model.two_tower import TwoTower
 
 _Module = TypeVar("_Module", bound=nn.Module)
-_ENTRIES = ("context_logits", "training_logits", "joint_logits")  # what a loss calls
+# What a loss calls.
+_ENTRIES = ("context_logits", "training_logits", "joint_logits", "draft_logits")
 
 
 def shard(model: TwoTower, mesh: DeviceMesh, is_narrow: bool) -> None:
