@@ -125,15 +125,38 @@ def test_a_resumed_thin_run_equals_an_unbroken_one(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_the_training_of_a_thin_denoiser_goes_on(
+    data: Path, backbone: Path, tmp_path: Path
+) -> None:
+    """Silent failure: a second run begins with new weights, or forgets their shape at a restart."""
+    run(thin(data, backbone, tmp_path / "first", steps=3, learning_rate=0.01))
+    export = str(RunFolder(tmp_path / "first").export)
+    more = denoiser(data, backbone, tmp_path / "more", denoiser=export, checkpoint_every=2)
+    before = load_denoiser(load_checkpoint(backbone, towers="context"), export)
+    start = starting_model(more, Shard(data))
+    assert start.config == before.config
+    assert all(torch.equal(start.state_dict()[n], v) for n, v in before.state_dict().items())
+    steps = train_steps(more)
+    for _ in range(3):
+        next(steps)
+    del steps
+    assert [report.step for report in run(more)] == [3, 4]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"reads": (0, 3)}, r"reads=\[0, 3\] must be layers of the model, 0 to 2"),
         ({"reads": ()}, "reads"),
         ({"reads": (-1,)}, "reads=-1|reads"),
-        ({"reads": (0,), "towers": "tied"}, "towers: no effect on a thin denoiser"),
-        ({"reads": (0,), "condition_on": "none"}, "condition_on: no effect on a thin denoiser"),
-        ({"reads": (0,), "early_block_size": 4}, "early_block_size: no effect on a thin"),
+        ({"reads": (0,), "towers": "tied"}, "towers: no effect with reads"),
+        ({"reads": (0,), "condition_on": "none"}, "condition_on: no effect with reads"),
+        ({"reads": (0,), "early_block_size": 4}, "early_block_size: no effect with reads"),
+        ({"denoiser": "there", "block_size": None}, "reads: no effect with denoiser"),
+        (
+            {"reads": None, "denoiser": "there", "block_size": 16, "bigram_rank": 64},
+            "block_size: no effect with denoiser",
+        ),
         ({"reads": None, "bigram_rank": 8}, "bigram_rank: no effect without reads"),
         ({"reads": None, "bigram_rank": 64, "loss_decay": 2.0}, "loss_decay: no effect without"),
     ],

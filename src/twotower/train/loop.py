@@ -149,7 +149,7 @@ def objectives(
         next_token = NextToken(options.compile)
         return lambda step: next_token, NextToken()
     mask, size = model.config.mask_token_id, denoiser_block_size(options, model.config)
-    if options.reads is not None:
+    if model.config.draft is not None:
         drafts = Drafts(options, size)
         return lambda step: drafts, drafts
     sizes = {size, options.early_block_size or size}

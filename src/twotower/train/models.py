@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from twotower.checkpoint import describe, load_checkpoint, resolve, save_backbone, save_two_towers
-from twotower.checkpoint.denoiser import save_denoiser, with_new_denoiser
+from twotower.checkpoint.denoiser import load_denoiser, save_denoiser, with_new_denoiser
 from twotower.checkpoint.empty import allocate, build_empty
 from twotower.config import DraftSpec, TwoTowerConfig
 from twotower.families import config_from_dict, config_to_dict, read_config
@@ -51,8 +51,6 @@ def starting_model(options: TrainOptions, shard: Shard) -> TwoTower:
 
 def empty_model(options: TrainOptions, config: TwoTowerConfig) -> TwoTower:
     """`starting_model` without values: memory that is not touched takes no room."""
-    if options.reads is not None:  # a file of the configuration tells no more than what is read
-        config = config.replace(draft=DraftSpec(bigram_rank=options.bigram_rank))
     model = build_empty(config, _towers(options.recipe))
     allocate(model, (torch.float32, torch.float32), (torch.device("cpu"), torch.device("cpu")))
     _tie_and_freeze(model, options)
@@ -83,7 +81,7 @@ def export(model: TwoTower, path: Path, options: TrainOptions, shard: Shard) -> 
     """Write the trained model with its tokenizer: the backbone layout, or both towers; of a thin
     denoiser, what the backbone does not have.
     """
-    if options.reads is not None:
+    if model.config.draft is not None:
         assert options.init is not None
         return save_denoiser(
             model, path, options.init.name if options.init.exists() else str(options.init)
@@ -174,6 +172,14 @@ def _with_denoiser(model: TwoTower, options: TrainOptions) -> TwoTower:
         draft = DraftSpec(bigram_rank=options.bigram_rank)
         config = thin_config(model.config, options.reads, size, draft)
         return with_new_denoiser(model, config, None, options.seed)
+    if options.denoiser is not None:
+        made = load_denoiser(model, options.denoiser)
+        if made.draft_ids is not None:
+            raise ValueError(
+                f"denoiser: {options.denoiser} drafts a part of the vocabulary; train it on with "
+                "twotower adapt"
+            )
+        return made
     if options.is_tied and not _are_equal(model):
         raise ValueError(
             f"towers: {options.towers} needs one tower, but the two of {options.init} differ; give "
@@ -201,7 +207,7 @@ def _are_equal(model: TwoTower) -> bool:
 
 
 def _tie_and_freeze(model: TwoTower, options: TrainOptions) -> None:
-    if options.reads is not None:
+    if model.config.draft is not None:
         trained_parameters(model)
     elif options.recipe == "denoiser":
         if options.is_tied:

@@ -37,8 +37,12 @@ from twotower.tokenizer.training import MIN_VOCAB_SIZE
 from twotower.train.presets import PRESET_NAMES
 
 Recipe = Literal["backbone", "denoiser"]
-_OF_THIN = ("reads", "bigram_rank", "loss_decay")  # options of thin denoisers alone
-_OF_ANY = ("block_size", "targets", "denoised_blocks_per_row", "unaligned_row_fraction")
+# What the training of a thin denoiser, an earlier or a new one, takes of the options of denoisers.
+_OF_ANY = ("targets", "denoised_blocks_per_row", "unaligned_row_fraction", "loss_decay")
+_TAKEN = {
+    "denoiser": (*_OF_ANY, "denoiser"),
+    "reads": (*_OF_ANY, "reads", "block_size", "bigram_rank"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +87,14 @@ class DenoiserOptions(CheckedOptions):
     reads: tuple[int, ...] | None = None
     """Train a thin denoiser, which only drafts: the context layers that its layers start from and
     read, by number, such as 0 9 11. Each block is drafted from its first token and masks alone."""
+    denoiser: str | None = None
+    """Folder or hub id of a thin denoiser of this model: its training goes on, in its shape."""
     bigram_rank: int = 64
     """With --reads: rank of a bigram term, which lets each drafted token depend on the one before.
     0: none."""
     loss_decay: float = 8.0
-    """With --reads: weight of the k-th masked token in the loss: exp(-(k - 1) / decay). A drafted
-    token is of use only if all before it are accepted."""
+    """Of a thin denoiser: weight of the k-th masked token in the loss: exp(-(k - 1) / decay). A
+    drafted token is of use only if all before it are accepted."""
 
     @property
     def is_tied(self) -> bool:
@@ -303,15 +309,15 @@ class TrainOptions(
 
     def _check_thin(self) -> None:
         """Options of thin denoisers and of full ones have no effect on each other."""
+        given = next((name for name in _TAKEN if getattr(self, name) is not None), None)
         groups = (DenoiserOptions, DiffusionObjectiveOptions)
         for field in itertools.chain.from_iterable(map(dataclasses.fields, groups)):
-            is_given = getattr(self, field.name) != field.default
-            if is_given and self.reads is None and field.name in _OF_THIN:
+            if getattr(self, field.name) == field.default:
+                continue
+            if given is None and field.name in ("bigram_rank", "loss_decay"):
                 raise ValueError(f"{field.name}: no effect without reads; leave it out")
-            if is_given and self.reads is not None and field.name not in (*_OF_THIN, *_OF_ANY):
-                raise ValueError(
-                    f"{field.name}: no effect on a thin denoiser (reads); leave it out"
-                )
+            if given is not None and field.name not in _TAKEN[given]:
+                raise ValueError(f"{field.name}: no effect with {given}; leave it out")
 
     @property
     def run_folder(self) -> Path:

@@ -11,7 +11,6 @@ import logging
 from pathlib import Path
 
 from twotower.config import TwoTowerConfig
-from twotower.families import config_from_dict, config_to_dict
 from twotower.model.two_tower import TwoTower
 from twotower.specs import MoESpec
 from twotower.train.data import Rows
@@ -21,7 +20,14 @@ from twotower.train.options import TrainOptions
 from twotower.train.parallel import hand_out, recompute_mixers, shard, whole
 from twotower.train.processes import Processes
 from twotower.train.run_folder import RunFolder
-from twotower.train.state import Checkpoint, TrainState, load_state, read_checkpoint
+from twotower.train.state import (
+    Checkpoint,
+    TrainState,
+    config_of,
+    config_values,
+    load_state,
+    read_checkpoint,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -116,9 +122,9 @@ def _find(
 def _handed_out(options: TrainOptions, rows: Rows, processes: Processes) -> TwoTower:
     """A new model that the first process makes, on its CPU, of which each gets its rows."""
     made = processes.on_first(lambda: starting_model(options, rows.shard))
-    config = processes.share(json.dumps(config_to_dict(made.config)) if made else None)
+    config = processes.share(json.dumps(config_values(made.config)) if made else None)
     assert config is not None
-    empty = empty_model(options, config_from_dict(json.loads(config)))
+    empty = empty_model(options, config_of(json.loads(config)))
     model = _placed(empty, options, processes)
     hand_out(made.state_dict() if made else None, model.state_dict())
     return model

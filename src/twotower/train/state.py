@@ -8,6 +8,7 @@ whatever we did not write is refused in one line.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from twotower.checkpoint.write import Piece, write_tensors
-from twotower.config import TwoTowerConfig
+from twotower.config import DraftSpec, TwoTowerConfig
 from twotower.families import config_from_dict, config_to_dict
 from twotower.model.two_tower import TwoTower
 from twotower.train.optimizer import Optimizers, WeightAverage
@@ -91,6 +92,19 @@ class Checkpoint:
     files: dict[str, int]  # bytes by name
 
 
+def config_values(config: TwoTowerConfig) -> dict[str, object]:
+    """JSON-able; a model's config.json does not tell of a thin denoiser."""
+    draft = None if config.draft is None else dataclasses.asdict(config.draft)
+    return config_to_dict(config) | ({} if draft is None else {"draft": draft})
+
+
+def config_of(values: dict[str, Any]) -> TwoTowerConfig:
+    """The inverse of `config_values`."""
+    draft = values.pop("draft", None)
+    config = config_from_dict(values)
+    return config if draft is None else config.replace(draft=DraftSpec(**draft))
+
+
 def write_part(folder: Path, state: TrainState, rank: int, count: int) -> None:
     """Write process `rank`'s tensors of a checkpoint into its folder."""
     pieces = []
@@ -110,7 +124,7 @@ def write_description(folder: Path, state: TrainState, rows_fingerprint: str) ->
         "step": state.step,
         "rows_read": state.rows_read,
         "rows_fingerprint": rows_fingerprint,
-        "config": config_to_dict(state.model.config),
+        "config": config_values(state.model.config),
         "pending_losses": state.pending_losses,
         "files": {file.name: file.stat().st_size for file in files},
     }
@@ -134,7 +148,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         for name, size in content["files"].items():
             if Path(name).name != name or (folder / name).stat().st_size != size:
                 raise ValueError(f"{name} is damaged")
-        config = config_from_dict(content.pop("config"))
+        config = config_of(content.pop("config"))
         found = Checkpoint(folder=folder, config=config, **content)
         _check_types(found)
         return found
