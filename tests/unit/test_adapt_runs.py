@@ -57,13 +57,13 @@ def test_answers_go_on_where_a_killed_run_stopped(tmp_path: Path) -> None:
     questions = [Question(number=i, prompt=p, task="t") for i, p in enumerate(prompts_of([4] * 9))]
     options = AnswerOptions(max_new_tokens=6, batch_size=2)
     run = write_answers(model, questions, file, options, 60.0)
-    kept = [next(run) for _ in range(3)]
+    kept = [next(run).answer for _ in range(3)]
     run.close()
     with file.open("ab") as lines:
         lines.write(b'{"number": 4, "prom')
     assert read_answers(file) == kept
     left = unanswered(questions, kept)
-    rest = list(write_answers(model, left, file, options, 60.0))
+    rest = [answer for answer, _ in write_answers(model, left, file, options, 60.0)]
     assert sorted(a.number for a in kept + rest) == list(range(9))
     assert read_answers(file) == kept + rest
     alone = generate(
@@ -81,7 +81,8 @@ def test_long_answers_that_the_time_ends_are_kept(
     model, file, ticks = backbone(), tmp_path / "answers.jsonl", count()
     monkeypatch.setattr("time.monotonic", lambda: float(next(ticks)))  # a second for each event
     question = Question(number=0, prompt=prompts_of([4])[0], task="t")
-    found = list(write_answers(model, [question], file, AnswerOptions(max_new_tokens=40), seconds))
+    options = AnswerOptions(max_new_tokens=40)
+    found = [answer for answer, _ in write_answers(model, [question], file, options, seconds)]
     assert read_answers(file) == found
     plain = GenerateOptions(mode="ar", max_new_tokens=40)
     (whole,) = generate(model, [question.prompt], plain)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from twotower.adapt.files import reading, writing
 from twotower.adapt.options import AnswerOptions
@@ -18,7 +19,7 @@ from twotower.engine import (
     TokensCommitted,
     stream_requests,
 )
-from twotower.model import TwoTower
+from twotower.model import ContextCache, TwoTower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,15 @@ class Answer:
     task: str
     prompt: list[int]
     tokens: list[int]
+
+
+class Written(NamedTuple):
+    """An answer, and what the passes that wrote it have left, good until the next one; None where
+    that is not known.
+    """
+
+    answer: Answer
+    context: ContextCache | None = None
 
 
 def read_answers(file: Path) -> list[Answer]:
@@ -63,7 +73,7 @@ def write_answers(
     file: Path,
     options: AnswerOptions,
     seconds: float,
-) -> Iterator[Answer]:
+) -> Iterator[Written]:
     """Answer questions in order, until the time is over; each answer is on the disk when it is
     yielded. Those that are not finished then are kept from half of their greatest length on.
     """
@@ -71,13 +81,15 @@ def write_answers(
     decoding = GenerateOptions(
         mode="ar", max_new_tokens=options.max_new_tokens, temperature=options.temperature
     )
+    # A backend that chooses tokens itself is faster if it tells of nothing else.
+    keeps_context = not model.backend.chooses_tokens
     begun = dict[int, list[int]]()  # tokens of each row that is not finished
 
     def requests() -> Iterator[Request]:
         for question in questions:
             if time.monotonic() > deadline:
                 return
-            yield Request(question.prompt, decoding)
+            yield Request(question.prompt, decoding, keeps_context=keeps_context)
 
     def written(row: int, tokens: list[int]) -> Answer:
         answer = Answer(**vars(questions[row]), tokens=tokens)
@@ -97,12 +109,12 @@ def write_answers(
                 begun.setdefault(event.row, []).extend(event.tokens)
             if isinstance(event, Finished):
                 begun.pop(event.row, None)
-                yield written(event.row, event.completion.tokens)
+                yield Written(written(event.row, event.completion.tokens), event.context)
             if time.monotonic() > deadline:
                 break
         for row, tokens in begun.items():
             if len(tokens) >= options.max_new_tokens / 2:
-                yield written(row, tokens)
+                yield Written(written(row, tokens))
 
 
 def _read_answer(line: bytes, place: str) -> Answer:

@@ -17,6 +17,7 @@ from twotower.adapt.options import AnswerOptions, StepOptions, ThinOptions
 from twotower.adapt.training import Trainer
 from twotower.layers.attention import KV
 from twotower.model import TwoTower
+from twotower.model.rows import select_rows
 
 _TIMED = 3  # passes of each kind, after one that warms up
 _TOKENS = 200  # of a text that is trained on
@@ -53,11 +54,12 @@ def estimate(
     answers: AnswerOptions,
     steps: StepOptions,
     budget: Budget,
+    prompt: int,
 ) -> str:
     """One line; takes a few seconds. drafting: the backbone with the denoiser that training begins
-    with.
+    with; prompt: tokens of a usual one.
     """
-    rate = 1 / _answer_token_s(model, answers.batch_size)
+    rate = 1 / _answer_token_s(model, answers, prompt)
     tokens = rate * budget.seconds("answers")
     blocks = steps.blocks * budget.seconds("train") / _training_step_s(drafting, steps)
     said = (
@@ -85,20 +87,20 @@ def expected_tokens_per_cycle(blocks: float) -> tuple[str, float]:
 
 
 @torch.no_grad()
-def _answer_token_s(model: TwoTower, rows: int) -> float:
-    """Seconds of a token of an answer: some rows are written together, and each is read once more
-    for its features.
+def _answer_token_s(model: TwoTower, answers: AnswerOptions, prompt: int) -> float:
+    """Seconds of a token of an answer of the greatest length, its share of the prompt included:
+    some rows are written together, behind texts that are half written on average.
     """
-    cache = model.prefill(torch.zeros(rows, 8, dtype=torch.int64))
+    ids = torch.zeros(1, prompt + answers.max_new_tokens // 2, dtype=torch.int64)
+    read_s = _fastest_s(lambda: model.prefill(ids)) / ids.shape[1]
+    rows = answers.batch_size
+    cache = select_rows(model.prefill(ids), torch.zeros(rows, dtype=torch.int64))
 
     def write() -> None:
         hidden: Tensor = model.extend(cache, torch.zeros(rows, 1, dtype=torch.int64))
         model.context_head(hidden).argmax(-1)
 
-    def read() -> None:
-        model.extend(model.empty_cache(1), torch.zeros(1, _TOKENS, dtype=torch.int64))
-
-    return _fastest_s(write) / rows + _fastest_s(read) / _TOKENS
+    return _fastest_s(write) / rows + prompt * read_s / answers.max_new_tokens
 
 
 def _training_step_s(model: TwoTower, steps: StepOptions) -> float:

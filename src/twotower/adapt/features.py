@@ -1,12 +1,15 @@
 """What a thin denoiser reads of the backbone's own answers, computed once and kept on disk.
 
 Training reads it thousands of times; to let the context tower read the texts anew at every step
-would take twenty times as long. A part is one file of some answers, written whole or not at all.
+would take twenty times as long. The passes that write an answer leave it in their cache; only where
+they are gone the text is read once more. A part is one file of some answers, written whole or not
+at all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,7 +19,7 @@ from twotower.adapt.answers import Answer
 from twotower.adapt.files import reading, save_whole
 from twotower.config import TowerConfig
 from twotower.layers.attention import KV
-from twotower.model import TwoTower
+from twotower.model import ContextCache, TwoTower
 from twotower.specs import AttentionSpec
 
 READ_AT_ONCE = 512  # tokens
@@ -28,30 +31,53 @@ def attended(tower: TowerConfig, reads: Sequence[int]) -> list[int]:
     return [read for read in dict.fromkeys(reads) if isinstance(tower.layers[read], AttentionSpec)]
 
 
+Columns = dict[str, Tensor]  # hidden (S, D), k.N and v.N (S, Hk, A) of each layer N, in bfloat16
+
+
+def columns_of(context: ContextCache, keyed: Sequence[int]) -> Columns:
+    """Copies of what layers and the last norm have made of a text, the one row of a cache."""
+    assert context.outputs is not None
+    found = {"hidden": context.outputs}
+    for layer in keyed:
+        state = context.layers[layer]
+        assert isinstance(state, KV)
+        found |= {f"k.{layer}": state.k, f"v.{layer}": state.v}
+    return {name: part[0].bfloat16().cpu() for name, part in found.items()}
+
+
 @torch.no_grad()
+def read_columns(model: TwoTower, tokens: Sequence[int], keyed: Sequence[int]) -> Columns:
+    """The columns of a text, by passes of its own over all tokens but the last."""
+    cache = model.empty_cache(1, keeps_outputs=True)
+    read = torch.tensor([tokens[: max(1, len(tokens) - 1)]])
+    for chunk in read.split(READ_AT_ONCE, dim=1):
+        model.extend(cache, chunk)
+    return columns_of(cache, keyed)
+
+
 def write_part(
-    model: TwoTower, answers: Sequence[Answer], reads: Sequence[int], file: Path
+    model: TwoTower,
+    answers: Sequence[Answer],
+    reads: Sequence[int],
+    file: Path,
+    known: Mapping[int, Columns] = MappingProxyType({}),
 ) -> None:
-    """What layers `reads` and the last norm make of answers, after one another, in bfloat16.
+    """What layers `reads` and the last norm make of answers, after one another, in bfloat16: zeros
+    for the last token of each, behind which nothing is drafted. known: by the index of answers,
+    whose text need not be read again.
 
     ValueError (one line) where the disk is full; what was there is unchanged.
     """
-    columns: dict[str, list[Tensor]] = {"hidden": []}
-    for answer in answers:
-        ids = torch.tensor([answer.prompt + answer.tokens], device=model.context_device)
-        cache, hidden = model.empty_cache(1), list[Tensor]()
-        for chunk in ids.split(READ_AT_ONCE, dim=1):
-            hidden.append(model.extend(cache, chunk)[0])
-        columns["hidden"].append(torch.cat(hidden).bfloat16().cpu())
-        for read in attended(model.config.context, reads):
-            state = cache.layers[read]
-            assert isinstance(state, KV)
-            for name, part in zip("kv", state, strict=True):
-                columns.setdefault(f"{name}.{read}", []).append(part[0].bfloat16().cpu())
-    tensors = {name: torch.cat(parts).contiguous() for name, parts in columns.items()}
-    tokens = [torch.tensor(a.prompt + a.tokens) for a in answers]
-    tensors["tokens"] = torch.cat(tokens)
-    tensors["lengths"] = torch.tensor([len(one) for one in tokens])
+    columns, keyed = dict[str, list[Tensor]](), attended(model.config.context, reads)
+    tokens = [answer.prompt + answer.tokens for answer in answers]
+    for index, text in enumerate(tokens):
+        own = known[index] if index in known else read_columns(model, text, keyed)
+        for name, column in own.items():
+            rest = column.new_zeros(len(text) - len(column), *column.shape[1:])
+            columns.setdefault(name, []).extend((column, rest))
+    tensors = {name: torch.cat(parts) for name, parts in columns.items()}
+    tensors["tokens"] = torch.tensor([token for text in tokens for token in text])
+    tensors["lengths"] = torch.tensor([len(text) for text in tokens])
     tensors["starts"] = torch.tensor([len(a.prompt) for a in answers])
     save_whole(tensors, file)
 

@@ -7,8 +7,9 @@ for all runs of one work folder together: time that a killed run had is not give
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -17,9 +18,11 @@ from twotower.adapt.answers import Answer, Question, read_answers, unanswered, w
 from twotower.adapt.budget import Budget, Clock, Progress
 from twotower.adapt.features import (
     PART,
+    Columns,
     Features,
     Place,
     attended,
+    columns_of,
     find_places,
     is_whole,
     write_part,
@@ -92,17 +95,21 @@ def collect_answers(
     _write_features(model, answers, work, reads)  # what a killed run left undone
     open_ones = unanswered(questions, answers)
     tokens, total, began, saved = 0, len(answers) + len(open_ones), clock.used, clock.used
-    for answer in write_answers(model, open_ones, work.answers, options, clock.left):
+    known, keyed = dict[int, Columns](), attended(model.config.context, reads)
+    for answer, context in write_answers(model, open_ones, work.answers, options, clock.left):
+        if context is not None:
+            known[len(answers)] = columns_of(context, keyed)
         answers.append(answer)
         tokens += len(answer.tokens)
         if len(answers) % PART == 0:
-            _write_features(model, answers, work, reads)
+            _write_features(model, answers, work, reads, known)
+            known.clear()
         if clock.used - saved > _SPENT_S:
             saved = clock.used
             _write_spent(work, saved)
         rate = tokens / (clock.used - began)
         yield clock.progress(f"{len(answers)} of {total} answers, {rate:.0f} tokens/s")
-    _write_features(model, answers, work, reads, is_last=True)
+    _write_features(model, answers, work, reads, known, is_last=True)
     _write_spent(work, clock.used)
     usable = sum(_is_usable(place) for place in find_places(work.features))
     if usable < MIN_ANSWERS:
@@ -239,9 +246,12 @@ def _write_features(
     answers: Sequence[Answer],
     work: WorkFolder,
     reads: Sequence[int],
+    known: Mapping[int, Columns] = MappingProxyType({}),
     is_last: bool = False,
 ) -> None:
-    """The parts that are missing; a last one of fewer answers only if no more will come."""
+    """The parts that are missing; a last one of fewer answers only if no more will come. known: of
+    answers by their number, which need not be read again.
+    """
     keyed = attended(model.config.context, reads)
     for number, first in enumerate(range(0, len(answers), PART)):
         part = answers[first : first + PART]
@@ -249,7 +259,8 @@ def _write_features(
         if len(part) < PART and not is_last:
             return
         if not is_whole(file, len(part), keyed):
-            write_part(model, part, reads, file)
+            own = {index - first: known[index] for index in known if index >= first}
+            write_part(model, part, reads, file, own)
 
 
 def _is_usable(place: Place) -> bool:

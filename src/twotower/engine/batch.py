@@ -17,7 +17,7 @@ from twotower.engine.request import Row
 from twotower.model import ContextCache, TwoTower
 from twotower.model.backend import PassCosts
 from twotower.model.draft_tree import MAX_TOKENS
-from twotower.model.rows import append_rows, keep_rows, select_rows
+from twotower.model.rows import append_rows, keep_rows, select_rows, view_row
 
 _KINDS: dict[str, SamplerKind] = {kind: kind for kind in get_args(SamplerKind)}  # modes of the name
 NUM_OTHERS = 2  # next most probable tokens at each position of a draft that may branch
@@ -138,6 +138,14 @@ class Batch:
         ends = [len(row.prompt) + len(row.tokens) - self.num_unread for row in self.rows]
         return ends == self.cache.lengths.tolist()
 
+    def context_of(self, slot: int) -> ContextCache | None:
+        """What the cache holds of a row's text, if the row keeps that."""
+        row = self.rows[slot]
+        if not row.keeps_context:
+            return None
+        length = min(int(self.cache.lengths[slot]), len(row.prompt) + len(row.tokens))
+        return view_row(self.cache, slot, length)
+
     def part(self, indices: Sequence[int]) -> "Batch":
         """The rows of some indices, in order; the batch itself when these are all."""
         if len(indices) == len(self.rows):
@@ -217,10 +225,10 @@ class Group:
 
 def kind_of(row: Row) -> object:
     """Equal for rows that can share passes: equal in all that shapes a pass."""
-    o = row.options
+    o, is_kept = row.options, row.keeps_context
     if row.given:
-        return ("given",)
+        return "given", is_kept
     if o.mode in ("ar", "mock-ar"):
-        return (o.mode,)
+        return o.mode, is_kept
     is_verified = o.verify_threshold > 0 or o.logprobs is not None
-    return o.mode, o.block_size, o.schedule, o.remask, o.adaptive, is_verified
+    return o.mode, is_kept, o.block_size, o.schedule, o.remask, o.adaptive, is_verified

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from twotower.engine.drafts import DrafterName
+from twotower.model import ContextCache
 
 # invalid: no usable request, or a grammar that cannot be followed; memory: does not fit;
 # internal: our fault, details are in the log.
@@ -87,10 +88,13 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A row's last event."""
+    """A row's last event. context: what a cache holds of its prompt and text, all but the newest
+    tokens, with outputs, where the request asked for it; good until the next event.
+    """
 
     row: int
     completion: Completion
+    context: ContextCache | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,15 +72,19 @@ def open_batches(model: TwoTower, rows: Sequence[Row], are_alone: bool) -> Itera
             own.append([row])
     for row_lists in groups.values():
         for some in row_lists:
-            first, cache = some[0], model.empty_cache(len(some))
+            first = some[0]
+            cache = model.empty_cache(len(some), keeps_outputs=first.keeps_context)
             mode = GIVEN if first.given else DECODING_MODES[first.options.mode]
             yield Batch(model, mode, some, cache)
 
 
 def read_prompts(batch: Batch, prefixes: PrefixCache | None) -> None:
     """Read prompts on, READ_TOKENS of all rows together. Pieces end where the model says or, with
-    a prefix cache, that: what else is read in between changes no bit.
+    a prefix cache, that: what else is read in between changes no bit. A prefix cache keeps no
+    outputs of the tower.
     """
+    if batch.rows[0].keeps_context:
+        prefixes = None
     if prefixes is not None and batch.cache.num_past == 0:
         (row,) = batch.rows
         known = row.prompt[: len(row.prompt) - batch.num_unread]

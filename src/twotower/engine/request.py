@@ -38,7 +38,7 @@ from twotower.engine.options import (
     resolve_options,
 )
 from twotower.engine.text import RowText
-from twotower.model import TwoTower
+from twotower.model import ContextCache, TwoTower
 from twotower.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class Request(NamedTuple):
     filters: what no reader may see of its text. caller: who asks; callers share the engine's slots
     evenly, and a caller's long rows make room for its short ones. Rows without one are served in
     the order in which they come. given: token ids that the text is to be, whatever the model would
-    choose: the row tells their log-probabilities.
+    choose: the row tells their log-probabilities. keeps_context: `Finished` tells what the context
+    tower has made of prompt and text.
     """
 
     prompt: Prompt
@@ -63,6 +64,7 @@ class Request(NamedTuple):
     filters: tuple[Filter, ...] = ()
     caller: str | None = None
     given: tuple[int, ...] = ()
+    keeps_context: bool = False
 
 
 class Row:
@@ -78,10 +80,12 @@ class Row:
         caller: str | None = None,
         unused_ids: tuple[int, ...] = (),
         given: Sequence[int] = (),
+        keeps_context: bool = False,
     ) -> None:
         self.unused_ids = unused_ids  # of the vocabulary, that no text has
         self.index, self.prompt, self.options = index, prompt, options
         self.text, self.grammar, self.caller, self.given = text, grammar, caller, given
+        self.keeps_context = keeps_context
         self._generator: torch.Generator | None = None
         self.tokens: list[int] = []  # all, also those that filters hold back
         self.finish_reason: FinishReason | None = None
@@ -125,7 +129,8 @@ class Row:
     def needs_host(self) -> bool:
         """Whether more than its logits and its noise chooses its tokens, or tells of them."""
         options = self.options
-        return self.grammar is not None or options.has_penalties or options.logprobs is not None
+        is_told = options.logprobs is not None or self.keeps_context
+        return is_told or self.grammar is not None or options.has_penalties
 
     @property
     def num_left(self) -> int:
@@ -219,7 +224,7 @@ class Row:
     def _logprobs_of(self, tokens: slice) -> tuple[TokenLogprob, ...] | None:
         return None if self.options.logprobs is None else tuple(self._logprobs[tokens])
 
-    def finished(self) -> Finished:
+    def finished(self, context: ContextCache | None = None) -> Finished:
         """The row's last event."""
         assert self.finish_reason is not None
         released = slice(0, self.num_released)
@@ -234,7 +239,7 @@ class Row:
             denoiser_tokens=self.accepted_of["denoiser"],
             cached_tokens=self.cached_tokens,
         )
-        return Finished(row=self.index, completion=completion)
+        return Finished(row=self.index, completion=completion, context=context)
 
 
 def make_row(
@@ -249,10 +254,11 @@ def make_row(
         options = replace(options, block_size=longest)
     _check(model, options, tokenizer, request.filters)
     prompt = _prompt_ids(model, name, request.prompt, tokenizer)
+    kept = request.keeps_context
     if request.given:
         options = replace(options, max_new_tokens=len(request.given))
         given = _prompt_ids(model, name, request.given, tokenizer)
-        return Row(index, prompt, options, caller=request.caller, given=given)
+        return Row(index, prompt, options, caller=request.caller, given=given, keeps_context=kept)
     text = None if tokenizer is None else RowText(tokenizer, options.stop, request.filters)
     grammar = None
     if options.grammar is not None:
@@ -262,7 +268,7 @@ def make_row(
     unused = (
         model.unused_ids if tokenizer is None else tokenizer.unused_ids(model.config.vocab_size)
     )
-    return Row(index, prompt, options, text, grammar, request.caller, unused)
+    return Row(index, prompt, options, text, grammar, request.caller, unused, keeps_context=kept)
 
 
 def defaults_of(model: TwoTower) -> dict[str, object]:

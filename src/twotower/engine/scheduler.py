@@ -220,7 +220,7 @@ def _advance(
             try:
                 yield row.commit(*own)
                 if row.is_finished:
-                    yield row.finished()
+                    yield row.finished(part.context_of(slot))
                 else:
                     going.append(slot)
             except Exception as error:

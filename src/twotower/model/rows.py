@@ -19,7 +19,23 @@ def select_rows(cache: ContextCache, rows: Tensor) -> ContextCache:
     chosen.lengths = cache.lengths[rows.cpu()]
     chosen.last_hidden = None if hidden is None else hidden[rows.to(hidden.device)]
     chosen.buffers = list(select_states(cache.layers, rows))
+    chosen.output_buffer = cache.outputs
+    if chosen.output_buffer is not None:
+        chosen.output_buffer = chosen.output_buffer[rows.to(chosen.output_buffer.device)]
     return chosen
+
+
+def view_row(cache: ContextCache, row: int, length: int) -> ContextCache:
+    """Keys, values and outputs of the first tokens of one row, to be read: they lie in the cache's
+    own memory, and are good until it changes.
+    """
+    view, part = object.__new__(ContextCache), (slice(row, row + 1), slice(length))
+    view.version = object()
+    view.lengths = cache.lengths[part[0]].clamp(max=length)
+    view.last_hidden = None
+    view.buffers = [KV(*(b[part] for b in s)) if isinstance(s, KV) else None for s in cache.buffers]
+    view.output_buffer = None if cache.output_buffer is None else cache.output_buffer[part]
+    return view
 
 
 def keep_rows(cache: ContextCache, rows: Sequence[int]) -> list[int]:
@@ -36,12 +52,12 @@ def keep_rows(cache: ContextCache, rows: Sequence[int]) -> list[int]:
         return order
     cache.version = object()
     moves = [(p, row, int(cache.lengths[row])) for p, row in enumerate(order) if p != row]
+    if cache.output_buffer is not None:
+        _move(cache.output_buffer, moves)
     for index, state in enumerate(cache.buffers):
         if isinstance(state, KV):
             for buffer in state:
-                for slot, row, length in moves:
-                    buffer[slot, :length] = buffer[row, :length]
-                    buffer[slot, length:] = 0  # no NaN of a row that left
+                _move(buffer, moves)
         elif state is not None:
             cache.buffers[index] = type(state)(*(part[chosen.to(part.device)] for part in state))
     if cache.last_hidden is not None:
@@ -50,24 +66,38 @@ def keep_rows(cache: ContextCache, rows: Sequence[int]) -> list[int]:
     return order
 
 
+def _move(buffer: Tensor, moves: Sequence[tuple[int, int, int]]) -> None:
+    """Put rows into the slots of others: slot, row and its length."""
+    for slot, row, length in moves:
+        buffer[slot, :length] = buffer[row, :length]
+        buffer[slot, length:] = 0  # no NaN of a row that left
+
+
 def append_rows(cache: ContextCache, other: ContextCache) -> None:
     """Add copies of another cache's rows behind these. Whole or not at all, as `commit` is."""
-    first, last = cache.num_rows, cache.num_rows + other.num_rows
-    hidden, length = _joined_hidden(cache, other), max(cache.num_past, other.num_past)
+    sizes = cache.num_rows, cache.num_past, max(cache.num_past, other.num_past)
+    hidden, outputs = _joined_hidden(cache, other), cache.output_buffer
+    if outputs is not None and other.outputs is not None:
+        outputs = _appended(outputs, other.outputs, *sizes)
     joined: list[LayerState] = []
     for mine, its in zip(cache.buffers, other.layers, strict=True):
         if isinstance(mine, KV) and isinstance(its, KV):
-            grown = KV(*(with_room(part, last, cache.num_past, length) for part in mine))
-            joined.append(grown)
-            for buffer, part in zip(grown, its, strict=True):
-                buffer[first:last, : part.shape[1]] = part
-                buffer[first:last, part.shape[1] :] = 0  # no NaN of a row that left
+            pairs = zip(mine, its, strict=True)
+            joined.append(KV(*(_appended(buffer, part, *sizes) for buffer, part in pairs)))
         elif mine is None or its is None:
             joined.append(None)
         else:
             joined.append(type(mine)(*(torch.cat(parts) for parts in zip(mine, its, strict=True))))
     cache.buffers, cache.last_hidden, cache.version = joined, hidden, object()
-    cache.lengths = torch.cat([cache.lengths, other.lengths])
+    cache.lengths, cache.output_buffer = torch.cat([cache.lengths, other.lengths]), outputs
+
+
+def _appended(buffer: Tensor, part: Tensor, first: int, num_past: int, length: int) -> Tensor:
+    """A buffer, or a grown copy, with a part of other rows behind its `first` own."""
+    grown = with_room(buffer, first + len(part), num_past, length)
+    grown[first : first + len(part), : part.shape[1]] = part
+    grown[first : first + len(part), part.shape[1] :] = 0  # no NaN of a row that left
+    return grown
 
 
 def _joined_hidden(one: ContextCache, two: ContextCache) -> Tensor | None:

@@ -111,20 +111,23 @@ class ContextCache:
 
     `layers[i]` is what layer i keeps: KV (B, S, Hk, A), S the longest row, MambaState conv
     (B, C, W-1) and ssm (B, H, P, N), or None. `last_hidden` (B, D) is the tower's output at each
-    row's last token, None before the first. `version` is another object after each change.
+    row's last token, None before the first; `outputs` (B, S, D) at all of them, None where they are
+    not kept. `version` is another object after each change.
 
     `buffers` are the same with room for more rows and tokens than there are, so that tokens are
     added and rows enter and leave without a copy of the others. `num_rows` is B, `num_past` S;
     `is_uniform`: whether all rows hold as many tokens, so that no mask is needed.
     """
 
-    def __init__(self, states: list[LayerState], num_rows: int) -> None:
-        """states: of each layer, before the first token."""
+    def __init__(
+        self, states: list[LayerState], num_rows: int, outputs: Tensor | None = None
+    ) -> None:
+        """states: of each layer, before the first token; outputs (B, 0, D) where all are kept."""
         # On the CPU: it steers control flow.
         self.lengths = torch.zeros(num_rows, dtype=torch.int64)
         self.last_hidden: Tensor | None = None
         self.version: object = Version()
-        self.buffers = states
+        self.buffers, self.output_buffer = states, outputs
 
     @property
     def lengths(self) -> Tensor:
@@ -149,6 +152,12 @@ class ContextCache:
             state = self.buffers[index]
             found[index] = KV(state.k[used], state.v[used]) if isinstance(state, KV) else state
         return tuple(found)
+
+    @property
+    def outputs(self) -> Tensor | None:
+        """The tower's output at each token, without the room behind them, not copied."""
+        kept = self.output_buffer
+        return None if kept is None else kept[: self.num_rows, : self.num_past]
 
     @property
     def token_bytes(self) -> int:
@@ -216,6 +225,10 @@ class ContextCache:
         if buffers:
             self._write_behind(buffers, parts)
         newest, lengths = self._newest(output.hidden, counts), self.lengths + counts
+        if self.output_buffer is not None:
+            sizes = self.num_rows, self.num_past, self.num_past + output.hidden.shape[1]
+            self.output_buffer = with_room(self.output_buffer, *sizes)
+            self._write_behind([self.output_buffer], [output.hidden])
         if output.states_after is not None:  # now that it is known how many stay
             kept = (i for i, old in enumerate(self.buffers) if isinstance(old, MambaState))
             # Nothing can fail behind this: who made the output may follow the cache from here on.
@@ -235,7 +248,7 @@ class ContextCache:
         return torch.where((counts > 0).to(hidden.device).unsqueeze(1), newest, before)
 
     def _write_behind(self, buffers: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-        """Put parts (B, L, Hk, A) behind each row's last token in its buffer."""
+        """Put parts (B, L, ...) behind each row's last token in its buffer."""
         num_rows, start, length = self.num_rows, self.num_past, parts[0].shape[1]
         if self.is_uniform:
             indices = slice(num_rows), slice(start, start + length)
@@ -251,7 +264,7 @@ class ContextCache:
 
 
 def with_room(buffer: Tensor, num_rows: int, num_past: int, length: int) -> Tensor:
-    """The buffer (rows, tokens, Hk, A), of which num_past tokens are used, or a grown copy if it
+    """The buffer (rows, tokens, ...), of which num_past tokens are used, or a grown copy if it
     has no room for num_rows rows of `length` tokens.
     """
     rows, tokens = buffer.shape[:2]

@@ -121,11 +121,15 @@ class TwoTower(nn.Module):
         logits: Tensor = self.context_lm_head(hidden).float()
         return logits
 
-    def empty_cache(self, num_rows: int, device: torch.device | None = None) -> ContextCache:
-        """A cache before the first token."""
+    def empty_cache(
+        self, num_rows: int, device: torch.device | None = None, keeps_outputs: bool = False
+    ) -> ContextCache:
+        """A cache before the first token. keeps_outputs: of the tower, at all tokens."""
         dtype, device = self.context_tower.embeddings.weight.dtype, device or self.context_device
-        layers = self.config.context.layers
-        return ContextCache(empty_states(layers, num_rows, device, dtype), num_rows)
+        states = empty_states(self.config.context.layers, num_rows, device, dtype)
+        shape = num_rows, 0, self.config.hidden_size
+        outputs = torch.empty(shape, dtype=dtype, device=device) if keeps_outputs else None
+        return ContextCache(states, num_rows, outputs)
 
     @torch.no_grad()
     def prefill(
