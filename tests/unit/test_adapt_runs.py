@@ -243,7 +243,7 @@ def test_a_short_run_trains_and_does_not_only_measure(
 
     def slow(*_: object) -> Acceptance:
         measurements.append(time.sleep(0.3))
-        return Acceptance(tokens_per_cycle=1.0, right=[])
+        return Acceptance(tokens_per_cycle=1.0, right=[], answers=1)
 
     monkeypatch.setattr(stages, "measure", slow)
     work, shape = WorkFolder(tmp_path / "w"), ThinOptions(layers=1, draft_vocab=0)
@@ -383,7 +383,7 @@ def test_a_curve_has_each_step_once(tmp_path: Path) -> None:
     """Guards the curve of a run that was killed: steps that are taken again appeared twice."""
     model, work = backbone(), WorkFolder(tmp_path)
     trainer = Trainer(thin(model), features_of(thin(model)), StepOptions())
-    found = Acceptance(tokens_per_cycle=1.5, right=[0.5])
+    found = Acceptance(tokens_per_cycle=1.5, right=[0.5], answers=1)
     for step in (10, 20, 30, 20, 20):
         trainer.step = step
         _add_to_curve(work, trainer, found, StepOptions())

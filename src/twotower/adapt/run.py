@@ -56,7 +56,7 @@ _LAYERS = 3  # of a denoiser when nobody says
 HELD_OUT = 20  # one answer in so many is never trained on
 _MAX_HELD = 24  # answers that the curve is measured on
 _SPENT_S, _SAVE_S = 5.0, 60.0
-_CURVE_POINTS = 12
+_CURVE_POINTS, _MEASURING = 12, 0.03  # at most, and the share of the time that each may take
 
 
 def reads_of(config: TwoTowerConfig, thin: ThinOptions) -> list[int]:
@@ -140,13 +140,19 @@ def train(
         "train", budget, trainer.seconds, more=budget.seconds("answers") - read_spent(work)
     )
     trained, held = split(places)
+
+    def measured_now() -> str:
+        found = measure(made, features, held, _MEASURING * clock.total)
+        del held[found.answers :]  # all points are of the same answers
+        return _add_to_curve(work, trainer, found, options)
+
     average, words, saved, measured, measuring_s = None, "", clock.used, clock.used, 0.0
-    while clock.left > measuring_s:  # which it will do once more
+    while clock.left > (measuring_s or _MEASURING * clock.total):  # which it will take once more
         loss = trainer.take_step(trained, clock.used / clock.total)
         trainer.seconds = clock.used
         average = loss if average is None else 0.98 * average + 0.02 * loss
         if trainer.seconds - measured > max(clock.total / _CURVE_POINTS, 9 * measuring_s):
-            words = _add_to_curve(work, trainer, measure(made, features, held), options)
+            words = measured_now()
             measured, measuring_s = clock.used, clock.used - trainer.seconds
         if trainer.seconds - saved > _SAVE_S:
             trainer.save(work.checkpoint)
@@ -158,7 +164,7 @@ def train(
             "kept)"
         )
     trainer.save(work.checkpoint)
-    words = _add_to_curve(work, trainer, measure(made, features, held), options)
+    words = measured_now()
     made.ngrams = joined(ngrams_of(work), made.ngrams)
     save_denoiser(made, out, backbone)
     yield clock.progress(f"{trainer.step * options.blocks} blocks{words}")
@@ -280,6 +286,7 @@ def _add_to_curve(
         "blocks": trainer.step * options.blocks,
         "tokens_per_cycle": round(found.tokens_per_cycle, 4),
         "right": [round(share, 4) for share in found.right],
+        "answers": found.answers,
     }
     lines = work.curve.read_text().splitlines() if work.curve.is_file() else []
     lines = [line for line in lines if _steps_of(line) < trainer.step]

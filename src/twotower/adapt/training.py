@@ -5,6 +5,7 @@ had not been.
 """
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,11 +177,18 @@ class Acceptance:
     """Of a draft and its verification, which always gives one token itself."""
     right: list[float]
     """Share of first, second and so on guessed tokens that are right, each by itself."""
+    answers: int
+    """On how many of them that was measured."""
 
 
 @torch.no_grad()
-def measure(model: TwoTower, features: Features, places: Sequence[Place]) -> Acceptance:
-    """What greedy decoding of the answers at some places would accept."""
+def measure(
+    model: TwoTower, features: Features, places: Sequence[Place], seconds: float = math.inf
+) -> Acceptance:
+    """What greedy decoding of the answers at some places would accept: of the first, as many as the
+    time allows, at least one.
+    """
+    deadline, done = time.monotonic() + seconds, 0
     numbers, size, device = draft_numbers(model), model.config.block_size, model.denoiser_device
     tokens = cycles = 0
     right, count = torch.zeros(size - 1), torch.zeros(size - 1)
@@ -199,6 +207,11 @@ def measure(model: TwoTower, features: Features, places: Sequence[Place]) -> Acc
         while at < last - 1:
             step = min(accepted[at - first] + 1, last - 1 - at)
             tokens, cycles, at = tokens + step, cycles + 1, at + step
+        done += 1
+        if time.monotonic() > deadline:
+            break
     return Acceptance(
-        tokens_per_cycle=tokens / max(1, cycles), right=(right / count.clamp(min=1)).tolist()
+        tokens_per_cycle=tokens / max(1, cycles),
+        right=(right / count.clamp(min=1)).tolist(),
+        answers=done,
     )
