@@ -174,9 +174,10 @@ def test_soft_targets_are_what_the_backbone_chooses_from(
 def test_denoiser_comes_back_beside_its_backbone(dtype: torch.dtype, tmp_path: Path) -> None:
     """Guards the file: a tensor that is not written would come back random."""
     model = thin(backbone())
-    model.ngrams = count_ngrams(answers(30), [])
+    model.ngrams, model.tokens_per_cycle = count_ngrams(answers(30), []), 1.75
     save_denoiser(model, tmp_path / "d", "me/model", dtype=dtype)
     again = load_denoiser(backbone(), tmp_path / "d")
+    assert accelerate(again, "native").tokens_per_cycle == 1.75  # by which drafts are tried
     assert again.ngrams is not None
     for part, own in zip(model.ngrams, again.ngrams, strict=True):
         np.testing.assert_allclose(part, own, atol=0.001)
@@ -208,6 +209,8 @@ def test_damaged_denoisers_are_refused(tmp_path: Path) -> None:
         ({"vocab_size": True}, "vocab_size=True is of the wrong type"),
         ({"bigram_rank": 2.0}, "bigram_rank=2.0 is of the wrong type"),
         ({"reads_hidden": 1}, "reads_hidden=1 is of the wrong type"),
+        ({"tokens_per_cycle": 0.5}, "tokens_per_cycle=0.5 must be a number of at least 1; restore"),
+        ({"tokens_per_cycle": "2"}, "tokens_per_cycle='2' must be a number"),
     ):
         (folder / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(ValueError, match=said):

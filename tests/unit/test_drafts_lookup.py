@@ -15,7 +15,6 @@ from twotower.engine.drafts_lookup import (
     MIN_MATCH,
     Lookup,
     LookupIndex,
-    continuation,
     propose,
 )
 from twotower.engine.options import ResolvedOptions
@@ -80,10 +79,10 @@ def test_the_index_follows_the_row() -> None:
     for new, expected in (([1], None), ([2], (3, 1, 2)), ([3], (1, 2, 3)), ([5], None)):
         row.tokens += new
         proposal = propose(row, batch, [])
-        assert (proposal and tuple(proposal.tokens[:3])) == expected
+        assert tuple(proposal.tokens[:3]) == (expected or ())
         assert row.lookup is not None and row.lookup.num_tokens == 3 + len(row.tokens)
-    row.options = ResolvedOptions(drafts="denoiser")
-    assert propose(row, batch, [1, 2]) is None
+    row = Row(0, [1, 2, 3, 1, 2], ResolvedOptions(drafts="denoiser"))
+    assert propose(row, batch, [])[1:] == (1.0, [], [], 0.0, 1.0, 0.0)
 
 
 def test_longer_matches_have_longer_drafts() -> None:
@@ -92,7 +91,7 @@ def test_longer_matches_have_longer_drafts() -> None:
     for match, expected in ((2, 7), (4, 7), (16, 15)):
         row = Row(0, [*text, 7, *text[:match]], ResolvedOptions())
         proposal = propose(row, batch_with(None), [])
-        assert proposal is not None and proposal.cost == 0 and proposal.gain > 1.2
+        assert proposal.cost == 0 and proposal.gain > 1.2
         assert list(proposal.tokens) == text[match : match + expected]
 
 
@@ -102,7 +101,7 @@ def test_drafts_end_where_the_text_does() -> None:
     for most, expected in ((1, 0), (2, 1), (4, 3), (9, 7)):
         row = Row(0, [*text, *text[:8]], ResolvedOptions(max_new_tokens=most))
         proposal = propose(row, batch_with(None), [])
-        assert len(proposal.tokens if proposal else ()) == expected
+        assert len(proposal.tokens) == expected
 
 
 def test_ngrams_go_on_where_the_text_says_nothing() -> None:
@@ -128,7 +127,7 @@ def test_a_row_learns_what_its_lookups_are_worth() -> None:
     drafted = []
     for token in [3] * 40 + [8] * 60:
         row.tokens += [7]
-        drafted.append(propose(row, batch, []) is not None)
+        drafted.append(len(propose(row, batch, []).tokens) > 0)
         row.tokens += [token, len(drafted) + 100]
     assert drafted[0] and not any(drafted[30:40]) and all(drafted[90:])
 
@@ -145,7 +144,7 @@ def test_draft_lengths(sure: list[float], lengths: tuple[int, int]) -> None:
     for writing in (0.0, 10.0):
         row = Row(0, [5], ResolvedOptions(drafts="denoiser"))
         costs = PassCosts({1: 1.0, 2: 1.1, 3: 1.3, 4: 1.6})
-        tokens, *_ = continuation(row, batch_with(None, costs), [], drafted, writing)
+        tokens = propose(row, batch_with(None, costs), [], drafted, writing).tokens
         assert tokens == [7, 8, 9][: len(tokens)]
         found.append(len(tokens))
     assert tuple(found) == lengths

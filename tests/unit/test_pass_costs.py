@@ -27,7 +27,12 @@ def spin(seconds: float) -> None:
 def test_costs_are_what_passes_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards drafts that are as long as pays on somebody else's processor."""
     monkeypatch.setattr(costs, "_SECONDS", 0.05)
-    steps = costs.measure(lambda length: spin(STEP * (1 + length / 16)))
+    *steps, step_s, share = costs.measure(
+        lambda length: spin(STEP * (1 + length / 16)), lambda length: spin(STEP * length / 16)
+    )
+    assert step_s == pytest.approx(STEP * 17 / 16, rel=0.3) and share == pytest.approx(
+        1 / 3, rel=0.3
+    )
     expected = [(1 + length / 16) / (1 + 1 / 16) for length in costs._LENGTHS]
     assert steps == pytest.approx(expected, rel=0.3)
     assert steps[0] == 1 and steps == sorted(steps)
@@ -38,15 +43,16 @@ def test_what_others_take_does_not_count(monkeypatch: pytest.MonkeyPatch) -> Non
     that had to wait."""
     monkeypatch.setattr(costs, "_SECONDS", 0.0)
     calls = iter([0.0, *[STEP, 9 * STEP, STEP / 2, STEP, STEP, STEP, STEP, STEP], *[STEP] * 16])
-    steps = costs.measure(lambda length: spin(next(calls)))
+    *steps, _, share = costs.measure(lambda length: spin(next(calls)))
+    assert share == 0
     assert steps == pytest.approx([1.0] * 8, abs=0.3)
 
 
 def test_a_machine_measures_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards runs that repeat: another table makes other drafts. Other bits, threads or a damaged
     file are measured anew; where nothing can be kept, drafts are made all the same."""
-    tables = iter([[1.0, *[n / 2] * 7] for n in range(3, 20)])
-    monkeypatch.setattr(costs, "measure", lambda run: next(tables))
+    tables = iter([[1.0, *[n / 2] * 7, 0.01, 0.1] for n in range(3, 20)])
+    monkeypatch.setattr(costs, "measure", lambda *_: next(tables))
     monkeypatch.setattr(os, "getloadavg", lambda: (load[0], 0.0, 0.0))
     load = [9.0]
 
@@ -58,7 +64,15 @@ def test_a_machine_measures_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [found(), found(), found("int4"), found()] == [2.5, 2.5, 3.0, 2.5]
     torch.set_num_threads(2)
     assert [found(), found()] == [3.5, 3.5]
-    for damaged in ("", "[1.0]", '["a"]', "[1,1,1,1,1,1,1,null]", "[1,1,1,1,1,1,1,0]", "{}", "3"):
+    for damaged in (
+        "",
+        "[1.0]",
+        '["a"]',
+        "[1,1,1,1,1,1,1,1,1,null]",
+        "[1,1,1,1,1,1,1,0,1,0]",
+        "{}",
+        "3",
+    ):
         for file in tmp_path.iterdir():
             file.write_text(damaged)
         last = found()
@@ -74,10 +88,11 @@ def test_what_is_timed_are_passes(monkeypatch: pytest.MonkeyPatch, pattern: str)
     tokens, and none leaves a trace in what comes after."""
     runs: list[int] = []
 
-    def timed(run: Callable[[int], object], *_: object) -> PassCosts:
+    def timed(run: Callable[[int], object], *rest: object) -> PassCosts:
         for length in costs._LENGTHS:
             run(length)
             runs.append(length)
+        rest[-1](costs._DRAFTED)  # type: ignore[operator]  # of the denoiser
         return PassCosts({1: 1.0, 32: 1.5})
 
     monkeypatch.setattr(costs, "pass_costs", timed)

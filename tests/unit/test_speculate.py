@@ -5,17 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from twotower.engine import speculative
+from twotower.engine import drafts_denoiser, drafts_lookup, speculative
 from twotower.engine.batch import Batch
-from twotower.engine.drafts import DraftController, Proposal, best, best_length, pass_cost
-from twotower.engine.drafts_denoiser import writing_cost
+from twotower.engine.drafts import DraftController, Proposal, best_length, pass_cost
+from twotower.engine.drafts_denoiser import choose_writers, writing_cost
 from twotower.engine.options import ResolvedOptions
 from twotower.engine.request import Row
 from twotower.graphs.passes import count_accepted
 from twotower.model.backend import PassCosts
 from twotower.model.draft_tree import DraftTree
-
-FIRST_PAUSE, LONGEST_PAUSE = PAUSES = 24, 96
 
 
 def test_count_accepted() -> None:
@@ -64,12 +62,16 @@ def test_a_pass_of_some_rows_is_waited_for_by_all() -> None:
     assert pass_cost(costs, 8, num_rows=1, num_waiting=3) == pytest.approx(0.5)
 
 
+NOTHING = Proposal("lookup", 1.0)
+
+
 def cost(tokens_of_a_draft: int, num_tokens: int, break_even: float) -> float:
     """AR steps that a text of num_tokens costs when every draft yields the same number."""
-    controller, written, spent = DraftController(0.25, PAUSES), 0, 0.0
+    controller, written, spent = DraftController(8.0, 0.5), 0, 0.0
     while written < num_tokens:
-        if controller.is_drafting:
-            controller.record_draft(tokens_of_a_draft / break_even)
+        if controller.expected(NOTHING) > break_even:
+            controller.begin((), 0.0)
+            controller.record_draft([7] * tokens_of_a_draft)
             written, spent = written + tokens_of_a_draft, spent + break_even
         else:
             controller.record_other()
@@ -88,35 +90,73 @@ def test_good_drafts_never_pause() -> None:
     assert cost(9, 900, 5.0) == 100 * 5.0
 
 
-def test_pauses_double_and_one_good_draft_ends_them() -> None:
-    controller, pauses = DraftController(0.25, PAUSES), []
-    for accepted in (2, 1, 1, 1, 1, 1, 8, 1, 1):
-        controller.record_draft(accepted / 3)
-        length = 0
-        while not controller.is_drafting:
+def test_drafts_are_tried_again_and_good_ones_go_on() -> None:
+    """Guards long texts: what their first words were like does not decide for ever."""
+    controller, cycles = DraftController(8.0, 0.5), list[bool]()
+    for number in range(1000):
+        is_drafted = controller.expected(NOTHING) > 4.0
+        cycles.append(is_drafted)
+        if is_drafted:
+            controller.record_draft([7] * (1 if number < 500 else 9))
+        else:
             controller.record_other()
-            length += 1
-        pauses.append(length)
-    doubled = [FIRST_PAUSE, 2 * FIRST_PAUSE, LONGEST_PAUSE, LONGEST_PAUSE, LONGEST_PAUSE]
-    assert pauses == [0, *doubled, 0, 0, FIRST_PAUSE]
+    assert 1 <= sum(cycles[:100]) <= 4 and 1 <= sum(cycles[200:500]) <= 10
+    assert sum(cycles[800:]) > 190
 
 
-def test_a_trial_that_others_wait_for_comes_less_often() -> None:
-    """Guards batches: each of 16 rows in turn would make the others wait for its trials."""
-    controller, pause = DraftController(0.25, PAUSES), 0
-    controller.record_draft(0.4, num_waited=15)
-    while not controller.is_drafting:
-        controller.record_other()
-        pause += 1
-    assert pause == 16 * FIRST_PAUSE
+def test_what_a_lookup_knows_a_draft_does_not_add() -> None:
+    """Guards texts that repeat: a draft seemed worth all tokens of its cycle, also those that cost
+    nothing.
+    """
+    controller, sure = DraftController(1.0, 2.0), Proposal("lookup", 2.0, expected=3.0, sure=0.9)
+    assert controller.expected(NOTHING) == 2.0 and controller.expected(sure) == pytest.approx(3.1)
+    for _ in range(20):
+        controller.begin([4, 5, 6], 0.5)
+        controller.record_draft([4, 5, 6, 7])
+    assert controller.expected(sure) == pytest.approx(3.9, abs=0.2)  # what such cycles yield
+    worse = sure._replace(expected=5.0, sure=0.0)
+    assert controller.expected(worse) == pytest.approx(5.2, abs=0.1)  # 2 of 12 parts are belief
+    controller.begin([4, 9], 0.5)
+    controller.record_draft([4, 5, 6, 7])  # two more than instead
+    assert controller.expected(worse) == pytest.approx(5.3, abs=0.05)
+
+
+def rows_that_may_draft(count: int, told: float | None, **options: object) -> Batch:
+    batch = batch_of(PassCosts({1: 1.0, 16: 1.5, 256: 1.6}, row=0.0), count, context=30, denoiser=3)
+    batch.model.has_denoiser, batch.model.tokens_per_cycle = True, told  # type: ignore[misc]
+    given = ResolvedOptions(block_size=5, **options)  # type: ignore[arg-type]
+    batch.rows = [Row(index, [5], given) for index in range(count)]
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("told", "options", "is_tried"),
+    [(1.3, {}, False), (3.5, {}, True), (None, {}, True), (1.3, {"drafts": "denoiser"}, True)],
+)
+def test_what_is_known_of_a_denoiser_saves_trials(
+    told: float | None, options: dict[str, object], is_tried: bool
+) -> None:
+    """Guards drafts=auto: every text began with a draft of a denoiser that does not pay."""
+    batch = rows_that_may_draft(1, told, **options)
+    assert choose_writers(batch, [[5]], [NOTHING]) == [0] * is_tried
+    batch.rows[0].options = ResolvedOptions(drafts="lookup")
+    assert choose_writers(batch, [[5]], [NOTHING]) == []
+
+
+def test_few_rows_do_not_write_at_the_expense_of_many() -> None:
+    """Guards batches: where lookups serve most rows, the others' drafts make all of them wait."""
+    batch, sure = rows_that_may_draft(16, 2.6), Proposal("lookup", 3.0, [7], expected=3.0, sure=0.9)
+    assert choose_writers(batch, [[5]] * 16, [NOTHING] * 16) == [*range(16)]
+    assert choose_writers(batch, [[5]] * 16, [NOTHING, *[sure] * 15]) == []
 
 
 def test_padding_of_drafts_that_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards a short draft beside a longer one: padding that followed a token would be accepted
     where the tower chooses token 0, and then what was chosen behind that.
     """
-    proposals = iter([Proposal("lookup", 2.0, [7, 8], [0, 0]), None])
-    monkeypatch.setattr(speculative, "PROPOSE", (lambda *_: next(proposals),))
+    proposals = iter([Proposal("lookup", 2.0, [7, 8], [0, 0]), NOTHING])
+    monkeypatch.setattr(drafts_lookup, "propose", lambda *_: next(proposals))
+    monkeypatch.setattr(drafts_denoiser, "choose_writers", lambda *_: [])
     rows = [Row(index, [5], ResolvedOptions(mode="speculative")) for index in range(2)]
     for row in rows:
         row.tokens = [4]
@@ -126,15 +166,6 @@ def test_padding_of_drafts_that_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (drafts, lengths) == ([[4, 7, 8], [4, 0, 0]], [3, 1])
     assert parents == [[-1, 0, 0], [-1, -1, -1]]
     assert DraftTree(parents).paths(drafts, [[7, 0, 0], [0, 0, 0]]) == [[0, 1], [0]]
-
-
-def test_the_draft_that_promises_most_is_tried() -> None:
-    """Guards the choice between drafters: of equals the first, none where none proposes."""
-    lookup, denoiser = Proposal("lookup", 1.5, [7]), Proposal("denoiser", 1.5)
-    assert best(iter([lookup, denoiser])) is lookup
-    better = denoiser._replace(gain=1.6)
-    assert best(iter([None, lookup, better])) is better
-    assert best(iter([None, None])) is None
 
 
 def test_a_thin_denoiser_costs_less() -> None:

@@ -144,6 +144,7 @@ def train(
     def measured_now() -> str:
         found = measure(made, features, held, _MEASURING * clock.total)
         del held[found.answers :]  # all points are of the same answers
+        made.tokens_per_cycle = found.tokens_per_cycle
         return _add_to_curve(work, trainer, found, options)
 
     average, words, saved, measured, measuring_s = None, "", clock.used, clock.used, 0.0

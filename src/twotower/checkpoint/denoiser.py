@@ -32,6 +32,7 @@ _MIN_ALIKE = 0.95  # of two sketches: 4-bit weights of one model have 0.99, othe
 _SPEC = tuple(field.name for field in fields(DraftSpec))
 _SIZE = (int, type(None))
 _NGRAMS = "ngrams."
+_MEASURED = "tokens_per_cycle"  # in config.json, where it was measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +124,8 @@ def save_denoiser(
         "block_size": model.config.block_size,
         **{name: getattr(spec, name) for name in _SPEC},
     }
+    if model.tokens_per_cycle is not None:
+        config[_MEASURED] = round(model.tokens_per_cycle, 4)
     write_checkpoint(folder, pieces, config, None, 2**62)
 
 
@@ -177,7 +180,19 @@ def load_denoiser(
     made.lm_head.weight.data.copy_(head if ids is None else head[ids])
     preferred = {"mode": "speculative", "block_size": config.block_size}
     made.generation_defaults = {**backbone.generation_defaults, **preferred}
+    made.tokens_per_cycle = _measured(read_json(folder / "config.json"), folder)
     return made.eval()
+
+
+def _measured(values: Mapping[str, object], folder: Path) -> float | None:
+    """What a denoiser's config.json tells of its drafts; ValueError (one line) for what is none."""
+    told = values.get(_MEASURED)
+    if told is None or (isinstance(told, int | float) and 1 <= told < math.inf):
+        return None if told is None else float(told)
+    raise ValueError(
+        f"{folder / 'config.json'}: {_MEASURED}={reprlib.repr(told)} must be a number of at least "
+        "1; restore the file"
+    )
 
 
 def _with_empty_denoiser(

@@ -11,7 +11,7 @@ from torch import Tensor
 from twotower.diffusion import Sampler, SamplerKind
 from twotower.engine.choosing import ChoosingBackend
 from twotower.engine.denoiser import Denoiser
-from twotower.engine.drafts import pass_cost
+from twotower.engine.drafts import pass_cost, with_all_beside
 from twotower.engine.events import Event, TokenLogprob, Verified
 from twotower.engine.request import Row
 from twotower.model import ContextCache, TwoTower
@@ -116,11 +116,12 @@ class Batch:
         CPU do the rows count.
         """
         rows = self._num_counted if num_rows is None else min(self._num_counted, num_rows)
-        return pass_cost(self._pass_costs, num_tokens, rows, self._num_counted - rows)
+        return pass_cost(self.pass_costs, num_tokens, rows, self._num_counted - rows)
 
     @cached_property
-    def _pass_costs(self) -> PassCosts:
-        return self.model.pass_costs  # asked for every length of every draft
+    def pass_costs(self) -> PassCosts:
+        """What passes of the model cost, with all around them."""
+        return with_all_beside(self.model.pass_costs)  # asked for every length of every draft
 
     @cached_property
     def _num_counted(self) -> int:

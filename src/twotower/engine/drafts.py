@@ -1,11 +1,12 @@
 """Where drafts of mode="speculative" come from, and when a row has one.
 
-A drafter is a file with `propose`: drafts_lookup copies what the text has said before,
-drafts_denoiser lets the denoiser tower write. Each row has a controller of the denoiser's
-drafts, which knows what they have yielded in this row.
+drafts_lookup proposes what the text has said before, drafts_denoiser lets the denoiser tower write
+where that pays. Each row has a controller of the denoiser's drafts, which knows what they have
+yielded in this row.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from twotower.model.backend import PassCosts
@@ -14,43 +15,8 @@ Drafts = Literal["auto", "lookup", "denoiser"]
 DrafterName = Literal["lookup", "denoiser"]
 
 
-class DraftController:
-    """Whether the denoiser's drafts pay in a row, by the row's own history alone, so that rows stay
-    independent.
-
-    The gain of a draft: tokens of its cycle by AR steps that they cost; AR decoding has 1. weight:
-    of the newest in the running mean, and more where few were seen. pauses: how many cycles pass
-    before the next trial after a failed one, and the most that they double to. A text that drafts
-    badly costs one trial at the start and then one in a pause.
-    """
-
-    def __init__(self, weight: float, pauses: tuple[int, int]) -> None:
-        self.gain = 1.5  # expected
-        self.num_drafts = 0
-        self._weight, (self._first_pause, self._longest_pause) = weight, pauses
-        self._pause, self._next_pause = 0, self._first_pause
-
-    @property
-    def is_drafting(self) -> bool:
-        """Whether the next cycle may have such a draft."""
-        return self._pause == 0
-
-    def record_draft(self, gain: float, num_waited: float = 0.0) -> None:
-        """A cycle had such a draft, for which so many other rows waited: a trial that cost them as
-        much comes as much less often.
-        """
-        self.num_drafts += 1
-        self.gain += max(self._weight, 1 / (1 + self.num_drafts)) * (gain - self.gain)
-        if self.gain >= 1:
-            self._next_pause = self._first_pause
-            return
-        self._pause = round(self._next_pause * (1 + num_waited))
-        self._next_pause = min(2 * self._next_pause, self._longest_pause)
-        self.gain = 1.0  # after the pause one good draft is enough to go on
-
-    def record_other(self) -> None:
-        """A cycle went by without such a draft."""
-        self._pause = max(0, self._pause - 1)
+_BESIDE_S = 0.0004  # seconds of an AR step of one row beside its pass
+_FADES = 0.997  # what is left of a row's history after a cycle without such a draft
 
 
 class Proposal(NamedTuple):
@@ -58,9 +24,73 @@ class Proposal(NamedTuple):
 
     drafter: DrafterName
     gain: float  # expected: tokens of the cycle by AR steps that they cost
-    tokens: Sequence[int] = ()  # what follows the known ones, where that is known already
+    tokens: Sequence[int] = ()  # what follows the known ones
     parents: Sequence[int] = ()  # what each follows, by index: 0 is the newest token
     cost: float = 0.0  # AR steps that it took to write it
+    expected: float = 1.0  # tokens of the cycle
+    sure: float = 0.0  # how probable it is that the likeliest next token is right
+
+
+class DraftController:
+    """What the denoiser's drafts are worth in a row, by the row's own history alone, so that rows
+    stay independent.
+
+    A draft adds tokens to those of a lookup, the fewer the surer that is of its first one, and a
+    cycle with it yields at least as many as such cycles mostly do. What was learnt fades, and
+    drafts are tried again. more: tokens that drafts are expected to add where no lookup is right;
+    trust: so many drafts of the row count as much as that. is_guess: nothing is known, and the
+    first draft comes before all others.
+    """
+
+    def __init__(self, more: float, trust: float, is_guess: bool = False) -> None:
+        self._more, self._trust, self._must_try = more, trust, is_guess
+        self._added = self._unsure = self._tokens = self._drafts = 0.0
+        self._instead: Sequence[int] = ()  # of the cycle that has a draft
+        self._sure = 0.0
+
+    def expected(self, instead: Proposal) -> float:
+        """Tokens of a cycle with a draft, where this would be verified instead."""
+        if self._must_try:
+            return math.inf
+        more, trust = self._more, self._trust
+        added = (trust * more + self._added) / (trust + self._unsure)
+        usual = (trust * (1 + more) + self._tokens) / (trust + self._drafts)
+        return max(instead.expected + added * (1 - instead.sure), usual)
+
+    def begin(self, instead: Sequence[int], sure: float) -> None:
+        """This cycle has a draft. instead: what would be verified behind the newest token; sure: of
+        the first of it.
+        """
+        self._instead, self._sure, self._must_try = instead, sure, False
+
+    def record_draft(self, tokens: Sequence[int]) -> None:
+        """The cycle is over, and these are its tokens."""
+        pairs = enumerate(zip(self._instead, tokens, strict=False), 1)
+        wrong = (number for number, (one, other) in pairs if one != other)
+        num_instead = next(wrong, len(self._instead) + 1)
+        self._added += len(tokens) - min(num_instead, len(tokens))
+        self._unsure += 1 - self._sure
+        self._tokens += len(tokens)
+        self._drafts += 1
+
+    def record_other(self) -> None:
+        """A cycle went by without such a draft."""
+        self._added *= _FADES
+        self._unsure *= _FADES
+        self._tokens *= _FADES
+        self._drafts *= _FADES
+
+
+def beside_passes(costs: PassCosts) -> float:
+    """The share of an AR step of one row that is no pass; 0 where that was not measured."""
+    return 0.0 if costs.step_s is None else _BESIDE_S / (costs.step_s + _BESIDE_S)
+
+
+def with_all_beside(costs: PassCosts) -> PassCosts:
+    """The costs in AR steps with all that is around a pass: the same around a longer one."""
+    share = 1 - beside_passes(costs)
+    tokens = {most: 1 + (cost - 1) * share for most, cost in costs.tokens.items()}
+    return costs._replace(tokens=tokens, row=costs.row * share)
 
 
 def pass_cost(costs: PassCosts, num_tokens: int, num_rows: int = 1, num_waiting: int = 0) -> float:
@@ -89,9 +119,3 @@ def best_length(
     gains = [tokens / (writing + cost) for tokens, cost in zip(expected, costs, strict=True)]
     count = max(range(len(gains)), key=gains.__getitem__)
     return count, gains[count]
-
-
-def best(proposals: Iterator[Proposal | None]) -> Proposal | None:
-    """The one of which most is expected, the first of equals; None where none may be tried."""
-    possible = [proposal for proposal in proposals if proposal is not None]
-    return max(possible, key=lambda proposal: proposal.gain, default=None)

@@ -1,46 +1,77 @@
 """Drafts of the denoiser tower: all masked positions of a block at once."""
 
-import math
 from collections.abc import Generator, Sequence
 
 from torch import Tensor
 
 from twotower.engine.batch import Batch
 from twotower.engine.denoiser import fill_blocks
-from twotower.engine.drafts import DraftController, Proposal
-from twotower.engine.drafts_lookup import Candidates
+from twotower.engine.drafts import DraftController, Proposal, beside_passes
+from twotower.engine.drafts_lookup import MAX_DRAFT, Candidates
 from twotower.engine.events import Event
 from twotower.engine.request import Row
 
-_WEIGHT, _PAUSES = 0.25, (24, 96)
-# AR steps of one row that drafts take beside their passes: those of a batch together, and each.
-_TOGETHER, _EACH = 0.1, 0.1
+# Of the tokens that drafts add to AR's one on held-out answers, what they add where lookups fail:
+# texts are harder there, and some of the rest lookups know.
+_ADDED = 0.75
+_KNOWN, _GUESSED = 4.0, 0.5  # drafts of a row that count as much as that, and as a guess
+# Seconds that drafts take beside their passes: those of a batch together, and each. In AR steps,
+# where no second was measured.
+_TOGETHER_S = _EACH_S = 0.00065
+_TOGETHER = _EACH = 0.1
 
 
-def propose(row: Row, batch: Batch, known: Sequence[int]) -> Proposal | None:
-    """A draft that is yet to be written, by `write`; None where drafts have not paid of late."""
-    if row.options.drafts == "lookup" or not batch.model.has_denoiser:
-        return None
-    if len(known) > row.options.block_size - 2 or row.num_left < 2:
-        return None  # no position is left to fill
-    if row.controller is None:
-        row.controller = DraftController(_WEIGHT, _PAUSES)
-    if not row.controller.is_drafting:
-        return None
-    # The first comes before all others: lookups that give two tokens would keep a denoiser that
-    # gives ten from being tried.
-    return Proposal("denoiser", row.controller.gain if row.controller.num_drafts > 0 else math.inf)
+def choose_writers(
+    batch: Batch, known: Sequence[Sequence[int]], instead: Sequence[Proposal]
+) -> list[int]:
+    """The rows, by index, for which the denoiser is to write. known: each row's newest token and
+    what must follow; instead: what each would verify without a draft of the denoiser.
+    """
+    writers = list[int]()
+    for index, (row, own) in enumerate(zip(batch.rows, known, strict=True)):
+        if row.options.drafts == "lookup" or not batch.model.has_denoiser:
+            continue
+        if len(own) < row.options.block_size and row.num_left >= 2:  # a position is left to fill
+            row.controller = row.controller or _controller(row, batch)
+            writers.append(index)
+    num_writers = 0
+    while len(writers) != num_writers:  # the fewer write, the more each pays for all
+        num_writers = len(writers)
+        writers = [i for i in writers if pays(batch.rows[i], batch, instead[i], num_writers)]
+    return writers
+
+
+def _controller(row: Row, batch: Batch) -> DraftController:
+    told = batch.model.tokens_per_cycle
+    if told is None or row.options.drafts == "denoiser":  # only trials tell, or only they are asked
+        return DraftController(row.options.block_size / 2, _GUESSED, is_guess=True)
+    return DraftController(_ADDED * (told - 1), _KNOWN)
+
+
+def pays(row: Row, batch: Batch, instead: Proposal, num_writers: int) -> bool:
+    """Whether a draft of the denoiser is expected to gain more than what is verified instead, if as
+    many rows write.
+    """
+    assert row.controller is not None
+    size = row.options.block_size
+    length = min(size + len(instead.tokens), max(1 + MAX_DRAFT, size), row.num_left)
+    cost = writing_cost(row, batch, num_writers) + batch.pass_cost(length)
+    return row.controller.expected(instead) > instead.gain * cost
 
 
 def writing_cost(row: Row, batch: Batch, num_writers: int) -> float:
     """AR steps that a draft takes, if as many rows write: the others wait for them, at the writers'
-    expense. A layer of either tower costs as much.
+    expense. Where that was not measured, a layer of either tower costs as much.
     """
-    config, options = batch.model.config, row.options
-    share = config.denoiser.num_layers / config.context.num_layers
-    passes = options.draft_passes * share * batch.pass_cost(options.block_size, num_writers)
-    shared = passes + _TOGETHER * batch.pass_cost(1, num_rows=1)
-    return _EACH + shared * len(batch.rows) / num_writers
+    config, options, costs = batch.model.config, row.options, batch.pass_costs
+    share = costs.denoiser or config.denoiser.num_layers / config.context.num_layers
+    beside = beside_passes(costs)
+    passes = share * (batch.pass_cost(options.block_size, num_writers) - beside)
+    together, each = _TOGETHER, _EACH
+    if costs.step_s is not None:
+        together, each = (s * (1 - beside) / costs.step_s for s in (_TOGETHER_S, _EACH_S))
+    shared = options.draft_passes * passes + together * batch.pass_cost(1, num_rows=1)
+    return each + shared * len(batch.rows) / num_writers
 
 
 def write(

@@ -201,24 +201,15 @@ class Lookup:
         return min(_MAX_SURE, right / (self._tried[kind] + _USUAL_WEIGHT))
 
 
-def propose(row: Row, batch: Batch, known: Sequence[int]) -> Proposal | None:
-    """The draft behind a row's tokens and the known ones that costs no pass, if any pays."""
-    if row.options.drafts == "denoiser":
-        return None
-    tokens, parents, gain = continuation(row, batch, known)
-    return Proposal("lookup", gain, tokens, parents) if tokens else None
-
-
-def continuation(
+def propose(
     row: Row,
     batch: Batch,
     known: Sequence[int],
     drafted: Sequence[Candidates] = (),
     writing: float = 0.0,
-) -> tuple[list[int], list[int], float]:
+) -> Proposal:
     """What probably follows a row's tokens and the known ones, as much of it as is worth verifying,
-    the index of what each follows, and the gain that is expected. drafted: by the denoiser,
-    whose passes took `writing` AR steps.
+    if anything. drafted: by the denoiser, whose passes took `writing` AR steps.
     """
     if row.lookup is None:
         copies = row.options.drafts != "denoiser"
@@ -233,4 +224,12 @@ def continuation(
     expected = list(accumulate([float(begin), *guess.sure]))
     costs = [batch.pass_cost(begin + tokens) for tokens in range(len(expected))]
     length, gain = best_length(expected, costs, writing)
-    return guess.tokens[:length], [1 + parent for parent in guess.parents[:length]], gain
+    return Proposal(
+        drafter="denoiser" if drafted else "lookup",
+        gain=gain,
+        tokens=guess.tokens[:length],
+        parents=[1 + parent for parent in guess.parents[:length]],
+        cost=writing,
+        expected=expected[length],
+        sure=guess.sure[0] if guess.sure else 0.0,
+    )

@@ -10,14 +10,13 @@ import torch
 
 from twotower.engine import drafts_denoiser, drafts_lookup
 from twotower.engine.batch import Batch, Chosen, DecodingMode
-from twotower.engine.drafts import Proposal, best
+from twotower.engine.drafts import Proposal
 from twotower.engine.events import Event, Verified
 from twotower.engine.request import Row
 from twotower.engine.verify import start, verify
 from twotower.model.draft_tree import has_branches
 
 _NO_DRAFT = Proposal("lookup", 1.0)
-PROPOSE = (drafts_denoiser.propose, drafts_lookup.propose)
 
 
 def draft(batch: Batch) -> Iterator[Event]:
@@ -28,9 +27,11 @@ def draft(batch: Batch) -> Iterator[Event]:
     """
     rows, size = batch.rows, batch.rows[0].options.block_size
     known = [[row.tokens[-1], *_forced(row, size)] for row in rows]
-    for row, own in zip(rows, known, strict=True):
-        row.proposal = best(propose(row, batch, own[1:]) for propose in PROPOSE)
-    yield from _write(batch, known)
+    each = zip(rows, known, strict=True)
+    instead = [drafts_lookup.propose(row, batch, own[1:]) for row, own in each]
+    for row, free in zip(rows, instead, strict=True):
+        row.proposal = free if free.tokens else None
+    yield from _write(batch, known, instead)
     blocks, parents = list[list[int]](), list[list[int]]()
     for row, own in zip(rows, known, strict=True):
         proposal = row.proposal or _NO_DRAFT
@@ -50,21 +51,23 @@ def draft(batch: Batch) -> Iterator[Event]:
         batch.draft = *batch.draft, torch.tensor(follow)
 
 
-def _write(batch: Batch, known: Sequence[list[int]]) -> Iterator[Event]:
-    """Let the denoiser write where that is proposed, behind what is known of each row."""
-    rows, size = batch.rows, batch.rows[0].options.block_size
-    indices = [index for index, row in enumerate(rows) if row.proposal and not row.proposal.tokens]
-    if not indices:
+def _write(
+    batch: Batch, known: Sequence[list[int]], instead: Sequence[Proposal]
+) -> Iterator[Event]:
+    """Let the denoiser write where that pays, behind what is known of each row."""
+    writers = drafts_denoiser.choose_writers(batch, known, instead)
+    if not writers:
         return
+    rows, size = batch.rows, batch.rows[0].options.block_size
     masks = [batch.model.config.mask_token_id] * size
-    blocks = torch.tensor([[*known[index], *masks[len(known[index]) :]] for index in indices])
-    written = yield from drafts_denoiser.write(batch, blocks, torch.tensor(indices))
-    for index, block in zip(indices, written, strict=True):
+    blocks = torch.tensor([[*known[index], *masks[len(known[index]) :]] for index in writers])
+    written = yield from drafts_denoiser.write(batch, blocks, torch.tensor(writers))
+    for index, block in zip(writers, written, strict=True):
         row, own = rows[index], known[index]
-        assert row.proposal is not None
-        drafted, cost = block[len(own) :], drafts_denoiser.writing_cost(row, batch, len(indices))
-        tokens, parents, _ = drafts_lookup.continuation(row, batch, own[1:], drafted, cost)
-        row.proposal = row.proposal._replace(tokens=tokens, parents=parents, cost=cost)
+        assert row.controller is not None
+        row.controller.begin([*own[1:], *instead[index].tokens], instead[index].sure)
+        cost = drafts_denoiser.writing_cost(row, batch, len(writers))
+        row.proposal = drafts_lookup.propose(row, batch, own[1:], block[len(own) :], cost)
 
 
 def _forced(row: Row, size: int) -> list[int]:
@@ -94,14 +97,10 @@ def choose(batch: Batch) -> list[Chosen]:
     """Verify the drafts, and let each row's controller learn from it."""
     lengths = batch.draft[1]
     found, chosen = verify(batch), list[Chosen]()
-    drafters = [None if row.proposal is None else row.proposal.drafter for row in batch.rows]
-    num_writers = drafters.count("denoiser")
-    each = zip(batch.rows, drafters, lengths.tolist(), found, strict=True)
-    for row, drafter, length, own in each:
-        num_tokens = len(own.tokens)
-        if row.controller is not None and row.proposal is not None and drafter == "denoiser":
-            spent = row.proposal.cost + batch.pass_cost(length)
-            row.controller.record_draft(num_tokens / spent, len(batch.rows) / num_writers - 1)
+    for row, length, own in zip(batch.rows, lengths.tolist(), found, strict=True):
+        num_tokens, drafter = len(own.tokens), row.proposal and row.proposal.drafter
+        if row.controller is not None and drafter == "denoiser":
+            row.controller.record_draft(own.tokens)
         elif row.controller is not None:
             row.controller.record_other()
         verified = Verified(length - 1, num_tokens - 1, drafter)

@@ -30,6 +30,11 @@ class PassCosts(NamedTuple):
     to the last."""
     row: float = 0.1
     """Of each further row: it attends to a text of its own."""
+    step_s: float | None = None
+    """Seconds of an AR step of one row, where they were measured."""
+    denoiser: float | None = None
+    """Of a denoiser's pass, as a share of the context tower's over as many tokens, where that was
+    measured."""
 
 
 class Backend(Protocol):

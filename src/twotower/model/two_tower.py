@@ -45,6 +45,8 @@ class TwoTower(nn.Module):
         self.generation_defaults: Mapping[str, object] = {}  # what a checkpoint prefers
         self.unused_ids: tuple[int, ...] = ()  # of the vocabulary, that its tokenizer lacks
         self.ngrams: Ngrams | None = None  # of what the model has written
+        # Of drafts of a thin denoiser alone, on answers that it did not train on; None: not known.
+        self.tokens_per_cycle: float | None = None
         width, vocab = config.hidden_size, config.vocab_size
         self.context_tower = ContextTower(config.context)
         self.context_lm_head = nn.Linear(width, vocab, bias=False)

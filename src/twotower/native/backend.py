@@ -49,6 +49,7 @@ class NativeBackend:
             raise ValueError("the native backend needs contiguous weights")
         self._context = native_tower(model.context_tower, "context_tower", True, scheme)
         self._context_head = native_head(model.context_lm_head, scheme)
+        self._denoiser = None
         if model.denoiser_tower is not None:
             self._denoiser = native_tower(model.denoiser_tower, "denoiser_tower", False, scheme)
             self._denoiser_head = native_head(model.lm_head, scheme)
@@ -72,10 +73,17 @@ class NativeBackend:
             hidden = self.context_pass(cache, ids[:, :length], None, is_draft=length > 1).hidden
             self.context_head(hidden).numpy().argmax(-1)
 
+        def denoise(length: int) -> None:
+            t = None if self._model.config.draft is not None else torch.ones(1)
+            self.denoise(ids[:, :length], cache.view(self._reads), t)
+
         file, tower = library_file(), self._model.context_tower
         num_bytes = sum(tensor.nbytes for tensor in tower.state_dict().values())
-        identity = f"{file.name} {self._model.config.context} {num_bytes} bytes"
-        return costs.pass_costs(run, self.quantization, identity, file.parent)
+        config, has_denoiser = self._model.config, self._denoiser is not None
+        towers = f"{config.context} {config.denoiser} {config.draft}" if has_denoiser else ""
+        identity = f"{file.name} {towers or config.context} {num_bytes} bytes, with seconds"
+        drafts = denoise if has_denoiser else None
+        return costs.pass_costs(run, self.quantization, identity, file.parent, drafts)
 
     def context_pass(
         self,

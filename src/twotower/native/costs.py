@@ -21,6 +21,7 @@ import torch
 from twotower.model.backend import PassCosts
 
 _LENGTHS = (1, 2, 4, 6, 8, 12, 16, 32)  # tokens of a pass: where tiles end
+_DRAFTED = 8  # tokens of a denoiser's pass
 _ROUNDS, _SECONDS = 3, 0.3  # at least so many, and so long
 # Of each further row, which attends to a text of its own; by the bits of the weights.
 _ROW = {"none": 0.025, "int8": 0.1, "int4": 0.15}
@@ -29,59 +30,79 @@ _log = logging.getLogger(__name__)
 
 
 def pass_costs(
-    run: Callable[[int], object], quantization: str, identity: str, folder: Path
+    run: Callable[[int], object],
+    quantization: str,
+    identity: str,
+    folder: Path,
+    denoise: Callable[[int], object] | None = None,
 ) -> PassCosts:
-    """The costs of passes that `run(tokens)` makes, each with its head and a choice.
+    """The costs of passes that `run(tokens)` makes, each with its head and a choice, and of the
+    denoiser's, if there is one.
 
     identity: whatever else they depend on. folder: keeps what was measured; if it cannot, or other
     programs were running, the next process measures again.
     """
     key = f"{identity} {quantization} {torch.get_num_threads()} threads"
     file = folder / f"pass-costs-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    steps = _read(file)
-    if steps is None:
+    found = _read(file)
+    if found is None:
         _log.info("measuring once what passes of this model cost on this machine")
-        steps = measure(run)
+        found = measure(run, denoise)
         if not _is_busy():
-            _write(file, steps)
-    return PassCosts(dict(zip(_LENGTHS, steps, strict=True)), _ROW[quantization])
+            _write(file, found)
+    *steps, step_s, share = found
+    tokens = dict(zip(_LENGTHS, steps, strict=True))
+    return PassCosts(tokens, _ROW[quantization], step_s, share or None)
 
 
-def measure(run: Callable[[int], object]) -> list[float]:
+def measure(
+    run: Callable[[int], object], denoise: Callable[[int], object] | None = None
+) -> list[float]:
     """AR steps of a pass over as many tokens as each of _LENGTHS: the fastest of several passes;
-    more tokens never cost less.
+    more tokens never cost less. Then the seconds of an AR step, and a denoiser's pass as a share of
+    the other tower's; 0 without one.
     """
     best, began, rounds = dict.fromkeys(_LENGTHS, math.inf), time.perf_counter(), 0
+    drafting = math.inf if denoise is not None else 0.0
     run(_LENGTHS[-1])  # memory of the largest one is there
     while rounds < _ROUNDS or time.perf_counter() - began < _SECONDS:
         for length in _LENGTHS:
-            before = time.perf_counter()
-            run(length)
-            best[length] = min(best[length], time.perf_counter() - before)
+            best[length] = min(best[length], _seconds(run, length))
+            if denoise is not None and length == _DRAFTED:
+                drafting = min(drafting, _seconds(denoise, length))
         rounds += 1
     steps, most = list[float](), 1.0
     for length in _LENGTHS:
         most = max(most, round(best[length] / best[1], 2))
         steps.append(most)
-    return steps
+    return [*steps, best[1], round(drafting / best[_DRAFTED], 3)]
+
+
+def _seconds(run: Callable[[int], object], length: int) -> float:
+    before = time.perf_counter()
+    run(length)
+    return time.perf_counter() - before
 
 
 def _read(file: Path) -> list[float] | None:
     """What was measured before; None where that is not known or damaged."""
     try:
-        steps = [float(step) for step in json.loads(file.read_text())]
+        found = [float(number) for number in json.loads(file.read_text())]
     except (OSError, TypeError, ValueError):
         return None
-    is_whole = len(steps) == len(_LENGTHS) and all(1 <= step < math.inf for step in steps)
-    return steps if is_whole else None
+    least = [1.0] * len(_LENGTHS) + [1e-9, 0.0]
+    if len(found) != len(least):
+        return None
+    pairs = zip(least, found, strict=True)
+    return found if all(low <= number < math.inf for low, number in pairs) else None
 
 
-def _write(file: Path, steps: list[float]) -> None:
+def _write(file: Path, found: list[float]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=file.parent) as folder:
             part = Path(folder) / file.name
-            part.write_text(json.dumps(steps))
+            part.write_text(json.dumps(found))
             os.replace(part, file)  # whole or not there, also beside another process
     except OSError as error:
         _log.info("cannot keep what passes cost: %s", error)
