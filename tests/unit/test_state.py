@@ -112,7 +112,8 @@ def test_what_is_committed_has_no_gradients(counts: list[int]) -> None:
     cache.commit(MODEL.verify(cache, random_ids(2, 4)), torch.tensor(counts))
     parts = [part for state in cache.buffers if state for part in state]
     assert cache.last_hidden is not None and parts
-    assert not any(part.requires_grad for part in (cache.last_hidden, *parts))
+    logits = MODEL.next_logits(cache), MODEL.denoise(random_ids(2, 4), cache.view(), None)
+    assert not any(part.requires_grad for part in (cache.last_hidden, *parts, *logits))
 
 
 def test_rows_commit_different_numbers_of_tokens() -> None:

@@ -102,8 +102,7 @@ def run(options: AdaptArguments) -> int:
         first = stages.first_denoiser(model, thin, steps.seed)  # or why there can be none
         questions, held = _questions(prompts, loaded, options, work)
         longest = max(len(question.prompt) for question in questions) + options.max_new_tokens
-        token_bytes = model.empty_cache(1).token_bytes
-        if lack := lacking_memory(model.context_device, token_bytes, longest):
+        if lack := lacking_memory(model.context_device, model.token_bytes, longest):
             raise ValueError(
                 f"max_new_tokens={options.max_new_tokens}: an answer needs {lack}; use fewer"
             )

@@ -40,7 +40,7 @@ class Scheduler:
         self._model, self._queue, self._batch_size = model, queue, options.batch_size
         if prefixes is None and options.prefix_cache_bytes:
             prefixes = PrefixCache(model, options.prefix_cache_bytes)
-        self._prefixes, self._token_bytes = prefixes, model.empty_cache(1).token_bytes
+        self._prefixes, self._token_bytes = prefixes, model.token_bytes
         is_apart = model.denoiser_device != model.context_device
         has_overlap = options.overlap == "on" or (options.overlap == "auto" and is_apart)
         self._pool = ThreadPoolExecutor(1, "twotower-denoiser") if has_overlap else None

@@ -85,6 +85,7 @@ class GraphsBackend:
         if unfused is not None and any(isinstance(part, QuantisedExperts) for part in parts):
             raise ValueError(f"graphs passes run no {MoESpec.label} in int8 here: {unfused}")
 
+    @torch.no_grad()
     def context_pass(
         self,
         cache: ContextCache,
@@ -128,11 +129,13 @@ class GraphsBackend:
         keys: list[LayerState] = [s if isinstance(s, KV) else None for s in kept]
         return ForwardOutput(hidden, keys, committed)
 
+    @torch.no_grad()
     def context_head(self, hidden: Tensor) -> Tensor:
         """The context tower's logits."""
         logits: Tensor = self._model.context_lm_head(hidden)
         return logits
 
+    @torch.no_grad()
     def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
         """All passes of a block read the same mirror, which is filled once."""
         self._model.denoiser()  # there is one

@@ -92,6 +92,7 @@ class EagerBackend:
     def __init__(self, model: "TwoTower") -> None:
         self._model = model
 
+    @torch.no_grad()
     def context_pass(
         self,
         cache: ContextCache,
@@ -125,10 +126,12 @@ class EagerBackend:
         others = [None if isinstance(state, MambaInputs) else state for state in states]
         return ForwardOutput(hidden, others, partial(states_after, inputs))
 
+    @torch.no_grad()
     def context_head(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._model.context_lm_head(hidden)
         return logits
 
+    @torch.no_grad()
     def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
         device, mask = self._model.denoiser_device, None
         start: Tensor | int = view.num_past

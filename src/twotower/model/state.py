@@ -159,12 +159,6 @@ class ContextCache:
         kept = self.output_buffer
         return None if kept is None else kept[: self.num_rows, : self.num_past]
 
-    @property
-    def token_bytes(self) -> int:
-        """Of the keys and values of a token."""
-        kept = (state for state in self.buffers if isinstance(state, KV))
-        return sum(part.element_size() * part.shape[2:].numel() for kv in kept for part in kv)
-
     def make_room(self, num_tokens: int) -> Sequence[LayerState]:
         """The buffers, with room for so many tokens behind each row's: a pass may write there, and
         nothing of it is part of the cache before `commit`. What an earlier pass wrote there is

@@ -22,7 +22,7 @@ from twotower.model.draft_tree import DraftTree
 from twotower.model.ngrams import Ngrams
 from twotower.model.state import ContextCache, ContextView, ForwardOutput, empty_states
 from twotower.model.training import read_and_denoise, read_and_draft
-from twotower.specs import MambaSpec
+from twotower.specs import AttentionSpec, MambaSpec
 
 # Tokens of a prompt read at a time: bounds the attention scores at chunk x prompt.
 PREFILL_CHUNK = 512
@@ -114,6 +114,13 @@ class TwoTower(nn.Module):
         tower = self.context_tower if self.denoiser_tower is None else self.denoiser_tower
         return tower.embeddings.weight.device
 
+    @property
+    def token_bytes(self) -> int:
+        """Of the keys and values that the cache holds of a token."""
+        kept = (s for s in self.config.context.layers if isinstance(s, AttentionSpec))
+        size = self.context_tower.embeddings.weight.element_size()
+        return 2 * size * sum(spec.num_kv_heads * spec.head_dim for spec in kept)
+
     def context_logits(self, ids: Tensor) -> Tensor:
         """Next-token logits of the context tower: ids (B, L) int64 -> (B, L, V) float32, causal."""
         self.require_loaded_weights("context_logits")
@@ -133,7 +140,6 @@ class TwoTower(nn.Module):
         outputs = torch.empty(shape, dtype=dtype, device=device) if keeps_outputs else None
         return ContextCache(states, num_rows, outputs)
 
-    @torch.no_grad()
     def prefill(
         self, ids: Tensor, lengths: Tensor | None = None, chunk_size: int | None = None
     ) -> ContextCache:
@@ -154,7 +160,6 @@ class TwoTower(nn.Module):
             start += chunk.shape[1]
         return cache
 
-    @torch.no_grad()
     def extend(self, cache: ContextCache, tokens: Tensor, counts: Tensor | None = None) -> Tensor:
         """Commit tokens (B, n >= 1) to the cache; counts (B,) in 0..n when rows commit fewer.
 
@@ -168,7 +173,6 @@ class TwoTower(nn.Module):
         cache.commit(output, whole if counts is None else counts.cpu())
         return output.hidden
 
-    @torch.no_grad()
     def verify(
         self,
         cache: ContextCache,
@@ -200,19 +204,16 @@ class TwoTower(nn.Module):
         has_mamba = any(isinstance(layer, MambaSpec) for layer in layers)
         return not has_mamba and self.backend.verifies_trees
 
-    @torch.no_grad()
     def context_head(self, hidden: Tensor) -> Tensor:
         """The context tower's logits: hidden (..., D) -> (..., V) float32."""
         return self.backend.context_head(hidden).float()
 
-    @torch.no_grad()
     def next_logits(self, cache: ContextCache) -> Tensor:
         """Context-head logits after each row's last committed token: (B, V) float32."""
         if cache.last_hidden is None:
             raise ValueError("the cache is empty; prefill a prompt of at least one token first")
         return self.context_head(cache.last_hidden)
 
-    @torch.no_grad()
     def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
         """One denoiser pass: block (B, T) of ids with masks -> logits (B, T, V) float32, of the
         `draft_ids` where there are any.

@@ -178,6 +178,7 @@ class NativeBackend:
             return Addresses(known.table.take(self._reads, 1), known.kept)
         return past_states([view.layers[read] for read in self._reads], num_rows)
 
+    @torch.no_grad()
     def _bigram_table(self) -> Tensor:
         """The small side of the bigram term for every token (V, rank), made at first use."""
         if self._inner is None:
@@ -185,6 +186,7 @@ class NativeBackend:
             self._inner = self._model.bigram.inner(self._model.denoiser().embeddings.weight)
         return self._inner
 
+    @torch.no_grad()
     def _table(self, t: float) -> Modulations:
         """Shift, scale and gate of every layer at time t, computed once."""
         if t not in self._tables:
