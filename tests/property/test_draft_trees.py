@@ -15,8 +15,9 @@ from tiny_models import random_ids, row_state, tiny_model
 from tiny_options import options_of
 from twotower import Completion, ContextCache, TwoTower, accelerate, generate
 from twotower.engine import drafts_denoiser
+from twotower.engine.batch import Draft
 from twotower.model.backend import EagerBackend, PassCosts
-from twotower.model.draft_tree import MAX_TOKENS, DraftTree, along_paths, has_branches
+from twotower.model.draft_tree import MAX_TOKENS, DraftTree, along_paths
 
 WAYS = ["eager", "none", "int8", "int4"]
 CUTS = (0, 5, 57, 63, 64, 120)  # pasts that end before, at and behind a block of 64 keys
@@ -218,7 +219,8 @@ def test_who_cannot_verify_a_tree_says_so() -> None:
 
 
 def test_shapes_of_trees() -> None:
-    assert not has_branches([-1, 0, 1, 2]) and has_branches([-1, 0, 0]) and not has_branches([-1])
+    chain, tree, token = Draft([], [-1, 0, 1, 2]), Draft([], [-1, 0, 0]), Draft([], [-1])
+    assert not chain.has_branches and tree.has_branches and not token.has_branches
     tree = DraftTree([[-1, 0, 0, 1, 2], [-1, 0]])
     assert tree.depths[0] == [0, 1, 1, 2, 2] and tree.depths[1][:2] == [0, 1]
     assert tree.sees[0] == [0b1, 0b11, 0b101, 0b1011, 0b10101]

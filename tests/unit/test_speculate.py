@@ -162,9 +162,8 @@ def test_padding_of_drafts_that_branch(monkeypatch: pytest.MonkeyPatch) -> None:
         row.tokens = [4]
     batch = Batch(None, speculative.SPECULATIVE, rows, None)  # type: ignore[arg-type]
     assert list(speculative.draft(batch)) == []
-    drafts, lengths, parents = (part.tolist() for part in batch.draft)
-    assert (drafts, lengths) == ([[4, 7, 8], [4, 0, 0]], [3, 1])
-    assert parents == [[-1, 0, 0], [-1, -1, -1]]
+    drafts, parents = ([draft[at] for draft in batch.drafts] for at in range(2))
+    assert drafts == [[4, 7, 8], [4]] and parents == [[-1, 0, 0], [-1]]
     assert DraftTree(parents).paths(drafts, [[7, 0, 0], [0, 0, 0]]) == [[0, 1], [0]]
 
 

@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import NamedTuple, cast, get_args
 
 import torch
-from torch import Tensor
 
 from twotower.diffusion import Sampler, SamplerKind
 from twotower.engine.choosing import ChoosingBackend
@@ -23,6 +22,18 @@ _KINDS: dict[str, SamplerKind] = {kind: kind for kind in get_args(SamplerKind)} 
 NUM_OTHERS = 2  # next most probable tokens at each position of a draft that may branch
 
 
+class Draft(NamedTuple):
+    """What is proposed to a row: a block, or the newest token of its text and what follows it."""
+
+    tokens: list[int]
+    parents: Sequence[int] = ()  # the index of what each follows, where it may be another
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether any token follows another than the one before it."""
+        return any(parent != index - 1 for index, parent in enumerate(self.parents))
+
+
 class Chosen(NamedTuple):
     """What a cycle adds to the text of a row."""
 
@@ -36,9 +47,9 @@ class DecodingMode:
     """How a mode advances a batch by one unit: a block, a draft, a token.
 
     `draft` is the denoiser's work: it leaves the cache alone and puts what it proposes into
-    `batch.draft`. `choose` is the context tower's: what of it is committed. The cache may keep what
-    was read for that; where it fails, the cache is as it was. `start` is `choose` for rows whose
-    prompts have just been read.
+    `batch.drafts`. `choose` is the context tower's: what of it is committed. The cache may keep
+    what was read for that; where it fails, the cache is as it was. `start` is `choose` for rows
+    whose prompts have just been read.
     """
 
     choose: Callable[["Batch"], list[Chosen]]
@@ -56,8 +67,8 @@ class Batch:
     rows: list[Row]
     cache: ContextCache
     denoiser: Denoiser | None = None  # once it has filled a block
-    draft: tuple[Tensor, ...] = ()  # what the denoiser proposes, (B, ...) each
-    chosen: Sequence[Chosen] = ()  # what the context tower made of it
+    drafts: Sequence[Draft] = ()  # of each row, once there are any
+    chosen: Sequence[Chosen] = ()  # what the context tower made of them
 
     @cached_property
     def sampler(self) -> Sampler:
@@ -153,9 +164,9 @@ class Batch:
             return self
         chosen = torch.tensor(indices, dtype=torch.int64)
         rows = [self.rows[index] for index in indices]
-        draft = tuple(of_rows[chosen.to(of_rows.device)] for of_rows in self.draft)
+        drafts = [self.drafts[index] for index in indices] if self.drafts else ()
         cache = select_rows(self.cache, chosen)
-        return Batch(self.model, self.mode, rows, cache, self.denoiser, draft)
+        return Batch(self.model, self.mode, rows, cache, self.denoiser, drafts)
 
     def keep(self, indices: Sequence[int]) -> "Batch":
         """As `part`, in any order, with the batch's own cache, which loses the other rows."""

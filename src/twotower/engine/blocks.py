@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from twotower.diffusion import require_finite
-from twotower.engine.batch import Batch, Chosen, DecodingMode
+from twotower.engine.batch import Batch, Chosen, DecodingMode, Draft
 from twotower.engine.denoiser import fill_blocks
 from twotower.engine.events import Event, Verified
 from twotower.engine.logits import choose_tokens, with_logprobs
 
 
 def draft(batch: Batch) -> Iterator[Event]:
-    """One block of every row, from masked to all committed: its tokens (B, T)."""
+    """One block of every row, from masked to all committed."""
     last = yield from fill_blocks(batch, _open_blocks(batch), batch.sampler)
-    batch.draft = (last.tokens,)
+    batch.drafts = [Draft(tokens) for tokens in last.tokens.tolist()]
 
 
 def _open_blocks(batch: Batch) -> Tensor:
@@ -37,24 +37,25 @@ def _open_blocks(batch: Batch) -> Tensor:
 
 def choose(batch: Batch) -> list[Chosen]:
     """The blocks, or what is left of them after verification."""
-    (blocks,) = batch.draft
+    blocks = [draft.tokens for draft in batch.drafts]
     options = batch.rows[0].options  # all rows are of one kind
     if options.verify_threshold == 0 and options.logprobs is None:
-        return [Chosen(tokens) for tokens in blocks.tolist()]
-    output = batch.model.verify(batch.cache, blocks)
+        return [Chosen(tokens) for tokens in blocks]
+    ids = torch.tensor(blocks)
+    output = batch.model.verify(batch.cache, ids)
     first = batch.model.next_logits(batch.cache).unsqueeze(1)
     logits = torch.cat([first, batch.model.context_head(output.hidden[:, :-1])], dim=1)
     thresholds = torch.tensor([row.options.verify_threshold for row in batch.rows])
     counts = count_plausible(
-        blocks.to(logits.device), require_finite(logits), thresholds.to(logits.device)
+        ids.to(logits.device), require_finite(logits), thresholds.to(logits.device)
     ).cpu()
-    kept = [own[:count] for own, count in zip(blocks.tolist(), counts.tolist(), strict=True)]
+    kept = [own[:count] for own, count in zip(blocks, counts.tolist(), strict=True)]
     chosen = with_logprobs(batch.rows, logits, kept)
     batch.cache.commit(output, counts)
     for slot, row in enumerate(batch.rows):
         row.context_forwards += 1
         if row.options.verify_threshold > 0:
-            rejected = Verified(rejected=blocks.shape[1] - len(kept[slot]))
+            rejected = Verified(rejected=len(blocks[slot]) - len(kept[slot]))
             chosen[slot] = chosen[slot]._replace(verified=rejected)
     return chosen
 

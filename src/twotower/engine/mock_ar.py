@@ -5,7 +5,7 @@ It reads each row's last token, which the cache does not hold yet. Source: syste
 
 import torch
 
-from twotower.engine.batch import Batch, Chosen, DecodingMode
+from twotower.engine.batch import Batch, Chosen, DecodingMode, Draft
 from twotower.engine.logits import choose_tokens
 
 
@@ -16,13 +16,13 @@ def draft(batch: Batch) -> None:
     for row in batch.rows:
         row.nfe += 1
     chosen, ids = choose_tokens(logits, batch.rows, batch.sampler), batch.model.draft_ids
-    batch.draft = (chosen if ids is None else ids[chosen],)
+    tokens = chosen if ids is None else ids[chosen]
+    batch.drafts = [Draft([token]) for token in tokens.tolist()]
 
 
 def choose(batch: Batch) -> list[Chosen]:
     """What the denoiser chose."""
-    (tokens,) = batch.draft
-    return [Chosen([token]) for token in tokens.tolist()]
+    return [Chosen(draft.tokens) for draft in batch.drafts]
 
 
 MOCK_AR = DecodingMode(choose=choose, draft=draft, num_unread=1)

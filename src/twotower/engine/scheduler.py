@@ -215,7 +215,7 @@ def _advance(
 
     for part in (yield from _attempt(batch, work)):
         chosen, going = part.chosen, []
-        part.chosen = part.draft = ()
+        part.chosen = part.drafts = ()
         for slot, (row, own) in enumerate(zip(part.rows, chosen, strict=True)):
             try:
                 yield row.commit(*own)

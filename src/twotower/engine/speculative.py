@@ -9,21 +9,18 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from twotower.engine import drafts_denoiser, drafts_lookup
-from twotower.engine.batch import Batch, Chosen, DecodingMode
+from twotower.engine.batch import Batch, Chosen, DecodingMode, Draft
 from twotower.engine.drafts import Proposal
 from twotower.engine.events import Event, Verified
 from twotower.engine.request import Row
 from twotower.engine.verify import start, verify
-from twotower.model.draft_tree import has_branches
 
 _NO_DRAFT = Proposal("lookup", 1.0)
 
 
 def draft(batch: Batch) -> Iterator[Event]:
-    """What to verify: each row's newest token with a draft behind it, (B, n); how much of it, (B,);
-    and where drafts branch the index of the token that each follows, (B, n), as in `DraftTree`.
-
-    Rows that do not draft have their newest token alone, and what their grammar demands behind it.
+    """What to verify of each row: its newest token with a draft behind it, if it drafts, and what
+    its grammar demands in between.
     """
     rows, size = batch.rows, batch.rows[0].options.block_size
     known = [[row.tokens[-1], *_forced(row, size)] for row in rows]
@@ -40,15 +37,10 @@ def draft(batch: Batch) -> Iterator[Event]:
     for row, block in zip(rows, blocks, strict=True):  # before any answer is waited for
         if row.grammar is not None and row.proposal is not None:
             row.grammar.look_ahead(block[1:])
-    blocks = [block[: _num_possible(row, block)] for row, block in zip(rows, blocks, strict=True)]
-    most = max(map(len, blocks))
-    # Padded with any token: a mask of the denoiser's own is none that the context tower could read.
-    padded = torch.tensor([block + [0] * (most - len(block)) for block in blocks])
-    batch.draft = padded, torch.tensor([len(block) for block in blocks])
-    parents = [own[: len(block)] for own, block in zip(parents, blocks, strict=True)]
-    if any(map(has_branches, parents)):
-        follow = [own + [-1] * (most - len(own)) for own in parents]
-        batch.draft = *batch.draft, torch.tensor(follow)
+    batch.drafts = [
+        Draft(block[: (length := _num_possible(row, block))], follow[:length])
+        for row, block, follow in zip(rows, blocks, parents, strict=True)
+    ]
 
 
 def _write(
@@ -95,10 +87,10 @@ def _num_possible(row: Row, block: list[int]) -> int:
 
 def choose(batch: Batch) -> list[Chosen]:
     """Verify the drafts, and let each row's controller learn from it."""
-    lengths = batch.draft[1]
     found, chosen = verify(batch), list[Chosen]()
-    for row, length, own in zip(batch.rows, lengths.tolist(), found, strict=True):
-        num_tokens, drafter = len(own.tokens), row.proposal and row.proposal.drafter
+    for row, draft, own in zip(batch.rows, batch.drafts, found, strict=True):
+        length, num_tokens = len(draft.tokens), len(own.tokens)
+        drafter = row.proposal and row.proposal.drafter
         if row.controller is not None and drafter == "denoiser":
             row.controller.record_draft(own.tokens)
         elif row.controller is not None:

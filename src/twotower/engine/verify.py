@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twotower.diffusion import choose as choose_each
 from twotower.diffusion import gumbel, require_finite
-from twotower.engine.batch import Batch, Chosen
+from twotower.engine.batch import Batch, Chosen, Draft
 from twotower.engine.constraints import choose_along, penalize
 from twotower.engine.logits import choose_tokens, with_logprobs
 from twotower.engine.request import Row
@@ -27,8 +27,7 @@ def start(batch: Batch) -> list[Chosen]:
 
 def newest_alone(batch: Batch) -> None:
     """A draft of nothing: each row's newest token, which the cache does not hold."""
-    newest = torch.tensor([[row.tokens[-1]] for row in batch.rows])
-    batch.draft = newest, torch.ones(len(batch.rows), dtype=torch.int64)
+    batch.drafts = [Draft([row.tokens[-1]]) for row in batch.rows]
 
 
 def verify(batch: Batch, most_steps: int = 1) -> list[Chosen]:
@@ -36,55 +35,60 @@ def verify(batch: Batch, most_steps: int = 1) -> list[Chosen]:
 
     most_steps: AR steps that a backend which chooses may make; above 1 without drafts alone.
     """
-    drafts, lengths = batch.draft[:2]
+    drafts = [draft.tokens for draft in batch.drafts]
+    lengths = [len(draft) for draft in drafts]
+    most = max(lengths)
+    # Padded with any token: a mask of the denoiser's own is none that the context tower could read.
+    ids = torch.tensor([draft + [0] * (most - len(draft)) for draft in drafts])
+    counts = torch.tensor(lengths)
     if batch.chooser is not None and not batch.needs_host:
         steps = min(most_steps, batch.chooser.decode_steps)
-        noise = _noise(batch, max(steps, drafts.shape[1]), batch.model.config.vocab_size)
-        found = batch.chooser.decode(batch.cache, drafts, lengths, batch.sampler, noise, steps)
+        noise = _noise(batch, max(steps, most), batch.model.config.vocab_size)
+        found = batch.chooser.decode(batch.cache, ids, counts, batch.sampler, noise, steps)
         for row in batch.rows:
             row.context_forwards += min(steps, row.num_left)
         each = zip(*map(Tensor.tolist, found), strict=True)
         return [Chosen(own[:count]) for own, count in each]
-    given, counted = drafts.tolist(), lengths.tolist()
-    is_draft = drafts.shape[1] > 1  # the newest token always stays
-    tree = DraftTree(batch.draft[2].tolist()) if len(batch.draft) > 2 else None
-    output = batch.model.verify(batch.cache, drafts, lengths if is_draft else None, is_draft, tree)
-    if batch.needs_host or not batch.sampler.is_greedy or min(counted) == drafts.shape[1]:
+    is_draft = most > 1  # the newest token always stays
+    is_tree = any(draft.has_branches for draft in batch.drafts)
+    tree = DraftTree([draft.parents for draft in batch.drafts]) if is_tree else None
+    output = batch.model.verify(batch.cache, ids, counts if is_draft else None, is_draft, tree)
+    if batch.needs_host or not batch.sampler.is_greedy or min(lengths) == most:
         logits = batch.model.context_head(output.hidden)
         choices = _choices(batch, logits, tree)
     else:
         logits, choices = None, _greedy_choices(batch, output.hidden)
     answers = choices.tolist()
     if tree is None:
-        each = zip(given, answers, counted, strict=True)
-        tokens = [own[: _num_right(draft, own, length)] for draft, own, length in each]
+        each = zip(drafts, answers, strict=True)
+        tokens = [own[: _num_right(draft, own)] for draft, own in each]
     else:
-        paths = tree.paths(given, answers)
+        paths = tree.paths(drafts, answers)
         tokens = [[own[at] for at in path] for own, path in zip(answers, paths, strict=True)]
         output = along_paths(batch.cache, output, paths)
-    counts = torch.tensor([len(own) for own in tokens])
     chosen = with_logprobs(batch.rows, logits, tokens)
-    batch.cache.commit(output, counts)
+    batch.cache.commit(output, torch.tensor([len(own) for own in tokens]))
     for row in batch.rows:
         row.context_forwards += 1
     return chosen
 
 
-def _num_right(draft: Sequence[int], choices: Sequence[int], length: int) -> int:
+def _num_right(draft: Sequence[int], choices: Sequence[int]) -> int:
     """How many tokens of a row's draft stand: the first, and each that the choice before it equals.
     On the host: a small model waits for tensors, too.
     """
-    return next((at for at in range(1, length) if draft[at] != choices[at - 1]), length)
+    wrong = (at for at in range(1, len(draft)) if draft[at] != choices[at - 1])
+    return next(wrong, len(draft))
 
 
 def _greedy_choices(batch: Batch, hidden: Tensor) -> Tensor:
     """`_choices` of rows that need no more than argmax, hidden (B, n, D): the head is a fifth of a
     small model, and only where a row has tokens does it run.
     """
-    drafts, lengths = batch.draft[:2]
-    is_token = torch.arange(drafts.shape[1]) < lengths.unsqueeze(1)
+    counts = torch.tensor([[len(draft.tokens)] for draft in batch.drafts])
+    is_token = torch.arange(hidden.shape[1]) < counts
     logits = batch.model.context_head(hidden[is_token.to(hidden.device)])
-    choices = torch.zeros_like(drafts)
+    choices = torch.zeros(is_token.shape, dtype=torch.int64)
     choices[is_token] = choose_each(require_finite(logits), batch.sampler).cpu()
     return choices
 
@@ -95,10 +99,9 @@ def _choices(batch: Batch, logits: Tensor, tree: DraftTree | None) -> Tensor:
     Penalties count the draft's tokens, and under a grammar choices are made, as far as the draft
     agrees with them.
     """
-    drafts, lengths = batch.draft[:2]
+    behind = [draft.tokens[1:] for draft in batch.drafts]
     if any(row.options.has_penalties for row in batch.rows):
-        each = zip(drafts.tolist(), lengths.tolist(), strict=True)
-        logits = penalize(logits, batch.rows, [own[1:length] for own, length in each])
+        logits = penalize(logits, batch.rows, behind)
     noise = _noise(batch, *logits.shape[1:])
     if noise is not None and tree is not None:  # that of a token's position in the text
         noise = torch.stack([own[depths] for own, depths in zip(noise, tree.depths, strict=True)])
@@ -107,8 +110,7 @@ def _choices(batch: Batch, logits: Tensor, tree: DraftTree | None) -> Tensor:
     for index, row in enumerate(batch.rows):
         if row.grammar is not None:
             own = None if noise is None else noise[index]
-            draft = drafts[index, 1 : lengths[index]].tolist()
-            kept = choose_along(row, draft, logits[index], batch.sampler, index, own)
+            kept = choose_along(row, behind[index], logits[index], batch.sampler, index, own)
             choices[index, : len(kept)] = torch.tensor(kept)
     return choices
 

@@ -16,11 +16,6 @@ from twotower.model.state import ContextCache, ForwardOutput
 MAX_TOKENS = 32  # of a row: what a token sees is a number of as many bits
 
 
-def has_branches(parents: Sequence[int]) -> bool:
-    """Whether any token follows another than the one before it."""
-    return any(parent != index - 1 for index, parent in enumerate(parents))
-
-
 class DraftTree:
     """What each token of drafts (B, L) follows: parents[b][i] < i, -1 for the first of a row and
     for padding, which sees itself alone. A row may be shorter than L, the longest.
