@@ -34,8 +34,9 @@ from twotower.kernels import expert_products
 from twotower.model.backend import EagerBackend
 from twotower.model.precision import rounded_to_eight_bits
 from twotower.model.rows import append_rows, keep_rows, select_rows
-from twotower.model.state import ForwardOutput, LayerState
+from twotower.model.state import ForwardOutput
 from twotower.model.thin import thin_config
+from twotower.model.view import LayerState
 
 # float32 sums in another order, through 6 layers
 CLOSE = {"rtol": 0.0, "atol": 2e-4}

@@ -328,6 +328,7 @@ def test_no_compiler_is_one_line(
     """Guards machines without a compiler, or with one that fails: they decode as before."""
     model = tiny_model(hybrid_override_pattern=DENSE)
     monkeypatch.setattr("twotower.native.tower.library", library.library.__wrapped__)
+    monkeypatch.setattr(library, "library_file", library.library_file.__wrapped__)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho no such thing >&2\nexit 1\n")

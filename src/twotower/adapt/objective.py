@@ -14,7 +14,7 @@ from twotower import masks
 from twotower.adapt.features import Rows
 from twotower.layers.bigram import add_bigrams
 from twotower.model import ContextView, TwoTower
-from twotower.model.state import LayerState
+from twotower.model.view import LayerState
 
 NO_TARGET = -100
 

@@ -14,7 +14,8 @@ from twotower.graphs.choosing import Choosing
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
 from twotower.model.delta import CacheDelta
-from twotower.model.state import ContextCache, LayerState
+from twotower.model.state import ContextCache
+from twotower.model.view import LayerState
 
 LEAST_PAST = 256  # tokens that a mirror has room for, at least
 T = TypeVar("T")

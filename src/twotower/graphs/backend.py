@@ -28,8 +28,9 @@ from twotower.model.backend import EagerBackend, PassCosts
 from twotower.model.delta import apply_delta
 from twotower.model.draft_tree import DraftTree
 from twotower.model.precision import M, rounded_to_eight_bits, shared_copy
-from twotower.model.state import ContextCache, ContextView, ForwardOutput, LayerState
+from twotower.model.state import ContextCache, ForwardOutput
 from twotower.model.two_tower import TwoTower
+from twotower.model.view import ContextView, LayerState
 from twotower.specs import MoESpec
 
 _MAX_RECORDED = 64  # tokens a row: a longer pass has arithmetic enough to hide its launches

@@ -15,8 +15,8 @@ from twotower.graphs.choosing import Uses
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaInputs, MambaState, states_after
 from twotower.model.backend import denoiser_logits
-from twotower.model.state import ContextView
 from twotower.model.two_tower import TwoTower
+from twotower.model.view import ContextView
 
 
 def read(

@@ -25,7 +25,8 @@ from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
 from twotower.model import ContextCache, ContextView, TwoTower
 from twotower.model.delta import CacheDelta
-from twotower.model.state import LayerState, empty_states
+from twotower.model.state import empty_states
+from twotower.model.view import LayerState
 
 _log = logging.getLogger(__name__)
 _STEP_TENSORS = [

@@ -16,7 +16,8 @@ from twotower.kernels import ssd
 from twotower.layers.bigram import add_bigrams
 from twotower.layers.mamba2 import MambaInputs, states_after
 from twotower.model.draft_tree import DraftTree
-from twotower.model.state import ContextCache, ContextView, ForwardOutput
+from twotower.model.state import ContextCache, ForwardOutput
+from twotower.model.view import ContextView
 
 if TYPE_CHECKING:
     from twotower.model.two_tower import TwoTower

@@ -4,8 +4,8 @@ from torch import Tensor
 
 from twotower.layers.attention import KV, Attention
 from twotower.layers.mamba2 import Mamba2, MambaInputs, MambaState
-from twotower.model.state import LayerState
 from twotower.model.tower import Tower
+from twotower.model.view import LayerState
 
 NewState = LayerState | MambaInputs  # inputs where the caller decides later how many tokens stay
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
-from twotower.model.state import ContextCache, ForwardOutput, LayerState
+from twotower.model.state import ContextCache, ForwardOutput
+from twotower.model.view import LayerState, map_states
 
 
 class CacheDelta(NamedTuple):
@@ -23,11 +24,8 @@ class CacheDelta(NamedTuple):
 
     def to(self, device: torch.device | str) -> "CacheDelta":
         """The same on another device; counts stay on the CPU."""
-        states = [
-            None if state is None else type(state)(*(part.to(device) for part in state))
-            for state in self.states
-        ]
-        return CacheDelta(states, self.hidden.to(device), self.counts)
+        states = map_states(self.states, lambda part: part.to(device))
+        return CacheDelta(list(states), self.hidden.to(device), self.counts)
 
 
 def delta_since(cache: ContextCache, lengths: Tensor) -> CacheDelta:

@@ -9,8 +9,8 @@ from twotower.layers.attention import KV, Attention
 from twotower.layers.mamba2 import Mamba2, MambaState
 from twotower.layers.rope import Rotation
 from twotower.model.layer import Layer
-from twotower.model.state import ContextView, LayerState
 from twotower.model.tower import Tower
+from twotower.model.view import ContextView, LayerState
 
 
 class DenoiserTower(Tower):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
-from twotower.model.state import ContextCache, ForwardOutput, LayerState
+from twotower.model.state import ContextCache, ForwardOutput
+from twotower.model.view import LayerState
 
 Keys = tuple[KV | None, ...]  # of some tokens, layer by layer: each (1, n, Hk, A)
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from twotower.layers.attention import KV
-from twotower.model.state import ContextCache, LayerState, select_states, with_room
+from twotower.model.state import ContextCache, with_room
+from twotower.model.view import LayerState, Version, select_states
 
 # A cache is copied to a smaller one when its buffers have room for so many times its rows.
 _MAX_SPARE_ROWS = 4
@@ -15,7 +16,7 @@ _MAX_SPARE_ROWS = 4
 def select_rows(cache: ContextCache, rows: Tensor) -> ContextCache:
     """A new cache with copies of some rows: rows (R,) int64."""
     chosen, hidden = object.__new__(ContextCache), cache.last_hidden
-    chosen.version = object()
+    chosen.version = Version()
     chosen.lengths = cache.lengths[rows.cpu()]
     chosen.last_hidden = None if hidden is None else hidden[rows.to(hidden.device)]
     chosen.buffers = list(select_states(cache.layers, rows))
@@ -50,7 +51,7 @@ def keep_rows(cache: ContextCache, rows: Sequence[int]) -> list[int]:
     if len(order) * _MAX_SPARE_ROWS <= room:
         cache.__dict__.update(select_rows(cache, chosen).__dict__)
         return order
-    cache.version = object()
+    cache.version = Version()
     moves = [(p, row, int(cache.lengths[row])) for p, row in enumerate(order) if p != row]
     if cache.output_buffer is not None:
         _move(cache.output_buffer, moves)
@@ -88,7 +89,7 @@ def append_rows(cache: ContextCache, other: ContextCache) -> None:
             joined.append(None)
         else:
             joined.append(type(mine)(*(torch.cat(parts) for parts in zip(mine, its, strict=True))))
-    cache.buffers, cache.last_hidden, cache.version = joined, hidden, object()
+    cache.buffers, cache.last_hidden, cache.version = joined, hidden, Version()
     cache.lengths, cache.output_buffer = torch.cat([cache.lengths, other.lengths]), outputs
 
 

@@ -1,12 +1,9 @@
-"""The context tower's state: the cache it writes and the view that the denoiser reads.
+"""The context tower's state: the cache that it writes, the only mutable object of the model.
 
-`ContextCache` is the only mutable object of the model; `ContextView` is frozen and is all that a
-denoiser can get, so nothing of an unfinished block ever reaches the cache. How rows enter and leave
-a cache is in `rows`.
+What the denoiser reads of it is in `view`; how rows enter and leave it is in `rows`.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,13 +11,12 @@ from torch import Tensor
 
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
+from twotower.model.view import ContextView, LayerState, Version
 from twotower.specs import AttentionSpec, LayerSpec, MambaSpec
 
 # Tokens by which a buffer grows. Doubling would make short texts grow again and again, and leave
 # half of a long one's room unused.
 _MIN_GROWTH, _MAX_GROWTH = 64, 1024
-
-LayerState = KV | MambaState | None
 
 
 def empty_states(
@@ -42,54 +38,8 @@ def empty_states(
     return states
 
 
-class Version:
-    """Stands for the contents of a cache.
-
-    addresses: where its buffers are, if the backend that wrote them has said so.
-    """
-
-    addresses: object = None
-
-
 # Each Mamba layer's state after the first counts (B,) of the tokens that were read.
 StatesAfter = Callable[[Tensor], list[MambaState]]
-
-
-@dataclass(frozen=True)
-class ContextView:
-    """What the denoiser may read of the context, layer by layer.
-
-    `layers[i]`: KV of S tokens (B, S, Hk, A); MambaState at the start of each of K blocks, conv
-    (B, K, C, W-1), ssm (B, K, H, P, N), K = 1 in generation; None for a layer without state,
-    or that nobody reads. `lengths` (B,) on the CPU, or None when every row has all S tokens.
-    `hidden` (B, K, D): the tower's output at the last token before each block, zeros where there is
-    none. `version`: equal objects stand for equal contents (`ContextCache.version`); None says
-    nothing.
-    """
-
-    layers: tuple[LayerState, ...]
-    lengths: Tensor | None
-    num_past: int
-    num_rows: int
-    hidden: Tensor | None = None
-    version: object = None
-
-    def to(self, device: torch.device | str) -> "ContextView":
-        """The same view on another device; itself when it is there already."""
-        layers = tuple(
-            None if state is None else type(state)(*(part.to(device) for part in state))
-            for state in self.layers
-        )
-        hidden = None if self.hidden is None else self.hidden.to(device)
-        sizes = self.num_past, self.num_rows
-        return ContextView(layers, self.lengths, *sizes, hidden, self.version)
-
-    def select(self, rows: Tensor) -> "ContextView":
-        """The view of some rows: rows (R,) int64."""
-        lengths = None if self.lengths is None else self.lengths[rows.cpu()]
-        hidden = None if self.hidden is None else self.hidden[rows.to(self.hidden.device)]
-        layers, sizes = select_states(self.layers, rows), (self.num_past, len(rows))
-        return ContextView(layers, lengths, *sizes, hidden, object())
 
 
 class ForwardOutput(NamedTuple):
@@ -103,7 +53,7 @@ class ForwardOutput(NamedTuple):
     hidden: Tensor
     states: list[LayerState]
     states_after: StatesAfter | None = None
-    version: object = None
+    version: Version | None = None
 
 
 class ContextCache:
@@ -126,7 +76,7 @@ class ContextCache:
         # On the CPU: it steers control flow.
         self.lengths = torch.zeros(num_rows, dtype=torch.int64)
         self.last_hidden: Tensor | None = None
-        self.version: object = Version()
+        self.version = Version()
         self.buffers, self.output_buffer = states, outputs
 
     @property
@@ -273,11 +223,3 @@ def with_room(buffer: Tensor, num_rows: int, num_past: int, length: int) -> Tens
     if num_past:
         grown[: len(buffer), :num_past] = buffer[:, :num_past]
     return grown
-
-
-def select_states(layers: tuple[LayerState, ...], rows: Tensor) -> tuple[LayerState, ...]:
-    """Each layer's state of some rows: rows (R,) int64."""
-    return tuple(
-        None if state is None else type(state)(*(part[rows.to(part.device)] for part in state))
-        for state in layers
-    )

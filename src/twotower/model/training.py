@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twotower import masks
 from twotower.layers.mamba2 import MambaState
-from twotower.model.state import ContextView
+from twotower.model.view import ContextView
 
 if TYPE_CHECKING:
     from twotower.model.two_tower import TwoTower

@@ -20,8 +20,9 @@ from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.draft_tree import DraftTree
 from twotower.model.ngrams import Ngrams
-from twotower.model.state import ContextCache, ContextView, ForwardOutput, empty_states
+from twotower.model.state import ContextCache, ForwardOutput, empty_states
 from twotower.model.training import read_and_denoise, read_and_draft
+from twotower.model.view import ContextView
 from twotower.specs import AttentionSpec, MambaSpec
 
 # Tokens of a prompt read at a time: bounds the attention scores at chunk x prompt.

@@ -14,19 +14,27 @@ from twotower.layers.mamba2 import MambaState
 from twotower.model.backend import PassCosts
 from twotower.model.draft_tree import DraftTree
 from twotower.model.precision import Scheme
-from twotower.model.state import ContextCache, ContextView, ForwardOutput, LayerState, Version
+from twotower.model.state import ContextCache, ForwardOutput
 from twotower.model.two_tower import TwoTower
+from twotower.model.view import ContextView, LayerState
 from twotower.native import costs
-from twotower.native.buffers import Addresses, BufferPool, PassOutputs, StateSizes, past_states
+from twotower.native.buffers import (
+    Addresses,
+    BufferPool,
+    PassOutputs,
+    StateSizes,
+    known_states,
+    past_states,
+)
+from twotower.native.denoiser import NativeDenoiser
 from twotower.native.layout import LANES, Row
 from twotower.native.library import library_file
-from twotower.native.tower import Branches, Modulations
+from twotower.native.tower import Branches
 from twotower.native.weights import native_head, native_tower
 
 # What --quantization rounds weights to; products with them round the tokens, too.
 _SCHEMES = {"int8": Scheme(weights="int8", activations="int8"), "int4": Scheme(weights="int4")}
 _PAST = 64  # tokens behind which passes are timed
-_MAX_TABLES = 64  # remembered times; a block of 16 tokens has 16 masked fractions
 
 
 class NativeBackend:
@@ -43,24 +51,14 @@ class NativeBackend:
     def __init__(self, model: TwoTower, quantization: str) -> None:
         self.quantization = quantization
         self._model, self._width = model, model.config.hidden_size
-        self._reads = model.config.reads
         scheme = _SCHEMES.get(quantization)
         if not all(parameter.is_contiguous() for parameter in model.parameters()):
             raise ValueError("the native backend needs contiguous weights")
         self._context = native_tower(model.context_tower, "context_tower", True, scheme)
         self._context_head = native_head(model.context_lm_head, scheme)
-        self._denoiser = None
-        if model.denoiser_tower is not None:
-            self._denoiser = native_tower(model.denoiser_tower, "denoiser_tower", False, scheme)
-            self._denoiser_head = native_head(model.lm_head, scheme)
-            proj = model.denoiser_tower.hidden_proj
-            self._hidden_proj = None if proj is None else native_head(proj, scheme)
-        bigram = model.bigram
-        self._inner: Tensor | None = None
-        self._bigram_up = None if bigram is None else native_head(bigram.up_proj, scheme)
+        self._denoiser = None if model.denoiser_tower is None else NativeDenoiser(model, scheme)
         self._pool = BufferPool()
         self._sizes = StateSizes(() if self._context is None else self._context.layers)
-        self._tables: dict[float, Modulations] = {}
 
     @cached_property
     def pass_costs(self) -> PassCosts:
@@ -123,7 +121,7 @@ class NativeBackend:
             for row, end in enumerate(ends if is_draft and self._sizes.num_mambas else ()):
                 tower.fill_states(end, pasts.of(row), outputs.after.of(row))
             found, addresses = outputs.states_after(ends) if is_draft else outputs.states()
-            if isinstance(cache.version, Version) and all(map(is_, layers, cache.buffers)):
+            if all(map(is_, layers, cache.buffers)):
                 cache.version.addresses = addresses  # the next pass need not ask each tensor
             return found
 
@@ -135,7 +133,7 @@ class NativeBackend:
         """The cache's buffers with room for more tokens, and where they are: mostly where the pass
         before has left them.
         """
-        before, known = tuple(cache.buffers), _known(cache.version)
+        before, known = tuple(cache.buffers), known_states(cache.version)
         layers = tuple(cache.make_room(length))
         if known is None or not all(map(is_, layers, before)):
             known = past_states(layers, cache.num_rows)
@@ -147,58 +145,7 @@ class NativeBackend:
         return self._context_head(hidden)
 
     def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
-        """Rows of one time share a pass; leaves no state."""
+        """The denoiser's logits."""
         self._model.denoiser()  # there is one
-        assert self._denoiser is not None and self._denoiser_head is not None
-        block = block.contiguous()
-        hidden = torch.empty(*block.shape, self._width)
-        added = None
-        if self._hidden_proj is not None and view.hidden is not None:
-            added = self._hidden_proj(view.hidden.squeeze(1))
-        pasts = self._pasts(view, len(block))
-        lengths = [view.num_past] * len(block) if view.lengths is None else view.lengths.tolist()
-        first, step = block.data_ptr(), 8 * block.shape[1]
-        out, out_step = hidden.data_ptr(), 4 * block.shape[1] * self._width
-        times: dict[float | None, list[Row]] = {}
-        for row, time in enumerate([None] * len(block) if t is None else t.tolist()):
-            pointer = None if added is None else added[row].data_ptr()
-            own = first + row * step, pasts.of(row), None, pointer, out + row * out_step
-            times.setdefault(time, []).append(Row(block.shape[1], lengths[row], *own))
-        for time, rows in times.items():
-            self._denoiser(rows, None if time is None else self._table(time))
-        logits = self._denoiser_head(hidden)
-        if self._bigram_up is None:
-            return logits
-        ids = self._model.config.mask_token_id, self._model.draft_ids
-        return self._bigram_up.add_bigrams(logits, block, *ids, self._bigram_table())
-
-    def _pasts(self, view: ContextView, num_rows: int) -> Addresses:
-        """Where the states of the layers are that the denoiser reads."""
-        if (known := _known(view.version)) is not None:
-            return Addresses(known.table.take(self._reads, 1), known.kept)
-        return past_states([view.layers[read] for read in self._reads], num_rows)
-
-    @torch.no_grad()
-    def _bigram_table(self) -> Tensor:
-        """The small side of the bigram term for every token (V, rank), made at first use."""
-        if self._inner is None:
-            assert self._model.bigram is not None
-            self._inner = self._model.bigram.inner(self._model.denoiser().embeddings.weight)
-        return self._inner
-
-    @torch.no_grad()
-    def _table(self, t: float) -> Modulations:
-        """Shift, scale and gate of every layer at time t, computed once."""
-        if t not in self._tables:
-            if len(self._tables) >= _MAX_TABLES:
-                self._tables.clear()
-            found = self._model.modulations(torch.tensor([[t]]))
-            table = torch.stack([torch.stack([*m]).flatten(1) for m in found])  # (layers, 3, D)
-            self._tables[t] = Modulations(table)
-        return self._tables[t]
-
-
-def _known(version: object) -> Addresses | None:
-    """Where the states of a cache of this version are, if a pass has said so."""
-    known = version.addresses if isinstance(version, Version) else None
-    return known if isinstance(known, Addresses) else None
+        assert self._denoiser is not None
+        return self._denoiser(block, view, t)

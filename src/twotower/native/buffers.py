@@ -15,7 +15,7 @@ from torch import Tensor
 
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
-from twotower.model.state import LayerState
+from twotower.model.view import LayerState, Version
 from twotower.native.layout import OUTPUTS, PAST, Layer
 from twotower.specs import AttentionSpec, MambaSpec
 
@@ -72,6 +72,12 @@ def past_states(layers: Sequence[LayerState], num_rows: int) -> Addresses:
             addresses += [0] * 8
     table = np.array(addresses, np.int64).reshape(len(layers), 2, len(PAST))
     return Addresses(table[:, 0] + np.arange(num_rows)[:, None, None] * table[:, 1], copies)
+
+
+def known_states(version: Version | None) -> Addresses | None:
+    """Where the states of a cache of this version are, if a pass has said so."""
+    known = None if version is None else version.addresses
+    return known if isinstance(known, Addresses) else None
 
 
 class BufferPool:

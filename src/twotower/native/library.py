@@ -35,6 +35,7 @@ def library() -> ctypes.CDLL:
     return load_library(file)
 
 
+@cache
 def library_file() -> Path:
     """Where the library lies or will lie: another name for each machine, compiler and source."""
     return Path.home() / ".cache" / "twotower" / f"native-{_fingerprint(_compiler())}.so"

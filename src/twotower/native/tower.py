@@ -36,12 +36,15 @@ class NativeTower:
         self._is_causal, self._is_shared = is_causal, num_weights >= LARGE
         self._run, self._run_states = library().twotower_pass, library().twotower_states
 
-    def __call__(self, rows: Sequence[Row], modulations: "Modulations | None" = None) -> None:
-        """One pass over rows of tokens; fills each one's hidden (L, D), normed, and outputs."""
+    def __call__(self, rows: Sequence[Row], modulations: int | None = None) -> None:
+        """One pass over rows of tokens; fills each one's hidden (L, D), normed, and outputs.
+
+        modulations: the address of those of each layer's shift, scale and gate (3, D).
+        """
         array = (Row * len(rows))(*rows)
         if self._run(
             ctypes.byref(self._tower), len(rows), array, self._is_causal, self._threads(),
-            modulations and modulations.address,
+            modulations,
         ):  # fmt: skip
             raise IndexError("token ids leave the vocabulary")
 
@@ -63,16 +66,6 @@ class Branches:
         """Where those of a row begin, valid as long as this lives."""
         depths, sees = (part.ctypes.data + row * part.strides[0] for part in self._kept)
         return depths, sees
-
-
-class Modulations:
-    """Shift, scale and gate (layers, 3, D), contiguous, and where those of each layer begin."""
-
-    def __init__(self, table: Tensor) -> None:
-        first, step = table.data_ptr(), 4 * table.stride(0)
-        self._kept = table
-        self._layers = (layout.address * len(table))(*range(first, first + len(table) * step, step))
-        self.address = ctypes.addressof(self._layers)
 
 
 class NativeLinear:
