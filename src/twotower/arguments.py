@@ -1,11 +1,8 @@
 """What an argument or an option may be: each refusal is one line, not a traceback from inside."""
 
 import difflib
-import errno
 import math
-import os
 import reprlib
-import stat
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -32,12 +29,6 @@ def require_unicode(text: str, where: str) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"{where} is not UTF-8 text; correct or remove it") from None
     return text
-
-
-def usable_path(name: str, path: str | Path) -> Path:
-    """The path, at which there may be nothing; ValueError (one line) where `a_path` finds fault."""
-    check({name: Path(path)}, {name: a_path})
-    return Path(path)
 
 
 def shown(value: object) -> str:
@@ -152,26 +143,6 @@ def nonempty(value: object) -> str | None:
 def instance(kind: type, words: str) -> Problem:
     """A value of a kind, which `words` name."""
     return lambda value: None if isinstance(value, kind) else f"must be {words}"
-
-
-def a_path(value: object) -> str | None:
-    """A path that is not too long, has no NUL byte or half a character, and whose file or folder,
-    if there is one, may be read.
-    """
-    if not isinstance(value, Path):
-        return "must be a path"
-    try:
-        mode = os.stat(value).st_mode
-        needed = os.R_OK | (os.X_OK if stat.S_ISDIR(mode) else 0)
-        is_effective = os.access in os.supports_effective_ids
-        if os.access(value, needed, effective_ids=is_effective):
-            return None
-        reason = os.strerror(errno.EACCES)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-    return f"cannot be used ({reason}); give another path"
 
 
 def token_ids(value: object) -> str | None:

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import torch
 
-from twotower.arguments import THREADS, check_fields, nonempty, one_of, require, usable_path
+from twotower.arguments import THREADS, check_fields, nonempty, one_of, require
 from twotower.backends import (
     BACKENDS,
     QUANTIZATIONS,
@@ -37,6 +37,7 @@ from twotower.checkpoint.files import GENERATION_FILE, SHIPPED
 from twotower.families import read_config
 from twotower.model import TwoTower
 from twotower.model.precision import ExpertStorage
+from twotower.paths import usable_path
 from twotower.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]

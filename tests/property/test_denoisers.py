@@ -18,7 +18,7 @@ from twotower.engine.batch import Batch
 from twotower.engine.blocks import BLOCKS
 from twotower.engine.denoiser import Blocks
 from twotower.engine.denoiser_copy import CopyDenoiser, Follower
-from twotower.engine.request import Row
+from twotower.engine.row import Row
 from twotower.hosts import Message, SplitTwoTower, serve_blocks
 from twotower.hosts.link import END, _packed, _unpacked
 

@@ -24,7 +24,8 @@ from twotower.engine import (
     resolve_options,
 )
 from twotower.engine.prefill import READ_TOKENS
-from twotower.engine.request import Row, make_row
+from twotower.engine.request import make_row
+from twotower.engine.row import Row
 from twotower.engine.scheduler import Scheduler
 from twotower.engine.shared_queue import TURN, SharedQueue
 from twotower.model.rows import select_rows

@@ -13,7 +13,7 @@ from twotower import GenerateOptions, StepTaken, TokensCommitted
 from twotower.engine import Event, Failed, Finished, Request, stream_requests
 from twotower.engine.filters import Filter, function_filter, pattern_filter
 from twotower.engine.options import resolve_options
-from twotower.engine.request import Row
+from twotower.engine.row import Row
 from twotower.engine.text import RowText
 
 EOS = 2

@@ -38,7 +38,7 @@ from twotower.engine import (
 from twotower.engine.batch import Group
 from twotower.engine.events import FailureKind
 from twotower.engine.faults import EngineDeadError
-from twotower.engine.request import Row
+from twotower.engine.row import Row
 from twotower.engine.scheduler import Scheduler
 from twotower.engine.shared_queue import SharedQueue
 from twotower.memory import release_memory

@@ -13,11 +13,12 @@ import twotower
 from tiny_models import tiny_model
 from tiny_text import byte_tokenizer
 from twotower.adapt.options import AnswerOptions, ThinOptions
-from twotower.arguments import check_fields, number, usable_path
+from twotower.arguments import check_fields, number
 from twotower.checkpoint import describe, export_gguf
 from twotower.cli.evaluate import EvaluateOptions
 from twotower.families import read_config
 from twotower.lab.bench.run import MeasureOptions
+from twotower.paths import usable_path
 from twotower.serve.options import ServeOptions
 from twotower.train.options import TrainOptions
 from twotower.train.prepare import PrepareOptions

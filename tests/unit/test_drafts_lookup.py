@@ -18,7 +18,7 @@ from twotower.engine.drafts_lookup import (
     propose,
 )
 from twotower.engine.options import ResolvedOptions
-from twotower.engine.request import Row
+from twotower.engine.row import Row
 from twotower.model.backend import PassCosts
 from twotower.model.ngrams import Ngrams, context_keys
 

@@ -13,7 +13,7 @@ from twotower.engine import MODES, EngineOptions, ResolvedOptions, defaults_of, 
 from twotower.engine.batch import Batch
 from twotower.engine.blocks import BLOCKS
 from twotower.engine.options import FIELD_MODES
-from twotower.engine.request import Row
+from twotower.engine.row import Row
 
 
 def test_defaults_of_the_issue() -> None:

@@ -13,7 +13,7 @@ from twotower.engine.filters import (
     pattern_filter,
 )
 from twotower.engine.options import resolve_options
-from twotower.engine.request import Row
+from twotower.engine.row import Row
 from twotower.engine.text import RowText
 
 EOS = 2

@@ -14,11 +14,12 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "src" / "twotower"
 
 # What every package may import.
-COMMON = {"config", "specs", "arguments", "documented", "file_lock", "masks"}
+COMMON = {"config", "specs", "arguments", "paths", "documented", "file_lock", "masks"}
 ALLOWED: dict[str, set[str]] = {
     "specs": {"arguments"},
     "config": {"specs", "arguments"},
     "arguments": set(),
+    "paths": {"arguments"},
     "documented": set(),
     "masks": set(),
     "file_lock": set(),

@@ -7,7 +7,7 @@ from twotower.diffusion import require_finite
 from twotower.engine import GenerateOptions
 from twotower.engine.constraints import penalize
 from twotower.engine.options import resolve_options
-from twotower.engine.request import Row
+from twotower.engine.row import Row
 
 INF, NAN = float("inf"), float("nan")
 

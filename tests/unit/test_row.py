@@ -7,7 +7,7 @@ from twotower import Completion, GenerateOptions
 from twotower.diffusion import gumbel
 from twotower.engine import resolve_options
 from twotower.engine.events import Verified
-from twotower.engine.request import Row
+from twotower.engine.row import Row
 from twotower.engine.text import RowText
 
 EOS = 2

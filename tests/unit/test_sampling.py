@@ -6,12 +6,8 @@ from torch import Tensor
 
 from tiny_sampler import RowSampler, sampler_of
 from twotower.diffusion import Sampler
-from twotower.diffusion.sampling import (
-    choose,
-    draw_noise,
-    filter_logits,
-    gumbel,
-)
+from twotower.diffusion.chance import draw_noise, filter_logits, gumbel
+from twotower.diffusion.sampling import choose
 from twotower.diffusion.scheduled import uniform
 
 

@@ -10,7 +10,7 @@ from twotower.engine.batch import Batch
 from twotower.engine.drafts import DraftController, Proposal, best_length, pass_cost
 from twotower.engine.drafts_denoiser import choose_writers, writing_cost
 from twotower.engine.options import ResolvedOptions
-from twotower.engine.request import Row
+from twotower.engine.row import Row
 from twotower.graphs.passes import count_accepted
 from twotower.model.backend import PassCosts
 from twotower.model.draft_tree import DraftTree

@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 
-from twotower.arguments import usable_path
 from twotower.checkpoint.empty import Towers
 from twotower.checkpoint.files import INDEX_FILE, WEIGHTS, resolve
 from twotower.checkpoint.gguf import Precision, export_gguf
@@ -23,6 +22,7 @@ from twotower.checkpoint.write import write_checkpoint
 from twotower.families import family_of
 from twotower.model.precision import Scheme, require_plain
 from twotower.model.two_tower import TwoTower
+from twotower.paths import usable_path
 from twotower.tokenizer import TOKENIZER_FILE, load_tokenizer, read_chat_template
 
 Target = Literal["released", "backbone", "transformers"]

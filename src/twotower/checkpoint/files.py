@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from twotower.arguments import usable_path
 from twotower.checkpoint.gguf_reader import INDEX_FILE as GGUF_INDEX
 from twotower.checkpoint.gguf_reader import is_gguf, open_gguf, read_index, read_tensor
 from twotower.families import read_json
+from twotower.paths import usable_path
 
 SHIPPED = "shipped"  # the name of the model inside the package
 ACCEPTED = f"a checkpoint folder, a GGUF file, a hub id owner/name, or {SHIPPED}"

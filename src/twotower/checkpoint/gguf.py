@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twotower.arguments import usable_path
 from twotower.checkpoint import names
 from twotower.checkpoint.gguf_reader import gguf_names
 from twotower.checkpoint.gguf_vocabulary import Vocabulary, read_vocabulary
@@ -22,6 +21,7 @@ from twotower.config import TwoTowerConfig
 from twotower.families import family_of
 from twotower.model.precision import require_plain
 from twotower.model.two_tower import TwoTower
+from twotower.paths import usable_path
 from twotower.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

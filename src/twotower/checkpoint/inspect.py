@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from twotower.arguments import usable_path
 from twotower.checkpoint import names
 from twotower.checkpoint.denoiser import denoiser_config, find_denoiser
 from twotower.checkpoint.empty import Towers, build_empty
@@ -33,6 +32,7 @@ from twotower.config import TowerConfig, TwoTowerConfig
 from twotower.families import PRESETS, config_from_dict, read_config
 from twotower.model.precision import Scheme
 from twotower.model.two_tower import TwoTower
+from twotower.paths import usable_path
 from twotower.specs import SPECS, AttentionSpec, MambaSpec, MoESpec
 
 Tower = Literal["context", "denoiser"]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twotower.arguments import COUNT, check, usable_path
+from twotower.arguments import COUNT, check
 from twotower.checkpoint.files import (
     DTYPES,
     INDEX_FILE,
@@ -25,6 +25,7 @@ from twotower.checkpoint.files import (
 )
 from twotower.checkpoint.gguf_reader import INDEX_FILE as GGUF_INDEX
 from twotower.file_lock import only_writer
+from twotower.paths import usable_path
 
 _IDS_DTYPES = {"I32": torch.int32, "I64": torch.int64}  # of token ids
 _SPELLING = {d: name for name, d in {**DTYPES, **PACKED_DTYPES, **_IDS_DTYPES}.items()}

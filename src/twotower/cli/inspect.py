@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from twotower.arguments import usable_path
 from twotower.checkpoint.denoiser import (
     DenoiserRecord,
     describe_denoiser,
@@ -28,6 +27,7 @@ from twotower.cli.tables import make_console, print_table
 from twotower.families import config_to_dict
 from twotower.lab.report import Table
 from twotower.model.ngrams import NGRAM_BYTES
+from twotower.paths import usable_path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from typing import (
 
 import tyro
 
-from twotower.arguments import a_path, check
+from twotower.arguments import check
 from twotower.cli.flags import (
     aliases_of,
     as_typed,
@@ -32,6 +32,7 @@ from twotower.cli.flags import (
     with_flags,
 )
 from twotower.documented import field_docs, summary
+from twotower.paths import a_path
 
 T = TypeVar("T")
 _METAVARS = {Path: "PATH", str: "TEXT", int: "INT", float: "FLOAT"}

@@ -1,5 +1,6 @@
 """Masked diffusion as pure functions on tensors: noise, losses, token choice, the block loop."""
 
+from twotower.diffusion.chance import draw_noise, filter_logits, gumbel
 from twotower.diffusion.commit import commit_confident
 from twotower.diffusion.denoise_block import Denoise, Step, denoise_block, predictions
 from twotower.diffusion.loss import elbo_weight, masked_loss_sum, token_cross_entropy
@@ -11,9 +12,6 @@ from twotower.diffusion.sampling import (
     SamplerKind,
     ban,
     choose,
-    draw_noise,
-    filter_logits,
-    gumbel,
     require_finite,
     sample,
 )

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from twotower.diffusion.chance import draw_noise
 from twotower.diffusion.commit import Predictions, commit_confident
 from twotower.diffusion.noise import alpha, grid_time
-from twotower.diffusion.sampling import Sampler, SamplerKind, ban, choose, draw_noise
+from twotower.diffusion.sampling import Sampler, SamplerKind, ban, choose
 from twotower.diffusion.scheduled import commit_posterior, commit_remasked
 
 # tokens (R, T), t (R,) float32, rows (R,) int64 ascending, of the batch -> logits (R, T, V)

@@ -12,7 +12,7 @@ from twotower.engine.choosing import ChoosingBackend
 from twotower.engine.denoiser import Denoiser
 from twotower.engine.drafts import pass_cost, with_all_beside
 from twotower.engine.events import Event, TokenLogprob, Verified
-from twotower.engine.request import Row
+from twotower.engine.row import Row
 from twotower.model import ContextCache, TwoTower
 from twotower.model.backend import PassCosts
 from twotower.model.draft_tree import MAX_TOKENS

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from twotower.diffusion import Sampler, choose
-from twotower.engine.request import Row
+from twotower.engine.row import Row
 
 
 def penalize(logits: Tensor, rows: Sequence[Row], drafts: Sequence[list[int]]) -> Tensor:

@@ -9,7 +9,7 @@ from twotower.engine.denoiser import fill_blocks
 from twotower.engine.drafts import DraftController, Proposal, beside_passes
 from twotower.engine.drafts_lookup import MAX_DRAFT, Candidates
 from twotower.engine.events import Event
-from twotower.engine.request import Row
+from twotower.engine.row import Row
 
 # Of the tokens that drafts add to AR's one on held-out answers, what they add where lookups fail:
 # texts are harder there, and some of the rest lookups know.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from twotower.engine.batch import NUM_OTHERS, Batch
 from twotower.engine.drafts import Proposal, best_length
-from twotower.engine.request import Row
+from twotower.engine.row import Row
 from twotower.model.ngrams import ORDER, Ngrams
 
 MIN_MATCH, MAX_MATCH = 2, 16  # tokens that must have occurred before, and that are compared

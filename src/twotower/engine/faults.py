@@ -8,7 +8,7 @@ import torch
 from twotower.engine.events import Failed, FailureKind
 from twotower.engine.filters import FilterFailed
 from twotower.engine.grammar import GrammarFailed
-from twotower.engine.request import Row
+from twotower.engine.row import Row
 
 _log = logging.getLogger(__name__)
 _MESSAGES: dict[FailureKind, str] = {

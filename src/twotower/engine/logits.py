@@ -9,7 +9,7 @@ from twotower.diffusion import Sampler, ban, choose, draw_noise, require_finite
 from twotower.engine.batch import Chosen
 from twotower.engine.constraints import choose_along, penalize
 from twotower.engine.events import TokenLogprob
-from twotower.engine.request import Row
+from twotower.engine.row import Row
 
 
 def with_logprobs(
@@ -49,8 +49,9 @@ def choose_tokens(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tens
     """One token per row from its logits (B, V), by the row's own options and randomness: (B,)."""
     if any(row.options.has_penalties for row in rows):
         logits = penalize(logits.unsqueeze(1), rows, [[]] * len(rows)).squeeze(1)
-    generators = [] if sampler.is_greedy else [row.generator for row in rows]
-    noise = draw_noise(logits, sampler, generators)
+    noise = None
+    if not sampler.is_greedy:
+        noise = draw_noise(logits, sampler, [row.generator for row in rows])
     tokens = choose(require_finite(logits), sampler, noise)
     for slot, row in enumerate(rows):
         if row.grammar is not None:

@@ -11,7 +11,7 @@ from twotower.engine.given import GIVEN
 from twotower.engine.mock_ar import MOCK_AR
 from twotower.engine.options import Mode
 from twotower.engine.prefix_cache import PrefixCache
-from twotower.engine.request import Row
+from twotower.engine.row import Row
 from twotower.engine.speculative import SPECULATIVE
 from twotower.memory import available_bytes
 from twotower.model import TwoTower

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from twotower.engine.events import Failed
-from twotower.engine.request import Row
+from twotower.engine.row import Row
 
 
 class RequestQueue:

@@ -17,8 +17,8 @@ from twotower.engine.faults import EngineDeadError, failed, failure
 from twotower.engine.options import EngineOptions
 from twotower.engine.prefill import READ_TOKENS, open_batches, read_prompts, refusal
 from twotower.engine.prefix_cache import PrefixCache
-from twotower.engine.request import Row
 from twotower.engine.request_queue import RequestQueue
+from twotower.engine.row import Row
 from twotower.model import TwoTower
 
 _log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from twotower.engine import drafts_denoiser, drafts_lookup
 from twotower.engine.batch import Batch, Chosen, DecodingMode, Draft
 from twotower.engine.drafts import Proposal
 from twotower.engine.events import Event, Verified
-from twotower.engine.request import Row
+from twotower.engine.row import Row
 from twotower.engine.verify import start, verify
 
 _NO_DRAFT = Proposal("lookup", 1.0)

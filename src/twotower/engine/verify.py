@@ -14,7 +14,7 @@ from twotower.diffusion import gumbel, require_finite
 from twotower.engine.batch import Batch, Chosen, Draft
 from twotower.engine.constraints import choose_along, penalize
 from twotower.engine.logits import choose_tokens, with_logprobs
-from twotower.engine.request import Row
+from twotower.engine.row import Row
 from twotower.model.draft_tree import DraftTree, along_paths
 
 

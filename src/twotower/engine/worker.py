@@ -17,7 +17,8 @@ from twotower.engine.events import Event, Failed, Finished, StepTaken
 from twotower.engine.faults import EngineDeadError, failed, log_failure
 from twotower.engine.options import EngineOptions
 from twotower.engine.prefix_cache import PrefixCache, PrefixStats
-from twotower.engine.request import Request, Row, checked_engine, make_row
+from twotower.engine.request import Request, checked_engine, make_row
+from twotower.engine.row import Row
 from twotower.engine.scheduler import Scheduler
 from twotower.engine.shared_queue import SharedQueue, Stopped
 from twotower.memory import release_memory

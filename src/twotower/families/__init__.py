@@ -7,11 +7,11 @@ import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from twotower.arguments import usable_path
 from twotower.config import TwoTowerConfig
 from twotower.families import llama, nemotron_h
 from twotower.families.family import Family
 from twotower.families.fields import read_json
+from twotower.paths import usable_path
 
 __all__ = [
     "FAMILIES",

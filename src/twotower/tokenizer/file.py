@@ -13,7 +13,7 @@ from typing import Any
 
 import tokenizers
 
-from twotower.arguments import usable_path
+from twotower.paths import usable_path
 from twotower.tokenizer.patterns import why_refused
 from twotower.tokenizer.rules import flatten
 from twotower.tokenizer.text import (

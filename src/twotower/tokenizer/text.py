@@ -14,7 +14,8 @@ from pathlib import Path
 
 import tokenizers
 
-from twotower.arguments import require, require_unicode, usable_path
+from twotower.arguments import require, require_unicode
+from twotower.paths import usable_path
 from twotower.tokenizer.decoding import TextStream, num_leading_spaces
 from twotower.tokenizer.rules import read_rule
 

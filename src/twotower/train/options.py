@@ -23,7 +23,6 @@ from twotower.arguments import (
     SHARE,
     THREADS,
     Problem,
-    a_path,
     check,
     each,
     instance,
@@ -33,6 +32,7 @@ from twotower.arguments import (
 )
 from twotower.documented import documented
 from twotower.specs import MAX_LAYERS
+from twotower.paths import a_path
 from twotower.tokenizer.training import MIN_VOCAB_SIZE
 from twotower.train.presets import PRESET_NAMES
 

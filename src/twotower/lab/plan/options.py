@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from twotower.arguments import COUNT, check_fields, nearest, number, usable_path
+from twotower.arguments import COUNT, check_fields, nearest, number
 from twotower.checkpoint.files import SHIPPED
 from twotower.checkpoint.inspect import Description, describe
 from twotower.checkpoint.quantize import read_scheme
@@ -29,6 +29,7 @@ from twotower.lab.plan.inputs import (
 )
 from twotower.lab.plan.passes import ModelShape, PlanSetup
 from twotower.lab.plan.profile import read_profile
+from twotower.paths import usable_path
 from twotower.specs import MoESpec
 
 # A published run of the 30B model: 66 denoiser passes for 256 tokens (the port on two DGX Sparks).
