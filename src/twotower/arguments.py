@@ -45,10 +45,9 @@ def check(values: Mapping[str, object], checks: Mapping[str, Problem]) -> None:
 
 def check_fields(options: object, checks: Mapping[str, Problem]) -> None:
     """The same for fields of a dataclass; None is taken where it is the field's default."""
-    values = {name: getattr(options, name) for name in checks}
-    optional = {name for name in checks if getattr(type(options), name, name) is None}
-    given = {n: value for n, value in values.items() if value is not None or n not in optional}
-    check(given, checks)
+    values = ((name, getattr(options, name)) for name in checks)
+    kind = type(options)
+    check({n: v for n, v in values if v is not None or getattr(kind, n, n) is not None}, checks)
 
 
 def number(

@@ -151,7 +151,7 @@ def test_a_prompt_too_long_for_memory_is_a_bad_line(
 ) -> None:
     from twotower.engine import prefill
 
-    monkeypatch.setattr(prefill, "available_bytes", lambda device: 10**6)
+    monkeypatch.setattr(prefill, "available_bytes", lambda *_: 10**6)
     lines = [{"prompt": "a"}, {"prompt": [5] * 9000}, {"prompt": "b"}]
     source = write_lines(tmp_path / "in.jsonl", lines)
     assert answer(source, tmp_path / "out.jsonl", checkpoint) == offline.REFUSED_LINES

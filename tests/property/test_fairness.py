@@ -306,7 +306,7 @@ def test_little_memory_lets_paused_rows_go_on(monkeypatch: pytest.MonkeyPatch) -
     """Guards a new row that does not fit while those that were paused hold the memory: it must wait
     for them, not fail, and they must not wait behind it."""
     free = [10**9]
-    monkeypatch.setattr(prefill, "available_bytes", lambda device: free[0])
+    monkeypatch.setattr(prefill, "available_bytes", lambda *_: free[0])
     monkeypatch.setattr("twotower.engine.shared_queue.TURN", 1)
     lengths = (60, 3, 5)
     requests = [
@@ -326,7 +326,7 @@ def test_little_memory_lets_paused_rows_go_on(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_row_that_never_fits_fails_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
     one_row = 3 * (5 + 60 + 4) * MODEL.config.context.kv_elements * 4
-    monkeypatch.setattr(prefill, "available_bytes", lambda device: one_row)
+    monkeypatch.setattr(prefill, "available_bytes", lambda *_: one_row)
     monkeypatch.setattr("twotower.engine.shared_queue.TURN", 1)
     o = options(mode="ar", max_new_tokens=60)
     requests = [request(caller, o) for caller in "abcabc"]

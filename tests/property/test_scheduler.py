@@ -114,7 +114,7 @@ def test_little_memory_makes_rows_wait_for_each_other(monkeypatch: pytest.Monkey
     expected = generate(MODEL, PROMPTS, o)
     weight = MODEL.config.context.kv_elements * 4
     one_row = 3 * (max(LENGTHS) + max(NEW_TOKENS) + 4) * weight
-    monkeypatch.setattr(prefill, "available_bytes", lambda device: one_row)
+    monkeypatch.setattr(prefill, "available_bytes", lambda *_: one_row)
     seen = watched(monkeypatch, "denoise")
     assert generate(MODEL, PROMPTS, o) == expected
     assert max(seen) < len(PROMPTS)
@@ -139,7 +139,7 @@ def test_a_source_is_read_when_places_are_free() -> None:
 
 def test_a_refused_request_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards offline runs: one bad prompt among thousands."""
-    monkeypatch.setattr(prefill, "available_bytes", lambda device: 10**6)
+    monkeypatch.setattr(prefill, "available_bytes", lambda *_: 10**6)
     good = options(mode="ar", max_new_tokens=3)
     prompts = [[5], [], prompts_of([20000])[0], [6]]
     events = list(stream_requests(MODEL, (Request(p, good) for p in prompts)))

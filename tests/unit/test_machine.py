@@ -18,6 +18,8 @@ def test_free_memory_is_read_from_the_system(
     file.write_text("MemTotal:  9 kB\nMemFree:  1 kB\nMemAvailable:    1234 kB\nBuffers:  5 kB\n")
     monkeypatch.setattr(memory, "_MEMINFO", file)
     assert memory.available_bytes(CPU) == 1234 * 1024
+    assert memory.available_bytes(CPU, 10**18) == 1234 * 1024
+    assert memory.available_bytes(CPU, 1) != 1234 * 1024  # it is not read for what is there anyway
     file.write_text("MemTotal:  9 kB\n")
     assert memory.available_bytes(CPU) is None
     monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "missing")

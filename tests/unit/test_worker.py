@@ -165,7 +165,7 @@ def test_an_unusable_request_is_refused_at_once() -> None:
 
 
 def test_a_row_that_never_fits_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill, "available_bytes", lambda device: 10**6)
+    monkeypatch.setattr(prefill, "available_bytes", lambda *_: 10**6)
     with running() as worker:
         end = failure_of(worker.submit(Request(prompts_of([20000])[0], options())))
         assert end.kind == "memory" and "a prompt of 20000 tokens in 1 rows needs" in end.message

@@ -7,6 +7,7 @@ from twotower.diffusion.loss import elbo_weight, masked_loss_sum, token_cross_en
 from twotower.diffusion.noise import SCHEDULES, Schedule, alpha, alpha_prime, corrupt
 from twotower.diffusion.sampling import (
     NOT_FINITE,
+    PER_ROW,
     Remask,
     Sampler,
     SamplerKind,
@@ -18,6 +19,7 @@ from twotower.diffusion.sampling import (
 
 __all__ = [
     "NOT_FINITE",
+    "PER_ROW",
     "SCHEDULES",
     "Denoise",
     "Remask",

@@ -14,10 +14,11 @@ from torch import Tensor
 from twotower.diffusion.chance import draw_noise
 from twotower.diffusion.commit import Predictions, commit_confident
 from twotower.diffusion.noise import alpha, grid_time
-from twotower.diffusion.sampling import Sampler, SamplerKind, ban, choose
+from twotower.diffusion.sampling import Sampler, SamplerKind, choose
 from twotower.diffusion.scheduled import commit_posterior, commit_remasked
 
-# tokens (R, T), t (R,) float32, rows (R,) int64 ascending, of the batch -> logits (R, T, V)
+# tokens (R, T), t (R,) float32, rows (R,) int64 ascending, of the batch -> logits (R, T, V), which
+# nobody else uses
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 # The masked positions that take their predicted token in a step: bool (R, T).
 _RULES: dict[SamplerKind, Callable[[Sampler, Predictions], Tensor]] = {
@@ -148,7 +149,8 @@ def _logits(
         return kept_logits
     is_whole = len(rows) == len(tokens)
     logits = denoise(_pick(tokens, rows, is_whole), _pick(t, rows, is_whole), rows).float()
-    logits = ban(logits, [mask_token_id])
+    if mask_token_id < logits.shape[-1]:
+        logits.select(-1, mask_token_id).fill_(float("-inf"))
     return logits if kept_logits is None else torch.cat([logits, kept_logits])
 
 

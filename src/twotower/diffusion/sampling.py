@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from twotower.diffusion.noise import Schedule
 
 SamplerKind = Literal["confidence", "posterior", "predict-and-noise"]
 Remask = Literal["confidence", "margin", "random"]
+PER_ROW = ("temperature", "top_k", "top_p", "min_p", "steps", "threshold")  # fields of a sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +64,9 @@ class Sampler:
 
     def select(self, rows: Tensor) -> "Sampler":
         """The sampler of some rows (R,) int64."""
-        return replace(
-            self,
-            temperature=_of(self.temperature, rows),
-            top_k=_of(self.top_k, rows),
-            top_p=_of(self.top_p, rows),
-            min_p=_of(self.min_p, rows),
-            steps=_of(self.steps, rows),
-            threshold=_of(self.threshold, rows),
-        )
+        values = {name: getattr(self, name) for name in PER_ROW}
+        own: dict[str, Any] = {name: all_[rows.to(all_.device)] for name, all_ in values.items()}
+        return replace(self, **own)
 
 
 NOT_FINITE = (
@@ -98,10 +93,6 @@ def ban(logits: Tensor, ids: Sequence[int]) -> Tensor:
         banned.select(-1, known[0]).fill_(float("-inf"))
         return banned
     return logits.index_fill(-1, torch.tensor(known, device=logits.device), float("-inf"))
-
-
-def _of(values: Tensor, rows: Tensor) -> Tensor:
-    return values[rows.to(values.device)]
 
 
 def argmax(logits: Tensor) -> Tensor:

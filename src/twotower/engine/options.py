@@ -15,6 +15,7 @@ from twotower.arguments import (
     INDEX,
     SHARE,
     Problem,
+    check,
     check_fields,
     either,
     instance,
@@ -265,12 +266,13 @@ def _checked_defaults(defaults: Mapping[str, object]) -> dict[str, Any]:
     known: dict[str, Any] = {
         name: value for name, value in defaults.items() if name in _CHECKS and value is not None
     }
-    mode = known.pop("mode", None)  # alone, so that other fields may be of other modes
+    # Alone, so that other fields may be of other modes.
+    mode = {name: known.pop(name) for name in ("mode",) if name in known}
     try:
-        checked = GenerateOptions(**known).given() | GenerateOptions(mode=mode).given()
+        check(mode, _CHECKS)
+        return GenerateOptions(**known).given() | mode
     except ValueError as error:
         raise ValueError(f"generation_config.json: {error}") from None
-    return checked
 
 
 def _refuse_unused(options: GenerateOptions, mode: Mode) -> None:

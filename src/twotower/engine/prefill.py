@@ -52,7 +52,7 @@ def lacking_memory(device: torch.device, token_bytes: int, num_tokens: int) -> s
     """
     # Buffers have room for up to half as many more rows, and a grown one is a copy.
     needed = 2 * num_tokens * token_bytes
-    free = available_bytes(device)
+    free = available_bytes(device, needed)
     if free is None or needed <= free:
         return None
     return f"about {needed / 1e9:.1f} GB of cache and {free / 1e9:.1f} GB are free"

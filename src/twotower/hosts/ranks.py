@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twotower.diffusion import Sampler, Step
+from twotower.diffusion import PER_ROW, Sampler, Step
 from twotower.engine.batch import Batch
 from twotower.engine.denoiser import Blocks, Denoiser, denoise_rows
 from twotower.engine.denoiser_copy import CacheCopy, Follower
@@ -32,7 +32,6 @@ _log = logging.getLogger(__name__)
 _STEP_TENSORS = [
     field.name for field in dataclasses.fields(Step) if field.name not in ("index", "others")
 ]
-_PER_ROW = ("temperature", "top_k", "top_p", "min_p", "steps", "threshold")  # of a sampler
 
 
 class SplitTwoTower(TwoTower):
@@ -166,7 +165,7 @@ def _fill(model: TwoTower, copies: dict[int, CacheCopy], asked: Message) -> Mess
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state)
     slots = None if values["slots"] is None else torch.tensor(values["slots"])
-    per_row: dict[str, Any] = dict(zip(_PER_ROW, of_sampler, strict=True))
+    per_row: dict[str, Any] = dict(zip(PER_ROW, of_sampler, strict=True))
     sampler = Sampler(**values["sampler"], **per_row)
     asked_blocks = Blocks(blocks, sampler, generators, slots)
     steps = list(denoise_rows(model, copy.cache.view(), asked_blocks))
@@ -176,11 +175,11 @@ def _fill(model: TwoTower, copies: dict[int, CacheCopy], asked: Message) -> Mess
 
 
 def _sampler_tensors(sampler: Sampler) -> list[Tensor]:
-    return [getattr(sampler, name) for name in _PER_ROW]
+    return [getattr(sampler, name) for name in PER_ROW]
 
 
 def _sampler_values(sampler: Sampler) -> dict[str, object]:
-    names = [field.name for field in dataclasses.fields(sampler) if field.name not in _PER_ROW]
+    names = [field.name for field in dataclasses.fields(sampler) if field.name not in PER_ROW]
     values = {name: getattr(sampler, name) for name in names}
     return values | {"num_others": 0}  # they do not travel
 

@@ -102,7 +102,7 @@ class EagerBackend:
         is_draft: bool,
         tree: DraftTree | None = None,
     ) -> ForwardOutput:
-        length, device = tokens.shape[1], tokens.device
+        length, device = tokens.shape[1], self._model.context_device
         states_every: int | None = length
         if is_draft or 1 < length <= ssd.TILE:
             # The cache makes the states of all layers at once, which takes fewer operations.
@@ -120,7 +120,8 @@ class EagerBackend:
                 mask = masks.tree_rows(own, start, cache.num_past)
         on_device = None if counts is None else counts.to(device)
         tower = self._model.context_tower
-        hidden, states = tower(tokens, cache.layers, mask, on_device, states_every, start, depths)
+        past = cache.layers, mask, on_device, states_every, start, depths
+        hidden, states = tower(tokens.to(device), *past)
         inputs = [state for state in states if isinstance(state, MambaInputs)]
         if not inputs:
             return ForwardOutput(hidden, states)

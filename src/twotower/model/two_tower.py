@@ -167,11 +167,11 @@ class TwoTower(nn.Module):
         Returns the tower's output (B, n, D); `context_head` makes logits of it.
         """
         tokens = self._after(cache, tokens)
-        if counts is not None and bool((counts == tokens.shape[1]).all()):
-            counts = None
-        output = self.backend.context_pass(cache, tokens, counts, is_draft=False)
-        whole = torch.full((len(tokens),), tokens.shape[1])
-        cache.commit(output, whole if counts is None else counts.cpu())
+        whole = [tokens.shape[1]] * len(tokens)
+        counts = torch.tensor(whole) if counts is None else counts.cpu()
+        asked = None if counts.tolist() == whole else counts
+        output = self.backend.context_pass(cache, tokens, asked, is_draft=False)
+        cache.commit(output, counts)
         return output.hidden
 
     def verify(
@@ -285,9 +285,8 @@ class TwoTower(nn.Module):
             )
 
     def _after(self, cache: ContextCache, tokens: Tensor) -> Tensor:
-        """Checked tokens that are to follow the cache, on its device."""
-        tokens = self.checked(tokens, "tokens").to(self.context_device)
-        if len(tokens) != cache.num_rows:
+        """Checked tokens that are to follow the cache."""
+        if len(self.checked(tokens, "tokens")) != cache.num_rows:
             raise ValueError(f"tokens have {len(tokens)} rows but the cache has {cache.num_rows}")
         return tokens
 

@@ -92,7 +92,7 @@ class NativeBackend:
         tree: DraftTree | None = None,
     ) -> ForwardOutput:
         """Each row with its own past and its own number of tokens."""
-        tower, tokens = self._context, tokens.contiguous()
+        tower, tokens = self._context, tokens.cpu().contiguous()
         assert tower is not None
         num_rows, length = tokens.shape
         layers, pasts = self._with_room(cache, length)

@@ -54,6 +54,8 @@ class Tokenizer:
         ours = {role: name for role, name in ROLES.items() if name in self.special_texts}
         names = ours | (roles or {})
         self._roles = {role: n for role, n in names.items() if self.token_id(n) is not None}
+        ids_of = {role: self.token_id(name) for role, name in self._roles.items()}
+        self.pad_id, self.bos_id, self.eos_id, self.mask_id = map(ids_of.get, ROLES)
         self._adds_bos = adds_bos
 
     def unused_ids(self, vocab_size: int) -> tuple[int, ...]:
@@ -92,25 +94,6 @@ class Tokenizer:
         """The tokenizer file's text."""
         text: str = self._backend.to_str()
         return text
-
-    @property
-    def pad_id(self) -> int | None:
-        return self._role_id("pad")
-
-    @property
-    def bos_id(self) -> int | None:
-        return self._role_id("bos")
-
-    @property
-    def eos_id(self) -> int | None:
-        return self._role_id("eos")
-
-    @property
-    def mask_id(self) -> int | None:
-        return self._role_id("mask")
-
-    def _role_id(self, role: str) -> int | None:
-        return self.token_id(self._roles[role]) if role in self._roles else None
 
     @cached_property
     def fingerprint(self) -> str:
