@@ -1,7 +1,7 @@
 """Where blocks are denoised: beside the context tower, or by a denoiser that is elsewhere."""
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import torch
@@ -37,18 +37,13 @@ class Denoiser(Protocol):
         ...
 
 
-class HasDenoiser(Protocol):
-    """A model that brings its own kind of denoiser."""
-
-    def new_denoiser(self) -> Denoiser:
-        """A denoiser for a new batch."""
-        ...
-
-
 def new_denoiser(model: TwoTower) -> Denoiser:
-    """A denoiser for a new batch, where the model's denoiser tower is."""
-    if hasattr(model, "new_denoiser"):
-        return cast(HasDenoiser, model).new_denoiser()
+    """A denoiser for a new batch, where the model's denoiser tower is; a model may bring its own
+    kind.
+    """
+    own: Callable[[], Denoiser] | None = getattr(model, "new_denoiser", None)
+    if own is not None:
+        return own()
     if model.denoiser_device == model.context_device:
         return LocalDenoiser()
     from twotower.engine.denoiser_copy import CopyDenoiser

@@ -48,7 +48,7 @@ class SplitTwoTower(TwoTower):
         return True
 
     def new_denoiser(self) -> Denoiser:
-        """See `engine.denoiser.HasDenoiser`."""
+        """See `engine.denoiser.new_denoiser`."""
         return RemoteDenoiser(self._client)
 
     def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:

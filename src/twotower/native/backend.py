@@ -120,9 +120,9 @@ class NativeBackend:
             ends = counts.tolist()
             for row, end in enumerate(ends if is_draft and self._sizes.num_mambas else ()):
                 tower.fill_states(end, pasts.of(row), outputs.after.of(row))
-            found, addresses = outputs.states_after(ends) if is_draft else outputs.states()
+            found, known = outputs.states(ends)
             if all(map(is_, layers, cache.buffers)):
-                cache.version.addresses = addresses  # the next pass need not ask each tensor
+                cache.version.addresses = known  # the next pass need not ask each tensor
             return found
 
         return ForwardOutput(hidden, states, states_after, version)

@@ -184,32 +184,26 @@ class PassOutputs(Addresses):
             if not self._keeps_inputs:
                 self._ssm[index, row] = state.ssm[row]
 
-    def states(self) -> tuple[list[MambaState], Addresses]:
-        """Each Mamba layer's state after the pass, and where the past of the next one is."""
-        return self._mamba_states(self._conv), self._next(self.table[..., : len(PAST)].copy())
-
-    def states_after(self, counts: Sequence[int]) -> tuple[list[MambaState], Addresses | None]:
-        """The same after counts[b] tokens of each row b, whose ssm is filled; None where these are
-        not equally many: then convolutions' inputs are copies.
+    def states(self, counts: Sequence[int]) -> tuple[list[MambaState], Addresses | None]:
+        """Each Mamba layer's state after counts[b] tokens of each row b, whose ssm is filled, and
+        where the past of the next pass is; None where these are not equally many: then
+        convolutions' inputs are copies.
         """
-        window, kept = self._conv, self._sizes.kept
-        if min(counts) == max(counts):
-            table = self.after.table[..., : len(PAST)].copy()
-            skipped = _FLOAT * counts[0] * self._sizes.channels
-            table[..., _CONV] = self.table[..., _WINDOW] + skipped  # nobody reads other layers'
-            conv = window[:, :, counts[0] : counts[0] + kept]
-            return self._mamba_states(conv), self._next(table)
-        rows = [window[:, b, n : n + kept] for b, n in enumerate(counts)]
-        return self._mamba_states(torch.stack(rows, dim=1)), None
-
-    def _next(self, table: np.ndarray) -> Addresses:
-        table[..., _KEYS] = self._pasts.table[..., _KEYS]
-        return Addresses(table, self._pasts.kept)
-
-    def _mamba_states(self, conv: Tensor) -> list[MambaState]:
-        """conv (layers, B, W-1, C)."""
-        both = zip(conv.mT.unbind(0), self._ssm.unbind(0), strict=True)
-        return [MambaState(*parts) for parts in both]
+        window, kept, known = self._conv, self._sizes.kept, None
+        skipped = counts if self._keeps_inputs else [0] * len(counts)
+        if min(skipped) == max(skipped):
+            own = self.after if self._keeps_inputs else self
+            table = own.table[..., : len(PAST)].copy()
+            table[..., _KEYS] = self._pasts.table[..., _KEYS]
+            if self._keeps_inputs:  # nobody reads other layers'
+                begin = self.table[..., _WINDOW]
+                table[..., _CONV] = begin + _FLOAT * skipped[0] * self._sizes.channels
+            known = Addresses(table, self._pasts.kept)
+            conv = window[:, :, skipped[0] : skipped[0] + kept]
+        else:
+            conv = torch.stack([window[:, b, n : n + kept] for b, n in enumerate(skipped)], dim=1)
+        both = zip(conv.mT.unbind(0), self._ssm.unbind(0), strict=True)  # (B, C, W-1) each
+        return [MambaState(*parts) for parts in both], known
 
 
 def _address(value: Tensor) -> tuple[int, int]:

@@ -56,17 +56,10 @@ def load_library(file: Path) -> ctypes.CDLL:
     found.twotower_states.argtypes = [address, _int, _int, address, address]
     found.twotower_linear.argtypes = [address, *[_int] * 3, address, _int, address]
     found.twotower_bigrams.argtypes = [
-        address,
-        *[_int] * 3,
-        address,
-        address,
-        ctypes.c_int64,
-        address,
-        _int,
-        address,
-    ]
-    found.twotower_bigrams.restype = None
-    found.twotower_states.restype = found.twotower_linear.restype = None
+        address, *[_int] * 3, address, address, ctypes.c_int64, address, _int, address,
+    ]  # fmt: skip
+    for function in (found.twotower_states, found.twotower_linear, found.twotower_bigrams):
+        function.restype = None
     return found
 
 
