@@ -31,7 +31,7 @@ def view_row(cache: ContextCache, row: int, length: int) -> ContextCache:
     own memory, and are good until it changes.
     """
     view, part = object.__new__(ContextCache), (slice(row, row + 1), slice(length))
-    view.version = object()
+    view.version = Version()
     view.lengths = cache.lengths[part[0]].clamp(max=length)
     view.last_hidden = None
     view.buffers = [KV(*(b[part] for b in s)) if isinstance(s, KV) else None for s in cache.buffers]

@@ -155,29 +155,23 @@ class ContextCache:
                 "output is of an earlier pass over this cache, and its keys have been overwritten; "
                 "verify the tokens again"
             )
-        found: dict[int, MambaState] = {}
-        buffers, parts = list[Tensor](), list[Tensor]()
         self.version = Version()
-        if any(output.states):  # else all of them are where they belong
-            states = self.make_room(output.hidden.shape[1])
-            for index, (old, new) in enumerate(zip(states, output.states, strict=True)):
-                if isinstance(new, KV) and isinstance(old, KV):
-                    buffers += old
-                    parts += new
-                elif isinstance(new, MambaState):
-                    found[index] = MambaState(new.conv[:, -1], new.ssm[:, -1])
-        if buffers:
-            self._write_behind(buffers, parts)
+        keys = [part for new in output.states if isinstance(new, KV) for part in new]
+        if keys:  # else they are where they belong
+            room = self.make_room(output.hidden.shape[1])
+            self._write_behind([part for old in room if isinstance(old, KV) for part in old], keys)
         newest, lengths = self._newest(output.hidden, counts), self.lengths + counts
         if self.output_buffer is not None:
             sizes = self.num_rows, self.num_past, self.num_past + output.hidden.shape[1]
             self.output_buffer = with_room(self.output_buffer, *sizes)
             self._write_behind([self.output_buffer], [output.hidden])
+        found = [new for new in output.states if isinstance(new, MambaState)]
+        mambas = [MambaState(new.conv[:, -1], new.ssm[:, -1]) for new in found]
         if output.states_after is not None:  # now that it is known how many stay
-            kept = (i for i, old in enumerate(self.buffers) if isinstance(old, MambaState))
             # Nothing can fail behind this: who made the output may follow the cache from here on.
-            found = dict(zip(kept, output.states_after(counts), strict=True))
-        for index, state in found.items():
+            mambas = output.states_after(counts)
+        kept = (i for i, old in enumerate(self.buffers) if isinstance(old, MambaState))
+        for index, state in zip(kept, mambas, strict=True):
             self.buffers[index] = state
         self.last_hidden, self.lengths = newest, lengths
 

@@ -73,7 +73,7 @@ class NativeBackend:
 
         def denoise(length: int) -> None:
             t = None if self._model.config.draft is not None else torch.ones(1)
-            self.denoise(ids[:, :length], cache.view(self._reads), t)
+            self.denoise(ids[:, :length], cache.view(self._model.config.reads), t)
 
         file, tower = library_file(), self._model.context_tower
         num_bytes = sum(tensor.nbytes for tensor in tower.state_dict().values())

@@ -31,8 +31,8 @@ from twotower.arguments import (
     one_of,
 )
 from twotower.documented import documented
-from twotower.specs import MAX_LAYERS
 from twotower.paths import a_path
+from twotower.specs import MAX_LAYERS
 from twotower.tokenizer.training import MIN_VOCAB_SIZE
 from twotower.train.presets import PRESET_NAMES
 
