@@ -144,6 +144,9 @@ def instance(kind: type, words: str) -> Problem:
     return lambda value: None if isinstance(value, kind) else f"must be {words}"
 
 
+A_SWITCH = instance(bool, "true or false")
+
+
 def token_ids(value: object) -> str | None:
     """A token id, or several."""
     ids = value if isinstance(value, tuple) else (value,)

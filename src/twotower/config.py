@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from twotower.arguments import require
 from twotower.specs import (
     MAX_EXPERTS,
     MAX_LAYERS,
@@ -166,6 +167,8 @@ class TwoTowerConfig:
     """Of a thin denoiser; None: the denoiser has embeddings, head and time conditioning."""
 
     def __post_init__(self) -> None:
+        require("context", self.context, TowerConfig, "TowerConfig(...)")
+        require("denoiser", self.denoiser, TowerConfig, "TowerConfig(...)")
         check_sizes(self, "block_size")
         self._check_reads()
         self._check_ids()

@@ -34,6 +34,7 @@ from twotower.checkpoint import (
 from twotower.checkpoint.denoiser import find_denoiser, load_denoiser
 from twotower.checkpoint.empty import Towers
 from twotower.checkpoint.files import GENERATION_FILE, SHIPPED
+from twotower.documented import public_options
 from twotower.families import read_config
 from twotower.model import TwoTower
 from twotower.model.precision import ExpertStorage
@@ -50,6 +51,7 @@ _CPUS = Path("/sys/devices/system/cpu")
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
+@public_options
 @dataclass(frozen=True, kw_only=True)
 class Placement:
     """Which model to load, where and how."""
@@ -65,7 +67,7 @@ class Placement:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps. auto: the first CUDA device if there is one, else the CPU."""
     denoiser_device: str | None = None
-    """Device of the denoiser tower. Default: --device. peer: the second of two processes that
+    """Device of the denoiser tower. Default: `device`. peer: the second of two processes that
     torchrun started, on this host or another."""
     dtype: DTypeName = "auto"
     """Precision of weights and computation. auto: float32 on a CPU for a model that the native

@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"specs", "arguments"},
     "arguments": set(),
     "paths": {"arguments"},
-    "documented": set(),
+    "documented": {"arguments"},
     "masks": set(),
     "file_lock": set(),
     "diffusion": COMMON,

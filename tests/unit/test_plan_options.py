@@ -134,7 +134,7 @@ def test_results_that_are_none(tmp_path: Path, content: str, message: str) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"devices": 3}, "devices: 3 is not possible; a tower each on 1 or 2"),
+        ({"devices": 3}, "devices=3 must be 1, or 2 with a tower each"),
         ({"max_batch_size": 0}, "max_batch_size=0 must be between 1 and 65536"),
         ({"price_per_hour": -1.0}, "price_per_hour=-1.0 must be a finite number, at least 0"),
         (

@@ -151,6 +151,7 @@ def test_another_folder_is_never_replaced(tmp_path: Path) -> None:
         {"columns": ("text",)},
         {"input": (Path("x"),), "columns": ("a", "b", "c")},
         {"weights": ("math",)},
+        {"tokenizer": Path("a"), "tokenizer_documents": 9},
     ],
 )
 def test_options_are_checked(options: dict[str, object]) -> None:

@@ -35,11 +35,11 @@ def decoding_flags(*leave_out: str) -> type:
     fields = {field.name: field.default for field in dataclasses.fields(ResolvedOptions)}
     for name in dict.fromkeys((*_FIRST, *fields)):
         if name not in (*_OTHERWISE, *leave_out):
-            default = "none" if fields[name] is None else fields[name]
+            is_typed = fields[name] is not None and fields[name] is not False
             shown = tyro.conf.arg(
                 aliases=aliases.get(name),
                 help=with_flags(_DOCS[name], hints),
-                help_behavior_hint="" if default is False else f"(default: {default})",
+                help_behavior_hint=f"(default: {fields[name]})" if is_typed else "",
             )
             hint = hints[name]
             if NoneType in get_args(hint):  # which is not to be given

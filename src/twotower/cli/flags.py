@@ -83,6 +83,7 @@ def with_flags(text: str, names: Collection[str]) -> str:
     """A field's help in the words of a command line: other fields are named as flags."""
     known = "|".join(names)
     text = re.sub(rf"\b({known})=", lambda match: f"{_flag(match[1])} ", text)
+    text = re.sub(rf"`({known})`", lambda match: _flag(match[1]), text)
     return re.sub(r"\w+_\w+", lambda m: _flag(m[0]) if m[0] in names else m[0], text)
 
 
@@ -109,7 +110,7 @@ def name_flags(message: str, options_class: type, arguments: Sequence[str]) -> s
     if is_of_options:
         message = re.sub(r"^(\w+):", lambda match: f"{flags[match[1]]}:", message)
     message = re.sub(
-        r"(?<![\w.])(\w+)=('[^']*'(?: or '[^']*')*|(?=[^\s=]))",
+        r"(?<![\w.])(\w+)=('[^']*'(?: or '[^']*')*|\([^()]*\)|(?=[^\s=]))",
         lambda match: f"{flags[match[1]]} {as_typed(match[2])}" if match[1] in flags else match[0],
         message,
     )
@@ -118,5 +119,9 @@ def name_flags(message: str, options_class: type, arguments: Sequence[str]) -> s
 
 
 def as_typed(text: str) -> str:
-    """Values in Python's quotes as a user types them, in quotes only where a shell needs some."""
+    """Values in Python's quotes as a user types them, in quotes only where a shell needs some, and
+    those of a tuple one after the other.
+    """
+    if text.startswith("("):
+        text = text[1:-1].rstrip(",").replace(", ", " ")
     return re.sub("'([^']*)'", lambda match: shlex.quote(match[1]), text)

@@ -50,9 +50,7 @@ class FileOptions:
     trace: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write every event (StepTaken, TokensCommitted, Finished) as a line of JSON when it
     happens."""
-    grammar: Annotated[
-        Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")
-    ] = None
+    grammar: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """ar, speculative: JSON schema (.json), Lark grammar (.lark) or regular expression (any other
     file) that the text must match. Needs: pip install '.[serve]'."""
 

@@ -152,7 +152,8 @@ def _annotated_fields(options_class: type) -> dict[str, tuple[str, Any, Any]]:
         is_optional = NoneType in get_args(hint) and field.default is None
         is_switch = hint is bool
         is_list = field.name in lists
-        hidden = "(default: on)" if is_switch and field.default is True else ""
+        is_on = is_switch and field.default is True
+        hidden = f"(default: --{field.name.replace('_', '-')})" if is_on else ""
         if is_list and field.default is dataclasses.MISSING:
             hidden = "(required)"
         shown = tyro.conf.arg(
@@ -176,11 +177,9 @@ def _annotated_fields(options_class: type) -> dict[str, tuple[str, Any, Any]]:
 
 def _docs(options_class: type) -> dict[str, str]:
     """The help of each field; that of an option of decoding or of the engine stands with these."""
+    docs = {**decoding_docs(), **field_docs(options_class)}
     fields = {field.name for field in dataclasses.fields(options_class)}
-    shared = {
-        name: with_flags(doc, fields) for name, doc in decoding_docs().items() if name in fields
-    }
-    return shared | field_docs(options_class)
+    return {name: with_flags(doc, fields) for name, doc in docs.items() if name in fields}
 
 
 def _metavar(
@@ -217,7 +216,8 @@ def _unframe(box: str) -> str:
     message, *hints = [section for section in sections if section] or [["wrong arguments"]]
     said = " ".join(" ".join(message).split()).split(" Got errors:")[0].rstrip(".")
     if said.startswith("Missing from"):
-        said = f"missing: {', '.join(_least_indented(message[1:]))}"
+        names = (name.split(", ")[-1] for name in _least_indented(message[1:]))
+        said = f"missing: {', '.join(names)}"
     for hint in hints:
         if hint[0].strip().startswith("Perhaps you meant"):
             said += f"; perhaps you meant {hint[1].strip()}"

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from twotower.arguments import (
+    A_SWITCH,
     COUNT,
     INDEX,
     SHARE,
@@ -25,7 +26,7 @@ from twotower.arguments import (
     token_ids,
 )
 from twotower.diffusion import SCHEDULES, Remask, Schedule
-from twotower.documented import documented
+from twotower.documented import public_options
 from twotower.engine.biases import LogitBias, as_pairs, biases
 from twotower.engine.drafts import Drafts
 from twotower.engine.grammar import Grammar
@@ -42,7 +43,6 @@ BLOCK_MODES: tuple[Mode, ...] = ("diffusion", "posterior", "predict-and-noise")
 _IN_ORDER: tuple[Mode, ...] = ("speculative", "ar", "mock-ar")
 _penalty = number(-2.0, 2.0)
 _passes = number(1, MAX_PASSES, is_whole=True)
-_flag = instance(bool, "True or False")
 _ENGINE_CHECKS: dict[str, Problem] = {
     "batch_size": COUNT,
     "max_waiting": COUNT,
@@ -53,7 +53,7 @@ _ENGINE_CHECKS: dict[str, Problem] = {
 SAMPLED_ONLY: Mapping[str, float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
-@documented
+@public_options
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """How requests share the machine. None of these options changes a text."""
@@ -210,7 +210,7 @@ class ResolvedOptions:
     logit_bias: LogitBias = _option((), biases, _IN_ORDER)
     seed: int = _option(0, INDEX)
     eos_token_id: tuple[int, ...] = _option((), token_ids)
-    ignore_eos: bool = _option(False, _flag)
+    ignore_eos: bool = _option(False, A_SWITCH)
     stop: tuple[str, ...] = _option((), strings)
     logprobs: int | None = _option(
         None, number(0, MAX_LOGPROBS, is_whole=True), (*BLOCK_MODES, "speculative", "ar")
@@ -218,7 +218,7 @@ class ResolvedOptions:
     grammar: Grammar | None = _option(None, instance(Grammar, "a Grammar"), ("speculative", "ar"))
     schedule: Schedule = _option("linear", one_of(*SCHEDULES), ("posterior", "predict-and-noise"))
     remask: Remask = _option("confidence", one_of(*get_args(Remask)), ("predict-and-noise",))
-    adaptive: bool = _option(False, _flag, ("predict-and-noise",))
+    adaptive: bool = _option(False, A_SWITCH, ("predict-and-noise",))
 
     @cached_property
     def has_penalties(self) -> bool:
@@ -228,7 +228,7 @@ class ResolvedOptions:
 
 
 _FIELDS = dataclasses.fields(ResolvedOptions)
-documented(GenerateOptions, {field.name: field.default for field in _FIELDS})
+public_options(GenerateOptions, {field.name: field.default for field in _FIELDS})
 _CHECKS: Mapping[str, Problem] = {field.name: field.metadata["problem"] for field in _FIELDS}
 # The modes of each field that only some use.
 FIELD_MODES: Mapping[str, tuple[Mode, ...]] = {

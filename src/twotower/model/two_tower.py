@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower import masks
-from twotower.arguments import require
+from twotower.arguments import check, one_of, require
 from twotower.config import TwoTowerConfig
 from twotower.layers.adaln import Modulation, TimestepEmbedder
 from twotower.layers.bigram import Bigram
@@ -42,6 +42,8 @@ class TwoTower(nn.Module):
 
     def __init__(self, config: TwoTowerConfig, towers: Literal["both", "context"] = "both") -> None:
         super().__init__()
+        require("config", config, TwoTowerConfig, "the config of a loaded model")
+        check({"towers": towers}, {"towers": one_of("both", "context")})
         self.config = config
         self.generation_defaults: Mapping[str, object] = {}  # what a checkpoint prefers
         self.unused_ids: tuple[int, ...] = ()  # of the vocabulary, that its tokenizer lacks

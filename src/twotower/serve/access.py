@@ -45,8 +45,9 @@ def read_keys(options: ServeOptions, environment: Mapping[str, str]) -> Keys:
         try:
             text = options.api_keys_file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", error)
             raise ValueError(
-                f"api_keys_file: cannot read {options.api_keys_file} ({error})"
+                f"api_keys_file: cannot read {options.api_keys_file} ({reason})"
             ) from None
         lines += _lines(text, f"api_keys_file: {options.api_keys_file}")
     if options.api_keys_env is not None:
@@ -68,7 +69,7 @@ def _lines(text: str, source: str) -> list[str]:
     lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
-        raise ValueError(f"{source} holds no key; write one a line")
+        raise ValueError(f"{source} holds no key; give at least one")
     return lines
 
 

@@ -4,7 +4,7 @@ import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
-from twotower.arguments import ABOVE_ZERO, COUNT, check_fields, number
+from twotower.arguments import ABOVE_ZERO, COUNT, check_fields, nonempty, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,4 +94,5 @@ _CHECKS = {
     **dict.fromkeys(("body_timeout_s", "deadline_s"), ABOVE_ZERO),
     "grace_s": number(0),
     "port": number(0, 65535, is_whole=True),
+    **dict.fromkeys(("host", "model_name"), nonempty),
 }

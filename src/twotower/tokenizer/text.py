@@ -7,6 +7,7 @@ asks for it: a prompt which contains the letters "<mask>" is encoded as those le
 
 import hashlib
 import json
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import tokenizers
 
-from twotower.arguments import require, require_unicode
+from twotower.arguments import require, require_unicode, shown
 from twotower.paths import usable_path
 from twotower.tokenizer.decoding import TextStream, num_leading_spaces
 from twotower.tokenizer.rules import read_rule
@@ -37,6 +38,7 @@ class Tokenizer:
         """`roles` names the special tokens (keys pad, bos, eos, mask); unnamed ones are looked up
         as ours. `adds_bos`: whether prompts begin with bos; None: as the file itself would do.
         """
+        require("backend", backend, tokenizers.Tokenizer, "tokenizers.Tokenizer(...)")
         backend.encode_special_tokens = True  # "<mask>" in text is text
         backend.no_padding()
         backend.no_truncation()
@@ -160,8 +162,10 @@ class Tokenizer:
         """The whole text of `ids`; bytes that form no character become U+FFFD. ValueError for an id
         that is no token.
         """
-        if isinstance(ids, str):
-            raise ValueError(f"ids={ids!r:.60} is text; pass token ids")
+        try:
+            ids = list(map(operator.index, ids))
+        except TypeError:
+            raise ValueError(f"ids={shown(ids)} must be a list of token ids") from None
         skipped = self.special_ids if skip_special else frozenset()
         data = b"".join(self.token_bytes(token) for token in ids if token not in skipped)
         text = data.decode("utf-8", "replace")

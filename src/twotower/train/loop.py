@@ -78,6 +78,7 @@ def train_steps(options: TrainOptions, processes: Processes = ALONE) -> Iterator
     options, data or checkpoints, and for a loss that is no longer finite.
     """
     require("options", options, TrainOptions, "TrainOptions(recipe=...)")
+    require("processes", processes, Processes, "what twotower.train.processes.joined() yields")
     processes.on_first(lambda: check_divisible(options, processes.count))
     if options.threads is not None:
         torch.set_num_threads(options.threads)

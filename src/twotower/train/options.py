@@ -17,6 +17,7 @@ from types import NoneType
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from twotower.arguments import (
+    A_SWITCH,
     ABOVE_ZERO,
     COUNT,
     INDEX,
@@ -30,7 +31,7 @@ from twotower.arguments import (
     number,
     one_of,
 )
-from twotower.documented import documented
+from twotower.documented import public_options
 from twotower.paths import a_path
 from twotower.specs import MAX_LAYERS
 from twotower.tokenizer.training import MIN_VOCAB_SIZE
@@ -109,7 +110,7 @@ class OptimizationOptions(CheckedOptions):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon: Muon for the matrices of the layers and AdamW for the rest."""
     accumulate: int = 1
-    """Gradient accumulation: forward and backward passes per optimizer step, each of --batch-size
+    """Gradient accumulation: forward and backward passes per optimizer step, each of batch_size
     rows."""
     weight_decay: float = 0.1
     """Weight decay of matrices; never of embeddings, norms, biases, A_log, D, dt_bias and the adaLN
@@ -166,13 +167,13 @@ class DiffusionObjectiveOptions(CheckedOptions):
     """plain: mean cross-entropy of the masked tokens. elbo: each weighted by 1/t, the diffusion
     bound."""
     ar_loss_weight: float | None = None
-    """Weight of the context tower's next-token loss beside the denoiser's, with --train-context or
-    --towers tied-ar. Default: 1 with tied-ar, else 0."""
+    """Weight of the context tower's next-token loss beside the denoiser's, with train_context or
+    towers=tied-ar. Default: 1 with tied-ar, else 0."""
     early_block_size: int | None = None
-    """Block size of the first steps (--early-fraction), before --block-size; the paper has 32, then
+    """Block size of the first steps (early_fraction), before block_size; the paper has 32, then
     16."""
     early_fraction: float = 0.5
-    """Fraction of the steps that have --early-block-size."""
+    """Fraction of the steps that have early_block_size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,8 +199,7 @@ class LoggingOptions(CheckedOptions):
     """Checkpoints, evaluation and logs."""
 
     resume: bool = True
-    """Continue from the newest checkpoint of the run folder. With --no-resume the folder must be
-    new."""
+    """Continue from the newest checkpoint of the run folder. If off, the folder must be new."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
@@ -214,7 +214,7 @@ class LoggingOptions(CheckedOptions):
     """Also write a TensorBoard log, if the library is installed."""
 
 
-@documented
+@public_options
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(
     ModelOptions,
@@ -229,7 +229,7 @@ class TrainOptions(
 
     recipe: Recipe
     """backbone: next-token training of the context tower. denoiser: masked-diffusion training of
-    the denoiser tower beside the frozen context tower that --init names."""
+    the denoiser tower beside the frozen context tower that `init` names."""
     data: Path = Path("data/corpus")
     """Token shard that twotower prepare made."""
     init: Path | None = None
@@ -242,7 +242,7 @@ class TrainOptions(
     batch_size: int = 16
     """Rows (sequences) per forward and backward pass, of all processes together."""
     sequence_length: int = 256
-    """Tokens per row; for the denoiser a multiple of --block-size."""
+    """Tokens per row; for the denoiser a multiple of block_size."""
     learning_rate: float = 3e-3
     """Peak learning rate."""
     seed: int = 0
@@ -398,7 +398,7 @@ _CHECKS: dict[str, Problem] = {
 }
 
 
-_KINDS = {bool: instance(bool, "true or false"), str: instance(str, "text"), Path: a_path}
+_KINDS = {bool: A_SWITCH, str: instance(str, "text"), Path: a_path}
 
 
 def _checked(name: str, value: object, hint: object) -> object:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from twotower.arguments import require
 from twotower.checkpoint import find_tokenizer
-from twotower.documented import documented
+from twotower.documented import public_options
 from twotower.tokenizer import Tokenizer, train_tokenizer
 from twotower.train.options import CheckedOptions
 from twotower.train.readers import Text
@@ -38,23 +38,23 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Encoded = tuple[list[int], int, int]
 
 
-@documented
+@public_options
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions(CheckedOptions):
     """Turn text into a tokenizer and a shard of tokens for training."""
 
     output: Path = Path("data/corpus")
-    """Folder to create; an existing one needs --overwrite."""
+    """Folder to create; an existing one needs `overwrite`."""
     input: tuple[Path, ...] = ()
     """Files, folders, or quoted patterns such as 'books/*.parquet'. .jsonl (an object a line) and
-    .parquet have --columns; others are plain text, documents separated by blank lines. .gz, .bz2
+    .parquet have `columns`; others are plain text, documents separated by blank lines. .gz, .bz2
     and .xz are unpacked. Default: the built-in corpus."""
     columns: tuple[str, ...] = ()
     """Columns to read: one of text, or one of prompts and one of completions. Default: "text", or
     "prompt" and "completion"."""
     weights: tuple[str, ...] = ()
     """Mixture of the inputs, such as a=3 b=1: relative numbers of tokens, until one input ends. An
-    input is named by its file or folder without suffix, or as it was given. Without --input: the
+    input is named by its file or folder without suffix, or as it was given. Without `input`: the
     mixture of the built-in corpus by its categories, such as math=2. Categories beside inputs add
     the built-in corpus as one more input, whose weight is their sum. Default: all inputs to their
     end."""
@@ -65,19 +65,19 @@ class PrepareOptions(CheckedOptions):
     """Tokenizer to use: tokenizer.json, its folder, a GGUF file or a hub id; the model's own for
     twotower train --init. Default: train one on the text."""
     bos_token: str | None = None
-    """Token of --tokenizer, as its vocabulary writes it, with which every document and prompt
+    """Token of `tokenizer`, as its vocabulary writes it, with which every document and prompt
     begins. Default: as its configuration says."""
     eos_token: str | None = None
-    """Token of --tokenizer that ends every document. Default: as its configuration says."""
+    """Token of `tokenizer` that ends every document. Default: as its configuration says."""
     mask_token: str | None = None
-    """Special token of --tokenizer for masked positions. Default: as its configuration says, or a
+    """Special token of `tokenizer` for masked positions. Default: as its configuration says, or a
     new id after the last."""
     vocab_size: int | None = None
     """Vocabulary size of the tokenizer to train, at least 260. Default: 1024."""
     tokenizer_documents: int = 40_000
     """Number of documents, the first ones, on which the tokenizer is trained."""
     seed: int = 0
-    """Seed of the built-in corpus and of --shuffle."""
+    """Seed of the built-in corpus and of `shuffle`."""
     shuffle: int = 0
     """Size of the shuffle buffer of each input, in documents, for inputs that are sorted by
     subject. 0 is off. Training shuffles rows anyway."""
@@ -103,6 +103,11 @@ class PrepareOptions(CheckedOptions):
         if len(self.columns) > 2:
             raise ValueError(
                 f"columns: {len(self.columns)} names; give one of text, or prompt and completion"
+            )
+        is_default = self.tokenizer_documents == PrepareOptions.tokenizer_documents
+        if self.tokenizer is not None and not is_default:
+            raise ValueError(
+                "tokenizer_documents: no effect on a given tokenizer; leave out one of them"
             )
         for name in ("columns", "shuffle"):
             if getattr(self, name) and not self.input:

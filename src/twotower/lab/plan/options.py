@@ -106,7 +106,7 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         if self.devices not in (1, 2):
-            raise ValueError(f"devices: {self.devices} is not possible; a tower each on 1 or 2")
+            raise ValueError(f"devices={self.devices} must be 1, or 2 with a tower each")
         most = number(1, _MAX_BATCH, is_whole=True)
         check_fields(
             self, {"max_batch_size": most, "price_per_hour": number(0), "block_size": COUNT}
