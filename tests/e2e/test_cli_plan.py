@@ -122,7 +122,7 @@ def test_the_list_of_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--hardware", "h100"], "hardware: 'h100' is unknown, perhaps h100-sxm; known are"),
         (["--hardware-file", "gone.toml"], "--hardware-file: cannot read gone.toml (No such file"),
         (["--model", "nano30b"], "model: 'nano30b' is not a file or folder, perhaps nano-30b"),
-        (["--devices", "4"], "devices: 4 is not possible"),
+        (["--devices", "4"], "devices 4 must be 1, or 2"),
         (["--hardware", "power8", "--devices", "2"], "devices: power8 has no link_gb_s"),
         (["--quantization", "int3"], "quantization"),
         (["--head-weights", "int4"], "--head-weights: int4 breaks the choice of tokens"),
