@@ -1,4 +1,4 @@
-"""What a training run is asked for: fields, defaults, help texts and checks, and their TOML form.
+"""What a training run is asked for: fields, defaults, help texts, and their TOML form.
 
 The fields stand in groups by concern, so that a function names the group it reads; the command line
 derives its flags and the sections of its help from them.
@@ -8,34 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_type_hints
 
-from twotower.arguments import (
-    A_SWITCH,
-    ABOVE_ZERO,
-    COUNT,
-    INDEX,
-    SHARE,
-    THREADS,
-    Problem,
-    check,
-    each,
-    instance,
-    nearest,
-    number,
-    one_of,
-)
+from twotower.arguments import nearest
 from twotower.documented import public_options
-from twotower.paths import a_path
-from twotower.specs import MAX_LAYERS
-from twotower.tokenizer.training import MIN_VOCAB_SIZE
-from twotower.train.presets import PRESET_NAMES
+from twotower.train.checks import checked
 
 Recipe = Literal["backbone", "denoiser"]
 # What the training of a thin denoiser, an earlier or a new one, takes of the options of denoisers.
@@ -48,12 +29,12 @@ _TAKEN = {
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedOptions:
-    """Options whose values are converted to their fields' types and checked by `_CHECKS`."""
+    """Options whose values are converted to their fields' types and checked."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = _checked(field.name, getattr(self, field.name), hints[field.name])
+            value = checked(field.name, getattr(self, field.name), hints[field.name])
             object.__setattr__(self, field.name, value)
 
 
@@ -358,7 +339,7 @@ def check_values(values: Mapping[str, object]) -> None:
     for name, value in values.items():
         if name not in hints:
             raise ValueError(f"{name}: no such option{nearest(name, hints)}; see twotower train -h")
-        _checked(name, value, hints[name])
+        checked(name, value, hints[name])
 
 
 def read_toml(file: Path) -> dict[str, object]:
@@ -372,62 +353,3 @@ def read_toml(file: Path) -> dict[str, object]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"--options: {file} is not TOML ({error}); correct it") from error
     return {name.replace("-", "_"): value for name, value in content.items()}
-
-
-_fraction = number(0, 1, is_below=True)
-_CHECKS: dict[str, Problem] = {
-    "preset": one_of(*PRESET_NAMES),
-    **dict.fromkeys(("decay_fraction", "final_lr_ratio", "unaligned_row_fraction"), SHARE),
-    **dict.fromkeys(("fully_masked_fraction", "first_token_visible_fraction"), SHARE),
-    "early_fraction": number(0, 1, is_above=True, is_below=True),
-    "ema_decay": _fraction,
-    "betas": each(_fraction, 2),
-    **dict.fromkeys(("learning_rate", "loss_decay"), ABOVE_ZERO),
-    "reads": each(number(0, MAX_LAYERS - 1, is_whole=True)),
-    "bigram_rank": number(0, 1024, is_whole=True),
-    "vocab_size": number(MIN_VOCAB_SIZE, is_whole=True),
-    "sequence_length": number(2, is_whole=True),
-    **dict.fromkeys(("batch_size", "accumulate", "steps", "block_size"), COUNT),
-    "threads": THREADS,
-    **dict.fromkeys(("denoised_blocks_per_row", "early_block_size", "eval_rows"), COUNT),
-    **dict.fromkeys(("checkpoint_every", "keep_checkpoints", "log_every"), COUNT),
-    **dict.fromkeys(("peer_timeout_s", "tokens", "tokenizer_documents", "align"), COUNT),
-    **dict.fromkeys(("warmup_steps", "eval_every", "shuffle", "seed"), INDEX),
-    **dict.fromkeys(("weight_decay", "max_grad_norm"), number(0)),
-    **dict.fromkeys(("load_balance_rate", "ar_loss_weight"), number(0)),
-}
-
-
-_KINDS = {bool: A_SWITCH, str: instance(str, "text"), Path: a_path}
-
-
-def _checked(name: str, value: object, hint: object) -> object:
-    """A plain value as the type that its field wants; ValueError (one line) if it cannot be."""
-    value = _converted(value, hint)
-    if value is not None or NoneType not in get_args(hint):
-        check({name: value}, {name: _CHECKS.get(name) or _check_of(hint)})
-    return value
-
-
-def _converted(value: object, hint: object) -> object:
-    """Text as a path, a list as a tuple, a whole number as a float, where the type says so."""
-    kinds = get_args(hint) or (hint,)
-    if isinstance(value, list | tuple) and get_origin(hint) is tuple:
-        return tuple(_converted(part, kinds[0]) for part in value)
-    if isinstance(value, str) and Path in kinds:
-        return Path(value)
-    if type(value) is int and float in kinds:
-        return float(value) if abs(value) < 1 << 1000 else math.inf
-    return value
-
-
-def _check_of(hint: object) -> Problem:
-    """What a type, or the one beside None, says of a value."""
-    if NoneType in get_args(hint):
-        (hint,) = set(get_args(hint)) - {NoneType}
-    if get_origin(hint) is Literal:
-        return one_of(*get_args(hint))
-    if get_origin(hint) is tuple:
-        return each(_check_of(get_args(hint)[0]))
-    assert isinstance(hint, type)
-    return _KINDS[hint]
