@@ -11,7 +11,7 @@ from twotower.checkpoint import load_checkpoint
 from twotower.checkpoint.denoiser import load_denoiser
 from twotower.model.two_tower import TwoTower
 from twotower.train.data import Batch, Rows
-from twotower.train.drafts import Drafts
+from twotower.train.drafts import DraftedBlocks
 from twotower.train.loop import train_steps
 from twotower.train.models import starting_model
 from twotower.train.objective import row_noise
@@ -80,7 +80,7 @@ def test_only_what_can_be_accepted_counts(data: Path, backbone: Path, tmp_path: 
     is_target = torch.zeros(1, 4 * SIZE, dtype=torch.bool)
     is_target[0, SIZE : SIZE + 5] = is_target[0, 2 * SIZE + 3 :] = True
     batch = Batch(tokens=torch.arange(4 * SIZE)[None], is_completion=is_target)
-    drawn = Drafts(options, SIZE).draw(batch, row_noise(0, 0, [0]))
+    drawn = DraftedBlocks(options, SIZE).draw(batch, row_noise(0, 0, [0]))
     assert sorted(drawn.index[0].tolist()) == [1, 3]  # the third begins with a prompt
     near = torch.exp(-torch.arange(SIZE - 1) / options.loss_decay)
     weights = dict(zip(drawn.index[0].tolist(), drawn.weight.view(2, -1), strict=True))

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower import masks
 from twotower.adapt.features import Rows
 from twotower.layers.bigram import add_bigrams
 from twotower.model import ContextView, TwoTower
+from twotower.model.training import draft_blocks, first_and_masks
 from twotower.model.view import LayerState
 
 NO_TARGET = -100
@@ -44,38 +44,16 @@ def random_starts(rows: Rows, uniform: Tensor) -> Tensor:
     return rows.starts.unsqueeze(1) + (uniform * room).long()
 
 
-def noisy_of(blocks: Anchored, mask_token_id: int) -> Tensor:
-    """The blocks as they are drafted: the first token, and masks."""
-    noisy = torch.full_like(blocks.clean, mask_token_id)
-    noisy[:, :, 0] = blocks.clean[:, :, 0]
-    return noisy
-
-
 def draft_logits(model: TwoTower, rows: Rows, blocks: Anchored) -> Tensor:
     """The denoiser's logits (B, N, T - 1, V) of all tokens of the blocks but the first, without
     what the tokens before add to them.
     """
-    tower, config = model.denoiser(), model.config
-    (num_rows, _, size), num_past = blocks.clean.shape, rows.tokens.shape[1]
-    noisy = noisy_of(blocks, config.mask_token_id)
-    layers: list[LayerState] = [rows.states.get(i) for i in range(config.context.num_layers)]
-    index = torch.arange(num_rows, device=noisy.device).unsqueeze(1)
+    num_rows, num_past = rows.tokens.shape
+    layers: list[LayerState] = [rows.states.get(i) for i in range(model.config.context.num_layers)]
+    index = torch.arange(num_rows, device=blocks.starts.device).unsqueeze(1)
     hidden = rows.hidden[index, blocks.starts - 1]
     view = ContextView(tuple(layers), None, num_past, num_rows, hidden)
-    mask = masks.block_causal(blocks.starts, num_past, size)
-    found = tower(noisy, view, mask, None, blocks.starts)[:, :, 1:]
-    # Contiguous: of a slice, PyTorch makes one small product a block.
-    logits: Tensor = model.lm_head(found.contiguous())
-    return logits
-
-
-def add_true_bigrams(model: TwoTower, logits: Tensor, blocks: Anchored) -> Tensor:
-    """The logits with what the true token before adds to each."""
-    if model.bigram is None:
-        return logits
-    before = blocks.clean[:, :, :-1].clamp(min=0)
-    added: Tensor = model.bigram(model.denoiser().embeddings(before).detach())
-    return logits + added
+    return draft_blocks(model, view, blocks.clean, blocks.starts)
 
 
 def choose_drafts(model: TwoTower, logits: Tensor, blocks: Anchored) -> Tensor:
@@ -86,7 +64,7 @@ def choose_drafts(model: TwoTower, logits: Tensor, blocks: Anchored) -> Tensor:
     if bigram is None:
         return logits.argmax(-1)
     whole = F.pad(logits, (0, 0, 1, 0)).flatten(0, 1)  # as decoding has it, with the first token
-    noisy = noisy_of(blocks, mask).flatten(0, 1)
+    noisy = first_and_masks(blocks.clean, mask).flatten(0, 1)
     add_bigrams(whole, noisy, mask, model.draft_ids, lambda token: bigram(table(token)))
     return whole[:, 1:].argmax(-1).view(logits.shape[:3])
 

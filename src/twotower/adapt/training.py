@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from twotower.adapt.features import Features, Place
 from twotower.adapt.files import reading, save_whole
 from twotower.adapt.objective import (
-    add_true_bigrams,
     anchor_at,
     backbone_probabilities,
     choose_drafts,
@@ -30,6 +29,7 @@ from twotower.adapt.objective import (
 from twotower.adapt.options import StepOptions, WorkFolder
 from twotower.model import TwoTower
 from twotower.model.thin import trained_parameters
+from twotower.model.training import add_true_bigrams
 from twotower.train.optimizer import make_optimizer
 from twotower.train.options import OptimizationOptions
 
@@ -97,7 +97,9 @@ class Trainer:
         rows = rows.to(device)
         blocks = anchor_at(rows, starts, self.model.config.block_size)
         with _precision(self.model):
-            logits = add_true_bigrams(self.model, draft_logits(self.model, rows, blocks), blocks)
+            logits = add_true_bigrams(
+                self.model, draft_logits(self.model, rows, blocks), blocks.clean
+            )
             share = options.soft_targets
             wanted = backbone_probabilities(self.model, rows, blocks) if share > 0 else None
         targets = targets_of(blocks, self._numbers)

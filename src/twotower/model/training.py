@@ -73,15 +73,35 @@ def read_and_draft(model: "TwoTower", clean: Tensor, block_size: int, index: Ten
     context, view = _training_view(model, clean, block_size, index)
     before = _shift_one_block(context[:, block_size - 1 :: block_size])[rows, index]
     view, blocks = replace(view, hidden=before), clean.unflatten(1, (-1, block_size))[rows, index]
-    start = index * block_size
-    mask = masks.block_causal(start, clean.shape[1], block_size)
-    noisy = F.pad(blocks[:, :, :1], (0, block_size - 1), value=model.config.mask_token_id)
-    hidden = model.denoiser()(noisy, view, mask, None, start)[:, :, 1:]
-    logits: Tensor = model.lm_head(hidden.contiguous()).float()
-    if model.bigram is not None:
-        given = model.denoiser().embeddings(blocks[:, :, :-1]).detach()
-        logits = logits + model.bigram(given).float()
+    logits = draft_blocks(model, view, blocks, index * block_size).float()
+    return add_true_bigrams(model, logits, blocks)
+
+
+def draft_blocks(model: "TwoTower", view: ContextView, clean: Tensor, starts: Tensor) -> Tensor:
+    """A thin denoiser's logits (B, N, T - 1, V) of all tokens of blocks clean (B, N, T) but the
+    first, without bigrams. view: with `hidden` before each; starts (B, N): of each in its row.
+    """
+    mask = masks.block_causal(starts, view.num_past, clean.shape[2])
+    noisy = first_and_masks(clean, model.config.mask_token_id)
+    hidden = model.denoiser()(noisy, view, mask, None, starts)[:, :, 1:]
+    # Contiguous: of a slice, PyTorch makes one small product a block.
+    logits: Tensor = model.lm_head(hidden.contiguous())
     return logits
+
+
+def first_and_masks(clean: Tensor, mask_token_id: int) -> Tensor:
+    """Blocks (..., T) as they are drafted: the first token, and masks."""
+    return F.pad(clean[..., :1], (0, clean.shape[-1] - 1), value=mask_token_id)
+
+
+def add_true_bigrams(model: "TwoTower", logits: Tensor, clean: Tensor) -> Tensor:
+    """Logits (B, N, T - 1, V) with what the true token before, of clean (B, N, T), adds to each;
+    one below 0 is none.
+    """
+    if model.bigram is None:
+        return logits
+    added: Tensor = model.bigram(model.denoiser().embeddings(clean[..., :-1].clamp(min=0)).detach())
+    return logits + added
 
 
 def _training_view(

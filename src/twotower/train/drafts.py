@@ -20,7 +20,7 @@ from twotower.train.options import TrainOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class DraftedBlocks:
+class CleanBlocks:
     """Rows `context` (B, K*T) and N blocks of each to draft: `index` (B, N) says which; `clean`
     (B, N*(T-1)) are their tokens but the first, `weight` what each adds to the loss.
     """
@@ -31,12 +31,12 @@ class DraftedBlocks:
     weight: Tensor
     counts: Tensor
 
-    def to(self, device: str) -> DraftedBlocks:
+    def to(self, device: str) -> CleanBlocks:
         moved = {n: v if n == "counts" else v.to(device) for n, v in vars(self).items()}
-        return DraftedBlocks(**moved)
+        return CleanBlocks(**moved)
 
 
-class Drafts:
+class DraftedBlocks:
     """A thin denoiser predicts all tokens of a block but the first, at once. Nearer ones weigh
     more, and those behind the end of a target none: a token counts only if all before it do.
     """
@@ -48,7 +48,7 @@ class Drafts:
         sums: Callable[..., Tensor] = draft_sum
         self._sum = torch.compile(sums) if options.compile else sums
 
-    def draw(self, batch: Batch, noise: Noise) -> DraftedBlocks:
+    def draw(self, batch: Batch, noise: Noise) -> CleanBlocks:
         """Blocks of the rows, of which as many as wanted begin with two targets or more."""
         options, size = self._options, self._block_size
         is_target = batch.is_completion
@@ -61,7 +61,7 @@ class Drafts:
         rows = torch.arange(num_rows).unsqueeze(1)
         near = torch.exp(-torch.arange(size - 1) / options.loss_decay)
         weight = targets[rows, index].cumprod(2)[:, :, 1:] * near
-        return DraftedBlocks(
+        return CleanBlocks(
             context=batch.tokens,
             index=index,
             clean=tokens[rows, index][:, :, 1:].flatten(1),
@@ -69,12 +69,12 @@ class Drafts:
             counts=weight.sum().unsqueeze(0),
         )
 
-    def loss_sums(self, model: TwoTower, inputs: DraftedBlocks) -> Tensor:
+    def loss_sums(self, model: TwoTower, inputs: CleanBlocks) -> Tensor:
         """(1,): the cross-entropy of the drafted tokens, weighted."""
         return self._sum(model, inputs, self._block_size).unsqueeze(0)
 
 
-def draft_sum(model: TwoTower, blocks: DraftedBlocks, block_size: int) -> Tensor:
-    """The loss sum of `Drafts`."""
+def draft_sum(model: TwoTower, blocks: CleanBlocks, block_size: int) -> Tensor:
+    """The loss sum of `DraftedBlocks`."""
     logits = model.draft_logits(blocks.context, block_size, blocks.index).flatten(1, 2)
     return masked_loss_sum(logits, blocks.clean, blocks.weight > 0, blocks.weight)

@@ -23,7 +23,7 @@ from twotower.checkpoint import resolve
 from twotower.families import read_config
 from twotower.model.two_tower import TwoTower
 from twotower.train.data import Rows
-from twotower.train.drafts import Drafts
+from twotower.train.drafts import DraftedBlocks
 from twotower.train.models import export
 from twotower.train.objective import InputsT, MaskedBlocks, NextToken, Objective, row_noise
 from twotower.train.optimizer import ExpertBalance, learning_rate
@@ -151,7 +151,7 @@ def objectives(
         return lambda step: next_token, NextToken()
     mask, size = model.config.mask_token_id, denoiser_block_size(options, model.config)
     if model.config.draft is not None:
-        drafts = Drafts(options, size)
+        drafts = DraftedBlocks(options, size)
         return lambda step: drafts, drafts
     sizes = {size, options.early_block_size or size}
     weight, compile = options.next_token_weight, options.compile
