@@ -55,12 +55,13 @@ def _least_widths(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 
 
 def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> RichTable:
-    widths, room = _least_widths(columns, rows), width - len(columns)
-    gap = int(sum(widths) + 2 * len(columns) <= width)
-    room -= gap * len(columns)
-    for place, column in enumerate(columns):  # what is left goes to the texts that wrap
-        wanted = max(len(column), *(len(row[place]) for row in rows))
-        widths[place] += min(max(0, wanted - widths[place]), max(0, room - sum(widths)))
+    widths, count = _least_widths(columns, rows), len(columns)
+    wanted = [max(map(len, (name, *cells))) for name, *cells in zip(columns, *rows, strict=True)]
+    # A gap never makes a text wrap that has room without it.
+    gap = int(sum(wanted if sum(wanted) + count <= width else widths) + 2 * count <= width)
+    room = width - count - gap * count
+    for place, most in enumerate(wanted):  # what is left goes to the texts that wrap
+        widths[place] += min(max(0, most - widths[place]), max(0, room - sum(widths)))
     grid = RichTable(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), show_edge=False)
     for place, (column, size) in enumerate(zip(columns, widths, strict=True)):
         is_text = place == 0 or any(" " in row[place].strip() for row in rows)
