@@ -12,10 +12,12 @@ namespace twotower {
 // h += gate y of features begin to end; gate (width,), null for 1
 template <int W>
 void add_residual(const float *y, const float *gate, float *h, int begin, int end) {
-    for (int f = begin; f < end; f++) {
-        float open = gate ? gate[f] : 1.0f;
-        for (int l = 0; l < W; l++) h[f * W + l] += y[f * W + l] * open;
+    if (gate == nullptr) {
+        for (int i = begin * W; i < end * W; i++) h[i] += y[i];
+        return;
     }
+    for (int f = begin; f < end; f++)
+        for (int l = 0; l < W; l++) h[f * W + l] += y[f * W + l] * gate[f];
 }
 
 template <int W>
@@ -29,7 +31,9 @@ void embed(const Call &call, const Tile &tile) {
             const float *own = tower.embeddings + id * tower.width;
             if (id == tower.vocabulary) own = tower.mask + long(std::min(s.at + t, tower.masks - 1)) * tower.width;
             float *lane = h + s.lane + t;
-            for (int f = 0; f < tower.width; f++) lane[f * W] = own[f] + (row.added ? row.added[f] : 0.0f);
+            for (int f = 0; f < tower.width; f++) lane[f * W] = own[f];
+            if (row.added)
+                for (int f = 0; f < tower.width; f++) lane[f * W] += row.added[f];
         }
     });
     for (int f = 0; f < tower.width; f++)

@@ -7,148 +7,16 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <type_traits>
 #include <vector>
 
-#include "layout.h"
-#include "threads.h"
-#include "vectors.h"
+#include "inputs.h"
 
 namespace twotower {
 
 constexpr int ROWS = 16;  // of a packed block
 constexpr int AHEAD = 8192;  // bytes that a product asks for in advance
-constexpr int GROUP = 32;  // columns of an int4 group
 constexpr int GROUP_BYTES = ROWS * (GROUP / 2 + 4);  // two numbers a byte, scales, offsets of two bytes
-constexpr int ZERO = 128;  // what the bytes of an int8 matrix are too large
-
-// What tokens are to a packed matrix: signed bytes, and for each group of `group` columns a scale,
-// the scale times the sum of the bytes, and -ZERO times this sum.
-template <int W>
-struct Input {
-    const float *x;  // [K][W]
-    int K, count;  // of W lanes, so many are tokens
-    int group = 0;
-    const uint8_t *bytes = nullptr;  // [K/4][W][4]; null where the matrix is float32
-    const float *scales = nullptr, *sums = nullptr;  // [groups][W]
-    const int32_t *zeros = nullptr;
-};
-
-template <int W>
-size_t input_bytes(int K) {
-    return size_t(K + 4) * W + 3 * sizeof(float) * W * (K / GROUP + 1);
-}
-
-constexpr long SHARED = 1 << 14;  // numbers from which a second thread helps more than it is waited for
-
-// work(begin, end) over `count` parts of the `width` features of W tokens.
-template <int W, typename Work>
-void over_features(Team &team, int count, int width, Work work) {
-    if (long(width) * W < SHARED) work(0, count);
-    else team.split(count, work);
-}
-
-// Numbers of a group, `scales` of V tokens or one number V times: largest is the largest magnitude, as
-// bits, in which NaN is more than infinity and so is not lost. Scale and inverse are 0 for what is as
-// good as zero, the inverse also for what is not finite.
-template <int V>
-inline void scale_of(Ints<V> largest, Floats<V> &scale, Floats<V> &inverse) {
-    Floats<V> zero = {}, value;
-    std::memcpy(&value, &largest, sizeof value);
-    scale = value / 127.0f;
-    inverse = ((value > 0.0f) & (value < INFINITY)) ? 127.0f / value : zero;
-    auto is_finite = inverse < INFINITY;
-    inverse = is_finite ? inverse : zero;
-    scale = is_finite ? scale : zero;
-}
-
-// Rounded to the nearest whole number from -127 to 127, ties to even; 0 for NaN.
-template <int V>
-inline Ints<V> as_whole(Floats<V> x) {
-    Floats<V> zero = {}, most = zero + 127.0f, shift = zero + 0x1.8p23f;
-    x = x == x ? x : zero;
-    x = x > most ? most : x;
-    x = x < -most ? -most : x;
-    return __builtin_convertvector((x + shift) - shift, Ints<V>);
-}
-
-template <int V>
-inline Ints<V> magnitude(const float *x) { return ints<V>(x) & 0x7fffffff; }
-
-template <int V>
-inline Ints<V> larger(Ints<V> one, Ints<V> two) { return one > two ? one : two; }
-
-// A group of x[count][W], of V tokens, as bytes [count/4][W][4], zeros beyond; its scale and the sum of
-// its bytes.
-template <int W, int V>
-inline Ints<V> group_to_bytes(const float *x, int count, uint8_t *bytes, float *scales) {
-    Ints<V> most = {}, total = {};
-    for (int f = 0; f < count; f++) most = larger<V>(most, magnitude<V>(x + long(f) * W));
-    Floats<V> scale, inverse;
-    scale_of<V>(most, scale, inverse);
-    floats<V>(scales) = scale;
-    for (int f = 0; f < count; f += 4) {
-        Ints<V> four = {};
-        for (int j = 0; j < std::min(4, count - f); j++) {
-            Ints<V> whole = as_whole<V>(floats<V>(x + long(f + j) * W) * inverse);
-            total += whole, four |= (whole & 255) << (8 * j);
-        }
-        std::memcpy(bytes + long(f) * W, &four, sizeof four);
-    }
-    return total;
-}
-
-// The same of a single token, whose numbers lie side by side.
-inline int32_t token_to_bytes(const float *x, int count, uint8_t *bytes, float *scale) {
-    constexpr int V = VECTOR;
-    Ints<V> most = {}, total = {};
-    float rest[V] = {};
-    int whole_vectors = count / V * V;
-    std::copy(x + whole_vectors, x + count, rest);
-    auto numbers = [&](int at) { return at < whole_vectors ? x + at : rest; };
-    for (int at = 0; at < count; at += V) most = larger<V>(most, magnitude<V>(numbers(at)));
-    int32_t largest = 0, sum = 0;
-    for (int i = 0; i < V; i++) largest = std::max(largest, most[i]);
-    Floats<4> one, inverse;
-    scale_of<4>(Ints<4>{} + largest, one, inverse);
-    *scale = one[0];
-    for (int at = 0; at < count; at += V) {
-        Ints<V> whole = as_whole<V>(floats<V>(numbers(at)) * inverse[0]);
-        auto own = __builtin_convertvector(whole, Bytes<V>);
-        std::memcpy(bytes + at, &own, std::min(V, (count - at + 3) / 4 * 4));
-        total += whole;
-    }
-    for (int i = 0; i < V; i++) sum += total[i];
-    return sum;
-}
-
-// buffer: at least input_bytes<W>(K) bytes.
-template <int W>
-Input<W> as_input(Team &team, const Weight &w, const float *x, int K, int count, uint8_t *buffer) {
-    if (w.int8 == nullptr && w.int4 == nullptr) return {x, K, count};
-    int group = w.group, groups = (K + group - 1) / group;
-    float *scales = reinterpret_cast<float *>(buffer + (long(K) + 3) / 4 * 4 * W);
-    float *sums = scales + groups * W;
-    int32_t *zeros = reinterpret_cast<int32_t *>(sums + groups * W);
-    over_features<W>(team, groups, K, [=](int begin, int end) {
-        constexpr int V = std::min(W, VECTOR);
-        for (int g = begin; g < end; g++) {
-            int here = std::min(group, K - g * group);
-            const float *in = x + long(g) * group * W;
-            uint8_t *out = buffer + long(g) * group * W;
-            for (int at = g * W, l = 0; l < W; l += V, at += V) {
-                Ints<V> total;
-                if constexpr (W == 1) total = Ints<V>{} + token_to_bytes(in, here, out, scales + at);
-                else total = group_to_bytes<W, V>(in + l, here, out + l * 4, scales + at);
-                floats<V>(sums + at) = floats<V>(scales + at) * __builtin_convertvector(total, Floats<V>);
-                total *= -ZERO;
-                std::memcpy(zeros + at, &total, sizeof total);
-            }
-        }
-    });
-    return {x, K, count, group, buffer, scales, sums, zeros};
-}
 
 inline Ints<VECTOR> four_bytes(const uint8_t *bytes) {
     int32_t four;
@@ -357,12 +225,44 @@ inline void by_token(float *sum) {
     std::memcpy(sum, turned, sizeof turned);
 }
 
+// Of a block's rows, of which `count` exist
+inline Floats<ROWS> first_rows(const float *x, int count) {
+    if (count == ROWS) return floats<ROWS>(x);
+    Floats<ROWS> found = {};
+    for (int r = 0; r < count; r++) found[r] = x[r];
+    return found;
+}
+
+// A block's sums, times a scale and with a bias of each row, where there are any: y from row `first` on.
+// Nothing is read from nowhere, masked or not: the compiler's loads of that kind take 60 ns.
+template <int W, Order ORDER>
+inline void write_block(const float *sum, const float *scales, const float *bias, int count, int first, int rows,
+                        float *y) {
+    int here = std::min(ROWS, rows - first);
+    Floats<ROWS> scale = scales ? first_rows(scales + first, here) : Floats<ROWS>{} + 1.0f;
+    if constexpr (ORDER == Order::TOKENS_FIRST) {
+        for (int l = 0; l < count; l++) {
+            Floats<ROWS> own = floats<ROWS>(sum + l * ROWS) * scale;
+            if (here == ROWS) floats<ROWS>(y + long(l) * rows + first) = own;
+            else std::copy_n(reinterpret_cast<float *>(&own), here, y + long(l) * rows + first);
+        }
+    } else {
+        constexpr int V = std::min(W, VECTOR);
+        Floats<ROWS> added = bias ? first_rows(bias + first, here) : Floats<ROWS>{};
+        float own[2][ROWS];
+        std::memcpy(own[0], &added, sizeof added), std::memcpy(own[1], &scale, sizeof scale);
+        for (int r = 0; r < here; r++)
+            for (int l = 0; l < W; l += V)
+                floats<V>(y + long(first + r) * W + l) =
+                    add_product<V>(Floats<V>{} + own[0][r], floats<V>(sum + r * W + l), own[1][r]);
+    }
+}
+
 // y of blocks `begin` to `end` of a packed matrix: [rows][W]; or [tokens][rows], without bias
 template <int W, bool IS_INT4, Order ORDER = Order::ROWS_FIRST>
 void integer_product(const Weight &w, int rows, const Input<W> &in, const float *bias, float *y, int begin,
                      int end) {
     constexpr int V = std::min(W, VECTOR), N = W > V && SUMS > 8 ? 2 : 1, R = SUMS / N;
-    constexpr bool BY_TOKEN = ORDER == Order::TOKENS_FIRST;
     static thread_local std::vector<uint8_t> room;
     if (IS_INT4 && room.size() < size_t(in.K) * 20) room.resize(size_t(in.K) * 20);
     const uint8_t *packed = IS_INT4 ? w.int4 : w.int8;
@@ -377,23 +277,9 @@ void integer_product(const Weight &w, int rows, const Input<W> &in, const float 
             for (int l = 0; l < W; l += V * N)
                 for (int r = 0; r < ROWS; r += R)
                     integer_rows<W, V, N, R, IS_INT4>(block, in, r, l, sum);
-            if constexpr (BY_TOKEN && W >= 16) by_token<W>(sum);
+            if constexpr (ORDER == Order::TOKENS_FIRST && W >= 16) by_token<W>(sum);
         }
-        int first = b * ROWS, here = std::min(ROWS, rows - first);
-        if constexpr (BY_TOKEN) {
-            Floats<16> scale = Floats<16>{} + 1.0f;
-            if (!IS_INT4) std::copy_n(scales + first, here, reinterpret_cast<float *>(&scale));
-            for (int l = 0; l < in.count; l++) {
-                Floats<16> own = floats<16>(sum + l * ROWS) * scale;
-                if (here == ROWS) floats<16>(y + long(l) * rows + first) = own;
-                else std::copy_n(reinterpret_cast<float *>(&own), here, y + long(l) * rows + first);
-            }
-        } else
-            for (int r = 0; r < here; r++) {
-                float added = bias ? bias[first + r] : 0.0f, scale = IS_INT4 ? 1.0f : scales[first + r];
-                for (int l = 0; l < W; l++)
-                    y[long(first + r) * W + l] = add_product(added, sum[r * W + l], scale);
-            }
+        write_block<W, ORDER>(sum, IS_INT4 ? nullptr : scales, bias, in.count, b * ROWS, rows, y);
     }
 }
 
