@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from fit import Timed, error_of, fit_efficiency, write_profile
 from picture import Record
 from stage import Stage, reason_of, times_ms
 
@@ -33,7 +34,6 @@ from twotower.kernels import expert_products
 from twotower.lab.plan.hardware import built_in, find_hardware
 from twotower.lab.plan.inputs import PROFILES, Efficiency, uniform
 from twotower.lab.plan.passes import ModelShape, Pass, PlanSetup, time_pass
-from twotower.lab.plan.profile import Timed, error_of, fit_efficiency, write_profile
 from twotower.lab.report import new_figure
 from twotower.layers.attention import Attention
 from twotower.layers.mamba2 import Mamba2

@@ -35,18 +35,12 @@ class Widths:
 
     def weight_bytes(self, kind: str) -> float:
         """Bytes of one weight of a kind of parameter, as `twotower inspect` names kinds."""
-        match kind:
-            case "moe routed" | "moe shared":
-                width: str = self.experts
-            case "mamba" | "attention" | "mlp":
-                width = self.projections
-            case "head":
-                width = self.head
-            case "moe router":
-                width = "float32"
-            case _:
-                width = self.dtype
-        return BITS[width] / 8
+        widths: dict[str, Width] = {
+            **dict.fromkeys(("moe routed", "moe shared"), self.experts),
+            **dict.fromkeys(("mamba", "attention", "mlp"), self.projections),
+            **{"head": self.head, "moe router": "float32"},
+        }
+        return BITS[widths.get(kind, self.dtype)] / 8
 
     @property
     def cache_bytes(self) -> float:

@@ -3,7 +3,7 @@
 Pure arithmetic on what `passes` and `memory` say.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from twotower.lab.plan.inputs import MODES, Mode, Workload
@@ -196,12 +196,8 @@ def _link_seconds(
     return moved / (1e9 * setup.hardware.link_gb_s)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """The fastest of each mode with at most `batch_size` rows at a time; None: nothing fits."""
-
-    batch_size: int
-    times: Mapping[Mode, ModeTime | None]
+# The fastest of each mode; None: nothing fits, or its tokens per pass or cycle are not known.
+Best = Mapping[Mode, ModeTime | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,10 +220,8 @@ def all_times(setup: PlanSetup, workload: Workload, mode: Mode, num_devices: int
     return sorted(times, key=lambda time: time.prefill_s + time.decode_s)
 
 
-def best_times(
-    setup: PlanSetup, workload: Workload, num_devices: int
-) -> dict[Mode, ModeTime | None]:
-    """Each mode on its fastest device_map; None where nothing fits."""
+def best_times(setup: PlanSetup, workload: Workload, num_devices: int) -> Best:
+    """Each mode on its fastest device_map."""
     found = {mode: all_times(setup, workload, mode, num_devices) for mode in MODES}
     return {mode: times[0] if times else None for mode, times in found.items()}
 
@@ -244,38 +238,38 @@ def _lacking(device_map: DeviceMap) -> float:
 
 def sweep(
     setup: PlanSetup, workload: Workload, num_devices: int, max_batch_size: int
-) -> list[Point]:
+) -> dict[int, Best]:
     """At most 1, 2, 4, ... rows at a time, as long as any mode fits.
 
     Where more rows would only push experts out of the device, a mode stays at fewer: the others
     wait.
     """
-    points: list[Point] = []
+    points: dict[int, Best] = {}
+    best: Best = dict.fromkeys(MODES)
     batch = 1
     while batch <= max_batch_size:
         times = best_times(setup, replace(workload, batch_size=batch), num_devices)
         if not any(times.values()):
             break
-        if points:
-            times = {mode: _faster(times[mode], points[-1].times[mode]) for mode in MODES}
-        points.append(Point(batch_size=batch, times=times))
+        best = {mode: _faster(times[mode], best[mode]) for mode in MODES}
+        points[batch] = best
         batch *= 2
     return points
 
 
-def faster_mode(points: Sequence[Point], per_device: bool) -> list[Span]:
+def faster_mode(points: Mapping[int, Best], per_device: bool) -> list[Span]:
     """Which of AR and diffusion is faster at which of the batch sizes.
 
     Where one does not fit and the other does, that one is. `per_device` compares what a device
     yields: AR on two devices is two replicas.
     """
     spans: list[Span] = []
-    for point in points:
-        mode = _winner(point.times, per_device)
+    for batch_size, times in points.items():
+        mode = _winner(times, per_device)
         if spans and spans[-1].winner == mode:
-            spans[-1] = replace(spans[-1], last=point.batch_size)
+            spans[-1] = replace(spans[-1], last=batch_size)
         else:
-            spans.append(Span(first=point.batch_size, last=point.batch_size, winner=mode))
+            spans.append(Span(first=batch_size, last=batch_size, winner=mode))
     return spans
 
 
@@ -284,7 +278,7 @@ def _faster(one: ModeTime | None, other: ModeTime | None) -> ModeTime | None:
     return max(found, key=lambda time: time.tokens_per_s, default=None)
 
 
-def _winner(times: Mapping[Mode, ModeTime | None], per_device: bool) -> Mode:
+def _winner(times: Best, per_device: bool) -> Mode:
     def speed(time: ModeTime | None) -> float:
         if time is None:
             return 0.0

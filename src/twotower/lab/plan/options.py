@@ -1,6 +1,7 @@
 """The options of `twotower plan` and what they name: model, machine, widths, efficiency."""
 
 import json
+import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -28,13 +29,13 @@ from twotower.lab.plan.inputs import (
     uniform,
 )
 from twotower.lab.plan.passes import ModelShape, PlanSetup
-from twotower.lab.plan.profile import read_profile
 from twotower.paths import usable_path
 from twotower.specs import MoESpec
 
 # A published run of the 30B model: 66 denoiser passes for 256 tokens (the port on two DGX Sparks).
 PUBLISHED_TOKENS_PER_NFE = 256 / 66
 _MAX_BATCH = 2**16
+PROFILE_FIELDS = ("bandwidth_share", "arithmetic_share", "layer_us")  # of a profile's file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,11 +215,8 @@ def _own_width(model: str) -> Width | None:
 
 
 def _make_widths(options: PlanOptions) -> Widths:
-    quantized = options.quantization or _own_width(options.model)
-    if quantized is None or quantized == "none":
-        base = uniform(options.dtype or "bfloat16")
-    else:
-        base = uniform(quantized)
+    quantized = options.quantization or _own_width(options.model) or "none"
+    base = uniform((options.dtype or "bfloat16") if quantized == "none" else quantized)
     return Widths(
         experts=options.expert_weights or base.experts,
         projections=options.projection_weights or base.projections,
@@ -230,13 +228,26 @@ def _make_widths(options: PlanOptions) -> Widths:
 def _make_efficiency(options: PlanOptions, hardware: Hardware) -> Efficiency:
     name = options.efficiency or DEFAULTS[hardware.kind]
     profile = PROFILES[name] if name in PROFILES else read_profile(Path(name))
-    if options.bandwidth_share is not None:
-        profile = replace(profile, bandwidth=options.bandwidth_share)
-    if options.arithmetic_share is not None:
-        profile = replace(profile, arithmetic=options.arithmetic_share)
-    if options.layer_us is not None:
-        profile = replace(profile, layer_s=options.layer_us / 1e6)
-    return profile
+    given = {"bandwidth": options.bandwidth_share, "arithmetic": options.arithmetic_share}
+    given["layer_s"] = None if options.layer_us is None else options.layer_us / 1e6
+    return replace(profile, **{name: value for name, value in given.items() if value is not None})
+
+
+def read_profile(file: Path) -> Efficiency:
+    """The profile of a file; ValueError (one line) if it cannot be read or is wrong."""
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"efficiency: cannot read {file} ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"efficiency: {file} is not valid TOML ({error}); correct it") from None
+    if {*values} != {*PROFILE_FIELDS} or not all(type(n) in (int, float) for n in values.values()):
+        raise ValueError(
+            f"efficiency: {file} must have numbers {', '.join(PROFILE_FIELDS)} and nothing else, "
+            "as scripts/gpu/passes.py writes them"
+        )
+    bandwidth, arithmetic, layer_us = (float(values[name]) for name in PROFILE_FIELDS)
+    return Efficiency(bandwidth=bandwidth, arithmetic=arithmetic, layer_s=layer_us / 1e6)
 
 
 def _default_compute(widths: Widths, hardware: Hardware) -> Compute:

@@ -7,6 +7,7 @@ another; each takes the longer of its streaming and its arithmetic.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from twotower.checkpoint.inspect import Description, Tower
 from twotower.config import TowerConfig, TwoTowerConfig
@@ -88,8 +89,7 @@ def call_shapes(block_size: int) -> dict[str, tuple[Tower, int, int]]:
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class PassPart:
+class PassPart(NamedTuple):
     """Bytes that a part of a pass moves (weights apart from cache) and operations it computes."""
 
     name: str
@@ -112,13 +112,9 @@ class PassTime:
     @property
     def ruled_by(self) -> str:
         """The largest share: overhead, bandwidth, arithmetic or host link."""
-        shares = {
-            "overhead": self.overhead_s,
-            "bandwidth": self.stream_s,
-            "arithmetic": self.compute_s,
-            "host link": self.host_s,
-        }
-        return max(shares, key=lambda name: shares[name])
+        shares = self.overhead_s, self.stream_s, self.compute_s, self.host_s
+        names = "overhead", "bandwidth", "arithmetic", "host link"
+        return names[shares.index(max(shares))]
 
 
 def expected_experts(num_experts: int, per_token: int, num_tokens: float) -> float:
@@ -149,23 +145,14 @@ def pass_parts(shape: ModelShape, call: Pass, widths: Widths) -> list[PassPart]:
 
 
 def _matrices(kind: str, count: int, num_tokens: float, widths: Widths) -> PassPart:
-    return PassPart(
-        name=kind,
-        weight_bytes=count * widths.weight_bytes(kind),
-        cache_bytes=0.0,
-        operations=2.0 * count * num_tokens,
-    )
+    return PassPart(kind, count * widths.weight_bytes(kind), 0.0, 2.0 * count * num_tokens)
 
 
 def _experts(moe: MoESpec, count: int, num_tokens: int, widths: Widths) -> PassPart:
     total, chosen = moe.num_experts, moe.experts_per_token
     touched = expected_experts(total, chosen, num_tokens) / total
-    return PassPart(
-        name=EXPERTS,
-        weight_bytes=count * touched * widths.weight_bytes(EXPERTS),
-        cache_bytes=0.0,
-        operations=2.0 * count * chosen / total * num_tokens,
-    )
+    weight_bytes = count * touched * widths.weight_bytes(EXPERTS)
+    return PassPart(EXPERTS, weight_bytes, 0.0, 2.0 * count * chosen / total * num_tokens)
 
 
 def _mixing(shape: ModelShape, call: Pass, widths: Widths) -> PassPart:
@@ -178,13 +165,8 @@ def _mixing(shape: ModelShape, call: Pass, widths: Widths) -> PassPart:
     # A causal token sees half of its own call on average, a masked one the whole block.
     seen = length if call.tower == "denoiser" else call.past + (call.tokens + 1) / 2
     queries = sum(one.num_heads * one.head_dim for one in config.layers_of(AttentionSpec))
-    attention = 4.0 * queries * seen
-    return PassPart(
-        name="cache",
-        weight_bytes=0.0,
-        cache_bytes=call.rows * (keys + state_bytes),
-        operations=call.rows * call.tokens * (attention + _SCAN * config.ssm_elements),
-    )
+    operations = call.rows * call.tokens * (4.0 * queries * seen + _SCAN * config.ssm_elements)
+    return PassPart("cache", 0.0, call.rows * (keys + state_bytes), operations)
 
 
 def time_pass(setup: PlanSetup, call: Pass, host_share: float = 0.0) -> PassTime:
@@ -207,14 +189,13 @@ def time_pass(setup: PlanSetup, call: Pass, host_share: float = 0.0) -> PassTime
             spent["compute"] += compute
     overhead = setup.shape.tower(call.tower).num_layers * efficiency.layer_s
     overhead *= 1 + efficiency.row_share * (call.rows - 1)
-    moe, num_tokens = setup.shape.experts, call.rows * call.tokens
+    num_experts, moe = 0.0, setup.shape.experts
+    if moe is not None:
+        num_tokens = call.rows * call.tokens
+        num_experts = expected_experts(moe.num_experts, moe.experts_per_token, num_tokens)
     return PassTime(
         seconds=overhead + sum(spent.values()),
         overhead_s=overhead,
-        stream_s=spent["stream"],
-        compute_s=spent["compute"],
-        host_s=spent["host"],
-        num_experts=0.0
-        if moe is None
-        else expected_experts(moe.num_experts, moe.experts_per_token, num_tokens),
+        **{f"{kind}_s": seconds for kind, seconds in spent.items()},
+        num_experts=num_experts,
     )

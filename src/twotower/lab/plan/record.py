@@ -1,14 +1,13 @@
 """A plan as one record of plain values: what `--json` prints and the report draws."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from twotower.lab.plan.inputs import MODES, Mode, Workload
 from twotower.lab.plan.memory import DeviceMap, cache_bytes, tower_bytes
 from twotower.lab.plan.modes import (
+    Best,
     ModeTime,
-    Point,
     all_times,
     best_times,
     break_even_tokens_per_cycle,
@@ -46,12 +45,12 @@ def plan_shape(shape: ModelShape, options: PlanOptions) -> dict[str, Any]:
     price = options.price_per_hour
     price = setup.hardware.price_per_hour if price is None else price
     points = sweep(setup, workload, options.devices, options.max_batch_size)
-    compared = [] if workload.tokens_per_nfe is None else points
+    compared = {} if workload.tokens_per_nfe is None else points
     return {
         "model": {
             "name": options.model,
             "denoiser": options.denoiser,
-            "parameters": _parameters(shape),
+            "parameters": {tower: sum(n.values()) for tower, n in shape.parameters.items()},
         },
         "hardware": dataclasses.asdict(setup.hardware),
         "devices": options.devices,
@@ -64,16 +63,15 @@ def plan_shape(shape: ModelShape, options: PlanOptions) -> dict[str, Any]:
         "modes": {mode: _mode(setup, workload, mode, options.devices, price) for mode in MODES},
         "passes": _passes(setup, placed, best),
         "break_even": _break_even(setup, placed, best),
-        "sweep": [_point(point) for point in points],
+        "sweep": [
+            {"batch_size": batch, "modes": {mode: _rate(time) for mode, time in times.items()}}
+            for batch, times in points.items()
+        ],
         "spans": {
             name: [dataclasses.asdict(span) for span in faster_mode(compared, name != "all")]
             for name in ("all", "per_device")
         },
     }
-
-
-def _parameters(shape: ModelShape) -> dict[str, int]:
-    return {tower: sum(counts.values()) for tower, counts in shape.parameters.items()}
 
 
 def _source(options: PlanOptions) -> str:
@@ -165,32 +163,25 @@ def _describe_misfit(device_map: DeviceMap) -> str:
     )
 
 
-def _passes(
-    setup: PlanSetup, workload: Workload, best: Mapping[Mode, ModeTime | None]
-) -> dict[str, dict[str, Any]]:
+def _passes(setup: PlanSetup, workload: Workload, best: Best) -> dict[str, dict[str, Any]]:
     """Each pass where the modes that need it run fastest."""
-    owners: dict[str, Mode] = {AR_STEP: "ar", DENOISE: "diffusion", EXTEND: "diffusion"}
+    blocks = best["diffusion"]
+    owners = {AR_STEP: best["ar"], DENOISE: blocks, EXTEND: blocks}
     found = {}
-    for call, mode in [*owners.items(), (VERIFY, "speculative")]:
-        time = best[mode] or (best["diffusion"] if call == VERIFY else None)
+    for call, time in {**owners, VERIFY: best["speculative"] or blocks}.items():
         if time is not None:
             took = pass_times(setup, workload, time.device_map)[call]
-            found[call] = {**_ms(dataclasses.asdict(took)), "ruled_by": took.ruled_by}
+            parts = ("overhead", "stream", "compute", "host")
+            found[call] = {
+                "ms": 1e3 * took.seconds,
+                **{f"{part}_ms": 1e3 * getattr(took, f"{part}_s") for part in parts},
+                "experts_per_layer": took.num_experts,
+                "ruled_by": took.ruled_by,
+            }
     return found
 
 
-def _ms(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Seconds as milliseconds; `seconds` itself is called `ms`."""
-    names = {"seconds": "ms", "num_experts": "experts_per_layer"}
-    return {
-        names.get(name, name.removesuffix("_s") + "_ms"): value * (1 if "num" in name else 1e3)
-        for name, value in seconds.items()
-    }
-
-
-def _break_even(
-    setup: PlanSetup, workload: Workload, best: Mapping[Mode, ModeTime | None]
-) -> dict[str, Any] | None:
+def _break_even(setup: PlanSetup, workload: Workload, best: Best) -> dict[str, Any] | None:
     """Tokens per pass and per cycle that reach each speed-up over AR, decoding alone and one
     group of rows; None where AR or both towers do not fit, null where a whole block does not do.
     """
@@ -217,12 +208,8 @@ def _break_even(
     }
 
 
-def _point(point: Point) -> dict[str, Any]:
-    """Tokens a second and rows at a time of each mode."""
-    modes = {mode: None if time is None else _rate(time) for mode, time in point.times.items()}
-    return {"batch_size": point.batch_size, "modes": modes}
-
-
-def _rate(time: ModeTime) -> dict[str, float]:
+def _rate(time: ModeTime | None) -> dict[str, float] | None:
+    if time is None:
+        return None
     used = len(time.device_map.devices)
     return {"tokens_per_s": time.tokens_per_s, "rows": time.rows, "devices_used": used}

@@ -1,17 +1,18 @@
-"""A machine's own profile of efficiency: solved from measured passes, kept in a TOML file."""
+"""A machine's own profile of efficiency, solved from measured passes and written for
+`twotower plan --efficiency FILE`.
+"""
 
 import itertools
 import math
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from twotower.lab.plan.inputs import Efficiency
+from twotower.lab.plan.options import PROFILE_FIELDS
 from twotower.lab.plan.passes import Pass, PlanSetup, time_pass
 
-_FIELDS = ("bandwidth_share", "arithmetic_share", "layer_us")
 _LARGEST_S = 0.999  # of a layer
 
 
@@ -62,25 +63,7 @@ def _errors(found: Efficiency, timed: Sequence[Timed]) -> Iterator[float]:
 
 
 def write_profile(found: Efficiency, file: Path, source: str) -> None:
-    """Keep it where `twotower plan --efficiency FILE` reads it; source: where it comes from."""
+    """Keep it where the planner reads it; source: where it comes from."""
     values = found.bandwidth, found.arithmetic, found.layer_s * 1e6
-    lines = [f"{name} = {value:.4g}" for name, value in zip(_FIELDS, values, strict=True)]
+    lines = [f"{name} = {value:.4g}" for name, value in zip(PROFILE_FIELDS, values, strict=True)]
     file.write_text("\n".join([f"# {source}", *lines]) + "\n", encoding="utf-8")
-
-
-def read_profile(file: Path) -> Efficiency:
-    """The profile of a file; ValueError (one line) if it cannot be read or is wrong."""
-    try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"efficiency: cannot read {file} ({error.strerror})") from None
-    except ValueError as error:
-        raise ValueError(f"efficiency: {file} is not valid TOML ({error}); correct it") from None
-    numbers = [values.get(name) for name in _FIELDS]
-    if set(values) != set(_FIELDS) or not all(type(n) in (int, float) for n in numbers):
-        raise ValueError(
-            f"efficiency: {file} must have numbers {', '.join(_FIELDS)} and nothing else, as "
-            "scripts/gpu/passes.py writes them"
-        )
-    bandwidth, arithmetic, layer_us = map(float, numbers)  # type: ignore[arg-type]  # checked
-    return Efficiency(bandwidth=bandwidth, arithmetic=arithmetic, layer_s=layer_us / 1e6)
