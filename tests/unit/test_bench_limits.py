@@ -5,8 +5,8 @@ import torch
 
 from tiny_models import fresh_model, tiny_config
 from twotower.checkpoint.inspect import describe_config
+from twotower.lab.bench import limits
 from twotower.lab.bench.limits import (
-    Machine,
     MeasuredPass,
     Work,
     count_work,
@@ -24,7 +24,7 @@ def work_of(
     pattern: str, tokens: int, logits: int, past: int, size: float, tower: Tower = "context"
 ) -> Work:
     config = tiny_config(hybrid_override_pattern=pattern)
-    taken = MeasuredPass("one", "extend", 1.0, tower, tokens, logits)
+    taken = MeasuredPass("one", "extend", 1.0, (tower, tokens, logits))
     shape = ModelShape.of(describe_config(config, "tiny"))
     return count_work(shape, taken, past, size, torch.float32)
 
@@ -93,7 +93,7 @@ def test_rows_of_baselines_have_their_own_weights() -> None:
     }
     model = fresh_model(hybrid_override_pattern="M*-")
     shape = PassShape(num_past=10, block_size=4, repeats=1, seed=0)
-    rows = describe_limits(model, record, shape, Machine())
+    rows = describe_limits(model, record, shape)
     assert [(r["engine"], r["call"], r["ms"]) for r in rows] == [
         *(("eager", call, 2.0) for call in passes),
         ("llama.cpp-q8_0", "ar_step", 0.5),
@@ -108,16 +108,15 @@ def test_rows_of_baselines_have_their_own_weights() -> None:
     assert {r["regime"] for r in rows} == {"overhead-bound"}  # a tiny model in milliseconds
 
 
-def test_int8_passes_are_held_against_int8_arithmetic() -> None:
+def test_int8_passes_are_held_against_int8_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Silent failure: held against the float32 peak, every int8 pass is faster than its limit."""
     peaks = {torch.float32: 1e9, torch.int8: 4e9}
-    machine = Machine()
-    machine._peaks |= peaks
+    monkeypatch.setattr(limits, "measure_peak", peaks.__getitem__)
     passes = {"extend": {"median": 2.0}}
     record = {"ms_by_engine": {"native": passes, "native-int8": passes}, "engines": {}}
     model = fresh_model(hybrid_override_pattern="M*-")
     shape = PassShape(num_past=10, block_size=4, repeats=1, seed=0)
-    wide, narrow = describe_limits(model, record, shape, machine)
+    wide, narrow = describe_limits(model, record, shape)
     assert (wide["goperations_per_s"], narrow["goperations_per_s"]) == (1.0, 4.0)
     assert narrow["compute_ms"] == pytest.approx(wide["compute_ms"] / 4)
     assert narrow["bytes"] < wide["bytes"]

@@ -9,9 +9,8 @@ from twotower.lab.bench.results import (
     best_ar,
     block_cost,
     break_even,
-    count_right,
-    count_same,
     cycle_break_even,
+    measure_quality,
     paired_speedup,
     spread,
     summarise_measurements,
@@ -100,26 +99,25 @@ def test_answers_of_one_token_have_no_decoding() -> None:
 
 def test_tokens_are_compared_with_our_ar() -> None:
     """The third diffusion answer is shorter than AR's."""
-    assert count_same(columns(NAMES, ROWS), ["eager"]) == {
-        ("eager", "ar"): 3, ("eager", "diffusion"): 2, ("llama.cpp", "ar"): 3,
-    }  # fmt: skip
+    found = measure_quality(columns(NAMES, ROWS), ["eager"], PROMPTS, str)
+    assert [found[name]["same_tokens_as_own_ar"] for name in NAMES] == [3, 2, 3]
 
 
 def test_an_engine_is_compared_with_its_own_ar() -> None:
     """Silent failure: one engine's rounding makes a lossless mode of another look lossy."""
     names = [("eager", "ar"), ("native", "ar"), ("native", "speculative")]
     measured = [[one(5, 1.0, 1.0), one(4, 1.0, 1.0), one(4, 1.0, 1.0)]]
-    found = count_same(columns(names, measured), ["eager", "native"])
-    assert found["native", "speculative"] == 1 and found["native", "ar"] == 1
+    found = measure_quality(columns(names, measured), ["eager", "native"], PROMPTS[:1], str)
+    assert [found[name]["same_tokens_as_own_ar"] for name in names[1:]] == [1, 1]
 
 
 def test_right_answers_are_counted_by_runner() -> None:
     """Silent failure: the baseline's answers are judged as ours."""
     prompts = [TimedPrompt(ids=[1], max_new_tokens=5, is_right=lambda text: text == "4")] * 3
-    found = count_right(columns(NAMES, ROWS), prompts, decode=lambda tokens: str(len(tokens)))
-    assert found == {
-        ("eager", "ar"): 0, ("eager", "diffusion"): 1, ("llama.cpp", "ar"): 0,
-    }  # fmt: skip
+    judged = columns(NAMES, ROWS), ["eager"], prompts
+    found = measure_quality(*judged, decode=lambda tokens: str(len(tokens)))
+    assert [found[name]["correct"] for name in NAMES] == [0, 1, 0]
+    assert found["eager", "diffusion"]["accuracy"] == pytest.approx(1 / 3)
 
 
 def test_passes_and_where_blocks_pay() -> None:
@@ -147,8 +145,8 @@ def test_passes_and_where_blocks_pay() -> None:
 
 def test_spread_is_median_and_quartiles() -> None:
     found = spread([4.0, 1.0, 2.0, 3.0, 5.0])
-    assert (found.median, found.low, found.high, found.n) == (3.0, 2.0, 4.0, 5)
-    assert spread([7.0]).to_dict() == {"median": 7.0, "quartiles": [7.0, 7.0], "n": 1}
+    assert (found.median, found.low, found.high) == (3.0, 2.0, 4.0)
+    assert spread([7.0]) == (7.0, 7.0, 7.0)
 
 
 def test_the_best_ar_has_the_lowest_median_among_the_engines() -> None:

@@ -5,6 +5,7 @@ real model as a contest of processes, with prompts from files in its chat templa
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,16 +29,15 @@ from twotower.cli.tables import make_console, print_table
 from twotower.engine import defaults_of, resolve_options
 from twotower.families import read_config
 from twotower.lab.bench.contest import contest_table, contestants, run_contest, summarise
-from twotower.lab.bench.limits import Machine, cache_bytes
+from twotower.lab.bench.limits import cache_bytes
 from twotower.lab.bench.replay import make_random
 from twotower.lab.bench.report import bench_figures, describe_break_even, tables
 from twotower.lab.bench.run import (
     MeasureOptions,
     draw_prompts,
+    measure_size,
     mode_options,
-    open_bench,
     record_replays,
-    run_bench,
     watch_idle,
 )
 from twotower.lab.bench.runners import TimedPrompt, refuse_impossible
@@ -156,11 +156,10 @@ def measure(options: BenchOptions, loaded: Loaded) -> dict[str, Any]:
             f"{num_long + len(prompts)} prompts"
         )
     sizes: dict[str, object] = {}
-    machine = Machine()
     is_complete = False
     try:
         for size in split_names(options.sizes):
-            sizes[size], found = measure_size(size, loaded, prompts, options, machine)
+            sizes[size], found = _measure_size(size, loaded, prompts, options)
             warnings += found
         is_complete = True
     except KeyboardInterrupt:
@@ -173,29 +172,20 @@ def measure(options: BenchOptions, loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def measure_size(
-    size: str,
-    loaded: Loaded,
-    prompts: Sequence[TimedPrompt],
-    options: BenchOptions,
-    machine: Machine,
+def _measure_size(
+    size: str, loaded: Loaded, prompts: Sequence[TimedPrompt], options: BenchOptions
 ) -> tuple[dict[str, object], list[str]]:
-    """One size's record and its warnings; a random model repeats what the loaded one commits."""
+    """A random model repeats what the loaded one commits."""
     model = loaded.model
-    assert loaded.tokenizer is not None
     if size != SHIPPED:
         modes = mode_options(options)
         prompts = record_replays(loaded.model, prompts[: options.replays], modes, options.seed)
         model = make_random(size, loaded.model, options.seed)
-    with open_bench(size, model, prompts, options) as setup, progress_bar() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("warm-up", total=len(prompts))
-        return run_bench(
-            setup,
-            options,
-            loaded.tokenizer.decode,
-            machine,
-            lambda name: bar.update(task, advance=1, description=name),
-        )
+        advance = partial(bar.update, task, advance=1, description=size)
+        decode = loaded.need_tokenizer().decode
+        return measure_size(size, model, prompts, options, decode, advance)
 
 
 def describe_run(options: BenchOptions, loaded: Loaded) -> dict[str, object]:

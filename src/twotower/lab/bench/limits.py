@@ -6,9 +6,10 @@ data sheet.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -16,7 +17,8 @@ from twotower.checkpoint.inspect import Tower, describe_config
 from twotower.kernels.quantised import to_eight_bits
 from twotower.lab.bench.passes import PassShape
 from twotower.lab.plan.inputs import uniform
-from twotower.lab.plan.passes import ModelShape, Pass, call_shapes, pass_parts
+from twotower.lab.plan.passes import AR_STEP, ModelShape, Pass, call_shapes, pass_parts
+from twotower.lab.report import Record
 from twotower.model import TwoTower
 from twotower.native.layout import LANES
 from twotower.native.weights import native_linear
@@ -34,57 +36,29 @@ _SECONDS = 0.3  # least time of a measurement
 
 
 class MeasuredPass(NamedTuple):
-    """A pass of an engine (its tower, tokens read, positions with logits), and how long it took."""
+    """A pass of an engine (its tower, tokens read, positions with logits), how long it took, and
+    the precision of its arithmetic: our own, int8 with weights of few bits, a baseline's float32.
+    """
 
     engine: str
     call: str
     ms: float
-    tower: Tower
-    tokens: int
-    logits: int
+    shape: tuple[Tower, int, int]
+    dtype: torch.dtype = torch.float32
 
 
-class Machine:
-    """What this machine can, measured once per size of buffer and once per dtype."""
-
-    def __init__(self) -> None:
-        self._bandwidths: dict[int, float] = {}
-        self._peaks: dict[torch.dtype, float] = {}
-
-    def bytes_per_s(self, num_bytes: float) -> float:
-        """Bandwidth of reading a buffer of this size again and again."""
-        size = max(_MIN_READ, round(num_bytes))
-        if size not in self._bandwidths:
-            self._bandwidths[size] = measure_bandwidth(size)
-        return self._bandwidths[size]
-
-    def operations_per_s(self, dtype: torch.dtype) -> float:
-        """Arithmetic peak in a dtype."""
-        if dtype not in self._peaks:
-            self._peaks[dtype] = measure_peak(dtype)
-        return self._peaks[dtype]
-
-
-def describe_limits(
-    model: TwoTower, record: Mapping[str, object], shape: PassShape, machine: Machine
-) -> list[dict[str, object]]:
+def describe_limits(model: TwoTower, record: Record, shape: PassShape) -> list[dict[str, Any]]:
     """A row per pass of ours and per baseline's AR token: bytes, operations, limits, regime.
 
     Bandwidth is measured with a buffer as large as the weights, so that small models are held
-    against the cache's. Baselines compute in float32 whatever their weights are, our int8 and int4
-    in int8.
+    against the cache's.
     """
     dtype = model.context_lm_head.weight.dtype
-    ours = list(_our_passes(record, shape.block_size))
     planned = ModelShape.of(describe_config(model.config, "bench"))
     rows = []
-    for taken in [*ours, *_baseline_passes(record, {one.engine for one in ours})]:
+    for taken in _measured_passes(record, shape.block_size, dtype):
         size = weight_bytes_of(taken.engine, float(dtype.itemsize))
-        work = count_work(planned, taken, shape.num_past, size, dtype)
-        computes_in = dtype if taken in ours else torch.float32
-        if taken in ours and taken.engine.endswith(("-int8", "-int4")):
-            computes_in = torch.int8
-        rows.append(_describe(taken, work, machine, computes_in))
+        rows.append(_describe(taken, count_work(planned, taken, shape.num_past, size, dtype)))
     return rows
 
 
@@ -101,7 +75,8 @@ def count_work(
 ) -> Work:
     """Work of one row's pass with weights of so many bytes each, keys and values in `dtype`."""
     widths = uniform("float32" if dtype == torch.float32 else "bfloat16")
-    call = Pass(tower=taken.tower, rows=1, tokens=taken.tokens, logits=taken.logits, past=num_past)
+    tower, tokens, logits = taken.shape
+    call = Pass(tower=tower, rows=1, tokens=tokens, logits=logits, past=num_past)
     parts = pass_parts(shape, call, widths)
     return Work(
         sum(part.weight_bytes for part in parts) * weight_bytes / dtype.itemsize,
@@ -110,22 +85,17 @@ def count_work(
     )
 
 
-def _our_passes(record: Mapping[str, object], size: int) -> Iterator[MeasuredPass]:
-    by_engine = record["ms_by_engine"]
-    assert isinstance(by_engine, dict)
-    calls = call_shapes(size)
-    for engine, times in by_engine.items():
+def _measured_passes(record: Record, size: int, dtype: torch.dtype) -> Iterator[MeasuredPass]:
+    """Our passes over blocks of a size, then a token of each baseline."""
+    calls, ours = call_shapes(size), record["ms_by_engine"]
+    for engine, times in ours.items():
+        own = torch.int8 if engine.endswith(("-int8", "-int4")) else dtype
         for call, found in times.items():
-            yield MeasuredPass(engine, call, found["median"], *calls[call])
-
-
-def _baseline_passes(record: Mapping[str, object], ours: set[str]) -> Iterator[MeasuredPass]:
-    engines = record["engines"]
-    assert isinstance(engines, dict)
-    for engine, modes in engines.items():
+            yield MeasuredPass(engine, call, found["median"], calls[call], own)
+    for engine, modes in record["engines"].items():
         ms = modes.get("ar", {}).get("decode_ms_per_token")
         if engine not in ours and ms is not None:
-            yield MeasuredPass(engine, "ar_step", ms, "context", 1, 1)
+            yield MeasuredPass(engine, AR_STEP, ms, calls[AR_STEP])
 
 
 def weight_bytes_of(engine: str, otherwise: float) -> float:
@@ -133,10 +103,9 @@ def weight_bytes_of(engine: str, otherwise: float) -> float:
     return next((size for end, size in _WEIGHT_BYTES.items() if engine.endswith(end)), otherwise)
 
 
-def _describe(
-    taken: MeasuredPass, work: Work, machine: Machine, dtype: torch.dtype
-) -> dict[str, object]:
-    bandwidth, peak = machine.bytes_per_s(work.weight_bytes), machine.operations_per_s(dtype)
+def _describe(taken: MeasuredPass, work: Work) -> dict[str, Any]:
+    bandwidth = measure_bandwidth(max(_MIN_READ, round(work.weight_bytes)))
+    peak = measure_peak(taken.dtype)
     num_bytes = work.weight_bytes + work.cache_bytes
     stream_ms, compute_ms = 1e3 * num_bytes / bandwidth, 1e3 * work.operations / peak
     largest_cache = cache_bytes()
@@ -162,30 +131,32 @@ def regime(measured_ms: float, stream_ms: float, compute_ms: float) -> Regime:
     return "bandwidth-bound" if stream_ms >= compute_ms else "compute-bound"
 
 
-def doubt_limits(size: str, rows: Sequence[Mapping[str, object]]) -> list[str]:
+def doubt_limits(size: str, rows: Sequence[Record]) -> list[str]:
     """A line if a pass took clearly less than its limit: then the limit was measured too low."""
     for row in rows:
-        ms, stream_ms, compute_ms = (float(str(row[k])) for k in ("ms", "stream_ms", "compute_ms"))
-        if ms < _CREDIBLE * max(stream_ms, compute_ms):
+        limit = max(row["stream_ms"], row["compute_ms"])
+        if row["ms"] < _CREDIBLE * limit:
             return [
-                f"{size}: {row['engine']} {row['call']} took {ms:.2f} ms, less than its limit of "
-                f"{max(stream_ms, compute_ms):.2f} ms; the limits were measured on a busy machine"
+                f"{size}: {row['engine']} {row['call']} took {row['ms']:.2f} ms, less than its "
+                f"limit of {limit:.2f} ms; the limits were measured on a busy machine"
             ]
     return []
 
 
-def measure_bandwidth(num_bytes: float) -> float:
+@cache
+def measure_bandwidth(num_bytes: int) -> float:
     """Bytes per second at which the cores read num_bytes again and again.
 
     The better of a sum and of a matrix-vector product: from memory for large sizes, from the cache
     for those that fit into it.
     """
-    rows = max(1, int(num_bytes) // (4 * 1024))
+    rows = max(1, num_bytes // (4 * 1024))
     matrix, vector = torch.ones(rows, 1024), torch.ones(1024)
     fastest = min(_best_seconds(lambda: matrix @ vector), _best_seconds(matrix.sum))
     return matrix.numel() * 4 / fastest
 
 
+@cache
 def measure_peak(dtype: torch.dtype) -> float:
     """Operations per second of the fastest matrix product there is in a dtype: PyTorch's of large
     matrices, or our own of 16 tokens, which uses instructions that a vendor's library may not.

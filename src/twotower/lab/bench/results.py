@@ -6,7 +6,7 @@ Times are milliseconds, costs milliseconds per token.
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from twotower.lab.bench.baselines import Measurement
 from twotower.lab.bench.runners import AR, TimedPrompt
@@ -18,25 +18,20 @@ Name = tuple[str, str]  # engine, mode
 Columns = Mapping[Name, Sequence[Measurement]]  # in the order of the prompts
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """Median and quartiles of n measured values."""
+class Spread(NamedTuple):
+    """Median and quartiles of measured values."""
 
     median: float
     low: float
     high: float
-    n: int
-
-    def to_dict(self) -> dict[str, object]:
-        return {"median": self.median, "quartiles": [self.low, self.high], "n": self.n}
 
 
 def spread(values: Sequence[float]) -> Spread:
     """Median and quartiles (inclusive); a single value is its own quartiles."""
     if len(values) == 1:
-        return Spread(median=values[0], low=values[0], high=values[0], n=1)
+        return Spread(values[0], values[0], values[0])
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(median=middle, low=low, high=high, n=len(values))
+    return Spread(middle, low, high)
 
 
 def best_ar(costs: Mapping[Name, Sequence[float]], engines: Sequence[str]) -> Name:
@@ -86,7 +81,7 @@ def cycle_break_even(ar_ms: float, denoise_ms: float, verify_ms: float, speedup:
     return speedup * (denoise_ms + verify_ms) / ar_ms
 
 
-def summarise_measurements(columns: Columns, ours: Sequence[str]) -> dict[str, object]:
+def summarise_measurements(columns: Columns, ours: Sequence[str]) -> dict[str, Any]:
     """`engines` and the best AR of a size; `ours` names our engines.
 
     Costs include prefill; those that begin with `decode` do not.
@@ -95,7 +90,7 @@ def summarise_measurements(columns: Columns, ours: Sequence[str]) -> dict[str, o
     decode_costs = {name: _decode_costs(column) for name, column in columns.items()}
     everyone = [engine for engine, _ in columns]
     best, best_decode = best_ar(costs, everyone), best_ar(decode_costs, everyone)
-    engines: dict[str, dict[str, object]] = {}
+    engines: dict[str, dict[str, Any]] = {}
     for name, column in columns.items():
         record = _costs(column)
         own = own_ar(name[0], ours)
@@ -115,82 +110,74 @@ def summarise_measurements(columns: Columns, ours: Sequence[str]) -> dict[str, o
     }
 
 
-def count_right(
-    columns: Columns, prompts: Sequence[TimedPrompt], decode: Callable[[list[int]], str]
-) -> dict[Name, int]:
-    """Right answers of each runner; prompts that cannot be judged count as wrong."""
-    return {
-        name: sum(
+def measure_quality(
+    columns: Columns,
+    ours: Sequence[str],
+    prompts: Sequence[TimedPrompt],
+    decode: Callable[[list[int]], str],
+) -> dict[Name, dict[str, Any]]:
+    """Of each runner its right answers, and those that equal its own AR's token by token: the same
+    engine's, so that another one's rounding is not taken for a lossy mode.
+    """
+    found = {}
+    for name, column in columns.items():
+        right = sum(
             prompt.is_right is not None and prompt.is_right(decode(one.tokens))
             for prompt, one in zip(prompts, column, strict=True)
         )
-        for name, column in columns.items()
-    }
-
-
-def count_same(columns: Columns, ours: Sequence[str]) -> dict[Name, int]:
-    """Answers of each runner that equal its own AR's token by token: the same engine's, so that
-    another one's rounding is not taken for a lossy mode.
-    """
-    return {
-        name: sum(
-            one.tokens == other.tokens
-            for one, other in zip(column, columns[own_ar(name[0], ours)], strict=True)
-        )
-        for name, column in columns.items()
-    }
+        pairs = zip(column, columns[own_ar(name[0], ours)], strict=True)
+        same = sum(one.tokens == other.tokens for one, other in pairs)
+        quality = {"correct": right, "accuracy": right / len(column)}
+        found[name] = {**quality, "same_tokens_as_own_ar": same}
+    return found
 
 
 def summarise_passes(
     times: Mapping[tuple[str, str], Sequence[float]], best_ar_ms: float, block_size: int
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Spreads of all passes, ratios, and where block decoding breaks even.
 
     best_ar_ms: what a token costs the fastest AR decoder of the size, prefill apart.
     """
-    spreads = {key: spread(values) for key, values in times.items()}
-    engines = list(dict.fromkeys(engine for engine, _ in spreads))
-    by_engine = {
-        engine: {call: found for (name, call), found in spreads.items() if name == engine}
-        for engine in engines
-    }
+    by_engine: dict[str, dict[str, Any]] = {}
+    for (engine, call), values in times.items():
+        median, *quartiles = spread(values)
+        record = {"median": median, "quartiles": quartiles, "n": len(values)}
+        by_engine.setdefault(engine, {})[call] = record
     return {
-        "ms_by_engine": {
-            engine: {call: found.to_dict() for call, found in calls.items()}
-            for engine, calls in by_engine.items()
-        },
+        "ms_by_engine": by_engine,
         "pays": {
             engine: when_it_pays(
-                {call: found.median for call, found in calls.items()}, best_ar_ms, block_size
+                {call: found["median"] for call, found in calls.items()}, best_ar_ms, block_size
             )
             for engine, calls in by_engine.items()
         },
     }
 
 
-def when_it_pays(ms: Mapping[str, float], best_ar_ms: float, block_size: int) -> dict[str, object]:
+def when_it_pays(ms: Mapping[str, float], best_ar_ms: float, block_size: int) -> dict[str, Any]:
     """Ratios of an engine's passes and the break-even against its own AR and against the best."""
     step, denoise, extend, verify = (
         ms[call] for call in ("ar_step", "denoise_pass", "extend", "verify")
     )
+
+    def by_speedup(needed: Callable[[float, float], float | None]) -> dict[str, Any]:
+        compared = {"own_ar": step, "best_ar": best_ar_ms}
+        return {
+            name: {f"{speedup:g}": needed(ar_ms, speedup) for speedup in SPEEDUPS}
+            for name, ar_ms in compared.items()
+        }
+
     return {
         "denoise_per_ar_step": denoise / step,
         "extend_per_ar_step": extend / step,
         "verify_per_ar_step": verify / step,
-        "needed_tokens_per_nfe": {
-            name: {
-                f"{speedup:g}": break_even(ar_ms, denoise, extend, speedup, block_size)
-                for speedup in SPEEDUPS
-            }
-            for name, ar_ms in (("own_ar", step), ("best_ar", best_ar_ms))
-        },
-        "needed_tokens_per_cycle": {
-            name: {
-                f"{speedup:g}": cycle_break_even(ar_ms, denoise, verify, speedup)
-                for speedup in SPEEDUPS
-            }
-            for name, ar_ms in (("own_ar", step), ("best_ar", best_ar_ms))
-        },
+        "needed_tokens_per_nfe": by_speedup(
+            lambda ar_ms, speedup: break_even(ar_ms, denoise, extend, speedup, block_size)
+        ),
+        "needed_tokens_per_cycle": by_speedup(
+            lambda ar_ms, speedup: cycle_break_even(ar_ms, denoise, verify, speedup)
+        ),
         "speedup_vs_best_ar_at_tokens_per_nfe": {
             f"{rate:g}": best_ar_ms / block_cost(denoise, extend, rate, block_size)
             for rate in RATES
@@ -199,16 +186,13 @@ def when_it_pays(ms: Mapping[str, float], best_ar_ms: float, block_size: int) ->
     }
 
 
-def _costs(column: Sequence[Measurement]) -> dict[str, object]:
+def _costs(column: Sequence[Measurement]) -> dict[str, Any]:
     tokens, nfe = sum(len(one.tokens) for one in column), sum(one.nfe for one in column)
-    whole = spread([one.ms_per_token for one in column])
     decode = _decode_costs(column)
-    seconds = sum(one.seconds for one in column)
     return {
-        "ms_per_token": whole.median,
-        "ms_per_token_quartiles": [whole.low, whole.high],
+        **_quartiled("ms_per_token", spread([one.ms_per_token for one in column])),
         **_quartiled("decode_ms_per_token", spread(decode) if decode else None),
-        "tokens_per_s": tokens / seconds,
+        "tokens_per_s": tokens / sum(one.seconds for one in column),
         "tokens": tokens,
         "nfe": nfe,
         "tokens_per_nfe": tokens / nfe if nfe else None,
@@ -225,18 +209,15 @@ def _decode_speedup(
     baseline: Sequence[Measurement], column: Sequence[Measurement]
 ) -> Spread | None:
     """Speed-up without prefill, over prompts of which both decoded anything."""
-    pairs = [
-        (before, after)
+    ratios = [
+        before / after
         for theirs, ours in zip(baseline, column, strict=True)
         if (before := theirs.decode_ms_per_token) is not None
         and (after := ours.decode_ms_per_token) is not None
     ]
-    if not pairs:
-        return None
-    return paired_speedup([before for before, _ in pairs], [after for _, after in pairs])
+    return spread(ratios) if ratios else None
 
 
-def _quartiled(name: str, found: Spread | None) -> dict[str, object]:
-    if found is None:
-        return {name: None, f"{name}_quartiles": [None, None]}
-    return {name: found.median, f"{name}_quartiles": [found.low, found.high]}
+def _quartiled(name: str, found: Spread | None) -> dict[str, Any]:
+    median, *quartiles = found or (None, None, None)
+    return {name: median, f"{name}_quartiles": quartiles}

@@ -3,11 +3,11 @@
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,16 +15,11 @@ from twotower.arguments import COUNT, INDEX, check_fields
 from twotower.backends import BACKENDS, QUANTIZATIONS, BackendName, Quantization
 from twotower.checkpoint.files import SHIPPED
 from twotower.engine import MODES, GenerateOptions, stream
-from twotower.lab.bench.baselines import Measurement, open_baselines
-from twotower.lab.bench.limits import Machine, describe_limits, doubt_limits
+from twotower.lab.bench.baselines import open_baselines
+from twotower.lab.bench.limits import describe_limits, doubt_limits
 from twotower.lab.bench.passes import PassShape, draw_ids, time_passes
 from twotower.lab.bench.replay import SIZES, record_script
-from twotower.lab.bench.results import (
-    count_right,
-    count_same,
-    summarise_measurements,
-    summarise_passes,
-)
+from twotower.lab.bench.results import measure_quality, summarise_measurements, summarise_passes
 from twotower.lab.bench.runners import (
     AR,
     BaselineRunner,
@@ -41,9 +36,7 @@ from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 
 OUR_MODES = ("ar", "diffusion", "speculative")
-REPLAY_PROMPT = (
-    256  # maximum tokens of a prompt before a replay: its prefill is not what is replayed
-)
+REPLAY_PROMPT = 256  # tokens of a prompt at most: its prefill is not what is replayed
 _STAT = Path("/proc/stat")
 _MAX_OTHERS = 0.07  # cores, on average
 _IDLE_S = 1.0  # how long others are watched before the benchmark
@@ -112,18 +105,6 @@ class MeasureOptions:
         return tuple(names)  # type: ignore[return-value]  # two of checked names
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """A size with what is measured on it: our engines' models by name, runners and prompts."""
-
-    size: str
-    model: TwoTower
-    engines: Mapping[str, TwoTower]
-    runners: Sequence[Runner]
-    prompts: Sequence[TimedPrompt]
-    missing: Sequence[str]
-
-
 def draw_prompts(
     tokenizer: Tokenizer, options: MeasureOptions, judge: Judge
 ) -> tuple[list[TimedPrompt], int]:
@@ -179,83 +160,50 @@ def record_replays(
     return replays
 
 
-@contextmanager
-def open_bench(
-    size: str, model: TwoTower, prompts: Sequence[TimedPrompt], options: MeasureOptions
-) -> Iterator[Setup]:
-    """A size's runners, ready to start; baselines are closed at the end."""
-    engines, unable = open_engines(model, *options.pairs(is_contest=False))
-    modes = mode_options(options)
-    ours = [OurRunner(n, m, mode) for n, m in engines.items() for mode in modes]
-    threads, dtype = torch.get_num_threads(), model.context_lm_head.weight.dtype
-    wanted = model if options.baselines else None
-    with open_baselines(wanted, threads, dtype) as (baselines, missing):
-        yield Setup(
-            size=size,
-            model=model,
-            engines=engines,
-            runners=[*ours, *map(BaselineRunner, baselines)],
-            prompts=prompts,
-            missing=[*unable, *missing],
-        )
-
-
-def run_bench(
-    found: Setup,
+def measure_size(
+    size: str,
+    model: TwoTower,
+    prompts: Sequence[TimedPrompt],
     options: MeasureOptions,
     decode: Callable[[list[int]], str],
-    machine: Machine,
-    advance: Callable[[str], None],
-) -> tuple[dict[str, object], list[str]]:
+    advance: Callable[[], None],
+) -> tuple[dict[str, Any], list[str]]:
     """Measure, time the passes, set both against the limits: a size's record and its warnings."""
-    before = take_load()
-    columns: dict[tuple[str, str], list[Measurement]] = {
-        (runner.engine, runner.mode): [] for runner in found.runners
-    }
-    for row in take_turns(found.runners, found.prompts):
-        for column, measurement in zip(columns.values(), row, strict=True):
-            column.append(measurement)
-        advance(found.size)
+    engines, unable = open_engines(model, *options.pairs(is_contest=False))
     shape = PassShape(
-        num_past=round(statistics.median(len(prompt.ids) for prompt in found.prompts)),
-        block_size=found.model.config.block_size,
+        num_past=round(statistics.median(len(prompt.ids) for prompt in prompts)),
+        block_size=model.config.block_size,
         repeats=options.repeats,
         seed=options.seed,
     )
-    times = time_passes(found.engines, shape)
-    warnings = others_used(before, take_load(), found.size)
-    ours = list(found.engines)
-    record = summarise_measurements(columns, ours)
-    best_ar_ms = record["best_ar_decode_ms"]
-    assert isinstance(best_ar_ms, float)
-    record |= summarise_passes(times, best_ar_ms, shape.block_size)
-    record["limits"] = limits = describe_limits(found.model, record, shape, machine)
-    warnings += doubt_limits(found.size, limits)
-    if found.size == SHIPPED:
-        _add_quality(record, count_right(columns, found.prompts, decode), count_same(columns, ours))
+    threads, dtype = torch.get_num_threads(), model.context_lm_head.weight.dtype
+    wanted = model if options.baselines else None
+    with open_baselines(wanted, threads, dtype) as (baselines, missing):
+        ours = (OurRunner(n, m, o) for n, m in engines.items() for o in mode_options(options))
+        runners: list[Runner] = [*ours, *map(BaselineRunner, baselines)]
+        before = take_load()
+        rows = []
+        for row in take_turns(runners, prompts):
+            rows.append(row)
+            advance()
+        times = time_passes(engines, shape)
+        warnings = others_used(before, take_load(), size)
+    names = [(runner.engine, runner.mode) for runner in runners]
+    columns = dict(zip(names, zip(*rows, strict=True), strict=True))
+    record = summarise_measurements(columns, list(engines))
+    record |= summarise_passes(times, record["best_ar_decode_ms"], shape.block_size)
+    record["limits"] = describe_limits(model, record, shape)
+    if size == SHIPPED:
+        found = measure_quality(columns, list(engines), prompts, decode)
+        for (engine, mode), quality in found.items():
+            record["engines"][engine][mode] |= quality
     record |= {
-        "model": _describe(found.model),
+        "model": _describe(model),
         "num_past": shape.num_past,
-        "is_replay": found.size != SHIPPED,
-        "missing": list(found.missing),
+        "is_replay": size != SHIPPED,
+        "missing": [*unable, *missing],
     }
-    return record, warnings
-
-
-def _add_quality(
-    record: Mapping[str, object],
-    right: Mapping[tuple[str, str], int],
-    same: Mapping[tuple[str, str], int],
-) -> None:
-    engines = record["engines"]
-    assert isinstance(engines, dict)
-    for (engine, mode), count in right.items():
-        row = engines[engine][mode]
-        row |= {
-            "correct": count,
-            "accuracy": count / row["n"],
-            "same_tokens_as_own_ar": same[engine, mode],
-        }
+    return record, warnings + doubt_limits(size, record["limits"])
 
 
 def _describe(model: TwoTower) -> dict[str, object]:
