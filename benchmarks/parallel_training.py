@@ -165,7 +165,7 @@ def options_of(folder: Path, case: str, out: str) -> TrainOptions:
         "eval_every": 0,
         "tensorboard": False,
     }
-    return TrainOptions.from_dict(values | changes)
+    return TrainOptions(**(values | changes))  # type: ignore[arg-type]
 
 
 def work(folder: Path, cases: list[str]) -> None:

@@ -61,4 +61,4 @@ def tiny_options(data: Path, out: Path, **changes: object) -> TrainOptions:
         "checkpoint_every": 3,
         "tensorboard": False,
     }
-    return TrainOptions.from_dict(values | changes)
+    return TrainOptions(**(values | changes))  # type: ignore[arg-type]

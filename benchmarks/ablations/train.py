@@ -161,7 +161,9 @@ def train_to_end(name: str, options: TrainOptions) -> dict[str, float | None]:
     """
     if (options.run_folder / "export").exists():
         before = json.loads((options.run_folder / "options.json").read_text())
-        if TrainOptions.from_dict(before) != options:
+        if "out" in before:  # as runs of older versions call it
+            before["output"] = before.pop("out")
+        if TrainOptions(**before) != options:
             raise SystemExit(f"{options.run_folder}: holds another run; remove it or change --out")
         return {"train_seconds": None, "train_cpu_seconds": None}
     clock, processor = time.perf_counter(), time.process_time()

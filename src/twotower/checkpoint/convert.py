@@ -42,15 +42,12 @@ def export_transformers(
     """
     require_plain(model, "the transformers layout")
     family = family_of(model.config)
-    fields = family.transformers_config(model.config)
-    pieces = backbone_pieces(model, dtype)
-    config = {
-        **fields,
+    config = family.transformers_config(model.config) | {
         "architectures": [family.ARCHITECTURE],
-        "dtype": str(main_dtype(model, dtype)).removeprefix("torch."),
+        "dtype": main_dtype(model, dtype),
         "model_type": family.MODEL_TYPE,
     }
-    write_checkpoint(path, pieces, config, extra_files, max_shard_bytes)
+    write_checkpoint(path, backbone_pieces(model, dtype), config, extra_files, max_shard_bytes)
 
 
 def convert(
@@ -107,11 +104,8 @@ def _source_folder(source: str | Path, target: str | Path) -> Path:
 
 
 def _precision_of(model: TwoTower) -> Precision:
-    names: dict[torch.dtype, Precision] = {
-        torch.bfloat16: "bfloat16",
-        torch.float16: "float16",
-    }
-    return names.get(model.context_tower.embeddings.weight.dtype, "float32")
+    names: dict[str, Precision] = {"bfloat16": "bfloat16", "float16": "float16"}
+    return names.get(main_dtype(model, None), "float32")
 
 
 def _companions(folder: Path) -> dict[str, bytes]:

@@ -26,7 +26,6 @@ from twotower.checkpoint.files import (
 from twotower.checkpoint.gguf_reader import is_gguf
 from twotower.checkpoint.layout import read_layout
 from twotower.checkpoint.load import plan_tensors
-from twotower.checkpoint.memory import kv_bytes_per_token, state_bytes_per_row, weight_bytes
 from twotower.checkpoint.quantize import read_scheme
 from twotower.config import TowerConfig, TwoTowerConfig
 from twotower.families import PRESETS, config_from_dict, read_config
@@ -36,6 +35,7 @@ from twotower.paths import usable_path
 from twotower.specs import SPECS, AttentionSpec, MambaSpec, MoESpec
 
 Tower = Literal["context", "denoiser"]
+_FLOATS = {"float32": 4, "bfloat16": 2}  # bytes of a number; SSM states are always float32
 KINDS = (
     "embeddings",
     "mamba",
@@ -195,12 +195,12 @@ def _describe_model(
     files: FilesRecord | None,
     precision: PrecisionRecord | None = None,
 ) -> Description:
-    config = model.config
+    config, context = model.config, model.config.context
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())  # tied heads count once
     sides: dict[Tower, dict[str, Tensor]] = {"context": {}, "denoiser": {}}
     for name, tensor in tensors.items():
         sides["context" if name.startswith(names.CONTEXT_PARTS) else "denoiser"][name] = tensor
-    shapes: dict[Tower, TowerConfig] = {"context": config.context, "denoiser": config.denoiser}
+    shapes: dict[Tower, TowerConfig] = {"context": context, "denoiser": config.denoiser}
     towers = {side: _count(part, shapes[side]) for side, part in sides.items() if part}
     total = sum(tower.total for tower in towers.values())
     in_experts = sum(
@@ -212,18 +212,34 @@ def _describe_model(
     return Description(
         source=source,
         config=config,
-        layers={
-            kind.label: count for kind in SPECS if (count := len(config.context.layers_of(kind)))
-        },
+        layers={kind.label: count for kind in SPECS if (count := len(context.layers_of(kind)))},
         towers=towers,
         total=total,
         expert_share=in_experts / total,
-        weight_bytes=weight_bytes(config, "both" if "denoiser" in towers else "context"),
-        kv_bytes_per_token=kv_bytes_per_token(config),
-        state_bytes_per_row=state_bytes_per_row(config),
+        weight_bytes=_weight_bytes(config, "both" if "denoiser" in towers else "context"),
+        kv_bytes_per_token={d: size * context.kv_elements for d, size in _FLOATS.items()},
+        state_bytes_per_row={
+            d: size * context.conv_elements + 4 * context.ssm_elements
+            for d, size in _FLOATS.items()
+        },
         files=files,
         precision=precision,
     )
+
+
+def _weight_bytes(config: TwoTowerConfig, towers: Towers) -> dict[str, int]:
+    """Bytes of all weights by precision; quantised ones beside a bfloat16 rest."""
+    sizes = {}
+    for kind in ("float32", "bfloat16", "int8", "int4"):
+        scheme = None if kind in _FLOATS else Scheme(weights=kind)  # type: ignore[arg-type]
+        model = build_empty(config, towers, scheme)
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        sizes[kind] = sum(
+            tensor.numel()
+            * (tensor.dtype.itemsize if names.keeps_dtype(name) else _FLOATS.get(kind, 2))
+            for name, tensor in tensors.items()
+        )
+    return sizes
 
 
 def _count(tensors: dict[str, Tensor], config: TowerConfig) -> TowerRecord:

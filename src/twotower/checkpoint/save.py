@@ -11,7 +11,6 @@ import torch
 from twotower.checkpoint import names
 from twotower.checkpoint.quantize import quantization_entry
 from twotower.checkpoint.write import Piece, write_checkpoint
-from twotower.config import TwoTowerConfig
 from twotower.families import config_to_dict, family_of
 from twotower.model.precision import has_mapped_experts, scheme_of
 from twotower.model.two_tower import TwoTower
@@ -41,9 +40,7 @@ def save_two_towers(
             "denoiser=DIR beside the model (checkpoint.denoiser.save_denoiser writes one)"
         )
     pieces = list(released_pieces(model, dtype))
-    architecture = family_of(model.config).TWO_TOWER_ARCHITECTURE
-    config = released_config(model.config, main_dtype(model, dtype), architecture)
-    config |= quantization_entry(scheme_of(model))
+    config = _released_config(model, dtype, family_of(model.config).TWO_TOWER_ARCHITECTURE)
     write_checkpoint(path, pieces, config, extra_files, max_shard_bytes)
 
 
@@ -56,11 +53,8 @@ def save_backbone(
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write the context tower as a single-tower backbone; the rest as in `save_two_towers`."""
-    pieces = backbone_pieces(model, dtype)
-    architecture = family_of(model.config).ARCHITECTURE
-    config = released_config(model.config, main_dtype(model, dtype), architecture)
-    config |= quantization_entry(scheme_of(model))
-    write_checkpoint(path, pieces, config, extra_files, max_shard_bytes)
+    config = _released_config(model, dtype, family_of(model.config).ARCHITECTURE)
+    write_checkpoint(path, backbone_pieces(model, dtype), config, extra_files, max_shard_bytes)
 
 
 def released_pieces(model: TwoTower, dtype: torch.dtype | None) -> Iterator[Piece]:
@@ -87,17 +81,13 @@ def backbone_pieces(model: TwoTower, dtype: torch.dtype | None) -> list[Piece]:
     ]
 
 
-def released_config(
-    config: TwoTowerConfig, dtype: torch.dtype, architecture: str
+def _released_config(
+    model: TwoTower, dtype: torch.dtype | None, architecture: str
 ) -> dict[str, object]:
-    """The content of config.json."""
-    return {
-        **config_to_dict(config),
-        "architectures": [architecture],
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
+    named = {"architectures": [architecture], "torch_dtype": main_dtype(model, dtype)}
+    return config_to_dict(model.config) | named | quantization_entry(scheme_of(model))
 
 
-def main_dtype(model: TwoTower, dtype: torch.dtype | None) -> torch.dtype:
+def main_dtype(model: TwoTower, dtype: torch.dtype | None) -> str:
     """The dtype that config.json states: the one asked for, or the embeddings'."""
-    return dtype or model.context_tower.embeddings.weight.dtype
+    return str(dtype or model.context_tower.embeddings.weight.dtype).removeprefix("torch.")

@@ -28,9 +28,6 @@ class Batch:
     tokens: Tensor
     is_completion: Tensor
 
-    def to(self, device: str) -> Batch:
-        return Batch(tokens=self.tokens.to(device), is_completion=self.is_completion.to(device))
-
 
 class Rows:
     """The rows of a shard, split into training rows (shuffled anew each epoch) and held-out

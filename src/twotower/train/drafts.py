@@ -15,12 +15,12 @@ from torch import Tensor
 from twotower.diffusion.loss import masked_loss_sum
 from twotower.model.two_tower import TwoTower
 from twotower.train.data import Batch
-from twotower.train.objective import Noise, choose_blocks
+from twotower.train.objective import Inputs, Noise, choose_blocks
 from twotower.train.options import TrainOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class CleanBlocks:
+class CleanBlocks(Inputs):
     """Rows `context` (B, K*T) and N blocks of each to draft: `index` (B, N) says which; `clean`
     (B, N*(T-1)) are their tokens but the first, `weight` what each adds to the loss.
     """
@@ -29,11 +29,6 @@ class CleanBlocks:
     index: Tensor
     clean: Tensor
     weight: Tensor
-    counts: Tensor
-
-    def to(self, device: str) -> CleanBlocks:
-        moved = {n: v if n == "counts" else v.to(device) for n, v in vars(self).items()}
-        return CleanBlocks(**moved)
 
 
 class DraftedBlocks:

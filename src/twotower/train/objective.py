@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -28,15 +28,22 @@ Noise = Callable[[int], Tensor]  # how many -> uniform random numbers in [0, 1) 
 InputsT = TypeVar("InputsT", bound="Inputs")
 
 
-class Inputs(Protocol):
-    """What a model is shown and scored on, of some rows of a step."""
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a model is shown and scored on, of some rows of a step. `counts`: how many tokens stand
+    behind each loss term, (terms,) on the CPU.
+    """
 
-    @property
-    def counts(self) -> Tensor:
-        """How many tokens stand behind each loss term: (terms,) on the CPU."""
+    counts: Tensor = field(default_factory=lambda: torch.zeros(0))
 
-    def to(self: InputsT, device: str) -> InputsT:
+    def to(self, device: str) -> Self:
         """The same on a device."""
+        moved = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and name != "counts"
+        }
+        return dataclasses.replace(self, **moved)
 
 
 class Objective(Protocol[InputsT]):
@@ -70,14 +77,10 @@ def row_noise(seed: int, step: int, rows: Sequence[int]) -> Noise:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokens:
+class Tokens(Inputs):
     """Rows (B, L) of which every token but the first is predicted."""
 
     tokens: Tensor
-    counts: Tensor
-
-    def to(self, device: str) -> Tokens:
-        return Tokens(tokens=self.tokens.to(device), counts=self.counts)
 
 
 class NextToken:
@@ -110,7 +113,7 @@ def _shifted_sum(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoisyBlocks:
+class NoisyBlocks(Inputs):
     """Rows `context` (B, K*T) and N blocks of each to denoise: `index` (B, N) says which, the rest
     is (B, N*T).
 
@@ -125,13 +128,6 @@ class NoisyBlocks:
     is_masked: Tensor
     t: Tensor | None
     weight: Tensor | None
-    counts: Tensor = field(default_factory=lambda: torch.zeros(0))
-
-    def to(self, device: str) -> NoisyBlocks:
-        moved = {
-            n: v if v is None or n == "counts" else v.to(device) for n, v in vars(self).items()
-        }
-        return NoisyBlocks(**moved)
 
 
 class MaskedBlocks:

@@ -315,20 +315,9 @@ class TrainOptions(
         return self.batch_size * self.accumulate * self.sequence_length
 
     def to_dict(self) -> dict[str, object]:
-        """JSON-able values by field name; `from_dict` reads them back."""
+        """JSON-able values by field name, which the class takes again."""
         values = dataclasses.asdict(self)
         return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> TrainOptions:
-        """Options from plain values (TOML, JSON); ValueError for unknown names and wrong types."""
-        if {"out", "output"} <= values.keys():
-            raise ValueError("out: is the older name of output, which is given too; leave it out")
-        values = {"output" if name == "out" else name: value for name, value in values.items()}
-        check_values(values)
-        if "recipe" not in values:
-            raise ValueError("recipe: missing; use backbone or denoiser")
-        return cls(**values)  # type: ignore[arg-type]  # converted and checked there
 
 
 def check_values(values: Mapping[str, object]) -> None:
