@@ -238,7 +238,7 @@ def test_a_viewer_who_does_not_look_is_spared_steps_and_no_text() -> None:
 
     async def hear() -> list[Event]:
         found = []
-        async for _, event in _merged([Row()]):  # type: ignore[list-item]
+        async for _, event in _merged([Row()], {}, None):  # type: ignore[list-item]
             found.append(event)
             await asyncio.sleep(0)
         return found

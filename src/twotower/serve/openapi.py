@@ -1,27 +1,11 @@
 """What /openapi.json says of the endpoints that write text."""
 
-import json
+from collections.abc import Sequence
 from typing import Any
 
 from twotower.serve.api_fields import UNSERVED
 from twotower.serve.schema import Record
 
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
 _REFUSALS = {
     400: "A field is wrong; the message names it.",
     401: "No valid API key.",
@@ -64,25 +48,27 @@ def _inlined(schema: object, parts: dict[str, object]) -> object:
 def answers_of(kind: str) -> dict[int | str, dict[str, Any]]:
     """The operation's answers: an object of the kind or its stream, and every refusal."""
     created, items = ("created_at", "output") if kind == "response" else ("created", "choices")
-    whole = {
-        "type": "object",
-        "required": ["id", "object", created, "model", items, "usage"],
-        "properties": {
+    whole = _object(
+        ("id", "object", created, "model", items, "usage"),
+        {
             "object": {"const": kind},
             items: {"type": "array", "items": {"type": "object"}},
             "usage": {"type": "object"},
         },
-    }
+    )
+    streamed = {"text/event-stream": {"schema": {"type": "string"}}}
+    told = "The answer, or its stream of server-sent events."
     answers: dict[int | str, dict[str, Any]] = {
-        200: {
-            "description": "The answer, or its stream of server-sent events.",
-            "content": {
-                "application/json": {"schema": whole},
-                "text/event-stream": {"schema": {"type": "string"}},
-            },
-        }
+        200: {"description": told, "content": {"application/json": {"schema": whole}, **streamed}}
     }
     for status, description in _REFUSALS.items():
-        content = {"application/json": {"schema": json.loads(json.dumps(_ERROR))}}
+        text, maybe = {"type": "string"}, {"type": ["string", "null"]}
+        parts = {"message": text, "type": text, "param": maybe, "code": maybe}
+        error = {"error": _object([*parts], parts)}
+        content = {"application/json": {"schema": _object(["error"], error)}}
         answers[status] = {"description": description, "content": content}
     return answers
+
+
+def _object(required: Sequence[str], properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "required": [*required], "properties": properties}

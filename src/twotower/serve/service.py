@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 from weakref import WeakValueDictionary
@@ -175,8 +175,11 @@ def stopping(reason: str = "the server is stopping") -> ApiError:
     )
 
 
-async def _merged(tickets: Sequence[Ticket]) -> AsyncGenerator[tuple[int, Event], None]:
-    """Events of all rows as they come, each with the number of its row; ends when all have ended.
+async def _merged(
+    tickets: Sequence[Ticket], completions: dict[int, Completion], observed: Observed | None
+) -> AsyncGenerator[tuple[int, Event], None]:
+    """Events of all rows as they come, each with the number of its row, until all have ended well;
+    completions: where they are noted. ApiError when a row fails.
 
     Leaving it early cancels the rows.
     """
@@ -189,45 +192,37 @@ async def _merged(tickets: Sequence[Ticket]) -> AsyncGenerator[tuple[int, Event]
                 events.put_nowait((number, event))
 
     tasks = [asyncio.create_task(pass_on(n, ticket)) for n, ticket in enumerate(tickets)]
-    left = len(tickets)
     try:
-        while left:
+        while len(completions) < len(tickets):
             number, event = await events.get()
-            left -= isinstance(event, Finished | Failed)
+            if observed is not None:
+                observed.observe(number, event)
+            if isinstance(event, Failed):
+                error = from_failure(event)
+                if observed is not None:
+                    observed.fail(error)
+                raise error
+            if isinstance(event, Finished):
+                completions[number] = event.completion
             yield number, event
     finally:
         for ticket, task in zip(tickets, tasks, strict=True):
             ticket.cancel()
             task.cancel()
+    if observed is not None:
+        observed.finish(_ordered(completions))
 
 
-def _finished(event: Event) -> Completion | None:
-    """The completion if the event is a row's good end; ApiError if it is a bad one."""
-    if isinstance(event, Failed):
-        raise from_failure(event)
-    return event.completion if isinstance(event, Finished) else None
+def _ordered(completions: Mapping[int, Completion]) -> list[Completion]:
+    return [completions[index] for index in range(len(completions))]
 
 
 async def gather(tickets: Sequence[Ticket], observed: Observed | None = None) -> list[Completion]:
     """All completions, in order. ApiError when a row fails; the others are then called off."""
     completions: dict[int, Completion] = {}
-    events = _merged(tickets)
-    try:
-        async for index, event in events:
-            if observed is not None:
-                observed.observe(index, event)
-            if (completion := _finished(event)) is not None:
-                completions[index] = completion
-    except ApiError as error:
-        if observed is not None:
-            observed.fail(error)
-        raise
-    finally:
-        await events.aclose()
-    ordered = [completions[index] for index in range(len(tickets))]
-    if observed is not None:
-        observed.finish(ordered)
-    return ordered
+    async for _ in _merged(tickets, completions, observed):
+        pass
+    return _ordered(completions)
 
 
 async def score(worker: Worker, asked: Generation) -> list[Scores]:
@@ -275,27 +270,21 @@ async def stream_lines(
     for index in range(asked.num_answers):
         for chunk in [*shape.begin(index), *(() if tickets else shape.end(index, NOTHING))]:
             yield chunk
-    events = _merged(tickets)
     try:
-        async for index, event in events:
-            observed.observe(index, event)
-            if viewer is not None and (record := viewer.record(index, event)) is not None:
-                yield record
-            if isinstance(event, TokensCommitted) and (event.text or event.logprobs):
-                for chunk in shape.text(index, event.text, event.logprobs):
-                    yield chunk
-            if (completion := _finished(event)) is not None:
-                completions[index] = completion
-                for chunk in shape.end(index, completion):
-                    yield chunk
+        async with contextlib.aclosing(_merged(tickets, completions, observed)) as events:
+            async for index, event in events:
+                if viewer is not None and (record := viewer.record(index, event)) is not None:
+                    yield record
+                if isinstance(event, TokensCommitted) and (event.text or event.logprobs):
+                    for chunk in shape.text(index, event.text, event.logprobs):
+                        yield chunk
+                if isinstance(event, Finished):
+                    for chunk in shape.end(index, event.completion):
+                        yield chunk
     except ApiError as error:
-        observed.fail(error)
         yield error.body()
         return
-    finally:
-        await events.aclose()
-    ordered = [completions[index] for index in range(len(tickets))]
-    observed.finish(ordered)
+    ordered = _ordered(completions)
     for chunk in shape.usage(ordered, usage_of(asked, ordered)):
         yield chunk
 
