@@ -100,13 +100,13 @@ def test_a_kill_leaves_the_shard_and_the_next_run_is_whole(tmp_path: Path) -> No
     endless = ["--tokens", 10**12, "--tokenizer", out, "--out", out]
     process = start(*endless, "--overwrite")
     deadline = time.monotonic() + 60
-    written = tmp_path / "data.partial" / "tokens.bin"
+    written = tmp_path / ".data.new" / "tokens.bin"
     while not written.exists() or written.stat().st_size < 10_000:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert (tmp_path / "data.partial").is_dir()
+    assert (tmp_path / ".data.new").is_dir()
     assert Shard(out).meta == before
 
     assert prepare(*command, "--out", out, "--overwrite") == 0
@@ -114,7 +114,7 @@ def test_a_kill_leaves_the_shard_and_the_next_run_is_whole(tmp_path: Path) -> No
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {
         f.name: f.read_bytes() for f in expected.iterdir()
     }
-    assert not (tmp_path / "data.partial").exists() and not (tmp_path / "data.old").exists()
+    assert not (tmp_path / ".data.new").exists() and not (tmp_path / ".data.old").exists()
 
 
 BAD = {

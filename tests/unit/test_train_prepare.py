@@ -253,7 +253,7 @@ def test_a_kill_between_the_renames_loses_nothing(tmp_path: Path) -> None:
     """Silent failure: the only shard is left under another name and deleted by the next run."""
     folder = make_shard(tmp_path / "shard")
     before = Shard(folder).meta
-    folder.rename(tmp_path / "shard.old")
+    folder.rename(tmp_path / ".shard.old")
     with pytest.raises(ValueError, match="no file or folder"):
         run(output=folder, input=(tmp_path / "absent",), overwrite=True)
     assert Shard(folder).meta == before
@@ -269,10 +269,10 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             stream.write(b"0")
 
     monkeypatch.setattr(ShardWriter, "append", fill)
-    with pytest.raises(ValueError, match=r"output: no room for .*No space left on device"):
+    with pytest.raises(ValueError, match=r"output: no room for a new .*No space left on device"):
         run(output=folder, input=(tmp_path / "documents.jsonl",), overwrite=True)
     assert Shard(folder).meta == before
-    assert not (tmp_path / "shard.partial").exists()
+    assert not (tmp_path / ".shard.new").exists()
 
 
 def test_the_library_reads_inputs_only(tmp_path: Path) -> None:

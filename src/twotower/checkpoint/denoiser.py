@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from twotower.checkpoint import names
@@ -228,14 +227,7 @@ def _own_tensors(model: TwoTower) -> dict[str, Tensor]:
 def _fill(model: TwoTower, file: Path, complaint: str) -> None:
     """Copy a file's tensors into the denoiser; ValueError for what does not fit."""
     wanted = _own_tensors(model)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{file}: truncated or not a safetensors file ({reason}); fetch it again"
-        ) from None
+    found = {name: entry.read() for name, entry in read_entries(file.parent).items()}
     known = found.pop("backbone_sketch", None)
     if known is None or known.shape != sketch(model).shape or not _are_alike(known, sketch(model)):
         raise ValueError(complaint)

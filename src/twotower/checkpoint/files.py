@@ -195,16 +195,15 @@ def _weight_map(index: Path) -> Mapping[str, str]:
 def _header(file: Path) -> dict[str, Entry]:
     try:
         with safe_open(file, framework="pt") as shard:
-            return {name: _entry(file, name, shard.get_slice(name)) for name in shard.keys()}  # noqa: SIM118
+            views = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
+            return {
+                n: Entry(file, n, tuple(v.get_shape()), v.get_dtype()) for n, v in views.items()
+            }
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{file}: truncated or not a safetensors file ({reason}); fetch it again"
         ) from None
-
-
-def _entry(file: Path, name: str, view: "object") -> Entry:
-    return Entry(file, name, tuple(view.get_shape()), view.get_dtype())  # type: ignore[attr-defined]  # untyped
 
 
 def generation_defaults(path: str | Path) -> dict[str, object]:

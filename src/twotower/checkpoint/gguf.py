@@ -8,7 +8,7 @@ Layout: the `gguf` package.
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor
 from twotower.checkpoint import names
 from twotower.checkpoint.gguf_reader import gguf_names
 from twotower.checkpoint.gguf_vocabulary import Vocabulary, read_vocabulary
-from twotower.config import TwoTowerConfig
 from twotower.families import family_of
 from twotower.model.precision import require_plain
 from twotower.model.two_tower import TwoTower
@@ -25,7 +24,7 @@ from twotower.paths import usable_path
 from twotower.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf import GGMLQuantizationType
 
 Precision = Literal["float32", "bfloat16", "float16", "q8_0"]
 _SPELLING = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
@@ -54,8 +53,16 @@ def export_gguf(
     represent, a missing `gguf`, or a full disk.
     """
     require_plain(model, "GGUF")
-    _check(model.config, dtype)
-    _import_gguf()
+    if dtype not in _SPELLING:
+        known = ", ".join(_SPELLING)
+        raise ValueError(f"dtype={dtype!r} is not a precision of a GGUF file; use one of {known}")
+    family_of(model.config).gguf_architecture(model.config)  # ValueError where it has none
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "writing GGUF needs the package gguf; install it with: pip install '.[bench]'"
+        ) from None
     file = usable_path("path", path).resolve()
     if file.is_dir():
         raise ValueError(f"{path}: is a folder; name the file to write, such as model.gguf")
@@ -75,41 +82,27 @@ def export_gguf(
             aside.unlink()
 
 
-def _import_gguf() -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            "writing GGUF needs the package gguf; install it with: pip install '.[bench]'"
-        ) from None
-
-
-def _check(config: TwoTowerConfig, dtype: str) -> None:
-    """ValueError for what llama.cpp cannot represent."""
-    if dtype not in get_args(Precision):
-        known = ", ".join(get_args(Precision))
-        raise ValueError(f"dtype={dtype!r} is not a precision of a GGUF file; use one of {known}")
-    family_of(config).gguf_architecture(config)
-
-
 def _write(
     model: TwoTower, file: Path, dtype: Precision, vocabulary: Vocabulary, name: str
 ) -> None:
     """Header, metadata, then one tensor in memory at a time."""
-    from gguf import GGUFWriter, quants
+    from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGUFWriter, LlamaFileType, quants
 
     family = family_of(model.config)
     writer = GGUFWriter(file, family.gguf_architecture(model.config))
     writer.add_name(name)
     writer.add_vocab_size(model.config.vocab_size)
     family.add_gguf_sizes(writer, model.config)
-    _add_file_type(writer, dtype)
+    kind = _SPELLING[dtype]
+    writer.add_file_type(LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
+    if dtype == "q8_0":
+        writer.add_quantization_version(GGML_QUANT_VERSION)
     vocabulary.add_to(writer)
     parts = list(_parts(model, dtype))
     for part in parts:
-        writer.add_tensor_info(
-            part.name, part.values.shape, np.dtype(np.float32), _num_bytes(part), part.kind
-        )
+        block_size, block_bytes = GGML_QUANT_SIZES[part.kind]
+        size = part.values.numel() // block_size * block_bytes
+        writer.add_tensor_info(part.name, part.values.shape, np.dtype(np.float32), size, part.kind)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -122,13 +115,6 @@ def _write(
             os.fsync(stream.fileno())
     finally:
         writer.close()
-
-
-def _num_bytes(part: Part) -> int:
-    from gguf import GGML_QUANT_SIZES
-
-    block_size, block_bytes = GGML_QUANT_SIZES[part.kind]
-    return part.values.numel() // block_size * block_bytes
 
 
 def _parts(model: TwoTower, dtype: Precision) -> Iterator[Part]:
@@ -159,12 +145,3 @@ def _kind(
     wanted = GGMLQuantizationType[_SPELLING[dtype]]
     fits = tensor.shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0
     return wanted if fits else GGMLQuantizationType.F16
-
-
-def _add_file_type(writer: "GGUFWriter", dtype: Precision) -> None:
-    from gguf import GGML_QUANT_VERSION, LlamaFileType
-
-    spelling = _SPELLING[dtype]
-    writer.add_file_type(LlamaFileType["ALL_F32" if spelling == "F32" else f"MOSTLY_{spelling}"])
-    if dtype == "q8_0":
-        writer.add_quantization_version(GGML_QUANT_VERSION)

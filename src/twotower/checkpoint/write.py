@@ -57,12 +57,11 @@ def write_checkpoint(
     _check(folder, pieces, extra, max_shard_bytes)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with only_writer(folder), _made_aside(folder) as aside:
+        with only_writer(folder), replacing(folder) as aside:
             _write_weights(aside, pieces, max_shard_bytes)
             for name, content in extra.items():
                 _write(aside / name, [content])
             _keep_others(folder, aside)
-            _swap(folder, aside)
     except OSError as error:
         raise ValueError(
             f"{folder}: cannot be saved ({error.strerror or error}); what was there is unchanged; "
@@ -71,14 +70,15 @@ def write_checkpoint(
 
 
 @contextlib.contextmanager
-def _made_aside(folder: Path) -> Iterator[Path]:
-    """An empty folder beside it, which is gone in the end."""
-    _restore(folder)
+def replacing(folder: Path) -> Iterator[Path]:
+    """An empty folder beside it, which takes its place in the end, or is gone."""
+    restore(folder)
     aside = folder.parent / f".{folder.name}.new"
     shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
     aside.mkdir()
     try:
         yield aside
+        _swap(folder, aside)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -184,7 +184,7 @@ def _is_of_weights(name: str) -> bool:
     return name.lower().endswith(".safetensors") or name in (INDEX_FILE, GGUF_INDEX)
 
 
-def _restore(folder: Path) -> None:
+def restore(folder: Path) -> None:
     """Undo the first of the two renames of a save that was killed between them."""
     if set_aside(folder).is_dir() and not folder.exists():
         set_aside(folder).rename(folder)
@@ -198,6 +198,6 @@ def _swap(folder: Path, new: Path) -> None:
     try:
         new.rename(folder)
     except OSError:
-        _restore(folder)
+        restore(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from twotower.arguments import require
 from twotower.checkpoint import find_tokenizer
+from twotower.checkpoint.write import replacing, restore
 from twotower.documented import public_options
 from twotower.tokenizer import Tokenizer, train_tokenizer
 from twotower.train.options import CheckedOptions
@@ -146,28 +146,24 @@ def prepare(options: PrepareOptions, corpus: Corpus | None = None) -> Iterator[P
     corpus: what to read when the options name no input, or its categories beside the inputs.
     """
     require("options", options, PrepareOptions, "PrepareOptions(input=...)")
-    out = options.output
-    partial, old = (out.with_name(f"{out.name}.{end}") for end in ("partial", "old"))
-    _restore(out, old)
+    out = options.output.resolve()
+    restore(out)
     _check_out(options)
     sources = _get_sources(options, corpus)
-    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
     try:
-        partial.mkdir(parents=True)
-        yield PrepareProgress(stage="tokenizer", tokens=0, documents=0, sources={})
-        tokenizer = _get_tokenizer(options, sources)
-        tokenizer.save(partial)
-        yield from _write_shard(options, sources, tokenizer, partial)
-        _move_into_place(partial, out, old)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as partial:
+            yield PrepareProgress(stage="tokenizer", tokens=0, documents=0, sources={})
+            tokenizer = _get_tokenizer(options, sources)
+            tokenizer.save(partial)
+            yield from _write_shard(options, sources, tokenizer, partial)
     except OSError as error:
         if error.errno not in _DISK_FULL:
             raise
         raise ValueError(
-            f"output: no room for {partial} ({error.strerror}), {out} is as it was; make room or "
-            "choose another disk"
+            f"output: no room for a new {options.output} ({error.strerror}), the old one is as it "
+            "was; make room or choose another disk"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _get_sources(options: PrepareOptions, corpus: Corpus | None) -> list[Source]:
@@ -303,20 +299,3 @@ def _check_out(options: PrepareOptions) -> None:
         raise ValueError(
             f"output: {out} already holds a token shard; choose another folder or add --overwrite"
         )
-
-
-def _restore(out: Path, old: Path) -> None:
-    """Put back what a run that was killed between the two renames had moved away."""
-    if not out.exists() and (old / META_FILE).is_file():
-        old.rename(out)
-
-
-def _move_into_place(partial: Path, out: Path, old: Path) -> None:
-    """Rename `partial` to `out`; a shard that was there is deleted only after the new one is in
-    place.
-    """
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
