@@ -207,9 +207,6 @@ def _header(file: Path) -> dict[str, Entry]:
 
 
 def generation_defaults(path: str | Path) -> dict[str, object]:
-    """A checkpoint's own defaults, from generation_config.json; empty when it has none.
-
-    ValueError (one line) for a file that is not a JSON object.
-    """
+    """A checkpoint's own defaults, {} without generation_config.json; ValueError for damage."""
     file = resolve(path) / GENERATION_FILE
     return read_json(file) if file.exists() else {}

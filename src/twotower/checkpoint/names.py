@@ -79,9 +79,7 @@ def released_name(name: str, layout: str, family: Family) -> str | None:
 
 
 def is_in_backbone(name: str, family: Family, is_tied: bool) -> bool:
-    """Whether a single tower's file holds a tensor: the context tower's, but no head that readers
-    make of the embeddings.
-    """
+    """Whether a single tower's file has a tensor: the context tower's, but for a tied head."""
     return name.startswith(CONTEXT_PARTS) and not (is_tied and family.TIES_HEAD and name in HEADS)
 
 

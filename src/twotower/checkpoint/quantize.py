@@ -66,10 +66,7 @@ def _parse(values: object) -> Scheme:
 
 
 def quantise(values: Tensor, bits: Bits, group_size: int | None) -> Quantised:
-    """Values (N, K), finite, as 8 bits with a scale per row or 4 bits with groups of a row.
-
-    ImportError (one line) without torchao.
-    """
+    """Finite values (N, K) as 8 bits with a scale per row, or 4 with groups of it, by torchao."""
     full = values.detach().float()
     return _eight_bits(full) if bits == 8 else _four_bits(full, group_size or full.shape[-1])
 

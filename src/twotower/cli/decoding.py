@@ -93,9 +93,7 @@ def by_mode(modes: Iterable[str], named: Mapping[str, object]) -> dict[str, Gene
 
 
 def refuse_without_denoiser(placement: Placement, options: GenerateOptions) -> None:
-    """ValueError, before weights are loaded, for a mode or drafts that were asked for and need a
-    tower which the model does not have.
-    """
+    """ValueError, before weights are loaded, for a mode or drafts without the tower they need."""
     asked = ResolvedOptions(mode=options.mode or "speculative", drafts=options.drafts or "auto")
     require_denoiser(has_any_denoiser(placement), asked)
 

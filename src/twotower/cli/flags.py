@@ -119,9 +119,7 @@ def name_flags(message: str, options_class: type, arguments: Sequence[str]) -> s
 
 
 def as_typed(text: str) -> str:
-    """Values in Python's quotes as a user types them, in quotes only where a shell needs some, and
-    those of a tuple one after the other.
-    """
+    """Values in Python's quotes as a user types them: quoted for a shell, a tuple's one by one."""
     if text.startswith("("):
         text = text[1:-1].rstrip(",").replace(", ", " ")
     return re.sub("'([^']*)'", lambda match: shlex.quote(match[1]), text)

@@ -118,9 +118,7 @@ def parse_prompt(record: object, where: str) -> Prompt:
 
 
 def decoded(content: bytes, where: str) -> str:
-    """Bytes as text, without the byte order mark that some editors write first; ValueError (one
-    line, which begins with `where`) unless they are UTF-8.
-    """
+    """Bytes as text, without a byte order mark; ValueError, which begins with `where`."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

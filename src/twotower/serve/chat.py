@@ -157,9 +157,7 @@ def check_length(num_tokens: int, max_tokens: int) -> None:
 
 
 def read_template(folder: Path, instead: Path | None = None) -> ChatTemplate | None:
-    """The template of a checkpoint folder, or of the file that is given instead, if there is one;
-    ValueError (one line) if it cannot be read.
-    """
+    """The template of a folder, or of the file instead, if any; ValueError if it cannot be read."""
     source, special = read_chat_template(folder, instead)
     return None if source is None else ChatTemplate(source=source, special=special)
 

@@ -301,9 +301,7 @@ def _check_size(name: str, asked: int, most: int, what: str = "") -> None:
 
 
 def _grammar(body: TextRequest, template: ChatTemplate | None) -> Grammar | None:
-    """What a reply must match: by response_format, or by tools and tool_choice; None where any text
-    will do. ValueError for what no grammar can be made of.
-    """
+    """What a reply must match, None for any text; ValueError for what no grammar can be made of."""
     wanted = _schema(body.response_format)
     has_choice = isinstance(body, ChatRequest) and body.tool_choice not in (None, "none", "auto")
     if isinstance(body, ChatRequest) and (body.tools or has_choice) and body.tool_choice != "none":

@@ -76,9 +76,7 @@ Prompt = Annotated[
 
 
 class Part(BaseModel):
-    """A JSON object of a conversation: its fields have exactly their types, others are passed
-    over.
-    """
+    """A JSON object of a conversation: fields have exactly their types, others are passed over."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
 

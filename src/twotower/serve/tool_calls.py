@@ -292,9 +292,7 @@ def read_tool_calls(text: str, style: ToolStyle = BARE, is_cut: bool = False) ->
 
 
 def _read_cut_call(text: str) -> tuple[ToolCall, ...]:
-    """The call that a text begins, with as much of its arguments as there is; none without its
-    name.
-    """
+    """The call that a text begins, with the arguments that are there; none without its name."""
     found = _OPENING.fullmatch(text)
     try:
         return () if found is None else (ToolCall(json.loads(found[1]), found[2]),)

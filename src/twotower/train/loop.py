@@ -117,9 +117,7 @@ def _train(
 
 
 def _require_readable(options: TrainOptions) -> None:
-    """ValueError (one line) for a model of another family, before anything is said of the data. A
-    resumed run does not need its initial checkpoint any more.
-    """
+    """ValueError for a model of another family; a resumed run needs no initial checkpoint."""
     if options.init is not None and options.init.exists():
         read_config(resolve(options.init, field="init"))
     if options.config is not None:

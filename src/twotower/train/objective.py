@@ -233,9 +233,7 @@ def choose_blocks(has_target: Tensor, count: int, keys: Tensor) -> Tensor:
 
 
 def draw_t(rates: Tensor, full: Tensor, options: DiffusionObjectiveOptions) -> Tensor:
-    """t (B, N): uniform in [0.001, 1] per row or per block, and 1 for a fraction of the blocks, of
-    random numbers (B, N) each.
-    """
+    """t (B, N): uniform in [0.001, 1] per row or block, and 1 for a fraction; of random numbers."""
     if options.mask_rate_per == "row":
         rates = rates[:, :1].expand_as(rates)
     return torch.where(full < options.fully_masked_fraction, 1.0, MIN_T + (1.0 - MIN_T) * rates)

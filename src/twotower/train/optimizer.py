@@ -104,9 +104,7 @@ def is_turned(name: str, parameter: nn.Parameter) -> bool:
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: matrices and convolutions yes; vectors, tables, embeddings
-    no.
-    """
+    """Whether weight decay applies: to matrices and convolutions, not to tables and embeddings."""
     parts = name.split(".")
     return parameter.ndim >= 2 and not any(part in _NEVER_DECAYED for part in parts)
 

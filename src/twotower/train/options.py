@@ -321,9 +321,7 @@ class TrainOptions(
 
 
 def check_values(values: Mapping[str, object]) -> None:
-    """ValueError for names that are no fields of TrainOptions, with the nearest, and for values
-    that the field does not take.
-    """
+    """ValueError for names that are no fields, with the nearest, and for values a field refuses."""
     hints = get_type_hints(TrainOptions)
     for name, value in values.items():
         if name not in hints:

@@ -132,9 +132,7 @@ class PrepareProgress:
 
 
 def prepare_data(options: PrepareOptions) -> Path:
-    """Turn files of text into a token shard; returns its folder. ValueError (one line) for unusable
-    options or files, which leaves a shard that was there alone.
-    """
+    """Turn text into a token shard; returns its folder. ValueError leaves an old shard alone."""
     for _ in prepare(options):
         pass
     return options.output

@@ -33,9 +33,7 @@ _Record = TypeVar("_Record")
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialTokens:
-    """Ids with a role: the first of `eos` ends documents, all of them end a generated text. None:
-    the tokenizer has no such token.
-    """
+    """Ids with a role, if there is a token; the first of `eos` ends documents, all end a text."""
 
     bos: int | None
     eos: tuple[int, ...]

@@ -48,11 +48,7 @@ class MeasuredPass(NamedTuple):
 
 
 def describe_limits(model: TwoTower, record: Record, shape: PassShape) -> list[dict[str, Any]]:
-    """A row per pass of ours and per baseline's AR token: bytes, operations, limits, regime.
-
-    Bandwidth is measured with a buffer as large as the weights, so that small models are held
-    against the cache's.
-    """
+    """A row per pass of ours and baseline's AR token. Bandwidth is that of a buffer as large."""
     dtype = model.context_lm_head.weight.dtype
     planned = ModelShape.of(describe_config(model.config, "bench"))
     rows = []
@@ -145,11 +141,7 @@ def doubt_limits(size: str, rows: Sequence[Record]) -> list[str]:
 
 @cache
 def measure_bandwidth(num_bytes: int) -> float:
-    """Bytes per second at which the cores read num_bytes again and again.
-
-    The better of a sum and of a matrix-vector product: from memory for large sizes, from the cache
-    for those that fit into it.
-    """
+    """Bytes per second of reading a buffer again and again: the better of a sum and a product."""
     rows = max(1, num_bytes // (4 * 1024))
     matrix, vector = torch.ones(rows, 1024), torch.ones(1024)
     fastest = min(_best_seconds(lambda: matrix @ vector), _best_seconds(matrix.sum))
@@ -158,9 +150,7 @@ def measure_bandwidth(num_bytes: int) -> float:
 
 @cache
 def measure_peak(dtype: torch.dtype) -> float:
-    """Operations per second of the fastest matrix product there is in a dtype: PyTorch's of large
-    matrices, or our own of 16 tokens, which uses instructions that a vendor's library may not.
-    """
+    """Operations per second of a dtype's fastest product: PyTorch's, or ours of 16 tokens."""
     numbers = torch.ones(_GEMM, _GEMM, dtype=dtype)
     product = torch._int_mm if dtype == torch.int8 else torch.mm  # the former sums in int32
     found = 2 * _GEMM**3 / _best_seconds(lambda: product(numbers, numbers))
@@ -190,10 +180,7 @@ def cache_bytes() -> int | None:
 
 
 def _best_seconds(call: Callable[[], object]) -> float:
-    """The fastest of at least five calls: a limit is what the machine can, not what it mostly does.
-
-    The first call is not counted.
-    """
+    """The fastest of five calls or more: what the machine can. The first call is not counted."""
     call()
     times: list[float] = []
     while len(times) < 5 or sum(times) < _SECONDS:

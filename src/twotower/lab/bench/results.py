@@ -65,10 +65,7 @@ def block_cost(
 def break_even(
     ar_ms: float, denoise_ms: float, extend_ms: float, speedup: float, block_size: int
 ) -> float | None:
-    """Tokens per pass from which blocks are `speedup` times as fast as AR; None: none suffices.
-
-    The block's size is the most that a pass can commit, so a larger answer is None as well.
-    """
+    """Tokens per pass from which blocks are `speedup` times as fast as AR; None beyond a block."""
     left = ar_ms / speedup - extend_ms / block_size  # what a token may cost in passes
     if left <= 0:
         return None

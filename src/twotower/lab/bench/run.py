@@ -220,9 +220,7 @@ def _describe(model: TwoTower) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class CpuLoad:
-    """Seconds up to now: of the clock, of this process, of all processes on all cores (None where
-    the system does not say).
-    """
+    """Seconds up to now: of the clock, this process, and all processes (None: it is not told)."""
 
     wall_s: float
     own_s: float
@@ -236,10 +234,7 @@ def take_load() -> CpuLoad:
 
 
 def parse_stat(text: str) -> float | None:
-    """Busy seconds of all cores, from the `cpu` line of /proc/stat.
-
-    Its fields: user, nice, system, idle, iowait, irq, softirq, steal, ... in ticks.
-    """
+    """Busy seconds of all cores, from the `cpu` line of /proc/stat, which has ticks by kind."""
     line = next((line for line in text.splitlines() if line.startswith("cpu ")), None)
     if line is None:
         return None

@@ -153,10 +153,7 @@ def _expected(
 
 
 def make_tests(function: WrittenFunction, source: str, name: str) -> list[dict[str, str]]:
-    """Run `source`; each test holds Python literals, as {"args": "[[1, 2]]", "expected": "3"}.
-
-    Literals, not JSON values: JSON would turn the integer keys of a returned dict into strings.
-    """
+    """Run `source`; a test has Python literals, as JSON would turn integer keys into strings."""
     return list(_expected(source, name, function.family.argument, function.constants))
 
 

@@ -125,9 +125,7 @@ def draw_arguments(tool: ToolForm, rng: Random) -> dict[str, str | int]:
 
 
 def write_prompt(signatures: Sequence[str], asked: str) -> str:
-    """Return the prompt of a next reply, which may be a call: what is asked ends the conversation
-    so far.
-    """
+    """Return the prompt of a next reply, which may be a call; what is asked ends it."""
     return "\n".join(("Tools:", *signatures, f"User: {asked}", "Call:"))
 
 

@@ -166,10 +166,7 @@ def score_references(
 def answer_ids(
     tokenizer: Tokenizer, completion: str, block_size: int
 ) -> tuple[list[int], list[int]]:
-    """The answer with its eos, and the eos that fill its last block, as a denoiser is trained.
-
-    What follows the first eos is no part of the answer: the fill can only raise the bound.
-    """
+    """The answer with its eos, and the eos that fill its last block, which are no part of it."""
     text = tokenizer.encode(completion)
     if tokenizer.eos_id is None:
         return text, []

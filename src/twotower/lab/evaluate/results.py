@@ -82,10 +82,7 @@ def costs(items: Sequence[Item], mode: str) -> dict[str, object]:
 
 
 def _per_forward(outputs: Sequence[Output]) -> float | None:
-    """Tokens that a forward of the context tower yields, after the prompt's, which yields one.
-
-    1 for ar; in speculative decoding the acceptance length.
-    """
+    """Tokens that a context forward yields after the prompt's: 1 for ar, else acceptance length."""
     forwards = sum(o.context_forwards - 1 for o in outputs)
     return sum(o.tokens - 1 for o in outputs) / forwards if forwards > 0 else None
 

@@ -194,10 +194,7 @@ def evaluate(
 def draw_groups(
     categories: Sequence[str], items: int, seed: int, batch_size: int
 ) -> list[list[Document]]:
-    """The suite's documents in groups of one category, whose time is then that category's own.
-
-    Categories take turns, so that a cut run has seen all of them alike.
-    """
+    """The suite's documents in groups of one category; categories take turns, in case of a cut."""
     columns = [held_out(category, items, seed) for category in categories]
     starts = range(0, items, batch_size)
     return [column[start : start + batch_size] for start in starts for column in columns]

@@ -142,9 +142,7 @@ def turns(setup: PlanSetup, workload: Workload, mode: Mode, device_map: DeviceMa
 
 
 def overlapped_seconds(group: Turns) -> float:
-    """Two equal groups of rows, each device serving them in turns: the busier one is never idle,
-    the other's last turn comes on top.
-    """
+    """Two groups of rows in turns: the busier device is never idle; the other's last turn."""
     busier, other = sorted((group.denoiser_s, group.context_s), reverse=True)
     return 2 * busier + other / group.cycles
 
@@ -171,9 +169,7 @@ def _read_seconds(setup: PlanSetup, workload: Workload, rows: int, share: float)
 def break_even_tokens_per_nfe(
     ar_s: float, denoise_s: float, reads_s: float, workload: Workload
 ) -> float | None:
-    """Tokens per pass at which diffusion takes `ar_s` in all; None where a whole block per pass
-    does not suffice. `reads_s`: all extensions, with the link.
-    """
+    """Tokens per pass at which diffusion, `reads_s` included, takes `ar_s`; None beyond a block."""
     left = ar_s - reads_s
     needed = workload.new_tokens * denoise_s / left if left > 0 else float("inf")
     return needed if needed <= workload.block_size else None
@@ -210,9 +206,7 @@ class Span:
 
 
 def all_times(setup: PlanSetup, workload: Workload, mode: Mode, num_devices: int) -> list[ModeTime]:
-    """The mode on every device_map that fits, fastest first; none where it is not known how many
-    tokens a pass or cycle yields.
-    """
+    """The mode on every device_map that fits, fastest first; none without a known yield."""
     if workload.yield_of(mode) is None:
         return []
     fitting = [p for p in device_maps(setup, workload, mode, num_devices) if p.fits]
