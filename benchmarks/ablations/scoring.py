@@ -51,7 +51,7 @@ def to_record(items: Sequence[Item], seed: int) -> Record:
     for item in items:
         category = item.document.category
         for name in names:
-            mark = str(int(item.answers[name].verdict.correct))
+            mark = str(int(item.answers[name].correct))
             verdicts[name][category] = verdicts[name].get(category, "") + mark
     found: Record = summarise(items, names, seed)
     found["categories"] = {

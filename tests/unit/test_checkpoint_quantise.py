@@ -248,9 +248,9 @@ def test_inspect_tells_precision_and_bytes(
     assert record.files is not None and record.files.problem is None
     assert record.precision is not None and record.precision.scheme == SCHEMES[name]
     kinds = record.precision.weights
-    assert sum(kind.parameters for kind in kinds.values()) == record.total
+    assert sum(kind["parameters"] for kind in kinds.values()) == record.total
     header = 8 + int.from_bytes((quantised[name] / "model.safetensors").read_bytes()[:8], "little")
-    assert sum(kind.num_bytes for kind in kinds.values()) == record.files.num_bytes - header
+    assert sum(kind["num_bytes"] for kind in kinds.values()) == record.files.num_bytes - header
     assert ("4 bits" in kinds) == ("int4" in name) and "8 bits" in kinds
     run_inspect(InspectOptions(path=str(quantised[name])))
     assert f"{SCHEMES[name].weights} weights" in capsys.readouterr().out
@@ -266,7 +266,7 @@ def test_the_forecast_is_what_the_files_then_hold(
     """Guards the memory table against another rule than the one that packs."""
     precision = describe(quantised[name]).precision
     assert precision is not None
-    taken = sum(kind.num_bytes for kind in precision.weights.values())
+    taken = sum(kind["num_bytes"] for kind in precision.weights.values())
     assert describe(full).weight_bytes[name] == taken
     assert describe(full).precision is None
 

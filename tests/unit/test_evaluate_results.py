@@ -25,25 +25,20 @@ from twotower.lab.evaluate.results import (
     summarise_traces,
 )
 from twotower.lab.evaluate.run import (
+    Answer,
     Item,
-    Judged,
-    Output,
     Subject,
     Trace,
     draw_groups,
     is_loop,
 )
-from twotower.lab.evaluate.suite import Verdict
 
 
 def item(category: str, ar: bool, diffusion: bool, index: int = 0) -> Item:
-    def judged(correct: bool, tokens: int, nfe: int, seconds: float) -> Judged:
-        return Judged(
-            output=Output(
-                text="x", tokens=tokens, nfe=nfe, context_forwards=3, seconds=seconds,
-                degenerate=False,
-            ),
-            verdict=Verdict(correct),
+    def judged(correct: bool, tokens: int, nfe: int, seconds: float) -> Answer:
+        return Answer(
+            text="x", tokens=tokens, nfe=nfe, context_forwards=3, seconds=seconds,
+            degenerate=False, correct=correct,
         )  # fmt: skip
 
     return Item(

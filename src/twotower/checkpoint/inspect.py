@@ -72,19 +72,13 @@ class FilesRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightsRecord:
-    """Weights of one precision: how many, and bytes with scales and zeros."""
-
-    parameters: int
-    num_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class PrecisionRecord:
-    """How a quantised checkpoint keeps its weights, by "4 bits", "8 bits" and others' dtype."""
+    """How a quantised checkpoint keeps its weights: `parameters` and `num_bytes`, with scales and
+    zeros, by "4 bits", "8 bits" and others' dtype.
+    """
 
     scheme: Scheme
-    weights: dict[str, WeightsRecord]
+    weights: dict[str, dict[str, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +177,7 @@ def _describe_precision(scheme: Scheme, entries: dict[str, Entry]) -> PrecisionR
     return PrecisionRecord(
         scheme=scheme,
         weights={
-            kind: WeightsRecord(parameters=parameters[kind], num_bytes=sizes[kind])
+            kind: {"parameters": parameters[kind], "num_bytes": sizes[kind]}
             for kind in sorted(sizes)
         },
     )

@@ -141,7 +141,7 @@ def _precision(record: PrecisionRecord) -> str:
     groups = "" if scheme.group_size is None else f", groups of {scheme.group_size}"
     inputs = "" if scheme.activations is None else f", {scheme.activations} activations"
     kinds = [
-        f"{_short(of.parameters)} in {kind} ({_bytes(of.num_bytes)})"
+        f"{_short(of['parameters'])} in {kind} ({_bytes(of['num_bytes'])})"
         for kind, of in record.weights.items()
     ]
     return f"{scheme.weights} weights{groups}{inputs}: {', '.join(kinds)}"

@@ -22,7 +22,7 @@ from twotower.engine import Worker
 from twotower.serve.access import Keys, Limits
 from twotower.serve.answers import NOTHING, ChatShape, CompletionShape, Shape, usage_of
 from twotower.serve.errors import ApiError, bad_value
-from twotower.serve.guard import CALLER, ENTRY, Guard, Rules
+from twotower.serve.guard import CALLER, ENTRY, Guard
 from twotower.serve.metrics import Entry, Metrics, Observed
 from twotower.serve.openapi import answers_of, body_of
 from twotower.serve.options import ServeOptions
@@ -72,7 +72,7 @@ def create_app(
     )
     app.state.service = service
     limits = Limits(options.key_concurrency, options.key_requests_per_minute)
-    app.add_middleware(Guard, rules=Rules(options, keys or Keys({}), limits, metrics))
+    app.add_middleware(Guard, options, keys or Keys({}), limits, metrics)
     if options.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -11,7 +11,6 @@ import secrets
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from starlette.datastructures import Headers
@@ -45,22 +44,14 @@ _SECURITY_HEADERS = {
 }
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What a guard goes by."""
-
-    options: ServeOptions
-    keys: Keys
-    limits: Limits
-    metrics: Metrics
-
-
 class Guard:
     """The ASGI app around the routes."""
 
-    def __init__(self, app: ASGIApp, rules: Rules) -> None:
-        self._app = app
-        self._rules = rules
+    def __init__(
+        self, app: ASGIApp, options: ServeOptions, keys: Keys, limits: Limits, metrics: Metrics
+    ) -> None:
+        self._app, self._options, self._keys = app, options, keys
+        self._limits, self._metrics = limits, metrics
         self._held = 0  # bytes of bodies that are not answered yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,16 +62,16 @@ class Guard:
         if scope["method"] == "HEAD":  # as GET; whoever sends the answer leaves out the body
             scope = {**scope, "method": "GET"}
         scope[ENTRY] = entry
-        reply = _Reply(send, entry, self._rules.options)
+        reply = _Reply(send, entry, self._options)
         start_s = time.monotonic()
-        self._rules.metrics.running.inc()
+        self._metrics.running.inc()
         try:
             await self._answer(scope, receive, reply)
         finally:
-            self._rules.metrics.running.dec()
+            self._metrics.running.dec()
             self._count(scope, reply.status)
             if "error" in entry:
-                self._rules.metrics.refused.labels(str(entry["error"])).inc()
+                self._metrics.refused.labels(str(entry["error"])).inc()
             entry["status"] = reply.status
             entry["seconds"] = round(time.monotonic() - start_s, 4)
             _log.info("%s", entry.line())
@@ -97,13 +88,13 @@ class Guard:
             await reply.fail(ApiError(500, "an internal error; it is in the log", code="internal"))
 
     async def _admit(self, scope: Scope, receive: Receive, reply: "_Reply") -> None:
-        headers, rules = Headers(scope=scope), self._rules
+        headers = Headers(scope=scope)
         self._check_host(headers)
         caller = scope[CALLER] = self._caller(scope, headers)
         if scope["method"] != "POST":
             await self._app(scope, receive, reply)
             return
-        rules.limits.enter(caller)
+        self._limits.enter(caller)
         body = bytearray()
 
         def release() -> None:
@@ -116,11 +107,11 @@ class Guard:
             await self._app(scope, _replay(bytes(body), receive), reply)
         finally:
             release()
-            rules.limits.leave(caller)
+            self._limits.leave(caller)
 
     async def _read(self, body: bytearray, headers: Headers, receive: Receive) -> None:
         """All of a body; ApiError as soon as it is known to be too large or too slow."""
-        options = self._rules.options
+        options = self._options
         length = headers.get("content-length", "")
         if length and "transfer-encoding" in headers:  # a proxy may have gone by the other
             told = "Content-Length and Transfer-Encoding: both are given; send one of them"
@@ -143,16 +134,16 @@ class Guard:
             part = message.get("body", b"")
             body += part
             self._held += len(part)
-            if len(body) > self._rules.options.max_body_bytes:
-                raise _too_large(self._rules.options)
+            if len(body) > self._options.max_body_bytes:
+                raise _too_large(self._options)
             if self._held > _MAX_HELD:
                 raise _too_many()
             has_more = message.get("more_body", False)
 
     def _check_host(self, headers: Headers) -> None:
         """Without keys, a web page must not reach us by a name that it owns (DNS rebinding)."""
-        options = self._rules.options
-        if self._rules.keys or not options.is_loopback:
+        options = self._options
+        if self._keys or not options.is_loopback:
             return
         host = headers.get("host", "").lower()
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
@@ -164,7 +155,7 @@ class Guard:
             )
 
     def _caller(self, scope: Scope, headers: Headers) -> str:
-        keys, path = self._rules.keys, scope["path"]
+        keys, path = self._keys, scope["path"]
         address = scope["client"][0] if scope.get("client") else "unknown"
         scope[ENTRY]["client"] = address
         if not keys:
@@ -186,7 +177,7 @@ class Guard:
 
     def _count(self, scope: Scope, status: int) -> None:
         path = scope["path"] if scope["path"] in _KNOWN_PATHS else "other"
-        self._rules.metrics.requests.labels(path, str(status)).inc()
+        self._metrics.requests.labels(path, str(status)).inc()
 
 
 class _Reply:

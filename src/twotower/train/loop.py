@@ -11,7 +11,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,9 @@ def _train(
     """The run in its folder, which nobody else writes meanwhile."""
     state = begin(options, rows, folder, processes)
     objective_at, evaluation = objectives(options, state.model)
-    with _metrics(folder, options.tensorboard, state.step, processes) as metrics:
+    tensorboard = folder.tensorboard if options.tensorboard else None
+    recorded = Metrics(folder.metrics, tensorboard, state.step) if processes.is_first else None
+    with recorded or nullcontext():
         run = Run(
             options=options,
             rows=rows,
@@ -105,7 +107,7 @@ def _train(
             objective_at=objective_at,
             evaluation=evaluation,
             folder=folder,
-            metrics=metrics,
+            metrics=recorded,
             processes=processes,
         )
         yield from run.steps()
@@ -122,18 +124,6 @@ def _require_readable(options: TrainOptions) -> None:
         read_config(resolve(options.init, field="init"))
     if options.config is not None:
         read_config(options.config)
-
-
-@contextmanager
-def _metrics(
-    folder: RunFolder, tensorboard: bool, step: int, processes: Processes
-) -> Iterator[Metrics | None]:
-    """The run's record, which the first process keeps; None on the others."""
-    if not processes.is_first:
-        yield None
-        return
-    with Metrics(folder.metrics, folder.tensorboard if tensorboard else None, step) as metrics:
-        yield metrics
 
 
 def objectives(

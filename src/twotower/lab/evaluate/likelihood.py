@@ -39,10 +39,6 @@ class Bound:
     standard_error: float
     num_tokens: int
 
-    @property
-    def nats_per_token(self) -> float:
-        return self.nats / self.num_tokens
-
 
 @torch.no_grad()
 def score_texts(

@@ -4,23 +4,25 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from twotower.engine import GenerateOptions, defaults_of, resolve_options
 from twotower.lab.corpus import Document
-from twotower.lab.evaluate.run import Item, Output, Subject, Trace, evaluate
+from twotower.lab.evaluate.run import Answer, Item, Subject, Trace, evaluate
 from twotower.lab.evaluate.suite import Judge
 
 BASELINE = "ar"
 RESAMPLES = 10_000
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 PASS_LIMITS = (1, 2, 3, 4, 8)
+_OF_POINTS = ("n", "accuracy", "retention", "tokens_per_nfe", "tokens_per_s", "speed_ratio")
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 Interval = tuple[float, float]
 
 
-def summarise(items: Sequence[Item], modes: Sequence[str], seed: int) -> dict[str, object]:
+def summarise(items: Sequence[Item], modes: Sequence[str], seed: int) -> dict[str, Any]:
     """`modes` (all items) and `categories` of the record; see docs/evaluation.md."""
     categories = dict.fromkeys(item.document.category for item in items)
     return {
@@ -32,19 +34,21 @@ def summarise(items: Sequence[Item], modes: Sequence[str], seed: int) -> dict[st
     }
 
 
-def measure(items: Sequence[Item], modes: Sequence[str], seed: int) -> dict[str, object]:
+def measure(items: Sequence[Item], modes: Sequence[str], seed: int) -> dict[str, Any]:
     """Accuracy, retention and cost of each mode on these items; null where ar was not run."""
-    correct = np.array([[i.answers[mode].verdict.correct for i in items] for mode in modes], float)
+    answers = {mode: [item.answers[mode] for item in items] for mode in modes}
+    correct = np.array([[one.correct for one in own] for own in answers.values()], float)
     means = resample_means(correct, seed)
     accuracies = correct.mean(axis=1)
-    baseline = modes.index(BASELINE) if BASELINE in modes else None
-    record: dict[str, object] = {}
-    for place, mode in enumerate(modes):
+    baseline, ar = (modes.index(BASELINE), answers[BASELINE]) if BASELINE in modes else (-1, None)
+    record: dict[str, Any] = {}
+    for place, (mode, own) in enumerate(answers.items()):
         kept: float | None = None
         kept_interval: Interval = (math.nan, math.nan)
-        if baseline is not None and accuracies[baseline] > 0:
+        if ar is not None and accuracies[baseline] > 0:
             kept = float(accuracies[place] / accuracies[baseline])
             kept_interval = interval(retention(means, place, baseline))
+        same = None if ar is None else sum(a.text == b.text for a, b in zip(own, ar, strict=True))
         record[mode] = {
             "accuracy": float(accuracies[place]),
             "interval": _plain(interval(means[:, place])),
@@ -52,62 +56,52 @@ def measure(items: Sequence[Item], modes: Sequence[str], seed: int) -> dict[str,
             "retention_interval": _plain(kept_interval),
             "n": len(items),
             "correct": int(correct[place].sum()),
-            "same_as_ar": None if baseline is None else count_same(items, mode),
-            **costs(items, mode),
-            **_speed_ratio(items, mode, has_baseline=baseline is not None),
+            "same_as_ar": same,
+            **_costs(own),
+            **_speed_ratio(own, ar or ()),
         }
     return record
 
 
-def count_same(items: Sequence[Item], mode: str) -> int:
-    """Items on which the mode wrote the text of ar."""
-    return sum(i.answers[mode].output.text == i.answers[BASELINE].output.text for i in items)
-
-
-def costs(items: Sequence[Item], mode: str) -> dict[str, object]:
+def _costs(answers: Sequence[Answer]) -> dict[str, Any]:
     """Tokens, passes and seconds of a mode, summed over items."""
-    outputs = [item.answers[mode].output for item in items]
-    tokens, nfe = sum(o.tokens for o in outputs), sum(o.nfe for o in outputs)
-    seconds = sum(o.seconds for o in outputs)
+    tokens, nfe = sum(a.tokens for a in answers), sum(a.nfe for a in answers)
+    seconds = sum(a.seconds for a in answers)
     return {
         "tokens": tokens,
         "nfe": nfe,
         "tokens_per_nfe": tokens / nfe if nfe else None,
-        "context_forwards": sum(o.context_forwards for o in outputs),
-        "tokens_per_forward": _per_forward(outputs),
+        "context_forwards": sum(a.context_forwards for a in answers),
+        "tokens_per_forward": _per_forward(answers),
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
-        "degenerate": sum(o.degenerate for o in outputs),
+        "degenerate": sum(a.degenerate for a in answers),
     }
 
 
-def _per_forward(outputs: Sequence[Output]) -> float | None:
+def _per_forward(answers: Sequence[Answer]) -> float | None:
     """Tokens that a context forward yields after the prompt's: 1 for ar, else acceptance length."""
-    forwards = sum(o.context_forwards - 1 for o in outputs)
-    return sum(o.tokens - 1 for o in outputs) / forwards if forwards > 0 else None
+    forwards = sum(a.context_forwards - 1 for a in answers)
+    return sum(a.tokens - 1 for a in answers) / forwards if forwards > 0 else None
 
 
-def _speed_ratio(items: Sequence[Item], mode: str, has_baseline: bool) -> dict[str, object]:
+def _speed_ratio(own: Sequence[Answer], ar: Sequence[Answer]) -> dict[str, Any]:
     """Seconds per token of ar over the mode's: median and quartiles over pairs on one prompt."""
-    if not has_baseline:
-        return {"speed_ratio": None, "speed_ratio_quartiles": [None, None]}
-    ratios = []
-    for item in items:
-        ours, theirs = item.answers[mode].output, item.answers[BASELINE].output
-        if ours.tokens and theirs.tokens:
-            ratios.append((theirs.seconds / theirs.tokens) / (ours.seconds / ours.tokens))
-    if len(ratios) < 2:
-        return {"speed_ratio": None, "speed_ratio_quartiles": [None, None]}
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    ratios = [
+        (b.seconds / b.tokens) / (a.seconds / a.tokens)
+        for a, b in zip(own, ar, strict=False)  # ar may not have been run
+        if a.tokens and b.tokens
+    ]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [None] * 3
     return {"speed_ratio": middle, "speed_ratio_quartiles": [low, high]}
 
 
-def summarise_traces(traces: Mapping[str, Trace]) -> dict[str, object]:
+def summarise_traces(traces: Mapping[str, Trace]) -> dict[str, Any]:
     """Mean passes by block number, mean commit step by position, and how far left to right."""
     return {mode: _trace(trace) for mode, trace in traces.items() if trace.steps}
 
 
-def _trace(trace: Trace) -> dict[str, object]:
+def _trace(trace: Trace) -> dict[str, Any]:
     numbers = range(max(number for number, _ in trace.steps) + 1)
     by_block = [[passes for at, passes in trace.steps if at == number] for number in numbers]
     size = max(len(block) for block in trace.commits)
@@ -185,26 +179,19 @@ def settings(subject: Subject) -> list[GenerateOptions]:
 
 def sweep(
     subject: Subject, groups: Sequence[Sequence[Document]], judge: Judge, seed: int
-) -> Iterator[dict[str, object]]:
+) -> Iterator[dict[str, Any]]:
     """Yield one record per setting of `subject.options["diffusion"]`, each paired with ar."""
     for point in settings(subject):
         chosen = {"ar": subject.options["ar"], "diffusion": point}
         pair = Subject(model=subject.model, tokenizer=subject.tokenizer, options=chosen)
         traces = {mode: Trace() for mode in chosen}
         measured = measure(list(evaluate(pair, groups, traces, judge)), list(chosen), seed)
-        found, baseline = measured["diffusion"], measured["ar"]
-        assert isinstance(found, dict) and isinstance(baseline, dict)
         known = resolve_options(point, defaults_of(subject.model))
         limited = known.steps_per_block < known.block_size
         yield {
             "mode": "diffusion",
             "confidence_threshold": point.confidence_threshold,
             "steps_per_block": known.steps_per_block if limited else None,
-            "ar_accuracy": baseline["accuracy"],
-            **{
-                name: found[name]
-                for name in (
-                    "n", "accuracy", "retention", "tokens_per_nfe", "tokens_per_s", "speed_ratio",
-                )
-            },
-        }  # fmt: skip
+            "ar_accuracy": measured["ar"]["accuracy"],
+            **{name: measured["diffusion"][name] for name in _OF_POINTS},
+        }

@@ -7,11 +7,11 @@ falls on all of them.
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from twotower.engine import Finished, GenerateOptions, StepTaken, stream
 from twotower.lab.corpus import Document
-from twotower.lab.evaluate.suite import Judge, Verdict, held_out
+from twotower.lab.evaluate.suite import Judge, held_out
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 
@@ -34,8 +34,10 @@ def check_names(field: str, given: tuple[str, ...], known: tuple[str, ...]) -> N
 
 
 @dataclass(frozen=True, kw_only=True)
-class Output:
-    """What one mode wrote after one prompt; `seconds` is its share of the group's time."""
+class Answer:
+    """What one mode wrote after one prompt, and the verdict once it is known; `seconds` is its
+    share of the group's time.
+    """
 
     text: str
     tokens: int
@@ -43,6 +45,8 @@ class Output:
     context_forwards: int
     seconds: float
     degenerate: bool
+    correct: bool = False
+    reason: str = ""
 
 
 @dataclass(kw_only=True)
@@ -59,7 +63,7 @@ def decode(
     prompts: Sequence[str],
     options: GenerateOptions,
     trace: Trace,
-) -> list[Output]:
+) -> list[Answer]:
     """Decode prompts together and time it as a whole, prefill included."""
     steps: list[StepTaken] = []
     finished: dict[int, Finished] = {}
@@ -75,7 +79,7 @@ def decode(
     for row in range(len(prompts)):
         done = finished[row].completion
         outputs.append(
-            Output(
+            Answer(
                 text=done.text or "",
                 tokens=len(done.tokens),
                 nfe=done.nfe,
@@ -117,21 +121,13 @@ def record_steps(steps: Sequence[StepTaken], trace: Trace) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """One mode's answer to one item."""
-
-    output: Output
-    verdict: Verdict
-
-
-@dataclass(frozen=True, kw_only=True)
 class Item:
     """One prompt with every mode's answer; `index` counts within its category."""
 
     document: Document
     index: int
     prompt_tokens: int
-    answers: Mapping[str, Judged]
+    answers: Mapping[str, Answer]
 
     def to_dict(self) -> dict[str, object]:
         """JSON-able: prompt, reference and, by mode, text, verdict and costs."""
@@ -141,10 +137,7 @@ class Item:
             "prompt": self.document.prompt,
             "prompt_tokens": self.prompt_tokens,
             "reference": self.document.completion,
-            "outputs": {
-                mode: {**asdict(judged.output), **asdict(judged.verdict)}
-                for mode, judged in self.answers.items()
-            },
+            "outputs": {mode: asdict(answer) for mode, answer in self.answers.items()},
         }
 
 
@@ -168,25 +161,22 @@ def evaluate(
     seen: Counter[str] = Counter()
     for turn, group in enumerate(groups):
         prompts = [document.prompt for document in group]
-        outputs: dict[str, list[Output]] = {}
+        outputs: dict[str, list[Answer]] = {}
         for place in range(len(modes)):
             mode = modes[(turn + place) % len(modes)]
             outputs[mode] = decode(
                 subject.model, subject.tokenizer, prompts, subject.options[mode], traces[mode]
             )
         for place, document in enumerate(group):
-            answers = {
-                mode: Judged(
-                    output=outputs[mode][place],
-                    verdict=judge(document, outputs[mode][place].text),
-                )
-                for mode in modes
-            }
+            answers = {mode: outputs[mode][place] for mode in modes}
             yield Item(
                 document=document,
                 index=seen[document.category],
                 prompt_tokens=len(subject.tokenizer.encode(document.prompt)),
-                answers=answers,
+                answers={
+                    mode: replace(answer, **vars(judge(document, answer.text)))
+                    for mode, answer in answers.items()
+                },
             )
             seen[document.category] += 1
 
