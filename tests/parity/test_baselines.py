@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from next_logprobs import next_logprobs
 from twotower.checkpoint import convert_to_gguf, export_transformers, load_checkpoint
 from twotower.checkpoint.files import shipped_folder
 from twotower.engine import GenerateOptions, generate
@@ -53,7 +54,7 @@ def test_a_baseline_computes_and_writes_what_we_do(baseline: Baseline) -> None:
         assert baseline.decode(ids, 20).tokens == completion.tokens
         with torch.no_grad():
             expected = model.context_logits(torch.tensor([ids]))[0, -1].log_softmax(-1)
-        found = torch.tensor(baseline.logprobs(ids))
+        found = next_logprobs(baseline, ids, model.config.vocab_size)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 

@@ -119,13 +119,6 @@ class Transformers:
         start, first, last = (stopwatch.seconds[index] for index in (0, 1, -1))
         return Measurement.of_ar(found[0, len(ids) :].tolist(), first - start, last - first)
 
-    def logprobs(self, ids: Sequence[int]) -> list[float]:
-        """Natural-log probability of every token of the vocabulary as the next one."""
-        with _torch_threads(self._threads), torch.inference_mode():
-            logits = self._model(torch.tensor([list(ids)])).logits[0, -1]
-        values: list[float] = logits.float().log_softmax(-1).tolist()
-        return values
-
     def close(self) -> None:
         """Free its memory."""
         del self._model
@@ -169,7 +162,7 @@ class LlamaCpp:
             import xllamacpp
         except ImportError:
             raise _missing("xllamacpp") from None
-        self.dtype, self._vocab_size, self._has_end = _read_header(file)
+        self.dtype, self._has_end = _read_header(file)
         self.name = llama_cpp_name(self.dtype)
         try:
             options = _server_options(file, threads, self.dtype)
@@ -182,28 +175,20 @@ class LlamaCpp:
             raise ValueError(f"{file}: llama.cpp cannot load it; its reason stands above") from None
         self._address = self._server.listening_address.removeprefix("http://")
         # A server that is closed before its loop runs waits for the loop's end for ever.
-        self._complete([0], 1, {})
+        self._complete([0], 1)
 
     def decode(self, ids: Sequence[int], num_new: int) -> Measurement:
         """Greedy tokens behind a prompt, and what its own clock says of both."""
-        answer = self._complete(ids, num_new, {})
+        answer = self._complete(ids, num_new)
         # Its clock of decoding starts when the first new token has been chosen.
         prompt_ms, decode_ms = (answer["timings"][f"{name}_ms"] for name in ("prompt", "predicted"))
         return Measurement.of_ar(answer["tokens"], prompt_ms / 1000, decode_ms / 1000)
-
-    def logprobs(self, ids: Sequence[int]) -> list[float]:
-        """Of every token of the vocabulary behind a prompt."""
-        answer = self._complete(ids, 1, {"n_probs": self._vocab_size})
-        values = [float("nan")] * self._vocab_size
-        for entry in answer["completion_probabilities"][0]["top_logprobs"]:
-            values[entry["id"]] = entry["logprob"]
-        return values
 
     def close(self) -> None:
         """End the server."""
         del self._server
 
-    def _complete(self, ids: Sequence[int], num_new: int, more: dict[str, int]) -> dict[str, Any]:
+    def _complete(self, ids: Sequence[int], num_new: int, **more: int) -> dict[str, Any]:
         """The answer of llama.cpp's own completion endpoint: only that one gives token ids back."""
         if len(ids) + num_new > _LLAMA_CPP_CONTEXT:
             raise ValueError(
@@ -265,8 +250,8 @@ def gguf_quantization(file: Path) -> str | None:
     return {_DTYPES.get(kind, kind): own for kind, own in _QUANTIZATIONS.items()}.get(name)
 
 
-def _read_header(file: Path) -> tuple[str, int, bool]:
-    """A GGUF file's precision, size of vocabulary, and whether its model has an end token.
+def _read_header(file: Path) -> tuple[str, bool]:
+    """A GGUF file's precision, and whether its model has an end token.
 
     Where it has none, `export_gguf` names the mask token. ValueError (one line) for another file.
     """
@@ -277,7 +262,6 @@ def _read_header(file: Path) -> tuple[str, int, bool]:
     try:
         fields = GGUFReader(file).fields
         kind = LlamaFileType(fields["general.file_type"].contents())
-        vocab_size = len(fields["tokenizer.ggml.tokens"].data)
         end, mask = (
             fields[key].contents() if (key := f"tokenizer.ggml.{role}_token_id") in fields else None
             for role in ("eos", "mask")
@@ -289,7 +273,7 @@ def _read_header(file: Path) -> tuple[str, int, bool]:
             "twotower convert --to gguf"
         ) from None
     name = kind.name.removeprefix("ALL_").removeprefix("MOSTLY_")
-    return _DTYPES.get(name, name), vocab_size, end != mask
+    return _DTYPES.get(name, name), end != mask
 
 
 @contextmanager
