@@ -179,9 +179,9 @@ def run_suite(options: EvaluateOptions) -> tuple[dict[str, object], list[Item]]:
     sandbox = open_sandbox(options.category_names, options.allow_unsandboxed_code)
     options = options.for_model(has_any_denoiser(options))
     chosen = options.by_mode()
-    loaded = load_subject(options)
-    assert loaded.tokenizer is not None
-    subject = Subject(model=loaded.model, tokenizer=loaded.tokenizer, options=chosen)
+    wanted = next((mode for mode in options.mode_names if mode != "ar"), "ar")
+    loaded = load(placement_of(options), wanted)  # with all towers that the modes need
+    subject = Subject(model=loaded.model, tokenizer=loaded.need_tokenizer(), options=chosen)
     groups = draw_groups(options.category_names, options.items, options.seed, options.batch_size)
     described = describe_run(options, loaded, subject)
     say_protection(sandbox)
@@ -235,14 +235,6 @@ def collect(
             findings.references.append(reference)
             bar.update(task, advance=1, description="likelihood")
     findings.is_complete = True
-
-
-def load_subject(options: EvaluateOptions) -> Loaded:
-    """The model with all towers that the modes need; ValueError if it has no tokenizer."""
-    wanted = next((mode for mode in options.mode_names if mode != "ar"), "ar")
-    loaded = load(placement_of(options), wanted)
-    loaded.need_tokenizer()
-    return loaded
 
 
 def describe_run(options: EvaluateOptions, loaded: Loaded, subject: Subject) -> dict[str, object]:

@@ -43,22 +43,15 @@ StopText = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LENGTH)]
 
 def _is_prompt(value: object) -> object:
     prompts = value if isinstance(value, list) and value and not _is_id(value[0]) else [value]
-    is_text = isinstance(prompts[0], str)
-    if not all(_is_text(one) if is_text else _are_ids(one) for one in prompts):
-        raise PydanticCustomError("prompt", _PROMPT)
+    kind = str if isinstance(prompts[0], str) else list
+    for one in prompts:
+        if not isinstance(one, kind) or not one or (kind is list and not all(map(_is_id, one))):
+            raise PydanticCustomError("prompt", _PROMPT)
     return value
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and value != ""
 
 
 def _is_id(value: object) -> bool:
     return type(value) is int and 0 <= value < _MAX_ID
-
-
-def _are_ids(value: object) -> bool:
-    return isinstance(value, list) and value != [] and all(map(_is_id, value))
 
 
 _TEXT_SCHEMA = {"type": "string", "minLength": 1}

@@ -37,7 +37,6 @@ class Bound:
 
     nats: float
     standard_error: float
-    num_tokens: int
 
 
 @torch.no_grad()
@@ -121,11 +120,8 @@ def bound_text(
         losses = token_cross_entropy(logits, block.expand(samples, -1)).double()
         totals += weight * losses.masked_fill(~is_masked, 0.0).sum(1)
         model.extend(cache, block)
-    return Bound(
-        nats=float(totals.mean()),
-        standard_error=float(totals.std()) / math.sqrt(samples),
-        num_tokens=len(text),
-    )
+    error = float(totals.std()) / math.sqrt(samples)
+    return Bound(nats=float(totals.mean()), standard_error=error)
 
 
 def draw_masks(samples: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from twotower.checkpoint.inspect import Tower
-from twotower.config import TowerConfig
 from twotower.lab.plan.inputs import Mode, Widths, Workload
 from twotower.lab.plan.passes import EXPERTS, ModelShape, PlanSetup
 from twotower.specs import AttentionSpec, LayerSpec, MambaSpec, MoESpec
@@ -94,13 +93,9 @@ def activation_bytes(setup: PlanSetup, workload: Workload, tower: Tower, mode: M
     makes_block = tower == "denoiser" or mode == "speculative"
     vocab = config.draft_vocab_size if tower == "denoiser" else config.vocab_size
     logits = workload.batch_size * (block if makes_block else 1) * vocab * 4.0
-    width = _STREAMS * config.hidden_size + _widest(config.context)
+    hidden = config.hidden_size
+    width = _STREAMS * hidden + max(_mixer_width(spec, hidden) for spec in config.context.layers)
     return tokens * width * setup.widths.cache_bytes + logits
-
-
-def _widest(config: TowerConfig) -> int:
-    """Numbers of a token inside the widest mixer."""
-    return max(_mixer_width(layer, config.hidden_size) for layer in config.layers)
 
 
 def _mixer_width(spec: LayerSpec, width: int) -> int:
