@@ -135,9 +135,7 @@ def _split(pieces: list[Piece], max_shard_bytes: int) -> list[list[Piece]]:
 
 
 def write_tensors(file: Path, pieces: list[Piece]) -> None:
-    """Write a safetensors file and sync it, one tensor in memory at a time; the library's writer
-    wants them all.
-    """
+    """Write and sync a safetensors file, one tensor in memory; the library's writer wants all."""
     pieces = sorted(pieces, key=lambda piece: (-piece.dtype.itemsize, piece.name))  # aligned
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0

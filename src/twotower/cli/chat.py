@@ -229,9 +229,7 @@ def _set(talk: Talk, backend: "Backend", name: str, value: str) -> None:
 
 
 def _refuse_greedy_sampling(talk: Talk, backend: "Backend") -> None:
-    """ValueError for fields that need a temperature above 0 and lack it: servers take and drop
-    them, as OpenAI's clients name such fields in every request.
-    """
+    """ValueError for fields that need a temperature above 0: servers take and drop them."""
     if {*talk.settings} & {*SAMPLED_ONLY}:
         temperature = talk.settings.get("temperature")
         if (backend.default_temperature() if temperature is None else temperature) == 0:

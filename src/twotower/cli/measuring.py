@@ -33,7 +33,7 @@ def require_library(name: str) -> None:
 
 
 def open_sandbox(categories: Sequence[str], allow_unsandboxed: bool) -> Sandbox | None:
-    """The sandbox for what these categories execute, if anything; ValueError if there is none."""
+    """The sandbox for what these categories execute, if anything; ValueError as `find_sandbox`."""
     return find_sandbox(allow_unsandboxed) if EXECUTED.keys() & set(categories) else None
 
 

@@ -109,9 +109,7 @@ def need_extra(verb: str) -> Iterator[None]:
 def describe(
     loaded: Loaded, name: str | None = None, chat_template: Path | None = None
 ) -> "Served":
-    """The model as its callers see it; ValueError without a tokenizer. name, chat_template: others
-    than its own.
-    """
+    """The model as its callers see it, by a name and template; ValueError without a tokenizer."""
     from twotower.serve.requests import Served
 
     model, tokenizer = loaded.model, loaded.need_tokenizer()

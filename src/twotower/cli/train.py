@@ -85,9 +85,7 @@ def arguments_from_toml(file: Path) -> list[str]:
 
 
 class TrainProgress:
-    """Draws step reports on stderr, a live bar in a terminal and plain lines elsewhere; a context
-    manager.
-    """
+    """Draws step reports on stderr: a live bar in a terminal, plain lines elsewhere."""
 
     def __init__(self, description: str) -> None:
         self._bar = progress_bar("status", has_time=False)

@@ -50,9 +50,7 @@ class ConnectionRules:
 
 
 class _Parser(h11.Connection):
-    """h11's, which gives up on bodies of very many parts: each of them costs as much as one of many
-    bytes.
-    """
+    """h11's, which gives up on bodies of very many parts: each costs as much as many bytes."""
 
     def __init__(self, most_parts: int) -> None:
         super().__init__(h11.SERVER, MAX_HEADER_BYTES)
@@ -169,9 +167,7 @@ async def close_late(connections: Iterable[object]) -> None:
 
 
 def num_possible(wanted: int) -> int:
-    """As many connections as wanted, or as the system's limit of open files allows, which is raised
-    as far as it may be.
-    """
+    """As many connections as wanted, or as the limit of open files allows when it is raised."""
     try:
         import resource
     except ImportError:  # Windows has no such limit

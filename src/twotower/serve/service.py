@@ -127,9 +127,7 @@ DONE = "[DONE]"
 
 
 def submit(worker: Worker, asked: Generation, are_scores: bool = False) -> list[Ticket]:
-    """A ticket for every row, or none and an ApiError. are_scores: for the rows that score the
-    prompts.
-    """
+    """A ticket for every row (are_scores: that scores prompts), or none and an ApiError."""
     requests = [one for one in asked.scores if one.given] if are_scores else asked.requests
     tickets: list[Ticket] = []
     try:

@@ -30,9 +30,7 @@ class Batch:
 
 
 class Rows:
-    """The rows of a shard, split into training rows (shuffled anew each epoch) and held-out
-    rows.
-    """
+    """The rows of a shard: training rows, shuffled anew each epoch, and held-out rows."""
 
     def __init__(
         self, shard: Shard, sequence_length: int, seed: int, unaligned_fraction: float = 0.0

@@ -216,9 +216,7 @@ def _tie_and_freeze(model: TwoTower, options: TrainOptions) -> None:
 
 
 def tie_towers(model: TwoTower) -> None:
-    """Let the denoiser tower be the context tower's weights; heads and time conditioning stay
-    apart. A file holds both towers.
-    """
+    """Let the denoiser tower be the context tower's weights; heads and conditioning stay apart."""
     own, shared = model.denoiser().modules(), model.context_tower.modules()
     for module, source in zip(own, shared, strict=True):
         for name, parameter in source.named_parameters(recurse=False):

@@ -61,9 +61,7 @@ class Objective(Protocol[InputsT]):
 
 
 def row_noise(seed: int, step: int, rows: Sequence[int]) -> Noise:
-    """Random numbers for rows by their number in the training order, the same on every device and
-    in whatever company a row is drawn.
-    """
+    """Random numbers of rows, by their numbers: the same on every device and in any company."""
 
     def draw(count: int) -> Tensor:
         uniform = torch.empty(len(rows), count)

@@ -23,9 +23,7 @@ _AVERAGE_WARMUP = 10  # steps: the average forgets the first weights as fast as 
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleOptions) -> float:
-    """Rate of optimiser step `step` (0 .. steps-1): linear warm-up, constant, decay at the end
-    (WSD).
-    """
+    """Rate of step 0 to steps - 1: linear warm-up, constant, linear decay (WSD)."""
     decay_steps = round(schedule.decay_fraction * steps)
     into_decay = step + 1 - (steps - decay_steps)
     factor = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0

@@ -86,9 +86,7 @@ def recompute_mixers(model: TwoTower) -> None:
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> float:
-    """Scale all gradients down to a norm of at most `limit` over all processes; returns the norm
-    before. 0: no limit.
-    """
+    """Scale gradients to a norm of `limit` at most (0: any); returns the norm before."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = whole(nn.utils.get_total_norm(gradients))
     nn.utils.clip_grads_with_norm_(parameters, limit or math.inf, norm)

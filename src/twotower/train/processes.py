@@ -80,9 +80,7 @@ class Processes:
         return bytes(box.tolist()).decode()
 
     def together(self, action: Callable[[], T]) -> T:
-        """`action()` on every process; if it fails with ValueError or OSError on one, all of them
-        raise its error.
-        """
+        """`action()` on every process; a ValueError or OSError of one is raised by all."""
         if self.count == 1:
             return action()
         made, failure = None, None

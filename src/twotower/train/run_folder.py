@@ -247,9 +247,7 @@ class Metrics:
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """All complete lines; a line that a kill cut short is left out. ValueError (one line) for other
-    damage.
-    """
+    """All lines, but one that a kill cut short; ValueError (one line) for other damage."""
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     found = []
     for number, line in enumerate(text.splitlines(keepends=True), 1):

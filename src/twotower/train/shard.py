@@ -83,9 +83,7 @@ class ShardMeta:
 
 
 class Shard:
-    """One validated, memory-mapped token stream. Opening it reads each file once, for its
-    checksum.
-    """
+    """One validated, memory-mapped token stream. Opening it reads each file once, to check it."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder, self.meta = Path(folder), read_meta(Path(folder))
@@ -109,9 +107,7 @@ class Shard:
 
 
 def read_meta(folder: Path) -> ShardMeta:
-    """Parse and check `meta.json`; ValueError (one line) for anything that is not a shard of
-    ours.
-    """
+    """Parse and check `meta.json`; ValueError (one line) if this is no shard of ours."""
     file = folder / META_FILE
     if not file.is_file():
         raise ValueError(

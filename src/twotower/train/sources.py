@@ -26,9 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Documents that a program writes, without end: `documents` takes a seed and weights by
-    category (none: its own mixture), which must be of these `categories`.
-    """
+    """Documents that a program writes, without end, by a seed and weights of these `categories`."""
 
     categories: Collection[str]
     documents: Callable[[int, Mapping[str, float]], Iterator[Text]]

@@ -135,9 +135,7 @@ def write_description(folder: Path, state: TrainState, rows_fingerprint: str) ->
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """What a checkpoint says of itself; ValueError (one line) if it is not one of ours, or a file
-    of it is missing or cut short.
-    """
+    """What a checkpoint says of itself; ValueError if it is not ours, or a file is cut."""
     file = folder / STATE_FILE
     try:
         if file.stat().st_size > _MAX_BYTES:

@@ -48,7 +48,7 @@ class MeasuredPass(NamedTuple):
 
 
 def describe_limits(model: TwoTower, record: Record, shape: PassShape) -> list[dict[str, Any]]:
-    """A row per pass of ours and baseline's AR token. Bandwidth is that of a buffer as large."""
+    """A row per pass of ours, or token of a baseline, against a buffer as large as its weights."""
     dtype = model.context_lm_head.weight.dtype
     planned = ModelShape.of(describe_config(model.config, "bench"))
     rows = []

@@ -61,9 +61,7 @@ def random_config(size: str, block_size: int) -> TwoTowerConfig:
 
 
 def make_random(size: str, like: TwoTower, seed: int) -> TwoTower:
-    """Both towers of a size with seeded random weights; its block, dtype and decoding defaults are
-    those of another model.
-    """
+    """Both towers of a size with seeded random weights; block, dtype and defaults of another."""
     model = TwoTower(random_config(size, like.config.block_size))
     randomise(model, seed)
     copy_context_to_denoiser(model, seed)

@@ -131,9 +131,7 @@ def _is_right(judge: Judge, document: Document, text: str) -> bool:
 
 
 def mode_options(options: MeasureOptions) -> list[GenerateOptions]:
-    """Each mode's options; all else is the checkpoint's. Drafts are the denoiser's: they are what a
-    script repeats.
-    """
+    """Each mode's options, else the checkpoint's. Scripts repeat the denoiser's drafts."""
     found = []
     for mode in split_names(options.modes):
         drafts = {"drafts": "denoiser"} if mode == "speculative" else {}

@@ -35,9 +35,7 @@ def check_names(field: str, given: tuple[str, ...], known: tuple[str, ...]) -> N
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What one mode wrote after one prompt, and the verdict once it is known; `seconds` is its
-    share of the group's time.
-    """
+    """What a mode wrote, the verdict once known; `seconds` is its share of the group's time."""
 
     text: str
     tokens: int

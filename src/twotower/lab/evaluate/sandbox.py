@@ -153,9 +153,7 @@ def jail_source() -> str:
 
 @cache
 def visible_files() -> tuple[list[str], list[str]]:
-    """What a program may read: the standard library and system libraries; and what is hidden in
-    there, the packages that are installed.
-    """
+    """What a program may read, the standard and system libraries, and packages hidden in there."""
     platform_paths = {"platbase": sys.base_exec_prefix}  # not those of a virtual environment
     paths = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib", vars=platform_paths)]
     paths += [str(sysconfig.get_config_var("LIBDIR")), "/lib", "/lib64", "/usr/lib", "/usr/lib64"]

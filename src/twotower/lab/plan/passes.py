@@ -118,11 +118,7 @@ class PassTime:
 
 
 def expected_experts(num_experts: int, per_token: int, num_tokens: float) -> float:
-    """Distinct experts that n tokens choose in a layer: E (1 - (1 - k/E)^n).
-
-    Assumes that each token chooses independently and every expert is as likely: real routers are
-    less even, and neighbouring tokens more alike, so it is an upper estimate.
-    """
+    """E (1 - (1 - k/E)^n) experts, if tokens choose alone and evenly: an upper estimate."""
     missed = math.pow(1.0 - per_token / num_experts, num_tokens)
     return num_experts * (1.0 - missed)
 
