@@ -355,8 +355,8 @@ def test_bad_input_is_one_clear_line(call, message):
 def test_a_missing_library_says_what_to_install(library, monkeypatch):
     from twotower.lab.corpus import knowledge, multilingual
 
-    for table in (knowledge.countries, multilingual.number_word):
+    for table in (knowledge.facts, multilingual.number_word):
         table.cache_clear()
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ImportError, match=r'pip install "\.\[data\]"'):
-        knowledge.countries() if library == "babel" else multilingual.number_word(3, "fr")
+        knowledge.facts() if library == "babel" else multilingual.number_word(3, "fr")

@@ -5,7 +5,6 @@ the tensors; the weights stay in the GGUF file and are made full precision as th
 """
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twotower.checkpoint.gguf_tokenizer import tokenizer_files
+from twotower.checkpoint.gguf_tokenizer import as_json, tokenizer_files
 from twotower.config import TwoTowerConfig
 from twotower.families import FAMILIES, Family, config_from_dict, family_of, read_json
 
@@ -141,7 +140,7 @@ def _contents(file: Path) -> dict[str, bytes]:
         "file": str(file),
         "tensors": {n: t for n, t in tensors.items() if n not in _NOT_WEIGHTS},
     }
-    return {"config.json": _json(values), **files, INDEX_FILE: _json(index)}
+    return {"config.json": as_json(values), **files, INDEX_FILE: as_json(index)}
 
 
 def _open(file: Path) -> "GGUFReader":
@@ -224,7 +223,3 @@ def _values_of(file: Path, entry: Mapping[str, Any] | None) -> list[float] | Non
     if math.prod(entry["shape"]) > 2**16:
         raise ValueError("rope_freqs.weight is larger than any head; fetch the file again")
     return [float(value) for value in read_tensor(file, entry).float()]
-
-
-def _json(values: Mapping[str, object]) -> bytes:
-    return (json.dumps(values, indent=1) + "\n").encode()

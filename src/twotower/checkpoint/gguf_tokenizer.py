@@ -67,8 +67,8 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
         "added_tokens": added, **parts,
     }  # fmt: skip
     return {
-        "tokenizer.json": _json(tokenizer),
-        "tokenizer_config.json": _json(_roles(metadata, tokens, kind)),
+        "tokenizer.json": as_json(tokenizer),
+        "tokenizer_config.json": as_json(_roles(metadata, tokens, kind)),
     }
 
 
@@ -154,5 +154,6 @@ def merges_of(
     return [[left, right] for *_, left, right in sorted(found)]
 
 
-def _json(values: Mapping[str, object]) -> bytes:
+def as_json(values: Mapping[str, object]) -> bytes:
+    """What a file of it holds."""
     return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()

@@ -69,12 +69,7 @@ def run(options: ConvertOptions) -> int:
         precision = None if options.dtype == "keep" else options.dtype
         convert_to_gguf(options.source, options.target, precision)
     else:
-        dtypes = {
-            "float32": torch.float32,
-            "bfloat16": torch.bfloat16,
-            "float16": torch.float16,
-        }
-        dtype = dtypes.get(options.dtype)
+        dtype = None if options.dtype == "keep" else getattr(torch, options.dtype)
         convert(options.source, options.target, options.to, dtype, options.scheme)
     ending = "" if options.scheme is None else f" with {options.quantization} weights"
     print(f"{options.target}: written in the {options.to} layout{ending}")

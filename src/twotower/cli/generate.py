@@ -163,16 +163,10 @@ def run(options: GenerateArguments) -> int:
 def _note_unfamiliar(loaded: Loaded, prompts: Sequence[Prompt]) -> None:
     """One line on stderr for the first prompt that the model was not made for."""
     for number, prompt in enumerate(prompts[:_MAX_NOTED]):
-        ids = _encoded(loaded, prompt)
+        ids = loaded.need_tokenizer().encode_prompt(prompt) if isinstance(prompt, str) else prompt
         if (notice := prompt_notice(loaded.model, ids)) is not None:
             print(f"note: prompt {number} is {notice}; {_KNOWN}", file=sys.stderr)
             return
-
-
-def _encoded(loaded: Loaded, prompt: Prompt) -> list[int]:
-    if isinstance(prompt, str):
-        return [] if loaded.tokenizer is None else loaded.tokenizer.encode_prompt(prompt)
-    return prompt
 
 
 @contextlib.contextmanager

@@ -76,11 +76,11 @@ def find_files(path: Path) -> list[Path]:
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        found = (file for file in path.rglob("*") if file.is_file())
-        files = sorted(file for file in found if is_document_file(file.relative_to(path)))
+        inside = (file for file in path.rglob("*") if file.is_file())
+        files = sorted(file for file in inside if is_document_file(file.relative_to(path)))
     else:
-        files = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)))
-        files = [file for file in files if file.is_file()]
+        found = map(Path, glob.glob(str(path), recursive=True))
+        files = sorted(file for file in found if file.is_file())
     if not files:
         kind = "no .jsonl, .parquet or .txt in folder" if path.is_dir() else "no file or folder"
         raise ValueError(f"input: {kind} {path}; give files, folders or patterns of files")

@@ -33,68 +33,6 @@ def missing_library(name: str) -> MissingDataError:
 
 
 @dataclass(frozen=True)
-class Country:
-    """A country in English: `name` bare, `phrase` with its article, languages may be empty."""
-
-    code: str
-    name: str
-    phrase: str
-    currency_code: str
-    languages: tuple[str, ...]
-
-
-@lru_cache(maxsize=1)
-def countries() -> tuple[Country, ...]:
-    """Return the chosen countries; currency_code is empty where babel lists none or several."""
-    try:
-        from babel import Locale
-        from babel.languages import get_official_languages
-        from babel.numbers import get_territory_currencies
-    except ImportError:
-        raise missing_library("babel") from None
-    english = Locale("en")
-    rows = []
-    for code in COUNTRIES:
-        name = english.territories[code]
-        currencies = get_territory_currencies(code)
-        official = [tag.split("_")[0] for tag in get_official_languages(code)]
-        known = code not in UNCERTAIN_LANGUAGES and len(official) <= 3
-        spoken = tuple(dict.fromkeys(english.languages[tag] for tag in official)) if known else ()
-        phrase = f"the {name}" if code in WITH_ARTICLE else name
-        currency = currencies[0] if len(currencies) == 1 else ""
-        rows.append(Country(code, name, phrase, currency, spoken))
-    return tuple(rows)
-
-
-@lru_cache(maxsize=1)
-def currency_names() -> dict[str, str]:
-    """Return the English name of every currency of the chosen countries, as in "Japanese yen"."""
-    from babel.numbers import get_currency_name
-
-    codes = [country.currency_code for country in countries() if country.currency_code]
-    return {code: get_currency_name(code, count=1, locale="en") for code in dict.fromkeys(codes)}
-
-
-@lru_cache(maxsize=1)
-def currency_symbols() -> dict[str, str]:
-    """Return the symbols that differ from the currency's code."""
-    from babel.numbers import get_currency_symbol
-
-    symbols = {code: get_currency_symbol(code, locale="en") for code in currency_names()}
-    return {code: symbol for code, symbol in symbols.items() if symbol != code}
-
-
-@lru_cache(maxsize=1)
-def language_names() -> dict[str, str]:
-    """Return the English names of the chosen languages by their code."""
-    try:
-        from babel import Locale
-    except ImportError:
-        raise missing_library("babel") from None
-    return {code: Locale("en").languages[code] for code in LANGUAGES}
-
-
-@dataclass(frozen=True)
 class Fact:
     """A thing that is asked about and its value."""
 
@@ -105,21 +43,37 @@ class Fact:
 
 @lru_cache(maxsize=1)
 def facts() -> tuple[Fact, ...]:
-    """Return every fact, in a fixed order."""
-    names, languages = currency_names(), language_names()
-    rows = [Fact("symbol", names[code], symbol) for code, symbol in currency_symbols().items()]
-    rows += [Fact("currency_code", name, code) for code, name in names.items()]
+    """Return every fact, in a fixed order; none of a currency where babel lists none or several."""
+    try:
+        from babel import Locale
+        from babel.languages import get_official_languages
+        from babel.numbers import get_currency_name, get_currency_symbol, get_territory_currencies
+    except ImportError:
+        raise missing_library("babel") from None
+    english = Locale("en")
+    languages = {code: english.languages[code] for code in LANGUAGES}
+    found = {country: get_territory_currencies(country) for country in COUNTRIES}
+    currency_of = {country: codes[0] for country, codes in found.items() if len(codes) == 1}
+    currencies = {
+        code: get_currency_name(code, count=1, locale="en") for code in currency_of.values()
+    }
+    symbols = {code: get_currency_symbol(code, locale="en") for code in currencies}
+    rows = [Fact("symbol", currencies[code], s) for code, s in symbols.items() if s != code]
+    rows += [Fact("currency_code", name, code) for code, name in currencies.items()]
     rows += [Fact("language_code", name, code) for code, name in languages.items()]
     rows += [Fact("code_language", code, name) for code, name in languages.items()]
-    for country in countries():
-        if country.currency_code:
-            rows.append(Fact("currency", country.phrase, f"the {names[country.currency_code]}"))
-        if country.languages:
-            *others, last = country.languages
+    for code in COUNTRIES:
+        name = english.territories[code]
+        phrase = f"the {name}" if code in WITH_ARTICLE else name
+        if code in currency_of:
+            rows.append(Fact("currency", phrase, f"the {currencies[currency_of[code]]}"))
+        official = [tag.split("_")[0] for tag in get_official_languages(code)]
+        if official and code not in UNCERTAIN_LANGUAGES and len(official) <= 3:
+            *others, last = dict.fromkeys(english.languages[tag] for tag in official)
             spoken = f"{', '.join(others)} and {last}" if others else last
-            rows.append(Fact("languages", country.phrase, spoken))
-        rows.append(Fact("country_code", country.phrase, country.code))
-        rows.append(Fact("code_country", country.code, country.phrase))
+            rows.append(Fact("languages", phrase, spoken))
+        rows.append(Fact("country_code", phrase, code))
+        rows.append(Fact("code_country", code, phrase))
     return tuple(rows)
 
 
