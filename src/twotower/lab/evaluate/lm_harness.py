@@ -276,7 +276,9 @@ def write_tasks(folder: Path, items: int, seed: int) -> list[Path]:
     (folder / "check.py").write_text(_CHECK)
     written = []
     for category in CATEGORIES:
-        records = [_record(document) for document in held_out(category, items, seed)]
+        documents = held_out(category, items, seed)
+        # The answer as JSON text, since its fields differ by item.
+        records = [vars(d) | {"answer": json.dumps(d.answer)} for d in documents]
         is_run = category in EXECUTED
         written.append(_write_task(folder, f"twotower_{category}", records, unsafe=is_run))
     tasks = "\n".join(f"  - twotower_{category}" for category in CATEGORIES)
@@ -311,26 +313,9 @@ def _write_task(
     return path
 
 
-def _record(document: Document) -> dict[str, object]:
-    """A document as one flat record; the answer as JSON text, since its fields differ by item."""
-    return {
-        "category": document.category,
-        "key": document.key,
-        "prompt": document.prompt,
-        "completion": document.completion,
-        "answer": json.dumps(document.answer),
-    }
-
-
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """lm-eval's judge of one item: 1 for a right answer."""
-    document = Document(
-        category=doc["category"],
-        prompt=doc["prompt"],
-        completion=doc["completion"],
-        key=doc["key"],
-        answer=json.loads(doc["answer"]),
-    )
+    document = Document(**{**doc, "answer": json.loads(doc["answer"])})
     return {"acc": float(check(document, results[0], _sandbox()).correct)}
 
 
