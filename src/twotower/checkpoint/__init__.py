@@ -4,12 +4,7 @@ from twotower.checkpoint.convert import convert, convert_to_gguf, export_transfo
 from twotower.checkpoint.files import find_tokenizer, generation_defaults, resolve
 from twotower.checkpoint.gguf import export_gguf
 from twotower.checkpoint.inspect import describe
-from twotower.checkpoint.load import (
-    find_device,
-    has_denoiser,
-    load_checkpoint,
-    load_quantised,
-)
+from twotower.checkpoint.load import find_device, has_denoiser, load_checkpoint, load_quantised
 from twotower.checkpoint.save import save_backbone, save_two_towers
 
 __all__ = [

@@ -16,13 +16,7 @@ import torch
 from torch import Tensor
 
 from twotower.arguments import COUNT, check
-from twotower.checkpoint.files import (
-    DTYPES,
-    INDEX_FILE,
-    PACKED_DTYPES,
-    SINGLE_FILE,
-    set_aside,
-)
+from twotower.checkpoint.files import DTYPES, INDEX_FILE, PACKED_DTYPES, SINGLE_FILE, set_aside
 from twotower.checkpoint.gguf_reader import INDEX_FILE as GGUF_INDEX
 from twotower.file_lock import only_writer
 from twotower.paths import usable_path

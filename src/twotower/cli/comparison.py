@@ -67,9 +67,7 @@ def measure(
                 seconds[mode].append(time.perf_counter() - start)
     return {
         mode: Measured(
-            completion=_completion(events[mode]),
-            events=events[mode],
-            seconds=median(seconds[mode]),
+            completion=_completion(events[mode]), events=events[mode], seconds=median(seconds[mode])
         )
         for mode in modes
     }

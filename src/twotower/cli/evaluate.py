@@ -244,10 +244,7 @@ def describe_run(options: EvaluateOptions, loaded: Loaded, subject: Subject) -> 
         "items_per_category": options.items,
         "seed": options.seed,
         "batch_size": options.batch_size,
-        "model": {
-            "path": loaded.name,
-            "parameters": count_parameters(loaded.model),
-        },
+        "model": {"path": loaded.name, "parameters": count_parameters(loaded.model)},
         "versions": describe_versions(),
         "device": {
             "context": str(loaded.model.context_device),

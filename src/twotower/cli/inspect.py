@@ -16,13 +16,7 @@ from twotower.checkpoint.denoiser import (
     find_denoiser,
     is_denoiser,
 )
-from twotower.checkpoint.inspect import (
-    KINDS,
-    Description,
-    FilesRecord,
-    PrecisionRecord,
-    describe,
-)
+from twotower.checkpoint.inspect import KINDS, Description, FilesRecord, PrecisionRecord, describe
 from twotower.cli.tables import make_console, print_table
 from twotower.families import config_to_dict
 from twotower.lab.report import Table

@@ -29,12 +29,7 @@ from twotower.serve.options import ServeOptions
 from twotower.serve.pieces import Replies, Scores
 from twotower.serve.requests import Generation, Served
 from twotower.serve.responses import ResponseShape, ResponsesRequest, as_chat
-from twotower.serve.schema import (
-    ChatRequest,
-    CompletionRequest,
-    Decoding,
-    parse,
-)
+from twotower.serve.schema import ChatRequest, CompletionRequest, Decoding, parse
 from twotower.serve.service import (
     DONE,
     Service,
@@ -103,10 +98,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path, method = request.url.path, request.method
-    message = {
-        404: f"there is no {path}",
-        405: f"{path} does not take {method}",
-    }.get(error.status_code, str(error.detail))
+    known = {404: f"there is no {path}", 405: f"{path} does not take {method}"}
+    message = known.get(error.status_code, str(error.detail))
     refusal = ApiError(error.status_code, message)
     request.scope[ENTRY]["error"] = refusal.code
     return JSONResponse(refusal.body(), error.status_code, headers=error.headers)

@@ -15,12 +15,7 @@ _STATUS = {
 
 
 # Where nothing more precise is known.
-_CODES = {
-    400: "bad_value",
-    404: "no_such_path",
-    405: "no_such_method",
-    415: "content_type",
-}
+_CODES = {400: "bad_value", 404: "no_such_path", 405: "no_such_method", 415: "content_type"}
 _LONGEST = 500  # characters of a message
 # What requests call the engine's fields.
 _API_NAMES = {

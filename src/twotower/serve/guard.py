@@ -137,7 +137,8 @@ class Guard:
             if len(body) > self._options.max_body_bytes:
                 raise _too_large(self._options)
             if self._held > _MAX_HELD:
-                raise _too_many()
+                told = "too many large requests at a time; try again later"
+                raise ApiError(429, told, code="queue_full", headers={"Retry-After": "2"})
             has_more = message.get("more_body", False)
 
     def _check_host(self, headers: Headers) -> None:
@@ -232,11 +233,6 @@ def _too_large(options: ServeOptions) -> ApiError:
     return ApiError(
         413, f"the body is larger than {options.max_body_bytes} bytes", code="body_too_large"
     )
-
-
-def _too_many() -> ApiError:
-    message = "too many large requests at a time; try again later"
-    return ApiError(429, message, code="queue_full", headers={"Retry-After": "2"})
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -12,14 +12,7 @@ otherwise have half a million errors, which nobody reads and everybody waits for
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic.functional_validators import PlainValidator
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 

@@ -181,9 +181,6 @@ def num_possible(wanted: int) -> int:
     return wanted
 
 
-_log = logging.getLogger("twotower.serve")
-
-
 class Server(uvicorn.Server):
     """uvicorn's, whose stop first lets the worker finish or tell every row."""
 

@@ -83,12 +83,7 @@ def make_optimizer(model: nn.Module, options: OptimizationOptions) -> Optimizers
     if turned:
         muon = ShardedMuon if isinstance(turned[0], DTensor) else torch.optim.Muon
         parts.append(
-            muon(
-                turned,
-                lr=0.0,
-                weight_decay=options.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
+            muon(turned, lr=0.0, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw")
         )
     return Optimizers(parts)
 

@@ -201,12 +201,9 @@ def _damage_named(file: Path) -> Iterator[None]:
 
 def _undecodable_line(file: Path) -> int:
     with file.open("rb") as lines:
-        return next((n for n, line in enumerate(lines, 1) if not _is_utf8(line)), 0)
-
-
-def _is_utf8(line: bytes) -> bool:
-    try:
-        line.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 0

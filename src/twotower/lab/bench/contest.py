@@ -65,7 +65,7 @@ def contestants(
             for mode in ("ar", "speculative")
         ]
         sources: list[tuple[str, Sequence[str], Callable[[], Path]]] = [
-            ("llama.cpp", ("plain", *SPECULATIONS), partial(_gguf, model, file, own, folder)),
+            ("llama.cpp", ("plain", *SPECULATIONS), partial(_gguf, model, file, own, folder))
         ]
         if own == "none":
             target = folder / "transformers"

@@ -12,13 +12,7 @@ from typing import cast
 
 from torch import Tensor
 
-from twotower.backends import (
-    BackendName,
-    Quantization,
-    accelerate,
-    planned_setup,
-    refusal,
-)
+from twotower.backends import BackendName, Quantization, accelerate, planned_setup, refusal
 from twotower.config import TwoTowerConfig
 from twotower.engine import GenerateOptions, TokensCommitted, stream
 from twotower.engine.events import Event, Finished

@@ -3,12 +3,4 @@
 from twotower.lab.corpus.document import Document, Split, split_of
 from twotower.lab.corpus.documents import CATEGORIES, DEFAULT_WEIGHTS, documents, sample
 
-__all__ = [
-    "CATEGORIES",
-    "DEFAULT_WEIGHTS",
-    "Document",
-    "Split",
-    "documents",
-    "sample",
-    "split_of",
-]
+__all__ = ["CATEGORIES", "DEFAULT_WEIGHTS", "Document", "Split", "documents", "sample", "split_of"]

@@ -327,7 +327,7 @@ def point_labels(
 
 def plot_steps_by_block(results: Record) -> "Figure | None":
     """Mean passes of the first, second, ... block of an answer."""
-    traces = {m: t for m, t in results.get("traces", {}).items() if t}
+    traces = results.get("traces", {})
     if not traces:
         return None
     figure, axes = new_axes()
@@ -345,7 +345,7 @@ def plot_steps_by_block(results: Record) -> "Figure | None":
 
 def plot_commit_order(results: Record) -> "Figure | None":
     """Mean pass in which each position of a block was committed."""
-    traces = {m: t for m, t in results.get("traces", {}).items() if t}
+    traces = results.get("traces", {})
     if not traces:
         return None
     figure, axes = new_axes()

@@ -256,7 +256,5 @@ CHECKED: Mapping[str, Judge] = {
     "long_context": check_code,
     "refusal": check_refusal,
 }
-EXECUTED: Mapping[str, Callable[[Document, str, Sandbox], Verdict]] = {
-    "code": check_function,
-}
+EXECUTED: Mapping[str, Callable[[Document, str, Sandbox], Verdict]] = {"code": check_function}
 assert {*CHECKED, *EXECUTED} == set(CATEGORIES)

@@ -11,13 +11,7 @@ from twotower.checkpoint.files import SHIPPED
 from twotower.checkpoint.inspect import Description, describe
 from twotower.checkpoint.quantize import read_scheme
 from twotower.families import PRESETS
-from twotower.lab.plan.hardware import (
-    Compute,
-    Hardware,
-    built_in,
-    find_hardware,
-    read_hardware,
-)
+from twotower.lab.plan.hardware import Compute, Hardware, built_in, find_hardware, read_hardware
 from twotower.lab.plan.inputs import (
     DEFAULTS,
     PROFILES,

@@ -18,12 +18,7 @@ from twotower.lab.plan.modes import (
     sweep,
     turns,
 )
-from twotower.lab.plan.options import (
-    PlanOptions,
-    describe_model,
-    make_setup,
-    make_workload,
-)
+from twotower.lab.plan.options import PlanOptions, describe_model, make_setup, make_workload
 from twotower.lab.plan.passes import AR_STEP, DENOISE, EXTEND, VERIFY, ModelShape, PlanSetup
 
 TARGETS = (1.0, 2.42)  # speed-ups over AR: equal, and what the announcement reports
