@@ -103,10 +103,10 @@ def save_denoiser(
     """Write a model's thin denoiser alone. backbone: the name under which people find the other
     half. Whole or not at all; ValueError (one line) for a full disk or a folder of something else.
     """
-    spec, denoiser = model.config.draft, model.denoiser()
+    model.denoiser()  # ValueError where there is none
+    spec = model.config.draft
     if spec is None:
         raise ValueError("this denoiser is a full tower; save both towers with save_model")
-    assert denoiser is not None
     pieces = [
         Piece(name, tensor, dtype if tensor.is_floating_point() else tensor.dtype)
         for name, tensor in _own_tensors(model).items()

@@ -62,17 +62,12 @@ def make_optimizer(model: nn.Module, options: OptimizationOptions) -> Optimizers
     Muon's update is scaled to the RMS of AdamW's, so that one learning rate serves both; it is set
     before every step.
     """
-    turned: list[nn.Parameter] = []
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    turned, decayed, plain = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if options.optimizer == "muon" and is_turned(name, parameter):
-            turned.append(parameter)
-        else:
-            is_plain = not is_decayed(name, parameter)
-            (plain if is_plain else decayed).append(parameter)
+        if parameter.requires_grad:
+            is_muons = options.optimizer == "muon" and is_turned(name, parameter)
+            kind = turned if is_muons else decayed if is_decayed(name, parameter) else plain
+            kind.append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": options.weight_decay},
         {"params": plain, "weight_decay": 0.0},

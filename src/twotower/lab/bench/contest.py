@@ -51,35 +51,24 @@ def contestants(
     found: list[Contestant] = []
     missing: list[str] = []
     for own in quantizations:
-        found += [
-            Contestant(
-                engine=OURS,
-                quantization=own,
-                mode=mode,
-                file=str(file),
-                threads=threads,
-                denoiser=None if mode == "ar" else denoiser,
-                backend=backend,
-            )
-            for backend in backends
-            for mode in ("ar", "speculative")
-        ]
-        sources: list[tuple[str, Sequence[str], Callable[[], Path]]] = [
-            ("llama.cpp", ("plain", *SPECULATIONS), partial(_gguf, model, file, own, folder))
-        ]
+        each = partial(Contestant, quantization=own, threads=threads)
+        ours = partial(each, engine=OURS, file=str(file))
+        for backend in backends:
+            found.append(ours(mode="ar", backend=backend))
+            found.append(ours(mode="speculative", backend=backend, denoiser=denoiser))
+        sources: dict[str, tuple[Callable[[], Path], Sequence[str]]] = {
+            "llama.cpp": (partial(_gguf, model, file, own, folder), ("plain", *SPECULATIONS))
+        }
         if own == "none":
-            target = folder / "transformers"
-            sources.append(("transformers", ("plain", "lookup"), partial(_exported, model, target)))
-        for engine, modes, source in sources:
+            exported = partial(_exported, model, folder / "transformers")
+            sources["transformers"] = exported, ("plain", "lookup")
+        for engine, (source, modes) in sources.items():
             try:
                 name = str(source())
             except ValueError as error:  # a model that it cannot represent
                 missing.append(f"{engine} {own}: {error}")
                 continue
-            found += [
-                Contestant(engine=engine, quantization=own, mode=mode, file=name, threads=threads)
-                for mode in modes
-            ]
+            found += [each(engine=engine, mode=mode, file=name) for mode in modes]
     return found, missing
 
 
