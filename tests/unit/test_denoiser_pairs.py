@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from tiny_adapt import IDS, answers, backbone, thin
+from twotower import accelerate
 from twotower.adapt.ngrams import count_ngrams
 from twotower.checkpoint import save_backbone
-from twotower.checkpoint.denoiser import save_denoiser
+from twotower.checkpoint.denoiser import load_denoiser, save_denoiser
 from twotower.checkpoint.inspect import describe
 from twotower.cli.main import main
 from twotower.lab.plan.inputs import uniform
@@ -88,3 +89,22 @@ def test_plan_tells_what_drafts_cost(pair: list[str], capsys: pytest.CaptureFixt
     assert spent == pytest.approx(cycle_ms * 255 / 2)
     assert main(["plan", "--denoiser", pair[-1], "--model", "shipped"]) == 2
     assert "was trained for another model, me/model" in capsys.readouterr().err
+
+
+def test_a_head_of_all_tokens_is_shared(tmp_path: Path) -> None:
+    """Guards the memory of both towers: a denoiser that drafts every token has the context tower's
+    head, in eager and native passes, however it was made; a second copy would change no text.
+    """
+    model, folder = thin(backbone(), ids=None), tmp_path / "d"
+    save_backbone(backbone(), tmp_path / "m")
+    save_denoiser(model, folder, "me/model")
+    for one in (model, load_denoiser(backbone(), folder)):
+        assert one.lm_head is one.context_lm_head
+        native = accelerate(one, "native", quantization="int8").backend
+        assert native._denoiser._head is native._context_head  # type: ignore[attr-defined]
+    assert thin(backbone()).lm_head is not model.context_lm_head  # of fewer tokens
+    shape = ModelShape.of(describe(str(tmp_path / "m"), denoiser=str(folder)))
+    call = Pass(tower="denoiser", rows=1, tokens=5, logits=5, past=9)
+    (head,) = (p for p in pass_parts(shape, call, uniform("bfloat16")) if p.name == "head")
+    read = [p for n, p in model.named_parameters() if n.startswith(("context_lm", "bigram"))]
+    assert head.weight_bytes == 2 * sum(p.numel() for p in read)  # read by each draft all the same

@@ -166,17 +166,17 @@ def load_denoiser(
     backbone: TwoTower, path: str | Path, device: torch.device | None = None
 ) -> TwoTower:
     """The backbone with the denoiser of a folder or hub id, in the backbone's dtype, on a device,
-    the backbone's where none is given; there both share the embeddings. ValueError (one line) for
-    the denoiser of another backbone.
+    the backbone's where none is given; there both share the embeddings and, unless the denoiser
+    drafts fewer tokens, the head. ValueError (one line) for the denoiser of another backbone.
     """
     folder = find_denoiser(backbone.config, path)
     config = denoiser_config(backbone.config, folder)
     dtype = backbone.context_tower.norm_f.weight.dtype
     made = _with_empty_denoiser(backbone, config, dtype, device)
     _fill(made, folder / SINGLE_FILE, _of_another(path, read_json(folder / "config.json")))
-    head = made.context_lm_head.weight
-    ids = None if made.draft_ids is None else made.draft_ids.to(head.device)
-    made.lm_head.weight.data.copy_(head if ids is None else head[ids])
+    if made.draft_ids is not None:
+        head = made.context_lm_head.weight
+        made.lm_head.weight.data.copy_(head[made.draft_ids.to(head.device)])
     preferred = {"mode": "speculative", "block_size": config.block_size}
     made.generation_defaults = {**backbone.generation_defaults, **preferred}
     made.tokens_per_cycle = _measured(read_json(folder / "config.json"), folder)
@@ -207,6 +207,8 @@ def _with_empty_denoiser(
     if device != backbone.context_device:
         shared = backbone.context_tower.embeddings
         made.denoiser().embeddings = copy.deepcopy(shared).to(device)
+        if made.lm_head is made.context_lm_head:
+            made.lm_head = copy.deepcopy(made.lm_head).to(device)
     made.generation_defaults = backbone.generation_defaults
     made.unused_ids = backbone.unused_ids
     if made.draft_ids is not None:

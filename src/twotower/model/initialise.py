@@ -78,8 +78,8 @@ def copy_context_to_denoiser(model: TwoTower, seed: int) -> None:
 
 def _start_thin(model: TwoTower, seed: int) -> None:
     """A thin denoiser's head is rows of the context tower's; what else it has adds nothing yet."""
-    ids, head = model.draft_ids, model.context_lm_head.weight
-    model.lm_head.weight.copy_(head if ids is None else head[ids])
+    if model.draft_ids is not None:
+        model.lm_head.weight.copy_(model.context_lm_head.weight[model.draft_ids])
     denoiser = model.denoiser()
     if denoiser.hidden_proj is not None:
         denoiser.hidden_proj.weight.zero_()

@@ -75,7 +75,7 @@ class TwoTower(nn.Module):
 
     def tie_heads(self) -> None:
         """Let the heads share the embeddings' weights where the configuration says so, and a thin
-        denoiser the context tower's.
+        denoiser the context tower's embeddings and, unless its own has fewer tokens, head.
         """
         if self.config.tie_word_embeddings:
             self.context_lm_head.weight = self.context_tower.embeddings.weight
@@ -83,6 +83,8 @@ class TwoTower(nn.Module):
                 self.lm_head.weight = self.denoiser_tower.embeddings.weight
         if self.denoiser_tower is not None and self.config.draft is not None:
             self.denoiser_tower.embeddings = self.context_tower.embeddings
+            if self.config.draft.vocab_size is None:
+                self.lm_head = self.context_lm_head
 
     @property
     def backend(self) -> Backend:

@@ -56,7 +56,11 @@ class NativeBackend:
             raise ValueError("the native backend needs contiguous weights")
         self._context = native_tower(model.context_tower, "context_tower", True, scheme)
         self._context_head = native_head(model.context_lm_head, scheme)
-        self._denoiser = None if model.denoiser_tower is None else NativeDenoiser(model, scheme)
+        self._denoiser = (
+            None
+            if model.denoiser_tower is None
+            else NativeDenoiser(model, scheme, self._context_head)
+        )
         self._pool = BufferPool()
         self._sizes = StateSizes(() if self._context is None else self._context.layers)
 

@@ -10,18 +10,24 @@ from twotower.model.two_tower import TwoTower
 from twotower.model.view import ContextView
 from twotower.native.buffers import Addresses, known_states, past_states
 from twotower.native.layout import Row, address
+from twotower.native.tower import NativeLinear
 from twotower.native.weights import native_head, native_tower
 
 _MAX_TABLES = 64  # remembered times; a block of 16 tokens has 16 masked fractions
 
 
 class NativeDenoiser:
-    """Blocks to logits, by the denoiser tower of a model that has one."""
+    """Blocks to logits, by the denoiser tower of a model that has one. context_head: the other
+    tower's, which may be its own, too.
+    """
 
-    def __init__(self, model: TwoTower, scheme: Scheme | None) -> None:
+    def __init__(
+        self, model: TwoTower, scheme: Scheme | None, context_head: NativeLinear | None
+    ) -> None:
         self._model, self._width = model, model.config.hidden_size
         self._tower = native_tower(model.denoiser(), "denoiser_tower", False, scheme)
-        self._head = native_head(model.lm_head, scheme)
+        is_shared = model.lm_head is model.context_lm_head
+        self._head = context_head if is_shared else native_head(model.lm_head, scheme)
         proj, bigram = model.denoiser().hidden_proj, model.bigram
         self._hidden_proj = None if proj is None else native_head(proj, scheme)
         self._bigram_up = None if bigram is None else native_head(bigram.up_proj, scheme)

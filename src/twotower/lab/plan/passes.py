@@ -131,8 +131,11 @@ def pass_parts(shape: ModelShape, call: Pass, widths: Widths) -> list[PassPart]:
         assert shape.experts is not None
         parts.append(_experts(shape.experts, counts[EXPERTS], n, widths))
     if call.logits:
-        # Tied heads count as embeddings: the same table.
-        head = counts.get("head", shape.config.hidden_size * shape.config.vocab_size)
+        head, draft = counts.get("head", 0), shape.config.draft
+        # Tied heads count as embeddings, a thin denoiser's of all tokens as the other tower's.
+        of_all = call.tower == "denoiser" and draft is not None and draft.vocab_size is None
+        if head == 0 or of_all:
+            head += shape.config.hidden_size * shape.config.vocab_size
         parts.append(_matrices("head", head, call.rows * call.logits, widths))
     if call.tower == "denoiser" and "time conditioning" in counts:
         kind = "time conditioning"
