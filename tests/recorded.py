@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from twotower import ContextCache, GenerateOptions, TwoTower
 from twotower.checkpoint import load_checkpoint
 from twotower.engine import MODES
-from twotower.engine.options import FIELD_MODES
+from twotower.engine.resolved import FIELD_MODES
 from twotower.layers.adaln import TimestepEmbedder, time_features
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState

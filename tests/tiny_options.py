@@ -2,7 +2,7 @@
 
 from twotower import GenerateOptions
 from twotower.engine import MODES
-from twotower.engine.options import FIELD_MODES, SAMPLED_ONLY
+from twotower.engine.resolved import FIELD_MODES, SAMPLED_ONLY
 
 
 def options_of(defaults: dict[str, object], changes: dict[str, object]) -> GenerateOptions:

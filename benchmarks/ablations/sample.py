@@ -26,7 +26,7 @@ from twotower.checkpoint import load_checkpoint
 from twotower.cli.machine import recorded
 from twotower.cli.scripts import script_parser
 from twotower.engine import MODES, GenerateOptions, defaults_of, resolve_options
-from twotower.engine.options import FIELD_MODES
+from twotower.engine.resolved import FIELD_MODES
 from twotower.lab.corpus import CATEGORIES, Document
 from twotower.lab.evaluate.run import Item, draw_groups
 from twotower.train.run_folder import versions

@@ -10,7 +10,7 @@ from tiny_quantised import groupable_model
 from tiny_text import tiny_tokenizer
 from twotower.checkpoint import save_two_towers
 from twotower.cli.main import main
-from twotower.engine.options import MODES
+from twotower.engine.resolved import MODES
 
 WEIGHTS = {
     "int8": ["--quantization", "int8"],

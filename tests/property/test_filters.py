@@ -12,7 +12,7 @@ from tiny_text import byte_tokenizer
 from twotower import GenerateOptions, StepTaken, TokensCommitted
 from twotower.engine import Event, Failed, Finished, Request, stream_requests
 from twotower.engine.filters import Filter, function_filter, pattern_filter
-from twotower.engine.options import resolve_options
+from twotower.engine.resolved import resolve_options
 from twotower.engine.row import Row
 from twotower.engine.text import RowText
 

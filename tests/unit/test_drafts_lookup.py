@@ -17,7 +17,7 @@ from twotower.engine.drafts_lookup import (
     LookupIndex,
     propose,
 )
-from twotower.engine.options import ResolvedOptions
+from twotower.engine.resolved import ResolvedOptions
 from twotower.engine.row import Row
 from twotower.model.backend import PassCosts
 from twotower.model.ngrams import Ngrams, context_keys

@@ -12,7 +12,7 @@ from twotower.documented import field_docs
 from twotower.engine import MODES, EngineOptions, ResolvedOptions, defaults_of, resolve_options
 from twotower.engine.batch import Batch
 from twotower.engine.blocks import BLOCKS
-from twotower.engine.options import FIELD_MODES
+from twotower.engine.resolved import FIELD_MODES
 from twotower.engine.row import Row
 
 

@@ -12,7 +12,7 @@ from twotower.engine.filters import (
     function_filter,
     pattern_filter,
 )
-from twotower.engine.options import resolve_options
+from twotower.engine.resolved import resolve_options
 from twotower.engine.row import Row
 from twotower.engine.text import RowText
 

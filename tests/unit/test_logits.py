@@ -6,7 +6,7 @@ import torch
 from twotower.diffusion import require_finite
 from twotower.engine import GenerateOptions
 from twotower.engine.constraints import penalize
-from twotower.engine.options import resolve_options
+from twotower.engine.resolved import resolve_options
 from twotower.engine.row import Row
 
 INF, NAN = float("inf"), float("nan")

@@ -9,7 +9,7 @@ from twotower.engine import drafts_denoiser, drafts_lookup, speculative
 from twotower.engine.batch import Batch
 from twotower.engine.drafts import DraftController, Proposal, best_length, pass_cost
 from twotower.engine.drafts_denoiser import choose_writers, writing_cost
-from twotower.engine.options import ResolvedOptions
+from twotower.engine.resolved import ResolvedOptions
 from twotower.engine.row import Row
 from twotower.graphs.passes import count_accepted
 from twotower.model.backend import PassCosts

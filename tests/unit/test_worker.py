@@ -27,8 +27,8 @@ from twotower.engine import (
     prefill,
     stream_requests,
 )
-from twotower.engine.options import Mode
 from twotower.engine.prefix_cache import PrefixCache
+from twotower.engine.resolved import Mode
 
 PROMPTS = prompts_of([5, 3, 9, 2])
 LONG = Request(PROMPTS[0], options(mode="ar", max_new_tokens=100_000))

@@ -17,7 +17,7 @@ from twotower.cli.prompts import read_argument
 from twotower.cli.serve import describe, need_extra
 from twotower.cli.text import one_line, printable
 from twotower.engine import GenerateOptions
-from twotower.engine.options import SAMPLED_ONLY, refuse_sampling
+from twotower.engine.resolved import SAMPLED_ONLY, refuse_sampling
 from twotower.loading import Placement, load, placement_of
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from twotower.cli.flags import aliases_of, with_flags
 from twotower.cli.prompts import read_argument
 from twotower.documented import field_docs
 from twotower.engine import MODES, GenerateOptions, ResolvedOptions
-from twotower.engine.options import FIELD_MODES
 from twotower.engine.request import require_denoiser
+from twotower.engine.resolved import FIELD_MODES
 from twotower.loading import Placement
 
 _DOCS = field_docs(GenerateOptions)

@@ -24,7 +24,7 @@ from twotower.cli.measuring import (
 from twotower.cli.progress import progress_bar
 from twotower.cli.tables import make_console, print_table
 from twotower.engine import MODES, GenerateOptions, defaults_of, resolve_options
-from twotower.engine.options import FIELD_MODES, MODES_OF_BACKBONES
+from twotower.engine.resolved import FIELD_MODES, MODES_OF_BACKBONES
 from twotower.lab.corpus import CATEGORIES, Document
 from twotower.lab.evaluate.likelihood import Reference, score_references, summarise_references
 from twotower.lab.evaluate.report import LEGEND, headline, tables, write_report

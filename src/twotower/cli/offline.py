@@ -30,7 +30,7 @@ from twotower.engine import (
     stream_requests,
 )
 from twotower.engine.grammar import shortened
-from twotower.engine.options import FIELD_MODES, SAMPLED_ONLY
+from twotower.engine.resolved import FIELD_MODES, SAMPLED_ONLY
 from twotower.loading import Loaded, Placement, load
 
 REFUSED_LINES = 3  # exit status: all is done, but some lines were no request

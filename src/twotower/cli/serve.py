@@ -19,7 +19,7 @@ from twotower.engine import (
     defaults_of,
     resolve_options,
 )
-from twotower.engine.options import MODES_OF_BACKBONES
+from twotower.engine.resolved import MODES_OF_BACKBONES
 from twotower.loading import Loaded, Placement, load, placement_of, prompt_notice
 from twotower.serve import ServeOptions, replicas
 from twotower.serve.replicas import ReplicaOptions, ReplicatedOptions

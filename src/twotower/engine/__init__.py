@@ -13,16 +13,10 @@ from twotower.engine.events import (
 from twotower.engine.filters import Filter
 from twotower.engine.generate import generate, stream
 from twotower.engine.grammar import Grammar
-from twotower.engine.options import (
-    MODES,
-    EngineOptions,
-    GenerateOptions,
-    Mode,
-    ResolvedOptions,
-    resolve_options,
-)
+from twotower.engine.options import EngineOptions, GenerateOptions
 from twotower.engine.prefill import lacking_memory
 from twotower.engine.request import Request, defaults_of
+from twotower.engine.resolved import MODES, Mode, ResolvedOptions, resolve_options
 from twotower.engine.source import stream_requests
 from twotower.engine.worker import QueueFull, Stopped, Ticket, Worker, WorkerStats
 

@@ -6,9 +6,10 @@ from collections.abc import Generator, Iterator, Sequence
 
 from twotower.arguments import shown
 from twotower.engine.events import Completion, Event, Failed, Finished
-from twotower.engine.options import BLOCK_MODES, EngineOptions, GenerateOptions
+from twotower.engine.options import EngineOptions, GenerateOptions
 from twotower.engine.request import Prompt, Request, checked_engine, make_row
 from twotower.engine.request_queue import RequestQueue
+from twotower.engine.resolved import BLOCK_MODES
 from twotower.engine.row import Row
 from twotower.engine.scheduler import Scheduler
 from twotower.model import TwoTower

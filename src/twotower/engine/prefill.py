@@ -9,8 +9,8 @@ from twotower.engine.batch import Batch, DecodingMode, kind_of
 from twotower.engine.blocks import BLOCKS
 from twotower.engine.given import GIVEN
 from twotower.engine.mock_ar import MOCK_AR
-from twotower.engine.options import Mode
 from twotower.engine.prefix_cache import PrefixCache
+from twotower.engine.resolved import Mode
 from twotower.engine.row import Row
 from twotower.engine.speculative import SPECULATIVE
 from twotower.memory import available_bytes

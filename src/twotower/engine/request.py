@@ -8,19 +8,15 @@ from typing import NamedTuple
 from twotower.arguments import require, shown
 from twotower.engine.filters import Filter
 from twotower.engine.grammar_state import TokenRules, begin
-from twotower.engine.options import (
-    MODES_OF_BACKBONES,
-    EngineOptions,
-    GenerateOptions,
-    ResolvedOptions,
-    resolve_options,
-)
+from twotower.engine.options import EngineOptions, GenerateOptions
+from twotower.engine.resolved import MODES_OF_BACKBONES, ResolvedOptions, resolve_options
 from twotower.engine.row import Row
 from twotower.engine.text import RowText
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+_ENGINE = EngineOptions()  # where none is given
 
 
 class Request(NamedTuple):
@@ -98,7 +94,7 @@ def checked_engine(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
             f"{model.config.vocab_size}; load the tokenizer of the same checkpoint"
         )
-    return engine or EngineOptions()
+    return engine or _ENGINE
 
 
 def require_denoiser(has_denoiser: bool, options: ResolvedOptions) -> None:

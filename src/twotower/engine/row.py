@@ -26,7 +26,7 @@ from twotower.engine.events import (
     Verified,
 )
 from twotower.engine.grammar_state import GrammarState
-from twotower.engine.options import ResolvedOptions
+from twotower.engine.resolved import ResolvedOptions
 from twotower.engine.text import RowText
 from twotower.model import ContextCache
 

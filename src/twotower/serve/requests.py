@@ -11,7 +11,7 @@ from typing import Any
 
 from twotower.engine import Filter, GenerateOptions, Grammar, Mode, Request
 from twotower.engine.grammar import json_schema
-from twotower.engine.options import FIELD_MODES, MODES, SAMPLED_ONLY
+from twotower.engine.resolved import FIELD_MODES, MODES, SAMPLED_ONLY
 from twotower.serve.chat import ChatTemplate, check_length, encode_chat, encode_pieces
 from twotower.serve.errors import ApiError, bad_value
 from twotower.serve.options import ServeOptions

@@ -21,7 +21,7 @@ import torch
 
 from twotower.arguments import COUNT, check_fields, nearest, one_of
 from twotower.engine import GenerateOptions, generate
-from twotower.engine.options import MODES
+from twotower.engine.resolved import MODES
 from twotower.lab.corpus import CATEGORIES, Document
 from twotower.lab.evaluate.likelihood import Score, score_texts
 from twotower.lab.evaluate.sandbox import Sandbox, find_sandbox
