@@ -2,8 +2,9 @@
 
 from twotower.tokenizer.decoding import TextStream
 from twotower.tokenizer.file import CHAT_TEMPLATE_FILE, load_tokenizer, read_chat_template
-from twotower.tokenizer.text import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from twotower.tokenizer.text import Tokenizer
 from twotower.tokenizer.training import MIN_VOCAB_SIZE, train_tokenizer
+from twotower.tokenizer.vocabulary import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
 __all__ = [
     "CHAT_TEMPLATE_FILE",

@@ -16,13 +16,8 @@ import tokenizers
 from twotower.paths import usable_path
 from twotower.tokenizer.patterns import why_refused
 from twotower.tokenizer.rules import flatten
-from twotower.tokenizer.text import (
-    ROLES,
-    TOKENIZER_CONFIG_FILE,
-    TOKENIZER_FILE,
-    Tokenizer,
-    refused_panics,
-)
+from twotower.tokenizer.text import Tokenizer, refused_panics
+from twotower.tokenizer.vocabulary import ROLES, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 # Well above the largest that is published (34 MB, 262,144 tokens, 514,906 merges).

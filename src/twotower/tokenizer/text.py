@@ -1,106 +1,28 @@
-"""The vocabulary: text to token ids and back.
+"""Text to token ids and back.
 
-Decides the special ids of our own tokenizers (0 <pad>, 1 <bos>, 2 <eos>, 3 <mask>), that every
-digit is a token of its own, and that text can never turn into a special token unless the caller
-asks for it: a prompt which contains the letters "<mask>" is encoded as those letters.
+Decides that every digit is a token of its own, and that text can never turn into a special token
+unless the caller asks for it: a prompt which contains the letters "<mask>" is encoded as those
+letters.
 """
 
-import hashlib
-import json
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 
 import tokenizers
 
 from twotower.arguments import require, require_unicode, shown
-from twotower.paths import usable_path
 from twotower.tokenizer.decoding import TextStream, num_leading_spaces
-from twotower.tokenizer.rules import read_rule
-
-TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-# The special tokens of our own tokenizers, in the order of their ids.
-ROLES = {"pad": "<pad>", "bos": "<bos>", "eos": "<eos>", "mask": "<mask>"}
+from twotower.tokenizer.vocabulary import ROLES, Vocabulary
 
 
-class Tokenizer:
+class Tokenizer(Vocabulary):
     """A fixed vocabulary: `encode`, `decode`, streaming through `stream`, and the special ids."""
-
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        roles: dict[str, str] | None = None,
-        adds_bos: bool | None = None,
-    ) -> None:
-        """`roles` names the special tokens (keys pad, bos, eos, mask); unnamed ones are looked up
-        as ours. `adds_bos`: whether prompts begin with bos; None: as the file itself would do.
-        """
-        require("backend", backend, tokenizers.Tokenizer, "tokenizers.Tokenizer(...)")
-        backend.encode_special_tokens = True  # "<mask>" in text is text
-        backend.no_padding()
-        backend.no_truncation()
-        self._backend = backend
-        self._rule = read_rule(
-            None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
-        )
-        self._bytes: dict[int, bytes] = {}
-        self._lost = _bytes_without_token(backend, self._rule.alphabet)
-        ids = backend.get_vocab(with_added_tokens=True).values()
-        self.vocab_size = max(ids, default=-1) + 1  # all ids are below it
-        self.missing_ids = frozenset(
-            set(range(self.vocab_size)).difference(ids) if len(ids) < self.vocab_size else ()
-        )
-        ours = {role: name for role, name in ROLES.items() if name in self.special_texts}
-        names = ours | (roles or {})
-        self._roles = {role: n for role, n in names.items() if self.token_id(n) is not None}
-        ids_of = {role: self.token_id(name) for role, name in self._roles.items()}
-        self.pad_id, self.bos_id, self.eos_id, self.mask_id = map(ids_of.get, ROLES)
-        self._adds_bos = adds_bos
 
     def unused_ids(self, vocab_size: int) -> tuple[int, ...]:
         """Ids below a model's vocab_size that are no token: holes, and those past the last."""
         return (*sorted(self.missing_ids), *range(self.vocab_size, vocab_size))
-
-    def token_id(self, token: str) -> int | None:
-        """The id of a token as the vocabulary writes it; None if it has no such token."""
-        found: int | None = self._backend.token_to_id(token)
-        return found
-
-    def token_name(self, token_id: int) -> str | None:
-        """How the vocabulary writes a token; None for an id without one."""
-        found: str | None = self._backend.id_to_token(token_id)
-        return found
-
-    def with_roles(self, roles: Mapping[str, str], adds_bos: bool | None = None) -> "Tokenizer":
-        """The same vocabulary with other tokens as pad, bos, eos or mask; adds_bos None: as now."""
-        adds_bos = self._adds_bos if adds_bos is None else adds_bos
-        return Tokenizer(self._backend, self._roles | dict(roles), adds_bos)
-
-    @cached_property
-    def special_texts(self) -> tuple[str, ...]:
-        """The written forms of all special tokens."""
-        added = self._backend.get_added_tokens_decoder().values()
-        return tuple(token.content for token in added if token.special)
-
-    @cached_property
-    def special_ids(self) -> frozenset[int]:
-        """The ids of all special tokens."""
-        added = self._backend.get_added_tokens_decoder()
-        return frozenset(token_id for token_id, token in added.items() if token.special)
-
-    @cached_property
-    def json_text(self) -> str:
-        """The tokenizer file's text."""
-        text: str = self._backend.to_str()
-        return text
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hex SHA-256 of the tokenizer file: equal for equal vocabularies and rules."""
-        return hashlib.sha256(self.json_text.encode()).hexdigest()
 
     @cached_property
     def _reading_special(self) -> tokenizers.Tokenizer:
@@ -196,43 +118,6 @@ class Tokenizer:
     def stream(self) -> TextStream:
         """A fresh incremental decoder, which leaves special tokens out."""
         return TextStream(self.token_bytes, self.special_ids)
-
-    def save(self, folder: Path | str) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json` into `folder` (created if needed).
-        ValueError (one line) where that cannot be.
-        """
-        folder = usable_path("folder", folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, content in self.files().items():
-                (folder / name).write_bytes(content)
-        except OSError as error:
-            raise ValueError(
-                f"{folder}: cannot be written ({error.strerror}); choose another place"
-            ) from None
-
-    def files(self) -> dict[str, bytes]:
-        """The files that `load_tokenizer` reads, by name: what a checkpoint has to carry."""
-        config: dict[str, object] = {f"{role}_token": name for role, name in self._roles.items()}
-        config |= {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-        }
-        if self._adds_bos is not None:
-            config["add_bos_token"] = self._adds_bos
-        return {
-            TOKENIZER_FILE: self.json_text.encode(),
-            TOKENIZER_CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(),
-        }
-
-
-def _bytes_without_token(
-    backend: tokenizers.Tokenizer, alphabet: Mapping[str, int]
-) -> frozenset[int]:
-    """Bytes that byte-level BPE would leave out of a text."""
-    if getattr(backend.model, "unk_token", None) is not None:
-        return frozenset()
-    return frozenset(b for char, b in alphabet.items() if backend.token_to_id(char) is None)
 
 
 @contextmanager

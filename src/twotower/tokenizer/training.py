@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from twotower.tokenizer.text import ROLES, Tokenizer
+from twotower.tokenizer.text import Tokenizer
+from twotower.tokenizer.vocabulary import ROLES
 
 MIN_VOCAB_SIZE = len(ROLES) + 256  # the special tokens and every byte
 
