@@ -20,7 +20,7 @@ from twotower.model.state import ContextCache, ForwardOutput
 from twotower.model.view import ContextView
 
 if TYPE_CHECKING:
-    from twotower.model.two_tower import TwoTower
+    from twotower.model.passes import Passes
 
 
 class PassCosts(NamedTuple):
@@ -90,7 +90,7 @@ class EagerBackend:
     prefix_chunk, verifies_trees, chooses_tokens = 64, True, False
     pass_costs = PassCosts({1: 1.0, 4: 1.4, 8: 1.6, 16: 1.75})
 
-    def __init__(self, model: "TwoTower") -> None:
+    def __init__(self, model: "Passes") -> None:
         self._model = model
 
     @torch.no_grad()
@@ -145,7 +145,7 @@ class EagerBackend:
 
 
 def denoiser_logits(
-    model: "TwoTower",
+    model: "Passes",
     block: Tensor,
     view: ContextView,
     mask: Tensor | None,

@@ -1,4 +1,4 @@
-"""Both towers, their heads and the time conditioning: what decoding and training call.
+"""Both towers, their heads and the time conditioning, and what training calls.
 
 Holds no generation loop, sampler, loss or checkpoint code.
 """
@@ -13,23 +13,21 @@ from torch import Tensor, nn
 from twotower import masks
 from twotower.arguments import check, one_of, require
 from twotower.config import TwoTowerConfig
-from twotower.layers.adaln import Modulation, TimestepEmbedder
+from twotower.layers.adaln import TimestepEmbedder
 from twotower.layers.bigram import Bigram
-from twotower.model.backend import Backend, EagerBackend, PassCosts
+from twotower.model.backend import Backend, EagerBackend
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
-from twotower.model.draft_tree import DraftTree
 from twotower.model.ngrams import Ngrams
-from twotower.model.state import ContextCache, ForwardOutput, empty_states
+from twotower.model.passes import Passes
+from twotower.model.state import ContextCache
 from twotower.model.training import read_and_denoise, read_and_draft
-from twotower.model.view import ContextView
-from twotower.specs import AttentionSpec, MambaSpec
 
 # Tokens of a prompt read at a time: bounds the attention scores at chunk x prompt.
 PREFILL_CHUNK = 512
 
 
-class TwoTower(nn.Module):
+class TwoTower(Passes):
     """A frozen context tower that commits text and a denoiser tower that fills masked blocks.
 
     Parameter names are the released ones, but for the stacked experts. With towers="context" there
@@ -37,8 +35,6 @@ class TwoTower(nn.Module):
     """
 
     prefix_chunk = EagerBackend.prefix_chunk
-    draft_ids: Tensor | None  # (draft_vocab_size,): the tokens of a smaller head of the denoiser
-    _backend: Backend | None = None  # None: eager
 
     def __init__(self, config: TwoTowerConfig, towers: Literal["both", "context"] = "both") -> None:
         super().__init__()
@@ -86,45 +82,12 @@ class TwoTower(nn.Module):
             if self.config.draft.vocab_size is None:
                 self.lm_head = self.context_lm_head
 
-    @property
-    def backend(self) -> Backend:
-        """What runs the passes of decoding."""
-        return self._backend or EagerBackend(self)
-
     def with_backend(self, backend: Backend) -> "TwoTower":
         """This model's modules, with decoding passes by another backend."""
         found = copy.copy(self)
         found._backend = backend
         found.prefix_chunk = backend.prefix_chunk
         return found
-
-    @property
-    def pass_costs(self) -> PassCosts:
-        """What passes of decoding cost in AR steps."""
-        return self.backend.pass_costs
-
-    @property
-    def has_denoiser(self) -> bool:
-        """Whether blocks can be denoised."""
-        return self.denoiser_tower is not None
-
-    @property
-    def context_device(self) -> torch.device:
-        """Where the context tower lives."""
-        return self.context_tower.embeddings.weight.device
-
-    @property
-    def denoiser_device(self) -> torch.device:
-        """Where the denoiser tower lives; the context's device when there is none."""
-        tower = self.context_tower if self.denoiser_tower is None else self.denoiser_tower
-        return tower.embeddings.weight.device
-
-    @property
-    def token_bytes(self) -> int:
-        """Of the keys and values that the cache holds of a token."""
-        kept = (s for s in self.config.context.layers if isinstance(s, AttentionSpec))
-        size = self.context_tower.embeddings.weight.element_size()
-        return 2 * size * sum(spec.num_kv_heads * spec.head_dim for spec in kept)
 
     def context_logits(self, ids: Tensor) -> Tensor:
         """Next-token logits of the context tower: ids (B, L) int64 -> (B, L, V) float32, causal."""
@@ -134,16 +97,6 @@ class TwoTower(nn.Module):
         hidden, _ = self.context_tower(ids, None, masks.causal(length, 0, ids.device), None, length)
         logits: Tensor = self.context_lm_head(hidden).float()
         return logits
-
-    def empty_cache(
-        self, num_rows: int, device: torch.device | None = None, keeps_outputs: bool = False
-    ) -> ContextCache:
-        """A cache before the first token. keeps_outputs: of the tower, at all tokens."""
-        dtype, device = self.context_tower.embeddings.weight.dtype, device or self.context_device
-        states = empty_states(self.config.context.layers, num_rows, device, dtype)
-        shape = num_rows, 0, self.config.hidden_size
-        outputs = torch.empty(shape, dtype=dtype, device=device) if keeps_outputs else None
-        return ContextCache(states, num_rows, outputs)
 
     def prefill(
         self, ids: Tensor, lengths: Tensor | None = None, chunk_size: int | None = None
@@ -164,70 +117,6 @@ class TwoTower(nn.Module):
             self.extend(cache, chunk, counts)
             start += chunk.shape[1]
         return cache
-
-    def extend(self, cache: ContextCache, tokens: Tensor, counts: Tensor | None = None) -> Tensor:
-        """Commit tokens (B, n >= 1) to the cache; counts (B,) in 0..n when rows commit fewer.
-
-        Returns the tower's output (B, n, D); `context_head` makes logits of it.
-        """
-        tokens = self._after(cache, tokens)
-        whole = [tokens.shape[1]] * len(tokens)
-        counts = torch.tensor(whole) if counts is None else counts.cpu()
-        asked = None if counts.tolist() == whole else counts
-        output = self.backend.context_pass(cache, tokens, asked, is_draft=False)
-        cache.commit(output, counts)
-        return output.hidden
-
-    def verify(
-        self,
-        cache: ContextCache,
-        tokens: Tensor,
-        counts: Tensor | None = None,
-        is_draft: bool = True,
-        tree: DraftTree | None = None,
-    ) -> ForwardOutput:
-        """Forward pass over tokens (B, n >= 1) after the cache, which stays as it is:
-        `cache.commit` keeps as many of them as are wanted.
-
-        counts (B,): how many tokens of each row are worth a pass, all where not given; without
-        is_draft just these will be committed, which saves work. tree: what each token follows,
-        where drafts branch; ValueError (one line) where `verifies_trees` is false.
-        Source: system.md section 4, 'Self-speculation'.
-        """
-        tokens = self._after(cache, tokens)
-        if tree is not None and not self.verifies_trees:
-            raise ValueError(
-                "drafts branch, which the context tower's Mamba layers or the backend cannot "
-                "verify; give drafts without branches"
-            )
-        return self.backend.context_pass(cache, tokens, counts, is_draft, tree)
-
-    @property
-    def verifies_trees(self) -> bool:
-        """Whether drafts may branch: a Mamba layer's state is that of one text."""
-        layers = self.config.context.layers
-        has_mamba = any(isinstance(layer, MambaSpec) for layer in layers)
-        return not has_mamba and self.backend.verifies_trees
-
-    def context_head(self, hidden: Tensor) -> Tensor:
-        """The context tower's logits: hidden (..., D) -> (..., V) float32."""
-        return self.backend.context_head(hidden).float()
-
-    def next_logits(self, cache: ContextCache) -> Tensor:
-        """Context-head logits after each row's last committed token: (B, V) float32."""
-        if cache.last_hidden is None:
-            raise ValueError("the cache is empty; prefill a prompt of at least one token first")
-        return self.context_head(cache.last_hidden)
-
-    def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
-        """One denoiser pass: block (B, T) of ids with masks -> logits (B, T, V) float32, of the
-        `draft_ids` where there are any.
-
-        t (B,): masked fraction; None, or a thin denoiser, has no time conditioning. The view is
-        only read.
-        """
-        t = None if self.config.draft is not None else t
-        return self.backend.denoise(self.checked(block, "block"), view, t).float()
 
     def training_logits(
         self,
@@ -264,22 +153,6 @@ class TwoTower(nn.Module):
         """
         return read_and_draft(self, clean, block_size, index)
 
-    def modulations(self, t: Tensor) -> list[Modulation]:
-        """t (B, K) or (B, 1) -> for each layer shift, scale, gate (B, K, 1, D)."""
-        m = self.t_block(self.t_embedder(t.to(self.denoiser_device)))
-        m = m.unflatten(-1, (3, 1, -1))  # (B, K, 3, 1, D)
-        tables = torch.stack(list(self.scale_shift_tables))  # (layers, 3, D)
-        parts = (m + tables[:, None, None, :, None]).unbind(3)  # (layers, B, K, 1, D) each
-        return [Modulation(*of_layer) for of_layer in zip(*map(torch.unbind, parts), strict=True)]
-
-    def denoiser(self) -> DenoiserTower:
-        """The denoiser tower; ValueError if there is none."""
-        if self.denoiser_tower is None:
-            raise ValueError(
-                "this model has no denoiser tower; load it with towers='both', or use mode='ar'"
-            )
-        return self.denoiser_tower
-
     def require_loaded_weights(self, purpose: str) -> None:
         """ValueError (one line) if the backend has rounded them."""
         if self.backend.quantization != "none":
@@ -287,19 +160,3 @@ class TwoTower(nn.Module):
                 f"{purpose} uses the weights as loaded, and this model decodes with "
                 f"quantization={self.backend.quantization}; use the model before accelerate"
             )
-
-    def _after(self, cache: ContextCache, tokens: Tensor) -> Tensor:
-        """Checked tokens that are to follow the cache."""
-        if len(self.checked(tokens, "tokens")) != cache.num_rows:
-            raise ValueError(f"tokens have {len(tokens)} rows but the cache has {cache.num_rows}")
-        return tokens
-
-    def checked(self, ids: Tensor, name: str) -> Tensor:
-        """The ids (B, L); ValueError (one line) for what are none."""
-        require(name, ids, Tensor, "an int64 tensor of token ids")
-        if ids.dim() != 2 or ids.shape[1] < 1 or ids.dtype != torch.int64:
-            raise ValueError(
-                f"{name} has shape {tuple(ids.shape)} and dtype {ids.dtype}; "
-                "must be (rows, tokens >= 1) int64"
-            )
-        return ids

@@ -1,0 +1,165 @@
+"""The passes of decoding, checked: what an engine asks of a model, whatever backend runs them."""
+
+import torch
+from torch import Tensor, nn
+
+from twotower.arguments import require
+from twotower.config import TwoTowerConfig
+from twotower.layers.adaln import Modulation, TimestepEmbedder
+from twotower.layers.bigram import Bigram
+from twotower.model.backend import Backend, EagerBackend, PassCosts
+from twotower.model.context_tower import ContextTower
+from twotower.model.denoiser_tower import DenoiserTower
+from twotower.model.draft_tree import DraftTree
+from twotower.model.state import ContextCache, ForwardOutput, empty_states
+from twotower.model.view import ContextView
+from twotower.specs import AttentionSpec, MambaSpec
+
+
+class Passes(nn.Module):
+    """The towers as decoding asks them; `TwoTower` makes them."""
+
+    config: TwoTowerConfig
+    context_tower: ContextTower
+    context_lm_head: nn.Linear
+    denoiser_tower: DenoiserTower | None
+    lm_head: nn.Linear
+    bigram: Bigram | None
+    draft_ids: Tensor | None  # (draft_vocab_size,): the tokens of a smaller head of the denoiser
+    t_embedder: TimestepEmbedder
+    t_block: nn.Sequential
+    scale_shift_tables: nn.ParameterList
+    _backend: Backend | None = None  # None: eager
+
+    @property
+    def backend(self) -> Backend:
+        """What runs the passes of decoding."""
+        return self._backend or EagerBackend(self)
+
+    @property
+    def pass_costs(self) -> PassCosts:
+        """What passes of decoding cost in AR steps."""
+        return self.backend.pass_costs
+
+    @property
+    def has_denoiser(self) -> bool:
+        """Whether blocks can be denoised."""
+        return self.denoiser_tower is not None
+
+    @property
+    def context_device(self) -> torch.device:
+        """Where the context tower lives."""
+        return self.context_tower.embeddings.weight.device
+
+    @property
+    def denoiser_device(self) -> torch.device:
+        """Where the denoiser tower lives; the context's device when there is none."""
+        tower = self.context_tower if self.denoiser_tower is None else self.denoiser_tower
+        return tower.embeddings.weight.device
+
+    @property
+    def token_bytes(self) -> int:
+        """Of the keys and values that the cache holds of a token."""
+        kept = (s for s in self.config.context.layers if isinstance(s, AttentionSpec))
+        size = self.context_tower.embeddings.weight.element_size()
+        return 2 * size * sum(spec.num_kv_heads * spec.head_dim for spec in kept)
+
+    def empty_cache(
+        self, num_rows: int, device: torch.device | None = None, keeps_outputs: bool = False
+    ) -> ContextCache:
+        """A cache before the first token. keeps_outputs: of the tower, at all tokens."""
+        dtype, device = self.context_tower.embeddings.weight.dtype, device or self.context_device
+        states = empty_states(self.config.context.layers, num_rows, device, dtype)
+        shape = num_rows, 0, self.config.hidden_size
+        outputs = torch.empty(shape, dtype=dtype, device=device) if keeps_outputs else None
+        return ContextCache(states, num_rows, outputs)
+
+    def extend(self, cache: ContextCache, tokens: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Commit tokens (B, n >= 1) to the cache; counts (B,) in 0..n when rows commit fewer.
+
+        Returns the tower's output (B, n, D); `context_head` makes logits of it.
+        """
+        whole = torch.full(self.checked(tokens, "tokens").shape[:1], tokens.shape[1])
+        counts = whole if counts is None else counts.cpu()
+        asked = None if counts.tolist() == whole.tolist() else counts
+        output = self.verify(cache, tokens, asked, is_draft=False)
+        cache.commit(output, counts)
+        return output.hidden
+
+    def verify(
+        self,
+        cache: ContextCache,
+        tokens: Tensor,
+        counts: Tensor | None = None,
+        is_draft: bool = True,
+        tree: DraftTree | None = None,
+    ) -> ForwardOutput:
+        """Forward pass over tokens (B, n >= 1) after the cache, which stays as it is:
+        `cache.commit` keeps as many of them as are wanted.
+
+        counts (B,): how many tokens of each row are worth a pass, all where not given; without
+        is_draft just these will be committed, which saves work. tree: what each token follows,
+        where drafts branch; ValueError (one line) where `verifies_trees` is false.
+        Source: system.md section 4, 'Self-speculation'.
+        """
+        if len(self.checked(tokens, "tokens")) != cache.num_rows:
+            raise ValueError(f"tokens have {len(tokens)} rows but the cache has {cache.num_rows}")
+        if tree is not None and not self.verifies_trees:
+            raise ValueError(
+                "drafts branch, which the context tower's Mamba layers or the backend cannot "
+                "verify; give drafts without branches"
+            )
+        return self.backend.context_pass(cache, tokens, counts, is_draft, tree)
+
+    @property
+    def verifies_trees(self) -> bool:
+        """Whether drafts may branch: a Mamba layer's state is that of one text."""
+        layers = self.config.context.layers
+        has_mamba = any(isinstance(layer, MambaSpec) for layer in layers)
+        return not has_mamba and self.backend.verifies_trees
+
+    def context_head(self, hidden: Tensor) -> Tensor:
+        """The context tower's logits: hidden (..., D) -> (..., V) float32."""
+        return self.backend.context_head(hidden).float()
+
+    def next_logits(self, cache: ContextCache) -> Tensor:
+        """Context-head logits after each row's last committed token: (B, V) float32."""
+        if cache.last_hidden is None:
+            raise ValueError("the cache is empty; prefill a prompt of at least one token first")
+        return self.context_head(cache.last_hidden)
+
+    def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
+        """One denoiser pass: block (B, T) of ids with masks -> logits (B, T, V) float32, of the
+        `draft_ids` where there are any.
+
+        t (B,): masked fraction; None, or a thin denoiser, has no time conditioning. The view is
+        only read.
+        """
+        t = None if self.config.draft is not None else t
+        return self.backend.denoise(self.checked(block, "block"), view, t).float()
+
+    def modulations(self, t: Tensor) -> list[Modulation]:
+        """t (B, K) or (B, 1) -> for each layer shift, scale, gate (B, K, 1, D)."""
+        m = self.t_block(self.t_embedder(t.to(self.denoiser_device)))
+        m = m.unflatten(-1, (3, 1, -1))  # (B, K, 3, 1, D)
+        tables = torch.stack(list(self.scale_shift_tables))  # (layers, 3, D)
+        parts = (m + tables[:, None, None, :, None]).unbind(3)  # (layers, B, K, 1, D) each
+        return [Modulation(*of_layer) for of_layer in zip(*map(torch.unbind, parts), strict=True)]
+
+    def denoiser(self) -> DenoiserTower:
+        """The denoiser tower; ValueError if there is none."""
+        if self.denoiser_tower is None:
+            raise ValueError(
+                "this model has no denoiser tower; load it with towers='both', or use mode='ar'"
+            )
+        return self.denoiser_tower
+
+    def checked(self, ids: Tensor, name: str) -> Tensor:
+        """The ids (B, L); ValueError (one line) for what are none."""
+        require(name, ids, Tensor, "an int64 tensor of token ids")
+        if ids.dim() != 2 or ids.shape[1] < 1 or ids.dtype != torch.int64:
+            raise ValueError(
+                f"{name} has shape {tuple(ids.shape)} and dtype {ids.dtype}; "
+                "must be (rows, tokens >= 1) int64"
+            )
+        return ids
