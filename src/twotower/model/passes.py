@@ -79,10 +79,10 @@ class Passes(nn.Module):
 
         Returns the tower's output (B, n, D); `context_head` makes logits of it.
         """
-        whole = torch.full(self.checked(tokens, "tokens").shape[:1], tokens.shape[1])
-        counts = whole if counts is None else counts.cpu()
-        asked = None if counts.tolist() == whole.tolist() else counts
-        output = self.verify(cache, tokens, asked, is_draft=False)
+        whole = [self._after(cache, tokens)] * cache.num_rows
+        counts = torch.tensor(whole) if counts is None else counts.cpu()
+        asked = None if counts.tolist() == whole else counts
+        output = self.backend.context_pass(cache, tokens, asked, is_draft=False)
         cache.commit(output, counts)
         return output.hidden
 
@@ -102,8 +102,7 @@ class Passes(nn.Module):
         where drafts branch; ValueError (one line) where `verifies_trees` is false.
         Source: system.md section 4, 'Self-speculation'.
         """
-        if len(self.checked(tokens, "tokens")) != cache.num_rows:
-            raise ValueError(f"tokens have {len(tokens)} rows but the cache has {cache.num_rows}")
+        self._after(cache, tokens)
         if tree is not None and not self.verifies_trees:
             raise ValueError(
                 "drafts branch, which the context tower's Mamba layers or the backend cannot "
@@ -153,6 +152,12 @@ class Passes(nn.Module):
                 "this model has no denoiser tower; load it with towers='both', or use mode='ar'"
             )
         return self.denoiser_tower
+
+    def _after(self, cache: ContextCache, tokens: Tensor) -> int:
+        """How many tokens are to follow each row of the cache; ValueError for what are none."""
+        if len(self.checked(tokens, "tokens")) != cache.num_rows:
+            raise ValueError(f"tokens have {len(tokens)} rows but the cache has {cache.num_rows}")
+        return tokens.shape[1]
 
     def checked(self, ids: Tensor, name: str) -> Tensor:
         """The ids (B, L); ValueError (one line) for what are none."""

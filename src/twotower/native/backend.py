@@ -28,13 +28,11 @@ from twotower.native.buffers import (
 )
 from twotower.native.denoiser import NativeDenoiser
 from twotower.native.layout import LANES, Row
-from twotower.native.library import library_file
 from twotower.native.tower import Branches
 from twotower.native.weights import native_head, native_tower
 
 # What --quantization rounds weights to; products with them round the tokens, too.
 _SCHEMES = {"int8": Scheme(weights="int8", activations="int8"), "int4": Scheme(weights="int4")}
-_PAST = 64  # tokens behind which passes are timed
 
 
 class NativeBackend:
@@ -67,25 +65,7 @@ class NativeBackend:
     @cached_property
     def pass_costs(self) -> PassCosts:
         """What passes cost with the number of threads that PyTorch has at the first question."""
-        ids = torch.arange(_PAST).remainder(self._model.config.vocab_size).unsqueeze(0)
-        cache = self._model.empty_cache(1)
-        cache.commit(self.context_pass(cache, ids, None, is_draft=False), torch.tensor([_PAST]))
-
-        def run(length: int) -> None:
-            hidden = self.context_pass(cache, ids[:, :length], None, is_draft=length > 1).hidden
-            self.context_head(hidden).numpy().argmax(-1)
-
-        def denoise(length: int) -> None:
-            t = None if self._model.config.draft is not None else torch.ones(1)
-            self.denoise(ids[:, :length], cache.view(self._model.config.reads), t)
-
-        file, tower = library_file(), self._model.context_tower
-        num_bytes = sum(tensor.nbytes for tensor in tower.state_dict().values())
-        config, has_denoiser = self._model.config, self._denoiser is not None
-        towers = f"{config.context} {config.denoiser} {config.draft}" if has_denoiser else ""
-        identity = f"{file.name} {towers or config.context} {num_bytes} bytes, with seconds"
-        drafts = denoise if has_denoiser else None
-        return costs.pass_costs(run, self.quantization, identity, file.parent, drafts)
+        return costs.of_backend(self, self._model)
 
     def context_pass(
         self,

@@ -18,8 +18,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from twotower.model.backend import PassCosts
+from twotower.model.backend import Backend, PassCosts
+from twotower.model.two_tower import TwoTower
+from twotower.native.library import library_file
 
+_PAST = 64  # tokens behind which passes are timed
 _LENGTHS = (1, 2, 4, 6, 8, 12, 16, 32)  # tokens of a pass: where tiles end
 _DRAFTED = 8  # tokens of a denoiser's pass
 _ROUNDS, _SECONDS = 3, 0.3  # at least so many, and so long
@@ -27,6 +30,29 @@ _ROUNDS, _SECONDS = 3, 0.3  # at least so many, and so long
 _ROW = {"none": 0.025, "int8": 0.1, "int4": 0.15}
 
 _log = logging.getLogger(__name__)
+
+
+def of_backend(backend: Backend, model: TwoTower) -> PassCosts:
+    """The costs of a backend's passes of this model, behind a text that both towers read."""
+    config, tower = model.config, model.context_tower
+    ids = torch.arange(_PAST).remainder(config.vocab_size).unsqueeze(0)
+    cache = model.empty_cache(1)
+    text = backend.context_pass(cache, ids, None, is_draft=False)
+    cache.commit(text, torch.tensor([_PAST]))
+
+    def run(length: int) -> None:
+        hidden = backend.context_pass(cache, ids[:, :length], None, is_draft=length > 1).hidden
+        backend.context_head(hidden).numpy().argmax(-1)
+
+    def denoise(length: int) -> None:
+        t = None if config.draft is not None else torch.ones(1)
+        backend.denoise(ids[:, :length], cache.view(config.reads), t)
+
+    file, drafts = library_file(), denoise if model.denoiser_tower is not None else None
+    num_bytes = sum(tensor.nbytes for tensor in tower.state_dict().values())
+    towers = f"{config.context} {config.denoiser} {config.draft}" if drafts else config.context
+    identity = f"{file.name} {towers} {num_bytes} bytes, with seconds"
+    return pass_costs(run, backend.quantization, identity, file.parent, drafts)
 
 
 def pass_costs(
