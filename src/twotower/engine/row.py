@@ -4,12 +4,11 @@ A row waits in the queue, gets one of the engine's slots, has its prompt read, w
 may be paused in between, so that others get their turn.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -36,47 +35,45 @@ if TYPE_CHECKING:
     from twotower.engine.drafts_lookup import Lookup
 
 
+@dataclass(eq=False)
 class Row:
     """The state of one prompt. Its randomness is its own: a row never depends on its neighbours."""
 
-    def __init__(
-        self,
-        index: int,
-        prompt: list[int],
-        options: ResolvedOptions,
-        text: RowText | None = None,
-        grammar: GrammarState | None = None,
-        caller: str | None = None,
-        unused_ids: tuple[int, ...] = (),
-        given: Sequence[int] = (),
-        keeps_context: bool = False,
-    ) -> None:
-        self.unused_ids = unused_ids  # of the vocabulary, that no text has
-        self.index, self.prompt, self.options = index, prompt, options
-        self.text, self.grammar, self.caller, self.given = text, grammar, caller, given
-        self.keeps_context = keeps_context
-        self._generator: torch.Generator | None = None
-        self.tokens: list[int] = []  # all, also those that filters hold back
-        self.finish_reason: FinishReason | None = None
-        self.nfe = self.context_forwards = 0
-        self.cached_tokens = 0  # of the prompt, taken from the prefix cache
-        self.num_commits = self.num_drafted = self.num_accepted = 0
-        self.accepted_of: Counter[DrafterName] = Counter()
-        # Of the engine: its client's wishes, and its share of the machine.
-        self.is_cancelled = False
-        self.deadline_s = math.inf  # of time.monotonic()
-        self.submitted_s = time.monotonic()
-        self.started_s: float | None = None  # when it first got a slot
-        self.num_served = 0  # steps in which it had a slot
-        self.num_since = 0  # steps since it got or lost its slot, or came
-        self.paused: Batch | None = None  # all that was read, while it has no slot
-        # Of speculation.
-        self.controller: DraftController | None = None  # of the denoiser's drafts
-        self.proposal: Proposal | None = None  # what this cycle's draft is, if it has one
-        self.lookup: Lookup | None = None
-        self.noise_ahead: list[Tensor] = []  # (V,) of each token to come, once drawn
-        self._logprobs: list[TokenLogprob] = []
-        self.num_released = 0  # tokens that were given out
+    index: int
+    prompt: list[int]
+    options: ResolvedOptions
+    text: RowText | None = None
+    grammar: GrammarState | None = None
+    caller: str | None = None
+    unused_ids: tuple[int, ...] = ()  # of the vocabulary, that no text has
+    given: Sequence[int] = ()
+    keeps_context: bool = False
+
+    tokens: list[int] = field(default_factory=list)  # all, also those that filters hold back
+    num_released: int = 0  # of these, given out
+    finish_reason: FinishReason | None = None
+    nfe: int = 0
+    context_forwards: int = 0
+    cached_tokens: int = 0  # of the prompt, taken from the prefix cache
+    num_commits: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+    accepted_of: Counter["DrafterName"] = field(default_factory=Counter)
+    # Of the engine: its client's wishes, and its share of the machine.
+    is_cancelled: bool = False
+    deadline_s: float = math.inf  # of time.monotonic()
+    submitted_s: float = field(default_factory=time.monotonic)
+    started_s: float | None = None  # when it first got a slot
+    num_served: int = 0  # steps in which it had a slot
+    num_since: int = 0  # steps since it got or lost its slot, or came
+    paused: "Batch | None" = None  # all that was read, while it has no slot
+    # Of speculation.
+    controller: "DraftController | None" = None  # of the denoiser's drafts
+    proposal: "Proposal | None" = None  # what this cycle's draft is, if it has one
+    lookup: "Lookup | None" = None
+    noise_ahead: list[Tensor] = field(default_factory=list)  # (V,) of each token to come
+    _generator: torch.Generator | None = None
+    _logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @property
     def generator(self) -> torch.Generator:
