@@ -19,7 +19,7 @@ from twotower.cli.machine import recorded
 from twotower.cli.scripts import script_parser
 from twotower.diffusion import require_finite
 from twotower.diffusion.sampling import argmax
-from twotower.engine.drafts import pass_cost
+from twotower.engine.drafts import BatchCosts
 
 LENGTHS = (1, 2, 4, 6, 8, 12, 16, 32, 64)
 
@@ -65,7 +65,8 @@ def main() -> None:
     for rows in map(int, given.rows.split(",")):
         times = median_ms(model, rows, given.past, given.repeats)
         measured = {n: round(ms / times[1], 2) for n, ms in times.items()}
-        reckoned = {n: round(pass_cost(model.pass_costs, n, rows), 2) for n in times}
+        passes = BatchCosts(model.pass_costs._replace(step_s=None), rows)  # with nothing around
+        reckoned = {n: round(passes.of_pass(n), 2) for n in times}
         result[str(rows)] = {"ar_ms": round(times[1], 2), "cost": measured, "reckoned": reckoned}
         print(
             f"{rows:3} rows, AR step {times[1]:.2f} ms: {measured}; reckoned {reckoned}", flush=True

@@ -7,7 +7,7 @@ import torch
 
 from twotower.engine import drafts_denoiser, drafts_lookup, speculative
 from twotower.engine.batch import Batch
-from twotower.engine.drafts import DraftController, Proposal, best_length, pass_cost
+from twotower.engine.drafts import BatchCosts, DraftController, Proposal, best_length
 from twotower.engine.drafts_denoiser import choose_writers, writing_cost
 from twotower.engine.resolved import ResolvedOptions
 from twotower.engine.row import Row
@@ -40,7 +40,14 @@ def test_best_length() -> None:
 
 def test_pass_costs() -> None:
     costs = PassCosts({1: 1.0, 4: 1.3, 16: 2.0})
-    assert [pass_cost(costs, n) for n in (1, 2, 4, 5, 16, 32)] == [1.0, 1.3, 1.3, 2.0, 2.0, 4.0]
+    assert [BatchCosts(costs, 1).of_pass(n) for n in (1, 2, 4, 5, 16, 32)] == [
+        1.0,
+        1.3,
+        1.3,
+        2.0,
+        2.0,
+        4.0,
+    ]
 
 
 def test_pass_costs_of_many_rows() -> None:
@@ -48,9 +55,9 @@ def test_pass_costs_of_many_rows() -> None:
     (measured for int8: 1.17, 1.46 and 2.36; 7.9 for 16 tokens of 16 rows).
     """
     costs = PassCosts({1: 1.0, 4: 1.25, 8: 1.55, 16: 2.1, 32: 3.4, 64: 6.5}, row=0.1)
-    found = [pass_cost(costs, 4, rows) for rows in (1, 4, 16)]
+    found = [BatchCosts(costs, rows).of_pass(4) for rows in (1, 4, 16)]
     assert found == [pytest.approx(cost, abs=0.01) for cost in (1.25, 1.55, 2.22)]
-    assert pass_cost(costs, 16, 16) == pytest.approx(7.6, abs=0.1)
+    assert BatchCosts(costs, 16).of_pass(16) == pytest.approx(7.6, abs=0.1)
 
 
 def test_a_pass_of_some_rows_is_waited_for_by_all() -> None:
@@ -58,8 +65,8 @@ def test_a_pass_of_some_rows_is_waited_for_by_all() -> None:
     meanwhile. 8 tokens of one row take 1.5 of its AR steps, and half of one of four rows.
     """
     costs = PassCosts({1: 1.0, 4: 2.7, 8: 1.5}, row=0.1)
-    assert pass_cost(costs, 8, num_rows=1) == 1.5
-    assert pass_cost(costs, 8, num_rows=1, num_waiting=3) == pytest.approx(0.5)
+    assert BatchCosts(costs, 1).of_pass(8) == 1.5
+    assert BatchCosts(costs, 4).of_pass(8, num_rows=1) == pytest.approx(0.5)
 
 
 NOTHING = Proposal("lookup", 1.0)
@@ -189,4 +196,4 @@ def test_rows_do_not_count_on_an_accelerator() -> None:
     costs = PassCosts({1: 1.0, 4: 1.3, 64: 9.0})
     batch = batch_of(costs, num_rows=8)
     batch.model.context_device = torch.device("meta")
-    assert batch.pass_cost(4) == batch.pass_cost(4, 3) == 1.3
+    assert batch.costs.of_pass(4) == batch.costs.of_pass(4, 3) == 1.3

@@ -10,11 +10,10 @@ import torch
 from twotower.diffusion import Sampler, SamplerKind
 from twotower.engine.choosing import ChoosingBackend
 from twotower.engine.denoiser import Denoiser
-from twotower.engine.drafts import pass_cost, with_all_beside
+from twotower.engine.drafts import BatchCosts
 from twotower.engine.events import Event, TokenLogprob, Verified
 from twotower.engine.row import Row
 from twotower.model import ContextCache, TwoTower
-from twotower.model.backend import PassCosts
 from twotower.model.draft_tree import MAX_TOKENS
 from twotower.model.rows import append_rows, keep_rows, select_rows, view_row
 
@@ -121,22 +120,13 @@ class Batch:
         backend = self.model.backend
         return cast(ChoosingBackend, backend) if backend.chooses_tokens else None
 
-    def pass_cost(self, num_tokens: int, num_rows: int | None = None) -> float:
-        """AR steps of these rows that a pass over so many tokens of num_rows of them costs, of all
-        where not given. An accelerator's arithmetic waits for weights where rows are few: only on a
-        CPU do the rows count.
+    @cached_property
+    def costs(self) -> BatchCosts:
+        """What passes cost. An accelerator's arithmetic waits for weights where rows are few: only
+        on a CPU do the rows count.
         """
-        rows = self._num_counted if num_rows is None else min(self._num_counted, num_rows)
-        return pass_cost(self.pass_costs, num_tokens, rows, self._num_counted - rows)
-
-    @cached_property
-    def pass_costs(self) -> PassCosts:
-        """What passes of the model cost, with all around them."""
-        return with_all_beside(self.model.pass_costs)  # asked for every length of every draft
-
-    @cached_property
-    def _num_counted(self) -> int:
-        return len(self.rows) if self.model.context_device.type == "cpu" else 1
+        is_on_cpu = self.model.context_device.type == "cpu"
+        return BatchCosts(self.model.pass_costs, len(self.rows) if is_on_cpu else 1)
 
     @property
     def num_unread(self) -> int:

@@ -14,7 +14,6 @@ from twotower.model.backend import PassCosts
 Drafts = Literal["auto", "lookup", "denoiser"]
 DrafterName = Literal["lookup", "denoiser"]
 
-
 _BESIDE_S = 0.0004  # seconds of an AR step of one row beside its pass
 _FADES = 0.997  # what is left of a row's history after a cycle without such a draft
 
@@ -81,33 +80,34 @@ class DraftController:
         self._drafts *= _FADES
 
 
-def beside_passes(costs: PassCosts) -> float:
-    """The share of an AR step of one row that is no pass; 0 where that was not measured."""
-    return 0.0 if costs.step_s is None else _BESIDE_S / (costs.step_s + _BESIDE_S)
-
-
-def with_all_beside(costs: PassCosts) -> PassCosts:
-    """The costs in AR steps with all that is around a pass: the same around a longer one."""
-    share = 1 - beside_passes(costs)
-    tokens = {most: 1 + (cost - 1) * share for most, cost in costs.tokens.items()}
-    return costs._replace(tokens=tokens, row=costs.row * share)
-
-
-def pass_cost(costs: PassCosts, num_tokens: int, num_rows: int = 1, num_waiting: int = 0) -> float:
-    """AR steps that a pass over num_tokens of each of num_rows costs, where so many other rows wait
-    for it: an AR step is of all of them.
+class BatchCosts:
+    """AR steps of a batch that a pass costs, with all that is around it: the same around a longer
+    one.
     """
-    every = num_rows + num_waiting
-    return _cost(costs, num_tokens * num_rows, num_rows) / _cost(costs, every, every)
 
+    def __init__(self, costs: PassCosts, num_rows: int) -> None:
+        self.passes, self._num_rows = costs, num_rows
+        self.beside = 0.0 if costs.step_s is None else _BESIDE_S / (costs.step_s + _BESIDE_S)
+        """The share of an AR step of one row that is no pass; 0 where that was not measured."""
+        share = 1 - self.beside
+        self._tokens = {most: 1 + (cost - 1) * share for most, cost in costs.tokens.items()}
+        self._row = costs.row * share
 
-def _cost(costs: PassCosts, num_tokens: int, num_rows: int) -> float:
-    """AR steps of one row alone."""
-    rows = costs.row * (num_rows - 1)
-    for most, cost in costs.tokens.items():
-        if num_tokens <= most:
-            return cost + rows
-    return cost * num_tokens / most + rows
+    def of_pass(self, num_tokens: int, num_rows: int | None = None) -> float:
+        """Over so many tokens of each of num_rows rows, of all where not given. The others wait for
+        it: an AR step is of all of them.
+        """
+        every = self._num_rows
+        rows = every if num_rows is None else min(every, num_rows)
+        return self._cost(num_tokens * rows, rows) / self._cost(every, every)
+
+    def _cost(self, num_tokens: int, num_rows: int) -> float:
+        """AR steps of one row alone."""
+        rows = self._row * (num_rows - 1)
+        for most, cost in self._tokens.items():
+            if num_tokens <= most:
+                return cost + rows
+        return cost * num_tokens / most + rows
 
 
 def best_length(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from twotower.engine.batch import Batch
 from twotower.engine.denoiser import fill_blocks
-from twotower.engine.drafts import DraftController, Proposal, beside_passes
+from twotower.engine.drafts import DraftController, Proposal
 from twotower.engine.drafts_lookup import MAX_DRAFT, Candidates
 from twotower.engine.events import Event
 from twotower.engine.row import Row
@@ -55,7 +55,7 @@ def pays(row: Row, batch: Batch, instead: Proposal, num_writers: int) -> bool:
     assert row.controller is not None
     size = row.options.block_size
     length = min(size + len(instead.tokens), max(1 + MAX_DRAFT, size), row.num_left)
-    cost = writing_cost(row, batch, num_writers) + batch.pass_cost(length)
+    cost = writing_cost(row, batch, num_writers) + batch.costs.of_pass(length)
     return row.controller.expected(instead) > instead.gain * cost
 
 
@@ -63,14 +63,13 @@ def writing_cost(row: Row, batch: Batch, num_writers: int) -> float:
     """AR steps that a draft takes, if as many rows write: the others wait for them, at the writers'
     expense. Where that was not measured, a layer of either tower costs as much.
     """
-    config, options, costs = batch.model.config, row.options, batch.pass_costs
-    share = costs.denoiser or config.denoiser.num_layers / config.context.num_layers
-    beside = beside_passes(costs)
-    passes = share * (batch.pass_cost(options.block_size, num_writers) - beside)
+    config, options, costs = batch.model.config, row.options, batch.costs
+    share = costs.passes.denoiser or config.denoiser.num_layers / config.context.num_layers
+    passes = share * (costs.of_pass(options.block_size, num_writers) - costs.beside)
     together, each = _TOGETHER, _EACH
-    if costs.step_s is not None:
-        together, each = (s * (1 - beside) / costs.step_s for s in (_TOGETHER_S, _EACH_S))
-    shared = options.draft_passes * passes + together * batch.pass_cost(1, num_rows=1)
+    if (step_s := costs.passes.step_s) is not None:
+        together, each = (s * (1 - costs.beside) / step_s for s in (_TOGETHER_S, _EACH_S))
+    shared = options.draft_passes * passes + together * costs.of_pass(1, num_rows=1)
     return each + shared * len(batch.rows) / num_writers
 
 

@@ -222,7 +222,7 @@ def propose(
     most_ways = 1 + NUM_OTHERS if drafted and batch.verifies_trees else 1
     guess = row.lookup.guess(known, most, drafted, most_ways, row.options.eos_token_id)
     expected = list(accumulate([float(begin), *guess.sure]))
-    costs = [batch.pass_cost(begin + tokens) for tokens in range(len(expected))]
+    costs = [batch.costs.of_pass(begin + tokens) for tokens in range(len(expected))]
     length, gain = best_length(expected, costs, writing)
     return Proposal(
         drafter="denoiser" if drafted else "lookup",
