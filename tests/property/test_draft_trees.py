@@ -222,8 +222,8 @@ def test_shapes_of_trees() -> None:
     chain, tree, token = Draft([], [-1, 0, 1, 2]), Draft([], [-1, 0, 0]), Draft([], [-1])
     assert not chain.has_branches and tree.has_branches and not token.has_branches
     tree = DraftTree([[-1, 0, 0, 1, 2], [-1, 0]])
-    assert tree.depths[0] == [0, 1, 1, 2, 2] and tree.depths[1][:2] == [0, 1]
-    assert tree.sees[0] == [0b1, 0b11, 0b101, 0b1011, 0b10101]
+    assert tree.depths.tolist() == [[0, 1, 1, 2, 2], [0, 1, 0, 0, 0]]
+    assert tree.sees[0].tolist() == [0b1, 0b11, 0b101, 0b1011, 0b10101]
     assert tree.mask[0, 0, 4].tolist() == [True, False, True, False, True]
     drafts, choices = [[5, 6, 7, 8, 9], [5, 6, 0, 0, 0]], [[7, 1, 9, 1, 1], [4, 1, 1, 1, 1]]
     assert tree.paths(drafts, choices) == [[0, 2, 4], [0]]

@@ -7,6 +7,7 @@ follows alone. Also known as tree attention. Source: arXiv 2305.09781.
 from collections.abc import Sequence
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,9 +30,9 @@ class DraftTree:
             raise ValueError(
                 f"a draft of {self.length} tokens branches; must have at most {MAX_TOKENS}"
             )
-        self.depths = [[0] * self.length for _ in parents]
+        self.depths = np.zeros((len(parents), self.length), np.int32)
         """Tokens of the row that come before each, (B, L)."""
-        self.sees = [[1 << index for index in range(self.length)] for _ in parents]
+        self.sees = np.tile(1 << np.arange(self.length), (len(parents), 1)).astype(np.uint32)
         """Which tokens each attends to, itself among them: a bit for each index, (B, L)."""
         for own, depths, sees in zip(parents, self.depths, self.sees, strict=True):
             for index, parent in enumerate(own):
@@ -42,7 +43,7 @@ class DraftTree:
     @cached_property
     def mask(self) -> Tensor:
         """`sees` as bool (B, 1, L, L)."""
-        bits = torch.tensor(self.sees).unsqueeze(-1) >> torch.arange(self.length)
+        bits = torch.tensor(self.sees.astype(np.int64)).unsqueeze(-1) >> torch.arange(self.length)
         return (bits & 1).bool().unsqueeze(1)
 
     def paths(

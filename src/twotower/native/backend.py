@@ -28,7 +28,6 @@ from twotower.native.buffers import (
 )
 from twotower.native.denoiser import NativeDenoiser
 from twotower.native.layout import LANES, Row
-from twotower.native.tower import Branches
 from twotower.native.weights import native_head, native_tower
 
 # What --quantization rounds weights to; products with them round the tokens, too.
@@ -87,12 +86,12 @@ class NativeBackend:
         hidden = (torch.empty if is_whole else torch.zeros)(num_rows, length, self._width)
         ids, ids_step = tokens.data_ptr(), 8 * length
         out, out_step = hidden.data_ptr(), 4 * length * self._width
-        branches = None if tree is None else Branches(tree)
+        branches = () if tree is None else (Addresses(tree.depths), Addresses(tree.sees))
         rows = list[Row]()
         for row, count in enumerate(given):
             if count:
                 pointers = pasts.of(row), outputs.of(row), None, out + row * out_step
-                shape = () if branches is None else branches.of(row)
+                shape = (part.of(row) for part in branches)
                 rows.append(Row(count, lengths[row], ids + row * ids_step, *pointers, *shape))
             else:
                 outputs.keep(layers, row)

@@ -10,10 +10,11 @@ from twotower.model.two_tower import TwoTower
 from twotower.model.view import ContextView
 from twotower.native.buffers import Addresses, known_states, past_states
 from twotower.native.layout import Row, address
+from twotower.native.library import library
 from twotower.native.tower import NativeLinear
 from twotower.native.weights import native_head, native_tower
 
-_MAX_TABLES = 64  # remembered times; a block of 16 tokens has 16 masked fractions
+_MAX_TABLES = 64  # remembered times
 
 
 class NativeDenoiser:
@@ -33,6 +34,10 @@ class NativeDenoiser:
         self._bigram_up = None if bigram is None else native_head(bigram.up_proj, scheme)
         self._inner: Tensor | None = None
         self._tables: dict[float, tuple[int, object]] = {}  # addresses, and what they point to
+        if self._tower is not None and model.config.draft is None:
+            size = min(model.config.block_size, _MAX_TABLES)
+            for t in torch.arange(1, size + 1).div(size).tolist():  # masked fractions of a block
+                self._table(t)
 
     def __call__(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
         """Rows of one time share a pass; leaves no state."""
@@ -52,12 +57,20 @@ class NativeDenoiser:
             own = first + row * step, pasts.of(row), None, pointer, out + row * out_step
             times.setdefault(time, []).append(Row(block.shape[1], lengths[row], *own))
         for time, rows in times.items():
-            self._tower(rows, None if time is None else self._modulations(time))
+            table = None if time is None else self._tables.get(time) or self._table(time)
+            self._tower(rows, table and table[0])
         logits = self._head(hidden)
         if self._bigram_up is None:
             return logits
-        ids = self._model.config.mask_token_id, self._model.draft_ids
-        return self._bigram_up.add_bigrams(logits, block, *ids, self._bigram_table())
+        draft_ids, inner = self._model.draft_ids, self._bigram_table()
+        assert logits.is_contiguous() and inner.is_contiguous()
+        for own, ids in zip(logits, block, strict=True):  # as `layers.bigram.add_bigrams`
+            self._bigram_up.run(
+                library().twotower_bigrams,
+                inner.data_ptr(), None if draft_ids is None else draft_ids.data_ptr(),
+                self._model.config.mask_token_id, ids.data_ptr(), len(ids), own.data_ptr(),
+            )  # fmt: skip
+        return logits
 
     def _pasts(self, view: ContextView, num_rows: int) -> Addresses:
         """Where the states of the layers are that the denoiser reads."""
@@ -75,14 +88,13 @@ class NativeDenoiser:
         return self._inner
 
     @torch.no_grad()
-    def _modulations(self, t: float) -> int:
-        """Where those of each layer at time t begin, computed once."""
-        if t not in self._tables:
-            if len(self._tables) >= _MAX_TABLES:
-                self._tables.clear()
-            found = self._model.modulations(torch.tensor([[t]]))
-            table = torch.stack([torch.stack([*m]).flatten(1) for m in found])  # (layers, 3, D)
-            first, step = table.data_ptr(), 4 * table.stride(0)
-            layers = (address * len(table))(*range(first, first + len(table) * step, step))
-            self._tables[t] = ctypes.addressof(layers), (layers, table)
-        return self._tables[t][0]
+    def _table(self, t: float) -> tuple[int, object]:
+        """Where the modulations of each layer at time t begin, and what keeps them there."""
+        if len(self._tables) >= _MAX_TABLES:
+            self._tables.clear()
+        found = self._model.modulations(torch.tensor([[t]]))
+        table = torch.stack([torch.stack([*m]).flatten(1) for m in found])  # (layers, 3, D)
+        first, step = table.data_ptr(), 4 * table.stride(0)
+        layers = (address * len(table))(*range(first, first + len(table) * step, step))
+        self._tables[t] = ctypes.addressof(layers), (layers, table)
+        return self._tables[t]

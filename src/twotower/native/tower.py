@@ -1,13 +1,11 @@
 """A tower, and a head, as the library runs them: one call a pass."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from twotower.model.draft_tree import DraftTree
 from twotower.native import layout
 from twotower.native.layout import Row, Weight
 from twotower.native.library import library
@@ -56,18 +54,6 @@ class NativeTower:
         return torch.get_num_threads() if self._is_shared else 1
 
 
-class Branches:
-    """Depths and what is seen of each token of drafts that branch, as rows of a pass take them."""
-
-    def __init__(self, tree: DraftTree) -> None:
-        self._kept = np.array(tree.depths, np.int32), np.array(tree.sees, np.uint32)
-
-    def of(self, row: int) -> tuple[int, int]:
-        """Where those of a row begin, valid as long as this lives."""
-        depths, sees = (part.ctypes.data + row * part.strides[0] for part in self._kept)
-        return depths, sees
-
-
 class NativeLinear:
     """x (..., K) -> (..., N) float32 by a weight of shape (N, K), as a pass has it; kept: what the
     weight's addresses point to.
@@ -77,34 +63,16 @@ class NativeLinear:
         self._weight, self._kept = weight, kept
         self._rows, self._width = shape
         self._is_shared = self._rows * self._width >= LARGE
-        self._run, self._run_bigrams = library().twotower_linear, library().twotower_bigrams
+        self._run = library().twotower_linear
 
     def __call__(self, x: Tensor) -> Tensor:
         """x float32."""
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self._rows)
-        self._run(
-            ctypes.byref(self._weight), self._rows, self._width,
-            torch.get_num_threads() if self._is_shared else 1,
-            x.data_ptr(), x.numel() // self._width, y.data_ptr(),
-        )  # fmt: skip
+        self.run(self._run, x.data_ptr(), x.numel() // self._width, y.data_ptr())
         return y
 
-    def add_bigrams(
-        self,
-        logits: Tensor,
-        block: Tensor,
-        mask_token_id: int,
-        draft_ids: Tensor | None,
-        inner: Tensor,
-    ) -> Tensor:
-        """As `layers.bigram.add_bigrams`, where this is the map from inner (ids, K) to logits."""
-        assert logits.is_contiguous() and inner.is_contiguous()
-        for own, ids in zip(logits, block.contiguous(), strict=True):
-            self._run_bigrams(
-                ctypes.byref(self._weight), self._rows, self._width,
-                torch.get_num_threads() if self._is_shared else 1,
-                inner.data_ptr(), None if draft_ids is None else draft_ids.data_ptr(),
-                mask_token_id, ids.data_ptr(), len(ids), own.data_ptr(),
-            )  # fmt: skip
-        return logits
+    def run(self, function: Callable[..., object], *arguments: object) -> None:
+        """A function of the library that begins with a weight."""
+        threads = torch.get_num_threads() if self._is_shared else 1
+        function(ctypes.byref(self._weight), self._rows, self._width, threads, *arguments)
