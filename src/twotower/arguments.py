@@ -21,9 +21,7 @@ def require(name: str, value: object, kind: type | tuple[type, ...], remedy: str
 
 
 def require_unicode(text: str, where: str) -> str:
-    """The text; ValueError for half a surrogate pair, which JSON can spell and which undecodable
-    bytes of a command line become: it is no character, and no tokenizer takes it.
-    """
+    """The text; ValueError for half a surrogate pair, which JSON and command lines may hold."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -58,9 +56,7 @@ def number(
     is_above: bool = False,
     is_below: bool = False,
 ) -> Problem:
-    """A number from `low`, or above it, to `high`, or below it: finite, and within 64 bits where it
-    is whole.
-    """
+    """A finite number from `low`, or above it, to `high`, or below it; of 64 bits where whole."""
     kinds = (int,) if is_whole else (int, float)
     most = min(high, _MAX_WHOLE) if is_whole else high
     least = f"{'above' if is_above else 'at least'} {low}"

@@ -13,9 +13,7 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def available_bytes(device: torch.device, enough: float = math.inf) -> int | None:
-    """Memory that a new allocation on the device may use, or a part of it that is enough; None
-    where the system does not tell.
-    """
+    """Memory that an allocation may use, or enough of it; None where the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu" or sys.platform != "linux":

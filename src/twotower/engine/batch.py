@@ -103,9 +103,7 @@ class Batch:
 
     @cached_property
     def verifies_trees(self) -> bool:
-        """Whether the rows' drafts may branch. Of a larger block than a tree holds only a chain is
-        verified.
-        """
+        """Whether the rows' drafts may branch: of a block larger than a tree only a chain may."""
         is_small = self.rows[0].options.block_size <= MAX_TOKENS
         return self.model.verifies_trees and is_small and not self.needs_host
 
@@ -172,9 +170,7 @@ class Batch:
         return Batch(self.model, self.mode, self.rows + other.rows, self.cache, self.denoiser)
 
     def read(self, most: int | None = None) -> None:
-        """Let the context tower read what the cache lacks of each row's text, but for the last
-        num_unread tokens: at most `most` tokens a row.
-        """
+        """Let the context tower read on, up to the last num_unread tokens: at most `most` a row."""
         starts = self.cache.lengths.tolist()
         ends = [len(row.prompt) + len(row.tokens) - self.num_unread for row in self.rows]
         bounds = list(zip(self.rows, starts, ends, strict=True))

@@ -38,9 +38,7 @@ class Denoiser(Protocol):
 
 
 def new_denoiser(model: TwoTower) -> Denoiser:
-    """A denoiser for a new batch, where the model's denoiser tower is; a model may bring its own
-    kind.
-    """
+    """A denoiser for a new batch, where the tower is; a model may bring its own kind."""
     own: Callable[[], Denoiser] | None = getattr(model, "new_denoiser", None)
     if own is not None:
         return own()

@@ -1,8 +1,7 @@
 """Where drafts of mode="speculative" come from, and when a row has one.
 
 drafts_lookup proposes what the text has said before, drafts_denoiser lets the denoiser tower write
-where that pays. Each row has a controller of the denoiser's drafts, which knows what they have
-yielded in this row.
+where that pays, which each row's controller knows of what they have yielded in the row.
 """
 
 import math
@@ -57,9 +56,7 @@ class DraftController:
         return max(instead.expected + added * (1 - instead.sure), usual)
 
     def begin(self, instead: Sequence[int], sure: float) -> None:
-        """This cycle has a draft. instead: what would be verified behind the newest token; sure: of
-        the first of it.
-        """
+        """A draft is written. instead: what else would be verified; sure: of the first of that."""
         self._instead, self._sure, self._must_try = instead, sure, False
 
     def record_draft(self, tokens: Sequence[int]) -> None:
@@ -81,9 +78,7 @@ class DraftController:
 
 
 class BatchCosts:
-    """AR steps of a batch that a pass costs, with all that is around it: the same around a longer
-    one.
-    """
+    """AR steps of a batch that a pass costs; what is around a longer one is the same."""
 
     def __init__(self, costs: PassCosts, num_rows: int) -> None:
         self.passes, self._num_rows = costs, num_rows
@@ -94,9 +89,7 @@ class BatchCosts:
         self._row = costs.row * share
 
     def of_pass(self, num_tokens: int, num_rows: int | None = None) -> float:
-        """Over so many tokens of each of num_rows rows, of all where not given. The others wait for
-        it: an AR step is of all of them.
-        """
+        """Over so many tokens of each of num_rows rows, of all if not given; the others wait."""
         every = self._num_rows
         rows = every if num_rows is None else min(every, num_rows)
         return self._cost(num_tokens * rows, rows) / self._cost(every, every)

@@ -47,9 +47,7 @@ def refusal(device: torch.device, token_bytes: int, present: Sequence[Row], row:
 
 
 def lacking_memory(device: torch.device, token_bytes: int, num_tokens: int) -> str | None:
-    """In words, what a device's cache of so many tokens would need and what is free; None where it
-    is enough.
-    """
+    """What a device's cache of so many tokens needs and what is free; None where it is enough."""
     # Buffers have room for up to half as many more rows, and a grown one is a copy.
     needed = 2 * num_tokens * token_bytes
     free = available_bytes(device, needed)

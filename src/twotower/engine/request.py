@@ -80,9 +80,7 @@ def defaults_of(model: TwoTower) -> dict[str, object]:
 def checked_engine(
     model: TwoTower, tokenizer: Tokenizer | None, engine: EngineOptions | None
 ) -> EngineOptions:
-    """The engine's options; ValueError (one line) for arguments of wrong types, and for a tokenizer
-    of a larger vocabulary than the model's.
-    """
+    """The engine's options; ValueError (one line) for arguments that are none, or do not fit."""
     if not hasattr(model, "context_tower"):
         raise ValueError(
             f"model={shown(model)} is not a loaded model; pass twotower.load_model(path)"

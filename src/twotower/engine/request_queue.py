@@ -29,9 +29,7 @@ class RequestQueue:
         return min(most, len(self._rows))
 
     def peek(self, slots: Mapping[str | None, int], is_paused: bool = False) -> Row | None:
-        """The row whose turn it is; slots: how many each caller has. is_paused: of those that are
-        paused alone.
-        """
+        """The row whose turn it is; slots: of each caller; is_paused: of those that are paused."""
         rows = (row for row in self._rows if row.paused is not None or not is_paused)
         return next(rows, None)
 
@@ -55,9 +53,7 @@ class RequestQueue:
             self._rows.append(row)
 
     def aborted(self, rows: Sequence[Row]) -> list[Failed]:
-        """Who has to go, of the rows, which have slots, and of those that wait; called once in a
-        step.
-        """
+        """Who has to go, of rows with slots and of those that wait; called once in a step."""
         return []
 
     def wait(self) -> None:

@@ -34,9 +34,7 @@ class Scheduler:
         options: EngineOptions,
         prefixes: PrefixCache | None = None,
     ) -> None:
-        """prefixes: contexts of earlier runs; by default of this one alone, if the options want
-        any.
-        """
+        """prefixes: contexts of earlier runs; by default of this one, if the options want any."""
         self._model, self._queue, self._batch_size = model, queue, options.batch_size
         if prefixes is None and options.prefix_cache_bytes:
             prefixes = PrefixCache(model, options.prefix_cache_bytes)
@@ -180,9 +178,7 @@ def _attempt(
 
 
 def _turn(batch: Batch, slots: Mapping[str | None, int]) -> tuple[int, int, int]:
-    """Whose prompts are read first, as a key: of callers with few slots, then those that had the
-    fewest turns, then the shortest.
-    """
+    """Whose prompts are read first: callers with few slots, then few turns, then the shortest."""
     num_slots = min(slots[row.caller] for row in batch.rows)
     length = max(len(row.prompt) for row in batch.rows)
     return num_slots, batch.cache.num_past // READ_TOKENS, length

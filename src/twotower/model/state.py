@@ -128,9 +128,7 @@ class ContextCache:
         return self.buffers
 
     def view(self, reads: Collection[int] | None = None) -> ContextView:
-        """A frozen view of the layers `reads`, of all where not given: later `extend` calls do not
-        change it.
-        """
+        """A frozen view of the layers `reads`, of all if not given, which no later call changes."""
         own = self.layers if reads is None else self._read(reads)
         layers = tuple(
             MambaState(state.conv.unsqueeze(1), state.ssm.unsqueeze(1))
@@ -202,9 +200,7 @@ class ContextCache:
 
 
 def with_room(buffer: Tensor, num_rows: int, num_past: int, length: int) -> Tensor:
-    """The buffer (rows, tokens, ...), of which num_past tokens are used, or a grown copy if it
-    has no room for num_rows rows of `length` tokens.
-    """
+    """The buffer, or a grown copy of num_past tokens, with room for num_rows rows of `length`."""
     rows, tokens = buffer.shape[:2]
     if num_rows <= rows and length <= tokens:
         return buffer

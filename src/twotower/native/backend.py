@@ -113,9 +113,7 @@ class NativeBackend:
     def _with_room(
         self, cache: ContextCache, length: int
     ) -> tuple[tuple[LayerState, ...], Addresses]:
-        """The cache's buffers with room for more tokens, and where they are: mostly where the pass
-        before has left them.
-        """
+        """The cache's buffers with room for more tokens, and where they are: mostly known."""
         before, known = tuple(cache.buffers), known_states(cache.version)
         layers = tuple(cache.make_room(length))
         if known is None or not all(map(is_, layers, before)):

@@ -55,9 +55,7 @@ class NativeTower:
 
 
 class NativeLinear:
-    """x (..., K) -> (..., N) float32 by a weight of shape (N, K), as a pass has it; kept: what the
-    weight's addresses point to.
-    """
+    """x (..., K) -> (..., N) float32 by a weight (N, K); kept: what its addresses point to."""
 
     def __init__(self, weight: Weight, shape: Sequence[int], kept: object) -> None:
         self._weight, self._kept = weight, kept

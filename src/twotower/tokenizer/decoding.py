@@ -64,9 +64,7 @@ class TextStream:
         self._held = ""
 
     def push(self, ids: Sequence[int]) -> str:
-        """Add tokens; returns the text that is now complete ("" while a character is
-        unfinished).
-        """
+        """Add tokens; returns the text that is now complete, in whole characters."""
         for token in ids:
             if token not in self._skipped:
                 self._held += self._decoder.decode(self._token_bytes(token))

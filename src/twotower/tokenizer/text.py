@@ -1,8 +1,7 @@
 """Text to token ids and back.
 
-Decides that every digit is a token of its own, and that text can never turn into a special token
-unless the caller asks for it: a prompt which contains the letters "<mask>" is encoded as those
-letters.
+Text never turns into a special token unless the caller asks for it: a prompt which contains the
+letters "<mask>" is encoded as those letters.
 """
 
 import operator
@@ -94,9 +93,7 @@ class Tokenizer(Vocabulary):
         return text[num_leading_spaces(text, self._rule.num_stripped) :]
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What one token adds to a text, which may be a part of a character; ValueError for an id
-        that is no token.
-        """
+        """What one token adds to a text, maybe a part of a character; ValueError for no token."""
         found = self._bytes.get(token_id)
         if found is None:
             token = None
@@ -122,9 +119,7 @@ class Tokenizer(Vocabulary):
 
 @contextmanager
 def refused_panics(what: str) -> Iterator[None]:
-    """Turn the library's bare Exceptions, and its panics, which are none, into a ValueError of one
-    line.
-    """
+    """Turn the library's bare Exceptions, and panics, which are none, into a ValueError."""
     try:
         yield
     except BaseException as error:
