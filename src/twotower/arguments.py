@@ -3,6 +3,7 @@
 import difflib
 import math
 import reprlib
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def number(
 ) -> Problem:
     """A finite number from `low`, or above it, to `high`, or below it; of 64 bits where whole."""
     kinds = (int,) if is_whole else (int, float)
-    most = min(high, _MAX_WHOLE) if is_whole else high
+    most = min(high, _MAX_WHOLE if is_whole else sys.float_info.max)
     least = f"{'above' if is_above else 'at least'} {low}"
     highest = f"{'below' if is_below else 'at most'} {high}"
     is_open = is_above or is_below
@@ -67,27 +68,18 @@ def number(
     def problem(value: object) -> str | None:
         if not isinstance(value, kinds) or isinstance(value, bool):
             return f"must be a {'whole ' * is_whole}number"
-        is_inside = low <= value <= most and not (
-            (is_above and value == low) or (is_below and value == high)
-        )
-        if is_inside and _is_finite(value):
+        is_enough = value > low if is_above else value >= low
+        if is_enough and (value < high if is_below else value <= most):
             return None
         if high < math.inf:
             return f"must be {allowed}"
         if is_whole and value > most:
             return f"must be at most {most}"
-        is_small = isinstance(value, int) and not is_inside
+        is_small = isinstance(value, int) and value < most
         finite = "" if is_small else f"a finite number{' ' if is_above else ', '}"
         return f"must be {finite}{least}"
 
     return problem
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond all floats
-        return False
 
 
 COUNT = number(1, is_whole=True)

@@ -24,7 +24,6 @@ class Proposal(NamedTuple):
     gain: float  # expected: tokens of the cycle by AR steps that they cost
     tokens: Sequence[int] = ()  # what follows the known ones
     parents: Sequence[int] = ()  # what each follows, by index: 0 is the newest token
-    cost: float = 0.0  # AR steps that it took to write it
     expected: float = 1.0  # tokens of the cycle
     sure: float = 0.0  # how probable it is that the likeliest next token is right
 

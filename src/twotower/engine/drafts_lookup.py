@@ -229,7 +229,6 @@ def propose(
         gain=gain,
         tokens=guess.tokens[:length],
         parents=[1 + parent for parent in guess.parents[:length]],
-        cost=writing,
         expected=expected[length],
         sure=guess.sure[0] if guess.sure else 0.0,
     )

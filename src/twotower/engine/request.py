@@ -49,21 +49,20 @@ def make_row(
         options = replace(options, block_size=longest)
     _check(model, options, tokenizer, request.filters)
     prompt = _prompt_ids(model, name, request.prompt, tokenizer)
-    kept = request.keeps_context
+    row = Row(index, prompt, options, caller=request.caller, keeps_context=request.keeps_context)
     if request.given:
-        options = replace(options, max_new_tokens=len(request.given))
-        given = _prompt_ids(model, name, request.given, tokenizer)
-        return Row(index, prompt, options, caller=request.caller, given=given, keeps_context=kept)
-    text = None if tokenizer is None else RowText(tokenizer, options.stop, request.filters)
-    grammar = None
-    if options.grammar is not None:
-        assert tokenizer is not None  # checked
-        ids = model.config.mask_token_id, model.config.vocab_size
-        grammar = begin(options.grammar, tokenizer, TokenRules(options.eos_token_id, *ids))
-    unused = (
-        model.unused_ids if tokenizer is None else tokenizer.unused_ids(model.config.vocab_size)
-    )
-    return Row(index, prompt, options, text, grammar, request.caller, unused, keeps_context=kept)
+        row.given = _prompt_ids(model, name, request.given, tokenizer)
+        row.options = replace(options, max_new_tokens=len(row.given))
+        return row
+    mask_token_id, vocab_size = model.config.mask_token_id, model.config.vocab_size
+    row.unused_ids = model.unused_ids
+    if tokenizer is not None:
+        row.unused_ids = tokenizer.unused_ids(vocab_size)
+        row.text = RowText(tokenizer, options.stop, request.filters)
+        if options.grammar is not None:
+            rules = TokenRules(options.eos_token_id, mask_token_id, vocab_size)
+            row.grammar = begin(options.grammar, tokenizer, rules)
+    return row
 
 
 def defaults_of(model: TwoTower) -> dict[str, object]:
