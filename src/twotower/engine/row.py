@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from twotower.engine.drafts_lookup import Lookup
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Row:
     """The state of one prompt. Its randomness is its own: a row never depends on its neighbours."""
 
