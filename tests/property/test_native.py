@@ -88,6 +88,18 @@ def test_every_shape_of_a_pass(name: str, length: int) -> None:
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("size", [1, 7, 12, 16, 60])
+def test_times_of_a_block_are_there_before_it(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Guards the first text's time: a masked fraction that another rounding has made is not found,
+    and its modulations are computed between the passes, in silence."""
+    plain = tiny_model(hybrid_override_pattern=DENSE, block_size=size)
+    ours, view = accelerate(plain, "native"), plain.prefill(random_ids(1, 5)).view()
+    monkeypatch.setattr(TwoTower, "modulations", lambda *_: pytest.fail("a time was not known"))
+    for num_masked in range(1, size + 1):
+        t = (torch.arange(size) < num_masked).float().mean(-1, keepdim=True)
+        ours.denoise(random_ids(1, size), view, t)
+
+
 CHANGES = ["none", "another backend", "a row leaves", "rows come", "growth"]
 
 

@@ -109,9 +109,7 @@ class EagerBackend:
             counts = states_every = None
         start: Tensor | int = cache.num_past
         own = None if tree is None else tree.mask.to(device)
-        depths = (
-            None if tree is None else torch.tensor(tree.depths, dtype=torch.int64, device=device)
-        )
+        depths = None if tree is None else torch.tensor(tree.depths, device=device)
         if cache.is_uniform:  # all of the past is seen
             mask = masks.causal(length, 0, device) if own is None else own
         else:
