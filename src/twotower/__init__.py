@@ -9,7 +9,14 @@ from twotower.arguments import require
 if TYPE_CHECKING:
     from twotower.backends import accelerate
     from twotower.config import TwoTowerConfig
-    from twotower.engine.events import Completion, Event, Finished, StepTaken, TokensCommitted
+    from twotower.engine.events import (
+        Completion,
+        Event,
+        Failed,
+        Finished,
+        StepTaken,
+        TokensCommitted,
+    )
     from twotower.engine.generate import generate, stream
     from twotower.engine.options import EngineOptions, GenerateOptions
     from twotower.lab.evaluate.likelihood import Score, score_texts
@@ -28,6 +35,7 @@ __all__ = [
     "ContextView",
     "EngineOptions",
     "Event",
+    "Failed",
     "Finished",
     "GenerateOptions",
     "Placement",
@@ -55,8 +63,8 @@ __all__ = [
 _HOMES = {
     "config": ("TwoTowerConfig",),
     "engine": (
-        "Completion", "EngineOptions", "Event", "Finished", "GenerateOptions", "StepTaken",
-        "TokensCommitted", "generate", "stream",
+        "Completion", "EngineOptions", "Event", "Failed", "Finished", "GenerateOptions",
+        "StepTaken", "TokensCommitted", "generate", "stream",
     ),
     "backends": ("accelerate",),
     "lab.evaluate.likelihood": ("Score", "score_texts"),

@@ -18,7 +18,7 @@ def require(name: str, value: object, kind: type | tuple[type, ...], remedy: str
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         named = " or ".join(one.__name__ for one in kinds if one is not type(None))
-        raise ValueError(f"{name}={shown(value)} is not a {named}; pass {remedy}")
+        raise ValueError(f"{name}={shown(value)} is not of type {named}; pass {remedy}")
 
 
 def require_unicode(text: str, where: str) -> str:

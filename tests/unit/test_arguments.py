@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -31,13 +32,16 @@ RUN = TrainOptions(recipe="backbone")
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: twotower.load_model(5), "model=5 is not a str or Path; pass a path or hub id"),
-        (lambda: twotower.load_model(MODEL), r"model=TwoTower\(.*\) is not a str or Path"),
+        (
+            lambda: twotower.load_model(5),
+            "model=5 is not of type str or Path; pass a path or hub id",
+        ),
+        (lambda: twotower.load_model(MODEL), r"model=TwoTower\(.*\) is not of type str or Path"),
         (
             lambda: twotower.load_model(denoiser=MODEL),
-            r"denoiser=TwoTower\(.* is not a str or Path",
+            r"denoiser=TwoTower\(.* is not of type str or Path",
         ),
-        (lambda: twotower.load_model(device=5), "device=5 is not a str or device"),
+        (lambda: twotower.load_model(device=5), "device=5 is not of type str or device"),
         (lambda: twotower.load_model(""), "model='' must be text that is not empty"),
         (lambda: twotower.Placement(model=5), "model=5 must be text that is not empty"),
         (
@@ -47,37 +51,46 @@ RUN = TrainOptions(recipe="backbone")
         (lambda: twotower.generate(MODEL, MODEL), "prompts=TwoTower.* must be a list of prompts"),
         (
             lambda: twotower.save_model(MODEL, "a", dtype="float32"),
-            "dtype='float32' is not a dtype; pass torch.bfloat16",
+            "dtype='float32' is not of type dtype; pass torch.bfloat16",
         ),
-        (lambda: twotower.load_tokenizer(5), "model=5 is not a str or Path"),
+        (lambda: twotower.load_tokenizer(5), "model=5 is not of type str or Path"),
         (
             lambda: twotower.save_model("x", "a"),
-            "model='x' is not a TwoTower; pass twotower.l",
+            "model='x' is not of type TwoTower; pass twotower.l",
         ),
-        (lambda: twotower.save_model(MODEL, 5), "folder=5 is not a str or Path; pass a path"),
-        (lambda: twotower.save_model(MODEL, "a", "b"), "tokenizer='b' is not a Tokenizer"),
-        (lambda: twotower.accelerate("x"), "model='x' is not a TwoTower"),
-        (lambda: twotower.generate(MODEL, [[1]], engine=5), "engine=5 is not a EngineOptions"),
-        (lambda: twotower.generate(MODEL, [[1]], None, "x"), "tokenizer='x' is not a Tokenizer"),
-        (lambda: twotower.score_texts(MODEL, ["a"], [[1]]), "prompts='a' is not a list or tuple"),
+        (lambda: twotower.save_model(MODEL, 5), "folder=5 is not of type str or Path; pass a path"),
+        (lambda: twotower.save_model(MODEL, "a", "b"), "tokenizer='b' is not of type Tokenizer"),
+        (lambda: twotower.accelerate("x"), "model='x' is not of type TwoTower"),
+        (
+            lambda: twotower.generate(MODEL, [[1]], engine=5),
+            "engine=5 is not of type EngineOptions",
+        ),
+        (
+            lambda: twotower.generate(MODEL, [[1]], None, "x"),
+            "tokenizer='x' is not of type Tokenizer",
+        ),
+        (
+            lambda: twotower.score_texts(MODEL, ["a"], [[1]]),
+            "prompts='a' is not of type list or tuple",
+        ),
         (
             lambda: twotower.score_texts(MODEL, [[1]], [[1], [2]]),
             "texts: 2 given for 1 prompts; give one for each",
         ),
         (lambda: twotower.score_texts(MODEL, [[1]], [[99]]), "text 0 has token 99 outside the vo"),
-        (lambda: twotower.score_texts("x", [[1]], [[1]]), "model='x' is not a TwoTower"),
-        (lambda: twotower.train_model(5), "options=5 is not a TrainOptions"),
-        (lambda: twotower.prepare_data(5), "options=5 is not a PrepareOptions"),
-        (lambda: TOKENIZER.encode(5), "text=5 is not a str; pass a string"),
+        (lambda: twotower.score_texts("x", [[1]], [[1]]), "model='x' is not of type TwoTower"),
+        (lambda: twotower.train_model(5), "options=5 is not of type TrainOptions"),
+        (lambda: twotower.prepare_data(5), "options=5 is not of type PrepareOptions"),
+        (lambda: TOKENIZER.encode(5), "text=5 is not of type str; pass a string"),
         (lambda: TOKENIZER.decode("abc"), "ids='abc' must be a list of token ids"),
         (lambda: TOKENIZER.decode(5), "ids=5 must be a list of token ids"),  # type: ignore[arg-type]
         (lambda: TOKENIZER.decode([1.5]), r"ids=\[1.5\] must be a list"),  # type: ignore[list-item]
-        (lambda: twotower.Tokenizer("x"), "backend='x' is not a Tokenizer"),
-        (lambda: twotower.TwoTower("x"), "config='x' is not a TwoTowerConfig"),
+        (lambda: twotower.Tokenizer("x"), "backend='x' is not of type Tokenizer"),
+        (lambda: twotower.TwoTower("x"), "config='x' is not of type TwoTowerConfig"),
         (lambda: twotower.TwoTower(MODEL.config, "x"), "towers='x' is unknown; use one of both, c"),
-        (lambda: MODEL.config.replace(context=3), "context=3 is not a TowerConfig"),
-        (lambda: next(twotower.train_steps(RUN, 3)), "processes=3 is not a Processes"),
-        (lambda: MODEL.prefill([1, 2]), r"ids=\[1, 2\] is not a Tensor"),
+        (lambda: MODEL.config.replace(context=3), "context=3 is not of type TowerConfig"),
+        (lambda: next(twotower.train_steps(RUN, 3)), "processes=3 is not of type Processes"),
+        (lambda: MODEL.prefill([1, 2]), r"ids=\[1, 2\] is not of type Tensor"),
         (lambda: MODEL.prefill(torch.ones(1, 2)), "must be .rows, tokens >= 1. int64"),
     ],
 )
@@ -143,6 +156,11 @@ def test_a_folder_that_may_not_be_read_is_one_line(
 def test_tab_completes_the_public_names_alone() -> None:
     names = [name for name in dir(twotower) if not name.startswith("_")]
     assert names == sorted(set(twotower.__all__))
+
+
+def test_every_event_is_public() -> None:
+    """Guards a `match` over the events, one of which could not be named."""
+    assert {event.__name__ for event in get_args(twotower.Event)} <= {*twotower.__all__}
 
 
 @pytest.mark.parametrize(
