@@ -228,6 +228,8 @@ def test_a_block_larger_than_the_trained_one_warns_in_one_line(
             "/no is not a file or folder; give a folder that",
         ),
         (["a", "--device", "abacus"], "--device abacus is unknown"),
+        (["a", "--device", "cpu:1"], "--device cpu:1 is not on this machine; use cpu"),
+        (["a", "--overlap", "on", "--mode", "ar"], "--overlap: has no effect in mode ar, or on"),
         (["--input", "{tmp}/none"], "input: cannot read"),
         (["--input", "{tmp}"], "input: cannot read"),
         (["--input", "{tmp}/latin.txt"], "latin.txt is not UTF-8 text (byte 1)"),

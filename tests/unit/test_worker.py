@@ -387,7 +387,7 @@ def test_threads_end_with_the_worker() -> None:
 
 def test_options_are_checked() -> None:
     """Guards a server that starts with what fails at its first request."""
-    with pytest.raises(ValueError, match=r"engine=.* is not a EngineOptions"):
+    with pytest.raises(ValueError, match=r"engine=.* is not of type EngineOptions"):
         Worker(MODEL, engine={"batch_size": 2})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_waiting=0 must be at least 1"):
         EngineOptions(max_waiting=0)

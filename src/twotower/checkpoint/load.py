@@ -205,15 +205,14 @@ def _tower_dtypes(
 
 def find_device(name: torch.device | str, option: str = "device") -> torch.device:
     """The device that an option names; ValueError (one line) if this machine has none."""
-    here = ["cpu"]
+    here = ["cpu:0"]
     if accelerator := torch.accelerator.current_accelerator(check_available=True):
         here += [f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count())]
+    remedy = f"use {' or '.join(['cpu', *here[1:]])}"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"{option}={name!r} is unknown; use {' or '.join(here)}") from None
-    if device.type != "cpu" and f"{device.type}:{device.index or 0}" not in here:
-        raise ValueError(
-            f"{option}={str(device)!r} is not on this machine; use {' or '.join(here)}"
-        )
+        raise ValueError(f"{option}={name!r} is unknown; {remedy}") from None
+    if f"{device.type}:{device.index or 0}" not in here:
+        raise ValueError(f"{option}={str(device)!r} is not on this machine; {remedy}")
     return device

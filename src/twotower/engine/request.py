@@ -91,7 +91,12 @@ def checked_engine(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
             f"{model.config.vocab_size}; load the tokenizer of the same checkpoint"
         )
-    return engine or _ENGINE
+    engine = engine or _ENGINE
+    if engine.overlap == "on" and not model.has_denoiser:
+        raise ValueError(
+            "overlap: has no effect in mode ar, or on a model without a denoiser; leave it out"
+        )
+    return engine
 
 
 def require_denoiser(has_denoiser: bool, options: ResolvedOptions) -> None:
