@@ -16,11 +16,12 @@ from twotower.serve.replicas import Replica, ReplicaOptions
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ({"min_replicas": 0}, "min_replicas=0"),
-        ({"min_replicas": 3, "max_replicas": 2}, "max_replicas=2"),
-        ({"replica_cpus": -1.0}, "replica_cpus=-1.0"),
-        ({"replica_gpus": float("inf")}, "replica_gpus=inf"),
+        ({"ray": True, "min_replicas": 0}, "min_replicas=0"),
+        ({"ray": True, "min_replicas": 3, "max_replicas": 2}, "max_replicas=2"),
+        ({"ray": True, "replica_cpus": -1.0}, "replica_cpus=-1.0"),
+        ({"ray": True, "replica_gpus": float("inf")}, "replica_gpus=inf"),
         ({"max_replicas": 2}, "max_replicas: no effect without --ray; add it"),
+        ({"min_replicas": 2}, "min_replicas: no effect without --ray; add it"),
         ({"ray_address": "auto"}, "ray_address: no effect without --ray; add it"),
     ],
 )

@@ -41,16 +41,16 @@ class ReplicaOptions:
     """GPUs that each replica reserves."""
 
     def __post_init__(self) -> None:
+        if not self.ray:
+            for field in fields(ReplicaOptions):
+                if getattr(self, field.name) != field.default:
+                    raise ValueError(f"{field.name}: no effect without --ray; add it")
         if not 1 <= self.min_replicas <= self.max_replicas:
             raise ValueError(
                 f"min_replicas={self.min_replicas} max_replicas={self.max_replicas}: must be at "
                 "least 1, and the second no less than the first"
             )
         check_fields(self, dict.fromkeys(("replica_cpus", "replica_gpus"), number(0)))
-        if not self.ray:
-            for field in fields(ReplicaOptions):
-                if getattr(self, field.name) != field.default:
-                    raise ValueError(f"{field.name}: no effect without --ray; add it")
 
 
 class Replica:
