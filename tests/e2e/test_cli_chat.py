@@ -73,7 +73,7 @@ def test_an_option_is_not_dropped_by_a_greedy_server(
     say(monkeypatch, "/show")
     assert main(["chat", "--url", server.url, "--top-k", "5", "--temp", "0.5"]) == 0
     # Of a server that does not tell its default nothing is known.
-    assert main(["chat", "--url", "http://127.0.0.1:9", "--top-k", "5"]) == 0
+    assert main(["chat", "--url", f"{server.url}/elsewhere", "--top-k", "5"]) == 0
 
 
 def test_a_refusal_is_shown_and_taken_back(
@@ -204,9 +204,11 @@ def test_what_cannot_work_is_said_at_once(capsys: pytest.CaptureFixture[str]) ->
 def test_a_server_that_is_not_there_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    say(monkeypatch, "hello")
-    assert main(["chat", "--url", "http://127.0.0.1:9"]) == 0
-    assert "http://127.0.0.1:9 does not answer" in capsys.readouterr().err
+    """Guards a script whose conversation is empty, for which nothing would be wrong."""
+    say(monkeypatch)
+    assert main(["chat", "--url", "http://127.0.0.1:9"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: --url http://127.0.0.1:9 does not answer (")
 
 
 def test_a_message_unlike_the_training_text_is_noticed(

@@ -130,7 +130,9 @@ def _backend(options: ChatArguments) -> "Backend":
         from twotower.cli.chat_backends import Local, Remote
 
         if options.url is not None:
-            return Remote(options.url, os.environ.get(options.api_key_env))
+            remote = Remote(options.url, os.environ.get(options.api_key_env))
+            remote.connect()
+            return remote
         asked = options.generate_options()
         refuse_without_denoiser(options, asked)
         loaded = load(placement_of(options), asked.mode)

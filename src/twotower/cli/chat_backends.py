@@ -39,6 +39,14 @@ class Remote:
         if key is not None:
             self._headers["Authorization"] = f"Bearer {key}"
 
+    def connect(self) -> None:
+        """ValueError (one line) if there is no server."""
+        with contextlib.closing(self._connection(_CARD_TIMEOUT_S)) as connection:
+            try:
+                connection.connect()
+            except OSError as error:
+                raise ValueError(f"url={self.name!r} does not answer ({error})") from None
+
     def default_temperature(self) -> float | None:
         """Of a request that names none; None where the server does not tell in a few seconds."""
         with contextlib.closing(self._connection(_CARD_TIMEOUT_S)) as connection:
