@@ -306,7 +306,7 @@ def test_an_installation_without_a_model(
 ) -> None:
     monkeypatch.setattr(files.resources, "files", lambda package: tmp_path)
     assert main(["generate", "a"]) == 2
-    assert "give one with --model PATH" in capsys.readouterr().err
+    assert "--model: this installation has none inside; give a path" in capsys.readouterr().err
 
 
 def test_penalties_and_biases_are_flags(

@@ -76,6 +76,16 @@ def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
     assert one["tokens.bin"] != three["tokens.bin"]
 
 
+def test_a_switch_that_would_help_is_named_as_a_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards a remedy that the library spells for Python, `overwrite=True`."""
+    write_inputs(tmp_path)
+    command = ["--input", tmp_path / "pairs.jsonl", "--vocab-size", 270, "--out", tmp_path / "x"]
+    assert prepare(*command) == 0 and prepare(*command) == 2
+    assert capsys.readouterr().err.endswith("; choose another folder or --overwrite\n")
+
+
 def start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "twotower.cli.main", "prepare", *map(str, arguments)],

@@ -186,7 +186,7 @@ def test_denoiser_comes_back_beside_its_backbone(dtype: torch.dtype, tmp_path: P
         torch.testing.assert_close(again.state_dict()[name], tensor, rtol=0.01, atol=0.01)
     with pytest.raises(ValueError, match="thin denoiser is not saved with its model"):
         save_two_towers(model, tmp_path / "whole")
-    with pytest.raises(ValueError, match="for another model, me/model; give that as --model"):
+    with pytest.raises(ValueError, match="for another model, me/model; give that as the model"):
         load_denoiser(backbone(seed=1), tmp_path / "d")
     with pytest.raises(ValueError, match="for another model"):
         load_denoiser(fresh_model(), tmp_path / "d")

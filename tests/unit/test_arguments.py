@@ -1,6 +1,8 @@
 """The public calls, given what they cannot take: one line, and the names that Tab completes."""
 
+import ast
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,3 +264,20 @@ def test_public_options_name_the_fields_that_they_want(
     with pytest.raises(ValueError) as found:
         call()
     assert str(found.value) == said
+
+
+def test_a_message_of_the_library_names_no_flag() -> None:
+    """Guards a caller in Python, who has fields and no flags: the command line makes the flag of a
+    field's name. Whole commands may be named."""
+    package = Path(twotower.__file__).parent
+    rooms = {"cli", "serve", "lab", "adapt", "hosts"}  # for an operator, or a verb alone
+    found = []
+    for file in sorted(package.rglob("*.py")):
+        if file.relative_to(package).parts[0] in rooms:
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        docs = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        texts = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and n not in docs]
+        spelt = (text.value for text in texts if isinstance(text.value, str))
+        found += [t for t in spelt if re.search(r"(?<![\w-])--[a-z]", t) and "twotower " not in t]
+    assert not found

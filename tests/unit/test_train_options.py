@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from twotower.cli.train import arguments_from_toml
+from twotower.cli.train import arguments_from_toml, read_toml
 from twotower.documented import field_docs, summary
 from twotower.model.two_tower import TwoTower
 from twotower.train.optimizer import is_decayed, learning_rate, make_optimizer
-from twotower.train.options import TrainOptions, read_toml
+from twotower.train.options import TrainOptions
 from twotower.train.prepare import PrepareOptions
 from twotower.train.presets import PRESET_NAMES, preset_config
 

@@ -116,7 +116,7 @@ def test_an_existing_shard_is_only_replaced_on_request(tmp_path: Path) -> None:
     folder = make_shard(tmp_path / "shard")
     before = Shard(folder).meta
     source = write_documents(tmp_path / "other.jsonl", 10)
-    with pytest.raises(ValueError, match="--overwrite"):
+    with pytest.raises(ValueError, match="choose another folder or overwrite=True"):
         run(output=folder, input=(source,))
     assert Shard(folder).meta == before
     assert run(output=folder, input=(source,), overwrite=True).meta.num_documents == 10
@@ -210,8 +210,10 @@ def test_inputs_mix_with_the_built_in_corpus(tmp_path: Path) -> None:
 def test_order_depends_on_the_seed_only_when_shuffled(tmp_path: Path) -> None:
     """Silent failure: the same command gives other data, or another seed the same."""
     a = write_texts(tmp_path / "a.jsonl", "a", 100)
-    plain = documents_of(run(output=tmp_path / "plain", input=(a,), vocab_size=260, seed=1))
+    plain = documents_of(run(output=tmp_path / "plain", input=(a,), vocab_size=260))
     assert plain == [f"a {i}" for i in range(100)]
+    with pytest.raises(ValueError, match=r"^seed: no effect on inputs without shuffle"):
+        run(output=tmp_path / "seeded", input=(a,), vocab_size=260, seed=1)
     drawn = [
         documents_of(
             run(output=tmp_path / f"{i}", input=(a,), vocab_size=260, seed=seed, shuffle=30)

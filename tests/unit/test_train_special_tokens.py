@@ -122,7 +122,7 @@ def test_ids_come_from_the_tokenizers_files(
     [
         (
             {},
-            "eos_token: .* names none; say which token ends a text with --eos-token, e.g. ",
+            "eos_token: .* names none; say which token ends a text with eos_token=..., e.g. ",
         ),
         ({"eos_token": "</s>"}, "eos_token: '</s>' is not a token of"),
         ({"bos_token": "<s>", "eos_token": END}, "bos_token: '<s>' is not a token of"),

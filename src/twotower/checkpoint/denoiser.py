@@ -159,7 +159,7 @@ def denoiser_config(backbone: TwoTowerConfig, folder: Path) -> TwoTowerConfig:
 
 def _of_another(path: str | Path, values: Mapping[str, object]) -> str:
     name = values.get("backbone")
-    return f"denoiser: {path} was trained for another model, {name}; give that as --model"
+    return f"denoiser: {path} was trained for another model, {name}; give that as the model"
 
 
 def load_denoiser(

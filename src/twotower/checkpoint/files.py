@@ -91,7 +91,7 @@ def shipped_folder() -> Path:
     """Folder of the model inside the package; ValueError (one line) if there is none."""
     folder = Path(str(resources.files("twotower") / "assets"))
     if not (folder / "config.json").is_file():
-        raise ValueError("this installation has no model inside; give one with --model PATH")
+        raise ValueError("model: this installation has none inside; give a path or hub id")
     return folder
 
 

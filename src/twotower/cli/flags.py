@@ -109,9 +109,17 @@ def name_flags(message: str, options_class: type, arguments: Sequence[str]) -> s
     flags = (known if is_of_options else {}) | typed
     if is_of_options:
         message = re.sub(r"^(\w+):", lambda match: f"{flags[match[1]]}:", message)
+    switches = {name for name, kind in flag_types(options_class).items() if kind is bool}
+
+    def as_flag(match: re.Match[str]) -> str:
+        name, value = match[1], match[2]
+        if name in switches and value in ("True", "False"):
+            return _flag(name if value == "True" else f"no_{name}")
+        return f"{flags[name]} {as_typed(value)}" if name in flags else match[0]
+
     message = re.sub(
-        r"(?<![\w.])(\w+)=('[^']*'(?: or '[^']*')*|\([^()]*\)|(?=[^\s=]))",
-        lambda match: f"{flags[match[1]]} {as_typed(match[2])}" if match[1] in flags else match[0],
+        r"(?<![\w.])(\w+)=(True|False|'[^']*'(?: or '[^']*')*|\([^()]*\)|(?=[^\s=]))",
+        as_flag,
         message,
     )
     # Elsewhere in the line only names that are no English words.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import tomllib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.progress import TaskID
 from twotower.cli.flags import by_field, name_flags, spellings
 from twotower.cli.progress import progress_bar
 from twotower.train.loop import StepReport, train_steps
-from twotower.train.options import TrainOptions, check_values, read_toml
+from twotower.train.options import TrainOptions, check_values
 from twotower.train.processes import ALONE, LostProcess, Processes, SharedError, joined
 
 
@@ -120,3 +121,16 @@ def status_text(report: StepReport) -> str:
     speed = report.tokens_per_s
     tokens = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
     return f"loss {report.loss:.4f}  {tokens} tok/s  ETA {hours}:{minutes:02}:{seconds:02}"
+
+
+def read_toml(file: Path) -> dict[str, object]:
+    """Field values from a TOML file, names as in TrainOptions (dashes are accepted)."""
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"--options: cannot read {file} ({error.strerror}); check the path"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--options: {file} is not TOML ({error}); correct it") from error
+    return {name.replace("-", "_"): value for name, value in content.items()}

@@ -46,7 +46,7 @@ class Rows:
         if unaligned_fraction > 0.0 and shard.meta.align == 1:
             raise ValueError(
                 f"unaligned_row_fraction: no effect on {shard.folder}, which is not aligned; "
-                "prepare it with --align"
+                "prepare it with an alignment"
             )
         if sequence_length % shard.meta.align:
             raise ValueError(

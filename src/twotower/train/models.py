@@ -112,7 +112,7 @@ def _with_tokens(model: TwoTower, init: Path, shard: Shard) -> TwoTower:
 def _check_tokenizer(init: Path, vocab_size: int, shard: Shard) -> None:
     """ValueError if the data were made with another tokenizer than the checkpoint's."""
     size, folder = shard.meta.vocab_size, resolve(init)
-    remedy = "prepare the data with --tokenizer set to the model's folder"
+    remedy = "prepare the data with the model's tokenizer"
     if vocab_size < size:
         raise ValueError(
             f"data: its vocabulary has {size} tokens, the model's {vocab_size}; {remedy}"
@@ -132,7 +132,7 @@ def _mask_id(config: TwoTowerConfig, init: Path, shard: Shard) -> int:
         if named not in (None, config.mask_token_id):
             raise ValueError(
                 f"mask_token: {named} in the data, {config.mask_token_id} in the denoiser of "
-                f"{init}; prepare the data with its tokenizer and no other --mask-token"
+                f"{init}; prepare the data with its tokenizer and no other mask token"
             )
         return config.mask_token_id
     is_padding = named is None and config.mask_token_id >= shard.meta.vocab_size

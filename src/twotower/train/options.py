@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -327,16 +326,3 @@ def check_values(values: Mapping[str, object]) -> None:
         if name not in hints:
             raise ValueError(f"{name}: no such option{nearest(name, hints)}; see twotower train -h")
         checked(name, value, hints[name])
-
-
-def read_toml(file: Path) -> dict[str, object]:
-    """Field values from a TOML file, names as in TrainOptions (dashes are accepted)."""
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"--options: cannot read {file} ({error.strerror}); check the path"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"--options: {file} is not TOML ({error}); correct it") from error
-    return {name.replace("-", "_"): value for name, value in content.items()}

@@ -24,7 +24,15 @@ from twotower.tokenizer import Tokenizer, train_tokenizer
 from twotower.train.options import CheckedOptions
 from twotower.train.readers import Text
 from twotower.train.shard import META_FILE, ShardMeta, ShardWriter, choose_dtype
-from twotower.train.sources import Corpus, Source, find_sources, mix, parse_weights, shuffle
+from twotower.train.sources import (
+    BUILT_IN,
+    Corpus,
+    Source,
+    find_sources,
+    mix,
+    parse_weights,
+    shuffle,
+)
 from twotower.train.special_tokens import find_special_tokens, open_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -170,7 +178,11 @@ def _get_sources(options: PrepareOptions, corpus: Corpus | None) -> list[Source]
         if not options.input:
             raise ValueError("input: missing; give files, folders or patterns of files")
         corpus = Corpus(categories=(), documents=lambda seed, weights: iter(()))
-    return find_sources(options.input, weights, options.columns, corpus, options.seed)
+    sources = find_sources(options.input, weights, options.columns, corpus, options.seed)
+    is_drawn = options.shuffle or any(source.name == BUILT_IN for source in sources)
+    if options.seed and not is_drawn:
+        raise ValueError("seed: no effect on inputs without shuffle=...; leave it out")
+    return sources
 
 
 def _get_texts(options: PrepareOptions, sources: Sequence[Source]) -> list[Iterator[Text]]:
@@ -295,5 +307,5 @@ def _check_out(options: PrepareOptions) -> None:
         raise ValueError(f"output: {out} exists and is not a token shard; choose another folder")
     if not options.overwrite:
         raise ValueError(
-            f"output: {out} already holds a token shard; choose another folder or add --overwrite"
+            f"output: {out} already holds a token shard; choose another folder or overwrite=True"
         )

@@ -154,7 +154,9 @@ def _choose(available: Collection[str], columns: Sequence[str], where: str) -> t
             return names
     wanted = " and ".join(columns) if columns else "text, nor prompt and completion"
     found = ", ".join(sorted(available)) or "nothing"
-    raise ValueError(f"{where} has no column {wanted} but {found}; name yours with --columns")
+    raise ValueError(
+        f"input: {where} has no column {wanted} but {found}; name yours with columns=..."
+    )
 
 
 def _document(values: Sequence[object], names: Sequence[str], where: str) -> Text:

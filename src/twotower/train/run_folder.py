@@ -79,7 +79,7 @@ class RunFolder:
         if existing and not options.resume:
             raise ValueError(
                 f"output: {self.path} holds a run at step {existing[-1]}; use a new folder, or "
-                "leave out --no-resume"
+                "leave out resume=False"
             )
         found = self._read_newest(existing) if existing else None
         if found is not None:
@@ -158,12 +158,12 @@ class RunFolder:
             if name in changed:
                 raise ValueError(
                     f"{name}: {now[name]} differs from {before[name]} of the run in {self.path}; "
-                    "use that value, or another --output"
+                    "use that value, or another output folder"
                 )
         if options.steps < step:
             raise ValueError(
                 f"steps: {options.steps}, but the run in {self.path} is at step {step} already; "
-                f"give {step} to export that, more to go on, or another --output"
+                f"give {step} to export that, more to go on, or another output folder"
             )
         for name in changed.keys() - {*_UNTOLD}:
             _log.warning("%s: %s from step %d on, %s before", name, now[name], step, before[name])
@@ -257,7 +257,7 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
                 found.append(record | {"step": int(record["step"])})
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{file}: line {number} is damaged; delete the line or use a new --output"
+                f"{file}: line {number} is damaged; delete the line or use a new output folder"
             ) from error
     return found
 

@@ -184,7 +184,7 @@ def _split_weights(
         if name in names.values():
             if weight == 0:
                 raise ValueError(
-                    f"weights: {key}=0 gives the input no share; leave it out of --input"
+                    f"weights: {key}=0 gives the input no share; leave it out of the inputs"
                 )
             by_input[name] = weight
         elif key in categories:

@@ -32,8 +32,8 @@ def open_tokenizer(path: Path, named: Mapping[str, str]) -> Tokenizer:
     tokenizer = tokenizer.with_roles(roles, adds_bos=True if "bos" in named else None)
     if tokenizer.eos_id is None:
         raise ValueError(
-            f"eos_token: {path} names none; say which token ends a text with --eos-token, e.g. one "
-            f"of {', '.join(tokenizer.special_texts[:4]) or 'its special tokens'}"
+            f"eos_token: {path} names none; say which token ends a text with eos_token=..., e.g. "
+            f"one of {', '.join(tokenizer.special_texts[:4]) or 'its special tokens'}"
         )
     _check_mask(tokenizer, path)
     return tokenizer
@@ -57,12 +57,12 @@ def _check_mask(tokenizer: Tokenizer, path: Path) -> None:
     if mask not in tokenizer.special_ids:
         raise ValueError(
             f"mask_token: {name!r} of {path} is an ordinary token, which text can hold; give a "
-            "special token with --mask-token"
+            "special token with mask_token=..."
         )
     if mask in (tokenizer.bos_id, tokenizer.eos_id):
         raise ValueError(
             f"mask_token: {name!r} of {path} begins or ends documents; give another one with "
-            "--mask-token"
+            "mask_token=..."
         )
 
 

@@ -106,12 +106,12 @@ def _find(
         if found.rows_fingerprint != rows.fingerprint:
             raise ValueError(
                 f"data: {rows.shard.folder} is not what the run was trained on; "
-                "give its shard, or another --output"
+                "give its shard, or another output folder"
             )
         if options.init is None and new_config(options, rows.shard) != found.config:
             raise ValueError(
                 f"{'preset' if options.config is None else 'config'}: describes another model now "
-                f"than that of the run in {folder.path}; use another --output"
+                f"than that of the run in {folder.path}; use another output folder"
             )
         return str(found.folder)
 
