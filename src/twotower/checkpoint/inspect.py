@@ -85,7 +85,7 @@ class PrecisionRecord:
 class Description:
     """Architecture, parameters and memory of a checkpoint; memory in bytes.
 
-    `weight_bytes` by precision: routers always float32; int8 and int4 as `convert --weights` writes
+    `weight_bytes` by precision: routers always float32; int8 and int4 as `convert` writes
     a bfloat16 checkpoint. `kv_bytes_per_token`, `state_bytes_per_row`: one row's context cache.
     """
 

@@ -124,10 +124,13 @@ def memory_lines(record: Record) -> list[str]:
     """What the towers and a row's cache take, and the usable memory of a device."""
     memory = record["memory"]
     towers = ", ".join(f"{tower} {_bytes(n)}" for tower, n in memory["tower_bytes"].items())
-    return [
+    lines = [
         f"Weights: {towers}. Cache per row: {_bytes(memory['cache_bytes_per_row'])}. Usable "
         f"memory: {record['devices']} x {_bytes(memory['usable_bytes_per_device'])}."
     ]
+    if record["model"]["denoiser"] is None:
+        lines.append("The denoiser is a second full tower; --denoiser takes a thin one.")
+    return lines
 
 
 def _bytes(count: float) -> str:
@@ -140,7 +143,7 @@ def _mode_sentence(mode: str, found: Record) -> str:
     if "missing" in found:
         return f"{mode} fits ({found['device_map']['name']}); {found['missing']}."
     cost = found["dollars_per_million_tokens"]
-    price = "" if cost is None else f", {cost:.2f} dollars a million"
+    price = "" if cost is None else f", {cost:.2f} dollars a million tokens"
     return (
         f"{mode}: {found['tokens_per_s']:.1f} tokens/s{price}, on {found['device_map']['name']}"
         f"{_overlap(found)}."
@@ -160,7 +163,7 @@ def _even_sentence(record: Record) -> str:
     even = record["break_even"]
     return (
         f"A denoiser pass takes {even['denoise_per_ar_step']:.2f} AR steps. "
-        f"Diffusion {_reaches(even['tokens_per_nfe'], 'tokens per denoiser pass (tokens/NFE)')}; "
+        f"Diffusion {_reaches(even['tokens_per_nfe'], 'tokens/NFE (denoiser pass)')}; "
         f"speculation {_reaches(even['tokens_per_cycle'], 'tokens a cycle')}."
     )
 
@@ -168,12 +171,12 @@ def _even_sentence(record: Record) -> str:
 def _reaches(needed: Mapping[str, float | None], unit: str) -> str:
     """From which value of its one quantity on a mode reaches each multiple of AR's speed."""
     if needed["1"] is None:  # and then no multiple of it
-        return "never reaches AR's speed"
-    said = []
-    for target, value in needed.items():
-        what = "AR's speed" if target == "1" else f"{target} times it"
-        said.append(f"{what} never" if value is None else f"{what} from {value:.2f} {unit} on")
-    return "reaches " + ", ".join(said)
+        return "is never as fast as AR"
+    said = [f"as fast as AR from {needed['1']:.2f} {unit} on"]
+    for target, value in list(needed.items())[1:]:
+        start = "never" if value is None else f"from {value:.2f}"
+        said.append(f"{target} times as fast {start}")
+    return f"is {' and '.join(said)}"
 
 
 def _spans(spans: list[Record]) -> str:
