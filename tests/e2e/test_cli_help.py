@@ -10,6 +10,7 @@ import pytest
 from twotower.cli.main import VERBS, main
 from twotower.cli.parse import parse
 from twotower.engine import ResolvedOptions
+from twotower.train.options import TrainOptions
 
 
 def test_generate_has_a_flag_with_the_default_of_every_option(
@@ -67,6 +68,21 @@ def test_a_default_that_help_shows_can_be_typed(
     for arguments in (typed, [*least, "--mode", shown["--mode"]] if "--mode" in shown else least):
         found = _with_defaults(parse(options_class, verb, arguments))
         assert found == _with_defaults(parse(options_class, verb, least))
+
+
+def test_values_are_shown_as_they_are_typed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards `--reads {None}|{[INT [INT ...]]}` and `--betas FLOAT`, which takes two numbers; and a
+    list whose second flag takes the place of the first."""
+    monkeypatch.setenv("COLUMNS", "100")
+    for verb in VERBS:
+        assert verb == "lm-eval" or main([verb, "-h"]) == 0
+    out = capsys.readouterr().out
+    assert "{None" not in out
+    assert "--reads INT [INT ...] " in out and "--betas FLOAT FLOAT " in out
+    given = ["--recipe", "denoiser", "--init", "x", "--reads", "0", "9", "--reads", "11"]
+    assert parse(TrainOptions, "train", given).reads == (0, 9, 11)
 
 
 def _with_defaults(options: object) -> dict[str, object]:

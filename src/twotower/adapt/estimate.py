@@ -63,13 +63,13 @@ def estimate(
     tokens = rate * budget.seconds("answers")
     blocks = steps.blocks * budget.seconds("train") / _training_step_s(drafting, steps)
     said = (
-        f"{budget.minutes:g} minutes: at most {_short(tokens)} tokens of answers ({rate:.0f} a "
+        f"{budget.minutes:g} minutes give at most {_short(tokens)} tokens of answers ({rate:.0f} a "
         f"second) and {_short(blocks)} blocks of training"
     )
     if thin.denoiser is not None:  # how far that one is, the curve of a new one does not tell
         return said
     name, expected = expected_tokens_per_cycle(blocks)
-    return f"{said}; after as many {name} had {expected:.1f} tokens a cycle on held-out answers"
+    return f"{said}; {name} had {expected:.1f} tokens a cycle after as many blocks"
 
 
 def expected_tokens_per_cycle(blocks: float) -> tuple[str, float]:

@@ -212,8 +212,8 @@ def _questions(
     left_out = f"blank and repeated ones, and those of more than {options.max_prompt_tokens} tokens"
     if len(usable) - kept < stages.MIN_ANSWERS:
         raise ValueError(
-            f"prompts: {len(usable)} of {len(prompts)} are usable, without {left_out}; at least "
-            f"{_MIN_PROMPTS} are needed"
+            f"prompts: {len(usable)} of {len(prompts)} are usable, at least {_MIN_PROMPTS} are "
+            f"needed; left out are {left_out}"
         )
     tell_left_out(len(usable), len(prompts), left_out)
     trained = {tuple(answer.prompt) for answer in read_answers(work.answers)}

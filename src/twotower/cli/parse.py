@@ -81,9 +81,10 @@ def parse(
     for name, flag in lists.items():
         if () in values[name]:  # named and left empty
             raise ValueError(f"{flag} needs a value; see {prog} -h")
-        values[name] = tuple(itertools.chain.from_iterable(values[name]))
-        if flag in required and not values[name]:
+        given = tuple(itertools.chain.from_iterable(values[name]))
+        if flag in required and not given:
             raise ValueError(f"missing: {flag}; see {prog} -h")
+        values[name] = given or fields[name]
     for name, value in values.items():
         for path in value if isinstance(value, tuple) else (value,):
             if isinstance(path, Path):
@@ -102,6 +103,7 @@ def _lists(options_class: type) -> set[str]:
     found = set()
     for name, hint in get_type_hints(options_class, include_extras=True).items():
         kind, own = split_hint(hint)
+        kind = _without_none(kind)
         is_list = get_origin(kind) is tuple and Ellipsis in get_args(kind)
         if is_list and not {tyro.conf.UseAppendAction, tyro.conf.Positional} & {*own}:
             found.add(name)
@@ -166,7 +168,8 @@ def _annotated_fields(options_class: type) -> dict[str, tuple[str, Any, Any]]:
             default=field.default, default_factory=field.default_factory
         )
         if is_list:  # the flag may come again: tyro would keep the last one's values alone
-            hint, own = tuple[hint, ...], [tyro.conf.UseAppendAction, *own]  # type: ignore[valid-type]
+            hint = tuple[_without_none(hint), ...]  # type: ignore[misc]
+            own, default = [tyro.conf.UseAppendAction, *own], ()
         # A switch that a file of options may turn on needs its --no-; --json comes from no file.
         if field.name == "json":
             own = [tyro.conf.FlagCreatePairsOff, *own]
@@ -186,19 +189,24 @@ def _metavar(
     field: "dataclasses.Field[object]", hint: object, is_positional: bool, is_list: bool
 ) -> str | None:
     """What stands for the value in help; None leaves it to tyro."""
+    kind = _without_none(hint)
     if is_list and not is_positional:
-        word = _METAVARS[get_args(hint)[0]]
+        word = _METAVARS[get_args(kind)[0]]
         return f"{word} [{word} ...]"
     if is_positional:
         name = field.name.upper()
         return name if field.default is dataclasses.MISSING else f"[{name}]"
-    kinds = set(get_args(hint)) - {NoneType} or {hint}
-    if len(kinds) > 1:
-        return None
-    kind = kinds.pop()
     if get_origin(kind) is Literal:  # a choice that may be left out: without "None"
         return "{" + ",".join(map(str, get_args(kind))) + "}"
+    if get_origin(kind) is tuple:
+        return " ".join(_METAVARS[part] for part in get_args(kind) if part is not Ellipsis)
     return _METAVARS.get(kind)
+
+
+def _without_none(hint: Any) -> Any:
+    """The type of a value that is given."""
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+    return kinds[0] if NoneType in get_args(hint) and len(kinds) == 1 else hint
 
 
 def _unframe(box: str) -> str:

@@ -38,12 +38,11 @@ class EngineOptions:
     max_waiting: int = 256
     """Server: maximum number of prompts that wait; further ones are refused."""
     overlap: Overlap = "auto"
-    """Run both towers at the same time, each on another half of the batch: the denoiser drafts for
-    one half while the context tower verifies the other. auto: on if the towers are on two
-    devices."""
+    """Run both towers at the same time: the denoiser drafts for one half of the batch while the
+    context tower verifies the other. auto: on if the towers are on two devices."""
     prefix_cache_bytes: int = 0
-    """Size of the prefix cache: of a prompt that begins like an earlier text only the rest is
-    prefilled. 0 is off."""
+    """Bytes of the prefix cache: a prompt that begins like an earlier text reuses its prefill. 0 is
+    off."""
 
     def __post_init__(self) -> None:
         check_fields(self, _ENGINE_CHECKS)
@@ -78,10 +77,10 @@ class GenerateOptions:
     the context tower's own token, at no extra forward pass. 0 accepts all, as published. Needs
     first_token=context."""
     drafts: Drafts | None = None
-    """speculative: where drafts come from. lookup: prompt lookup (n-gram matching), which copies
-    what followed the last tokens where they occurred before, and n-grams of the model's answers
-    where its denoiser brings some. denoiser: the denoiser tower. auto: in each cycle the one that
-    is expected to save more time."""
+    """speculative: where drafts come from. lookup: prompt lookup (n-gram matching), a copy of what
+    followed the last tokens earlier in the text; also n-grams of the model's answers, if a denoiser
+    of `twotower adapt` has them. denoiser: the denoiser tower. auto: in each cycle the one that is
+    expected to save more time."""
     draft_passes: int | None = None
     """speculative: maximum number of denoiser passes per draft."""
     confidence_threshold: float | None = None
@@ -130,8 +129,8 @@ class GenerateOptions:
     probability (confidence), with the smallest lead over the second choice (margin), or random
     ones."""
     adaptive: bool | None = None
-    """predict-and-noise: ignore the schedule; commit one token a step at first, then equal numbers
-    of tokens."""
+    """predict-and-noise: instead of the schedule, commit one token in the first steps, then equal
+    numbers."""
 
     given = given_fields  # a method
 

@@ -70,8 +70,8 @@ class PrepareOptions(CheckedOptions):
     """Stop after this many tokens, with a whole document. Default: 20 million of the built-in
     corpus, or all inputs."""
     tokenizer: Path | None = None
-    """Tokenizer to use: tokenizer.json, its folder, a GGUF file or a hub id; the model's own for
-    twotower train --init. Default: train one on the text."""
+    """Tokenizer to use: tokenizer.json, its folder, a GGUF file or a hub id. To train from a model
+    (twotower train --init), give its own. Default: train one on the text."""
     bos_token: str | None = None
     """Token of `tokenizer`, as its vocabulary writes it, with which every document and prompt
     begins. Default: as its configuration says."""
