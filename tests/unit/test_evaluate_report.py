@@ -119,6 +119,13 @@ def test_missing_parts_are_left_out(results: dict[str, object]) -> None:
     assert "No sweep was run" in page and "no retention" in page and "Examples" not in page
 
 
+def test_why_nothing_is_kept_is_said() -> None:
+    """Guards "no mode was compared with ar" of modes that were: ar had no right answer."""
+    wrong = row(0.0, None, 9)
+    assert headline({"modes": {"ar": wrong}}).startswith("No mode was compared with ar, so")
+    assert headline({"modes": {"ar": wrong, "diffusion": wrong}}).startswith("No answer of ar is")
+
+
 def test_pictures_say_how_many_items(results: dict[str, object]) -> None:
     drawn = figures(results)
     assert drawn["retention"].axes[0].get_title() == "Quality kept, 200 items a category"

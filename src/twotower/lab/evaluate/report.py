@@ -118,7 +118,9 @@ def headline(results: Record) -> str:
             f"{percent_range(row['retention_interval'])}) at {row['speed_ratio'] or 0:.2f} times "
             f"its speed{passes}."
         )
-    return " ".join(sentences) or "No mode was compared with ar, so there is no retention."
+    is_compared = {"ar"} < results["modes"].keys()
+    why = "No answer of ar is right" if is_compared else "No mode was compared with ar"
+    return " ".join(sentences) or f"{why}, so there is no retention."
 
 
 def tables(results: Record, digits: int) -> list[Table]:
