@@ -104,13 +104,12 @@ def _native_refusal(setup: Setup) -> str | None:
         (setup.bidirectional_mamba, "native passes have no bidirectional Mamba"),
         (
             stored is not None and setup.quantization not in ("none", stored),
-            f"native passes round full-precision weights, and this checkpoint's are {stored}; ask "
-            f"for them with quantization={stored}",
+            f"native passes round full-precision weights, and this checkpoint's are {stored}",
         ),
         (
             rounds_weights_alone and setup.quantization == "none",
             f"native {stored} products round activations too, and this checkpoint's weights alone "
-            f"are {stored}; ask for that with quantization={stored}",
+            f"are {stored}",
         ),
     ):
         if is_refused:
@@ -202,20 +201,29 @@ def accelerate(
 
 def _faster(setup: Setup) -> Quantization | None:
     """What to ask for, where native passes would run a checkpoint that eager ones run now."""
-    if setup.scheme is None or setup.quantization != "none":
+    is_slow = setup.quantization == "none" and refusal("native", setup) is not None
+    return _own_bits(setup) if is_slow else None
+
+
+def _own_bits(setup: Setup) -> Quantization | None:
+    """The bits of a checkpoint that native passes would run, if they were asked for."""
+    if setup.scheme is None or setup.quantization == setup.scheme.weights:
         return None
     asked = replace(setup, quantization=setup.scheme.weights)
-    slow = refusal("native", setup) is not None and refusal("native", asked) is None
-    return setup.scheme.weights if slow else None
+    return setup.scheme.weights if refusal("native", asked) is None else None
 
 
 def _complaint(backend: str, setup: Setup, reasons: list[str]) -> str:
+    own = _own_bits(setup)
     if setup.quantization == "none":
-        return f"backend={backend}: {reasons[0]}; use backend=eager"
+        others = "backend=eager" if own is None else f"quantization={own} or backend=eager"
+        return f"backend={backend}: {reasons[0]}; use {others}"
     remedy = "use quantization=none, or a checkpoint that `twotower convert` has quantised"
     if refusal("native", replace(setup, dtypes=frozenset({torch.float32}))) is None:
         remedy = "use backend=native with dtype=float32, or quantization=none"
     other: BackendName = "graphs" if "cuda" in setup.devices else "native"
     if refusal(other, setup) is None:
         remedy = f"use backend={other} or quantization=none"
+    if own is not None:
+        remedy = f"use backend=native with quantization={own}, or quantization=none"
     return f"quantization={setup.quantization}: {reasons[0]}; {remedy}"

@@ -225,6 +225,22 @@ def test_refusals_are_one_line(backend: str, quantization: str, line: str) -> No
         accelerate(tiny_model(), backend, quantization)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("quantization", "remedy"),
+    [
+        ("none", "use quantization=int4 or backend=eager"),
+        ("int8", "use backend=native with quantization=int4, or quantization=none"),
+    ],
+)
+def test_a_quantised_checkpoint_is_sent_to_its_own_bits(
+    checkpoints: dict[tuple[str, str], Path], quantization: str, remedy: str
+) -> None:
+    """Guards "use a checkpoint that `twotower convert` has quantised", of one that it has."""
+    model = load_checkpoint(checkpoints["int4", "Llama"], dtype=torch.float32)
+    with pytest.raises(ValueError, match=f"; {remedy}$"):
+        accelerate(model, "native", quantization)  # type: ignore[arg-type]
+
+
 def test_a_backend_leaves_the_model_alone() -> None:
     """Guards a model that is compared with itself: both would run native passes."""
     model = tiny_model(hybrid_override_pattern="M*-")
