@@ -71,7 +71,11 @@ FEW = b"".join(GOOD.splitlines(True)[:18])
         (GOOD, ["--denoiser-device", "cpu"], "--denoiser-device: a denoiser is trained on"),
         (GOOD, ["--stage", "measure"], "has no denoiser; run the stage train first"),
         (GOOD, ["--stage", "train", "--json"], "--json: has no effect with --stage train"),
-        (GOOD, ["--denoiser", "x", "--layers", "1"], "--layers: has no effect with a denoiser"),
+        (
+            GOOD,
+            ["--denoiser", "x", "--layers", "1"],
+            "--layers: has no effect with --denoiser ...,",
+        ),
         (b"", ["--bigram-rank", "1000000"], "--bigram-rank 1000000 must be between 0 and 1024"),
         (b"", ["--block-size", "65"], "--block-size 65 must be between 2 and 64"),
         (b"", ["--batch-size", "2000"], "--batch-size 2000 must be between 1 and 1024"),

@@ -71,7 +71,7 @@ def test_inspect_and_evaluate_take_them(
     ("flags", "expected"),
     [
         (["--quantization", "int4", "--group-size", "48"], "--group-size 48 must be 32, 64 or 128"),
-        (["--group-size", "32"], "--group-size: no effect without --quantization int8 or int4"),
+        (["--group-size", "32"], "--group-size: no effect without --quantization int4"),
         (["--quantization", "int8", "--to", "transformers"], "needs --to released or backbone"),
     ],
 )

@@ -229,7 +229,7 @@ def test_what_needs_full_precision_says_so(quantised: dict[str, Path], tmp_path:
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ({"group_size": 32}, "group_size: no effect without quantization=int8 or int4"),
+        ({"group_size": 32}, "group_size: no effect without quantization=int4"),
         ({"activations": "int8"}, "activations: no effect without"),
         ({"quantization": "int8", "group_size": 32}, "int8 weights have no groups"),
         ({"quantization": "int4", "to": "gguf"}, "needs to=released or backbone, not gguf"),

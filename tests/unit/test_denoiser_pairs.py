@@ -39,7 +39,10 @@ def test_inspect_tells_a_denoiser_alone(tmp_path: Path, capsys: pytest.CaptureFi
     assert record["parameters"] in (total, total - shared)
     assert record["reads"] == [2, 3, 6] and record["ngrams"] == len(model.ngrams.keys)
     assert main(["generate", "-m", str(folder), "a"]) == 2
-    assert "is of a denoiser alone; give 'me/model'" in capsys.readouterr().err
+    assert (
+        "is of a denoiser alone; give this folder as the denoiser and its"
+        in capsys.readouterr().err
+    )
 
 
 def test_inspect_tells_both_together(pair: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,6 +126,12 @@ def test_why_nothing_is_kept_is_said() -> None:
     assert headline({"modes": {"ar": wrong, "diffusion": wrong}}).startswith("No answer of ar is")
 
 
+def test_a_speed_that_was_not_measured_is_not_said() -> None:
+    """Guards "at 0.00 times its speed", of an evaluation of one prompt."""
+    unknown = {**row(0.5, 1.0, 9), "speed_ratio": None}
+    assert "times" not in headline({"modes": {"ar": unknown, "diffusion": unknown}})
+
+
 def test_pictures_say_how_many_items(results: dict[str, object]) -> None:
     drawn = figures(results)
     assert drawn["retention"].axes[0].get_title() == "Quality kept, 200 items a category"

@@ -44,8 +44,8 @@ class ThinOptions:
             is_given = getattr(self, field.name) != field.default
             if self.denoiser is not None and is_given and field.name not in _OF_ANY:
                 raise ValueError(
-                    f"{field.name}: has no effect with a denoiser that is trained on, whose shape "
-                    "stays; leave it out"
+                    f"{field.name}: has no effect with denoiser=..., whose shape is kept; leave it "
+                    "out"
                 )
 
     @property

@@ -54,9 +54,9 @@ class ConvertOptions:
     def scheme(self) -> Scheme | None:
         """How to quantise; None: not at all. ValueError for what does not go together."""
         if self.quantization == "none":
-            for name in ("group_size", "activations"):
+            for name, bits in (("group_size", "int4"), ("activations", "int8")):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name}: no effect without quantization=int8 or int4; add it")
+                    raise ValueError(f"{name}: no effect without quantization={bits}; add it")
             return None
         return Scheme(
             weights=self.quantization, group_size=self.group_size, activations=self.activations

@@ -37,8 +37,8 @@ def config_from_dict(values: Mapping[str, object]) -> TwoTowerConfig:
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if model_type == DENOISER_ALONE:
         raise ValueError(
-            f"config.json: is of a denoiser alone; give {values.get('backbone')!r}, or where that "
-            "lies, as the model and this folder as its denoiser"
+            "config.json: is of a denoiser alone; give this folder as the denoiser and its "
+            f"backbone, {values.get('backbone')!r}, as the model"
         )
     if family is None:
         shown = (

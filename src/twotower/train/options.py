@@ -258,7 +258,7 @@ class TrainOptions(
         groups = (DenoiserOptions, DiffusionObjectiveOptions)
         for field in itertools.chain.from_iterable(map(dataclasses.fields, groups)):
             if getattr(self, field.name) != field.default:
-                raise ValueError(f"{field.name}: no effect with recipe backbone; leave it out")
+                raise ValueError(f"{field.name}: no effect with recipe=backbone; leave it out")
 
     def _check_early_blocks(self) -> None:
         if (
@@ -295,9 +295,9 @@ class TrainOptions(
             if getattr(self, field.name) == field.default:
                 continue
             if given is None and field.name in ("bigram_rank", "loss_decay"):
-                raise ValueError(f"{field.name}: no effect without reads; leave it out")
+                raise ValueError(f"{field.name}: no effect without reads=...; leave it out")
             if given is not None and field.name not in _TAKEN[given]:
-                raise ValueError(f"{field.name}: no effect with {given}; leave it out")
+                raise ValueError(f"{field.name}: no effect with {given}=...; leave it out")
 
     @property
     def run_folder(self) -> Path:

@@ -113,10 +113,11 @@ def headline(results: Record) -> str:
             continue
         rate = row["tokens_per_nfe"]
         passes = "" if rate is None else f", {rate:.2f} tokens/NFE"
+        speed = row["speed_ratio"]
+        times = "" if speed is None else f" at {speed:.2f} times its speed"
         sentences.append(
             f"{mode} keeps {percent(row['retention'])} % of the AR quality (95 %: "
-            f"{percent_range(row['retention_interval'])}) at {row['speed_ratio'] or 0:.2f} times "
-            f"its speed{passes}."
+            f"{percent_range(row['retention_interval'])}){times}{passes}."
         )
     is_compared = {"ar"} < results["modes"].keys()
     why = "No answer of ar is right" if is_compared else "No mode was compared with ar"
