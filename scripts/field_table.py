@@ -37,7 +37,7 @@ def _listed(names: list[str]) -> str:
 
 
 def table() -> str:
-    """What is used, what is taken, and what is refused."""
+    """What is used, what is accepted without effect, and what is refused."""
     common = _names(Decoding)
     place = common.index(OURS)
     every = [record.unserved for record in ENDPOINTS.values()]
@@ -48,12 +48,12 @@ def table() -> str:
         ("completions", _names(CompletionRequest, TextRequest)),
         ("chat", _names(ChatRequest, TextRequest)),
         ("responses", _names(ResponsesRequest, Decoding)),
-        ("taken, without effect", sorted(WITHOUT_EFFECT & frozenset().union(*every))),
+        ("accepted, without effect", sorted(WITHOUT_EFFECT & frozenset().union(*every))),
     ]
     lines = ["| of | fields |", "|---|---|", *(f"| {who} | {_listed(own)} |" for who, own in rows)]
     lines += [
         "",
-        "| taken with values that ask for nothing | also taken | otherwise refused, because |",
+        "| accepted if null, false, 0 or empty | also with | otherwise refused, because |",
     ]
     lines += ["|---|---|---|"]
     holders = {**ENDPOINTS, **PARTS}

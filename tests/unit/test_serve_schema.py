@@ -73,6 +73,13 @@ def test_a_hint_does_not_mislead(record: type[Decoding], name: str, said: str) -
     assert said in refused.value.message and refused.value.param == name
 
 
+def test_a_length_is_refused_in_plain_words() -> None:
+    """Guards pydantic's own: "should have at least 1 item after validation, not 0"."""
+    with pytest.raises(ApiError) as refused:
+        parse(ChatRequest, b'{"messages": []}')
+    assert refused.value.message == "messages: list should have at least 1 item"
+
+
 def test_what_is_quoted_is_short() -> None:
     """Guards the log and the answer against a megabyte that comes back."""
     error = ApiError(400, "x" * 100_000, param="y" * 100_000)

@@ -323,6 +323,8 @@ def _refusal(record: type[Record], problem: ErrorDetails) -> ApiError:
             name, reason = ".".join([*path, message]), UNSERVED[message].reason
             told = f"{name} is not supported: {reason}"
             return ApiError(400, told, param=name, code="unsupported_field")
+        case "too_short" | "too_long":  # "... after validation, not 0" is for pydantic's users
+            message = message.partition(" after validation")[0]
     told = f"{name}: {message[:1].lower()}{message[1:]}"
     return ApiError(400, told, param=name, code="bad_value")
 
