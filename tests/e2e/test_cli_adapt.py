@@ -68,7 +68,7 @@ FEW = b"".join(GOOD.splitlines(True)[:18])
         (GOOD, ["--layers", "99"], "--layers 99 must be at most"),
         (GOOD, ["--minutes", "nan"], "--minutes nan"),
         (GOOD, ["--stage", "train"], "run the stage answers first"),
-        (GOOD, ["--denoiser-device", "cpu"], "--denoiser-device: a denoiser is trained on"),
+        (GOOD, ["--denoiser-device", "cpu"], "unrecognized options: --denoiser-device"),
         (GOOD, ["--stage", "measure"], "has no denoiser; run the stage train first"),
         (GOOD, ["--stage", "train", "--json"], "--json: has no effect with --stage train"),
         (

@@ -128,7 +128,7 @@ def test_a_missing_baseline_is_printed(
             "--backend eager: eager passes run weights as they are loaded; use --backend eager wi",
         ),
         (["--quantization", "int8,int3"], "--quantization: 'int3' is unknown; use some of none,"),
-        (["--expert-storage", "mmap"], "--expert-storage: has no effect here"),
+        (["--expert-storage", "mmap"], "unrecognized options: --expert-storage"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -69,13 +69,13 @@ class AdaptArguments(ThinOptions, AnswerOptions, StepOptions, Placement):
     """Give the model the prompts as they are, without its chat template."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """The report as one JSON object on stdout instead of a table."""
+    # A denoiser is trained on the device of the model.
+    denoiser_device: Annotated[str | None, tyro.conf.Suppress] = None
 
     def __post_init__(self) -> None:
         for part in (ThinOptions, AnswerOptions, StepOptions, Placement):
             part.__post_init__(self)
         Budget(minutes=self.minutes)
-        if self.denoiser_device is not None:
-            raise ValueError("denoiser_device: a denoiser is trained on the device; leave it out")
         if self.json and self.stage not in ("all", "measure"):
             raise ValueError(f"json: has no effect with stage={self.stage}; leave it out")
 
@@ -89,7 +89,7 @@ def run(options: AdaptArguments) -> int:
     thin = _part(options, ThinOptions)
     answers, steps = _part(options, AnswerOptions), _part(options, StepOptions)
     # No denoiser yet: its drafts are to be made.
-    placement = placement_of(options, denoiser=None, denoiser_device=None)
+    placement = placement_of(options, denoiser=None)
     stages.reads_of(read_config(placement.find()), thin)  # before prompts and weights are read
     _require_writable(output=options.output.resolve(), work=work.path)
     prompts = read_questions(options.prompts)

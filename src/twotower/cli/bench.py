@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 
 from twotower.checkpoint.files import SHIPPED
 from twotower.cli.decoding import has_any_denoiser
@@ -46,7 +47,7 @@ from twotower.lab.evaluate.run import draw_groups, split_names
 from twotower.lab.evaluate.suite import make_judge
 from twotower.lab.report import Record, Table, to_png, write_files
 from twotower.loading import Loaded, Placement, load, placement_of
-from twotower.model.precision import require_plain
+from twotower.model.precision import ExpertStorage, require_plain
 
 RECORD_FILE = "bench.json"
 
@@ -60,12 +61,11 @@ class BenchOptions(MeasureOptions, Placement):
 
     json: bool = False
     """Print one JSON object instead of text."""
+    expert_storage: Annotated[ExpertStorage, tyro.conf.Suppress] = "memory"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        placement = self.placement()
-        if placement.expert_storage != Placement.expert_storage:
-            raise ValueError("expert_storage: has no effect here; leave it out")
+        self.placement()  # or what is wrong with it
 
     def placement(self) -> Placement:
         """Where the weights are loaded that all engines are made of."""
