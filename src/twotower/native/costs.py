@@ -2,7 +2,7 @@
 
 How many tokens a pass reads at nearly the price of one depends on the processor, the sizes of the
 model and the number of threads (benchmarks/pass_costs.py): on two server processors 16 tokens in
-int8 cost 1.6 and 2.15 AR steps. What was measured lies in the user's cache, so that later runs
+int8 cost 1.6 and 1.8 AR steps. What was measured lies in the user's cache, so that later runs
 draft as the first one did.
 """
 
