@@ -125,44 +125,51 @@ inline void turn(const float *x, long from, float *y, long to) {
         }
 }
 
-// sum + the products of the four unsigned bytes of each number, up to MOST, with the four signed ones.
+// What products take off the bytes of an int8 matrix, which are 128 too large: processors that multiply
+// unsigned bytes by signed ones take them as they are.
+#if defined(TWOTOWER_AVX512) || (defined(TWOTOWER_AVX2) && defined(__AVXVNNI__))
+constexpr int TAKEN_OFF = 0;
+#else
+constexpr int TAKEN_OFF = 128;
+#endif
+
+// sum + the products of the four weights of each number with the four signed bytes. Weights: unsigned
+// bytes up to MOST; those of 255, of an int8 matrix, less TAKEN_OFF.
 template <int V, int MOST = 255>
-inline Ints<V> add_quads(Ints<V> sum, Ints<V> unsigned_bytes, Ints<V> signed_bytes) {
+inline Ints<V> add_quads(Ints<V> sum, Ints<V> weights, Ints<V> signed_bytes) {
 #ifdef TWOTOWER_AVX512
     if constexpr (V == 16)
-        return Ints<V>(_mm512_dpbusd_epi32(__m512i(sum), __m512i(unsigned_bytes), __m512i(signed_bytes)));
+        return Ints<V>(_mm512_dpbusd_epi32(__m512i(sum), __m512i(weights), __m512i(signed_bytes)));
     else if constexpr (V == 8)
-        return Ints<V>(_mm256_dpbusd_epi32(__m256i(sum), __m256i(unsigned_bytes), __m256i(signed_bytes)));
+        return Ints<V>(_mm256_dpbusd_epi32(__m256i(sum), __m256i(weights), __m256i(signed_bytes)));
     else
 #elif defined(TWOTOWER_AVX2) && defined(__AVXVNNI__)
     if constexpr (V == 8)
-        return Ints<V>(_mm256_dpbusd_avx_epi32(__m256i(sum), __m256i(unsigned_bytes), __m256i(signed_bytes)));
+        return Ints<V>(_mm256_dpbusd_avx_epi32(__m256i(sum), __m256i(weights), __m256i(signed_bytes)));
     else
 #elif defined(TWOTOWER_AVX2)
-    if constexpr (V == 8) {  // sums of two products have 16 bits: of the highest bit alone, and of the others
-        __m256i all = __m256i(unsigned_bytes), ones = _mm256_set1_epi16(1), rest = _mm256_set1_epi8(127);
-        auto products = [=](__m256i some) {
-            return Ints<V>(_mm256_madd_epi16(_mm256_maddubs_epi16(some, __m256i(signed_bytes)), ones));
-        };
-        if constexpr (MOST <= 127) return sum + products(all);
-        else return sum + products(_mm256_and_si256(all, rest)) + products(_mm256_andnot_si256(rest, all));
+    if constexpr (V == 8) {  // a magnitude up to 127 times a byte with its sign: two of them fit into 16 bits
+        __m256i own = __m256i(weights), other = __m256i(signed_bytes), ones = _mm256_set1_epi16(1);
+        if constexpr (MOST > 127) {
+            own = _mm256_xor_si256(own, _mm256_set1_epi8(-128));
+            other = _mm256_sign_epi8(other, own), own = _mm256_abs_epi8(own);
+        }
+        return sum + Ints<V>(_mm256_madd_epi16(_mm256_maddubs_epi16(own, other), ones));
     } else
 #elif defined(TWOTOWER_DOTPROD)
-    if constexpr (V == 4) {  // signed bytes alone: those that are ZERO less, and twice its half
-        int8x16_t other = vreinterpretq_s8_s32(int32x4_t(signed_bytes));
-        if constexpr (MOST <= 127)
-            return Ints<V>(vdotq_s32(int32x4_t(sum), vreinterpretq_s8_s32(int32x4_t(unsigned_bytes)), other));
-        int8x16_t half = vdupq_n_s8(64);
-        int8x16_t less = vreinterpretq_s8_s32(int32x4_t(unsigned_bytes) ^ vdupq_n_s32(0x80808080));
-        return Ints<V>(vdotq_s32(vdotq_s32(vdotq_s32(int32x4_t(sum), less, other), half, other), half, other));
+    if constexpr (V == 4) {
+        Ints<V> own = MOST > 127 ? weights ^ int32_t(0x80808080) : weights;
+        return Ints<V>(vdotq_s32(int32x4_t(sum), vreinterpretq_s8_s32(int32x4_t(own)),
+                                 vreinterpretq_s8_s32(int32x4_t(signed_bytes))));
     } else
 #endif
     {
         uint8_t one[V * 4];
         int8_t two[V * 4];
-        std::memcpy(one, &unsigned_bytes, sizeof one), std::memcpy(two, &signed_bytes, sizeof two);
+        std::memcpy(one, &weights, sizeof one), std::memcpy(two, &signed_bytes, sizeof two);
         for (int l = 0; l < V; l++)
-            for (int j = 0; j < 4; j++) sum[l] += int(one[l * 4 + j]) * two[l * 4 + j];
+            for (int j = 0; j < 4; j++)
+                sum[l] += (int(one[l * 4 + j]) - (MOST > 127 ? TAKEN_OFF : 0)) * two[l * 4 + j];
         return sum;
     }
 }
