@@ -88,7 +88,7 @@ class BatchCosts:
         self._row = costs.row * share
 
     def of_pass(self, num_tokens: int, num_rows: int | None = None) -> float:
-        """Over so many tokens of each of num_rows rows, of all if not given; the others wait."""
+        """Over num_tokens of each of num_rows rows, of all if not given; other rows wait for it."""
         every = self._num_rows
         rows = every if num_rows is None else min(every, num_rows)
         return self._cost(num_tokens * rows, rows) / self._cost(every, every)

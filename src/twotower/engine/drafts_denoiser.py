@@ -49,7 +49,7 @@ def _controller(row: Row, batch: Batch) -> DraftController:
 
 
 def pays(row: Row, batch: Batch, instead: Proposal, num_writers: int) -> bool:
-    """Whether a draft is expected to gain more than what is instead, if as many rows write."""
+    """Whether a draft is expected to gain more than `instead`, if num_writers rows write."""
     assert row.controller is not None
     size = row.options.block_size
     length = min(size + len(instead.tokens), max(1 + MAX_DRAFT, size), row.num_left)

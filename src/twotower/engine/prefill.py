@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from twotower.engine.ar import AR
 from twotower.engine.batch import Batch, DecodingMode, kind_of
 from twotower.engine.blocks import BLOCKS
 from twotower.engine.given import GIVEN
@@ -12,7 +13,6 @@ from twotower.engine.prefix_cache import PrefixCache
 from twotower.engine.resolved import Mode
 from twotower.engine.row import Row
 from twotower.engine.speculative import SPECULATIVE
-from twotower.engine.verify import AR
 from twotower.memory import available_bytes
 from twotower.model import TwoTower
 from twotower.model.two_tower import PREFILL_CHUNK

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twotower.diffusion import choose as choose_each
 from twotower.diffusion import gumbel, require_finite
-from twotower.engine.batch import Batch, Chosen, DecodingMode, Draft
+from twotower.engine.batch import Batch, Chosen, Draft
 from twotower.engine.constraints import choose_along, penalize
 from twotower.engine.logits import choose_tokens, with_logprobs
 from twotower.engine.row import Row
@@ -71,15 +71,6 @@ def verify(batch: Batch, most_steps: int = 1) -> list[Chosen]:
 def newest_alone(batch: Batch) -> None:
     """A draft of nothing: each row's newest token, which the cache does not hold."""
     batch.drafts = [Draft([row.tokens[-1]]) for row in batch.rows]
-
-
-def choose_next(batch: Batch) -> list[Chosen]:
-    """The next token of each row; several where the backend chooses."""
-    return verify(batch, most_steps=max(row.num_left for row in batch.rows))
-
-
-# mode="ar": the context tower alone.
-AR = DecodingMode(choose=choose_next, draft=newest_alone, start=start, num_unread=1)
 
 
 def _num_right(draft: Sequence[int], choices: Sequence[int]) -> int:

@@ -11,7 +11,7 @@
 namespace twotower {
 
 constexpr int GROUP = 32;  // columns of an int4 group
-constexpr int ZERO = 128 - TAKEN_OFF;  // what products take the bytes of an int8 matrix to be too large
+constexpr int ZERO = 128 - TAKEN_OFF;  // what products of int8 bytes are to be corrected by, for each one
 
 // What tokens are to a packed matrix: signed bytes, and for each group of `group` columns a scale,
 // the scale times the sum of the bytes, and -ZERO times this sum.

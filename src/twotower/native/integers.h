@@ -234,7 +234,7 @@ inline Floats<ROWS> first_rows(const float *x, int count) {
 }
 
 // A block's sums, times a scale and with a bias of each row, where there are any: y from row `first` on.
-// Nothing is read from nowhere, masked or not: the compiler's loads of that kind take 60 ns.
+// `bias ? bias[r] : 0` in the loop would become a masked load at a null pointer: 60 ns on a Zen 5.
 template <int W, Order ORDER>
 inline void write_block(const float *sum, const float *scales, const float *bias, int count, int first, int rows,
                         float *y) {

@@ -125,8 +125,8 @@ inline void turn(const float *x, long from, float *y, long to) {
         }
 }
 
-// What products take off the bytes of an int8 matrix, which are 128 too large: processors that multiply
-// unsigned bytes by signed ones take them as they are.
+// The bytes of an int8 matrix are its numbers plus 128. Processors that multiply unsigned bytes by signed
+// ones take them so, and sums are corrected afterwards; for others `add_quads` subtracts this first.
 #if defined(TWOTOWER_AVX512) || (defined(TWOTOWER_AVX2) && defined(__AVXVNNI__))
 constexpr int TAKEN_OFF = 0;
 #else
