@@ -1,10 +1,11 @@
 """Masked diffusion as pure functions on tensors: noise, losses, token choice, the block loop."""
 
 from twotower.diffusion.chance import draw_noise, filter_logits, gumbel
-from twotower.diffusion.commit import commit_confident
-from twotower.diffusion.denoise_block import Denoise, Step, denoise_block, predictions
+from twotower.diffusion.commit import Predictions, commit_confident
+from twotower.diffusion.denoise_block import Denoise, Step, denoise_block
 from twotower.diffusion.loss import elbo_weight, masked_loss_sum, token_cross_entropy
 from twotower.diffusion.noise import SCHEDULES, Schedule, alpha, alpha_prime, corrupt
+from twotower.diffusion.ranking import Rank, most_probable
 from twotower.diffusion.sampling import (
     NOT_FINITE,
     PER_ROW,
@@ -22,6 +23,8 @@ __all__ = [
     "PER_ROW",
     "SCHEDULES",
     "Denoise",
+    "Predictions",
+    "Rank",
     "Remask",
     "Sampler",
     "SamplerKind",
@@ -39,7 +42,7 @@ __all__ = [
     "filter_logits",
     "gumbel",
     "masked_loss_sum",
-    "predictions",
+    "most_probable",
     "require_finite",
     "sample",
     "token_cross_entropy",

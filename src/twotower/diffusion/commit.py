@@ -51,9 +51,9 @@ class Predictions:
     step: int  # from 0
     generators: Sequence[torch.Generator]  # R, or none if nothing is random
     is_masked: Tensor  # (R, T)
-    probs: Tensor  # (R, T, V) unscaled, 0 for the mask token
+    logits: Tensor  # (R, T, V) unscaled, -inf for the mask token
     tokens: Tensor  # (R, T)
-    confidence: Tensor  # (R, T) probs of tokens
+    confidence: Tensor  # (R, T) how probable the tokens are
     is_last: bool = False  # no row has another pass
 
 

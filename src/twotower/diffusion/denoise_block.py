@@ -14,6 +14,7 @@ from torch import Tensor
 from twotower.diffusion.chance import draw_noise
 from twotower.diffusion.commit import Predictions, commit_confident
 from twotower.diffusion.noise import alpha, grid_time
+from twotower.diffusion.ranking import Rank, most_probable
 from twotower.diffusion.sampling import Sampler, SamplerKind, choose
 from twotower.diffusion.scheduled import commit_posterior, commit_remasked
 
@@ -56,12 +57,13 @@ def denoise_block(
     sampler: Sampler,
     generators: Sequence[torch.Generator] = (),
     token_ids: Tensor | None = None,
+    rank: Rank = most_probable,
 ) -> Iterator[Step]:
     """Fill the masked positions of block (B, T) int64, yielding a Step per step.
 
     generators: one CPU generator per row, needed if anything is random. token_ids (V,): what the
-    logits are of, where they are not of the whole vocabulary. Committed tokens never change; a
-    block without masked positions yields nothing.
+    logits are of, where they are not of the whole vocabulary. rank: what finds the best of them.
+    Committed tokens never change; a block without masked positions yields nothing.
     """
     assert len(generators) == len(block) or not (generators or sampler.is_random)
     if not sampler.is_random:
@@ -84,8 +86,13 @@ def denoise_block(
         logits = _logits(denoise, own.mask_token_id, tokens, t, rows, kept_logits)
         row_generators = [generators[row] for row in now.tolist()] if generators else ()
         noise = draw_noise(logits, own, row_generators) if generators else None
-        own_step = step, row_generators, step + 1 >= most
-        found = predictions(logits, choose(logits, own, noise), masked, token_ids, *own_step)
+        chosen = None if noise is None else choose(logits, own, noise)
+        ids, probs = rank(logits, 1 + own.num_others, own.unused_ids, chosen)
+        ids = ids if token_ids is None else token_ids[ids]
+        found = Predictions(
+            step=step, generators=row_generators, is_masked=masked, logits=logits,
+            tokens=ids[..., 0], confidence=probs[..., 0], is_last=step + 1 >= most,
+        )  # fmt: skip
         commit = _RULES[own.kind](own, found)
 
         nfe = _put(nfe, rows, _pick(nfe, rows, is_whole) + 1, is_whole)
@@ -97,7 +104,7 @@ def denoise_block(
         is_masked = _put(is_masked, now, still_masked, is_whole)
         yield Step(
             index=step, rows=rows, t=t, tokens=tokens, is_masked=is_masked,
-            confidence=confidence, nfe=nfe, others=_others(found, own.num_others, token_ids),
+            confidence=confidence, nfe=nfe, others=_others(ids, probs, masked),
         )  # fmt: skip
         if not bool(still_masked.any()):
             return
@@ -154,38 +161,8 @@ def _logits(
     return logits if kept_logits is None else torch.cat([logits, kept_logits])
 
 
-def _others(
-    found: Predictions, count: int, token_ids: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
+def _others(ids: Tensor, probs: Tensor, is_masked: Tensor) -> tuple[Tensor, Tensor] | None:
     """The most probable tokens beside those that were predicted, and how probable they are."""
-    if count == 0:
+    if ids.shape[-1] == 1:
         return None
-    # The one way over the vocabulary: it takes a while. A draft vocabulary may have fewer tokens.
-    probs, ids = found.probs.topk(min(count + 1, found.probs.shape[-1]))
-    tokens = ids if token_ids is None else token_ids[ids]
-    is_chosen = tokens == found.tokens[..., None]
-    order = is_chosen.byte().argsort(dim=-1, stable=True)[..., :count]
-    probs = probs.gather(-1, order).masked_fill(~found.is_masked[..., None], 0.0)
-    return tokens.gather(-1, order), probs
-
-
-def predictions(
-    logits: Tensor,
-    chosen: Tensor,
-    is_masked: Tensor,
-    token_ids: Tensor | None,
-    step: int = 0,
-    generators: Sequence[torch.Generator] = (),
-    is_last: bool = False,
-) -> Predictions:
-    """What was chosen (R, T) from logits (R, T, V); its confidence is the unscaled probability."""
-    probs = logits.softmax(-1)
-    return Predictions(
-        step=step,
-        generators=generators,
-        is_masked=is_masked,
-        probs=probs,
-        tokens=chosen if token_ids is None else token_ids[chosen],
-        confidence=probs.gather(-1, chosen.unsqueeze(-1)).squeeze(-1),
-        is_last=is_last,
-    )
+    return ids[..., 1:], probs[..., 1:].masked_fill(~is_masked[..., None], 0.0)

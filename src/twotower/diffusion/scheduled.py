@@ -77,12 +77,12 @@ def commit_posterior(sampler: Sampler, found: Predictions) -> Tensor:
 
 
 def _random_scores(found: Predictions) -> Tensor:
-    return uniform(found.is_masked.shape[-1:], found.generators).to(found.probs.device)
+    return uniform(found.is_masked.shape[-1:], found.generators).to(found.logits.device)
 
 
 _REMASK_SCORES: dict[Remask, Callable[[Predictions], Tensor]] = {
     "confidence": lambda found: found.confidence,
-    "margin": lambda found: top2_margin(found.probs),
+    "margin": lambda found: top2_margin(found.logits.softmax(-1)),
     "random": _random_scores,
 }
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from twotower.diffusion import Sampler, Step, denoise_block, require_finite
-from twotower.engine.choosing import ChoosingBackend
+from twotower.diffusion import Sampler, Step, denoise_block, most_probable, require_finite
+from twotower.engine.choosing import ChoosingBackend, RankingBackend
 from twotower.engine.events import Event, StepTaken
 from twotower.model import ContextView, TwoTower
 
@@ -112,4 +112,6 @@ def denoise_rows(model: TwoTower, view: ContextView, blocks: Blocks) -> Iterator
         return require_finite(model.denoise(tokens, held[1], t))
 
     tokens = tokens.to(model.denoiser_device)
-    return denoise_block(denoise, tokens, sampler, generators, model.draft_ids)
+    backend = model.backend
+    rank = cast(RankingBackend, backend).rank if backend.ranks_tokens else most_probable
+    return denoise_block(denoise, tokens, sampler, generators, model.draft_ids, rank)

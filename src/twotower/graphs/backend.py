@@ -51,7 +51,7 @@ class GraphsBackend:
     name = "graphs"
     decode_steps = 8  # a reader sees tokens that much later
     prefix_chunk = EagerBackend.prefix_chunk
-    verifies_trees, chooses_tokens = False, True
+    verifies_trees, chooses_tokens, ranks_tokens = False, True, False
 
     def __init__(self, model: TwoTower, quantization: str = "none") -> None:
         self.quantization, self._device = quantization, model.context_device

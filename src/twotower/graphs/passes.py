@@ -3,13 +3,11 @@
 They read and write fixed addresses, and ask the host for nothing.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from twotower import masks
-from twotower.diffusion import ban, commit_confident, predictions
+from twotower.diffusion import Predictions, ban, commit_confident, most_probable
 from twotower.graphs.arena import Arena
 from twotower.graphs.choosing import Uses
 from twotower.layers.attention import KV
@@ -105,8 +103,13 @@ def fill(
     logits = denoise(model, arena, length, past, model.config.draft is None).float()
     is_finite = logits.isfinite().flatten(1).all(-1, keepdim=True)
     logits = ban(logits, [model.config.mask_token_id])
-    found = predictions(logits, choosing.choose(logits, uses), is_masked, model.draft_ids)
-    commit = commit_confident(choosing.sampler(uses), replace(found, is_last=is_last))
+    ids, probs = most_probable(logits, chosen=choosing.choose(logits, uses))
+    tokens = ids.squeeze(-1) if model.draft_ids is None else model.draft_ids[ids.squeeze(-1)]
+    found = Predictions(
+        step=0, generators=(), is_masked=is_masked, logits=logits, tokens=tokens,
+        confidence=probs.squeeze(-1), is_last=is_last,
+    )  # fmt: skip
+    commit = commit_confident(choosing.sampler(uses), found)
     sure = found.confidence.where(is_finite, float("nan"))
     confidence.copy_(sure.where(is_masked, confidence))
     block.copy_(found.tokens.where(commit, block))

@@ -52,6 +52,8 @@ class Backend(Protocol):
     """Whether drafts may branch, where the context tower has attention and no other state."""
     chooses_tokens: bool
     """Whether passes may choose tokens, too: then it is a `ChoosingBackend` of the engine."""
+    ranks_tokens: bool
+    """Whether it finds the best of logits itself: then it is a `RankingBackend` of the engine."""
 
     @property
     def pass_costs(self) -> PassCosts:
@@ -87,7 +89,7 @@ class EagerBackend:
     """Plain PyTorch: every model and device; what the other backends are compared with."""
 
     name, quantization = "eager", "none"
-    prefix_chunk, verifies_trees, chooses_tokens = 64, True, False
+    prefix_chunk, verifies_trees, chooses_tokens, ranks_tokens = 64, True, False, False
     pass_costs = PassCosts({1: 1.0, 4: 1.4, 8: 1.6, 16: 1.75})
 
     def __init__(self, model: "Passes") -> None:

@@ -4,6 +4,8 @@ Passes have any number of tokens, of any number of rows, which share each weight
 equations are those of the PyTorch layers.
 """
 
+import ctypes
+from collections.abc import Sequence
 from functools import cached_property
 from operator import is_
 
@@ -28,6 +30,7 @@ from twotower.native.buffers import (
 )
 from twotower.native.denoiser import NativeDenoiser
 from twotower.native.layout import LANES, Row
+from twotower.native.library import library
 from twotower.native.weights import native_head, native_tower
 
 # What --quantization rounds weights to; products with them round the tokens, too.
@@ -43,7 +46,7 @@ class NativeBackend:
     """
 
     name = "native"
-    prefix_chunk, verifies_trees, chooses_tokens = LANES, True, False
+    prefix_chunk, verifies_trees, chooses_tokens, ranks_tokens = LANES, True, False, True
 
     def __init__(self, model: TwoTower, quantization: str) -> None:
         self.quantization = quantization
@@ -130,3 +133,23 @@ class NativeBackend:
         self._model.denoiser()  # there is one
         assert self._denoiser is not None
         return self._denoiser(block, view, t)
+
+    def rank(
+        self,
+        logits: Tensor,
+        count: int = 1,
+        unused_ids: Sequence[int] = (),
+        chosen: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The most probable tokens: `twotower.diffusion.most_probable`, in one way over logits."""
+        size, logits = logits.shape[-1], logits.contiguous()
+        count, num_unused = min(count, size), len(unused_ids)
+        shape = *logits.shape[:-1], count
+        ids, probs = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
+        library().twotower_rank(
+            logits.data_ptr(), logits.numel() // size, size, count,
+            None if chosen is None else chosen.contiguous().data_ptr(),
+            (ctypes.c_int64 * num_unused)(*unused_ids), num_unused,
+            ids.data_ptr(), probs.data_ptr(),
+        )  # fmt: skip
+        return ids, probs

@@ -6,6 +6,7 @@
 // tile by tile through one layer and then through the next.
 #include "attention.h"
 #include "mamba.h"
+#include "ranking.h"
 
 namespace twotower {
 
@@ -193,7 +194,7 @@ extern "C" void twotower_bigrams(const Weight *w, int32_t rows, int32_t K, int32
         const float *before = logits + long(t - 1) * rows;
         int64_t id = ids[t - 1];
         if (id == mask) {
-            id = std::max_element(before, before + rows) - before;
+            id = largest_of(before, rows);
             if (drafts) id = drafts[id];
         }
         with_width(width_of(1), [&](auto width) {
@@ -201,4 +202,14 @@ extern "C" void twotower_bigrams(const Weight *w, int32_t rows, int32_t K, int32
         });
         for (int v = 0; v < rows; v++) logits[long(t) * rows + v] += added[v];
     }
+}
+
+// Of each position of logits (length, size): the `count` most probable tokens and how probable they are, as
+// `rank` says; chosen (length,) or null.
+extern "C" void twotower_rank(const float *logits, int32_t length, int32_t size, int32_t count,
+                              const int64_t *chosen, const int64_t *unused, int32_t num_unused, int64_t *ids,
+                              float *probs) {
+    for (long t = 0; t < length; t++)
+        rank(logits + t * size, size, count, chosen ? chosen[t] : -1, unused, num_unused, ids + t * count,
+             probs + t * count);
 }

@@ -58,8 +58,11 @@ def load_library(file: Path) -> ctypes.CDLL:
     found.twotower_bigrams.argtypes = [
         address, *[_int] * 3, address, address, ctypes.c_int64, address, _int, address,
     ]  # fmt: skip
-    for function in (found.twotower_states, found.twotower_linear, found.twotower_bigrams):
-        function.restype = None
+    found.twotower_rank.argtypes = [
+        address, *[_int] * 3, address, address, _int, address, address,
+    ]  # fmt: skip
+    for name in ("states", "linear", "bigrams", "rank"):
+        getattr(found, f"twotower_{name}").restype = None
     return found
 
 
