@@ -200,9 +200,8 @@ def test_guesses_are_judged_along_the_branch_that_was_right() -> None:
     for text in ([5, 7, 9], [8, 3]):
         lookup.guess([], 9, TOLD[:1], most_ways=2)
         lookup.extend(text)
-    tried, right = lookup._tried, lookup._right
-    assert tried[("denoiser", 4)] == 2 and right[("denoiser", 4)] == 1  # 8 was right once
-    assert tried[("n-gram", 7)] == 3 and right[("n-gram", 7)] == 2  # 7, not 6; 3
+    assert lookup._judged[("denoiser", 4)] == (2, 1)  # tried, right: 8 was right once
+    assert lookup._judged[("n-gram", 7)] == (3, 2)  # 7, not 6; 3
 
 
 def test_no_match_of_one_token() -> None:

@@ -5,7 +5,6 @@ The first two cost no pass; they are known as prompt lookup and as a static look
 Source: https://github.com/apoorvumang/prompt-lookup-decoding; arXiv 2311.08252.
 """
 
-from collections import Counter
 from collections.abc import Collection, Sequence
 from heapq import heappop, heappush
 from itertools import accumulate, count
@@ -23,6 +22,7 @@ MAX_DRAFT = 15  # tokens, where the denoiser wrote no more: with the newest one 
 # How often the next token is right behind a match of so many tokens (SmolLM2's answers). After as
 # many tokens as _USUAL_WEIGHT a row's own rate counts as much.
 _USUAL = {2: 0.57, 3: 0.67, 4: 0.74, 8: 0.83, 16: 0.95}
+_KIND = [max((n for n in _USUAL if n <= length), default=0) for length in range(MAX_MATCH + 1)]
 _USUAL_WEIGHT = 10
 _MAX_SURE, _MIN_SURE = 0.98, 0.05  # of a token, and of a whole draft that may go on
 _BINS = 8  # of probabilities that a row corrects together
@@ -58,7 +58,7 @@ class LookupIndex:
 
     def __init__(self) -> None:
         self._text: list[int] = []
-        self._newest: dict[tuple[int, int], int] = {}  # pair: where the token after it stands
+        self._newest: dict[tuple[int, ...], int] = {}  # pair: where the token after it stands
         self._earlier: list[int] = []  # of each token, where the one after the same pair stood; -1
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -74,7 +74,8 @@ class LookupIndex:
 
     def end(self, count: int, after: Sequence[int] = ()) -> list[int]:
         """The last `count` tokens of the text and what comes after it."""
-        return [*self._text[-count:], *after][-count:]
+        own = count - len(after)
+        return [*self._text[-own:], *after] if own > 0 else [*after[-count:]]
 
     def find(self, after: Sequence[int], most: int) -> tuple[int, list[int]]:
         """How many tokens at the end of the text and `after` occurred before, and up to `most` that
@@ -82,17 +83,17 @@ class LookupIndex:
 
         What followed may run into the end of the text: then it repeats, as the text would.
         """
+        at = self._newest.get(tuple(self.end(MIN_MATCH, after)), -1)
+        if at < 0:
+            return 0, []
         end = self.end(MAX_MATCH, after)
         length, start = 0, -1
-        at = self._newest.get((end[-2], end[-1]), -1) if len(end) >= MIN_MATCH else -1
         for _ in range(MAX_TRIED):
             if at < 0 or length == len(end):
                 break
             if (found := self._num_equal(end, at)) > length:
                 length, start = found, at
             at = self._earlier[at]
-        if length == 0:
-            return 0, []
         text = self._text[start : start + most]
         if len(text) < most:  # all that there is
             text += after
@@ -100,10 +101,8 @@ class LookupIndex:
 
     def _num_equal(self, end: Sequence[int], at: int) -> int:
         """How many tokens before index `at` are those at the end."""
-        count = 0
-        while count < min(len(end), at) and self._text[at - 1 - count] == end[-1 - count]:
-            count += 1
-        return count
+        text, most = self._text, min(len(end), at)
+        return next((n for n in range(most) if text[at - 1 - n] != end[-1 - n]), most)
 
 
 class Lookup:
@@ -113,7 +112,7 @@ class Lookup:
         self.index = LookupIndex()
         self.num_tokens = 0  # of the text so far
         self._ngrams, self._copies = ngrams, copies  # copies: of what the text said before
-        self._tried, self._right = Counter[object](), Counter[object]()
+        self._judged: dict[object, tuple[int, int]] = {}  # of each kind, guesses tried and right
         # The newest guess: the index of what each token follows, the token, and its kind.
         self._guessed: list[tuple[int, int, object]] = []
 
@@ -124,9 +123,9 @@ class Lookup:
         for index, (parent, guess, kind) in enumerate(self._guessed):
             if parent != at or token is None:
                 continue
-            self._tried[kind] += 1
+            tried, right = self._judged.get(kind, (0, 0))
+            self._judged[kind] = tried + 1, right + (guess == token)
             if guess == token:
-                self._right[kind] += 1
                 at, token = index, next(left, None)
         self._guessed = []
         self.num_tokens += len(tokens)
@@ -170,22 +169,24 @@ class Lookup:
             length, copied = self.index.find(behind, most)
         guesses = list[tuple[float, int, object]]()
         if copied:
-            match = max(n for n in _USUAL if n <= length)
+            match = _KIND[length]
             guesses.append((self._rate(match, _USUAL[match]), copied[0], match))
         if self._ngrams is not None:
             ngram = self._ngrams.find(self.index.end(ORDER, behind))
             guesses += [] if ngram is None else [self._binned("n-gram", *ngram)]
         if drafted:
             guesses += [self._binned("denoiser", *own) for own in drafted[0][:most_ways]]
-        guesses.sort(key=itemgetter(0), reverse=True)
-        ways, told, rest, length = list[_Way](), set[int](), 1.0, min(length + 1, MAX_MATCH)
+        if len(guesses) > 1:
+            guesses.sort(key=itemgetter(0), reverse=True)
+        ways, rest, length = list[_Way](), 1.0, min(length + 1, MAX_MATCH)
         for rate, token, kind in guesses:
-            if token in told or len(ways) == most_ways:
-                continue
             if ways:
+                if len(ways) == most_ways:
+                    break
+                if any(token == way.behind[-1] for way in ways):
+                    continue
                 rate, kind = min(_OTHER_RATE * rate, _OTHER_REST * rest), None
             rest -= rate
-            told.add(token)
             copy = copied[1:] if copied and copied[0] == token else ()
             left = drafted[1:] if drafted and drafted[0][0][0] == token else ()
             ways.append(_Way([*behind, token], index, sure * rate, kind, length, copy, left))
@@ -197,8 +198,8 @@ class Lookup:
 
     def _rate(self, kind: object, usual: float) -> float:
         """How often guesses of a kind are right here, of which so many are right elsewhere."""
-        right = self._right[kind] + _USUAL_WEIGHT * usual
-        return min(_MAX_SURE, right / (self._tried[kind] + _USUAL_WEIGHT))
+        tried, right = self._judged.get(kind, (0, 0))
+        return min(_MAX_SURE, (right + _USUAL_WEIGHT * usual) / (tried + _USUAL_WEIGHT))
 
 
 def propose(
