@@ -109,9 +109,9 @@ class Text:
         between, keeps, is_eager = (draw.random() < share for share in (0.5, 0.7, 0.3))
 
         def work(model: TwoTower, cache: ContextCache) -> Tensor:
-            output = (self.pair.eager if is_eager else model).verify(cache, ids)
             if between:
                 model.verify(cache, ids.flip(1))
+            output = (self.pair.eager if is_eager else model).verify(cache, ids)
             if keeps:
                 cache.commit(output, counts)
             return output.hidden
@@ -327,9 +327,8 @@ def test_logits_that_are_not_finite_leave_the_cache(monkeypatch: pytest.MonkeyPa
     for state in cache.layers:
         if state is not None:
             state[0][0].fill_(float("nan"))
-    version, drafts = cache.version, random_ids(2, 1)
-    ones = torch.ones(2, dtype=torch.int64)
-    before = model.verify(cache, drafts).hidden[1]
+    drafts, ones = random_ids(2, 1), torch.ones(2, dtype=torch.int64)
+    before, version = model.verify(cache, drafts).hidden[1], cache.version
     for call in (
         lambda: list(chooser.fill(cache.view(), masked_like(random_ids(2, 4)), sampler, ())),
         lambda: chooser.decode(cache, drafts, ones, sampler, None, 4),

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from property.test_cache import CLOSE, assert_same_rows, snapshot
-from tiny_models import MASK, prompts_of, random_ids, tiny_model
+from property.test_cache import CLOSE, assert_same_rows
+from tiny_models import MASK, prompts_of, random_ids, row_state, tiny_model
 from tiny_options import options_of
 from twotower import (
     ContextView,
@@ -252,9 +252,10 @@ def test_accepting_some_equals_extending_by_them(lengths: list[int], size: int, 
     counts = torch.randint(0, size + 1, (num_rows,), generator=generator)
     cache = MODEL.prefill(ids[:, :longest], torch.tensor(lengths))
     new = ids[:, longest:]
-    before = snapshot(cache)
+    before = [part.clone() for row in range(num_rows) for part in row_state(cache, row)]
     output = MODEL.verify(cache, new)
-    assert all(map(torch.equal, snapshot(cache), before))
+    after = [part for row in range(num_rows) for part in row_state(cache, row)]
+    assert all(map(torch.equal, after, before))
     cache.commit(output, counts)
     expected = MODEL.prefill(ids[:, :longest], torch.tensor(lengths))
     MODEL.extend(expected, new, counts)

@@ -26,7 +26,7 @@ def append(cache: ContextCache, values: list[list[float]], counts: list[int] | N
     """Commit keys (rows, tokens); values are minus the keys, the hidden state is the key."""
     keys = torch.tensor(values)[..., None, None]
     n = torch.tensor([keys.shape[1]] * len(keys) if counts is None else counts)
-    cache.commit(ForwardOutput(keys[..., 0], [KV(keys, -keys)]), n)
+    cache.commit(cache.output_of(keys[..., 0], [KV(keys, -keys)]), n)
 
 
 def keys(cache: ContextCache) -> Tensor:
@@ -69,7 +69,8 @@ def test_room_behind_the_tokens_is_no_part_of_the_cache() -> None:
         state.k[row, length : length + 3] = torch.tensor([7.0, 8.0, 9.0]).view(3, 1, 1)
         state.v[row, length : length + 3] = -torch.tensor([7.0, 8.0, 9.0]).view(3, 1, 1)
     assert cache.lengths.tolist() == [2, 1]
-    cache.commit(ForwardOutput(torch.zeros(2, 3, 1), [None]), torch.tensor([1, 3]))
+    output = ForwardOutput(torch.zeros(2, 3, 1), cache.version, lambda counts: [])
+    cache.commit(output, torch.tensor([1, 3]))
     assert cache.lengths.tolist() == [3, 4]
     assert keys(cache)[0, :3].tolist() == [1.0, 2.0, 7.0]
     assert keys(cache)[1].tolist() == [3.0, 7.0, 8.0, 9.0]

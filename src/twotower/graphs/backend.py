@@ -97,15 +97,14 @@ class GraphsBackend:
     ) -> ForwardOutput:
         """Keys go where they belong in the mirror; a draft's Mamba states wait for its counts."""
         assert tree is None  # not verified here
-        layers, before = cache.layers, cache.version
-        num_rows, length = tokens.shape
+        layers, (num_rows, length) = cache.layers, tokens.shape
         padded = bucket(length) if length <= _MAX_RECORDED else length
         with self._lock:
             arena = self._arena(num_rows)
             past = arena.reserve(cache.num_past + padded)
             read = partial(passes.read, self._model, arena, padded, past, is_draft)
             run = self._recorded(arena, padded, (past, is_draft), read)
-            arena.load(layers, cache.lengths, before)
+            arena.load(layers, cache.lengths, cache.version)
             arena.ids("tokens", padded)[:num_rows, :length] = tokens
             arena.counts.zero_()
             arena.counts[:num_rows] = length if counts is None else counts.to(self._device)
@@ -121,14 +120,12 @@ class GraphsBackend:
         def committed(counts: Tensor) -> list[MambaState]:
             found = states_after(_seeded(kept, layers), counts) if done is None else done
             with self._lock:
-                # The mirror has seen no other pass, and it is this cache that changes.
-                if arena.turn == turn and cache.version is not before:
+                if arena.turn == turn:  # the mirror has seen no other pass
                     arena.put_mamba(found)
                     arena.hold(cache.version)
             return found
 
-        keys: list[LayerState] = [s if isinstance(s, KV) else None for s in kept]
-        return ForwardOutput(hidden, keys, committed)
+        return cache.output_of(hidden, kept, committed)
 
     @torch.no_grad()
     def context_head(self, hidden: Tensor) -> Tensor:

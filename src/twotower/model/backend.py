@@ -125,10 +125,7 @@ class EagerBackend:
         past = cache.layers, mask, on_device, states_every, start, depths
         hidden, states = tower(tokens.to(device), *past)
         inputs = [state for state in states if isinstance(state, MambaInputs)]
-        if not inputs:
-            return ForwardOutput(hidden, states)
-        others = [None if isinstance(state, MambaInputs) else state for state in states]
-        return ForwardOutput(hidden, others, partial(states_after, inputs))
+        return cache.output_of(hidden, states, partial(states_after, inputs) if inputs else None)
 
     @torch.no_grad()
     def context_head(self, hidden: Tensor) -> Tensor:

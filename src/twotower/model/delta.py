@@ -7,7 +7,7 @@ from torch import Tensor
 
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
-from twotower.model.state import ContextCache, ForwardOutput
+from twotower.model.state import ContextCache
 from twotower.model.view import LayerState, map_states
 
 
@@ -53,7 +53,7 @@ def apply_delta(cache: ContextCache, delta: CacheDelta) -> None:
     if most == 0:
         return
     hidden = delta.hidden.unsqueeze(1).expand(-1, most, -1)
-    cache.commit(ForwardOutput(hidden, delta.states), delta.counts)
+    cache.commit(cache.output_of(hidden, delta.states), delta.counts)
 
 
 def _tokens_from(buffer: Tensor, cut: slice | None, starts: Tensor, length: int) -> Tensor:

@@ -77,12 +77,8 @@ def along_paths(
         hidden = hidden.clone() if hidden is output.hidden else hidden
         hidden[row, front] = hidden[row, indices]
         start = int(cache.lengths[row])
-        for old, new in zip(cache.buffers, output.states, strict=True):
-            if isinstance(new, KV):
-                for part in new:
-                    part[row, front] = part[row, indices.to(part.device)]
-            elif isinstance(old, KV):  # they lie in the buffers
-                for part in old:
-                    behind = part[row, start : start + length]
-                    behind[front] = behind[indices]
+        for state in cache.buffers:
+            for part in state if isinstance(state, KV) else ():
+                behind = part[row, start : start + length]
+                behind[front] = behind[indices.to(part.device)]
     return output._replace(hidden=hidden)

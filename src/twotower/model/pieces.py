@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
-from twotower.model.state import ContextCache, ForwardOutput
+from twotower.model.state import ContextCache
 from twotower.model.view import LayerState
 
 Keys = tuple[KV | None, ...]  # of some tokens, layer by layer: each (1, n, Hk, A)
@@ -63,7 +63,7 @@ def fill(cache: ContextCache, pieces: Sequence[Keys], mark: Mark, num_tokens: in
         else:
             states.append(None)
     hidden = mark.last_hidden.clone().unsqueeze(1).expand(-1, num_tokens, -1)
-    cache.commit(ForwardOutput(hidden, states), torch.tensor([num_tokens]))
+    cache.commit(cache.output_of(hidden, states), torch.tensor([num_tokens]))
 
 
 def keys_bytes(keys: Keys) -> int:

@@ -38,22 +38,17 @@ def empty_states(
     return states
 
 
-# Each Mamba layer's state after the first counts (B,) of the tokens that were read.
-StatesAfter = Callable[[Tensor], list[MambaState]]
-
-
 class ForwardOutput(NamedTuple):
-    """The context tower's forward pass over L tokens after a cache that does not hold them yet.
+    """The context tower's forward pass over L tokens after a cache, which holds their keys and
+    values behind its own, of its `version`, until another pass overwrites them.
 
-    hidden (B, L, D), normed; states: keys and values of these tokens, None where they lie in the
-    cache's buffers already (`ContextCache.make_room`), and Mamba states after them or None, where
-    states_after makes those that are wanted. version: the cache's, where keys lie in its buffers.
+    hidden (B, L, D), normed. states_after: each Mamba layer's state after the first counts (B,) of
+    the tokens.
     """
 
     hidden: Tensor
-    states: list[LayerState]
-    states_after: StatesAfter | None = None
-    version: Version | None = None
+    version: Version
+    states_after: Callable[[Tensor], list[MambaState]]
 
 
 class ContextCache:
@@ -114,16 +109,16 @@ class ContextCache:
         nothing of it is part of the cache before `commit`. What an earlier pass wrote there is
         given up: `version` changes.
         """
-        self.version = Version()
-        num_past, num_rows = self.num_past, self.num_rows
-        length = num_past + num_tokens
+        length = self.num_past + num_tokens
         # The last to grow is the last one: where it has room, all have.
         last = next((s.k.shape for s in reversed(self.buffers) if isinstance(s, KV)), None)
-        if last is None or (num_rows <= last[0] and length <= last[1]):
+        if last is None or (self.num_rows <= last[0] and length <= last[1]):
+            self.version = Version(self.version.addresses)
             return self.buffers
+        self.version = Version()
         for index, state in enumerate(self.buffers):
             if isinstance(state, KV):
-                grown = (with_room(part, num_rows, num_past, length) for part in state)
+                grown = (with_room(part, self.num_rows, self.num_past, length) for part in state)
                 self.buffers[index] = KV(*grown)
         return self.buffers
 
@@ -141,36 +136,42 @@ class ContextCache:
         sizes = self.num_past, self.num_rows
         return ContextView(layers, lengths, *sizes, hidden, self.version)
 
+    def output_of(
+        self,
+        hidden: Tensor,
+        states: Sequence[object],
+        states_after: Callable[[Tensor], list[MambaState]] | None = None,
+    ) -> ForwardOutput:
+        """Of a pass that leaves keys and values (B, L, ...) of its tokens, which are copied into
+        the room, and Mamba states (B, 1, ...) after the last, or states_after.
+        """
+        self._write_behind(_keys(self.make_room(hidden.shape[1])), _keys(states))
+        mambas = [state for state in states if isinstance(state, MambaState)]
+        last = [MambaState(state.conv[:, -1], state.ssm[:, -1]) for state in mambas]
+        return ForwardOutput(hidden, self.version, states_after or (lambda counts: last))
+
     def commit(self, output: ForwardOutput, counts: Tensor) -> None:
         """Commit the first counts[b] >= 0 of each row's tokens; the rest leaves no trace.
 
-        counts (B,) on the CPU. The output must have been made from the cache as it is. Whole or not
-        at all: after an error (memory) the cache is what it was. ValueError (one line) for the
-        output of an earlier pass, whose keys a later one has overwritten.
+        counts (B,) on the CPU. Whole or not at all: after an error (memory) the cache is what it
+        was. ValueError (one line) for the output of an earlier pass.
         """
-        if output.version is not None and output.version is not self.version:
+        if output.version is not self.version:
             raise ValueError(
                 "output is of an earlier pass over this cache, and its keys have been overwritten; "
                 "verify the tokens again"
             )
         self.version = Version()
-        keys = [part for new in output.states if isinstance(new, KV) for part in new]
-        if keys:  # else they are where they belong
-            room = self.make_room(output.hidden.shape[1])
-            self._write_behind([part for old in room if isinstance(old, KV) for part in old], keys)
         newest, lengths = self._newest(output.hidden, counts), self.lengths + counts
         if self.output_buffer is not None:
             sizes = self.num_rows, self.num_past, self.num_past + output.hidden.shape[1]
             self.output_buffer = with_room(self.output_buffer, *sizes)
             self._write_behind([self.output_buffer], [output.hidden])
-        found = [new for new in output.states if isinstance(new, MambaState)]
-        mambas = [MambaState(new.conv[:, -1], new.ssm[:, -1]) for new in found]
-        if output.states_after is not None:  # now that it is known how many stay
-            # Nothing can fail behind this: who made the output may follow the cache from here on.
-            mambas = output.states_after(counts)
-        kept = (i for i, old in enumerate(self.buffers) if isinstance(old, MambaState))
-        for index, state in zip(kept, mambas, strict=True):
-            self.buffers[index] = state
+        # Nothing can fail behind this: who made the output may follow the cache from here on.
+        mambas = iter(output.states_after(counts))
+        for index, old in enumerate(self.buffers):
+            if isinstance(old, MambaState):
+                self.buffers[index] = next(mambas)
         self.last_hidden, self.lengths = newest, lengths
 
     def _newest(self, hidden: Tensor, counts: Tensor) -> Tensor:
@@ -185,6 +186,8 @@ class ContextCache:
 
     def _write_behind(self, buffers: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
         """Put parts (B, L, ...) behind each row's last token in its buffer."""
+        if not parts:
+            return
         num_rows, start, length = self.num_rows, self.num_past, parts[0].shape[1]
         if self.is_uniform:
             indices = slice(num_rows), slice(start, start + length)
@@ -197,6 +200,10 @@ class ContextCache:
         rows = torch.arange(num_rows, device=device).unsqueeze(1)
         for buffer, part in zip(buffers, parts, strict=True):
             buffer[rows, positions] = part.to(buffer.dtype)
+
+
+def _keys(states: Sequence[object]) -> list[Tensor]:
+    return [part for state in states if isinstance(state, KV) for part in state]
 
 
 def with_room(buffer: Tensor, num_rows: int, num_past: int, length: int) -> Tensor:

@@ -15,11 +15,9 @@ from twotower.layers.mamba2 import MambaState
 LayerState = KV | MambaState | None
 
 
+@dataclass(eq=False)
 class Version:
-    """Stands for the contents of a cache.
-
-    addresses: where its buffers are, if the backend that wrote them has said so.
-    """
+    """Stands for the contents of a cache. addresses: of its buffers, if who wrote them told."""
 
     addresses: object = None
 

@@ -7,7 +7,6 @@ equations are those of the PyTorch layers.
 import ctypes
 from collections.abc import Sequence
 from functools import cached_property
-from operator import is_
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from twotower.model.draft_tree import DraftTree
 from twotower.model.precision import Scheme
 from twotower.model.state import ContextCache, ForwardOutput
 from twotower.model.two_tower import TwoTower
-from twotower.model.view import ContextView, LayerState
+from twotower.model.view import ContextView
 from twotower.native import costs
 from twotower.native.buffers import (
     Addresses,
@@ -81,7 +80,8 @@ class NativeBackend:
         tower, tokens = self._context, tokens.cpu().contiguous()
         assert tower is not None
         num_rows, length = tokens.shape
-        layers, pasts = self._with_room(cache, length)
+        layers = cache.make_room(length)
+        pasts = known_states(cache.version) or past_states(layers, num_rows)
         lengths, version = cache.lengths.tolist(), cache.version
         given = [length] * num_rows if counts is None else counts.tolist()
         is_whole = min(given) == length  # every row fills all of its room
@@ -100,28 +100,15 @@ class NativeBackend:
                 outputs.keep(layers, row)
         if rows:
             tower(rows)
-        states: list[LayerState] = [None] * len(layers)  # keys lie in the cache already
 
         def states_after(counts: Tensor) -> list[MambaState]:
             ends = counts.tolist()
             for row, end in enumerate(ends if is_draft and self._sizes.num_mambas else ()):
                 tower.fill_states(end, pasts.of(row), outputs.after.of(row))
-            found, known = outputs.states(ends)
-            if all(map(is_, layers, cache.buffers)):
-                cache.version.addresses = known  # the next pass need not ask each tensor
+            found, cache.version.addresses = outputs.states(ends)
             return found
 
-        return ForwardOutput(hidden, states, states_after, version)
-
-    def _with_room(
-        self, cache: ContextCache, length: int
-    ) -> tuple[tuple[LayerState, ...], Addresses]:
-        """The cache's buffers with room for more tokens, and where they are: mostly known."""
-        before, known = tuple(cache.buffers), known_states(cache.version)
-        layers = tuple(cache.make_room(length))
-        if known is None or not all(map(is_, layers, before)):
-            known = past_states(layers, cache.num_rows)
-        return layers, known
+        return ForwardOutput(hidden, version, states_after)
 
     def context_head(self, hidden: Tensor) -> Tensor:
         """The context tower's logits."""
