@@ -276,5 +276,5 @@ def test_a_match_of_half_characters() -> None:
 def test_rows_without_filters_hold_nothing() -> None:
     events, _ = feed(row(), ids_of("a", "b"), ids_of("c"))
     assert [event.tokens for event in events] == [ids_of("a", "b"), ids_of("c")]
-    assert not row().is_filtered
-    assert row(pattern_filter("a")).is_filtered
+    assert not row().text.is_filtered
+    assert row(pattern_filter("a")).text.is_filtered

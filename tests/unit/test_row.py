@@ -16,7 +16,7 @@ EOS = 2
 def row(stop: str | tuple[str, ...] | None = None, length: int = 20, text: bool = True) -> Row:
     options = GenerateOptions(stop=stop, max_new_tokens=length, eos_token_id=EOS)
     resolved = resolve_options(options, {})
-    return Row(0, [5], resolved, RowText(tiny_tokenizer(), resolved.stop) if text else None)
+    return Row(0, [5], resolved, RowText(tiny_tokenizer() if text else None, resolved.stop))
 
 
 def feed(r: Row, *blocks: list[int]) -> tuple[list[str], Completion | None]:

@@ -1,12 +1,36 @@
 """mode="ar": the context tower chooses token by token. Source: system.md section 4, 'AR'."""
 
-from twotower.engine.batch import Batch, Chosen, DecodingMode
-from twotower.engine.verify import newest_alone, start, verify
+import torch
+from torch import Tensor
+
+from twotower.engine.batch import Batch, Chosen, DecodingMode, Draft
+from twotower.engine.logits import choose_tokens, with_logprobs
+from twotower.engine.verify import verify
+
+
+def start(batch: Batch) -> list[Chosen]:
+    """The first token of each row, from what the context tower said of its prompt's last one."""
+    return _next(batch, batch.model.next_logits(batch.cache))
 
 
 def choose(batch: Batch) -> list[Chosen]:
-    """The next token of each row; several where the backend chooses."""
-    return verify(batch, most_steps=max(row.num_left for row in batch.rows))
+    """The token after each row's newest; several where the backend chooses."""
+    if batch.chooser is not None:
+        batch.drafts = [Draft(row.tokens[-1:]) for row in batch.rows]  # of nothing
+        return verify(batch, most_steps=max(row.num_left for row in batch.rows))
+    newest = torch.tensor([row.tokens[-1:] for row in batch.rows])
+    output = batch.model.verify(batch.cache, newest, None, False)
+    chosen = _next(batch, batch.model.context_head(output.hidden[:, -1]))
+    batch.cache.commit(output, torch.ones(len(batch.rows), dtype=torch.int64))
+    for row in batch.rows:
+        row.context_forwards += 1
+    return chosen
 
 
-AR = DecodingMode(choose=choose, draft=newest_alone, start=start, num_unread=1)
+def _next(batch: Batch, logits: Tensor) -> list[Chosen]:
+    """What the rows choose from logits (B, V)."""
+    tokens = choose_tokens(logits, batch.rows, batch.sampler).tolist()
+    return with_logprobs(batch.rows, logits.unsqueeze(1), [[token] for token in tokens])
+
+
+AR = DecodingMode(choose=choose, start=start, num_unread=1)

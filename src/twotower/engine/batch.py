@@ -114,9 +114,10 @@ class Batch:
 
     @cached_property
     def chooser(self) -> ChoosingBackend | None:
-        """The model's backend, if it chooses tokens."""
+        """The model's backend, if it chooses tokens and no more than logits and noise is needed."""
         backend = self.model.backend
-        return cast(ChoosingBackend, backend) if backend.chooses_tokens else None
+        can_choose = backend.chooses_tokens and not self.needs_host
+        return cast(ChoosingBackend, backend) if can_choose else None
 
     @cached_property
     def costs(self) -> BatchCosts:
@@ -127,16 +128,25 @@ class Batch:
         return BatchCosts(self.model.pass_costs, len(self.rows) if is_on_cpu else 1)
 
     @property
+    def is_prompt(self) -> bool:
+        """Whether no row has begun to write, and the prompts are not read to their end."""
+        return not any(row.tokens for row in self.rows) and not self.has_read
+
+    @property
     def num_unread(self) -> int:
         """Newest tokens that the cache is not to hold; before a `start`, which needs all, none."""
         is_prompt = self.mode.start is not None and not self.rows[0].tokens
         return 0 if is_prompt else self.mode.num_unread
 
     @property
+    def ends(self) -> list[int]:
+        """How many tokens of each row the cache is to hold."""
+        return [len(row.prompt) + len(row.tokens) - self.num_unread for row in self.rows]
+
+    @property
     def has_read(self) -> bool:
-        """Whether the cache holds all of the rows' texts but those."""
-        ends = [len(row.prompt) + len(row.tokens) - self.num_unread for row in self.rows]
-        return ends == self.cache.lengths.tolist()
+        """Whether the cache holds all of these."""
+        return self.ends == self.cache.lengths.tolist()
 
     def context_of(self, slot: int) -> ContextCache | None:
         """What the cache holds of a row's text, if the row keeps that."""
@@ -150,30 +160,25 @@ class Batch:
         """The rows of some indices, in order; the batch itself when these are all."""
         if len(indices) == len(self.rows):
             return self
-        chosen = torch.tensor(indices, dtype=torch.int64)
         rows = [self.rows[index] for index in indices]
         drafts = [self.drafts[index] for index in indices] if self.drafts else ()
-        cache = select_rows(self.cache, chosen)
-        return Batch(self.model, self.mode, rows, cache, self.denoiser, drafts)
+        cache = select_rows(self.cache, torch.tensor(indices, dtype=torch.int64))
+        return replace(self, rows=rows, cache=cache, drafts=drafts)
 
     def keep(self, indices: Sequence[int]) -> "Batch":
         """As `part`, in any order, with the batch's own cache, which loses the other rows."""
         if len(indices) == len(self.rows):
             return self
-        order = keep_rows(self.cache, indices)
-        rows = [self.rows[index] for index in order]
-        return Batch(self.model, self.mode, rows, self.cache, self.denoiser)
+        return replace(self, rows=[self.rows[i] for i in keep_rows(self.cache, indices)])
 
     def join(self, other: "Batch") -> "Batch":
         """These rows and then the other's, with this batch's own cache."""
         append_rows(self.cache, other.cache)
-        return Batch(self.model, self.mode, self.rows + other.rows, self.cache, self.denoiser)
+        return replace(self, rows=self.rows + other.rows)
 
     def read(self, most: int | None = None) -> None:
-        """Let the context tower read on, up to the last num_unread tokens: at most `most` a row."""
-        starts = self.cache.lengths.tolist()
-        ends = [len(row.prompt) + len(row.tokens) - self.num_unread for row in self.rows]
-        bounds = list(zip(self.rows, starts, ends, strict=True))
+        """Let the context tower read on, up to the `ends`: at most `most` a row."""
+        bounds = list(zip(self.rows, self.cache.lengths.tolist(), self.ends, strict=True))
         pieces = [row.between(a, b if most is None else min(a + most, b)) for row, a, b in bounds]
         counts = [len(piece) for piece in pieces]
         if (longest := max(counts)) == 0:
@@ -186,22 +191,18 @@ class Batch:
 
 @dataclass
 class Group:
-    """Rows that are in one tower at a time."""
+    """Rows that are in one tower at a time: a batch of each kind, and batches of prompts."""
 
-    batches: list[Batch] = field(default_factory=list)  # one of each kind
-    prompts: list[Batch] = field(default_factory=list)  # that are not read to their end
+    batches: list[Batch] = field(default_factory=list)
 
     @property
     def rows(self) -> list[Row]:
-        return [row for batch in (*self.batches, *self.prompts) for row in batch.rows]
+        return [row for batch in self.batches for row in batch.rows]
 
     def add(self, batch: Batch) -> None:
         """Let rows decode with those of their kind, or have their prompts read."""
-        if not (batch.rows[0].tokens or batch.has_read):
-            self.prompts.append(batch)
-            return
-        for own in self.batches:
-            if kind_of(own.rows[0]) == kind_of(batch.rows[0]):
+        for own in [] if batch.is_prompt else self.batches:
+            if not own.is_prompt and kind_of(own.rows[0]) == kind_of(batch.rows[0]):
                 self.batches.remove(own)
                 batch = own.join(batch)
                 break
@@ -209,13 +210,12 @@ class Group:
 
     def keep(self, stays: Callable[[Row], bool]) -> None:
         """Drop all other rows, and their parts of the caches."""
-        for batches in (self.batches, self.prompts):
-            indices = [[i for i, row in enumerate(b.rows) if stays(row)] for b in batches]
-            batches[:] = [b.keep(own) for b, own in zip(batches, indices, strict=True) if own]
+        found = [(b, [i for i, row in enumerate(b.rows) if stays(row)]) for b in self.batches]
+        self.batches = [batch.keep(indices) for batch, indices in found if indices]
 
     def remove(self, row: Row) -> Batch:
         """A row with its part of the cache, which leave the group."""
-        batch = next(b for b in (*self.batches, *self.prompts) if row in b.rows)
+        batch = next(batch for batch in self.batches if row in batch.rows)
         own = batch.part([batch.rows.index(row)])
         self.keep(lambda other: other is not row)
         return own

@@ -72,7 +72,7 @@ def fill_blocks(
         for row, passes, t, nfe, tokens, is_masked, confidence in each:
             row.nfe = passes + nfe
             # A row that reuses its last pass has a step too; filters have not seen these tokens.
-            if t > 0 and not row.is_filtered:
+            if t > 0 and not row.text.is_filtered:
                 yield StepTaken(
                     row=row.index,
                     block_index=row.num_commits,

@@ -42,7 +42,7 @@ class Row:
     index: int
     prompt: list[int]
     options: ResolvedOptions
-    text: RowText | None = None
+    text: RowText = field(default_factory=RowText)
     grammar: GrammarState | None = None
     caller: str | None = None
     unused_ids: tuple[int, ...] = ()  # of the vocabulary, that no text has
@@ -85,11 +85,6 @@ class Row:
     @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
-
-    @property
-    def is_filtered(self) -> bool:
-        """Whether nobody may see what filters have not: there are no StepTaken events then."""
-        return self.text is not None and self.text.is_filtered
 
     @cached_property
     def needs_host(self) -> bool:
@@ -153,8 +148,9 @@ class Row:
             self.grammar.follow(self.tokens)  # which goes on beside the next pass
         if verified.rejected and self.is_finished:
             verified = verified._replace(rejected=0)  # only filler behind the end
-        text = "" if self.text is None else self.text.show()
-        released = self._release()
+        text, start = self.text.show(), self.num_released
+        self.num_released = self.text.num_released if self.text.is_filtered else len(self.tokens)
+        released = slice(start, self.num_released)
         return TokensCommitted(
             row=self.index,
             block_index=self.num_commits - 1,
@@ -168,24 +164,11 @@ class Row:
 
     def _take(self, token: int) -> None:
         self.tokens.append(token)
-        if self.text is not None:
-            self.text.push(token)
+        reason: FinishReason | None = "length" if self.num_left == 0 else None
         if token in self.options.eos_token_id:
-            self.finish_reason = "eos"
-        elif self.num_left == 0:
-            self.finish_reason = "length"
-        if self.text is not None:
-            if self.is_finished:
-                self.text.close()
-            self.finish_reason = self.text.ending or self.finish_reason
-
-    def _release(self) -> slice:
-        """The tokens that may be given out now, from the first that was not."""
-        end = len(self.tokens)
-        if self.text is not None and self.is_filtered:
-            end = self.text.num_released
-        released, self.num_released = slice(self.num_released, end), end
-        return released
+            reason = "eos"
+        self.text.push(token, is_last=reason is not None)
+        self.finish_reason = self.text.ending or reason
 
     def _logprobs_of(self, tokens: slice) -> tuple[TokenLogprob, ...] | None:
         return None if self.options.logprobs is None else tuple(self._logprobs[tokens])
@@ -196,7 +179,7 @@ class Row:
         released = slice(0, self.num_released)
         completion = Completion(
             tokens=self.tokens[released],
-            text=None if self.text is None else self.text.text,
+            text=None if self.text.stream is None else self.text.text,
             nfe=self.nfe,
             context_forwards=self.context_forwards,
             finish_reason=self.finish_reason,

@@ -85,11 +85,8 @@ class Scheduler:
         """Give slots to rows that wait, in the queue's order, as far as memory allows."""
         newcomers, paused = list[Row](), list[Row]()
         present = group.rows  # who may have to make room; not those that enter now
-        rows = self.rows
-        num_waiting = self._queue.count(self._batch_size - len(rows))
-        if num_waiting == 0 and len(rows) < self._batch_size:
-            return
-        slots = Counter(row.caller for row in rows)
+        slots = Counter(row.caller for row in self.rows)
+        num_waiting = self._queue.count(self._batch_size - slots.total())
         share = -(-(slots.total() + num_waiting) // len(self._groups))  # both get as many
         is_short = False  # of memory: only paused rows, whose caches are there, can enter
         while (row := self._queue.peek(slots, is_short)) is not None:
@@ -129,15 +126,12 @@ class Scheduler:
 
     def _prefill(self, group: Group) -> Iterator[Event]:
         """Let the context tower read what was committed, and pieces of prompts."""
-        batches, group.batches = group.batches, []
-        for batch in batches:
-            group.batches += [batch] if batch.has_read else (yield from _attempt(batch, Batch.read))
-        if not group.prompts:
-            return
-        slots, num_left = Counter(row.caller for row in self.rows), READ_TOKENS
-        while group.prompts and num_left > 0:
-            batch = min(group.prompts, key=lambda one: _turn(one, slots))
-            group.prompts.remove(batch)
+        yield from _each(group, Batch.read)
+        num_left = READ_TOKENS
+        while num_left > 0 and (prompts := [b for b in group.batches if b.is_prompt]):
+            slots = Counter(row.caller for row in self.rows)
+            batch = min(prompts, key=lambda one: _turn(one, slots))
+            group.batches.remove(batch)
             before = batch.cache.num_past
             for part in (yield from _attempt(batch, lambda b: read_prompts(b, self._prefixes))):
                 num_left -= len(part.rows) * (part.cache.num_past - before)
@@ -145,6 +139,16 @@ class Scheduler:
                     yield from _advance(group, part, part.mode.start)
                 else:
                     group.add(part)
+
+
+def _each(
+    group: Group, work: Callable[[Batch], Iterable[Event] | None]
+) -> Generator[Event, None, None]:
+    """Work on what decodes of a group, and leave out what fails."""
+    batches: list[Batch] = []
+    for batch in group.batches:
+        batches += [batch] if batch.is_prompt else (yield from _attempt(batch, work))
+    group.batches = batches
 
 
 def _attempt(
@@ -186,17 +190,17 @@ def _turn(batch: Batch, slots: Mapping[str | None, int]) -> tuple[int, int, int]
 
 def _draft(group: Group) -> Iterator[Event]:
     """Let the denoiser propose what the rows may write."""
-    batches: list[Batch] = []
-    for batch in group.batches:
-        batches += yield from _attempt(batch, batch.mode.draft)
-    group.batches = batches
+    return _each(group, lambda batch: batch.mode.draft(batch))
 
 
 def _commit(group: Group) -> Iterator[Event]:
     """Let the context tower decide about drafts, and add what it chose to the texts."""
     batches, group.batches = group.batches, []
     for batch in batches:
-        yield from _advance(group, batch, batch.mode.choose)
+        if batch.is_prompt:
+            group.add(batch)
+        else:
+            yield from _advance(group, batch, batch.mode.choose)
 
 
 def _advance(

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from twotower.engine import drafts_denoiser, drafts_lookup
+from twotower.engine.ar import start
 from twotower.engine.batch import Batch, Chosen, DecodingMode, Draft
 from twotower.engine.drafts import Proposal
 from twotower.engine.events import Event, Verified
 from twotower.engine.row import Row
-from twotower.engine.verify import start, verify
+from twotower.engine.verify import verify
 
 _NO_DRAFT = Proposal("lookup", 1.0)
 

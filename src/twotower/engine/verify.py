@@ -11,18 +11,11 @@ from torch import Tensor
 
 from twotower.diffusion import choose as choose_each
 from twotower.diffusion import gumbel, require_finite
-from twotower.engine.batch import Batch, Chosen, Draft
+from twotower.engine.batch import Batch, Chosen
 from twotower.engine.constraints import choose_along, penalize
-from twotower.engine.logits import choose_tokens, with_logprobs
+from twotower.engine.logits import with_logprobs
 from twotower.engine.row import Row
 from twotower.model.draft_tree import DraftTree, along_paths
-
-
-def start(batch: Batch) -> list[Chosen]:
-    """The first token of each row, from what the context tower said of its prompt's last one."""
-    logits = batch.model.next_logits(batch.cache)
-    tokens = [[token] for token in choose_tokens(logits, batch.rows, batch.sampler).tolist()]
-    return with_logprobs(batch.rows, logits.unsqueeze(1), tokens)
 
 
 def verify(batch: Batch, most_steps: int = 1) -> list[Chosen]:
@@ -36,7 +29,7 @@ def verify(batch: Batch, most_steps: int = 1) -> list[Chosen]:
     # Padded with any token: a mask of the denoiser's own is none that the context tower could read.
     ids = torch.tensor([draft + [0] * (most - len(draft)) for draft in drafts])
     counts = torch.tensor(lengths)
-    if batch.chooser is not None and not batch.needs_host:
+    if batch.chooser is not None:
         steps = min(most_steps, batch.chooser.decode_steps)
         noise = _noise(batch, max(steps, most), batch.model.config.vocab_size)
         found = batch.chooser.decode(batch.cache, ids, counts, batch.sampler, noise, steps)
@@ -66,11 +59,6 @@ def verify(batch: Batch, most_steps: int = 1) -> list[Chosen]:
     for row in batch.rows:
         row.context_forwards += 1
     return chosen
-
-
-def newest_alone(batch: Batch) -> None:
-    """A draft of nothing: each row's newest token, which the cache does not hold."""
-    batch.drafts = [Draft([row.tokens[-1]]) for row in batch.rows]
 
 
 def _num_right(draft: Sequence[int], choices: Sequence[int]) -> int:
