@@ -88,7 +88,7 @@ def test_what_is_kept_of_a_draft_is_a_text(way: str, num_rows: int) -> None:
         paths = [path_to(own, 11 - 2 * row) for row, own in enumerate(parents)]
         output = model.verify(cache, drafts, tree=DraftTree(parents))
         before = output.hidden.clone()
-        chosen = along_paths(cache, output, paths)
+        chosen = along_paths(output, paths)
         cache.commit(chosen, torch.tensor([len(path) for path in paths]))
         assert torch.equal(output.hidden, before)  # another commit could follow
         for row, path in enumerate(paths):

@@ -69,7 +69,7 @@ def test_room_behind_the_tokens_is_no_part_of_the_cache() -> None:
         state.k[row, length : length + 3] = torch.tensor([7.0, 8.0, 9.0]).view(3, 1, 1)
         state.v[row, length : length + 3] = -torch.tensor([7.0, 8.0, 9.0]).view(3, 1, 1)
     assert cache.lengths.tolist() == [2, 1]
-    output = ForwardOutput(torch.zeros(2, 3, 1), cache.version, lambda counts: [])
+    output = ForwardOutput(torch.zeros(2, 3, 1), cache.version, lambda counts: [], cache.move_keys)
     cache.commit(output, torch.tensor([1, 3]))
     assert cache.lengths.tolist() == [3, 4]
     assert keys(cache)[0, :3].tolist() == [1.0, 2.0, 7.0]

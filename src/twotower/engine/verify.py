@@ -53,7 +53,7 @@ def verify(batch: Batch, most_steps: int = 1) -> list[Chosen]:
     else:
         paths = tree.paths(drafts, answers)
         tokens = [[own[at] for at in path] for own, path in zip(answers, paths, strict=True)]
-        output = along_paths(batch.cache, output, paths)
+        output = along_paths(output, paths)
     chosen = with_logprobs(batch.rows, logits, tokens)
     batch.cache.commit(output, torch.tensor([len(own) for own in tokens]))
     for row in batch.rows:

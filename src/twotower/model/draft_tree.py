@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twotower.layers.attention import KV
-from twotower.model.state import ContextCache, ForwardOutput
+from twotower.model.state import ForwardOutput
 
 MAX_TOKENS = 32  # of a row: what a token sees is a number of as many bits
 
@@ -62,23 +61,15 @@ class DraftTree:
         return paths
 
 
-def along_paths(
-    cache: ContextCache, output: ForwardOutput, paths: Sequence[Sequence[int]]
-) -> ForwardOutput:
-    """The output of a pass over such drafts behind a cache, ready to be committed: the tokens at
-    each row's path come first, in its order.
+def along_paths(output: ForwardOutput, paths: Sequence[Sequence[int]]) -> ForwardOutput:
+    """The output of a pass over such drafts, ready to be committed: the tokens at each row's path
+    come first, in its order.
     """
-    hidden, length = output.hidden, output.hidden.shape[1]
+    hidden = output.hidden
     for row, path in enumerate(paths):
-        at = next((i for i, index in enumerate(path) if index != i), len(path))
-        if at == len(path):
+        if path[-1] == len(path) - 1:
             continue  # nothing lies before it
-        indices, front = torch.tensor(path[at:]), slice(at, len(path))
         hidden = hidden.clone() if hidden is output.hidden else hidden
-        hidden[row, front] = hidden[row, indices]
-        start = int(cache.lengths[row])
-        for state in cache.buffers:
-            for part in state if isinstance(state, KV) else ():
-                behind = part[row, start : start + length]
-                behind[front] = behind[indices.to(part.device)]
+        hidden[row, : len(path)] = hidden[row, torch.tensor(path)]
+        output.move_keys(row, path)
     return output._replace(hidden=hidden)

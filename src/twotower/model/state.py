@@ -43,12 +43,13 @@ class ForwardOutput(NamedTuple):
     values behind its own, of its `version`, until another pass overwrites them.
 
     hidden (B, L, D), normed. states_after: each Mamba layer's state after the first counts (B,) of
-    the tokens.
+    the tokens. move_keys: let a row's tokens at ascending indices come first (`ContextCache`'s).
     """
 
     hidden: Tensor
     version: Version
     states_after: Callable[[Tensor], list[MambaState]]
+    move_keys: Callable[[int, Sequence[int]], None]
 
 
 class ContextCache:
@@ -148,7 +149,16 @@ class ContextCache:
         self._write_behind(_keys(self.make_room(hidden.shape[1])), _keys(states))
         mambas = [state for state in states if isinstance(state, MambaState)]
         last = [MambaState(state.conv[:, -1], state.ssm[:, -1]) for state in mambas]
-        return ForwardOutput(hidden, self.version, states_after or (lambda counts: last))
+        return ForwardOutput(
+            hidden, self.version, states_after or (lambda counts: last), self.move_keys
+        )
+
+    def move_keys(self, row: int, path: Sequence[int]) -> None:
+        """Of a row's tokens in the room those at the indices of a path come first, in its order."""
+        start, indices = int(self.lengths[row]), torch.tensor(path)
+        for part in _keys(self.buffers):
+            behind = part[row, start:]
+            behind[: len(path)] = behind[indices.to(part.device)]
 
     def commit(self, output: ForwardOutput, counts: Tensor) -> None:
         """Commit the first counts[b] >= 0 of each row's tokens; the rest leaves no trace.

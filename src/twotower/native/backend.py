@@ -108,7 +108,10 @@ class NativeBackend:
             found, cache.version.addresses = outputs.states(ends)
             return found
 
-        return ForwardOutput(hidden, version, states_after)
+        def move_keys(row: int, path: Sequence[int]) -> None:
+            tower.move_keys(path, lengths[row], pasts.of(row))
+
+        return ForwardOutput(hidden, version, states_after, move_keys)
 
     def context_head(self, hidden: Tensor) -> Tensor:
         """The context tower's logits."""

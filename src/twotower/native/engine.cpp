@@ -169,6 +169,22 @@ extern "C" void twotower_states(const Tower *tower, int32_t count, int32_t threa
         if (tower->layers[i].kind == MAMBA) state_after(team, tower->layers[i], past[i], out[i], count);
 }
 
+// Of a row's tokens behind its num_past, those at the `count` indices of a path come first, in its order: their
+// keys and values move there. Indices ascend.
+extern "C" void twotower_move(const Tower *tower, const Past *past, int32_t num_past, const int32_t *path,
+                              int32_t count) {
+    for (int i = 0; i < tower->num_layers; i++) {
+        const Layer &layer = tower->layers[i];
+        if (layer.kind != ATTENTION) continue;
+        long width = long(layer.kv_heads) * layer.head_dim;
+        for (const float *part : {past[i].k, past[i].v}) {
+            float *behind = const_cast<float *>(part) + num_past * width;
+            for (int to = 0; to < count; to++)
+                if (path[to] != to) std::copy_n(behind + path[to] * width, width, behind + to * width);
+        }
+    }
+}
+
 // y (length, rows) = x (length, K) w^T for any length >= 1.
 extern "C" void twotower_linear(const Weight *w, int32_t rows, int32_t K, int32_t threads,
                                 const float *x, int32_t length, float *y) {

@@ -32,7 +32,9 @@ class NativeTower:
     ) -> None:
         self._tower, self.layers, self._kept = struct, layers, kept
         self._is_causal, self._is_shared = is_causal, num_weights >= LARGE
-        self._run, self._run_states = library().twotower_pass, library().twotower_states
+        own = library()
+        self._run, self._run_states = own.twotower_pass, own.twotower_states
+        self._move = own.twotower_move
 
     def __call__(self, rows: Sequence[Row], modulations: int | None = None) -> None:
         """One pass over rows of tokens; fills each one's hidden (L, D), normed, and outputs.
@@ -49,6 +51,11 @@ class NativeTower:
     def fill_states(self, count: int, past: int, outputs: int) -> None:
         """The Mamba states after the first `count` of the tokens whose inputs a pass has left."""
         self._run_states(ctypes.byref(self._tower), count, self._threads(), past, outputs)
+
+    def move_keys(self, path: Sequence[int], num_past: int, past: int) -> None:
+        """Of a row's tokens behind num_past, those at the indices of a path come first."""
+        indices = (ctypes.c_int32 * len(path))(*path)
+        self._move(ctypes.byref(self._tower), past, num_past, indices, len(path))
 
     def _threads(self) -> int:
         return torch.get_num_threads() if self._is_shared else 1
