@@ -43,10 +43,9 @@ class Ngrams(NamedTuple):
         """The likeliest token behind the newest ones, by the longest context that is known, and its
         probability.
         """
-        keys = np.array(context_keys(newest[: -ORDER - 1 : -1])[::-1], np.uint32)
-        indices = self.keys.searchsorted(keys)
-        is_known = self.keys.take(indices, mode="clip") == keys
-        if not is_known.any():
-            return None
-        index = indices[is_known.argmax()]
-        return int(self.tokens[index]), float(self.probabilities[index])
+        keys, known = context_keys(newest[: -ORDER - 1 : -1]), self.keys.data
+        indices = self.keys.searchsorted(np.array(keys, np.uint32)).tolist()
+        for key, index in zip(reversed(keys), reversed(indices), strict=True):
+            if index < len(known) and known[index] == key:
+                return int(self.tokens[index]), float(self.probabilities[index])
+        return None
