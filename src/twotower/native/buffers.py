@@ -6,7 +6,7 @@ Small models wait for Python as well, so a pass makes few tensors and does sums 
 import math
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import addressof, c_char
 
 import numpy as np
@@ -154,27 +154,35 @@ class PassOutputs(Addresses):
         pool: BufferPool,
     ) -> None:
         self._keeps_inputs, self._sizes, self._pasts = keeps_inputs, sizes, pasts
-        leading, channels = (sizes.num_mambas, len(lengths)), sizes.channels
-        self._ssm = pool.take(*leading, *sizes.ssm)
-        parts: tuple[Tensor | None, ...]
-        if keeps_inputs:
-            make = pool.take if is_whole else torch.zeros
-            self._conv = make(*leading, sizes.kept + num_tokens, channels)
-            mixed = make(*leading, num_tokens, channels)
-            step = make(*leading, num_tokens, sizes.ssm[0])
-            parts = None, None, None, self._ssm, self._conv, mixed, step
-        else:
-            self._conv = pool.take(*leading, sizes.kept, channels)
-            parts = None, None, self._conv, self._ssm, None, None, None
-        addresses = [(0, 0) if part is None else _address(part) for part in parts]
-        begin, step = np.array(addresses, np.int64).T
-        table = sizes.is_mamba * (begin + sizes.row_index(len(lengths)) * step)
+        num_rows, parts = len(lengths), tuple[Tensor | None, ...]()
+        table = np.zeros((num_rows, len(sizes.is_mamba), len(OUTPUTS)), np.int64)
+        if sizes.num_mambas:
+            parts = self._make_states(
+                num_rows, num_tokens, pool.take if is_whole else torch.zeros, pool
+            )
+            addresses = [(0, 0) if part is None else _address(part) for part in parts]
+            begin, step = np.array(addresses, np.int64).T
+            table += sizes.is_mamba * (begin + sizes.row_index(num_rows) * step)
         behind = np.array(lengths, np.int64)[:, None, None] * sizes.token_bytes
         table[..., _KEYS] = pasts.table[..., _KEYS] + behind
         if keeps_inputs:  # states are made when it is known how many tokens stay
             self.after = Addresses(table.copy())
             table[..., _SSM] = 0
         super().__init__(table, parts)
+
+    def _make_states(
+        self, num_rows: int, num_tokens: int, make: Callable[..., Tensor], pool: BufferPool
+    ) -> tuple[Tensor | None, ...]:
+        """Room for the Mamba layers, in the order of `Outputs`; `make` for what tokens fill."""
+        sizes, leading = self._sizes, (self._sizes.num_mambas, num_rows)
+        self._ssm = pool.take(*leading, *sizes.ssm)
+        if not self._keeps_inputs:
+            self._conv = pool.take(*leading, sizes.kept, sizes.channels)
+            return None, None, self._conv, self._ssm, None, None, None
+        self._conv = make(*leading, sizes.kept + num_tokens, sizes.channels)
+        mixed = make(*leading, num_tokens, sizes.channels)
+        step = make(*leading, num_tokens, sizes.ssm[0])
+        return None, None, None, self._ssm, self._conv, mixed, step
 
     def keep(self, layers: Sequence[LayerState], row: int) -> None:
         """A row without tokens: its state stays as it was."""
@@ -189,6 +197,8 @@ class PassOutputs(Addresses):
         where the past of the next pass is; None where these are not equally many: then
         convolutions' inputs are copies.
         """
+        if not self._sizes.num_mambas:
+            return [], self._pasts  # keys have grown where they are
         window, kept, known = self._conv, self._sizes.kept, None
         skipped = counts if self._keeps_inputs else [0] * len(counts)
         if min(skipped) == max(skipped):
