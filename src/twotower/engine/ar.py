@@ -10,7 +10,7 @@ from twotower.engine.verify import verify
 
 def start(batch: Batch) -> list[Chosen]:
     """The first token of each row, from what the context tower said of its prompt's last one."""
-    return _next(batch, batch.model.next_logits(batch.cache))
+    return _next(batch, batch.model.next_logits(batch.cache).unsqueeze(1))
 
 
 def choose(batch: Batch) -> list[Chosen]:
@@ -20,7 +20,7 @@ def choose(batch: Batch) -> list[Chosen]:
         return verify(batch, most_steps=max(row.num_left for row in batch.rows))
     newest = torch.tensor([row.tokens[-1:] for row in batch.rows])
     output = batch.model.verify(batch.cache, newest, None, False)
-    chosen = _next(batch, batch.model.context_head(output.hidden[:, -1]))
+    chosen = _next(batch, batch.model.context_head(output.hidden))
     batch.cache.commit(output, torch.ones(len(batch.rows), dtype=torch.int64))
     for row in batch.rows:
         row.context_forwards += 1
@@ -28,9 +28,9 @@ def choose(batch: Batch) -> list[Chosen]:
 
 
 def _next(batch: Batch, logits: Tensor) -> list[Chosen]:
-    """What the rows choose from logits (B, V)."""
-    tokens = choose_tokens(logits, batch.rows, batch.sampler).tolist()
-    return with_logprobs(batch.rows, logits.unsqueeze(1), [[token] for token in tokens])
+    """What the rows choose from logits (B, 1, V)."""
+    tokens = choose_tokens(batch.rows, logits, batch.sampler).tolist()
+    return with_logprobs(batch.rows, logits, tokens)
 
 
 AR = DecodingMode(choose=choose, start=start, num_unread=1)

@@ -29,9 +29,9 @@ def _open_blocks(batch: Batch) -> Tensor:
     blocks = torch.full((len(rows), block_size), model.config.mask_token_id)
     slots = [i for i, row in enumerate(rows) if row.options.first_token == "context"]
     if slots and block_size > 1:  # a block needs something to fill
-        logits = model.next_logits(batch.cache)[slots]
+        logits = model.next_logits(batch.cache)[slots].unsqueeze(1)
         sampler = batch.sampler.select(torch.tensor(slots))
-        blocks[slots, 0] = choose_tokens(logits, [rows[i] for i in slots], sampler).cpu()
+        blocks[slots, :1] = choose_tokens([rows[slot] for slot in slots], logits, sampler)
     return blocks
 
 

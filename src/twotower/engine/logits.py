@@ -5,11 +5,55 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twotower.diffusion import Sampler, ban, choose, draw_noise, require_finite
+from twotower.diffusion import Sampler, ban, choose, gumbel, require_finite
 from twotower.engine.batch import Chosen
 from twotower.engine.constraints import choose_along, penalize
 from twotower.engine.events import TokenLogprob
 from twotower.engine.row import Row
+from twotower.model.draft_tree import DraftTree
+
+
+def choose_tokens(
+    rows: Sequence[Row],
+    logits: Tensor,
+    sampler: Sampler,
+    drafts: Sequence[list[int]] = (),
+    tree: DraftTree | None = None,
+) -> Tensor:
+    """What rows choose from logits (B, n, V), by their own options and randomness: (B, n) on the
+    CPU. drafts: what each supposes behind its first token; penalties count these, and under a
+    grammar choices are made, as far as the draft agrees with them.
+    """
+    behind = drafts or [[]] * len(rows)
+    if any(row.options.has_penalties for row in rows):
+        logits = penalize(logits, rows, behind)
+    noise = noise_of(rows, sampler, *logits.shape[1:])
+    if noise is not None and tree is not None:  # that of a token's position in the text
+        noise = torch.stack([own[depths] for own, depths in zip(noise, tree.depths, strict=True)])
+    noise = None if noise is None else noise.to(logits.device)
+    tokens = choose(require_finite(logits), sampler, noise).cpu()
+    for slot, row in enumerate(rows):
+        if row.grammar is not None:
+            own = None if noise is None else noise[slot]
+            kept = choose_along(row, behind[slot], logits[slot], sampler, slot, own)
+            tokens[slot, : len(kept)] = torch.tensor(kept)
+    return tokens
+
+
+def noise_of(rows: Sequence[Row], sampler: Sampler, length: int, size: int) -> Tensor | None:
+    """Gumbel noise (B, length, V) of the rows' next tokens, zeros for greedy rows; None if all are.
+
+    Drawn once per token in the order of the text, whatever was drafted, so that a sampled text is
+    the same in all passes.
+    """
+    if sampler.is_greedy:
+        return None
+    for row in rows:
+        while row.options.temperature > 0 and len(row.noise_ahead) < length:
+            row.noise_ahead.append(gumbel((size,), [row.generator])[0])
+    greedy = torch.zeros(1, 1).expand(length, size)
+    ahead = [row.noise_ahead[:length] for row in rows]
+    return torch.stack([torch.stack(own) if own else greedy for own in ahead])
 
 
 def with_logprobs(
@@ -20,41 +64,25 @@ def with_logprobs(
     """
     chosen = [Chosen(own) for own in tokens]
     for slot, (row, own) in enumerate(zip(rows, tokens, strict=True)):
-        if (num_top := row.options.logprobs) is not None:
+        if row.options.logprobs is not None:
             assert logits is not None
-            logprobs = token_logprobs(logits[slot], own, num_top, row.unused_ids)
-            chosen[slot] = Chosen(own, logprobs)
+            found = _logprobs(logits[slot], own, row.options.logprobs, row.unused_ids)
+            chosen[slot] = Chosen(own, found)
     return chosen
 
 
-def token_logprobs(
-    logits: Tensor, tokens: Sequence[int], num_top: int, unused_ids: Sequence[int] = ()
+def _logprobs(
+    logits: Tensor, tokens: Sequence[int], num_top: int, unused_ids: Sequence[int]
 ) -> list[TokenLogprob]:
-    """How probable tokens are under logits (n, V), n >= len(tokens), with the best alternatives;
-    unused ids, which are no token, are none of these.
+    """Of tokens under logits (n, V), n >= len(tokens), with the best alternatives, none of which
+    is an unused id.
     """
     num_top = min(num_top, logits.shape[-1] - len(unused_ids))
     logprobs = logits[: len(tokens)].float().log_softmax(-1)
     own = logprobs.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1)
     best, ids = ban(logprobs, unused_ids).topk(num_top, -1)
+    each = zip(tokens, own.tolist(), ids.tolist(), best.tolist(), strict=True)
     return [
         TokenLogprob(token=token, logprob=logprob, top=tuple(zip(others, values, strict=True)))
-        for token, logprob, others, values in zip(
-            tokens, own.tolist(), ids.tolist(), best.tolist(), strict=True
-        )
+        for token, logprob, others, values in each
     ]
-
-
-def choose_tokens(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tensor:
-    """One token per row from its logits (B, V), by the row's own options and randomness: (B,)."""
-    if any(row.options.has_penalties for row in rows):
-        logits = penalize(logits.unsqueeze(1), rows, [[]] * len(rows)).squeeze(1)
-    noise = None
-    if not sampler.is_greedy:
-        noise = draw_noise(logits, sampler, [row.generator for row in rows])
-    tokens = choose(require_finite(logits), sampler, noise)
-    for slot, row in enumerate(rows):
-        if row.grammar is not None:
-            own = None if noise is None else noise[slot : slot + 1]
-            (tokens[slot],) = choose_along(row, [], logits[slot : slot + 1], sampler, slot, own)
-    return tokens

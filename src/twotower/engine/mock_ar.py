@@ -12,12 +12,11 @@ from twotower.engine.logits import choose_tokens
 def draft(batch: Batch) -> None:
     """The denoiser's choice after each row's last token, without t."""
     last = torch.tensor([[(row.tokens or row.prompt)[-1]] for row in batch.rows])
-    logits = batch.model.denoise(last, batch.cache.view(), None)[:, 0]
+    logits = batch.model.denoise(last, batch.cache.view(), None)
     for row in batch.rows:
         row.nfe += 1
-    chosen, ids = choose_tokens(logits, batch.rows, batch.sampler), batch.model.draft_ids
-    tokens = chosen if ids is None else ids[chosen]
-    batch.drafts = [Draft([token]) for token in tokens.tolist()]
+    chosen, ids = choose_tokens(batch.rows, logits, batch.sampler), batch.model.draft_ids
+    batch.drafts = [Draft(own) for own in (chosen if ids is None else ids[chosen]).tolist()]
 
 
 def choose(batch: Batch) -> list[Chosen]:

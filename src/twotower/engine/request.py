@@ -54,14 +54,13 @@ def make_row(
         row.given = _prompt_ids(model, name, request.given, tokenizer)
         row.options = replace(options, max_new_tokens=len(row.given))
         return row
-    mask_token_id, vocab_size = model.config.mask_token_id, model.config.vocab_size
-    row.unused_ids = model.unused_ids
+    row.text = RowText(tokenizer, options.stop, request.filters)
+    config, row.unused_ids = model.config, model.unused_ids
     if tokenizer is not None:
-        row.unused_ids = tokenizer.unused_ids(vocab_size)
-        row.text = RowText(tokenizer, options.stop, request.filters)
-        if options.grammar is not None:
-            rules = TokenRules(options.eos_token_id, mask_token_id, vocab_size)
-            row.grammar = begin(options.grammar, tokenizer, rules)
+        row.unused_ids = tokenizer.unused_ids(config.vocab_size)
+    if tokenizer is not None and options.grammar is not None:
+        rules = TokenRules(options.eos_token_id, config.mask_token_id, config.vocab_size)
+        row.grammar = begin(options.grammar, tokenizer, rules)
     return row
 
 
@@ -125,12 +124,10 @@ def _check(
             raise ValueError(f"{name} needs a tokenizer; pass tokenizer=load_tokenizer(path)")
     if options.grammar is not None and not options.eos_token_id:
         raise ValueError("grammar needs a token that ends the text; leave out ignore_eos")
-    tokens = [("eos_token_id", token) for token in options.eos_token_id]
-    for name, token in [*tokens, *(("logit_bias", token) for token, _ in options.logit_bias)]:
-        if token >= model.config.vocab_size:
-            raise ValueError(
-                f"{name}={token} is outside the vocabulary; use 0 to {model.config.vocab_size - 1}"
-            )
+    most, biased = model.config.vocab_size - 1, [token for token, _ in options.logit_bias]
+    for name, tokens in (("eos_token_id", options.eos_token_id), ("logit_bias", biased)):
+        if beyond := [token for token in tokens if token > most]:
+            raise ValueError(f"{name}={beyond[0]} is outside the vocabulary; use 0 to {most}")
 
 
 def known_ids(model: TwoTower, name: str, tokens: Sequence[int]) -> list[int]:
@@ -141,11 +138,9 @@ def known_ids(model: TwoTower, name: str, tokens: Sequence[int]) -> list[int]:
         raise ValueError(f"{name} must be text or a list of whole token ids") from None
     if not ids:
         raise ValueError(f"{name} is empty; give at least one token")
-    vocab_size = model.config.vocab_size
-    if bad := [token for token in ids if not 0 <= token < vocab_size]:
-        raise ValueError(
-            f"{name} has token {bad[0]} outside the vocabulary; use 0 to {vocab_size - 1}"
-        )
+    most = model.config.vocab_size - 1
+    if bad := [token for token in ids if not 0 <= token <= most]:
+        raise ValueError(f"{name} has token {bad[0]} outside the vocabulary; use 0 to {most}")
     return ids
 
 

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from twotower.diffusion import choose as choose_each
-from twotower.diffusion import gumbel, require_finite
+from twotower.diffusion import require_finite
 from twotower.engine.batch import Batch, Chosen
-from twotower.engine.constraints import choose_along, penalize
-from twotower.engine.logits import with_logprobs
-from twotower.engine.row import Row
+from twotower.engine.logits import choose_tokens, noise_of, with_logprobs
 from twotower.model.draft_tree import DraftTree, along_paths
 
 
@@ -31,7 +29,8 @@ def verify(batch: Batch, most_steps: int = 1) -> list[Chosen]:
     counts = torch.tensor(lengths)
     if batch.chooser is not None:
         steps = min(most_steps, batch.chooser.decode_steps)
-        noise = _noise(batch, max(steps, most), batch.model.config.vocab_size)
+        size = max(steps, most), batch.model.config.vocab_size
+        noise = noise_of(batch.rows, batch.sampler, *size)
         found = batch.chooser.decode(batch.cache, ids, counts, batch.sampler, noise, steps)
         for row in batch.rows:
             row.context_forwards += min(steps, row.num_left)
@@ -43,7 +42,8 @@ def verify(batch: Batch, most_steps: int = 1) -> list[Chosen]:
     output = batch.model.verify(batch.cache, ids, counts if is_draft else None, is_draft, tree)
     if batch.needs_host or not batch.sampler.is_greedy or min(lengths) == most:
         logits = batch.model.context_head(output.hidden)
-        choices = _choices(batch, logits, tree)
+        behind = [draft[1:] for draft in drafts]
+        choices = choose_tokens(batch.rows, logits, batch.sampler, behind, tree)
     else:
         logits, choices = None, _greedy_choices(batch, output.hidden)
     answers = choices.tolist()
@@ -70,8 +70,8 @@ def _num_right(draft: Sequence[int], choices: Sequence[int]) -> int:
 
 
 def _greedy_choices(batch: Batch, hidden: Tensor) -> Tensor:
-    """`_choices` of rows that need no more than argmax, hidden (B, n, D): the head is a fifth of a
-    small model, and only where a row has tokens does it run.
+    """`choose_tokens` of rows that need no more than argmax, hidden (B, n, D): the head is a fifth
+    of a small model, and only where a row has tokens does it run.
     """
     counts = torch.tensor([[len(draft.tokens)] for draft in batch.drafts])
     is_token = torch.arange(hidden.shape[1]) < counts
@@ -79,45 +79,3 @@ def _greedy_choices(batch: Batch, hidden: Tensor) -> Tensor:
     choices = torch.zeros(is_token.shape, dtype=torch.int64)
     choices[is_token] = choose_each(require_finite(logits), batch.sampler).cpu()
     return choices
-
-
-def _choices(batch: Batch, logits: Tensor, tree: DraftTree | None) -> Tensor:
-    """The AR tower's token after each of the draft's: logits (B, n, V) -> (B, n) on the CPU.
-
-    Penalties count the draft's tokens, and under a grammar choices are made, as far as the draft
-    agrees with them.
-    """
-    behind = [draft.tokens[1:] for draft in batch.drafts]
-    if any(row.options.has_penalties for row in batch.rows):
-        logits = penalize(logits, batch.rows, behind)
-    noise = _noise(batch, *logits.shape[1:])
-    if noise is not None and tree is not None:  # that of a token's position in the text
-        noise = torch.stack([own[depths] for own, depths in zip(noise, tree.depths, strict=True)])
-    noise = None if noise is None else noise.to(logits.device)
-    choices = choose_each(require_finite(logits), batch.sampler, noise).cpu()
-    for index, row in enumerate(batch.rows):
-        if row.grammar is not None:
-            own = None if noise is None else noise[index]
-            kept = choose_along(row, behind[index], logits[index], batch.sampler, index, own)
-            choices[index, : len(kept)] = torch.tensor(kept)
-    return choices
-
-
-def _noise(batch: Batch, length: int, vocab_size: int) -> Tensor | None:
-    """Gumbel noise (B, length, V) of the next tokens, zeros for greedy rows; None if all are."""
-    if batch.sampler.is_greedy:
-        return None
-    return torch.stack([_row_noise(row, length, vocab_size) for row in batch.rows])
-
-
-def _row_noise(row: Row, length: int, vocab_size: int) -> Tensor:
-    """The noise of one row (length, V); nothing is drawn when greedy.
-
-    Drawn once per token in the order of the text, whatever was drafted, so that a sampled text is
-    the same in all passes.
-    """
-    if row.options.temperature == 0:
-        return torch.zeros(1, 1).expand(length, vocab_size)
-    while len(row.noise_ahead) < length:
-        row.noise_ahead.append(gumbel((vocab_size,), [row.generator])[0])
-    return torch.stack(row.noise_ahead[:length])

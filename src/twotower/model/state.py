@@ -26,13 +26,13 @@ def empty_states(
     states = list[LayerState]()
     for spec in layers:
         if isinstance(spec, AttentionSpec):
-            shape = num_rows, 0, spec.num_kv_heads, spec.head_dim
-            states.append(KV(*torch.empty(2, *shape, device=device, dtype=dtype)))
+            shape = 2, num_rows, 0, spec.num_kv_heads, spec.head_dim
+            states.append(KV(*torch.empty(shape, device=device, dtype=dtype)))
         elif isinstance(spec, MambaSpec):
             inputs = num_rows, spec.conv_channels, spec.conv_width - 1
+            ssm = num_rows, spec.num_heads, spec.head_dim, spec.state_size
             conv = torch.zeros(inputs, device=device, dtype=dtype)
-            shape = num_rows, spec.num_heads, spec.head_dim, spec.state_size
-            states.append(MambaState(conv, torch.zeros(shape, device=device)))
+            states.append(MambaState(conv, torch.zeros(ssm, device=device)))
         else:
             states.append(None)
     return states
@@ -56,13 +56,11 @@ class ContextCache:
     """State of the context tower after `lengths[b]` committed tokens of each row b.
 
     `layers[i]` is what layer i keeps: KV (B, S, Hk, A), S the longest row, MambaState conv
-    (B, C, W-1) and ssm (B, H, P, N), or None. `last_hidden` (B, D) is the tower's output at each
-    row's last token, None before the first; `outputs` (B, S, D) at all of them, None where they are
-    not kept. `version` is another object after each change.
-
-    `buffers` are the same with room for more rows and tokens than there are, so that tokens are
-    added and rows enter and leave without a copy of the others. `num_rows` is B, `num_past` S;
-    `is_uniform`: whether all rows hold as many tokens, so that no mask is needed.
+    (B, C, W-1) and ssm (B, H, P, N), or None; `buffers` the same with room for more rows and
+    tokens, so that these come without a copy of the others. `last_hidden` (B, D) is the tower's
+    output at each row's last token, None before the first; `outputs` (B, S, D) at all of them, None
+    where they are not kept. `version` is another object after each change. `num_rows` is B,
+    `num_past` S; `is_uniform`: all rows hold as many tokens, so that no mask is needed.
     """
 
     def __init__(
@@ -106,9 +104,8 @@ class ContextCache:
         return None if kept is None else kept[: self.num_rows, : self.num_past]
 
     def make_room(self, num_tokens: int) -> Sequence[LayerState]:
-        """The buffers, with room for so many tokens behind each row's: a pass may write there, and
-        nothing of it is part of the cache before `commit`. What an earlier pass wrote there is
-        given up: `version` changes.
+        """The buffers, with room for so many tokens behind each row's, where a pass may write: no
+        part of the cache before `commit`. What an earlier pass wrote is given up.
         """
         length = self.num_past + num_tokens
         # The last to grow is the last one: where it has room, all have.
@@ -127,15 +124,12 @@ class ContextCache:
         """A frozen view of the layers `reads`, of all if not given, which no later call changes."""
         own = self.layers if reads is None else self._read(reads)
         layers = tuple(
-            MambaState(state.conv.unsqueeze(1), state.ssm.unsqueeze(1))
-            if isinstance(state, MambaState)
-            else state
-            for state in own
+            MambaState(*(part.unsqueeze(1) for part in s)) if isinstance(s, MambaState) else s
+            for s in own
         )
         lengths = None if self.is_uniform else self.lengths
         hidden = None if self.last_hidden is None else self.last_hidden.unsqueeze(1)
-        sizes = self.num_past, self.num_rows
-        return ContextView(layers, lengths, *sizes, hidden, self.version)
+        return ContextView(layers, lengths, self.num_past, self.num_rows, hidden, self.version)
 
     def output_of(
         self,
