@@ -26,9 +26,7 @@ _log = logging.getLogger(__name__)
 
 class RequestQueue:
     """Rows that wait for a slot, in the order in which they come; each keeps its slot to its end.
-
-    `SourceQueue` reads them as slots become free; `SharedQueue` is for a server: other threads put
-    rows in, and callers share the slots.
+    `SourceQueue` reads them as slots become free; in a `SharedQueue` callers share the slots.
     """
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:
@@ -87,9 +85,9 @@ class Scheduler:
     ) -> None:
         """prefixes: contexts of earlier runs; by default of this one, if the options want any."""
         self._model, self._queue, self._batch_size = model, queue, options.batch_size
-        if prefixes is None and options.prefix_cache_bytes:
-            prefixes = PrefixCache(model, options.prefix_cache_bytes)
         self._prefixes, self._token_bytes = prefixes, model.token_bytes
+        if prefixes is None and options.prefix_cache_bytes:
+            self._prefixes = PrefixCache(model, options.prefix_cache_bytes)
         is_apart = model.denoiser_device != model.context_device
         has_overlap = options.overlap == "on" or (options.overlap == "auto" and is_apart)
         self._pool = ThreadPoolExecutor(1, "twotower-denoiser") if has_overlap else None

@@ -136,7 +136,6 @@ class GraphsBackend:
     @torch.no_grad()
     def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
         """All passes of a block read the same mirror, which is filled once."""
-        self._model.denoiser()  # there is one
         num_rows, length = block.shape
         with self._lock:
             arena = self._arena(num_rows)

@@ -54,13 +54,12 @@ class Passes(nn.Module):
     @property
     def denoiser_device(self) -> torch.device:
         """Where the denoiser tower lives; the context's device when there is none."""
-        tower = self.context_tower if self.denoiser_tower is None else self.denoiser_tower
-        return tower.embeddings.weight.device
+        return (self.denoiser_tower or self.context_tower).embeddings.weight.device
 
     @property
     def token_bytes(self) -> int:
         """Of the keys and values that the cache holds of a token."""
-        kept = (s for s in self.config.context.layers if isinstance(s, AttentionSpec))
+        kept = [spec for spec in self.config.context.layers if isinstance(spec, AttentionSpec)]
         size = self.context_tower.embeddings.weight.element_size()
         return 2 * size * sum(spec.num_kv_heads * spec.head_dim for spec in kept)
 
@@ -79,9 +78,9 @@ class Passes(nn.Module):
 
         Returns the tower's output (B, n, D); `context_head` makes logits of it.
         """
-        whole = [self._after(cache, tokens)] * cache.num_rows
-        counts = torch.tensor(whole) if counts is None else counts.cpu()
-        asked = None if counts.tolist() == whole else counts
+        whole = torch.full((cache.num_rows,), self.checked(tokens, "tokens", cache).shape[1])
+        counts = whole if counts is None else counts.cpu()
+        asked = None if counts.equal(whole) else counts
         output = self.backend.context_pass(cache, tokens, asked, is_draft=False)
         cache.commit(output, counts)
         return output.hidden
@@ -102,7 +101,7 @@ class Passes(nn.Module):
         where drafts branch; ValueError (one line) where `verifies_trees` is false.
         Source: system.md section 4, 'Self-speculation'.
         """
-        self._after(cache, tokens)
+        self.checked(tokens, "tokens", cache)
         if tree is not None and not self.verifies_trees:
             raise ValueError(
                 "drafts branch, which the context tower's Mamba layers or the backend cannot "
@@ -134,6 +133,7 @@ class Passes(nn.Module):
         t (B,): masked fraction; None, or a thin denoiser, has no time conditioning. The view is
         only read.
         """
+        self.denoiser()  # there is one
         t = None if self.config.draft is not None else t
         return self.backend.denoise(self.checked(block, "block"), view, t).float()
 
@@ -153,18 +153,14 @@ class Passes(nn.Module):
             )
         return self.denoiser_tower
 
-    def _after(self, cache: ContextCache, tokens: Tensor) -> int:
-        """How many tokens are to follow each row of the cache; ValueError for what are none."""
-        if len(self.checked(tokens, "tokens")) != cache.num_rows:
-            raise ValueError(f"tokens have {len(tokens)} rows but the cache has {cache.num_rows}")
-        return tokens.shape[1]
-
-    def checked(self, ids: Tensor, name: str) -> Tensor:
-        """The ids (B, L); ValueError (one line) for what are none."""
+    def checked(self, ids: Tensor, name: str, cache: ContextCache | None = None) -> Tensor:
+        """The ids (B, L); ValueError (one line) for what are none, or do not fit a cache."""
         require(name, ids, Tensor, "an int64 tensor of token ids")
         if ids.dim() != 2 or ids.shape[1] < 1 or ids.dtype != torch.int64:
             raise ValueError(
                 f"{name} has shape {tuple(ids.shape)} and dtype {ids.dtype}; "
                 "must be (rows, tokens >= 1) int64"
             )
+        if cache is not None and len(ids) != cache.num_rows:
+            raise ValueError(f"{name} have {len(ids)} rows but the cache has {cache.num_rows}")
         return ids

@@ -120,7 +120,6 @@ class NativeBackend:
 
     def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
         """The denoiser's logits."""
-        self._model.denoiser()  # there is one
         assert self._denoiser is not None
         return self._denoiser(block, view, t)
 
