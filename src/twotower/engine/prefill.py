@@ -1,5 +1,6 @@
 """How rows begin: whether memory allows it, and how their prompts are read, piece by piece."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -30,9 +31,8 @@ READ_TOKENS = 1024
 
 
 def refusal(device: torch.device, token_bytes: int, present: Sequence[Row], row: Row) -> str | None:
-    """Why a row cannot share a batch with those present of its kind: keys and values of their
-    prompts and new tokens, of so many bytes each, would not fit into the device's memory. One line,
-    or None when they do.
+    """Why a row cannot share a batch with those present of its kind: their keys and values, of so
+    many bytes a token, would not fit into the device's memory. One line, or None when they do.
     """
     rows = [*(other for other in present if kind_of(other) == kind_of(row)), row]
     num_prompt = max(len(row.prompt) for row in rows)
@@ -68,29 +68,20 @@ def open_batches(model: TwoTower, rows: Sequence[Row], are_alone: bool) -> Itera
             own[-1].append(row)
         else:
             own.append([row])
-    for row_lists in groups.values():
-        for some in row_lists:
-            first = some[0]
-            cache = model.empty_cache(len(some), keeps_outputs=first.keeps_context)
-            mode = GIVEN if first.given else DECODING_MODES[first.options.mode]
-            yield Batch(model, mode, some, cache)
+    for some in itertools.chain.from_iterable(groups.values()):
+        mode = GIVEN if some[0].given else DECODING_MODES[some[0].options.mode]
+        cache = model.empty_cache(len(some), keeps_outputs=some[0].keeps_context)
+        yield Batch(model, mode, some, cache)
 
 
 def read_prompts(batch: Batch, prefixes: PrefixCache | None) -> None:
-    """Read prompts on, READ_TOKENS of all rows together. Pieces end where the model says or, with
-    a prefix cache, that: what else is read in between changes no bit. A prefix cache keeps no
-    outputs of the tower.
+    """Read prompts on, READ_TOKENS of all rows together, in pieces as the model says. A prefix
+    cache reads in its own way; it keeps no outputs of the tower.
     """
-    if batch.rows[0].keeps_context:
-        prefixes = None
-    if prefixes is not None and batch.cache.num_past == 0:
-        (row,) = batch.rows
-        known = row.prompt[: len(row.prompt) - batch.num_unread]
-        batch.cache, row.cached_tokens = prefixes.take(known)
     num_left = READ_TOKENS // len(batch.rows)
+    if prefixes is not None and not batch.rows[0].keeps_context:
+        prefixes.read_prompt(batch, num_left)
+        return
     while num_left > 0 and not batch.has_read:
-        size = PREFILL_CHUNK if prefixes is None else prefixes.piece(batch.cache.num_past)
-        batch.read(size)
-        if prefixes is not None:
-            prefixes.keep(batch.rows[0].prompt, batch.cache)
-        num_left -= size
+        batch.read(PREFILL_CHUNK)
+        num_left -= PREFILL_CHUNK

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from twotower.engine.batch import Batch
 from twotower.model import ContextCache, TwoTower
 from twotower.model.pieces import Keys, Mark, copy_keys, copy_mark, fill, keys_bytes, mark_bytes
 
@@ -72,6 +73,20 @@ class PrefixCache:
         self._root = _Node(None, b"", 0)
         self._used: OrderedDict[_Node, None] = OrderedDict()  # nodes with a mark, oldest use first
         self.stats = PrefixStats()
+
+    def read_prompt(self, batch: Batch, num_tokens: int) -> None:
+        """Read the prompt of a batch of one row on, about so many tokens, in pieces that end at the
+        fixed positions: what else is read in between changes no bit.
+        """
+        (row,) = batch.rows
+        if batch.cache.num_past == 0:
+            known = row.prompt[: len(row.prompt) - batch.num_unread]
+            batch.cache, row.cached_tokens = self.take(known)
+        while num_tokens > 0 and not batch.has_read:
+            size = self.piece(batch.cache.num_past)
+            batch.read(size)
+            self.keep(row.prompt, batch.cache)
+            num_tokens -= size
 
     def take(self, tokens: Sequence[int]) -> tuple[ContextCache, int]:
         """A cache of one row that holds the longest known beginning of the tokens, and its length.

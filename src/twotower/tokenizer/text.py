@@ -13,7 +13,7 @@ import tokenizers
 
 from twotower.arguments import require, require_unicode, shown
 from twotower.tokenizer.decoding import TextStream, num_leading_spaces
-from twotower.tokenizer.vocabulary import ROLES, Vocabulary
+from twotower.tokenizer.vocabulary import Vocabulary
 
 
 class Tokenizer(Vocabulary):
@@ -27,15 +27,6 @@ class Tokenizer(Vocabulary):
     def _reading_special(self) -> tokenizers.Tokenizer:
         """The same, to which "<mask>" in text is that token."""
         return tokenizers.Tokenizer.from_str(self.json_text)
-
-    @cached_property
-    def adds_bos(self) -> bool:
-        """Whether a prompt begins with bos: as the tokenizer's files say, or as ours do."""
-        if self.bos_id is None or self._adds_bos is not None:
-            return bool(self._adds_bos) and self.bos_id is not None
-        if self._backend.post_processor is not None:
-            return bool(self._backend.encode("").ids[:1] == [self.bos_id])
-        return self._roles["bos"] == ROLES["bos"]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a text that a model continues: with bos first where its model expects it."""

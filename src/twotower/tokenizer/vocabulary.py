@@ -60,6 +60,15 @@ class Vocabulary:
         ids_of = {role: self.token_id(name) for role, name in self._roles.items()}
         self.pad_id, self.bos_id, self.eos_id, self.mask_id = map(ids_of.get, ROLES)
         self._adds_bos = adds_bos
+        self.adds_bos = self.bos_id is not None and self._begins_with_bos()
+        """Whether a prompt begins with bos: as the tokenizer's files say, or as ours do."""
+
+    def _begins_with_bos(self) -> bool:
+        if self._adds_bos is not None:
+            return self._adds_bos
+        if self._backend.post_processor is not None:
+            return bool(self._backend.encode("").ids[:1] == [self.bos_id])
+        return self._roles["bos"] == ROLES["bos"]
 
     def token_id(self, token: str) -> int | None:
         """The id of a token as the vocabulary writes it; None if it has no such token."""
