@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from twotower.engine.batch import Batch, Chosen, DecodingMode, Draft
-from twotower.engine.logits import choose_tokens, with_logprobs
+from twotower.engine.logits import best_tokens, choose_tokens, with_logprobs
 from twotower.engine.verify import verify
 
 
@@ -20,7 +20,11 @@ def choose(batch: Batch) -> list[Chosen]:
         return verify(batch, most_steps=max(row.num_left for row in batch.rows))
     newest = torch.tensor([row.tokens[-1:] for row in batch.rows])
     output = batch.model.verify(batch.cache, newest, None, False)
-    chosen = _next(batch, batch.model.context_head(output.hidden))
+    if batch.is_plain:
+        best = best_tokens(batch.model, output.hidden, batch.sampler.unused_ids)
+        chosen = [Chosen(own) for own in best.tolist()]
+    else:
+        chosen = _next(batch, batch.model.context_head(output.hidden))
     batch.cache.commit(output, torch.ones(len(batch.rows), dtype=torch.int64))
     for row in batch.rows:
         row.context_forwards += 1

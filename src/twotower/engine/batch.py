@@ -113,6 +113,11 @@ class Batch:
         return any(row.needs_host for row in self.rows)
 
     @cached_property
+    def is_plain(self) -> bool:
+        """Whether every row takes the best token, and nothing more is asked of logits."""
+        return self.sampler.is_greedy and not self.needs_host
+
+    @cached_property
     def chooser(self) -> ChoosingBackend | None:
         """The model's backend, if it chooses tokens and no more than logits and noise is needed."""
         backend = self.model.backend

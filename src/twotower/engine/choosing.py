@@ -1,4 +1,4 @@
-"""The interfaces of backends that choose tokens where their passes run, or find the best of them.
+"""The interface of backends that choose tokens where their passes run.
 
 The host then synchronises once in several passes. `Backend` alone is enough to decode.
 """
@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from twotower.diffusion import Rank, Sampler, Step
+from twotower.diffusion import Sampler, Step
 from twotower.model import ContextCache, ContextView
 
 
@@ -49,13 +49,4 @@ class ChoosingBackend(Protocol):
         generators: Sequence[torch.Generator],
     ) -> Iterator[Step]:
         """`denoise_block` with the model's denoiser, for a sampler of kind confidence."""
-        ...
-
-
-class RankingBackend(Protocol):
-    """A backend that finds the most probable tokens of logits itself (`Backend.ranks_tokens`)."""
-
-    @property
-    def rank(self) -> Rank:
-        """As `most_probable`."""
         ...

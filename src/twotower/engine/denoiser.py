@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from twotower.diffusion import Sampler, Step, denoise_block, most_probable, require_finite
-from twotower.engine.choosing import ChoosingBackend, RankingBackend
+from twotower.engine.choosing import ChoosingBackend
 from twotower.engine.events import Event, StepTaken
 from twotower.model import ContextView, TwoTower
+from twotower.model.backend import RankingBackend
 
 if TYPE_CHECKING:
     from twotower.engine.batch import Batch

@@ -5,12 +5,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twotower.diffusion import Sampler, ban, choose, gumbel, require_finite
+from twotower.diffusion import (
+    NOT_FINITE,
+    Sampler,
+    argmax,
+    ban,
+    choose,
+    gumbel,
+    require_finite,
+)
 from twotower.engine.batch import Chosen
 from twotower.engine.constraints import choose_along, penalize
 from twotower.engine.events import TokenLogprob
 from twotower.engine.row import Row
+from twotower.model import TwoTower
 from twotower.model.draft_tree import DraftTree
+
+
+def best_tokens(model: TwoTower, hidden: Tensor, unused_ids: Sequence[int]) -> Tensor:
+    """The best token after each of the context tower's outputs hidden (..., D): (...) on the CPU,
+    the lower one at a tie. ValueError if its logits are not finite.
+    """
+    ids = model.best_after(hidden, unused_ids)
+    if ids is None:
+        return argmax(ban(require_finite(model.context_head(hidden)), unused_ids)).cpu()
+    if min(ids.flatten().tolist()) < 0:
+        raise ValueError(NOT_FINITE)
+    return ids
 
 
 def choose_tokens(

@@ -9,10 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twotower.diffusion import choose as choose_each
-from twotower.diffusion import require_finite
 from twotower.engine.batch import Batch, Chosen
-from twotower.engine.logits import choose_tokens, noise_of, with_logprobs
+from twotower.engine.logits import best_tokens, choose_tokens, noise_of, with_logprobs
 from twotower.model.draft_tree import DraftTree, along_paths
 
 
@@ -40,12 +38,12 @@ def verify(batch: Batch, most_steps: int = 1) -> list[Chosen]:
     is_tree = any(draft.has_branches for draft in batch.drafts)
     tree = DraftTree([draft.parents for draft in batch.drafts]) if is_tree else None
     output = batch.model.verify(batch.cache, ids, counts if is_draft else None, is_draft, tree)
-    if batch.needs_host or not batch.sampler.is_greedy or min(lengths) == most:
+    if batch.is_plain:
+        logits, choices = None, _best_tokens(batch, output.hidden, lengths)
+    else:
         logits = batch.model.context_head(output.hidden)
         behind = [draft[1:] for draft in drafts]
         choices = choose_tokens(batch.rows, logits, batch.sampler, behind, tree)
-    else:
-        logits, choices = None, _greedy_choices(batch, output.hidden)
     answers = choices.tolist()
     if tree is None:
         each = zip(drafts, answers, strict=True)
@@ -69,13 +67,14 @@ def _num_right(draft: Sequence[int], choices: Sequence[int]) -> int:
     return next(wrong, len(draft))
 
 
-def _greedy_choices(batch: Batch, hidden: Tensor) -> Tensor:
-    """`choose_tokens` of rows that need no more than argmax, hidden (B, n, D): the head is a fifth
-    of a small model, and only where a row has tokens does it run.
+def _best_tokens(batch: Batch, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The best token after each of hidden (B, n, D), (B, n): the head is a fifth of a small model,
+    and only where a row has tokens, so many, does it run.
     """
-    counts = torch.tensor([[len(draft.tokens)] for draft in batch.drafts])
-    is_token = torch.arange(hidden.shape[1]) < counts
-    logits = batch.model.context_head(hidden[is_token.to(hidden.device)])
+    unused = batch.sampler.unused_ids
+    if min(lengths) == max(lengths):
+        return best_tokens(batch.model, hidden, unused)
+    is_token = torch.arange(hidden.shape[1]) < torch.tensor(lengths).unsqueeze(1)
     choices = torch.zeros(is_token.shape, dtype=torch.int64)
-    choices[is_token] = choose_each(require_finite(logits), batch.sampler).cpu()
+    choices[is_token] = best_tokens(batch.model, hidden[is_token.to(hidden.device)], unused)
     return choices

@@ -4,7 +4,7 @@ A backend runs every pass that it is asked for: what it cannot run it refused wh
 (`twotower.backends`). Training has no backend; it is always plain PyTorch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -53,7 +53,7 @@ class Backend(Protocol):
     chooses_tokens: bool
     """Whether passes may choose tokens, too: then it is a `ChoosingBackend` of the engine."""
     ranks_tokens: bool
-    """Whether it finds the best of logits itself: then it is a `RankingBackend` of the engine."""
+    """Whether it finds the best of logits itself: then it is a `RankingBackend`."""
 
     @property
     def pass_costs(self) -> PassCosts:
@@ -82,6 +82,26 @@ class Backend(Protocol):
 
     def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
         """The denoiser tower over blocks (B, T >= 1) -> logits (B, T, V)."""
+        ...
+
+
+class RankingBackend(Backend, Protocol):
+    """A backend that finds the most probable tokens itself (`Backend.ranks_tokens`)."""
+
+    def rank(
+        self,
+        logits: Tensor,
+        count: int = 1,
+        unused_ids: Sequence[int] = (),
+        chosen: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `twotower.diffusion.most_probable`."""
+        ...
+
+    def best_after(self, hidden: Tensor, unused_ids: Sequence[int]) -> Tensor:
+        """The best token after each of the context tower's outputs hidden (..., D), none of some
+        ids: (...) int64, -1 where logits are not finite.
+        """
         ...
 
 

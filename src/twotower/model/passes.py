@@ -1,5 +1,8 @@
 """The passes of decoding, checked: what an engine asks of a model, whatever backend runs them."""
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -7,7 +10,7 @@ from twotower.arguments import require
 from twotower.config import TwoTowerConfig
 from twotower.layers.adaln import Modulation, TimestepEmbedder
 from twotower.layers.bigram import Bigram
-from twotower.model.backend import Backend, EagerBackend, PassCosts
+from twotower.model.backend import Backend, EagerBackend, PassCosts, RankingBackend
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.draft_tree import DraftTree
@@ -119,6 +122,12 @@ class Passes(nn.Module):
     def context_head(self, hidden: Tensor) -> Tensor:
         """The context tower's logits: hidden (..., D) -> (..., V) float32."""
         return self.backend.context_head(hidden).float()
+
+    def best_after(self, hidden: Tensor, unused_ids: Sequence[int]) -> Tensor | None:
+        """`RankingBackend.best_after`; None where the backend is none."""
+        if not self.backend.ranks_tokens:
+            return None
+        return cast(RankingBackend, self.backend).best_after(hidden, unused_ids)
 
     def next_logits(self, cache: ContextCache) -> Tensor:
         """Context-head logits after each row's last committed token: (B, V) float32."""

@@ -118,6 +118,11 @@ class NativeBackend:
         assert self._context_head is not None
         return self._context_head(hidden)
 
+    def best_after(self, hidden: Tensor, unused_ids: Sequence[int]) -> Tensor:
+        """The best token after each of the context tower's outputs; logits are not kept."""
+        assert self._context_head is not None
+        return self._context_head.best(hidden, unused_ids)
+
     def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
         """The denoiser's logits."""
         assert self._denoiser is not None

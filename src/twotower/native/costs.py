@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from twotower.model.backend import Backend, PassCosts
+from twotower.model.backend import PassCosts, RankingBackend
 from twotower.model.two_tower import TwoTower
 from twotower.native.library import library_file
 
@@ -32,7 +32,7 @@ _ROW = {"none": 0.025, "int8": 0.1, "int4": 0.15}
 _log = logging.getLogger(__name__)
 
 
-def of_backend(backend: Backend, model: TwoTower) -> PassCosts:
+def of_backend(backend: RankingBackend, model: TwoTower) -> PassCosts:
     """The costs of a backend's passes of this model, behind a text that both towers read."""
     config, tower = model.config, model.context_tower
     ids = torch.arange(_PAST).remainder(config.vocab_size).unsqueeze(0)
@@ -42,7 +42,7 @@ def of_backend(backend: Backend, model: TwoTower) -> PassCosts:
 
     def run(length: int) -> None:
         hidden = backend.context_pass(cache, ids[:, :length], None, is_draft=length > 1).hidden
-        backend.context_head(hidden).numpy().argmax(-1)
+        backend.best_after(hidden, ())
 
     def denoise(length: int) -> None:
         t = None if config.draft is not None else torch.ones(1)

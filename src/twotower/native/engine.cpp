@@ -126,22 +126,38 @@ void run(const Call &call, const float *const *modulations) {
     });
 }
 
+// The tokens x (count, K) of a tile side by side, as a product takes them
 template <int W>
-void linear(Team &team, const Weight &w, int rows, int K, const float *x, int count, float *y) {
-    float *lanes = at_least(scratch.u, size_t(K) * W), *out = at_least(scratch.a, size_t(rows) * W);
+Input<W> from_rows(Team &team, const Weight &w, int K, const float *x, int count) {
+    float *lanes = at_least(scratch.u, size_t(K) * W);
     for (int first = 0; first < K; first += 16)
         for (int l = 0; l < W; l++)
             for (int f = first; f < std::min(K, first + 16); f++)
                 lanes[size_t(f) * W + l] = x[long(std::min(l, count - 1)) * K + f];
-    Input<W> in = as_input<W>(team, w, lanes, K, count, at_least(scratch.bytes, input_bytes<W>(K)));
+    return as_input<W>(team, w, lanes, K, count, at_least(scratch.bytes, input_bytes<W>(K)));
+}
+
+template <int W>
+void linear(Team &team, const Weight &w, int rows, int K, const float *x, int count, float *y) {
+    Input<W> in = from_rows<W>(team, w, K, x, count);
     if (in.bytes)
         return team.split(blocks_of(rows), [&, y](int begin, int end) {
             auto own = w.int4 ? integer_product<W, true, Order::TOKENS_FIRST>
                               : integer_product<W, false, Order::TOKENS_FIRST>;
             own(w, rows, in, nullptr, y, begin, end);
         });
+    float *out = at_least(scratch.a, size_t(rows) * W);
     matrix<W>(team, w, rows, in, nullptr, out);
     to_rows<W>(out, rows, count, y, rows);
+}
+
+// work(width, first, count) for each tile of a row of tokens
+template <typename Work>
+void tiles_of(int length, Work work) {
+    for (int first = 0, count; first < length; first += count) {
+        count = tile_of(length - first);
+        with_width(width_of(count), [&](auto width) { work(width, first, count); });
+    }
 }
 
 }  // namespace twotower
@@ -189,13 +205,20 @@ extern "C" void twotower_move(const Tower *tower, const Past *past, int32_t num_
 extern "C" void twotower_linear(const Weight *w, int32_t rows, int32_t K, int32_t threads,
                                 const float *x, int32_t length, float *y) {
     Team team(threads);
-    for (int first = 0, count; first < length; first += count) {
-        count = tile_of(length - first);
-        with_width(width_of(count), [&](auto width) {
-            linear<decltype(width)::value>(team, *w, rows, K, x + long(first) * K, count,
-                                           y + long(first) * rows);
-        });
-    }
+    tiles_of(length, [&](auto width, int first, int count) {
+        linear<decltype(width)::value>(team, *w, rows, K, x + long(first) * K, count, y + long(first) * rows);
+    });
+}
+
+// ids (length,) of the largest of w x for each of x (length, K), as `best_rows` says.
+extern "C" void twotower_best(const Weight *w, int32_t rows, int32_t K, int32_t threads, const float *x,
+                              int32_t length, const int64_t *unused, int32_t num_unused, int64_t *ids) {
+    Team team(threads);
+    tiles_of(length, [&](auto width, int first, int count) {
+        constexpr int W = decltype(width)::value;
+        best_rows<W>(team, *w, rows, from_rows<W>(team, *w, K, x + long(first) * K, count), unused, num_unused,
+                     ids + first);
+    });
 }
 
 // Adds to each position of logits (length, rows) but the first what the token before it does: w (rows, K) by

@@ -56,13 +56,16 @@ def load_library(file: Path) -> ctypes.CDLL:
     found.twotower_states.argtypes = [address, _int, _int, address, address]
     found.twotower_move.argtypes = [address, address, _int, address, _int]
     found.twotower_linear.argtypes = [address, *[_int] * 3, address, _int, address]
+    found.twotower_best.argtypes = [
+        address, *[_int] * 3, address, _int, address, _int, address,
+    ]  # fmt: skip
     found.twotower_bigrams.argtypes = [
         address, *[_int] * 3, address, address, ctypes.c_int64, address, _int, address,
     ]  # fmt: skip
     found.twotower_rank.argtypes = [
         address, *[_int] * 3, address, address, _int, address, address,
     ]  # fmt: skip
-    for name in ("states", "move", "linear", "bigrams", "rank"):
+    for name in ("states", "move", "linear", "best", "bigrams", "rank"):
         getattr(found, f"twotower_{name}").restype = None
     return found
 

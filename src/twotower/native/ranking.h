@@ -1,13 +1,16 @@
-// The most probable tokens of one position's logits.
+// The best of many logits.
 #pragma once
 
 #include <limits>
+#include <mutex>
 
 #include "layers.h"
 
 namespace twotower {
 
 constexpr int COMPARED = 64;  // numbers that are compared with a bound at once
+constexpr int KEPT = 32;      // blocks of a head whose logits are looked at while they are near
+constexpr float LEAST = std::numeric_limits<float>::lowest();
 
 // take(i) in turn for each x[i] above the bound, which it may raise
 template <typename Take>
@@ -67,6 +70,57 @@ inline void rank(const float *x, int size, int count, int64_t chosen, const int6
         });
     std::fill(ids + taken, ids + count, 0), std::fill(probs + taken, probs + count, 0.0f);
     for (int i = 0; i < taken; i++) probs[i] = exponential(x[ids[i]] - most) / sum;
+}
+
+// The largest of numbers [rows][W] in each lane, and 0 if all are finite, else NaN. rows: a multiple of 16.
+template <int W>
+inline void survey(const float *y, int rows, float *largest, float *oddity) {
+    constexpr int V = W == 1 ? VECTOR : std::min(W, VECTOR), N = W == 1 ? 1 : W / V;
+    Floats<V> most[N], odd[N] = {};
+    for (int n = 0; n < N; n++) most[n] = Floats<V>{} + LEAST;
+    for (int i = 0; i < rows * W; i += N * V)
+        for (int n = 0; n < N; n++) {
+            Floats<V> own = floats<V>(y + i + n * V);
+            most[n] = own > most[n] ? own : most[n];
+            odd[n] += own - own;
+        }
+    if constexpr (W == 1) {
+        *largest = most[0][0], *oddity = odd[0][0];
+        for (int l = 1; l < V; l++) *largest = std::max(*largest, most[0][l]), *oddity += odd[0][l];
+    } else std::memcpy(largest, most, sizeof most), std::memcpy(oddity, odd, sizeof odd);
+}
+
+// ids of the largest of a head's logits for each token of a tile, the lower one at a tie, none of `unused`; -1
+// where one of the others is not finite. The logits are never all there.
+template <int W>
+void best_rows(Team &team, const Weight &w, int rows, const Input<W> &in, const int64_t *unused, int num_unused,
+               int64_t *ids) {
+    float most[W];
+    bool is_finite[W];
+    std::fill_n(most, W, -std::numeric_limits<float>::infinity()), std::fill_n(is_finite, W, true);
+    std::mutex lock;
+    team.split(blocks_of(rows), [&](int begin, int end) {
+        alignas(64) float y[KEPT * ROWS * W];
+        for (int block = begin; block < end; block += KEPT) {
+            int next = std::min(end, block + KEPT), first = block * ROWS, count = std::min(rows, next * ROWS) - first;
+            product_blocks<W>(w, rows, in, nullptr, y - long(first) * W, block, next);
+            std::fill(y + count * W, y + (next - block) * ROWS * W, LEAST);
+            for (int i = 0; i < num_unused; i++)
+                if (unused[i] >= first && unused[i] < first + count) std::fill_n(y + (unused[i] - first) * W, W, LEAST);
+            float largest[W], oddity[W];
+            survey<W>(y, (next - block) * ROWS, largest, oddity);
+            std::lock_guard<std::mutex> guard(lock);  // threads share the lanes' bests
+            for (int l = 0; l < in.count; l++) {
+                if (oddity[l] != 0) is_finite[l] = false;
+                if (!is_finite[l] || largest[l] < most[l]) continue;
+                int64_t id = first;
+                for (const float *own = y + l; *own != largest[l]; own += W) id++;
+                if (largest[l] > most[l] || id < ids[l]) most[l] = largest[l], ids[l] = id;
+            }
+        }
+    });
+    for (int l = 0; l < in.count; l++)
+        if (!is_finite[l]) ids[l] = -1;
 }
 
 }  // namespace twotower

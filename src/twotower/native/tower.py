@@ -77,6 +77,15 @@ class NativeLinear:
         self.run(self._run, x.data_ptr(), x.numel() // self._width, y.data_ptr())
         return y
 
+    def best(self, x: Tensor, unused_ids: Sequence[int]) -> Tensor:
+        """The row (...) with the largest product, none of some ids; -1 where one is not finite."""
+        x, count = x.contiguous(), len(unused_ids)
+        ids = x.new_empty(x.shape[:-1], dtype=torch.int64)
+        unused = (ctypes.c_int64 * count)(*unused_ids)
+        length = x.numel() // self._width
+        self.run(library().twotower_best, x.data_ptr(), length, unused, count, ids.data_ptr())
+        return ids
+
     def run(self, function: Callable[..., object], *arguments: object) -> None:
         """A function of the library that begins with a weight."""
         threads = torch.get_num_threads() if self._is_shared else 1

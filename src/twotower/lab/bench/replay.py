@@ -7,13 +7,14 @@ not a power of two, because PyTorch's float32 product is far slower at 8,192 out
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from twotower.config import TwoTowerConfig
+from twotower.diffusion import argmax
 from twotower.engine import Event, StepTaken, TokensCommitted
 from twotower.families import config_from_dict
 from twotower.model import ContextCache, ContextView, TwoTower
@@ -142,6 +143,10 @@ class ScriptedModel:
         logits[..., FILL] = _SURE
         logits[:, accepted - 1 : accepted, OTHER] = 2 * _SURE
         return logits
+
+    def best_after(self, hidden: Tensor, unused_ids: Sequence[int]) -> Tensor:
+        """The best of these: (1, n)."""
+        return argmax(self.context_head(hidden))
 
 
 def logit_of(confidence: float, vocab_size: int) -> float:
