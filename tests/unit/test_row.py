@@ -4,7 +4,6 @@ import pytest
 
 from tiny_text import ids_of, tiny_tokenizer
 from twotower import Completion, GenerateOptions
-from twotower.diffusion import gumbel
 from twotower.engine import resolve_options
 from twotower.engine.events import Verified
 from twotower.engine.row import Row
@@ -139,15 +138,3 @@ def test_half_characters_wait() -> None:
     last = r.commit([first])
     assert r.finished().completion.text == "\u00e9" + last.text
     assert "\ufffd" in last.text, "what stays unfinished is shown as damaged at the end"
-
-
-def test_a_row_goes_back_to_what_was_saved() -> None:
-    """Guards a second try after a failed pass: randomness that was spent twice, or is missing."""
-    r = row()
-    saved = r.save()
-    first = gumbel((4,), [r.generator])
-    r.noise_ahead.append(first[0])
-    r.nfe = 5
-    r.restore(saved)
-    assert (r.nfe, r.noise_ahead) == (0, [])
-    assert gumbel((4,), [r.generator]).equal(first)

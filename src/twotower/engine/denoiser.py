@@ -63,7 +63,9 @@ def fill_blocks(
     after a pass when all rows of the batch are cancelled or too late.
     """
     rows = batch.rows if slots is None else [batch.rows[slot] for slot in slots.tolist()]
-    generators = [row.generator for row in rows] if sampler.is_random else []
+    # A pass that fails, and is tried again, has drawn nothing.
+    known = [row.generator.get_state() for row in rows] if sampler.is_random else []
+    generators = [torch.Generator().set_state(state) for state in known]
     before = [row.nfe for row in rows]
     last: Step | None = None
     batch.denoiser = batch.denoiser or new_denoiser(batch.model)
@@ -87,6 +89,8 @@ def fill_blocks(
         now = time.monotonic()
         if all(row.abort_reason(now) is not None for row in batch.rows):
             raise RowsAborted
+    for row, generator in zip(rows, generators, strict=False):
+        row.generator = generator
     assert last is not None
     return last
 

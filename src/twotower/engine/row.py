@@ -72,15 +72,12 @@ class Row:
     proposal: "Proposal | None" = None  # what this cycle's draft is, if it has one
     lookup: "Lookup | None" = None
     noise_ahead: list[Tensor] = field(default_factory=list)  # (V,) of each token to come
-    _generator: torch.Generator | None = None
     _logprobs: list[TokenLogprob] = field(default_factory=list)
 
-    @property
+    @cached_property
     def generator(self) -> torch.Generator:
-        """The row's randomness; made when first asked for, since most rows draw nothing."""
-        if self._generator is None:
-            self._generator = torch.Generator().manual_seed(self.options.seed)
-        return self._generator
+        """The row's randomness; most rows draw nothing."""
+        return torch.Generator().manual_seed(self.options.seed)
 
     @property
     def is_finished(self) -> bool:
@@ -108,18 +105,6 @@ class Row:
         if self.is_cancelled:
             return "cancelled"
         return "deadline" if now >= self.deadline_s else None
-
-    def save(self) -> tuple[int, Tensor | None, list[Tensor]]:
-        """What a pass that fails may have changed, to try it again after `restore`."""
-        state = None if self._generator is None else self._generator.get_state()
-        return self.nfe, state, list(self.noise_ahead)
-
-    def restore(self, saved: tuple[int, Tensor | None, list[Tensor]]) -> None:
-        self.nfe, state, noise = saved
-        self._generator = None  # its first state is that of its seed
-        if state is not None:
-            self.generator.set_state(state)
-        self.noise_ahead = list(noise)
 
     def commit(
         self,

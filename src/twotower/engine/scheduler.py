@@ -205,10 +205,10 @@ def _attempt(
 ) -> Generator[Event, None, list[Batch]]:
     """Work on a batch; where that fails, on each of its rows alone. Returns what succeeded.
 
-    The work must leave the batch's cache and texts as they are where it fails. A row whose own work
-    fails ends with Failed; steps of a second try are reported again.
+    The work must leave caches, texts and randomness as they are where it fails. A row whose own
+    work fails ends with Failed; steps of a second try are reported again.
     """
-    saved = [row.save() for row in batch.rows]
+    before = [row.nfe for row in batch.rows]
     try:
         yield from work(batch) or ()
         return [batch]
@@ -222,10 +222,10 @@ def _attempt(
         if len(batch.rows) == 1:
             yield failure(batch.rows[0], error)
             return []
-        _log.info("a pass of %d rows failed (%s): one by one", len(saved), type(error).__name__)
+        _log.info("a pass of %d rows failed (%s): one by one", len(before), type(error).__name__)
     done: list[Batch] = []
-    for slot, (row, state) in enumerate(zip(batch.rows, saved, strict=True)):
-        row.restore(state)
+    for slot, (row, nfe) in enumerate(zip(batch.rows, before, strict=True)):
+        row.nfe = nfe
         done += yield from _attempt(batch.part([slot]), work)
     return done
 
