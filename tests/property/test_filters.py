@@ -13,8 +13,7 @@ from twotower import GenerateOptions, StepTaken, TokensCommitted
 from twotower.engine import Event, Failed, Finished, Request, stream_requests
 from twotower.engine.filters import Filter, function_filter, pattern_filter
 from twotower.engine.resolved import resolve_options
-from twotower.engine.row import Row
-from twotower.engine.text import RowText
+from twotower.engine.row import Row, RowText
 
 EOS = 2
 # No condition on the character behind: a match in a text is one in every longer text.

@@ -11,6 +11,7 @@ from recorded import GOLDEN
 from tiny_models import fresh_model, masked_like, random_ids, tiny_model
 from twotower.layers.adaln import Modulation, time_features
 from twotower.layers.mamba2 import Mamba2
+from twotower.model.backend import modulations
 
 
 def test_features_by_hand() -> None:
@@ -62,7 +63,7 @@ def test_recorded_modulation() -> None:
     model.t_embedder = Given(golden["t_emb"])  # type: ignore[assignment]
     model.t_block = nn.Sequential()
     model.scale_shift_tables[0].copy_(golden["table"])
-    (found,) = model.modulations(torch.zeros(3, 1))
+    (found,) = modulations(model, torch.zeros(3, 1))
     for name, value in zip(Modulation._fields, found, strict=True):
         assert value.shape == (3, 1, 1, 6)
         torch.testing.assert_close(value[:, 0, 0], golden[name])

@@ -13,8 +13,7 @@ from twotower.engine.filters import (
     pattern_filter,
 )
 from twotower.engine.resolved import resolve_options
-from twotower.engine.row import Row
-from twotower.engine.text import RowText
+from twotower.engine.row import Row, RowText
 
 EOS = 2
 

@@ -6,8 +6,7 @@ from tiny_text import ids_of, tiny_tokenizer
 from twotower import Completion, GenerateOptions
 from twotower.engine import resolve_options
 from twotower.engine.events import Verified
-from twotower.engine.row import Row
-from twotower.engine.text import RowText
+from twotower.engine.row import Row, RowText
 
 EOS = 2
 

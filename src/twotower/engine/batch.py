@@ -15,7 +15,7 @@ from twotower.engine.events import Event, TokenLogprob, Verified
 from twotower.engine.row import Row
 from twotower.model import ContextCache, TwoTower
 from twotower.model.draft_tree import MAX_TOKENS
-from twotower.model.rows import append_rows, keep_rows, select_rows, view_row
+from twotower.model.rows import append_rows, keep_rows, select_rows
 
 _KINDS: dict[str, SamplerKind] = {kind: kind for kind in get_args(SamplerKind)}  # modes of the name
 NUM_OTHERS = 2  # next most probable tokens at each position of a draft that may branch
@@ -45,10 +45,9 @@ class Chosen(NamedTuple):
 class DecodingMode:
     """How a mode advances a batch by one unit: a block, a draft, a token.
 
-    `draft` is the denoiser's work: it leaves the cache alone and puts what it proposes into
-    `batch.drafts`. `choose` is the context tower's: what of it is committed. The cache may keep
-    what was read for that; where it fails, the cache is as it was. `start` is `choose` for rows
-    whose prompts have just been read.
+    `draft` is the denoiser's work: it only reads the cache, and puts what it proposes into
+    `batch.drafts`. `choose` is the context tower's: what of it is committed; the cache keeps what
+    was read for that, or is as it was after an error. `start`: `choose` right behind the prompts.
     """
 
     choose: Callable[["Batch"], list[Chosen]]
@@ -152,14 +151,6 @@ class Batch:
     def has_read(self) -> bool:
         """Whether the cache holds all of these."""
         return self.ends == self.cache.lengths.tolist()
-
-    def context_of(self, slot: int) -> ContextCache | None:
-        """What the cache holds of a row's text, if the row keeps that."""
-        row = self.rows[slot]
-        if not row.keeps_context:
-            return None
-        length = min(int(self.cache.lengths[slot]), len(row.prompt) + len(row.tokens))
-        return view_row(self.cache, slot, length)
 
     def part(self, indices: Sequence[int]) -> "Batch":
         """The rows of some indices, in order; the batch itself when these are all."""

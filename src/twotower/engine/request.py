@@ -10,8 +10,7 @@ from twotower.engine.filters import Filter
 from twotower.engine.grammar_state import TokenRules, begin
 from twotower.engine.options import EngineOptions, GenerateOptions
 from twotower.engine.resolved import MODES_OF_BACKBONES, ResolvedOptions, resolve_options
-from twotower.engine.row import Row
-from twotower.engine.text import RowText
+from twotower.engine.row import Row, RowText
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 

@@ -20,6 +20,7 @@ from twotower.engine.prefill import READ_TOKENS, open_batches, read_prompts, ref
 from twotower.engine.prefix_cache import PrefixCache
 from twotower.engine.row import Row
 from twotower.model import TwoTower
+from twotower.model.rows import view_row
 
 _log = logging.getLogger(__name__)
 
@@ -268,10 +269,12 @@ def _advance(
         for slot, (row, own) in enumerate(zip(part.rows, chosen, strict=True)):
             try:
                 yield row.commit(*own)
-                if row.is_finished:
-                    yield row.finished(part.context_of(slot))
-                else:
+                if not row.is_finished:
                     going.append(slot)
+                else:
+                    length = len(row.prompt) + len(row.tokens)
+                    is_kept = row.keeps_context
+                    yield row.finished(view_row(part.cache, slot, length) if is_kept else None)
             except Exception as error:
                 yield failure(row, error)
         if going:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from twotower import masks
 from twotower.kernels import ssd
+from twotower.layers.adaln import Modulation
 from twotower.layers.bigram import add_bigrams
 from twotower.layers.mamba2 import MambaInputs, states_after
 from twotower.model.draft_tree import DraftTree
@@ -163,6 +164,15 @@ class EagerBackend:
         return denoiser_logits(self._model, block, view, mask, t, start)
 
 
+def modulations(model: "Passes", t: Tensor) -> list[Modulation]:
+    """What time does: t (B, K) or (B, 1) -> for each layer shift, scale, gate (B, K, 1, D)."""
+    m = model.t_block(model.t_embedder(t.to(model.denoiser_device)))
+    m = m.unflatten(-1, (3, 1, -1))  # (B, K, 3, 1, D)
+    tables = torch.stack(list(model.scale_shift_tables))  # (layers, 3, D)
+    parts = (m + tables[:, None, None, :, None]).unbind(3)  # (layers, B, K, 1, D) each
+    return [Modulation(*of_layer) for of_layer in zip(*map(torch.unbind, parts), strict=True)]
+
+
 def denoiser_logits(
     model: "Passes",
     block: Tensor,
@@ -174,8 +184,8 @@ def denoiser_logits(
     """The denoiser tower over blocks (B, T), and its head: (B, T, V) float32; mask and start as
     `DenoiserTower` takes them.
     """
-    modulations = None if t is None else model.modulations(t.unsqueeze(-1))
-    hidden = model.denoiser()(block.unsqueeze(1), view, mask, modulations, start)
+    times = None if t is None else modulations(model, t.unsqueeze(-1))
+    hidden = model.denoiser()(block.unsqueeze(1), view, mask, times, start)
     logits: Tensor = model.lm_head(hidden.squeeze(1)).float()
     bigram, table = model.bigram, model.denoiser().embeddings
     if bigram is None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from twotower.arguments import require
 from twotower.config import TwoTowerConfig
-from twotower.layers.adaln import Modulation, TimestepEmbedder
+from twotower.layers.adaln import TimestepEmbedder
 from twotower.layers.bigram import Bigram
 from twotower.model.backend import Backend, EagerBackend, PassCosts, RankingBackend
 from twotower.model.context_tower import ContextTower
@@ -145,14 +145,6 @@ class Passes(nn.Module):
         self.denoiser()  # there is one
         t = None if self.config.draft is not None else t
         return self.backend.denoise(self.checked(block, "block"), view, t).float()
-
-    def modulations(self, t: Tensor) -> list[Modulation]:
-        """t (B, K) or (B, 1) -> for each layer shift, scale, gate (B, K, 1, D)."""
-        m = self.t_block(self.t_embedder(t.to(self.denoiser_device)))
-        m = m.unflatten(-1, (3, 1, -1))  # (B, K, 3, 1, D)
-        tables = torch.stack(list(self.scale_shift_tables))  # (layers, 3, D)
-        parts = (m + tables[:, None, None, :, None]).unbind(3)  # (layers, B, K, 1, D) each
-        return [Modulation(*of_layer) for of_layer in zip(*map(torch.unbind, parts), strict=True)]
 
     def denoiser(self) -> DenoiserTower:
         """The denoiser tower; ValueError if there is none."""

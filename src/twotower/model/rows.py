@@ -27,12 +27,13 @@ def select_rows(cache: ContextCache, rows: Tensor) -> ContextCache:
 
 
 def view_row(cache: ContextCache, row: int, length: int) -> ContextCache:
-    """Keys, values and outputs of the first tokens of one row, to be read: they lie in the cache's
-    own memory, and are good until it changes.
+    """Keys, values and outputs of the first tokens of one row, as far as there are any, to be read:
+    they lie in the cache's own memory, and are good until it changes.
     """
+    length = min(length, int(cache.lengths[row]))
     view, part = object.__new__(ContextCache), (slice(row, row + 1), slice(length))
     view.version = Version()
-    view.lengths = cache.lengths[part[0]].clamp(max=length)
+    view.lengths = torch.tensor([length])
     view.last_hidden = None
     view.buffers = [KV(*(b[part] for b in s)) if isinstance(s, KV) else None for s in cache.buffers]
     view.output_buffer = None if cache.output_buffer is None else cache.output_buffer[part]

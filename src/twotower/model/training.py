@@ -12,6 +12,7 @@ from torch import Tensor
 
 from twotower import masks
 from twotower.layers.mamba2 import MambaState
+from twotower.model.backend import modulations
 from twotower.model.view import ContextView
 
 if TYPE_CHECKING:
@@ -55,10 +56,10 @@ def read_and_denoise(
     view, blocks = view.to(device), noisy.unflatten(1, (-1, block_size)).to(device)
     if t is not None:
         t = (t if t.dim() == 2 else t.unsqueeze(-1)).to(device)
-    modulations = None if t is None else model.modulations(t)
+    times = None if t is None else modulations(model, t)
     start = index.to(device) * block_size
     mask = masks.block_causal(start, length, block_size)
-    hidden = model.denoiser()(blocks, view, mask, modulations, start)
+    hidden = model.denoiser()(blocks, view, mask, times, start)
     logits: Tensor = model.lm_head(hidden.flatten(1, 2)).float()
     return logits, context
 

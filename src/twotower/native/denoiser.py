@@ -5,6 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from twotower.model.backend import modulations
 from twotower.model.precision import Scheme
 from twotower.model.two_tower import TwoTower
 from twotower.model.view import ContextView
@@ -92,7 +93,7 @@ class NativeDenoiser:
         """Where the modulations of each layer at time t begin, and what keeps them there."""
         if len(self._tables) >= _MAX_TABLES:
             self._tables.clear()
-        found = self._model.modulations(torch.tensor([[t]]))
+        found = modulations(self._model, torch.tensor([[t]]))
         table = torch.stack([torch.stack([*m]).flatten(1) for m in found])  # (layers, 3, D)
         first, step = table.data_ptr(), 4 * table.stride(0)
         layers = (address * len(table))(*range(first, first + len(table) * step, step))
