@@ -54,17 +54,9 @@ class RequestQueue:
             row.num_since = 0
             row.started_s = row.started_s or time.monotonic()
 
-    def victim(
-        self, rows: Sequence[Row], waiting: Row, slots: Mapping[str | None, int]
-    ) -> Row | None:
-        """The one of the rows that has to make room for one that waits, if any."""
-        return None
-
-    def put_back(self, row: Row) -> None:
-        """A row that has lost its slot waits again."""
-        with self._changed:
-            row.num_since = 0
-            self._rows.append(row)
+    def make_room(self, row: Row, slots: Counter[str | None], group: Group) -> bool:
+        """Whether another row of the group has lost its slot to this one."""
+        return False
 
     def aborted(self, rows: Sequence[Row]) -> list[Failed]:
         """Who has to go, of rows with slots and of those that wait; called once in a step."""
@@ -133,8 +125,7 @@ class Scheduler:
 
     def _admit(self, group: Group) -> Iterator[Event]:
         """Give slots to rows that wait, in the queue's order, as far as memory allows."""
-        newcomers, paused = list[Row](), list[Row]()
-        present = group.rows  # who may have to make room; not those that enter now
+        newcomers = list[Row]()
         slots = Counter(row.caller for row in self.rows)
         num_waiting = self._queue.count(self._batch_size - slots.total())
         share = -(-(slots.total() + num_waiting) // len(self._groups))  # both get as many
@@ -149,11 +140,8 @@ class Scheduler:
                     yield Failed(row=row.index, kind="memory", message=message)
                 continue
             if slots.total() >= self._batch_size:
-                if (victim := self._queue.victim(present, row, slots)) is None:
+                if not self._queue.make_room(row, slots, group):
                     break
-                present.remove(victim)
-                paused.append(victim)
-                slots[victim.caller] -= 1
             elif len(here) >= share:
                 break
             self._queue.take(row)
@@ -163,16 +151,8 @@ class Scheduler:
             else:
                 group.add(row.paused)
                 row.paused = None
-        for row in paused:
-            self._pause(group, row)
         for batch in open_batches(self._model, newcomers, self._prefixes is not None):
             group.add(batch)
-
-    def _pause(self, group: Group, row: Row) -> None:
-        """Take a row's slot; it waits with all that was read of it."""
-        row.paused = group.remove(row)
-        row.paused.denoiser = None  # it goes on with the others
-        self._queue.put_back(row)
 
     def _prefill(self, group: Group) -> Iterator[Event]:
         """Let the context tower read what was committed, and pieces of prompts."""

@@ -5,8 +5,10 @@ makes room for one that did not.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from twotower.engine.batch import Group
 from twotower.engine.events import Failed, FailureKind
 from twotower.engine.faults import failed
 from twotower.engine.row import Row
@@ -94,9 +96,27 @@ class SharedQueue(RequestQueue):
         """
         with self._changed:
             rows = [row for row in self._rows if row.paused is not None or not is_paused]
+            rows = [row for row in rows if row.paused is None or row.num_since]  # not one of now
             return min(rows, key=lambda row: (slots[row.caller], _debt(row)), default=None)
 
-    def victim(
+    def make_room(self, row: Row, slots: Counter[str | None], group: Group) -> bool:
+        """Let another wait with all that was read of it, of those that do not enter just now."""
+        victim = self._victim([one for one in group.rows if one.num_since], row, slots)
+        if victim is None:
+            return False
+        slots[victim.caller] -= 1
+        victim.paused = group.remove(victim)
+        victim.paused.denoiser = None  # it goes on with the others
+        self.put_back(victim)
+        return True
+
+    def put_back(self, row: Row) -> None:
+        """A row that has lost its slot waits again."""
+        with self._changed:
+            row.num_since = 0
+            self._rows.append(row)
+
+    def _victim(
         self, rows: Sequence[Row], waiting: Row, slots: Mapping[str | None, int]
     ) -> Row | None:
         """A row of a caller with more slots, or one of its own caller's, if it has one."""
