@@ -1,7 +1,7 @@
 """From logits to tokens, for AR decoding and denoising alike.
 
-Rows of one batch belong to different requests: each has its own temperature, top-k, top-p and
-generator, so that a row's tokens never depend on its neighbours. What chance does is in `chance`.
+Each row of a batch has its own options and generator, so that its tokens never depend on its
+neighbours. What chance does is in `chance`.
 """
 
 import math
@@ -26,12 +26,12 @@ PER_ROW = ("temperature", "top_k", "top_p", "min_p", "steps", "threshold")  # fi
 class Sampler:
     """How the rows of a batch choose tokens. A plain record: its values are valid.
 
-    temperature 0 is argmax; top_k 0, top_p 1 and min_p 0 are off. Of blocks: steps are the most
-    denoiser passes; kind "confidence" commits predictions above threshold (1 and more: the fixed
-    share of each step alone); schedule is that of the other two kinds; remask and adaptive say
-    which and how many tokens "predict-and-noise" returns to the mask; with reuse_unchanged
-    "posterior" keeps its last pass while no token of the row changed. has_min_p and has_ranks
-    (top-k or top-p) may be False where those are off in all rows: then their work is left out.
+    temperature 0 is argmax; top_k 0, top_p 1 and min_p 0 are off, and has_min_p and has_ranks
+    (top-k or top-p) may be False where they are in all rows, which saves their work. Of blocks:
+    steps are the most denoiser passes; kind "confidence" commits predictions above threshold (1 and
+    more: the fixed share of each step alone); schedule is that of the other two kinds; remask and
+    adaptive say which and how many tokens "predict-and-noise" returns to the mask; with
+    reuse_unchanged "posterior" keeps its last pass while no token of the row changed.
     """
 
     temperature: Tensor  # these are (B,); on the CPU, where generators are
@@ -64,9 +64,8 @@ class Sampler:
 
     def select(self, rows: Tensor) -> "Sampler":
         """The sampler of some rows (R,) int64."""
-        values = {name: getattr(self, name) for name in PER_ROW}
-        own: dict[str, Any] = {name: all_[rows.to(all_.device)] for name, all_ in values.items()}
-        return replace(self, **own)
+        values: list[tuple[str, Any]] = [(name, getattr(self, name)) for name in PER_ROW]
+        return replace(self, **{name: all_[rows.to(all_.device)] for name, all_ in values})
 
 
 NOT_FINITE = (
@@ -109,9 +108,8 @@ def choose(logits: Tensor, sampler: Sampler, noise: Tensor | None = None) -> Ten
     Rows at temperature 0 take exactly the argmax; others the Gumbel-max of the filtered
     distribution with noise from draw_noise.
     """
-    logits = ban(logits, sampler.unused_ids)
     assert noise is not None or sampler.is_greedy, "temperature > 0 needs noise"
-    return sample(logits, sampler, noise)
+    return sample(ban(logits, sampler.unused_ids), sampler, noise)
 
 
 def sample(logits: Tensor, sampler: Sampler, noise: Tensor | None) -> Tensor:
@@ -119,6 +117,5 @@ def sample(logits: Tensor, sampler: Sampler, noise: Tensor | None) -> Tensor:
     greedy = argmax(logits)
     if noise is None:
         return greedy
-    filtered = filter_logits(logits, sampler)
-    is_sampled = column(sampler.temperature, greedy) > 0
-    return torch.where(is_sampled, argmax(filtered + noise), greedy)
+    sampled = argmax(filter_logits(logits, sampler) + noise)
+    return torch.where(column(sampler.temperature, greedy) > 0, sampled, greedy)

@@ -26,8 +26,7 @@ def generate(
 
     prompts: lists of token ids, or strings when a tokenizer is given. options: one for all, or one
     per prompt; a field that is not given takes the checkpoint's default. engine: how many prompts
-    at the same time, the others wait; a prompt's text does not depend on its neighbours. Raises
-    ValueError (one line) for anything unusable.
+    at the same time; no text depends on its neighbours. ValueError (one line) for what is unusable.
     """
     events = stream(model, prompts, options, tokenizer, engine)
     results = {event.row: event.completion for event in events if isinstance(event, Finished)}
@@ -65,9 +64,8 @@ def _per_prompt(
     if not isinstance(options, Sequence) or isinstance(options, str):
         raise ValueError(f"options={shown(options)} must be GenerateOptions, or a list of them")
     if len(options) != num_prompts:
-        raise ValueError(
-            f"options: {len(options)} given for {num_prompts} prompts; pass one, or one per prompt"
-        )
+        counts = f"{len(options)} given for {num_prompts} prompts"
+        raise ValueError(f"options: {counts}; pass one, or one per prompt")
     return options
 
 

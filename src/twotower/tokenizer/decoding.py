@@ -1,8 +1,7 @@
 """Tokens to bytes to text: what each token stands for, and text as its tokens arrive.
 
-A token is often a part of a character: tokens are made of bytes, and text is made of their bytes.
-The rules are those of byte-level BPE, of sentencepiece (with or without byte fallback) and of word
-pieces.
+A token is often a part of a character: text is made of tokens' bytes, by the rules of byte-level
+BPE, of sentencepiece (with or without byte fallback) and of word pieces.
 """
 
 import codecs
@@ -53,8 +52,8 @@ def num_leading_spaces(text: str, most: int) -> int:
 class TextStream:
     """Decodes tokens as they arrive; never returns half a character.
 
-    The pieces of all `push` calls and the final `flush` together are the text of all tokens as they
-    continue another text: where a whole text loses a space at its start, a continuation keeps it.
+    The pieces of all `push` calls and the final `flush` are the text of all tokens as they continue
+    another: where a whole text loses a space at its start, a continuation keeps it.
     """
 
     def __init__(self, token_bytes: Callable[[int], bytes], skipped: Iterable[int] = ()) -> None:
@@ -70,13 +69,10 @@ class TextStream:
                 self._held += self._decoder.decode(self._token_bytes(token))
         if self._decoder.getstate()[0]:  # bytes of an unfinished character
             return ""
-        return self._release()
+        text, self._held = self._held, ""
+        return text
 
     def flush(self) -> str:
         """End of the text: what is left, with U+FFFD for an unfinished character."""
-        self._held += self._decoder.decode(b"", final=True)
-        return self._release()
-
-    def _release(self) -> str:
-        text, self._held = self._held, ""
+        text, self._held = self._held + self._decoder.decode(b"", final=True), ""
         return text

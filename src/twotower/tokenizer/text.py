@@ -36,7 +36,7 @@ class Tokenizer(Vocabulary):
         """Token ids of `text`, with bos first if `add_bos`.
 
         With `allow_special` the written form of a special token becomes its id; by default it stays
-        text, so that nobody's prompt can smuggle one in. ValueError (one line) for a text that the
+        text, so that no prompt can smuggle one in. ValueError (one line) for a text that the
         tokenizer's own rules cannot take, or of which they would drop a part.
         """
         require("text", text, str, "a string")
@@ -85,18 +85,14 @@ class Tokenizer(Vocabulary):
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token adds to a text, maybe a part of a character; ValueError for no token."""
-        found = self._bytes.get(token_id)
-        if found is None:
-            token = None
-            if 0 <= token_id < self.vocab_size:
-                token = self._backend.id_to_token(token_id)
-            if token is None:
-                but = f" but for {len(self.missing_ids)}" if self.missing_ids else ""
-                raise ValueError(
-                    f"ids: {token_id} is outside the vocabulary; ids are 0 to "
-                    f"{self.vocab_size - 1}{but}"
-                )
-            found = self._bytes[token_id] = self._rule.bytes_of(token)
+        if (found := self._bytes.get(token_id)) is not None:
+            return found
+        token = self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
+        if token is None:
+            but = f" but for {len(self.missing_ids)}" if self.missing_ids else ""
+            last = f"{self.vocab_size - 1}{but}"
+            raise ValueError(f"ids: {token_id} is outside the vocabulary; ids are 0 to {last}")
+        found = self._bytes[token_id] = self._rule.bytes_of(token)
         return found
 
     def token_text(self, token_id: int) -> str:
