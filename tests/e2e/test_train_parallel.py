@@ -178,6 +178,33 @@ def test_two_processes_go_on_from_one_to_the_same_model(
     assert_same(whole, handed, loss=1e-5, weights=2e-3, norm=1e-3)
 
 
+def test_two_processes_train_a_thin_denoiser_as_one_does(data: Path, tmp_path: Path) -> None:
+    """Silent failure: native passes of a process that has some rows of the weights, or a backbone
+    that has been handed out to one alone.
+    """
+    backbone = tiny_options(data, tmp_path / "backbone", steps=2)
+    run_here(backbone)
+    changes: dict[str, object] = {
+        "recipe": "denoiser",
+        "preset": None,
+        "init": str(RunFolder(backbone.run_folder).export),
+        "reads": (0, 2),
+        "eval_every": 2,
+        "eval_rows": 3,
+    }
+    eager = tiny_options(data, tmp_path / "eager", **changes, backend="eager")
+    whole, two = (tiny_options(data, tmp_path / name, **changes) for name in ("whole", "two"))
+    process = start(two, 2)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    run_here(whole)
+    run_here(eager)
+    for one, other, most in ((whole, two, 1e-5), (whole, eager, 1e-4)):
+        expected, found = measured(one), measured(other)
+        assert found.keys() == expected.keys() and len(found) > whole.steps
+        assert all(abs(found[key] - value) < most for key, value in expected.items())
+
+
 def test_an_error_of_the_user_is_told_once(data: Path, tmp_path: Path) -> None:
     process = start(tiny_options(data, tmp_path / "run", batch_size=3), 2)
     out, err = process.communicate(timeout=300)

@@ -35,7 +35,8 @@ ALLOWED: dict[str, set[str]] = {
     "families": COMMON | {"layers"},
     "checkpoint": COMMON | {"families", "model", "kernels", "tokenizer"},
     "engine": COMMON | {"model", "diffusion", "tokenizer", "memory"},
-    "train": COMMON | {"families", "layers", "model", "diffusion", "checkpoint", "tokenizer"},
+    "train": COMMON
+    | {"families", "layers", "model", "backends", "diffusion", "checkpoint", "tokenizer"},
     "adapt": COMMON | {"layers", "model", "engine", "checkpoint", "train"},
     "serve": COMMON | {"engine", "tokenizer"},
     "hosts": COMMON | {"engine", "model", "diffusion", "layers"},

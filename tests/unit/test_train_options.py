@@ -124,12 +124,13 @@ def test_options_survive_json() -> None:
 def test_toml_becomes_flags(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(
-        'recipe = "backbone"\nlearning-rate = 0.01\nbetas = [0.8, 0.9]\n'
+        'recipe = "backbone"\nlearning-rate = 0.01\nbetas = [0.8, 0.9]\nreads = [0, 2]\n'
         'compile = true\nresume = false\noutput = "a"\n'
     )
     assert arguments_from_toml(file) == [
         *["--recipe", "backbone", "--learning-rate", "0.01"],
-        *["--betas", "0.8", "0.9", "--compile", "--no-resume", "--output", "a"],
+        *["--betas", "0.8", "0.9", "--reads", "0", "2"],
+        *["--compile", "--no-resume", "--output", "a"],
     ]
     assert read_toml(file)["learning_rate"] == 0.01
     file.write_text('out = "a"')  # as older versions had it

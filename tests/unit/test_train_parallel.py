@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tiny_adapt import thin, unordered
 from tiny_models import fresh_model, random_ids
 from tiny_training import tiny_options
+from twotower.model.thin import trained_parameters
 from twotower.model.two_tower import TwoTower
 from twotower.train.data import Batch
+from twotower.train.drafts import reader_of
 from twotower.train.loop import accumulate_gradients
 from twotower.train.objective import MaskedBlocks, NextToken, row_noise
 from twotower.train.optimizer import ExpertBalance, Optimizers, WeightAverage, make_optimizer
@@ -136,6 +139,33 @@ def _gradients(model: TwoTower) -> dict[str, Tensor]:
     t = torch.tensor([0.3, 0.8])
     model.training_logits(random_ids(2, 8), random_ids(2, 8), t, 4).square().mean().backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_a_sharded_thin_denoiser_has_the_gradients_of_a_plain_one(
+    mesh: DeviceMesh, tmp_path: Path, backend: str
+) -> None:
+    """Silent failure: what it reads is computed with rows of weights, or before they came."""
+    plain, sharded = (thin(unordered()) for _ in range(2))
+    for model in (plain, sharded):
+        trained_parameters(model)
+    shard(sharded, mesh, is_narrow=False)
+    several = Processes(rank=0, count=2, mesh=mesh)
+    values = {"recipe": "denoiser", "init": "here", "reads": (2, 3, 6), "preset": None}
+    options = tiny_options(tmp_path, tmp_path, **values, backend=backend)
+    rows, index = random_ids(2, 20), torch.tensor([[2, 0], [1, 3]])
+    clean, gradients = rows.unflatten(1, (-1, 5))[torch.arange(2)[:, None], index], []
+    for model, processes in ((plain, ALONE), (sharded, several)):
+        read = reader_of(model, options, processes)
+        for _ in range(2):
+            model.zero_grad()
+            logits = model.draft_logits(read(rows, 5, index), clean, index * 5)
+            logits.square().mean().backward()
+        named = model.named_parameters()
+        gradients.append({n: whole(p.grad) for n, p in named if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 15
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_only_matrices_travel_in_bfloat16(mesh: DeviceMesh) -> None:

@@ -1,7 +1,7 @@
 """What runs the passes of decoding: the interface, and the backend in plain PyTorch.
 
 A backend runs every pass that it is asked for: what it cannot run it refused when it was built
-(`twotower.backends`). Training has no backend; it is always plain PyTorch.
+(`twotower.backends`). What is trained has no backend: it is always plain PyTorch.
 """
 
 from collections.abc import Mapping, Sequence

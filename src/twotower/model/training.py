@@ -1,8 +1,9 @@
-"""One pass of both towers over whole texts, which training and scoring need and decoding does not.
+"""Both towers over whole texts, which training and scoring need and decoding does not.
 
 Source: system.md section 5.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -64,18 +65,45 @@ def read_and_denoise(
     return logits, context
 
 
-def read_and_draft(model: "TwoTower", clean: Tensor, block_size: int, index: Tensor) -> Tensor:
-    """A thin denoiser's logits (B, N, T - 1, V) of all tokens of blocks but the first.
-
-    Arguments as in `TwoTower.draft_logits`.
-    """
+def read_at_once(model: "TwoTower", clean: Tensor, block_size: int, index: Tensor) -> ContextView:
+    """Arguments and result as of `TwoTower.read_blocks`."""
     model.require_loaded_weights("training")
     rows = torch.arange(len(model.checked(clean, "clean")), device=clean.device).unsqueeze(1)
     context, view = _training_view(model, clean, block_size, index)
     before = _shift_one_block(context[:, block_size - 1 :: block_size])[rows, index]
-    view, blocks = replace(view, hidden=before), clean.unflatten(1, (-1, block_size))[rows, index]
-    logits = draft_blocks(model, view, blocks, index * block_size).float()
-    return add_true_bigrams(model, logits, blocks)
+    return replace(view, hidden=before)
+
+
+@torch.no_grad()
+def read_as_decoding(
+    model: "TwoTower", reads: Collection[int], clean: Tensor, block_size: int, index: Tensor
+) -> ContextView:
+    """What layers `reads` and the last norm make of rows by passes of decoding, those of the
+    model's backend. Arguments and result as of `TwoTower.read_blocks`, but for the keys of the last
+    block, which no block reads.
+    """
+    cache = model.empty_cache(len(clean))
+    views = [cache.view(reads)]  # before each block
+    for block in clean.split(block_size, dim=1)[:-1]:
+        model.extend(cache, block)
+        views.append(cache.view(reads))
+    rows, last = torch.arange(len(clean)).unsqueeze(1), views[-1]
+    none = torch.zeros(len(clean), 1, model.config.hidden_size)
+    hidden = torch.cat([none if view.hidden is None else view.hidden for view in views], dim=1)
+    layers = list(last.layers)
+    for i, state in enumerate(layers):
+        if isinstance(state, MambaState):
+            before = zip(*(view.layers[i] or () for view in views), strict=True)
+            layers[i] = MambaState(*(torch.cat(parts, dim=1)[rows, index] for parts in before))
+    return replace(last, layers=tuple(layers), hidden=hidden[rows, index], version=None)
+
+
+def draft_and_bigrams(
+    model: "TwoTower", view: ContextView, clean: Tensor, starts: Tensor
+) -> Tensor:
+    """Arguments and result as of `TwoTower.draft_logits`."""
+    logits = draft_blocks(model, view, clean, starts).float()
+    return add_true_bigrams(model, logits, clean)
 
 
 def draft_blocks(model: "TwoTower", view: ContextView, clean: Tensor, starts: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.ngrams import Ngrams
 from twotower.model.passes import Passes
 from twotower.model.state import ContextCache
-from twotower.model.training import read_and_denoise, read_and_draft
+from twotower.model.training import draft_and_bigrams, read_and_denoise, read_at_once
+from twotower.model.view import ContextView
 
 # Tokens of a prompt read at a time: bounds the attention scores at chunk x prompt.
 PREFILL_CHUNK = 512
@@ -146,12 +147,19 @@ class TwoTower(Passes):
         logits, hidden = read_and_denoise(self, clean, noisy, t, block_size, index)
         return logits, self.context_lm_head(hidden).float()
 
-    def draft_logits(self, clean: Tensor, block_size: int, index: Tensor) -> Tensor:
-        """A thin denoiser's logits of N blocks per row, as it drafts them: each of the first token
-        and masks; the bigram term is given the true token before. clean, index as in
-        `training_logits`. Returns those of all tokens but the first, (B, N, T - 1, V) float32.
+    def read_blocks(self, clean: Tensor, block_size: int, index: Tensor) -> ContextView:
+        """What a denoiser reads of rows before N blocks of each, of one pass; clean, index as in
+        `training_logits`.
         """
-        return read_and_draft(self, clean, block_size, index)
+        return read_at_once(self, clean, block_size, index)
+
+    def draft_logits(self, view: ContextView, clean: Tensor, starts: Tensor) -> Tensor:
+        """A thin denoiser's logits of blocks clean (B, N, T), as it drafts them: each of the first
+        token and masks; the bigram term is given the true token before. view: as `read_blocks`
+        gives it; starts (B, N): of each block in its row. Returns those of all tokens but the
+        first, (B, N, T - 1, V) float32.
+        """
+        return draft_and_bigrams(self, view, clean, starts)
 
     def require_loaded_weights(self, purpose: str) -> None:
         """ValueError (one line) if the backend has rounded them."""

@@ -55,28 +55,28 @@ _KINDS = {bool: A_SWITCH, str: instance(str, "text"), Path: a_path}
 
 def checked(name: str, value: object, hint: object) -> object:
     """A plain value as the type that its field wants; ValueError (one line) if it cannot be."""
+    is_optional = NoneType in get_args(hint)
+    if is_optional:
+        (hint,) = set(get_args(hint)) - {NoneType}
     value = _converted(value, hint)
-    if value is not None or NoneType not in get_args(hint):
+    if value is not None or not is_optional:
         check({name: value}, {name: _CHECKS.get(name) or _check_of(hint)})
     return value
 
 
 def _converted(value: object, hint: object) -> object:
     """Text as a path, a list as a tuple, a whole number as a float, where the type says so."""
-    kinds = get_args(hint) or (hint,)
     if isinstance(value, list | tuple) and get_origin(hint) is tuple:
-        return tuple(_converted(part, kinds[0]) for part in value)
-    if isinstance(value, str) and Path in kinds:
+        return tuple(_converted(part, get_args(hint)[0]) for part in value)
+    if isinstance(value, str) and hint is Path:
         return Path(value)
-    if type(value) is int and float in kinds:
+    if type(value) is int and hint is float:
         return float(value) if abs(value) < 1 << 1000 else math.inf
     return value
 
 
 def _check_of(hint: object) -> Problem:
-    """What a type, or the one beside None, says of a value."""
-    if NoneType in get_args(hint):
-        (hint,) = set(get_args(hint)) - {NoneType}
+    """What a type says of a value."""
     if get_origin(hint) is Literal:
         return one_of(*get_args(hint))
     if get_origin(hint) is tuple:

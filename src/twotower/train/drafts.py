@@ -8,21 +8,56 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from twotower.backends import accelerate, refusal, setup_of
+from twotower.checkpoint.empty import build_empty
 from twotower.diffusion.loss import masked_loss_sum
+from twotower.model.training import read_as_decoding
 from twotower.model.two_tower import TwoTower
+from twotower.model.view import ContextView
 from twotower.train.data import Batch
 from twotower.train.objective import Inputs, Noise, choose_blocks
 from twotower.train.options import TrainOptions
+from twotower.train.parallel import whole
+from twotower.train.processes import Processes
+
+# Rows (B, K*T), T, and N blocks of each (B, N) -> what a denoiser reads before them.
+Reader = Callable[[Tensor, int, Tensor], ContextView]
+
+
+def reader_of(model: TwoTower, options: TrainOptions, processes: Processes) -> Reader:
+    """How what a thin denoiser reads is computed: by native passes, as decoding's, where they run
+    the model, which every process then holds whole; else by PyTorch, in one pass over a row.
+    ValueError (one line) for a backend or a quantisation that is not to be had.
+    """
+    frozen = model
+    if options.backend != "eager" and not refusal("native", setup_of(model, options.quantization)):
+        frozen = _context_alone(model)
+    made = processes.together(lambda: accelerate(frozen, options.backend, options.quantization))
+    if made.backend.name == "native":
+        return partial(read_as_decoding, made, set(model.config.reads))
+    return torch.compile(model.read_blocks) if options.compile else model.read_blocks
+
+
+def _context_alone(model: TwoTower) -> TwoTower:
+    """A model of the context tower and its head, of the same weights where they are in one piece.
+    Every process must call it.
+    """
+    alone = build_empty(model.config, "context")
+    names = alone.state_dict().keys()
+    values = {n: whole(value) for n, value in model.state_dict().items() if n in names}
+    alone.load_state_dict(values, assign=True)
+    return alone
 
 
 @dataclass(frozen=True, kw_only=True)
 class CleanBlocks(Inputs):
     """Rows `context` (B, K*T) and N blocks of each to draft: `index` (B, N) says which; `clean`
-    (B, N*(T-1)) are their tokens but the first, `weight` what each adds to the loss.
+    (B, N, T) are their tokens, `weight` (B, N, T - 1) what each but the first adds to the loss.
     """
 
     context: Tensor
@@ -38,8 +73,8 @@ class DraftedBlocks:
 
     weights = (1.0,)
 
-    def __init__(self, options: TrainOptions, block_size: int) -> None:
-        self._options, self._block_size = options, block_size
+    def __init__(self, options: TrainOptions, block_size: int, read: Reader) -> None:
+        self._options, self._block_size, self._read = options, block_size, read
         sums: Callable[..., Tensor] = draft_sum
         self._sum = torch.compile(sums) if options.compile else sums
 
@@ -59,17 +94,19 @@ class DraftedBlocks:
         return CleanBlocks(
             context=batch.tokens,
             index=index,
-            clean=tokens[rows, index][:, :, 1:].flatten(1),
-            weight=weight.flatten(1),
+            clean=tokens[rows, index],
+            weight=weight,
             counts=weight.sum().unsqueeze(0),
         )
 
     def loss_sums(self, model: TwoTower, inputs: CleanBlocks) -> Tensor:
         """(1,): the cross-entropy of the drafted tokens, weighted."""
-        return self._sum(model, inputs, self._block_size).unsqueeze(0)
+        view = self._read(inputs.context, self._block_size, inputs.index)
+        return self._sum(model, view, inputs).unsqueeze(0)
 
 
-def draft_sum(model: TwoTower, blocks: CleanBlocks, block_size: int) -> Tensor:
+def draft_sum(model: TwoTower, view: ContextView, blocks: CleanBlocks) -> Tensor:
     """The loss sum of `DraftedBlocks`."""
-    logits = model.draft_logits(blocks.context, block_size, blocks.index).flatten(1, 2)
-    return masked_loss_sum(logits, blocks.clean, blocks.weight > 0, blocks.weight)
+    starts, weight = blocks.index * blocks.clean.shape[2], blocks.weight.flatten(1)
+    logits = model.draft_logits(view, blocks.clean, starts).flatten(1, 2)
+    return masked_loss_sum(logits, blocks.clean[:, :, 1:].flatten(1), weight > 0, weight)

@@ -23,7 +23,7 @@ from twotower.checkpoint import resolve
 from twotower.families import read_config
 from twotower.model.two_tower import TwoTower
 from twotower.train.data import Rows
-from twotower.train.drafts import DraftedBlocks
+from twotower.train.drafts import DraftedBlocks, reader_of
 from twotower.train.models import export
 from twotower.train.objective import InputsT, MaskedBlocks, NextToken, Objective, row_noise
 from twotower.train.optimizer import ExpertBalance, learning_rate
@@ -96,7 +96,7 @@ def _train(
 ) -> Iterator[StepReport]:
     """The run in its folder, which nobody else writes meanwhile."""
     state = begin(options, rows, folder, processes)
-    objective_at, evaluation = objectives(options, state.model)
+    objective_at, evaluation = objectives(options, state.model, processes)
     tensorboard = folder.tensorboard if options.tensorboard else None
     recorded = Metrics(folder.metrics, tensorboard, state.step) if processes.is_first else None
     with recorded or nullcontext():
@@ -127,7 +127,7 @@ def _require_readable(options: TrainOptions) -> None:
 
 
 def objectives(
-    options: TrainOptions, model: TwoTower
+    options: TrainOptions, model: TwoTower, processes: Processes
 ) -> tuple[Callable[[int], Objective[Any]], Objective[Any]]:
     """What each step learns, by its number, and what evaluation measures.
 
@@ -139,7 +139,7 @@ def objectives(
         return lambda step: next_token, NextToken()
     mask, size = model.config.mask_token_id, denoiser_block_size(options, model.config)
     if model.config.draft is not None:
-        drafts = DraftedBlocks(options, size)
+        drafts = DraftedBlocks(options, size, reader_of(model, options, processes))
         return lambda step: drafts, drafts
     sizes = {size, options.early_block_size or size}
     weight, compile = options.next_token_weight, options.compile

@@ -19,7 +19,8 @@ from twotower.train.checks import checked
 
 Recipe = Literal["backbone", "denoiser"]
 # What the training of a thin denoiser, an earlier or a new one, takes of the options of denoisers.
-_OF_ANY = ("targets", "denoised_blocks_per_row", "unaligned_row_fraction", "loss_decay")
+_OF_THIN = ("loss_decay", "backend", "quantization")
+_OF_ANY = ("targets", "denoised_blocks_per_row", "unaligned_row_fraction", *_OF_THIN)
 _TAKEN = {
     "denoiser": (*_OF_ANY, "denoiser"),
     "reads": (*_OF_ANY, "reads", "block_size", "bigram_rank"),
@@ -76,6 +77,12 @@ class DenoiserOptions(CheckedOptions):
     loss_decay: float = 8.0
     """Of a thin denoiser: weight of the k-th masked token in the loss: exp(-(k - 1) / decay). A
     drafted token is of use only if all before it are accepted."""
+    backend: Literal["auto", "native", "eager"] = "auto"
+    """Of a thin denoiser: what runs the frozen context tower. native: C++ on a CPU, compiled on
+    first use. eager: PyTorch. auto: native if it can run the model, else eager."""
+    quantization: Literal["none", "int8", "int4"] = "none"
+    """Of a thin denoiser: what the model will be served with; it learns from context states of
+    weights that are quantised so. Native passes alone have int8 and int4."""
 
     @property
     def is_tied(self) -> bool:
@@ -294,7 +301,7 @@ class TrainOptions(
         for field in itertools.chain.from_iterable(map(dataclasses.fields, groups)):
             if getattr(self, field.name) == field.default:
                 continue
-            if given is None and field.name in ("bigram_rank", "loss_decay"):
+            if given is None and field.name in ("bigram_rank", *_OF_THIN):
                 raise ValueError(f"{field.name}: no effect without reads=...; leave it out")
             if given is not None and field.name not in _TAKEN[given]:
                 raise ValueError(f"{field.name}: no effect with {given}=...; leave it out")

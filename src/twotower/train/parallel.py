@@ -28,7 +28,7 @@ from twotower.model.two_tower import TwoTower
 
 _Module = TypeVar("_Module", bound=nn.Module)
 # What a loss calls.
-_ENTRIES = ("context_logits", "training_logits", "joint_logits", "draft_logits")
+_ENTRIES = ("context_logits", "training_logits", "joint_logits", "read_blocks", "draft_logits")
 
 
 def shard(model: TwoTower, mesh: DeviceMesh, is_narrow: bool) -> None:

@@ -42,14 +42,14 @@ _LIBRARIES = ("twotower", "torch", "numpy", "tokenizers", "safetensors", "tensor
 _FIXED = (
     "recipe", "seed", "sequence_length", "unaligned_row_fraction", "init", "preset", "config",
     "block_size", "towers", "train_context", "ar_loss_weight", "bidirectional_mamba",
-    "denoiser_init", "condition_on", "optimizer", "ema_decay", "early_block_size",
-    "early_fraction",
+    "denoiser_init", "reads", "denoiser", "bigram_rank", "condition_on", "optimizer", "ema_decay",
+    "early_block_size", "early_fraction",
 )  # fmt: skip
 # These change nothing that is learnt.
 _UNTOLD = (
     "data", "output", "steps", "device", "threads", "compile", "activation_checkpointing",
-    "peer_timeout_s", "resume", "checkpoint_every", "keep_checkpoints", "log_every", "eval_every",
-    "eval_rows", "tensorboard",
+    "backend", "peer_timeout_s", "resume", "checkpoint_every", "keep_checkpoints", "log_every",
+    "eval_every", "eval_rows", "tensorboard",
 )  # fmt: skip
 
 
