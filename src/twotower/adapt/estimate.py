@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
+from twotower.adapt.answers import Question
 from twotower.adapt.budget import Budget
 from twotower.adapt.features import Features, Place, Rows
 from twotower.adapt.options import AnswerOptions, StepOptions, ThinOptions
@@ -19,28 +21,30 @@ from twotower.layers.attention import KV
 from twotower.model import TwoTower
 from twotower.model.rows import select_rows
 
-_TIMED = 3  # passes of each kind, after one that warms up
-_TOKENS = 200  # of a text that is trained on
+_TIMED, _TIMED_S = 3, 1.0  # passes of each kind at least, and seconds
+_USUAL = 0.5  # of the greatest length of an answer, what most have
+_STEPS = 0.9  # of the time of training; in the rest it is measured
 
 
 class _Sample(Features):
-    """Answers of any tokens, as long as usual ones."""
+    """`count` answers of any tokens after prompts of some length."""
 
-    def __init__(self, model: TwoTower, reads: Sequence[int], count: int) -> None:
+    def __init__(self, model: TwoTower, count: int, prompt: int, length: int) -> None:
+        reads, length = model.config.reads, prompt + length
         super().__init__(reads)
         width, layers = model.config.hidden_size, model.empty_cache(count).layers
         states = {}
         for read in reads:
             state = layers[read]
             if isinstance(state, KV):
-                shape = (count, _TOKENS, *state.k.shape[2:])
+                shape = (count, length, *state.k.shape[2:])
                 states[read] = KV(torch.zeros(shape), torch.zeros(shape))
         self._rows = Rows(
-            tokens=torch.zeros(count, _TOKENS, dtype=torch.int64),
-            hidden=torch.zeros(count, _TOKENS, width),
+            tokens=torch.zeros(count, length, dtype=torch.int64),
+            hidden=torch.zeros(count, length, width),
             states=states,
-            lengths=torch.full((count,), _TOKENS),
-            starts=torch.full((count,), _TOKENS // 4),
+            lengths=torch.full((count,), length),
+            starts=torch.full((count,), prompt),
         )
 
     def rows(self, places: object, dtype: torch.dtype = torch.float32) -> Rows:
@@ -54,17 +58,27 @@ def estimate(
     answers: AnswerOptions,
     steps: StepOptions,
     budget: Budget,
-    prompt: int,
+    questions: Sequence[Question],
 ) -> str:
     """One line; takes a few seconds. drafting: the backbone with the denoiser that training begins
-    with; prompt: tokens of a usual one.
+    with.
     """
-    rate = 1 / _answer_token_s(model, answers, prompt)
-    tokens = rate * budget.seconds("answers")
-    blocks = steps.blocks * budget.seconds("train") / _training_step_s(drafting, steps)
+    prompt = round(fmean(len(question.prompt) for question in questions))
+    length, rows = (
+        max(1, round(_USUAL * answers.max_new_tokens)),
+        min(answers.batch_size, len(questions)),
+    )
+    answers_s, every = budget.seconds("answers"), len(questions) * length
+    token_s = _answer_token_s(model, rows, prompt, length)
+    # The end of the time finds answers half written, of which few are kept.
+    tokens = max(0.0, min(every, answers_s / token_s - rows * length / 2))
+    answers_s = min(answers_s, every * token_s)
+    train_s = budget.seconds("train") + budget.seconds("answers") - answers_s
+    sample = _Sample(drafting, steps.answers_per_step, prompt, length)
+    blocks = steps.blocks * _STEPS * train_s / _training_step_s(drafting, sample, steps)
     said = (
-        f"{budget.minutes:g} minutes give at most {_short(tokens)} tokens of answers ({rate:.0f} a "
-        f"second) and {_short(blocks)} blocks of training"
+        f"{budget.minutes:g} minutes give about {_short(tokens)} tokens of answers "
+        f"({tokens / answers_s:.0f} a second) and {_short(blocks)} blocks of training"
     )
     if thin.denoiser is not None:  # how far that one is, the curve of a new one does not tell
         return said
@@ -87,38 +101,38 @@ def expected_tokens_per_cycle(blocks: float) -> tuple[str, float]:
 
 
 @torch.no_grad()
-def _answer_token_s(model: TwoTower, answers: AnswerOptions, prompt: int) -> float:
-    """Seconds of a token of an answer of the greatest length, its share of the prompt included:
-    some rows are written together, behind texts that are half written on average.
+def _answer_token_s(model: TwoTower, rows: int, prompt: int, length: int) -> float:
+    """Seconds of a token of answers of one mean length, its share of the prompt included: some rows
+    are written together, of which long answers are more often written than short ones.
     """
-    ids = torch.zeros(1, prompt + answers.max_new_tokens // 2, dtype=torch.int64)
-    read_s = _fastest_s(lambda: model.prefill(ids)) / ids.shape[1]
-    rows = answers.batch_size
+    ids = torch.zeros(1, prompt + 2 * length // 3, dtype=torch.int64)
+    read_s = _mean_s(lambda: model.prefill(ids)) / ids.shape[1]
     cache = select_rows(model.prefill(ids), torch.zeros(rows, dtype=torch.int64))
 
     def write() -> None:
         hidden: Tensor = model.extend(cache, torch.zeros(rows, 1, dtype=torch.int64))
         model.context_head(hidden).argmax(-1)
 
-    return _fastest_s(write) / rows + prompt * read_s / answers.max_new_tokens
+    return _mean_s(write) / rows + prompt * read_s / length
 
 
-def _training_step_s(model: TwoTower, steps: StepOptions) -> float:
+def _training_step_s(model: TwoTower, sample: Features, steps: StepOptions) -> float:
     """Seconds of a step of training."""
-    sample = _Sample(model, model.config.reads, steps.answers_per_step)
-    places = [Place(file=Path(), first=0, last=_TOKENS, start=0)]
+    places = [Place(file=Path(), first=0, last=1, start=0)]
     trainer = Trainer(model, sample, steps)
-    return _fastest_s(lambda: trainer.take_step(places, 0.0))
+    return _mean_s(lambda: trainer.take_step(places, 0.0))
 
 
-def _fastest_s(run: Callable[[], object]) -> float:
-    """Seconds of the fastest of some runs, after one that warms up."""
-    times = []
-    for _ in range(_TIMED + 1):
-        began = time.perf_counter()
+def _mean_s(run: Callable[[], object]) -> float:
+    """Seconds of a run, after one that warms up: the mean of a second or more, with whatever else
+    runs on the machine.
+    """
+    run()
+    began, count = time.perf_counter(), 0
+    while count < _TIMED or time.perf_counter() - began < _TIMED_S:
         run()
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+        count += 1
+    return (time.perf_counter() - began) / count
 
 
 def _short(count: float) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from statistics import fmean
 from tempfile import TemporaryFile
 from typing import Annotated, Literal, TypeVar
 
@@ -115,9 +114,8 @@ def run(options: AdaptArguments) -> int:
             load_s=load_s,
         )
         if is_all and not work.spent.is_file():
-            batch = dataclasses.replace(answers, batch_size=min(answers.batch_size, len(questions)))
-            usual = round(fmean(len(question.prompt) for question in questions))
-            print(estimate(model, first, thin, batch, steps, budget, usual), file=sys.stderr)
+            said = estimate(model, first, thin, answers, steps, budget, questions)
+            print(said, file=sys.stderr)
         del first  # its memory is for the stages
         work.path.mkdir(exist_ok=True)
         write_whole(work.source, source)
