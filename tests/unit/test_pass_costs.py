@@ -19,8 +19,8 @@ measured = costs.pass_costs  # before a fixture replaces it
 
 
 def spin(seconds: float) -> None:
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
         pass
 
 
@@ -46,6 +46,21 @@ def test_what_others_take_does_not_count(monkeypatch: pytest.MonkeyPatch) -> Non
     *steps, _, share = costs.measure(lambda length: spin(next(calls)))
     assert share == 0
     assert steps == pytest.approx([1.0] * 8, abs=0.3)
+
+
+def test_a_held_up_pass_is_none_the_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards drafts on a busy machine: an AR step that had to wait for the core seemed slow, longer
+    passes and the denoiser cheap beside it, and drafts that do not pay were made.
+    """
+    monkeypatch.setattr(costs, "_SECONDS", 0.0)
+
+    def run(length: int) -> None:
+        spin(STEP * length)
+        time.sleep(0.002 if length == 1 else 0.0)
+
+    *steps, step_s, share = costs.measure(run, lambda length: spin(STEP * length / 2))
+    assert steps == pytest.approx([*costs._LENGTHS], rel=0.3)
+    assert step_s == pytest.approx(STEP, rel=0.3) and share == pytest.approx(0.5, rel=0.3)
 
 
 def test_a_machine_measures_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
