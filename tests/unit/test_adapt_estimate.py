@@ -20,12 +20,13 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_training_step_s", lambda *_: STEP_S)
 
 
-def said(count: int) -> tuple[float, float, float]:
-    """Tokens, tokens a second and blocks of 10 minutes with so many questions."""
+def said(count: int, minutes: float = 10) -> tuple[float, float, float]:
+    """Tokens, tokens a second and blocks of some minutes with so many questions."""
     model = backbone()
     questions = [Question(number=i, prompt=[1, 2, 3], task="t") for i in range(count)]
     options = AnswerOptions(max_new_tokens=100), StepOptions(blocks_per_answer=1)
-    line = estimate(model, thin(model), ThinOptions(), *options, Budget(minutes=10), questions)
+    budget = Budget(minutes=minutes, overhead_s=0 if minutes == 10 else 60)
+    line = estimate(model, thin(model), ThinOptions(), *options, budget, questions)
     line = re.sub(r"([\d.]+) thousand", lambda m: str(1000 * float(m[1])), line)
     tokens, rate, blocks = re.findall(r"([\d.]+) (?:tokens of|a second|blocks)", line)
     return float(tokens), float(rate), float(blocks)
@@ -46,3 +47,8 @@ def test_few_questions_leave_their_time_to_training(timed: None) -> None:
     tokens, rate, blocks = said(40)
     assert tokens == 40 * 50 and rate == pytest.approx(1 / TOKEN_S, rel=0.01)
     assert blocks == pytest.approx(4 * 0.9 * (330 + 240 - 20) / STEP_S, rel=0.01)
+
+
+def test_a_budget_that_loading_uses_up_gives_nothing(timed: None) -> None:
+    """Guards the smallest budgets: their refusal names the minutes, and follows the estimate."""
+    assert said(40, minutes=0.5) == (0, 0, 0)

@@ -108,6 +108,25 @@ def test_a_full_disk_keeps_the_old_checkpoint(
     assert names_in(folder.checkpoints) == ["step-00000003"]
 
 
+def test_a_full_disk_is_named(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the records of a run: "No space left on device" told of no file and no remedy."""
+    said = r"output: cannot write .*(options|metrics)\.jsonl? \(No space .*free some space"
+    if not Path("/dev/full").exists():
+        pytest.skip("needs a disk that is full")
+    metrics = Metrics(folder.metrics, None, 0)
+    with Path("/dev/full").open("ab", buffering=0) as full, metrics:
+        monkeypatch.setattr(metrics, "_stream", full)
+        with pytest.raises(ValueError, match=said):
+            metrics.write(1, {"loss": 1.0})
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(ValueError, match=said):
+        reopen(folder)
+
+
 class Bomb:
     """What runs a command when it is unpickled."""
 

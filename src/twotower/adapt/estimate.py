@@ -78,7 +78,7 @@ def estimate(
     blocks = steps.blocks * _STEPS * train_s / _training_step_s(drafting, sample, steps)
     said = (
         f"{budget.minutes:g} minutes give about {_short(tokens)} tokens of answers "
-        f"({tokens / answers_s:.0f} a second) and {_short(blocks)} blocks of training"
+        f"({tokens / max(answers_s, 1e-9):.0f} a second) and {_short(blocks)} blocks of training"
     )
     if thin.denoiser is not None:  # how far that one is, the curve of a new one does not tell
         return said

@@ -194,11 +194,28 @@ def _move(partial: Path, folder: Path) -> None:
     partial.rename(folder)
 
 
-def _write_json(file: Path, content: Mapping[str, object]) -> None:
-    """Write aside, then rename."""
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    """ValueError (one line) where a file of the run cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"output: cannot write {file} ({error.strerror}); checkpoints are whole: free some "
+            "space and run the same command again"
+        ) from error
+
+
+def _write_aside(file: Path, text: str) -> None:
+    """Write to another name, then rename."""
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(file)
+    with _writing(file):
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+
+
+def _write_json(file: Path, content: Mapping[str, object]) -> None:
+    _write_aside(file, json.dumps(content, indent=2) + "\n")
 
 
 def versions() -> dict[str, object]:
@@ -223,16 +240,16 @@ class Metrics:
     def __init__(self, file: Path, tensorboard: Path | None, step: int) -> None:
         """Continue `file` after `step`, dropping later lines. `tensorboard` None: no such log."""
         kept = [line for line in read_metrics(file) if line["step"] <= step]
-        partial = file.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        partial.replace(file)
-        self._stream = file.open("a", encoding="utf-8")
+        _write_aside(file, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file, self._stream = file, file.open("ab", buffering=0)
         self._writer = None if tensorboard is None else _open_tensorboard(tensorboard, step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record `values` of optimiser step `step` (1 = after the first)."""
-        self._stream.write(json.dumps({"step": step} | values) + "\n")
-        self._stream.flush()
+        content = json.dumps({"step": step} | values).encode() + b"\n"
+        with _writing(self._file):
+            while content:  # a full disk takes a part first and refuses then
+                content = content[self._stream.write(content) :]
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
