@@ -171,6 +171,7 @@ def test_every_verb_refuses_an_unknown_model_type_first(
     ("values", "expected"),
     [
         ({"layers_block_type": ["mamba", "moe"]}, "contradicts layers_block_type"),
+        ({"is_causal": False}, "is_causal=False is not supported; only true"),
         ({"attention_head_dim": 16}, "head_dim=8 contradicts attention_head_dim=16"),
         ({"mamba_d_conv": 3}, "conv_kernel=4 contradicts mamba_d_conv=3"),
         ({"block_configs": [{}]}, "block_configs gives each layer its own values"),
@@ -246,6 +247,15 @@ def llama_refusal(**values: object) -> str:
         ({"model_type": "mistral"}, "sliding_window=4096 is not supported; only null"),
         ({"model_type": "mistral", "sliding_window": 512}, "sliding_window=512 is not supported"),
         (
+            {"model_type": "mistral", "sliding_window": 512, "use_sliding_window": False},
+            "sliding_window=512 is not supported",
+        ),
+        ({"is_causal": False}, "is_causal=False is not supported; only true"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 50.0}, "sliding_attention": {}}},
+            "rope_parameters gives each kind of layer its own values (full_attention, sliding_",
+        ),
+        (
             {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8},
             "sliding_window=8 is not supported",
         ),
@@ -306,6 +316,24 @@ def test_a_configuration_of_another_quantisation_is_refused_without_weights(
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert main([*verb, str(tmp_path / name)]) == 2
     assert "quant_method='awq' is not supported" in capsys.readouterr().err
+
+
+def test_the_length_before_scaling_stands_inside_or_outside() -> None:
+    """Silent failure: as in transformers, the one outside counts; the scaling would begin elsewhere
+    and long texts go wrong.
+    """
+    inside = {"type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
+    for scaling, outside, expected in (
+        (inside, {"max_position_embeddings": 512}, 512),
+        (inside, {"max_position_embeddings": 512, "original_max_position_embeddings": 64}, 64),
+        (
+            inside | {"original_max_position_embeddings": 128},
+            {"original_max_position_embeddings": 64},
+            64,
+        ),
+    ):
+        rope = config_from_dict(LLAMA | {"rope_scaling": scaling} | outside).context.rotary
+        assert rope is not None and rope[0].original_max_positions == expected
 
 
 def test_fields_that_mean_nothing_are_passed_over() -> None:

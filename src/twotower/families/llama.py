@@ -295,8 +295,9 @@ class LlamaFamily:
 
     def _refuse(self, given: Values, values: Values, num_blocks: int) -> None:
         """ValueError for what would change the model and is not supported."""
-        refuse(values, {"hidden_act": "silu", "partial_rotary_factor": 1.0})
-        if values.get("use_sliding_window", True):
+        refuse(values, {"hidden_act": "silu", "partial_rotary_factor": 1.0, "is_causal": True})
+        # Only families that have the switch heed it.
+        if "use_sliding_window" not in self.defaults or values.get("use_sliding_window", True):
             refuse(values, {"sliding_window": None})
         types = values.get("layer_types")
         for one in types if isinstance(types, list) else ():

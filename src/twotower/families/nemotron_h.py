@@ -125,7 +125,12 @@ _SYNONYMS = {
     "mamba_dt_limit": "time_step_limit",
     "mamba_dt_init_floor": "time_step_floor",
 }
-_SUPPORTED = {"mamba_hidden_act": "silu", "mlp_hidden_act": "relu2", "sliding_window": None}
+_SUPPORTED = {
+    "mamba_hidden_act": "silu",
+    "mlp_hidden_act": "relu2",
+    "sliding_window": None,
+    "is_causal": True,
+}
 _PER_LAYER = ("layers_block_type", "layer_types", "mtp_layers_block_type", "eos_token_id", "reads")
 # transformers clamps the step size from below at `time_step_min`, meant for initialisation only.
 # Zero would be exact, but its initialisation takes a logarithm; no step comes near this value.

@@ -12,12 +12,13 @@ from twotower.families.fields import Values, read_spec, refuse, require, with_sy
 from twotower.layers.rope import inverse_frequencies
 from twotower.specs import RopeSpec
 
+_ORIGINAL = "original_max_position_embeddings"
 _ROPE = {
     "theta": "rope_theta",
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
     "high_freq_factor": "high_freq_factor",
-    "original_max_positions": "original_max_position_embeddings",
+    "original_max_positions": _ORIGINAL,
 }
 _ROPE_TYPES = {  # our name, and the fields that count
     "default": ("none", ("theta",)),
@@ -34,6 +35,11 @@ def read_rope(values: Values) -> RopeSpec:
     given = values.get(name) or {}
     if not isinstance(given, dict):
         raise ValueError(f"config.json: {name}={reprlib.repr(given)} must be an object")
+    if kinds := [kind for kind, value in given.items() if isinstance(value, dict)]:
+        raise ValueError(
+            f"config.json: {name} gives each kind of layer its own values "
+            f"({', '.join(map(str, kinds))}), which is not supported; only one for all"
+        )
     found = with_synonyms(given, {"type": "rope_type"})
     kind = found.get("rope_type", "default")
     if not isinstance(kind, str) or kind not in _ROPE_TYPES:
@@ -44,7 +50,10 @@ def read_rope(values: Values) -> RopeSpec:
     refuse(found, {"partial_rotary_factor": 1.0})
     scaling, used = _ROPE_TYPES[kind]
     found.setdefault("rope_theta", values.get("rope_theta", 10_000.0))
-    found.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
+    # transformers prefers the one outside.
+    if (original := values.get(_ORIGINAL)) is not None:
+        found[_ORIGINAL] = original
+    found.setdefault(_ORIGINAL, values.get("max_position_embeddings"))
     require(found, [_ROPE[name] for name in used])
     return read_spec(RopeSpec, found, {name: _ROPE[name] for name in used}, scaling=scaling)
 
