@@ -14,11 +14,14 @@ import torch
 from twotower import PrepareOptions, load_tokenizer, prepare_data
 from twotower.checkpoint import gguf_reader, inspect, load_checkpoint
 from twotower.checkpoint.gguf_tokenizer import tokenizer_files
+from twotower.families import read_config
+from twotower.families.rope import rope_from_gguf
 from twotower.tokenizer import TOKENIZER_FILE
 from twotower.train.shard import Shard
 
 gguf = pytest.importorskip("gguf")
 Kind = gguf.GGMLQuantizationType
+ADD = {int: "uint32", float: "float32", bool: "bool", str: "string"}
 WIDTH, INNER, TOKENS = 256, 512, 300  # K types come in blocks of 256
 LETTERS = [chr(0x100 + index) if index < 33 or index > 126 else chr(index) for index in range(256)]
 
@@ -40,7 +43,7 @@ def write(
     }  # fmt: skip
     for name, value in (sizes | extra).items():
         if name != without:
-            add = writer.add_uint32 if isinstance(value, int) else writer.add_string
+            add = getattr(writer, f"add_{ADD[type(value)]}")
             add(name if "." in name and "head" not in name else f"{architecture}.{name}", value)
     writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_tokenizer_model("gpt2")
@@ -159,6 +162,8 @@ def test_a_second_look_reads_no_header_again(
         ({"split.count": 3}, "is one of 3 parts"),
         ({"llama.expert_count": 8}, "expert_count=8 is not supported"),
         ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type='yarn' is not supported"),
+        ({"llama.rope.scaling.attn_factor": 1.5}, "rope.scaling.attn_factor=1.5 is not supported"),
+        ({"llama.attention.causal": False}, "attention.causal=False is not supported; only True"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_line(
@@ -170,6 +175,35 @@ def test_a_file_that_cannot_be_read_is_one_line(
         load_checkpoint(tmp_path / "m.gguf", towers="context")
     assert expected in str(error.value) and "\n" not in str(error.value)
     assert "m.gguf" in str(error.value) or "config.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "factor"),
+    [
+        ({"scaling.type": "linear", "scaling.factor": 4.0}, 4),
+        ({"scaling.factor": 4.0}, 4),
+        ({"scale_linear": 4.0}, 4),
+        ({"scaling.factor": 2.0, "scale_linear": 4.0}, 2),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, 1),
+        ({"scaling.type": "linear", "scaling.factor": 0.0}, 1),
+    ],
+)
+def test_positions_are_stretched_as_llama_cpp_stretches_them(
+    tmp_path: Path, changes: dict[str, Any], factor: float
+) -> None:
+    """Silent failure: a file of older days says the factor alone, and long texts go wrong."""
+    write(tmp_path / "m.gguf", **{f"llama.rope.{name}": value for name, value in changes.items()})
+    config = read_config(gguf_reader.open_gguf(tmp_path / "m.gguf"))
+    assert config.context.rotary is not None and config.context.rotary[0].factor == factor
+
+
+def test_two_scalings_at_once_are_refused() -> None:
+    """Silent failure: llama.cpp multiplies both, and we took one of them."""
+    for more in ({}, {"rope.scaling.type": "none", "rope.scaling.factor": 4.0}):
+        with pytest.raises(ValueError, match="no known scaling"):
+            rope_from_gguf(more, 64, [2.0] * 32)
+    with pytest.raises(ValueError, match=r"factor=4.0 beside rope_freqs\.weight is not"):
+        rope_from_gguf({"rope.scaling.factor": 4.0}, 64, [2.0] * 32)
 
 
 @pytest.mark.parametrize("keep", [0, 3, 8, 100, 5_000, 0.5, 0.999])

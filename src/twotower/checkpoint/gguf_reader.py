@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 INDEX_FILE = "gguf_tensors.json"
 _CACHE = Path.home() / ".cache" / "twotower" / "gguf"
-_VERSION = 1  # of what is written there
+_VERSION = 2  # of what is written there
 _MAGIC = b"GGUF"
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPES = (*_PLAIN, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")

@@ -53,6 +53,10 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 _PER_LAYER = ("layer_types", "no_rope_layers", "eos_token_id", "reads")
 _SMOLLM3_INTERVAL = 4  # llama.cpp knows no other
 _MAX_BLOCKS = 512
+_GGUF_SUPPORTED = {  # what llama.cpp computes with where the file says so
+    "expert_count": 0, "attention.sliding_window": 0, "attention.causal": True,
+    "rope.scaling.attn_factor": 1.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +227,7 @@ class LlamaFamily:
             for name, value in metadata.items()
             if name.startswith(f"{self.gguf_name}.")
         }
-        for name, allowed in (("expert_count", 0), ("attention.sliding_window", 0)):
+        for name, allowed in _GGUF_SUPPORTED.items():
             if found.get(name, allowed) != allowed:
                 raise ValueError(f"{name}={found[name]} is not supported; only {allowed}")
         heads, width = found["attention.head_count"], found["embedding_length"]

@@ -68,14 +68,20 @@ def rope_from_gguf(
             f"head's size, {head_dim}"
         )
     values: dict[str, object] = {"rope_theta": short(found.get("rope.freq_base", 10_000.0))}
-    kind = found.get("rope.scaling.type", "none")
-    if factors is not None:
-        return values | _llama3_of_factors(factors, values, head_dim)
+    # What is silent, and the older name of the factor: as llama.cpp takes them.
+    kind = found.get("rope.scaling.type", "linear")
     if kind not in ("none", "linear"):
         raise ValueError(f"rope.scaling.type={kind!r} is not supported; only none and linear")
-    factor = short(found.get("rope.scaling.factor", 1.0))
+    factor = short(found.get("rope.scaling.factor", found.get("rope.scale_linear", 0.0))) or 1.0
     is_linear = kind == "linear" and factor != 1.0
-    return values | ({"rope_type": "linear", "factor": factor} if is_linear else {})
+    if factors is None:
+        return values | ({"rope_type": "linear", "factor": factor} if is_linear else {})
+    if is_linear:
+        raise ValueError(
+            f"rope.scaling.factor={factor} beside rope_freqs.weight is not supported; only one "
+            "of them"
+        )
+    return values | _llama3_of_factors(factors, values, head_dim)
 
 
 def _llama3_of_factors(
