@@ -13,7 +13,7 @@ import torch
 
 from twotower import PrepareOptions, load_tokenizer, prepare_data
 from twotower.checkpoint import gguf_reader, inspect, load_checkpoint
-from twotower.checkpoint.gguf_tokenizer import tokenizer_files
+from twotower.checkpoint.gguf_tokenizer import tokenizer_files, with_defaults
 from twotower.families import read_config
 from twotower.families.rope import rope_from_gguf
 from twotower.tokenizer import TOKENIZER_FILE
@@ -33,7 +33,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(
-    file: Path, kind: Any = Kind.F32, architecture: str = "llama", without: str = "", **extra: Any
+    file: Path,
+    kind: Any = Kind.F32,
+    architecture: str = "llama",
+    without: str = "",
+    pre: str = "smollm",
+    **extra: Any,
 ) -> dict[str, np.ndarray]:
     """A one-block model whose matrices are of a type; returns every tensor's values."""
     writer = gguf.GGUFWriter(file, architecture)
@@ -47,7 +52,7 @@ def write(
             add(name if "." in name and "head" not in name else f"{architecture}.{name}", value)
     writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre)
     tokens = [f"<{index}>" for index in range(TOKENS - 257)] + [*LETTERS, "hi"]
     writer.add_token_list(tokens)
     writer.add_token_types([3] * (TOKENS - 257) + [1] * 257)
@@ -206,6 +211,26 @@ def test_two_scalings_at_once_are_refused() -> None:
         rope_from_gguf({"rope.scaling.factor": 4.0}, 64, [2.0] * 32)
 
 
+def test_every_end_of_a_text_is_one_here(tmp_path: Path) -> None:
+    """Silent failure: an answer goes on behind the end of a turn, up to its last token."""
+    ends = {"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 2}
+    write(tmp_path / "m.gguf", **ends)
+    assert read_config(gguf_reader.open_gguf(tmp_path / "m.gguf")).eos_token_ids == (2, 7)
+
+
+def test_a_silent_tokenizer_means_what_llama_cpp_takes(tmp_path: Path) -> None:
+    """Silent failure: Llama 3 reads prompts without the token that begins each of its texts, or
+    SentencePiece's file without ids never ends one.
+    """
+    write(tmp_path / "m.gguf", pre="llama-bpe")
+    assert load_tokenizer(tmp_path / "m.gguf").encode_prompt("hi") == [1, TOKENS - 1]
+    write(tmp_path / "n.gguf", pre="llama-bpe", **{"tokenizer.ggml.add_bos_token": False})
+    assert load_tokenizer(tmp_path / "n.gguf").encode_prompt("hi") == [TOKENS - 1]
+    silent = {n: value for n, value in metadata().items() if not n.endswith("_token_id")}
+    said = {"tokenizer.ggml.add_bos_token": True} | metadata()
+    assert with_defaults(silent) == with_defaults(said) == said
+
+
 @pytest.mark.parametrize("keep", [0, 3, 8, 100, 5_000, 0.5, 0.999])
 def test_a_truncated_file_is_one_line_and_leaves_nothing(
     tmp_path: Path, cache: Path, keep: float
@@ -281,7 +306,7 @@ def metadata(**changes: Any) -> dict[str, Any]:
 
 def test_sentence_pieces(tmp_path: Path) -> None:
     """Silent failure: scores mean another order of merges, or bytes come out as question marks."""
-    for name, content in tokenizer_files(metadata()).items():
+    for name, content in tokenizer_files(with_defaults(metadata())).items():
         (tmp_path / name).write_bytes(content)
     tokenizer = load_tokenizer(tmp_path)
     ids = {token: index for index, token in enumerate(metadata()["tokenizer.ggml.tokens"])}
@@ -304,5 +329,5 @@ def test_sentence_pieces(tmp_path: Path) -> None:
 )
 def test_other_tokenizers_are_refused(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
-        tokenizer_files(metadata(**changes))
+        tokenizer_files(with_defaults(metadata(**changes)))
     assert TOKENIZER_FILE == "tokenizer.json"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twotower.checkpoint.gguf_tokenizer import as_json, tokenizer_files
+from twotower.checkpoint.gguf_tokenizer import as_json, tokenizer_files, with_defaults
 from twotower.config import TwoTowerConfig
 from twotower.families import FAMILIES, Family, config_from_dict, family_of, read_json
 
@@ -118,9 +118,10 @@ def _contents(file: Path) -> dict[str, bytes]:
     """The files of the folder that stands for a GGUF file."""
     reader = _open(file)
     try:
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        said = {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # the library raises what numpy does
         raise _damaged(file, error) from None
+    metadata = with_defaults(said)
     family = _family(file, metadata)
     tensors = dict(_tensors(file, reader))
     try:

@@ -38,8 +38,18 @@ _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 SPACE = "\u2581"
 
 
+def with_defaults(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's metadata with what llama.cpp takes where its tokenizer is silent."""
+    prefix = "tokenizer.ggml"
+    is_pieces = metadata.get(f"{prefix}.model") == "llama"
+    adds_bos = is_pieces or metadata.get(f"{prefix}.pre") == "llama-bpe"
+    ids = {"unknown": 0, "bos": 1, "eos": 2} if is_pieces else {}
+    found = {f"{prefix}.{role}_token_id": index for role, index in ids.items()}
+    return {f"{prefix}.add_bos_token": adds_bos, **found, **metadata}
+
+
 def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
-    """tokenizer.json, tokenizer_config.json and generation_config.json of a GGUF file's metadata.
+    """tokenizer.json and tokenizer_config.json of a GGUF file's metadata `with_defaults`.
 
     ValueError (one line) for a kind of tokenizer that is not supported.
     """
@@ -68,18 +78,18 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     }  # fmt: skip
     return {
         "tokenizer.json": as_json(tokenizer),
-        "tokenizer_config.json": as_json(_roles(metadata, tokens, kind)),
+        "tokenizer_config.json": as_json(_roles(metadata, tokens)),
     }
 
 
-def _roles(metadata: Mapping[str, Any], tokens: Sequence[str], kind: str) -> dict[str, object]:
+def _roles(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, object]:
     """Special tokens by role, whether a text begins with one, and the chat template."""
     found: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for role, theirs in _ROLES.items():
         index = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
         if index is not None and 0 <= index < len(tokens):
             found[f"{role}_token"] = tokens[index]
-    found["add_bos_token"] = bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"))
+    found["add_bos_token"] = bool(metadata["tokenizer.ggml.add_bos_token"])
     if template := metadata.get("tokenizer.chat_template"):
         found["chat_template"] = template
     return found
@@ -111,7 +121,7 @@ def _sentence_piece(metadata: Mapping[str, Any]) -> dict[str, object]:
     """SentencePiece's BPE: spaces are a letter, unknown characters become bytes."""
     tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
     types = metadata["tokenizer.ggml.token_type"]
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    unknown = metadata["tokenizer.ggml.unknown_token_id"]
     has_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     steps: list[dict[str, object]] = [{"type": "Prepend", "prepend": SPACE}] if has_prefix else []
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})

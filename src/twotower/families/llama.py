@@ -247,9 +247,10 @@ class LlamaFamily:
             "mlp_bias": "blk.0.ffn_up.bias" in tensors,
             "sliding_window": None,
         }
-        for role, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-            values[f"{role}_token_id"] = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
-        return values
+        roles = ("bos", "padding", "eos", "eot", "eom")
+        bos, pad, *ends = [metadata.get(f"tokenizer.ggml.{role}_token_id") for role in roles]
+        ends = list(dict.fromkeys(end for end in ends if end is not None))
+        return values | {"bos_token_id": bos, "pad_token_id": pad, "eos_token_id": ends}
 
     def gguf_extra_tensors(self, config: TwoTowerConfig) -> Iterator[tuple[str, Tensor]]:
         """The factors of Llama 3's scaling, which llama.cpp keeps as a tensor."""
