@@ -138,6 +138,24 @@ def test_tied_heads_may_be_left_out_and_stay_tied(tmp_path: Path) -> None:
     assert torch.isfinite(model.context_logits(torch.tensor([[1, 2]]))).all()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_that_are_left_out_are_the_tied_head_or_missing(
+    tmp_path: Path, tied: bool
+) -> None:
+    """Guards a traceback of a name: the dtype was taken from tensors that are not there."""
+
+    def drop_embeddings(tensors: dict[str, Tensor]) -> None:
+        del tensors["context_tower.embeddings.weight"], tensors["denoiser_tower.embeddings.weight"]
+
+    folder = edited(tmp_path, drop_embeddings, tie_word_embeddings=tied)
+    if not tied:
+        assert "2 missing: context_tower.embeddings.weight, denoiser_" in message(folder)
+        return
+    model, whole = load_checkpoint(folder), load_checkpoint(GOLDEN / "case_03")
+    assert model.context_lm_head.weight is model.context_tower.embeddings.weight
+    assert torch.equal(model.context_lm_head.weight, whole.context_lm_head.weight)
+
+
 def test_a_head_of_its_own_is_kept_though_the_configuration_ties_it(tmp_path: Path) -> None:
     """transformers writes such files: its model of this architecture never ties the head."""
     model = load_checkpoint(edited(tmp_path, lambda tensors: None, tie_word_embeddings=True))

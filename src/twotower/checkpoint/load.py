@@ -57,15 +57,13 @@ def load_checkpoint(
     if towers == "denoiser" and source.towers != "both":
         raise ValueError(f"{path}: has no denoiser tower of its own; use towers='both'")
     scheme = read_scheme(source.folder)
-    target = _Target(
-        _tower_dtypes(source.entries, dtype),
-        (find_device(context_device), find_device(denoiser_device, "denoiser_device")),
-    )
-    devices = map(str, target.devices)
-    if (misplaced := placement_refusal(scheme, expert_storage, [*devices])) is not None:
+    devices = find_device(context_device), find_device(denoiser_device, "denoiser_device")
+    named = [*map(str, devices)]
+    if (misplaced := placement_refusal(scheme, expert_storage, named)) is not None:
         raise ValueError(f"{path}: {misplaced}")
     shape = build_empty(source.config, source.towers, scheme)
     plan, mapped = plan_tensors(source.folder, shape, source.entries), None
+    target = _Target(_tower_dtypes(source.entries, dtype), devices)
     if expert_storage == "mmap":
         plan, mapped = split_experts(shape, plan)
     elif expert_storage != "memory":

@@ -103,9 +103,10 @@ def released_slots(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:
 
 
 def with_tied_heads(entries: Mapping[str, T]) -> dict[str, T]:
-    """The entries of a tied checkpoint, with heads that it leaves out taken from the embeddings."""
-    heads = {head: entries[source] for head, source in HEADS.items() if source in entries}
-    return heads | dict(entries)
+    """The entries of a tied checkpoint, which may leave out a head or the embeddings it equals."""
+    twins = HEADS | {source: head for head, source in HEADS.items()}
+    found = {name: entries[twin] for name, twin in twins.items() if twin in entries}
+    return found | dict(entries)
 
 
 def is_stacked(name: str) -> bool:
