@@ -63,6 +63,30 @@ def test_a_template_that_fails_is_a_clear_refusal(source: str, reason: str) -> N
     assert refused.value.status == 400 and refused.value.param == "messages"
 
 
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (
+            "{% set n = 1 %}{% generation %}{% set n = 2 %}a{{ n }}{% endgeneration %}b{{ n }}",
+            "a2b1",
+        ),
+        (
+            "{%- for m in messages %}{%- generation -%} {{ m.role }} {% endgeneration %}{% endfor %}",
+            None,
+        ),
+        ("{{ {'b': '<', 'a': 1} | tojson(separators=(',', ':'), sort_keys=True) }}", None),
+        ("{{ ['\u00e9'] | tojson(True) }}{{ [1] | tojson(indent=4) }}", None),
+    ],
+)
+def test_what_transformers_offers_a_template_is_here(source: str, expected: str | None) -> None:
+    """Silent failure: SmolLM3's template, which marks its own turns, is refused in every chat."""
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    ((theirs,), _) = utils.render_jinja_template([user("x")], chat_template=source)
+    assert theirs == (expected or theirs) and len(theirs) > 3
+    ids = template(source).encode(user("x"), None, TOKENIZER, 1000)
+    assert TOKENIZER.decode(ids) == theirs
+
+
 def test_where_templates_come_from(tmp_path: Path) -> None:
     assert read_template(tmp_path) is None
     config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": "one"}
