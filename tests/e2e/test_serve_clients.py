@@ -13,7 +13,9 @@ from openai.types.responses import response_create_params as of_responses
 
 from asked import ARGUMENTS, ASK, BODIES, NUMBER, ORDER, SPANISH, SUM, TOOL, City, post
 from serving import Running, shipped
+from twotower.cli.serve import describe
 from twotower.engine import GenerateOptions, Request, Worker, generate
+from twotower.loading import Placement, load
 from twotower.serve.api_fields import UNSERVED, WITHOUT_EFFECT
 from twotower.serve.requests import Reader
 from twotower.serve.schema import CompletionRequest, validated
@@ -235,6 +237,18 @@ def test_a_usage_chunk_is_announced_by_null(client: openai.OpenAI, server: Runni
         assert records[-1]["choices"] == []
         plain = post(server, path, **{**BODIES[path][1], "stream": True}).text
         assert '"usage"' not in plain
+
+
+def test_the_card_tells_defaults_of_what_can_be_asked_for() -> None:
+    """Silent failure: a client offers passes and thresholds of a denoiser that is not there, and
+    each request with one is refused.
+    """
+    both, alone = (describe(load(Placement(), mode)).card()["twotower"] for mode in (None, "ar"))
+    assert isinstance(both, dict) and isinstance(alone, dict)
+    assert alone["modes"] == ["speculative", "ar"]
+    assert {*alone["defaults"]} == {"max_new_tokens", "temperature", "drafts", "block_size"}
+    of_denoisers = {"draft_passes", "steps_per_block", "first_token", "confidence_threshold"}
+    assert {*both["defaults"]} == {*alone["defaults"], *of_denoisers, "verify_threshold"}
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/twotower", "/health", "/metrics", "/"])

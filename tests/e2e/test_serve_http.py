@@ -57,6 +57,7 @@ BAD: list[tuple[object, str | None, str]] = [
     ({"prompt": "a", "response_format": OBJECT, "mode": "diffusion"}, "mode", "use mode='spec"),
     ({"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
     ({"prompt": "a", "best_of": 4}, "best_of", "not supported: texts are"),
+    ({"prompt": "a", "best_of": {"a": 1}}, "best_of", "not supported: texts are"),
     ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "must map token ids"),
     ({"prompt": "a", "logit_bias": {"5000": 1}}, "logit_bias", "outside the vocabulary"),
     ({"prompt": "a", "presence_penalty": 3.0}, "presence_penalty", "between -2.0 and 2.0"),

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from tiny_models import tiny_model
-from twotower import GenerateOptions
+from twotower import GenerateOptions, generate
 from twotower.documented import field_docs
 from twotower.engine import MODES, EngineOptions, ResolvedOptions, defaults_of, resolve_options
 from twotower.engine.batch import Batch
@@ -103,6 +103,19 @@ def test_bad_values(field: str, value: object, allowed: str) -> None:
 def test_bad_values_of_the_engine(field: str, value: object, allowed: str) -> None:
     with pytest.raises(ValueError, match=allowed):
         EngineOptions(**{field: value})  # type: ignore[arg-type]
+
+
+def test_overlap_needs_a_row_that_uses_the_denoiser() -> None:
+    """Silent failure: two threads are asked for, and one tower works alone."""
+    ar = GenerateOptions(mode="ar", max_new_tokens=2)
+    lookup = GenerateOptions(mode="speculative", drafts="lookup", max_new_tokens=2)
+    engine = EngineOptions(overlap="on")
+    for options in ([ar], [lookup, ar]):
+        with pytest.raises(ValueError, match="overlap: has no effect in mode ar, or with drafts="):
+            generate(tiny_model(), [[5]] * len(options), options, engine=engine)
+    drafted = GenerateOptions(mode="speculative", max_new_tokens=2)
+    assert len(generate(tiny_model(), [[5], [6]], [ar, drafted], engine=engine)) == 2
+    assert generate(tiny_model(), [], engine=engine) == []
 
 
 USEFUL: dict[str, object] = {

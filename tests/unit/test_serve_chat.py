@@ -70,10 +70,7 @@ def test_a_template_that_fails_is_a_clear_refusal(source: str, reason: str) -> N
             "{% set n = 1 %}{% generation %}{% set n = 2 %}a{{ n }}{% endgeneration %}b{{ n }}",
             "a2b1",
         ),
-        (
-            "{%- for m in messages %}{%- generation -%} {{ m.role }} {% endgeneration %}{% endfor %}",
-            None,
-        ),
+        ("{%- for m in [1, 2] %}{%- generation -%} {{ m }}. {% endgeneration %}{% endfor %}", None),
         ("{{ {'b': '<', 'a': 1} | tojson(separators=(',', ':'), sort_keys=True) }}", None),
         ("{{ ['\u00e9'] | tojson(True) }}{{ [1] | tojson(indent=4) }}", None),
     ],

@@ -19,7 +19,7 @@ from twotower.engine import (
     defaults_of,
     resolve_options,
 )
-from twotower.engine.resolved import MODES_OF_BACKBONES
+from twotower.engine.resolved import DENOISER_ONLY, FIELD_MODES, MODES_OF_BACKBONES, Mode
 from twotower.loading import Loaded, Placement, load, placement_of, prompt_notice
 from twotower.serve import ServeOptions, replicas
 from twotower.serve.replicas import ReplicaOptions, ReplicatedOptions
@@ -114,18 +114,26 @@ def describe(
 
     model, tokenizer = loaded.model, loaded.need_tokenizer()
     defaults = resolve_options(GenerateOptions(), defaults_of(model))
+    modes = MODES if model.has_denoiser else MODES_OF_BACKBONES
     return Served(
         name=name or served_name(loaded),
         created=int((loaded.folder / "config.json").stat().st_mtime),
         tokenizer=tokenizer,
         block_size=model.config.block_size,
-        modes=MODES if model.has_denoiser else MODES_OF_BACKBONES,
+        modes=modes,
         default_mode=defaults.mode,
-        defaults={name: getattr(defaults, name) for name in _SHOWN},
+        defaults={name: getattr(defaults, name) for name in _shown(modes)},
         template=_template(loaded, chat_template),
         about=_ABOUT if loaded.name == SHIPPED else None,
         notice=functools.partial(prompt_notice, model),
     )
+
+
+def _shown(modes: tuple[Mode, ...]) -> list[str]:
+    """The fields that any of these modes uses."""
+    unused = DENOISER_ONLY if modes == MODES_OF_BACKBONES else ()
+    used = [name for name in _SHOWN if not {*modes}.isdisjoint(FIELD_MODES.get(name, MODES))]
+    return [name for name in used if name not in unused]
 
 
 def served_name(loaded: Loaded) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Sequence
 from twotower.arguments import shown
 from twotower.engine.events import Completion, Event, Failed, Finished
 from twotower.engine.options import EngineOptions, GenerateOptions
-from twotower.engine.request import Prompt, Request, checked_engine, make_row
+from twotower.engine.request import Prompt, Request, checked_engine, make_row, refuse_overlap
 from twotower.engine.resolved import BLOCK_MODES
 from twotower.engine.row import Row
 from twotower.engine.scheduler import RequestQueue, Scheduler
@@ -52,6 +52,8 @@ def stream(
         make_row(model, index, Request(prompt, own), tokenizer, f"prompt {index}")
         for index, (prompt, own) in enumerate(zip(prompts, per_prompt, strict=True))
     ]
+    if rows and not any(row.options.uses_denoiser for row in rows):
+        refuse_overlap(engine, "with drafts=lookup")
     _warn_of_block_size(model, rows)
     return _or_raise(Scheduler(model, RequestQueue(rows), engine).run())
 

@@ -90,11 +90,15 @@ def checked_engine(
             f"{model.config.vocab_size}; load the tokenizer of the same checkpoint"
         )
     engine = engine or _ENGINE
-    if engine.overlap == "on" and not model.has_denoiser:
-        raise ValueError(
-            "overlap: has no effect in mode ar, or on a model without a denoiser; leave it out"
-        )
+    if not model.has_denoiser:
+        refuse_overlap(engine, "on a model without a denoiser")
     return engine
+
+
+def refuse_overlap(engine: EngineOptions, where: str) -> None:
+    """ValueError for overlap=on where no row uses a denoiser."""
+    if engine.overlap == "on":
+        raise ValueError(f"overlap: has no effect in mode ar, or {where}; leave it out")
 
 
 def require_denoiser(has_denoiser: bool, options: ResolvedOptions) -> None:

@@ -46,6 +46,7 @@ _passes = number(1, MAX_PASSES, is_whole=True)
 _SEVERAL = ("eos_token_id", "stop")  # fields of one value or more
 # Fields that need a temperature above 0, with the values that are off.
 SAMPLED_ONLY: Mapping[str, float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+DENOISER_ONLY = ("draft_passes", "confidence_threshold")  # of drafts that the denoiser writes
 
 
 def _option(default: Any, problem: Problem, modes: tuple[Mode, ...] = MODES) -> Any:
@@ -88,6 +89,11 @@ class ResolvedOptions:
     schedule: Schedule = _option("linear", one_of(*SCHEDULES), ("posterior", "predict-and-noise"))
     remask: Remask = _option("confidence", one_of(*get_args(Remask)), ("predict-and-noise",))
     adaptive: bool = _option(False, A_SWITCH, ("predict-and-noise",))
+
+    @property
+    def uses_denoiser(self) -> bool:
+        """Whether the denoiser tower, if there is one, has a part in it."""
+        return self.mode != "ar" and (self.mode, self.drafts) != ("speculative", "lookup")
 
     @cached_property
     def has_penalties(self) -> bool:
@@ -176,7 +182,7 @@ def _refuse_combinations(resolved: ResolvedOptions, given: Mapping[str, object])
             "the context tower's token takes the place of the one that is rejected"
         )
     if resolved.drafts == "lookup" and resolved.mode == "speculative":
-        for name in ("draft_passes", "confidence_threshold"):
+        for name in DENOISER_ONLY:
             if name in given:
                 raise ValueError(
                     f"{name}={given[name]}: has no effect on drafts='lookup', which no denoiser "

@@ -22,11 +22,13 @@ WITHOUT_EFFECT = frozenset(
 
 class Unserved(NamedTuple):
     """A field: why it is refused, and the values beside null and empty ones that ask for nothing.
-    asks_by_itself: an object without fields asks for it, too.
+    parts: such values of the fields of an object. asks_by_itself: an object without fields asks
+    for it, too.
     """
 
     reason: str
     neutral: tuple[object, ...] = ()
+    parts: tuple[object, ...] = ()
     asks_by_itself: bool = False
 
 
@@ -53,7 +55,7 @@ UNSERVED: Mapping[str, Unserved] = {
     "moderation": Unserved("texts are not moderated here"),
     "previous_response_id": Unserved(_KEPT),
     "prompt": Unserved("there are no stored prompts here; use instructions"),
-    "reasoning": Unserved(_REASONING, ("none", "auto")),  # values of its own fields
+    "reasoning": Unserved(_REASONING, ("none", "auto"), parts=("none", "auto")),
     "reasoning_effort": Unserved(_REASONING, ("none",)),
     "service_tier": Unserved("there is one tier", ("auto", "default")),
     "store": Unserved("nothing is kept after an answer"),
@@ -69,7 +71,16 @@ UNSERVED: Mapping[str, Unserved] = {
 
 def asks_for_nothing(name: str, value: object) -> bool:
     """Whether a field of UNSERVED can be taken with this value."""
-    neutral = (None, False, 0, "", *UNSERVED[name].neutral)
-    if isinstance(value, dict) and not UNSERVED[name].asks_by_itself:
-        return all(asks_for_nothing(name, part) for part in value.values())
-    return value == [] or any(type(value) is type(one) and value == one for one in neutral)
+    field = UNSERVED[name]
+    if isinstance(value, dict):
+        return not field.asks_by_itself and all(
+            _is_empty(part, field.parts) for part in value.values()
+        )
+    return _is_empty(value, field.neutral)
+
+
+def _is_empty(value: object, neutral: tuple[object, ...]) -> bool:
+    if isinstance(value, dict):
+        return all(_is_empty(part, neutral) for part in value.values())
+    known = (None, False, 0, "", *neutral)
+    return value == [] or any(type(value) is type(one) and value == one for one in known)
