@@ -13,6 +13,7 @@ from typing import Annotated, BinaryIO
 import tyro
 
 from twotower.cli.decoding import TextOptions, decoding_flags, refuse_without_denoiser
+from twotower.cli.output_file import completion_record
 from twotower.cli.prompts import Prompt, is_jsonl, read_grammar, read_prompts
 from twotower.cli.text import printable
 from twotower.engine import (
@@ -254,19 +255,3 @@ def _record(
         "seconds": seconds,
         "tokens_per_s": sum(len(c.tokens) for c in completions) / seconds,
     }
-
-
-def completion_record(completion: Completion) -> dict[str, object]:
-    """What was written and what it cost; how probable each token is, where that was asked."""
-    record: dict[str, object] = {
-        "text": completion.text,
-        "tokens": completion.tokens,
-        "nfe": completion.nfe,
-        "context_forwards": completion.context_forwards,
-        "lookup_tokens": completion.lookup_tokens,
-        "denoiser_tokens": completion.denoiser_tokens,
-        "finish_reason": completion.finish_reason,
-    }
-    if completion.logprobs is not None:
-        record["logprobs"] = [dataclasses.asdict(one) for one in completion.logprobs]
-    return record

@@ -15,8 +15,14 @@ from pathlib import Path
 
 from twotower.arguments import nearest
 from twotower.cli.flags import by_field, spellings
-from twotower.cli.generate import completion_record
-from twotower.cli.output_file import MAX_LINE_BYTES, InputLine, OutputFile, read_lines, run_key
+from twotower.cli.output_file import (
+    MAX_LINE_BYTES,
+    InputLine,
+    OutputFile,
+    completion_record,
+    read_lines,
+    run_key,
+)
 from twotower.cli.progress import progress_bar
 from twotower.cli.prompts import parse_prompt
 from twotower.engine import (

@@ -17,13 +17,29 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
-from twotower.engine import ResolvedOptions
+from twotower.engine import Completion, ResolvedOptions
 from twotower.file_lock import try_lock
 from twotower.loading import Loaded
 
 MAX_LINE_BYTES = 4 << 20  # of the input; to encode them takes some hundred times as many
 _MAX_RESULT_BYTES = 256 << 20
 _SAMPLED = 64  # values of each tensor that identify a model
+
+
+def completion_record(completion: Completion) -> dict[str, object]:
+    """What was written and what it cost; how probable each token is, where that was asked."""
+    record: dict[str, object] = {
+        "text": completion.text,
+        "tokens": completion.tokens,
+        "nfe": completion.nfe,
+        "context_forwards": completion.context_forwards,
+        "lookup_tokens": completion.lookup_tokens,
+        "denoiser_tokens": completion.denoiser_tokens,
+        "finish_reason": completion.finish_reason,
+    }
+    if completion.logprobs is not None:
+        record["logprobs"] = [dataclasses.asdict(one) for one in completion.logprobs]
+    return record
 
 
 class InputLine(NamedTuple):

@@ -6,18 +6,8 @@ from twotower.diffusion.denoise_block import Denoise, Step, denoise_block
 from twotower.diffusion.loss import elbo_weight, masked_loss_sum, token_cross_entropy
 from twotower.diffusion.noise import SCHEDULES, Schedule, alpha, alpha_prime, corrupt
 from twotower.diffusion.ranking import Rank, most_probable
-from twotower.diffusion.sampling import (
-    NOT_FINITE,
-    PER_ROW,
-    Remask,
-    Sampler,
-    SamplerKind,
-    argmax,
-    ban,
-    choose,
-    require_finite,
-    sample,
-)
+from twotower.diffusion.sampler import PER_ROW, Remask, Sampler, SamplerKind
+from twotower.diffusion.sampling import NOT_FINITE, argmax, ban, choose, require_finite, sample
 
 __all__ = [
     "NOT_FINITE",

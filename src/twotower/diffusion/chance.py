@@ -4,13 +4,11 @@ The largest of logits plus Gumbel noise is a sample of their softmax.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from twotower.diffusion.sampling import Sampler
+from twotower.diffusion.sampler import Sampler
 
 
 def column(values: Tensor, logits: Tensor) -> Tensor:
@@ -18,7 +16,7 @@ def column(values: Tensor, logits: Tensor) -> Tensor:
     return values.to(logits.device).view(-1, *[1] * (logits.ndim - 1))
 
 
-def filter_logits(logits: Tensor, sampler: "Sampler") -> Tensor:
+def filter_logits(logits: Tensor, sampler: Sampler) -> Tensor:
     """Scale by 1/temperature and set what min-p, top-k and then top-p exclude to -inf.
 
     logits (B, ..., V); returns the same shape in float32, shifted so that the largest is 0
@@ -58,7 +56,7 @@ def gumbel(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tenso
 
 
 def draw_noise(
-    logits: Tensor, sampler: "Sampler", generators: Sequence[torch.Generator]
+    logits: Tensor, sampler: Sampler, generators: Sequence[torch.Generator]
 ) -> Tensor | None:
     """Gumbel noise for choose, shaped like logits (B, ..., V); None if every row is greedy.
 

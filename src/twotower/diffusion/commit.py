@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twotower.diffusion.sampling import Sampler
+from twotower.diffusion.sampler import Sampler
 
 
 def select_commits(scores: Tensor, is_masked: Tensor, counts: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from twotower.diffusion.chance import draw_noise
 from twotower.diffusion.commit import Predictions, commit_confident
 from twotower.diffusion.noise import alpha, grid_time
 from twotower.diffusion.ranking import Rank, most_probable
-from twotower.diffusion.sampling import Sampler, SamplerKind, choose
+from twotower.diffusion.sampler import Sampler, SamplerKind
+from twotower.diffusion.sampling import choose
 from twotower.diffusion.scheduled import commit_posterior, commit_remasked
 
 # tokens (R, T), t (R,) float32, rows (R,) int64 ascending, of the batch -> logits (R, T, V), which

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twotower.diffusion.commit import Predictions, fair_share, select_commits
 from twotower.diffusion.noise import alpha, grid_time
-from twotower.diffusion.sampling import Remask, Sampler
+from twotower.diffusion.sampler import Remask, Sampler
 
 ADAPTIVE_START = 0.4  # fraction of the steps during which the adaptive rule commits one token
 
