@@ -27,7 +27,7 @@ def choose_writers(
     """The rows, by index, for which the denoiser is to write. known: each row's newest token and
     what must follow; instead: what each would verify without a draft of the denoiser.
     """
-    writers = list[int]()
+    writers: list[int] = []
     for index, (row, own) in enumerate(zip(batch.rows, known, strict=True)):
         if row.options.drafts == "lookup" or not batch.model.has_denoiser:
             continue

@@ -146,7 +146,7 @@ class Lookup:
         found, begin, number = Guess([], [], []), len(known), count()
         self._guessed = [(index - 1, token, None) for index, token in enumerate(known)]
         way, index = _Way([*known], begin - 2, 1.0, None, 0, (), drafted), begin - 1
-        ways = list[tuple[float, int, _Way]]()  # the likeliest on top, the first of equals
+        ways: list[tuple[float, int, _Way]] = []  # the likeliest on top, the first of equals
         while True:
             if way.sure >= _MIN_SURE:
                 left = most - len(way.behind) + begin
@@ -167,7 +167,7 @@ class Lookup:
         behind, _, sure, _, length, copied, drafted = way
         if self._copies and not copied:  # nothing yet, or another token was likelier
             length, copied = self.index.find(behind, most)
-        guesses = list[tuple[float, int, object]]()
+        guesses: list[tuple[float, int, object]] = []
         if copied:
             match = _KIND[length]
             guesses.append((self._rate(match, _USUAL[match]), copied[0], match))
@@ -178,7 +178,8 @@ class Lookup:
             guesses += [self._binned("denoiser", *own) for own in drafted[0][:most_ways]]
         if len(guesses) > 1:
             guesses.sort(key=itemgetter(0), reverse=True)
-        ways, rest, length = list[_Way](), 1.0, min(length + 1, MAX_MATCH)
+        ways: list[_Way] = []
+        rest, length = 1.0, min(length + 1, MAX_MATCH)
         for rate, token, kind in guesses:
             if ways:
                 if len(ways) == most_ways:

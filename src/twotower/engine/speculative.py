@@ -30,7 +30,8 @@ def draft(batch: Batch) -> Iterator[Event]:
     for row, free in zip(rows, instead, strict=True):
         row.proposal = free if free.tokens else None
     yield from _write(batch, known, instead)
-    blocks, parents = list[list[int]](), list[list[int]]()
+    blocks: list[list[int]] = []
+    parents: list[list[int]] = []
     for row, own in zip(rows, known, strict=True):
         proposal = row.proposal or _NO_DRAFT
         blocks.append([*own, *proposal.tokens][: row.num_left])
@@ -88,7 +89,7 @@ def _num_possible(row: Row, block: list[int]) -> int:
 
 def choose(batch: Batch) -> list[Chosen]:
     """Verify the drafts, and let each row's controller learn from it."""
-    found, chosen = verify(batch), list[Chosen]()
+    found, chosen = verify(batch), []
     for row, draft, own in zip(batch.rows, batch.drafts, found, strict=True):
         length, num_tokens = len(draft.tokens), len(own.tokens)
         drafter = row.proposal and row.proposal.drafter

@@ -23,7 +23,7 @@ def empty_states(
     layers: Sequence[LayerSpec], num_rows: int, device: torch.device, dtype: torch.dtype
 ) -> list[LayerState]:
     """What each layer keeps of a text before its first token."""
-    states = list[LayerState]()
+    states: list[LayerState] = []
     for spec in layers:
         if isinstance(spec, AttentionSpec):
             shape = 2, num_rows, 0, spec.num_kv_heads, spec.head_dim

@@ -90,7 +90,7 @@ class NativeBackend:
         ids, ids_step = tokens.data_ptr(), 8 * length
         out, out_step = hidden.data_ptr(), 4 * length * self._width
         branches = () if tree is None else (Addresses(tree.depths), Addresses(tree.sees))
-        rows = list[Row]()
+        rows: list[Row] = []
         for row, count in enumerate(given):
             if count:
                 pointers = pasts.of(row), outputs.of(row), None, out + row * out_step

@@ -50,7 +50,7 @@ def past_states(layers: Sequence[LayerState], num_rows: int) -> Addresses:
 
     layers: KV with leading (B, S), Mamba with (B,) or (B, 1), on the CPU, float32.
     """
-    copies = list[Tensor]()
+    copies: list[Tensor] = []
 
     def begin(value: Tensor) -> tuple[int, int]:
         # Where value (B, ...) begins, and bytes from row to row; of a copy if a row is not in one
@@ -60,7 +60,7 @@ def past_states(layers: Sequence[LayerState], num_rows: int) -> Addresses:
             copies.append(value)
         return value.data_ptr(), _FLOAT * value.stride(0)
 
-    addresses = list[int]()  # of each layer, where its fields begin, then bytes from row to row
+    addresses: list[int] = []  # of each layer, where its fields begin, then bytes from row to row
     for state in layers:
         if isinstance(state, KV):
             (k, k_step), (v, v_step) = map(begin, state)
@@ -154,7 +154,8 @@ class PassOutputs(Addresses):
         pool: BufferPool,
     ) -> None:
         self._keeps_inputs, self._sizes, self._pasts = keeps_inputs, sizes, pasts
-        num_rows, parts = len(lengths), tuple[Tensor | None, ...]()
+        parts: tuple[Tensor | None, ...] = ()
+        num_rows = len(lengths)
         table = np.zeros((num_rows, len(sizes.is_mamba), len(OUTPUTS)), np.int64)
         if sizes.num_mambas:
             parts = self._make_states(
