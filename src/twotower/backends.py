@@ -16,7 +16,8 @@ from twotower.arguments import check, one_of, require
 from twotower.config import TwoTowerConfig
 from twotower.graphs.backend import ONE_DEVICE, GraphsBackend
 from twotower.model import TwoTower
-from twotower.model.backend import Backend, EagerBackend
+from twotower.model.backend import Backend
+from twotower.model.eager import EagerBackend
 from twotower.model.precision import (
     ExpertStorage,
     Scheme,

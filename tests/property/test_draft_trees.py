@@ -16,8 +16,9 @@ from tiny_options import options_of
 from twotower import Completion, ContextCache, TwoTower, accelerate, generate
 from twotower.engine import drafts_denoiser
 from twotower.engine.batch import Draft
-from twotower.model.backend import EagerBackend, PassCosts
+from twotower.model.backend import PassCosts
 from twotower.model.draft_tree import MAX_TOKENS, DraftTree, along_paths
+from twotower.model.eager import EagerBackend
 
 WAYS = ["eager", "none", "int8", "int4"]
 CUTS = (0, 5, 57, 63, 64, 120)  # pasts that end before, at and behind a block of 64 keys

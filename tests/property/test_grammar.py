@@ -17,7 +17,8 @@ from twotower import Completion, ContextView, GenerateOptions, TokensCommitted, 
 from twotower.engine import Failed, Finished, Request, stream_requests
 from twotower.engine.grammar import Grammar, json_schema, lark, regex
 from twotower.engine.grammar_state import GrammarState, TokenRules, begin
-from twotower.model.backend import EagerBackend, PassCosts
+from twotower.model.backend import PassCosts
+from twotower.model.eager import EagerBackend
 from twotower.serve.tool_calls import read_tool_calls, tool_call
 
 EOS, VOCAB = 2, byte_tokenizer().vocab_size

@@ -31,7 +31,7 @@ from twotower.families import config_from_dict
 from twotower.graphs import arena, backend
 from twotower.graphs.passes import count_accepted
 from twotower.kernels import expert_products
-from twotower.model.backend import EagerBackend
+from twotower.model.eager import EagerBackend
 from twotower.model.precision import rounded_to_eight_bits
 from twotower.model.rows import append_rows, keep_rows, select_rows
 from twotower.model.state import ForwardOutput

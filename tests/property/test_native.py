@@ -21,7 +21,7 @@ from twotower import ContextCache, TwoTower, accelerate, generate
 from twotower.engine import MODES
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
-from twotower.model.backend import EagerBackend
+from twotower.model.eager import EagerBackend
 from twotower.model.rows import append_rows, keep_rows, select_rows
 from twotower.native import layout, library
 from twotower.native.backend import NativeBackend

@@ -23,7 +23,8 @@ from twotower import (
 from twotower.adapt.answers import Answer
 from twotower.adapt.ngrams import count_ngrams
 from twotower.engine import EngineOptions, Finished, Request, stream_requests
-from twotower.model.backend import EagerBackend, PassCosts
+from twotower.model.backend import PassCosts
+from twotower.model.eager import EagerBackend
 
 MODEL = tiny_model()
 PROMPTS = prompts_of([1, 7, 2, 19, 4])

@@ -11,7 +11,7 @@ from recorded import GOLDEN
 from tiny_models import fresh_model, masked_like, random_ids, tiny_model
 from twotower.layers.adaln import Modulation, time_features
 from twotower.layers.mamba2 import Mamba2
-from twotower.model.backend import modulations
+from twotower.model.eager import modulations
 
 
 def test_features_by_hand() -> None:

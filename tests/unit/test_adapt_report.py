@@ -9,7 +9,8 @@ from tiny_adapt import backbone, thin
 from twotower import Completion, GenerateOptions, TwoTower, generate
 from twotower.adapt import report
 from twotower.adapt.answers import Question
-from twotower.model.backend import EagerBackend, PassCosts
+from twotower.model.backend import PassCosts
+from twotower.model.eager import EagerBackend
 
 
 def test_what_is_done_once_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,9 +24,10 @@ from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaInputs, MambaState, states_after
 from twotower.layers.moe import Experts
 from twotower.layers.quantised import QuantisedExperts
-from twotower.model.backend import EagerBackend, PassCosts
+from twotower.model.backend import PassCosts
 from twotower.model.delta import apply_delta
 from twotower.model.draft_tree import DraftTree
+from twotower.model.eager import EagerBackend
 from twotower.model.precision import M, rounded_to_eight_bits, shared_copy
 from twotower.model.state import ContextCache, ForwardOutput
 from twotower.model.two_tower import TwoTower

@@ -12,7 +12,7 @@ from twotower.graphs.arena import Arena
 from twotower.graphs.choosing import Uses
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaInputs, MambaState, states_after
-from twotower.model.backend import denoiser_logits
+from twotower.model.eager import denoiser_logits
 from twotower.model.two_tower import TwoTower
 from twotower.model.view import ContextView
 

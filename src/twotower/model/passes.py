@@ -10,7 +10,7 @@ from twotower.arguments import require
 from twotower.config import TwoTowerConfig
 from twotower.layers.adaln import TimestepEmbedder
 from twotower.layers.bigram import Bigram
-from twotower.model.backend import Backend, EagerBackend, PassCosts, RankingBackend
+from twotower.model.backend import Backend, PassCosts, RankingBackend
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.draft_tree import DraftTree
@@ -32,12 +32,11 @@ class Passes(nn.Module):
     t_embedder: TimestepEmbedder
     t_block: nn.Sequential
     scale_shift_tables: nn.ParameterList
-    _backend: Backend | None = None  # None: eager
 
     @property
     def backend(self) -> Backend:
         """What runs the passes of decoding."""
-        return self._backend or EagerBackend(self)
+        raise NotImplementedError
 
     @property
     def pass_costs(self) -> PassCosts:
@@ -165,3 +164,11 @@ class Passes(nn.Module):
         if cache is not None and len(ids) != cache.num_rows:
             raise ValueError(f"{name} have {len(ids)} rows but the cache has {cache.num_rows}")
         return ids
+
+    def require_loaded_weights(self, purpose: str) -> None:
+        """ValueError (one line) if the backend has rounded them."""
+        if self.backend.quantization != "none":
+            raise ValueError(
+                f"{purpose} uses the weights as loaded, and this model decodes with "
+                f"quantization={self.backend.quantization}; use the model before accelerate"
+            )

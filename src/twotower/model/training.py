@@ -5,7 +5,6 @@ Source: system.md section 5.
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +12,13 @@ from torch import Tensor
 
 from twotower import masks
 from twotower.layers.mamba2 import MambaState
-from twotower.model.backend import modulations
+from twotower.model.eager import modulations
+from twotower.model.passes import Passes
 from twotower.model.view import ContextView
-
-if TYPE_CHECKING:
-    from twotower.model.two_tower import TwoTower
 
 
 def read_and_denoise(
-    model: "TwoTower",
+    model: Passes,
     clean: Tensor,
     noisy: Tensor,
     t: Tensor | None,
@@ -65,7 +62,7 @@ def read_and_denoise(
     return logits, context
 
 
-def read_at_once(model: "TwoTower", clean: Tensor, block_size: int, index: Tensor) -> ContextView:
+def read_at_once(model: Passes, clean: Tensor, block_size: int, index: Tensor) -> ContextView:
     """Arguments and result as of `TwoTower.read_blocks`."""
     model.require_loaded_weights("training")
     rows = torch.arange(len(model.checked(clean, "clean")), device=clean.device).unsqueeze(1)
@@ -76,7 +73,7 @@ def read_at_once(model: "TwoTower", clean: Tensor, block_size: int, index: Tenso
 
 @torch.no_grad()
 def read_as_decoding(
-    model: "TwoTower", reads: Collection[int], clean: Tensor, block_size: int, index: Tensor
+    model: Passes, reads: Collection[int], clean: Tensor, block_size: int, index: Tensor
 ) -> ContextView:
     """What layers `reads` and the last norm make of rows by passes of decoding, those of the
     model's backend. Arguments and result as of `TwoTower.read_blocks`, but for the keys of the last
@@ -98,15 +95,13 @@ def read_as_decoding(
     return replace(last, layers=tuple(layers), hidden=hidden[rows, index], version=None)
 
 
-def draft_and_bigrams(
-    model: "TwoTower", view: ContextView, clean: Tensor, starts: Tensor
-) -> Tensor:
+def draft_and_bigrams(model: Passes, view: ContextView, clean: Tensor, starts: Tensor) -> Tensor:
     """Arguments and result as of `TwoTower.draft_logits`."""
     logits = draft_blocks(model, view, clean, starts).float()
     return add_true_bigrams(model, logits, clean)
 
 
-def draft_blocks(model: "TwoTower", view: ContextView, clean: Tensor, starts: Tensor) -> Tensor:
+def draft_blocks(model: Passes, view: ContextView, clean: Tensor, starts: Tensor) -> Tensor:
     """A thin denoiser's logits (B, N, T - 1, V) of all tokens of blocks clean (B, N, T) but the
     first, without bigrams. view: with `hidden` before each; starts (B, N): of each in its row.
     """
@@ -123,7 +118,7 @@ def first_and_masks(clean: Tensor, mask_token_id: int) -> Tensor:
     return F.pad(clean[..., :1], (0, clean.shape[-1] - 1), value=mask_token_id)
 
 
-def add_true_bigrams(model: "TwoTower", logits: Tensor, clean: Tensor) -> Tensor:
+def add_true_bigrams(model: Passes, logits: Tensor, clean: Tensor) -> Tensor:
     """Logits (B, N, T - 1, V) with what the true token before, of clean (B, N, T), adds to each;
     one below 0 is none.
     """
@@ -134,7 +129,7 @@ def add_true_bigrams(model: "TwoTower", logits: Tensor, clean: Tensor) -> Tensor
 
 
 def _training_view(
-    model: "TwoTower", clean: Tensor, block_size: int, index: Tensor
+    model: Passes, clean: Tensor, block_size: int, index: Tensor
 ) -> tuple[Tensor, ContextView]:
     """One causal pass over clean (B, K*T): its output (B, K*T, D), all keys, and Mamba states
     before blocks (B, N).

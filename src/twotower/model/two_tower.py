@@ -15,9 +15,10 @@ from twotower.arguments import check, one_of, require
 from twotower.config import TwoTowerConfig
 from twotower.layers.adaln import TimestepEmbedder
 from twotower.layers.bigram import Bigram
-from twotower.model.backend import Backend, EagerBackend
+from twotower.model.backend import Backend
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
+from twotower.model.eager import EagerBackend
 from twotower.model.ngrams import Ngrams
 from twotower.model.passes import Passes
 from twotower.model.state import ContextCache
@@ -36,6 +37,7 @@ class TwoTower(Passes):
     """
 
     prefix_chunk = EagerBackend.prefix_chunk
+    _backend: Backend | None = None  # None: eager
 
     def __init__(self, config: TwoTowerConfig, towers: Literal["both", "context"] = "both") -> None:
         super().__init__()
@@ -82,6 +84,11 @@ class TwoTower(Passes):
             self.denoiser_tower.embeddings = self.context_tower.embeddings
             if self.config.draft.vocab_size is None:
                 self.lm_head = self.context_lm_head
+
+    @property
+    def backend(self) -> Backend:
+        """What runs the passes of decoding."""
+        return self._backend or EagerBackend(self)
 
     def with_backend(self, backend: Backend) -> "TwoTower":
         """This model's modules, with decoding passes by another backend."""
@@ -160,11 +167,3 @@ class TwoTower(Passes):
         first, (B, N, T - 1, V) float32.
         """
         return draft_and_bigrams(self, view, clean, starts)
-
-    def require_loaded_weights(self, purpose: str) -> None:
-        """ValueError (one line) if the backend has rounded them."""
-        if self.backend.quantization != "none":
-            raise ValueError(
-                f"{purpose} uses the weights as loaded, and this model decodes with "
-                f"quantization={self.backend.quantization}; use the model before accelerate"
-            )

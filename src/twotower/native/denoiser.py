@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from twotower.model.backend import modulations
+from twotower.model.eager import modulations
 from twotower.model.precision import Scheme
 from twotower.model.two_tower import TwoTower
 from twotower.model.view import ContextView
