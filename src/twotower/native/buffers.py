@@ -193,28 +193,26 @@ class PassOutputs(Addresses):
             if not self._keeps_inputs:
                 self._ssm[index, row] = state.ssm[row]
 
-    def states(self, counts: Sequence[int]) -> tuple[list[MambaState], Addresses | None]:
+    def states(self, counts: Sequence[int]) -> tuple[list[MambaState], Addresses]:
         """Each Mamba layer's state after counts[b] tokens of each row b, whose ssm is filled, and
-        where the past of the next pass is; None where these are not equally many: then
-        convolutions' inputs are copies.
+        where the past of the next pass is. Where rows skip other numbers of inputs of convolutions
+        their states are copies.
         """
         if not self._sizes.num_mambas:
             return [], self._pasts  # keys have grown where they are
-        window, kept, known = self._conv, self._sizes.kept, None
+        window, kept = self._conv, self._sizes.kept
         skipped = counts if self._keeps_inputs else [0] * len(counts)
+        table = (self.after if self._keeps_inputs else self).table[..., : len(PAST)].copy()
+        table[..., _KEYS] = self._pasts.table[..., _KEYS]
+        if self._keeps_inputs:  # nobody reads other layers'
+            behind = _FLOAT * self._sizes.channels * np.array(skipped, np.int64)[:, None]
+            table[..., _CONV] = self.table[..., _WINDOW] + behind
         if min(skipped) == max(skipped):
-            own = self.after if self._keeps_inputs else self
-            table = own.table[..., : len(PAST)].copy()
-            table[..., _KEYS] = self._pasts.table[..., _KEYS]
-            if self._keeps_inputs:  # nobody reads other layers'
-                begin = self.table[..., _WINDOW]
-                table[..., _CONV] = begin + _FLOAT * skipped[0] * self._sizes.channels
-            known = Addresses(table, self._pasts.kept)
             conv = window[:, :, skipped[0] : skipped[0] + kept]
         else:
             conv = torch.stack([window[:, b, n : n + kept] for b, n in enumerate(skipped)], dim=1)
         both = zip(conv.mT.unbind(0), self._ssm.unbind(0), strict=True)  # (B, C, W-1) each
-        return [MambaState(*parts) for parts in both], known
+        return [MambaState(*parts) for parts in both], Addresses(table, window)
 
 
 def _address(value: Tensor) -> tuple[int, int]:
