@@ -28,6 +28,16 @@ def available_bytes(device: torch.device, enough: float = math.inf) -> int | Non
     return None if found is None else int(found[1]) * 1024
 
 
+def lacking_memory(device: torch.device, token_bytes: int, num_tokens: int) -> str | None:
+    """What a device's cache of so many tokens needs and what is free; None where it is enough."""
+    # Buffers have room for up to half as many more rows, and a grown one is a copy.
+    needed = 2 * num_tokens * token_bytes
+    free = available_bytes(device, needed)
+    if free is None or needed <= free:
+        return None
+    return f"about {needed / 1e9:.1f} GB of cache and {free / 1e9:.1f} GB are free"
+
+
 def release_memory() -> None:
     """Return to the system what the C allocator holds and nobody uses; glibc alone can."""
     if sys.platform == "linux":

@@ -149,9 +149,9 @@ def test_a_bad_line_is_reported_and_the_rest_goes_on(
 def test_a_prompt_too_long_for_memory_is_a_bad_line(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from twotower.engine import prefill
+    from twotower import memory
 
-    monkeypatch.setattr(prefill, "available_bytes", lambda *_: 10**6)
+    monkeypatch.setattr(memory, "available_bytes", lambda *_: 10**6)
     lines = [{"prompt": "a"}, {"prompt": [5] * 9000}, {"prompt": "b"}]
     source = write_lines(tmp_path / "in.jsonl", lines)
     assert answer(source, tmp_path / "out.jsonl", checkpoint) == offline.REFUSED_LINES

@@ -13,20 +13,19 @@ from torch import Tensor
 from property.test_cache import assert_same_rows
 from tiny_models import prompts_of
 from tiny_worker import MODEL, completion_of, end_of, failure_of, options, running, wait_for
-from twotower import ContextCache, Event, Finished, TokensCommitted, TwoTower, generate
+from twotower import ContextCache, Event, Finished, TokensCommitted, TwoTower, generate, memory
 from twotower.engine import (
     MODES,
     EngineOptions,
     Failed,
     Request,
     Ticket,
-    prefill,
     resolve_options,
 )
-from twotower.engine.prefill import READ_TOKENS
+from twotower.engine import scheduler as scheduling
 from twotower.engine.request import make_row
 from twotower.engine.row import Row
-from twotower.engine.scheduler import Scheduler
+from twotower.engine.scheduler import READ_TOKENS, Scheduler
 from twotower.engine.shared_queue import TURN, SharedQueue
 from twotower.model.rows import select_rows
 
@@ -41,7 +40,7 @@ def request(caller: str | None, o: object = SHORT, prompt: list[int] = PROMPT) -
 
 def set_chunk(patch: pytest.MonkeyPatch, size: int) -> None:
     """Prompts in passes of so many tokens, in decoding as in `prefill`."""
-    patch.setattr("twotower.engine.prefill.PREFILL_CHUNK", size)
+    patch.setattr("twotower.engine.scheduler.PREFILL_CHUNK", size)
     patch.setattr("twotower.model.two_tower.PREFILL_CHUNK", size)
 
 
@@ -80,7 +79,6 @@ def test_a_row_that_was_paused_writes_what_it_writes_alone(
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("twotower.engine.shared_queue.TURN", 1)  # so that slots change hands often
-        patch.setattr("twotower.engine.prefill.READ_TOKENS", 8)
         patch.setattr("twotower.engine.scheduler.READ_TOKENS", 8)
         set_chunk(patch, 4)
         with running(batch_size=batch_size, overlap=overlap, prefix_cache_bytes=cache) as worker:
@@ -186,11 +184,11 @@ def test_a_prompt_in_pieces_is_read_as_at_once(
     rows = [Row(i, prompt, o) for i, prompt in enumerate(prompts_of(lengths))]
     with pytest.MonkeyPatch.context() as patch:
         set_chunk(patch, 5)
-        patch.setattr(prefill, "READ_TOKENS", 10**6)
-        for batch in prefill.open_batches(MODEL, rows, are_alone=False):
+        patch.setattr(scheduling, "READ_TOKENS", 10**6)
+        for batch in scheduling.open_batches(MODEL, rows, are_alone=False):
             for budget in itertools.cycle(budgets):
-                patch.setattr(prefill, "READ_TOKENS", budget * len(batch.rows))
-                prefill.read_prompts(batch, None)
+                patch.setattr(scheduling, "READ_TOKENS", budget * len(batch.rows))
+                scheduling.read_prompts(batch, None)
                 if batch.has_read:
                     break
                 if leaving < len(batch.rows) > 1:
@@ -218,12 +216,12 @@ def test_pieces_end_where_the_model_says(monkeypatch: pytest.MonkeyPatch) -> Non
     MODEL.prefill(torch.tensor(prompts_of([61])))
     expected = list(sizes)
     for budget in (1, 7, 1000):
-        monkeypatch.setattr(prefill, "READ_TOKENS", budget)
+        monkeypatch.setattr(scheduling, "READ_TOKENS", budget)
         row = Row(0, prompts_of([61])[0], resolve_options(SHORT, {}))
-        (batch,) = prefill.open_batches(MODEL, [row], are_alone=True)
+        (batch,) = scheduling.open_batches(MODEL, [row], are_alone=True)
         sizes.clear()
         while not batch.has_read:
-            prefill.read_prompts(batch, None)
+            scheduling.read_prompts(batch, None)
         assert sizes == expected
 
 
@@ -306,7 +304,7 @@ def test_little_memory_lets_paused_rows_go_on(monkeypatch: pytest.MonkeyPatch) -
     """Guards a new row that does not fit while those that were paused hold the memory: it must wait
     for them, not fail, and they must not wait behind it."""
     free = [10**9]
-    monkeypatch.setattr(prefill, "available_bytes", lambda *_: free[0])
+    monkeypatch.setattr(memory, "available_bytes", lambda *_: free[0])
     monkeypatch.setattr("twotower.engine.shared_queue.TURN", 1)
     lengths = (60, 3, 5)
     requests = [
@@ -326,7 +324,7 @@ def test_little_memory_lets_paused_rows_go_on(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_row_that_never_fits_fails_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
     one_row = 3 * (5 + 60 + 4) * MODEL.config.context.kv_elements * 4
-    monkeypatch.setattr(prefill, "available_bytes", lambda *_: one_row)
+    monkeypatch.setattr(memory, "available_bytes", lambda *_: one_row)
     monkeypatch.setattr("twotower.engine.shared_queue.TURN", 1)
     o = options(mode="ar", max_new_tokens=60)
     requests = [request(caller, o) for caller in "abcabc"]

@@ -12,8 +12,17 @@ from torch import Tensor
 
 from property.test_decoding import LENGTHS, PROMPTS, every_variant, options
 from tiny_models import prompts_of, tiny_model
-from twotower import ContextCache, Event, Finished, GenerateOptions, TwoTower, generate, stream
-from twotower.engine import MODES, EngineOptions, Failed, Request, prefill, stream_requests
+from twotower import (
+    ContextCache,
+    Event,
+    Finished,
+    GenerateOptions,
+    TwoTower,
+    generate,
+    memory,
+    stream,
+)
+from twotower.engine import MODES, EngineOptions, Failed, Request, stream_requests
 from twotower.model.rows import append_rows, select_rows
 
 MODEL = tiny_model()
@@ -114,7 +123,7 @@ def test_little_memory_makes_rows_wait_for_each_other(monkeypatch: pytest.Monkey
     expected = generate(MODEL, PROMPTS, o)
     weight = MODEL.config.context.kv_elements * 4
     one_row = 3 * (max(LENGTHS) + max(NEW_TOKENS) + 4) * weight
-    monkeypatch.setattr(prefill, "available_bytes", lambda *_: one_row)
+    monkeypatch.setattr(memory, "available_bytes", lambda *_: one_row)
     seen = watched(monkeypatch, "denoise")
     assert generate(MODEL, PROMPTS, o) == expected
     assert max(seen) < len(PROMPTS)
@@ -139,7 +148,7 @@ def test_a_source_is_read_when_places_are_free() -> None:
 
 def test_a_refused_request_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards offline runs: one bad prompt among thousands."""
-    monkeypatch.setattr(prefill, "available_bytes", lambda *_: 10**6)
+    monkeypatch.setattr(memory, "available_bytes", lambda *_: 10**6)
     good = options(mode="ar", max_new_tokens=3)
     prompts = [[5], [], prompts_of([20000])[0], [6]]
     events = list(stream_requests(MODEL, (Request(p, good) for p in prompts)))

@@ -11,8 +11,8 @@ import torch
 from tiny_models import MASK, fresh_model, prompts_of, tiny_model
 from tiny_options import options_of
 from tiny_text import WORDS, ids_of, tiny_tokenizer
-from twotower import GenerateOptions, StepTaken, TokensCommitted, TwoTower, generate, stream
-from twotower.engine import MODES, prefill
+from twotower import GenerateOptions, StepTaken, TokensCommitted, TwoTower, generate, memory, stream
+from twotower.engine import MODES
 from twotower.tokenizer import train_tokenizer
 
 MODEL = tiny_model()
@@ -94,7 +94,7 @@ def test_nan_in_a_tower_is_one_line(mode: str) -> None:
 def test_a_prompt_larger_than_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against the kernel's killer, which leaves no message at all."""
     prompt = prompts_of([3000])
-    monkeypatch.setattr(prefill, "available_bytes", lambda *_: 100_000)
+    monkeypatch.setattr(memory, "available_bytes", lambda *_: 100_000)
 
     def never(*arguments: object) -> None:
         raise AssertionError("the model must not be asked")
@@ -108,7 +108,7 @@ def test_memory_is_no_obstacle_where_it_suffices_or_is_unknown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for free in (None, 10**9):
-        monkeypatch.setattr(prefill, "available_bytes", lambda *_, free=free: free)
+        monkeypatch.setattr(memory, "available_bytes", lambda *_, free=free: free)
         assert len(generate(MODEL, [[5]], options())[0].tokens) == 8
 
 

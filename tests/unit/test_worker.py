@@ -12,7 +12,7 @@ import pytest
 from property.test_scheduler import watched
 from tiny_models import fresh_model, prompts_of, tiny_model
 from tiny_worker import MODEL, completion_of, end_of, failure_of, options, running, wait_for
-from twotower import ContextCache, GenerateOptions, TwoTower, generate
+from twotower import ContextCache, GenerateOptions, TwoTower, generate, memory
 from twotower.engine import (
     EngineOptions,
     Failed,
@@ -24,7 +24,6 @@ from twotower.engine import (
     Ticket,
     TokensCommitted,
     Worker,
-    prefill,
     stream_requests,
 )
 from twotower.engine.prefix_cache import PrefixCache
@@ -165,7 +164,7 @@ def test_an_unusable_request_is_refused_at_once() -> None:
 
 
 def test_a_row_that_never_fits_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill, "available_bytes", lambda *_: 10**6)
+    monkeypatch.setattr(memory, "available_bytes", lambda *_: 10**6)
     with running() as worker:
         end = failure_of(worker.submit(Request(prompts_of([20000])[0], options())))
         assert end.kind == "memory" and "a prompt of 20000 tokens in 1 rows needs" in end.message

@@ -29,11 +29,11 @@ from twotower.cli.progress import progress_bar
 from twotower.cli.questions import Question as Asked
 from twotower.cli.questions import question_encoder, read_questions, tell_left_out
 from twotower.cli.tables import make_console, print_table
-from twotower.engine import lacking_memory
 from twotower.families import read_config
 from twotower.file_lock import only_writer
 from twotower.lab.report import Table
 from twotower.loading import Loaded, Placement, load, placement_of
+from twotower.memory import lacking_memory
 
 T = TypeVar("T")
 _MEASURED = 200  # prompts that are kept to measure, at most

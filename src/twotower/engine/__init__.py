@@ -14,7 +14,6 @@ from twotower.engine.filters import Filter
 from twotower.engine.generate import generate, stream
 from twotower.engine.grammar import Grammar
 from twotower.engine.options import EngineOptions, GenerateOptions
-from twotower.engine.prefill import lacking_memory
 from twotower.engine.request import Request, defaults_of
 from twotower.engine.resolved import MODES, Mode, ResolvedOptions, resolve_options
 from twotower.engine.source import stream_requests
@@ -44,7 +43,6 @@ __all__ = [
     "WorkerStats",
     "defaults_of",
     "generate",
-    "lacking_memory",
     "resolve_options",
     "stream",
     "stream_requests",

@@ -4,6 +4,7 @@ The queue says whose turn it is. A row that loses its slot keeps its cache and g
 nothing had been; no text depends on who else is there.
 """
 
+import itertools
 import logging
 import threading
 import time
@@ -11,17 +12,34 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from twotower.engine.batch import Batch, Chosen, Group
+from twotower.engine.ar import AR
+from twotower.engine.batch import Batch, Chosen, DecodingMode, Group, kind_of
+from twotower.engine.blocks import BLOCKS
 from twotower.engine.denoiser import RowsAborted
 from twotower.engine.events import Event, Failed
 from twotower.engine.faults import EngineDeadError, failed, failure
+from twotower.engine.given import GIVEN
+from twotower.engine.mock_ar import MOCK_AR
 from twotower.engine.options import EngineOptions
-from twotower.engine.prefill import READ_TOKENS, open_batches, read_prompts, refusal
 from twotower.engine.prefix_cache import PrefixCache
+from twotower.engine.resolved import Mode
 from twotower.engine.row import Row
+from twotower.engine.speculative import SPECULATIVE
+from twotower.memory import lacking_memory
 from twotower.model import TwoTower
 from twotower.model.rows import view_row
+from twotower.model.two_tower import PREFILL_CHUNK
 
+DECODING_MODES: Mapping[Mode, DecodingMode] = {
+    "diffusion": BLOCKS,
+    "posterior": BLOCKS,
+    "predict-and-noise": BLOCKS,
+    "speculative": SPECULATIVE,
+    "ar": AR,
+    "mock-ar": MOCK_AR,
+}
+# Tokens of prompts that are read at a time; then other rows decode, and may leave.
+READ_TOKENS = 1024
 _log = logging.getLogger(__name__)
 
 
@@ -131,8 +149,8 @@ class Scheduler:
         share = -(-(slots.total() + num_waiting) // len(self._groups))  # both get as many
         is_short = False  # of memory: only paused rows, whose caches are there, can enter
         while (row := self._queue.peek(slots, is_short)) is not None:
-            here, device = [*group.rows, *newcomers], self._model.context_device
-            message = None if row.paused else refusal(device, self._token_bytes, here, row)
+            here = [*group.rows, *newcomers]
+            message = None if row.paused else self._refusal(here, row)
             if message is not None:
                 is_short = slots.total() > 0 or self._queue.peek(slots, True) is not None
                 if not is_short:  # no memory will become free
@@ -154,6 +172,18 @@ class Scheduler:
         for batch in open_batches(self._model, newcomers, self._prefixes is not None):
             group.add(batch)
 
+    def _refusal(self, present: Sequence[Row], row: Row) -> str | None:
+        """Why memory has no room for the keys and values of a row in a batch with those present of
+        its kind; one line, or None when it has.
+        """
+        rows = [*(other for other in present if kind_of(other) == kind_of(row)), row]
+        num_prompt = max(len(row.prompt) for row in rows)
+        num_new = max(row.options.max_new_tokens + row.options.block_size for row in rows)
+        num_tokens = len(rows) * (num_prompt + num_new)
+        lack = lacking_memory(self._model.context_device, self._token_bytes, num_tokens)
+        asked = f"a prompt of {num_prompt} tokens in {len(rows)} rows needs {lack}"
+        return lack and f"{asked}; shorten it or send fewer rows at once"
+
     def _prefill(self, group: Group) -> Iterator[Event]:
         """Let the context tower read what was committed, and pieces of prompts."""
         yield from _each(group, Batch.read)
@@ -169,6 +199,37 @@ class Scheduler:
                     yield from _advance(group, part, part.mode.start)
                 else:
                     group.add(part)
+
+
+def open_batches(model: TwoTower, rows: Sequence[Row], are_alone: bool) -> Iterator[Batch]:
+    """Batches of rows of one kind whose prompts differ in length by less than a factor of two:
+    reading them together, padded, costs less than twice what they cost alone.
+    """
+    groups: dict[object, list[list[Row]]] = {}
+    for row in rows:
+        size = 1 << len(row.prompt).bit_length()
+        own = groups.setdefault((kind_of(row), size), [])
+        if own and not are_alone and (len(own[-1]) + 1) * size <= READ_TOKENS:
+            own[-1].append(row)
+        else:
+            own.append([row])
+    for some in itertools.chain.from_iterable(groups.values()):
+        mode = GIVEN if some[0].given else DECODING_MODES[some[0].options.mode]
+        cache = model.empty_cache(len(some), keeps_outputs=some[0].keeps_context)
+        yield Batch(model, mode, some, cache)
+
+
+def read_prompts(batch: Batch, prefixes: PrefixCache | None) -> None:
+    """Read prompts on, READ_TOKENS of all rows together, in pieces as the model says. A prefix
+    cache reads in its own way; it keeps no outputs of the tower.
+    """
+    num_left = READ_TOKENS // len(batch.rows)
+    if prefixes is not None and not batch.rows[0].keeps_context:
+        prefixes.read_prompt(batch, num_left)
+        return
+    while num_left > 0 and not batch.has_read:
+        batch.read(PREFILL_CHUNK)
+        num_left -= PREFILL_CHUNK
 
 
 def _each(
