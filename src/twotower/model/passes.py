@@ -1,7 +1,7 @@
 """The passes of decoding, checked: what an engine asks of a model, whatever backend runs them."""
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,13 @@ class Passes(nn.Module):
     t_block: nn.Sequential
     scale_shift_tables: nn.ParameterList
 
+    eager: ClassVar[Callable[..., Backend]]  # by the passes
+    _backend: Backend | None = None  # None: eager
+
     @property
     def backend(self) -> Backend:
         """What runs the passes of decoding."""
-        raise NotImplementedError
+        return self._backend or type(self).eager(self)
 
     @property
     def pass_costs(self) -> PassCosts:

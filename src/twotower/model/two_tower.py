@@ -37,7 +37,7 @@ class TwoTower(Passes):
     """
 
     prefix_chunk = EagerBackend.prefix_chunk
-    _backend: Backend | None = None  # None: eager
+    eager = EagerBackend  # where no other runs them
 
     def __init__(self, config: TwoTowerConfig, towers: Literal["both", "context"] = "both") -> None:
         super().__init__()
@@ -84,11 +84,6 @@ class TwoTower(Passes):
             self.denoiser_tower.embeddings = self.context_tower.embeddings
             if self.config.draft.vocab_size is None:
                 self.lm_head = self.context_lm_head
-
-    @property
-    def backend(self) -> Backend:
-        """What runs the passes of decoding."""
-        return self._backend or EagerBackend(self)
 
     def with_backend(self, backend: Backend) -> "TwoTower":
         """This model's modules, with decoding passes by another backend."""
