@@ -13,8 +13,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from twotower.checkpoint import export_transformers, load_checkpoint
+from twotower.checkpoint import convert, export_transformers, load_checkpoint
+from twotower.checkpoint.files import shipped_folder
 from twotower.families import config_from_dict, config_to_dict, read_config
+from twotower.tokenizer import load_tokenizer, train_tokenizer
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -69,6 +71,18 @@ def test_transformers_loads_the_export(tmp_path: Path, case: str) -> None:
     export_transformers(load_checkpoint(GOLDEN / case), tmp_path)
     theirs = load_theirs(tmp_path)
     assert difference(theirs, GOLDEN / case, recorded_prompt(case)) < TOLERANCE
+
+
+def test_a_prompt_begins_there_as_here(tmp_path: Path) -> None:
+    """Silent failure: our tokenizers' bos stood in no file, and transformers wrote another text."""
+    convert(shipped_folder(), tmp_path / "shipped", "transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "shipped")
+    ours, again = load_tokenizer(shipped_folder()), load_tokenizer(tmp_path / "shipped")
+    for text in ("Tom has 3 apples.", "<eos> ", "a"):
+        assert ours.encode_prompt(text) == again.encode_prompt(text)
+        assert theirs(text, split_special_tokens=True).input_ids == ours.encode_prompt(text)
+    told = train_tokenizer(["abc"] * 3, vocab_size=300).with_roles({}, adds_bos=False)
+    assert told.json_with_bos() is None and again.json_with_bos() is None
 
 
 def test_the_step_limit_matters(tmp_path: Path) -> None:

@@ -73,7 +73,11 @@ def convert(
         "backbone": save_backbone,
         "transformers": export_transformers,
     }[to]
-    write(model, target, dtype=dtype, extra_files=_companions(folder))
+    files = _companions(folder)
+    has_tokenizer = to == "transformers" and TOKENIZER_FILE in files
+    if has_tokenizer and (told := load_tokenizer(folder).json_with_bos()) is not None:
+        files[TOKENIZER_FILE] = told.encode()
+    write(model, target, dtype=dtype, extra_files=files)
 
 
 def convert_to_gguf(

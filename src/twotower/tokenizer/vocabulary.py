@@ -22,6 +22,16 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 ROLES = {"pad": "<pad>", "bos": "<bos>", "eos": "<eos>", "mask": "<mask>"}
 
 
+def bos_first(token: str, token_id: int) -> dict[str, object]:
+    """The step of a tokenizer file that puts bos before each text."""
+    bos: dict[str, object] = {"SpecialToken": {"id": token, "type_id": 0}}
+    one, other = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {
+        "type": "TemplateProcessing", "single": [bos, one], "pair": [bos, one, other],
+        "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}},
+    }  # fmt: skip
+
+
 class Vocabulary:
     """Tokens by id and by name; special tokens by their roles."""
 
@@ -69,6 +79,18 @@ class Vocabulary:
         if self._backend.post_processor is not None:
             return bool(self._backend.encode("").ids[:1] == [self.bos_id])
         return self._roles["bos"] == ROLES["bos"]
+
+    def json_with_bos(self) -> str | None:
+        """The tokenizer file with bos in it, for libraries that go by the file alone; None where it
+        says itself how a prompt begins.
+        """
+        if not self.adds_bos or self._backend.encode("").ids[:1] == [self.bos_id]:
+            return None
+        assert self.bos_id is not None
+        values = json.loads(self.json_text)
+        steps = values["post_processor"], bos_first(self._roles["bos"], self.bos_id)
+        values["post_processor"] = {"type": "Sequence", "processors": [*filter(None, steps)]}
+        return json.dumps(values, ensure_ascii=False)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token as the vocabulary writes it; None if it has no such token."""
