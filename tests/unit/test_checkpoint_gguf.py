@@ -220,6 +220,17 @@ def test_a_model_without_an_end_token_names_the_mask() -> None:
         read_vocabulary(tiny_config(eos_token_id=[4, 5, 6, 7]), None)
 
 
+def test_the_tokenizers_end_comes_first() -> None:
+    """Silent failure: a chat template there ends its turns with <|end_of_text|>, not <|eot_id|>,
+    because config.json lists that one first.
+    """
+    tokenizer = train_tokenizer([TEXT] * 20, vocab_size=300)  # its end is 2
+    config = tiny_config(vocab_size=tokenizer.vocab_size, eos_token_id=[5, 2, 4])
+    special = read_vocabulary(config, tokenizer).special
+    assert [special[role] for role in ("eos", "eot", "eom")] == [2, 5, 4]
+    assert read_vocabulary(config, None).special["eos"] == 5
+
+
 def test_options_of_other_layouts_have_no_8_bits() -> None:
     with pytest.raises(ValueError, match="q8_0 exists in GGUF files only, not with to=backbone"):
         ConvertOptions(source="a", target="b", to="backbone", dtype="q8_0")

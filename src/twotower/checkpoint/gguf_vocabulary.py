@@ -73,7 +73,7 @@ def read_vocabulary(
 
     ValueError (one line) for one of another kind, or with more tokens than the model.
     """
-    special = _special_ids(config)
+    special = _special_ids(config, None if tokenizer is None else tokenizer.eos_id)
     if tokenizer is None:
         tokens = [f"[{index}]" for index in range(config.vocab_size)]
         types, has_bos = [NORMAL] * len(tokens), "bos" in special
@@ -185,7 +185,7 @@ def _warn() -> None:
     )
 
 
-def _special_ids(config: TwoTowerConfig) -> dict[str, int]:
+def _special_ids(config: TwoTowerConfig, eos_id: int | None) -> dict[str, int]:
     """Ids by role. llama.cpp takes token 11 for the end where none is named; ours then is the mask.
 
     The mask token is never the next token of a text, so such a model runs on, as here.
@@ -193,6 +193,8 @@ def _special_ids(config: TwoTowerConfig) -> dict[str, int]:
     mask = None if config.has_own_mask else config.mask_token_id
     roles = {"bos": config.bos_token_id, "pad": config.pad_token_id, "mask": mask}
     ends = config.eos_token_ids or (() if mask is None else (mask,))
+    # The tokenizer's own first: llama.cpp gives a chat template the name of that one.
+    ends = tuple(sorted(ends, key=lambda end: end != eos_id))
     if not ends:
         raise ValueError(
             "eos_token_id=null cannot be exported: llama.cpp would take a token of its own for the "
