@@ -99,8 +99,9 @@ def blocks(shape: tuple[int, ...], kind: Any, seed: int) -> np.ndarray:
     count = shape[0] * shape[1] // numbers
     data = rng.integers(0, 256, (count, num_bytes), dtype=np.uint8)
     scales = rng.uniform(0.001, 0.01, (count, 2)).astype(np.float16).view(np.uint8)
-    if kind == Kind.Q6_K:
-        data[:, -2:] = scales[:, :2]  # its scale is the last
+    if kind.name in ("Q2_K", "Q3_K", "Q6_K"):  # whose scales are the last
+        num_scales = 4 if kind == Kind.Q2_K else 2
+        data[:, -num_scales:] = scales[:, :num_scales]
     else:
         num_scales = 4 if kind.name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else 2
         data[:, :num_scales] = scales[:, :num_scales]
