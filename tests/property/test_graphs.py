@@ -300,7 +300,7 @@ def test_the_host_looks_once_in_several_passes(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(backend, "on_host", together)
     monkeypatch.setattr(Tensor, "cpu", alone)
     generate(model, prompts_of([5, 3]), options_of({}, {"mode": "ar", "max_new_tokens": 17}))
-    assert looks == 2  # the first token is the prompt's, then 8 and 8
+    assert looks == 4  # at the first token of each prompt, then after 8 and 8
     looks, passes, fill = 0, list[int](), model.backend._fill_on
 
     def watched(*given: object) -> object:
