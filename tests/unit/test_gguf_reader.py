@@ -223,12 +223,17 @@ def test_a_silent_tokenizer_means_what_llama_cpp_takes(tmp_path: Path) -> None:
     """Silent failure: Llama 3 reads prompts without the token that begins each of its texts, or
     SentencePiece's file without ids never ends one.
     """
-    write(tmp_path / "m.gguf", pre="llama-bpe")
-    assert load_tokenizer(tmp_path / "m.gguf").encode_prompt("hi") == [1, TOKENS - 1]
+    for pre in ("llama-bpe", "llama3", "llama-v3"):
+        write(tmp_path / f"{pre}.gguf", pre=pre)
+        assert load_tokenizer(tmp_path / f"{pre}.gguf").encode_prompt("hi") == [1, TOKENS - 1]
     write(tmp_path / "n.gguf", pre="llama-bpe", **{"tokenizer.ggml.add_bos_token": False})
     assert load_tokenizer(tmp_path / "n.gguf").encode_prompt("hi") == [TOKENS - 1]
+    write(tmp_path / "q.gguf", pre="deepseek-r1-qwen")
+    write(tmp_path / "r.gguf", pre="qwen2")
+    q, r = (load_tokenizer(tmp_path / f"{name}.gguf") for name in "qr")
+    assert q.json_text == r.json_text and not q.adds_bos
     silent = {n: value for n, value in metadata().items() if not n.endswith("_token_id")}
-    said = {"tokenizer.ggml.add_bos_token": True} | metadata()
+    said = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.pre": "default"} | metadata()
     assert with_defaults(silent) == with_defaults(said) == said
 
 

@@ -121,13 +121,13 @@ def _contents(file: Path) -> dict[str, bytes]:
     """The files of the folder that stands for a GGUF file."""
     reader = _open(file)
     try:
-        said = {name: field.contents() for name, field in reader.fields.items()}
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # the library raises what numpy does
         raise _damaged(file, error) from None
-    metadata = with_defaults(said)
     family = _family(file, metadata)
     tensors = dict(_tensors(file, reader))
     try:
+        metadata = with_defaults(metadata)
         names = frozenset(tensors)
         factors = _values_of(file, tensors.get("rope_freqs.weight"))
         values = {"model_type": family.MODEL_TYPE} | family.config_from_gguf(

@@ -34,18 +34,23 @@ SPLITS: dict[str, list[dict[str, object]]] = {
     "qwen2": _split(_PATTERN % ""),
     "llama-bpe": _split(_PATTERN % "{1,3}"),
 }
+_SAME = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 SPACE = "\u2581"
 
 
 def with_defaults(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's metadata with what llama.cpp takes where its tokenizer is silent."""
+    """A file's metadata with what llama.cpp takes where its tokenizer is silent, and one name for
+    each way of splitting text.
+    """
     prefix = "tokenizer.ggml"
     is_pieces = metadata.get(f"{prefix}.model") == "llama"
-    adds_bos = is_pieces or metadata.get(f"{prefix}.pre") == "llama-bpe"
+    name = metadata.get(f"{prefix}.pre", "default")
+    split = _SAME.get(name, name)
     ids = {"unknown": 0, "bos": 1, "eos": 2} if is_pieces else {}
     found = {f"{prefix}.{role}_token_id": index for role, index in ids.items()}
-    return {f"{prefix}.add_bos_token": adds_bos, **found, **metadata}
+    found[f"{prefix}.add_bos_token"] = is_pieces or split == "llama-bpe"
+    return {**found, **metadata, f"{prefix}.pre": split}
 
 
 def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
@@ -97,7 +102,7 @@ def _roles(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, obje
 
 def _byte_level(metadata: Mapping[str, Any]) -> dict[str, object]:
     """Byte-level BPE: the vocabulary is written in the alphabet that stands for bytes."""
-    name = metadata.get("tokenizer.ggml.pre", "default")
+    name = metadata["tokenizer.ggml.pre"]
     if name not in SPLITS:
         raise ValueError(
             f"its tokenizer splits text by {name!r}, which is not supported; supported are "
