@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def write(
     architecture: str = "llama",
     without: str = "",
     pre: str = "smollm",
+    merges: Sequence[Any] = ("h i",),
     **extra: Any,
 ) -> dict[str, np.ndarray]:
     """A one-block model whose matrices are of a type; returns every tensor's values."""
@@ -56,7 +58,7 @@ def write(
     tokens = [f"<{index}>" for index in range(TOKENS - 257)] + [*LETTERS, "hi"]
     writer.add_token_list(tokens)
     writer.add_token_types([3] * (TOKENS - 257) + [1] * 257)
-    writer.add_token_merges(["h i"])
+    writer.add_token_merges(merges)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     values: dict[str, np.ndarray] = {}
@@ -163,6 +165,7 @@ def test_a_second_look_reads_no_header_again(
         ({"without": "block_count"}, "lacks the metadata 'block_count'"),
         ({"without": "blk.0.ffn_up.weight"}, "1 missing: context_tower.layers.1.mixer.up_proj"),
         ({"embedding_length": 128}, "misshapen"),
+        ({"merges": [7]}, "truncated or not a GGUF file ('int' object has no attribute 'split')"),
         ({"block_count": 10**9}, "num_hidden_layers=1000000000 must be between"),
         ({"attention.head_count": 0}, "num_attention_heads=0 must be between"),
         ({"split.count": 3}, "is one of 3 parts"),
@@ -323,6 +326,19 @@ def test_sentence_pieces(tmp_path: Path) -> None:
     assert tokenizer.encode("\u20ac") == euro
     assert tokenizer.decode(tokenizer.encode("ab \u20ac a")) == "ab \u20ac a"
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["add_bos_token"] is True
+
+
+@pytest.mark.parametrize(
+    "changes", [{"unknown_token_id": 10**6}, {"scores": [0.0]}, {"token_type": []}]
+)
+def test_lists_of_other_lengths_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Guards a traceback: the lists of a tokenizer are believed to be of one length."""
+    write(tmp_path / "m.gguf")
+    monkeypatch.setattr(gguf_reader, "with_defaults", lambda said: said | metadata(**changes))
+    with pytest.raises(ValueError, match=r"m\.gguf: .*; fetch it again"):
+        gguf_reader.open_gguf(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize(

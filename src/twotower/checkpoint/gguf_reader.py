@@ -135,8 +135,10 @@ def _contents(file: Path) -> dict[str, bytes]:
         )
         config_from_dict(values)
         files = tokenizer_files(metadata)
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise ValueError(f"{file}: lacks the metadata {error}; fetch the file again") from None
+    except (IndexError, TypeError, AttributeError) as error:  # a value of another kind, or length
+        raise _damaged(file, error) from None
     except ValueError as error:
         text = str(error).removeprefix("config.json: ")
         raise ValueError(f"{file}: {text}") from None
