@@ -294,7 +294,9 @@ def test_a_bad_index_is_one_clear_line(tmp_path: Path, index: str, expected: str
 def test_places_without_a_checkpoint_are_one_clear_line(tmp_path: Path) -> None:
     assert "no such file" in message(tmp_path)
     shutil.copyfile(GOLDEN / "case_03/config.json", tmp_path / "config.json")
-    assert "holds neither" in message(tmp_path)
+    assert "index.json; add the weights" in message(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")  # which is there, and no weights
+    assert "; pytorch_model.bin not read: save the model as safetensors" in message(tmp_path)
     assert "is a file" in message(tmp_path / "config.json")
     assert "is not a file or folder" in message(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"^model: models/tiny.gguf is not a file or folder; give"):

@@ -126,7 +126,10 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     """
     found = [name for name in (GGUF_INDEX, SINGLE_FILE, INDEX_FILE) if (folder / name).is_file()]
     if not found:
-        raise ValueError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; add the weights")
+        remedy = "add the weights"
+        if others := _weights_beside(folder, set()):
+            remedy = f"{others} not read: save the model as safetensors"
+        raise ValueError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; {remedy}")
     if len(found) > 1:
         weight_map = _weight_map(folder / INDEX_FILE) if INDEX_FILE in found else {}
         if GGUF_INDEX in found or set(weight_map.values()) != {SINGLE_FILE}:
@@ -155,17 +158,20 @@ def read_entries(folder: Path) -> dict[str, Entry]:
 def log_others(folder: Path, entries: Collection[Entry]) -> None:
     """One warning that names the files of weights beside those that the entries come from."""
     used = {entry.file.resolve() for entry in entries}
+    if others := _weights_beside(folder, used):
+        names = ", ".join(sorted(file.name for file in used)[:4])
+        _log.warning("%s: %s not read; the weights are %s", folder, others, names)
+
+
+def _weights_beside(folder: Path, used: set[Path]) -> str:
+    """The files of weights in a folder but for those, by their names."""
     others = sorted(
         file.name
         for file in folder.iterdir()
         if file.suffix.lower() in WEIGHTS and file.resolve() not in used and file.is_file()
     )
-    if others:
-        more = f" and {len(others) - 4} more" if len(others) > 4 else ""
-        _log.warning(
-            "%s: %s%s not read; the weights are %s", folder, ", ".join(others[:4]), more,
-            ", ".join(sorted(file.name for file in used)[:4]),
-        )  # fmt: skip
+    more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+    return ", ".join(others[:4]) + more
 
 
 def _gguf_entry(file: Path, name: str, entry: Mapping[str, Any]) -> Entry:
