@@ -203,3 +203,22 @@ def test_prompts_that_were_trained_on_are_not_measured(
     printed = capsys.readouterr()
     assert json.loads(printed.out)["tasks"][0]["prompts"] == 3
     assert "measure: 3 of 3 prompts" in printed.err
+
+
+def test_an_interrupted_run_says_what_it_keeps(
+    backbone: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Guards hours: who stops a run and hears nothing starts from the beginning elsewhere."""
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("twotower.adapt.run.train", stopped)
+    file, out = prompts_file(tmp_path, 300), tmp_path / "denoiser"
+    command = ["adapt", "-m", backbone, "--prompts", str(file), "--out", str(out), "--layers", "1"]
+    assert main([*command, "--max-tokens", "12", "--minutes", "0.1"]) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"interrupted: {out}-work keeps") and last.endswith("continues")

@@ -119,14 +119,19 @@ def run(options: AdaptArguments) -> int:
         del first  # its memory is for the stages
         work.path.mkdir(exist_ok=True)
         write_whole(work.source, source)
-        if "answers" in wanted:
-            _show(stages.collect_answers(model, questions, work, thin, answers, budget))
-        if "train" in wanted:
-            out, path = options.output, Path(loaded.name)
-            name = path.name if path.exists() else loaded.name  # not where it lies here
-            _show(stages.train(model, work, thin, steps, budget, out, name))
-        if "measure" in wanted:
-            _report(options, loaded, held, budget)
+        try:
+            if "answers" in wanted:
+                _show(stages.collect_answers(model, questions, work, thin, answers, budget))
+            if "train" in wanted:
+                out, path = options.output, Path(loaded.name)
+                name = path.name if path.exists() else loaded.name  # not where it lies here
+                _show(stages.train(model, work, thin, steps, budget, out, name))
+            if "measure" in wanted:
+                _report(options, loaded, held, budget)
+        except KeyboardInterrupt:
+            kept = f"{work.path} keeps what was done, but for the last minute of training"
+            print(f"interrupted: {kept}; the same command continues", file=sys.stderr)
+            raise
     return 0
 
 
