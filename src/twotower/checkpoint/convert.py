@@ -73,10 +73,7 @@ def convert(
         "backbone": save_backbone,
         "transformers": export_transformers,
     }[to]
-    files = _companions(folder)
-    has_tokenizer = to == "transformers" and TOKENIZER_FILE in files
-    if has_tokenizer and (told := load_tokenizer(folder).json_with_bos()) is not None:
-        files[TOKENIZER_FILE] = told.encode()
+    files = _companions(folder) | (_tokenizer_with_bos(folder) if to == "transformers" else {})
     write(model, target, dtype=dtype, extra_files=files)
 
 
@@ -110,6 +107,15 @@ def _source_folder(source: str | Path, target: str | Path) -> Path:
 def _precision_of(model: TwoTower) -> Precision:
     names: dict[str, Precision] = {"bfloat16": "bfloat16", "float16": "float16"}
     return names.get(main_dtype(model, None), "float32")
+
+
+def _tokenizer_with_bos(folder: Path) -> dict[str, bytes]:
+    """tokenizer.json where it has to be another one than the folder's."""
+    try:
+        told = load_tokenizer(folder).json_with_bos()
+    except ValueError:  # none, or one that is not read here: it comes along as it is
+        return {}
+    return {} if told is None else {TOKENIZER_FILE: told.encode()}
 
 
 def _companions(folder: Path) -> dict[str, bytes]:
