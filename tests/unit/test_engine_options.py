@@ -243,6 +243,16 @@ def test_copies_remember_what_was_given() -> None:
         assert resolve_options(o, DEFAULTS).block_size == 8
 
 
+def test_a_checkpoint_that_samples_has_a_temperature_of_1() -> None:
+    """Silent failure: do_sample and top_p without a temperature meant greedy texts, where
+    transformers samples.
+    """
+    nucleus = {"do_sample": True, "top_p": 0.8}
+    assert resolve_options(GenerateOptions(), nucleus).temperature == 1
+    assert resolve_options(GenerateOptions(temperature=0), nucleus).temperature == 0
+    assert resolve_options(GenerateOptions(), nucleus | {"temperature": 0.6}).temperature == 0.6
+
+
 def test_defaults_that_do_not_sample() -> None:
     """A generation_config.json with do_sample=false holds a temperature that means nothing."""
     found = resolve_options(GenerateOptions(), {"temperature": 0.7, "do_sample": False})

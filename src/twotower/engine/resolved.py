@@ -128,6 +128,8 @@ def resolve_options(options: "GenerateOptions", defaults: Mapping[str, object]) 
         known.pop("verify_threshold", None)  # which needs the other
     if defaults.get("do_sample") is False:
         known.pop("temperature", None)
+    elif defaults.get("do_sample") is True:
+        known.setdefault("temperature", 1.0)  # as in transformers
     values = {**known, **given, "mode": mode}
     for name in _SEVERAL:
         if name in values and not isinstance(values[name], tuple):
