@@ -174,11 +174,13 @@ class Batch:
 
     def read(self, most: int | None = None) -> None:
         """Let the context tower read on, up to the `ends`: at most `most` a row."""
-        bounds = list(zip(self.rows, self.cache.lengths.tolist(), self.ends, strict=True))
+        starts, ends = self.cache.lengths.tolist(), self.ends
+        if starts == ends:
+            return
+        bounds = list(zip(self.rows, starts, ends, strict=True))
         pieces = [row.between(a, b if most is None else min(a + most, b)) for row, a, b in bounds]
         counts = [len(piece) for piece in pieces]
-        if (longest := max(counts)) == 0:
-            return
+        longest = max(counts)
         ids = torch.tensor([piece + [0] * (longest - len(piece)) for piece in pieces])
         self.model.extend(self.cache, ids, torch.tensor(counts))
         for (row, start, end), count in zip(bounds, counts, strict=True):

@@ -202,12 +202,13 @@ class PassOutputs(Addresses):
             return [], self._pasts  # keys have grown where they are
         window, kept = self._conv, self._sizes.kept
         skipped = counts if self._keeps_inputs else [0] * len(counts)
+        is_even = min(skipped) == max(skipped)
         table = (self.after if self._keeps_inputs else self).table[..., : len(PAST)].copy()
         table[..., _KEYS] = self._pasts.table[..., _KEYS]
         if self._keeps_inputs:  # nobody reads other layers'
-            behind = _FLOAT * self._sizes.channels * np.array(skipped, np.int64)[:, None]
-            table[..., _CONV] = self.table[..., _WINDOW] + behind
-        if min(skipped) == max(skipped):
+            own = skipped[0] if is_even else np.array(skipped, np.int64)[:, None]
+            table[..., _CONV] = self.table[..., _WINDOW] + _FLOAT * self._sizes.channels * own
+        if is_even:
             conv = window[:, :, skipped[0] : skipped[0] + kept]
         else:
             conv = torch.stack([window[:, b, n : n + kept] for b, n in enumerate(skipped)], dim=1)
