@@ -17,7 +17,7 @@ _ADDED = 0.75
 _KNOWN, _GUESSED = 4.0, 0.5  # drafts of a row that count as much as that, and as a guess
 # Seconds that drafts take beside their passes: those of a batch together, and each. In AR steps,
 # where no second was measured.
-_TOGETHER_S = _EACH_S = 0.0003
+_TOGETHER_S = _EACH_S = 0.0005
 _TOGETHER = _EACH = 0.1
 
 
