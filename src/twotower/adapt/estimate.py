@@ -64,10 +64,8 @@ def estimate(
     with.
     """
     prompt = round(fmean(len(question.prompt) for question in questions))
-    length, rows = (
-        max(1, round(_USUAL * answers.max_new_tokens)),
-        min(answers.batch_size, len(questions)),
-    )
+    length = max(1, round(_USUAL * answers.max_new_tokens))
+    rows = min(answers.batch_size, len(questions))
     answers_s, every = budget.seconds("answers"), len(questions) * length
     token_s = _answer_token_s(model, rows, prompt, length)
     # The end of the time finds answers half written, of which few are kept.

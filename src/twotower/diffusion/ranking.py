@@ -1,24 +1,14 @@
 """The most probable tokens of each position."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from twotower.diffusion.sampling import argmax, ban
 
-
-class Rank(Protocol):
-    """`most_probable`, or a backend's own."""
-
-    def __call__(
-        self,
-        logits: Tensor,
-        count: int = 1,
-        unused_ids: Sequence[int] = (),
-        chosen: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]: ...
+# logits, count, unused_ids, chosen -> ids, probs: `most_probable`, or a backend's own
+Rank = Callable[[Tensor, int, Sequence[int], Tensor | None], tuple[Tensor, Tensor]]
 
 
 def most_probable(
