@@ -146,6 +146,17 @@ def test_nearer_tokens_weigh_more_and_missing_ones_nothing() -> None:
     torch.testing.assert_close(loss, expected * torch.log(torch.tensor(7.0)))
 
 
+def test_soft_and_hard_targets_share_the_loss() -> None:
+    """Guards the mixture: with the shares the other way round, or a token of no class counted, the
+    loss would still fall."""
+    logits, soft = torch.randn(1, 1, 3, 7), torch.rand(1, 1, 3, 7).softmax(-1)
+    targets = torch.tensor([[[1, NO_TARGET, 2]]])
+    (hard, _), (all_soft, _), (mixed, _) = (
+        weighted_loss(logits, targets, 2.0, soft, share) for share in (0.0, 1.0, 0.3)
+    )
+    torch.testing.assert_close(mixed, 0.7 * hard + 0.3 * all_soft)
+
+
 @pytest.mark.parametrize("ids", [None, IDS])
 def test_soft_targets_are_what_the_backbone_chooses_from(
     ids: Tensor | None, tmp_path: Path

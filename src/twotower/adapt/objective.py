@@ -107,9 +107,12 @@ def weighted_loss(
     """
     weights = torch.exp(-torch.arange(targets.shape[-1], device=targets.device) / decay)
     weights = (weights.expand_as(targets) * (targets != NO_TARGET)).flatten()
-    flat = logits.flatten(0, -2)
-    each = F.cross_entropy(flat, targets.flatten(), ignore_index=NO_TARGET, reduction="none")
+    flat, wanted = logits.flatten(0, -2), targets.flatten()
     if probabilities is not None and share > 0:
-        soft = F.cross_entropy(flat, probabilities.flatten(0, -2), reduction="none")
-        each = (1 - share) * each + share * soft
+        mixed = probabilities.flatten(0, -2) * share
+        chosen = wanted.clamp(min=0).unsqueeze(1)  # those that are none have no weight
+        mixed.scatter_add_(1, chosen, mixed.new_full(chosen.shape, 1 - share))
+        each = F.cross_entropy(flat, mixed, reduction="none")
+    else:
+        each = F.cross_entropy(flat, wanted, ignore_index=NO_TARGET, reduction="none")
     return (each * weights).sum(), weights.sum()
