@@ -5,7 +5,6 @@ PyTorch lets one kind of device be written in Python. A tensor on it refuses wha
 refuses: to meet a CPU tensor in one operation, to index one, and to be read as numpy's.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -35,6 +34,13 @@ class Far(Tensor):
         )  # fmt: skip
         made.held = held
         return made  # type: ignore[no-any-return]
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:  # modules keep tied weights tied
+        return ["held"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *_: object) -> "Far":
+        return Far(inner["held"])
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -81,9 +87,8 @@ def _run(func, args, kwargs):  # type: ignore[no-untyped-def]
     return tree_map_only(Tensor, lambda t: own[id(t)] if id(t) in own else Far(t), out)
 
 
-@functools.cache
 def _register() -> list[torch.library.Library]:
-    """The device and the three kernels that PyTorch calls without asking Python first."""
+    """The device and what PyTorch calls without asking Python first, which lasts as long as it."""
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
     kernels = torch.library.Library("aten", "IMPL")
 
@@ -100,13 +105,17 @@ def _register() -> list[torch.library.Library]:
     kernels.impl("empty_strided", empty(torch.empty_strided), "PrivateUse1")
     kernels.impl("empty.memory_format", empty(torch.empty), "PrivateUse1")
     kernels.impl("_copy_from", copy, "PrivateUse1")
-    return [kernels]
+    autocast = torch.library.Library("_", "IMPL")
+    autocast.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # casts nothing
+    return [kernels, autocast]
+
+
+_KERNELS = _register()  # before the first backward pass of the process, which counts the devices
 
 
 @contextmanager
 def far_device() -> Iterator[torch.device]:
     """The device, while it lasts; its tensors serve no longer."""
-    _register()
     listed = Tensor.tolist  # refused to subclasses
     with patch.object(Tensor, "tolist", lambda self: listed(_near(self))), _Mode():
         yield torch.device(NAME, 0)

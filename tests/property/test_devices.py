@@ -1,6 +1,7 @@
 """Models on a device that is no CPU; see `far_device`, which refuses what CUDA refuses."""
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 
 import tiny_adapt
 from far_device import far_device
+from tiny_denoiser import denoiser, make_backbone
 from tiny_models import fresh_model, prompts_of
+from tiny_training import make_shard
 from twotower import (
     EngineOptions,
     GenerateOptions,
@@ -24,6 +27,7 @@ from twotower.backends import accelerate
 from twotower.checkpoint import load_checkpoint, save_backbone, save_two_towers
 from twotower.checkpoint.denoiser import load_denoiser, save_denoiser
 from twotower.graphs.backend import GraphsBackend
+from twotower.train.loop import train_steps
 
 PROMPTS = prompts_of([3, 9, 5, 1, 12])
 MODES: list[dict[str, object]] = [
@@ -139,3 +143,26 @@ def test_training_a_thin_denoiser_does_not_depend_on_the_device(tmp_path: Path) 
         found, far_per_cycle = losses(thin().to(device), "far")
     assert found == pytest.approx(expected, rel=2e-2)  # the CPU's may be of bfloat16
     assert far_per_cycle == pytest.approx(per_cycle, rel=0.1)
+
+
+RECIPES: dict[str, dict[str, object]] = {
+    "denoiser": {"targets": "completion", "denoised_blocks_per_row": 3, "mask_rate_per": "block"},
+    "both towers": {"train_context": True, "ar_loss_weight": 0.5, "activation_checkpointing": True},
+    "tied": {"towers": "tied-ar", "optimizer": "muon"},
+    "thin": {"reads": [0, 1], "bigram_rank": 4, "accumulate": 2},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_training_does_not_depend_on_the_device(recipe: str, tmp_path: Path) -> None:
+    """Guards the recipes of `train`, as above."""
+    shard = make_shard(tmp_path / "shard", align=4)
+    backbone = make_backbone(shard, tmp_path / "backbone", steps=1)
+
+    def losses(device: str) -> list[float]:
+        asked = denoiser(shard, backbone, tmp_path / device, device=device, **RECIPES[recipe])
+        return [report.loss for report in islice(train_steps(asked), 3)]
+
+    expected = losses("cpu")
+    with far_device():
+        assert losses("far") == pytest.approx(expected, rel=1e-4)

@@ -231,3 +231,13 @@ def test_options_of_thin_denoisers_are_checked(
     with pytest.raises(ValueError, match=words) as caught:
         run(thin(data, backbone, tmp_path, **changes))
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_without_a_token_to_learn_is_refused(tmp_path: Path) -> None:
+    """Guards against a loss of 0, which looks like a perfect denoiser: completions that begin on
+    multiples of 4 leave no block of 16 that begins inside one."""
+    shard = make_shard(tmp_path / "shard", align=4)
+    backbone = make_backbone(shard, tmp_path / "backbone", steps=1)
+    options = denoiser(shard, backbone, tmp_path / "out", reads=[0, 1], targets="completion")
+    with pytest.raises(ValueError, match=r"targets=completion: no block .* use targets=all"):
+        run(options)

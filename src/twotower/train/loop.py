@@ -233,6 +233,11 @@ class Run:
         norm = clip_gradients(self.parameters, options.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self.processes.error(self._not_finite(loss, norm))
+        if loss == 0.0 and state.step == 0:
+            raise self.processes.error(
+                f"targets={options.targets}: no block of the first {options.batch_size} rows has "
+                "a token to learn; use targets=all, or data prepared with --align of the block size"
+            )
         state.optimizer.step()
         for counts in self.balance.counts.values():
             counts.copy_(self.processes.add(counts.cpu()))
