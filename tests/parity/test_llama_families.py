@@ -91,6 +91,18 @@ def test_logits(pair: Any) -> None:
     assert (ours.context_logits(tokens) - expected).abs().max() < TOLERANCE * expected.std()
 
 
+def test_a_base_model_is_read_where_its_head_is_tied(pair: Any, tmp_path: Path) -> None:
+    """Silent failure: files of `AutoModel`, without a prefix, count as another model's."""
+    theirs, ours, _ = pair
+    theirs.model.save_pretrained(tmp_path)
+    if not theirs.config.tie_word_embeddings:
+        with pytest.raises(ValueError, match=r"has no lm_head\.weight"):
+            load_checkpoint(tmp_path, towers="context")
+        return
+    again = load_checkpoint(tmp_path, towers="context")
+    assert torch.equal(again.context_logits(ids(1, 9)), ours.context_logits(ids(1, 9)))
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 17])
 def test_greedy_texts(pair: Any, length: int) -> None:
     theirs, ours, _ = pair

@@ -99,7 +99,7 @@ def test_the_context_alone_reads_no_denoiser(tmp_path: Path) -> None:
     assert "missing: " in message(cut)
 
 
-@pytest.mark.parametrize("prefix", ["backbone.", "model."])
+@pytest.mark.parametrize("prefix", ["backbone.", "model.", ""])
 def test_a_backbone_fills_both_towers_and_starts_unconditioned(tmp_path: Path, prefix: str) -> None:
     """Guards against an initial gate of 0 or a shift: training would start from another model."""
     path = edited(tmp_path, lambda tensors: as_backbone(tensors, prefix))
@@ -195,6 +195,16 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> N
 def test_integer_weights_are_refused(tmp_path: Path) -> None:
     path = edited(tmp_path, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].int()}))
     assert "not in F64, F32, BF16, F16: lm_head.weight (I32)" in message(path)
+
+
+def test_a_base_model_without_a_head_says_so(tmp_path: Path) -> None:
+    """Guards a user who saved by AutoModel against a list of tensors, or a head of nothing."""
+
+    def cut(tensors: dict[str, Tensor]) -> None:
+        as_backbone(tensors, "")
+        del tensors["lm_head.weight"]
+
+    assert "has no lm_head.weight, and config.json ties no head" in message(edited(tmp_path, cut))
 
 
 def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:

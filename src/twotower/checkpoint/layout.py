@@ -34,6 +34,12 @@ def read_layout(folder: Path, config: TwoTowerConfig) -> tuple[dict[str, Entry],
     for name, entry in found.items():
         if (released := names.released_name(name, layout, family)) is not None:
             entries[released] = entry._replace(name=name)
+    has_head = config.tie_word_embeddings or any(n.startswith("context_lm_head.") for n in entries)
+    if layout == names.BARE and not has_head:
+        raise ValueError(
+            f"{folder}: has no lm_head.weight, and config.json ties no head to the embeddings: a "
+            "model without a head writes no text; save it as its class for causal language models"
+        )
     return entries, layout
 
 

@@ -13,6 +13,7 @@ from twotower.families import Family
 
 T = TypeVar("T")
 TWO_TOWER = "two-tower"
+BARE = "without a prefix"  # a base model, as the class of `transformers` without a head saves it
 
 CONTEXT_PARTS = ("context_tower.", "context_lm_head.")
 DENOISER_PARTS = (
@@ -65,7 +66,7 @@ def layout_of(names: Iterable[str], family: Family) -> str | None:
     for prefix, layout in family.LAYOUTS.items():
         if any(name.startswith(prefix) for name in found):
             return layout
-    return None
+    return BARE if "embeddings.weight" in map(family.to_tower_name, found) else None
 
 
 def released_name(name: str, layout: str, family: Family) -> str | None:
