@@ -71,6 +71,8 @@ class TowerConfig:
         turned = {(a.rope, a.head_dim) for a in self.layers_of(AttentionSpec) if a.rope is not None}
         if len(turned) > 1:
             raise ValueError("attention layers with different rotary positions are not supported")
+        if not turned and any(a.window is not None for a in self.layers_of(AttentionSpec)):
+            raise ValueError("a window of attention is not supported without rotary positions")
 
     @cached_property
     def num_layers(self) -> int:

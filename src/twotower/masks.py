@@ -1,11 +1,12 @@
 """Who may attend to whom: boolean masks, True = may attend.
 
 Every mask that the towers use is built here, and None stands for "no mask needed". Keys are always
-the past first, then this call's own tokens; attention has no positions, so padding may stand
-anywhere.
+the past first, then this call's own tokens. A past begins at position 0; what pads it stands behind
+it and is hidden.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -52,3 +53,20 @@ def block_causal(starts: Tensor, num_past: int, block_size: int) -> Tensor:
     clean = torch.arange(num_past, device=starts.device) < before
     same = (own.unsqueeze(0) == own.unsqueeze(1)).expand(len(starts), -1, -1)
     return torch.cat([clean, same], dim=2).unsqueeze(1)
+
+
+def within(mask: Tensor | None, window: int, positions: Tensor, num_past: int) -> Tensor | None:
+    """A mask (..., S + L), or (..., L) where all of the S past keys are seen, without the keys that
+    are `window` or more positions before their query: positions (B or 1, L) of the L tokens.
+    """
+    length = positions.shape[1]
+    if num_past + length <= window:
+        return mask
+    past = torch.arange(num_past, device=positions.device).expand(len(positions), -1)
+    keys = torch.cat([past, positions], dim=1).unsqueeze(1)
+    near = (keys > positions.unsqueeze(2) - window).unsqueeze(1)  # (B or 1, 1, L, S + L)
+    if mask is None:
+        return near
+    if mask.shape[-1] == length:
+        mask = F.pad(mask, (num_past, 0), value=True)
+    return mask & near

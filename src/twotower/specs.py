@@ -89,10 +89,15 @@ class AttentionSpec:
     """RMSNorm of each query and key head."""
     rope: RopeSpec | None = None
     """None: no positions at all."""
+    window: int | None = None
+    """Sliding window: a token attends to itself, to the window - 1 tokens before it, and in a block
+    of the denoiser to those behind it. None: to all."""
 
     def __post_init__(self) -> None:
         check_sizes(self, "num_heads", "num_kv_heads", "head_dim")
         check_division(self, "num_heads", "num_kv_heads")
+        if self.window is not None:
+            check_sizes(self, "window")
         if self.rope is not None and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary positions")
 

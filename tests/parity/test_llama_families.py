@@ -38,6 +38,7 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
 }  # fmt: skip
+KINDS = ("sliding", "full", "sliding", "sliding", "full")
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama, tied, biases": (
@@ -55,6 +56,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2, its own head size": ("Qwen2", {"head_dim": 12, "num_key_value_heads": 1}),
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3, biases": ("Qwen3", {"head_dim": 8, "attention_bias": True}),
+    "mistral, window": ("Mistral", {"sliding_window": 17}),
+    "qwen2, window": (
+        "Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}
+    ),
+    "qwen3, its own windows": (
+        "Qwen3", {
+            "use_sliding_window": True, "sliding_window": 5, "head_dim": 8,
+            "layer_types": [f"{kind}_attention" for kind in KINDS],
+        }
+    ),
+    "smollm3, window": ("SmolLM3", {"use_sliding_window": True, "sliding_window": 40}),
     "smollm3": ("SmolLM3", {}),
     "smollm3, llama 3": ("SmolLM3", {"rope_parameters": LLAMA3}),
     "smollm3, its own layers without positions": (
@@ -199,7 +211,9 @@ def written(model: TwoTower, file: Path, dtype: Any = "float32") -> bool:
     attention = model.config.context.layers[0]
     rotary = [spec.rope is not None for spec in model.config.context.layers[::2]]  # type: ignore[union-attr]
     reason = None
-    if rotary not in ([True] * 5, [True, True, True, False, True]):
+    if any(spec.window for spec in model.config.context.layers[::2]):  # type: ignore[union-attr]
+        reason = "sliding_window cannot be exported"
+    elif rotary not in ([True] * 5, [True, True, True, False, True]):
         reason = "no_rope_layers cannot be exported"
     elif model.config.family == "qwen3" and attention.bias:  # type: ignore[union-attr]
         reason = "attention_bias=true cannot be exported"

@@ -22,6 +22,7 @@ from twotower.model.eager import EagerBackend
 
 WAYS = ["eager", "none", "int8", "int4"]
 CUTS = (0, 5, 57, 63, 64, 120)  # pasts that end before, at and behind a block of 64 keys
+WINDOWED = ["mistral, window", "qwen3, window", "smollm3, window"]
 FREE = PassCosts({64: 1.0}, row=0.0)
 
 
@@ -59,7 +60,7 @@ def assert_close(found: Tensor, expected: Tensor, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["llama", "qwen3", "smollm3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "smollm3", *WINDOWED])
 def test_each_branch_is_as_if_it_were_alone(name: str, way: str) -> None:
     """Guards lossless speculation: a token that saw another branch, or stood at another position,
     would be verified against a text that nobody wrote."""

@@ -44,6 +44,7 @@ LLAMA: dict[str, object] = {
     "model_type": "qwen3", "vocab_size": 41, "hidden_size": 32, "intermediate_size": 48,
     "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
     "block_size": 4, "eos_token_id": None, "bos_token_id": None, "pad_token_id": None,
+    "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1,
 }  # fmt: skip
 
 

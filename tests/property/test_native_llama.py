@@ -45,6 +45,15 @@ CASES: dict[str, dict[str, object]] = {
     "qwen2": {"model_type": "qwen2", "use_sliding_window": False},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
     "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1]},
+    "mistral, window": {"model_type": "mistral", "sliding_window": 17},
+    "qwen3, window": {
+        "model_type": "qwen3", "head_dim": 16, "use_sliding_window": True, "sliding_window": 3,
+        "max_window_layers": 1,
+    },
+    "smollm3, window": {
+        "model_type": "smollm3", "no_rope_layers": [1, 0, 1], "use_sliding_window": True,
+        "sliding_window": 67, "layer_types": ["full_attention", *["sliding_attention"] * 2],
+    },
 }  # fmt: skip
 
 
@@ -90,9 +99,10 @@ def test_passes_are_those_of_the_layers(name: str) -> None:
         torch.testing.assert_close(ours.next_logits(cache), plain.next_logits(other), **CLOSE)
 
 
-def test_rows_of_different_lengths() -> None:
-    """Guards positions that are those of the longest row, or of the batch."""
-    plain = model_of("smollm3")
+@pytest.mark.parametrize("name", ["smollm3", "mistral, window"])
+def test_rows_of_different_lengths(name: str) -> None:
+    """Guards positions, and windows, that are those of the longest row, or of the batch."""
+    plain = model_of(name)
     ours = accelerate(plain, "native")
     ids, lengths = tokens(4, 23), torch.tensor([9, 1, 23, 0])
     for chunk in (1, 4, 23):
@@ -135,7 +145,7 @@ def test_one_token_and_many_give_the_same_bits(name: str, quantization: str) -> 
 @pytest.mark.parametrize("block_size", [5, 16, 24])
 def test_speculative_texts_are_those_of_ar(quantization: str, block_size: int) -> None:
     """Guards decoding as a whole: drafts of the denoiser, verified in blocks, change no token."""
-    for name in ("llama", "qwen3", "smollm3"):
+    for name in ("llama", "qwen3", "smollm3", "mistral, window", "smollm3, window"):
         ours = accelerate(model_of(name), "native", quantization)  # type: ignore[arg-type]
         prompts = [tokens(length, seed=length).tolist() for length in (1, 7, 40)]
         texts = {}
@@ -246,7 +256,7 @@ def test_layers_that_differ_in_positions_alone_are_no_obstacle() -> None:
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "llama, odd widths"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "llama, odd widths", "mistral, window"])
 def test_rows_of_a_pass_are_those_of_their_own(name: str, quantization: str) -> None:
     """Guards tiles that rows share: a lane, a position or a past of a neighbour gives plausible
     text. Rows of 1 to 40 tokens after pasts of 0 to 70; a token alone is summed in another order.

@@ -89,6 +89,18 @@ def test_inspect_prints_tables_and_json(capsys: pytest.CaptureFixture[str]) -> N
     assert values["files"]["elements_by_dtype"] == {"BF16": 312672, "F32": 16}
 
 
+def test_inspect_tells_a_window(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards a user whose long prompt is forgotten: nothing else says that layers see 8 tokens."""
+    values = {
+        "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 50,
+        "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    run_inspect(InspectOptions(path=str(tmp_path)))
+    assert "8 tokens in 3 of 4 attention layers" in capsys.readouterr().out
+
+
 def test_inspect_wants_exactly_one_source() -> None:
     for arguments in ({}, {"path": "a", "model": "nano-30b"}):
         with pytest.raises(ValueError, match="inspect needs one model"):

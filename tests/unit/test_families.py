@@ -12,7 +12,7 @@ from twotower.checkpoint.inspect import describe_config
 from twotower.cli.main import main
 from twotower.config import TowerConfig, TwoTowerConfig
 from twotower.families import FAMILIES, config_from_dict, config_to_dict
-from twotower.specs import MoESpec
+from twotower.specs import AttentionSpec, MoESpec
 
 MAMBA_128 = {"mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8, "conv_kernel": 4}
 # The released config.json of each model, without what changes no size. Sources: the models' cards
@@ -236,7 +236,7 @@ LLAMA: dict[str, object] = {
 
 def llama_refusal(**values: object) -> str:
     with pytest.raises(ValueError) as error:
-        config_from_dict(LLAMA | values)
+        config_from_dict(LLAMA | {"num_key_value_heads": 2} | values)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
     return str(error.value)
 
@@ -244,11 +244,11 @@ def llama_refusal(**values: object) -> str:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"model_type": "mistral"}, "sliding_window=4096 is not supported; only null"),
-        ({"model_type": "mistral", "sliding_window": 512}, "sliding_window=512 is not supported"),
+        ({"sliding_window": 512}, "sliding_window=512 is not supported; only null"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0 must be at least 1"),
         (
-            {"model_type": "mistral", "sliding_window": 512, "use_sliding_window": False},
-            "sliding_window=512 is not supported",
+            {"model_type": "mistral", "layer_types": ["full_attention"] * 4},
+            "layer_types has 'full_attention', which contradicts sliding_window=4096",
         ),
         ({"is_causal": False}, "is_causal=False is not supported; only true"),
         (
@@ -256,12 +256,25 @@ def llama_refusal(**values: object) -> str:
             "rope_parameters gives each kind of layer its own values (full_attention, sliding_",
         ),
         (
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8},
-            "sliding_window=8 is not supported",
+            {"model_type": "qwen3", "layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
+            "layer_types has 'sliding_attention', which contradicts sliding_window=None",
         ),
         (
-            {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]},
-            "layer_types has 'sliding_attention', which is not supported",
+            {"model_type": "qwen3", "layer_types": ["full_attention"] * 3 + ["chunked_attention"]},
+            "layer_types has 'chunked_attention', which is not supported",
+        ),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": None},
+            "max_window_layers=None must be of type int",
+        ),
+        (
+            {
+                "model_type": "smollm3",
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "no_rope_layers": [0] * 4,
+            },
+            "a window of attention is not supported without rotary positions",
         ),
         (
             {"model_type": "qwen3", "layer_types": ["full_attention"] * 3},
@@ -334,6 +347,38 @@ def test_the_length_before_scaling_stands_inside_or_outside() -> None:
     ):
         rope = config_from_dict(LLAMA | {"rope_scaling": scaling} | outside).context.rotary
         assert rope is not None and rope[0].original_max_positions == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"model_type": "mistral"}, [4096] * 4),
+        ({"model_type": "mistral", "use_sliding_window": False, "sliding_window": 8}, [8] * 4),
+        ({"model_type": "mistral", "sliding_window": None}, [None] * 4),
+        ({"model_type": "qwen2", "use_sliding_window": True}, [None] * 4),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 3},
+            [None] * 3 + [4096],
+        ),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 8,
+             "layer_types": ["full_attention", "sliding_attention"] * 2},
+            [None, 8] * 2,
+        ),
+        (
+            {"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 8,
+             "vocab_size": 128005},
+            [None] * 3 + [8],
+        ),
+    ],
+)  # fmt: skip
+def test_windows_are_those_of_transformers(
+    values: dict[str, object], expected: list[int | None]
+) -> None:
+    """Silent failure: a window that is not asked for, or is, hides the beginning of a long text."""
+    config = config_from_dict(LLAMA | {"num_key_value_heads": 2} | values)
+    assert [one.window for one in config.context.layers_of(AttentionSpec)] == expected
+    assert config_from_dict(config_to_dict(config)) == config
 
 
 def test_fields_that_mean_nothing_are_passed_over() -> None:

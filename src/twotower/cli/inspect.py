@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -22,6 +23,7 @@ from twotower.families import config_to_dict
 from twotower.lab.report import Table
 from twotower.model.ngrams import NGRAM_BYTES
 from twotower.paths import usable_path
+from twotower.specs import AttentionSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,10 @@ def _print(record: Description, console: Console) -> None:
         "block size, mask token": f"{config.block_size}, {config.mask_token_id}",
         "parameters": _parameters(record),
     }
+    attention = config.context.layers_of(AttentionSpec)
+    if windows := Counter(layer.window for layer in attention if layer.window is not None):
+        each = (f"{size} tokens in {count}" for size, count in windows.items())
+        rows["attention window"] = f"{', '.join(each)} of {len(attention)} attention layers"
     if record.files is not None:
         rows |= _file_rows(record.files)
     if record.precision is not None:

@@ -1,8 +1,8 @@
 """Llama and its relatives: Mistral, Qwen2, Qwen3, SmolLM3.
 
 A block is an attention layer with rotary positions and a gated MLP; the families differ in biases,
-norms of queries and keys, and layers without positions. Source: transformers 5, each family's
-configuration and modelling file; llama.cpp's convert_hf_to_gguf.py for GGUF.
+norms of queries and keys, windows, and layers without positions. Source: transformers 5, each
+family's configuration and modelling file; llama.cpp's convert_hf_to_gguf.py for GGUF.
 """
 
 import re
@@ -27,6 +27,7 @@ from twotower.families.fields import (
     write_two_towers,
 )
 from twotower.families.rope import read_rope, rope_from_gguf, short, write_rope
+from twotower.families.windows import Slides, read_windows, write_windows
 from twotower.layers.rope import inverse_frequencies
 from twotower.specs import AttentionSpec, LayerSpec, MLPSpec
 
@@ -51,6 +52,7 @@ _LLAMA_IDS = {"bos_token_id": 1, "eos_token_id": 2}
 _MIXERS = ("self_attn", "mlp")  # of a block, in order
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _PER_LAYER = ("layer_types", "no_rope_layers", "eos_token_id", "reads")
+_QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _SMOLLM3_INTERVAL = 4  # llama.cpp knows no other
 _MAX_BLOCKS = 512
 _GGUF_SUPPORTED = {  # what llama.cpp computes with where the file says so
@@ -75,6 +77,8 @@ class LlamaFamily:
     """None: as the file says."""
     has_qk_norm: bool = False
     has_no_rope_layers: bool = False
+    slides: Slides | None = None
+    """Which blocks' attention has a window; None: none in this family."""
     pairs_neighbours: bool = False
     """llama.cpp turns pairs of neighbours: rows of queries and keys change places."""
     gguf_has_usual_heads: bool = False
@@ -102,14 +106,17 @@ class LlamaFamily:
         attention = self._read_attention(values)
         mlp = read_spec(MLPSpec, values, _MLP, gated=True)
         layers: list[LayerSpec] = []
-        for has_rope in self._has_rope(values, blocks):
-            layers += [attention if has_rope else replace(attention, rope=None), mlp]
+        has_rope = self._has_rope(values, blocks)
+        windows = read_windows(values, has_rope, self.slides, self._has_switch)
+        for is_turned, window in zip(has_rope, windows, strict=True):
+            own = replace(attention, rope=attention.rope if is_turned else None, window=window)
+            layers += [own, mlp]
         tower = read_spec(TowerConfig, values, _TOWER, layers=tuple(layers))
         init = read_spec(InitSpec, values, {"std": "initializer_range"}, rescale_residual=False)
         # No token of such a vocabulary is a mask: its id is one past the last.
-        own = {"mask_token_id": tower.vocab_size, **values}
+        said = {"mask_token_id": tower.vocab_size, **values}
         ids = {name: given.get(name, self.token_ids.get(name)) for name in _TOKEN_IDS}
-        return read_two_towers(self.MODEL_TYPE, tower, {**own, **ids}, init=init)
+        return read_two_towers(self.MODEL_TYPE, tower, {**said, **ids}, init=init)
 
     def write_config(self, config: TwoTowerConfig) -> dict[str, object]:
         """config.json, as `read_config` and `transformers` read it."""
@@ -126,7 +133,7 @@ class LlamaFamily:
             "hidden_act": "silu",
             "initializer_range": config.init.std,
             "rope_parameters": write_rope(tower),
-            "sliding_window": None,
+            **write_windows(tower, self._has_switch),
         }
         if self.has_no_rope_layers:
             rotary = tower.layers_of(AttentionSpec)
@@ -170,7 +177,12 @@ class LlamaFamily:
         rotary = [one.rope is not None for one in config.context.layers_of(AttentionSpec)]
         known = [(i + 1) % _SMOLLM3_INTERVAL != 0 for i in range(len(rotary))]
         usual = config.hidden_size / attention.num_heads
+        windows = [one.window for one in config.context.layers_of(AttentionSpec)]
         for is_refused, reason in (
+            (
+                any(windows),
+                "sliding_window cannot be exported: llama.cpp attends to all tokens in this family",
+            ),
             (
                 self.has_no_rope_layers and rotary != known,
                 "no_rope_layers cannot be exported: llama.cpp leaves positions out of every "
@@ -282,6 +294,11 @@ class LlamaFamily:
                 writer.add_rope_scaling_type(RopeScalingType.LINEAR)
                 writer.add_rope_scaling_factor(rope.factor)
 
+    @property
+    def _has_switch(self) -> bool:
+        """Whether it heeds use_sliding_window, and layer_types beside it."""
+        return "use_sliding_window" in self.defaults
+
     def _read_attention(self, values: Values) -> AttentionSpec:
         """What all blocks' attention has in common, with its positions."""
         found = dict(values)
@@ -301,21 +318,6 @@ class LlamaFamily:
     def _refuse(self, given: Values, values: Values, num_blocks: int) -> None:
         """ValueError for what would change the model and is not supported."""
         refuse(values, {"hidden_act": "silu", "partial_rotary_factor": 1.0, "is_causal": True})
-        # Only families that have the switch heed it.
-        if "use_sliding_window" not in self.defaults or values.get("use_sliding_window", True):
-            refuse(values, {"sliding_window": None})
-        types = values.get("layer_types")
-        for one in types if isinstance(types, list) else ():
-            if one != "full_attention":
-                raise ValueError(
-                    f"config.json: layer_types has {reprlib.repr(one)}, which is not supported; "
-                    "only 'full_attention'"
-                )
-        if types is not None and (not isinstance(types, list) or len(types) != num_blocks):
-            raise ValueError(
-                f"config.json: layer_types={reprlib.repr(types)} contradicts "
-                f"num_hidden_layers={num_blocks}; it must name the kind of each layer"
-            )
         refuse_per_layer(given, num_blocks, _PER_LAYER)
 
     def _has_rope(self, values: Values, num_blocks: int) -> list[bool]:
@@ -335,6 +337,13 @@ class LlamaFamily:
         return [bool(one) for one in given]
 
 
+def _slides_from(values: Values, block: int, has_rope: bool) -> bool:
+    """Qwen's windows begin at a block."""
+    first = typed("max_window_layers", values.get("max_window_layers"), int)
+    assert isinstance(first, int)
+    return block >= first
+
+
 LLAMA = LlamaFamily(
     MODEL_TYPE="llama", ARCHITECTURE="LlamaForCausalLM", gguf_name="llama",
     defaults={"rms_norm_eps": 1e-6}, token_ids=_LLAMA_IDS, pairs_neighbours=True,
@@ -343,19 +352,19 @@ MISTRAL = LlamaFamily(
     MODEL_TYPE="mistral", ARCHITECTURE="MistralForCausalLM", gguf_name="llama",
     defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
     token_ids=_LLAMA_IDS, has_qkv_bias=False, pairs_neighbours=True,
+    slides=lambda values, block, has_rope: True,
 )  # fmt: skip
 QWEN2 = LlamaFamily(
     MODEL_TYPE="qwen2", ARCHITECTURE="Qwen2ForCausalLM", gguf_name="qwen2",
-    defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 32, "use_sliding_window": False},
-    has_qkv_bias=True, gguf_has_usual_heads=True,
+    defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 32, **_QWEN_WINDOWS},
+    has_qkv_bias=True, gguf_has_usual_heads=True, slides=_slides_from,
 )  # fmt: skip
 QWEN3 = LlamaFamily(
     MODEL_TYPE="qwen3", ARCHITECTURE="Qwen3ForCausalLM", gguf_name="qwen3",
     defaults={
-        "rms_norm_eps": 1e-6, "num_key_value_heads": 32, "head_dim": 128,
-        "use_sliding_window": False,
+        "rms_norm_eps": 1e-6, "num_key_value_heads": 32, "head_dim": 128, **_QWEN_WINDOWS,
     },
-    has_qk_norm=True,
+    has_qk_norm=True, slides=_slides_from,
 )  # fmt: skip
 SMOLLM3 = LlamaFamily(
     MODEL_TYPE="smollm3", ARCHITECTURE="SmolLM3ForCausalLM", gguf_name="smollm3",
@@ -365,6 +374,7 @@ SMOLLM3 = LlamaFamily(
     },
     token_ids={"bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 128004},
     has_no_rope_layers=True, pairs_neighbours=True,
+    slides=lambda values, block, has_rope: not has_rope,
 )  # fmt: skip
 FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3)
 
@@ -381,7 +391,7 @@ def _num_blocks(value: object) -> int:
 
 
 def _specs(config: TwoTowerConfig) -> tuple[AttentionSpec, MLPSpec]:
-    """The first block's layers: all blocks are alike, but for positions."""
+    """The first block's layers: all blocks are alike, but for positions and windows."""
     attention, mlp = config.context.layers[:2]
     assert isinstance(attention, AttentionSpec) and isinstance(mlp, MLPSpec)
     return attention, mlp

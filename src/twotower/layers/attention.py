@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from twotower import masks
 from twotower.kernels import ops
 from twotower.layers.norms import RMSNorm
 from twotower.layers.rope import Rotation, rotate
@@ -24,7 +25,7 @@ class Attention(nn.Module):
         """eps: of the norms of queries and keys."""
         super().__init__()
         self.head_dim = spec.head_dim
-        self.has_rope = spec.rope is not None
+        self.has_rope, self.window = spec.rope is not None, spec.window
         queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.q_proj = nn.Linear(width, queries, bias=spec.bias)
         self.k_proj = nn.Linear(width, keys, bias=spec.bias)
@@ -37,7 +38,8 @@ class Attention(nn.Module):
         self, x: Tensor, past: KV | None, mask: Tensor | None, rotation: Rotation | None = None
     ) -> tuple[Tensor, KV]:
         """x (B, L, D), turned by its rotation; past S tokens; mask broadcastable to
-        (B, Hq, L, S + L), past keys first, or to (B, Hq, L, L) where all of the past is seen.
+        (B, Hq, L, S + L), past keys first, or to (B, Hq, L, L) where all of the past is seen, in
+        the window if there is one.
 
         Returns y (B, L, D) and the keys and values of this call's L tokens alone.
         """
@@ -50,6 +52,10 @@ class Attention(nn.Module):
         if self.has_rope:
             assert rotation is not None
             q, k = rotate(q, rotation), rotate(k, rotation)
+        if self.window is not None:
+            assert rotation is not None
+            num_past = 0 if past is None else past.k.shape[1]
+            mask = masks.within(mask, self.window, rotation.positions, num_past)
         if past is None:
             y = ops.attention(q, k, v, mask)
         else:

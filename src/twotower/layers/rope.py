@@ -15,10 +15,11 @@ from twotower.specs import RopeSpec
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of each angle, (B or 1, L, 1, A) float32."""
+    """Cosine and sine of each angle, (B or 1, L, 1, A) float32, at positions (B or 1, L)."""
 
     cos: Tensor
     sin: Tensor
+    positions: Tensor
 
 
 def rotation(spec: RopeSpec, head_dim: int, positions: Tensor) -> Rotation:
@@ -26,7 +27,7 @@ def rotation(spec: RopeSpec, head_dim: int, positions: Tensor) -> Rotation:
     frequencies = inverse_frequencies(spec, head_dim, positions.device)
     angles = positions.float().unsqueeze(-1) * frequencies  # (B, L, A/2)
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(2)
-    return Rotation(angles.cos(), angles.sin())
+    return Rotation(angles.cos(), angles.sin(), positions)
 
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:

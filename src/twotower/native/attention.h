@@ -152,6 +152,28 @@ void hide_branches(const RowState &s, const int *indices, int past, int count, i
         }
 }
 
+// firsts[W]: the position of the first key that each lane sees; the least of them is returned
+template <int W>
+int first_keys(const Layer &layer, const RowState &s, int first, int heads, int *firsts) {
+    for (int l = 0; l < W; l++) {
+        int token = std::min(first + l / heads, s.length - 1);
+        int position = s.num_past + (s.depths ? s.depths[token] : token);
+        firsts[l] = layer.window ? std::max(0, position - layer.window + 1) : 0;
+    }
+    return *std::min_element(firsts, firsts + W);
+}
+
+// score[count][W] of keys before those. indices: as of hide_branches, null where all keys follow each other
+template <int W>
+void hide_distant(const RowState &s, const int *firsts, int at, const int *indices, int count, float *score) {
+    for (int j = 0; j < count; j++) {
+        bool branches = indices && at + j >= s.num_past;
+        int position = branches ? s.num_past + s.depths[indices[j]] : at + j;
+        for (int l = 0; l < W; l++)
+            if (position < firsts[l]) score[j * W + l] = -INFINITY;
+    }
+}
+
 // Prefetches the rows of a head among keys or values: they lie apart from each other, so
 // the processor does not look ahead by itself.
 inline void prefetch_rows(const float *rows, long stride, int width, int count) {
@@ -240,7 +262,7 @@ void weigh(float *score, int count, float root, float *most, float *total, float
 }
 
 // y[W][A] of q[A][W] to the keys of a head; lane l sees those up to `last`, and where the pass is causal
-// one more with every `heads` lanes
+// one more with every `heads` lanes, as far as they lie in its window
 template <int W>
 void attend_head(const Layer &layer, const RowState &row, int head, const float *q, int heads, int last,
                  bool is_causal, int visible, float *y) {
@@ -248,10 +270,10 @@ void attend_head(const Layer &layer, const RowState &row, int head, const float 
     float *score = at_least(scratch.own, size_t(MOST) * W + 2 * size_t(MOST) * A);
     float *room = score + MOST * W;
     float root = 1.0f / std::sqrt(float(A)), most[W], total[W] = {};
-    int indices[MOST], S = row.num_past;
-    for (int l = 0; l < W; l++) most[l] = -INFINITY;
+    int indices[MOST], firsts[W], S = row.num_past, first = first_keys<W>(layer, row, last - S, heads, firsts);
+    for (int l = 0; l < W; l++) most[l] = LEAST;  // finite: a window may hide all keys of a block
     std::fill(y, y + A * W, 0.0f);
-    for (int at = 0; at < visible; at += KEYS) {
+    for (int at = first / KEYS * KEYS; at < visible; at += KEYS) {
         bool branches = row.depths && at + KEYS > S;
         KeyBlock keys = branches ? find_branches(layer, row, head, at, room, indices)
                                  : find_keys(layer, row, head, at, std::min(KEYS, visible - at), room);
@@ -263,6 +285,7 @@ void attend_head(const Layer &layer, const RowState &row, int head, const float 
         else if (is_causal)
             for (int j = std::max(0, last + 1 - at); j < here; j++)
                 for (int l = 0; l < std::min((at + j - last) * heads, W); l++) score[j * W + l] = -INFINITY;
+        if (layer.window) hide_distant<W>(row, firsts, at, branches ? indices : nullptr, here, score);
         int next = at + KEYS, left = std::min(KEYS, S - next);
         prefetch_rows(row.past.k + next * keys.stride + head, keys.stride, A, left);
         weigh<W>(score, here, root, most, total, y, A);

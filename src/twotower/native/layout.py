@@ -15,10 +15,11 @@ _STRUCTS = {
     "Weight": "const float *full, const uint8_t *int8, const uint8_t *int4, int32_t group, "
     "int32_t centred",
     # Sizes that a kind does not have are 0. rotary: whether positions turn queries and keys.
+    # window: tokens that one attends to, itself among them; 0: all.
     # weights: in the order of _KINDS.
     "Layer": "int32_t kind, int32_t q_heads, int32_t kv_heads, int32_t head_dim, int32_t rotary, "
-    "int32_t heads, int32_t head_size, int32_t groups, int32_t state, int32_t taps, int32_t inner, "
-    "const Weight *weights",
+    "int32_t window, int32_t heads, int32_t head_size, int32_t groups, int32_t state, "
+    "int32_t taps, int32_t inner, const Weight *weights",
     # mask (masks, width): embeddings of the id `vocabulary` at each index of a row, of which the
     # last goes on; null where there is none. frequencies (A/2,): the angle of each pair per
     # position, null without rotary layers.
@@ -134,6 +135,7 @@ def layer_of(spec: LayerSpec) -> Layer:
                 "kv_heads": spec.num_kv_heads,
                 "head_dim": spec.head_dim,
                 "rotary": spec.rope is not None,
+                "window": spec.window or 0,
             }
         case MambaSpec():
             sizes = {

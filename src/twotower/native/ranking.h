@@ -1,7 +1,6 @@
 // The best of many logits.
 #pragma once
 
-#include <limits>
 #include <mutex>
 
 #include "layers.h"
@@ -10,7 +9,6 @@ namespace twotower {
 
 constexpr int COMPARED = 64;  // numbers that are compared with a bound at once
 constexpr int KEPT = 32;      // blocks of a head whose logits are looked at while they are near
-constexpr float LEAST = std::numeric_limits<float>::lowest();
 
 // take(i) in turn for each x[i] above the bound, which it may raise
 template <typename Take>

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(TWOTOWER_PLAIN)
 #define TWOTOWER_AVX2
@@ -18,6 +19,8 @@
 #endif
 
 namespace twotower {
+
+constexpr float LEAST = std::numeric_limits<float>::lowest();
 
 template <int V>
 struct Vectors {
