@@ -43,7 +43,7 @@ class MambaSpec:
         return self.width + 2 * self.num_groups * self.state_size
 
 
-RopeScaling = Literal["none", "linear", "llama3"]
+RopeScaling = Literal["none", "linear", "llama3", "yarn"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,9 @@ class RopeSpec:
 
     linear: all are divided by `factor`. llama3: those whose wavelength is above
     original_max_positions / low_freq_factor are, those below original_max_positions /
-    high_freq_factor are not, and between them the change is gradual.
+    high_freq_factor are not, and between them the change is gradual. yarn: the same between pairs
+    that turn beta_slow and beta_fast times in original_max_positions, with whole numbers of pairs
+    where truncate is said, and a product of queries and keys grows by attention_factor^2.
     """
 
     theta: float
@@ -61,10 +63,18 @@ class RopeSpec:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
             check_positive(name, getattr(self, name))
+        for name in ("beta_fast", "beta_slow", "attention_factor"):
+            check_positive(name, getattr(self, name))
+        if self.scaling == "yarn" and self.theta == 1.0:
+            raise ValueError("theta=1.0 turns all pairs alike, which yarn cannot tell apart")
         check_sizes(self, "original_max_positions")
         if self.scaling == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(

@@ -39,6 +39,10 @@ LLAMA3 = {
     "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
 }  # fmt: skip
 KINDS = ("sliding", "full", "sliding", "sliding", "full")
+YARN = {
+    "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama, tied, biases": (
@@ -51,6 +55,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 300.0, "factor": 4.0}}
     ),
     "llama 3": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama, yarn": ("Llama", {"rope_parameters": YARN, "head_dim": 16}),
+    "qwen2, yarn": ("Qwen2", {"rope_parameters": YARN | {"rope_theta": 1e6}}),
+    "qwen3, yarn of its own": (
+        "Qwen3", {
+            "head_dim": 16, "rope_parameters": YARN | {
+                "beta_fast": 8.0, "beta_slow": 2.0, "truncate": False, "mscale": 0.7,
+                "mscale_all_dim": 0.4,
+            },
+        }
+    ),
+    "smollm3, yarn": ("SmolLM3", {"rope_parameters": YARN | {"attention_factor": 1.7}}),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 16}),
     "qwen2": ("Qwen2", {"use_sliding_window": False}),
     "qwen2, its own head size": ("Qwen2", {"head_dim": 12, "num_key_value_heads": 1}),
@@ -221,6 +236,9 @@ def written(model: TwoTower, file: Path, dtype: Any = "float32") -> bool:
         reason = "head_dim=12 cannot be exported: llama.cpp knows only"
     elif model.config.family == "smollm3" and attention.rope.scaling == "llama3":  # type: ignore[union-attr]
         reason = "rope_type='llama3' cannot be exported"
+    rope = model.config.context.rotary[0]  # type: ignore[index]
+    if reason is None and rope.scaling == "yarn" and model.config.family in ("qwen3", "smollm3"):
+        reason = "rope_type='yarn' cannot be exported with beta_fast"
     if reason is None:
         export_gguf(model, file, dtype=dtype)
     else:

@@ -31,6 +31,10 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
 }  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
 CASES: dict[str, dict[str, object]] = {
     "llama": {"model_type": "llama", "tie_word_embeddings": True},
     "llama, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
@@ -43,6 +47,7 @@ CASES: dict[str, dict[str, object]] = {
     },
     "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 16},
     "qwen2": {"model_type": "qwen2", "use_sliding_window": False},
+    "llama, yarn": {"model_type": "llama", "rope_parameters": YARN},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
     "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1]},
     "mistral, window": {"model_type": "mistral", "sliding_window": 17},

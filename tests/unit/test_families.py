@@ -282,7 +282,18 @@ def llama_refusal(**values: object) -> str:
             "num_hidden_layers=4",
         ),
         ({"layer_types": "full_attention"}, "layer_types='full_attention' contradicts num_hidden"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_type='yarn' is not supported"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "missing field original_max_position"),
+        (
+            {
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 4,
+                    "mscale": "1",
+                    "original_max_position_embeddings": 8,
+                }
+            },
+            "mscale='1' must be of type float",
+        ),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type='dynamic' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "missing field factor"),
         (
@@ -392,11 +403,15 @@ def test_fields_that_mean_nothing_are_passed_over() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "smollm3"])
-def test_a_llama_survives_its_own_file(model_type: str) -> None:
-    scaling = {
-        "type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
-        "original_max_position_embeddings": 64,
-    }  # fmt: skip
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"type": "llama3", "low_freq_factor": 1, "high_freq_factor": 4},
+        {"type": "yarn", "beta_fast": 16, "mscale": 2, "mscale_all_dim": 0.5, "truncate": False},
+    ],
+)
+def test_a_llama_survives_its_own_file(model_type: str, scaling: dict[str, object]) -> None:
+    scaling |= {"factor": 8, "original_max_position_embeddings": 64}
     kept = {"num_key_value_heads": 2, "head_dim": 16, "rope_scaling": scaling, "rope_theta": 5e5}
     kept |= {"vocab_size": 128005}
     config = config_from_dict(LLAMA | kept | {"model_type": model_type, "bos_token_id": 3})

@@ -170,7 +170,15 @@ def test_a_second_look_reads_no_header_again(
         ({"attention.head_count": 0}, "num_attention_heads=0 must be between"),
         ({"split.count": 3}, "is one of 3 parts"),
         ({"llama.expert_count": 8}, "expert_count=8 is not supported"),
-        ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type='yarn' is not supported"),
+        ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type='longrope' is not supported"),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 4.0,
+                "llama.rope.scaling.yarn_beta_fast": 8.0,
+            },
+            "rope.scaling.yarn_beta_fast=8.0 is not supported; only 32.0",
+        ),
         ({"llama.rope.scaling.attn_factor": 1.5}, "rope.scaling.attn_factor=1.5 is not supported"),
         ({"llama.attention.causal": False}, "attention.causal=False is not supported; only True"),
     ],

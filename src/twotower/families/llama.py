@@ -26,7 +26,14 @@ from twotower.families.fields import (
     write_spec,
     write_two_towers,
 )
-from twotower.families.rope import read_rope, rope_from_gguf, short, write_rope
+from twotower.families.rope import (
+    add_gguf_rope,
+    read_rope,
+    refuse_gguf_rope,
+    rope_from_gguf,
+    short,
+    write_rope,
+)
 from twotower.families.windows import Slides, read_windows, write_windows
 from twotower.layers.rope import inverse_frequencies
 from twotower.specs import AttentionSpec, LayerSpec, MLPSpec
@@ -197,14 +204,11 @@ class LlamaFamily:
                 f"head_dim={attention.head_dim} cannot be exported: llama.cpp knows only "
                 f"hidden_size / num_attention_heads, {usual:g}, in this family",
             ),
-            (
-                self.gguf_name != "llama" and rope is not None and rope[0].scaling == "llama3",
-                "rope_type='llama3' cannot be exported: llama.cpp has its factors in llama and "
-                "mistral only",
-            ),
         ):
             if is_refused:
                 raise ValueError(reason)
+        if rope is not None:
+            refuse_gguf_rope(rope[0], has_factors=self.gguf_name == "llama")
         return self.gguf_name
 
     def gguf_lookup_name(self, name: str) -> str:
@@ -274,8 +278,6 @@ class LlamaFamily:
 
     def add_gguf_sizes(self, writer: "GGUFWriter", config: TwoTowerConfig) -> None:
         """The metadata that describes the architecture."""
-        from gguf import RopeScalingType
-
         attention, mlp = _specs(config)
         writer.add_context_length(32_768)  # limits nothing: the cache it takes when not told
         writer.add_embedding_length(config.hidden_size)
@@ -289,10 +291,7 @@ class LlamaFamily:
         if config.context.rotary is not None:
             rope, head_dim = config.context.rotary
             writer.add_rope_dimension_count(head_dim)
-            writer.add_rope_freq_base(rope.theta)
-            if rope.scaling == "linear":
-                writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-                writer.add_rope_scaling_factor(rope.factor)
+            add_gguf_rope(writer, rope)
 
     @property
     def _has_switch(self) -> bool:

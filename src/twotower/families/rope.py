@@ -1,16 +1,28 @@
 """How files spell rotary positions: config.json of transformers 5 and before, and GGUF."""
 
+import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from twotower.config import TowerConfig
-from twotower.families.fields import Values, read_spec, refuse, require, with_synonyms, write_spec
+from twotower.families.fields import (
+    Values,
+    read_spec,
+    refuse,
+    require,
+    typed,
+    with_synonyms,
+    write_spec,
+)
 from twotower.layers.rope import inverse_frequencies
-from twotower.specs import RopeSpec
+from twotower.specs import RopeScaling, RopeSpec
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
 _ORIGINAL = "original_max_position_embeddings"
 _ROPE = {
@@ -19,12 +31,24 @@ _ROPE = {
     "low_freq_factor": "low_freq_factor",
     "high_freq_factor": "high_freq_factor",
     "original_max_positions": _ORIGINAL,
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "truncate": "truncate",
+    "attention_factor": "attention_factor",
 }
-_ROPE_TYPES = {  # our name, and the fields that count
-    "default": ("none", ("theta",)),
-    "linear": ("linear", ("theta", "factor")),
-    "llama3": ("llama3", tuple(_ROPE)),
+_STRETCHED = ("theta", "factor", "original_max_positions")
+_YARN = ("beta_fast", "beta_slow", "truncate", "attention_factor")
+_ROPE_TYPES: dict[str, tuple[RopeScaling, tuple[str, ...], tuple[str, ...]]] = {
+    # our name, the fields that must be there, and those that may
+    "default": ("none", ("theta",), ()),
+    "linear": ("linear", ("theta", "factor"), ()),
+    "llama3": ("llama3", (*_STRETCHED, "low_freq_factor", "high_freq_factor"), ()),
+    "yarn": ("yarn", _STRETCHED, _YARN),
 }
+_GGUF_YARN = {  # what llama.cpp computes with, where the file does not say otherwise
+    "yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0,
+    "yarn_log_multiplier": 0.0,
+}  # fmt: skip
 
 
 def read_rope(values: Values) -> RopeSpec:
@@ -48,14 +72,30 @@ def read_rope(values: Values) -> RopeSpec:
             f"{', '.join(_ROPE_TYPES)}"
         )
     refuse(found, {"partial_rotary_factor": 1.0})
-    scaling, used = _ROPE_TYPES[kind]
+    scaling, needed, others = _ROPE_TYPES[kind]
     found.setdefault("rope_theta", values.get("rope_theta", 10_000.0))
     # transformers prefers the one outside.
     if (original := values.get(_ORIGINAL)) is not None:
         found[_ORIGINAL] = original
     found.setdefault(_ORIGINAL, values.get("max_position_embeddings"))
-    require(found, [_ROPE[name] for name in used])
-    return read_spec(RopeSpec, found, {name: _ROPE[name] for name in used}, scaling=scaling)
+    require(found, [_ROPE[name] for name in needed])
+    if scaling == "yarn" and "attention_factor" not in found:
+        found["attention_factor"] = _yarn_attention(found)
+    names = {name: _ROPE[name] for name in (*needed, *others)}
+    return read_spec(RopeSpec, found, names, scaling=scaling)
+
+
+def _yarn_attention(values: Values) -> float:
+    """By how much YaRN scales queries and keys where a file does not say it."""
+    factor, *scales = (
+        typed(name, values.get(name, 0.0), float) for name in ("factor", "mscale", "mscale_all_dim")
+    )
+    assert isinstance(factor, float)
+    growth = 0.1 * math.log(max(factor, 1.0))
+    if not all(scales):
+        return growth + 1.0
+    above, below = (growth * scale + 1.0 for scale in scales)  # type: ignore[operator]  # floats
+    return above / below
 
 
 def rope_from_gguf(
@@ -70,18 +110,29 @@ def rope_from_gguf(
     values: dict[str, object] = {"rope_theta": short(found.get("rope.freq_base", 10_000.0))}
     # What is silent, and the older name of the factor: as llama.cpp takes them.
     kind = found.get("rope.scaling.type", "linear")
-    if kind not in ("none", "linear"):
-        raise ValueError(f"rope.scaling.type={kind!r} is not supported; only none and linear")
+    if kind not in ("none", "linear", "yarn"):
+        raise ValueError(f"rope.scaling.type={kind!r} is not supported; only none, linear and yarn")
     factor = short(found.get("rope.scaling.factor", found.get("rope.scale_linear", 0.0))) or 1.0
-    is_linear = kind == "linear" and factor != 1.0
+    is_stretched = kind != "none" and factor != 1.0
+    if factors is None and is_stretched and kind == "yarn":
+        values |= _yarn_of(found)
     if factors is None:
-        return values | ({"rope_type": "linear", "factor": factor} if is_linear else {})
-    if is_linear:
+        return values | ({"rope_type": kind, "factor": factor} if is_stretched else {})
+    if is_stretched:
         raise ValueError(
             f"rope.scaling.factor={factor} beside rope_freqs.weight is not supported; only one "
             "of them"
         )
     return values | _llama3_of_factors(factors, values, head_dim)
+
+
+def _yarn_of(found: Mapping[str, Any]) -> dict[str, object]:
+    """What belongs to YaRN in a GGUF file's metadata beside its factor."""
+    for name, allowed in _GGUF_YARN.items():
+        if (value := found.get(f"rope.scaling.{name}", allowed)) != allowed:
+            raise ValueError(f"rope.scaling.{name}={value} is not supported; only {allowed}")
+    length = found.get("rope.scaling.original_context_length") or found["context_length"]
+    return {_ORIGINAL: length}
 
 
 def _llama3_of_factors(
@@ -109,6 +160,42 @@ def short(value: float) -> float:
 def write_rope(tower: TowerConfig) -> dict[str, object]:
     """The inverse, in the spelling of transformers 5."""
     spec = RopeSpec(theta=10_000.0) if tower.rotary is None else tower.rotary[0]
-    kind = next(name for name, (scaling, _) in _ROPE_TYPES.items() if scaling == spec.scaling)
-    _, used = _ROPE_TYPES[kind]
-    return {"rope_type": kind, **write_spec(spec, {name: _ROPE[name] for name in used})}
+    kind = next(name for name, (scaling, *_) in _ROPE_TYPES.items() if scaling == spec.scaling)
+    _, needed, others = _ROPE_TYPES[kind]
+    return {
+        "rope_type": kind,
+        **write_spec(spec, {name: _ROPE[name] for name in (*needed, *others)}),
+    }
+
+
+def refuse_gguf_rope(spec: RopeSpec, has_factors: bool) -> None:
+    """ValueError (one line) where llama.cpp cannot turn queries and keys so; has_factors: whether
+    it reads those of Llama 3 in this family.
+    """
+    if spec.scaling == "llama3" and not has_factors:
+        raise ValueError(
+            "rope_type='llama3' cannot be exported: llama.cpp has its factors in llama and mistral "
+            "only"
+        )
+    usual = RopeSpec(
+        theta=spec.theta, scaling="yarn", factor=spec.factor,
+        original_max_positions=spec.original_max_positions,
+        attention_factor=_yarn_attention({"factor": spec.factor}),
+    )  # fmt: skip
+    if spec.scaling == "yarn" and spec != usual:
+        raise ValueError(
+            "rope_type='yarn' cannot be exported with beta_fast, beta_slow, truncate or an "
+            "attention factor of its own: llama.cpp computes the usual ones"
+        )
+
+
+def add_gguf_rope(writer: "GGUFWriter", spec: RopeSpec) -> None:
+    """The metadata of rotary positions."""
+    from gguf import RopeScalingType
+
+    writer.add_rope_freq_base(spec.theta)
+    if spec.scaling in ("linear", "yarn"):
+        writer.add_rope_scaling_type(RopeScalingType[spec.scaling.upper()])
+        writer.add_rope_scaling_factor(spec.factor)
+    if spec.scaling == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(spec.original_max_positions)

@@ -41,7 +41,8 @@ void make_angles(const Call &call, int head_dim, const Tile &tile) {
     for (int l = 0; l < W; l++)
         for (int i = 0; i < half; i++) {
             float angle = positions[std::min(l, tile.count - 1)] * call.tower.frequencies[i];
-            cosines[i * W + l] = std::cos(angle), sines[i * W + l] = std::sin(angle);
+            cosines[i * W + l] = std::cos(angle) * call.tower.turn_factor;
+            sines[i * W + l] = std::sin(angle) * call.tower.turn_factor;
         }
 }
 

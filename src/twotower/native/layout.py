@@ -22,10 +22,10 @@ _STRUCTS = {
     "int32_t taps, int32_t inner, const Weight *weights",
     # mask (masks, width): embeddings of the id `vocabulary` at each index of a row, of which the
     # last goes on; null where there is none. frequencies (A/2,): the angle of each pair per
-    # position, null without rotary layers.
+    # position, null without rotary layers. turn_factor: what cosines and sines are multiplied by.
     "Tower": "int32_t vocabulary, int32_t width, int32_t num_layers, int32_t masks, float eps, "
-    "const float *embeddings, const float *mask, const float *norm, const float *frequencies, "
-    "const Layer *layers",
+    "float turn_factor, const float *embeddings, const float *mask, const float *norm, "
+    "const float *frequencies, const Layer *layers",
     # A layer's state before a pass: k, v (S, Hk, A); conv (taps - 1, C), oldest first;
     # ssm (H, P, N). Null where a kind has none.
     "Past": "const float *k, const float *v, const float *conv, const float *ssm",

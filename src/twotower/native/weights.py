@@ -46,10 +46,12 @@ def native_tower(
     of_layers = (layout.Layer * len(layers))(*layers)
     mask = weights.get("mask_embedding")
     turns = None if config.rotary is None else inverse_frequencies(*config.rotary)
+    turn_factor = 1.0 if config.rotary is None else config.rotary[0].attention_factor
     struct = layout.Tower(
         config.vocab_size, config.hidden_size, len(layers),
         0 if mask is None else mask.numel() // config.hidden_size, config.norm_eps,
-        weights["embeddings.weight"].data_ptr(), None if mask is None else mask.data_ptr(),
+        turn_factor, weights["embeddings.weight"].data_ptr(),
+        None if mask is None else mask.data_ptr(),
         weights["norm_f.weight"].data_ptr(), None if turns is None else turns.data_ptr(),
         ctypes.addressof(of_layers),
     )  # fmt: skip
