@@ -34,6 +34,7 @@ from twotower.checkpoint import (
 from twotower.checkpoint.denoiser import find_denoiser, load_denoiser
 from twotower.checkpoint.empty import Towers
 from twotower.checkpoint.files import GENERATION_FILE, SHIPPED
+from twotower.checkpoint.generation import log_unheeded
 from twotower.documented import public_options
 from twotower.families import read_config
 from twotower.model import TwoTower
@@ -147,7 +148,8 @@ def load(placement: Placement, mode: str | None = None) -> Loaded:
     """
     torch.set_num_threads(placement.threads or min(torch.get_num_threads(), usable_cores()))
     folder = placement.find()
-    preferred = generation_defaults(folder).get("mode")
+    defaults = generation_defaults(folder)
+    log_unheeded(folder / GENERATION_FILE, defaults)
     has_tokenizer = (folder / TOKENIZER_FILE).exists()
     tokenizer = load_tokenizer(folder) if has_tokenizer else None
     _refuse_idle_denoiser(placement, mode, placement.denoiser is not None or has_denoiser(folder))
@@ -156,7 +158,7 @@ def load(placement: Placement, mode: str | None = None) -> Loaded:
     if placement.denoiser_device == PEER:
         model = _load_split(folder, placement)
     else:
-        is_ar = (mode or preferred) == "ar" or not has_denoiser(folder)
+        is_ar = (mode or defaults.get("mode")) == "ar" or not has_denoiser(folder)
         model = _load_towers(folder, placement, "context" if is_ar else "both")
     if tokenizer is not None:
         model.unused_ids = tokenizer.unused_ids(model.config.vocab_size)

@@ -208,7 +208,7 @@ DEFAULTS = {
     "temperature": 0.7,
     "block_size": 8,
     "eos_token_id": [2, 5],
-    "transformers_version": "5.0",
+    "_from_model_config": True,
     "top_k": None,
 }
 
@@ -245,18 +245,25 @@ def test_copies_remember_what_was_given() -> None:
 
 def test_a_checkpoint_that_samples_has_a_temperature_of_1() -> None:
     """Silent failure: do_sample and top_p without a temperature meant greedy texts, where
-    transformers samples.
+    transformers samples, from 50 tokens where the file does not say otherwise.
     """
     nucleus = {"do_sample": True, "top_p": 0.8}
     assert resolve_options(GenerateOptions(), nucleus).temperature == 1
     assert resolve_options(GenerateOptions(temperature=0), nucleus).temperature == 0
     assert resolve_options(GenerateOptions(), nucleus | {"temperature": 0.6}).temperature == 0.6
+    assert resolve_options(GenerateOptions(), nucleus).top_k == 50
+    assert resolve_options(GenerateOptions(), nucleus | {"top_k": 0}).top_k == 0
+    assert resolve_options(GenerateOptions(top_k=3), nucleus).top_k == 3
 
 
 def test_defaults_that_do_not_sample() -> None:
-    """A generation_config.json with do_sample=false holds a temperature that means nothing."""
-    found = resolve_options(GenerateOptions(), {"temperature": 0.7, "do_sample": False})
-    assert found.temperature == 0.0
+    """A generation_config.json with do_sample=false holds a temperature that means nothing, and so
+    does one of transformers without do_sample.
+    """
+    for others in ({"do_sample": False}, {"transformers_version": "4.31.0"}):
+        found = resolve_options(GenerateOptions(), {"temperature": 0.7, **others})
+        assert found.temperature == 0.0
+    assert resolve_options(GenerateOptions(), {"temperature": 0.7}).temperature == 0.7
 
 
 def test_defaults_of_other_modes_are_passed_over() -> None:

@@ -126,10 +126,12 @@ def resolve_options(options: "GenerateOptions", defaults: Mapping[str, object]) 
     known = {name: value for name, value in known.items() if mode in _MODES[name]}
     if given.get("first_token") == "denoiser":
         known.pop("verify_threshold", None)  # which needs the other
-    if defaults.get("do_sample") is False:
+    # As in transformers; a file that it wrote does not sample where it does not say so.
+    samples = defaults.get("do_sample", False if "transformers_version" in defaults else None)
+    if samples is False:
         known.pop("temperature", None)
-    elif defaults.get("do_sample") is True:
-        known.setdefault("temperature", 1.0)  # as in transformers
+    elif samples is True:
+        known = {"temperature": 1.0, "top_k": 50, **known}
     values = {**known, **given, "mode": mode}
     for name in _SEVERAL:
         if name in values and not isinstance(values[name], tuple):
