@@ -109,22 +109,37 @@ def test_a_hole_is_known_and_no_token(tmp_path: Path) -> None:
     ("content", "config", "adds"),
     [
         (llama(), {"bos_token": "<s>"}, True),
-        (llama(), {"bos_token": "<s>", "add_bos_token": False}, False),
+        (llama(), {"bos_token": "<s>", "add_bos_token": False}, True),
+        (llama() | {"post_processor": None}, {"bos_token": "<s>", "add_bos_token": False}, False),
+        (llama() | {"post_processor": None}, {"bos_token": "<s>", "add_bos_token": True}, True),
         (byte_level(), {"bos_token": "<|end|>"}, False),
-        (byte_level(), {"bos_token": "<|end|>", "add_bos_token": True}, True),
+        (byte_level(), {"bos_token": "<|end|>", "add_bos_token": True}, False),
         (byte_level(), {"bos_token": None, "add_bos_token": True}, False),
     ],
 )
 def test_a_prompt_begins_with_bos_where_the_files_say_so(
-    content: dict[str, Any], config: dict[str, Any], adds: bool, tmp_path: Path
+    content: dict[str, Any],
+    config: dict[str, Any],
+    adds: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Silent failure: a model reads a token at the start of each prompt that it never saw there."""
+    """Silent failure: a model reads a token at the start of each prompt that it never saw there.
+    As in transformers 5, a post-processor counts, and one that contradicts is named.
+    """
     ours = load(tmp_path, content, config)
+    contradicts = config["bos_token"] and config.get("add_bos_token", adds) != adds
+    assert len(caplog.messages) == bool(contradicts)
     plain = ours.encode("a b")
     assert ours.adds_bos is adds
     assert ours.encode_prompt("a b") == ([ours.bos_id, *plain] if adds else plain)
     ours.save(tmp_path / "copy")
     assert load_tokenizer(tmp_path / "copy").adds_bos is adds
+    asked = ours.with_roles({}, adds_bos=True)
+    asked.save(tmp_path / "asked")
+    again = load_tokenizer(tmp_path / "asked")
+    assert again.adds_bos is asked.adds_bos is (asked.bos_id is not None)
+    assert again.fingerprint == asked.fingerprint
 
 
 def test_truncation_and_padding_of_the_file_are_not_for_prompts(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ here before the library sees them, and what was checked is what it gets.
 
 import base64
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 MAX_BYTES, MAX_VALUES, MAX_IDS = 64 << 20, 8_000_000, 1 << 21
 MAX_TOKEN_CHARS, MAX_STEPS, MAX_DEPTH = 4096, 64, 6
 MAX_TEMPLATE_CHARS = 1 << 20
+_log = logging.getLogger(__name__)
 MAX_GROWTH = 64  # times that normalising may lengthen a text
 MAX_WORD_CHARS = 1000  # of WordPiece, whose time goes with the square
 MAX_AROUND = 64  # special tokens that are put around a text
@@ -67,7 +69,14 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     named = _read_json_object(config) if config.is_file() else {}
     special, adds_bos = _special_tokens(named), named.get("add_bos_token")
     roles = {role: special[name] for role in ROLES if (name := f"{role}_token") in special}
-    return Tokenizer(backend, roles, adds_bos if isinstance(adds_bos, bool) else None)
+    found = Tokenizer(backend, roles, adds_bos if isinstance(adds_bos, bool) else None)
+    if isinstance(adds_bos, bool) and found.bos_id is not None and found.adds_bos != adds_bos:
+        _log.warning(
+            "%s: add_bos_token=%s contradicts the post-processor of %s, which counts, as in "
+            "transformers: prompts begin %s bos",
+            config, json.dumps(adds_bos), TOKENIZER_FILE, "with" if found.adds_bos else "without",
+        )  # fmt: skip
+    return found
 
 
 def _read_json_object(file: Path) -> dict[str, Any]:

@@ -42,7 +42,8 @@ class Vocabulary:
         adds_bos: bool | None = None,
     ) -> None:
         """`roles` names the special tokens (keys pad, bos, eos, mask); unnamed ones are looked up
-        as ours. `adds_bos`: whether prompts begin with bos; None: as the file itself would do.
+        as ours. `adds_bos`: whether prompts begin with bos, where the file has no post-processor
+        that says it; None: as ours do.
         """
         require("backend", backend, tokenizers.Tokenizer, "tokenizers.Tokenizer(...)")
         backend.encode_special_tokens = True  # "<mask>" in text is text
@@ -74,18 +75,19 @@ class Vocabulary:
         """Whether a prompt begins with bos: as the tokenizer's files say, or as ours do."""
 
     def _begins_with_bos(self) -> bool:
-        if self._adds_bos is not None:
-            return self._adds_bos
-        if self._backend.post_processor is not None:
+        if self._backend.post_processor is not None:  # which alone counts in transformers 5
             return bool(self._backend.encode("").ids[:1] == [self.bos_id])
-        return self._roles["bos"] == ROLES["bos"]
+        return self._roles["bos"] == ROLES["bos"] if self._adds_bos is None else self._adds_bos
 
     def json_with_bos(self) -> str | None:
         """The tokenizer file with bos in it, for libraries that go by the file alone; None where it
         says itself how a prompt begins.
         """
-        if not self.adds_bos or self._backend.encode("").ids[:1] == [self.bos_id]:
+        if not self.adds_bos or self._backend.post_processor is not None:
             return None
+        return self._json_beginning_with_bos()
+
+    def _json_beginning_with_bos(self) -> str:
         assert self.bos_id is not None
         values = json.loads(self.json_text)
         steps = values["post_processor"], bos_first(self._roles["bos"], self.bos_id)
@@ -104,8 +106,12 @@ class Vocabulary:
 
     def with_roles(self, roles: Mapping[str, str], adds_bos: bool | None = None) -> Self:
         """The same vocabulary with other tokens as pad, bos, eos or mask; adds_bos None: as now."""
-        adds_bos = self._adds_bos if adds_bos is None else adds_bos
-        return type(self)(self._backend, self._roles | dict(roles), adds_bos)
+        asked = self._adds_bos if adds_bos is None else adds_bos
+        found = type(self)(self._backend, self._roles | dict(roles), asked)
+        if adds_bos and not found.adds_bos and found.bos_id is not None:
+            told = tokenizers.Tokenizer.from_str(found._json_beginning_with_bos())
+            return type(self)(told, found._roles, asked)
+        return found
 
     @cached_property
     def json_text(self) -> str:
