@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from twotower import PrepareOptions, load_tokenizer, prepare_data
-from twotower.checkpoint import gguf_reader, inspect, load_checkpoint
-from twotower.checkpoint.gguf_tokenizer import tokenizer_files, with_defaults
+from twotower.checkpoint import export_gguf, gguf_reader, inspect, load_checkpoint
+from twotower.checkpoint.gguf_tokenizer import ENDS, ends_by_name, tokenizer_files, with_defaults
 from twotower.families import read_config
 from twotower.families.rope import rope_from_gguf
 from twotower.tokenizer import TOKENIZER_FILE
@@ -40,6 +40,7 @@ def write(
     without: str = "",
     pre: str = "smollm",
     merges: Sequence[Any] = ("h i",),
+    names: Sequence[str] = (),
     **extra: Any,
 ) -> dict[str, np.ndarray]:
     """A one-block model whose matrices are of a type; returns every tensor's values."""
@@ -56,6 +57,7 @@ def write(
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     tokens = [f"<{index}>" for index in range(TOKENS - 257)] + [*LETTERS, "hi"]
+    tokens[3 : 3 + len(names)] = names
     writer.add_token_list(tokens)
     writer.add_token_types([3] * (TOKENS - 257) + [1] * 257)
     writer.add_token_merges(merges)
@@ -228,6 +230,29 @@ def test_every_end_of_a_text_is_one_here(tmp_path: Path) -> None:
     ends = {"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 2}
     write(tmp_path / "m.gguf", **ends)
     assert read_config(gguf_reader.open_gguf(tmp_path / "m.gguf")).eos_token_ids == (2, 7)
+
+
+def test_ends_by_name_are_those_of_llama_cpp(tmp_path: Path) -> None:
+    """Silent failure: a file names <|im_end|> alone, and a text goes on behind <|endoftext|>, where
+    llama.cpp's ends. A normal token of that name is a piece of text.
+    """
+    names = sorted(ENDS)
+    tokens = ["<pad>", "<bos>", *names, "<|im_start|>"]
+    types = [3] * (len(names) + 1) + [4, 3]
+    found = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    assert ends_by_name(found) == list(range(2, 2 + len(names)))
+    assert ends_by_name(found | {"tokenizer.ggml.token_type": [1] * len(tokens)}) == []
+
+
+def test_a_file_with_many_ends_is_read_and_written(tmp_path: Path) -> None:
+    """Guards Qwen's files, which have five: GGUF names three, the rest are known by name."""
+    ends = ["<|endoftext|>", "<|im_end|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"]
+    write(tmp_path / "m.gguf", names=ends)
+    model = load_checkpoint(tmp_path / "m.gguf", towers="context")
+    assert model.config.eos_token_ids == (2, 3, 4, 5, 6, 7)
+    export_gguf(model, tmp_path / "n.gguf", tokenizer=load_tokenizer(tmp_path / "m.gguf"))
+    again = read_config(gguf_reader.open_gguf(tmp_path / "n.gguf"))
+    assert sorted(again.eos_token_ids) == [2, 3, 4, 5, 6, 7]
 
 
 def test_a_silent_tokenizer_means_what_llama_cpp_takes(tmp_path: Path) -> None:

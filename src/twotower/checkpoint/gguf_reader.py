@@ -17,7 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twotower.checkpoint.gguf_tokenizer import as_json, tokenizer_files, with_defaults
+from twotower.checkpoint.gguf_tokenizer import (
+    as_json,
+    ends_by_name,
+    tokenizer_files,
+    with_defaults,
+)
 from twotower.config import TwoTowerConfig
 from twotower.families import FAMILIES, Family, config_from_dict, family_of, read_json
 
@@ -26,7 +31,7 @@ if TYPE_CHECKING:
 
 INDEX_FILE = "gguf_tensors.json"
 _CACHE = Path.home() / ".cache" / "twotower" / "gguf"
-_VERSION = 2  # of what is written there
+_VERSION = 3  # of what is written there
 _MAGIC = b"GGUF"
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPES = (
@@ -133,6 +138,9 @@ def _contents(file: Path) -> dict[str, bytes]:
         values = {"model_type": family.MODEL_TYPE} | family.config_from_gguf(
             metadata, names, factors
         )
+        ends = values["eos_token_id"]
+        assert isinstance(ends, list)
+        values["eos_token_id"] = list(dict.fromkeys([*ends, *ends_by_name(metadata)]))
         config_from_dict(values)
         files = tokenizer_files(metadata)
     except KeyError as error:

@@ -37,6 +37,12 @@ SPLITS: dict[str, list[dict[str, object]]] = {
 _SAME = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 SPACE = "\u2581"
+# Tokens at which llama.cpp ends a text by their names, whatever the metadata says.
+ENDS = frozenset({
+    "</s>", "<eos>", "[EOS]", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>",
+    "<|im_end|>", "<|end|>", "<end_of_turn>", "<turn|>", "<EOT>", "_<EOT>", "<end_of_utterance>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
+})  # fmt: skip
 
 
 def with_defaults(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,6 +57,16 @@ def with_defaults(metadata: Mapping[str, Any]) -> dict[str, Any]:
     found = {f"{prefix}.{role}_token_id": index for role, index in ids.items()}
     found[f"{prefix}.add_bos_token"] = is_pieces or split == "llama-bpe"
     return {**found, **metadata, f"{prefix}.pre": split}
+
+
+def ends_by_name(metadata: Mapping[str, Any]) -> list[int]:
+    """The ids of a file's special tokens that end a text because of their names."""
+    tokens, types = (metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type"))
+    return [
+        index
+        for index, token in enumerate(tokens)
+        if token in ENDS and types[index] in (CONTROL, USER_DEFINED)
+    ]
 
 
 def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:

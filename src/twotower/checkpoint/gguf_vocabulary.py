@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from twotower.checkpoint.gguf_tokenizer import (
     BYTE,
     CONTROL,
+    ENDS,
     NORMAL,
     SPACE,
     SPLITS,
@@ -73,7 +74,7 @@ def read_vocabulary(
 
     ValueError (one line) for one of another kind, or with more tokens than the model.
     """
-    special = _special_ids(config, None if tokenizer is None else tokenizer.eos_id)
+    special = _special_ids(config, tokenizer)
     if tokenizer is None:
         tokens = [f"[{index}]" for index in range(config.vocab_size)]
         types, has_bos = [NORMAL] * len(tokens), "bos" in special
@@ -185,22 +186,27 @@ def _warn() -> None:
     )
 
 
-def _special_ids(config: TwoTowerConfig, eos_id: int | None) -> dict[str, int]:
+def _special_ids(config: TwoTowerConfig, tokenizer: Tokenizer | None) -> dict[str, int]:
     """Ids by role. llama.cpp takes token 11 for the end where none is named; ours then is the mask.
 
-    The mask token is never the next token of a text, so such a model runs on, as here.
+    The mask token is never the next token of a text, so such a model runs on, as here. Beyond three
+    ends, those that llama.cpp knows by name are left out.
     """
     mask = None if config.has_own_mask else config.mask_token_id
     roles = {"bos": config.bos_token_id, "pad": config.pad_token_id, "mask": mask}
     ends = config.eos_token_ids or (() if mask is None else (mask,))
     # The tokenizer's own first: llama.cpp gives a chat template the name of that one.
+    eos_id = None if tokenizer is None else tokenizer.eos_id
     ends = tuple(sorted(ends, key=lambda end: end != eos_id))
+    known = [t for t in ends if tokenizer is not None and tokenizer.token_name(t) in ENDS]
+    if len(ends) > 3:
+        ends = tuple(sorted(ends, key=lambda end: (end != eos_id, end in known)))
     if not ends:
         raise ValueError(
             "eos_token_id=null cannot be exported: llama.cpp would take a token of its own for the "
             "end; name one in config.json"
         )
-    if len(ends) > 3:
+    if not {*ends[3:]} <= {*known}:
         raise ValueError(f"eos_token_id={list(ends)} cannot be exported: GGUF has three end tokens")
     roles |= dict(zip(("eos", "eot", "eom"), ends, strict=False))
     return {role: index for role, index in roles.items() if index is not None}
