@@ -34,7 +34,7 @@ class CopyingTwoTower(TwoTower):
         self.__dict__.update(model.__dict__)
 
     def new_denoiser(self) -> CopyDenoiser:
-        return CopyDenoiser()
+        return CopyDenoiser(self)
 
 
 @pytest.mark.parametrize("overlap", ["off", "on"])
@@ -67,7 +67,7 @@ def _known(part: Tensor, lengths: Tensor) -> Tensor:
 def test_a_copy_follows_whatever_becomes_of_a_batch(data: st.DataObject) -> None:
     """Guards rows that leave, come, are tried alone or wait for a while: a copy that mistakes one
     row's keys for another's, or keeps what was read before it failed, writes plausible text."""
-    denoiser = CopyDenoiser()
+    denoiser = CopyDenoiser(MODEL)
     batch = batch_of(denoiser, *range(data.draw(st.integers(1, 4))))
     waiting: list[Batch] = []
     numbers = itertools.count(10)
@@ -82,7 +82,7 @@ def test_a_copy_follows_whatever_becomes_of_a_batch(data: st.DataObject) -> None
                 sorted(data.draw(st.sets(st.sampled_from(range(len(batch.rows))), min_size=1)))
             )
         elif change == "join":
-            batch = batch.join(batch_of(CopyDenoiser(), next(numbers)))
+            batch = batch.join(batch_of(CopyDenoiser(MODEL), next(numbers)))
         elif change == "wait" and len(batch.rows) > 1:
             waiting.append(batch.part([0]))
             batch = batch.part(range(1, len(batch.rows)))
@@ -91,10 +91,9 @@ def test_a_copy_follows_whatever_becomes_of_a_batch(data: st.DataObject) -> None
         elif change == "fail":
             batch.rows[0].tokens += [7, 8]
             batch.read()
-            denoiser._follower.lacks(batch)  # and the copy never gets it
+            denoiser._follower.lacks(batch.rows, batch.cache)  # and the copy never gets it
             continue
         fill(batch)
-        assert denoiser._copy is not None
         assert_same(denoiser._copy.cache, batch.cache)
 
 
@@ -110,7 +109,8 @@ def batch_of(denoiser: CopyDenoiser, *indices: int) -> Batch:
 def fill(batch: Batch) -> list[list[int]]:
     blocks = torch.full((len(batch.rows), 4), MASK)
     assert batch.denoiser is not None
-    *_, last = batch.denoiser.fill(batch, Blocks(blocks, batch.sampler, [], None))
+    asked = Blocks(blocks, batch.sampler, [], None)
+    *_, last = batch.denoiser.fill(batch.rows, batch.cache, asked)
     return last.tokens.tolist()
 
 
@@ -124,15 +124,15 @@ def assert_same(copy: ContextCache, cache: ContextCache) -> None:
 
 def test_only_what_is_new_is_copied() -> None:
     """Guards the line: a copy that is right because it gets the whole cache for every block."""
-    batch = batch_of(CopyDenoiser(), 4, 9)
+    batch = batch_of(CopyDenoiser(MODEL), 4, 9)
     follower = Follower()
-    sources, delta = follower.lacks(batch)
+    sources, delta = follower.lacks(batch.rows, batch.cache)
     assert (sources, delta.counts.tolist()) == ([-1, -1], [5, 5])
-    follower.holds(batch)
+    follower.holds(batch.rows, batch.cache)
     batch.rows[1].tokens += [5, 6]
     batch.read()
     rest = batch.part([1])
-    sources, delta = follower.lacks(rest)
+    sources, delta = follower.lacks(rest.rows, rest.cache)
     assert (sources, delta.counts.tolist()) == ([1], [2])
 
 

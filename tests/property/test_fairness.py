@@ -23,6 +23,7 @@ from twotower.engine import (
     resolve_options,
 )
 from twotower.engine import scheduler as scheduling
+from twotower.engine.batch import Batch
 from twotower.engine.request import make_row
 from twotower.engine.row import Row
 from twotower.engine.scheduler import READ_TOKENS, Scheduler
@@ -362,14 +363,14 @@ def test_a_row_on_its_way_is_not_lost_with_the_thread(
     leaves it neither among the rows that have one nor among those that wait."""
     method, deaths = getattr(SharedQueue, name), [1]
 
-    def dying(queue: SharedQueue, row: Row) -> None:
-        if name == "take":
-            method(queue, row)
-        if row.paused is not None and deaths:
+    def dying(queue: SharedQueue, row: Row, *known: Batch) -> Batch | None:
+        paused = method(queue, row) if name == "take" else None
+        if (known or paused is not None) and deaths:
             deaths.pop()
             raise SystemExit
-        if name == "put_back":
-            method(queue, row)
+        if known:
+            method(queue, row, *known)
+        return paused
 
     monkeypatch.setattr(SharedQueue, name, dying)
     with running(batch_size=1) as worker:

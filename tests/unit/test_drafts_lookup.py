@@ -15,8 +15,8 @@ from twotower.engine.drafts_lookup import (
     MIN_MATCH,
     Lookup,
     LookupIndex,
-    propose,
 )
+from twotower.engine.proposals import propose
 from twotower.engine.resolved import ResolvedOptions
 from twotower.engine.row import Row
 from twotower.model.backend import PassCosts

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from twotower.engine import drafts_denoiser, drafts_lookup, speculative
+from twotower.engine import drafts_denoiser, proposals, speculative
 from twotower.engine.batch import Batch
-from twotower.engine.drafts import BatchCosts, DraftController, Proposal, best_length
+from twotower.engine.drafts import BatchCosts, DraftController, Proposal
 from twotower.engine.drafts_denoiser import choose_writers, writing_cost
+from twotower.engine.proposals import best_length, costs_of
 from twotower.engine.resolved import ResolvedOptions
 from twotower.engine.row import Row
 from twotower.graphs.passes import count_accepted
@@ -161,8 +162,8 @@ def test_padding_of_drafts_that_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards a short draft beside a longer one: padding that followed a token would be accepted
     where the tower chooses token 0, and then what was chosen behind that.
     """
-    proposals = iter([Proposal("lookup", 2.0, [7, 8], [0, 0]), NOTHING])
-    monkeypatch.setattr(drafts_lookup, "propose", lambda *_: next(proposals))
+    found = iter([Proposal("lookup", 2.0, [7, 8], [0, 0]), NOTHING])
+    monkeypatch.setattr(proposals, "propose", lambda *_: next(found))
     monkeypatch.setattr(drafts_denoiser, "choose_writers", lambda *_: [])
     rows = [Row(index, [5], ResolvedOptions(mode="speculative")) for index in range(2)]
     for row in rows:
@@ -196,4 +197,4 @@ def test_rows_do_not_count_on_an_accelerator() -> None:
     costs = PassCosts({1: 1.0, 4: 1.3, 64: 9.0})
     batch = batch_of(costs, num_rows=8)
     batch.model.context_device = torch.device("meta")
-    assert batch.costs.of_pass(4) == batch.costs.of_pass(4, 3) == 1.3
+    assert costs_of(batch).of_pass(4) == costs_of(batch).of_pass(4, 3) == 1.3

@@ -10,15 +10,12 @@ import torch
 from twotower.diffusion import Sampler, SamplerKind
 from twotower.engine.choosing import ChoosingBackend
 from twotower.engine.denoiser import Denoiser
-from twotower.engine.drafts import BatchCosts
 from twotower.engine.events import Event, TokenLogprob, Verified
 from twotower.engine.row import Row
 from twotower.model import ContextCache, TwoTower
-from twotower.model.draft_tree import MAX_TOKENS
 from twotower.model.rows import append_rows, keep_rows, select_rows
 
 _KINDS: dict[str, SamplerKind] = {kind: kind for kind in get_args(SamplerKind)}  # modes of the name
-NUM_OTHERS = 2  # next most probable tokens at each position of a draft that may branch
 
 
 class Draft(NamedTuple):
@@ -92,21 +89,6 @@ class Batch:
         )
 
     @cached_property
-    def draft_sampler(self) -> Sampler:
-        """The rows' sampler for drafts, without chance: the context tower has the last word."""
-        return replace(
-            self.sampler,
-            temperature=torch.zeros(len(self.rows)),
-            num_others=NUM_OTHERS if self.verifies_trees else 0,
-        )
-
-    @cached_property
-    def verifies_trees(self) -> bool:
-        """Whether the rows' drafts may branch: of a block larger than a tree only a chain may."""
-        is_small = self.rows[0].options.block_size <= MAX_TOKENS
-        return self.model.verifies_trees and is_small and not self.needs_host
-
-    @cached_property
     def needs_host(self) -> bool:
         """Whether more than logits and noise chooses tokens of any row, or tells of them."""
         return any(row.needs_host for row in self.rows)
@@ -122,14 +104,6 @@ class Batch:
         backend = self.model.backend
         can_choose = backend.chooses_tokens and not self.needs_host
         return cast(ChoosingBackend, backend) if can_choose else None
-
-    @cached_property
-    def costs(self) -> BatchCosts:
-        """What passes cost. An accelerator's arithmetic waits for weights where rows are few: only
-        on a CPU do the rows count.
-        """
-        is_on_cpu = self.model.context_device.type == "cpu"
-        return BatchCosts(self.model.pass_costs, len(self.rows) if is_on_cpu else 1)
 
     @property
     def is_prompt(self) -> bool:

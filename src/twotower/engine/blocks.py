@@ -4,16 +4,78 @@ The context tower may verify a block of mode="diffusion": it must read it anyway
 improbable tokens. Source: system.md section 4.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 
 import torch
 from torch import Tensor
 
-from twotower.diffusion import require_finite
+from twotower.diffusion import Sampler, Step, require_finite
 from twotower.engine.batch import Batch, Chosen, DecodingMode, Draft
-from twotower.engine.denoiser import fill_blocks
-from twotower.engine.events import Event, Verified
+from twotower.engine.denoiser import Blocks, Denoiser, LocalDenoiser
+from twotower.engine.denoiser_copy import CopyDenoiser
+from twotower.engine.events import Event, StepTaken, Verified
 from twotower.engine.logits import choose_tokens, with_logprobs
+from twotower.model import TwoTower
+
+
+class RowsAborted(Exception):
+    """Nobody waits any more for a block that is being filled: of no row of the batch."""
+
+
+def new_denoiser(model: TwoTower) -> Denoiser:
+    """A denoiser for a new batch, where the tower is; a model may bring its own kind."""
+    own: Callable[[], Denoiser] | None = getattr(model, "new_denoiser", None)
+    if own is not None:
+        return own()
+    is_here = model.denoiser_device == model.context_device
+    return LocalDenoiser(model) if is_here else CopyDenoiser(model)
+
+
+def fill_blocks(
+    batch: Batch,
+    blocks: Tensor,
+    sampler: Sampler,
+    slots: Tensor | None = None,
+    num_known: int = 0,
+) -> Generator[Event, None, Step]:
+    """Fill the masked positions of blocks (R, T), at least one a row; returns the last step.
+
+    The first `num_known` tokens of a block are text already: events leave them out. RowsAborted
+    after a pass when all rows of the batch are cancelled or too late.
+    """
+    rows = batch.rows if slots is None else [batch.rows[slot] for slot in slots.tolist()]
+    # A pass that fails, and is tried again, has drawn nothing.
+    known = [row.generator.get_state() for row in rows] if sampler.is_random else []
+    generators = [torch.Generator().set_state(state) for state in known]
+    before = [row.nfe for row in rows]
+    last: Step | None = None
+    batch.denoiser = batch.denoiser or new_denoiser(batch.model)
+    asked = Blocks(blocks, sampler, generators, slots)
+    for last in batch.denoiser.fill(batch.rows, batch.cache, asked):
+        parts = last.t, last.nfe, last.tokens, last.is_masked, last.confidence
+        each = zip(rows, before, *map(Tensor.tolist, parts), strict=True)
+        for row, passes, t, nfe, tokens, is_masked, confidence in each:
+            row.nfe = passes + nfe
+            # A row that reuses its last pass has a step too; filters have not seen these tokens.
+            if t > 0 and not row.text.is_filtered:
+                yield StepTaken(
+                    row=row.index,
+                    block_index=row.num_commits,
+                    step=last.index,
+                    t=t,
+                    tokens=tokens[num_known:],
+                    is_masked=is_masked[num_known:],
+                    confidence=confidence[num_known:],
+                    nfe=row.nfe,
+                )
+        now = time.monotonic()
+        if all(row.abort_reason(now) is not None for row in batch.rows):
+            raise RowsAborted
+    for row, generator in zip(rows, generators, strict=False):
+        row.generator = generator
+    assert last is not None
+    return last
 
 
 def draft(batch: Batch) -> Iterator[Event]:

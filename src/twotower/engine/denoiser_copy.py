@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from twotower.diffusion import Step
-from twotower.engine.batch import Batch
 from twotower.engine.denoiser import Blocks, denoise_rows
-from twotower.model import ContextCache
+from twotower.engine.row import Row
+from twotower.model import ContextCache, TwoTower
 from twotower.model.delta import CacheDelta, apply_delta, delta_since
 from twotower.model.rows import append_rows, select_rows
 
@@ -19,18 +19,15 @@ from twotower.model.rows import append_rows, select_rows
 class CopyDenoiser:
     """On another device of this process: a copy of the cache is read."""
 
-    def __init__(self) -> None:
-        self._follower = Follower()
-        self._copy: CacheCopy | None = None
+    def __init__(self, model: TwoTower) -> None:
+        self._model, self._follower = model, Follower()
+        self._copy = CacheCopy(model.empty_cache(1, model.denoiser_device))
 
-    def fill(self, batch: Batch, blocks: Blocks) -> Iterator[Step]:
-        device = batch.model.denoiser_device
-        if self._copy is None:
-            self._copy = CacheCopy(batch.model.empty_cache(1, device))
-        sources, delta = self._follower.lacks(batch)
-        self._copy.update(sources, delta.to(device))
-        self._follower.holds(batch)
-        return denoise_rows(batch.model, self._copy.cache.view(batch.model.config.reads), blocks)
+    def fill(self, rows: Sequence[Row], cache: ContextCache, blocks: Blocks) -> Iterator[Step]:
+        sources, delta = self._follower.lacks(rows, cache)
+        self._copy.update(sources, delta.to(self._model.denoiser_device))
+        self._follower.holds(rows, cache)
+        return denoise_rows(self._model, self._copy.cache.view(self._model.config.reads), blocks)
 
 
 class CacheCopy:
@@ -55,15 +52,15 @@ class Follower:
     def __init__(self) -> None:
         self._held: dict[int, int] = {}  # tokens of each row, by its index, in the copy's order
 
-    def lacks(self, batch: Batch) -> tuple[list[int], CacheDelta]:
-        """What `CacheCopy.update` needs to become the batch's cache."""
+    def lacks(self, rows: Sequence[Row], cache: ContextCache) -> tuple[list[int], CacheDelta]:
+        """What `CacheCopy.update` needs to become the rows' cache."""
         held, self._held = self._held, {}
-        order, indices = list(held), [row.index for row in batch.rows]
+        order, indices = list(held), [row.index for row in rows]
         sources = [order.index(index) if index in held else -1 for index in indices]
         lengths = torch.tensor([held.get(index, 0) for index in indices])
-        return sources, delta_since(batch.cache, lengths)
+        return sources, delta_since(cache, lengths)
 
-    def holds(self, batch: Batch) -> None:
-        """The copy is the batch's cache now."""
-        lengths = batch.cache.lengths.tolist()
-        self._held = {row.index: n for row, n in zip(batch.rows, lengths, strict=True)}
+    def holds(self, rows: Sequence[Row], cache: ContextCache) -> None:
+        """The copy is the rows' cache now."""
+        lengths = cache.lengths.tolist()
+        self._held = {row.index: n for row, n in zip(rows, lengths, strict=True)}

@@ -100,14 +100,3 @@ class BatchCosts:
             if num_tokens <= most:
                 return cost + rows
         return cost * num_tokens / most + rows
-
-
-def best_length(
-    expected: Sequence[float], costs: Sequence[float], writing: float = 0.0
-) -> tuple[int, float]:
-    """How many tokens of a draft to verify, and what is gained. expected: tokens of the cycle with
-    none, 1, 2 ... of them; costs: of a pass over those, in AR steps; writing: of the draft.
-    """
-    gains = [tokens / (writing + cost) for tokens, cost in zip(expected, costs, strict=True)]
-    count = max(range(len(gains)), key=gains.__getitem__)
-    return count, gains[count]

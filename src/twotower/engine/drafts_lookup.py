@@ -7,18 +7,14 @@ Source: https://github.com/apoorvumang/prompt-lookup-decoding; arXiv 2311.08252.
 
 from collections.abc import Collection, Sequence
 from heapq import heappop, heappush
-from itertools import accumulate, count
+from itertools import count
 from operator import itemgetter
 from typing import NamedTuple
 
-from twotower.engine.batch import NUM_OTHERS, Batch
-from twotower.engine.drafts import Proposal, best_length
-from twotower.engine.row import Row
 from twotower.model.ngrams import ORDER, Ngrams
 
 MIN_MATCH, MAX_MATCH = 2, 16  # tokens that must have occurred before, and that are compared
 MAX_TRIED = 32  # occurrences of the last two tokens that are compared, the newest first
-MAX_DRAFT = 15  # tokens, where the denoiser wrote no more: with the newest one 16
 # How often the next token is right behind a match of so many tokens (SmolLM2's answers). After as
 # many tokens as _USUAL_WEIGHT a row's own rate counts as much.
 _USUAL = {2: 0.57, 3: 0.67, 4: 0.74, 8: 0.83, 16: 0.95}
@@ -201,36 +197,3 @@ class Lookup:
         """How often guesses of a kind are right here, of which so many are right elsewhere."""
         tried, right = self._judged.get(kind, (0, 0))
         return min(_MAX_SURE, (right + _USUAL_WEIGHT * usual) / (tried + _USUAL_WEIGHT))
-
-
-def propose(
-    row: Row,
-    batch: Batch,
-    known: Sequence[int],
-    drafted: Sequence[Candidates] = (),
-    writing: float = 0.0,
-) -> Proposal:
-    """What probably follows a row's tokens and the known ones, as much of it as is worth verifying,
-    if anything. drafted: by the denoiser, whose passes took `writing` AR steps.
-    """
-    if row.lookup is None:
-        copies = row.options.drafts != "denoiser"
-        row.lookup = Lookup(batch.model.ngrams if copies else None, copies)
-    done, end = row.lookup.num_tokens, len(row.prompt) + len(row.tokens)
-    row.lookup.extend(row.between(done, end))
-    begin = 1 + len(known)
-    most = min(max(1 + MAX_DRAFT, begin + len(drafted)), row.num_left) - begin
-    # Only a denoiser gives several tokens for one position.
-    most_ways = 1 + NUM_OTHERS if drafted and batch.verifies_trees else 1
-    guess = row.lookup.guess(known, most, drafted, most_ways, row.options.eos_token_id)
-    expected = list(accumulate([float(begin), *guess.sure]))
-    costs = [batch.costs.of_pass(begin + tokens) for tokens in range(len(expected))]
-    length, gain = best_length(expected, costs, writing)
-    return Proposal(
-        drafter="denoiser" if drafted else "lookup",
-        gain=gain,
-        tokens=guess.tokens[:length],
-        parents=[1 + parent for parent in guess.parents[:length]],
-        expected=expected[length],
-        sure=guess.sure[0] if guess.sure else 0.0,
-    )

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from twotower.arguments import (
     A_SWITCH,
@@ -28,9 +28,6 @@ from twotower.diffusion import SCHEDULES, Remask, Schedule
 from twotower.engine.biases import LogitBias, as_pairs, biases
 from twotower.engine.drafts import Drafts
 from twotower.engine.grammar import Grammar
-
-if TYPE_CHECKING:
-    from twotower.engine.options import GenerateOptions
 
 Mode = Literal["diffusion", "speculative", "posterior", "predict-and-noise", "ar", "mock-ar"]
 FirstToken = Literal["denoiser", "context"]
@@ -110,15 +107,24 @@ _MODES: Mapping[str, tuple[Mode, ...]] = {n: f.metadata["modes"] for n, f in _FI
 FIELD_MODES = {name: modes for name, modes in _MODES.items() if modes != MODES}
 
 
-def resolve_options(options: "GenerateOptions", defaults: Mapping[str, object]) -> ResolvedOptions:
+class Given(Protocol):
+    """Options of which some are given: `GenerateOptions`."""
+
+    def given(self) -> dict[str, Any]:
+        """The fields that are not None."""
+        ...
+
+
+def resolve_options(options: Given, defaults: Mapping[str, object]) -> ResolvedOptions:
     """The options with a checkpoint's defaults, and the library's, for fields that are not given.
 
     Defaults that are no fields of ours, or that the mode does not use, are passed over. ValueError
     (one line) for a bad default, and for fields that have no effect together.
     """
     own = {n: value for n, value in defaults.items() if n in _FIELDS and value is not None}
+    given = options.given()
     try:
-        given, known = given_fields(options), checked(own)
+        known = checked(own)
     except ValueError as error:
         raise ValueError(f"generation_config.json: {error}") from None
     mode: Mode = given.get("mode") or known.get("mode") or ResolvedOptions.mode
@@ -141,11 +147,6 @@ def resolve_options(options: "GenerateOptions", defaults: Mapping[str, object]) 
     resolved = ResolvedOptions(**values)
     _refuse_combinations(resolved, given)
     return resolved
-
-
-def given_fields(options: object) -> dict[str, Any]:
-    """The fields that are not None."""
-    return {name: value for name in _FIELDS if (value := getattr(options, name)) is not None}
 
 
 def checked(values: Mapping[str, Any]) -> dict[str, Any]:

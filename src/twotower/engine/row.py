@@ -11,11 +11,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from twotower.engine.drafts import DraftController, DrafterName, Proposal
+from twotower.engine.drafts_lookup import Lookup
 from twotower.engine.endings import Ending, Endings
 from twotower.engine.events import (
     Completion,
@@ -31,11 +33,6 @@ from twotower.engine.grammar_state import GrammarState
 from twotower.engine.resolved import ResolvedOptions
 from twotower.model import ContextCache
 from twotower.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from twotower.engine.batch import Batch
-    from twotower.engine.drafts import DraftController, DrafterName, Proposal
-    from twotower.engine.drafts_lookup import Lookup
 
 
 class RowText:
@@ -124,7 +121,7 @@ class Row:
     num_commits: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
-    accepted_of: Counter["DrafterName"] = field(default_factory=Counter)
+    accepted_of: Counter[DrafterName] = field(default_factory=Counter)
     # Of the engine: its client's wishes, and its share of the machine.
     is_cancelled: bool = False
     deadline_s: float = math.inf  # of time.monotonic()
@@ -132,11 +129,10 @@ class Row:
     started_s: float | None = None  # when it first got a slot
     num_served: int = 0  # steps in which it had a slot
     num_since: int = 0  # steps since it got or lost its slot, or came
-    paused: "Batch | None" = None  # all that was read, while it has no slot
     # Of speculation.
-    controller: "DraftController | None" = None  # of the denoiser's drafts
-    proposal: "Proposal | None" = None  # what this cycle's draft is, if it has one
-    lookup: "Lookup | None" = None
+    controller: DraftController | None = None  # of the denoiser's drafts
+    proposal: Proposal | None = None  # what this cycle's draft is, if it has one
+    lookup: Lookup | None = None
     noise_ahead: list[Tensor] = field(default_factory=list)  # (V,) of each token to come
     _logprobs: list[TokenLogprob] = field(default_factory=list)
 

@@ -14,8 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from twotower.engine.ar import AR
 from twotower.engine.batch import Batch, Chosen, DecodingMode, Group, kind_of
-from twotower.engine.blocks import BLOCKS
-from twotower.engine.denoiser import RowsAborted
+from twotower.engine.blocks import BLOCKS, RowsAborted
 from twotower.engine.events import Event, Failed
 from twotower.engine.faults import EngineDeadError, failed, failure
 from twotower.engine.given import GIVEN
@@ -50,6 +49,7 @@ class RequestQueue:
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:
         self._rows = list(rows)  # as they came
+        self.paused: dict[Row, Batch] = {}  # of these, all that was read of those that had a slot
         self._changed = threading.Condition()
 
     @property
@@ -63,14 +63,15 @@ class RequestQueue:
 
     def peek(self, slots: Mapping[str | None, int], is_paused: bool = False) -> Row | None:
         """The row whose turn it is; slots: of each caller; is_paused: of those that are paused."""
-        return next((row for row in self._rows if row.paused or not is_paused), None)
+        return next((row for row in self._rows if row in self.paused or not is_paused), None)
 
-    def take(self, row: Row) -> None:
-        """A row waits no more."""
+    def take(self, row: Row) -> Batch | None:
+        """A row waits no more; returns all that was read of it, if it has had a slot."""
         with self._changed:
             self._rows.remove(row)
             row.num_since = 0
             row.started_s = row.started_s or time.monotonic()
+            return self.paused.pop(row, None)
 
     def make_room(self, row: Row, slots: Counter[str | None], group: Group) -> bool:
         """Whether another row of the group has lost its slot to this one."""
@@ -150,7 +151,7 @@ class Scheduler:
         is_short = False  # of memory: only paused rows, whose caches are there, can enter
         while (row := self._queue.peek(slots, is_short)) is not None:
             here = [*group.rows, *newcomers]
-            message = None if row.paused else self._refusal(here, row)
+            message = None if row in self._queue.paused else self._refusal(here, row)
             if message is not None:
                 is_short = slots.total() > 0 or self._queue.peek(slots, True) is not None
                 if not is_short:  # no memory will become free
@@ -162,13 +163,12 @@ class Scheduler:
                     break
             elif len(here) >= share:
                 break
-            self._queue.take(row)
+            paused = self._queue.take(row)
             slots[row.caller] += 1
-            if row.paused is None:
+            if paused is None:
                 newcomers.append(row)
             else:
-                group.add(row.paused)
-                row.paused = None
+                group.add(paused)
         for batch in open_batches(self._model, newcomers, self._prefixes is not None):
             group.add(batch)
 

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from twotower.engine.batch import Group
+from twotower.engine.batch import Batch, Group
 from twotower.engine.events import Failed, FailureKind
 from twotower.engine.faults import failed
 from twotower.engine.row import Row
@@ -49,7 +49,7 @@ class SharedQueue(RequestQueue):
     @property
     def num_waiting(self) -> int:
         """Rows that never had a slot."""
-        return sum(row.paused is None for row in self._rows)
+        return len(self._rows) - len(self.paused)
 
     @property
     def is_over(self) -> bool:
@@ -63,7 +63,7 @@ class SharedQueue(RequestQueue):
             if self._is_closed:
                 raise Stopped(self._reason)
             free = self._max_waiting - self.num_waiting
-            own = sum(one.caller == row.caller and one.paused is None for one in self._rows)
+            own = sum(one.caller == row.caller and one not in self.paused for one in self._rows)
             if free <= 0 or (row.caller is not None and own >= _SHARE * free):
                 return False
             self._rows.append(row)
@@ -89,14 +89,15 @@ class SharedQueue(RequestQueue):
         """Let nobody wait any more."""
         with self._changed:
             self._rows.clear()
+            self.paused.clear()
 
     def peek(self, slots: Mapping[str | None, int], is_paused: bool = False) -> Row | None:
         """Of the caller with the fewest slots, then the row that was served least for its time of
         waiting, then the first.
         """
         with self._changed:
-            rows = [row for row in self._rows if row.paused is not None or not is_paused]
-            rows = [row for row in rows if row.paused is None or row.num_since]  # not one of now
+            rows = [row for row in self._rows if row in self.paused or not is_paused]
+            rows = [row for row in rows if row not in self.paused or row.num_since]  # not of now
             return min(rows, key=lambda row: (slots[row.caller], _debt(row)), default=None)
 
     def make_room(self, row: Row, slots: Counter[str | None], group: Group) -> bool:
@@ -105,15 +106,15 @@ class SharedQueue(RequestQueue):
         if victim is None:
             return False
         slots[victim.caller] -= 1
-        victim.paused = group.remove(victim)
-        victim.paused.denoiser = None  # it goes on with the others
-        self.put_back(victim)
+        self.put_back(victim, group.remove(victim))
         return True
 
-    def put_back(self, row: Row) -> None:
-        """A row that has lost its slot waits again."""
+    def put_back(self, row: Row, known: Batch) -> None:
+        """A row that has lost its slot waits again, with all that was read of it."""
+        known.denoiser = None  # it goes on with the others
         with self._changed:
             row.num_since = 0
+            self.paused[row] = known
             self._rows.append(row)
 
     def _victim(
@@ -148,6 +149,7 @@ class SharedQueue(RequestQueue):
             reasons = [(row, self.abort_reason(row, now)) for row in (*self._rows, *rows)]
             gone = {row for row, reason in reasons if reason is not None}
             self._rows = [row for row in self._rows if row not in gone]
+            self.paused = {row: own for row, own in self.paused.items() if row not in gone}
         return [failed(row.index, reason) for row, reason in reasons if reason]
 
     def abort_reason(self, row: Row, now: float) -> FailureKind | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from twotower.engine import drafts_denoiser, drafts_lookup
+from twotower.engine import drafts_denoiser, proposals
 from twotower.engine.ar import start
 from twotower.engine.batch import Batch, Chosen, DecodingMode, Draft
 from twotower.engine.drafts import Proposal
@@ -26,7 +26,7 @@ def draft(batch: Batch) -> Iterator[Event]:
     rows, size = batch.rows, batch.rows[0].options.block_size
     known = [[row.tokens[-1], *_forced(row, size)] for row in rows]
     each = zip(rows, known, strict=True)
-    instead = [drafts_lookup.propose(row, batch, own[1:]) for row, own in each]
+    instead = [proposals.propose(row, batch, own[1:]) for row, own in each]
     for row, free in zip(rows, instead, strict=True):
         row.proposal = free if free.tokens else None
     yield from _write(batch, known, instead)
@@ -61,7 +61,7 @@ def _write(
         assert row.controller is not None
         row.controller.begin([*own[1:], *instead[index].tokens], instead[index].sure)
         cost = drafts_denoiser.writing_cost(row, batch, len(writers))
-        row.proposal = drafts_lookup.propose(row, batch, own[1:], block[len(own) :], cost)
+        row.proposal = proposals.propose(row, batch, own[1:], block[len(own) :], cost)
 
 
 def _forced(row: Row, size: int) -> list[int]:

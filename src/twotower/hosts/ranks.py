@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from twotower.diffusion import PER_ROW, Sampler, Step
-from twotower.engine.batch import Batch
 from twotower.engine.denoiser import Blocks, Denoiser, denoise_rows
 from twotower.engine.denoiser_copy import CacheCopy, Follower
+from twotower.engine.row import Row
 from twotower.hosts.link import END, Link, Message, PeerLostError
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
@@ -48,7 +48,7 @@ class SplitTwoTower(TwoTower):
         return True
 
     def new_denoiser(self) -> Denoiser:
-        """See `engine.denoiser.new_denoiser`."""
+        """See `engine.blocks.new_denoiser`."""
         return RemoteDenoiser(self._client)
 
     def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
@@ -103,9 +103,9 @@ class RemoteDenoiser:
         self._follower = Follower()
         weakref.finalize(self, client.dropped.append, self._number)
 
-    def fill(self, batch: Batch, blocks: Blocks) -> Iterator[Step]:
+    def fill(self, rows: Sequence[Row], cache: ContextCache, blocks: Blocks) -> Iterator[Step]:
         tokens, sampler, generators, slots = blocks
-        sources, delta = self._follower.lacks(batch)
+        sources, delta = self._follower.lacks(rows, cache)
         states = [generator.get_state() for generator in generators if sampler.is_random]
         parts = [_delta_tensors(delta), _sampler_tensors(sampler), [tokens], states]
         dropped = [self._client.dropped.pop() for _ in range(len(self._client.dropped))]
@@ -120,7 +120,7 @@ class RemoteDenoiser:
             "tensors": [len(part) for part in parts],
         }
         answer = self._client.request(Message("fill", values, [t for part in parts for t in part]))
-        self._follower.holds(batch)
+        self._follower.holds(rows, cache)
         for generator, state in zip(generators, answer.tensors[: len(states)], strict=False):
             generator.set_state(state)
         yield from _steps_of(answer.values["steps"], answer.tensors[len(states) :])

@@ -1,0 +1,72 @@
+"""What is proposed to a row: as much of what probably follows its text as is worth verifying."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+from twotower.engine.batch import Batch
+from twotower.engine.drafts import BatchCosts, Proposal
+from twotower.engine.drafts_lookup import Candidates, Lookup
+from twotower.engine.row import Row
+from twotower.model.draft_tree import MAX_TOKENS
+
+MAX_DRAFT = 15  # tokens, where the denoiser wrote no more: with the newest one 16
+NUM_OTHERS = 2  # next most probable tokens at each position of a draft that may branch
+
+
+def costs_of(batch: Batch) -> BatchCosts:
+    """What passes cost. An accelerator's arithmetic waits for weights where rows are few: only on a
+    CPU do the rows count.
+    """
+    is_on_cpu = batch.model.context_device.type == "cpu"
+    return BatchCosts(batch.model.pass_costs, len(batch.rows) if is_on_cpu else 1)
+
+
+def may_branch(batch: Batch) -> bool:
+    """Whether drafts of the rows may branch: of a block larger than a tree only a chain may."""
+    is_small = batch.rows[0].options.block_size <= MAX_TOKENS
+    return batch.model.verifies_trees and is_small and not batch.needs_host
+
+
+def propose(
+    row: Row,
+    batch: Batch,
+    known: Sequence[int],
+    drafted: Sequence[Candidates] = (),
+    writing: float = 0.0,
+) -> Proposal:
+    """What probably follows a row's tokens and the known ones, as much of it as is worth verifying,
+    if anything. drafted: by the denoiser, whose passes took `writing` AR steps.
+    """
+    if row.lookup is None:
+        copies = row.options.drafts != "denoiser"
+        row.lookup = Lookup(batch.model.ngrams if copies else None, copies)
+    done, end = row.lookup.num_tokens, len(row.prompt) + len(row.tokens)
+    row.lookup.extend(row.between(done, end))
+    begin = 1 + len(known)
+    most = min(max(1 + MAX_DRAFT, begin + len(drafted)), row.num_left) - begin
+    # Only a denoiser gives several tokens for one position.
+    most_ways = 1 + NUM_OTHERS if drafted and may_branch(batch) else 1
+    guess = row.lookup.guess(known, most, drafted, most_ways, row.options.eos_token_id)
+    expected = list(accumulate([float(begin), *guess.sure]))
+    of_pass = costs_of(batch).of_pass
+    costs = [of_pass(begin + tokens) for tokens in range(len(expected))]
+    length, gain = best_length(expected, costs, writing)
+    return Proposal(
+        drafter="denoiser" if drafted else "lookup",
+        gain=gain,
+        tokens=guess.tokens[:length],
+        parents=[1 + parent for parent in guess.parents[:length]],
+        expected=expected[length],
+        sure=guess.sure[0] if guess.sure else 0.0,
+    )
+
+
+def best_length(
+    expected: Sequence[float], costs: Sequence[float], writing: float = 0.0
+) -> tuple[int, float]:
+    """How many tokens of a draft to verify, and what is gained. expected: tokens of the cycle with
+    none, 1, 2 ... of them; costs: of a pass over those, in AR steps; writing: of the draft.
+    """
+    gains = [tokens / (writing + cost) for tokens, cost in zip(expected, costs, strict=True)]
+    count = max(range(len(gains)), key=gains.__getitem__)
+    return count, gains[count]
