@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from tiny_models import fresh_model
 from twotower import ContextCache, accelerate
-from twotower.model.backend import Backend, PassCosts
+from twotower.model.backend import Backend, ContextInput, PassCosts
 from twotower.native import costs
 
 STEP = 2e-4  # seconds
@@ -115,11 +114,9 @@ def test_what_is_timed_are_passes(monkeypatch: pytest.MonkeyPatch, pattern: str)
     lengths: list[int] = []
     whole = type(ours.backend).context_pass
 
-    def noted(
-        self: Backend, cache: ContextCache, tokens: Tensor, *rest: object, **more: object
-    ) -> object:
-        lengths.append(tokens.shape[1])
-        return whole(self, cache, tokens, *rest, **more)
+    def noted(self: Backend, cache: ContextCache, asked: ContextInput) -> object:
+        lengths.append(asked.tokens.shape[1])
+        return whole(self, cache, asked)
 
     monkeypatch.setattr(type(ours.backend), "context_pass", noted)
     assert ours.pass_costs.tokens[32] == 1.5 and runs == [*costs._LENGTHS]

@@ -25,9 +25,7 @@ def choose(batch: Batch) -> list[Chosen]:
         chosen = [Chosen(own) for own in best.tolist()]
     else:
         chosen = _next(batch, batch.model.context_head(output.hidden))
-    batch.cache.commit(output, torch.ones(len(batch.rows), dtype=torch.int64))
-    for row in batch.rows:
-        row.context_forwards += 1
+    batch.commit(output, torch.ones(len(batch.rows), dtype=torch.int64))
     return chosen
 
 

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import NamedTuple, cast, get_args
 
 import torch
+from torch import Tensor
 
 from twotower.diffusion import Sampler, SamplerKind
 from twotower.engine.choosing import ChoosingBackend
@@ -14,6 +15,7 @@ from twotower.engine.events import Event, TokenLogprob, Verified
 from twotower.engine.row import Row
 from twotower.model import ContextCache, TwoTower
 from twotower.model.rows import append_rows, keep_rows, select_rows
+from twotower.model.state import ForwardOutput
 
 _KINDS: dict[str, SamplerKind] = {kind: kind for kind in get_args(SamplerKind)}  # modes of the name
 
@@ -145,6 +147,12 @@ class Batch:
         """These rows and then the other's, with this batch's own cache."""
         append_rows(self.cache, other.cache)
         return replace(self, rows=self.rows + other.rows)
+
+    def commit(self, output: ForwardOutput, counts: Tensor) -> None:
+        """Keep the first counts (B,) of the tokens of a pass over all rows, in the cache."""
+        self.cache.commit(output, counts)
+        for row in self.rows:
+            row.context_forwards += 1
 
     def read(self, most: int | None = None) -> None:
         """Let the context tower read on, up to the `ends`: at most `most` a row."""

@@ -113,9 +113,8 @@ def choose(batch: Batch) -> list[Chosen]:
     ).cpu()
     kept = [own[:count] for own, count in zip(blocks, counts.tolist(), strict=True)]
     chosen = with_logprobs(batch.rows, logits, kept)
-    batch.cache.commit(output, counts)
+    batch.commit(output, counts)
     for slot, row in enumerate(batch.rows):
-        row.context_forwards += 1
         if row.options.verify_threshold > 0:
             rejected = Verified(rejected=len(blocks[slot]) - len(kept[slot]))
             chosen[slot] = chosen[slot]._replace(verified=rejected)

@@ -10,7 +10,6 @@ from twotower.diffusion import Sampler, Step, denoise_block, most_probable, requ
 from twotower.engine.choosing import ChoosingBackend
 from twotower.engine.row import Row
 from twotower.model import ContextCache, ContextView, TwoTower
-from twotower.model.backend import RankingBackend
 
 
 class Blocks(NamedTuple):
@@ -55,6 +54,5 @@ def denoise_rows(model: TwoTower, view: ContextView, blocks: Blocks) -> Iterator
         return require_finite(model.denoise(tokens, held[1], t))
 
     tokens = tokens.to(model.denoiser_device)
-    backend = model.backend
-    rank = cast(RankingBackend, backend).rank if backend.ranks_tokens else most_probable
+    rank = model.backend.rank or most_probable
     return denoise_block(denoise, tokens, sampler, generators, model.draft_ids, rank)

@@ -18,9 +18,7 @@ def choose(batch: Batch) -> list[Chosen]:
     first = batch.model.next_logits(batch.cache).unsqueeze(1)
     logits = torch.cat([first, batch.model.context_head(output.hidden[:, :-1])], dim=1)
     chosen = with_logprobs(batch.rows, require_finite(logits), tokens)
-    batch.cache.commit(output, counts)
-    for row in batch.rows:
-        row.context_forwards += 1
+    batch.commit(output, counts)
     return chosen
 
 

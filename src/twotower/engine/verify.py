@@ -53,9 +53,7 @@ def verify(batch: Batch, most_steps: int = 1) -> list[Chosen]:
         tokens = [[own[at] for at in path] for own, path in zip(answers, paths, strict=True)]
         output = along_paths(output, paths)
     chosen = with_logprobs(batch.rows, logits, tokens)
-    batch.cache.commit(output, torch.tensor([len(own) for own in tokens]))
-    for row in batch.rows:
-        row.context_forwards += 1
+    batch.commit(output, torch.tensor([len(own) for own in tokens]))
     return chosen
 
 

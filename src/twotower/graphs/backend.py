@@ -24,9 +24,8 @@ from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaInputs, MambaState, states_after
 from twotower.layers.moe import Experts
 from twotower.layers.quantised import QuantisedExperts
-from twotower.model.backend import PassCosts
+from twotower.model.backend import ContextInput, PassCosts
 from twotower.model.delta import apply_delta
-from twotower.model.draft_tree import DraftTree
 from twotower.model.eager import EagerBackend
 from twotower.model.precision import M, rounded_to_eight_bits, shared_copy
 from twotower.model.state import ContextCache, ForwardOutput
@@ -52,7 +51,8 @@ class GraphsBackend:
     name = "graphs"
     decode_steps = 8  # a reader sees tokens that much later
     prefix_chunk = EagerBackend.prefix_chunk
-    verifies_trees, chooses_tokens, ranks_tokens = False, True, False
+    verifies_trees, chooses_tokens = False, True
+    rank = best_after = None
 
     def __init__(self, model: TwoTower, quantization: str = "none") -> None:
         self.quantization, self._device = quantization, model.context_device
@@ -88,16 +88,9 @@ class GraphsBackend:
             raise ValueError(f"graphs passes run no {MoESpec.label} in int8 here: {unfused}")
 
     @torch.no_grad()
-    def context_pass(
-        self,
-        cache: ContextCache,
-        tokens: Tensor,
-        counts: Tensor | None,
-        is_draft: bool,
-        tree: DraftTree | None = None,
-    ) -> ForwardOutput:
+    def context_pass(self, cache: ContextCache, asked: ContextInput) -> ForwardOutput:
         """Keys go where they belong in the mirror; a draft's Mamba states wait for its counts."""
-        assert tree is None  # not verified here
+        tokens, counts, is_draft, _ = asked  # no tree, which is not verified here
         layers, (num_rows, length) = cache.layers, tokens.shape
         padded = bucket(length) if length <= _MAX_RECORDED else length
         with self._lock:

@@ -4,7 +4,7 @@ A backend runs every pass that it is asked for: what it cannot run it refused wh
 (`twotower.backends`). What is trained has no backend: it is always plain PyTorch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -29,6 +29,20 @@ class PassCosts(NamedTuple):
     measured."""
 
 
+class ContextInput(NamedTuple):
+    """What the context tower is to run over, after a cache.
+
+    counts (B,): how many tokens of each row are worth a pass, None for all. is_draft: how many of
+    them stay is decided after the pass; otherwise the counts are. tree: what each token follows,
+    where that is not always the one before it.
+    """
+
+    tokens: Tensor  # (B, L >= 1)
+    counts: Tensor | None = None
+    is_draft: bool = False
+    tree: DraftTree | None = None
+
+
 class Backend(Protocol):
     """The passes of one model, without gradient; tokens and blocks are checked before."""
 
@@ -43,28 +57,26 @@ class Backend(Protocol):
     """Whether drafts may branch, where the context tower has attention and no other state."""
     chooses_tokens: bool
     """Whether passes may choose tokens, too: then it is a `ChoosingBackend` of the engine."""
-    ranks_tokens: bool
-    """Whether it finds the best of logits itself: then it is a `RankingBackend`."""
 
     @property
     def pass_costs(self) -> PassCosts:
         """What its passes cost, by which drafts are made as long as pays."""
         ...
 
-    def context_pass(
-        self,
-        cache: ContextCache,
-        tokens: Tensor,
-        counts: Tensor | None,
-        is_draft: bool,
-        tree: DraftTree | None = None,
-    ) -> ForwardOutput:
-        """The context tower over tokens (B, L >= 1) after the cache, which stays as it is.
+    @property
+    def rank(self) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        """Its own `twotower.diffusion.most_probable`, if it has one."""
+        ...
 
-        counts (B,): how many tokens of each row are worth a pass, None for all. is_draft: how many
-        of them stay is decided after the pass; otherwise the counts are. tree: what each token
-        follows, where that is not always the one before it.
+    @property
+    def best_after(self) -> Callable[[Tensor, Sequence[int]], Tensor] | None:
+        """The best token after each of the context tower's outputs (..., D), none of some ids:
+        (...) int64, -1 where logits are not finite. None where logits are looked at instead.
         """
+        ...
+
+    def context_pass(self, cache: ContextCache, asked: ContextInput) -> ForwardOutput:
+        """The context tower's pass after the cache, which stays as it is."""
         ...
 
     def context_head(self, hidden: Tensor) -> Tensor:
@@ -73,24 +85,4 @@ class Backend(Protocol):
 
     def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
         """The denoiser tower over blocks (B, T >= 1) -> logits (B, T, V)."""
-        ...
-
-
-class RankingBackend(Backend, Protocol):
-    """A backend that finds the most probable tokens itself (`Backend.ranks_tokens`)."""
-
-    def rank(
-        self,
-        logits: Tensor,
-        count: int = 1,
-        unused_ids: Sequence[int] = (),
-        chosen: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """As `twotower.diffusion.most_probable`."""
-        ...
-
-    def best_after(self, hidden: Tensor, unused_ids: Sequence[int]) -> Tensor:
-        """The best token after each of the context tower's outputs hidden (..., D), none of some
-        ids: (...) int64, -1 where logits are not finite.
-        """
         ...

@@ -10,8 +10,7 @@ from twotower.kernels import ssd
 from twotower.layers.adaln import Modulation
 from twotower.layers.bigram import add_bigrams
 from twotower.layers.mamba2 import MambaInputs, states_after
-from twotower.model.backend import PassCosts
-from twotower.model.draft_tree import DraftTree
+from twotower.model.backend import ContextInput, PassCosts
 from twotower.model.passes import Passes
 from twotower.model.state import ContextCache, ForwardOutput
 from twotower.model.view import ContextView
@@ -21,21 +20,16 @@ class EagerBackend:
     """Plain PyTorch: every model and device; what the other backends are compared with."""
 
     name, quantization = "eager", "none"
-    prefix_chunk, verifies_trees, chooses_tokens, ranks_tokens = 64, True, False, False
+    prefix_chunk, verifies_trees, chooses_tokens = 64, True, False
+    rank = best_after = None
     pass_costs = PassCosts({1: 1.0, 4: 1.4, 8: 1.6, 16: 1.75})
 
     def __init__(self, model: Passes) -> None:
         self._model = model
 
     @torch.no_grad()
-    def context_pass(
-        self,
-        cache: ContextCache,
-        tokens: Tensor,
-        counts: Tensor | None,
-        is_draft: bool,
-        tree: DraftTree | None = None,
-    ) -> ForwardOutput:
+    def context_pass(self, cache: ContextCache, asked: ContextInput) -> ForwardOutput:
+        tokens, counts, is_draft, tree = asked
         length, device = tokens.shape[1], self._model.context_device
         states_every: int | None = length
         if is_draft or 1 < length <= ssd.TILE:

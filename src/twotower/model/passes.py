@@ -1,7 +1,7 @@
 """The passes of decoding, checked: what an engine asks of a model, whatever backend runs them."""
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from twotower.arguments import require
 from twotower.config import TwoTowerConfig
 from twotower.layers.adaln import TimestepEmbedder
 from twotower.layers.bigram import Bigram
-from twotower.model.backend import Backend, PassCosts, RankingBackend
+from twotower.model.backend import Backend, ContextInput, PassCosts
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.draft_tree import DraftTree
@@ -86,7 +86,7 @@ class Passes(nn.Module):
         whole = torch.full((cache.num_rows,), self.checked(tokens, "tokens", cache).shape[1])
         counts = whole if counts is None else counts.cpu()
         asked = None if counts.equal(whole) else counts
-        output = self.backend.context_pass(cache, tokens, asked, is_draft=False)
+        output = self.backend.context_pass(cache, ContextInput(tokens, asked))
         cache.commit(output, counts)
         return output.hidden
 
@@ -112,7 +112,7 @@ class Passes(nn.Module):
                 "drafts branch, which the context tower's Mamba layers or the backend cannot "
                 "verify; give drafts without branches"
             )
-        return self.backend.context_pass(cache, tokens, counts, is_draft, tree)
+        return self.backend.context_pass(cache, ContextInput(tokens, counts, is_draft, tree))
 
     @property
     def verifies_trees(self) -> bool:
@@ -126,10 +126,9 @@ class Passes(nn.Module):
         return self.backend.context_head(hidden).float()
 
     def best_after(self, hidden: Tensor, unused_ids: Sequence[int]) -> Tensor | None:
-        """`RankingBackend.best_after`; None where the backend is none."""
-        if not self.backend.ranks_tokens:
-            return None
-        return cast(RankingBackend, self.backend).best_after(hidden, unused_ids)
+        """As `Backend.best_after`; None where the backend has none."""
+        best_after = self.backend.best_after
+        return None if best_after is None else best_after(hidden, unused_ids)
 
     def next_logits(self, cache: ContextCache) -> Tensor:
         """Context-head logits after each row's last committed token: (B, V) float32."""

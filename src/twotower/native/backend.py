@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from twotower.layers.mamba2 import MambaState
-from twotower.model.backend import PassCosts
-from twotower.model.draft_tree import DraftTree
+from twotower.model.backend import ContextInput, PassCosts
 from twotower.model.precision import Scheme
 from twotower.model.state import ContextCache, ForwardOutput
 from twotower.model.two_tower import TwoTower
@@ -45,7 +44,7 @@ class NativeBackend:
     """
 
     name = "native"
-    prefix_chunk, verifies_trees, chooses_tokens, ranks_tokens = LANES, True, False, True
+    prefix_chunk, verifies_trees, chooses_tokens = LANES, True, False
 
     def __init__(self, model: TwoTower, quantization: str) -> None:
         self.quantization = quantization
@@ -68,16 +67,10 @@ class NativeBackend:
         """What passes cost with the number of threads that PyTorch has at the first question."""
         return costs.of_backend(self, self._model)
 
-    def context_pass(
-        self,
-        cache: ContextCache,
-        tokens: Tensor,
-        counts: Tensor | None,
-        is_draft: bool,
-        tree: DraftTree | None = None,
-    ) -> ForwardOutput:
+    def context_pass(self, cache: ContextCache, asked: ContextInput) -> ForwardOutput:
         """Each row with its own past and its own number of tokens."""
-        tower, tokens = self._context, tokens.cpu().contiguous()
+        tower, (tokens, counts, is_draft, tree) = self._context, asked
+        tokens = tokens.cpu().contiguous()
         assert tower is not None
         num_rows, length = tokens.shape
         layers = cache.make_room(length)

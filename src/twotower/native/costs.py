@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from twotower.model.backend import PassCosts, RankingBackend
+from twotower.model.backend import Backend, ContextInput, PassCosts
 from twotower.model.two_tower import TwoTower
 from twotower.native.library import library_file
 
@@ -32,17 +32,18 @@ _ROW = {"none": 0.025, "int8": 0.1, "int4": 0.15}
 _log = logging.getLogger(__name__)
 
 
-def of_backend(backend: RankingBackend, model: TwoTower) -> PassCosts:
+def of_backend(backend: Backend, model: TwoTower) -> PassCosts:
     """The costs of a backend's passes of this model, behind a text that both towers read."""
     config, tower = model.config, model.context_tower
     ids = torch.arange(_PAST).remainder(config.vocab_size).unsqueeze(0)
-    cache = model.empty_cache(1)
-    text = backend.context_pass(cache, ids, None, is_draft=False)
+    cache, best_after = model.empty_cache(1), backend.best_after
+    assert best_after is not None
+    text = backend.context_pass(cache, ContextInput(ids))
     cache.commit(text, torch.tensor([_PAST]))
 
     def run(length: int) -> None:
-        hidden = backend.context_pass(cache, ids[:, :length], None, is_draft=length > 1).hidden
-        backend.best_after(hidden, ())
+        asked = ContextInput(ids[:, :length], is_draft=length > 1)
+        best_after(backend.context_pass(cache, asked).hidden, ())
 
     def denoise(length: int) -> None:
         t = None if config.draft is not None else torch.ones(1)
