@@ -8,9 +8,10 @@ from twotower.arguments import shown
 from twotower.engine.events import Completion, Event, Failed, Finished
 from twotower.engine.options import EngineOptions, GenerateOptions
 from twotower.engine.request import Prompt, Request, checked_engine, make_row, refuse_overlap
+from twotower.engine.request_queue import RequestQueue
 from twotower.engine.resolved import BLOCK_MODES
 from twotower.engine.row import Row
-from twotower.engine.scheduler import RequestQueue, Scheduler
+from twotower.engine.scheduler import Scheduler
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from twotower.arguments import COUNT, INDEX, Problem, check_fields, one_of
 from twotower.diffusion import Remask, Schedule
@@ -15,6 +15,7 @@ from twotower.engine.resolved import (
     FirstToken,
     Mode,
     checked,
+    given_fields,
     refuse_unused,
 )
 
@@ -131,9 +132,7 @@ class GenerateOptions:
     """predict-and-noise: instead of the schedule, commit one token in the first steps, then equal
     numbers."""
 
-    def given(self) -> dict[str, Any]:
-        """The fields that are not None."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+    given = given_fields  # a method
 
     def __post_init__(self) -> None:
         for name, value in checked(self.given()).items():

@@ -149,6 +149,11 @@ def resolve_options(options: Given, defaults: Mapping[str, object]) -> ResolvedO
     return resolved
 
 
+def given_fields(options: object) -> dict[str, Any]:
+    """The fields that are not None."""
+    return {name: value for name, value in vars(options).items() if value is not None}
+
+
 def checked(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values of fields, as they are kept; ValueError (one line) for one that cannot be."""
     found = dict(values)

@@ -5,22 +5,21 @@ nothing had been; no text depends on who else is there.
 """
 
 import itertools
-import logging
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from twotower.engine.ar import AR
+from twotower.engine.attempts import attempt, each
 from twotower.engine.batch import Batch, Chosen, DecodingMode, Group, kind_of
-from twotower.engine.blocks import BLOCKS, RowsAborted
+from twotower.engine.blocks import BLOCKS
 from twotower.engine.events import Event, Failed
-from twotower.engine.faults import EngineDeadError, failed, failure
+from twotower.engine.faults import failure
 from twotower.engine.given import GIVEN
 from twotower.engine.mock_ar import MOCK_AR
 from twotower.engine.options import EngineOptions
 from twotower.engine.prefix_cache import PrefixCache
+from twotower.engine.request_queue import RequestQueue
 from twotower.engine.resolved import Mode
 from twotower.engine.row import Row
 from twotower.engine.speculative import SPECULATIVE
@@ -39,50 +38,6 @@ DECODING_MODES: Mapping[Mode, DecodingMode] = {
 }
 # Tokens of prompts that are read at a time; then other rows decode, and may leave.
 READ_TOKENS = 1024
-_log = logging.getLogger(__name__)
-
-
-class RequestQueue:
-    """Rows that wait for a slot, in the order in which they come; each keeps its slot to its end.
-    `SourceQueue` reads them as slots become free; in a `SharedQueue` callers share the slots.
-    """
-
-    def __init__(self, rows: Iterable[Row] = ()) -> None:
-        self._rows = list(rows)  # as they came
-        self.paused: dict[Row, Batch] = {}  # of these, all that was read of those that had a slot
-        self._changed = threading.Condition()
-
-    @property
-    def is_over(self) -> bool:
-        """Whether no row waits and none will come."""
-        return not self._rows
-
-    def count(self, most: int) -> int:
-        """How many rows wait, counted up to `most`."""
-        return min(most, len(self._rows))
-
-    def peek(self, slots: Mapping[str | None, int], is_paused: bool = False) -> Row | None:
-        """The row whose turn it is; slots: of each caller; is_paused: of those that are paused."""
-        return next((row for row in self._rows if row in self.paused or not is_paused), None)
-
-    def take(self, row: Row) -> Batch | None:
-        """A row waits no more; returns all that was read of it, if it has had a slot."""
-        with self._changed:
-            self._rows.remove(row)
-            row.num_since = 0
-            row.started_s = row.started_s or time.monotonic()
-            return self.paused.pop(row, None)
-
-    def make_room(self, row: Row, slots: Counter[str | None], group: Group) -> bool:
-        """Whether another row of the group has lost its slot to this one."""
-        return False
-
-    def aborted(self, rows: Sequence[Row]) -> list[Failed]:
-        """Who has to go, of rows with slots and of those that wait; called once in a step."""
-        return []
-
-    def wait(self) -> None:
-        """Return when there may be something to do; called when nothing is being decoded."""
 
 
 class Scheduler:
@@ -186,14 +141,14 @@ class Scheduler:
 
     def _prefill(self, group: Group) -> Iterator[Event]:
         """Let the context tower read what was committed, and pieces of prompts."""
-        yield from _each(group, Batch.read)
+        yield from each(group, Batch.read)
         num_left = READ_TOKENS
         while num_left > 0 and (prompts := [b for b in group.batches if b.is_prompt]):
             slots = Counter(row.caller for row in self.rows)
             batch = min(prompts, key=lambda one: _turn(one, slots))
             group.batches.remove(batch)
             before = batch.cache.num_past
-            for part in (yield from _attempt(batch, lambda b: read_prompts(b, self._prefixes))):
+            for part in (yield from attempt(batch, lambda b: read_prompts(b, self._prefixes))):
                 num_left -= len(part.rows) * (part.cache.num_past - before)
                 if part.mode.start is not None and part.has_read:
                     yield from _advance(group, part, part.mode.start)
@@ -232,46 +187,6 @@ def read_prompts(batch: Batch, prefixes: PrefixCache | None) -> None:
         num_left -= PREFILL_CHUNK
 
 
-def _each(
-    group: Group, work: Callable[[Batch], Iterable[Event] | None]
-) -> Generator[Event, None, None]:
-    """Work on what decodes of a group, and leave out what fails."""
-    batches: list[Batch] = []
-    for batch in group.batches:
-        batches += [batch] if batch.is_prompt else (yield from _attempt(batch, work))
-    group.batches = batches
-
-
-def _attempt(
-    batch: Batch, work: Callable[[Batch], Iterable[Event] | None]
-) -> Generator[Event, None, list[Batch]]:
-    """Work on a batch; where that fails, on each of its rows alone. Returns what succeeded.
-
-    The work must leave caches, texts and randomness as they are where it fails. A row whose own
-    work fails ends with Failed; steps of a second try are reported again.
-    """
-    before = [row.nfe for row in batch.rows]
-    try:
-        yield from work(batch) or ()
-        return [batch]
-    except EngineDeadError:
-        raise
-    except RowsAborted:
-        now = time.monotonic()
-        yield from (failed(row.index, row.abort_reason(now) or "cancelled") for row in batch.rows)
-        return []
-    except Exception as error:
-        if len(batch.rows) == 1:
-            yield failure(batch.rows[0], error)
-            return []
-        _log.info("a pass of %d rows failed (%s): one by one", len(before), type(error).__name__)
-    done: list[Batch] = []
-    for slot, (row, nfe) in enumerate(zip(batch.rows, before, strict=True)):
-        row.nfe = nfe
-        done += yield from _attempt(batch.part([slot]), work)
-    return done
-
-
 def _turn(batch: Batch, slots: Mapping[str | None, int]) -> tuple[int, int, int]:
     """Whose prompts are read first: callers with few slots, then few turns, then the shortest."""
     num_slots = min(slots[row.caller] for row in batch.rows)
@@ -281,7 +196,7 @@ def _turn(batch: Batch, slots: Mapping[str | None, int]) -> tuple[int, int, int]
 
 def _draft(group: Group) -> Iterator[Event]:
     """Let the denoiser propose what the rows may write."""
-    return _each(group, lambda batch: batch.mode.draft(batch))
+    return each(group, lambda batch: batch.mode.draft(batch))
 
 
 def _commit(group: Group) -> Iterator[Event]:
@@ -304,7 +219,7 @@ def _advance(
     def work(part: Batch) -> None:
         part.chosen = choose(part)
 
-    for part in (yield from _attempt(batch, work)):
+    for part in (yield from attempt(batch, work)):
         chosen, going = part.chosen, []
         part.chosen = part.drafts = ()
         for slot, (row, own) in enumerate(zip(part.rows, chosen, strict=True)):

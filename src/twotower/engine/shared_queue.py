@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from twotower.engine.batch import Batch, Group
 from twotower.engine.events import Failed, FailureKind
 from twotower.engine.faults import failed
+from twotower.engine.request_queue import RequestQueue
 from twotower.engine.row import Row
-from twotower.engine.scheduler import RequestQueue
 
 # A caller's rows may wait while they are fewer than so many times the free entries of the queue:
 # one caller alone fills 8 of 9, and another finds room.

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from twotower.engine.events import Event, Failed
 from twotower.engine.options import EngineOptions
 from twotower.engine.request import Request, checked_engine, make_row
+from twotower.engine.request_queue import RequestQueue
 from twotower.engine.row import Row
-from twotower.engine.scheduler import RequestQueue, Scheduler
+from twotower.engine.scheduler import Scheduler
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
 
