@@ -1,7 +1,5 @@
 """`twotower train`: one training run, from flags and optionally a TOML file."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import tomllib
@@ -106,7 +104,7 @@ class TrainProgress:
     def _print(self, line: str) -> None:
         self._bar.console.print(line, soft_wrap=True, highlight=False, markup=False)
 
-    def __enter__(self) -> TrainProgress:
+    def __enter__(self) -> "TrainProgress":
         self._bar.start()
         return self
 

@@ -1,7 +1,5 @@
 """What values the options of training may have, by field, from Python, TOML or JSON."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from types import NoneType

@@ -6,8 +6,6 @@ validation. Decides the order: row i of a run is a function of (seed, i) alone, 
 number and resuming needs no other state. What a shard is on disk is the matter of `train.shard`.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache

@@ -4,8 +4,6 @@ Context states are computed anew in every step, so its layers may read any state
 too. `twotower adapt` caches what a denoiser of attention layers reads, for backbones that are slow.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

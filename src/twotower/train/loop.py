@@ -5,8 +5,6 @@ a function of its options and data; stopping it at any point and starting it aga
 number. What is learnt from a batch is its `Objective`'s business.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import deque

@@ -6,8 +6,6 @@ processes of the step, so that the split into passes and processes changes no gr
 belongs to the row: it is a function of (seed, step, number of the row in the training order).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ The fields stand in groups by concern, so that a function names the group it rea
 derives its flags and the sections of its help from them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Mapping

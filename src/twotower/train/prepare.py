@@ -6,8 +6,6 @@ the prompt is encoded alone: a token that spans both would never be seen there. 
 written aside and renamed, so a shard is whole or absent.
 """
 
-from __future__ import annotations
-
 import errno
 import itertools
 import logging

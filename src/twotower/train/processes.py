@@ -5,8 +5,6 @@ process, Ctrl-C and SIGTERM mean. What of the model a process holds is `parallel
 they say to each other is text and numbers, never pickled objects.
 """
 
-from __future__ import annotations
-
 import re
 import signal
 import threading
@@ -181,7 +179,7 @@ class StopSignals:
         self._is_patient = is_patient
         self._previous: dict[signal.Signals, object] = {}
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # Python allows no other
             self._previous = {s: signal.signal(s, self._request) for s in _SIGNALS}
         return self

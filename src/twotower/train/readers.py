@@ -5,8 +5,6 @@ and that an error names the file and the line or row. No file is ever whole in m
 is.
 """
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import itertools

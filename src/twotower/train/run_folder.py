@@ -5,8 +5,6 @@ whole ones), which of them a resumed run takes and which options it may change. 
 holds is `state`'s business.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import platform
@@ -149,10 +147,6 @@ class RunFolder:
     def _check_same_run(self, options: TrainOptions, step: int) -> None:
         """ValueError for options that contradict what was trained; other changes are logged."""
         before, now = self._options_before(), json.loads(json.dumps(options.to_dict()))
-        if before["condition_on"] == "nothing":  # what older versions called it
-            before["condition_on"] = "none"
-        if before["ar_loss_weight"] == 0 and not now["ar_loss_weight"]:
-            before["ar_loss_weight"] = now["ar_loss_weight"]  # 0 was the default, which None is now
         changed = {name: value for name, value in now.items() if before[name] != value}
         for name in _FIXED:
             if name in changed:
@@ -254,7 +248,7 @@ class Metrics:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
-    def __enter__(self) -> Metrics:
+    def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -279,7 +273,7 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
     return found
 
 
-def _open_tensorboard(folder: Path, step: int) -> SummaryWriter | None:
+def _open_tensorboard(folder: Path, step: int) -> "SummaryWriter | None":
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

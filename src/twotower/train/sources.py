@@ -6,8 +6,6 @@ The next document comes from the source that is furthest behind its share. That 
 document, and needs no random numbers.
 """
 
-from __future__ import annotations
-
 import glob
 import math
 from collections import Counter

@@ -4,8 +4,6 @@ Several processes begin from what the first has made, which hands every one its 
 its rows of a checkpoint; none but the first ever holds the whole model in memory.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

@@ -6,8 +6,6 @@ wrote, each its own rows and no more. Nothing is pickled, so that a foreign fold
 whatever we did not write is refused in one line.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -186,7 +184,7 @@ def load_state(found: Checkpoint, state: TrainState) -> None:
 
 
 @torch.no_grad()
-def _fill(state: TrainState, stored: _Stored) -> None:
+def _fill(state: TrainState, stored: "_Stored") -> None:
     for name, parameter, part in state._optimized():
         keys = stored.keys_below(f"optimizer.{name}.")
         expected = _ADAM_KEYS if isinstance(part, torch.optim.AdamW) else _MUON_KEYS
