@@ -39,7 +39,7 @@ from twotower.layers.attention import Attention
 from twotower.layers.mamba2 import Mamba2
 from twotower.layers.mlp import MLP
 from twotower.layers.moe import MoE
-from twotower.layers.norms import ResidualNorm
+from twotower.layers.norms import RMSNorm
 from twotower.model.precision import Scheme
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ SIZES = ("shipped", "dense-1b", f"dense-1b{INT8}", "nano-30b", f"nano-30b{INT8}"
 ROWS = (1, 4, 16, 64)
 VARIANTS = ("graphs", "eager", "graphs, compiled", "eager, compiled")
 PUBLISHED_TOKENS_PER_NFE = (3.3, 5.0)  # of the released model, at two settings
-_COMPILED = (Mamba2, Attention, MLP, MoE, ResidualNorm)
+_COMPILED = (Mamba2, Attention, MLP, MoE, RMSNorm)
 
 
 @dataclass(frozen=True)

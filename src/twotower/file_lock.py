@@ -27,6 +27,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     """Be the only process that writes a folder, which may be replaced meanwhile. ValueError (one
     line) when another is.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
     file = folder.parent / f".{folder.name}.lock"
     descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o666)
     is_ours = try_lock(descriptor) and _is_there(file, descriptor)

@@ -8,7 +8,6 @@ from twotower.checkpoint.inspect import describe_config
 from twotower.lab.bench import limits
 from twotower.lab.bench.limits import (
     MeasuredPass,
-    Work,
     count_work,
     describe_limits,
     doubt_limits,
@@ -17,12 +16,12 @@ from twotower.lab.bench.limits import (
     regime,
 )
 from twotower.lab.bench.passes import PassShape
-from twotower.lab.plan.passes import ModelShape, Tower
+from twotower.lab.plan.passes import ModelShape, PassPart, Tower
 
 
 def work_of(
     pattern: str, tokens: int, logits: int, past: int, size: float, tower: Tower = "context"
-) -> Work:
+) -> PassPart:
     config = tiny_config(hybrid_override_pattern=pattern)
     taken = MeasuredPass("one", "extend", 1.0, (tower, tokens, logits))
     shape = ModelShape.of(describe_config(config, "tiny"))

@@ -190,33 +190,6 @@ def test_another_run_is_not_continued(
     assert "steps" not in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("name", "recorded", "now"),
-    [
-        ("ar_loss_weight", 0.0, None),
-        ("ar_loss_weight", 0.0, 0.0),
-        ("ar_loss_weight", None, None),
-        ("condition_on", "nothing", "none"),
-    ],
-)
-def test_a_run_of_an_older_version_goes_on(
-    tmp_path: Path, name: str, recorded: object, now: object, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Silent failure: a default that is recorded otherwise today makes every older run another."""
-    folder = RunFolder(tmp_path / "run")
-    own = {"recipe": "denoiser", "init": tmp_path, "preset": None, "towers": "tied-ar"}
-    folder.open(tiny_options(tmp_path, folder.path, **own))
-    save(folder, 3)
-    file = folder.path / "options.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {name: recorded}))
-    changes = own | ({} if now is None else {name: now})
-    assert reopen(folder, **changes) is not None and name not in caplog.text
-    assert json.loads(file.read_text())[name] == now
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"ar_loss_weight": 0.5}))
-    with pytest.raises(ValueError, match=r"ar_loss_weight: .* differs from 0\.5"):
-        reopen(folder, **changes)
-
-
 @pytest.mark.parametrize("text", ["[]", "{}", "[" * 100_000, "?"])
 def test_a_damaged_record_of_options_is_one_line(folder: RunFolder, text: str) -> None:
     save(folder, 3)

@@ -12,7 +12,6 @@ from twotower.checkpoint.gguf import Precision, export_gguf
 from twotower.checkpoint.gguf_reader import INDEX_FILE as GGUF_INDEX
 from twotower.checkpoint.load import load_checkpoint, load_quantised
 from twotower.checkpoint.save import (
-    MAX_SHARD_BYTES,
     backbone_pieces,
     main_dtype,
     save_backbone,
@@ -34,7 +33,6 @@ def export_transformers(
     *,
     dtype: torch.dtype | None = None,
     extra_files: Mapping[str, bytes] | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write the context tower so that `transformers` 5 loads it as its family's causal LM.
 
@@ -47,7 +45,7 @@ def export_transformers(
         "dtype": main_dtype(model, dtype),
         "model_type": family.MODEL_TYPE,
     }
-    write_checkpoint(path, backbone_pieces(model, dtype), config, extra_files, max_shard_bytes)
+    write_checkpoint(path, backbone_pieces(model, dtype), config, extra_files)
 
 
 def convert(

@@ -10,12 +10,10 @@ import torch
 
 from twotower.checkpoint import names
 from twotower.checkpoint.quantize import quantization_entry
-from twotower.checkpoint.write import Piece, write_checkpoint
+from twotower.checkpoint.write import MAX_SHARD_BYTES, Piece, write_checkpoint
 from twotower.families import config_to_dict, family_of
 from twotower.model.precision import has_mapped_experts, scheme_of
 from twotower.model.two_tower import TwoTower
-
-MAX_SHARD_BYTES = 5_000_000_000
 
 
 def save_two_towers(
@@ -50,11 +48,10 @@ def save_backbone(
     *,
     dtype: torch.dtype | None = None,
     extra_files: Mapping[str, bytes] | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write the context tower as a single-tower backbone; the rest as in `save_two_towers`."""
     config = _released_config(model, dtype, family_of(model.config).ARCHITECTURE)
-    write_checkpoint(path, backbone_pieces(model, dtype), config, extra_files, max_shard_bytes)
+    write_checkpoint(path, backbone_pieces(model, dtype), config, extra_files)
 
 
 def released_pieces(model: TwoTower, dtype: torch.dtype | None) -> Iterator[Piece]:

@@ -21,6 +21,7 @@ from twotower.checkpoint.gguf_reader import INDEX_FILE as GGUF_INDEX
 from twotower.file_lock import only_writer
 from twotower.paths import usable_path
 
+MAX_SHARD_BYTES = 5_000_000_000
 _IDS_DTYPES = {"I32": torch.int32, "I64": torch.int64}  # of token ids
 _SPELLING = {d: name for name, d in {**DTYPES, **PACKED_DTYPES, **_IDS_DTYPES}.items()}
 
@@ -42,15 +43,14 @@ def write_checkpoint(
     path: str | Path,
     pieces: list[Piece],
     config: Mapping[str, object],
-    extra_files: Mapping[str, bytes] | None,
-    max_shard_bytes: int,
+    extra_files: Mapping[str, bytes] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write weights, config.json and extra files aside, then put them in the old folder's place."""
     folder = usable_path("folder", path).resolve()
     extra = {**(extra_files or {}), "config.json": _json(config)}
     _check(folder, pieces, extra, max_shard_bytes)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with only_writer(folder), replacing(folder) as aside:
             _write_weights(aside, pieces, max_shard_bytes)
             for name, content in extra.items():

@@ -16,8 +16,9 @@ from twotower.engine.grammar import Grammar
 from twotower.engine.options import EngineOptions, GenerateOptions
 from twotower.engine.request import Request, defaults_of
 from twotower.engine.resolved import MODES, Mode, ResolvedOptions, resolve_options
+from twotower.engine.shared_queue import Stopped
 from twotower.engine.source import stream_requests
-from twotower.engine.worker import QueueFull, Stopped, Ticket, Worker, WorkerStats
+from twotower.engine.worker import QueueFull, Ticket, Worker, WorkerStats
 
 __all__ = [
     "MODES",

@@ -39,7 +39,6 @@ class ChoosingBackend(Protocol):
         (B, n or steps) and how many of them stand (B,), on the CPU; the cache has read all before
         the last of these.
         """
-        ...
 
     def fill(
         self,
@@ -49,4 +48,3 @@ class ChoosingBackend(Protocol):
         generators: Sequence[torch.Generator],
     ) -> Iterator[Step]:
         """`denoise_block` with the model's denoiser, for a sampler of kind confidence."""
-        ...

@@ -26,7 +26,6 @@ class Denoiser(Protocol):
 
     def fill(self, rows: Sequence[Row], cache: ContextCache, blocks: Blocks) -> Iterator[Step]:
         """`denoise_block` on the blocks, with the texts of the batch's rows as their context."""
-        ...
 
 
 class LocalDenoiser:

@@ -15,7 +15,8 @@ import torch
 
 from twotower.engine.batch import Batch
 from twotower.model import ContextCache, TwoTower
-from twotower.model.pieces import Keys, Mark, copy_keys, copy_mark, fill, keys_bytes, mark_bytes
+from twotower.model.delta import CacheDelta
+from twotower.model.pieces import Keys, copy_keys, copy_mark, fill, num_bytes
 
 # Early in a text, where most beginnings part, pieces are as short as `model.prefix_chunk`; later
 # ones are as long as reading is cheap.
@@ -34,7 +35,7 @@ class _Node:
         self.tokens, self.end = tokens, end
         self.children: dict[bytes, _Node] = {}
         self.keys: Keys = ()
-        self.mark: Mark | None = None
+        self.mark: CacheDelta | None = None
 
     @property
     def parent(self) -> "_Node | None":
@@ -164,10 +165,10 @@ class PrefixCache:
         if node is None:
             node = parent.children[tokens] = _Node(parent, tokens, end)
             node.keys = copy_keys(cache, parent.end)
-            self.stats.cache_bytes += keys_bytes(node.keys) + len(tokens)
+            self.stats.cache_bytes += num_bytes(node.keys) + len(tokens)
         if node.mark is None:
             node.mark = copy_mark(cache)
-            self.stats.cache_bytes += mark_bytes(node.mark)
+            self.stats.cache_bytes += num_bytes(node.mark.states) + node.mark.hidden.nbytes
         self._used[node] = None
         self._used.move_to_end(node)
         while self.stats.cache_bytes > self._max_bytes:
@@ -179,10 +180,10 @@ class PrefixCache:
     def _forget(self, node: _Node) -> None:
         """Drop a context, and the keys that no other needs."""
         assert node.mark is not None
-        self.stats.cache_bytes -= mark_bytes(node.mark)
+        self.stats.cache_bytes -= num_bytes(node.mark.states) + node.mark.hidden.nbytes
         node.mark = None
         while node.parent is not None and node.mark is None and not node.children:
-            self.stats.cache_bytes -= keys_bytes(node.keys) + len(node.tokens)
+            self.stats.cache_bytes -= num_bytes(node.keys) + len(node.tokens)
             del node.parent.children[node.tokens]
             node = node.parent
 

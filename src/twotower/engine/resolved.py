@@ -112,7 +112,6 @@ class Given(Protocol):
 
     def given(self) -> dict[str, Any]:
         """The fields that are not None."""
-        ...
 
 
 def resolve_options(options: Given, defaults: Mapping[str, object]) -> ResolvedOptions:

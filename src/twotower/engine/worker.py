@@ -20,7 +20,7 @@ from twotower.engine.prefix_cache import PrefixCache, PrefixStats
 from twotower.engine.request import Request, checked_engine, make_row
 from twotower.engine.row import Row
 from twotower.engine.scheduler import Scheduler
-from twotower.engine.shared_queue import SharedQueue, Stopped
+from twotower.engine.shared_queue import SharedQueue
 from twotower.memory import release_memory
 from twotower.model import TwoTower
 from twotower.tokenizer import Tokenizer
@@ -76,7 +76,7 @@ class Ticket:
     async def aevents(self) -> AsyncGenerator[Event, None]:
         """`events` for an event loop, which goes on between them."""
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
-        self._wake = lambda: _call_in(loop, arrived.set)
+        self._wake = lambda: call_in(loop, arrived.set)
         event: Event | None = None
         try:
             while not isinstance(event, Finished | Failed):
@@ -98,7 +98,7 @@ class Ticket:
             self._wake()
 
 
-def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
+def call_in(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
     """Call the function in the loop's thread; a loop that is closed has no one left to tell."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(function)
@@ -318,6 +318,3 @@ class Worker:
         except Exception as error:
             log_failure(failed(-1, "internal", error))
         return True
-
-
-__all__ = ["QueueFull", "Stopped", "Ticket", "Worker", "WorkerStats"]

@@ -15,7 +15,7 @@ from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
 from twotower.model.delta import CacheDelta
 from twotower.model.state import ContextCache
-from twotower.model.view import LayerState
+from twotower.model.view import LayerState, map_states
 
 LEAST_PAST = 256  # tokens that a mirror has room for, at least
 T = TypeVar("T")
@@ -88,10 +88,7 @@ class Arena:
 
     def layers(self, num_past: int) -> tuple[LayerState, ...]:
         """What each layer keeps, with room for so many tokens: `ContextCache.layers`."""
-        return tuple(
-            KV(*(part[:, :num_past] for part in state)) if isinstance(state, KV) else state
-            for state in self._layers
-        )
+        return map_states(self._layers, lambda part: part[:, :num_past], KV)
 
     def reserve(self, num_tokens: int) -> int:
         """Make room for so many tokens a row; returns the room of a pass, which may be less than
@@ -102,11 +99,9 @@ class Arena:
             self._capacity = room
             self.recordings.clear()  # they know the old addresses
             self.forget()
-            self._layers = tuple(
-                KV(*(p.new_zeros(self.num_rows, room, *p.shape[2:]) for p in state))
-                if isinstance(state, KV)
-                else state
-                for state in self._layers
+            shape = self.num_rows, room
+            self._layers = map_states(
+                self._layers, lambda part: part.new_zeros(*shape, *part.shape[2:]), KV
             )
         return room
 

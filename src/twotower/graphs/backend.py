@@ -30,7 +30,7 @@ from twotower.model.eager import EagerBackend
 from twotower.model.precision import M, rounded_to_eight_bits, shared_copy
 from twotower.model.state import ContextCache, ForwardOutput
 from twotower.model.two_tower import TwoTower
-from twotower.model.view import ContextView, LayerState
+from twotower.model.view import ContextView, LayerState, map_states
 from twotower.specs import MoESpec
 
 _MAX_RECORDED = 64  # tokens a row: a longer pass has arithmetic enough to hide its launches
@@ -259,7 +259,8 @@ class GraphsBackend:
         lengths = view.lengths
         if lengths is None:
             lengths = torch.full((view.num_rows,), view.num_past)
-        arena.load([_without_blocks(state) for state in view.layers], lengths, view.version)
+        layers = map_states(view.layers, lambda part: part.squeeze(1), MambaState)
+        arena.load(layers, lengths, view.version)
         hidden = arena.hidden[: view.num_rows]
         hidden.copy_(torch.zeros_like(hidden) if view.hidden is None else view.hidden.squeeze(1))
 
@@ -318,13 +319,6 @@ def _seeded(
         for state, before in zip(kept, layers, strict=True)
         if isinstance(state, MambaInputs) and isinstance(before, MambaState)
     ]
-
-
-def _without_blocks(state: LayerState) -> LayerState:
-    """A layer of a view as a cache has it: Mamba states of one block, without its dimension."""
-    if isinstance(state, MambaState):
-        return MambaState(*(part.squeeze(1) for part in state))
-    return state
 
 
 def _pass_costs(model: TwoTower) -> PassCosts:

@@ -14,7 +14,7 @@ from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaInputs, MambaState, states_after
 from twotower.model.eager import denoiser_logits
 from twotower.model.two_tower import TwoTower
-from twotower.model.view import ContextView
+from twotower.model.view import ContextView, map_states
 
 
 def read(
@@ -33,12 +33,7 @@ def read(
 
 def denoise(model: TwoTower, arena: Arena, length: int, past: int, has_time: bool) -> Tensor:
     """The denoiser tower over blocks of all rows."""
-    layers = tuple(
-        MambaState(*(part.unsqueeze(1) for part in state))
-        if isinstance(state, MambaState)
-        else state
-        for state in arena.layers(past)
-    )
+    layers = map_states(arena.layers(past), lambda part: part.unsqueeze(1), MambaState)
     view = ContextView(layers, None, past, arena.num_rows, arena.hidden.unsqueeze(1))
     mask = masks.full_rows(length, arena.lengths, past)
     t, start = arena.t if has_time else None, arena.lengths.unsqueeze(1)

@@ -48,7 +48,7 @@ class Attention(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q)[1].to(q.dtype), self.k_norm(k)[1].to(k.dtype)
         if self.has_rope:
             assert rotation is not None
             q, k = rotate(q, rotation), rotate(k, rotation)

@@ -7,22 +7,7 @@ from twotower.kernels.mixing import TORCH, Added, Modulation
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension; keeps x's dtype, the weight's or a narrower."""
-
-    kernels = TORCH
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        _, u = self.kernels.add_norm(x, None, self.weight, self.eps, None, False)
-        return u.to(x.dtype)
-
-
-class ResidualNorm(nn.Module):
-    """The norm of the residual stream, behind the addition to it of the mixer before."""
+    """x / rms(x) * weight; of the residual stream behind the addition to it of the mixer before."""
 
     kernels = TORCH
 

@@ -61,28 +61,22 @@ class Backend(Protocol):
     @property
     def pass_costs(self) -> PassCosts:
         """What its passes cost, by which drafts are made as long as pays."""
-        ...
 
     @property
     def rank(self) -> Callable[..., tuple[Tensor, Tensor]] | None:
         """Its own `twotower.diffusion.most_probable`, if it has one."""
-        ...
 
     @property
     def best_after(self) -> Callable[[Tensor, Sequence[int]], Tensor] | None:
         """The best token after each of the context tower's outputs (..., D), none of some ids:
         (...) int64, -1 where logits are not finite. None where logits are looked at instead.
         """
-        ...
 
     def context_pass(self, cache: ContextCache, asked: ContextInput) -> ForwardOutput:
         """The context tower's pass after the cache, which stays as it is."""
-        ...
 
     def context_head(self, hidden: Tensor) -> Tensor:
         """The context tower's logits: hidden (..., D) -> (..., V)."""
-        ...
 
     def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
         """The denoiser tower over blocks (B, T >= 1) -> logits (B, T, V)."""
-        ...

@@ -1,5 +1,6 @@
 """What a copy of a cache, on another device or host, lacks of it."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,14 +19,14 @@ class CacheDelta(NamedTuple):
     state, with leading (B, 1); hidden (B, D), the last output.
     """
 
-    states: list[LayerState]
+    states: Sequence[LayerState]
     hidden: Tensor
     counts: Tensor
 
     def to(self, device: torch.device | str) -> "CacheDelta":
         """The same on another device; counts stay on the CPU."""
         states = map_states(self.states, lambda part: part.to(device))
-        return CacheDelta(list(states), self.hidden.to(device), self.counts)
+        return CacheDelta(states, self.hidden.to(device), self.counts)
 
 
 def delta_since(cache: ContextCache, lengths: Tensor) -> CacheDelta:
@@ -34,15 +35,9 @@ def delta_since(cache: ContextCache, lengths: Tensor) -> CacheDelta:
     most = int(counts.max()) if len(counts) else 0
     first = int(lengths[0]) if len(lengths) else 0
     is_even = bool((lengths == first).all()) and bool((counts == most).all())
-    states: list[LayerState] = []
-    for state in cache.layers:
-        if isinstance(state, KV):
-            cut = slice(first, first + most) if is_even else None
-            states.append(KV(*(_tokens_from(part, cut, lengths, most) for part in state)))
-        elif state is None:
-            states.append(None)
-        else:
-            states.append(MambaState(*(part.unsqueeze(1) for part in state)))
+    cut = slice(first, first + most) if is_even else None
+    keys = map_states(cache.layers, lambda part: _tokens_from(part, cut, lengths, most), KV)
+    states = map_states(keys, lambda part: part.unsqueeze(1), MambaState)
     assert cache.last_hidden is not None  # something was read
     return CacheDelta(states, cache.last_hidden, counts)
 

@@ -9,7 +9,7 @@ from twotower.layers.attention import Attention
 from twotower.layers.mamba2 import Mamba2
 from twotower.layers.mlp import MLP
 from twotower.layers.moe import Experts, MoE
-from twotower.layers.norms import ResidualNorm
+from twotower.layers.norms import RMSNorm
 from twotower.specs import AttentionSpec, LayerSpec, MambaSpec, MoESpec
 
 
@@ -31,7 +31,7 @@ class Layer(nn.Module):
 
     def __init__(self, spec: LayerSpec, config: TowerConfig) -> None:
         super().__init__()
-        self.norm = ResidualNorm(config.hidden_size, config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mixer = make_mixer(spec, config.hidden_size, config.norm_eps)
 
     def matrices(self) -> list[nn.Module]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
-from twotower.model.view import ContextView, LayerState, Version
+from twotower.model.view import ContextView, LayerState, Version, map_states
 from twotower.specs import AttentionSpec, LayerSpec, MambaSpec
 
 # Tokens by which a buffer grows. Doubling would make short texts grow again and again, and leave
@@ -123,10 +123,7 @@ class ContextCache:
     def view(self, reads: Collection[int] | None = None) -> ContextView:
         """A frozen view of the layers `reads`, of all if not given, which no later call changes."""
         own = self.layers if reads is None else self._read(reads)
-        layers = tuple(
-            MambaState(*(part.unsqueeze(1) for part in s)) if isinstance(s, MambaState) else s
-            for s in own
-        )
+        layers = map_states(own, lambda part: part.unsqueeze(1), MambaState)
         lengths = None if self.is_uniform else self.lengths
         hidden = None if self.last_hidden is None else self.last_hidden.unsqueeze(1)
         return ContextView(layers, lengths, self.num_past, self.num_rows, hidden, self.version)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from twotower.config import TowerConfig
 from twotower.kernels.mixing import Added
-from twotower.layers.norms import ResidualNorm
+from twotower.layers.norms import RMSNorm
 from twotower.layers.rope import Rotation, rotation
 from twotower.model.layer import Layer
 
@@ -20,7 +20,7 @@ class Tower(nn.Module):
         self.config, self._rotary = config, config.rotary
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(spec, config) for spec in config.layers)
-        self.norm_f = ResidualNorm(config.hidden_size, config.norm_eps)
+        self.norm_f = RMSNorm(config.hidden_size, config.norm_eps)
 
     def rotation(
         self,

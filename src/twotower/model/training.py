@@ -14,10 +14,40 @@ from twotower import masks
 from twotower.layers.mamba2 import MambaState
 from twotower.model.eager import modulations
 from twotower.model.passes import Passes
-from twotower.model.view import ContextView
+from twotower.model.view import ContextView, map_states
 
 
-def read_and_denoise(
+def training_logits(
+    model: Passes,
+    clean: Tensor,
+    noisy: Tensor,
+    t: Tensor | None,
+    block_size: int,
+    index: Tensor | None = None,
+) -> Tensor:
+    """Denoiser logits of N blocks per row at once: clean (B, K*T), noisy (B, N*T) of ids.
+
+    index (B, N) says which block each noisy one is, with repeats; None: all K in order. t (B,) per
+    row, (B, N) per block, or None. Returns (B, N*T, V) float32. Gradients reach the context tower
+    only where its parameters require them. Source: system.md section 5.
+    """
+    return _read_and_denoise(model, clean, noisy, t, block_size, index)[0]
+
+
+def joint_logits(
+    model: Passes,
+    clean: Tensor,
+    noisy: Tensor,
+    t: Tensor | None,
+    block_size: int,
+    index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`training_logits` and, of the same pass over clean, `context_logits` (B, K*T, V)."""
+    logits, hidden = _read_and_denoise(model, clean, noisy, t, block_size, index)
+    return logits, model.context_lm_head(hidden).float()
+
+
+def _read_and_denoise(
     model: Passes,
     clean: Tensor,
     noisy: Tensor,
@@ -25,10 +55,7 @@ def read_and_denoise(
     block_size: int,
     index: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Denoiser logits of blocks (B, N*T, V), and what the context tower made of clean (B, K*T, D).
-
-    Arguments as in `TwoTower.training_logits`.
-    """
+    """Denoiser logits (B, N*T, V), and what the context tower made of clean (B, K*T, D)."""
     model.require_loaded_weights("training")
     if model.config.draft is not None:
         raise ValueError(
@@ -62,8 +89,10 @@ def read_and_denoise(
     return logits, context
 
 
-def read_at_once(model: Passes, clean: Tensor, block_size: int, index: Tensor) -> ContextView:
-    """Arguments and result as of `TwoTower.read_blocks`."""
+def read_blocks(model: Passes, clean: Tensor, block_size: int, index: Tensor) -> ContextView:
+    """What a denoiser reads of rows before N blocks of each, of one pass; clean, index as in
+    `training_logits`.
+    """
     model.require_loaded_weights("training")
     rows = torch.arange(len(model.checked(clean, "clean")), device=clean.device).unsqueeze(1)
     context, view = _training_view(model, clean, block_size, index)
@@ -76,8 +105,8 @@ def read_as_decoding(
     model: Passes, reads: Collection[int], clean: Tensor, block_size: int, index: Tensor
 ) -> ContextView:
     """What layers `reads` and the last norm make of rows by passes of decoding, those of the
-    model's backend. Arguments and result as of `TwoTower.read_blocks`, but for the keys of the last
-    block, which no block reads.
+    model's backend. Arguments and result as of `read_blocks`, but for the keys of the last block,
+    which no block reads.
     """
     cache = model.empty_cache(len(clean))
     views = [cache.view(reads)]  # before each block
@@ -95,8 +124,12 @@ def read_as_decoding(
     return replace(last, layers=tuple(layers), hidden=hidden[rows, index], version=None)
 
 
-def draft_and_bigrams(model: Passes, view: ContextView, clean: Tensor, starts: Tensor) -> Tensor:
-    """Arguments and result as of `TwoTower.draft_logits`."""
+def draft_logits(model: Passes, view: ContextView, clean: Tensor, starts: Tensor) -> Tensor:
+    """A thin denoiser's logits of blocks clean (B, N, T), as it drafts them: each of the first
+    token and masks; the bigram term is given the true token before. view: as `read_blocks` gives
+    it; starts (B, N): of each block in its row. Returns those of all tokens but the first,
+    (B, N, T - 1, V) float32.
+    """
     logits = draft_blocks(model, view, clean, starts).float()
     return add_true_bigrams(model, logits, clean)
 
@@ -140,12 +173,7 @@ def _training_view(
         mask = masks.causal(length, 0, clean.device)
         context, states = model.context_tower(clean, None, mask, None, block_size)
     rows = torch.arange(num_rows, device=clean.device).unsqueeze(1)
-    layers = tuple(
-        MambaState(*(_shift_one_block(part)[rows, index] for part in state))
-        if isinstance(state, MambaState)
-        else state
-        for state in states
-    )
+    layers = map_states(states, lambda part: _shift_one_block(part)[rows, index], MambaState)
     return context, ContextView(layers, None, length, num_rows)
 
 

@@ -15,6 +15,7 @@ from twotower.arguments import check, one_of, require
 from twotower.config import TwoTowerConfig
 from twotower.layers.adaln import TimestepEmbedder
 from twotower.layers.bigram import Bigram
+from twotower.model import training
 from twotower.model.backend import Backend
 from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
@@ -22,8 +23,6 @@ from twotower.model.eager import EagerBackend
 from twotower.model.ngrams import Ngrams
 from twotower.model.passes import Passes
 from twotower.model.state import ContextCache
-from twotower.model.training import draft_and_bigrams, read_and_denoise, read_at_once
-from twotower.model.view import ContextView
 
 # Tokens of a prompt read at a time: bounds the attention scores at chunk x prompt.
 PREFILL_CHUNK = 512
@@ -38,6 +37,10 @@ class TwoTower(Passes):
 
     prefix_chunk = EagerBackend.prefix_chunk
     eager = EagerBackend  # where no other runs them
+    training_logits = training.training_logits  # methods
+    joint_logits = training.joint_logits
+    read_blocks = training.read_blocks
+    draft_logits = training.draft_logits
 
     def __init__(self, config: TwoTowerConfig, towers: Literal["both", "context"] = "both") -> None:
         super().__init__()
@@ -120,45 +123,3 @@ class TwoTower(Passes):
             self.extend(cache, chunk, counts)
             start += chunk.shape[1]
         return cache
-
-    def training_logits(
-        self,
-        clean: Tensor,
-        noisy: Tensor,
-        t: Tensor | None,
-        block_size: int,
-        index: Tensor | None = None,
-    ) -> Tensor:
-        """Denoiser logits of N blocks per row at once: clean (B, K*T), noisy (B, N*T) of ids.
-
-        index (B, N) says which block each noisy one is, with repeats; None: all K in order.
-        t (B,) per row, (B, N) per block, or None. Returns (B, N*T, V) float32. Gradients reach the
-        context tower only where its parameters require them. Source: system.md section 5.
-        """
-        return read_and_denoise(self, clean, noisy, t, block_size, index)[0]
-
-    def joint_logits(
-        self,
-        clean: Tensor,
-        noisy: Tensor,
-        t: Tensor | None,
-        block_size: int,
-        index: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`training_logits` and, of the same pass over clean, `context_logits` (B, K*T, V)."""
-        logits, hidden = read_and_denoise(self, clean, noisy, t, block_size, index)
-        return logits, self.context_lm_head(hidden).float()
-
-    def read_blocks(self, clean: Tensor, block_size: int, index: Tensor) -> ContextView:
-        """What a denoiser reads of rows before N blocks of each, of one pass; clean, index as in
-        `training_logits`.
-        """
-        return read_at_once(self, clean, block_size, index)
-
-    def draft_logits(self, view: ContextView, clean: Tensor, starts: Tensor) -> Tensor:
-        """A thin denoiser's logits of blocks clean (B, N, T), as it drafts them: each of the first
-        token and masks; the bigram term is given the true token before. view: as `read_blocks`
-        gives it; starts (B, N): of each block in its row. Returns those of all tokens but the
-        first, (B, N, T - 1, V) float32.
-        """
-        return draft_and_bigrams(self, view, clean, starts)

@@ -56,10 +56,13 @@ class ContextView:
 
 
 def map_states(
-    layers: Iterable[LayerState], change: Callable[[Tensor], Tensor]
+    layers: Iterable[LayerState], change: Callable[[Tensor], Tensor], kind: type = tuple
 ) -> tuple[LayerState, ...]:
-    """Each layer's state with every tensor of it changed."""
-    return tuple(state and type(state)(*map(change, state)) for state in layers)
+    """Each layer's state with every tensor of it changed, where it is of a kind."""
+    return tuple(
+        type(state)(*map(change, state)) if state and isinstance(state, kind) else state
+        for state in layers
+    )
 
 
 def select_states(layers: Iterable[LayerState], rows: Tensor) -> tuple[LayerState, ...]:

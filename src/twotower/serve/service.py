@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 from weakref import WeakValueDictionary
@@ -31,6 +31,7 @@ from twotower.engine import (
 from twotower.engine.faults import failed
 from twotower.engine.filters import Filter, function_filter, pattern_filter
 from twotower.engine.grammar_builder import BUILD_S, Built, GrammarsFull, build, find
+from twotower.engine.worker import call_in
 from twotower.serve.answers import NOTHING, Shape, usage_of
 from twotower.serve.errors import ApiError, bad_value, from_failure
 from twotower.serve.metrics import Metrics, Observed
@@ -94,7 +95,7 @@ class Service:
         building = self._building.submit(build, grammar, tokenizer, most_s)
         loop = asyncio.get_running_loop()
         # Not when we are cancelled: the thread goes on until then.
-        building.add_done_callback(lambda _: _call_in(loop, turn.release))
+        building.add_done_callback(lambda _: call_in(loop, turn.release))
         try:
             return await asyncio.wrap_future(building)
         except ValueError as error:
@@ -114,11 +115,6 @@ class Service:
                 _log.error("the decoding thread has died; it is started again")
                 self.metrics.restarts.inc()
                 self.worker.start()
-
-
-def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
-    with contextlib.suppress(RuntimeError):  # it is closed
-        loop.call_soon_threadsafe(function)
 
 
 T = TypeVar("T")

@@ -19,6 +19,7 @@ import torch
 from twotower.arguments import require
 from twotower.checkpoint import resolve
 from twotower.families import read_config
+from twotower.file_lock import only_writer
 from twotower.model.two_tower import TwoTower
 from twotower.train.data import Rows
 from twotower.train.drafts import DraftedBlocks, reader_of
@@ -85,7 +86,7 @@ def train_steps(options: TrainOptions, processes: Processes = ALONE) -> Iterator
     rows = processes.together(lambda: Rows(Shard(options.data), length, options.seed, fraction))
     folder = RunFolder(options.run_folder)
     with ExitStack() as held:
-        processes.on_first(lambda: held.enter_context(folder.only_trainer()))
+        processes.on_first(lambda: held.enter_context(only_writer(folder.path)))
         yield from _train(options, processes, rows, folder)
 
 

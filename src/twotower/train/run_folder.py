@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from twotower.file_lock import only_writer
 from twotower.train.options import TrainOptions
 from twotower.train.processes import Processes
 from twotower.train.state import (
@@ -60,13 +59,6 @@ class RunFolder:
         self.export = path / "export"
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
-
-    @contextmanager
-    def only_trainer(self) -> Iterator[None]:
-        """Be the only process that trains here. ValueError (one line) when another does."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with only_writer(self.path):
-            yield
 
     def open(self, options: TrainOptions) -> Checkpoint | None:
         """Create the folder, or find the checkpoint to continue from; records options and versions.

@@ -17,7 +17,7 @@ from twotower.checkpoint.inspect import Tower, describe_config
 from twotower.kernels.quantised import to_eight_bits
 from twotower.lab.bench.passes import PassShape
 from twotower.lab.plan.inputs import uniform
-from twotower.lab.plan.passes import AR_STEP, ModelShape, Pass, call_shapes, pass_parts
+from twotower.lab.plan.passes import AR_STEP, ModelShape, Pass, PassPart, call_shapes, pass_parts
 from twotower.lab.report import Record
 from twotower.model import TwoTower
 from twotower.native.layout import LANES
@@ -58,23 +58,16 @@ def describe_limits(model: TwoTower, record: Record, shape: PassShape) -> list[d
     return rows
 
 
-class Work(NamedTuple):
-    """What a pass moves (bytes, each once) and computes (operations; a multiply-add is two)."""
-
-    weight_bytes: float
-    cache_bytes: float
-    operations: float
-
-
 def count_work(
     shape: ModelShape, taken: MeasuredPass, num_past: int, weight_bytes: float, dtype: torch.dtype
-) -> Work:
+) -> PassPart:
     """Work of one row's pass with weights of so many bytes each, keys and values in `dtype`."""
     widths = uniform("float32" if dtype == torch.float32 else "bfloat16")
     tower, tokens, logits = taken.shape
     call = Pass(tower=tower, rows=1, tokens=tokens, logits=logits, past=num_past)
     parts = pass_parts(shape, call, widths)
-    return Work(
+    return PassPart(
+        taken.call,
         sum(part.weight_bytes for part in parts) * weight_bytes / dtype.itemsize,
         sum(part.cache_bytes for part in parts),
         sum(part.operations for part in parts),
@@ -99,7 +92,7 @@ def weight_bytes_of(engine: str, otherwise: float) -> float:
     return next((size for end, size in _WEIGHT_BYTES.items() if engine.endswith(end)), otherwise)
 
 
-def _describe(taken: MeasuredPass, work: Work) -> dict[str, Any]:
+def _describe(taken: MeasuredPass, work: PassPart) -> dict[str, Any]:
     bandwidth = measure_bandwidth(max(_MIN_READ, round(work.weight_bytes)))
     peak = measure_peak(taken.dtype)
     num_bytes = work.weight_bytes + work.cache_bytes
