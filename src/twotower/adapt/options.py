@@ -125,38 +125,14 @@ _STEP_CHECKS = {
 }
 
 
-@dataclass(frozen=True)
 class WorkFolder:
     """Where a run keeps what it has done so far."""
 
-    path: Path
-
-    @property
-    def source(self) -> Path:
-        """What wrote the answers, and how."""
-        return self.path / "source.json"
-
-    @property
-    def answers(self) -> Path:
-        """One answer a line."""
-        return self.path / "answers.jsonl"
-
-    @property
-    def features(self) -> Path:
-        """A folder of parts."""
-        return self.path / "features"
-
-    @property
-    def checkpoint(self) -> Path:
-        """The newest state of training."""
-        return self.path / "training.safetensors"
-
-    @property
-    def curve(self) -> Path:
-        """What was measured while it trained, one object a line."""
-        return self.path / "curve.jsonl"
-
-    @property
-    def spent(self) -> Path:
-        """Seconds that the stage answers has had."""
-        return self.path / "spent.json"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.source = path / "source.json"  # what wrote the answers, and how
+        self.answers = path / "answers.jsonl"  # one a line
+        self.features = path / "features"  # a folder of parts
+        self.checkpoint = path / "training.safetensors"  # the newest state of training
+        self.curve = path / "curve.jsonl"  # what was measured while it trained, an object a line
+        self.spent = path / "spent.json"  # seconds that the stage answers has had

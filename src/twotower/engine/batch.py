@@ -161,12 +161,19 @@ class Batch:
             return
         bounds = list(zip(self.rows, starts, ends, strict=True))
         pieces = [row.between(a, b if most is None else min(a + most, b)) for row, a, b in bounds]
-        counts = [len(piece) for piece in pieces]
-        longest = max(counts)
-        ids = torch.tensor([piece + [0] * (longest - len(piece)) for piece in pieces])
-        self.model.extend(self.cache, ids, torch.tensor(counts))
-        for (row, start, end), count in zip(bounds, counts, strict=True):
+        ids, counts = padded(pieces)
+        self.model.extend(self.cache, ids, counts)
+        for (row, start, end), count in zip(bounds, counts.tolist(), strict=True):
             row.context_forwards += start < start + count == end  # a prompt counts as one
+
+
+def padded(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """Tokens of rows as (B, n) and how many each has (B,). Padding is any token: a mask of the
+    denoiser's own is none that the context tower could read.
+    """
+    counts = [len(row) for row in rows]
+    ids = torch.tensor([row + [0] * (max(counts) - len(row)) for row in rows])
+    return ids, torch.tensor(counts)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import torch
 
 from twotower.diffusion import require_finite
-from twotower.engine.batch import Batch, Chosen, DecodingMode
+from twotower.engine.batch import Batch, Chosen, DecodingMode, padded
 from twotower.engine.logits import with_logprobs
 
 _TOKENS = 32  # that are read at a time: each has logits of the size of the vocabulary
@@ -12,9 +12,8 @@ _TOKENS = 32  # that are read at a time: each has logits of the size of the voca
 def choose(batch: Batch) -> list[Chosen]:
     """The next given tokens of each row."""
     tokens = [list(row.given[len(row.tokens) :][:_TOKENS]) for row in batch.rows]
-    counts = torch.tensor([len(own) for own in tokens])
-    padded = [own + [0] * (int(counts.max()) - len(own)) for own in tokens]
-    output = batch.model.verify(batch.cache, torch.tensor(padded), counts)
+    ids, counts = padded(tokens)
+    output = batch.model.verify(batch.cache, ids, counts)
     first = batch.model.next_logits(batch.cache).unsqueeze(1)
     logits = torch.cat([first, batch.model.context_head(output.hidden[:, :-1])], dim=1)
     chosen = with_logprobs(batch.rows, require_finite(logits), tokens)

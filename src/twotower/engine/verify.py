@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twotower.engine.batch import Batch, Chosen
+from twotower.engine.batch import Batch, Chosen, padded
 from twotower.engine.logits import best_tokens, choose_tokens, noise_of, with_logprobs
 from twotower.model.draft_tree import DraftTree, along_paths
 
@@ -20,11 +20,8 @@ def verify(batch: Batch, most_steps: int = 1) -> list[Chosen]:
     most_steps: AR steps that a backend which chooses may make; above 1 without drafts alone.
     """
     drafts = [draft.tokens for draft in batch.drafts]
-    lengths = [len(draft) for draft in drafts]
-    most = max(lengths)
-    # Padded with any token: a mask of the denoiser's own is none that the context tower could read.
-    ids = torch.tensor([draft + [0] * (most - len(draft)) for draft in drafts])
-    counts = torch.tensor(lengths)
+    ids, counts = padded(drafts)
+    lengths, most = counts.tolist(), ids.shape[1]
     if batch.chooser is not None:
         steps = min(most_steps, batch.chooser.decode_steps)
         size = max(steps, most), batch.model.config.vocab_size
