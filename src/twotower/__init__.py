@@ -7,58 +7,35 @@ from typing import TYPE_CHECKING
 from twotower.arguments import require
 
 if TYPE_CHECKING:
-    from twotower.backends import accelerate
-    from twotower.config import TwoTowerConfig
-    from twotower.engine.events import (
-        Completion,
-        Event,
-        Failed,
-        Finished,
-        StepTaken,
-        TokensCommitted,
-    )
-    from twotower.engine.generate import generate, stream
-    from twotower.engine.options import EngineOptions, GenerateOptions
-    from twotower.lab.evaluate.likelihood import Score, score_texts
-    from twotower.loading import Placement, load_model, save_model
-    from twotower.model import ContextCache, ContextView, TwoTower
-    from twotower.tokenizer import Tokenizer
-    from twotower.train.loop import StepReport, train_model, train_steps
-    from twotower.train.options import TrainOptions
-    from twotower.train.prepare import PrepareOptions, prepare_data
+    from twotower.backends import accelerate as accelerate
+    from twotower.config import TwoTowerConfig as TwoTowerConfig
+    from twotower.engine.events import Completion as Completion
+    from twotower.engine.events import Event as Event
+    from twotower.engine.events import Failed as Failed
+    from twotower.engine.events import Finished as Finished
+    from twotower.engine.events import StepTaken as StepTaken
+    from twotower.engine.events import TokensCommitted as TokensCommitted
+    from twotower.engine.generate import generate as generate
+    from twotower.engine.generate import stream as stream
+    from twotower.engine.options import EngineOptions as EngineOptions
+    from twotower.engine.options import GenerateOptions as GenerateOptions
+    from twotower.lab.evaluate.likelihood import Score as Score
+    from twotower.lab.evaluate.likelihood import score_texts as score_texts
+    from twotower.loading import Placement as Placement
+    from twotower.loading import load_model as load_model
+    from twotower.loading import save_model as save_model
+    from twotower.model import ContextCache as ContextCache
+    from twotower.model import ContextView as ContextView
+    from twotower.model import TwoTower as TwoTower
+    from twotower.tokenizer import Tokenizer as Tokenizer
+    from twotower.train.loop import StepReport as StepReport
+    from twotower.train.loop import train_model as train_model
+    from twotower.train.loop import train_steps as train_steps
+    from twotower.train.options import TrainOptions as TrainOptions
+    from twotower.train.prepare import PrepareOptions as PrepareOptions
+    from twotower.train.prepare import prepare_data as prepare_data
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "Completion",
-    "ContextCache",
-    "ContextView",
-    "EngineOptions",
-    "Event",
-    "Failed",
-    "Finished",
-    "GenerateOptions",
-    "Placement",
-    "PrepareOptions",
-    "Score",
-    "StepReport",
-    "StepTaken",
-    "Tokenizer",
-    "TokensCommitted",
-    "TrainOptions",
-    "TwoTower",
-    "TwoTowerConfig",
-    "accelerate",
-    "generate",
-    "load_model",
-    "load_tokenizer",
-    "prepare_data",
-    "save_model",
-    "score_texts",
-    "stream",
-    "train_model",
-    "train_steps",
-]
 
 _HOMES = {
     "config": ("TwoTowerConfig",),
@@ -76,6 +53,7 @@ _HOMES = {
     "train.prepare": ("PrepareOptions", "prepare_data"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = [*_HOME, "load_tokenizer"]
 
 
 def __getattr__(name: str) -> object:
