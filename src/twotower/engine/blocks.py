@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from twotower.diffusion import Sampler, Step, require_finite
-from twotower.engine.batch import Batch, Chosen, DecodingMode, Draft
+from twotower.engine.batch import Batch, Chosen, DecodingMode, Draft, padded
 from twotower.engine.denoiser import Blocks, Denoiser, LocalDenoiser
 from twotower.engine.denoiser_copy import CopyDenoiser
 from twotower.engine.events import Event, StepTaken, Verified
@@ -103,14 +103,15 @@ def choose(batch: Batch) -> list[Chosen]:
     options = batch.rows[0].options  # all rows are of one kind
     if options.verify_threshold == 0 and options.logprobs is None:
         return [Chosen(tokens) for tokens in blocks]
-    ids = torch.tensor(blocks)
-    output = batch.model.verify(batch.cache, ids)
+    ids, lengths = padded(blocks)
+    output = batch.model.verify(batch.cache, ids, lengths)
     first = batch.model.next_logits(batch.cache).unsqueeze(1)
     logits = torch.cat([first, batch.model.context_head(output.hidden[:, :-1])], dim=1)
     thresholds = torch.tensor([row.options.verify_threshold for row in batch.rows])
-    counts = count_plausible(
+    plausible = count_plausible(
         ids.to(logits.device), require_finite(logits), thresholds.to(logits.device)
-    ).cpu()
+    )
+    counts = torch.minimum(plausible.cpu(), lengths)
     kept = [own[:count] for own, count in zip(blocks, counts.tolist(), strict=True)]
     chosen = with_logprobs(batch.rows, logits, kept)
     batch.commit(output, counts)

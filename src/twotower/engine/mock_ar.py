@@ -5,7 +5,8 @@ It reads each row's last token, which the cache does not hold yet. Source: syste
 
 import torch
 
-from twotower.engine.batch import Batch, Chosen, DecodingMode, Draft
+from twotower.engine import blocks
+from twotower.engine.batch import Batch, DecodingMode, Draft
 from twotower.engine.logits import choose_tokens
 
 
@@ -19,9 +20,4 @@ def draft(batch: Batch) -> None:
     batch.drafts = [Draft(own) for own in (chosen if ids is None else ids[chosen]).tolist()]
 
 
-def choose(batch: Batch) -> list[Chosen]:
-    """What the denoiser chose."""
-    return [Chosen(draft.tokens) for draft in batch.drafts]
-
-
-MOCK_AR = DecodingMode(choose=choose, draft=draft, num_unread=1)
+MOCK_AR = DecodingMode(choose=blocks.choose, draft=draft, num_unread=1)
