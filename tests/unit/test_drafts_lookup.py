@@ -58,8 +58,9 @@ COSTS = PassCosts({1: 1.0, 4: 1.2, 8: 1.4, 16: 2.0})
 def batch_with(ngrams: Ngrams | None, costs: PassCosts = COSTS) -> Batch:
     """What a lookup asks of a batch."""
     model = SimpleNamespace(
-        ngrams=ngrams, pass_costs=costs, context_device=torch.device("cpu"), verifies_trees=False
-    )
+        ngrams=ngrams, pass_costs=costs, context_device=torch.device("cpu"), verifies_trees=False,
+        config=SimpleNamespace(mask_token_id=0),
+    )  # fmt: skip
     row = Row(0, [1], ResolvedOptions())
     return Batch(model, None, [row], None)  # type: ignore[arg-type]
 

@@ -9,7 +9,7 @@ from twotower.engine import drafts_denoiser, proposals, speculative
 from twotower.engine.batch import Batch
 from twotower.engine.drafts import BatchCosts, DraftController, Proposal
 from twotower.engine.drafts_denoiser import choose_writers, writing_cost
-from twotower.engine.proposals import best_length, costs_of
+from twotower.engine.proposals import best_length, drafting_of
 from twotower.engine.resolved import ResolvedOptions
 from twotower.engine.row import Row
 from twotower.graphs.passes import count_accepted
@@ -27,9 +27,13 @@ def test_count_accepted() -> None:
 
 def batch_of(costs: PassCosts, num_rows: int = 1, **towers: int) -> Batch:
     """What drafts ask of a batch: costs of passes and the towers' layers."""
-    config = SimpleNamespace(**{n: SimpleNamespace(num_layers=v) for n, v in towers.items()})
-    model = SimpleNamespace(pass_costs=costs, config=config, context_device=torch.device("cpu"))
-    return Batch(model, None, [None] * num_rows, None)  # type: ignore[arg-type, list-item]
+    each = {n: SimpleNamespace(num_layers=v) for n, v in towers.items()}
+    model = SimpleNamespace(
+        pass_costs=costs, config=SimpleNamespace(**each, mask_token_id=0),
+        context_device=torch.device("cpu"), verifies_trees=False,
+    )  # fmt: skip
+    rows = [Row(index, [5], ResolvedOptions()) for index in range(num_rows)]
+    return Batch(model, None, rows, None)  # type: ignore[arg-type]
 
 
 def test_best_length() -> None:
@@ -197,4 +201,4 @@ def test_rows_do_not_count_on_an_accelerator() -> None:
     costs = PassCosts({1: 1.0, 4: 1.3, 64: 9.0})
     batch = batch_of(costs, num_rows=8)
     batch.model.context_device = torch.device("meta")
-    assert costs_of(batch).of_pass(4) == costs_of(batch).of_pass(4, 3) == 1.3
+    assert drafting_of(batch).costs.of_pass(4) == drafting_of(batch).costs.of_pass(4, 3) == 1.3

@@ -11,6 +11,7 @@ from torch import Tensor
 from twotower.diffusion import Sampler, SamplerKind
 from twotower.engine.choosing import ChoosingBackend
 from twotower.engine.denoiser import Denoiser
+from twotower.engine.drafts import Drafting
 from twotower.engine.events import Event, TokenLogprob, Verified
 from twotower.engine.row import Row
 from twotower.model import ContextCache, TwoTower
@@ -66,6 +67,7 @@ class Batch:
     denoiser: Denoiser | None = None  # once it has filled a block
     drafts: Sequence[Draft] = ()  # of each row, once there are any
     chosen: Sequence[Chosen] = ()  # what the context tower made of them
+    drafting: Drafting | None = field(default=None, init=False)  # of these rows, once they draft
 
     @cached_property
     def sampler(self) -> Sampler:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from twotower.diffusion import Sampler
 from twotower.model.backend import PassCosts
 
 Drafts = Literal["auto", "lookup", "denoiser"]
@@ -100,3 +101,11 @@ class BatchCosts:
             if num_tokens <= most:
                 return cost + rows
         return cost * num_tokens / most + rows
+
+
+class Drafting(NamedTuple):
+    """What decides about the drafts of a batch."""
+
+    costs: BatchCosts
+    sampler: Sampler  # without chance: the context tower has the last word
+    may_branch: bool

@@ -1,9 +1,7 @@
 """Drafts of the denoiser tower: all masked positions of a block at once."""
 
 from collections.abc import Generator, Sequence
-from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from twotower.engine.batch import Batch
@@ -11,7 +9,7 @@ from twotower.engine.blocks import fill_blocks
 from twotower.engine.drafts import DraftController, Proposal
 from twotower.engine.drafts_lookup import Candidates
 from twotower.engine.events import Event
-from twotower.engine.proposals import MAX_DRAFT, NUM_OTHERS, costs_of, may_branch
+from twotower.engine.proposals import MAX_DRAFT, drafting_of
 from twotower.engine.row import Row
 
 # Of the tokens that drafts add to AR's one on held-out answers, what they add where lookups fail:
@@ -56,7 +54,7 @@ def pays(row: Row, batch: Batch, instead: Proposal, num_writers: int) -> bool:
     assert row.controller is not None
     size = row.options.block_size
     length = min(size + len(instead.tokens), max(1 + MAX_DRAFT, size), row.num_left)
-    cost = writing_cost(row, batch, num_writers) + costs_of(batch).of_pass(length)
+    cost = writing_cost(row, batch, num_writers) + drafting_of(batch).costs.of_pass(length)
     return row.controller.expected(instead) > instead.gain * cost
 
 
@@ -64,7 +62,7 @@ def writing_cost(row: Row, batch: Batch, num_writers: int) -> float:
     """AR steps that a draft takes, if as many rows write: the others wait for them, at the writers'
     expense. Where that was not measured, a layer of either tower costs as much.
     """
-    config, options, costs = batch.model.config, row.options, costs_of(batch)
+    config, options, costs = batch.model.config, row.options, drafting_of(batch).costs
     share = costs.passes.denoiser or config.denoiser.num_layers / config.context.num_layers
     passes = share * (costs.of_pass(options.block_size, num_writers) - costs.beside)
     together, each = _TOGETHER, _EACH
@@ -81,12 +79,9 @@ def write(
     the denoiser is of them, given those before; 1 for what was known. Behind a token stand the next
     most probable ones, where drafts may branch.
     """
-    # Without chance: the context tower has the last word.
-    sampler = replace(
-        batch.sampler if len(indices) == len(batch.rows) else batch.sampler.select(indices),
-        temperature=torch.zeros(len(indices)),
-        num_others=NUM_OTHERS if may_branch(batch) else 0,
-    )
+    sampler = drafting_of(batch).sampler
+    if len(indices) < len(batch.rows):
+        sampler = sampler.select(indices)
     last = yield from fill_blocks(batch, blocks, sampler, indices, num_known=1)
     written: list[list[Candidates]] = [
         [[own] for own in zip(tokens, sure, strict=True)]

@@ -1,10 +1,13 @@
 """What is proposed to a row: as much of what probably follows its text as is worth verifying."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
+import torch
+
 from twotower.engine.batch import Batch
-from twotower.engine.drafts import BatchCosts, Proposal
+from twotower.engine.drafts import BatchCosts, Drafting, Proposal
 from twotower.engine.drafts_lookup import Candidates, Lookup
 from twotower.engine.row import Row
 from twotower.model.draft_tree import MAX_TOKENS
@@ -13,18 +16,19 @@ MAX_DRAFT = 15  # tokens, where the denoiser wrote no more: with the newest one 
 NUM_OTHERS = 2  # next most probable tokens at each position of a draft that may branch
 
 
-def costs_of(batch: Batch) -> BatchCosts:
-    """What passes cost. An accelerator's arithmetic waits for weights where rows are few: only on a
-    CPU do the rows count.
-    """
-    is_on_cpu = batch.model.context_device.type == "cpu"
-    return BatchCosts(batch.model.pass_costs, len(batch.rows) if is_on_cpu else 1)
-
-
-def may_branch(batch: Batch) -> bool:
-    """Whether drafts of the rows may branch: of a block larger than a tree only a chain may."""
-    is_small = batch.rows[0].options.block_size <= MAX_TOKENS
-    return batch.model.verifies_trees and is_small and not batch.needs_host
+def drafting_of(batch: Batch) -> Drafting:
+    """What decides about the batch's drafts, worked out once while its rows stay the same."""
+    if batch.drafting is None:
+        model, num_rows = batch.model, len(batch.rows)
+        # An accelerator's arithmetic waits for weights where rows are few: a CPU's does not.
+        costs = BatchCosts(model.pass_costs, num_rows if model.context_device.type == "cpu" else 1)
+        # Of a block larger than a tree only a chain may be verified.
+        is_small = batch.rows[0].options.block_size <= MAX_TOKENS
+        may_branch = model.verifies_trees and is_small and not batch.needs_host
+        others, zeros = NUM_OTHERS if may_branch else 0, torch.zeros(num_rows)
+        sampler = replace(batch.sampler, temperature=zeros, num_others=others)
+        batch.drafting = Drafting(costs, sampler, may_branch)
+    return batch.drafting
 
 
 def propose(
@@ -45,11 +49,11 @@ def propose(
     begin = 1 + len(known)
     most = min(max(1 + MAX_DRAFT, begin + len(drafted)), row.num_left) - begin
     # Only a denoiser gives several tokens for one position.
-    most_ways = 1 + NUM_OTHERS if drafted and may_branch(batch) else 1
+    drafting = drafting_of(batch)
+    most_ways = 1 + NUM_OTHERS if drafted and drafting.may_branch else 1
     guess = row.lookup.guess(known, most, drafted, most_ways, row.options.eos_token_id)
     expected = list(accumulate([float(begin), *guess.sure]))
-    of_pass = costs_of(batch).of_pass
-    costs = [of_pass(begin + tokens) for tokens in range(len(expected))]
+    costs = [drafting.costs.of_pass(begin + tokens) for tokens in range(len(expected))]
     length, gain = best_length(expected, costs, writing)
     return Proposal(
         drafter="denoiser" if drafted else "lookup",
