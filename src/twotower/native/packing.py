@@ -7,7 +7,7 @@ those of a checkpoint keep its bfloat16, and no number is rounded twice.
 
 import ctypes
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from twotower.kernels.quantised import Bits, Quantised, to_eight_bits
 GROUP = 32  # numbers of an int4 group, and of a token's group
 _ROWS = 16  # of a block: the outputs of one vector
 _QUAD = 4  # inputs that one instruction multiplies and adds
+_PIECE = 2**19  # numbers that are rounded at a time: they stay in a core's cache
 _LONGEST_ROW = 65_536  # inputs: 255 * 127 * this is still an int32
 _ZERO = 128  # of int8 bytes
 _HUGE_PAGE = 2**21
@@ -80,14 +81,17 @@ class Packed:
 
     bits: what full precision is rounded to, 8 where not given. groups: columns of which a token has
     one scale, 32 or, where a checkpoint's `rounds_input` says how tokens are rounded, all of a row.
-    centred: those whose 4 bits are a checkpoint's.
+    centred: those whose 4 bits are a checkpoint's. read: the values of a matrix without memory.
     Blocks of 16 rows, with zeros beyond the last. int8: bytes [K/4][16][4], 128 too large, and
     behind all blocks a float32 scale of each row. int4: for each group [4][16][4] bytes, of which
     number i of four has column 4 i + j low and 16 + 4 i + j high, then 16 scales and 16 offsets.
     """
 
     def __init__(
-        self, matrices: Mapping[str, Tensor | Quantised], bits: Mapping[str, Bits] | None = None
+        self,
+        matrices: Mapping[str, Tensor | Quantised],
+        bits: Mapping[str, Bits] | None = None,
+        read: Callable[[str], Tensor] | None = None,
     ) -> None:
         self.centred = {
             name
@@ -105,7 +109,10 @@ class Packed:
         at = 0
         for name, matrix in matrices.items():
             part = self._buffer[at : at + sizes[name]]
-            part.copy_(_bytes_of(matrix, self.bits[name]))
+            if isinstance(matrix, Tensor) and matrix.is_meta:
+                assert read is not None
+                matrix = read(name)
+            _write(part, matrix, self.bits[name])
             self.addresses[name] = part.data_ptr()
             at += sizes[name]
 
@@ -126,25 +133,47 @@ def _num_bytes(matrix: Tensor | Quantised, bits: Bits) -> int:
     return rows * (-(-width // _QUAD) * _QUAD + 4)
 
 
-def _bytes_of(matrix: Tensor | Quantised, bits: Bits) -> Tensor:
-    """One matrix's bytes (num_bytes,) int8; full precision is rounded first."""
+def _write(part: Tensor, matrix: Tensor | Quantised, bits: Bits) -> None:
+    """One matrix's bytes (num_bytes,) int8; full precision is rounded first, some rows at a time,
+    which is faster and needs no second copy.
+    """
+    rows, width = matrix.shape
+    num_padded = -(-rows // _ROWS) * _ROWS
+    num_scales = 4 * num_padded if bits == 8 else 0
+    sections = part.split([len(part) - num_scales, num_scales])
+    num_rows = max(1, _PIECE // (_ROWS * width)) * _ROWS
+    for first in range(0, rows, num_rows):
+        some = _rows(matrix, slice(first, first + num_rows))
+        for section, own in zip(sections, _pack(some, bits), strict=True):
+            section[first * len(section) // num_padded :][: len(own)].copy_(own)
+
+
+def _rows(matrix: Tensor | Quantised, some: slice) -> Tensor | Quantised:
     if isinstance(matrix, Tensor):
-        return _pack(to_eight_bits(matrix)) if bits == 8 else _pack_groups(quantise_groups(matrix))
-    return _pack(matrix) if bits == 8 else _pack_groups(grouped(matrix))
+        return matrix[some]
+    zero = None if matrix.zero is None else matrix.zero[some]
+    return matrix._replace(qdata=matrix.qdata[some], scale=matrix.scale[some], zero=zero)
 
 
-def _pack(matrix: Quantised) -> Tensor:
-    """One matrix's bytes (num_bytes,) int8."""
+def _pack(matrix: Tensor | Quantised, bits: Bits) -> tuple[Tensor, Tensor]:
+    """Bytes (int8) of some rows: of their blocks, and of the scales behind all blocks."""
+    if bits == 4:
+        made = quantise_groups(matrix) if isinstance(matrix, Tensor) else grouped(matrix)
+        return _blocks_of_four(made), torch.empty(0, dtype=torch.int8)
+    return _blocks_of_eight(to_eight_bits(matrix) if isinstance(matrix, Tensor) else matrix)
+
+
+def _blocks_of_eight(matrix: Quantised) -> tuple[Tensor, Tensor]:
+    """Bytes (int8) of the blocks of a matrix, and of its rows' scales."""
     rows, width = matrix.qdata.shape
     numbers = F.pad(matrix.qdata, (0, -width % _QUAD, 0, -rows % _ROWS))
     scales = F.pad(matrix.scale.float().flatten(), (0, -rows % _ROWS))
     blocks = numbers.view(-1, _ROWS, numbers.shape[1] // _QUAD, _QUAD).transpose(1, 2)
-    # As unsigned bytes they are 128 too large.
-    return torch.cat([blocks.flatten() ^ -_ZERO, scales.view(torch.int8)])
+    return blocks.flatten() ^ -_ZERO, scales.view(torch.int8)  # 128 too large as unsigned bytes
 
 
-def _pack_groups(matrix: Grouped) -> Tensor:
-    """One matrix's bytes (num_bytes,) int8."""
+def _blocks_of_four(matrix: Grouped) -> Tensor:
+    """Bytes (int8) of the blocks of a matrix."""
     rows = matrix.numbers.shape[0]
     numbers, scale, offset = (F.pad(part, (0, 0, 0, -rows % _ROWS)) for part in matrix)
     halves = numbers.view(-1, _ROWS, scale.shape[1], 2, 4, _QUAD)  # block, row, group, half, i, j
