@@ -23,6 +23,7 @@ from twotower.model.precision import (
     Scheme,
     has_mapped_experts,
     placement_refusal,
+    require_read,
     scheme_of,
 )
 from twotower.native.backend import NativeBackend
@@ -178,6 +179,8 @@ def accelerate(
     choices = {"backend": one_of(*BACKENDS), "quantization": one_of(*QUANTIZATIONS)}
     check({"backend": backend, "quantization": quantization}, choices)
     require("model", model, TwoTower, "twotower.load_model(path)")
+    if backend == "graphs" or quantization == "none":
+        require_read(model, f"backend={backend} quantization={quantization}")
     setup, reasons = setup_of(model, quantization), list[str]()
     for name in _AUTOMATIC if backend == "auto" else [backend]:
         try:

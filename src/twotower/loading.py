@@ -6,7 +6,7 @@ import atexit
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -38,7 +38,7 @@ from twotower.checkpoint.generation import log_unheeded
 from twotower.documented import public_options
 from twotower.families import read_config
 from twotower.model import TwoTower
-from twotower.model.precision import ExpertStorage
+from twotower.model.precision import NATIVE_SCHEMES, ExpertStorage, Scheme
 from twotower.paths import usable_path
 from twotower.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
@@ -260,14 +260,16 @@ def _load_towers(folder: Path, placement: Placement, towers: Towers) -> TwoTower
     device = _device(placement.device)
     apart = placement.denoiser_device not in (None, PEER)
     elsewhere = _device(str(placement.denoiser_device)) if apart else device
+    dtype = _dtype(folder, placement, device)
     model = load_checkpoint(
         folder,
-        dtype=_dtype(folder, placement, device),
+        dtype=dtype,
         context_device=device,
         denoiser_device=elsewhere,
         # A thin denoiser shares weights of the context tower.
         towers=towers if placement.denoiser is None else "context",
         expert_storage=placement.expert_storage,
+        rounding=_rounding(folder, placement, {device, elsewhere}, dtype),
     )
     if placement.denoiser is not None:
         model = load_denoiser(model, placement.denoiser, find_device(elsewhere))
@@ -289,6 +291,19 @@ def _dtype(folder: Path, placement: Placement, device: str) -> torch.dtype | Non
         return None
     setup = planned_setup(read_config(folder))
     return torch.float32 if refusal("native", setup) is None else None
+
+
+def _rounding(
+    folder: Path, placement: Placement, devices: set[str], dtype: torch.dtype | None
+) -> Scheme | None:
+    """How native passes will round the matrices of a checkpoint, if they are to run it: those are
+    rounded as they are read, and never all in memory.
+    """
+    setup = planned_setup(read_config(folder), placement.quantization)
+    setup = replace(setup, devices=frozenset(devices), dtypes=frozenset({dtype or torch.float32}))
+    if placement.backend == "graphs" or refusal("native", setup) is not None:
+        return None
+    return NATIVE_SCHEMES.get(placement.quantization)
 
 
 def _load_split(folder: Path, placement: Placement) -> TwoTower:

@@ -175,7 +175,8 @@ def load_denoiser(
     made = _with_empty_denoiser(backbone, config, dtype, device)
     _fill(made, folder / SINGLE_FILE, _of_another(path, read_json(folder / "config.json")))
     if made.draft_ids is not None:
-        head = made.context_lm_head.weight
+        read = made.unread.get("context_lm_head.weight")
+        head = made.context_lm_head.weight if read is None else read()
         made.lm_head.weight.data.copy_(head[made.draft_ids.to(head.device)])
     preferred = {"mode": "speculative", "block_size": config.block_size}
     made.generation_defaults = {**backbone.generation_defaults, **preferred}
@@ -210,7 +211,7 @@ def _with_empty_denoiser(
         if made.lm_head is made.context_lm_head:
             made.lm_head = copy.deepcopy(made.lm_head).to(device)
     made.generation_defaults = backbone.generation_defaults
-    made.unused_ids = backbone.unused_ids
+    made.unused_ids, made.unread = backbone.unused_ids, backbone.unread
     if made.draft_ids is not None:
         made.draft_ids = torch.empty_like(made.draft_ids, device=device)
     return made

@@ -1,6 +1,6 @@
 """A model without values: on the meta device for its shapes, then in the memory of its devices."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal
 
 import torch
@@ -50,17 +50,19 @@ def allocate(
     dtypes: tuple[torch.dtype, torch.dtype],
     devices: tuple[torch.device, torch.device],
     parts: str | tuple[str, ...] = "",
+    unread: Collection[str] = (),
 ) -> None:
     """Give every parameter and buffer memory on its device, without values.
 
-    parts: how the names of those begin that are wanted; the others stay on the meta device.
+    parts: how the names of those begin that are wanted; the others stay on the meta device, and so
+    do those named in `unread`.
     """
     wanted = [(n, part) for n, part in model.named_children() if f"{n}.".startswith(parts)]
     for name, part in wanted:
         side = int(f"{name}.".startswith(names.DENOISER_PARTS))
         try:
             for module_name, module in part.named_modules(prefix=name):
-                _allocate_own(module, f"{module_name}.", dtypes[side], devices[side])
+                _allocate_own(module, f"{module_name}.", dtypes[side], devices[side], unread)
         except (RuntimeError, MemoryError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
@@ -70,11 +72,19 @@ def allocate(
     model.tie_heads()
 
 
-def _allocate_own(module: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device) -> None:
+def _allocate_own(
+    module: nn.Module,
+    prefix: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    unread: Collection[str],
+) -> None:
     for name, old in [
         *module.named_parameters(recurse=False),
         *module.named_buffers(recurse=False),
     ]:
+        if prefix + name in unread:
+            continue
         kept = old.dtype if names.keeps_dtype(prefix + name) else dtype
         values = torch.empty(old.shape, dtype=kept, device=device)
         if isinstance(old, nn.Parameter):

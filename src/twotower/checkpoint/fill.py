@@ -39,6 +39,14 @@ def fill(model: TwoTower, plan: Plan) -> None:
             _fill_quantised(model, source, slot)
 
 
+def read_finite(entry: Entry) -> Tensor:
+    """The values of a tensor, checked to be finite."""
+    found = entry.read()
+    found = found.float() if found.dtype == torch.float64 else found
+    _require_finite(found, entry)
+    return found
+
+
 def _fill_quantised(model: TwoTower, source: Tensor, slot: Slot) -> None:
     holder = matrix_at(model, slot.parameter)
     if source.dim() == 3:  # all experts of a layer in one tensor

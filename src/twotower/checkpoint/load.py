@@ -6,6 +6,7 @@ files are is `files`', how values get to their places is that of `fill` and `map
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from twotower.checkpoint.files import (
     log_others,
     resolve,
 )
-from twotower.checkpoint.fill import Plan, fill
+from twotower.checkpoint.fill import Plan, fill, read_finite
 from twotower.checkpoint.layout import read_layout, with_heads
 from twotower.checkpoint.mapped import of_both_towers, split_experts
 from twotower.checkpoint.names import Slot
@@ -29,7 +30,13 @@ from twotower.checkpoint.quantize import read_scheme
 from twotower.config import TwoTowerConfig
 from twotower.families import read_config
 from twotower.model.initialise import copy_context_to_denoiser
-from twotower.model.precision import ExpertStorage, Scheme, map_experts, placement_refusal
+from twotower.model.precision import (
+    ExpertStorage,
+    Scheme,
+    map_experts,
+    placement_refusal,
+    weight_bits,
+)
 from twotower.model.two_tower import TwoTower
 
 _LISTED = 8  # tensors that an error names
@@ -44,13 +51,15 @@ def load_checkpoint(
     denoiser_device: torch.device | str = "cpu",
     towers: Towers = "both",
     expert_storage: ExpertStorage = "memory",
+    rounding: Scheme | None = None,
 ) -> TwoTower:
     """Load a checkpoint folder or hub id in eval mode; a single-tower backbone fills both towers.
 
     dtype None keeps each tower's own. Routers stay float32, quantised weights as they are.
     expert_storage="mmap" leaves routed experts in the files, which must not change meanwhile.
-    towers="denoiser" leaves the context tower without memory. ValueError (one line) for a damaged
-    checkpoint, or one of another model.
+    towers="denoiser" leaves the context tower without memory. rounding: full-precision matrices
+    that native passes round so stay in the files, which must not change until they have
+    (`TwoTower.unread`). ValueError (one line) for a damaged checkpoint, or one of another model.
     """
     built: Towers = "both" if towers == "denoiser" else towers
     source = _open(resolve(path), built)
@@ -72,8 +81,9 @@ def load_checkpoint(
     if mapped is not None:
         map_experts(model, mapped if source.towers == built else of_both_towers(mapped))
     _log.info("%s: towers=%s dtype=%s quant=%s", source.folder, towers, target.dtypes[0], scheme)
+    left = rounding if scheme is None and source.towers == built else None
     return _with_values(
-        model, source, plan, target, names.DENOISER_PARTS if built != towers else ""
+        model, source, plan, target, names.DENOISER_PARTS if built != towers else "", left
     )
 
 
@@ -127,15 +137,31 @@ def _open(folder: Path, towers: Towers) -> _Source:
 
 @torch.no_grad()
 def _with_values(
-    model: TwoTower, source: _Source, plan: Plan, target: _Target, parts: str | tuple[str, ...] = ""
+    model: TwoTower,
+    source: _Source,
+    plan: Plan,
+    target: _Target,
+    parts: str | tuple[str, ...] = "",
+    rounding: Scheme | None = None,
 ) -> TwoTower:
     """The empty model with memory and the values of its files, ready to decode.
 
-    parts: how the names of what is wanted begin; the rest stays without memory.
+    parts: how the names of what is wanted begin; the rest stays without memory. rounding: what it
+    rounds stays in the files.
     """
     defaults = generation_defaults(source.folder)
-    allocate(model, target.dtypes, target.devices, parts)
-    fill(model, {name: found for name, found in plan.items() if name.startswith(parts)})
+    wanted = {name: found for name, found in plan.items() if name.startswith(parts)}
+    tied = model.config.tie_word_embeddings
+    left = {
+        slot.parameter: entry
+        for entry, slot in wanted.values()
+        if rounding is not None
+        and weight_bits(slot.parameter, slot.shape, rounding) is not None
+        and not (tied and slot.parameter.endswith("lm_head.weight"))
+    }
+    allocate(model, target.dtypes, target.devices, parts, left)
+    fill(model, {name: own for name, own in wanted.items() if own[1].parameter not in left})
+    model.unread = {name: partial(read_finite, entry) for name, entry in left.items()}
     if source.towers == "context" and model.denoiser_tower is not None:
         copy_context_to_denoiser(model, seed=0)
     model.generation_defaults = defaults

@@ -65,6 +65,13 @@ class Scheme:
                 raise ValueError(f"group_size={self.group_size!r} must be 32, 64 or 128")
 
 
+# What --quantization of native passes rounds weights to; products with them round the tokens, too.
+NATIVE_SCHEMES: Mapping[str, Scheme] = {
+    "int8": Scheme(weights="int8", activations="int8"),
+    "int4": Scheme(weights="int4"),
+}
+
+
 def weight_bits(name: str, shape: Sequence[int], scheme: Scheme) -> Bits | None:
     """Bits of a number of the weight `name` (the model's or the released name); None: it keeps
     full precision.
@@ -187,6 +194,15 @@ def map_experts(model: nn.Module, matrices: Mapping[str, Matrices]) -> None:
     model.requires_grad_(False)
 
 
+def require_read(model: TwoTower, purpose: str) -> None:
+    """ValueError (one line) for a model that has left matrices in its files."""
+    if model.unread:
+        raise ValueError(
+            f"{purpose} needs full-precision weights, and this model was loaded with a "
+            "quantization, which rounds them as they are read; load it with quantization=none"
+        )
+
+
 def has_mapped_experts(model: nn.Module) -> bool:
     """Whether experts are views of files."""
     return any(isinstance(module, MappedExperts) for module in model.modules())
@@ -210,8 +226,9 @@ def placement_refusal(
     return None
 
 
-def require_plain(model: nn.Module, purpose: str) -> None:
+def require_plain(model: TwoTower, purpose: str) -> None:
     """ValueError (one line) unless all weights are floating numbers in memory."""
+    require_read(model, purpose)
     if scheme_of(model) is not None:
         raise ValueError(
             f"{purpose} needs full-precision weights, and these are quantised; use the checkpoint "

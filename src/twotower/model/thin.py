@@ -13,6 +13,7 @@ from twotower.model.two_tower import TwoTower
 from twotower.specs import AttentionSpec, MambaSpec
 
 _SKETCHED = 16  # numbers of each matrix
+_MAX_READ = 8  # matrices
 
 
 def blocks_of(tower: TowerConfig) -> list[tuple[int, ...]]:
@@ -83,12 +84,17 @@ def set_block_size(model: TwoTower, block_size: int) -> None:
 
 def sketch(model: TwoTower) -> Tensor:
     """A few numbers of every matrix of the context tower: (matrices, 16) float32, each row of
-    length 1, zeros where the numbers are packed. Rounding to 4 bits turns it by little.
+    length 1, zeros where the numbers are packed. Rounding to 4 bits turns it by little. Of matrices
+    that are still in files only a few are read.
     """
-    rows = []
-    for module in model.context_tower.layers.modules():
+    rows, left = [], _MAX_READ
+    for name, module in model.context_tower.layers.named_modules(prefix="context_tower.layers"):
         if isinstance(module, nn.Linear):
-            own = module.weight.detach().flatten()[:_SKETCHED].float().cpu()
+            weight, read = module.weight.detach(), model.unread.get(f"{name}.weight")
+            if read is not None:
+                weight = read() if left > 0 else torch.zeros(0)
+                left -= 1
+            own = weight.flatten()[:_SKETCHED].float().cpu()
             rows.append(F.pad(own, (0, _SKETCHED - len(own))))
         elif isinstance(module, QuantisedLinear):
             rows.append(Tensor([0.0] * _SKETCHED))

@@ -4,7 +4,7 @@ Holds no generation loop, sampler, loss or checkpoint code.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -24,6 +24,9 @@ from twotower.model.ngrams import Ngrams
 from twotower.model.passes import Passes
 from twotower.model.state import ContextCache
 
+Unread = Mapping[str, Callable[[], Tensor]]
+"""Matrices that stay in a checkpoint's files and have no memory here, to be rounded as they are
+read: how each one's values are, by its name in the model."""
 # Tokens of a prompt read at a time: bounds the attention scores at chunk x prompt.
 PREFILL_CHUNK = 512
 
@@ -49,6 +52,7 @@ class TwoTower(Passes):
         self.config = config
         self.generation_defaults: Mapping[str, object] = {}  # what a checkpoint prefers
         self.unused_ids: tuple[int, ...] = ()  # of the vocabulary, that its tokenizer lacks
+        self.unread: Unread = {}
         self.ngrams: Ngrams | None = None  # of what the model has written
         # Of drafts of a thin denoiser alone, on answers that it did not train on; None: not known.
         self.tokens_per_cycle: float | None = None

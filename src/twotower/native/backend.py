@@ -13,7 +13,7 @@ from torch import Tensor
 
 from twotower.layers.mamba2 import MambaState
 from twotower.model.backend import ContextInput, PassCosts
-from twotower.model.precision import Scheme
+from twotower.model.precision import NATIVE_SCHEMES
 from twotower.model.state import ContextCache, ForwardOutput
 from twotower.model.two_tower import TwoTower
 from twotower.model.view import ContextView
@@ -31,16 +31,13 @@ from twotower.native.layout import LANES, Row
 from twotower.native.library import library
 from twotower.native.weights import native_head, native_tower
 
-# What --quantization rounds weights to; products with them round the tokens, too.
-_SCHEMES = {"int8": Scheme(weights="int8", activations="int8"), "int4": Scheme(weights="int4")}
-
 
 class NativeBackend:
     """Passes of a model that `twotower.backends.refusal` lets through.
 
-    quantization=int8, int4 rounds the projections now, heads to int8. The weights must neither
-    change nor move afterwards. OSError (one line) where the library cannot be made. A tower without
-    memory has no passes.
+    quantization=int8, int4 rounds the projections now, heads to int8; those that the model has left
+    in its files are read for that. The weights must neither change nor move afterwards. OSError
+    (one line) where the library cannot be made. A tower without memory has no passes.
     """
 
     name = "native"
@@ -49,11 +46,13 @@ class NativeBackend:
     def __init__(self, model: TwoTower, quantization: str) -> None:
         self.quantization = quantization
         self._model, self._width = model, model.config.hidden_size
-        scheme = _SCHEMES.get(quantization)
+        scheme = NATIVE_SCHEMES.get(quantization)
         if not all(parameter.is_contiguous() for parameter in model.parameters()):
             raise ValueError("the native backend needs contiguous weights")
-        self._context = native_tower(model.context_tower, "context_tower", True, scheme)
-        self._context_head = native_head(model.context_lm_head, scheme)
+        unread = model.unread
+        self._context = native_tower(model.context_tower, "context_tower", True, scheme, unread)
+        read = unread.get("context_lm_head.weight")
+        self._context_head = native_head(model.context_lm_head, scheme, read)
         self._denoiser = (
             None
             if model.denoiser_tower is None

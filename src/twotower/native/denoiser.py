@@ -27,9 +27,10 @@ class NativeDenoiser:
         self, model: TwoTower, scheme: Scheme | None, context_head: NativeLinear | None
     ) -> None:
         self._model, self._width = model, model.config.hidden_size
-        self._tower = native_tower(model.denoiser(), "denoiser_tower", False, scheme)
-        is_shared = model.lm_head is model.context_lm_head
-        self._head = context_head if is_shared else native_head(model.lm_head, scheme)
+        unread = model.unread
+        self._tower = native_tower(model.denoiser(), "denoiser_tower", False, scheme, unread)
+        is_shared, read = model.lm_head is model.context_lm_head, unread.get("lm_head.weight")
+        self._head = context_head if is_shared else native_head(model.lm_head, scheme, read)
         proj, bigram = model.denoiser().hidden_proj, model.bigram
         self._hidden_proj = None if proj is None else native_head(proj, scheme)
         self._bigram_up = None if bigram is None else native_head(bigram.up_proj, scheme)

@@ -1,15 +1,16 @@
 """What the library gets of a model, made once: addresses of weights, and packed matrices."""
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from twotower.kernels.quantised import Bits, Quantised, to_eight_bits
+from twotower.kernels.quantised import Bits, Quantised
 from twotower.layers.quantised import QuantisedMatrix
 from twotower.layers.rope import inverse_frequencies
 from twotower.model.precision import Scheme, weight_bits
 from twotower.model.tower import Tower
+from twotower.model.two_tower import Unread
 from twotower.native import layout
 from twotower.native.layout import OPTIONAL, Weight, layer_of, weight_names
 from twotower.native.packing import Packed
@@ -17,10 +18,11 @@ from twotower.native.tower import NativeLinear, NativeTower
 
 
 def native_tower(
-    tower: Tower, name: str, is_causal: bool, scheme: Scheme | None
+    tower: Tower, name: str, is_causal: bool, scheme: Scheme | None, unread: Unread
 ) -> NativeTower | None:
     """The passes of a tower; None where it has no memory. Packed is what is so already, and all
-    that the scheme quantises of the tower of this name; other weights are not copied.
+    that the scheme quantises of the tower of this name; other weights are not copied. unread: how
+    the values of those without memory are read, by name in the model.
     """
     if tower.embeddings.weight.is_meta:
         return None
@@ -36,7 +38,7 @@ def native_tower(
             found = weight_bits(f"{name}.{key}", weight.shape, scheme)
             if found is not None:
                 matrices[key], bits[key] = weight, found
-    packed, config = Packed(matrices, bits), tower.config
+    packed, config = Packed(matrices, bits, lambda key: unread[f"{name}.{key}"]()), tower.config
     layers, arrays = [layer_of(spec) for spec in config.layers], []
     for index, layer in enumerate(layers):
         names = [f"layers.{index}.{one}" for one in weight_names(layer.kind)]
@@ -60,29 +62,37 @@ def native_tower(
     return NativeTower(struct, layers, is_causal, num_weights, kept)
 
 
-def native_head(head: nn.Module, scheme: Scheme | None) -> NativeLinear | None:
-    """A head, in int8 where a scheme rounds anything; None where it has no memory."""
+def native_head(
+    head: nn.Module, scheme: Scheme | None, read: Callable[[], Tensor] | None = None
+) -> NativeLinear | None:
+    """A head, in int8 where a scheme rounds anything; None where it has no memory, and nothing to
+    read its values by.
+    """
     weight = head.weight
     if isinstance(weight, QuantisedMatrix):
         return native_linear(weight.matrix)
     assert isinstance(weight, Tensor)
-    if weight.is_meta:
+    if weight.is_meta and read is None:
         return None
-    return native_linear(to_eight_bits(weight) if scheme else weight.detach())
+    return native_linear(weight.detach(), scheme, read)
 
 
-def native_linear(weight: Tensor | Quantised) -> NativeLinear:
-    """A linear map by a weight (N, K), float32 or int8."""
-    full = {"": weight} if isinstance(weight, Tensor) else {}
-    packed = Packed({} if isinstance(weight, Tensor) else {"": weight})
-    return NativeLinear(_weight("", full, packed), weight.shape, (weight, packed))
+def native_linear(
+    weight: Tensor | Quantised,
+    scheme: Scheme | None = None,
+    read: Callable[[], Tensor] | None = None,
+) -> NativeLinear:
+    """A linear map by a weight (N, K), in float32 unless it is in int8 or a scheme rounds it."""
+    full = {"": weight} if isinstance(weight, Tensor) and scheme is None else {}
+    packed = Packed({} if full else {"": weight}, read=read and (lambda _: read()))
+    return NativeLinear(_weight("", full, packed), weight.shape, (full, packed))
 
 
 def _weight(name: str, weights: Mapping[str, Tensor], packed: Packed) -> Weight:
     full, address = weights.get(name), packed.addresses.get(name)
     if full is None and address is None and not name.endswith(OPTIONAL):
         raise ValueError(f"the native backend needs the weight {name}, which this model lacks")
-    found = Weight(full=None if full is None else full.data_ptr())
+    found = Weight(full=None if full is None or full.is_meta else full.data_ptr())
     if address is not None:
         found.group, found.centred = packed.groups[name], name in packed.centred
         setattr(found, f"int{packed.bits[name]}", address)

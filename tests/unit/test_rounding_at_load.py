@@ -1,0 +1,137 @@
+"""Matrices that `--quantization` rounds while they are read: the same numbers, in a fraction of the
+memory."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny_adapt
+from tiny_models import fresh_model, prompts_of, random_model
+from tiny_quantised import SIZES
+from twotower import GenerateOptions, TwoTower, generate
+from twotower.backends import accelerate
+from twotower.checkpoint import load_checkpoint, save_backbone, save_two_towers
+from twotower.checkpoint.denoiser import save_denoiser
+from twotower.families import config_from_dict
+from twotower.loading import load_model, save_model
+from twotower.native import library
+
+DENSE = SIZES | {"hybrid_override_pattern": "M*-M*-"}
+
+
+@pytest.fixture(autouse=True)
+def needs_native() -> None:
+    try:
+        library.library()
+    except OSError as error:
+        pytest.skip(f"no native library: {error}")
+
+
+def logits(model: TwoTower) -> list[torch.Tensor]:
+    """What both towers make of a text."""
+    ids = torch.tensor(prompts_of([9]))
+    cache = model.prefill(ids)
+    found = [model.next_logits(cache)]
+    if model.has_denoiser:
+        found.append(model.denoise(ids[:, :4], cache.view(model.config.reads), torch.ones(1)))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_numbers_are_those_of_weights_in_memory(
+    quantization: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Guards the order of rounding: a matrix rounded to another dtype first, or another's rows,
+    would change texts by so little that nobody looks."""
+    save_two_towers(fresh_model(**DENSE), tmp_path / "m", dtype=dtype)
+    whole = accelerate(load_checkpoint(tmp_path / "m"), "native", quantization)  # type: ignore[arg-type]
+    model = load_model(tmp_path / "m", quantization=quantization)  # type: ignore[arg-type]
+    assert model.unread and all(p.is_meta for n, p in model.named_parameters() if n in model.unread)
+    for own, known in zip(logits(model), logits(whole), strict=True):
+        assert torch.equal(own, known)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_thin_denoiser_knows_its_backbone(is_tied: bool, tmp_path: Path) -> None:
+    """Guards drafts: the head's rows and the fingerprint are read from the files, too. A wrong head
+    drafts tokens that are never right, at the same texts."""
+    backbone = random_model(config_from_dict(tiny_adapt.LLAMA | {"tie_word_embeddings": is_tied}))
+    thin = tiny_adapt.thin(backbone)
+    save_backbone(backbone, tmp_path / "m")
+    save_denoiser(thin, tmp_path / "d", "me/model", dtype=torch.float32)
+    model = load_model(tmp_path / "m", denoiser=tmp_path / "d", quantization="int8")
+    assert ("context_lm_head.weight" in model.unread) is not is_tied
+    for own, known in zip(logits(model), logits(accelerate(thin, "native", "int8")), strict=True):
+        assert torch.equal(own, known)
+    other = random_model(config_from_dict(tiny_adapt.LLAMA | {"tie_word_embeddings": is_tied}), 9)
+    save_backbone(other, tmp_path / "other")
+    with pytest.raises(ValueError, match="was trained for another model"):
+        load_model(tmp_path / "other", denoiser=tmp_path / "d", quantization="int8")
+
+
+def test_what_needs_whole_weights_says_so(tmp_path: Path) -> None:
+    """Guards against saving, scoring or decoding with weights that are not there."""
+    save_two_towers(fresh_model(**DENSE), tmp_path / "m")
+    model = load_model(tmp_path / "m", quantization="int8")
+    attempts = (
+        lambda: save_model(model, tmp_path / "copy"),
+        lambda: accelerate(model, "eager"),
+        lambda: accelerate(model, "graphs", "int8"),
+        lambda: model.context_logits(torch.tensor(prompts_of([5]))),
+    )
+    for attempt in attempts:
+        with pytest.raises(ValueError, match=r"weights.*quantization="):
+            attempt()
+    assert not (tmp_path / "copy").exists()
+    again = accelerate(model, "native", "int4")  # from the files, once more
+    assert again.backend.quantization == "int4"
+    (text,) = generate(again, prompts_of([5]), GenerateOptions(mode="ar", max_new_tokens=5))
+    assert len(text.tokens) == 5
+
+
+def test_a_matrix_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    """Guards the check of what is read later: NaN would become numbers."""
+    broken = fresh_model(**DENSE)
+    with torch.no_grad():
+        broken.context_tower.layers[1].mixer.q_proj.weight[0, 0] = float("nan")  # type: ignore[union-attr, index]
+    save_two_towers(broken, tmp_path / "m")
+    with pytest.raises(ValueError, match=r"q_proj\.weight holds NaN or infinite values"):
+        load_model(tmp_path / "m", quantization="int8")
+
+
+PROBE = """
+import sys, twotower
+
+def peak_bytes():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+twotower.load_model(sys.argv[1], quantization=sys.argv[3])  # what only the first load needs
+before = peak_bytes()
+model = twotower.load_model(sys.argv[2], quantization=sys.argv[3])
+print(peak_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize(("quantization", "bytes_a_weight"), [("int8", 1.0), ("int4", 0.625)])
+def test_peak_memory_is_about_the_rounded_size(
+    quantization: str, bytes_a_weight: float, tmp_path: Path
+) -> None:
+    """Guards a full copy in float32: a laptop could not run a model that it has memory for."""
+    values = tiny_adapt.LLAMA | {"hidden_size": 512, "intermediate_size": 4096, "head_dim": 64}
+    save_backbone(random_model(config_from_dict(tiny_adapt.LLAMA)), tmp_path / "small")
+    big = random_model(config_from_dict(values | {"num_hidden_layers": 8}), dtype=torch.bfloat16)
+    num_weights = sum(p.numel() for p in big.parameters())
+    save_backbone(big, tmp_path / "big")
+    command = [sys.executable, "-c", PROBE, *map(str, (tmp_path / "small", tmp_path / "big"))]
+    found = subprocess.run(
+        [*command, quantization], check=True, capture_output=True, text=True
+    ).stdout
+    assert num_weights > 50_000_000
+    # The largest matrix is read in the file's own dtype, and rounded in pieces.
+    assert int(found) < num_weights * bytes_a_weight + 30_000_000
