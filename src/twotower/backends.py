@@ -23,7 +23,6 @@ from twotower.model.precision import (
     Scheme,
     has_mapped_experts,
     placement_refusal,
-    require_read,
     scheme_of,
 )
 from twotower.native.backend import NativeBackend
@@ -180,7 +179,7 @@ def accelerate(
     check({"backend": backend, "quantization": quantization}, choices)
     require("model", model, TwoTower, "twotower.load_model(path)")
     if backend == "graphs" or quantization == "none":
-        require_read(model, f"backend={backend} quantization={quantization}")
+        model.require_read(f"backend={backend} quantization={quantization}")
     setup, reasons = setup_of(model, quantization), list[str]()
     for name in _AUTOMATIC if backend == "auto" else [backend]:
         try:

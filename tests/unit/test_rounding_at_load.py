@@ -12,11 +12,18 @@ import tiny_adapt
 from tiny_models import fresh_model, prompts_of, random_model
 from tiny_quantised import SIZES
 from twotower import GenerateOptions, TwoTower, generate
+from twotower.adapt.features import find_places, write_part
+from twotower.adapt.options import StepOptions, ThinOptions
+from twotower.adapt.run import first_denoiser
+from twotower.adapt.training import Trainer
 from twotower.backends import accelerate
 from twotower.checkpoint import load_checkpoint, save_backbone, save_two_towers
 from twotower.checkpoint.denoiser import save_denoiser
 from twotower.families import config_from_dict
 from twotower.loading import load_model, save_model
+from twotower.model.backend import ContextInput
+from twotower.model.eager import EagerBackend
+from twotower.model.thin import sketch
 from twotower.native import library
 
 DENSE = SIZES | {"hybrid_override_pattern": "M*-M*-"}
@@ -73,15 +80,40 @@ def test_a_thin_denoiser_knows_its_backbone(is_tied: bool, tmp_path: Path) -> No
         load_model(tmp_path / "other", denoiser=tmp_path / "d", quantization="int8")
 
 
+@pytest.mark.parametrize("draft_vocab", [0, 12])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_adapt_begins_with_the_backbone_s_own_weights(
+    is_tied: bool, draft_vocab: int, tmp_path: Path
+) -> None:
+    """Guards the first denoiser and its file: layers, head and fingerprint of what is not in
+    memory. Zeros would only train longer."""
+    backbone = random_model(config_from_dict(tiny_adapt.LLAMA | {"tie_word_embeddings": is_tied}))
+    save_backbone(backbone, tmp_path / "m")
+    options = ThinOptions(layers=2, draft_vocab=draft_vocab)
+    whole = first_denoiser(backbone, options, 0)
+    model = load_model(tmp_path / "m", quantization="int8")
+    made = first_denoiser(model, options, 0)
+    for own, known in ((made.denoiser(), whole.denoiser()), (made.lm_head, whole.lm_head)):
+        for name, parameter in known.named_parameters():
+            assert torch.equal(own.get_parameter(name), parameter), name
+    assert torch.equal(sketch(made), sketch(whole))
+    write_part(model, tiny_adapt.answers(24), made.config.reads, tmp_path / "part-0.safetensors")
+    features, places = tiny_adapt.features_of(made), find_places(tmp_path)
+    losses = [Trainer(one, features, StepOptions()).take_step(places, 0.0) for one in (made, whole)]
+    assert losses[0] == losses[1]
+
+
 def test_what_needs_whole_weights_says_so(tmp_path: Path) -> None:
     """Guards against saving, scoring or decoding with weights that are not there."""
     save_two_towers(fresh_model(**DENSE), tmp_path / "m")
     model = load_model(tmp_path / "m", quantization="int8")
+    asked = ContextInput(torch.tensor(prompts_of([5])))
     attempts = (
         lambda: save_model(model, tmp_path / "copy"),
         lambda: accelerate(model, "eager"),
         lambda: accelerate(model, "graphs", "int8"),
         lambda: model.context_logits(torch.tensor(prompts_of([5]))),
+        lambda: EagerBackend(model).context_pass(model.empty_cache(1), asked),
     )
     for attempt in attempts:
         with pytest.raises(ValueError, match=r"weights.*quantization="):

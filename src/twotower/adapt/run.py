@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from twotower.adapt.answers import Answer, Question, read_answers, unanswered, write_answers
 from twotower.adapt.budget import Budget, Clock, Progress
@@ -203,13 +203,22 @@ def first_denoiser(
     if thin.denoiser is not None:
         made = load_denoiser(model, thin.denoiser)
         set_block_size(made, thin.block_size or made.config.block_size)
-        return made
+        return _with_head(made)
     size, vocab_size, ids = thin.draft_vocab, model.config.vocab_size, None
     if 0 < size < vocab_size:
         ids = torch.arange(size) if work is None else draft_vocabulary(work, size, vocab_size)
     reads = reads_of(model.config, thin)
     config = thin_config(model.config, reads, thin.own_block_size, thin.draft_of(ids))
-    return with_new_denoiser(model, config, ids, seed)
+    return _with_head(with_new_denoiser(model, config, ids, seed))
+
+
+def _with_head(made: TwoTower) -> TwoTower:
+    """The model with its head in memory, if that is what its denoiser drafts by."""
+    head = made.context_lm_head
+    if made.lm_head is head and head.weight.is_meta:
+        whole = made.values_of("context_lm_head")["weight"].float()
+        head.weight = nn.Parameter(whole, requires_grad=False)
+    return made
 
 
 def measured(

@@ -27,6 +27,7 @@ from twotower.model.ngrams import Ngrams
 from twotower.model.thin import sketch, thin_config
 from twotower.model.two_tower import TwoTower
 
+_FEW = 8  # matrices that are read to know a backbone, where they are still in files
 _MIN_ALIKE = 0.95  # of two sketches: 4-bit weights of one model have 0.99, other models 0
 _SPEC = tuple(field.name for field in fields(DraftSpec))
 _SIZE = (int, type(None))
@@ -175,8 +176,7 @@ def load_denoiser(
     made = _with_empty_denoiser(backbone, config, dtype, device)
     _fill(made, folder / SINGLE_FILE, _of_another(path, read_json(folder / "config.json")))
     if made.draft_ids is not None:
-        read = made.unread.get("context_lm_head.weight")
-        head = made.context_lm_head.weight if read is None else read()
+        head = made.values_of("context_lm_head")["weight"]
         made.lm_head.weight.data.copy_(head[made.draft_ids.to(head.device)])
     preferred = {"mode": "speculative", "block_size": config.block_size}
     made.generation_defaults = {**backbone.generation_defaults, **preferred}
@@ -231,8 +231,8 @@ def _fill(model: TwoTower, file: Path, complaint: str) -> None:
     """Copy a file's tensors into the denoiser; ValueError for what does not fit."""
     wanted = _own_tensors(model)
     found = {name: entry.read() for name, entry in read_entries(file.parent).items()}
-    known = found.pop("backbone_sketch", None)
-    if known is None or known.shape != sketch(model).shape or not _are_alike(known, sketch(model)):
+    known, own = found.pop("backbone_sketch", None), sketch(model, _FEW)
+    if known is None or known.shape != own.shape or not _are_alike(known, own):
         raise ValueError(complaint)
     ngrams = [found.pop(f"{_NGRAMS}{name}", None) for name in Ngrams._fields]
     if any(tensor is not None for tensor in ngrams):

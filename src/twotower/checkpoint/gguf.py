@@ -53,6 +53,7 @@ def export_gguf(
     represent, a missing `gguf`, or a full disk.
     """
     require_plain(model, "GGUF")
+    model.require_read("GGUF")
     if dtype not in _SPELLING:
         known = ", ".join(_SPELLING)
         raise ValueError(f"dtype={dtype!r} is not a precision of a GGUF file; use one of {known}")

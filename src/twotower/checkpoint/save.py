@@ -12,7 +12,7 @@ from twotower.checkpoint import names
 from twotower.checkpoint.quantize import quantization_entry
 from twotower.checkpoint.write import MAX_SHARD_BYTES, Piece, write_checkpoint
 from twotower.families import config_to_dict, family_of
-from twotower.model.precision import has_mapped_experts, require_read, scheme_of
+from twotower.model.precision import has_mapped_experts, scheme_of
 from twotower.model.two_tower import TwoTower
 
 
@@ -56,7 +56,7 @@ def save_backbone(
 
 def released_pieces(model: TwoTower, dtype: torch.dtype | None) -> Iterator[Piece]:
     """Every tensor under its released name; tied heads too, because not every reader ties them."""
-    require_read(model, "saving")
+    model.require_read("saving")
     if has_mapped_experts(model):
         raise ValueError("saving needs the experts in memory; load with expert_storage='memory'")
     tensors = model.state_dict()

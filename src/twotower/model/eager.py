@@ -29,6 +29,7 @@ class EagerBackend:
 
     @torch.no_grad()
     def context_pass(self, cache: ContextCache, asked: ContextInput) -> ForwardOutput:
+        self._model.require_read("backend=eager")
         tokens, counts, is_draft, tree = asked
         length, device = tokens.shape[1], self._model.context_device
         states_every: int | None = length

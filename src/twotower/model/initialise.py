@@ -64,7 +64,7 @@ def copy_context_to_denoiser(model: TwoTower, seed: int) -> None:
     denoiser, context = model.denoiser_tower, model.context_tower
     assert denoiser is not None
     for layer, source in zip(denoiser.layers, denoiser.reads, strict=True):
-        layer.load_state_dict(context.layers[source].state_dict())
+        layer.load_state_dict(model.values_of(f"context_tower.layers.{source}"))
     denoiser.embeddings.load_state_dict(context.embeddings.state_dict())
     denoiser.norm_f.load_state_dict(context.norm_f.state_dict())
     if denoiser.mask_embedding is not None:  # like an average token, until training moves it
@@ -72,14 +72,14 @@ def copy_context_to_denoiser(model: TwoTower, seed: int) -> None:
     if model.config.draft is not None:
         _start_thin(model, seed)
         return
-    model.lm_head.load_state_dict(model.context_lm_head.state_dict())
+    model.lm_head.load_state_dict(model.values_of("context_lm_head"))
     remove_conditioning(model, seed)
 
 
 def _start_thin(model: TwoTower, seed: int) -> None:
     """A thin denoiser's head is rows of the context tower's; what else it has adds nothing yet."""
     if model.draft_ids is not None:
-        model.lm_head.weight.copy_(model.context_lm_head.weight[model.draft_ids])
+        model.lm_head.weight.copy_(model.values_of("context_lm_head")["weight"][model.draft_ids])
     denoiser = model.denoiser()
     if denoiser.hidden_proj is not None:
         denoiser.hidden_proj.weight.zero_()

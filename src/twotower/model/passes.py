@@ -1,6 +1,6 @@
 """The passes of decoding, checked: what an engine asks of a model, whatever backend runs them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -17,6 +17,10 @@ from twotower.model.draft_tree import DraftTree
 from twotower.model.state import ContextCache, ForwardOutput, empty_states
 from twotower.model.view import ContextView
 from twotower.specs import AttentionSpec, MambaSpec
+
+Unread = Mapping[str, Callable[[], Tensor]]
+"""Matrices that stay in a checkpoint's files and have no memory here, to be rounded as they are
+read: how each one's values are, by its name in the model."""
 
 
 class Passes(nn.Module):
@@ -35,6 +39,7 @@ class Passes(nn.Module):
 
     eager: ClassVar[Callable[..., Backend]]  # by the passes
     _backend: Backend | None = None  # None: eager
+    unread: Unread
 
     @property
     def backend(self) -> Backend:
@@ -166,6 +171,14 @@ class Passes(nn.Module):
         if cache is not None and len(ids) != cache.num_rows:
             raise ValueError(f"{name} have {len(ids)} rows but the cache has {cache.num_rows}")
         return ids
+
+    def require_read(self, purpose: str) -> None:
+        """ValueError (one line) for a model that has left matrices in its files."""
+        if self.unread:
+            raise ValueError(
+                f"{purpose} needs full-precision weights, and this model was loaded with a "
+                "quantization, which rounds them as they are read; load it with quantization=none"
+            )
 
     def require_loaded_weights(self, purpose: str) -> None:
         """ValueError (one line) if the backend has rounded them."""

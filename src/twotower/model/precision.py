@@ -194,15 +194,6 @@ def map_experts(model: nn.Module, matrices: Mapping[str, Matrices]) -> None:
     model.requires_grad_(False)
 
 
-def require_read(model: TwoTower, purpose: str) -> None:
-    """ValueError (one line) for a model that has left matrices in its files."""
-    if model.unread:
-        raise ValueError(
-            f"{purpose} needs full-precision weights, and this model was loaded with a "
-            "quantization, which rounds them as they are read; load it with quantization=none"
-        )
-
-
 def has_mapped_experts(model: nn.Module) -> bool:
     """Whether experts are views of files."""
     return any(isinstance(module, MappedExperts) for module in model.modules())
@@ -227,8 +218,7 @@ def placement_refusal(
 
 
 def require_plain(model: TwoTower, purpose: str) -> None:
-    """ValueError (one line) unless all weights are floating numbers in memory."""
-    require_read(model, purpose)
+    """ValueError (one line) unless all weights are floating numbers, read or not yet."""
     if scheme_of(model) is not None:
         raise ValueError(
             f"{purpose} needs full-precision weights, and these are quantised; use the checkpoint "

@@ -1,5 +1,6 @@
 """A thin denoiser beside a backbone: a few layers that read a few of the context tower's."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,7 +14,6 @@ from twotower.model.two_tower import TwoTower
 from twotower.specs import AttentionSpec, MambaSpec
 
 _SKETCHED = 16  # numbers of each matrix
-_MAX_READ = 8  # matrices
 
 
 def blocks_of(tower: TowerConfig) -> list[tuple[int, ...]]:
@@ -82,18 +82,18 @@ def set_block_size(model: TwoTower, block_size: int) -> None:
         model.denoiser().mask_embedding = nn.Parameter(masks[positions.clamp(max=len(masks) - 1)])
 
 
-def sketch(model: TwoTower) -> Tensor:
+def sketch(model: TwoTower, most_read: float = math.inf) -> Tensor:
     """A few numbers of every matrix of the context tower: (matrices, 16) float32, each row of
-    length 1, zeros where the numbers are packed. Rounding to 4 bits turns it by little. Of matrices
-    that are still in files only a few are read.
+    length 1, zeros where the numbers are packed, and beyond the first `most_read` matrices that are
+    still in files. Rounding to 4 bits turns it by little.
     """
-    rows, left = [], _MAX_READ
+    rows = []
     for name, module in model.context_tower.layers.named_modules(prefix="context_tower.layers"):
         if isinstance(module, nn.Linear):
             weight, read = module.weight.detach(), model.unread.get(f"{name}.weight")
             if read is not None:
-                weight = read() if left > 0 else torch.zeros(0)
-                left -= 1
+                weight = read() if most_read > 0 else torch.zeros(0)
+                most_read -= 1
             own = weight.flatten()[:_SKETCHED].float().cpu()
             rows.append(F.pad(own, (0, _SKETCHED - len(own))))
         elif isinstance(module, QuantisedLinear):

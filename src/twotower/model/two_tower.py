@@ -4,7 +4,7 @@ Holds no generation loop, sampler, loss or checkpoint code.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -21,12 +21,9 @@ from twotower.model.context_tower import ContextTower
 from twotower.model.denoiser_tower import DenoiserTower
 from twotower.model.eager import EagerBackend
 from twotower.model.ngrams import Ngrams
-from twotower.model.passes import Passes
+from twotower.model.passes import Passes, Unread
 from twotower.model.state import ContextCache
 
-Unread = Mapping[str, Callable[[], Tensor]]
-"""Matrices that stay in a checkpoint's files and have no memory here, to be rounded as they are
-read: how each one's values are, by its name in the model."""
 # Tokens of a prompt read at a time: bounds the attention scores at chunk x prompt.
 PREFILL_CHUNK = 512
 
@@ -91,6 +88,12 @@ class TwoTower(Passes):
             self.denoiser_tower.embeddings = self.context_tower.embeddings
             if self.config.draft.vocab_size is None:
                 self.lm_head = self.context_lm_head
+
+    def values_of(self, part: str) -> dict[str, Tensor]:
+        """The state of a module inside, read from the files where it has no memory here."""
+        found = self.get_submodule(part).state_dict()
+        left = {name: self.unread.get(f"{part}.{name}") for name in found}
+        return {n: found[n] if read is None else read() for n, read in left.items()}
 
     def with_backend(self, backend: Backend) -> "TwoTower":
         """This model's modules, with decoding passes by another backend."""

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from twotower.kernels.quantised import Bits, Quantised
 from twotower.layers.quantised import QuantisedMatrix
 from twotower.layers.rope import inverse_frequencies
+from twotower.model.passes import Unread
 from twotower.model.precision import Scheme, weight_bits
 from twotower.model.tower import Tower
-from twotower.model.two_tower import Unread
 from twotower.native import layout
 from twotower.native.layout import OPTIONAL, Weight, layer_of, weight_names
 from twotower.native.packing import Packed
