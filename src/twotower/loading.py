@@ -4,7 +4,9 @@ what runs its passes.
 
 import atexit
 import json
+import logging
 import os
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -44,6 +46,7 @@ from twotower.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 PEER = "peer"
+_log = logging.getLogger(__name__)
 _BEGINNING = 4  # tokens that show a prompt's form
 _MAX_SCORED = 256  # tokens of a prompt that are compared with the training text
 START_TIMEOUT_S = 300.0  # until both ranks are there; the first import of torch may take long
@@ -151,7 +154,7 @@ def load(placement: Placement, mode: str | None = None) -> Loaded:
     defaults = generation_defaults(folder)
     log_unheeded(folder / GENERATION_FILE, defaults)
     has_tokenizer = (folder / TOKENIZER_FILE).exists()
-    tokenizer = load_tokenizer(folder) if has_tokenizer else None
+    tokenizer = _fitting_tokenizer(folder) if has_tokenizer else None
     _refuse_idle_denoiser(placement, mode, placement.denoiser is not None or has_denoiser(folder))
     if placement.denoiser is not None:
         find_denoiser(read_config(folder), placement.denoiser)  # before the weights are read
@@ -163,6 +166,20 @@ def load(placement: Placement, mode: str | None = None) -> Loaded:
     if tokenizer is not None:
         model.unused_ids = tokenizer.unused_ids(model.config.vocab_size)
     return Loaded(name=placement.name, model=model, tokenizer=tokenizer, folder=folder)
+
+
+def _fitting_tokenizer(folder: Path) -> Tokenizer:
+    """A folder's tokenizer, without what the model does not have: fine-tunes add tokens to the one
+    and leave the other as it is.
+    """
+    tokenizer, size = load_tokenizer(folder), read_config(folder).vocab_size
+    found = tokenizer.within(size)
+    if lost := sorted(set(tokenizer.added_texts) - set(found.added_texts)):
+        _log.warning(
+            "%s: tokens outside the model's vocabulary of %d are read as text: %s",
+            folder / TOKENIZER_FILE, size, reprlib.repr(lost),
+        )  # fmt: skip
+    return found
 
 
 def load_model(

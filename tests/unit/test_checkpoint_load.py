@@ -14,6 +14,7 @@ from torch import Tensor
 
 from twotower.checkpoint import fill, generation_defaults, load_checkpoint, resolve, save_two_towers
 from twotower.families import config_from_dict, config_to_dict, read_config
+from twotower.loading import Placement, load
 from twotower.model.initialise import randomise
 from twotower.model.two_tower import TwoTower
 
@@ -205,6 +206,26 @@ def test_a_base_model_without_a_head_says_so(tmp_path: Path) -> None:
         del tensors["lm_head.weight"]
 
     assert "has no lm_head.weight, and config.json ties no head" in message(edited(tmp_path, cut))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards fine-tunes that added a [PAD] to the tokenizer alone: they were refused."""
+    folder = Path(shutil.copytree(resolve("shipped"), tmp_path / "model"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    size = read_config(folder).vocab_size
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": size, "content": "[PAD]"})
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    found = load(Placement(model=str(folder), backend="eager"), mode="ar")
+    assert found.need_tokenizer().vocab_size == size
+    assert "are read as text: ['[PAD]']" in caplog.text
+
+
+def test_an_adapter_alone_is_named(tmp_path: Path) -> None:
+    """Guards a user of LoRA: nothing told that its folder is half a model."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "holds an adapter alone; merge it into its base model" in message(tmp_path)
 
 
 def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:

@@ -142,6 +142,22 @@ def test_a_prompt_begins_with_bos_where_the_files_say_so(
     assert again.fingerprint == asked.fingerprint
 
 
+def test_added_tokens_that_a_model_lacks_are_text(tmp_path: Path) -> None:
+    """Guards fine-tunes whose tokenizer has a [PAD] that the embeddings lack: they were refused,
+    and as tokens their ids would be read behind the embeddings.
+    """
+    content = llama()
+    size = len(content["model"]["vocab"])
+    content["added_tokens"].append(added(size, "[PAD]", special=False))
+    ours = load(tmp_path, content, {"pad_token": "[PAD]", "eos_token": "</s>"})
+    assert size in ours.encode("a[PAD]") and ours.pad_id == size
+    within = ours.within(size)
+    assert within.vocab_size == size and within.decode(within.encode("a[PAD]b")) == "a[PAD]b"
+    assert within.pad_id is None and within.eos_id == 2
+    assert ours.within(size + 1) is ours
+    assert ours.within(size - 1).vocab_size == size  # a token of its own, not an added one
+
+
 def test_truncation_and_padding_of_the_file_are_not_for_prompts(tmp_path: Path) -> None:
     """Silent failure: a prompt loses its end, or gets four billion fillers."""
     truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}

@@ -85,11 +85,12 @@ def convert_to_gguf(
     folder = _source_folder(source, target)
     model = load_checkpoint(folder, dtype=None, towers="context")
     has_tokenizer = (folder / TOKENIZER_FILE).is_file()
+    size = model.config.vocab_size
     export_gguf(
         model,
         target,
         dtype=precision or _precision_of(model),
-        tokenizer=load_tokenizer(folder) if has_tokenizer else None,
+        tokenizer=load_tokenizer(folder).within(size) if has_tokenizer else None,
         chat_template=read_chat_template(folder)[0],
     )
 

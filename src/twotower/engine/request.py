@@ -87,7 +87,8 @@ def checked_engine(
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
-            f"{model.config.vocab_size}; load the tokenizer of the same checkpoint"
+            f"{model.config.vocab_size}; load the tokenizer of the same checkpoint, or leave out "
+            f"tokens that were added to it, by tokenizer.within({model.config.vocab_size})"
         )
     engine = engine or _ENGINE
     if not model.has_denoiser:

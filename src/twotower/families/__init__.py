@@ -62,6 +62,8 @@ def read_config(path: str | Path) -> TwoTowerConfig:
     """Read a config.json, or the folder that holds it; ValueError (one line) names the file."""
     path = usable_path("path", path)
     file = path / "config.json" if path.is_dir() else path
+    if (path / "adapter_config.json").is_file() and not file.is_file():
+        raise ValueError(f"{path}: holds an adapter alone; merge it into its base model first")
     if not file.is_file():
         raise ValueError(f"{file}: no such file; a checkpoint folder holds a config.json")
     values = read_json(file)

@@ -63,6 +63,7 @@ class Vocabulary:
             set(range(self.vocab_size)).difference(ids) if len(ids) < self.vocab_size else ()
         )
         added = backend.get_added_tokens_decoder()
+        self.added_texts = tuple(token.content for token in added.values())
         special = {token_id: token.content for token_id, token in added.items() if token.special}
         self.special_ids, self.special_texts = frozenset(special), tuple(special.values())
         ours = {role: name for role, name in ROLES.items() if name in self.special_texts}
@@ -112,6 +113,19 @@ class Vocabulary:
             told = tokenizers.Tokenizer.from_str(found._json_beginning_with_bos())
             return type(self)(told, found._roles, asked)
         return found
+
+    def within(self, vocab_size: int) -> Self:
+        """The same vocabulary without added tokens that a model of so many does not have: they are
+        letters in a text.
+        """
+        if self.vocab_size <= vocab_size:
+            return self
+        values = json.loads(self.json_text)
+        kept = [token for token in values["added_tokens"] if token["id"] < vocab_size]
+        if len(kept) == len(values["added_tokens"]):
+            return self
+        backend = tokenizers.Tokenizer.from_str(json.dumps(values | {"added_tokens": kept}))
+        return type(self)(backend, self._roles, self._adds_bos)
 
     @cached_property
     def json_text(self) -> str:
