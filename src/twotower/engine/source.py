@@ -1,7 +1,7 @@
 """Decoding of any number of requests, which are read as slots become free."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from twotower.engine.events import Event, Failed
 from twotower.engine.options import EngineOptions
@@ -27,19 +27,25 @@ def stream_requests(
     that cannot be decoded yields Failed and does not end the others.
     """
     engine = checked_engine(model, tokenizer, engine)
-    queue = SourceQueue(_rows_or_failures(model, requests, tokenizer))
-    return Scheduler(model, queue, engine).run()
+
+    def make(index: int, request: Request) -> Row:
+        return make_row(model, index, request, tokenizer, "the prompt")
+
+    return Scheduler(model, SourceQueue(requests, make), engine).run()
 
 
 class SourceQueue(RequestQueue):
-    """Rows of a source, which is read no further than needed.
-
-    None means nothing at present; the source is asked again after a cycle, or a moment later.
+    """Rows made of requests of a source, which is read no further than needed: again after a cycle
+    where it has said None, or a moment later.
     """
 
-    def __init__(self, source: Iterable[Row | Failed | None]) -> None:
+    def __init__(
+        self, source: Iterable[Request | None], make: Callable[[int, Request], Row]
+    ) -> None:
+        """make: a row of its number and request; ValueError if it cannot be decoded."""
         super().__init__()
-        self._source, self._is_exhausted = iter(source), False
+        self._source, self._make, self._num_read = iter(source), make, 0
+        self._is_exhausted = False
         self._failed: list[Failed] = []
 
     @property
@@ -51,16 +57,18 @@ class SourceQueue(RequestQueue):
         """How many rows wait, once up to `most` are read."""
         while len(self._rows) < most and not self._is_exhausted:
             try:
-                row = next(self._source)
+                request = next(self._source)
             except StopIteration:
                 self._is_exhausted = True
                 break
-            if row is None:
+            if request is None:
                 break
-            if isinstance(row, Failed):
-                self._failed.append(row)
-            else:
-                self._rows.append(row)
+            try:
+                self._rows.append(self._make(self._num_read, request))
+            except ValueError as error:
+                failed = Failed(row=self._num_read, kind="invalid", message=str(error))
+                self._failed.append(failed)
+            self._num_read += 1
         return super().count(most)
 
     def aborted(self, rows: Sequence[Row]) -> list[Failed]:
@@ -72,19 +80,3 @@ class SourceQueue(RequestQueue):
         """An iterator cannot tell when it will have something: ask again a moment later."""
         if not self._is_exhausted and not self._rows:
             time.sleep(_IDLE_S)
-
-
-def _rows_or_failures(
-    model: TwoTower, requests: Iterable[Request | None], tokenizer: Tokenizer | None
-) -> Iterator[Row | Failed | None]:
-    index = 0
-    for request in requests:
-        if request is None:
-            yield None
-            continue
-        try:
-            row: Row | Failed = make_row(model, index, request, tokenizer, "the prompt")
-        except ValueError as error:
-            row = Failed(row=index, kind="invalid", message=str(error))
-        yield row
-        index += 1
