@@ -53,7 +53,7 @@ def test_events_are_those_of_a_stream() -> None:
     assert [type(event) for event in plain] == [TokensCommitted, TokensCommitted, Finished]
     assert isinstance(plain[-1], Finished) and plain[-1].completion == expected
     steps = [event for event in detailed if isinstance(event, StepTaken)]
-    assert len(steps) == expected.nfe and {event.row for event in detailed} == {ticket.index}
+    assert len(steps) == expected.nfe and {event.row for event in detailed} == {ticket.row.index}
 
 
 @with_and_without_overlap

@@ -49,7 +49,7 @@ class SharedQueue(RequestQueue):
     @property
     def num_waiting(self) -> int:
         """Rows that never had a slot."""
-        return len(self._rows) - len(self.paused)
+        return sum(row not in self.paused for row in self._rows)
 
     @property
     def is_over(self) -> bool:

@@ -54,11 +54,6 @@ class Ticket:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._wake: Callable[[], None] | None = None
 
-    @property
-    def index(self) -> int:
-        """`row` of its events."""
-        return self.row.index
-
     def cancel(self) -> None:
         """Let the row leave within one cycle, with Failed(kind="cancelled") as its last event."""
         self.row.is_cancelled = True
