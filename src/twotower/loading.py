@@ -37,6 +37,7 @@ from twotower.checkpoint.denoiser import find_denoiser, load_denoiser
 from twotower.checkpoint.empty import Towers
 from twotower.checkpoint.files import GENERATION_FILE, SHIPPED
 from twotower.checkpoint.generation import log_unheeded
+from twotower.checkpoint.quantize import read_scheme
 from twotower.documented import public_options
 from twotower.families import read_config
 from twotower.model import TwoTower
@@ -286,7 +287,7 @@ def _load_towers(folder: Path, placement: Placement, towers: Towers) -> TwoTower
         # A thin denoiser shares weights of the context tower.
         towers=towers if placement.denoiser is None else "context",
         expert_storage=placement.expert_storage,
-        rounding=_rounding(folder, placement, {device, elsewhere}, dtype),
+        packing=_packing(folder, placement, {device, elsewhere}, dtype),
     )
     if placement.denoiser is not None:
         model = load_denoiser(model, placement.denoiser, find_device(elsewhere))
@@ -310,17 +311,20 @@ def _dtype(folder: Path, placement: Placement, device: str) -> torch.dtype | Non
     return torch.float32 if refusal("native", setup) is None else None
 
 
-def _rounding(
+def _packing(
     folder: Path, placement: Placement, devices: set[str], dtype: torch.dtype | None
 ) -> Scheme | None:
-    """How native passes will round the matrices of a checkpoint, if they are to run it: those are
-    rounded as they are read, and never all in memory.
+    """How native passes will pack a checkpoint's matrices, if they are to run it with few bits: as
+    they are read, so that no matrix is in memory twice.
     """
-    setup = planned_setup(read_config(folder), placement.quantization)
-    setup = replace(setup, devices=frozenset(devices), dtypes=frozenset({dtype or torch.float32}))
+    scheme, quantization = read_scheme(folder), placement.quantization
+    setup = replace(
+        planned_setup(read_config(folder), quantization), scheme=scheme,
+        devices=frozenset(devices), dtypes=frozenset({dtype or torch.float32}),
+    )  # fmt: skip
     if placement.backend == "graphs" or refusal("native", setup) is not None:
         return None
-    return NATIVE_SCHEMES.get(placement.quantization)
+    return scheme if quantization != "none" and scheme else NATIVE_SCHEMES.get(quantization)
 
 
 def _load_split(folder: Path, placement: Placement) -> TwoTower:

@@ -4,7 +4,7 @@ Peak memory is the model plus a portion of one file.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from twotower.checkpoint.files import Entry
-from twotower.checkpoint.names import Slot
+from twotower.checkpoint.names import Slot, split_part
 from twotower.checkpoint.quantize import quantise
+from twotower.kernels.quantised import Quantised
 from twotower.model.precision import matrix_at
 from twotower.model.two_tower import TwoTower
 
@@ -39,12 +40,19 @@ def fill(model: TwoTower, plan: Plan) -> None:
             _fill_quantised(model, source, slot)
 
 
-def read_finite(entry: Entry) -> Tensor:
-    """The values of a tensor, checked to be finite."""
-    found = entry.read()
-    found = found.float() if found.dtype == torch.float64 else found
-    _require_finite(found, entry)
-    return found
+def read_matrix(entries: Mapping[str, Entry], rounds_input: bool) -> Tensor | Quantised:
+    """A matrix, checked to be finite: of one tensor in full precision, or of the parts of one with
+    few bits, by their names. rounds_input: as in `Quantised`.
+    """
+    parts = dict[str, Tensor]()
+    for name, entry in entries.items():
+        found = entry.read()
+        found = found.float() if found.dtype == torch.float64 else found
+        _require_finite(found, entry)
+        parts[split_part(name)[1].removeprefix(".")] = found
+    if "" in parts:
+        return parts[""]
+    return Quantised(parts["qdata"], parts["scale"], parts.get("zero"), rounds_input)
 
 
 def _fill_quantised(model: TwoTower, source: Tensor, slot: Slot) -> None:

@@ -22,7 +22,7 @@ from twotower.checkpoint.files import (
     log_others,
     resolve,
 )
-from twotower.checkpoint.fill import Plan, fill, read_finite
+from twotower.checkpoint.fill import Plan, fill, read_matrix
 from twotower.checkpoint.layout import read_layout, with_heads
 from twotower.checkpoint.mapped import of_both_towers, split_experts
 from twotower.checkpoint.names import Slot
@@ -51,14 +51,14 @@ def load_checkpoint(
     denoiser_device: torch.device | str = "cpu",
     towers: Towers = "both",
     expert_storage: ExpertStorage = "memory",
-    rounding: Scheme | None = None,
+    packing: Scheme | None = None,
 ) -> TwoTower:
     """Load a checkpoint folder or hub id in eval mode; a single-tower backbone fills both towers.
 
     dtype None keeps each tower's own. Routers stay float32, quantised weights as they are.
     expert_storage="mmap" leaves routed experts in the files, which must not change meanwhile.
-    towers="denoiser" leaves the context tower without memory. rounding: full-precision matrices
-    that native passes round so stay in the files, which must not change until they have
+    towers="denoiser" leaves the context tower without memory. packing: matrices that native passes
+    will pack in so few bits stay in the files, which must not change until they have
     (`TwoTower.unread`). ValueError (one line) for a damaged checkpoint, or one of another model.
     """
     built: Towers = "both" if towers == "denoiser" else towers
@@ -81,9 +81,9 @@ def load_checkpoint(
     if mapped is not None:
         map_experts(model, mapped if source.towers == built else of_both_towers(mapped))
     _log.info("%s: towers=%s dtype=%s quant=%s", source.folder, towers, target.dtypes[0], scheme)
-    left = rounding if scheme is None and source.towers == built else None
+    parts = names.DENOISER_PARTS if built != towers else ""
     return _with_values(
-        model, source, plan, target, names.DENOISER_PARTS if built != towers else "", left
+        model, source, plan, target, parts, packing if source.towers == built else None
     )
 
 
@@ -142,30 +142,43 @@ def _with_values(
     plan: Plan,
     target: _Target,
     parts: str | tuple[str, ...] = "",
-    rounding: Scheme | None = None,
+    packing: Scheme | None = None,
 ) -> TwoTower:
     """The empty model with memory and the values of its files, ready to decode.
 
-    parts: how the names of what is wanted begin; the rest stays without memory. rounding: what it
-    rounds stays in the files.
+    parts: how the names of what is wanted begin; the rest stays without memory. packing: matrices
+    that it gives few bits stay in the files.
     """
     defaults = generation_defaults(source.folder)
     wanted = {name: found for name, found in plan.items() if name.startswith(parts)}
-    tied = model.config.tie_word_embeddings
-    left = {
-        slot.parameter: entry
-        for entry, slot in wanted.values()
-        if rounding is not None
-        and weight_bits(slot.parameter, slot.shape, rounding) is not None
-        and not (tied and slot.parameter.endswith("lm_head.weight"))
-    }
-    allocate(model, target.dtypes, target.devices, parts, left)
-    fill(model, {name: own for name, own in wanted.items() if own[1].parameter not in left})
-    model.unread = {name: partial(read_finite, entry) for name, entry in left.items()}
+    left = {} if packing is None else _packed_later(model, wanted, packing)
+    allocate(model, target.dtypes, target.devices, parts, set().union(*left.values()))
+    fill(model, {n: own for n, own in wanted.items() if _stem(own[1].parameter) not in left})
+    rounds_input = packing is not None and packing.activations is not None
+    model.unread = {n: partial(read_matrix, found, rounds_input) for n, found in left.items()}
     if source.towers == "context" and model.denoiser_tower is not None:
         copy_context_to_denoiser(model, seed=0)
     model.generation_defaults = defaults
     return model.eval()
+
+
+def _packed_later(model: TwoTower, plan: Plan, packing: Scheme) -> dict[str, dict[str, Entry]]:
+    """The matrices to which a scheme gives few bits: each one's tensors, by the names that those
+    have in the model. A head that shares the embeddings' weights is there with them.
+    """
+    has_head = not model.config.tie_word_embeddings
+    found = dict[str, dict[str, Entry]]()
+    for entry, slot in plan.values():
+        name = _stem(slot.parameter)
+        is_own = has_head or not name.endswith("lm_head.weight")
+        if slot.expert is None and is_own and weight_bits(name, slot.shape, packing) is not None:
+            found.setdefault(name, {})[slot.parameter] = entry
+    return found
+
+
+def _stem(parameter: str) -> str:
+    """The weight that a parameter, or a part of a quantised one, belongs to."""
+    return names.split_part(parameter)[0]
 
 
 def plan_tensors(folder: Path, model: TwoTower, entries: Mapping[str, Entry]) -> Plan:

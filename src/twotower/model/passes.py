@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from twotower.arguments import require
 from twotower.config import TwoTowerConfig
+from twotower.kernels.quantised import Quantised
 from twotower.layers.adaln import TimestepEmbedder
 from twotower.layers.bigram import Bigram
 from twotower.model.backend import Backend, ContextInput, PassCosts
@@ -18,8 +19,8 @@ from twotower.model.state import ContextCache, ForwardOutput, empty_states
 from twotower.model.view import ContextView
 from twotower.specs import AttentionSpec, MambaSpec
 
-Unread = Mapping[str, Callable[[], Tensor]]
-"""Matrices that stay in a checkpoint's files and have no memory here, to be rounded as they are
+Unread = Mapping[str, Callable[[], Tensor | Quantised]]
+"""Matrices that stay in a checkpoint's files and have no memory here, to be packed as they are
 read: how each one's values are, by its name in the model."""
 
 

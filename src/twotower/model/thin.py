@@ -90,11 +90,11 @@ def sketch(model: TwoTower, most_read: float = math.inf) -> Tensor:
     rows = []
     for name, module in model.context_tower.layers.named_modules(prefix="context_tower.layers"):
         if isinstance(module, nn.Linear):
-            weight, read = module.weight.detach(), model.unread.get(f"{name}.weight")
-            if read is not None:
-                weight = read() if most_read > 0 else torch.zeros(0)
-                most_read -= 1
-            own = weight.flatten()[:_SKETCHED].float().cpu()
+            is_unread = f"{name}.weight" in model.unread
+            is_known = not is_unread or most_read > 0
+            weight = model.values_of(name)["weight"] if is_known else torch.zeros(0)
+            most_read -= is_unread
+            own = weight.detach().flatten()[:_SKETCHED].float().cpu()
             rows.append(F.pad(own, (0, _SKETCHED - len(own))))
         elif isinstance(module, QuantisedLinear):
             rows.append(Tensor([0.0] * _SKETCHED))

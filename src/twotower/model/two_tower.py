@@ -90,10 +90,16 @@ class TwoTower(Passes):
                 self.lm_head = self.context_lm_head
 
     def values_of(self, part: str) -> dict[str, Tensor]:
-        """The state of a module inside, read from the files where it has no memory here."""
-        found = self.get_submodule(part).state_dict()
-        left = {name: self.unread.get(f"{part}.{name}") for name in found}
-        return {n: found[n] if read is None else read() for n, read in left.items()}
+        """The state of a module inside, read from the files where it has no memory here; in full
+        precision.
+        """
+        found: dict[str, Tensor] = self.get_submodule(part).state_dict()
+        for name in found:
+            if (read := self.unread.get(f"{part}.{name}")) is not None:
+                values = read()
+                assert isinstance(values, Tensor)
+                found[name] = values
+        return found
 
     def with_backend(self, backend: Backend) -> "TwoTower":
         """This model's modules, with decoding passes by another backend."""

@@ -91,7 +91,7 @@ class Packed:
         self,
         matrices: Mapping[str, Tensor | Quantised],
         bits: Mapping[str, Bits] | None = None,
-        read: Callable[[str], Tensor] | None = None,
+        read: Callable[[str], Tensor | Quantised] | None = None,
     ) -> None:
         self.centred = {
             name
@@ -109,7 +109,7 @@ class Packed:
         at = 0
         for name, matrix in matrices.items():
             part = self._buffer[at : at + sizes[name]]
-            if isinstance(matrix, Tensor) and matrix.is_meta:
+            if (matrix if isinstance(matrix, Tensor) else matrix.qdata).is_meta:
                 assert read is not None
                 matrix = read(name)
             _write(part, matrix, self.bits[name])

@@ -16,6 +16,8 @@ from twotower.native.layout import OPTIONAL, Weight, layer_of, weight_names
 from twotower.native.packing import Packed
 from twotower.native.tower import NativeLinear, NativeTower
 
+Read = Callable[[], Tensor | Quantised]
+
 
 def native_tower(
     tower: Tower, name: str, is_causal: bool, scheme: Scheme | None, unread: Unread
@@ -63,14 +65,14 @@ def native_tower(
 
 
 def native_head(
-    head: nn.Module, scheme: Scheme | None, read: Callable[[], Tensor] | None = None
+    head: nn.Module, scheme: Scheme | None, read: Read | None = None
 ) -> NativeLinear | None:
     """A head, in int8 where a scheme rounds anything; None where it has no memory, and nothing to
     read its values by.
     """
     weight = head.weight
     if isinstance(weight, QuantisedMatrix):
-        return native_linear(weight.matrix)
+        return native_linear(weight.matrix, read=read)
     assert isinstance(weight, Tensor)
     if weight.is_meta and read is None:
         return None
@@ -80,7 +82,7 @@ def native_head(
 def native_linear(
     weight: Tensor | Quantised,
     scheme: Scheme | None = None,
-    read: Callable[[], Tensor] | None = None,
+    read: Read | None = None,
 ) -> NativeLinear:
     """A linear map by a weight (N, K), in float32 unless it is in int8 or a scheme rounds it."""
     full = {"": weight} if isinstance(weight, Tensor) and scheme is None else {}

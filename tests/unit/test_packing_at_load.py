@@ -10,7 +10,7 @@ import torch
 
 import tiny_adapt
 from tiny_models import fresh_model, prompts_of, random_model
-from tiny_quantised import SIZES
+from tiny_quantised import SCHEMES, SIZES
 from twotower import GenerateOptions, TwoTower, generate
 from twotower.adapt.features import find_places, write_part
 from twotower.adapt.options import StepOptions, ThinOptions
@@ -18,8 +18,10 @@ from twotower.adapt.run import first_denoiser
 from twotower.adapt.training import Trainer
 from twotower.backends import accelerate
 from twotower.checkpoint import load_checkpoint, save_backbone, save_two_towers
+from twotower.checkpoint.convert import convert
 from twotower.checkpoint.denoiser import save_denoiser
 from twotower.families import config_from_dict
+from twotower.layers.quantised import QuantisedMatrix
 from twotower.loading import load_model, save_model
 from twotower.model.backend import ContextInput
 from twotower.model.eager import EagerBackend
@@ -58,6 +60,21 @@ def test_numbers_are_those_of_weights_in_memory(
     whole = accelerate(load_checkpoint(tmp_path / "m"), "native", quantization)  # type: ignore[arg-type]
     model = load_model(tmp_path / "m", quantization=quantization)  # type: ignore[arg-type]
     assert model.unread and all(p.is_meta for n, p in model.named_parameters() if n in model.unread)
+    for own, known in zip(logits(model), logits(whole), strict=True):
+        assert torch.equal(own, known)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_numbers_of_a_quantised_checkpoint_are_in_memory_once(name: str, tmp_path: Path) -> None:
+    """Guards checkpoints that have few bits already: both copies would be in memory, and a part
+    that is left out would be another matrix's."""
+    pytest.importorskip("torchao")
+    save_two_towers(fresh_model(**DENSE), tmp_path / "m")
+    convert(tmp_path / "m", tmp_path / "q", "released", scheme=SCHEMES[name])
+    bits = SCHEMES[name].weights
+    whole = accelerate(load_checkpoint(tmp_path / "q"), "native", bits)
+    model = load_model(tmp_path / "q", quantization=bits)
+    assert all(m.qdata.is_meta for m in model.modules() if isinstance(m, QuantisedMatrix))
     for own, known in zip(logits(model), logits(whole), strict=True):
         assert torch.equal(own, known)
 
