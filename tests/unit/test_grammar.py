@@ -5,6 +5,7 @@ import resource
 import time
 
 import pytest
+import tokenizers
 import torch
 
 from tiny_models import MASK
@@ -14,7 +15,7 @@ from twotower.engine.fork_server import Forked
 from twotower.engine.grammar import Grammar, GrammarFailed, json_schema, lark, regex
 from twotower.engine.grammar_builder import GrammarsFull
 from twotower.engine.grammar_state import GrammarState, TokenRules, begin
-from twotower.tokenizer import train_tokenizer
+from twotower.tokenizer import Tokenizer, train_tokenizer
 
 EOS = 2
 RULES = TokenRules(eos=(EOS,), mask_token_id=MASK, vocab_size=330)
@@ -80,6 +81,29 @@ def test_the_mask_has_the_models_length() -> None:
     mask = state(regex("a+")).mask()
     assert (mask.shape, mask.dtype) == ((330,), torch.bool)
     assert not mask[byte_tokenizer().vocab_size :].any()
+
+
+def test_an_added_token_that_is_text_spells_its_letters() -> None:
+    """Guards Qwen's <tool_call>, an added token that is not special: the library took it for one,
+    and a call that was required failed as soon as it had to be written.
+    """
+    values = json.loads(byte_tokenizer().json_text)
+    size = byte_tokenizer().vocab_size
+    values["added_tokens"] += [
+        values["added_tokens"][0] | {"id": size + i, "content": text, "special": False}
+        for i, text in enumerate(("<call>", "</call>"))
+    ]
+    own = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(values)))
+    found = begin(regex("<call>[ab]</call>c"), own, RULES)
+    assert found.mask().nonzero().flatten().tolist() == [size] == found.forced()
+    found.follow(own.encode("<call>a"))
+    assert found.forced() == own.encode("</call>c") == [size + 1, *own.encode("c")]
+    found.follow(own.encode("<call>a</call>"))
+    assert found.mask().nonzero().flatten().tolist() == own.encode("c")
+    spelt = [token for letter in "<call>" for token in own.encode(letter)]
+    found.follow(spelt)  # by its letters, as text is also written
+    assert {own.token_text(token) for token in found.mask().nonzero().flatten()} >= {"a", "b"}
+    assert not found.mask()[list(own.special_ids)].any()
 
 
 def test_a_draft_can_be_taken_back() -> None:

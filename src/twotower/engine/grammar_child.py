@@ -7,6 +7,7 @@ each. A request is a letter and what belongs to it; numbers have 32 bits.
 import array
 import copy
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,17 @@ class Program:
         from llguidance import LLTokenizer
 
         self._vocabulary = LLTokenizer(text, n_vocab=size)
+        added = json.loads(text).get("added_tokens") or []
+        ordinary = {
+            token["content"].encode(): token["id"]
+            for token in added
+            if not token["special"] and self._vocabulary.is_special_token(token["id"])
+        }
+        if ordinary:
+            from llguidance import TokenizerWrapper
+
+            told = TokenizerWrapper(_Spelt(self._vocabulary, ordinary))
+            self._vocabulary = LLTokenizer(told, n_vocab=size)
         return b""
 
     def _build(self, kind: str, source: str) -> bytes:
@@ -102,6 +114,30 @@ class Program:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise ValueError(self._matcher.get_error())
+
+
+class _Spelt:
+    """A vocabulary as the library asks for it, in which some added tokens are letters of a text: it
+    takes all between < and > for special ones, such as the <tool_call> that Qwen's models write.
+    """
+
+    def __init__(self, known: Any, ordinary: dict[bytes, int]) -> None:
+        self._known, self._ordinary = known, ordinary
+        longest_first = sorted(map(re.escape, ordinary), key=len, reverse=True)
+        self._pattern = re.compile(b"(" + b"|".join(longest_first) + b")")
+        every = range(known.vocab_size)
+        self.eos_token_id, self.bos_token_id = known.eos_token, None
+        self.tokens = [known.decode_bytes([token]) for token in every]
+        special = filter(known.is_special_token, every)
+        self.special_token_ids = sorted(set(special) - set(ordinary.values()))
+
+    def __call__(self, text: bytes) -> list[int]:
+        """The tokens of a text."""
+        found: list[int] = []
+        for part in self._pattern.split(text):
+            token = self._ordinary.get(part)
+            found += self._known.tokenize_bytes(part) if token is None else [token]
+        return found
 
 
 def _why_refused(rule: dict[str, Any], matcher: Callable[[str], Any]) -> str:
