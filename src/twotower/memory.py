@@ -22,10 +22,26 @@ def available_bytes(device: torch.device, enough: float = math.inf) -> int | Non
     unused = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if unused >= enough:
         return unused
+    return _told("MemAvailable")
+
+
+def _told(name: str) -> int | None:
+    """Bytes that Linux tells under a name; None where it does not."""
     if not _MEMINFO.is_file():
         return None
-    found = re.search(rb"^MemAvailable: *(\d+) kB$", _MEMINFO.read_bytes(), re.MULTILINE)
+    found = re.search(rf"^{name}: *(\d+) kB$".encode(), _MEMINFO.read_bytes(), re.MULTILINE)
     return None if found is None else int(found[1]) * 1024
+
+
+def lacking_room(device: torch.device, needed: int) -> str | None:
+    """What weights need on a device and what is free; None where it is enough, swap included."""
+    free = available_bytes(device, needed)
+    if free is None or needed <= free:
+        return None
+    free += (_told("SwapFree") or 0) if device.type == "cpu" else 0
+    if needed <= free:
+        return None
+    return f"about {needed / 1e9:.1f} GB of memory on {device}, where {free / 1e9:.1f} GB are free"
 
 
 def lacking_memory(device: torch.device, token_bytes: int, num_tokens: int) -> str | None:

@@ -11,7 +11,7 @@ import torch
 import tiny_adapt
 from tiny_models import fresh_model, prompts_of, random_model
 from tiny_quantised import SCHEMES, SIZES
-from twotower import GenerateOptions, TwoTower, generate
+from twotower import GenerateOptions, TwoTower, generate, memory
 from twotower.adapt.features import find_places, write_part
 from twotower.adapt.options import StepOptions, ThinOptions
 from twotower.adapt.run import first_denoiser
@@ -184,3 +184,23 @@ def test_peak_memory_is_about_the_rounded_size(
     assert num_weights > 50_000_000
     # The largest matrix is read in the file's own dtype, and rounded in pieces.
     assert int(found) < num_weights * bytes_a_weight + 30_000_000
+
+
+def test_what_does_not_fit_into_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards the machine: Linux promises memory that it has not, and ends a process when it is
+    used. What fits only in few bits is loaded in few bits."""
+    save_two_towers(fresh_model(**DENSE), tmp_path / "m")
+    num_weights = sum(p.numel() for p in fresh_model(**DENSE).parameters())
+    free = [3 * num_weights]
+    monkeypatch.setattr(memory, "available_bytes", lambda *_: free[0])
+    monkeypatch.setattr(memory, "_told", lambda _: 0)
+    with pytest.raises(ValueError, match=r"about 0\.\d GB .* use quantization=int8 or int4, a "):
+        load_model(tmp_path / "m")
+    load_model(tmp_path / "m", quantization="int8")
+    free[0] = num_weights // 2
+    with pytest.raises(ValueError, match=r"are free; use a smaller dtype"):
+        load_model(tmp_path / "m", quantization="int8")
+    monkeypatch.setattr(memory, "_told", lambda _: 2 * num_weights)  # swap
+    load_model(tmp_path / "m", quantization="int8")

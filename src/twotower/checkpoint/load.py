@@ -5,7 +5,9 @@ files are is `files`', how values get to their places is that of `fill` and `map
 """
 
 import logging
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +31,7 @@ from twotower.checkpoint.names import Slot
 from twotower.checkpoint.quantize import read_scheme
 from twotower.config import TwoTowerConfig
 from twotower.families import read_config
+from twotower.memory import lacking_room
 from twotower.model.initialise import copy_context_to_denoiser
 from twotower.model.precision import (
     ExpertStorage,
@@ -152,6 +155,7 @@ def _with_values(
     defaults = generation_defaults(source.folder)
     wanted = {name: found for name, found in plan.items() if name.startswith(parts)}
     left = {} if packing is None else _packed_later(model, wanted, packing)
+    _require_room(source, wanted, target, packing, left)
     allocate(model, target.dtypes, target.devices, parts, set().union(*left.values()))
     fill(model, {n: own for n, own in wanted.items() if _stem(own[1].parameter) not in left})
     rounds_input = packing is not None and packing.activations is not None
@@ -174,6 +178,30 @@ def _packed_later(model: TwoTower, plan: Plan, packing: Scheme) -> dict[str, dic
         if slot.expert is None and is_own and weight_bits(name, slot.shape, packing) is not None:
             found.setdefault(name, {})[slot.parameter] = entry
     return found
+
+
+def _require_room(
+    source: _Source, plan: Plan, target: _Target, packing: Scheme | None, left: Collection[str]
+) -> None:
+    """ValueError (one line) where weights do not fit into a device's memory: without it the system
+    ends this process, or others, when they are filled.
+    """
+    needed = Counter[torch.device]()
+    for entry, slot in plan.values():
+        name, side = _stem(slot.parameter), int(slot.parameter.startswith(names.DENOISER_PARTS))
+        if source.config.tie_word_embeddings and name.endswith("lm_head.weight"):
+            continue
+        kept = (PACKED_DTYPES | DTYPES)[entry.dtype]
+        bits = 8 * (kept if names.keeps_dtype(slot.parameter) else target.dtypes[side]).itemsize
+        if packing is not None and name in left:
+            bits = weight_bits(name, slot.shape, packing) or bits
+        needed[target.devices[side]] += math.prod(entry.shape) * bits // 8
+    for device, num_bytes in needed.items():
+        if (lack := lacking_room(device, num_bytes)) is not None:
+            ways = [] if packing is not None else ["quantization=int8 or int4"]
+            ways += ["a smaller dtype", "another device"]
+            ways += ["mode=ar, which needs one tower"] if source.towers == "both" else []
+            raise ValueError(f"{source.folder}: needs {lack}; use {', '.join(ways)}")
 
 
 def _stem(parameter: str) -> str:
