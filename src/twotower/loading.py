@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -145,10 +145,13 @@ class Loaded:
         return self.tokenizer
 
 
-def load(placement: Placement, mode: str | None = None) -> Loaded:
+def load(
+    placement: Placement, mode: str | None = None, show: Callable[[float], None] | None = None
+) -> Loaded:
     """The model of a placement and its tokenizer, with the towers that a decoding mode needs.
 
-    mode None: the model's own default. AR decoding loads the context tower alone.
+    mode None: the model's own default. AR decoding loads the context tower alone. show: gets the
+    share of the weights that has been read.
     """
     torch.set_num_threads(placement.threads or min(torch.get_num_threads(), usable_cores()))
     folder = placement.find()
@@ -163,7 +166,7 @@ def load(placement: Placement, mode: str | None = None) -> Loaded:
         model = _load_split(folder, placement)
     else:
         is_ar = (mode or defaults.get("mode")) == "ar" or not has_denoiser(folder)
-        model = _load_towers(folder, placement, "context" if is_ar else "both")
+        model = _load_towers(folder, placement, "context" if is_ar else "both", show)
     if tokenizer is not None:
         model.unused_ids = tokenizer.unused_ids(model.config.vocab_size)
     return Loaded(name=placement.name, model=model, tokenizer=tokenizer, folder=folder)
@@ -274,7 +277,12 @@ def _refuse_idle_denoiser(placement: Placement, mode: str | None, has_any: bool)
             raise ValueError(f"{name}: has no effect {where}; leave it out")
 
 
-def _load_towers(folder: Path, placement: Placement, towers: Towers) -> TwoTower:
+def _load_towers(
+    folder: Path,
+    placement: Placement,
+    towers: Towers,
+    show: Callable[[float], None] | None = None,
+) -> TwoTower:
     device = _device(placement.device)
     apart = placement.denoiser_device not in (None, PEER)
     elsewhere = _device(str(placement.denoiser_device)) if apart else device
@@ -288,6 +296,7 @@ def _load_towers(folder: Path, placement: Placement, towers: Towers) -> TwoTower
         towers=towers if placement.denoiser is None else "context",
         expert_storage=placement.expert_storage,
         packing=_packing(folder, placement, {device, elsewhere}, dtype),
+        show=show,
     )
     if placement.denoiser is not None:
         model = load_denoiser(model, placement.denoiser, find_device(elsewhere))

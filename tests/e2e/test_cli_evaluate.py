@@ -208,7 +208,7 @@ def test_a_missing_library_is_said_before_the_run(
 ) -> None:
     """Silent failure: an hour of decoding that ends in an error instead of a report."""
     monkeypatch.setitem(sys.modules, library, None)
-    monkeypatch.setattr(evaluation, "load", None)  # would fail with another error
+    monkeypatch.setattr(evaluation, "load_with_bar", None)  # would fail with another error
     assert main(["evaluate", "--output", str(tmp_path)]) == 2
     assert f'{library} is not installed: pip install ".[eval]"' in capsys.readouterr().err
 

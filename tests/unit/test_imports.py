@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "graphs": COMMON | {"model", "layers", "kernels", "diffusion"},
     "backends": COMMON | {"model", "native", "graphs"},
     "families": COMMON | {"layers"},
-    "checkpoint": COMMON | {"families", "model", "kernels", "tokenizer"},
+    "checkpoint": COMMON | {"families", "model", "kernels", "tokenizer", "memory"},
     "engine": COMMON | {"model", "diffusion", "tokenizer", "memory"},
     "train": COMMON
     | {"families", "layers", "model", "backends", "diffusion", "checkpoint", "tokenizer"},

@@ -22,7 +22,7 @@ from twotower.checkpoint.convert import convert
 from twotower.checkpoint.denoiser import save_denoiser
 from twotower.families import config_from_dict
 from twotower.layers.quantised import QuantisedMatrix
-from twotower.loading import load_model, save_model
+from twotower.loading import Placement, load, load_model, save_model
 from twotower.model.backend import ContextInput
 from twotower.model.eager import EagerBackend
 from twotower.model.thin import sketch
@@ -184,6 +184,17 @@ def test_peak_memory_is_about_the_rounded_size(
     assert num_weights > 50_000_000
     # The largest matrix is read in the file's own dtype, and rounded in pieces.
     assert int(found) < num_weights * bytes_a_weight + 30_000_000
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_load_tells_how_far_it_is(quantization: str, tmp_path: Path) -> None:
+    """Guards the bar: one that ends before matrices are packed, or never, tells nothing."""
+    save_two_towers(fresh_model(**DENSE), tmp_path / "m")
+    shares = list[float]()
+    placement = Placement(model=str(tmp_path / "m"), quantization=quantization)  # type: ignore[arg-type]
+    load(placement, show=shares.append)
+    assert shares == sorted(shares) and shares[0] < 0.5 and shares[-1] == 1.0
+    assert len(shares) > 20 and shares[-2] < 1.0
 
 
 def test_what_does_not_fit_into_memory_is_refused(

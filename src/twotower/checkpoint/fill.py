@@ -4,7 +4,7 @@ Peak memory is the model plus a portion of one file.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 
@@ -23,7 +23,21 @@ Plan = dict[str, tuple[Entry, Slot]]
 _PORTION = 2**25  # elements read from a file before it is opened anew
 
 
-def fill(model: TwoTower, plan: Plan) -> None:
+class Tally:
+    """How much of a checkpoint has been read. show: gets the share of it after each tensor."""
+
+    def __init__(self, plan: Plan, show: Callable[[float], None] | None) -> None:
+        self._all = sum(math.prod(entry.shape) for entry, _ in plan.values())
+        self._read, self._show = 0, show
+
+    def add(self, entry: Entry) -> None:
+        """A tensor was read."""
+        self._read += math.prod(entry.shape)
+        if self._show is not None:
+            self._show(min(1.0, self._read / self._all))
+
+
+def fill(model: TwoTower, plan: Plan, tally: Tally) -> None:
     """Copy every tensor to its place and check that it is finite there.
 
     A tensor in full precision whose parameter has few bits is quantised: both at once never exist
@@ -38,9 +52,12 @@ def fill(model: TwoTower, plan: Plan) -> None:
         else:
             _require_finite(source, plan[name][0])
             _fill_quantised(model, source, slot)
+        tally.add(plan[name][0])
 
 
-def read_matrix(entries: Mapping[str, Entry], rounds_input: bool) -> Tensor | Quantised:
+def read_matrix(
+    entries: Mapping[str, Entry], rounds_input: bool, tally: Tally
+) -> Tensor | Quantised:
     """A matrix, checked to be finite: of one tensor in full precision, or of the parts of one with
     few bits, by their names. rounds_input: as in `Quantised`.
     """
@@ -50,6 +67,7 @@ def read_matrix(entries: Mapping[str, Entry], rounds_input: bool) -> Tensor | Qu
         found = found.float() if found.dtype == torch.float64 else found
         _require_finite(found, entry)
         parts[split_part(name)[1].removeprefix(".")] = found
+        tally.add(entry)
     if "" in parts:
         return parts[""]
     return Quantised(parts["qdata"], parts["scale"], parts.get("zero"), rounds_input)

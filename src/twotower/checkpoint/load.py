@@ -7,7 +7,7 @@ files are is `files`', how values get to their places is that of `fill` and `map
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from twotower.checkpoint.files import (
     log_others,
     resolve,
 )
-from twotower.checkpoint.fill import Plan, fill, read_matrix
+from twotower.checkpoint.fill import Plan, Tally, fill, read_matrix
 from twotower.checkpoint.layout import read_layout, with_heads
 from twotower.checkpoint.mapped import of_both_towers, split_experts
 from twotower.checkpoint.names import Slot
@@ -55,6 +55,7 @@ def load_checkpoint(
     towers: Towers = "both",
     expert_storage: ExpertStorage = "memory",
     packing: Scheme | None = None,
+    show: Callable[[float], None] | None = None,
 ) -> TwoTower:
     """Load a checkpoint folder or hub id in eval mode; a single-tower backbone fills both towers.
 
@@ -62,7 +63,8 @@ def load_checkpoint(
     expert_storage="mmap" leaves routed experts in the files, which must not change meanwhile.
     towers="denoiser" leaves the context tower without memory. packing: matrices that native passes
     will pack in so few bits stay in the files, which must not change until they have
-    (`TwoTower.unread`). ValueError (one line) for a damaged checkpoint, or one of another model.
+    (`TwoTower.unread`). show: gets the share that has been read. ValueError (one line) for a
+    damaged checkpoint, one of another model, or one that memory has no room for.
     """
     built: Towers = "both" if towers == "denoiser" else towers
     source = _open(resolve(path), built)
@@ -86,7 +88,7 @@ def load_checkpoint(
     _log.info("%s: towers=%s dtype=%s quant=%s", source.folder, towers, target.dtypes[0], scheme)
     parts = names.DENOISER_PARTS if built != towers else ""
     return _with_values(
-        model, source, plan, target, parts, packing if source.towers == built else None
+        model, source, plan, target, parts, packing if source.towers == built else None, show
     )
 
 
@@ -146,6 +148,7 @@ def _with_values(
     target: _Target,
     parts: str | tuple[str, ...] = "",
     packing: Scheme | None = None,
+    show: Callable[[float], None] | None = None,
 ) -> TwoTower:
     """The empty model with memory and the values of its files, ready to decode.
 
@@ -157,9 +160,12 @@ def _with_values(
     left = {} if packing is None else _packed_later(model, wanted, packing)
     _require_room(source, wanted, target, packing, left)
     allocate(model, target.dtypes, target.devices, parts, set().union(*left.values()))
-    fill(model, {n: own for n, own in wanted.items() if _stem(own[1].parameter) not in left})
+    tally = Tally(wanted, show)
+    fill(model, {n: own for n, own in wanted.items() if _stem(own[1].parameter) not in left}, tally)
     rounds_input = packing is not None and packing.activations is not None
-    model.unread = {n: partial(read_matrix, found, rounds_input) for n, found in left.items()}
+    model.unread = {
+        n: partial(read_matrix, found, rounds_input, tally) for n, found in left.items()
+    }
     if source.towers == "context" and model.denoiser_tower is not None:
         copy_context_to_denoiser(model, seed=0)
     model.generation_defaults = defaults

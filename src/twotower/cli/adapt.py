@@ -25,14 +25,14 @@ from twotower.adapt.report import Pair, by_task, compare
 from twotower.backends import accelerate
 from twotower.checkpoint.denoiser import is_denoiser, load_denoiser
 from twotower.checkpoint.files import SHIPPED
-from twotower.cli.progress import progress_bar
+from twotower.cli.progress import load_with_bar, progress_bar
 from twotower.cli.questions import Question as Asked
 from twotower.cli.questions import question_encoder, read_questions, tell_left_out
 from twotower.cli.tables import make_console, print_table
 from twotower.families import read_config
 from twotower.file_lock import only_writer
 from twotower.lab.report import Table
-from twotower.loading import Loaded, Placement, load, placement_of
+from twotower.loading import Loaded, Placement, placement_of
 from twotower.memory import lacking_memory
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ def run(options: AdaptArguments) -> int:
     prompts = read_questions(options.prompts)
     with only_writer(work.path):
         loading = time.monotonic()
-        loaded = load(placement, "ar")
+        loaded = load_with_bar(placement, "ar")
         load_s = time.monotonic() - loading
         source = _source(work, options)
         model = loaded.model

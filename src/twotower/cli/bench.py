@@ -24,7 +24,7 @@ from twotower.cli.measuring import (
     require_library,
     say_protection,
 )
-from twotower.cli.progress import progress_bar
+from twotower.cli.progress import load_with_bar, progress_bar
 from twotower.cli.questions import question_encoder, read_questions, tell_left_out
 from twotower.cli.tables import make_console, print_table
 from twotower.engine import defaults_of, resolve_options
@@ -46,7 +46,7 @@ from twotower.lab.corpus import CATEGORIES
 from twotower.lab.evaluate.run import draw_groups, split_names
 from twotower.lab.evaluate.suite import make_judge
 from twotower.lab.report import Record, Table, to_png, write_files
-from twotower.loading import Loaded, Placement, load, placement_of
+from twotower.loading import Loaded, Placement, placement_of
 from twotower.model.precision import ExpertStorage, require_plain
 
 RECORD_FILE = "bench.json"
@@ -80,7 +80,7 @@ def run(options: BenchOptions) -> int:
     if is_contest := bool(options.prompts) or not has_any_denoiser(options):
         refuse_unused(options)
     refuse_impossible(read_config(options.find()), *options.pairs(is_contest))
-    loaded = load(options.placement(), "diffusion")
+    loaded = load_with_bar(options.placement(), "diffusion")
     if is_contest:
         given = Path(options.model or "")
         file = given if given.is_file() else loaded.folder

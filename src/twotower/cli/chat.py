@@ -13,12 +13,13 @@ import tyro
 
 from twotower.checkpoint.files import SHIPPED
 from twotower.cli.decoding import TextOptions, decoding_flags, refuse_without_denoiser
+from twotower.cli.progress import load_with_bar
 from twotower.cli.prompts import read_argument
 from twotower.cli.serve import describe, need_extra
 from twotower.cli.text import one_line, printable
 from twotower.engine import GenerateOptions
 from twotower.engine.resolved import SAMPLED_ONLY, refuse_sampling
-from twotower.loading import Placement, load, placement_of
+from twotower.loading import Placement, placement_of
 
 if TYPE_CHECKING:
     from twotower.cli.chat_backends import Backend
@@ -135,7 +136,7 @@ def _backend(options: ChatArguments) -> "Backend":
             return remote
         asked = options.generate_options()
         refuse_without_denoiser(options, asked)
-        loaded = load(placement_of(options), asked.mode)
+        loaded = load_with_bar(placement_of(options), asked.mode)
         served = describe(loaded, chat_template=options.chat_template)
         if served.template is None:
             raise ValueError(f"model={loaded.name} has no chat template; give --chat-template FILE")

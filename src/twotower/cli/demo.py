@@ -17,11 +17,12 @@ from rich.text import Text
 from twotower.arguments import ABOVE_ZERO, COUNT, check_fields
 from twotower.cli.comparison import Measured, measure, print_comparison
 from twotower.cli.decoding import TextOptions, by_mode, decoding_flags, has_any_denoiser
+from twotower.cli.progress import load_with_bar
 from twotower.cli.prompts import read_argument
 from twotower.cli.replay import TITLES, Scene, block_frames, play, token_frames
 from twotower.cli.text import printable
 from twotower.engine import GenerateOptions, Mode
-from twotower.loading import Loaded, Placement, load, placement_of
+from twotower.loading import Loaded, Placement, placement_of
 
 Sample = Literal["math", "code", "editing", "tools", "knowledge"]
 # Held-out documents of the built-in corpus: their keys are not in its training split.
@@ -98,7 +99,7 @@ def run(options: DemoOptions) -> int:
             "DIR, or another model"
         )
     with Console(stderr=True).status("decoding, to take the times ..."):
-        loaded = load(placement_of(options), "diffusion")
+        loaded = load_with_bar(placement_of(options), "diffusion")
         results = measure(loaded, prompt, options.modes(), options.repeats)
     if options.json:
         print(json.dumps(_record(loaded.name, prompt, results), indent=2))

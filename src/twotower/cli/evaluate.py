@@ -21,7 +21,7 @@ from twotower.cli.measuring import (
     require_library,
     say_protection,
 )
-from twotower.cli.progress import progress_bar
+from twotower.cli.progress import load_with_bar, progress_bar
 from twotower.cli.tables import make_console, print_table
 from twotower.engine import MODES, GenerateOptions, defaults_of, resolve_options
 from twotower.engine.resolved import FIELD_MODES, MODES_OF_BACKBONES
@@ -41,7 +41,7 @@ from twotower.lab.evaluate.run import (
     warm_up,
 )
 from twotower.lab.evaluate.suite import Judge, make_judge
-from twotower.loading import Loaded, Placement, load, placement_of
+from twotower.loading import Loaded, Placement, placement_of
 
 # --modes names them; the length and the seed are the suite's; no table shows logprobs.
 _LEFT_OUT = ("mode", "max_new_tokens", "seed", "logprobs")
@@ -180,7 +180,7 @@ def run_suite(options: EvaluateOptions) -> tuple[dict[str, object], list[Item]]:
     options = options.for_model(has_any_denoiser(options))
     chosen = options.by_mode()
     wanted = next((mode for mode in options.mode_names if mode != "ar"), "ar")
-    loaded = load(placement_of(options), wanted)  # with all towers that the modes need
+    loaded = load_with_bar(placement_of(options), wanted)  # with all towers that the modes need
     subject = Subject(model=loaded.model, tokenizer=loaded.need_tokenizer(), options=chosen)
     groups = draw_groups(options.category_names, options.items, options.seed, options.batch_size)
     described = describe_run(options, loaded, subject)

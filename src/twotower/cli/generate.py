@@ -14,6 +14,7 @@ import tyro
 
 from twotower.cli.decoding import TextOptions, decoding_flags, refuse_without_denoiser
 from twotower.cli.output_file import completion_record
+from twotower.cli.progress import load_with_bar
 from twotower.cli.prompts import Prompt, is_jsonl, read_grammar, read_prompts
 from twotower.cli.text import printable
 from twotower.engine import (
@@ -29,7 +30,7 @@ from twotower.engine import (
 )
 from twotower.engine.options import Overlap
 from twotower.families import read_config
-from twotower.loading import Loaded, Placement, load, placement_of, prompt_notice
+from twotower.loading import Loaded, Placement, placement_of, prompt_notice
 
 _MAX_NOTED = 16  # prompts that are looked at before decoding begins
 _KNOWN = "twotower demo shows what the shipped model knows, --model takes another"
@@ -141,7 +142,7 @@ def run(options: GenerateArguments) -> int:
         return complete_file(options.input, options.output, placement_of(options), decoding, engine)
     prompts = read_prompts([*options.prompts, *options.prompt], options.input, options.escape)
     with _open_trace(options.trace) as trace:
-        loaded = load(placement_of(options), decoding.mode)
+        loaded = load_with_bar(placement_of(options), decoding.mode)
         if any(isinstance(prompt, str) for prompt in prompts):
             loaded.need_tokenizer()
         events = stream(loaded.model, prompts, decoding, loaded.tokenizer, options.engine())

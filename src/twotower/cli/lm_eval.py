@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from twotower.cli.measuring import say_protection
+from twotower.cli.progress import load_with_bar
 from twotower.lab.evaluate.lm_harness import (
     Decoder,
     HarnessOptions,
@@ -12,7 +13,7 @@ from twotower.lab.evaluate.lm_harness import (
     write_tasks,
 )
 from twotower.lab.evaluate.sandbox import find_sandbox
-from twotower.loading import Placement, load
+from twotower.loading import Placement
 
 USAGE = """usage: twotower lm-eval --write-tasks FOLDER [--items N] [--seed N]
        twotower lm-eval LM_EVAL_ARGUMENTS ...
@@ -60,5 +61,5 @@ def load_decoder(options: HarnessOptions) -> Decoder:
         device=options.device,
         denoiser_device=options.denoiser_device,
     )
-    loaded = load(placement, options.mode)
+    loaded = load_with_bar(placement, options.mode)
     return Decoder(model=loaded.model, tokenizer=loaded.need_tokenizer(), options=options)

@@ -23,7 +23,7 @@ from twotower.cli.output_file import (
     read_lines,
     run_key,
 )
-from twotower.cli.progress import progress_bar
+from twotower.cli.progress import load_with_bar, progress_bar
 from twotower.cli.prompts import parse_prompt
 from twotower.engine import (
     EngineOptions,
@@ -37,7 +37,7 @@ from twotower.engine import (
 )
 from twotower.engine.grammar import shortened
 from twotower.engine.resolved import FIELD_MODES, SAMPLED_ONLY
-from twotower.loading import Loaded, Placement, load
+from twotower.loading import Loaded, Placement
 
 REFUSED_LINES = 3  # exit status: all is done, but some lines were no request
 # Lines between the first unwritten and the last read, for each slot: a long text holds up the
@@ -57,7 +57,7 @@ def complete_file(
     """Decode every line of the source; returns the exit status."""
     total = sum(1 for _ in read_lines(source))
     with OutputFile(target) as output:
-        loaded = load(placement, options.mode)
+        loaded = load_with_bar(placement, options.mode)
         key = run_key(loaded, resolve_options(options, defaults_of(loaded.model)))
         lines = read_lines(source)
         output.resume(lines, key)

@@ -1,5 +1,7 @@
 """A live bar on stderr, shown only at a terminal."""
 
+import time
+
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -10,12 +12,34 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from twotower.loading import Loaded, Placement, load
 
-def progress_bar(*fields: str, has_count: bool = True, has_time: bool = True) -> Progress:
-    """Description, bar, how many of how many, fields of the task, and the time left."""
+_SHOWN_AFTER_S = 1.0  # of loading
+
+
+def progress_bar(
+    *fields: str, has_count: bool = True, has_time: bool = True, is_kept: bool = True
+) -> Progress:
+    """Description, bar, how many of how many, fields of the task, and the time left. is_kept:
+    whether it stays there when all is done.
+    """
     columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
     columns += [MofNCompleteColumn()] if has_count else []
     columns += [TextColumn(f"{{task.fields[{name}]}}") for name in fields]
     columns += [TimeRemainingColumn()] if has_time else []
     console = Console(stderr=True)
-    return Progress(*columns, console=console, disable=not console.is_terminal)
+    hidden = not console.is_terminal
+    return Progress(*columns, console=console, disable=hidden, transient=not is_kept)
+
+
+def load_with_bar(placement: Placement, mode: str | None = None) -> Loaded:
+    """As `twotower.loading.load`, with a bar while it takes long."""
+    began = time.monotonic()
+    with progress_bar(has_count=False, is_kept=False) as bar:
+        task = bar.add_task(f"loading {placement.name}", total=1.0, visible=False)
+
+        def show(share: float) -> None:
+            is_long = time.monotonic() - began > _SHOWN_AFTER_S
+            bar.update(task, completed=share, visible=is_long)
+
+        return load(placement, mode, show)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from twotower.checkpoint.files import SHIPPED
+from twotower.cli.progress import load_with_bar
 from twotower.engine import (
     MODES,
     EngineOptions,
@@ -20,7 +21,7 @@ from twotower.engine import (
     resolve_options,
 )
 from twotower.engine.resolved import DENOISER_ONLY, FIELD_MODES, MODES_OF_BACKBONES, Mode
-from twotower.loading import Loaded, Placement, load, placement_of, prompt_notice
+from twotower.loading import Loaded, Placement, placement_of, prompt_notice
 from twotower.serve import ServeOptions, replicas
 from twotower.serve.replicas import ReplicaOptions, ReplicatedOptions
 
@@ -89,7 +90,7 @@ def build_app(options: ServeArguments, keys: "Keys") -> "App":
     """The app with a model of its own; in this process, or in a replica."""
     from twotower.serve.app import create_app
 
-    loaded = load(placement_of(options))
+    loaded = load_with_bar(placement_of(options))
     worker = Worker(loaded.model, loaded.tokenizer, options)
     served = describe(loaded, options.model_name, options.chat_template)
     return create_app(worker, options, served, keys)
