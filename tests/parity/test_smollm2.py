@@ -51,7 +51,8 @@ def prompt(tokenizer: Tokenizer, question: str) -> list[int]:
 def test_the_architecture(model: TwoTower) -> None:
     assert model.config.context.pattern == "*-" * 30
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
-    assert model.config.eos_token_ids == (2, 0) and model.config.mask_token_id == 49152
+    assert model.config.mask_token_id == 49152
+    assert model.config.eos_token_ids == (2, 0)  # 0, <|endoftext|>, by its name, as in llama.cpp
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from twotower import TwoTower, accelerate
 from twotower.backends import BACKENDS, Setup, refusal, setup_of
 from twotower.checkpoint import convert, load_checkpoint, save_two_towers
 from twotower.families import config_from_dict
+from twotower.native import library
 from twotower.specs import AttentionSpec, MambaSpec
 
 backend_table = script("backend_table")
@@ -271,3 +273,11 @@ def test_costs_of_passes_are_by_the_weights_that_they_read() -> None:
     assert (costs[1], costs[4]) == (1, pytest.approx((total - routed / 16) / (total - routed / 2)))
     int8 = accelerate(tiny_model(moe_intermediate_size=2048), "graphs", "int8").pass_costs.tokens
     assert int8[4] == pytest.approx(15 / 8, rel=0.1)  # 15 / 16 of all bytes by half of them
+
+
+def test_a_machine_with_a_compiler_has_native_passes() -> None:
+    """Guards all tests of native passes: they are skipped without the library, so with a source
+    that does not compile they would all seem to pass."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler")
+    library.library()
