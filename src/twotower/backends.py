@@ -18,6 +18,7 @@ from twotower.graphs.backend import ONE_DEVICE, GraphsBackend
 from twotower.model import TwoTower
 from twotower.model.backend import Backend
 from twotower.model.eager import EagerBackend
+from twotower.model.passes import Unreadable
 from twotower.model.precision import (
     ExpertStorage,
     Scheme,
@@ -186,6 +187,8 @@ def accelerate(
             if (reason := refusal(name, setup)) is not None:  # type: ignore[arg-type]  # a key
                 raise ValueError(reason)
             found = _BACKENDS[name].build(model, quantization)
+        except Unreadable:
+            raise
         except (OSError, ValueError) as error:
             reasons.append(str(error))
             continue

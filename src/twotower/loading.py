@@ -202,8 +202,9 @@ def load_model(
     """A model ready to decode; without arguments the small one inside this package.
 
     model: checkpoint folder, GGUF file or hub id; the other arguments are those of `Placement`.
-    `has_denoiser` tells whether it can fill blocks or decodes token by token alone. ValueError
-    (one line) for anything unusable.
+    With a quantization the matrices are packed, and no tensors any more: such a model decodes, and
+    is neither saved nor trained. `has_denoiser` tells whether it can fill blocks or decodes token
+    by token alone. ValueError (one line) for anything unusable.
     """
     require("model", model, (str, Path, type(None)), "a path or hub id")
     require("denoiser", denoiser, (str, Path, type(None)), "a path or hub id")

@@ -15,7 +15,9 @@ _MEMINFO = Path("/proc/meminfo")
 def available_bytes(device: torch.device, enough: float = math.inf) -> int | None:
     """Memory that an allocation may use, or enough of it; None where the system does not tell."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What PyTorch has taken and does not use is free, too.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     if device.type != "cpu" or sys.platform != "linux":
         return None
     # Each prompt asks, and the file takes a hundred times as long. It counts caches of files, too.

@@ -17,7 +17,12 @@ from twotower.adapt.options import StepOptions, ThinOptions
 from twotower.adapt.run import first_denoiser
 from twotower.adapt.training import Trainer
 from twotower.backends import accelerate
-from twotower.checkpoint import load_checkpoint, save_backbone, save_two_towers
+from twotower.checkpoint import (
+    load_checkpoint,
+    load_quantised,
+    save_backbone,
+    save_two_towers,
+)
 from twotower.checkpoint.convert import convert
 from twotower.checkpoint.denoiser import save_denoiser
 from twotower.families import config_from_dict
@@ -25,9 +30,11 @@ from twotower.layers.quantised import QuantisedMatrix
 from twotower.loading import Placement, load, load_model, save_model
 from twotower.model.backend import ContextInput
 from twotower.model.eager import EagerBackend
+from twotower.model.precision import NATIVE_SCHEMES, Scheme
 from twotower.model.thin import sketch
 from twotower.native import library
 
+INT8 = NATIVE_SCHEMES["int8"]
 DENSE = SIZES | {"hybrid_override_pattern": "M*-M*-"}
 
 
@@ -68,7 +75,6 @@ def test_numbers_are_those_of_weights_in_memory(
 def test_numbers_of_a_quantised_checkpoint_are_in_memory_once(name: str, tmp_path: Path) -> None:
     """Guards checkpoints that have few bits already: both copies would be in memory, and a part
     that is left out would be another matrix's."""
-    pytest.importorskip("torchao")
     save_two_towers(fresh_model(**DENSE), tmp_path / "m")
     convert(tmp_path / "m", tmp_path / "q", "released", scheme=SCHEMES[name])
     bits = SCHEMES[name].weights
@@ -131,6 +137,9 @@ def test_what_needs_whole_weights_says_so(tmp_path: Path) -> None:
         lambda: accelerate(model, "graphs", "int8"),
         lambda: model.context_logits(torch.tensor(prompts_of([5]))),
         lambda: EagerBackend(model).context_pass(model.empty_cache(1), asked),
+        lambda: EagerBackend(model).context_head(torch.zeros(1, 64)),
+        lambda: EagerBackend(model).denoise(asked.tokens, model.empty_cache(1).view(), None),
+        lambda: load_checkpoint(tmp_path / "m", packing=INT8).context_logits(asked.tokens),
     )
     for attempt in attempts:
         with pytest.raises(ValueError, match=r"weights.*quantization="):
@@ -148,8 +157,48 @@ def test_a_matrix_that_is_not_finite_is_named(tmp_path: Path) -> None:
     with torch.no_grad():
         broken.context_tower.layers[1].mixer.q_proj.weight[0, 0] = float("nan")  # type: ignore[union-attr, index]
     save_two_towers(broken, tmp_path / "m")
-    with pytest.raises(ValueError, match=r"q_proj\.weight holds NaN or infinite values"):
+    with pytest.raises(ValueError, match=r"q_proj\.weight holds NaN .* checkpoint again$"):
         load_model(tmp_path / "m", quantization="int8")
+
+
+def test_files_that_change_before_they_are_packed_are_named(tmp_path: Path) -> None:
+    """Guards models that are packed late or twice, as `adapt` does: of another shape, or gone."""
+    save_two_towers(fresh_model(**DENSE), tmp_path / "m")
+    model = load_checkpoint(tmp_path / "m", packing=INT8)
+    other = fresh_model(**(DENSE | {"intermediate_size": 128}))
+    save_two_towers(other, tmp_path / "m")
+    with pytest.raises(ValueError, match=r"cannot be read any more \(its shape was .*anew$"):
+        accelerate(model, "native", "int8")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"cannot be read any more .* or load the model anew$"):
+        accelerate(model, "native", "int8")
+
+
+def test_the_values_of_a_model_do_not_depend_on_where_they_lie(tmp_path: Path) -> None:
+    """Guards `generate --output`, which knows a run by its weights: it failed on those in files."""
+    save_two_towers(fresh_model(**DENSE), tmp_path / "m", dtype=torch.bfloat16)
+    convert(tmp_path / "m", tmp_path / "q", "released", scheme=Scheme(weights="int4"))
+    for folder, bits in (("m", "int8"), ("q", "int4")):
+        model = load_model(tmp_path / folder, quantization=bits)  # type: ignore[arg-type]
+        found = dict(model.values())
+        whole = load_checkpoint(tmp_path / folder).state_dict()
+        assert found.keys() == whole.keys()
+        for name, known in whole.items():
+            assert torch.equal(found[name].to(known.dtype), known), name
+
+
+def test_one_tower_alone_of_a_quantised_checkpoint(tmp_path: Path) -> None:
+    """Guards the denoiser's rank on another host: the other tower has no memory, and no values."""
+    save_two_towers(fresh_model(**DENSE), tmp_path / "m")
+    convert(tmp_path / "m", tmp_path / "q", "released", scheme=Scheme(weights="int8"))
+    whole = load_model(tmp_path / "q", quantization="int8")
+    part = load_checkpoint(tmp_path / "q", towers="denoiser", packing=Scheme(weights="int8"))
+    part = accelerate(part, "native", "int8")
+    ids = torch.tensor(prompts_of([9]))
+    view = whole.prefill(ids).view(whole.config.reads)
+    block = torch.full((1, 4), whole.config.mask_token_id)
+    asked = block, view, torch.ones(1)
+    assert torch.equal(part.denoise(*asked), whole.denoise(*asked))
 
 
 PROBE = """
@@ -213,5 +262,7 @@ def test_what_does_not_fit_into_memory_is_refused(
     free[0] = num_weights // 2
     with pytest.raises(ValueError, match=r"are free; use a smaller dtype"):
         load_model(tmp_path / "m", quantization="int8")
+    free[0] = 2 * num_weights
+    assert load_quantised(tmp_path / "m", Scheme(weights="int8")).has_denoiser
     monkeypatch.setattr(memory, "_told", lambda _: 2 * num_weights)  # swap
     load_model(tmp_path / "m", quantization="int8")

@@ -217,7 +217,8 @@ def _with_head(made: TwoTower) -> TwoTower:
     head = made.context_lm_head
     if made.lm_head is head and head.weight.is_meta:
         whole = made.values_of("context_lm_head")["weight"].float()
-        head.weight = nn.Parameter(whole, requires_grad=False)
+        made.lm_head = nn.Linear(whole.shape[1], whole.shape[0], bias=False, device="meta")
+        made.lm_head.weight = nn.Parameter(whole, requires_grad=False)
     return made
 
 

@@ -4,7 +4,7 @@ Peak memory is the model plus a portion of one file.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -13,9 +13,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from twotower.checkpoint.files import Entry
-from twotower.checkpoint.names import Slot, split_part
+from twotower.checkpoint.names import Slot
 from twotower.checkpoint.quantize import quantise
-from twotower.kernels.quantised import Quantised
 from twotower.model.precision import matrix_at
 from twotower.model.two_tower import TwoTower
 
@@ -48,29 +47,11 @@ def fill(model: TwoTower, plan: Plan, tally: Tally) -> None:
         if slot.parameter in targets:
             target = _place(targets[slot.parameter], slot)
             target.copy_(source)
-            _require_finite(target, plan[name][0])
+            require_finite(target, plan[name][0])
         else:
-            _require_finite(source, plan[name][0])
+            require_finite(source, plan[name][0])
             _fill_quantised(model, source, slot)
         tally.add(plan[name][0])
-
-
-def read_matrix(
-    entries: Mapping[str, Entry], rounds_input: bool, tally: Tally
-) -> Tensor | Quantised:
-    """A matrix, checked to be finite: of one tensor in full precision, or of the parts of one with
-    few bits, by their names. rounds_input: as in `Quantised`.
-    """
-    parts = dict[str, Tensor]()
-    for name, entry in entries.items():
-        found = entry.read()
-        found = found.float() if found.dtype == torch.float64 else found
-        _require_finite(found, entry)
-        parts[split_part(name)[1].removeprefix(".")] = found
-        tally.add(entry)
-    if "" in parts:
-        return parts[""]
-    return Quantised(parts["qdata"], parts["scale"], parts.get("zero"), rounds_input)
 
 
 def _fill_quantised(model: TwoTower, source: Tensor, slot: Slot) -> None:
@@ -90,7 +71,8 @@ def _place(target: Tensor, slot: Slot) -> Tensor:
     return target if slot.expert is None else target[slot.expert]
 
 
-def _require_finite(target: Tensor, entry: Entry) -> None:
+def require_finite(target: Tensor, entry: Entry) -> None:
+    """ValueError (one line) for values of a tensor that are none."""
     low, high = torch.aminmax(target)  # one pass, no temporaries; NaN wins in both
     if not (math.isfinite(low.item()) and math.isfinite(high.item())):
         raise ValueError(

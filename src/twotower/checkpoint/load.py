@@ -5,9 +5,8 @@ files are is `files`', how values get to their places is that of `fill` and `map
 """
 
 import logging
-import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,11 +23,12 @@ from twotower.checkpoint.files import (
     log_others,
     resolve,
 )
-from twotower.checkpoint.fill import Plan, Tally, fill, read_matrix
+from twotower.checkpoint.fill import Plan, Tally, fill
 from twotower.checkpoint.layout import read_layout, with_heads
 from twotower.checkpoint.mapped import of_both_towers, split_experts
 from twotower.checkpoint.names import Slot
 from twotower.checkpoint.quantize import read_scheme
+from twotower.checkpoint.unread import bytes_of_towers, packed_later, read_matrix
 from twotower.config import TwoTowerConfig
 from twotower.families import read_config
 from twotower.memory import lacking_room
@@ -38,9 +38,10 @@ from twotower.model.precision import (
     Scheme,
     map_experts,
     placement_refusal,
-    weight_bits,
+    scheme_of,
 )
 from twotower.model.two_tower import TwoTower
+from twotower.specs import MoESpec
 
 _LISTED = 8  # tensors that an error names
 _log = logging.getLogger(__name__)
@@ -157,14 +158,15 @@ def _with_values(
     """
     defaults = generation_defaults(source.folder)
     wanted = {name: found for name, found in plan.items() if name.startswith(parts)}
-    left = {} if packing is None else _packed_later(model, wanted, packing)
-    _require_room(source, wanted, target, packing, left)
+    left, tally = {}, Tally(wanted, show)
+    if packing is not None:
+        left = packed_later(wanted, packing, model.config.tie_word_embeddings)
+    _require_room(model, source, wanted, target, packing)
     allocate(model, target.dtypes, target.devices, parts, set().union(*left.values()))
-    tally = Tally(wanted, show)
-    fill(model, {n: own for n, own in wanted.items() if _stem(own[1].parameter) not in left}, tally)
+    fill(model, {n: own for n, own in wanted.items() if own[1].weight not in left}, tally)
     rounds_input = packing is not None and packing.activations is not None
     model.unread = {
-        n: partial(read_matrix, found, rounds_input, tally) for n, found in left.items()
+        name: partial(read_matrix, found, rounds_input, tally) for name, found in left.items()
     }
     if source.towers == "context" and model.denoiser_tower is not None:
         copy_context_to_denoiser(model, seed=0)
@@ -172,47 +174,27 @@ def _with_values(
     return model.eval()
 
 
-def _packed_later(model: TwoTower, plan: Plan, packing: Scheme) -> dict[str, dict[str, Entry]]:
-    """The matrices to which a scheme gives few bits: each one's tensors, by the names that those
-    have in the model. A head that shares the embeddings' weights is there with them.
-    """
-    has_head = not model.config.tie_word_embeddings
-    found = dict[str, dict[str, Entry]]()
-    for entry, slot in plan.values():
-        name = _stem(slot.parameter)
-        is_own = has_head or not name.endswith("lm_head.weight")
-        if slot.expert is None and is_own and weight_bits(name, slot.shape, packing) is not None:
-            found.setdefault(name, {})[slot.parameter] = entry
-    return found
-
-
 def _require_room(
-    source: _Source, plan: Plan, target: _Target, packing: Scheme | None, left: Collection[str]
+    model: TwoTower, source: _Source, plan: Plan, target: _Target, packing: Scheme | None
 ) -> None:
-    """ValueError (one line) where weights do not fit into a device's memory: without it the system
-    ends this process, or others, when they are filled.
+    """ValueError (one line) where the weights that a model is to hold do not fit into a device's
+    memory: without it the system ends this process, or others, when they are filled.
     """
-    needed = Counter[torch.device]()
-    for entry, slot in plan.values():
-        name, side = _stem(slot.parameter), int(slot.parameter.startswith(names.DENOISER_PARTS))
-        if source.config.tie_word_embeddings and name.endswith("lm_head.weight"):
-            continue
-        kept = (PACKED_DTYPES | DTYPES)[entry.dtype]
-        bits = 8 * (kept if names.keeps_dtype(slot.parameter) else target.dtypes[side]).itemsize
-        if packing is not None and name in left:
-            bits = weight_bits(name, slot.shape, packing) or bits
-        needed[target.devices[side]] += math.prod(entry.shape) * bits // 8
-    for device, num_bytes in needed.items():
+    is_twice = source.towers == "context" and model.denoiser_tower is not None  # in both towers
+    scheme, is_tied = packing or scheme_of(model), model.config.tie_word_embeddings
+    context, denoiser = bytes_of_towers(plan, target.dtypes, scheme, is_tied)
+    by_device = Counter[torch.device]()
+    by_device[target.devices[0]] += context
+    by_device[target.devices[1]] += context if is_twice else denoiser
+    has_experts = any(isinstance(layer, MoESpec) for layer in model.config.context.layers)
+    for device, num_bytes in by_device.items():
         if (lack := lacking_room(device, num_bytes)) is not None:
-            ways = [] if packing is not None else ["quantization=int8 or int4"]
-            ways += ["a smaller dtype", "another device"]
-            ways += ["mode=ar, which needs one tower"] if source.towers == "both" else []
-            raise ValueError(f"{source.folder}: needs {lack}; use {', '.join(ways)}")
-
-
-def _stem(parameter: str) -> str:
-    """The weight that a parameter, or a part of a quantised one, belongs to."""
-    return names.split_part(parameter)[0]
+            can_pack = scheme is None and not has_experts
+            few = "quantization=int8 or int4, " if can_pack and device.type == "cpu" else ""
+            raise ValueError(
+                f"{source.folder}: needs {lack}; use {few}a smaller dtype, another device, or the "
+                "context tower alone (mode=ar)"
+            )
 
 
 def plan_tensors(folder: Path, model: TwoTower, entries: Mapping[str, Entry]) -> Plan:

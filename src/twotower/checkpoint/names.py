@@ -41,6 +41,11 @@ class Slot(NamedTuple):
     expert: int | None
     shape: tuple[int, ...]
 
+    @property
+    def weight(self) -> str:
+        """The weight that the parameter is, or a quantised part of."""
+        return split_part(self.parameter)[0]
+
 
 def is_router(name: str) -> bool:
     """Whether a tensor belongs to a router: those stay float32, whatever the model's dtype."""

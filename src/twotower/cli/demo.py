@@ -98,8 +98,8 @@ def run(options: DemoOptions) -> int:
             f"model={options.name} has no denoiser, which this shows; give one with --denoiser "
             "DIR, or another model"
         )
+    loaded = load_with_bar(placement_of(options), "diffusion")
     with Console(stderr=True).status("decoding, to take the times ..."):
-        loaded = load_with_bar(placement_of(options), "diffusion")
         results = measure(loaded, prompt, options.modes(), options.repeats)
     if options.json:
         print(json.dumps(_record(loaded.name, prompt, results), indent=2))

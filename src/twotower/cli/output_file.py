@@ -81,7 +81,7 @@ def _digest_of_rest(beginning: bytes, stream: BinaryIO) -> str:
 def run_key(loaded: Loaded, options: ResolvedOptions) -> str:
     """Eight hexadecimal digits for all that decides a text beside its line."""
     digest = hashlib.sha256(repr(dataclasses.astuple(options)).encode())
-    for name, tensor in sorted(loaded.model.state_dict().items()):
+    for name, tensor in loaded.model.values():
         values = tensor.detach().flatten()
         some = values[:: max(1, len(values) // _SAMPLED)].to("cpu", torch.float32)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -23,23 +23,27 @@ def progress_bar(
     """Description, bar, how many of how many, fields of the task, and the time left. is_kept:
     whether it stays there when all is done.
     """
-    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
+    columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), BarColumn()]
     columns += [MofNCompleteColumn()] if has_count else []
     columns += [TextColumn(f"{{task.fields[{name}]}}") for name in fields]
     columns += [TimeRemainingColumn()] if has_time else []
     console = Console(stderr=True)
-    hidden = not console.is_terminal
-    return Progress(*columns, console=console, disable=hidden, transient=not is_kept)
+    is_hidden = not console.is_terminal
+    return Progress(*columns, console=console, disable=is_hidden, transient=not is_kept)
 
 
 def load_with_bar(placement: Placement, mode: str | None = None) -> Loaded:
-    """As `twotower.loading.load`, with a bar while it takes long."""
-    began = time.monotonic()
-    with progress_bar(has_count=False, is_kept=False) as bar:
-        task = bar.add_task(f"loading {placement.name}", total=1.0, visible=False)
+    """As `twotower.loading.load`, with a bar once it takes long."""
+    began, bar = time.monotonic(), progress_bar(has_count=False, is_kept=False)
+    task = bar.add_task(f"loading {placement.name}", total=1.0)
 
-        def show(share: float) -> None:
-            is_long = time.monotonic() - began > _SHOWN_AFTER_S
-            bar.update(task, completed=share, visible=is_long)
+    def show(share: float) -> None:
+        bar.update(task, completed=share)
+        if time.monotonic() - began > _SHOWN_AFTER_S:
+            bar.start()
 
+    try:
         return load(placement, mode, show)
+    finally:
+        if bar.live.is_started:
+            bar.stop()

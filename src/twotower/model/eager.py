@@ -56,11 +56,13 @@ class EagerBackend:
 
     @torch.no_grad()
     def context_head(self, hidden: Tensor) -> Tensor:
+        self._model.require_read("backend=eager")
         logits: Tensor = self._model.context_lm_head(hidden)
         return logits
 
     @torch.no_grad()
     def denoise(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
+        self._model.require_read("backend=eager")
         device, mask = self._model.denoiser_device, None
         start: Tensor | int = view.num_past
         block, view = block.to(device), view.to(device)

@@ -24,6 +24,10 @@ Unread = Mapping[str, Callable[[], Tensor | Quantised]]
 read: how each one's values are, by its name in the model."""
 
 
+class Unreadable(ValueError):
+    """The files of a model have changed since it was loaded, or hold what are no numbers."""
+
+
 class Passes(nn.Module):
     """The towers as decoding asks them; `TwoTower` makes them."""
 
@@ -182,7 +186,8 @@ class Passes(nn.Module):
             )
 
     def require_loaded_weights(self, purpose: str) -> None:
-        """ValueError (one line) if the backend has rounded them."""
+        """ValueError (one line) if the backend has rounded them, or they are not in memory."""
+        self.require_read(purpose)
         if self.backend.quantization != "none":
             raise ValueError(
                 f"{purpose} uses the weights as loaded, and this model decodes with "

@@ -4,7 +4,7 @@ Holds no generation loop, sampler, loss or checkpoint code.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -89,17 +89,26 @@ class TwoTower(Passes):
             if self.config.draft.vocab_size is None:
                 self.lm_head = self.context_lm_head
 
-    def values_of(self, part: str) -> dict[str, Tensor]:
-        """The state of a module inside, read from the files where it has no memory here; in full
-        precision.
+    def values(self, beginning: str = "") -> Iterator[tuple[str, Tensor]]:
+        """Each tensor of the state whose name begins so, one after the other: read from the files
+        where it has no memory here.
         """
-        found: dict[str, Tensor] = self.get_submodule(part).state_dict()
-        for name in found:
-            if (read := self.unread.get(f"{part}.{name}")) is not None:
-                values = read()
-                assert isinstance(values, Tensor)
-                found[name] = values
-        return found
+        for name, tensor in self.state_dict().items():
+            if not name.startswith(beginning):
+                continue
+            matrix, _, part = name.rpartition(".")
+            if (read := self.unread.get(name)) is not None:
+                value = read()
+            elif (read := self.unread.get(matrix)) is not None:  # of one with few bits
+                value = getattr(read(), part)
+            else:
+                value = tensor
+            assert isinstance(value, Tensor)
+            yield name, value
+
+    def values_of(self, part: str) -> dict[str, Tensor]:
+        """The state of a module inside, as `values` has it."""
+        return {n.removeprefix(f"{part}."): value for n, value in self.values(f"{part}.")}
 
     def with_backend(self, backend: Backend) -> "TwoTower":
         """This model's modules, with decoding passes by another backend."""

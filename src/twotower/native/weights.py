@@ -71,11 +71,11 @@ def native_head(
     read its values by.
     """
     weight = head.weight
+    assert isinstance(weight, Tensor | QuantisedMatrix)
+    if read is None and (weight if isinstance(weight, Tensor) else weight.qdata).is_meta:
+        return None
     if isinstance(weight, QuantisedMatrix):
         return native_linear(weight.matrix, read=read)
-    assert isinstance(weight, Tensor)
-    if weight.is_meta and read is None:
-        return None
     return native_linear(weight.detach(), scheme, read)
 
 

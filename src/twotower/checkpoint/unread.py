@@ -1,0 +1,79 @@
+"""Matrices that stay in a checkpoint's files until they are packed, and what memory it takes."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from twotower.checkpoint.files import DTYPES, PACKED_DTYPES, Entry
+from twotower.checkpoint.fill import Plan, Tally, require_finite
+from twotower.checkpoint.names import DENOISER_PARTS, keeps_dtype, split_part
+from twotower.kernels.quantised import Bits, Quantised
+from twotower.model.passes import Unreadable
+from twotower.model.precision import Scheme, weight_bits
+
+_BYTES: Mapping[Bits, float] = {8: 1.0, 4: 0.625}  # of a number, with its group's scales
+
+
+def packed_later(plan: Plan, packing: Scheme, is_tied: bool) -> dict[str, dict[str, Entry]]:
+    """The matrices to which a scheme gives few bits: each one's tensors, by the names that those
+    have in the model. A tied head is there with the embeddings, whose weights it shares.
+    """
+    found = dict[str, dict[str, Entry]]()
+    for entry, slot in plan.values():
+        is_shared = is_tied and slot.weight.endswith("lm_head.weight")
+        if slot.expert is None and not is_shared and weight_bits(slot.weight, slot.shape, packing):
+            found.setdefault(slot.weight, {})[slot.parameter] = entry
+    return found
+
+
+def read_matrix(
+    entries: Mapping[str, Entry], rounds_input: bool, tally: Tally
+) -> Tensor | Quantised:
+    """A matrix of one tensor in full precision, or of the parts of one with few bits, by their
+    names. rounds_input: as in `Quantised`. Unreadable (one line) for values that are not finite,
+    and for files that have changed since their headers were read.
+    """
+    parts = dict[str, Tensor]()
+    for name, entry in entries.items():
+        try:
+            found = entry.read()
+            if tuple(found.shape) != entry.shape:
+                raise ValueError(f"its shape was {list(entry.shape)}, and is {list(found.shape)}")
+        except (OSError, SafetensorError, ValueError) as error:
+            raise Unreadable(
+                f"{entry.file}: {entry.name} cannot be read any more ({error}); restore the file, "
+                "or load the model anew"
+            ) from None
+        found = found.float() if found.dtype == torch.float64 else found
+        try:
+            require_finite(found, entry)
+        except ValueError as error:
+            raise Unreadable(str(error)) from None
+        parts[split_part(name)[1].removeprefix(".")] = found
+        tally.add(entry)
+    if "" in parts:
+        return parts[""]
+    return Quantised(parts["qdata"], parts["scale"], parts.get("zero"), rounds_input)
+
+
+def bytes_of_towers(
+    plan: Plan, dtypes: tuple[torch.dtype, torch.dtype], scheme: Scheme | None, is_tied: bool
+) -> tuple[int, int]:
+    """What the context tower and the denoiser need of memory, each with its head: in their dtypes,
+    and in few bits what a scheme gives few.
+    """
+    needed = [0.0, 0.0]
+    for entry, slot in plan.values():
+        if is_tied and slot.weight.endswith("lm_head.weight"):
+            continue
+        side = int(slot.parameter.startswith(DENOISER_PARTS))
+        stored = {**DTYPES, **PACKED_DTYPES}[entry.dtype]
+        size = float((stored if keeps_dtype(slot.parameter) else dtypes[side]).itemsize)
+        if scheme is not None and slot.weight == slot.parameter:
+            bits = weight_bits(slot.weight, slot.shape, scheme)
+            size = size if bits is None else _BYTES[bits]
+        needed[side] += math.prod(entry.shape) * size
+    return round(needed[0]), round(needed[1])
