@@ -235,7 +235,7 @@ class Run:
         if loss == 0.0 and state.step == 0:
             raise self.processes.error(
                 f"targets={options.targets}: no block of the first {options.batch_size} rows has "
-                "a token to learn; use targets=all, or data prepared with --align of the block size"
+                "a token to learn; use targets=all, or data prepared with align=block_size"
             )
         state.optimizer.step()
         for counts in self.balance.counts.values():
