@@ -1,5 +1,6 @@
 """Settings of every test: offline, repeatable, no waits on a slow machine."""
 
+import logging
 import os
 
 # Before any test module imports a library that reads them.
@@ -32,6 +33,13 @@ def fixed_seed() -> None:
     """Every test starts from the same global seed and one thread, whatever ran before it."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_log_levels() -> None:
+    """What training and serving log, in another test, is logged in no other."""
+    for name in ("twotower", "twotower.serve"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)

@@ -185,7 +185,6 @@ def test_a_slow_checkpoint_says_what_is_faster(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Guards who converts a model to make it fast, and waits thirty times as long for a token."""
-    caplog.set_level(logging.WARNING, logger="twotower")  # training, in another test, logs more
     model = load_checkpoint(checkpoints[weights, layers], dtype=torch.float32)
     caplog.clear()
     accelerate(model)
