@@ -332,9 +332,8 @@ def _packing(
         planned_setup(read_config(folder), quantization), scheme=scheme,
         devices=frozenset(devices), dtypes=frozenset({dtype or torch.float32}),
     )  # fmt: skip
-    if placement.backend == "graphs" or refusal("native", setup) is not None:
-        return None
-    return scheme if quantization != "none" and scheme else NATIVE_SCHEMES.get(quantization)
+    is_native = placement.backend != "graphs" and refusal("native", setup) is None
+    return scheme or NATIVE_SCHEMES[quantization] if is_native and quantization != "none" else None
 
 
 def _load_split(folder: Path, placement: Placement) -> TwoTower:

@@ -89,26 +89,25 @@ class TwoTower(Passes):
             if self.config.draft.vocab_size is None:
                 self.lm_head = self.context_lm_head
 
-    def values(self, beginning: str = "") -> Iterator[tuple[str, Tensor]]:
-        """Each tensor of the state whose name begins so, one after the other: read from the files
-        where it has no memory here.
+    def values(self) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor of the state, one after the other: read from the files where it has no memory
+        here.
         """
         for name, tensor in self.state_dict().items():
-            if not name.startswith(beginning):
-                continue
-            matrix, _, part = name.rpartition(".")
-            if (read := self.unread.get(name)) is not None:
-                value = read()
-            elif (read := self.unread.get(matrix)) is not None:  # of one with few bits
-                value = getattr(read(), part)
-            else:
-                value = tensor
-            assert isinstance(value, Tensor)
-            yield name, value
+            yield name, self._value(name, tensor)
 
     def values_of(self, part: str) -> dict[str, Tensor]:
         """The state of a module inside, as `values` has it."""
-        return {n.removeprefix(f"{part}."): value for n, value in self.values(f"{part}.")}
+        state = self.get_submodule(part).state_dict()
+        return {name: self._value(f"{part}.{name}", tensor) for name, tensor in state.items()}
+
+    def _value(self, name: str, tensor: Tensor) -> Tensor:
+        matrix, _, part = name.rpartition(".")
+        if (read := self.unread.get(name)) is not None:
+            tensor = read()  # type: ignore[assignment]  # of full precision
+        elif (read := self.unread.get(matrix)) is not None:  # of one with few bits
+            tensor = getattr(read(), part)
+        return tensor
 
     def with_backend(self, backend: Backend) -> "TwoTower":
         """This model's modules, with decoding passes by another backend."""
