@@ -114,7 +114,11 @@ class AttentionSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class MoESpec:
-    """Mixture of E experts, M a token, and a shared one; in a latent width where one is given."""
+    """Mixture of E experts, M a token, and a shared one; in a latent width where one is given.
+
+    router: what scores an expert, each by itself or all of them together. gated: experts, shared
+    one too, are gated MLPs, others squared-ReLU ones. shared_intermediate_size 0: no shared expert.
+    """
 
     symbol: ClassVar[str] = "E"
     label: ClassVar[str] = "mixture of experts"
@@ -127,14 +131,14 @@ class MoESpec:
     groups_per_token: int = 1
     norm_topk_prob: bool = True
     scaling_factor: float = 1.0
+    router: Literal["sigmoid", "softmax"] = "sigmoid"
+    gated: bool = False
 
     def __post_init__(self) -> None:
         names = ["num_experts", "experts_per_token", "intermediate_size"]
-        names += [
-            "shared_intermediate_size",
-            *([] if self.latent_size is None else ["latent_size"]),
-        ]
+        names += [] if self.latent_size is None else ["latent_size"]
         check_sizes(self, *names)
+        check_fields(self, {"shared_intermediate_size": number(0, MAX_SIZE, is_whole=True)})
         check_division(self, "num_experts", "num_groups")
         reachable = self.groups_per_token * (self.num_experts // self.num_groups)
         check_fields(self, {"groups_per_token": number(1, self.num_groups, is_whole=True)})

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -194,14 +195,15 @@ def test_attention(kind: str, length: int, past: int, kv_heads: int) -> None:
 def test_grouped_mlp(counts: list[int]) -> None:
     """Guards the pairing of tokens with experts, also when some experts have none."""
     up, down = draw(3, 12, 8, seed=1).float(), draw(3, 8, 12, seed=2).float()
-    x = draw(sum(counts), 8, seed=3).float()
+    gate, x = draw(3, 12, 8, seed=4).float(), draw(sum(counts), 8, seed=3).float()
     owner = [expert for expert, count in enumerate(counts) for _ in range(count)]
-    expected = [
-        down[e] @ (up[e] @ row).clamp(min=0).pow(2) for e, row in zip(owner, x, strict=True)
-    ]
+    pairs = list(zip(owner, x, strict=True))
+    relu2 = [down[e] @ (up[e] @ row).clamp(min=0).pow(2) for e, row in pairs]
+    gated = [down[e] @ (F.silu(gate[e] @ row) * (up[e] @ row)) for e, row in pairs]
     for product in (expert_products.grouped_mlp, expert_products.grouped_products):
-        ours = product(x, up, down, torch.tensor(owner))
-        torch.testing.assert_close(ours, torch.stack(expected), rtol=1e-5, atol=1e-5)
+        for gates, expected in ((None, relu2), (gate, gated)):
+            ours = product(x, up, down, torch.tensor(owner), gates)
+            torch.testing.assert_close(ours, torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_norms_by_hand() -> None:

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from tiny_models import tiny_moe
 from twotower.layers.moe import Experts, MoE, Router
+from twotower.specs import MoESpec
+
+PARTS = ("gate", "up", "down")
 
 
 def logit(p: float) -> float:
@@ -92,14 +95,17 @@ def naive_experts(e: Experts, x: Tensor, chosen: Tensor, weights: Tensor) -> Ten
     for token in range(len(x)):
         for expert, weight in zip(chosen[token].tolist(), weights[token], strict=True):
             hidden = F.relu(e.up_proj[expert] @ x[token]).square()
+            if e.gate_proj is not None:
+                hidden = F.silu(e.gate_proj[expert] @ x[token]) * (e.up_proj[expert] @ x[token])
             y[token] += weight * (e.down_proj[expert] @ hidden)
     return y
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 2, 13])
-def test_experts(num_tokens: int) -> None:
+def test_experts(num_tokens: int, gated: bool) -> None:
     """Guards sorting by expert and back: outputs that land on the wrong token, unused experts."""
-    experts = Experts(5, 4, 6).requires_grad_(False)
+    experts = Experts(5, 4, 6, gated).requires_grad_(False)
     for parameter in experts.parameters():
         parameter.normal_()
     x, weights = torch.randn(num_tokens, 4), torch.rand(num_tokens, 2)
@@ -126,3 +132,63 @@ def test_the_shared_expert_is_added_once_and_unweighted() -> None:
         routed = moe.experts(tokens, *moe.gate(tokens)).view_as(x)
         torch.testing.assert_close(outputs[-1], routed + moe.shared_experts(x))
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_softmax_and_gated_experts_are_those_of_transformers(
+    norm: bool, dtype: torch.dtype
+) -> None:
+    """Guards a softmax over the chosen alone, gate and up in each other's place, and weights that
+    are normed unasked. In bfloat16 theirs rounds scores, which is no model's definition: its own
+    choice is given to the experts here."""
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    sizes = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
+    theirs = Qwen3MoeSparseMoeBlock(
+        Qwen3MoeConfig(hidden_size=16, norm_topk_prob=norm, experts_implementation="eager", **sizes)
+    ).requires_grad_(False)
+    spec = MoESpec(
+        num_experts=6, experts_per_token=3, intermediate_size=12, shared_intermediate_size=0,
+        norm_topk_prob=norm, router="softmax", gated=True,
+    )  # fmt: skip
+    moe = MoE(16, spec).requires_grad_(False)
+    names = {"gate.weight", "experts.gate_proj", "experts.up_proj", "experts.down_proj"}
+    assert moe.state_dict().keys() == names
+    generator = torch.Generator().manual_seed(0)
+    for parameter in theirs.parameters():
+        parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    gate, up = theirs.experts.gate_up_proj.chunk(2, dim=1)
+    moe.gate.weight.copy_(theirs.gate.weight)
+    for part, value in (("gate", gate), ("up", up), ("down", theirs.experts.down_proj)):
+        getattr(moe.experts, f"{part}_proj").copy_(value)
+    x = torch.randn(2, 5, 16, generator=generator)
+    _, weights, chosen = theirs.gate(x)
+    found = moe.gate(x.flatten(0, 1))
+    assert torch.equal(found[0], chosen)
+    torch.testing.assert_close(found[1], weights)
+    theirs, moe, x = theirs.to(dtype), moe.to(dtype), x.to(dtype)
+    routed = moe.experts(x.flatten(0, 1), chosen, weights).view_as(x)
+    expected = theirs.experts(x.flatten(0, 1), chosen, weights.to(dtype)).view_as(x)
+    # bfloat16: theirs rounds the weights and each summand.
+    close = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 4e-2}
+    torch.testing.assert_close(routed, expected, **close)
+    if dtype == torch.float32:
+        torch.testing.assert_close(moe(x), theirs(x))
+
+
+def test_a_gated_shared_expert_is_added() -> None:
+    """Guards a shared expert of the other kind than the routed ones: its gate would be unread."""
+    spec = MoESpec(
+        num_experts=3, experts_per_token=2, intermediate_size=5, shared_intermediate_size=7,
+        gated=True,
+    )  # fmt: skip
+    moe = MoE(4, spec).requires_grad_(False)
+    for parameter in moe.parameters():
+        parameter.normal_()
+    x = torch.randn(2, 3, 4)
+    routed = moe.experts(x.flatten(0, 1), *moe.gate(x.flatten(0, 1))).view_as(x)
+    gate, up, down = (moe.get_parameter(f"shared_experts.{n}_proj.weight") for n in PARTS)
+    shared = (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+    torch.testing.assert_close(moe(x), routed + shared)

@@ -28,7 +28,7 @@ HEADS = {
     "context_lm_head.weight": "context_tower.embeddings.weight",
     "lm_head.weight": "denoiser_tower.embeddings.weight",
 }
-_STACKED = re.compile(r"(.*\.mixer\.experts)\.(up_proj|down_proj)")
+_STACKED = re.compile(r"(.*\.mixer\.experts)\.(up_proj|down_proj|gate_proj)")
 # What stands for one quantised weight, after its name.
 _PARTS = re.compile(r"(.*)(\.(?:qdata|scale|zero))")
 _ROUTER = (".mixer.gate.weight", ".mixer.gate.e_score_correction_bias")

@@ -8,12 +8,12 @@ Needs triton: import it where `graphs.backend.fused_refusal` gives no reason aga
 from typing import TypeGuard
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from twotower.kernels import expert_products, quantised
+from twotower.kernels.expert_products import activation
 from twotower.kernels.quantised import Matrices, Quantised
 
 MAX_TOKENS = 64  # with more, dequantising the matrix first takes less time
@@ -103,11 +103,14 @@ def linear(x: Tensor, weight: Tensor | Quantised, bias: Tensor | None = None) ->
     return y if bias is None else y + bias
 
 
-def grouped_mlp(x: Tensor, up: Matrices, down: Matrices, experts: Tensor) -> Tensor:
+def grouped_mlp(
+    x: Tensor, up: Matrices, down: Matrices, experts: Tensor, gate: Matrices | None = None
+) -> Tensor:
     """`expert_products.grouped_mlp`, for any number of tokens; PyTorch's for other matrices."""
-    first, last = (getattr(one, "matrix", None) for one in (up, down))
+    first, last, gating = (getattr(one, "matrix", None) for one in (up, down, gate))
     if not (is_fused(first) and is_fused(last)):
-        return expert_products.grouped_mlp(x, up, down, experts)
+        return expert_products.grouped_mlp(x, up, down, experts, gate)
     every = torch.arange(len(up), device=x.device)
     ends = torch.searchsorted(experts, every, right=True).int()
-    return product(F.relu(product(x, first, ends)).square(), last, ends)
+    gated = product(x, gating, ends) if is_fused(gating) else None
+    return product(activation(product(x, first, ends), gated), last, ends)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.kernels import expert_products, ops, quantised, ssd
-from twotower.kernels.quantised import Matrices, Quantised
+from twotower.kernels.expert_products import GroupedMLP
+from twotower.kernels.quantised import Quantised
 
 Modulation = tuple[Tensor, Tensor]
 Added = tuple[Tensor, Tensor | None]
@@ -111,7 +112,7 @@ class Kernels:
     conv_scan: Callable[..., Scanned]
     linear: Callable[[Tensor, Tensor | Quantised, Tensor | None], Tensor]
     """Of quantised layers alone."""
-    grouped_mlp: Callable[[Tensor, Matrices, Matrices, Tensor], Tensor]
+    grouped_mlp: GroupedMLP
     """The same."""
 
 

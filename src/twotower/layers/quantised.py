@@ -64,18 +64,24 @@ class QuantisedLinear(nn.Module):
 
 
 class QuantisedExperts(nn.Module):
-    """Drop-in for `Experts`: up_proj (E, F, D), down_proj (E, D, F)."""
+    """Drop-in for `Experts`, with its names."""
 
     kernels = TORCH
 
-    def __init__(self, up_proj: QuantisedMatrix, down_proj: QuantisedMatrix) -> None:
+    def __init__(
+        self,
+        up_proj: QuantisedMatrix,
+        down_proj: QuantisedMatrix,
+        gate_proj: QuantisedMatrix | None = None,
+    ) -> None:
         super().__init__()
-        self.up_proj, self.down_proj = up_proj, down_proj
+        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """As `Experts`."""
         mlp = self.kernels.grouped_mlp
-        return sum_experts(x, chosen, weights, self.up_proj, self.down_proj, mlp)
+        matrices = self.up_proj, self.down_proj, self.gate_proj
+        return sum_experts(x, chosen, weights, *matrices, mlp)
 
 
 class MappedExperts(nn.Module):
@@ -83,10 +89,10 @@ class MappedExperts(nn.Module):
     system may forget them again. They are no part of `state_dict`.
     """
 
-    def __init__(self, up: Matrices, down: Matrices) -> None:
+    def __init__(self, up: Matrices, down: Matrices, gate: Matrices | None = None) -> None:
         super().__init__()
-        self.up, self.down = up, down
+        self.up, self.down, self.gate = up, down, gate
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """As `Experts`."""
-        return sum_experts(x, chosen, weights, self.up, self.down)
+        return sum_experts(x, chosen, weights, self.up, self.down, self.gate)

@@ -32,7 +32,7 @@ _PROJECTION = re.compile(
     r"(context|denoiser)_tower\.layers\.\d+\.mixer\."
     r"((in|out|q|k|v|o)_proj\.weight"  # Mamba, attention
     r"|(shared_experts\.)?(up|down|gate)_proj\.weight"  # MLP, shared expert
-    r"|experts\.(\d+\.(up|down)_proj\.weight|(up|down)_proj))"  # in a file, stacked
+    r"|experts\.(\d+\.(up|down|gate)_proj\.weight|(up|down|gate)_proj))"  # in a file, stacked
 )
 
 
@@ -135,11 +135,12 @@ def rounded_to_eight_bits(model: TwoTower) -> TwoTower:
 
 def _quantised(name: str, module: nn.Module, scheme: Scheme) -> nn.Module | None:
     if isinstance(module, Experts):
-        up, down = (
-            _matrix(f"{name}.{part}", tuple(getattr(module, part).shape), scheme)
-            for part in ("up_proj", "down_proj")
-        )
-        return None if up is None or down is None else QuantisedExperts(up, down)
+        found = {
+            part: _matrix(f"{name}.{part}", tuple(weight.shape), scheme)
+            for part, weight in module.named_parameters()
+        }
+        matrices = {part: matrix for part, matrix in found.items() if matrix is not None}
+        return QuantisedExperts(**matrices) if len(matrices) == len(found) else None
     if isinstance(module, nn.Linear):
         weight = _matrix(f"{name}.weight", tuple(module.weight.shape), scheme)
         return None if weight is None else QuantisedLinear(weight, module.bias)
@@ -176,21 +177,24 @@ def matrix_at(model: nn.Module, name: str) -> QuantisedMatrix:
 
 
 def stacks(model: nn.Module) -> list[str]:
-    """Names of the stacked expert weights of a model, up before down."""
+    """Names of the stacked expert weights of a model."""
     return [
         f"{name}.{part}"
         for name, module in model.named_modules()
         if isinstance(module, Experts | QuantisedExperts)
-        for part in ("up_proj", "down_proj")
+        for part in ("up_proj", "down_proj", "gate_proj")
+        if getattr(module, part) is not None
     ]
 
 
 def map_experts(model: nn.Module, matrices: Mapping[str, Matrices]) -> None:
     """Let experts take their matrices from elsewhere: by the names of `stacks`."""
-    for name in [name.removesuffix(".up_proj") for name in stacks(model)[::2]]:
+    for name in dict.fromkeys(name.rpartition(".")[0] for name in stacks(model)):
         parent, _, child = name.rpartition(".")
-        mapped = MappedExperts(matrices[f"{name}.up_proj"], matrices[f"{name}.down_proj"])
-        setattr(model.get_submodule(parent), child, mapped)
+        parts = (matrices.get(f"{name}.{part}_proj") for part in ("up", "down", "gate"))
+        up, down, gate = parts
+        assert up is not None and down is not None
+        setattr(model.get_submodule(parent), child, MappedExperts(up, down, gate))
     model.requires_grad_(False)
 
 

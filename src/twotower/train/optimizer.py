@@ -169,13 +169,14 @@ class ExpertBalance:
     def __init__(self, model: nn.Module, rate: float) -> None:
         """rate: how far one step moves a bias, which adds to scores between 0 and 1."""
         self._rate = rate
-        self._routers: dict[int, list[Router]] = {}
+        self._biases: dict[int, list[Tensor]] = {}
         self.counts: dict[int, Tensor] = {}
-        for module in model.modules():
-            if rate > 0.0 and isinstance(module, Router) and module.weight.requires_grad:
+        for module in (one for one in model.modules() if isinstance(one, Router)):
+            bias = module.e_score_correction_bias
+            if rate > 0.0 and bias is not None and module.weight.requires_grad:
                 key = id(module.weight)  # known now: a sharded module's weight comes and goes
-                self._routers.setdefault(key, []).append(module)
-                self.counts[key] = torch.zeros_like(module.e_score_correction_bias)
+                self._biases.setdefault(key, []).append(bias)
+                self.counts[key] = torch.zeros_like(bias)
                 module.register_forward_hook(partial(self._count, key))
 
     def _count(self, key: int, router: nn.Module, _: object, output: tuple[Tensor, Tensor]) -> None:
@@ -191,11 +192,10 @@ class ExpertBalance:
     def update(self) -> None:
         """Move the bias of experts with less than the mean load up, of those with more down."""
         for key, counts in self.counts.items():
-            first, *tied = self._routers[key]
-            bias = first.e_score_correction_bias
+            bias, *tied = self._biases[key]
             bias += self._rate * (counts.mean() - counts).sign()
-            for router in tied:
-                router.e_score_correction_bias.copy_(bias)
+            for other in tied:
+                other.copy_(bias)
 
 
 class WeightAverage:

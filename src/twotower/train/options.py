@@ -106,7 +106,7 @@ class OptimizationOptions(CheckedOptions):
     """Gradient clipping: maximum norm. 0 is off."""
     load_balance_rate: float = 1e-3
     """Auxiliary-loss-free load balancing: how far a step moves a router's bias towards experts with
-    few tokens. 0 is off."""
+    few tokens. 0 is off; softmax routers have none."""
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the weights, such as 0.999, which evaluation and
     export then use. 0 is off."""

@@ -138,10 +138,13 @@ def _placed(model: TwoTower, options: TrainOptions, processes: Processes) -> Two
 
 
 def _check_balance(options: TrainOptions, model: TwoTower) -> None:
-    """ValueError for the balance of experts in a model that has none."""
-    is_given = options.load_balance_rate != TrainOptions.load_balance_rate
-    if is_given and not model.config.context.layers_of(MoESpec):
-        raise ValueError("load_balance_rate: no effect on a model without experts; leave it out")
+    """ValueError for the balance of experts in a model that has none to balance."""
+    if options.load_balance_rate == TrainOptions.load_balance_rate:
+        return
+    routers = {spec.router for spec in model.config.context.layers_of(MoESpec)}
+    if "sigmoid" not in routers:
+        what = "whose routers are a softmax" if routers else "without experts"
+        raise ValueError(f"load_balance_rate: no effect on a model {what}; leave it out")
 
 
 def _check_block_sizes(options: TrainOptions, config: TwoTowerConfig) -> None:
