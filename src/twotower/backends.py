@@ -88,21 +88,20 @@ def _eager_refusal(setup: Setup) -> str | None:
 
 
 def _native_refusal(setup: Setup) -> str | None:
-    has_experts = any(isinstance(layer, MoESpec) for layer in setup.layers)
     keys = {(x.num_kv_heads, x.head_dim) for x in setup.layers if isinstance(x, AttentionSpec)}
     states = {
         (x.num_heads, x.head_dim, x.num_groups, x.state_size, x.conv_width)
         for x in setup.layers
         if isinstance(x, MambaSpec)
     }
-    dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in setup.dtypes)
+    others = {str(t).removeprefix("torch.") for t in setup.dtypes - {torch.float32}}
     stored = None if setup.scheme is None else setup.scheme.weights
     rounds_weights_alone = setup.scheme is not None and setup.scheme.activations is None
     for is_refused, sentence in (
-        (has_experts, f"native passes have no {MoESpec.label}"),
+        (setup.expert_storage == "mmap", f"native passes have no {MoESpec.label} in files"),
         (len(keys) > 1 or len(states) > 1, "native passes need states of one size in all layers"),
         (setup.devices != {"cpu"}, f"native passes run on the CPU, not on {_list(setup.devices)}"),
-        (dtypes != ["float32"], f"native passes compute in float32, not in {_list(dtypes)}"),
+        (bool(others), f"native passes compute in float32, not in {_list(others)}"),
         (setup.bidirectional_mamba, "native passes have no bidirectional Mamba"),
         (
             stored is not None and setup.quantization not in ("none", stored),
@@ -170,7 +169,7 @@ def accelerate(
     """The model with its decoding passes run by a backend: same methods, same weights.
 
     eager: plain PyTorch, every model and device. native: C++, compiled on first use and kept in the
-    user's cache; float32, CPU, no experts. graphs: passes of fixed shapes, which a CUDA device
+    user's cache; float32, CPU. graphs: passes of fixed shapes, which a CUDA device
     records and replays. auto: the first of native and eager that runs the model;
     one log line says which, and why not the other. quantization=int8, int4: native passes with
     projections rounded to 8 or 4 bits now; graphs passes have int8. The weights must not change

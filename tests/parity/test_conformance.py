@@ -18,7 +18,7 @@ from torch import Tensor
 
 import recorded
 from recorded import GOLDEN, Case, Run
-from twotower import GenerateOptions, StepTaken, TwoTower, generate, masks, stream
+from twotower import GenerateOptions, StepTaken, TwoTower, accelerate, generate, masks, stream
 from twotower.layers.adaln import TimestepEmbedder, time_features
 
 CASES = recorded.read_cases()
@@ -71,6 +71,24 @@ def test_every_recorded_tensor(case: Case) -> None:
         if not (difference := case.difference(one)) <= case.limit(one.group)
     }
     assert worse == {}
+
+
+@every_float32_case
+def test_native_passes(case: Case) -> None:
+    """Guards the native engine, which decodes on CPUs, as a whole: its experts, states and both
+    towers against the official recordings."""
+    try:
+        model = accelerate(case.model, "native")
+    except ValueError as error:
+        assert "compile" in str(error)
+        pytest.skip(str(error))
+    worse = {
+        one.key: difference
+        for one in recorded.replay(model, case)
+        if not (difference := case.difference(one)) <= case.limit(one.group)
+    }
+    assert worse == {}
+    assert wrong(case, model, [run for run in recorded.recorded_runs(case) if run.is_robust]) == []
 
 
 @every_case

@@ -36,6 +36,7 @@ from twotower.native import library
 
 INT8 = NATIVE_SCHEMES["int8"]
 DENSE = SIZES | {"hybrid_override_pattern": "M*-M*-"}
+EXPERTS = SIZES | {"hybrid_override_pattern": "M*E-"}
 
 
 @pytest.fixture(autouse=True)
@@ -56,14 +57,15 @@ def logits(model: TwoTower) -> list[torch.Tensor]:
     return found
 
 
+@pytest.mark.parametrize("sizes", [DENSE, EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_numbers_are_those_of_weights_in_memory(
-    quantization: str, dtype: torch.dtype, tmp_path: Path
+    quantization: str, dtype: torch.dtype, sizes: dict[str, object], tmp_path: Path
 ) -> None:
     """Guards the order of rounding: a matrix rounded to another dtype first, or another's rows,
     would change texts by so little that nobody looks."""
-    save_two_towers(fresh_model(**DENSE), tmp_path / "m", dtype=dtype)
+    save_two_towers(fresh_model(**sizes), tmp_path / "m", dtype=dtype)
     whole = accelerate(load_checkpoint(tmp_path / "m"), "native", quantization)  # type: ignore[arg-type]
     model = load_model(tmp_path / "m", quantization=quantization)  # type: ignore[arg-type]
     assert model.unread and all(p.is_meta for n, p in model.named_parameters() if n in model.unread)
@@ -71,11 +73,14 @@ def test_numbers_are_those_of_weights_in_memory(
         assert torch.equal(own, known)
 
 
+@pytest.mark.parametrize("sizes", [DENSE, EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize("name", SCHEMES)
-def test_numbers_of_a_quantised_checkpoint_are_in_memory_once(name: str, tmp_path: Path) -> None:
+def test_numbers_of_a_quantised_checkpoint_are_in_memory_once(
+    name: str, sizes: dict[str, object], tmp_path: Path
+) -> None:
     """Guards checkpoints that have few bits already: both copies would be in memory, and a part
     that is left out would be another matrix's."""
-    save_two_towers(fresh_model(**DENSE), tmp_path / "m")
+    save_two_towers(fresh_model(**sizes), tmp_path / "m")
     convert(tmp_path / "m", tmp_path / "q", "released", scheme=SCHEMES[name])
     bits = SCHEMES[name].weights
     whole = accelerate(load_checkpoint(tmp_path / "q"), "native", bits)

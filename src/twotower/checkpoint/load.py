@@ -41,7 +41,6 @@ from twotower.model.precision import (
     scheme_of,
 )
 from twotower.model.two_tower import TwoTower
-from twotower.specs import MoESpec
 
 _LISTED = 8  # tensors that an error names
 _log = logging.getLogger(__name__)
@@ -162,7 +161,8 @@ def _with_values(
     if packing is not None:
         left = packed_later(wanted, packing, model.config.tie_word_embeddings)
     _require_room(model, source, wanted, target, packing)
-    allocate(model, target.dtypes, target.devices, parts, set().union(*left.values()))
+    unread = {slot.parameter for _, slot in wanted.values() if slot.weight in left}
+    allocate(model, target.dtypes, target.devices, parts, unread)
     fill(model, {n: own for n, own in wanted.items() if own[1].weight not in left}, tally)
     rounds_input = packing is not None and packing.activations is not None
     model.unread = {
@@ -186,11 +186,10 @@ def _require_room(
     by_device = Counter[torch.device]()
     by_device[target.devices[0]] += context
     by_device[target.devices[1]] += context if is_twice else denoiser
-    has_experts = any(isinstance(layer, MoESpec) for layer in model.config.context.layers)
     for device, num_bytes in by_device.items():
         if (lack := lacking_room(device, num_bytes)) is not None:
-            can_pack = scheme is None and not has_experts
-            few = "quantization=int8 or int4, " if can_pack and device.type == "cpu" else ""
+            can_pack = scheme is None and device.type == "cpu"
+            few = "quantization=int8 or int4, " if can_pack else ""
             raise ValueError(
                 f"{source.folder}: needs {lack}; use {few}a smaller dtype, another device, or the "
                 "context tower alone (mode=ar)"

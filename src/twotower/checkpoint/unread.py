@@ -17,25 +17,50 @@ from twotower.model.precision import Scheme, weight_bits
 _BYTES: Mapping[Bits, float] = {8: 1.0, 4: 0.625}  # of a number, with its group's scales
 
 
-def packed_later(plan: Plan, packing: Scheme, is_tied: bool) -> dict[str, dict[str, Entry]]:
-    """The matrices to which a scheme gives few bits: each one's tensors, by the names that those
-    have in the model. A tied head is there with the embeddings, whose weights it shares.
+Parts = dict[str, Entry]
+"""The tensor of a matrix, or those of one with few bits, by their names in the model."""
+
+
+def packed_later(plan: Plan, packing: Scheme, is_tied: bool) -> dict[str, dict[int | None, Parts]]:
+    """The matrices to which a scheme gives few bits, by name, those of a stack by expert. A tied
+    head is there with the embeddings, whose weights it shares.
     """
-    found = dict[str, dict[str, Entry]]()
+    found = dict[str, dict[int | None, Parts]]()
     for entry, slot in plan.values():
         is_shared = is_tied and slot.weight.endswith("lm_head.weight")
-        if slot.expert is None and not is_shared and weight_bits(slot.weight, slot.shape, packing):
-            found.setdefault(slot.weight, {})[slot.parameter] = entry
+        if not is_shared and weight_bits(slot.weight, slot.shape, packing):
+            own = found.setdefault(slot.weight, {}).setdefault(slot.expert, {})
+            own[slot.parameter] = entry
     return found
 
 
+class UnreadExperts:
+    """The matrices of a stack, each read when it is asked for, as `read_matrix` does."""
+
+    def __init__(
+        self, experts: Mapping[int | None, Parts], rounds_input: bool, tally: Tally
+    ) -> None:
+        self._experts, self._rounds_input, self._tally = experts, rounds_input, tally
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+    def __getitem__(self, expert: int) -> Tensor | Quantised:
+        return _read_parts(self._experts[expert], self._rounds_input, self._tally)
+
+
 def read_matrix(
-    entries: Mapping[str, Entry], rounds_input: bool, tally: Tally
-) -> Tensor | Quantised:
-    """A matrix of one tensor in full precision, or of the parts of one with few bits, by their
-    names. rounds_input: as in `Quantised`. Unreadable (one line) for values that are not finite,
-    and for files that have changed since their headers were read.
+    parts: Mapping[int | None, Parts], rounds_input: bool, tally: Tally
+) -> Tensor | Quantised | UnreadExperts:
+    """What `packed_later` found for a name. rounds_input: as in `Quantised`. Unreadable (one line)
+    for values that are not finite, and for files that have changed since their headers were read.
     """
+    if None in parts:
+        return _read_parts(parts[None], rounds_input, tally)
+    return UnreadExperts(parts, rounds_input, tally)
+
+
+def _read_parts(entries: Parts, rounds_input: bool, tally: Tally) -> Tensor | Quantised:
     parts = dict[str, Tensor]()
     for name, entry in entries.items():
         try:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from twotower.arguments import require
 from twotower.config import TwoTowerConfig
-from twotower.kernels.quantised import Quantised
+from twotower.kernels.quantised import Matrices, Quantised
 from twotower.layers.adaln import TimestepEmbedder
 from twotower.layers.bigram import Bigram
 from twotower.model.backend import Backend, ContextInput, PassCosts
@@ -19,9 +19,9 @@ from twotower.model.state import ContextCache, ForwardOutput, empty_states
 from twotower.model.view import ContextView
 from twotower.specs import AttentionSpec, MambaSpec
 
-Unread = Mapping[str, Callable[[], Tensor | Quantised]]
-"""Matrices that stay in a checkpoint's files and have no memory here, to be packed as they are
-read: how each one's values are, by its name in the model."""
+Unread = Mapping[str, Callable[[], Tensor | Quantised | Matrices]]
+"""Matrices, or stacks of them, that stay in a checkpoint's files and have no memory here, to be
+packed as they are read: how each one's values are, by its name in the model."""
 
 
 class Unreadable(ValueError):

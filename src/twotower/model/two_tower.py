@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from twotower import masks
 from twotower.arguments import check, one_of, require
 from twotower.config import TwoTowerConfig
+from twotower.kernels.quantised import Matrices, Quantised
 from twotower.layers.adaln import TimestepEmbedder
 from twotower.layers.bigram import Bigram
 from twotower.model import training
@@ -104,9 +105,9 @@ class TwoTower(Passes):
     def _value(self, name: str, tensor: Tensor) -> Tensor:
         matrix, _, part = name.rpartition(".")
         if (read := self.unread.get(name)) is not None:
-            tensor = read()  # type: ignore[assignment]  # of full precision
-        elif (read := self.unread.get(matrix)) is not None:  # of one with few bits
-            tensor = getattr(read(), part)
+            return _whole(read(), "")
+        if (read := self.unread.get(matrix)) is not None:  # of one with few bits
+            return _whole(read(), part)
         return tensor
 
     def with_backend(self, backend: Backend) -> "TwoTower":
@@ -144,3 +145,13 @@ class TwoTower(Passes):
             self.extend(cache, chunk, counts)
             start += chunk.shape[1]
         return cache
+
+
+def _whole(found: Tensor | Quantised | Matrices, part: str) -> Tensor:
+    """A matrix or a stack in one piece, or a part of what has few bits."""
+    if isinstance(found, Tensor):
+        return found
+    if isinstance(found, Quantised):
+        value: Tensor = getattr(found, part)
+        return value
+    return torch.stack([_whole(found[expert], part) for expert in range(len(found))])

@@ -84,7 +84,7 @@ void project(const Step &s, const Tile &tile) {
     float *k = at_least(scratch.flat, 2 * size_t(kv_width) * W), *v = k + kv_width * W;
     float *q = scratch.q.data() + long(tile.first_lane) * q_width;
     const float *angles = s.layer.rotary ? scratch.angles.data() + long(tile.first_lane) * A : nullptr;
-    Input<W> in = input_of<W>(s, tile, w.q_proj, scratch.u.data(), s.call.tower.width);
+    Input<W> in = input_of<W>(s.call.team, w.q_proj, scratch.u.data(), s.call.tower.width, tile.count);
     matrices<W>(s.call.team,
                 {{w.q_proj, q_width, w.q_proj_bias.full, q},
                  {w.k_proj, kv_width, w.k_proj_bias.full, k},
@@ -364,8 +364,8 @@ void attend(const Step &s, const Tile &tile) {
     });
     for (int f = 0; f < q_width; f++)  // lanes that are nobody's must be numbers
         for (int l = tile.count; l < W; l++) out[f * W + l] = 0.0f;
-    matrix<W>(s.call.team, w.o_proj, width, input_of<W>(s, tile, w.o_proj, out, q_width), w.o_proj_bias.full,
-              scratch.y.data() + long(tile.first_lane) * width);
+    Input<W> in = input_of<W>(s.call.team, w.o_proj, out, q_width, tile.count);
+    matrix<W>(s.call.team, w.o_proj, width, in, w.o_proj_bias.full, scratch.y.data() + long(tile.first_lane) * width);
 }
 
 }  // namespace twotower

@@ -5,6 +5,7 @@
 // the lanes and a weight, read once, serves all of them, of whichever row they are. A longer pass goes
 // tile by tile through one layer and then through the next.
 #include "attention.h"
+#include "experts.h"
 #include "mamba.h"
 #include "ranking.h"
 
@@ -53,7 +54,7 @@ void pre_norm(const Step &s, const Tile &tile, Before before, const float *modul
     int D = s.call.tower.width;
     const float *y = scratch.y.data() + long(tile.first_lane) * D, *m = modulation;
     float *h = scratch.h.data() + long(tile.first_lane) * D, *u = at_least(scratch.u, size_t(D) * W);
-    bool modulates_first = s.layer.kind != MLP;  // a fact of the released weights
+    bool modulates_first = s.layer.kind != MLP && s.layer.kind != EXPERTS;  // a fact of the released weights
     over_features<W>(s.call.team, D, D, [=](int begin, int end) {
         if (!before.is_first) add_residual<W>(y, before.gate, h, begin, end);
         std::copy(h + long(begin) * W, h + long(end) * W, u + long(begin) * W);
@@ -81,6 +82,11 @@ void run_layer(const Step &s, Before before, const float *modulation) {
     }
     case MLP:
         return all_tiles([&](auto width, const Tile &tile) { mlp<decltype(width)::value>(s, tile); });
+    case EXPERTS:
+        make_room_for_experts(s);
+        all_tiles([&](auto width, const Tile &tile) { route<decltype(width)::value>(s, tile); });
+        run_experts(s);
+        return each_tile(s.call, [&](auto width, const Tile &tile) { add_routed<decltype(width)::value>(s, tile); });
     }
 }
 
@@ -130,11 +136,8 @@ void run(const Call &call, const float *const *modulations) {
 template <int W>
 Input<W> from_rows(Team &team, const Weight &w, int K, const float *x, int count) {
     float *lanes = at_least(scratch.u, size_t(K) * W);
-    for (int first = 0; first < K; first += 16)
-        for (int l = 0; l < W; l++)
-            for (int f = first; f < std::min(K, first + 16); f++)
-                lanes[size_t(f) * W + l] = x[long(std::min(l, count - 1)) * K + f];
-    return as_input<W>(team, w, lanes, K, count, at_least(scratch.bytes, input_bytes<W>(K)));
+    to_lanes<W>([=](int l) { return x + long(l) * K; }, K, count, lanes);
+    return input_of<W>(team, w, lanes, K, count);
 }
 
 template <int W>

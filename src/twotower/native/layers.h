@@ -155,10 +155,12 @@ T *at_least(std::vector<T> &buffer, size_t count) {
 }
 
 // Memory of a pass, kept for the next one. All tokens: h, y, q, keys, values, window, angles. One
-// tile: u, a, b, flat, bytes. ssm: a layer's state between tiles. All belong to the thread that runs
-// the pass but `own`, `lanes` and `turned`, which are of each helper.
+// tile: u, a, b, flat, bytes. ssm: a layer's state between tiles. routed_in, routed (lane, K): what routed
+// experts get and make. All belong to the thread that runs the pass but `own`, `lanes` and `turned`, which
+// are of each helper.
 struct Scratch {
-    std::vector<float> h, y, q, keys, values, window, angles, u, a, b, flat, ssm, own, lanes, turned;
+    std::vector<float> h, y, q, keys, values, window, angles, routed_in, routed;
+    std::vector<float> u, a, b, flat, ssm, own, lanes, turned;
     std::vector<uint8_t> bytes;
 };
 
@@ -244,53 +246,72 @@ void to_rows(const float *x, int width, int count, float *y, long stride) {
         }
 }
 
-// The input of a tile's next product
+// Lanes [K][W] of `count` tokens, of which number l is at row(l) (K,); the last one's in those left over
+template <int W, typename Row>
+void to_lanes(Row row, int K, int count, float *lanes) {
+    for (int first = 0; first < K; first += 16)
+        for (int l = 0; l < W; l++) {
+            const float *x = row(std::min(l, count - 1));
+            for (int f = first; f < std::min(K, first + 16); f++) lanes[size_t(f) * W + l] = x[f];
+        }
+}
+
+// The input of the next product: `count` tokens x[K][W]
 template <int W>
-Input<W> input_of(const Step &s, const Tile &tile, const Weight &w, const float *x, int K) {
-    return as_input<W>(s.call.team, w, x, K, tile.count, at_least(scratch.bytes, input_bytes<W>(K)));
+Input<W> input_of(Team &team, const Weight &w, const float *x, int K, int count) {
+    return as_input<W>(team, w, x, K, count, at_least(scratch.bytes, input_bytes<W>(K)));
 }
 
 inline bool exists(const Weight &w) { return w.full || w.int8 || w.int4; }
 
-// a[inner][W], rows of blocks begin to end: relu(up u)^2, where NaN stays NaN
+// The matrices of an MLP of `inner` features; no gate: squared ReLU.
+struct Dense {
+    Weight up, gate, down;
+    const float *up_bias, *gate_bias, *down_bias;
+    int inner;
+};
+
+// a[inner][W], rows of blocks begin to end: relu(up x)^2, where NaN stays NaN
 template <int W>
-void squared(const Step &s, const Input<W> &in, float *a, int begin, int end) {
-    const auto &w = weights_of<MLPWeights>(s.layer);
-    int inner = s.layer.inner;
-    product_blocks<W>(w.up_proj, inner, in, w.up_proj_bias.full, a, begin, end);
-    for (long i = long(begin) * ROWS * W; i < long(std::min(inner, end * ROWS)) * W; i++) {
+void squared(const Dense &w, const Input<W> &in, float *a, int begin, int end) {
+    product_blocks<W>(w.up, w.inner, in, w.up_bias, a, begin, end);
+    for (long i = long(begin) * ROWS * W; i < long(std::min(w.inner, end * ROWS)) * W; i++) {
         float x = a[i] > 0.0f ? a[i] : (a[i] != a[i] ? a[i] : 0.0f);
         a[i] = x * x;
     }
 }
 
-// The same: silu(gate u) times up u
+// The same: silu(gate x) times up x
 template <int W>
-void gated(const Step &s, const Input<W> &in, float *a, float *up, int begin, int end) {
-    const auto &w = weights_of<MLPWeights>(s.layer);
-    int inner = s.layer.inner;
-    product_blocks<W>(w.gate_proj, inner, in, w.gate_proj_bias.full, a, begin, end);
-    product_blocks<W>(w.up_proj, inner, in, w.up_proj_bias.full, up, begin, end);
-    long first = long(begin) * ROWS * W, last = long(std::min(inner, end * ROWS)) * W;
+void gated(const Dense &w, const Input<W> &in, float *a, float *up, int begin, int end) {
+    product_blocks<W>(w.gate, w.inner, in, w.gate_bias, a, begin, end);
+    product_blocks<W>(w.up, w.inner, in, w.up_bias, up, begin, end);
+    long first = long(begin) * ROWS * W, last = long(std::min(w.inner, end * ROWS)) * W;
     silu(a + first, last - first);
     for (long i = first; i < last; i++) a[i] *= up[i];
+}
+
+// y[width][W] of `count` tokens x[width][W]
+template <int W>
+void dense(Team &team, const Dense &w, const float *x, int width, int count, float *y) {
+    float *a = at_least(scratch.a, size_t(w.inner) * W);
+    float *up = exists(w.gate) ? at_least(scratch.flat, size_t(w.inner) * W) : nullptr;
+    Input<W> in = input_of<W>(team, w.up, x, width, count);
+    team.split(blocks_of(w.inner), [&w, &in, a, up](int begin, int end) {
+        if (up) gated<W>(w, in, a, up, begin, end);
+        else squared<W>(w, in, a, begin, end);
+    });
+    matrix<W>(team, w.down, width, input_of<W>(team, w.down, a, w.inner, count), w.down_bias, y);
 }
 
 // A tile: scratch.u to its part of scratch.y
 template <int W>
 void mlp(const Step &s, const Tile &tile) {
     const auto &w = weights_of<MLPWeights>(s.layer);
-    int width = s.call.tower.width, inner = s.layer.inner;
-    bool is_gated = exists(w.gate_proj);
-    float *a = at_least(scratch.a, size_t(inner) * W);
-    float *up = is_gated ? at_least(scratch.flat, size_t(inner) * W) : nullptr;
-    Input<W> in = input_of<W>(s, tile, w.up_proj, scratch.u.data(), width);
-    s.call.team.split(blocks_of(inner), [&s, &in, a, up](int begin, int end) {
-        if (up) gated<W>(s, in, a, up, begin, end);
-        else squared<W>(s, in, a, begin, end);
-    });
-    matrix<W>(s.call.team, w.down_proj, width, input_of<W>(s, tile, w.down_proj, a, inner), w.down_proj_bias.full,
-              scratch.y.data() + long(tile.first_lane) * width);
+    Dense own{w.up_proj, w.gate_proj, w.down_proj, w.up_proj_bias.full, w.gate_proj_bias.full, w.down_proj_bias.full,
+              s.layer.inner};
+    int width = s.call.tower.width;
+    dense<W>(s.call.team, own, scratch.u.data(), width, tile.count, scratch.y.data() + long(tile.first_lane) * width);
 }
 
 }  // namespace twotower

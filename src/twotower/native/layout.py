@@ -6,7 +6,7 @@ made of it. Only `layer_of` reads a configuration.
 
 import ctypes
 
-from twotower.specs import AttentionSpec, LayerSpec, MambaSpec, MLPSpec
+from twotower.specs import AttentionSpec, LayerSpec, MambaSpec, MLPSpec, MoESpec
 
 LANES = 16  # tokens of a tile: what the widest vector holds
 _STRUCTS = {
@@ -15,11 +15,15 @@ _STRUCTS = {
     "Weight": "const float *full, const uint8_t *int8, const uint8_t *int4, int32_t group, "
     "int32_t centred",
     # Sizes that a kind does not have are 0. rotary: whether positions turn queries and keys.
-    # window: tokens that one attends to, itself among them; 0: all.
-    # weights: in the order of _KINDS.
+    # window: tokens that one attends to, itself among them; 0: all. inner: of an MLP or a shared
+    # expert. per_token of the experts are chosen, out of the best kept_groups of groups; their
+    # weights, of a softmax over all or of each one's sigmoid, sum to 1 where normalises, times
+    # factor. weights: in the order of _KINDS.
     "Layer": "int32_t kind, int32_t q_heads, int32_t kv_heads, int32_t head_dim, int32_t rotary, "
     "int32_t window, int32_t heads, int32_t head_size, int32_t groups, int32_t state, "
-    "int32_t taps, int32_t inner, const Weight *weights",
+    "int32_t taps, int32_t inner, int32_t experts, int32_t per_token, int32_t expert_inner, "
+    "int32_t latent, int32_t kept_groups, int32_t softmax, int32_t normalises, float factor, "
+    "const Weight *weights",
     # mask (masks, width): embeddings of the id `vocabulary` at each index of a row, of which the
     # last goes on; null where there is none. frequencies (A/2,): the angle of each pair per
     # position, null without rotary layers. turn_factor: what cosines and sines are multiplied by.
@@ -43,6 +47,7 @@ _STRUCTS = {
     "const Outputs *out, const float *added, float *hidden, const int32_t *depths, "
     "const uint32_t *sees",
 }
+ROUTER_BIAS = ".gate.e_score_correction_bias"
 # Of each kind its symbol, and its weights' names below `layers.{i}.mixer.`, after the layer's own
 # norm; those of `OPTIONAL` that the model lacks are null.
 _KINDS = {
@@ -61,8 +66,19 @@ _KINDS = {
         "gate_proj.weight gate_proj.bias up_proj.weight up_proj.bias "
         "down_proj.weight down_proj.bias",
     ),
+    "Experts": (
+        MoESpec.symbol,
+        "gate.weight gate.e_score_correction_bias experts.gate_proj experts.up_proj "
+        "experts.down_proj shared_experts.gate_proj.weight shared_experts.up_proj.weight "
+        "shared_experts.down_proj.weight "
+        "fc1_latent_proj.weight fc2_latent_proj.weight",
+    ),
 }
-OPTIONAL = (".bias", ".q_norm.weight", ".k_norm.weight", ".gate_proj.weight")
+OPTIONAL = (
+    ".bias", ".q_norm.weight", ".k_norm.weight", ".gate_proj.weight", ROUTER_BIAS,
+    ".experts.gate_proj", ".shared_experts.up_proj.weight", ".shared_experts.down_proj.weight",
+    "_latent_proj.weight",
+)  # fmt: skip
 _TYPES = {"int32_t": ctypes.c_int32, "float": ctypes.c_float}
 address = ctypes.c_void_p
 
@@ -147,6 +163,17 @@ def layer_of(spec: LayerSpec) -> Layer:
             }
         case MLPSpec():
             sizes = {"inner": spec.intermediate_size}
-        case _:
-            raise ValueError(f"native passes have no {spec.label}")
+        case MoESpec():
+            sizes = {
+                "experts": spec.num_experts,
+                "per_token": spec.experts_per_token,
+                "expert_inner": spec.intermediate_size,
+                "inner": spec.shared_intermediate_size,
+                "latent": spec.latent_size or 0,
+                "groups": spec.num_groups,
+                "kept_groups": spec.groups_per_token,
+                "softmax": spec.router == "softmax",
+                "normalises": spec.norm_topk_prob,
+            }
+            return Layer(kind=ord(spec.symbol), factor=spec.scaling_factor, **sizes)
     return Layer(kind=ord(spec.symbol), **sizes)

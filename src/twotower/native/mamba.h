@@ -195,7 +195,7 @@ void mamba(const Step &s, const Tile &tile) {
     int inner = s.layer.heads * s.layer.head_size, width = s.call.tower.width;
     int all = inner + channels_of(s.layer) + s.layer.heads;
     float *z = at_least(scratch.a, size_t(all) * W), *y = at_least(scratch.b, size_t(inner) * W);
-    matrix<W>(s.call.team, w.in_proj, all, input_of<W>(s, tile, w.in_proj, scratch.u.data(), width),
+    matrix<W>(s.call.team, w.in_proj, all, input_of<W>(s.call.team, w.in_proj, scratch.u.data(), width, tile.count),
               w.in_proj_bias.full, z);
     const Segment *segments = s.call.segments.data() + tile.first_segment;
     if constexpr (W <= LANES)
@@ -208,7 +208,8 @@ void mamba(const Step &s, const Tile &tile) {
     for (int g = 0; g < s.layer.groups; g++)
         norm<W>(s.call.team, y + g * part * W, w.norm.full + g * part, part, s.call.tower.eps,
                 y + g * part * W);
-    matrix<W>(s.call.team, w.out_proj, width, input_of<W>(s, tile, w.out_proj, y, inner), w.out_proj_bias.full,
+    Input<W> in = input_of<W>(s.call.team, w.out_proj, y, inner, tile.count);
+    matrix<W>(s.call.team, w.out_proj, width, in, w.out_proj_bias.full,
               scratch.y.data() + long(tile.first_lane) * width);
 }
 

@@ -6,6 +6,7 @@ those of a checkpoint keep its bfloat16, and no number is rounded twice.
 """
 
 import ctypes
+import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.kernels.quantised import Bits, Quantised, to_eight_bits
+from twotower.kernels.quantised import Bits, Matrices, Quantised, to_eight_bits
 
 GROUP = 32  # numbers of an int4 group, and of a token's group
 _ROWS = 16  # of a block: the outputs of one vector
@@ -77,7 +78,8 @@ def grouped(matrix: Quantised) -> Grouped:
 
 
 class Packed:
-    """Matrices (N, K), rounded here or before, one behind the other; `addresses` by name.
+    """Matrices (N, K), rounded here or before, one behind the other; `addresses` by name. Those of
+    E experts (E, N, K) lie so, too.
 
     bits: what full precision is rounded to, 8 where not given. groups: columns of which a token has
     one scale, 32 or, where a checkpoint's `rounds_input` says how tokens are rounded, all of a row.
@@ -91,7 +93,7 @@ class Packed:
         self,
         matrices: Mapping[str, Tensor | Quantised],
         bits: Mapping[str, Bits] | None = None,
-        read: Callable[[str], Tensor | Quantised] | None = None,
+        read: Callable[[str], Tensor | Quantised | Matrices] | None = None,
     ) -> None:
         self.centred = {
             name
@@ -109,25 +111,44 @@ class Packed:
         at = 0
         for name, matrix in matrices.items():
             part = self._buffer[at : at + sizes[name]]
-            if (matrix if isinstance(matrix, Tensor) else matrix.qdata).is_meta:
-                assert read is not None
-                matrix = read(name)
-            _write(part, matrix, self.bits[name])
+            is_meta = (matrix if isinstance(matrix, Tensor) else matrix.qdata).is_meta
+            assert not is_meta or read is not None
+            each = _each(read(name) if is_meta and read is not None else matrix)
+            for index, own in enumerate(part.chunk(len(each))):
+                _write(own, each[index], self.bits[name])
             self.addresses[name] = part.data_ptr()
             at += sizes[name]
 
 
+def _each(matrix: Tensor | Quantised | Matrices) -> Matrices:
+    """The matrices of a stack, or the one that is none."""
+    if isinstance(matrix, Tensor):
+        return [matrix] if matrix.dim() == 2 else matrix
+    if not isinstance(matrix, Quantised):
+        return matrix
+    qdata, scale, zero, rounds_input = matrix
+    if qdata.dim() == 2:
+        return [matrix]
+    return [
+        Quantised(
+            qdata[expert], scale[expert], zero if zero is None else zero[expert], rounds_input
+        )
+        for expert in range(len(qdata))
+    ]
+
+
 def _token_group(matrix: Tensor | Quantised) -> int:
     if isinstance(matrix, Quantised) and matrix.rounds_input:
-        return matrix.qdata.shape[1]
+        return matrix.qdata.shape[-1]
     return GROUP
 
 
 def _num_bytes(matrix: Tensor | Quantised, bits: Bits) -> int:
-    rows, width = matrix.shape
+    *stack, rows, width = matrix.shape
     if width > _LONGEST_ROW:
         raise ValueError(f"a row of {width} weights is too long for int8; at most {_LONGEST_ROW}")
     rows = -(-rows // _ROWS) * _ROWS
+    rows *= math.prod(stack)
     if bits == 4:
         return rows * (width // GROUP) * (GROUP // 2 + 4)
     return rows * (-(-width // _QUAD) * _QUAD + 4)

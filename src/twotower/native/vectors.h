@@ -26,12 +26,15 @@ template <int V>
 struct Vectors {
     typedef float Floats __attribute__((vector_size(V * 4), aligned(4), may_alias));
     typedef int32_t Ints __attribute__((vector_size(V * 4), aligned(4), may_alias));
+    typedef double Doubles __attribute__((vector_size(V * 8), aligned(8), may_alias));
     typedef uint8_t Bytes __attribute__((vector_size(V), aligned(1), may_alias));
 };
 template <int V>
 using Floats = typename Vectors<V>::Floats;
 template <int V>
 using Ints = typename Vectors<V>::Ints;
+template <int V>
+using Doubles = typename Vectors<V>::Doubles;
 template <int V>
 using Bytes = typename Vectors<V>::Bytes;
 

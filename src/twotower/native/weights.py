@@ -5,18 +5,18 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from twotower.kernels.quantised import Bits, Quantised
+from twotower.kernels.quantised import Bits, Matrices, Quantised
 from twotower.layers.quantised import QuantisedMatrix
 from twotower.layers.rope import inverse_frequencies
 from twotower.model.passes import Unread
 from twotower.model.precision import Scheme, weight_bits
 from twotower.model.tower import Tower
 from twotower.native import layout
-from twotower.native.layout import OPTIONAL, Weight, layer_of, weight_names
+from twotower.native.layout import OPTIONAL, ROUTER_BIAS, Weight, layer_of, weight_names
 from twotower.native.packing import Packed
 from twotower.native.tower import NativeLinear, NativeTower
 
-Read = Callable[[], Tensor | Quantised]
+Read = Callable[[], Tensor | Quantised | Matrices]
 
 
 def native_tower(
@@ -29,6 +29,7 @@ def native_tower(
     if tower.embeddings.weight.is_meta:
         return None
     weights = {key: weight.detach() for key, weight in tower.named_parameters()}
+    weights |= {key: bias for key, bias in tower.named_buffers() if key.endswith(ROUTER_BIAS)}
     matrices: dict[str, Tensor | Quantised] = {
         key: module.matrix
         for key, module in tower.named_modules()
