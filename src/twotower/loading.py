@@ -34,7 +34,7 @@ from twotower.checkpoint import (
     save_two_towers,
 )
 from twotower.checkpoint.denoiser import find_denoiser, load_denoiser
-from twotower.checkpoint.empty import Towers
+from twotower.checkpoint.empty import Towers, build_empty
 from twotower.checkpoint.files import GENERATION_FILE, SHIPPED
 from twotower.checkpoint.generation import log_unheeded
 from twotower.checkpoint.quantize import read_scheme
@@ -153,12 +153,11 @@ def load(
     mode None: the model's own default. AR decoding loads the context tower alone. show: gets the
     share of the weights that has been read.
     """
-    torch.set_num_threads(placement.threads or min(torch.get_num_threads(), usable_cores()))
+    _set_threads(placement)
     folder = placement.find()
     defaults = generation_defaults(folder)
     log_unheeded(folder / GENERATION_FILE, defaults)
-    has_tokenizer = (folder / TOKENIZER_FILE).exists()
-    tokenizer = _fitting_tokenizer(folder) if has_tokenizer else None
+    tokenizer = _fitting_tokenizer(folder)
     _refuse_idle_denoiser(placement, mode, placement.denoiser is not None or has_denoiser(folder))
     if placement.denoiser is not None:
         find_denoiser(read_config(folder), placement.denoiser)  # before the weights are read
@@ -172,10 +171,28 @@ def load(
     return Loaded(name=placement.name, model=model, tokenizer=tokenizer, folder=folder)
 
 
-def _fitting_tokenizer(folder: Path) -> Tokenizer:
-    """A folder's tokenizer, without what the model does not have: fine-tunes add tokens to the one
-    and leave the other as it is.
+def outline(placement: Placement) -> Loaded:
+    """The context tower's shapes without memory or values, and the tokenizer: for who hands out
+    prompts to other processes.
     """
+    _set_threads(placement)
+    folder = placement.find()
+    model = build_empty(read_config(folder), "context")
+    return Loaded(
+        name=placement.name, model=model, tokenizer=_fitting_tokenizer(folder), folder=folder
+    )
+
+
+def _set_threads(placement: Placement) -> None:
+    torch.set_num_threads(placement.threads or min(torch.get_num_threads(), usable_cores()))
+
+
+def _fitting_tokenizer(folder: Path) -> Tokenizer | None:
+    """A folder's tokenizer if it has one, without what the model does not have: fine-tunes add
+    tokens to the one and leave the other as it is.
+    """
+    if not (folder / TOKENIZER_FILE).exists():
+        return None
     tokenizer, size = load_tokenizer(folder), read_config(folder).vocab_size
     found = tokenizer.within(size)
     if lost := sorted(set(tokenizer.added_texts) - set(found.added_texts)):

@@ -58,11 +58,14 @@ def mod_name() -> str:
     return who("llama.cpp", "int4", "ngram-mod").name
 
 
-def test_the_denoiser_drafts_for_us_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards a comparison whose speculative mode silently lacks the denoiser that was given."""
+def test_the_denoiser_is_ours_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a comparison whose speculative mode silently lacks the denoiser that was given, and
+    memory: modes of one engine with the same weights share a process."""
     monkeypatch.setattr(contest, "_gguf", lambda *_: tmp_path / "x.gguf")
-    model, pairs = tiny_model(), (("auto", "eager"), ("int8",))
-    found, missing = contest.contestants(model, tmp_path / "m", pairs, 1, tmp_path, "d")
+    pairs = ("auto", "eager"), ("int8",)
+    found, missing = contest.contestants(tiny_model, tmp_path / "m", pairs, 1, tmp_path, "d")
     assert not missing and len(found) > 4
-    given = {one.name for one in found if one.denoiser == "d"}
-    assert given == {"twotower int8 speculative", "twotower eager int8 speculative"}
+    given = [one for one in found if one.denoiser == "d"]
+    assert [one.mode for one in given] == ["ar", "speculative"] * 2
+    assert {one.engine for one in given} == {"twotower"}
+    assert len({replace(one, mode="") for one in given}) == 2

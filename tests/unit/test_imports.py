@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "lab.plan": COMMON | {"families", "model", "checkpoint", "lab.report"},
     "lab.bench": COMMON
     | {"families", "engine", "model", "backends", "native", "kernels", "diffusion", "checkpoint"}
-    | {"tokenizer", "lab.evaluate", "lab.corpus", "lab.plan", "lab.report"},
+    | {"loading", "tokenizer", "lab.evaluate", "lab.corpus", "lab.plan", "lab.report"},
 }
 TOP = {"__init__", "__main__", "cli"}  # these import all; nothing imports them
 

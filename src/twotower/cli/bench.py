@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from twotower.checkpoint import load_checkpoint
 from twotower.checkpoint.files import SHIPPED
 from twotower.cli.decoding import has_any_denoiser
 from twotower.cli.machine import recorded
@@ -46,7 +47,7 @@ from twotower.lab.corpus import CATEGORIES
 from twotower.lab.evaluate.run import draw_groups, split_names
 from twotower.lab.evaluate.suite import make_judge
 from twotower.lab.report import Record, Table, to_png, write_files
-from twotower.loading import Loaded, Placement, placement_of
+from twotower.loading import Loaded, Placement, outline, placement_of
 from twotower.model.precision import ExpertStorage, require_plain
 
 RECORD_FILE = "bench.json"
@@ -80,13 +81,10 @@ def run(options: BenchOptions) -> int:
     if is_contest := bool(options.prompts) or not has_any_denoiser(options):
         refuse_unused(options)
     refuse_impossible(read_config(options.find()), *options.pairs(is_contest))
-    loaded = load_with_bar(options.placement(), "diffusion")
     if is_contest:
-        given = Path(options.model or "")
-        file = given if given.is_file() else loaded.folder
-        record = measure_contest(options, loaded, file, options.denoiser)
+        record = measure_contest(options, outline(options.placement()))
     else:
-        record = measure(options, loaded)
+        record = measure(options, load_with_bar(options.placement(), "diffusion"))
     if options.output is not None:
         figures = {} if is_contest else bench_figures(record)
         pictures = {name: to_png(figure) for name, figure in figures.items()}
@@ -207,17 +205,27 @@ def describe_run(options: BenchOptions, loaded: Loaded) -> dict[str, object]:
     }
 
 
-def measure_contest(
-    options: BenchOptions, loaded: Loaded, file: Path, denoiser: str | None
-) -> dict[str, Any]:
-    """The record of a contest; file and denoiser: what other processes load."""
+def measure_contest(options: BenchOptions, loaded: Loaded) -> dict[str, Any]:
+    """The record of a contest. loaded: without values; other processes have those."""
     prompts = encode_questions(loaded, options)
-    threads = torch.get_num_threads()
-    compared = options.pairs(is_contest=True)
-    with TemporaryDirectory(prefix="twotower-contest-") as folder:
-        who, missing = contestants(loaded.model, file, compared, threads, Path(folder), denoiser)
+    threads, given = torch.get_num_threads(), Path(options.model or "")
+    file = given if given.is_file() else loaded.folder
+    with (
+        TemporaryDirectory(prefix="twotower-contest-") as name,
+        progress_bar(is_kept=False) as bar,
+    ):
+        task = bar.add_task("files for the others", total=None)
+        weights = partial(load_checkpoint, loaded.folder, dtype=None, towers="context")
+        who, missing = contestants(
+            weights, file, options.pairs(is_contest=True), threads, Path(name), options.denoiser
+        )
         warnings = watch_idle()
-        answers, more = run_contest(who, prompts, options.max_new_tokens)
+        bar.reset(task, total=len(who) * (1 + len(prompts)))
+
+        def show(what: str) -> None:
+            bar.update(task, advance=1, description=what)
+
+        answers, more = run_contest(who, prompts, options.max_new_tokens, show)
     return {
         "recorded": recorded(),
         "model": loaded.name,

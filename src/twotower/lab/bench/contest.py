@@ -12,8 +12,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from twotower.backends import BackendName, Quantization
 from twotower.checkpoint import export_transformers
 from twotower.checkpoint.gguf import export_gguf
 from twotower.lab.bench.baselines import SPECULATIONS, Measurement, gguf_quantization
-from twotower.lab.bench.contestant import Contestant, label
+from twotower.lab.bench.contestant import OURS, Contestant, label
 from twotower.lab.report import Record, Table, number
 from twotower.model import TwoTower
 
-OURS = "twotower"
+Show = Callable[[str], None]
 Answers = Mapping[Contestant, Sequence[Measurement]]
 _COLUMNS = (
     "engine", "quantization", "mode", "decode ms", "x plain", "x best", "prompt tok/s",
@@ -34,7 +34,7 @@ _COLUMNS = (
 
 
 def contestants(
-    model: TwoTower,
+    load: Callable[[], TwoTower],
     file: Path,
     compared: tuple[Sequence[BackendName], Sequence[Quantization]],
     threads: int,
@@ -44,23 +44,23 @@ def contestants(
     """Who takes part, by quantisation, and a line for each that cannot; files of others go to the
     folder.
 
-    file: the model's own; compared: our backends, and quantisations of all; denoiser: the folder of
-    a thin one beside it. For llama.cpp, int4 is that of a GGUF file that has it.
+    load: the weights for those files, called once if any is to be written, and kept no longer than
+    this takes. file: the model's own; compared: our backends, and quantisations of all; denoiser:
+    the folder of a thin one beside it. For llama.cpp, int4 is that of a GGUF file that has it.
     """
+    load = cache(load)
     backends, quantizations = compared
     found: list[Contestant] = []
     missing: list[str] = []
     for own in quantizations:
         each = partial(Contestant, quantization=own, threads=threads)
-        ours = partial(each, engine=OURS, file=str(file))
-        for backend in backends:
-            found.append(ours(mode="ar", backend=backend))
-            found.append(ours(mode="speculative", backend=backend, denoiser=denoiser))
+        ours = partial(each, engine=OURS, file=str(file), denoiser=denoiser)
+        found += [ours(mode=m, backend=b) for b in backends for m in ("ar", "speculative")]
         sources: dict[str, tuple[Callable[[], Path], Sequence[str]]] = {
-            "llama.cpp": (partial(_gguf, model, file, own, folder), ("plain", *SPECULATIONS))
+            "llama.cpp": (partial(_gguf, load, file, own, folder), ("plain", *SPECULATIONS))
         }
         if own == "none":
-            exported = partial(_exported, model, folder / "transformers")
+            exported = partial(_exported, load, folder / "transformers")
             sources["transformers"] = exported, ("plain", "lookup")
         for engine, (source, modes) in sources.items():
             try:
@@ -72,23 +72,27 @@ def contestants(
     return found, missing
 
 
-def _exported(model: TwoTower, folder: Path) -> Path:
-    export_transformers(model, folder)
+def _exported(load: Callable[[], TwoTower], folder: Path) -> Path:
+    export_transformers(load(), folder)
     return folder
 
 
-def _gguf(model: TwoTower, file: Path, quantization: Quantization, folder: Path) -> Path:
+def _gguf(
+    load: Callable[[], TwoTower], file: Path, quantization: Quantization, folder: Path
+) -> Path:
     if file.suffix == ".gguf" and gguf_quantization(file) == quantization:
         return file
     if quantization == "int4":
         raise ValueError("int4 is measured on a GGUF file that has it; give it as --model")
     target = folder / f"{quantization}.gguf"
-    export_gguf(model, target, dtype="float32" if quantization == "none" else "q8_0")
+    export_gguf(load(), target, dtype="float32" if quantization == "none" else "q8_0")
     return target
 
 
 class _Process:
-    """A contestant's process, asked a prompt at a time."""
+    """The process of a contestant, or of several that differ in our mode; asked a prompt at a
+    time.
+    """
 
     def __init__(self, engine: str) -> None:
         command = [sys.executable, "-m", "twotower.lab.bench.contestant"]
@@ -106,9 +110,10 @@ class _Process:
         """Load it. ValueError where it cannot run."""
         self._ask(asdict(who))
 
-    def decode(self, ids: Sequence[int], num_new: int) -> Measurement:
+    def decode(self, ids: Sequence[int], num_new: int, mode: str) -> Measurement:
         """Continue a prompt. ValueError where it could not."""
-        return Measurement(**self._ask({"ids": list(ids), "max_new_tokens": num_new}))
+        asked = {"ids": list(ids), "max_new_tokens": num_new, "mode": mode}
+        return Measurement(**self._ask(asked))
 
     def _ask(self, request: Mapping[str, object]) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -129,17 +134,21 @@ class _Process:
 
 @contextmanager
 def _opened(
-    who: Sequence[Contestant], first: Sequence[int], missing: list[str]
+    who: Sequence[Contestant], first: Sequence[int], missing: list[str], show: Show
 ) -> Iterator[list[tuple[Contestant, _Process]]]:
     """Those that can continue a first prompt; first calls pay for later ones."""
     with ExitStack() as stack:
-        found = []
+        found, known = list[tuple[Contestant, _Process]](), dict[Contestant, _Process]()
         for one in who:
-            process = _Process(one.engine)
-            stack.callback(process.close)
+            show(f"loading {one.name}")
+            weights = replace(one, mode="") if one.engine == OURS else one
             try:
-                process.start(one)
-                process.decode(first, 8)
+                if (process := known.get(weights)) is None:
+                    process = _Process(one.engine)
+                    stack.callback(process.close)
+                    process.start(one)
+                    known[weights] = process
+                process.decode(first, 8, one.mode)
             except ValueError as error:
                 missing.append(f"{one.name}: {error}")
                 continue
@@ -148,18 +157,22 @@ def _opened(
 
 
 def run_contest(
-    who: Sequence[Contestant], prompts: Sequence[Sequence[int]], num_new: int
+    who: Sequence[Contestant], prompts: Sequence[Sequence[int]], num_new: int, show: Show
 ) -> tuple[dict[Contestant, list[Measurement]], list[str]]:
-    """Everybody's answers in the prompts' order, and a line for each that could not start."""
+    """Everybody's answers in the prompts' order, and a line for each that could not start. show:
+    told what begins, once for each contestant and for each of its prompts.
+    """
     answers: dict[Contestant, list[Measurement]] = {}
     missing: list[str] = []
     for quantization in dict.fromkeys(one.quantization for one in who):
         own = [one for one in who if one.quantization == quantization]
-        with _opened(own, prompts[0], missing) as opened:
+        with _opened(own, prompts[0], missing, show) as opened:
             for turn, prompt in enumerate(prompts):
                 for place in range(len(opened)):
                     one, process = opened[(turn + place) % len(opened)]
-                    answers.setdefault(one, []).append(process.decode(prompt, num_new))
+                    show(one.name)
+                    found = process.decode(prompt, num_new, one.mode)
+                    answers.setdefault(one, []).append(found)
     return answers, missing
 
 

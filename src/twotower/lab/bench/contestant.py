@@ -1,8 +1,8 @@
-"""One contestant of a contest in a process of its own: `python -m twotower.lab.bench.contestant`.
+"""An engine of a contest in a process of its own: `python -m twotower.lab.bench.contestant`.
 
-Threads that one engine leaves spinning would slow another down in the same process. stdin has the
+Threads that one engine leaves spinning would slow another down in the same process. stdin has a
 contestant as a line of JSON, then a request a line; stdout has a line when it is ready, and an
-answer a line.
+answer a line. One process decodes in all of our modes, so that the weights are in memory once.
 """
 
 import json
@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from twotower.backends import BackendName, Quantization, accelerate
-from twotower.checkpoint import load_checkpoint
-from twotower.checkpoint.denoiser import load_denoiser
-from twotower.checkpoint.empty import Towers
+from twotower.backends import BackendName, Quantization
 from twotower.engine import GenerateOptions
-from twotower.lab.bench.baselines import LlamaCpp, Measurement, Transformers
+from twotower.lab.bench.baselines import Baseline, LlamaCpp, Measurement, Transformers
 from twotower.lab.bench.runners import time_stream
+from twotower.loading import load_model
+
+OURS = "twotower"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Contestant:
     mode: str  # ours; plain, or what drafts, for others
     file: str
     threads: int
-    denoiser: str | None = None  # ours: the folder of a thin one, for modes that draft
+    denoiser: str | None = None  # ours: the folder of a thin one
     backend: BackendName = "auto"  # ours
 
     @property
@@ -41,7 +41,8 @@ class Contestant:
         return f"{label(self.engine, self.backend)} {self.quantization} {self.mode}"
 
 
-Decode = Callable[[Sequence[int], int], Measurement]
+Decode = Callable[[Sequence[int], int, str], Measurement]
+"""Token ids of a prompt, most new tokens, a mode -> what it took."""
 
 
 def label(engine: str, backend: str) -> str:
@@ -52,28 +53,30 @@ def label(engine: str, backend: str) -> str:
 def open_contestant(who: Contestant) -> Decode:
     """Load it; ValueError (one line) where it cannot run."""
     torch.set_num_threads(who.threads)
-    return _twotower(who) if who.engine == "twotower" else _baseline(who)
+    return _twotower(who) if who.engine == OURS else _baseline(who)
 
 
 def _twotower(who: Contestant) -> Decode:
-    towers: Towers = "context" if who.mode == "ar" else "both"  # of those that it has
-    model = load_checkpoint(who.file, dtype=torch.float32, towers=towers)
-    if who.denoiser is not None:
-        model = load_denoiser(model, who.denoiser)
-    model = accelerate(model, who.backend, who.quantization)
+    model = load_model(
+        who.file, dtype="float32", denoiser=who.denoiser, quantization=who.quantization,
+        backend=who.backend, threads=who.threads,
+    )  # fmt: skip
 
-    def decode(ids: Sequence[int], num_new: int) -> Measurement:
-        options = GenerateOptions(mode=who.mode, max_new_tokens=num_new, temperature=0.0)  # type: ignore[arg-type]
+    def decode(ids: Sequence[int], num_new: int, mode: str) -> Measurement:
+        options = GenerateOptions(mode=mode, max_new_tokens=num_new, temperature=0.0)  # type: ignore[arg-type]
         return time_stream(model, list(ids), options)
 
     return decode
 
 
 def _baseline(who: Contestant) -> Decode:
-    if who.engine == "transformers":
-        lookup = who.mode == "lookup"
-        return Transformers(Path(who.file), who.threads, lookup=lookup).decode
-    return LlamaCpp(Path(who.file), who.threads, who.mode).decode
+    file, own = Path(who.file), who.mode
+    baseline: Baseline = (
+        Transformers(file, who.threads, lookup=own == "lookup")
+        if who.engine == "transformers"
+        else LlamaCpp(file, who.threads, own)
+    )
+    return lambda ids, num_new, _: baseline.decode(ids, num_new)
 
 
 def main() -> int:
@@ -85,7 +88,7 @@ def main() -> int:
         print(json.dumps({"error": None}), file=out, flush=True)
         for line in sys.stdin:
             asked = json.loads(line)
-            answer = decode(asked["ids"], asked["max_new_tokens"])
+            answer = decode(asked["ids"], asked["max_new_tokens"], asked["mode"])
             print(json.dumps(asdict(answer)), file=out, flush=True)
     except ValueError as error:
         print(json.dumps({"error": str(error)}), file=out, flush=True)
