@@ -1,4 +1,6 @@
-"""Llama, Mistral, Qwen2, Qwen3, SmolLM3 against `transformers` in float32: tiny random models."""
+"""Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, SmolLM3 against `transformers` in float32: tiny random
+models.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from twotower.checkpoint import (
     load_checkpoint,
 )
 from twotower.lab.bench.baselines import LlamaCpp
+from twotower.specs import MLPSpec
 
 transformers = pytest.importorskip("transformers")
 
@@ -42,6 +45,10 @@ KINDS = ("sliding", "full", "sliding", "sliding", "full")
 YARN = {
     "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0,
     "original_max_position_embeddings": 32,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {
+    "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20,
+    "experts_implementation": "eager",
 }  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -79,6 +86,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3", {
             "use_sliding_window": True, "sliding_window": 5, "head_dim": 8,
             "layer_types": [f"{kind}_attention" for kind in KINDS],
+        }
+    ),
+    "qwen3 moe": ("Qwen3Moe", EXPERTS | {"head_dim": 16, "norm_topk_prob": True}),
+    "qwen3 moe, tied, 32 wide": (
+        "Qwen3Moe", EXPERTS | {
+            "norm_topk_prob": True, "moe_intermediate_size": 32, "tie_word_embeddings": True,
+        }
+    ),
+    "qwen3 moe, not normed, biases": ("Qwen3Moe", EXPERTS | {"attention_bias": True}),
+    "qwen3 moe, some dense": (
+        "Qwen3Moe", EXPERTS | {
+            "decoder_sparse_step": 2, "mlp_only_layers": [3], "norm_topk_prob": True,
         }
     ),
     "smollm3, window": ("SmolLM3", {"use_sliding_window": True, "sliding_window": 40}),
@@ -230,8 +249,10 @@ def written(model: TwoTower, file: Path, dtype: Any = "float32") -> bool:
         reason = "sliding_window cannot be exported"
     elif rotary not in ([True] * 5, [True, True, True, False, True]):
         reason = "no_rope_layers cannot be exported"
-    elif model.config.family == "qwen3" and attention.bias:  # type: ignore[union-attr]
+    elif model.config.family in ("qwen3", "qwen3_moe") and attention.bias:  # type: ignore[union-attr]
         reason = "attention_bias=true cannot be exported"
+    elif model.config.family == "qwen3_moe" and model.config.context.layers_of(MLPSpec):
+        reason = "mlp_only_layers, decoder_sparse_step cannot be exported"
     elif model.config.family == "qwen2" and attention.head_dim == 12:  # type: ignore[union-attr]
         reason = "head_dim=12 cannot be exported: llama.cpp knows only"
     elif model.config.family == "smollm3" and attention.rope.scaling == "llama3":  # type: ignore[union-attr]

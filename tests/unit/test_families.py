@@ -70,6 +70,26 @@ PUBLISHED: dict[str, dict[str, object]] = {
 }  # fmt: skip
 
 
+# Source: the models' config.json.
+QWEN3_MOE: dict[str, object] = {
+    "model_type": "qwen3_moe", "vocab_size": 151936, "num_experts": 128, "num_experts_per_tok": 8,
+    "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "head_dim": 128,
+    "num_key_value_heads": 4, "rope_theta": 1e6, "rope_scaling": None, "sliding_window": None,
+    "use_sliding_window": False, "max_window_layers": 48, "attention_bias": False,
+    "bos_token_id": 151643, "eos_token_id": 151645, "tie_word_embeddings": False,
+}  # fmt: skip
+PUBLISHED |= {
+    "Qwen3-30B-A3B": QWEN3_MOE | {
+        "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+        "num_hidden_layers": 48, "num_attention_heads": 32,
+    },
+    "Qwen3-235B-A22B": QWEN3_MOE | {
+        "hidden_size": 4096, "intermediate_size": 12288, "moe_intermediate_size": 1536,
+        "num_hidden_layers": 94, "num_attention_heads": 64, "max_window_layers": 94,
+    },
+}  # fmt: skip
+
+
 def published(name: str) -> TwoTowerConfig:
     shared = {"model_type": "nemotron_h", "vocab_size": 131072, **MAMBA_128}
     return config_from_dict(shared | PUBLISHED[name])
@@ -84,6 +104,8 @@ def published(name: str) -> TwoTowerConfig:
         ("Nemotron-3-Nano-30B-A3B", 31.6e9, 3.6e9, 52),
         ("Nemotron-3-Super-120B-A12B", 120.6e9, 12.7e9, 88),
         ("Nemotron-3-Ultra-550B-A55B", 550e9, 55e9, 108),
+        ("Qwen3-30B-A3B", 30.5e9, 3.3e9, 96),
+        ("Qwen3-235B-A22B", 235e9, 22e9, 188),
     ],
 )
 def test_published_totals(name: str, total: float, active: float, layers: int) -> None:
@@ -95,9 +117,16 @@ def test_published_totals(name: str, total: float, active: float, layers: int) -
     assert tower.active == pytest.approx(active, rel=0.05)
 
 
-def test_the_8b_model_has_its_published_parameters_to_the_last_one() -> None:
-    tower = describe_config(published("Nemotron-H-8B"), "8B").towers["context"]
-    assert tower.total == 8_100_852_736
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        ("Nemotron-H-8B", 8_100_852_736),
+        ("Qwen3-30B-A3B", 30_532_122_624),
+        ("Qwen3-235B-A22B", 235_093_634_560),
+    ],
+)
+def test_a_model_has_its_published_parameters_to_the_last_one(name: str, total: int) -> None:
+    assert describe_config(published(name), name).towers["context"].total == total
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -176,6 +205,10 @@ def test_every_verb_refuses_an_unknown_model_type_first(
         ({"block_configs": [{}]}, "block_configs gives each layer its own values"),
         ({"moe_widths": [1, 2, 3, 4, 5, 6]}, "moe_widths gives each layer its own values"),
         ({"moe_latent_size": 0}, "moe_latent_size=0 must be between"),
+        (
+            {"moe_shared_expert_intermediate_size": 0},
+            "moe_shared_expert_intermediate_size=0 is not supported",
+        ),
         ({"reads": [0, 9]}, r"reads=[0, 9] must be a list of layers of the context tower, 0 to 5"),
         ({"reads": []}, "reads=[] must be a list"),
         ({"hybrid_override_pattern": "M" * 20_000, "num_hidden_layers": None}, "number of layers"),

@@ -6,13 +6,17 @@ from pathlib import Path
 import pytest
 
 from twotower.cli.main import main
-from twotower.families import config_from_dict, config_to_dict
-from twotower.specs import AttentionSpec
+from twotower.families import FAMILIES, config_from_dict, config_to_dict
+from twotower.families.feed_forward import feed_forward_from_gguf
+from twotower.specs import AttentionSpec, MoESpec
 
 LLAMA: dict[str, object] = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
     "num_attention_heads": 4, "vocab_size": 50,
 }  # fmt: skip
+
+
+MOE: dict[str, object] = {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 3}
 
 
 def llama_refusal(**values: object) -> str:
@@ -99,6 +103,22 @@ def llama_refusal(**values: object) -> str:
         ({"intermediate_size": None}, "missing field intermediate_size"),
         ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "must be a 0 (no positions) or a 1"),
         ({"model_type": "smollm3", "no_rope_layers": [1, 0, 2, 1]}, "must be a 0 (no positions)"),
+        (MOE | {"mlp_only_layers": [4]}, "mlp_only_layers=[4] must be a list of layers, 0 to 3"),
+        (MOE | {"mlp_only_layers": [[0]]}, "mlp_only_layers=[[0]] must be a list of layers"),
+        (MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step=0 must be at least 1"),
+        (MOE | {"num_experts": None}, "missing field num_experts"),
+        (MOE | {"num_experts_per_tok": 7}, "num_experts_per_tok=7 must be between 1 and 6"),
+        (MOE | {"moe_intermediate_size": "8"}, "moe_intermediate_size='8' must be of type int"),
+        (MOE | {"num_local_experts": 8}, "num_experts=6 contradicts num_local_experts=8"),
+        (MOE | {"mlp_bias": True}, "mlp_bias=True is not supported; only false"),
+        (
+            MOE | {"use_sliding_window": True, "sliding_window": 8},
+            "sliding_window=8 is not supported; only null",
+        ),
+        (
+            MOE | {"mlp_only_layers": [1], "intermediate_size": None},
+            "missing field intermediate_size",
+        ),
         ({"eos_token_id": 50}, "eos_token_id=50 is outside the vocabulary"),
         ({"mask_token_id": 51}, "mask_token_id=51 is outside the vocabulary"),
         ({"block_configs": [1]}, "block_configs gives each layer its own values"),
@@ -198,3 +218,60 @@ def test_a_llama_survives_its_own_file(model_type: str, scaling: dict[str, objec
     config = config_from_dict(LLAMA | kept | {"model_type": model_type, "bos_token_id": 3})
     assert config_from_dict(config_to_dict(config)) == config
     assert config.context.rotary is not None and config.context.rotary[0].factor == 8
+
+
+@pytest.mark.parametrize(
+    ("values", "pattern"),
+    [
+        ({"sliding_window": 4096, "mlp_only_layers": None}, "*E*E*E*E"),
+        ({"num_experts": None, "num_local_experts": 6, "intermediate_size": None}, "*E*E*E*E"),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [3]}, "*-*E*-*-"),
+        ({"mlp_only_layers": [0, 1, 2, 3]}, "*-*-*-*-"),
+        ({"num_experts": 0}, "*-*-*-*-"),
+    ],
+)
+def test_which_blocks_have_experts(values: dict[str, object], pattern: str) -> None:
+    """Silent failure: a dense block is read as experts, or the file that we write says so."""
+    config = config_from_dict(LLAMA | MOE | values)
+    assert config.context.pattern == pattern
+    assert config_from_dict(config_to_dict(config)) == config
+    for moe in config.context.layers_of(MoESpec):
+        assert (moe.num_experts, moe.experts_per_token, moe.intermediate_size) == (6, 3, 768)
+        assert not moe.norm_topk_prob and moe.gated and moe.router == "softmax"
+
+
+def test_experts_that_llama_cpp_would_compute_otherwise_are_not_exported() -> None:
+    """Silent failure: it norms the weights of the chosen experts, whatever the model says."""
+    family = FAMILIES["qwen3_moe"]
+    with pytest.raises(ValueError, match="norm_topk_prob=false cannot be exported"):
+        family.gguf_architecture(config_from_dict(LLAMA | MOE))
+    with pytest.raises(ValueError, match="mlp_only_layers, decoder_sparse_step cannot be exp"):
+        family.gguf_architecture(config_from_dict(LLAMA | MOE | {"mlp_only_layers": [0]}))
+    assert family.gguf_architecture(config_from_dict(LLAMA | MOE | {"norm_topk_prob": True}))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"expert_weights_norm": False}, "expert_weights_norm=False is not supported; only True"),
+        ({"expert_shared_count": 1}, "expert_shared_count=1 is not supported; only 0"),
+        ({"expert_feed_forward_length": 20}, None),
+        ({}, None),
+    ],
+)
+def test_experts_of_a_gguf_file(values: dict[str, object], expected: str | None) -> None:
+    """Silent failure: a file of other weights of the experts, or without their width."""
+    found: dict[str, object] = {
+        "expert_count": 6, "expert_used_count": 3, "feed_forward_length": 60,
+    }  # fmt: skip
+    if expected is not None:
+        with pytest.raises(ValueError, match=expected):
+            feed_forward_from_gguf(found | values, frozenset(), has_experts=True)
+        return
+    read = feed_forward_from_gguf(found | values, frozenset(), has_experts=True)
+    assert read == {
+        "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20,
+        "norm_topk_prob": True,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="expert_count=6 is not supported; only 0"):
+        feed_forward_from_gguf(found, frozenset(), has_experts=False)

@@ -86,12 +86,12 @@ def _stream(plan: Plan) -> Iterator[tuple[str, Tensor, Slot]]:
     so it is opened anew for every portion.
     """
     for file, group in _portions(plan):
-        if plan[group[0]][0].load is not None:
-            for name in group:
-                yield name, plan[name][0].read(), plan[name][1]
+        for name in [name for name in group if plan[name][0].load is not None]:
+            yield name, plan[name][0].read(), plan[name][1]
+        if not (plain := [name for name in group if plan[name][0].load is None]):
             continue
         with safe_open(file, framework="pt") as shard:
-            for name in group:
+            for name in plain:
                 entry, slot = plan[name]
                 yield name, shard.get_tensor(entry.name), slot
 

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from twotower.checkpoint import names
@@ -33,7 +34,7 @@ def read_layout(folder: Path, config: TwoTowerConfig) -> tuple[dict[str, Entry],
     entries: dict[str, Entry] = {}
     for name, entry in found.items():
         if (released := names.released_name(name, layout, family)) is not None:
-            entries[released] = entry._replace(name=name)
+            entries |= _halves(released, entry) or {released: entry}
     has_head = config.tie_word_embeddings or any(n.startswith("context_lm_head.") for n in entries)
     if layout == names.BARE and not has_head:
         raise ValueError(
@@ -41,6 +42,28 @@ def read_layout(folder: Path, config: TwoTowerConfig) -> tuple[dict[str, Entry],
             "model without a head writes no text; save it as its class for causal language models"
         )
     return entries, layout
+
+
+def _halves(name: str, entry: Entry) -> dict[str, Entry]:
+    """Both parts of a tensor (E, 2F, D) that is two, as `transformers` keeps gated experts; none
+    for any other.
+    """
+    found = names.halves(name)
+    if not found or len(entry.shape) != 3 or entry.shape[1] % 2:
+        return {}
+    experts, rows, width = entry.shape
+    half = entry._replace(shape=(experts, rows // 2, width))
+    return {
+        part: half._replace(load=partial(_load_half, entry, index))
+        for index, part in enumerate(found)
+    }
+
+
+def _load_half(entry: Entry, index: int) -> Tensor:
+    with safe_open(entry.file, framework="pt") as shard:
+        rows = entry.shape[1] // 2
+        half: Tensor = shard.get_slice(entry.name)[:, index * rows : (index + 1) * rows]
+    return half
 
 
 def with_heads(

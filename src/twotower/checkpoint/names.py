@@ -29,6 +29,8 @@ HEADS = {
     "lm_head.weight": "denoiser_tower.embeddings.weight",
 }
 _STACKED = re.compile(r"(.*\.mixer\.experts)\.(up_proj|down_proj|gate_proj)")
+# Two of them in one tensor, the rows of the first before those of the second in each matrix.
+_BOTH = re.compile(r"(.*\.mixer\.experts)\.gate_up_proj")
 # What stands for one quantised weight, after its name.
 _PARTS = re.compile(r"(.*)(\.(?:qdata|scale|zero))")
 _ROUTER = (".mixer.gate.weight", ".mixer.gate.e_score_correction_bias")
@@ -113,6 +115,12 @@ def with_tied_heads(entries: Mapping[str, T]) -> dict[str, T]:
     twins = HEADS | {source: head for head, source in HEADS.items()}
     found = {name: entries[twin] for name, twin in twins.items() if twin in entries}
     return found | dict(entries)
+
+
+def halves(name: str) -> tuple[str, ...]:
+    """The two names of what a tensor of experts holds as halves; none for any other tensor."""
+    match = _BOTH.fullmatch(name)
+    return (f"{match[1]}.gate_proj", f"{match[1]}.up_proj") if match else ()
 
 
 def is_stacked(name: str) -> bool:

@@ -1,8 +1,8 @@
-"""Llama and its relatives: Mistral, Qwen2, Qwen3, SmolLM3.
+"""Llama and its relatives: Mistral, Qwen2, Qwen3, Qwen3-MoE, SmolLM3.
 
-A block is an attention layer with rotary positions and a gated MLP; the families differ in biases,
-norms of queries and keys, windows, and layers without positions. Source: transformers 5, each
-family's configuration and modelling file; llama.cpp's convert_hf_to_gguf.py for GGUF.
+A block is an attention layer with rotary positions and a gated MLP, or experts; the families differ
+in that, in biases, norms of queries and keys, windows, and layers without positions. Source:
+transformers 5, each family's configuration and modelling file; llama.cpp's convert_hf_to_gguf.py.
 """
 
 import re
@@ -14,6 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from twotower.config import InitSpec, TowerConfig, TwoTowerConfig
+from twotower.families.feed_forward import (
+    EXPERT_DEFAULTS,
+    add_gguf_feed_forward,
+    feed_forward_from_gguf,
+    read_feed_forward,
+    refuse_gguf_feed_forward,
+    write_feed_forward,
+)
 from twotower.families.fields import (
     Values,
     read_spec,
@@ -29,6 +37,7 @@ from twotower.families.fields import (
 from twotower.families.rope import (
     add_gguf_rope,
     read_rope,
+    read_rotary_blocks,
     refuse_gguf_rope,
     rope_from_gguf,
     short,
@@ -36,7 +45,7 @@ from twotower.families.rope import (
 )
 from twotower.families.windows import Slides, read_windows, write_windows
 from twotower.layers.rope import inverse_frequencies
-from twotower.specs import AttentionSpec, LayerSpec, MLPSpec
+from twotower.specs import AttentionSpec, LayerSpec
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -49,22 +58,21 @@ _ATTENTION = {
     "bias": "attention_bias",
     "out_bias": "attention_bias",
 }
-_MLP = {"intermediate_size": "intermediate_size", "bias": "mlp_bias"}
 _REQUIRED = [
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
 ]  # fmt: skip
+_SYNONYMS = {"num_local_experts": "num_experts"}  # transformers 5 writes the first
 _TOP = {"embed_tokens.": "embeddings.", "norm.": "norm_f."}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LLAMA_IDS = {"bos_token_id": 1, "eos_token_id": 2}
 _MIXERS = ("self_attn", "mlp")  # of a block, in order
 _NORMS = ("input_layernorm", "post_attention_layernorm")
-_PER_LAYER = ("layer_types", "no_rope_layers", "eos_token_id", "reads")
+_PER_LAYER = ("layer_types", "no_rope_layers", "mlp_only_layers", "eos_token_id", "reads")
 _QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _SMOLLM3_INTERVAL = 4  # llama.cpp knows no other
 _MAX_BLOCKS = 512
 _GGUF_SUPPORTED = {  # what llama.cpp computes with where the file says so
-    "expert_count": 0, "attention.sliding_window": 0, "attention.causal": True,
-    "rope.scaling.attn_factor": 1.0,
+    "attention.sliding_window": 0, "attention.causal": True, "rope.scaling.attn_factor": 1.0,
 }  # fmt: skip
 
 
@@ -84,12 +92,15 @@ class LlamaFamily:
     """None: as the file says."""
     has_qk_norm: bool = False
     has_no_rope_layers: bool = False
+    has_experts: bool = False
     slides: Slides | None = None
     """Which blocks' attention has a window; None: none in this family."""
     pairs_neighbours: bool = False
     """llama.cpp turns pairs of neighbours: rows of queries and keys change places."""
     gguf_has_usual_heads: bool = False
     """llama.cpp has no head_dim but hidden_size / num_attention_heads."""
+    is_read_from_gguf: bool = True
+    """False: files under its name there are read as another family."""
 
     TWO_TOWER_ARCHITECTURE: ClassVar[str] = "TwoTowerForCausalLM"
     LAYOUTS: ClassVar[Mapping[str, str]] = {"model.": "transformers"}
@@ -97,8 +108,8 @@ class LlamaFamily:
 
     @property
     def GGUF_READS(self) -> str | None:
-        """Its own name: another family's files under that name are read as this one."""
-        return self.gguf_name if self.gguf_name == self.MODEL_TYPE else None
+        """Its name there, where files of that name are read as this family."""
+        return self.gguf_name if self.is_read_from_gguf else None
 
     GGUF_FLOAT32: ClassVar[tuple[str, ...]] = ()
 
@@ -106,18 +117,21 @@ class LlamaFamily:
         """What config.json says; ValueError (one line) for what is not supported."""
         # A null counts as said: transformers keeps it, too.
         silent = {n: v for n, v in self.defaults.items() if n not in given}
-        values = {**silent, **with_synonyms(given, {})}
-        require(values, _REQUIRED)
+        values = {**silent, **with_synonyms(given, _SYNONYMS if self.has_experts else {})}
+        unused = "intermediate_size" if self.has_experts else ""  # where all blocks have them
+        require(values, [name for name in _REQUIRED if name != unused])
         blocks = _num_blocks(values["num_hidden_layers"])
         self._refuse(given, values, blocks)
         attention = self._read_attention(values)
-        mlp = read_spec(MLPSpec, values, _MLP, gated=True)
+        feed_forward = read_feed_forward(values, blocks, self.has_experts)
         layers: list[LayerSpec] = []
-        has_rope = self._has_rope(values, blocks)
+        has_rope = [True] * blocks
+        if self.has_no_rope_layers:
+            has_rope = read_rotary_blocks(values, blocks)
         windows = read_windows(values, has_rope, self.slides, self._has_switch)
-        for is_turned, window in zip(has_rope, windows, strict=True):
+        for is_turned, window, after in zip(has_rope, windows, feed_forward, strict=True):
             own = replace(attention, rope=attention.rope if is_turned else None, window=window)
-            layers += [own, mlp]
+            layers += [own, after]
         tower = read_spec(TowerConfig, values, _TOWER, layers=tuple(layers))
         init = read_spec(InitSpec, values, {"std": "initializer_range"}, rescale_residual=False)
         # No token of such a vocabulary is a mask: its id is one past the last.
@@ -128,13 +142,12 @@ class LlamaFamily:
     def write_config(self, config: TwoTowerConfig) -> dict[str, object]:
         """config.json, as `read_config` and `transformers` read it."""
         tower = config.context
-        attention, mlp = _specs(config)
         # A bias that the family always has is no field of its file.
         names = {n: f for n, f in _ATTENTION.items() if n != "bias"}
         fields = {
             **write_spec(tower, _TOWER),
-            **write_spec(attention, names),
-            **write_spec(mlp, _MLP),
+            **write_spec(_attention(config), names),
+            **write_feed_forward(tower, self.has_experts),
             **write_two_towers(config),
             "num_hidden_layers": tower.num_layers // 2,
             "hidden_act": "silu",
@@ -180,7 +193,7 @@ class LlamaFamily:
 
     def gguf_architecture(self, config: TwoTowerConfig) -> str:
         """llama.cpp's name for it; ValueError for a model that it cannot compute."""
-        attention, rope = _specs(config)[0], config.context.rotary
+        attention, rope = _attention(config), config.context.rotary
         rotary = [one.rope is not None for one in config.context.layers_of(AttentionSpec)]
         known = [(i + 1) % _SMOLLM3_INTERVAL != 0 for i in range(len(rotary))]
         usual = config.hidden_size / attention.num_heads
@@ -207,19 +220,21 @@ class LlamaFamily:
         ):
             if is_refused:
                 raise ValueError(reason)
+        refuse_gguf_feed_forward(config.context, self.has_experts)
         if rope is not None:
             refuse_gguf_rope(rope[0], has_factors=self.gguf_name == "llama")
         return self.gguf_name
 
     def gguf_lookup_name(self, name: str) -> str:
         """A name inside a tower as the table of the `gguf` package knows it."""
-        return self.from_tower_name(name)
+        known = self.from_tower_name(name)
+        return f"{known}.weight" if re.search(r"\.experts\.\w+$", known) else known
 
     def gguf_values(self, name: str, values: Tensor, config: TwoTowerConfig) -> Tensor:
         """A tensor's values and shape as llama.cpp expects them."""
         if not self.pairs_neighbours or not re.search(r"\.[qk]_proj\.", name):
             return values
-        half = _specs(config)[0].head_dim // 2
+        half = _attention(config).head_dim // 2
         pairs: Tensor = values.unflatten(0, (-1, 2, half))
         return pairs.transpose(1, 2).flatten(0, 2)
 
@@ -227,7 +242,7 @@ class LlamaFamily:
         """The inverse of `gguf_values`."""
         if not self.pairs_neighbours or not re.search(r"\.[qk]_proj\.", name):
             return values
-        half = _specs(config)[0].head_dim // 2
+        half = _attention(config).head_dim // 2
         pairs: Tensor = values.unflatten(0, (-1, half, 2))
         return pairs.transpose(1, 2).flatten(0, 2)
 
@@ -250,7 +265,6 @@ class LlamaFamily:
         head_dim = found.get("attention.key_length", width // max(heads, 1))
         values: dict[str, object] = {
             "hidden_size": width,
-            "intermediate_size": found["feed_forward_length"],
             "num_hidden_layers": found["block_count"],
             "num_attention_heads": heads,
             "num_key_value_heads": found.get("attention.head_count_kv", heads),
@@ -260,8 +274,8 @@ class LlamaFamily:
             "rope_parameters": rope_from_gguf(found, head_dim, rope_factors),
             "tie_word_embeddings": "output.weight" not in tensors,
             "attention_bias": "blk.0.attn_output.bias" in tensors,
-            "mlp_bias": "blk.0.ffn_up.bias" in tensors,
             "sliding_window": None,
+            **feed_forward_from_gguf(found, tensors, self.has_experts),
         }
         roles = ("bos", "padding", "eos", "eot", "eom")
         bos, pad, *ends = [metadata.get(f"tokenizer.ggml.{role}_token_id") for role in roles]
@@ -278,11 +292,11 @@ class LlamaFamily:
 
     def add_gguf_sizes(self, writer: "GGUFWriter", config: TwoTowerConfig) -> None:
         """The metadata that describes the architecture."""
-        attention, mlp = _specs(config)
+        attention = _attention(config)
         writer.add_context_length(32_768)  # limits nothing: the cache it takes when not told
         writer.add_embedding_length(config.hidden_size)
         writer.add_block_count(config.context.num_layers // 2)
-        writer.add_feed_forward_length(mlp.intermediate_size)
+        add_gguf_feed_forward(writer, config.context)
         writer.add_head_count(attention.num_heads)
         writer.add_head_count_kv(attention.num_kv_heads)
         writer.add_key_length(attention.head_dim)
@@ -319,22 +333,6 @@ class LlamaFamily:
         refuse(values, {"hidden_act": "silu", "partial_rotary_factor": 1.0, "is_causal": True})
         refuse_per_layer(given, num_blocks, _PER_LAYER)
 
-    def _has_rope(self, values: Values, num_blocks: int) -> list[bool]:
-        """Whether each block's attention has positions."""
-        if not self.has_no_rope_layers:
-            return [True] * num_blocks
-        given = values.get("no_rope_layers")
-        if given is None:
-            interval = typed("no_rope_layer_interval", values["no_rope_layer_interval"], int)
-            assert isinstance(interval, int)
-            return [interval < 1 or (i + 1) % interval != 0 for i in range(num_blocks)]
-        if not isinstance(given, list) or len(given) != num_blocks or {*map(str, given)} - {*"01"}:
-            raise ValueError(
-                f"config.json: no_rope_layers={reprlib.repr(given)} must be a 0 (no positions) or "
-                f"a 1 for each of {num_blocks} layers"
-            )
-        return [bool(one) for one in given]
-
 
 def _slides_from(values: Values, block: int, has_rope: bool) -> bool:
     """Qwen's windows begin at a block."""
@@ -351,7 +349,7 @@ MISTRAL = LlamaFamily(
     MODEL_TYPE="mistral", ARCHITECTURE="MistralForCausalLM", gguf_name="llama",
     defaults={"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
     token_ids=_LLAMA_IDS, has_qkv_bias=False, pairs_neighbours=True,
-    slides=lambda values, block, has_rope: True,
+    slides=lambda values, block, has_rope: True, is_read_from_gguf=False,
 )  # fmt: skip
 QWEN2 = LlamaFamily(
     MODEL_TYPE="qwen2", ARCHITECTURE="Qwen2ForCausalLM", gguf_name="qwen2",
@@ -365,6 +363,13 @@ QWEN3 = LlamaFamily(
     },
     has_qk_norm=True, slides=_slides_from,
 )  # fmt: skip
+QWEN3_MOE = LlamaFamily(
+    MODEL_TYPE="qwen3_moe", ARCHITECTURE="Qwen3MoeForCausalLM", gguf_name="qwen3moe",
+    defaults={
+        "rms_norm_eps": 1e-6, "num_key_value_heads": 4, **_QWEN_WINDOWS, **EXPERT_DEFAULTS,
+    },
+    has_qk_norm=True, has_experts=True,
+)  # fmt: skip
 SMOLLM3 = LlamaFamily(
     MODEL_TYPE="smollm3", ARCHITECTURE="SmolLM3ForCausalLM", gguf_name="smollm3",
     defaults={
@@ -375,7 +380,7 @@ SMOLLM3 = LlamaFamily(
     has_no_rope_layers=True, pairs_neighbours=True,
     slides=lambda values, block, has_rope: not has_rope,
 )  # fmt: skip
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, SMOLLM3)
 
 
 def _num_blocks(value: object) -> int:
@@ -389,8 +394,6 @@ def _num_blocks(value: object) -> int:
     return count
 
 
-def _specs(config: TwoTowerConfig) -> tuple[AttentionSpec, MLPSpec]:
-    """The first block's layers: all blocks are alike, but for positions and windows."""
-    attention, mlp = config.context.layers[:2]
-    assert isinstance(attention, AttentionSpec) and isinstance(mlp, MLPSpec)
-    return attention, mlp
+def _attention(config: TwoTowerConfig) -> AttentionSpec:
+    """The first block's: all are alike, but for positions and windows."""
+    return config.context.layers_of(AttentionSpec)[0]

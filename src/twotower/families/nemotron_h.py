@@ -81,6 +81,7 @@ _FIELDS: dict[type[LayerSpec], dict[str, str]] = {
     },
     MLPSpec: {"intermediate_size": "intermediate_size", "bias": "mlp_bias"},
 }
+_SHARED = _FIELDS[MoESpec]["shared_intermediate_size"]
 _TOWER = {
     "hidden_size": "hidden_size",
     "vocab_size": "vocab_size",
@@ -162,6 +163,8 @@ def read_config(given: Values) -> TwoTowerConfig:
         name for kind in SPECS if kind in kinds for name in required_fields(kind, _FIELDS[kind])
     ]
     require(values, [*required_fields(TowerConfig, _TOWER), *sizes])
+    if values.get(_SHARED) == 0 and MoESpec in kinds:
+        raise ValueError(f"config.json: {_SHARED}=0 is not supported; only 1 or more")
     specs = {kind: read_spec(kind, values, _FIELDS[kind]) for kind in SPECS if kind in kinds}
     layers = tuple(specs[kind] for kind in kinds)
     tower = read_spec(TowerConfig, values, _TOWER, layers=layers)

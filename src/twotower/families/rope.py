@@ -85,6 +85,21 @@ def read_rope(values: Values) -> RopeSpec:
     return read_spec(RopeSpec, found, names, scaling=scaling)
 
 
+def read_rotary_blocks(values: Values, num_blocks: int) -> list[bool]:
+    """Whether each block's attention has positions, in a family where some have none."""
+    given = values.get("no_rope_layers")
+    if given is None:
+        interval = typed("no_rope_layer_interval", values["no_rope_layer_interval"], int)
+        assert isinstance(interval, int)
+        return [interval < 1 or (i + 1) % interval != 0 for i in range(num_blocks)]
+    if not isinstance(given, list) or len(given) != num_blocks or {*map(str, given)} - {*"01"}:
+        raise ValueError(
+            f"config.json: no_rope_layers={reprlib.repr(given)} must be a 0 (no positions) or "
+            f"a 1 for each of {num_blocks} layers"
+        )
+    return [bool(one) for one in given]
+
+
 def _yarn_attention(values: Values) -> float:
     """By how much YaRN scales queries and keys where a file does not say it."""
     factor, *scales = (

@@ -22,9 +22,9 @@ def read_windows(
 
     slides: None for a family without windows. has_switch: whether it heeds use_sliding_window.
     """
-    if slides is None:
-        refuse(values, {"sliding_window": None})
     is_on = not has_switch or bool(values.get(_SWITCH))
+    if slides is None and is_on:
+        refuse(values, {"sliding_window": None})
     found = values.get("sliding_window") if is_on else None
     window = None if found is None else typed("sliding_window", found, int)
     if window is not None and not (isinstance(window, int) and window > 0):
