@@ -122,7 +122,7 @@ LLAMA: dict[str, object] = {
 def with_merges(pre_tokenizer: list[dict[str, object]]) -> dict[str, Any]:
     """Byte-level BPE that joins letters, digits, spaces and line ends across most borders."""
     space, line = "\u0120", "\u010a"
-    pairs = ["a b", "1 2", "12 3", "' s", f"{space} {space}", f"{line} {line}", f"{space} a"]
+    pairs = ["b C", "a b", "1 2", "12 3", "' s", f"{space} {space}", f"{line} {line}", f"{space} a"]
     values = byte_level(pre_tokenizer={"type": "Sequence", "pretokenizers": pre_tokenizer})
     vocab = values["model"]["vocab"]
     del vocab["zz"]
@@ -141,11 +141,11 @@ def test_tokenizers_of_other_makers_split_text_there_as_here(
     values = llama() if kind == "llama" else with_merges(SPLITS[kind])
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     tokenizer = load_tokenizer(tmp_path)
-    ids = {"bos_token_id": 1, "eos_token_id": 2} if kind == "llama" else {"eos_token_id": 263}
+    ids = {"bos_token_id": 1, "eos_token_id": 2} if kind == "llama" else {"eos_token_id": 264}
     model = random_model(config_from_dict(LLAMA | ids))
     export_gguf(model, tmp_path / "tiny.gguf", tokenizer=tokenizer)
     assert not caplog.messages
-    text = SPLIT + " 123123 abab  a ab's\n\n\n   12"
+    text = SPLIT + " 123123 abab bC  a ab's\n\n\n   12"
     baseline = LlamaCpp(tmp_path / "tiny.gguf", threads=1)
     found = split_by_llama_cpp(baseline, text, tokenizer.adds_bos)
     baseline.close()

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from twotower import PrepareOptions, load_tokenizer, prepare_data
 from twotower.checkpoint import export_gguf, gguf_reader, inspect, load_checkpoint
@@ -20,8 +19,11 @@ from twotower.families.rope import rope_from_gguf
 from twotower.tokenizer import TOKENIZER_FILE
 from twotower.train.shard import Shard
 
-gguf = pytest.importorskip("gguf")
-Kind = gguf.GGMLQuantizationType
+pytest.importorskip("gguf")
+import gguf
+
+from tiny_gguf import Kind, blocks
+
 ADD = {int: "uint32", float: "float32", bool: "bool", str: "string"}
 WIDTH, INNER, TOKENS = 256, 512, 300  # K types come in blocks of 256
 LETTERS = [chr(0x100 + index) if index < 33 or index > 126 else chr(index) for index in range(256)]
@@ -88,28 +90,6 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     return values
-
-
-def blocks(shape: tuple[int, ...], kind: Any, seed: int) -> np.ndarray:
-    """Random content of a type: any bytes are numbers, if the scales in front are finite."""
-    rng = np.random.default_rng(seed)
-    if kind in (Kind.F32, Kind.F16):
-        plain = {Kind.F32: np.float32, Kind.F16: np.float16}[kind]
-        return (0.1 * rng.standard_normal(shape)).astype(plain)
-    if kind == Kind.BF16:
-        values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
-        return values.view(torch.uint8).numpy()
-    numbers, num_bytes = gguf.GGML_QUANT_SIZES[kind]
-    count = shape[0] * shape[1] // numbers
-    data = rng.integers(0, 256, (count, num_bytes), dtype=np.uint8)
-    scales = rng.uniform(0.001, 0.01, (count, 2)).astype(np.float16).view(np.uint8)
-    if kind.name in ("Q2_K", "Q3_K", "Q6_K"):  # whose scales are the last
-        num_scales = 4 if kind == Kind.Q2_K else 2
-        data[:, -num_scales:] = scales[:, :num_scales]
-    else:
-        num_scales = 4 if kind.name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else 2
-        data[:, :num_scales] = scales[:, :num_scales]
-    return data.reshape(shape[0], -1)
 
 
 @pytest.mark.parametrize("kind", gguf_reader.TYPES)

@@ -14,7 +14,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from twotower.checkpoint.gguf_reader import INDEX_FILE as GGUF_INDEX
-from twotower.checkpoint.gguf_reader import is_gguf, open_gguf, read_index, read_tensor
+from twotower.checkpoint.gguf_reader import (
+    is_gguf,
+    matrices,
+    open_gguf,
+    read_index,
+    read_tensor,
+)
 from twotower.families import read_json
 from twotower.paths import usable_path
 
@@ -139,7 +145,8 @@ def read_entries(folder: Path) -> dict[str, Entry]:
             )
     if GGUF_INDEX in found:
         file, tensors = read_index(folder)
-        return {name: _gguf_entry(file, name, entry) for name, entry in tensors.items()}
+        each = [matrices(name, entry) for name, entry in tensors.items()]
+        return {n: _gguf_entry(file, n, one) for found in each for n, one in found.items()}
     if SINGLE_FILE in found:
         return _header(folder / SINGLE_FILE)
     weight_map = _weight_map(folder / INDEX_FILE)

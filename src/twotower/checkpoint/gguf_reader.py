@@ -7,6 +7,7 @@ the tensors; the weights stay in the GGUF file and are made full precision as th
 import hashlib
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,13 +26,14 @@ from twotower.checkpoint.gguf_tokenizer import (
 )
 from twotower.config import TwoTowerConfig
 from twotower.families import FAMILIES, Family, config_from_dict, family_of, read_json
+from twotower.specs import MAX_EXPERTS
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
 INDEX_FILE = "gguf_tensors.json"
 _CACHE = Path.home() / ".cache" / "twotower" / "gguf"
-_VERSION = 3  # of what is written there
+_VERSION = 4  # of what is written there
 _MAGIC = b"GGUF"
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPES = (
@@ -105,6 +107,19 @@ def read_tensor(file: Path, entry: Mapping[str, Any]) -> Tensor:
     return torch.from_numpy(quants.dequantize(rows, GGMLQuantizationType[kind])).view(shape)
 
 
+def matrices(name: str, entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A tensor's matrices as tensors of their own: those of a stack one by one, NAME[0] the first.
+
+    So experts are read, made full precision and quantised one at a time.
+    """
+    count = entry["shape"][0] if len(entry["shape"]) == 3 else 0
+    if not 1 <= count <= MAX_EXPERTS:
+        return {name: dict(entry)}
+    size = entry["num_bytes"] // count
+    one = {"type": entry["type"], "shape": entry["shape"][1:], "num_bytes": size}
+    return {f"{name}[{i}]": one | {"offset": entry["offset"] + i * size} for i in range(count)}
+
+
 def gguf_names(config: TwoTowerConfig) -> Callable[[str], str | None]:
     """From our name of a tensor inside a tower to its name in a GGUF file, None if it has none."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
@@ -132,7 +147,8 @@ def _contents(file: Path) -> dict[str, bytes]:
     family = _family(file, metadata)
     tensors = dict(_tensors(file, reader))
     try:
-        metadata = with_defaults(metadata)
+        prefix = f"{metadata['general.architecture']}."
+        metadata = with_defaults({n.removeprefix(prefix): v for n, v in metadata.items()})
         names = frozenset(tensors)
         factors = _values_of(file, tensors.get("rope_freqs.weight"))
         values = {"model_type": family.MODEL_TYPE} | family.config_from_gguf(
@@ -150,10 +166,9 @@ def _contents(file: Path) -> dict[str, bytes]:
     except ValueError as error:
         text = str(error).removeprefix("config.json: ")
         raise ValueError(f"{file}: {text}") from None
-    index = {
-        "file": str(file),
-        "tensors": {n: t for n, t in tensors.items() if n not in _NOT_WEIGHTS},
-    }
+    drafts = range(int(str(values["num_hidden_layers"])), metadata["block_count"])
+    left = {n: t for n, t in tensors.items() if n not in _NOT_WEIGHTS and _block(n) not in drafts}
+    index = {"file": str(file), "tensors": left}
     return {"config.json": as_json(values), **files, INDEX_FILE: as_json(index)}
 
 
@@ -202,7 +217,7 @@ def _family(file: Path, metadata: Mapping[str, Any]) -> Family:
             f"{file}: is one of {metadata['split.count']} parts; merge them with llama-gguf-split"
         )
     architecture = metadata.get("general.architecture")
-    known = {family.GGUF_READS: family for family in FAMILIES.values() if family.GGUF_READS}
+    known = {name: family for family in FAMILIES.values() for name in family.GGUF_READS}
     if architecture not in known:
         raise ValueError(
             f"{file}: architecture {architecture!r} is not supported; read from GGUF are "
@@ -229,6 +244,12 @@ def _tensors(file: Path, reader: "GGUFReader") -> Iterator[tuple[str, dict[str, 
             tensor.name,
             {"type": kind, "shape": shape, "offset": offset, "num_bytes": num_bytes},
         )
+
+
+def _block(name: str) -> int | None:
+    """The number of the block that a tensor belongs to."""
+    match = re.match(r"blk\.(\d+)\.", name)
+    return None if match is None else int(match[1])
 
 
 def _values_of(file: Path, entry: Mapping[str, Any] | None) -> list[float] | None:

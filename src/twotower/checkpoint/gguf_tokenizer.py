@@ -18,6 +18,12 @@ _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Mistral's since Nemo, and Nemotron's: words end where small letters are followed by a capital.
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def _split(pattern: str) -> list[dict[str, object]]:
@@ -33,8 +39,14 @@ SPLITS: dict[str, list[dict[str, object]]] = {
     "smollm": [_DIGITS, _BYTE_LEVEL],
     "qwen2": _split(_PATTERN % ""),
     "llama-bpe": _split(_PATTERN % "{1,3}"),
+    "tekken": _split(_TEKKEN),
 }
-_SAME = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+_SAME = {
+    "llama3": "llama-bpe", "llama-v3": "llama-bpe", "pixtral": "llama-bpe",
+    "deepseek-r1-qwen": "qwen2",
+}  # fmt: skip
+# Those whose texts begin with bos where a file is silent, and whose whole words need no merges.
+_WHOLE_WORDS = ("llama-bpe", "tekken")
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 SPACE = "\u2581"
 # Tokens at which llama.cpp ends a text by their names, whatever the metadata says.
@@ -55,7 +67,7 @@ def with_defaults(metadata: Mapping[str, Any]) -> dict[str, Any]:
     split = _SAME.get(name, name)
     ids = {"unknown": 0, "bos": 1, "eos": 2} if is_pieces else {}
     found = {f"{prefix}.{role}_token_id": index for role, index in ids.items()}
-    found[f"{prefix}.add_bos_token"] = is_pieces or split == "llama-bpe"
+    found[f"{prefix}.add_bos_token"] = is_pieces or split in _WHOLE_WORDS
     return {**found, **metadata, f"{prefix}.pre": split}
 
 
@@ -128,7 +140,7 @@ def _byte_level(metadata: Mapping[str, Any]) -> dict[str, object]:
     model = {
         "type": "BPE", "vocab": {token: index for index, token in enumerate(tokens)},
         "merges": [merge.split(" ", 1) for merge in metadata["tokenizer.ggml.merges"]],
-        "ignore_merges": name == "llama-bpe",
+        "ignore_merges": name in _WHOLE_WORDS,
     }  # fmt: skip
     return {
         "normalizer": None,

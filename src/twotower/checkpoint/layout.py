@@ -90,11 +90,17 @@ def _from_gguf(config: TwoTowerConfig, found: dict[str, Entry]) -> dict[str, Ent
     family, left = family_of(config), dict(found)
     table = gguf_names(config)
     entries: dict[str, Entry] = {}
-    for name in build_empty(config, "context").state_dict():
+    for name, tensor in build_empty(config, "context").state_dict().items():
         inner = names.inner_name(name)
-        entry = left.pop(table(inner) or "", None)
-        if entry is not None:
-            entries[name] = entry._replace(load=partial(_load_gguf, entry, family, inner, config))
+        written = family.gguf_values(inner, tensor, config).shape
+        for released, slot in names.released_slots({name: tuple(tensor.shape)}).items():
+            expert = "" if slot.expert is None else f"[{slot.expert}]"
+            entry = left.pop(f"{table(inner)}{expert}", None)
+            if entry is None:
+                continue
+            load = partial(_load_gguf, entry, family, inner, config)
+            shape = slot.shape if not expert and entry.shape == written else entry.shape
+            entries[released] = entry._replace(load=load, shape=shape)
     return entries | left
 
 

@@ -84,8 +84,9 @@ class _Files:
         """A tensor of a file without reading it; it must not be written to."""
         if entry.load is not None:
             raise ValueError(
-                f"{entry.file}: {entry.name} cannot be mapped as the file keeps it; write the "
-                "checkpoint anew with: twotower convert SOURCE TARGET"
+                f"expert_storage='mmap': {entry.file}: {entry.name} cannot be mapped as the file "
+                "keeps it; use expert_storage='memory', or write the checkpoint anew with: "
+                "twotower convert SOURCE TARGET"
             )
         if entry.file not in self._open:
             self._open[entry.file] = _map(entry.file)

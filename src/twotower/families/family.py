@@ -40,8 +40,8 @@ class Family(Protocol):
         leave it out."""
 
     @property
-    def GGUF_READS(self) -> str | None:
-        """llama.cpp's architecture whose files `config_from_gguf` reads; None where none are."""
+    def GGUF_READS(self) -> tuple[str, ...]:
+        """llama.cpp's architectures whose files `config_from_gguf` reads."""
 
     @property
     def GGUF_FLOAT32(self) -> tuple[str, ...]:
@@ -94,7 +94,8 @@ class Family(Protocol):
         rope_factors: list[float] | None,
         /,
     ) -> dict[str, object]:
-        """config.json of a GGUF file: its metadata, its tensors' names, the factors of its scaling.
+        """config.json of a GGUF file: its metadata, the architecture's own without that prefix, its
+        tensors' names, the factors of its scaling.
 
         KeyError for metadata that is missing, ValueError (one line) for what is not supported.
         """

@@ -34,13 +34,13 @@ from twotower.families.fields import (
     write_spec,
     write_two_towers,
 )
+from twotower.families.gguf_metadata import require_supported, short, special_ids
 from twotower.families.rope import (
     add_gguf_rope,
     read_rope,
     read_rotary_blocks,
     refuse_gguf_rope,
     rope_from_gguf,
-    short,
     write_rope,
 )
 from twotower.families.windows import Slides, read_windows, write_windows
@@ -107,9 +107,9 @@ class LlamaFamily:
     TIES_HEAD: ClassVar[bool] = True
 
     @property
-    def GGUF_READS(self) -> str | None:
+    def GGUF_READS(self) -> tuple[str, ...]:
         """Its name there, where files of that name are read as this family."""
-        return self.gguf_name if self.is_read_from_gguf else None
+        return (self.gguf_name,) if self.is_read_from_gguf else ()
 
     GGUF_FLOAT32: ClassVar[tuple[str, ...]] = ()
 
@@ -253,34 +253,24 @@ class LlamaFamily:
         rope_factors: list[float] | None,
     ) -> dict[str, object]:
         """config.json of a GGUF file. See `Family`."""
-        found = {
-            name.removeprefix(f"{self.gguf_name}."): value
-            for name, value in metadata.items()
-            if name.startswith(f"{self.gguf_name}.")
-        }
-        for name, allowed in _GGUF_SUPPORTED.items():
-            if found.get(name, allowed) != allowed:
-                raise ValueError(f"{name}={found[name]} is not supported; only {allowed}")
-        heads, width = found["attention.head_count"], found["embedding_length"]
-        head_dim = found.get("attention.key_length", width // max(heads, 1))
+        require_supported(metadata, _GGUF_SUPPORTED)
+        heads, width = metadata["attention.head_count"], metadata["embedding_length"]
+        head_dim = metadata.get("attention.key_length", width // max(heads, 1))
         values: dict[str, object] = {
             "hidden_size": width,
-            "num_hidden_layers": found["block_count"],
+            "num_hidden_layers": metadata["block_count"],
             "num_attention_heads": heads,
-            "num_key_value_heads": found.get("attention.head_count_kv", heads),
+            "num_key_value_heads": metadata.get("attention.head_count_kv", heads),
             "head_dim": head_dim,
             "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
-            "rms_norm_eps": short(found["attention.layer_norm_rms_epsilon"]),
-            "rope_parameters": rope_from_gguf(found, head_dim, rope_factors),
+            "rms_norm_eps": short(metadata["attention.layer_norm_rms_epsilon"]),
+            "rope_parameters": rope_from_gguf(metadata, head_dim, rope_factors),
             "tie_word_embeddings": "output.weight" not in tensors,
             "attention_bias": "blk.0.attn_output.bias" in tensors,
             "sliding_window": None,
-            **feed_forward_from_gguf(found, tensors, self.has_experts),
+            **feed_forward_from_gguf(metadata, tensors, self.has_experts),
         }
-        roles = ("bos", "padding", "eos", "eot", "eom")
-        bos, pad, *ends = [metadata.get(f"tokenizer.ggml.{role}_token_id") for role in roles]
-        ends = list(dict.fromkeys(end for end in ends if end is not None))
-        return values | {"bos_token_id": bos, "pad_token_id": pad, "eos_token_id": ends}
+        return values | special_ids(metadata)
 
     def gguf_extra_tensors(self, config: TwoTowerConfig) -> Iterator[tuple[str, Tensor]]:
         """The factors of Llama 3's scaling, which llama.cpp keeps as a tensor."""

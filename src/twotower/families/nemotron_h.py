@@ -7,11 +7,6 @@ transformers 5 NemotronHConfig for the newer spellings.
 import math
 import re
 import reprlib
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
 
 from twotower.config import InitSpec, TowerConfig, TwoTowerConfig
 from twotower.families.fields import (
@@ -27,19 +22,29 @@ from twotower.families.fields import (
     write_spec,
     write_two_towers,
 )
+from twotower.families.nemotron_h_gguf import (
+    GGUF_FLOAT32,
+    GGUF_READS,
+    add_gguf_sizes,
+    config_from_gguf,
+    gguf_architecture,
+    gguf_extra_tensors,
+    gguf_values,
+    values_from_gguf,
+)
 from twotower.specs import SPECS, AttentionSpec, LayerSpec, MambaSpec, MLPSpec, MoESpec
 
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
-
+__all__ = [  # what `Family` names
+    "ARCHITECTURE", "GGUF_FLOAT32", "GGUF_READS", "LAYOUTS", "MODEL_TYPE", "NANO_30B", "TIES_HEAD",
+    "TWO_TOWER_ARCHITECTURE", "add_gguf_sizes", "config_from_gguf", "from_tower_name",
+    "gguf_architecture", "gguf_extra_tensors", "gguf_lookup_name", "gguf_values", "read_config",
+    "to_tower_name", "transformers_config", "values_from_gguf", "write_config",
+]  # fmt: skip
 MODEL_TYPE = "nemotron_h"
 ARCHITECTURE = "NemotronHForCausalLM"
 TWO_TOWER_ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 LAYOUTS = {"backbone.": "backbone", "model.": "transformers"}
 TIES_HEAD = False
-GGUF_READS = None
-# What stays float32 in a GGUF file of any precision: small, and where rounding costs most.
-GGUF_FLOAT32 = (".A_log", ".D", ".dt_bias", ".conv1d.weight", ".mixer.norm.weight")
 NANO_30B: dict[str, object] = {
     "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
     "hidden_size": 2688, "vocab_size": 131072,
@@ -223,97 +228,12 @@ def from_tower_name(name: str) -> str:
     return name if name.startswith("lm_head.") else f"backbone.{name}"
 
 
-def gguf_architecture(config: TwoTowerConfig) -> str:
-    """llama.cpp's name for it; ValueError for a model that its graph cannot compute."""
-    tower = config.context
-    kinds = {type(layer) for layer in tower.layers}
-    if {MLPSpec, MoESpec} <= kinds or not {MambaSpec, AttentionSpec} <= kinds:
-        raise ValueError(
-            f"hybrid_override_pattern={tower.pattern} cannot be exported: llama.cpp wants M and * "
-            "layers, and - or E but not both"
-        )
-    mamba, moe = tower.shared_spec(MambaSpec), tower.shared_spec(MoESpec)
-    found = {"use_bias": mamba and mamba.proj_bias, "n_group": moe and moe.num_groups}
-    found["moe_latent_size"] = moe and moe.latent_size
-    for name, allowed in (("use_bias", False), ("n_group", 1), ("moe_latent_size", None)):
-        if found[name] not in (None, allowed):
-            raise ValueError(
-                f"{name}={found[name]} cannot be exported: llama.cpp computes this architecture "
-                f"with {name}={allowed} only"
-            )
-    return "nemotron_h" if moe is None else "nemotron_h_moe"
-
-
 def gguf_lookup_name(name: str) -> str:
     """Our name inside a tower as the `gguf` package's table knows it."""
     if match := re.fullmatch(r"layers\.(\d+)\.mixer\.experts\.(\w+)", name):
         return f"model.layers.{match[1]}.mlp.experts.{match[2]}.weight"
     known = from_tower_name(name).replace("dt_bias", "dt.bias")
     return known.replace("e_score_correction_bias", "e_score_correction.bias")
-
-
-def gguf_values(name: str, values: Tensor, config: TwoTowerConfig) -> Tensor:
-    """Values and shape that llama.cpp expects where they are not the model's own."""
-    if name.endswith(".A_log"):
-        return -values.float().exp().unsqueeze(1)  # (H, 1): the decay rates themselves
-    if name.endswith(".D"):
-        return values.unsqueeze(1)  # (H, 1)
-    if name.endswith(".conv1d.weight"):
-        return values.squeeze(1)  # (C, W)
-    mamba = config.context.shared_spec(MambaSpec)
-    if name.endswith(".mixer.norm.weight") and mamba is not None:
-        return values.reshape(mamba.num_groups, -1)  # (G, H * P / G)
-    return values
-
-
-def values_from_gguf(name: str, values: Tensor, config: TwoTowerConfig) -> Tensor:
-    """Not read from GGUF."""
-    raise AssertionError("nemotron_h is written as GGUF, not read")
-
-
-def config_from_gguf(
-    metadata: Mapping[str, Any], tensors: frozenset[str], rope_factors: list[float] | None
-) -> dict[str, object]:
-    """Not read from GGUF."""
-    raise AssertionError("nemotron_h is written as GGUF, not read")
-
-
-def gguf_extra_tensors(config: TwoTowerConfig) -> Iterator[tuple[str, Tensor]]:
-    """Zeros for convolutions without a bias: llama.cpp insists on one."""
-    for index, layer in enumerate(config.context.layers):
-        if isinstance(layer, MambaSpec) and not layer.conv_bias:
-            yield f"blk.{index}.ssm_conv1d.bias", torch.zeros(layer.conv_channels)
-
-
-def add_gguf_sizes(writer: "GGUFWriter", config: TwoTowerConfig) -> None:
-    """The sizes; a layer's kind follows from its feed-forward width and KV heads alone."""
-    tower = config.context
-    attention, mamba = tower.shared_spec(AttentionSpec), tower.shared_spec(MambaSpec)
-    assert attention is not None and mamba is not None  # gguf_architecture has asked for both
-    # Positions are not encoded, so this limits nothing: it is the cache it takes when not told.
-    writer.add_context_length(16_384)
-    writer.add_embedding_length(tower.hidden_size)
-    writer.add_block_count(tower.num_layers)
-    writer.add_feed_forward_length([getattr(one, "intermediate_size", 0) for one in tower.layers])
-    writer.add_head_count(attention.num_heads)
-    writer.add_head_count_kv([getattr(one, "num_kv_heads", 0) for one in tower.layers])
-    writer.add_key_length(attention.head_dim)
-    writer.add_value_length(attention.head_dim)
-    writer.add_layer_norm_eps(tower.norm_eps)  # each is read by some versions
-    writer.add_layer_norm_rms_eps(tower.norm_eps)
-    writer.add_ssm_conv_kernel(mamba.conv_width)
-    writer.add_ssm_inner_size(mamba.width)
-    writer.add_ssm_state_size(mamba.state_size)
-    writer.add_ssm_time_step_rank(mamba.num_heads)
-    writer.add_ssm_group_count(mamba.num_groups)
-    if (moe := tower.shared_spec(MoESpec)) is not None:
-        writer.add_expert_count(moe.num_experts)
-        writer.add_expert_used_count(moe.experts_per_token)
-        writer.add_expert_shared_count(1)
-        writer.add_expert_feed_forward_length(moe.intermediate_size)
-        writer.add_expert_shared_feed_forward_length(moe.shared_intermediate_size)
-        writer.add_expert_weights_norm(moe.norm_topk_prob)
-        writer.add_expert_weights_scale(moe.scaling_factor)
 
 
 def _layer_kinds(values: Values) -> list[type[LayerSpec]]:

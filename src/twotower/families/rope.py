@@ -18,6 +18,7 @@ from twotower.families.fields import (
     with_synonyms,
     write_spec,
 )
+from twotower.families.gguf_metadata import short
 from twotower.layers.rope import inverse_frequencies
 from twotower.specs import RopeScaling, RopeSpec
 
@@ -165,11 +166,6 @@ def _llama3_of_factors(
         if len(factors) == len(known) and torch.allclose(known, torch.tensor(factors), rtol=1e-3):
             return found
     raise ValueError("rope_freqs.weight holds factors of no known scaling; use the model's folder")
-
-
-def short(value: float) -> float:
-    """A float32 as the shortest number that means it: 1e-05, not 9.99999974e-06."""
-    return float(f"{value:.7g}")
 
 
 def write_rope(tower: TowerConfig) -> dict[str, object]:
