@@ -176,7 +176,10 @@ def test_every_kind_of_layer_is_exported(tmp_path: Path, changes: dict[str, obje
     assert run_tiny(tmp_path, **changes) < TOLERANCE
 
 
-@pytest.mark.parametrize(("dtype", "worst"), [("float16", 0.02), ("bfloat16", 0.3), ("q8_0", 1.0)])
+@pytest.mark.parametrize(
+    ("dtype", "worst"),
+    [("float16", 0.02), ("bfloat16", 0.3), ("q8_0", 1.0), ("q4_0", 12.0)],
+)
 def test_smaller_precisions_stay_close(
     model: TwoTower, tmp_path: Path, dtype: Precision, worst: float
 ) -> None:

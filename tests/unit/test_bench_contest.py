@@ -69,3 +69,17 @@ def test_the_denoiser_is_ours_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [one.mode for one in given] == ["ar", "speculative"] * 2
     assert {one.engine for one in given} == {"twotower"}
     assert len({replace(one, mode="") for one in given}) == 2
+
+
+def test_who_cannot_take_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a table of ours alone that looks like a victory."""
+
+    def refuse(*_: object) -> Path:
+        raise ValueError("it has no such layer")
+
+    monkeypatch.setattr(contest, "_gguf", refuse)
+    found, missing = contest.contestants(
+        tiny_model, tmp_path / "m", (("auto",), ("int4",)), 1, tmp_path
+    )
+    assert {one.engine for one in found} == {"twotower"}
+    assert missing == ["llama.cpp int4: it has no such layer"]

@@ -24,7 +24,13 @@ gguf = pytest.importorskip("gguf")
 
 # Largest error of a stored number, as a share of the largest in its row. Q8_0: half a step of
 # 1/127, and 127 times the rounding of its float16 scale.
-ROUNDING = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 0.5 / 127 + 2**-11}
+ROUNDING = {
+    "F32": 0.0,
+    "F16": 2**-11,
+    "BF16": 2**-8,
+    "Q8_0": 0.5 / 127 + 2**-11,
+    "Q4_0": 0.5 / 8 + 0.07,
+}
 
 
 def dense() -> TwoTower:
@@ -46,18 +52,21 @@ def metadata(file: Path, key: str) -> object:
     return gguf.GGUFReader(file).fields[key].contents()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "q8_0"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "q8_0", "q4_0"])
 def test_matrices_are_stored_within_their_rounding(tmp_path: Path, dtype: Precision) -> None:
     """Guards against rows cut wrongly into blocks; rows of 24 numbers have none and get float16."""
     model = dense()
     export_gguf(model, tmp_path / "a.gguf", dtype=dtype)
     stored = read(tmp_path / "a.gguf")
-    wanted = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}[dtype]
-    unquantised = "F16" if dtype == "q8_0" else wanted
+    wanted = {
+        "float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0",
+    }[dtype]  # fmt: skip
+    unquantised = "F16" if dtype.startswith("q") else wanted
+    heads = "Q8_0" if dtype == "q4_0" else wanted
     layers = model.context_tower.layers
     for name, parameter, kind in (
-        ("token_embd", model.context_tower.embeddings, wanted),
-        ("output", model.context_lm_head, wanted),
+        ("token_embd", model.context_tower.embeddings, heads),
+        ("output", model.context_lm_head, heads),
         ("blk.0.ssm_in", layers[0].mixer.in_proj, wanted),
         ("blk.1.attn_k", layers[1].mixer.k_proj, wanted),
         ("blk.2.ffn_up", layers[2].mixer.up_proj, wanted),

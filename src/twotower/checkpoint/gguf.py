@@ -26,8 +26,10 @@ from twotower.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
-Precision = Literal["float32", "bfloat16", "float16", "q8_0"]
-_SPELLING = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
+Precision = Literal["float32", "bfloat16", "float16", "q8_0", "q4_0"]
+_SPELLING = {
+    "float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0",
+}  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -48,9 +50,9 @@ def export_gguf(
 ) -> None:
     """Write the context tower to the file `path`; an existing one is replaced when it is complete.
 
-    Without a tokenizer the tokens get numbers for names. q8_0 holds rows of a multiple of 32
-    numbers, other matrices become float16. ValueError (one line) for what llama.cpp cannot
-    represent, a missing `gguf`, or a full disk.
+    Without a tokenizer the tokens get numbers for names. q8_0 and q4_0 hold rows of a multiple of
+    32 numbers, other matrices become float16; embeddings and head have 8 bits in both. ValueError
+    (one line) for what llama.cpp cannot represent, a missing `gguf`, or a full disk.
     """
     require_plain(model, "GGUF")
     model.require_read("GGUF")
@@ -96,7 +98,7 @@ def _write(
     family.add_gguf_sizes(writer, model.config)
     kind = _SPELLING[dtype]
     writer.add_file_type(LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
-    if dtype == "q8_0":
+    if dtype in ("q8_0", "q4_0"):
         writer.add_quantization_version(GGML_QUANT_VERSION)
     vocabulary.add_to(writer)
     parts = list(_parts(model, dtype))
@@ -143,6 +145,7 @@ def _kind(
 
     if tensor.dim() < 2 or name.endswith(always_float32) or names.is_router(name):
         return GGMLQuantizationType.F32
-    wanted = GGMLQuantizationType[_SPELLING[dtype]]
+    is_large = dtype == "q4_0" and name.endswith(("embeddings.weight", "lm_head.weight"))
+    wanted = GGMLQuantizationType["Q8_0" if is_large else _SPELLING[dtype]]
     fits = tensor.shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0
     return wanted if fits else GGMLQuantizationType.F16

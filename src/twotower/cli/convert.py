@@ -9,7 +9,7 @@ import tyro
 from twotower.checkpoint import convert, convert_to_gguf
 from twotower.model.precision import Scheme
 
-DType = Literal["keep", "float32", "bfloat16", "float16", "q8_0"]
+DType = Literal["keep", "float32", "bfloat16", "float16", "q8_0", "q4_0"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class ConvertOptions:
     transformers: the context tower as transformers 5 loads it. gguf: the context tower and the
     tokenizer as one file for llama.cpp."""
     dtype: DType = "keep"
-    """Precision of the written weights; routers stay float32. keep: as they are. q8_0 (GGUF only):
-    8 bits, a scale for each 32 weights."""
+    """Precision of the written weights; routers stay float32. keep: as they are. q8_0, q4_0 (GGUF
+    only): 8 or 4 bits, a scale for each 32 weights; with q4_0 embeddings and head have 8 bits."""
     quantization: Literal["none", "int8", "int4"] = "none"
     """int8, int4: quantise experts and projections, and heads to 8 bits; all else keeps its dtype.
     Needs: pip install '.[quant]'."""
@@ -43,8 +43,8 @@ class ConvertOptions:
                 f"to={self.to} writes a folder, and {self.target} is named like a GGUF file; "
                 "give --to gguf, or another name"
             )
-        if self.dtype == "q8_0" and self.to != "gguf":
-            raise ValueError(f"dtype=q8_0 exists in GGUF files only, not with to={self.to}")
+        if self.dtype in ("q8_0", "q4_0") and self.to != "gguf":
+            raise ValueError(f"dtype={self.dtype} exists in GGUF files only, not with to={self.to}")
         if self.scheme is not None and self.to not in ("released", "backbone"):
             raise ValueError(
                 f"quantization={self.quantization} needs to=released or backbone, not {self.to}"

@@ -23,7 +23,9 @@ from twotower.model import TwoTower
 if TYPE_CHECKING:
     from torch import Tensor
 
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "Q8_0": "q8_0"}
+_DTYPES = {
+    "F32": "float32", "BF16": "bfloat16", "F16": "float16", "Q8_0": "q8_0", "Q4_0": "q4_0",
+}  # fmt: skip
 LLAMA_CPP_DTYPES: tuple[Precision, ...] = ("float32", "float16", "q8_0")
 _SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _QUANTIZATIONS = {"F32": "none", "Q8_0": "int8", "Q4_0": "int4", "Q4_1": "int4"}

@@ -19,12 +19,13 @@ from typing import Any
 
 from twotower.backends import BackendName, Quantization
 from twotower.checkpoint import export_transformers
-from twotower.checkpoint.gguf import export_gguf
+from twotower.checkpoint.gguf import Precision, export_gguf
 from twotower.lab.bench.baselines import SPECULATIONS, Measurement, gguf_quantization
 from twotower.lab.bench.contestant import OURS, Contestant, label
 from twotower.lab.report import Record, Table, number
 from twotower.model import TwoTower
 
+_PRECISIONS: Mapping[Quantization, Precision] = {"none": "float32", "int8": "q8_0", "int4": "q4_0"}
 Show = Callable[[str], None]
 Answers = Mapping[Contestant, Sequence[Measurement]]
 _COLUMNS = (
@@ -46,7 +47,8 @@ def contestants(
 
     load: the weights for those files, called once if any is to be written, and kept no longer than
     this takes. file: the model's own; compared: our backends, and quantisations of all; denoiser:
-    the folder of a thin one beside it. For llama.cpp, int4 is that of a GGUF file that has it.
+    the folder of a thin one beside it. llama.cpp runs a GGUF file that has that quantisation as it
+    is, else an export.
     """
     load = cache(load)
     backends, quantizations = compared
@@ -82,10 +84,8 @@ def _gguf(
 ) -> Path:
     if file.suffix == ".gguf" and gguf_quantization(file) == quantization:
         return file
-    if quantization == "int4":
-        raise ValueError("int4 is measured on a GGUF file that has it; give it as --model")
     target = folder / f"{quantization}.gguf"
-    export_gguf(load(), target, dtype="float32" if quantization == "none" else "q8_0")
+    export_gguf(load(), target, dtype=_PRECISIONS[quantization])
     return target
 
 
