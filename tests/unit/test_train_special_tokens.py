@@ -196,6 +196,20 @@ def test_a_backbone_gets_a_mask_past_its_vocabulary(tmp_path: Path, vocab_size: 
     assert exported(again).config == model.config
 
 
+def test_a_backbone_without_a_mask_takes_that_of_the_data(tmp_path: Path) -> None:
+    """Guards a backbone of another maker and data that name a mask: its denoiser had an embedding
+    of its own for one, and the run ended as a defect."""
+    shard = make_shard(
+        tmp_path / "shard", make_foreign(tmp_path / "foreign", "<m>"), mask_token="<m>"
+    )
+    init = foreign_backbone(tmp_path / "backbone", shard, 320)
+    options = denoiser(shard.folder, init, tmp_path / "run", steps=1)
+    run(options)
+    config = exported(options).config
+    assert (config.vocab_size, config.mask_token_id) == (320, shard.meta.mask_id)
+    assert config.mask_token_id < 320
+
+
 def test_another_tokenizer_than_the_models_is_refused(tmp_path: Path) -> None:
     """Silent failure: a larger vocabulary hides that all ids mean something else."""
     shard = make_shard(tmp_path / "shard", make_foreign(tmp_path / "foreign", "<m>"))

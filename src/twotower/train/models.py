@@ -189,8 +189,9 @@ def _with_denoiser(model: TwoTower, options: TrainOptions) -> TwoTower:
         block_size=options.block_size or model.config.block_size,
         bidirectional_mamba=options.bidirectional_mamba or model.config.bidirectional_mamba,
     )
-    weights = model.state_dict()
-    shaped = TwoTower(config)
+    weights, shaped = model.state_dict(), TwoTower(config)
+    if shaped.denoiser().mask_embedding is None:  # the data name a mask, in the vocabulary
+        weights.pop("denoiser_tower.mask_embedding", None)
     if options.denoiser_init == "scratch":
         randomise(shaped, options.seed)
         remove_conditioning(shaped, options.seed)
