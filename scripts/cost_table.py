@@ -15,7 +15,7 @@ from twotower.lab.plan.hardware import find_hardware
 from twotower.lab.plan.inputs import PROFILES, uniform
 from twotower.lab.plan.options import known_hardware
 from twotower.lab.plan.passes import ModelShape, Pass, PlanSetup, time_pass
-from twotower.model.thin import blocks_of, spread, thin_config
+from twotower.model.thin import spread, thin_blocks, thin_config
 
 PAST, BLOCK, ROWS = 512, 8, (1, 4, 16, 64)
 PUBLISHED = (3.3, 5.0)  # tokens/NFE of the released model, at two settings
@@ -24,14 +24,23 @@ LLAMA_8B = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
     "rope_parameters": {"rope_theta": 500000.0},
 }  # fmt: skip
-MODELS = {"dense 8B (Llama 3.1)": LLAMA_8B, "30B-A3B (the released one)": PRESETS["nano-30b"]}
+QWEN3_30B = {
+    "model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48, "vocab_size": 151936,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+    "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+}  # fmt: skip
+MODELS = {
+    "dense 8B (Llama 3.1)": LLAMA_8B,
+    "30B-A3B (the released one)": PRESETS["nano-30b"],
+    "30B-A3B (Qwen3)": QWEN3_30B,
+}
 
 
 def with_denoiser(config: TwoTowerConfig, layers: int | None) -> TwoTowerConfig:
     """The configuration with a thin denoiser, or the full one that it has."""
     if layers is None:
         return config
-    reads = spread(blocks_of(config.context), layers)
+    reads = spread(thin_blocks(config.context), layers)
     return thin_config(config, reads, BLOCK, DraftSpec(vocab_size=min(32768, config.vocab_size)))
 
 

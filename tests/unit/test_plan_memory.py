@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tiny_models import tiny_config
 from tiny_plan import machine, setup, workload
-from twotower.checkpoint.inspect import describe
+from twotower.checkpoint.inspect import describe, describe_config
+from twotower.config import DraftSpec
 from twotower.lab.plan.inputs import PROFILES, uniform
 from twotower.lab.plan.memory import (
     activation_bytes,
@@ -16,6 +18,7 @@ from twotower.lab.plan.memory import (
     tower_bytes,
 )
 from twotower.lab.plan.passes import ModelShape, PlanSetup
+from twotower.model.thin import thin_config
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -118,6 +121,18 @@ def test_experts_go_to_the_host_as_far_as_they_must() -> None:
     assert split.host_share[0] == pytest.approx(8072 / (4 * 3072))
     assert split.name == "one device, 66% of the experts in host memory"
     assert split.share_of("context") == split.host_share[0]
+
+
+def test_a_layer_of_experts_arrives_where_the_denoiser_has_none() -> None:
+    """Silent failure: half of a layer has room to arrive in, because there are two towers."""
+    config = tiny_config(hybrid_override_pattern="*EEEE")
+    thin = thin_config(config, (0,), 4, DraftSpec(vocab_size=None))
+    shape = ModelShape.of(describe_config(thin, "thin"))
+    full, _ = device_maps(replace(setup(), shape=shape), workload(), "speculative", 2)
+    short = machine(memory_gib=(full.devices[0].total - 5000) / GIB, host_gib=1, host_gb_s=1)
+    less = replace(setup(short), shape=shape)
+    split, _ = device_maps(less, workload(), "speculative", 2)
+    assert split.host_bytes == pytest.approx(5000 + 3072)
 
 
 def test_a_host_that_is_too_small() -> None:

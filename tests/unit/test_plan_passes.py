@@ -6,7 +6,9 @@ import pytest
 
 from tiny_models import tiny_config
 from tiny_plan import machine, setup
+from tiny_qwen3_moe import tiny_config as qwen3_moe
 from twotower.checkpoint.inspect import describe_config
+from twotower.config import DraftSpec
 from twotower.lab.plan.inputs import Efficiency, Widths, uniform
 from twotower.lab.plan.passes import (
     ModelShape,
@@ -16,6 +18,7 @@ from twotower.lab.plan.passes import (
     pass_parts,
     time_pass,
 )
+from twotower.model.thin import thin_config
 
 STEP = Pass(tower="context", rows=1, tokens=1, logits=1, past=10)
 BLOCK = Pass(tower="denoiser", rows=3, tokens=4, logits=4, past=10)
@@ -53,6 +56,31 @@ def test_the_parts_of_a_step() -> None:
     assert parts["cache"].cache_bytes == 11 * 64 * 2 + 2 * 2 * (256 * 4 + 192 * 2)
     assert parts["cache"].operations == 2 * 4 * 32 * 11 + 5 * 512
     assert set(parts) == {*sizes, "moe routed", "moe router", "cache"}
+
+
+def test_a_step_of_qwen3_30b_a3b() -> None:
+    """Silent failure: a gate that no step reads, or a thin denoiser without experts that is charged
+    some.
+
+    By hand: 48 blocks of 128 experts of 3 x 2048 x 768, of which a token chooses 8.
+    """
+    config = qwen3_moe(
+        hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
+        head_dim=128, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+        vocab_size=151936, mlp_only_layers=[], eos_token_id=None,
+    )  # fmt: skip
+    thin = thin_config(config, (0, 46, 94), 4, DraftSpec(vocab_size=None))
+    shape = ModelShape.of(describe_config(thin, "30B-A3B"))
+    parts = {p.name: p.weight_bytes for p in pass_parts(shape, STEP, uniform("bfloat16"))}
+    assert parts["moe routed"] == pytest.approx(2 * 48 * 8 * 3 * 2048 * 768)
+    assert parts["moe router"] == 4 * 48 * 128 * 2048 and "moe shared" not in parts
+    assert parts["attention"] == 2 * 48 * (2048 * 128 * (32 + 4 + 4 + 32) + 2 * 128)
+    drafts = {p.name: p.weight_bytes for p in pass_parts(shape, BLOCK, uniform("bfloat16"))}
+    assert drafts["attention"] == parts["attention"] / 16
+    assert not [name for name in drafts if name.startswith("moe")]
+    made = replace(setup(), shape=shape)
+    assert time_pass(made, STEP).num_experts == pytest.approx(8)
+    assert time_pass(made, BLOCK).num_experts == 0
 
 
 def test_the_parts_of_a_denoiser_pass() -> None:

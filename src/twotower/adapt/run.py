@@ -48,8 +48,7 @@ from twotower.config import TwoTowerConfig
 from twotower.model import TwoTower
 from twotower.model.ngrams import Ngrams
 from twotower.model.precision import require_plain
-from twotower.model.thin import blocks_of, set_block_size, spread, thin_config
-from twotower.specs import AttentionSpec
+from twotower.model.thin import set_block_size, spread, thin_blocks, thin_config
 
 MIN_ANSWERS = 20
 _LAYERS = 3  # of a denoiser when nobody says
@@ -60,16 +59,12 @@ _CURVE_POINTS, _MEASURING = 12, 0.03  # at most, and the share of the time that 
 
 
 def reads_of(config: TwoTowerConfig, thin: ThinOptions) -> list[int]:
-    """The context layers that the denoiser reads, attention and what follows it: a Mamba state is
-    too large to be kept for every token. ValueError (one line) for a shape that the model does not
-    allow; the model need not be loaded.
+    """The context layers that the denoiser reads, of some of `thin_blocks`; the model need not be
+    loaded. ValueError (one line) for a shape that it does not allow.
     """
     if thin.denoiser is not None:
         return [*denoiser_config(config, find_denoiser(config, thin.denoiser)).reads]
-    tower = config.context
-    blocks = [
-        block for block in blocks_of(tower) if isinstance(tower.layers[block[0]], AttentionSpec)
-    ]
+    blocks = thin_blocks(config.context)
     if not blocks:
         raise ValueError("model: has no attention layers, which alone a denoiser can read")
     count = thin.layers or min(_LAYERS, len(blocks))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from twotower.config import DraftSpec, TowerConfig, TwoTowerConfig
 from twotower.layers.quantised import QuantisedLinear
 from twotower.model.two_tower import TwoTower
-from twotower.specs import AttentionSpec, MambaSpec
+from twotower.specs import AttentionSpec, MambaSpec, MoESpec
 
 _SKETCHED = 16  # numbers of each matrix
 
@@ -25,6 +25,18 @@ def blocks_of(tower: TowerConfig) -> list[tuple[int, ...]]:
         else:
             found[-1] = (*found[-1], index)
     return found
+
+
+def thin_blocks(tower: TowerConfig) -> list[tuple[int, ...]]:
+    """The blocks that a thin denoiser is made of where nobody names its layers: attention, and the
+    MLPs behind it. A Mamba state is too large to be kept for every token of the answers; with the
+    experts of a layer a denoiser would not be thin.
+    """
+    return [
+        tuple(index for index in block if not isinstance(tower.layers[index], MoESpec))
+        for block in blocks_of(tower)
+        if isinstance(tower.layers[block[0]], AttentionSpec)
+    ]
 
 
 def spread(blocks: Sequence[tuple[int, ...]], count: int) -> list[int]:

@@ -152,8 +152,8 @@ def _fill_device(
     room = usable - dense - cache - activations
     share = 0.0
     if experts and experts > room and setup.hardware.host_gb_s is not None:
-        # One layer's experts of a tower need a place to arrive in.
-        arriving = experts / len(towers) / len(setup.shape.config.context.layers_of(MoESpec))
+        # One layer's experts need a place to arrive in; all layers that have some are alike.
+        arriving = experts / sum(len(setup.shape.tower(t).layers_of(MoESpec)) for t in towers)
         share = 1.0 - max(0.0, room - arriving) / experts
         experts = max(room, arriving)
     return DeviceMemory(

@@ -189,7 +189,7 @@ def time_pass(setup: PlanSetup, call: Pass, host_share: float = 0.0) -> PassTime
     overhead = setup.shape.tower(call.tower).num_layers * efficiency.layer_s
     overhead *= 1 + efficiency.row_share * (call.rows - 1)
     num_experts, moe = 0.0, setup.shape.experts
-    if moe is not None:
+    if moe is not None and EXPERTS in setup.shape.parameters[call.tower]:
         num_tokens = call.rows * call.tokens
         num_experts = expected_experts(moe.num_experts, moe.experts_per_token, num_tokens)
     return PassTime(
