@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from tiny_qwen3_moe import SIZES as QWEN3_MOE
 from tiny_training import make_shard, tiny_options
 from twotower.checkpoint import load_checkpoint, save_backbone
+from twotower.checkpoint.denoiser import load_denoiser
 from twotower.families import config_from_dict, config_to_dict
 from twotower.model.initialise import randomise
 from twotower.model.two_tower import TwoTower
@@ -39,16 +41,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shard(tmp_path_factory.mktemp("data") / "shard")
 
 
+def random_backbone(config: dict[str, object], folder: Path) -> Path:
+    model = TwoTower(config_from_dict(config), "context")
+    randomise(model, seed=0)
+    save_backbone(model, folder)
+    return folder
+
+
+def vocabulary(data: Path) -> int:
+    found: int = json.loads((data / "meta.json").read_text())["vocab_size"]
+    return found
+
+
 @pytest.fixture(scope="module")
 def backbone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random one with experts."""
-    vocab_size = json.loads((data / "meta.json").read_text())["vocab_size"]
-    config = config_to_dict(preset_config("tiny", vocab_size)) | EXPERTS
-    model = TwoTower(config_from_dict(config), "context")
-    randomise(model, seed=0)
-    folder = tmp_path_factory.mktemp("model") / "backbone"
-    save_backbone(model, folder)
-    return folder
+    config = config_to_dict(preset_config("tiny", vocabulary(data))) | EXPERTS
+    return random_backbone(config, tmp_path_factory.mktemp("model") / "backbone")
 
 
 def start(options: TrainOptions, count: int, *more: str) -> subprocess.Popen[str]:
@@ -203,6 +212,41 @@ def test_two_processes_train_a_thin_denoiser_as_one_does(data: Path, tmp_path: P
         expected, found = measured(one), measured(other)
         assert found.keys() == expected.keys() and len(found) > whole.steps
         assert all(abs(found[key] - value) < most for key, value in expected.items())
+
+
+@pytest.mark.parametrize("reads", [None, (0, 1, 4)], ids=["full", "thin"])
+def test_two_processes_train_a_denoiser_with_gated_experts_as_one_does(
+    data: Path, tmp_path: Path, reads: tuple[int, ...] | None
+) -> None:
+    """Silent failure: gates that one process does not gather, or whose gradients are not added up;
+    a thin denoiser whose experts are not trained.
+    """
+    config = QWEN3_MOE | {"vocab_size": vocabulary(data), "eos_token_id": 1}
+    backbone = random_backbone(config, tmp_path / "backbone")
+    changes: dict[str, object] = {
+        "recipe": "denoiser", "preset": None, "init": str(backbone), "steps": 4, "reads": reads,
+        "weight_decay": 0.0,
+    }  # fmt: skip
+    whole, two = (tiny_options(data, tmp_path / name, **changes) for name in ("whole", "two"))
+    process = start(two, 2)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    run_here(whole)
+    expected, found = measured(whole), measured(two)
+    assert found.keys() == expected.keys() and len(found) >= whole.steps
+    assert all(abs(found[key] - value) < 1e-4 for key, value in expected.items())
+    before = load_checkpoint(backbone, towers="context")
+    exports = [RunFolder(options.run_folder).export for options in (whole, two)]
+    first, second = (
+        load_checkpoint(export) if reads is None else load_denoiser(before, export)
+        for export in exports
+    )
+    source = before.state_dict()["context_tower.layers.1.mixer.experts.gate_proj"]
+    for name, value in first.denoiser().state_dict().items():
+        assert (second.denoiser().state_dict()[name] - value).abs().max() < 1e-4, name
+        if name == "layers.1.mixer.experts.gate_proj":
+            # Without decay, AdamW moves what has had a gradient.
+            assert ((value - source).flatten(1).abs().amax(1) > 0).sum() >= 7
 
 
 def test_an_error_of_the_user_is_told_once(data: Path, tmp_path: Path) -> None:

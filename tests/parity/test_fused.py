@@ -127,18 +127,23 @@ def test_products_with_eight_bits(
     assert torch.equal(fused_products.linear(x[:1, 4:5], matrix, bias)[0, 0], found[0, 4])
 
 
+@pytest.mark.parametrize("is_gated", [False, True])
 @pytest.mark.parametrize("counts", [(0, 17, 1, 0, 33), (0, 0, 2, 0, 0), (5, 3, 0, 1, 0)])
-def test_experts_with_eight_bits(fused_products: Any, counts: tuple[int, ...]) -> None:
-    """Guards whose tokens a program multiplies: experts without tokens, and with several tiles."""
-    up, down = (QuantisedMatrix(size, 8, None, False) for size in ((5, 20, 10), (5, 10, 20)))
-    for stack in (up, down):
-        stack.qdata, stack.scale = eight_bits(*stack.shape)[:2]
-    experts = torch.arange(5).repeat_interleave(torch.tensor(counts))
-    x = drawn(len(experts), 10)
-    found = fused_products.grouped_mlp(x, up, down, experts)
-    torch.testing.assert_close(
-        found, expert_products.grouped_mlp(x, up, down, experts), rtol=1e-5, atol=1e-4
+def test_experts_with_eight_bits(
+    fused_products: Any, counts: tuple[int, ...], is_gated: bool
+) -> None:
+    """Guards whose tokens a program multiplies: experts without tokens, and with several tiles; and
+    gates, without which texts would still flow."""
+    up, down, gate = (
+        QuantisedMatrix(size, 8, None, False) for size in ((5, 20, 10), (5, 10, 20), (5, 20, 10))
     )
+    for seed, stack in enumerate((up, down, gate)):
+        stack.qdata, stack.scale = eight_bits(*stack.shape)[:2]
+        stack.scale = stack.scale * (1 + seed)
+    experts = torch.arange(5).repeat_interleave(torch.tensor(counts))
+    given = drawn(len(experts), 10), up, down, experts, gate if is_gated else None
+    found, expected = fused_products.grouped_mlp(*given), expert_products.grouped_mlp(*given)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_no_program_writes_what_is_anothers(

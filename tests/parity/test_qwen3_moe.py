@@ -1,6 +1,5 @@
-"""Qwen3-MoE in every room that knows experts, against what `transformers` computes."""
+"""Qwen3-MoE's files in every layout and precision, against what `transformers` computes."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +9,21 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tiny_models import random_model
-from twotower.checkpoint import convert, export_gguf, gguf_reader, load_checkpoint
+from tiny_qwen3_moe import SIZES, tiny_config
+from twotower.checkpoint import convert, describe, export_gguf, gguf_reader, load_checkpoint
+from twotower.checkpoint.load import load_quantised
+from twotower.kernels.quantised import dequantise
+from twotower.model.precision import Scheme, matrix_at, stacks
 
 transformers = pytest.importorskip("transformers")
-
-VOCABULARY = 67
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Their model, and a folder for each of the two layouts in which it can be saved."""
     config = transformers.Qwen3MoeConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=8,
-        num_experts_per_tok=3, moe_intermediate_size=32, norm_topk_prob=True, mlp_only_layers=[1],
-        bos_token_id=None, eos_token_id=66, pad_token_id=None,
-        attn_implementation="eager", experts_implementation="eager",
-    )  # fmt: skip
+        **SIZES, attn_implementation="eager", experts_implementation="eager"
+    )
     torch.manual_seed(3)
     theirs = transformers.Qwen3MoeForCausalLM(config).eval().requires_grad_(False)
     for parameter in theirs.parameters():
@@ -38,7 +35,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def ids(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(VOCABULARY - 1, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(66, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def tensor_names(folder: Path) -> set[str]:
@@ -93,10 +90,52 @@ def test_what_cannot_be_mapped_says_what_to_do(
     convert(stacked, tmp_path / "anew", "backbone")
     load_checkpoint(tmp_path / "anew", towers="context", expert_storage="mmap")
     monkeypatch.setattr(gguf_reader, "_CACHE", tmp_path / "cache")
-    config = load_checkpoint(stacked, towers="context").config
-    layers = config.context.layers[:2]  # llama.cpp has no block without experts
-    tower = dataclasses.replace(config.context, layers=layers)
-    config = config.replace(context=tower, denoiser=tower, reads=(0, 1))
-    export_gguf(random_model(config), tmp_path / "model.gguf")
+    model = random_model(tiny_config(mlp_only_layers=[]))  # as llama.cpp has it
+    export_gguf(model, tmp_path / "model.gguf")
     with pytest.raises(ValueError, match=r"exps\.weight\[0\] cannot be mapped as the file keeps"):
         load_checkpoint(tmp_path / "model.gguf", towers="context", expert_storage="mmap")
+
+
+@pytest.mark.parametrize("layout", ["each", "stacked"])
+@pytest.mark.parametrize(("weights", "bits"), [("int8", 8), ("int4", 4)])
+def test_quantised_checkpoints(pair: Any, weights: Any, bits: int, layout: str) -> None:
+    """Silent failure: gates stay in full precision, or have another matrix's scales."""
+    _, each, stacked = pair
+    folder = each if layout == "each" else stacked
+    full = load_checkpoint(each, towers="context").state_dict()
+    model = load_quantised(folder, Scheme(weights=weights), "context")
+    seen = set()
+    for name in stacks(model):
+        matrix = matrix_at(model, name)
+        assert matrix.bits == bits
+        values = dequantise(matrix.matrix, torch.float32)
+        groups = full[name].unflatten(-1, (-1, 32))  # its rows, too, are of 32
+        step = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / (2**bits - 1)
+        error = (values.unflatten(-1, (-1, 32)) - groups).abs()
+        assert (error <= 1.1 * step + 2e-2 * groups.abs().amax()).all()
+        seen.add(name.rpartition(".")[2])
+    assert seen == {"gate_proj", "up_proj", "down_proj"}
+
+
+def test_a_quantised_checkpoint_survives_its_files(pair: Any, tmp_path: Path) -> None:
+    """Silent failure: an expert's packed numbers under another's name, in memory or mapped."""
+    _, each, _ = pair
+    convert(each, tmp_path / "int4", "backbone", scheme=Scheme(weights="int4"))
+    made = load_quantised(each, Scheme(weights="int4"), "context").float()
+    tokens = ids(1, 9)
+    for storage in ("memory", "mmap"):
+        model = load_checkpoint(tmp_path / "int4", towers="context", expert_storage=storage)  # type: ignore[arg-type]
+        assert torch.equal(model.context_logits(tokens), made.context_logits(tokens))
+
+
+def test_what_inspect_counts(pair: Any) -> None:
+    """Silent failure: gates are no experts, or all experts count as active."""
+    _, each, stacked = pair
+    for folder in (each, stacked):
+        record = describe(folder)
+        assert record.layers == {"attention": 4, "mixture of experts": 3, "dense MLP": 1}
+        assert record.files is not None and record.files.problem is None
+        tower = record.towers["context"]
+        assert tower.parameters["moe routed"] == 3 * 8 * 3 * 32 * 32
+        assert tower.parameters["moe router"] == 3 * 8 * 32
+        assert tower.total - tower.active == 3 * 5 * 3 * 32 * 32

@@ -112,5 +112,8 @@ def grouped_mlp(
         return expert_products.grouped_mlp(x, up, down, experts, gate)
     every = torch.arange(len(up), device=x.device)
     ends = torch.searchsorted(experts, every, right=True).int()
-    gated = product(x, gating, ends) if is_fused(gating) else None
+    gated = None
+    if gate is not None:
+        assert is_fused(gating)  # as the other matrix of its shape is
+        gated = product(x, gating, ends)
     return product(activation(product(x, first, ends), gated), last, ends)
