@@ -1,10 +1,17 @@
 """The balance of experts: its step by hand, where it leads, which routers it leaves alone."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from tiny_models import fresh_model, random_ids, tiny_moe
+from tiny_models import fresh_model, random_ids, random_model, tiny_moe
+from tiny_qwen3_moe import tiny_config as tiny_qwen3_moe
+from tiny_training import make_shard, tiny_options
+from twotower.families import config_to_dict
 from twotower.layers.moe import Router
+from twotower.train.loop import train_steps
 from twotower.train.models import tie_towers
 from twotower.train.optimizer import ExpertBalance
 
@@ -81,3 +88,20 @@ def test_tied_towers_count_together(shared: bool) -> None:
     assert torch.equal(own.e_score_correction_bias, context.e_score_correction_bias)
     expected = before + 0.1 * (counts.mean() - counts).sign()
     torch.testing.assert_close(own.e_score_correction_bias, expected)
+
+
+def test_softmax_routers_are_left_alone(tmp_path: Path) -> None:
+    """Silent failure: a rate that somebody gives does nothing, since such routers have no bias."""
+    model = random_model(tiny_qwen3_moe())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    balance = ExpertBalance(model, 0.1)
+    model.training_logits(random_ids(2, 8), random_ids(2, 8), None, 4)
+    balance.update()
+    assert balance.counts == {}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    data = make_shard(tmp_path / "shard")
+    config = config_to_dict(tiny_qwen3_moe(block_size=4))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    given = {"preset": None, "config": str(tmp_path / "config.json"), "load_balance_rate": 0.01}
+    with pytest.raises(ValueError, match="no effect on a model whose routers are a softmax"):
+        list(train_steps(tiny_options(data, tmp_path / "run", **given)))
