@@ -7,9 +7,9 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from gguf.quants import dequantize
+from gguf.quants import dequantize, quantize
 
-__all__ = ["Kind", "Tensor", "blocks", "dequantize", "rewrite"]
+__all__ = ["Kind", "Tensor", "blocks", "dequantize", "quantize", "rewrite"]
 Kind = gguf.GGMLQuantizationType
 Value = gguf.GGUFValueType
 Tensor = tuple[str, np.ndarray, Kind]  # its name, its bytes or numbers, their type

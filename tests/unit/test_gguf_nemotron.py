@@ -2,6 +2,7 @@
 lie."""
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,20 @@ import pytest
 import torch
 
 from published import PUBLISHED
-from tiny_models import fresh_model, random_ids
-from twotower import TwoTower
-from twotower.checkpoint import export_gguf, gguf_reader, inspect, load_checkpoint, load_quantised
-from twotower.families import read_config
+from tiny_models import fresh_model, random_ids, tiny_config
+from twotower import TwoTower, load_model, load_tokenizer
+from twotower.backends import accelerate
+from twotower.checkpoint import (
+    export_gguf,
+    files,
+    gguf_reader,
+    inspect,
+    load_checkpoint,
+    load_quantised,
+)
+from twotower.families import nemotron_h, read_config
 from twotower.model.precision import Scheme
+from twotower.native import library
 
 pytest.importorskip("gguf")
 from tiny_gguf import Kind, Tensor, blocks, dequantize, rewrite
@@ -78,6 +88,15 @@ def test_what_a_file_says_of_the_layers_is_read(tmp_path: Path, changes: dict[st
     assert again.config.context == model.config.context and same_logits(again, model)
     assert again.config.mask_token_id == model.config.mask_token_id
     assert again.config.eos_token_ids == model.config.eos_token_ids
+
+
+def test_decay_rates_are_the_same_to_the_bit() -> None:
+    """Guards texts of long prompts: a rate that is off by its last bit acts on every token."""
+    config = tiny_config()
+    given = 3 * torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    name = "layers.0.mixer.A_log"
+    found = nemotron_h.values_from_gguf(name, nemotron_h.gguf_values(name, given, config), config)
+    assert found.shape == given.shape and torch.equal(found.exp(), given.exp())
 
 
 MOE = "nemotron_h_moe"
@@ -200,8 +219,51 @@ def test_experts_are_quantised_one_by_one(tmp_path: Path) -> None:
     scale = known["context_tower.layers.2.mixer.experts.up_proj.scale"]
     given = model.context_tower.layers[2].mixer.experts.up_proj  # type: ignore[union-attr]
     assert (up * scale - given).abs().max() < given.abs().max() / 100  # type: ignore[operator]
-    with pytest.raises(ValueError, match=r"'mmap': .*m\.gguf is a GGUF file.* twotower convert"):
+    with pytest.raises(ValueError, match=r"exps\.weight\[0\] cannot be mapped as the file"):
         load_checkpoint(tmp_path / "m.gguf", expert_storage="mmap")
+
+
+def test_a_file_without_a_tokenizer_is_a_model(tmp_path: Path) -> None:
+    """Guards those who have a tokenizer of their own: the weights of such a file are read, and
+    its tokens, which are numbers, are no tokenizer."""
+    model = fresh_model(**EXPERTS)
+    export_gguf(model, tmp_path / "m.gguf")
+    assert same_logits(load_model(tmp_path / "m.gguf", backend="eager"), model)
+    with pytest.raises(ValueError, match=r"^tokenizer: no file .*tokenizer\.json; give a folder"):
+        load_tokenizer(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("pattern", ["M*EME", "M*-"])
+def test_matrices_are_packed_out_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, quantization: Any
+) -> None:
+    """Guards the memory of a load in few bits, and its numbers: a stack of experts in full
+    precision is many times what a laptop has."""
+    try:
+        library.library()
+    except OSError as error:
+        pytest.skip(f"no native library: {error}")
+
+    model = fresh_model(hybrid_override_pattern=pattern, hidden_size=64, moe_intermediate_size=64)
+    export_gguf(model, tmp_path / "m.gguf", dtype="q8_0")
+    whole = accelerate(load_checkpoint(tmp_path / "m.gguf"), "native", quantization)
+    read_before, sizes = gguf_reader.read_tensor, list[int]()
+
+    def spy(file: Path, entry: Mapping[str, Any]) -> torch.Tensor:
+        found = read_before(file, entry)
+        sizes.append(found.numel())
+        return found
+
+    monkeypatch.setattr(files, "read_tensor", spy)
+    packed = load_model(tmp_path / "m.gguf", quantization=quantization)
+    assert packed.unread and all(
+        p.is_meta for n, p in packed.named_parameters() if n in packed.unread
+    )
+    assert max(sizes) < 4 * 64 * 64  # a stack of experts
+    tokens = random_ids(2, 9)
+    found, known = (one.next_logits(one.prefill(tokens)) for one in (packed, whole))
+    assert torch.equal(found, known)
 
 
 @pytest.mark.parametrize(

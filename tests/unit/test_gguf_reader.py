@@ -151,6 +151,7 @@ def test_a_second_look_reads_no_header_again(
         ({"block_count": 10**9}, "num_hidden_layers=1000000000 must be between"),
         ({"attention.head_count": 0}, "num_attention_heads=0 must be between"),
         ({"split.count": 3}, "is one of 3 parts"),
+        ({"split.count": "three"}, "truncated or not a GGUF file ("),
         ({"llama.expert_count": 8}, "expert_count=8 is not supported"),
         ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type='longrope' is not supported"),
         (

@@ -144,9 +144,9 @@ def _contents(file: Path) -> dict[str, bytes]:
         metadata = {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # the library raises what numpy does
         raise _damaged(file, error) from None
-    family = _family(file, metadata)
-    tensors = dict(_tensors(file, reader))
     try:
+        family = _family(metadata)
+        tensors = dict(_tensors(file, reader))
         prefix = f"{metadata['general.architecture']}."
         metadata = with_defaults({n.removeprefix(prefix): v for n, v in metadata.items()})
         names = frozenset(tensors)
@@ -210,18 +210,17 @@ def _damaged(file: Path, error: Exception) -> ValueError:
     return ValueError(f"{file}: truncated or not a GGUF file ({reason}); fetch it again")
 
 
-def _family(file: Path, metadata: Mapping[str, Any]) -> Family:
+def _family(metadata: Mapping[str, Any]) -> Family:
     """The family of the file's architecture; ValueError (one line) for others and for parts."""
     if metadata.get("split.count", 1) > 1:
         raise ValueError(
-            f"{file}: is one of {metadata['split.count']} parts; merge them with llama-gguf-split"
+            f"is one of {metadata['split.count']} parts; merge them with llama-gguf-split"
         )
     architecture = metadata.get("general.architecture")
     known = {name: family for family in FAMILIES.values() for name in family.GGUF_READS}
     if architecture not in known:
         raise ValueError(
-            f"{file}: architecture {architecture!r} is not supported; read from GGUF are "
-            f"{', '.join(known)}"
+            f"architecture {architecture!r} is not supported; read from GGUF are {', '.join(known)}"
         )
     return known[architecture]
 
@@ -232,14 +231,12 @@ def _tensors(file: Path, reader: "GGUFReader") -> Iterator[tuple[str, dict[str, 
         kind, shape = tensor.tensor_type.name, [int(n) for n in reversed(tensor.shape)]
         if kind not in TYPES:
             raise ValueError(
-                f"{file}: {tensor.name} is of type {kind}, which is not supported; supported are "
+                f"{tensor.name} is of type {kind}, which is not supported; supported are "
                 f"{', '.join(TYPES)}"
             )
         offset, num_bytes = int(tensor.data_offset), int(tensor.n_bytes)
         if offset + num_bytes > size:
-            raise ValueError(
-                f"{file}: ends before {tensor.name} does: truncated; fetch the file again"
-            )
+            raise ValueError(f"ends before {tensor.name} does: truncated; fetch the file again")
         yield (
             tensor.name,
             {"type": kind, "shape": shape, "offset": offset, "num_bytes": num_bytes},

@@ -81,8 +81,14 @@ def ends_by_name(metadata: Mapping[str, Any]) -> list[int]:
     ]
 
 
+def numbered_tokens(count: int) -> list[str]:
+    """The tokens of a file that was written without a tokenizer: llama.cpp wants some."""
+    return [f"[{index}]" for index in range(count)]
+
+
 def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
-    """tokenizer.json and tokenizer_config.json of a GGUF file's metadata `with_defaults`.
+    """tokenizer.json and tokenizer_config.json of a GGUF file's metadata `with_defaults`; neither
+    for numbered tokens.
 
     ValueError (one line) for a kind of tokenizer that is not supported.
     """
@@ -90,6 +96,8 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     tokens, types = metadata[f"{prefix}.tokens"], metadata[f"{prefix}.token_type"]
     if len(tokens) != len(types) or len(set(tokens)) != len(tokens):
         raise ValueError("its tokenizer has tokens without a type, or one twice; fetch it again")
+    if tokens == numbered_tokens(len(tokens)):
+        return {}
     kind = metadata[f"{prefix}.model"]
     if kind == "gpt2":
         parts = _byte_level(metadata)

@@ -20,6 +20,7 @@ from twotower.checkpoint.gguf_tokenizer import (
     UNUSED,
     USER_DEFINED,
     merges_of,
+    numbered_tokens,
 )
 from twotower.config import TwoTowerConfig
 from twotower.tokenizer import Tokenizer
@@ -76,7 +77,7 @@ def read_vocabulary(
     """
     special = _special_ids(config, tokenizer)
     if tokenizer is None:
-        tokens = [f"[{index}]" for index in range(config.vocab_size)]
+        tokens = numbered_tokens(config.vocab_size)
         types, has_bos = [NORMAL] * len(tokens), "bos" in special
         return Vocabulary(tokens, types, "gpt-2", special, has_bos, chat_template, ["[ 0"])
     values = json.loads(tokenizer.json_text)
