@@ -119,15 +119,17 @@ LLAMA: dict[str, object] = {
 }  # fmt: skip
 
 
-def with_merges(pre_tokenizer: list[dict[str, object]]) -> dict[str, Any]:
-    """Byte-level BPE that joins letters, digits, spaces and line ends across most borders."""
+def with_merges(kind: str) -> dict[str, Any]:
+    """Byte-level BPE that joins letters, digits, spaces and line ends across most borders, with a
+    word that no merges make."""
     space, line = "\u0120", "\u010a"
     pairs = ["b C", "a b", "1 2", "12 3", "' s", f"{space} {space}", f"{line} {line}", f"{space} a"]
-    values = byte_level(pre_tokenizer={"type": "Sequence", "pretokenizers": pre_tokenizer})
+    values = byte_level(pre_tokenizer={"type": "Sequence", "pretokenizers": SPLITS[kind]})
     vocab = values["model"]["vocab"]
     del vocab["zz"]
     vocab |= {pair.replace(" ", ""): 256 + number for number, pair in enumerate(pairs)}
-    values["model"]["merges"] = pairs
+    vocab["zqz"] = len(vocab)
+    values["model"] |= {"merges": pairs, "ignore_merges": kind in ("llama-bpe", "tekken")}
     return {**values, "added_tokens": [added(len(vocab), "<|end|>")]}
 
 
@@ -138,14 +140,14 @@ def test_tokenizers_of_other_makers_split_text_there_as_here(
     """Guards Llama 2's pieces, which were written as bytes, and the splits of Qwen and Llama 3,
     which had no name when they were written; and the way back."""
     monkeypatch.setattr(gguf_reader, "_CACHE", tmp_path / "cache")
-    values = llama() if kind == "llama" else with_merges(SPLITS[kind])
+    values = llama() if kind == "llama" else with_merges(kind)
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     tokenizer = load_tokenizer(tmp_path)
-    ids = {"bos_token_id": 1, "eos_token_id": 2} if kind == "llama" else {"eos_token_id": 264}
+    ids = {"bos_token_id": 1, "eos_token_id": 2} if kind == "llama" else {"eos_token_id": 265}
     model = random_model(config_from_dict(LLAMA | ids))
     export_gguf(model, tmp_path / "tiny.gguf", tokenizer=tokenizer)
     assert not caplog.messages
-    text = SPLIT + " 123123 abab bC  a ab's\n\n\n   12"
+    text = SPLIT + " 123123 abab bC  a ab's\n\n\n   12\nzqz"
     baseline = LlamaCpp(tmp_path / "tiny.gguf", threads=1)
     found = split_by_llama_cpp(baseline, text, tokenizer.adds_bos)
     baseline.close()

@@ -240,7 +240,7 @@ def test_a_silent_tokenizer_means_what_llama_cpp_takes(tmp_path: Path) -> None:
     """Silent failure: Llama 3 reads prompts without the token that begins each of its texts, or
     SentencePiece's file without ids never ends one.
     """
-    for pre in ("llama-bpe", "llama3", "llama-v3"):
+    for pre in ("llama-bpe", "llama3", "llama-v3", "pixtral", "tekken"):
         write(tmp_path / f"{pre}.gguf", pre=pre)
         assert load_tokenizer(tmp_path / f"{pre}.gguf").encode_prompt("hi") == [1, TOKENS - 1]
     write(tmp_path / "n.gguf", pre="llama-bpe", **{"tokenizer.ggml.add_bos_token": False})
