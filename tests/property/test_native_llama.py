@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from packed_groups import packed_groups, plain_groups
 from tiny_models import random_model
 from tiny_options import options_of
 from twotower import TwoTower, accelerate, generate
 from twotower.families import config_from_dict
 from twotower.layers.attention import KV
 from twotower.native import library, tower
-from twotower.native.packing import Grouped, quantise_groups
 from twotower.specs import AttentionSpec
 
 try:
@@ -179,11 +179,6 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch, quantization: st
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def dequantised(matrix: Grouped) -> Tensor:
-    scale, offset = (part.float().unsqueeze(-1) for part in matrix[1:])
-    return (matrix.numbers.unflatten(1, (-1, 32)) * scale + offset).flatten(1)
-
-
 def on_grid(kind: str, generator: torch.Generator) -> Tensor:
     """Weights as a GGUF file of Q4_0 or Q4_1 has them: its largest number is on the grid's end."""
     numbers = torch.randint(0, 16, (48, 3, 32), generator=generator).float()
@@ -201,23 +196,36 @@ def on_grid(kind: str, generator: torch.Generator) -> Tensor:
 def test_weights_of_a_gguf_file_are_kept_exactly(kind: str) -> None:
     """Guards against rounding twice: 4 bits that were chosen once are the model."""
     weight = on_grid(kind, torch.Generator().manual_seed(0))
-    found = dequantised(quantise_groups(weight))
+    found = packed_groups(weight).values()
     assert (found - weight).abs().max() <= 1e-8 * (kind == "Q4_1") + 1e-9
-    assert (quantise_groups(weight).numbers.unflatten(1, (-1, 32)).float().std(-1) > 2).all()
+    assert (packed_groups(weight).numbers.unflatten(1, (-1, 32)).float().std(-1) > 2).all()
 
 
 def test_groups_of_any_values() -> None:
     """Guards zero groups, equal numbers, one sign, and the error of the rest."""
     weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     weight[0], weight[1], weight[2] = 0.0, 0.25, weight[2].abs() + 3
-    found = dequantised(quantise_groups(weight))
+    found = packed_groups(weight).values()
     assert torch.equal(found[:2], weight[:2])
     spread = weight.unflatten(1, (-1, 32)).aminmax(dim=-1)
     step = ((spread.max - spread.min) / 15).repeat_interleave(32, dim=1)
     assert ((found - weight).abs() <= 0.55 * step + 2e-3 * weight.abs()).all()
     nan = weight.clone()
     nan[3, 40] = float("nan")
-    assert dequantised(quantise_groups(nan))[3, 32:].isnan().all()
+    assert packed_groups(nan).values()[3, 32:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [16, 37])
+def test_int4_is_what_plain_code_makes_of_it(rows: int, dtype: torch.dtype) -> None:
+    """Guards who loads a model: numbers, scales and offsets of any size, in whichever dtype the
+    file has them, a half that overflows or is below the smallest."""
+    sizes = torch.logspace(-9, 3, rows).unsqueeze(1)
+    noise = torch.randn(rows, 96, generator=torch.Generator().manual_seed(0))
+    weight = (noise * sizes).to(dtype)
+    weight[3], weight[4] = 0.0, 0.25
+    for found, expected in zip(packed_groups(weight), plain_groups(weight), strict=True):
+        assert torch.equal(found, expected)
 
 
 def grouped_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -225,7 +233,7 @@ def grouped_product(x: Tensor, weight: Tensor) -> Tensor:
     groups = x.unflatten(-1, (-1, 32))
     most = groups.abs().amax(-1, keepdim=True)
     whole = (groups * torch.where(most > 0, 127 / most, 0.0)).round() * (most / 127)
-    return (whole.flatten(-2).double() @ dequantised(quantise_groups(weight)).double().mT).float()
+    return (whole.flatten(-2).double() @ packed_groups(weight).values().double().mT).float()
 
 
 @pytest.mark.parametrize("name", ["llama", "llama, biases", "qwen3"])

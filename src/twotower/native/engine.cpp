@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "experts.h"
 #include "mamba.h"
+#include "pack.h"
 #include "ranking.h"
 
 namespace twotower {
@@ -254,4 +255,13 @@ extern "C" void twotower_rank(const float *logits, int32_t length, int32_t size,
     for (long t = 0; t < length; t++)
         rank(logits + t * size, size, count, chosen ? chosen[t] : -1, unused, num_unused, ids + t * count,
              probs + t * count);
+}
+
+// A matrix (rows, K) of a dtype to the int8 or int4 numbers that products take, at `packed`.
+extern "C" void twotower_pack(const void *values, int32_t dtype, int32_t rows, int32_t K, int32_t is_int4,
+                              int32_t threads, uint8_t *packed) {
+    Team team(threads);
+    team.split(blocks_of(rows), [&](int begin, int end) {
+        pack_blocks({values, dtype, K}, rows, is_int4 != 0, packed, begin, end);
+    });
 }

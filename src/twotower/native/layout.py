@@ -6,9 +6,12 @@ made of it. Only `layer_of` reads a configuration.
 
 import ctypes
 
+import torch
+
 from twotower.specs import AttentionSpec, LayerSpec, MambaSpec, MLPSpec, MoESpec
 
 LANES = 16  # tokens of a tile: what the widest vector holds
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of values that are packed, by number
 _STRUCTS = {
     # A matrix as float32, or packed as `packing.Packed` describes, others null; group: columns of
     # which a token has one scale; centred: whether int4 scales are bfloat16, offsets those of an 8.
@@ -131,7 +134,8 @@ def header() -> str:
     """layout.h: structs, kinds, and for each kind a struct of its weights: pre_norm, then the
     names above without dots and `.weight`.
     """
-    lines = [f"constexpr int LANES = {LANES};"]
+    dtypes = ", ".join(str(dtype).removeprefix("torch.").upper() for dtype in DTYPES)
+    lines = [f"constexpr int LANES = {LANES};", f"enum {{ {dtypes} }};"]
     for name, fields in _STRUCTS.items():
         lines.append(f"struct {name} {{ {fields.replace(', ', '; ')}; }};")
     for name, (symbol, names) in _KINDS.items():

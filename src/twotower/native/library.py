@@ -65,7 +65,8 @@ def load_library(file: Path) -> ctypes.CDLL:
     found.twotower_rank.argtypes = [
         address, *[_int] * 3, address, address, _int, address, address,
     ]  # fmt: skip
-    for name in ("states", "move", "linear", "best", "bigrams", "rank"):
+    found.twotower_pack.argtypes = [address, *[_int] * 5, address]
+    for name in ("states", "move", "linear", "best", "bigrams", "rank", "pack"):
         getattr(found, f"twotower_{name}").restype = None
     return found
 

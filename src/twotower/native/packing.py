@@ -1,4 +1,4 @@
-"""Matrices in int8 and int4: how they are rounded, and how integers.h wants them to lie.
+"""Matrices in int8 and int4 as integers.h wants them to lie; pack.h rounds full precision.
 
 int8: a row (one output) has one float32 scale and whole numbers from -127 to 127. int4: a group of
 32 numbers of a row has a scale and an offset in half precision and whole numbers from 0 to 15;
@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.kernels.quantised import Bits, Matrices, Quantised, to_eight_bits
+from twotower.kernels.quantised import Bits, Matrices, Quantised
+from twotower.native.layout import DTYPES
+from twotower.native.library import library
 
 GROUP = 32  # numbers of an int4 group, and of a token's group
 _ROWS = 16  # of a block: the outputs of one vector
@@ -35,37 +37,6 @@ class Grouped(NamedTuple):
     numbers: Tensor
     scale: Tensor
     offset: Tensor
-
-
-def quantise_groups(weight: Tensor) -> Grouped:
-    """weight (N, K), K a multiple of 32, rounded to int4.
-
-    Each group takes the better of two grids: from its least to its largest number, as GGUF's Q4_1,
-    and from -8 to 7 times a scale, as Q4_0; so weights that lie on either are kept exactly.
-    """
-    groups = weight.detach().float().unflatten(1, (-1, GROUP))
-    least, most = groups.aminmax(dim=-1)
-    largest = torch.where(most > -least, most, least)
-    one = _on_grid(groups, (most - least) / 15, least)
-    two = _on_grid(groups, largest / -8, largest)
-    is_second = _error(groups, two) < _error(groups, one)
-    numbers = torch.where(is_second.unsqueeze(-1), two.numbers, one.numbers)
-    parts = zip(two[1:], one[1:], strict=True)
-    return Grouped(numbers.flatten(1), *(torch.where(is_second, a, b) for a, b in parts))
-
-
-def _on_grid(groups: Tensor, scale: Tensor, offset: Tensor) -> Grouped:
-    """groups (N, G, 32) on the grids of scale and offset (N, G), which are rounded first."""
-    scale, offset = scale.half(), offset.half()
-    step, start = scale.float().unsqueeze(-1), offset.float().unsqueeze(-1)
-    numbers = ((groups - start) * torch.where(step != 0, 1 / step, 0.0)).round().clamp(0, 15)
-    return Grouped(numbers.nan_to_num(0.0).to(torch.uint8), scale, offset)
-
-
-def _error(groups: Tensor, found: Grouped) -> Tensor:
-    """Sums of squares (N, G)."""
-    step, start = found.scale.float().unsqueeze(-1), found.offset.float().unsqueeze(-1)
-    return (found.numbers * step + start - groups).square().sum(-1)
 
 
 def grouped(matrix: Quantised) -> Grouped:
@@ -155,9 +126,20 @@ def _num_bytes(matrix: Tensor | Quantised, bits: Bits) -> int:
 
 
 def _write(part: Tensor, matrix: Tensor | Quantised, bits: Bits) -> None:
-    """One matrix's bytes (num_bytes,) int8; full precision is rounded first, some rows at a time,
-    which is faster and needs no second copy.
-    """
+    """One matrix's bytes (num_bytes,) int8; full precision is rounded."""
+    if isinstance(matrix, Quantised):
+        _write_quantised(part, matrix, bits)
+        return
+    values = matrix.detach().contiguous()
+    values = values if values.dtype in DTYPES else values.float()
+    library().twotower_pack(
+        values.data_ptr(), DTYPES.index(values.dtype), *values.shape, bits == 4,
+        torch.get_num_threads(), part.data_ptr(),
+    )  # fmt: skip
+
+
+def _write_quantised(part: Tensor, matrix: Quantised, bits: Bits) -> None:
+    """Some rows at a time, which stay in a core's cache and need no second copy."""
     rows, width = matrix.shape
     num_padded = -(-rows // _ROWS) * _ROWS
     num_scales = 4 * num_padded if bits == 8 else 0
@@ -165,23 +147,14 @@ def _write(part: Tensor, matrix: Tensor | Quantised, bits: Bits) -> None:
     num_rows = max(1, _PIECE // (_ROWS * width)) * _ROWS
     for first in range(0, rows, num_rows):
         some = _rows(matrix, slice(first, first + num_rows))
-        for section, own in zip(sections, _pack(some, bits), strict=True):
-            section[first * len(section) // num_padded :][: len(own)].copy_(own)
+        own = [_blocks_of_four(grouped(some))] if bits == 4 else _blocks_of_eight(some)
+        for section, values in zip(sections, own, strict=False):  # 4 bits have no scales behind
+            section[first * len(section) // num_padded :][: len(values)].copy_(values)
 
 
-def _rows(matrix: Tensor | Quantised, some: slice) -> Tensor | Quantised:
-    if isinstance(matrix, Tensor):
-        return matrix[some]
+def _rows(matrix: Quantised, some: slice) -> Quantised:
     zero = None if matrix.zero is None else matrix.zero[some]
     return matrix._replace(qdata=matrix.qdata[some], scale=matrix.scale[some], zero=zero)
-
-
-def _pack(matrix: Tensor | Quantised, bits: Bits) -> tuple[Tensor, Tensor]:
-    """Bytes (int8) of some rows: of their blocks, and of the scales behind all blocks."""
-    if bits == 4:
-        made = quantise_groups(matrix) if isinstance(matrix, Tensor) else grouped(matrix)
-        return _blocks_of_four(made), torch.empty(0, dtype=torch.int8)
-    return _blocks_of_eight(to_eight_bits(matrix) if isinstance(matrix, Tensor) else matrix)
 
 
 def _blocks_of_eight(matrix: Quantised) -> tuple[Tensor, Tensor]:
