@@ -29,13 +29,11 @@ def grouped_mlp(
     ):
         assert gate is None or isinstance(gate, Tensor)  # all are stacked alike
         return grouped_products(x, up, down, experts, gate)
-    counts = torch.bincount(experts, minlength=len(up)).tolist()
-    pieces = torch.split(x, counts)
+    chosen, counts = torch.unique_consecutive(experts, return_counts=True)
     found = []
-    for expert, piece in enumerate(pieces):
-        if len(piece):
-            gated = None if gate is None else linear(piece, gate[expert])
-            found.append(linear(activation(linear(piece, up[expert]), gated), down[expert]))
+    for expert, piece in zip(chosen.tolist(), torch.split(x, counts.tolist()), strict=True):
+        gated = None if gate is None else linear(piece, gate[expert])
+        found.append(linear(activation(linear(piece, up[expert]), gated), down[expert]))
     return torch.cat(found)
 
 
