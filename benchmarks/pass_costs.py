@@ -6,6 +6,7 @@ reads, until its arithmetic takes longer than that. Medians of interleaved repea
 one JSON object.
 
     python benchmarks/pass_costs.py --model smollm2.gguf --quantization int8 --threads 2
+    python benchmarks/pass_costs.py --model experts --quantization int8
 """
 
 import json
@@ -19,6 +20,9 @@ from twotower.cli.machine import recorded
 from twotower.cli.scripts import script_parser
 from twotower.engine.drafts import BatchCosts
 from twotower.engine.logits import best_tokens
+from twotower.families import config_from_dict
+from twotower.families.nemotron_h import NANO_30B
+from twotower.model.initialise import randomise
 
 LENGTHS = (1, 2, 4, 6, 8, 12, 16, 32, 64)
 
@@ -40,10 +44,26 @@ def median_ms(model: twotower.TwoTower, num_rows: int, past: int, repeats: int) 
     return {length: statistics.median(own[1:]) for length, own in times.items()}
 
 
+def random_experts() -> twotower.TwoTower:
+    """A backbone with the pattern and proportions of Nemotron-3-Nano, at 64 experts a layer."""
+    sizes = {
+        "hybrid_override_pattern": "MEM*EMEMEM*EMEMEM*EMEME", "hidden_size": 1024,
+        "vocab_size": 49152, "num_attention_heads": 16, "mamba_num_heads": 32,
+        "n_routed_experts": 64, "moe_intermediate_size": 704,
+        "moe_shared_expert_intermediate_size": 1408,
+    }  # fmt: skip
+    config = config_from_dict({**NANO_30B, **sizes, "intermediate_size": 1408})
+    model = twotower.TwoTower(config, towers="context")
+    randomise(model, seed=0)
+    return model.requires_grad_(False).eval()
+
+
 def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument(
-        "--model", help="checkpoint folder, GGUF file or hub id; without it the shipped model"
+        "--model",
+        help="checkpoint folder, GGUF file or hub id; experts: random weights, 1.2 billion, in the "
+        "shape of Nemotron-3-Nano; without it the shipped model",
     )
     parser.add_argument("--quantization", default="none", help="of the weights: none, int8 or int4")
     parser.add_argument(
@@ -56,11 +76,12 @@ def main() -> None:
     parser.add_argument("--past", type=int, default=200, help="tokens that the cache holds")
     parser.add_argument("--repeats", type=int, default=9, help="timed passes of each kind")
     given = parser.parse_args()
-    model = twotower.load_model(
-        given.model,
-        backend=given.backend,
-        quantization=given.quantization,
-        threads=given.threads,
+    how = {"backend": given.backend, "quantization": given.quantization}
+    torch.set_num_threads(given.threads)
+    model = (
+        twotower.accelerate(random_experts(), **how)
+        if given.model == "experts"
+        else twotower.load_model(given.model, threads=given.threads, **how)
     )
     result: dict[str, dict[str, object]] = {}
     for rows in map(int, given.rows.split(",")):
