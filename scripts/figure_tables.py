@@ -9,6 +9,7 @@ import numpy as np
 Record = Mapping[str, Any]
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 PASSES = ("ar_step", "denoise_pass", "extend", "verify")
+_PASS_LENGTHS = ("2", "4", "8", "16")
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -311,6 +312,15 @@ def denoiser_parts(record: Record) -> str:
         )
     head = ["variant", "processor s", "loss", "tokens a cycle", "difference", "first right"]
     return markdown([*head, "draft, AR steps"], rows)
+
+
+def pass_costs(record: Record) -> str:
+    """What a pass over several tokens of each row costs, in AR steps of those rows."""
+    rows = [
+        [count, number(found["ar_ms"]), *(number(found["cost"][n]) for n in _PASS_LENGTHS)]
+        for count, found in record["rows_measured"].items()
+    ]
+    return markdown(["rows", "AR step, ms", *(f"{n} tokens" for n in _PASS_LENGTHS)], rows)
 
 
 def mapped_experts(record: Record) -> str:

@@ -162,6 +162,16 @@ SECTIONS = (
         [Kind("denoiser_parts", "One part less", tables.denoiser_parts)],
     ),
     Section(
+        "Passes over blocks",
+        "How many AR steps of as many rows does a pass over several tokens of each row cost? Head "
+        "included, 200 tokens cached,\none thread, int8. Experts: random weights, 1.2 billion, in "
+        "the shape of Nemotron-3-Nano, 6 of 64 experts a token.",
+        [
+            Kind("pass_costs_experts", "Experts", tables.pass_costs),
+            Kind("pass_costs_smollm2", "Dense: SmolLM2-135M-Instruct", tables.pass_costs),
+        ],
+    ),
+    Section(
         "Experts in files",
         "Does a model run whose experts do not fit into memory?",
         [Kind("mapped_experts", "A limit of 600 MB", tables.mapped_experts)],

@@ -1,6 +1,7 @@
 """Matrices that `--quantization` rounds while they are read: the same numbers, in a fraction of the
 memory."""
 
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ from twotower.model.eager import EagerBackend
 from twotower.model.precision import NATIVE_SCHEMES, Scheme
 from twotower.model.thin import sketch
 from twotower.native import library
+from twotower.native.packing import Packed
 
 INT8 = NATIVE_SCHEMES["int8"]
 DENSE = SIZES | {"hybrid_override_pattern": "M*-M*-"}
@@ -271,3 +273,30 @@ def test_what_does_not_fit_into_memory_is_refused(
     assert load_quantised(tmp_path / "m", Scheme(weights="int8")).has_denoiser
     monkeypatch.setattr(memory, "_told", lambda _: 2 * num_weights)  # swap
     load_model(tmp_path / "m", quantization="int8")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_matrices_are_read_at_the_same_time(threads: int) -> None:
+    """Guards loads by several threads: a matrix at another's place, and one that cannot be read,
+    whose numbers would be whatever the memory held."""
+    weights = {f"w{i}": torch.randn(40, 32 * (1 + i % 3)) for i in range(12)}
+    weights["stack"] = torch.randn(5, 24, 64)
+    before = torch.get_num_threads()
+
+    def read(name: str) -> torch.Tensor:
+        if name == "w3":
+            raise ValueError("gone")
+        return weights[name]
+
+    meta = {name: weight.to("meta") for name, weight in weights.items()}
+    alone = {name: Packed({name: weight}, {name: 4}) for name, weight in weights.items()}
+    torch.set_num_threads(threads)
+    try:
+        every = Packed(meta, dict.fromkeys(meta, 4), weights.__getitem__)
+        with pytest.raises(ValueError, match="gone"):
+            Packed(meta, None, read)
+    finally:
+        torch.set_num_threads(before)
+    for name, own in alone.items():
+        found = ctypes.string_at(every.addresses[name], own.num_bytes)
+        assert found == ctypes.string_at(own.addresses[name], own.num_bytes), name

@@ -8,7 +8,9 @@ those of a checkpoint keep its bfloat16, and no number is rounded twice.
 import ctypes
 import math
 import sys
+from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from twotower.native.library import library
 GROUP = 32  # numbers of an int4 group, and of a token's group
 _ROWS = 16  # of a block: the outputs of one vector
 _QUAD = 4  # inputs that one instruction multiplies and adds
+_MOST_READ = 2**28  # numbers in full precision at a time
 _PIECE = 2**19  # numbers that are rounded at a time: they stay in a core's cache
 _LONGEST_ROW = 65_536  # inputs: 255 * 127 * this is still an int32
 _ZERO = 128  # of int8 bytes
@@ -77,18 +80,35 @@ class Packed:
         sizes = {name: _num_bytes(one, self.bits[name]) for name, one in matrices.items()}
         self._buffer = _huge_pages(sum(sizes.values()))
         self.num_bytes = len(self._buffer)
-        self.addresses: dict[str, int] = {}
         self.groups = {name: _token_group(matrix) for name, matrix in matrices.items()}
-        at = 0
-        for name, matrix in matrices.items():
-            part = self._buffer[at : at + sizes[name]]
+        parts = dict(zip(matrices, self._buffer.split([*sizes.values()]), strict=True))
+        self.addresses = {name: part.data_ptr() for name, part in parts.items()}
+        workers, threads = _share_out(matrices)
+
+        def fill(name: str) -> None:
+            matrix = matrices[name]
             is_meta = (matrix if isinstance(matrix, Tensor) else matrix.qdata).is_meta
             assert not is_meta or read is not None
             each = _each(read(name) if is_meta and read is not None else matrix)
-            for index, own in enumerate(part.chunk(len(each))):
-                _write(own, each[index], self.bits[name])
-            self.addresses[name] = part.data_ptr()
-            at += sizes[name]
+            for index, part in enumerate(parts[name].chunk(len(each))):
+                _write(part, each[index], self.bits[name], threads)
+
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                deque(pool.map(fill, matrices), maxlen=0)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # who presses ^C does not wait for the rest
+                raise
+
+
+def _share_out(matrices: Mapping[str, Tensor | Quantised]) -> tuple[int, int]:
+    """How many matrices are read and packed at a time, and by how many threads each: as many as
+    PyTorch has, while that many full-precision copies of the largest are a gigabyte at most.
+    """
+    threads = torch.get_num_threads()
+    largest = max((math.prod(one.shape[-2:]) for one in matrices.values()), default=1)
+    workers = max(1, min(threads, len(matrices), _MOST_READ // largest))
+    return workers, threads // workers
 
 
 def _each(matrix: Tensor | Quantised | Matrices) -> Matrices:
@@ -125,7 +145,7 @@ def _num_bytes(matrix: Tensor | Quantised, bits: Bits) -> int:
     return rows * (-(-width // _QUAD) * _QUAD + 4)
 
 
-def _write(part: Tensor, matrix: Tensor | Quantised, bits: Bits) -> None:
+def _write(part: Tensor, matrix: Tensor | Quantised, bits: Bits, threads: int) -> None:
     """One matrix's bytes (num_bytes,) int8; full precision is rounded."""
     if isinstance(matrix, Quantised):
         _write_quantised(part, matrix, bits)
@@ -133,8 +153,8 @@ def _write(part: Tensor, matrix: Tensor | Quantised, bits: Bits) -> None:
     values = matrix.detach().contiguous()
     values = values if values.dtype in DTYPES else values.float()
     library().twotower_pack(
-        values.data_ptr(), DTYPES.index(values.dtype), *values.shape, bits == 4,
-        torch.get_num_threads(), part.data_ptr(),
+        values.data_ptr(), DTYPES.index(values.dtype), *values.shape, bits == 4, threads,
+        part.data_ptr(),
     )  # fmt: skip
 
 
