@@ -22,7 +22,7 @@ QWEN3_MOE: dict[str, object] = {
     "use_sliding_window": False, "max_window_layers": 48, "attention_bias": False,
     "bos_token_id": 151643, "eos_token_id": 151645, "tie_word_embeddings": False,
 }  # fmt: skip
-PUBLISHED |= {
+MODELS = PUBLISHED | {
     "Qwen3-30B-A3B": QWEN3_MOE | {
         "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
         "num_hidden_layers": 48, "num_attention_heads": 32,
@@ -36,7 +36,7 @@ PUBLISHED |= {
 
 def published(name: str) -> TwoTowerConfig:
     shared = {"model_type": "nemotron_h", "vocab_size": 131072, **MAMBA_128}
-    return config_from_dict(shared | PUBLISHED[name])
+    return config_from_dict(shared | MODELS[name])
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_model_has_its_published_parameters_to_the_last_one(name: str, total: 
     assert describe_config(published(name), name).towers["context"].total == total
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_configuration_survives_its_own_file(name: str) -> None:
     config = published(name)
     assert config_from_dict(config_to_dict(config)) == config
