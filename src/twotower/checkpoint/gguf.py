@@ -131,7 +131,8 @@ def _parts(model: TwoTower, dtype: Precision) -> Iterator[Part]:
             inner = names.inner_name(name)
             found = find(inner)
             assert found is not None, f"{name} has no place in a GGUF file"
-            values = family.gguf_values(inner, tensor, config)
+            shape = family.gguf_shape(inner, tuple(tensor.shape), config)
+            values = family.gguf_values(inner, tensor, config).reshape(shape)
             yield Part(found, values, _kind(name, tensor, dtype, family.GGUF_FLOAT32))
     for name, values in family.gguf_extra_tensors(config):
         yield Part(name, values, GGMLQuantizationType.F32)

@@ -229,6 +229,8 @@ def _tensors(file: Path, reader: "GGUFReader") -> Iterator[tuple[str, dict[str, 
     size = file.stat().st_size
     for tensor in reader.tensors:
         kind, shape = tensor.tensor_type.name, [int(n) for n in reversed(tensor.shape)]
+        if not tensor.name.isprintable():
+            raise ValueError(f"has a tensor of the name {tensor.name!r}; fetch the file again")
         if kind not in TYPES:
             raise ValueError(
                 f"{tensor.name} is of type {kind}, which is not supported; supported are "

@@ -91,18 +91,20 @@ def _from_gguf(config: TwoTowerConfig, found: dict[str, Entry]) -> dict[str, Ent
     table = gguf_names(config)
     entries: dict[str, Entry] = {}
     for name, tensor in build_empty(config, "context").state_dict().items():
-        inner = names.inner_name(name)
-        written = family.gguf_values(inner, tensor, config).shape
-        for released, slot in names.released_slots({name: tuple(tensor.shape)}).items():
-            expert = "" if slot.expert is None else f"[{slot.expert}]"
-            entry = left.pop(f"{table(inner)}{expert}", None)
+        inner, shape = names.inner_name(name), tuple(tensor.shape)
+        known, written = table(inner), family.gguf_shape(inner, shape, config)
+        for released, slot in names.released_slots({name: shape}).items():
+            is_one = slot.expert is None
+            entry = left.pop(str(known) if is_one else f"{known}[{slot.expert}]", None)
             if entry is None:
                 continue
-            load = partial(_load_gguf, entry, family, inner, config)
-            shape = slot.shape if not expert and entry.shape == written else entry.shape
-            entries[released] = entry._replace(load=load, shape=shape)
+            own = slot.shape if is_one and entry.shape == written else entry.shape
+            load = partial(_load_gguf, entry, family, inner, config, own)
+            entries[released] = entry._replace(load=load, shape=own)
     return entries | left
 
 
-def _load_gguf(entry: Entry, family: Family, name: str, config: TwoTowerConfig) -> Tensor:
-    return family.values_from_gguf(name, entry.read(), config)
+def _load_gguf(
+    entry: Entry, family: Family, name: str, config: TwoTowerConfig, shape: tuple[int, ...]
+) -> Tensor:
+    return family.values_from_gguf(name, entry.read().reshape(shape), config)

@@ -75,8 +75,14 @@ class Family(Protocol):
         """A name inside a tower as the table of the `gguf` package knows it."""
         ...
 
+    def gguf_shape(
+        self, name: str, shape: tuple[int, ...], config: TwoTowerConfig, /
+    ) -> tuple[int, ...]:
+        """A tensor's shape in a GGUF file."""
+        ...
+
     def gguf_values(self, name: str, values: Tensor, config: TwoTowerConfig, /) -> Tensor:
-        """A tensor's values and shape as llama.cpp expects them."""
+        """A tensor's values as llama.cpp expects them, in the model's shape."""
         ...
 
     def gguf_extra_tensors(self, config: TwoTowerConfig, /) -> Iterator[tuple[str, Tensor]]:

@@ -1,5 +1,6 @@
 """What families share that read GGUF metadata: rounded numbers, special ids, what is refused."""
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,4 +25,6 @@ def require_supported(metadata: Mapping[str, Any], supported: Mapping[str, objec
     """ValueError (one line) for a value that changes the model and is not the supported one."""
     for name, allowed in supported.items():
         if metadata.get(name, allowed) != allowed:
-            raise ValueError(f"{name}={metadata[name]} is not supported; only {allowed}")
+            raise ValueError(
+                f"{name}={reprlib.repr(metadata[name])} is not supported; only {allowed}"
+            )

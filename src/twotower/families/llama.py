@@ -230,8 +230,14 @@ class LlamaFamily:
         known = self.from_tower_name(name)
         return f"{known}.weight" if re.search(r"\.experts\.\w+$", known) else known
 
+    def gguf_shape(
+        self, name: str, shape: tuple[int, ...], config: TwoTowerConfig
+    ) -> tuple[int, ...]:
+        """A tensor's shape in a GGUF file: the model's."""
+        return shape
+
     def gguf_values(self, name: str, values: Tensor, config: TwoTowerConfig) -> Tensor:
-        """A tensor's values and shape as llama.cpp expects them."""
+        """A tensor's values as llama.cpp expects them: rows of queries and keys in its order."""
         if not self.pairs_neighbours or not re.search(r"\.[qk]_proj\.", name):
             return values
         half = _attention(config).head_dim // 2

@@ -29,6 +29,7 @@ from twotower.families.nemotron_h_gguf import (
     config_from_gguf,
     gguf_architecture,
     gguf_extra_tensors,
+    gguf_shape,
     gguf_values,
     values_from_gguf,
 )
@@ -37,8 +38,8 @@ from twotower.specs import SPECS, AttentionSpec, LayerSpec, MambaSpec, MLPSpec, 
 __all__ = [  # what `Family` names
     "ARCHITECTURE", "GGUF_FLOAT32", "GGUF_READS", "LAYOUTS", "MODEL_TYPE", "NANO_30B", "TIES_HEAD",
     "TWO_TOWER_ARCHITECTURE", "add_gguf_sizes", "config_from_gguf", "from_tower_name",
-    "gguf_architecture", "gguf_extra_tensors", "gguf_lookup_name", "gguf_values", "read_config",
-    "to_tower_name", "transformers_config", "values_from_gguf", "write_config",
+    "gguf_architecture", "gguf_extra_tensors", "gguf_lookup_name", "gguf_shape", "gguf_values",
+    "read_config", "to_tower_name", "transformers_config", "values_from_gguf", "write_config",
 ]  # fmt: skip
 MODEL_TYPE = "nemotron_h"
 ARCHITECTURE = "NemotronHForCausalLM"

@@ -51,27 +51,26 @@ def gguf_architecture(config: TwoTowerConfig) -> str:
     return "nemotron_h" if moe is None else "nemotron_h_moe"
 
 
-def gguf_values(name: str, values: Tensor, config: TwoTowerConfig) -> Tensor:
-    """Values and shape that llama.cpp expects where they are not the model's own."""
-    if name.endswith(".A_log"):
-        return -values.float().exp().unsqueeze(1)  # (H, 1): the decay rates themselves
-    if name.endswith(".D"):
-        return values.unsqueeze(1)  # (H, 1)
+def gguf_shape(name: str, shape: tuple[int, ...], config: TwoTowerConfig) -> tuple[int, ...]:
+    """The shape that llama.cpp expects."""
+    if name.endswith((".A_log", ".D")):
+        return (*shape, 1)  # (H, 1)
     if name.endswith(".conv1d.weight"):
-        return values.squeeze(1)  # (C, W)
+        return (shape[0], shape[2])  # (C, W)
     mamba = config.context.shared_spec(MambaSpec)
     if name.endswith(".mixer.norm.weight") and mamba is not None:
-        return values.reshape(mamba.num_groups, -1)  # (G, H * P / G)
-    return values
+        return (mamba.num_groups, shape[0] // mamba.num_groups)  # (G, H * P / G)
+    return shape
+
+
+def gguf_values(name: str, values: Tensor, config: TwoTowerConfig) -> Tensor:
+    """Values that llama.cpp expects: the decay rates themselves, not their logarithms."""
+    return -values.float().exp() if name.endswith(".A_log") else values
 
 
 def values_from_gguf(name: str, values: Tensor, config: TwoTowerConfig) -> Tensor:
     """The inverse of `gguf_values`."""
-    if name.endswith(".A_log"):
-        return _log(-values.float()).flatten()
-    if name.endswith(".conv1d.weight"):
-        return values.unsqueeze(1)
-    return values.flatten() if name.endswith((".D", ".mixer.norm.weight")) else values
+    return _log(-values.float()) if name.endswith(".A_log") else values
 
 
 def config_from_gguf(
