@@ -62,7 +62,9 @@ def blocks(shape: tuple[int, ...], kind: Kind, seed: int) -> np.ndarray:
     count = shape[0] * shape[1] // numbers
     data = rng.integers(0, 256, (count, num_bytes), dtype=np.uint8)
     scales = rng.uniform(0.001, 0.01, (count, 2)).astype(np.float16).view(np.uint8)
-    if kind.name in ("Q2_K", "Q3_K", "Q6_K"):  # whose scales are the last
+    if kind.name == "MXFP4":
+        data[:, 0] = rng.integers(118, 124, count)  # a power of two
+    elif kind.name in ("Q2_K", "Q3_K", "Q6_K"):  # whose scales are the last
         num_scales = 4 if kind == Kind.Q2_K else 2
         data[:, -num_scales:] = scales[:, :num_scales]
     else:

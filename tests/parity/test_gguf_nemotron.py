@@ -30,7 +30,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
 }
 # Of the spread of log-probabilities; llama.cpp rounds the inputs of products to 8 bits: seen 0.13.
 BOUNDS = {"F32": 1e-5, "F16": 0.01, "BF16": 0.06} | dict.fromkeys(
-    ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"), 0.2
+    ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4"), 0.2
 )
 
 

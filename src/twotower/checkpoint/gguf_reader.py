@@ -38,7 +38,7 @@ _MAGIC = b"GGUF"
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPES = (
     *_PLAIN, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
-    "IQ4_NL", "IQ4_XS",
+    "IQ4_NL", "IQ4_XS", "MXFP4",
 )  # fmt: skip
 _MAX_TENSORS, _MAX_FIELDS = 1 << 15, 1 << 12
 _MAX_READS = 3 << 20  # more than those of the largest vocabulary that is published
