@@ -139,8 +139,12 @@ class Loaded:
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer of what reads or writes text; ValueError (one line) without one."""
         if self.tokenizer is None:
+            is_file = self.name.lower().endswith(".gguf")
             raise ValueError(
-                f"model={self.name} has no {TOKENIZER_FILE}; add the one it was made for"
+                f"model={self.name} was written without a tokenizer; export it anew from a folder "
+                "that has one"
+                if is_file
+                else f"model={self.name} has no {TOKENIZER_FILE}; add the one it was made for"
             )
         return self.tokenizer
 

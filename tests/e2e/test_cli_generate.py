@@ -9,8 +9,9 @@ import pytest
 
 import twotower
 from tiny_checkpoint import make_checkpoint
+from tiny_models import fresh_model
 from twotower import loading
-from twotower.checkpoint import files, load_checkpoint
+from twotower.checkpoint import export_gguf, files, load_checkpoint
 from twotower.cli.main import main
 from twotower.cli.prompts import read_grammar
 from twotower.cli.text import printable
@@ -195,6 +196,18 @@ def test_a_model_without_tokenizer_takes_and_gives_ids(
     for verb in (["generate", "abc"], ["chat"], ["evaluate"], ["bench"]):
         assert main([*verb, "--model", str(folder)]) == 2, verb
         assert f"--model {folder} has no tokenizer.json; add" in capsys.readouterr().err, verb
+
+
+def test_a_gguf_file_without_a_tokenizer_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards "add tokenizer.json", which nobody can add to a file."""
+    pytest.importorskip("gguf")
+    file = tmp_path / "model.gguf"
+    export_gguf(fresh_model(hybrid_override_pattern="M*"), file)
+    assert main(["generate", "abc", "--model", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert f"--model {file} was written without a tokenizer; export it anew" in error
 
 
 def test_a_block_larger_than_the_trained_one_warns_in_one_line(
