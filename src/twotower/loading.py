@@ -5,10 +5,10 @@ what runs its passes.
 import atexit
 import json
 import logging
-import os
 import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -37,7 +37,9 @@ from twotower.checkpoint.denoiser import find_denoiser, load_denoiser
 from twotower.checkpoint.empty import Towers, build_empty
 from twotower.checkpoint.files import GENERATION_FILE, SHIPPED
 from twotower.checkpoint.generation import log_unheeded
+from twotower.checkpoint.load import TooLarge
 from twotower.checkpoint.quantize import read_scheme
+from twotower.cores import usable_cores
 from twotower.documented import public_options
 from twotower.families import read_config
 from twotower.model import TwoTower
@@ -52,8 +54,6 @@ _BEGINNING = 4  # tokens that show a prompt's form
 _MAX_SCORED = 256  # tokens of a prompt that are compared with the training text
 START_TIMEOUT_S = 300.0  # until both ranks are there; the first import of torch may take long
 PEER_TIMEOUT_S = 30.0  # of silence, from then on
-_CPUS = Path("/sys/devices/system/cpu")
-_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 @public_options
@@ -76,7 +76,7 @@ class Placement:
     torchrun started, on this host or another."""
     dtype: DTypeName = "auto"
     """Precision of weights and computation. auto: float32 on a CPU for a model that the native
-    backend can run, else the checkpoint's own."""
+    backend can run, if it fits into memory, else the checkpoint's own."""
     quantization: Quantization = "none"
     """int8, int4: quantise the weights while they are loaded, for the native backend; int8 also for
     graphs. none: as they are stored."""
@@ -309,17 +309,24 @@ def _load_towers(
     apart = placement.denoiser_device not in (None, PEER)
     elsewhere = _device(str(placement.denoiser_device)) if apart else device
     dtype = _dtype(folder, placement, device)
-    model = load_checkpoint(
+    read = partial(
+        load_checkpoint,
         folder,
-        dtype=dtype,
         context_device=device,
         denoiser_device=elsewhere,
         # A thin denoiser shares weights of the context tower.
         towers=towers if placement.denoiser is None else "context",
         expert_storage=placement.expert_storage,
-        packing=_packing(folder, placement, {device, elsewhere}, dtype),
         show=show,
     )
+    try:
+        model = read(dtype=dtype, packing=_packing(folder, placement, {device, elsewhere}, dtype))
+    except TooLarge as error:
+        asked = placement.quantization != "none" or placement.backend == "native"
+        if placement.dtype != "auto" or dtype is None or asked:
+            raise
+        model = read(dtype=None)
+        _log.warning("%s; kept in its own dtype, which eager passes decode slowly", error)
     if placement.denoiser is not None:
         model = load_denoiser(model, placement.denoiser, find_device(elsewhere))
     return accelerate(model, placement.backend, placement.quantization)
@@ -338,7 +345,8 @@ def _dtype(folder: Path, placement: Placement, device: str) -> torch.dtype | Non
         return found
     if device != "cpu":
         return None
-    setup = planned_setup(read_config(folder))
+    planned = planned_setup(read_config(folder))
+    setup = replace(planned, expert_storage=placement.expert_storage)
     return torch.float32 if refusal("native", setup) is None else None
 
 
@@ -371,25 +379,3 @@ def _load_split(folder: Path, placement: Placement) -> TwoTower:
     model = SplitTwoTower(_load_towers(folder, placement, "context"), link)
     atexit.register(model.close)
     return model
-
-
-def usable_cores() -> int:
-    """Physical cores that this process may use, at least 1: two hardware threads of a core share
-    its arithmetic, and a container may have less of the machine than it sees.
-    """
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    cpus = os.sched_getaffinity(0)
-    cores = {_siblings(cpu) for cpu in cpus}
-    quota, _, period = (_read(_CPU_QUOTA) or "max").partition(" ")
-    most = len(cores) if quota == "max" else round(int(quota) / int(period))
-    return max(1, min(len(cores), most))
-
-
-def _siblings(cpu: int) -> str:
-    """The hardware threads of a CPU's core, as Linux writes them."""
-    return _read(_CPUS / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu)
-
-
-def _read(file: Path) -> str | None:
-    return file.read_text().strip() if file.is_file() else None

@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "file_lock": set(),
     "diffusion": COMMON,
     "memory": set(),
+    "cores": set(),
     "tokenizer": COMMON,
     "kernels": COMMON,
     "layers": COMMON | {"kernels"},
@@ -40,7 +41,9 @@ ALLOWED: dict[str, set[str]] = {
     "adapt": COMMON | {"layers", "model", "engine", "checkpoint", "train"},
     "serve": COMMON | {"engine", "tokenizer"},
     "hosts": COMMON | {"engine", "model", "diffusion", "layers"},
-    "loading": COMMON | {"families", "model", "backends", "checkpoint", "tokenizer", "hosts"},
+    "loading": COMMON
+    | {"families", "model", "backends", "checkpoint", "tokenizer", "hosts"}
+    | {"cores"},
     # The laboratory measures the library: it may use all of it, and nothing of the library uses it.
     "lab": set(),
     "lab.corpus": COMMON,

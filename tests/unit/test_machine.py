@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from twotower import loading, memory
+from twotower import cores, loading, memory
 
 CPU = torch.device("cpu")
 
@@ -51,10 +51,10 @@ def test_cores_that_may_be_used(
         (folder / "thread_siblings_list").write_text(f"{own}\n")
     if quota is not None:
         (tmp_path / "cpu.max").write_text(f"{quota}\n")
-    monkeypatch.setattr(loading, "_CPUS", tmp_path)
-    monkeypatch.setattr(loading, "_CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(cores, "_CPUS", tmp_path)
+    monkeypatch.setattr(cores, "_CPU_QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
-    assert loading.usable_cores() == expected
+    assert cores.usable_cores() == expected
 
 
 def test_a_loaded_model_uses_no_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:

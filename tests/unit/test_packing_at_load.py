@@ -266,6 +266,8 @@ def test_what_does_not_fit_into_memory_is_refused(
     with pytest.raises(ValueError, match=r"about 0\.\d GB .* use quantization=int8 or int4, a "):
         load_model(tmp_path / "m")
     load_model(tmp_path / "m", quantization="int8")
+    with pytest.raises(ValueError, match="GB"):
+        load_model(tmp_path / "m", dtype="float32")
     free[0] = num_weights // 2
     with pytest.raises(ValueError, match=r"are free; use a smaller dtype"):
         load_model(tmp_path / "m", quantization="int8")
@@ -273,6 +275,26 @@ def test_what_does_not_fit_into_memory_is_refused(
     assert load_quantised(tmp_path / "m", Scheme(weights="int8")).has_denoiser
     monkeypatch.setattr(memory, "_told", lambda _: 2 * num_weights)  # swap
     load_model(tmp_path / "m", quantization="int8")
+
+
+def test_a_checkpoint_of_half_precision_is_kept_so_where_float32_has_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards a 118 GB checkpoint that asks for 235, and who does not learn why it is slow."""
+    save_two_towers(fresh_model(**EXPERTS), tmp_path / "m", dtype=torch.bfloat16)
+    num_weights = sum(p.numel() for p in fresh_model(**EXPERTS).parameters())
+    monkeypatch.setattr(memory, "available_bytes", lambda *_: 3 * num_weights)
+    monkeypatch.setattr(memory, "_told", lambda _: 0)
+    model = load_model(tmp_path / "m")
+    assert model.context_tower.embeddings.weight.dtype == torch.bfloat16
+    assert model.backend.name == "eager" and "use quantization=int8 or int4" in caplog.text
+    for asked in ({"dtype": "float32"}, {"backend": "native"}):
+        with pytest.raises(ValueError, match="GB of memory"):
+            load_model(tmp_path / "m", **asked)  # type: ignore[arg-type]
+    monkeypatch.undo()
+    assert load_model(tmp_path / "m").backend.name == "native"
+    mapped = load_model(tmp_path / "m", expert_storage="mmap")
+    assert mapped.context_tower.embeddings.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

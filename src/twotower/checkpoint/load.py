@@ -36,6 +36,7 @@ from twotower.model.initialise import copy_context_to_denoiser
 from twotower.model.precision import (
     ExpertStorage,
     Scheme,
+    has_mapped_experts,
     map_experts,
     placement_refusal,
     scheme_of,
@@ -44,6 +45,10 @@ from twotower.model.two_tower import TwoTower
 
 _LISTED = 8  # tensors that an error names
 _log = logging.getLogger(__name__)
+
+
+class TooLarge(ValueError):
+    """Weights for which a device has no memory; nothing of them was read."""
 
 
 def load_checkpoint(
@@ -177,7 +182,7 @@ def _with_values(
 def _require_room(
     model: TwoTower, source: _Source, plan: Plan, target: _Target, packing: Scheme | None
 ) -> None:
-    """ValueError (one line) where the weights that a model is to hold do not fit into a device's
+    """TooLarge (one line) where the weights that a model is to hold do not fit into a device's
     memory: without it the system ends this process, or others, when they are filled.
     """
     is_twice = source.towers == "context" and model.denoiser_tower is not None  # in both towers
@@ -188,9 +193,9 @@ def _require_room(
     by_device[target.devices[1]] += context if is_twice else denoiser
     for device, num_bytes in by_device.items():
         if (lack := lacking_room(device, num_bytes)) is not None:
-            can_pack = scheme is None and device.type == "cpu"
+            can_pack = scheme is None and device.type == "cpu" and not has_mapped_experts(model)
             few = "quantization=int8 or int4, " if can_pack else ""
-            raise ValueError(
+            raise TooLarge(
                 f"{source.folder}: needs {lack}; use {few}a smaller dtype, another device, or the "
                 "context tower alone (mode=ar)"
             )
