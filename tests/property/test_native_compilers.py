@@ -23,9 +23,15 @@ LLAMA: dict[str, object] = {
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
     "block_size": 16, "eos_token_id": 66, "bos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
+EXPERTS: dict[str, object] = {
+    "model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
 MODELS: dict[str, Callable[[], TwoTower]] = {
     "qwen3": lambda: random_model(config_from_dict(LLAMA)),
     "nemotron_h": lambda: fresh_model(hybrid_override_pattern="M*-M-"),
+    "experts": lambda: fresh_model(hybrid_override_pattern="E*E", moe_latent_size=32),
+    "gated experts": lambda: random_model(config_from_dict(LLAMA | EXPERTS)),
 }
 # Other vectors, other instructions, and a processor for which GCC takes fused ones apart; each with
 # what the machine must have to run it.

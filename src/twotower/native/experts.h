@@ -46,17 +46,16 @@ void score(const float *w, const float *x, int K, double *y) {
     }
 }
 
-// work(i) for the `count` indices of the largest of values[size], one after the other; values are used up.
-// Where none is a number, an index comes all the same.
+// work(i) for the `count` indices of the largest of values[size], one after the other; NaN is the largest,
+// so that it reaches the output, as in PyTorch.
 template <typename Work>
-void each_largest(double *values, int size, int count, Work work) {
-    constexpr double TAKEN = -std::numeric_limits<double>::infinity();
+void each_largest(const double *values, int size, int count, Work work) {
     std::vector<bool> is_taken(size);
     for (int n = 0; n < count; n++) {
         int best = -1;
         for (int i = 0; i < size; i++)
-            if (!is_taken[i] && (best < 0 || values[i] > values[best] || values[best] != values[best])) best = i;
-        is_taken[best] = true, values[best] = TAKEN;
+            if (!is_taken[i] && (best < 0 || (values[best] == values[best] && !(values[i] <= values[best])))) best = i;
+        is_taken[best] = true;
         work(best);
     }
 }
@@ -65,11 +64,11 @@ void each_largest(double *values, int size, int count, Work work) {
 // as its two best.
 inline void keep_best_groups(const Layer &layer, double *chances) {
     int size = layer.experts / layer.groups;
-    std::vector<double> good(layer.groups), own(size);
+    std::vector<double> good(layer.groups);
     std::vector<bool> is_kept(layer.groups);
     for (int g = 0; g < layer.groups; g++) {
-        std::copy_n(chances + g * size, size, own.data());
-        each_largest(own.data(), size, std::min(2, size), [&](int i) { good[g] += chances[g * size + i]; });
+        const double *own = chances + g * size;
+        each_largest(own, size, std::min(2, size), [&](int i) { good[g] += own[i]; });
     }
     each_largest(good.data(), layer.groups, layer.kept_groups, [&](int g) { is_kept[g] = true; });
     for (int g = 0; g < layer.groups; g++)
