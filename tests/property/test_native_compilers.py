@@ -24,7 +24,9 @@ LLAMA: dict[str, object] = {
     "block_size": 16, "eos_token_id": 66, "bos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
 EXPERTS: dict[str, object] = {
-    "model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2,
+    "model_type": "qwen3_moe",
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
 }
 MODELS: dict[str, Callable[[], TwoTower]] = {

@@ -197,8 +197,8 @@ def test_a_token_s_numbers_are_its_own(name: str, quantization: Quantization) ->
 
 
 def test_nan_is_not_hidden() -> None:
-    """Guards the check for damaged weights: a router that compares NaN chooses nobody, does not end,
-    or, with one expert's scores damaged, never chooses that one."""
+    """Guards the check for damaged weights: a router that compares NaN chooses nobody, does not
+    end, or never chooses the one expert whose scores are damaged."""
     for name in ("gate.weight", "experts.up_proj", "shared_experts.down_proj.weight"):
         for groups in (1, 2):
             plain = expert_model(num_groups=groups).requires_grad_(False)

@@ -83,3 +83,34 @@ def test_who_cannot_take_part_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     )
     assert {one.engine for one in found} == {"twotower"}
     assert missing == ["llama.cpp int4: it has no such layer"]
+
+
+def test_who_fails_on_a_later_prompt_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards an hour of measurements that one contestant's end throws away, and medians of fewer
+    prompts beside those of all."""
+    asked: list[tuple[str, int]] = []
+
+    class Process:
+        def __init__(self, engine: str) -> None:
+            self.engine = engine
+
+        def start(self, _: Contestant) -> None:
+            pass
+
+        def decode(self, ids: list[int], num_new: int, mode: str) -> Measurement:
+            asked.append((mode, len(ids)))
+            if mode == "ngram-mod" and len(ids) == 20 and num_new > 8:
+                raise ValueError("its process has ended")
+            return answers(0.1)[0]
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(contest, "_Process", Process)
+    three = [who("twotower", "int8", "ar")]
+    three += [who("llama.cpp", "int8", mode) for mode in ("plain", "ngram-mod")]
+    found, missing = contest.run_contest(three, [*PROMPTS, [5] * 30], 64, lambda _: None)
+    assert missing == ["llama.cpp int8 ngram-mod: its process has ended"]
+    assert {one.mode: len(each) for one, each in found.items()} == {"ar": 3, "plain": 3}
+    assert asked.count(("ngram-mod", 20)) == 1 and ("ngram-mod", 30) not in asked
+    assert [r["n"] for r in summarise(found, [*PROMPTS, [5] * 30])] == [3, 3]

@@ -104,6 +104,7 @@ class _Process:
             stdout=subprocess.PIPE,
             text=True,
             env={**waiting, **os.environ},
+            start_new_session=True,  # Ctrl-C is ours
         )
 
     def start(self, who: Contestant) -> None:
@@ -129,7 +130,7 @@ class _Process:
 
     def close(self) -> None:
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()  # closes the pipes, whatever they hold
 
 
 @contextmanager
@@ -159,8 +160,8 @@ def _opened(
 def run_contest(
     who: Sequence[Contestant], prompts: Sequence[Sequence[int]], num_new: int, show: Show
 ) -> tuple[dict[Contestant, list[Measurement]], list[str]]:
-    """Everybody's answers in the prompts' order, and a line for each that could not start. show:
-    told what begins, once for each contestant and for each of its prompts.
+    """Everybody's answers in the prompts' order, and a line for each that could not start or left
+    a prompt unanswered. show: told what begins, for each contestant and each of its prompts.
     """
     answers: dict[Contestant, list[Measurement]] = {}
     missing: list[str] = []
@@ -168,10 +169,16 @@ def run_contest(
         own = [one for one in who if one.quantization == quantization]
         with _opened(own, prompts[0], missing, show) as opened:
             for turn, prompt in enumerate(prompts):
-                for place in range(len(opened)):
-                    one, process = opened[(turn + place) % len(opened)]
+                first = turn % max(1, len(opened))
+                for one, process in opened[first:] + opened[:first]:
                     show(one.name)
-                    found = process.decode(prompt, num_new, one.mode)
+                    try:
+                        found = process.decode(prompt, num_new, one.mode)
+                    except ValueError as error:
+                        missing.append(f"{one.name}: {error}")
+                        opened.remove((one, process))
+                        answers.pop(one, None)
+                        continue
                     answers.setdefault(one, []).append(found)
     return answers, missing
 
