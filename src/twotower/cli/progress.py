@@ -47,3 +47,4 @@ def load_with_bar(placement: Placement, mode: str | None = None) -> Loaded:
     finally:
         if bar.live.is_started:
             bar.stop()
+        bar.disable = True  # a packed model's values may be read again
