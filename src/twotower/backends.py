@@ -66,11 +66,16 @@ def setup_of(model: TwoTower, quantization: Quantization = "none") -> Setup:
     )
 
 
-def planned_setup(config: TwoTowerConfig, quantization: Quantization = "none") -> Setup:
+def planned_setup(
+    config: TwoTowerConfig,
+    quantization: Quantization = "none",
+    expert_storage: ExpertStorage = "memory",
+) -> Setup:
     """The setup of full-precision weights in float32 on the CPU, before they are loaded."""
     return Setup(
         layers=frozenset(config.context.layers + config.denoiser.layers),
         quantization=quantization,
+        expert_storage=expert_storage,
         bidirectional_mamba=config.bidirectional_mamba,
     )
 

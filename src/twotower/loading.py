@@ -345,8 +345,7 @@ def _dtype(folder: Path, placement: Placement, device: str) -> torch.dtype | Non
         return found
     if device != "cpu":
         return None
-    planned = planned_setup(read_config(folder))
-    setup = replace(planned, expert_storage=placement.expert_storage)
+    setup = planned_setup(read_config(folder), expert_storage=placement.expert_storage)
     return torch.float32 if refusal("native", setup) is None else None
 
 
@@ -358,8 +357,8 @@ def _packing(
     """
     scheme, quantization = read_scheme(folder), placement.quantization
     setup = replace(
-        planned_setup(read_config(folder), quantization), scheme=scheme,
-        devices=frozenset(devices), dtypes=frozenset({dtype or torch.float32}),
+        planned_setup(read_config(folder), quantization, placement.expert_storage),
+        scheme=scheme, devices=frozenset(devices), dtypes=frozenset({dtype or torch.float32}),
     )  # fmt: skip
     is_native = placement.backend != "graphs" and refusal("native", setup) is None
     return scheme or NATIVE_SCHEMES[quantization] if is_native and quantization != "none" else None

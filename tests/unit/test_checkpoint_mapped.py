@@ -14,6 +14,7 @@ from twotower.checkpoint import convert, load_checkpoint, save_backbone, save_tw
 from twotower.checkpoint.mapped import _Files
 from twotower.engine import GenerateOptions, generate
 from twotower.layers.quantised import MappedExperts
+from twotower.loading import load_model
 from twotower.model.precision import has_mapped_experts
 
 MODES = ("ar", "diffusion", "speculative")
@@ -57,6 +58,14 @@ def test_logits_are_bit_equal(folders: dict[str, Path], name: str) -> None:
         model = load_checkpoint(folders[name], expert_storage=storage)  # type: ignore[arg-type]
         found.append(model.next_logits(model.prefill(ids)))
     assert torch.equal(*found)
+
+
+def test_the_rest_keeps_its_precision(folders: dict[str, Path]) -> None:
+    """Guards memory and speed: in float32, for native passes that never come, the rest takes twice
+    the memory and each chosen expert is converted at each use."""
+    mapped = load_model(folders["bfloat16"], device="cpu", expert_storage="mmap")
+    assert mapped.backend.name == "eager"
+    assert mapped.context_tower.embeddings.weight.dtype == torch.bfloat16
 
 
 def test_mapped_experts_take_no_memory_of_their_own(folders: dict[str, Path]) -> None:
