@@ -11,7 +11,7 @@ from torch import Tensor
 from tiny_models import fresh_model, random_model
 from twotower import TwoTower, accelerate
 from twotower.families import config_from_dict
-from twotower.native import library, tower
+from twotower.native import library, packing, tower
 
 try:
     library.library()
@@ -76,7 +76,8 @@ def test_a_compiler_chooses_no_bit(
     if quantization == "int4" and name == "nemotron_h":
         pytest.skip("its rows are no whole number of groups")
     expected = numbers(MODELS[name](), quantization)
-    monkeypatch.setattr(tower, "library", lambda: library.load_library(other))
+    for module in (tower, packing):
+        monkeypatch.setattr(module, "library", lambda: library.load_library(other))
     for ours, theirs in zip(expected, numbers(MODELS[name](), quantization), strict=True):
         assert torch.equal(ours, theirs)
 
