@@ -20,6 +20,7 @@ from twotower.model.backend import Backend
 from twotower.model.eager import EagerBackend
 from twotower.model.passes import Unreadable
 from twotower.model.precision import (
+    EMBEDDINGS,
     ExpertStorage,
     Scheme,
     has_mapped_experts,
@@ -53,8 +54,14 @@ class Setup:
 
 
 def setup_of(model: TwoTower, quantization: Quantization = "none") -> Setup:
-    """The setup of a loaded model; parts without memory (on the meta device) do not count."""
-    loaded = [p for p in model.parameters() if not p.is_meta]
+    """The setup of a loaded model; parts without memory (on the meta device) do not count, nor do
+    embeddings beside matrices that are packed as they are read: passes take those in any dtype.
+    """
+    loaded = [
+        p
+        for name, p in model.named_parameters()
+        if not (p.is_meta or (model.unread and name.endswith(EMBEDDINGS)))
+    ]
     return Setup(
         layers=frozenset(model.config.context.layers + model.config.denoiser.layers),
         quantization=quantization,

@@ -71,6 +71,9 @@ def test_numbers_are_those_of_weights_in_memory(
     whole = accelerate(load_checkpoint(tmp_path / "m"), "native", quantization)  # type: ignore[arg-type]
     model = load_model(tmp_path / "m", quantization=quantization)  # type: ignore[arg-type]
     assert model.unread and all(p.is_meta for n, p in model.named_parameters() if n in model.unread)
+    tables = (tower.embeddings.weight for tower in (model.context_tower, model.denoiser()))
+    assert [table.dtype for table in tables] == [dtype, dtype]  # a table is half of a small model
+    assert model.dtype == model.empty_cache(1).layers[0].ssm.dtype == torch.float32
     for own, known in zip(logits(model), logits(whole), strict=True):
         assert torch.equal(own, known)
 
@@ -110,22 +113,23 @@ def test_a_thin_denoiser_knows_its_backbone(is_tied: bool, tmp_path: Path) -> No
         load_model(tmp_path / "other", denoiser=tmp_path / "d", quantization="int8")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("draft_vocab", [0, 12])
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_adapt_begins_with_the_backbone_s_own_weights(
-    is_tied: bool, draft_vocab: int, tmp_path: Path
+    is_tied: bool, draft_vocab: int, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """Guards the first denoiser and its file: layers, head and fingerprint of what is not in
     memory. Zeros would only train longer."""
     backbone = random_model(config_from_dict(tiny_adapt.LLAMA | {"tie_word_embeddings": is_tied}))
-    save_backbone(backbone, tmp_path / "m")
+    save_backbone(backbone, tmp_path / "m", dtype=dtype)
     options = ThinOptions(layers=2, draft_vocab=draft_vocab)
-    whole = first_denoiser(backbone, options, 0)
+    whole = first_denoiser(load_checkpoint(tmp_path / "m", towers="context"), options, 0)
     model = load_model(tmp_path / "m", quantization="int8")
     made = first_denoiser(model, options, 0)
     for own, known in ((made.denoiser(), whole.denoiser()), (made.lm_head, whole.lm_head)):
         for name, parameter in known.named_parameters():
-            assert torch.equal(own.get_parameter(name), parameter), name
+            assert torch.equal(own.get_parameter(name).float(), parameter), name
     assert torch.equal(sketch(made), sketch(whole))
     write_part(model, tiny_adapt.answers(24), made.config.reads, tmp_path / "part-0.safetensors")
     features, places = tiny_adapt.features_of(made), find_places(tmp_path)

@@ -60,7 +60,7 @@ def choose_drafts(model: TwoTower, logits: Tensor, blocks: Anchored) -> Tensor:
     """The most probable tokens (B, N, T - 1) as decoding chooses them: numbers of the draft
     vocabulary.
     """
-    bigram, table, mask = model.bigram, model.denoiser().embeddings, model.config.mask_token_id
+    bigram, table, mask = model.bigram, model.denoiser().look_up, model.config.mask_token_id
     if bigram is None:
         return logits.argmax(-1)
     whole = F.pad(logits, (0, 0, 1, 0)).flatten(0, 1)  # as decoding has it, with the first token

@@ -1,6 +1,7 @@
 """A model without values: on the meta device for its shapes, then in the memory of its devices."""
 
 from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -51,18 +52,19 @@ def allocate(
     devices: tuple[torch.device, torch.device],
     parts: str | tuple[str, ...] = "",
     unread: Collection[str] = (),
+    own: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> None:
     """Give every parameter and buffer memory on its device, without values.
 
     parts: how the names of those begin that are wanted; the others stay on the meta device, and so
-    do those named in `unread`.
+    do those named in `unread`. own: the dtype of some that have another one.
     """
     wanted = [(n, part) for n, part in model.named_children() if f"{n}.".startswith(parts)]
     for name, part in wanted:
         side = int(f"{name}.".startswith(names.DENOISER_PARTS))
         try:
             for module_name, module in part.named_modules(prefix=name):
-                _allocate_own(module, f"{module_name}.", dtypes[side], devices[side], unread)
+                _allocate_own(module, f"{module_name}.", dtypes[side], devices[side], unread, own)
         except (RuntimeError, MemoryError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
@@ -78,6 +80,7 @@ def _allocate_own(
     dtype: torch.dtype,
     device: torch.device,
     unread: Collection[str],
+    own: Mapping[str, torch.dtype],
 ) -> None:
     for name, old in [
         *module.named_parameters(recurse=False),
@@ -85,7 +88,7 @@ def _allocate_own(
     ]:
         if prefix + name in unread:
             continue
-        kept = old.dtype if names.keeps_dtype(prefix + name) else dtype
+        kept = old.dtype if names.keeps_dtype(prefix + name) else own.get(prefix + name, dtype)
         values = torch.empty(old.shape, dtype=kept, device=device)
         if isinstance(old, nn.Parameter):
             values = nn.Parameter(values, requires_grad=old.requires_grad)

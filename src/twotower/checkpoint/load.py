@@ -28,7 +28,7 @@ from twotower.checkpoint.layout import read_layout, with_heads
 from twotower.checkpoint.mapped import of_both_towers, split_experts
 from twotower.checkpoint.names import Slot
 from twotower.checkpoint.quantize import read_scheme
-from twotower.checkpoint.unread import bytes_of_towers, packed_later, read_matrix
+from twotower.checkpoint.unread import bytes_of_towers, halves, packed_later, read_matrix
 from twotower.config import TwoTowerConfig
 from twotower.families import read_config
 from twotower.memory import lacking_room
@@ -165,9 +165,10 @@ def _with_values(
     left, tally = {}, Tally(wanted, show)
     if packing is not None:
         left = packed_later(wanted, packing, model.config.tie_word_embeddings)
-    _require_room(model, source, wanted, target, packing)
+    tables = {} if packing is None else halves(wanted)
+    _require_room(model, source, wanted, target, packing, tables)
     unread = {slot.parameter for _, slot in wanted.values() if slot.weight in left}
-    allocate(model, target.dtypes, target.devices, parts, unread)
+    allocate(model, target.dtypes, target.devices, parts, unread, tables)
     fill(model, {n: own for n, own in wanted.items() if own[1].weight not in left}, tally)
     rounds_input = packing is not None and packing.activations is not None
     model.unread = {
@@ -180,14 +181,19 @@ def _with_values(
 
 
 def _require_room(
-    model: TwoTower, source: _Source, plan: Plan, target: _Target, packing: Scheme | None
+    model: TwoTower,
+    source: _Source,
+    plan: Plan,
+    target: _Target,
+    packing: Scheme | None,
+    own: Mapping[str, torch.dtype],
 ) -> None:
     """TooLarge (one line) where the weights that a model is to hold do not fit into a device's
     memory: without it the system ends this process, or others, when they are filled.
     """
     is_twice = source.towers == "context" and model.denoiser_tower is not None  # in both towers
     scheme, is_tied = packing or scheme_of(model), model.config.tie_word_embeddings
-    context, denoiser = bytes_of_towers(plan, target.dtypes, scheme, is_tied)
+    context, denoiser = bytes_of_towers(plan, target.dtypes, scheme, is_tied, own)
     by_device = Counter[torch.device]()
     by_device[target.devices[0]] += context
     by_device[target.devices[1]] += context if is_twice else denoiser

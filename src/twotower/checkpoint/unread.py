@@ -12,7 +12,7 @@ from twotower.checkpoint.fill import Plan, Tally, require_finite
 from twotower.checkpoint.names import DENOISER_PARTS, keeps_dtype, split_part
 from twotower.kernels.quantised import Bits, Quantised
 from twotower.model.passes import Unreadable
-from twotower.model.precision import Scheme, weight_bits
+from twotower.model.precision import EMBEDDINGS, Scheme, weight_bits
 
 _BYTES: Mapping[Bits, float] = {8: 1.0, 4: 0.625}  # of a number, with its group's scales
 
@@ -32,6 +32,15 @@ def packed_later(plan: Plan, packing: Scheme, is_tied: bool) -> dict[str, dict[i
             own = found.setdefault(slot.weight, {}).setdefault(slot.expert, {})
             own[slot.parameter] = entry
     return found
+
+
+def halves(plan: Plan) -> dict[str, torch.dtype]:
+    """The embeddings of a file in half precision, and it: native passes read them as they are."""
+    return {
+        slot.parameter: DTYPES[entry.dtype]
+        for entry, slot in plan.values()
+        if slot.parameter.endswith(EMBEDDINGS) and entry.dtype in ("BF16", "F16")
+    }
 
 
 class UnreadExperts:
@@ -85,10 +94,14 @@ def _read_parts(entries: Parts, rounds_input: bool, tally: Tally) -> Tensor | Qu
 
 
 def bytes_of_towers(
-    plan: Plan, dtypes: tuple[torch.dtype, torch.dtype], scheme: Scheme | None, is_tied: bool
+    plan: Plan,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    scheme: Scheme | None,
+    is_tied: bool,
+    own: Mapping[str, torch.dtype],
 ) -> tuple[int, int]:
     """What the context tower and the denoiser need of memory, each with its head: in their dtypes,
-    and in few bits what a scheme gives few.
+    but for those that have their own, and in few bits what a scheme gives few.
     """
     needed = [0.0, 0.0]
     for entry, slot in plan.values():
@@ -100,5 +113,6 @@ def bytes_of_towers(
         if scheme is not None and slot.weight == slot.parameter:
             bits = weight_bits(slot.weight, slot.shape, scheme)
             size = size if bits is None else _BYTES[bits]
+        size = own[slot.parameter].itemsize if slot.parameter in own else size
         needed[side] += math.prod(entry.shape) * size
     return round(needed[0]), round(needed[1])

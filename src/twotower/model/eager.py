@@ -95,7 +95,7 @@ def denoiser_logits(
     times = None if t is None else modulations(model, t.unsqueeze(-1))
     hidden = model.denoiser()(block.unsqueeze(1), view, mask, times, start)
     logits: Tensor = model.lm_head(hidden.squeeze(1)).float()
-    bigram, table = model.bigram, model.denoiser().embeddings
+    bigram, table = model.bigram, model.denoiser().look_up
     if bigram is None:
         return logits
     ids = model.config.mask_token_id, model.draft_ids

@@ -67,8 +67,8 @@ def copy_context_to_denoiser(model: TwoTower, seed: int) -> None:
         layer.load_state_dict(model.values_of(f"context_tower.layers.{source}"))
     denoiser.embeddings.load_state_dict(context.embeddings.state_dict())
     denoiser.norm_f.load_state_dict(context.norm_f.state_dict())
-    if denoiser.mask_embedding is not None:  # like an average token, until training moves it
-        denoiser.mask_embedding.copy_(context.embeddings.weight.mean(0))
+    if (mask := denoiser.mask_embedding) is not None:  # like an average token, until it is trained
+        mask.copy_(context.embeddings.weight.mean(0, dtype=mask.dtype))
     if model.config.draft is not None:
         _start_thin(model, seed)
         return

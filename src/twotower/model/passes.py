@@ -72,17 +72,22 @@ class Passes(nn.Module):
         return (self.denoiser_tower or self.context_tower).embeddings.weight.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the context tower computes in, and keeps keys and values in."""
+        found: torch.dtype = self.context_tower.norm_f.weight.dtype
+        return found
+
+    @property
     def token_bytes(self) -> int:
         """Of the keys and values that the cache holds of a token."""
         kept = [spec for spec in self.config.context.layers if isinstance(spec, AttentionSpec)]
-        size = self.context_tower.embeddings.weight.element_size()
-        return 2 * size * sum(spec.num_kv_heads * spec.head_dim for spec in kept)
+        return 2 * self.dtype.itemsize * sum(spec.num_kv_heads * spec.head_dim for spec in kept)
 
     def empty_cache(
         self, num_rows: int, device: torch.device | None = None, keeps_outputs: bool = False
     ) -> ContextCache:
         """A cache before the first token. keeps_outputs: of the tower, at all tokens."""
-        dtype, device = self.context_tower.embeddings.weight.dtype, device or self.context_device
+        dtype, device = self.dtype, device or self.context_device
         states = empty_states(self.config.context.layers, num_rows, device, dtype)
         shape = num_rows, 0, self.config.hidden_size
         outputs = torch.empty(shape, dtype=dtype, device=device) if keeps_outputs else None

@@ -24,6 +24,7 @@ from twotower.model.two_tower import TwoTower
 
 Weights = Literal["int8", "int4"]
 ExpertStorage = Literal["memory", "mmap"]
+EMBEDDINGS = "_tower.embeddings.weight"
 GROUP_SIZES = (32, 64, 128)
 GROUP_SIZE = 32  # of int4 when none is named
 M = TypeVar("M", bound=nn.Module)

@@ -41,8 +41,15 @@ class Tower(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids (...) -> the residual stream (..., D); float32 when the configuration keeps it so."""
-        h: Tensor = self.embeddings(ids)
+        h = self.look_up(ids)
         return h.float() if self.config.residual_in_fp32 else h
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """ids (...) -> their embeddings (..., D) in the dtype of the other weights: a model whose
+        matrices are packed keeps the table in its file's.
+        """
+        found: Tensor = self.embeddings(ids)
+        return found.to(self.norm_f.weight.dtype)
 
     def each_layer(self) -> Iterator[Layer]:
         """The layers in order, with their type."""

@@ -157,7 +157,8 @@ def add_true_bigrams(model: Passes, logits: Tensor, clean: Tensor) -> Tensor:
     """
     if model.bigram is None:
         return logits
-    added: Tensor = model.bigram(model.denoiser().embeddings(clean[..., :-1].clamp(min=0)).detach())
+    before = model.denoiser().look_up(clean[..., :-1].clamp(min=0))
+    added: Tensor = model.bigram(before.detach())
     return logits + added
 
 

@@ -16,6 +16,7 @@ from twotower.native.tower import NativeLinear
 from twotower.native.weights import native_head, native_tower
 
 _MAX_TABLES = 64  # remembered times
+_ROWS = 8192  # of a table that are widened at a time
 
 
 class NativeDenoiser:
@@ -86,7 +87,9 @@ class NativeDenoiser:
         """The small side of the bigram term for every token (V, rank), made at first use."""
         if self._inner is None:
             assert self._model.bigram is not None
-            self._inner = self._model.bigram.inner(self._model.denoiser().embeddings.weight)
+            table = self._model.denoiser().embeddings.weight
+            parts = [self._model.bigram.inner(some.float()) for some in table.split(_ROWS)]
+            self._inner = torch.cat(parts)
         return self._inner
 
     @torch.no_grad()

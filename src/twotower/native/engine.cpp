@@ -27,12 +27,14 @@ template <int W>
 void embed(const Call &call, const Tile &tile) {
     const Tower &tower = call.tower;
     float *h = scratch.h.data() + long(tile.first_lane) * tower.width;
+    float *wide = at_least(scratch.u, tower.width);
     each_segment(call, tile, [&](const Segment &s) {
         const Row &row = call.rows[s.row];
         for (int t = 0; t < s.count; t++) {
             int64_t id = row.ids[s.at + t];
-            const float *own = tower.embeddings + id * tower.width;
+            const float *own = wide;
             if (id == tower.vocabulary) own = tower.mask + long(std::min(s.at + t, tower.masks - 1)) * tower.width;
+            else Values{tower.embeddings, tower.dtype, tower.width}.read_row(id, wide);
             float *lane = h + s.lane + t;
             for (int f = 0; f < tower.width; f++) lane[f * W] = own[f];
             if (row.added)

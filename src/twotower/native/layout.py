@@ -11,7 +11,7 @@ import torch
 from twotower.specs import AttentionSpec, LayerSpec, MambaSpec, MLPSpec, MoESpec
 
 LANES = 16  # tokens of a tile: what the widest vector holds
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of values that are packed, by number
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of packed values and of embeddings
 _STRUCTS = {
     # A matrix as float32, or packed as `packing.Packed` describes, others null; group: columns of
     # which a token has one scale; centred: whether int4 scales are bfloat16, offsets those of an 8.
@@ -28,11 +28,12 @@ _STRUCTS = {
     "int32_t latent, int32_t kept_groups, int32_t softmax, int32_t normalises, float factor, "
     "const Weight *weights",
     # mask (masks, width): embeddings of the id `vocabulary` at each index of a row, of which the
-    # last goes on; null where there is none. frequencies (A/2,): the angle of each pair per
-    # position, null without rotary layers. turn_factor: what cosines and sines are multiplied by.
+    # last goes on; null where there is none. dtype: of embeddings, by DTYPES. frequencies (A/2,):
+    # the angle of each pair per position, null without rotary layers. turn_factor: what cosines
+    # and sines are multiplied by.
     "Tower": "int32_t vocabulary, int32_t width, int32_t num_layers, int32_t masks, float eps, "
-    "float turn_factor, const float *embeddings, const float *mask, const float *norm, "
-    "const float *frequencies, const Layer *layers",
+    "float turn_factor, int32_t dtype, const void *embeddings, const float *mask, "
+    "const float *norm, const float *frequencies, const Layer *layers",
     # A layer's state before a pass: k, v (S, Hk, A); conv (taps - 1, C), oldest first;
     # ssm (H, P, N). Null where a kind has none.
     "Past": "const float *k, const float *v, const float *conv, const float *ssm",

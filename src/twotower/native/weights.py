@@ -12,7 +12,7 @@ from twotower.model.passes import Unread
 from twotower.model.precision import Scheme, weight_bits
 from twotower.model.tower import Tower
 from twotower.native import layout
-from twotower.native.layout import OPTIONAL, ROUTER_BIAS, Weight, layer_of, weight_names
+from twotower.native.layout import DTYPES, OPTIONAL, ROUTER_BIAS, Weight, layer_of, weight_names
 from twotower.native.packing import Packed
 from twotower.native.tower import NativeLinear, NativeTower
 
@@ -52,10 +52,11 @@ def native_tower(
     mask = weights.get("mask_embedding")
     turns = None if config.rotary is None else inverse_frequencies(*config.rotary)
     turn_factor = 1.0 if config.rotary is None else config.rotary[0].attention_factor
+    table = weights["embeddings.weight"]
     struct = layout.Tower(
         config.vocab_size, config.hidden_size, len(layers),
         0 if mask is None else mask.numel() // config.hidden_size, config.norm_eps,
-        turn_factor, weights["embeddings.weight"].data_ptr(),
+        turn_factor, DTYPES.index(table.dtype), table.data_ptr(),
         None if mask is None else mask.data_ptr(),
         weights["norm_f.weight"].data_ptr(), None if turns is None else turns.data_ptr(),
         ctypes.addressof(of_layers),
