@@ -1,6 +1,9 @@
 """`twotower bench` on a backbone: a contest of processes, its record and refusals."""
 
 import json
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from tiny_text import byte_tokenizer
 from twotower import TwoTower
 from twotower.checkpoint import save_backbone
 from twotower.cli.main import main
+from twotower.lab.bench.contestant import Contestant
 from twotower.model.initialise import randomise
 
 LINES = [
@@ -85,3 +89,17 @@ def test_options_of_the_other_benchmark_are_refused(
     """Silent failure: a user thinks that fewer repeats made the run faster."""
     assert main(["bench", "--model", backbone, *flag]) == 2
     assert "has no effect on a real model; leave it out" in capsys.readouterr().err
+
+
+def test_a_contestant_whose_contest_has_ended_is_silent() -> None:
+    """Silent failure: none, but the terminal of a bench that was ended fills with tracebacks of
+    processes that nobody knows."""
+    who = Contestant(engine="twotower", quantization="none", mode="ar", file="nowhere", threads=1)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "twotower.lab.bench.contestant"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.close()
+    _, said = process.communicate(json.dumps(asdict(who)))
+    assert process.returncode == 0 and said == ""

@@ -9,7 +9,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -79,22 +81,26 @@ def _baseline(who: Contestant) -> Decode:
     return lambda ids, num_new, _: baseline.decode(ids, num_new)
 
 
-def main() -> int:
+def main() -> None:
+    """Decode until nobody asks any more."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not stand between answers
-    who = Contestant(**json.loads(sys.stdin.readline()))
-    try:
-        decode = open_contestant(who)
-        print(json.dumps({"error": None}), file=out, flush=True)
-        for line in sys.stdin:
-            asked = json.loads(line)
-            answer = decode(asked["ids"], asked["max_new_tokens"], asked["mode"])
-            print(json.dumps(asdict(answer)), file=out, flush=True)
-    except ValueError as error:
-        print(json.dumps({"error": str(error)}), file=out, flush=True)
-    out.flush()
+    with suppress(BrokenPipeError):  # who asked has ended
+        _serve(partial(print, file=out, flush=True))
     os._exit(0)  # llama.cpp's server thread may take long to end
 
 
+def _serve(write: Callable[[str], object]) -> None:
+    who = Contestant(**json.loads(sys.stdin.readline()))
+    try:
+        decode = open_contestant(who)
+        write(json.dumps({"error": None}))
+        for line in sys.stdin:
+            asked = json.loads(line)
+            write(json.dumps(asdict(decode(asked["ids"], asked["max_new_tokens"], asked["mode"]))))
+    except ValueError as error:
+        write(json.dumps({"error": str(error)}))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
