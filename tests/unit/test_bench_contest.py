@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tiny_models import tiny_model
+from twotower import memory
 from twotower.backends import Quantization
 from twotower.lab.bench import contest
 from twotower.lab.bench.baselines import Measurement
@@ -114,3 +115,15 @@ def test_who_fails_on_a_later_prompt_is_left_out(monkeypatch: pytest.MonkeyPatch
     assert {one.mode: len(each) for one, each in found.items()} == {"ar": 3, "plain": 3}
     assert asked.count(("ngram-mod", 20)) == 1 and ("ngram-mod", 30) not in asked
     assert [r["n"] for r in summarise(found, [*PROMPTS, [5] * 30])] == [3, 3]
+
+
+def test_who_has_no_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the machine: llama.cpp's modes hold the weights once each, and the system ended the
+    processes that would have won."""
+    (tmp_path / "model.gguf").write_bytes(bytes(1000))
+    monkeypatch.setattr(memory, "available_bytes", lambda *_: 999)
+    monkeypatch.setattr(memory, "_told", lambda _: 0)
+    file = str(tmp_path / "model.gguf")
+    one = replace(who("llama.cpp", "int4", "plain"), file=file)
+    found, missing = contest.run_contest([one], PROMPTS, 4, lambda _: None)
+    assert found == {} and missing[0].startswith("llama.cpp int4 plain: needs about 0.0 GB of mem")

@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "lab.plan": COMMON | {"families", "model", "checkpoint", "lab.report"},
     "lab.bench": COMMON
     | {"families", "engine", "model", "backends", "native", "kernels", "diffusion", "checkpoint"}
-    | {"loading", "tokenizer", "lab.evaluate", "lab.corpus", "lab.plan", "lab.report"},
+    | {"loading", "memory", "tokenizer", "lab.evaluate", "lab.corpus", "lab.plan", "lab.report"},
 }
 TOP = {"__init__", "__main__", "cli"}  # these import all; nothing imports them
 

@@ -17,12 +17,15 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from twotower.backends import BackendName, Quantization
 from twotower.checkpoint import export_transformers
 from twotower.checkpoint.gguf import Precision, export_gguf
 from twotower.lab.bench.baselines import SPECULATIONS, Measurement, gguf_quantization
 from twotower.lab.bench.contestant import OURS, Contestant, label
 from twotower.lab.report import Record, Table, number
+from twotower.memory import lacking_room
 from twotower.model import TwoTower
 
 _PRECISIONS: Mapping[Quantization, Precision] = {"none": "float32", "int8": "q8_0", "int4": "q4_0"}
@@ -133,6 +136,19 @@ class _Process:
         self._process.communicate()  # closes the pipes, whatever they hold
 
 
+def _require_room(who: Contestant) -> None:
+    """ValueError (one line) where memory has no room for the weights of another program beside
+    those that are loaded: the system would end one of them. Ours refuse that themselves.
+    """
+    if who.engine == OURS:
+        return
+    given = Path(who.file)
+    files = [given, *given.rglob("*")]
+    num_bytes = sum(file.stat().st_size for file in files if file.is_file())
+    if (lack := lacking_room(torch.device("cpu"), num_bytes)) is not None:
+        raise ValueError(f"needs {lack} beside the others")
+
+
 @contextmanager
 def _opened(
     who: Sequence[Contestant], first: Sequence[int], missing: list[str], show: Show
@@ -145,6 +161,7 @@ def _opened(
             weights = replace(one, mode="") if one.engine == OURS else one
             try:
                 if (process := known.get(weights)) is None:
+                    _require_room(one)
                     process = _Process(one.engine)
                     stack.callback(process.close)
                     process.start(one)
