@@ -75,21 +75,25 @@ inline void keep_best_groups(const Layer &layer, double *chances) {
         if (!is_kept[g]) std::fill_n(chances + g * size, size, 0.0);
 }
 
-// A token of a lane to its experts, by its scores
+// The scores of E experts, in place: a softmax over all, or the sigmoid of each
+inline void to_scores(const Layer &layer, double *x) {
+    if (!layer.softmax) {
+        for (int e = 0; e < layer.experts; e++) x[e] = 1.0 / (1.0 + std::exp(-x[e]));
+        return;
+    }
+    double most = *std::max_element(x, x + layer.experts), sum = 0.0;
+    for (int e = 0; e < layer.experts; e++) sum += x[e] = std::exp(x[e] - most);
+    for (int e = 0; e < layer.experts; e++) x[e] /= sum;
+}
+
+// A token of a lane to its experts, by its scores before `to_scores`
 inline void choose(const Layer &layer, const float *bias, double *own, int lane) {
-    std::vector<double> chances(layer.experts);
-    std::vector<int> chosen;
-    double sum = 0.0, most = layer.softmax ? *std::max_element(own, own + layer.experts) : 0.0;
-    for (int e = 0; e < layer.experts; e++) {
-        own[e] = layer.softmax ? std::exp(own[e] - most) : 1.0 / (1.0 + std::exp(-own[e]));
-        sum += own[e];
-    }
-    for (int e = 0; e < layer.experts; e++) {
-        if (layer.softmax) own[e] /= sum;
-        chances[e] = own[e] + (bias ? bias[e] : 0.0f);
-    }
-    sum = 0.0;
+    to_scores(layer, own);
+    std::vector<double> chances(own, own + layer.experts);
+    for (int e = 0; bias && e < layer.experts; e++) chances[e] += bias[e];
     if (layer.groups > 1) keep_best_groups(layer, chances.data());
+    std::vector<int> chosen;
+    double sum = 0.0;
     each_largest(chances.data(), layer.experts, layer.per_token, [&](int e) {
         chosen.push_back(e);
         sum += own[e];
@@ -100,13 +104,16 @@ inline void choose(const Layer &layer, const float *bias, double *own, int lane)
     }
 }
 
+// Features of what routed experts get and make
+inline int routed_width(const Step &s) { return s.layer.latent ? s.layer.latent : s.call.tower.width; }
+
 // A tile: what routed experts get of scratch.u to scratch.routed_in, who gets it to `sent`, and what the
 // shared expert makes of it to scratch.y
 template <int W>
 void route(const Step &s, const Tile &tile) {
     const auto &w = weights_of<ExpertsWeights>(s.layer);
     Team &team = s.call.team;
-    int D = s.call.tower.width, E = s.layer.experts, K = s.layer.latent ? s.layer.latent : D;
+    int D = s.call.tower.width, E = s.layer.experts, K = routed_width(s);
     const float *u = scratch.u.data();
     double *all = at_least(scores, size_t(E) * (W + 1)), *own = all + size_t(E) * W;
     over_features<W>(team, E, E * D, [&w, u, D, all](int begin, int end) {
@@ -142,7 +149,7 @@ inline Weight matrix_of(Weight w, int index, long rows, long K) {
 // What an expert makes of `count` tokens, added to scratch.routed
 template <int W>
 void run_expert(const Step &s, const Dense &w, const Sent *tokens, int count) {
-    int K = s.layer.latent ? s.layer.latent : s.call.tower.width;
+    int K = routed_width(s);
     float *x = at_least(scratch.u, size_t(K) * W), *y = at_least(scratch.b, size_t(K) * W);
     const float *rows = scratch.routed_in.data();
     to_lanes<W>([=](int l) { return rows + long(tokens[l].lane) * K; }, K, count, x);
@@ -157,7 +164,7 @@ void run_expert(const Step &s, const Dense &w, const Sent *tokens, int count) {
 // Every expert that has tokens; a token's come in the order of their numbers
 inline void run_experts(const Step &s) {
     const auto &w = weights_of<ExpertsWeights>(s.layer);
-    int F = s.layer.expert_inner, K = s.layer.latent ? s.layer.latent : s.call.tower.width;
+    int F = s.layer.expert_inner, K = routed_width(s);
     std::fill_n(scratch.routed.data(), long(s.call.num_lanes) * K, 0.0f);
     for (int e = 0; e < s.layer.experts; e++) {
         const std::vector<Sent> &own = sent[e];
@@ -177,7 +184,7 @@ inline void run_experts(const Step &s) {
 template <int W>
 void add_routed(const Step &s, const Tile &tile) {
     const auto &w = weights_of<ExpertsWeights>(s.layer);
-    int D = s.call.tower.width, K = s.layer.latent ? s.layer.latent : D;
+    int D = s.call.tower.width, K = routed_width(s);
     const float *rows = scratch.routed.data() + long(tile.first_lane) * K;
     float *x = at_least(scratch.u, size_t(K) * W), *y = scratch.y.data() + long(tile.first_lane) * D;
     to_lanes<W>([=](int l) { return rows + long(l) * K; }, K, tile.count, x);
@@ -191,9 +198,9 @@ void add_routed(const Step &s, const Tile &tile) {
 }
 
 inline void make_room_for_experts(const Step &s) {
-    size_t K = s.layer.latent ? s.layer.latent : s.call.tower.width;
-    at_least(scratch.routed_in, s.call.num_lanes * K);
-    at_least(scratch.routed, s.call.num_lanes * K);
+    size_t count = size_t(s.call.num_lanes) * routed_width(s);
+    at_least(scratch.routed_in, count);
+    at_least(scratch.routed, count);
     sent.resize(std::max(sent.size(), size_t(s.layer.experts)));
     for (std::vector<Sent> &own : sent) own.clear();
 }
