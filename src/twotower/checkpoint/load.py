@@ -28,7 +28,7 @@ from twotower.checkpoint.layout import read_layout, with_heads
 from twotower.checkpoint.mapped import of_both_towers, split_experts
 from twotower.checkpoint.names import Slot
 from twotower.checkpoint.quantize import read_scheme
-from twotower.checkpoint.unread import bytes_of_towers, halves, packed_later, read_matrix
+from twotower.checkpoint.unread import bytes_of_towers, packed_later, read_matrix, table_dtypes
 from twotower.config import TwoTowerConfig
 from twotower.families import read_config
 from twotower.memory import lacking_room
@@ -165,7 +165,7 @@ def _with_values(
     left, tally = {}, Tally(wanted, show)
     if packing is not None:
         left = packed_later(wanted, packing, model.config.tie_word_embeddings)
-    tables = {} if packing is None else halves(wanted)
+    tables = {} if packing is None else table_dtypes(wanted)
     _require_room(model, source, wanted, target, packing, tables)
     unread = {slot.parameter for _, slot in wanted.values() if slot.weight in left}
     allocate(model, target.dtypes, target.devices, parts, unread, tables)

@@ -15,8 +15,6 @@ from twotower.model.passes import Unreadable
 from twotower.model.precision import EMBEDDINGS, Scheme, weight_bits
 
 _BYTES: Mapping[Bits, float] = {8: 1.0, 4: 0.625}  # of a number, with its group's scales
-
-
 Parts = dict[str, Entry]
 """The tensor of a matrix, or those of one with few bits, by their names in the model."""
 
@@ -34,8 +32,8 @@ def packed_later(plan: Plan, packing: Scheme, is_tied: bool) -> dict[str, dict[i
     return found
 
 
-def halves(plan: Plan) -> dict[str, torch.dtype]:
-    """The embeddings of a file in half precision, and it: native passes read them as they are."""
+def table_dtypes(plan: Plan) -> dict[str, torch.dtype]:
+    """The dtype of embeddings that a file has in half precision: native passes read them so."""
     return {
         slot.parameter: DTYPES[entry.dtype]
         for entry, slot in plan.values()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from twotower.config import TowerConfig
 from twotower.families.fields import Values, read_spec, refuse, require, typed, write_spec
+from twotower.families.gguf_metadata import require_supported
 from twotower.specs import LayerSpec, MLPSpec, MoESpec
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ EXPERT_DEFAULTS: Mapping[str, object] = {  # what config.json means where it is 
     "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
     "norm_topk_prob": False, "decoder_sparse_step": 1,
 }  # fmt: skip
-_GGUF_SUPPORTED = {  # what llama.cpp computes, whatever another file says
+_GGUF_DENSE = {"expert_count": 0}
+_GGUF_EXPERTS = {  # what llama.cpp computes, whatever another file says
     "expert_shared_count": 0, "expert_weights_norm": True, "expert_weights_scale": 1.0,
 }  # fmt: skip
 
@@ -79,14 +81,10 @@ def feed_forward_from_gguf(
     found: Mapping[str, Any], tensors: frozenset[str], has_experts: bool
 ) -> dict[str, object]:
     """The fields of config.json from a GGUF file's metadata, without its architecture's name."""
+    require_supported(found, _GGUF_EXPERTS if has_experts else _GGUF_DENSE)
     if not has_experts:
-        if found.get("expert_count", 0) != 0:
-            raise ValueError(f"expert_count={found['expert_count']} is not supported; only 0")
         width = found["feed_forward_length"]
         return {"intermediate_size": width, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
-    for name, allowed in _GGUF_SUPPORTED.items():
-        if found.get(name, allowed) != allowed:
-            raise ValueError(f"{name}={found[name]} is not supported; only {allowed}")
     used = found["expert_used_count"]
     width = found.get("expert_feed_forward_length") or found["feed_forward_length"] // max(used, 1)
     return {

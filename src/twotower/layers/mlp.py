@@ -1,7 +1,8 @@
 """The dense MLPs: down_proj(relu(up_proj(x))^2), and down_proj(silu(gate_proj(x)) * up_proj(x))."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from twotower.kernels.expert_products import activation
 
 
 class MLP(nn.Module):
@@ -14,10 +15,6 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner_width, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.up_proj(x)
-        if self.gate_proj is None:
-            inner = F.relu(inner).square()
-        else:
-            inner = F.silu(self.gate_proj(x)) * inner
-        y: Tensor = self.down_proj(inner)
+        gate = None if self.gate_proj is None else self.gate_proj(x)
+        y: Tensor = self.down_proj(activation(self.up_proj(x), gate))
         return y
