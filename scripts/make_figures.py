@@ -130,7 +130,7 @@ SECTIONS = (
     Section(
         "Benchmark on a real model",
         "How fast is each engine on SmolLM2-135M-Instruct? Questions of GSM8K, MT-bench and "
-        "HumanEval, two of each, 96 tokens,\nengines in turns, each in its own process with the "
+        "HumanEval, four of each, 96 tokens,\nengines in turns, each in its own process with the "
         "same weights. `x best`: over the fastest of the other engines in\nthe same quantisation, "
         "its n-gram drafts included; `speculative` drafts with prompt lookup, n-grams and the "
         "denoiser.",
