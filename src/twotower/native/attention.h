@@ -175,36 +175,43 @@ void hide_distant(const RowState &s, const int *firsts, int at, const int *indic
     }
 }
 
-// Prefetches the rows of a head among keys or values: they lie apart from each other, so
-// the processor does not look ahead by itself.
-inline void prefetch_rows(const float *rows, long stride, int width, int count) {
-    for (int j = 0; j < count; j++)
-        for (int a = 0; a < width; a += 16) __builtin_prefetch(rows + j * stride + a, 0, 2);
-}
+// Rows of a head's keys or values that will be needed next. They lie apart from each other, so that the processor
+// does not look ahead by itself; and are asked for a few at a time: it stands still where too many are awaited.
+struct Ahead {
+    const float *rows;
+    long stride;
+    int count;
 
-// score[count][W] of keys k[count][A], `stride` floats apart, to q[A][W]. Few lanes leave most of a vector
-// empty: then keys stand side by side in it, N vectors of them at a time. The order of each sum is the same.
+    void prefetch(int row, int feature) const {
+        if (row < count) __builtin_prefetch(rows + row * stride + feature, 0, 2);
+    }
+};
+
+// score[count][W] of keys k[count][A], `stride` floats apart, to q[A][W]: keys are turned in registers to stand side
+// by side in vectors, beside the sums of L lanes. Each sum is taken from the first feature to the last.
 template <int W>
-void compare(const float *k, long stride, int A, int count, const float *q, float *score) {
-    auto some = [=](int j, auto vectors) {
-        constexpr int N = decltype(vectors)::value, T = N * VECTOR;
-        float *turned = at_least(scratch.turned, size_t(A) * T);
-        for (int first = 0; first < T; first += 16)
-            for (int a = 0; a < A; a += 16) turn<16>(k + (j + first) * stride + a, stride, turned + a * T + first, T);
-        Floats<VECTOR> sum[W][N] = {};
-        for (int a = 0; a < A; a++)
-            for (int l = 0; l < W; l++)
-                for (int n = 0; n < N; n++)
-                    sum[l][n] = add_product<VECTOR>(sum[l][n], floats<VECTOR>(turned + a * T + n * VECTOR), q[a * W + l]);
-        for (int first = 0; first < T; first += 16)
-            turn<W>(reinterpret_cast<const float *>(sum) + first, T, score + (j + first) * W, W);
-    };
+void compare(const float *k, long stride, int A, int count, const float *q, float *score, const Ahead &ahead) {
+    constexpr int V = VECTOR, L = std::min(W, V == 16 ? V : 4);
     int j = 0;
-    if constexpr (W < VECTOR)
-        if (A % 16 == 0) {
-            constexpr int N = SUMS / W, ONE = 16 / VECTOR;
-            for (; j + N * VECTOR <= count; j += N * VECTOR) some(j, std::integral_constant<int, N>());
-            for (; j + 16 <= count; j += 16) some(j, std::integral_constant<int, ONE>());
+    if constexpr (W <= V)
+        for (; A % V == 0 && j + V <= count; j += V) {
+            Floats<V> all[W];
+            for (int first = 0; first < W; first += L) {
+                Floats<V> sum[L] = {};
+                for (int a = 0; a < A; a += V) {
+                    Floats<V> keys[V];
+                    for (int i = 0; i < V; i++) {
+                        keys[i] = floats<V>(k + (j + i) * stride + a);
+                        if (first == 0 && a % 16 == 0) ahead.prefetch(j + i, a);
+                    }
+                    transpose<V, V>(keys);
+                    for (int i = 0; i < V; i++)
+                        for (int l = 0; l < L; l++)
+                            sum[l] = add_product<V>(sum[l], keys[i], q[(a + i) * W + first + l]);
+                }
+                std::memcpy(all + first, sum, sizeof sum);
+            }
+            turn<W, V>(reinterpret_cast<const float *>(all), V, score + j * W, W);
         }
     product<W>(k + j * stride, stride, 1, count - j, A, q, nullptr, score + j * W);
 }
@@ -212,15 +219,17 @@ void compare(const float *k, long stride, int A, int count, const float *q, floa
 // y[W][width] += the sums of rows of v (count, width), weighted by p[count][W]: N vectors of features and
 // L lanes at a time, so that as many sums are under way as there are registers.
 template <int W>
-void add_weighted(const float *v, long stride, int width, int count, const float *p, float *y) {
+void add_weighted(const float *v, long stride, int width, int count, const float *p, float *y, const Ahead &ahead) {
     constexpr int L = std::min(W, SUMS), N = SUMS / L;
-    auto some = [=](int a, auto vectors) {
+    auto some = [=, &ahead](int a, auto vectors) {
         constexpr int N = decltype(vectors)::value;
         for (int first = 0; first < W; first += L) {
             Floats<VECTOR> sum[N][L] = {};
             for (int j = 0; j < count; j++)
                 for (int n = 0; n < N; n++) {
-                    Floats<VECTOR> own = floats<VECTOR>(v + j * stride + a + n * VECTOR);
+                    int feature = a + n * VECTOR;
+                    if (first == 0 && feature % 16 == 0) ahead.prefetch(j, feature);
+                    Floats<VECTOR> own = floats<VECTOR>(v + j * stride + feature);
                     for (int l = 0; l < L; l++) sum[n][l] = add_product<VECTOR>(sum[n][l], own, p[j * W + first + l]);
                 }
             for (int n = 0; n < N; n++)
@@ -241,24 +250,29 @@ void add_weighted(const float *v, long stride, int width, int count, const float
 // up against a smaller one, `total` and y[W][A], is brought down to it.
 template <int W>
 void weigh(float *score, int count, float root, float *most, float *total, float *y, int A) {
-    constexpr int V = std::min(W, VECTOR);
-    for (int first = 0; first < W; first += V, score += V, most += V, total += V) {
-        Floats<V> largest = floats<V>(most), sum = {}, hidden = Floats<V>{} - 87.0f;
+    constexpr int V = std::min(W, VECTOR), ALL = std::max(W, VECTOR);  // one key's lanes, or several keys'
+    float largest[ALL];
+    for (int first = 0; first < W; first += V) {
+        Floats<V> own = floats<V>(most + first);
         for (int j = 0; j < count; j++) {
-            Floats<V> own = floats<V>(score + j * W);
-            largest = own < largest ? largest : own;
+            Floats<V> other = floats<V>(score + j * W + first);
+            own = own < other ? other : own;
         }
-        Floats<V> kept = exponential<V>((floats<V>(most) - largest) * root);
-        for (int j = 0; j < count; j++) {
-            Floats<V> own = (floats<V>(score + j * W) - largest) * root;
-            own = own < hidden ? Floats<V>{} : exponential<V>(own);  // a hidden key has no weight at all
-            floats<V>(score + j * W) = own;
-            sum += own;
-        }
-        floats<V>(total) = floats<V>(total) * kept + sum;
-        floats<V>(most) = largest;
+        Floats<V> kept = exponential<V>((floats<V>(most + first) - own) * root);
+        floats<V>(total + first) *= kept, floats<V>(most + first) = own;
+        for (int l = first; l < ALL; l += W) floats<V>(largest + l) = own;
         for (int l = 0; l < V; l++)
             for (int a = 0; a < A; a++) y[(first + l) * A + a] *= kept[l];
+    }
+    for (int i = 0; i < count * W; i += VECTOR) {  // what lies behind the last key is nobody's
+        Floats<VECTOR> own = (floats<VECTOR>(score + i) - floats<VECTOR>(largest + i % ALL)) * root;
+        Floats<VECTOR> hidden = Floats<VECTOR>{} - 87.0f;  // such a key has no weight at all
+        floats<VECTOR>(score + i) = own < hidden ? Floats<VECTOR>{} : exponential<VECTOR>(own);
+    }
+    for (int first = 0; first < W; first += V) {
+        Floats<V> sum = {};
+        for (int j = 0; j < count; j++) sum += floats<V>(score + j * W + first);
+        floats<V>(total + first) += sum;
     }
 }
 
@@ -279,18 +293,17 @@ void attend_head(const Layer &layer, const RowState &row, int head, const float 
         KeyBlock keys = branches ? find_branches(layer, row, head, at, room, indices)
                                  : find_keys(layer, row, head, at, std::min(KEYS, visible - at), room);
         int here = keys.count;
-        prefetch_rows(keys.v, keys.stride, A, here);
-        compare<W>(keys.k, keys.stride, A, here, q, score);
+        compare<W>(keys.k, keys.stride, A, here, q, score, {keys.v, keys.stride, here});
         if (branches)
             hide_branches<W>(row, indices, std::max(0, S - at), here, last - S, heads, score);
         else if (is_causal)
             for (int j = std::max(0, last + 1 - at); j < here; j++)
                 for (int l = 0; l < std::min((at + j - last) * heads, W); l++) score[j * W + l] = -INFINITY;
         if (layer.window) hide_distant<W>(row, firsts, at, branches ? indices : nullptr, here, score);
-        int next = at + KEYS, left = std::min(KEYS, S - next);
-        prefetch_rows(row.past.k + next * keys.stride + head, keys.stride, A, left);
         weigh<W>(score, here, root, most, total, y, A);
-        add_weighted<W>(keys.v, keys.stride, A, here, score, y);
+        long stride = long(layer.kv_heads) * A, next = at + KEYS;
+        Ahead ahead = {row.past.k + next * stride + head, stride, int(std::min<long>(KEYS, S - next))};
+        add_weighted<W>(keys.v, keys.stride, A, here, score, y, ahead);
     }
     for (int l = 0; l < W; l++)
         for (int a = 0; a < A; a++) y[l * A + a] /= total[l];

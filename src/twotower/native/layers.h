@@ -156,11 +156,11 @@ T *at_least(std::vector<T> &buffer, size_t count) {
 
 // Memory of a pass, kept for the next one. All tokens: h, y, q, keys, values, window, angles. One
 // tile: u, a, b, flat, bytes. ssm: a layer's state between tiles. routed_in, routed (lane, K): what routed
-// experts get and make. All belong to the thread that runs the pass but `own`, `lanes` and `turned`, which
-// are of each helper.
+// experts get and make. All belong to the thread that runs the pass but `own` and `lanes`, which are of each
+// helper.
 struct Scratch {
     std::vector<float> h, y, q, keys, values, window, angles, routed_in, routed;
-    std::vector<float> u, a, b, flat, ssm, own, lanes, turned;
+    std::vector<float> u, a, b, flat, ssm, own, lanes;
     std::vector<uint8_t> bytes;
 };
 

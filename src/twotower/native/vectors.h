@@ -117,12 +117,12 @@ inline void transpose(Floats<V> *x) {
     }
 }
 
-// x[N][16], `from` floats apart, as y[16][N], `to` floats apart; N: 1, 4, 8, or 16, below VECTOR with `to` = N.
-template <int N>
+// x[N][M], `from` floats apart, as y[M][N], `to` floats apart; N: 1, 4, 8, or 16, below VECTOR with `to` = N.
+template <int N, int M = 16>
 inline void turn(const float *x, long from, float *y, long to) {
     constexpr int V = VECTOR, R = std::min(N, V);  // of a piece, numbers and rows
     for (int i = 0; i < N; i += R)
-        for (int j = 0; j < 16; j += V) {
+        for (int j = 0; j < M; j += V) {
             Floats<V> part[R];
             for (int n = 0; n < R; n++) part[n] = floats<V>(x + (i + n) * from + j);
             transpose<R, V>(part);
