@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import figure_tables as tables  # noqa: E402  (the path above)
+import serving_tables as serving  # noqa: E402
 import training_tables as training  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -182,17 +183,27 @@ SECTIONS = (
         [Kind("grammar_costs", "By vocabulary", tables.grammar_costs)],
     ),
     Section(
+        "Server throughput",
+        "How many tokens a second does a server give to several clients, beside llama.cpp's with "
+        "as many slots? SmolLM2-135M-Instruct,\nquestions of GSM8K and MT-bench, greedy, "
+        "streamed, 96 tokens an answer; times are medians of what a client waits.",
+        [
+            Kind("serve_throughput_int8", "int8 and q8_0", serving.serve_throughput),
+            Kind("serve_throughput_int4", "int4 and q4_0", serving.serve_throughput),
+        ],
+    ),
+    Section(
         "Server under load",
         "Is a request lost when clients disconnect and the decoding thread is killed?",
         [
-            Kind("serve_load", "32 clients, 5 minutes a mode", tables.serve_load),
-            Kind("ray_replicas", "Replicas killed and replaced", tables.ray_replicas),
+            Kind("serve_load", "32 clients, 5 minutes a mode", serving.serve_load),
+            Kind("ray_replicas", "Replicas killed and replaced", serving.ray_replicas),
         ],
     ),
     Section(
         "Two hosts",
         "How many bytes go between the towers, and how much time does the latency cost?",
-        [Kind("two_hosts", "Three prompts in one batch, eager", tables.two_hosts)],
+        [Kind("two_hosts", "Three prompts in one batch, eager", serving.two_hosts)],
     ),
     Section(
         "Training",
