@@ -94,7 +94,9 @@ def test_options_of_the_other_benchmark_are_refused(
 def test_a_contestant_whose_contest_has_ended_is_silent() -> None:
     """Silent failure: none, but the terminal of a bench that was ended fills with tracebacks of
     processes that nobody knows."""
-    who = Contestant(engine="twotower", quantization="none", mode="ar", file="nowhere", threads=1)
+    who = Contestant(
+        engine="twotower", quantization="none", mode="ar", file="nowhere", threads=1, context=9
+    )
     process = subprocess.Popen(
         [sys.executable, "-m", "twotower.lab.bench.contestant"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

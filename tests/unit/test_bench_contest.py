@@ -17,7 +17,9 @@ PROMPTS = [[5] * 10, [5] * 20]
 
 
 def who(engine: str, quantization: Quantization, mode: str) -> Contestant:
-    return Contestant(engine=engine, quantization=quantization, mode=mode, file="f", threads=1)
+    return Contestant(
+        engine=engine, quantization=quantization, mode=mode, file="f", threads=1, context=9
+    )
 
 
 def answers(*decode_s: float, tokens: int = 7, passes: int = 3) -> list[Measurement]:
@@ -64,11 +66,12 @@ def test_the_denoiser_is_ours_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     memory: modes of one engine with the same weights share a process."""
     monkeypatch.setattr(contest, "_gguf", lambda *_: tmp_path / "x.gguf")
     pairs = ("auto", "eager"), ("int8",)
-    found, missing = contest.contestants(tiny_model, tmp_path / "m", pairs, 1, tmp_path, "d")
+    found, missing = contest.contestants(tiny_model, tmp_path / "m", pairs, 1, 9, tmp_path, "d")
     assert not missing and len(found) > 4
     given = [one for one in found if one.denoiser == "d"]
     assert [one.mode for one in given] == ["ar", "speculative"] * 2
     assert {one.engine for one in given} == {"twotower"}
+    assert {one.context for one in found} == {9}  # a longer prompt would end a rival's run
     assert len({replace(one, mode="") for one in given}) == 2
 
 
@@ -80,7 +83,7 @@ def test_who_cannot_take_part_is_named(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(contest, "_gguf", refuse)
     found, missing = contest.contestants(
-        tiny_model, tmp_path / "m", (("auto",), ("int4",)), 1, tmp_path
+        tiny_model, tmp_path / "m", (("auto",), ("int4",)), 1, 9, tmp_path
     )
     assert {one.engine for one in found} == {"twotower"}
     assert missing == ["llama.cpp int4: it has no such layer"]

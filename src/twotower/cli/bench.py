@@ -209,6 +209,7 @@ def measure_contest(options: BenchOptions, loaded: Loaded) -> dict[str, Any]:
     """The record of a contest. loaded: without values; other processes have those."""
     prompts = encode_questions(loaded, options)
     threads, given = torch.get_num_threads(), Path(options.model or "")
+    context = max(map(len, prompts)) + options.max_new_tokens
     file = given if given.is_file() else loaded.folder
     with (
         TemporaryDirectory(prefix="twotower-contest-") as name,
@@ -217,7 +218,13 @@ def measure_contest(options: BenchOptions, loaded: Loaded) -> dict[str, Any]:
         task = bar.add_task("files for the others", total=None)
         weights = partial(load_checkpoint, loaded.folder, dtype=None, towers="context")
         who, missing = contestants(
-            weights, file, options.pairs(is_contest=True), threads, Path(name), options.denoiser
+            weights,
+            file,
+            options.pairs(is_contest=True),
+            threads,
+            context,
+            Path(name),
+            options.denoiser,
         )
         warnings = watch_idle()
         bar.reset(task, total=len(who) * (1 + len(prompts)))

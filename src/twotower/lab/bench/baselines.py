@@ -31,7 +31,7 @@ _SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _QUANTIZATIONS = {"F32": "none", "Q8_0": "int8", "Q4_0": "int4", "Q4_1": "int4"}
 SPECULATIONS = ("ngram-simple", "ngram-map-k", "ngram-mod")  # of llama.cpp, without a draft model
 _LOOKUP_TOKENS = 10  # of transformers' prompt lookup
-_LLAMA_CPP_CONTEXT = 4096  # tokens of a prompt and what is written after it
+_CONTEXT = 4096  # tokens of a prompt and what is written after it
 
 
 class MissingBaseline(ValueError):
@@ -156,18 +156,21 @@ class LlamaCpp:
     llama.cpp does by default.
     """
 
-    def __init__(self, file: Path, threads: int, speculation: str = "plain") -> None:
-        """file: of `export_gguf`; speculation: plain, or one of SPECULATIONS with its own defaults.
-        MissingBaseline when it is not installed; ValueError for a bad file.
+    def __init__(
+        self, file: Path, threads: int, speculation: str = "plain", context: int = _CONTEXT
+    ) -> None:
+        """file: of `export_gguf`; speculation: plain, or one of SPECULATIONS with its own defaults;
+        context: the most tokens of a prompt and what is written after it. MissingBaseline when it
+        is not installed; ValueError for a bad file.
         """
         try:
             import xllamacpp
         except ImportError:
             raise _missing("xllamacpp") from None
         self.dtype, self._has_end = _read_header(file)
-        self.name = llama_cpp_name(self.dtype)
+        self.name, self._context = llama_cpp_name(self.dtype), context
         try:
-            options = _server_options(file, threads, self.dtype)
+            options = _server_options(file, threads, self.dtype, context)
             if speculation != "plain":
                 kinds = xllamacpp.common_speculative_type
                 name = f"COMMON_SPECULATIVE_TYPE_{speculation.upper().replace('-', '_')}"
@@ -192,10 +195,10 @@ class LlamaCpp:
 
     def _complete(self, ids: Sequence[int], num_new: int, **more: int) -> dict[str, Any]:
         """The answer of llama.cpp's own completion endpoint: only that one gives token ids back."""
-        if len(ids) + num_new > _LLAMA_CPP_CONTEXT:
+        if len(ids) + num_new > self._context:
             raise ValueError(
                 f"prompt of {len(ids)} tokens and num_new={num_new} exceed the "
-                f"{_LLAMA_CPP_CONTEXT} tokens that llama.cpp was given; ask for fewer"
+                f"{self._context} tokens that llama.cpp was given; ask for fewer"
             )
         request = {
             "prompt": list(ids),
@@ -223,13 +226,13 @@ class LlamaCpp:
 Baseline = Transformers | LlamaCpp
 
 
-def _server_options(file: Path, threads: int, dtype: str) -> Any:
+def _server_options(file: Path, threads: int, dtype: str, context: int) -> Any:
     import xllamacpp
 
     options = xllamacpp.CommonParams()
     options.model.path = str(file)
     options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
-    options.n_ctx = _LLAMA_CPP_CONTEXT
+    options.n_ctx = context
     options.n_parallel = 1
     options.n_gpu_layers = 0
     options.fit_params = False

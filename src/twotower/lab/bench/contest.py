@@ -42,6 +42,7 @@ def contestants(
     file: Path,
     compared: tuple[Sequence[BackendName], Sequence[Quantization]],
     threads: int,
+    context: int,
     folder: Path,
     denoiser: str | None = None,
 ) -> tuple[list[Contestant], list[str]]:
@@ -49,16 +50,16 @@ def contestants(
     folder.
 
     load: the weights for those files, called once if any is to be written, and kept no longer than
-    this takes. file: the model's own; compared: our backends, and quantisations of all; denoiser:
-    the folder of a thin one beside it. llama.cpp runs a GGUF file that has that quantisation as it
-    is, else an export.
+    this takes. file: the model's own; compared: our backends, and quantisations of all; context:
+    tokens of the longest prompt and its answer; denoiser: the folder of a thin one beside the
+    model. llama.cpp runs a GGUF file that has that quantisation as it is, else an export.
     """
     load = cache(load)
     backends, quantizations = compared
     found: list[Contestant] = []
     missing: list[str] = []
     for own in quantizations:
-        each = partial(Contestant, quantization=own, threads=threads)
+        each = partial(Contestant, quantization=own, threads=threads, context=context)
         ours = partial(each, engine=OURS, file=str(file), denoiser=denoiser)
         found += [ours(mode=m, backend=b) for b in backends for m in ("ar", "speculative")]
         sources: dict[str, tuple[Callable[[], Path], Sequence[str]]] = {

@@ -34,6 +34,7 @@ class Contestant:
     mode: str  # ours; plain, or what drafts, for others
     file: str
     threads: int
+    context: int  # tokens of the longest prompt and what is written after it
     denoiser: str | None = None  # ours: the folder of a thin one
     backend: BackendName = "auto"  # ours
 
@@ -76,7 +77,7 @@ def _baseline(who: Contestant) -> Decode:
     baseline: Baseline = (
         Transformers(file, who.threads, lookup=own == "lookup")
         if who.engine == "transformers"
-        else LlamaCpp(file, who.threads, own)
+        else LlamaCpp(file, who.threads, own, who.context)
     )
     return lambda ids, num_new, _: baseline.decode(ids, num_new)
 
