@@ -20,7 +20,6 @@ from twotower.model.backend import Backend
 from twotower.model.eager import EagerBackend
 from twotower.model.passes import Unreadable
 from twotower.model.precision import (
-    EMBEDDINGS,
     ExpertStorage,
     Scheme,
     has_mapped_experts,
@@ -28,6 +27,7 @@ from twotower.model.precision import (
     scheme_of,
 )
 from twotower.native.backend import NativeBackend
+from twotower.native.layout import DTYPES
 from twotower.specs import AttentionSpec, LayerSpec, MambaSpec, MoESpec
 
 BackendName = Literal["auto", "eager", "native", "graphs"]
@@ -54,14 +54,8 @@ class Setup:
 
 
 def setup_of(model: TwoTower, quantization: Quantization = "none") -> Setup:
-    """The setup of a loaded model; parts without memory (on the meta device) do not count, nor do
-    embeddings beside matrices that are packed as they are read: passes take those in any dtype.
-    """
-    loaded = [
-        p
-        for name, p in model.named_parameters()
-        if not (p.is_meta or (model.unread and name.endswith(EMBEDDINGS)))
-    ]
+    """The setup of a loaded model; parts without memory (on the meta device) do not count."""
+    loaded = [parameter for parameter in model.parameters() if not parameter.is_meta]
     return Setup(
         layers=frozenset(model.config.context.layers + model.config.denoiser.layers),
         quantization=quantization,
@@ -106,14 +100,14 @@ def _native_refusal(setup: Setup) -> str | None:
         for x in setup.layers
         if isinstance(x, MambaSpec)
     }
-    others = {str(t).removeprefix("torch.") for t in setup.dtypes - {torch.float32}}
+    others = {str(t).removeprefix("torch.") for t in setup.dtypes.difference(DTYPES)}
     stored = None if setup.scheme is None else setup.scheme.weights
     rounds_weights_alone = setup.scheme is not None and setup.scheme.activations is None
     for is_refused, sentence in (
         (setup.expert_storage == "mmap", f"native passes have no {MoESpec.label} in files"),
         (len(keys) > 1 or len(states) > 1, "native passes need states of one size in all layers"),
         (setup.devices != {"cpu"}, f"native passes run on the CPU, not on {_list(setup.devices)}"),
-        (bool(others), f"native passes compute in float32, not in {_list(others)}"),
+        (bool(others), f"native passes read no weights in {_list(others)}"),
         (setup.bidirectional_mamba, "native passes have no bidirectional Mamba"),
         (
             stored is not None and setup.quantization not in ("none", stored),
@@ -180,12 +174,13 @@ def accelerate(
 ) -> TwoTower:
     """The model with its decoding passes run by a backend: same methods, same weights.
 
-    eager: plain PyTorch, every model and device. native: C++, compiled on first use and kept in the
-    user's cache; float32, CPU. graphs: passes of fixed shapes, which a CUDA device
-    records and replays. auto: the first of native and eager that runs the model;
-    one log line says which, and why not the other. quantization=int8, int4: native passes with
-    projections rounded to 8 or 4 bits now; graphs passes have int8. The weights must not change
-    afterwards. ValueError (one line) for what cannot run.
+    eager: plain PyTorch, every model and device. native: C++ on the CPU, compiled on first use and
+    kept in the user's cache; float32, also of weights in half precision, which it reads where they
+    lie. graphs: passes of fixed shapes, which a CUDA device records and replays. auto: the first of
+    native and eager that runs the model; one log line says which, and why not the other.
+    quantization=int8, int4: native passes with projections rounded to 8 or 4 bits now; graphs
+    passes have int8. The weights must not change afterwards. ValueError (one line) for what cannot
+    run.
     """
     choices = {"backend": one_of(*BACKENDS), "quantization": one_of(*QUANTIZATIONS)}
     check({"backend": backend, "quantization": quantization}, choices)
@@ -236,8 +231,6 @@ def _complaint(backend: str, setup: Setup, reasons: list[str]) -> str:
         others = "backend=eager" if own is None else f"quantization={own} or backend=eager"
         return f"backend={backend}: {reasons[0]}; use {others}"
     remedy = "use quantization=none, or a checkpoint that `twotower convert` has quantised"
-    if refusal("native", replace(setup, dtypes=frozenset({torch.float32}))) is None:
-        remedy = "use backend=native with dtype=float32, or quantization=none"
     other: BackendName = "graphs" if "cuda" in setup.devices else "native"
     if refusal(other, setup) is None:
         remedy = f"use backend={other} or quantization=none"

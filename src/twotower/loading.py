@@ -326,7 +326,7 @@ def _load_towers(
         if placement.dtype != "auto" or dtype is None or asked:
             raise
         model = read(dtype=None)
-        _log.warning("%s; kept in its own dtype, which eager passes decode slowly", error)
+        _log.warning("%s; kept in its own dtype", error)
     if placement.denoiser is not None:
         model = load_denoiser(model, placement.denoiser, find_device(elsewhere))
     return accelerate(model, placement.backend, placement.quantization)

@@ -291,7 +291,7 @@ def test_a_checkpoint_of_half_precision_is_kept_so_where_float32_has_no_room(
     monkeypatch.setattr(memory, "_told", lambda _: 0)
     model = load_model(tmp_path / "m")
     assert model.context_tower.embeddings.weight.dtype == torch.bfloat16
-    assert model.backend.name == "eager" and "use quantization=int8 or int4" in caplog.text
+    assert model.backend.name == "native" and "use quantization=int8 or int4" in caplog.text
     for asked in ({"dtype": "float32"}, {"backend": "native"}):
         with pytest.raises(ValueError, match="GB of memory"):
             load_model(tmp_path / "m", **asked)  # type: ignore[arg-type]

@@ -59,6 +59,7 @@ class GraphsBackend:
         if model.denoiser_device != self._device:
             raise ValueError(ONE_DEVICE)
         self._model = model if quantization == "none" else rounded_to_eight_bits(model)
+        self.dtype: torch.dtype = model.context_tower.norm_f.weight.dtype
         reason = fused_refusal(self._device)
         if reason is None:
             from twotower.kernels.fused import FUSED  # needs triton

@@ -7,6 +7,7 @@ A backend runs every pass that it is asked for: what it cannot run it refused wh
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from twotower.model.draft_tree import DraftTree
@@ -49,6 +50,8 @@ class Backend(Protocol):
     name: str
     quantization: str
     """To what the loaded weights were rounded for these passes; none: they are as loaded."""
+    dtype: torch.dtype
+    """What the context tower's passes compute in, and what they leave of keys and values."""
     prefix_chunk: int
     """Tokens that are read at a time where contexts are kept for prompts that begin alike: fewer
     find longer common beginnings and cost more passes."""

@@ -73,9 +73,8 @@ class Passes(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the context tower computes in, and keeps keys and values in."""
-        found: torch.dtype = self.context_tower.norm_f.weight.dtype
-        return found
+        """What decoding's context tower computes in, and keeps keys and values in."""
+        return self.backend.dtype
 
     @property
     def token_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""The native backend: each pass is one C++ call, with the weights where they lie.
+"""The native backend: each pass is one C++ call, with the weights where they lie, as they are.
 
 Passes have any number of tokens, of any number of rows, which share each weight that is read. The
 equations are those of the PyTorch layers.
@@ -40,7 +40,7 @@ class NativeBackend:
     (one line) where the library cannot be made. A tower without memory has no passes.
     """
 
-    name = "native"
+    name, dtype = "native", torch.float32
     prefix_chunk, verifies_trees, chooses_tokens = LANES, True, False
 
     def __init__(self, model: TwoTower, quantization: str) -> None:

@@ -1,12 +1,14 @@
 """The denoiser's native passes: its tower, with time conditioning, and its head."""
 
+import copy
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from twotower.model.eager import modulations
-from twotower.model.precision import Scheme
+from twotower.model.precision import M, Scheme, shared_copy
 from twotower.model.two_tower import TwoTower
 from twotower.model.view import ContextView
 from twotower.native.buffers import Addresses, known_states, past_states
@@ -39,8 +41,7 @@ class NativeDenoiser:
         self._tables: dict[float, tuple[int, object]] = {}  # addresses, and what they point to
         if self._tower is not None and model.config.draft is None:
             size = min(model.config.block_size, _MAX_TABLES)
-            for t in torch.arange(1, size + 1).div(size).tolist():  # masked fractions of a block
-                self._table(t)
+            self._make_tables(torch.arange(1, size + 1).div(size).tolist())  # parts that are masked
 
     def __call__(self, block: Tensor, view: ContextView, t: Tensor | None) -> Tensor:
         """Rows of one time share a pass; leaves no state."""
@@ -60,8 +61,9 @@ class NativeDenoiser:
             own = first + row * step, pasts.of(row), None, pointer, out + row * out_step
             times.setdefault(time, []).append(Row(block.shape[1], lengths[row], *own))
         for time, rows in times.items():
-            table = None if time is None else self._tables.get(time) or self._table(time)
-            self._tower(rows, table and table[0])
+            if time is not None and time not in self._tables:
+                self._make_tables([time])
+            self._tower(rows, None if time is None else self._tables[time][0])
         logits = self._head(hidden)
         if self._bigram_up is None:
             return logits
@@ -87,19 +89,31 @@ class NativeDenoiser:
         """The small side of the bigram term for every token (V, rank), made at first use."""
         if self._inner is None:
             assert self._model.bigram is not None
-            table = self._model.denoiser().embeddings.weight
-            parts = [self._model.bigram.inner(some.float()) for some in table.split(_ROWS)]
+            bigram, table = shared_copy(self._model.bigram), self._model.denoiser().embeddings
+            bigram.down_proj = _in_float32(bigram.down_proj)
+            parts = [bigram.inner(some.float()) for some in table.weight.split(_ROWS)]
             self._inner = torch.cat(parts)
         return self._inner
 
     @torch.no_grad()
-    def _table(self, t: float) -> tuple[int, object]:
-        """Where the modulations of each layer at time t begin, and what keeps them there."""
-        if len(self._tables) >= _MAX_TABLES:
-            self._tables.clear()
-        found = modulations(self._model, torch.tensor([[t]]))
-        table = torch.stack([torch.stack([*m]).flatten(1) for m in found])  # (layers, 3, D)
-        first, step = table.data_ptr(), 4 * table.stride(0)
-        layers = (address * len(table))(*range(first, first + len(table) * step, step))
-        self._tables[t] = ctypes.addressof(layers), (layers, table)
-        return self._tables[t]
+    def _make_tables(self, times: Sequence[float]) -> None:
+        """Remember where the modulations of each layer begin at some times, and what keeps them
+        there.
+        """
+        model = shared_copy(self._model)
+        for name in ("t_embedder", "t_block", "scale_shift_tables"):
+            setattr(model, name, _in_float32(getattr(model, name)))
+        for t in times:
+            if len(self._tables) >= _MAX_TABLES:
+                self._tables.clear()
+            found = modulations(model, torch.tensor([[t]]))
+            table = torch.stack([torch.stack([*m]).flatten(1) for m in found])  # (layers, 3, D)
+            first, step = table.data_ptr(), 4 * table.stride(0)
+            layers = (address * len(table))(*range(first, first + len(table) * step, step))
+            self._tables[t] = ctypes.addressof(layers), (layers, table)
+
+
+def _in_float32(module: M) -> M:
+    """The module, its weights widened where they are in half precision."""
+    is_wide = all(weight.dtype == torch.float32 for weight in module.parameters())
+    return module if is_wide else copy.deepcopy(module).float()

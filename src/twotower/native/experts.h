@@ -141,6 +141,7 @@ void route(const Step &s, const Tile &tile) {
 inline Weight matrix_of(Weight w, int index, long rows, long K) {
     long blocks = blocks_of(int(rows)), quads = (K + 3) / 4;
     if (w.full) w.full += index * rows * K;
+    if (w.half) w.half += index * rows * K;
     if (w.int8) w.int8 += index * blocks * ROWS * (quads * 4 + long(sizeof(float)));
     if (w.int4) w.int4 += index * blocks * (K / GROUP) * GROUP_BYTES;
     return w;

@@ -4,9 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "layout.h"
+#include "numbers.h"
 #include "threads.h"
-#include "vectors.h"
 
 namespace twotower {
 

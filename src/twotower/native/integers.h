@@ -73,9 +73,10 @@ struct Grid {
 template <int V>
 inline Grid<V> grid_of(const uint8_t *w, bool is_centred, int row) {
     const uint8_t *scales = w + ROWS * GROUP / 2 + 2 * row, *offsets = scales + 2 * ROWS;
-    if (!is_centred) return {from_halves<V>(scales), from_halves<V>(offsets)};
-    Floats<V> scale = from_bfloats<V>(scales);
-    return {scale, from_bfloats<V>(offsets) - 8.0f * scale};
+    auto as = [&](auto type, const uint8_t *x) { return widened<V>(reinterpret_cast<const decltype(type) *>(x)); };
+    if (!is_centred) return {as(Half{}, scales), as(Half{}, offsets)};
+    Floats<V> scale = as(Bfloat{}, scales);
+    return {scale, as(Bfloat{}, offsets) - 8.0f * scale};
 }
 
 // The same in int4, with the weights' scales, of the rows from `row` on; w: groups of GROUP_BYTES

@@ -262,7 +262,7 @@ Input<W> input_of(Team &team, const Weight &w, const float *x, int K, int count)
     return as_input<W>(team, w, x, K, count, at_least(scratch.bytes, input_bytes<W>(K)));
 }
 
-inline bool exists(const Weight &w) { return w.full || w.int8 || w.int4; }
+inline bool exists(const Weight &w) { return w.full || w.half || w.int8 || w.int4; }
 
 // The matrices of an MLP of `inner` features; no gate: squared ReLU.
 struct Dense {

@@ -13,10 +13,11 @@ from twotower.specs import AttentionSpec, LayerSpec, MambaSpec, MLPSpec, MoESpec
 LANES = 16  # tokens of a tile: what the widest vector holds
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of packed values and of embeddings
 _STRUCTS = {
-    # A matrix as float32, or packed as `packing.Packed` describes, others null; group: columns of
-    # which a token has one scale; centred: whether int4 scales are bfloat16, offsets those of an 8.
-    "Weight": "const float *full, const uint8_t *int8, const uint8_t *int4, int32_t group, "
-    "int32_t centred",
+    # A vector in float32; a matrix in float32, in half precision or packed as `packing.Packed`
+    # describes, others null. dtype: of full or half, by DTYPES; group: columns of which a token has
+    # one scale; centred: whether int4 scales are bfloat16, offsets those of an 8.
+    "Weight": "const float *full, const uint16_t *half, const uint8_t *int8, const uint8_t *int4, "
+    "int32_t dtype, int32_t group, int32_t centred",
     # Sizes that a kind does not have are 0. rotary: whether positions turn queries and keys.
     # window: tokens that one attends to, itself among them; 0: all. inner: of an MLP or a shared
     # expert. per_token of the experts are chosen, out of the best kept_groups of groups; their
@@ -97,7 +98,7 @@ PAST, OUTPUTS = (tuple(name for name, _ in _fields(struct)) for struct in ("Past
 
 
 class Weight(ctypes.Structure):
-    """A parameter in float32, and its packed form if it has one (`packing.Packed`)."""
+    """A parameter as it is, and its packed form if it has one (`packing.Packed`)."""
 
     _fields_ = _fields("Weight")
 
@@ -123,6 +124,11 @@ class Tower(ctypes.Structure):
     """Sizes of a tower, its embeddings, final norm, rotary frequencies and layers."""
 
     _fields_ = _fields("Tower")
+
+
+def is_matrix(name: str) -> bool:
+    """Whether products take the weight of this name in any precision, and not in float32 alone."""
+    return "_proj" in name and not name.endswith(".bias")
 
 
 def weight_names(kind: int) -> list[str]:

@@ -16,17 +16,7 @@ struct Values {
     long K;
 
     void read_row(long row, float *x) const {
-        if (dtype == FLOAT32) std::copy_n(static_cast<const float *>(first) + row * K, K, x);
-        else {
-            const uint16_t *own = static_cast<const uint16_t *>(first) + row * K;
-            if (dtype == FLOAT16)
-                for (long i = 0; i < K; i++) x[i] = from_half(own[i]);
-            else
-                for (long i = 0; i < K; i++) {
-                    uint32_t bits = uint32_t(own[i]) << 16;
-                    std::memcpy(x + i, &bits, 4);
-                }
-        }
+        with_type(first, dtype, [=, this](const auto *numbers) { widen(numbers + row * K, K, x); });
     }
 };
 
@@ -89,7 +79,7 @@ struct OnGrid {
 
 inline OnGrid on_grid(const Group &x, float scale, float offset) {
     OnGrid found{to_half(scale), to_half(offset), {}, 0.0f};
-    float step = from_half(found.scale), start = from_half(found.offset), inverse = step != 0.0f ? 1.0f / step : 0.0f;
+    float step = widened(Half{found.scale}), start = widened(Half{found.offset}), inverse = step != 0.0f ? 1.0f / step : 0.0f;
     auto round = [=](Floats<HALF> part) {
         Floats<HALF> zero = {}, most = zero + 15.0f, shift = zero + 0x1.8p23f, n = (part - start) * inverse;
         n = n > zero ? n : zero;  // NaN too

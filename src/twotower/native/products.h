@@ -1,4 +1,4 @@
-// Products of a matrix and the tokens of a tile, in float32, int8 or int4.
+// Products of a matrix and the tokens of a tile: in float32, also of weights in half precision; int8; int4.
 //
 // Activations lie feature by feature, W tokens (lanes) side by side; a tile of more than 16 is
 // computed 16 or 32 lanes at a time, while a few rows of the matrix stay in the nearest cache.
@@ -11,17 +11,16 @@
 namespace twotower {
 
 // N vectors of V lanes at y[R][stride] = w[R][K] x[K][stride] (+ bias): w's rows and columns are
-// `row`, `column` floats apart.
+// `row`, `column` floats apart. ahead: `step` bytes of each column are wanted soon.
 template <int V, int N, int R>
 inline void product_rows(const float *w, long row, long column, int K, const float *x, long stride,
-                         const float *bias, float *y) {
+                         const float *bias, float *y, const char *ahead = nullptr, long step = 0) {
     Floats<V> sum[R][N];
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) sum[r][n] = Floats<V>{} + (bias ? bias[r] : 0.0f);
     for (int i = 0; i < K; i++) {
-        // The next rows, while these are used: many tokens keep a weight so busy that the processor
-        // does not look ahead by itself.
-        if (R > 1 && column == 1) __builtin_prefetch(w + R * row + long(i) * R);
+        // Many tokens keep a weight so busy that the processor does not look ahead by itself.
+        if (R > 1 && step) __builtin_prefetch(ahead + i * step);
         Floats<V> value[N];
         for (int n = 0; n < N; n++) value[n] = floats<V>(x + i * stride + n * V);
         for (int r = 0; r < R; r++)
@@ -32,38 +31,58 @@ inline void product_rows(const float *w, long row, long column, int K, const flo
         for (int n = 0; n < N; n++) floats<V>(y + r * stride + n * V) = sum[r][n];
 }
 
-// One token: rows are contiguous, each is a dot product; four rows share the loads of x.
-template <int R>
-inline void dot_rows(const float *w, long row, int K, const float *x, const float *bias, float *y) {
+// One token: rows are contiguous, each is a dot product; four rows share the loads of x. Short ones: the
+// processor would look ahead too late.
+template <int R, typename T>
+inline void dot_rows(const T *w, long row, int K, const float *x, const float *bias, float *y) {
     Floats<VECTOR> sum[R][16 / VECTOR] = {};
-    for (int i = 0; i + 16 <= K; i += 16)
+    for (int i = 0; i + 16 <= K; i += 16) {
+        const char *next = reinterpret_cast<const char *>(w + i * R) + AHEAD;
+        for (int line = 0; line < int(16 * R * sizeof(T)); line += 64) __builtin_prefetch(next + line);
         for (int r = 0; r < R; r++)
             for (int p = 0; p < 16 / VECTOR; p++) {
-                const float *own = w + r * row + i + p * VECTOR;
-                sum[r][p] = add_product<VECTOR>(sum[r][p], floats<VECTOR>(own), floats<VECTOR>(x + i + p * VECTOR));
+                Floats<VECTOR> own = widened<VECTOR>(w + r * row + i + p * VECTOR);
+                sum[r][p] = add_product<VECTOR>(sum[r][p], own, floats<VECTOR>(x + i + p * VECTOR));
             }
+    }
     for (int r = 0; r < R; r++) {
         float part[16];
         std::memcpy(part, sum[r], sizeof part);
         for (int half = 8; half > 0; half /= 2)
             for (int lane = 0; lane < half; lane++) part[lane] += part[lane + half];
         float total = part[0] + (bias ? bias[r] : 0.0f);
-        for (int rest = K / 16 * 16; rest < K; rest++) total = add_product(total, w[r * row + rest], x[rest]);
+        for (int rest = K / 16 * 16; rest < K; rest++) total = add_product(total, widened(w[r * row + rest]), x[rest]);
         y[r] = total;
     }
 }
 
-template <int W>
-void product(const float *w, long row, long column, int rows, int K, const float *x,
+// R contiguous rows in float32: as they are, or widened in memory that stays in the nearest cache
+template <int R, typename T>
+inline const float *in_floats(const T *w, int K) {
+    if constexpr (std::is_same_v<T, float>) return w;
+    else {
+        static thread_local std::vector<float> room;
+        if (room.size() < size_t(R) * K) room.resize(size_t(R) * K);
+        widen(w, long(R) * K, room.data());
+        return room.data();
+    }
+}
+
+// y[rows][W] = w x (+ bias); weights in half precision lie in contiguous rows.
+template <int W, typename T>
+void product(const T *w, long row, long column, int rows, int K, const float *x,
              const float *bias, float *y) {
     constexpr int V = std::min(W, VECTOR), N = W > V ? 2 : 1, R = W == 1 ? 4 : std::min(8, SUMS / N);
     auto some = [&](int r, auto count) {
         constexpr int C = decltype(count)::value;
         const float *b = bias ? bias + r : nullptr;
-        if (W == 1 && column == 1)
-            return dot_rows<C>(w + r * row, row, K, x, b, y + r);
+        const T *first = w + r * row;
+        if (W == 1 && column == 1) return dot_rows<C>(first, row, K, x, b, y + r);
+        const float *own = in_floats<C>(first, K);
+        const char *next = reinterpret_cast<const char *>(first + C * row);
+        long step = column == 1 ? C * long(sizeof(T)) : 0;
         for (int l = 0; l < W; l += V * N)
-            product_rows<V, N, C>(w + r * row, row, column, K, x + l, W, b, y + long(r) * W + l);
+            product_rows<V, N, C>(own, row, column, K, x + l, W, b, y + long(r) * W + l, next, step);
     };
     int r = 0;
     for (; r + R <= rows; r += R) some(r, std::integral_constant<int, R>());
@@ -80,8 +99,10 @@ void product_blocks(const Weight &w, int rows, const Input<W> &in, const float *
     if (w.int4 != nullptr) integer_product<W, true>(w, rows, in, bias, y, begin, end);
     else if (w.int8 != nullptr) integer_product<W, false>(w, rows, in, bias, y, begin, end);
     else if (first < last)
-        product<W>(w.full + long(first) * in.K, in.K, 1, last - first, in.K, in.x,
-                   bias ? bias + first : nullptr, y + long(first) * W);
+        with_type(w.full ? static_cast<const void *>(w.full) : w.half, w.dtype, [&](const auto *matrix) {
+            product<W>(matrix + long(first) * in.K, in.K, 1, last - first, in.K, in.x,
+                       bias ? bias + first : nullptr, y + long(first) * W);
+        });
 }
 
 // y[rows][W] = w x (+ bias), by the team; then after(first, last) of the rows that one of them has

@@ -180,44 +180,4 @@ inline Ints<V> add_quads(Ints<V> sum, Ints<V> weights, Ints<V> signed_bytes) {
     }
 }
 
-// A half-precision number (GGUF's scales) of any size, exactly.
-inline float from_half(uint16_t half) {
-    uint32_t magnitude = uint32_t(half & 0x7fff) << 13, bits;
-    float value;
-    if ((half & 0x7c00) == 0x7c00) {
-        bits = magnitude | 0x7f800000u;  // infinite or NaN
-        std::memcpy(&value, &bits, 4);
-    } else {
-        std::memcpy(&value, &magnitude, 4);
-        value *= 0x1p112f;  // the exponent's other bias; subnormal halves become normal
-    }
-    return half & 0x8000 ? -value : value;
-}
-
-template <int V>
-inline Floats<V> from_halves(const uint8_t *halves) {
-#ifdef TWOTOWER_AVX512
-    if constexpr (V == 16)
-        return Floats<V>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(halves))));
-#elif defined(TWOTOWER_AVX2)
-    if constexpr (V == 8)
-        return Floats<V>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(halves))));
-#endif
-    Floats<V> found;
-    uint16_t own[V];
-    std::memcpy(own, halves, sizeof own);
-    for (int i = 0; i < V; i++) found[i] = from_half(own[i]);
-    return found;
-}
-
-// bfloat16 numbers: the upper halves of float32
-template <int V>
-inline Floats<V> from_bfloats(const uint8_t *upper) {
-    typedef uint16_t Halves __attribute__((vector_size(2 * V), aligned(1), may_alias));
-    Ints<V> bits = __builtin_convertvector(*reinterpret_cast<const Halves *>(upper), Ints<V>) << 16;
-    Floats<V> found;
-    std::memcpy(&found, &bits, sizeof found);
-    return found;
-}
-
 }  // namespace twotower

@@ -12,10 +12,19 @@ from twotower.model.passes import Unread
 from twotower.model.precision import Scheme, weight_bits
 from twotower.model.tower import Tower
 from twotower.native import layout
-from twotower.native.layout import DTYPES, OPTIONAL, ROUTER_BIAS, Weight, layer_of, weight_names
+from twotower.native.layout import (
+    DTYPES,
+    OPTIONAL,
+    ROUTER_BIAS,
+    Weight,
+    is_matrix,
+    layer_of,
+    weight_names,
+)
 from twotower.native.packing import Packed
 from twotower.native.tower import NativeLinear, NativeTower
 
+_TABLE = "embeddings.weight"
 Read = Callable[[], Tensor | Quantised | Matrices]
 
 
@@ -23,13 +32,19 @@ def native_tower(
     tower: Tower, name: str, is_causal: bool, scheme: Scheme | None, unread: Unread
 ) -> NativeTower | None:
     """The passes of a tower; None where it has no memory. Packed is what is so already, and all
-    that the scheme quantises of the tower of this name; other weights are not copied. unread: how
-    the values of those without memory are read, by name in the model.
+    that the scheme quantises of the tower of this name; of other weights vectors in half precision
+    are widened, and nothing else is copied. unread: how the values of those without memory are
+    read, by name in the model.
     """
     if tower.embeddings.weight.is_meta:
         return None
-    weights = {key: weight.detach() for key, weight in tower.named_parameters()}
-    weights |= {key: bias for key, bias in tower.named_buffers() if key.endswith(ROUTER_BIAS)}
+    weights = {
+        key: weight.detach() if is_matrix(key) or key == _TABLE else weight.detach().float()
+        for key, weight in tower.named_parameters()
+    }
+    weights |= {
+        key: bias.float() for key, bias in tower.named_buffers() if key.endswith(ROUTER_BIAS)
+    }
     matrices: dict[str, Tensor | Quantised] = {
         key: module.matrix
         for key, module in tower.named_modules()
@@ -52,7 +67,7 @@ def native_tower(
     mask = weights.get("mask_embedding")
     turns = None if config.rotary is None else inverse_frequencies(*config.rotary)
     turn_factor = 1.0 if config.rotary is None else config.rotary[0].attention_factor
-    table = weights["embeddings.weight"]
+    table = weights[_TABLE]
     struct = layout.Tower(
         config.vocab_size, config.hidden_size, len(layers),
         0 if mask is None else mask.numel() // config.hidden_size, config.norm_eps,
@@ -86,7 +101,7 @@ def native_linear(
     scheme: Scheme | None = None,
     read: Read | None = None,
 ) -> NativeLinear:
-    """A linear map by a weight (N, K), in float32 unless it is in int8 or a scheme rounds it."""
+    """A linear map by a weight (N, K), as it is unless a scheme rounds it to int8."""
     full = {"": weight} if isinstance(weight, Tensor) and scheme is None else {}
     packed = Packed({} if full else {"": weight}, read=read and (lambda _: read()))
     return NativeLinear(_weight("", full, packed), weight.shape, (full, packed))
@@ -96,7 +111,10 @@ def _weight(name: str, weights: Mapping[str, Tensor], packed: Packed) -> Weight:
     full, address = weights.get(name), packed.addresses.get(name)
     if full is None and address is None and not name.endswith(OPTIONAL):
         raise ValueError(f"the native backend needs the weight {name}, which this model lacks")
-    found = Weight(full=None if full is None or full.is_meta else full.data_ptr())
+    found = Weight()
+    if full is not None and not full.is_meta:
+        found.dtype = DTYPES.index(full.dtype)
+        setattr(found, "half" if found.dtype else "full", full.data_ptr())
     if address is not None:
         found.group, found.centred = packed.groups[name], name in packed.centred
         setattr(found, f"int{packed.bits[name]}", address)
