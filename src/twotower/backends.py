@@ -28,6 +28,7 @@ from twotower.model.precision import (
 )
 from twotower.native.backend import NativeBackend
 from twotower.native.layout import DTYPES
+from twotower.native.library import is_available
 from twotower.specs import AttentionSpec, LayerSpec, MambaSpec, MoESpec
 
 BackendName = Literal["auto", "eager", "native", "graphs"]
@@ -85,6 +86,11 @@ def refusal(backend: BackendName, setup: Setup) -> str | None:
     """Why a backend does not run a setup, in one sentence, or None if it does."""
     misplaced = placement_refusal(setup.scheme, setup.expert_storage, setup.devices)
     return misplaced or _BACKENDS[backend].refusal(setup)
+
+
+def is_native(backend: BackendName, setup: Setup) -> bool:
+    """Whether native passes will run a setup, asked for by this name."""
+    return backend in ("auto", "native") and refusal("native", setup) is None and is_available()
 
 
 def _eager_refusal(setup: Setup) -> str | None:

@@ -20,7 +20,9 @@ from twotower.backends import (
     QUANTIZATIONS,
     BackendName,
     Quantization,
+    Setup,
     accelerate,
+    is_native,
     planned_setup,
     refusal,
 )
@@ -75,8 +77,9 @@ class Placement:
     """Device of the denoiser tower. Default: `device`. peer: the second of two processes that
     torchrun started, on this host or another."""
     dtype: DTypeName = "auto"
-    """Precision of weights and computation. auto: float32 on a CPU for a model that the native
-    backend can run, if it fits into memory, else the checkpoint's own."""
+    """Precision of weights, and of what eager and graphs passes compute. auto: the checkpoint's
+    own; on a CPU native passes compute in float32 with it, and what else uses the weights of a
+    model that they can run gets them in float32, if that fits into memory."""
     quantization: Quantization = "none"
     """int8, int4: quantise the weights while they are loaded, for the native backend; int8 also for
     graphs. none: as they are stored."""
@@ -150,12 +153,16 @@ class Loaded:
 
 
 def load(
-    placement: Placement, mode: str | None = None, show: Callable[[float], None] | None = None
+    placement: Placement,
+    mode: str | None = None,
+    show: Callable[[float], None] | None = None,
+    only_decodes: bool = False,
 ) -> Loaded:
     """The model of a placement and its tokenizer, with the towers that a decoding mode needs.
 
     mode None: the model's own default. AR decoding loads the context tower alone. show: gets the
-    share of the weights that has been read.
+    share of the weights that has been read. only_decodes: whether nothing but passes of decoding
+    will use the weights, so that native ones may read them in half precision.
     """
     _set_threads(placement)
     folder = placement.find()
@@ -169,7 +176,7 @@ def load(
         model = _load_split(folder, placement)
     else:
         is_ar = (mode or defaults.get("mode")) == "ar" or not has_denoiser(folder)
-        model = _load_towers(folder, placement, "context" if is_ar else "both", show)
+        model = _load_towers(folder, placement, "context" if is_ar else "both", show, only_decodes)
     if tokenizer is not None:
         model.unused_ids = tokenizer.unused_ids(model.config.vocab_size)
     return Loaded(name=placement.name, model=model, tokenizer=tokenizer, folder=folder)
@@ -280,7 +287,8 @@ def prompt_notice(model: TwoTower, ids: Sequence[int]) -> str | None:
     if not isinstance(most, float) or len(ids) < 2 or model.backend.quantization != "none":
         return None
     tokens = torch.tensor([ids[:_MAX_SCORED]])
-    logprobs = model.context_logits(tokens)[0, :-1].log_softmax(-1).cpu()
+    hidden = model.extend(model.empty_cache(1), tokens)
+    logprobs = model.context_head(hidden)[0, :-1].log_softmax(-1).cpu()
     each = -logprobs.gather(1, tokens[0, 1:, None])
     nats = float(max(each.mean(), each[:_BEGINNING].mean()))
     if not nats > most:  # nor where it is no number, which decoding refuses
@@ -304,11 +312,17 @@ def _load_towers(
     placement: Placement,
     towers: Towers,
     show: Callable[[float], None] | None = None,
+    only_decodes: bool = False,
 ) -> TwoTower:
     device = _device(placement.device)
     apart = placement.denoiser_device not in (None, PEER)
     elsewhere = _device(str(placement.denoiser_device)) if apart else device
     dtype = _dtype(folder, placement, device)
+    setup = _setup(folder, placement, {device, elsewhere})
+    packing = _packing(placement, setup)
+    # Exact in native passes, which compute in float32 either way.
+    is_exact = placement.dtype == "auto" and only_decodes and is_native(placement.backend, setup)
+    keeps_halves = packing is not None or is_exact
     read = partial(
         load_checkpoint,
         folder,
@@ -320,15 +334,15 @@ def _load_towers(
         show=show,
     )
     try:
-        model = read(dtype=dtype, packing=_packing(folder, placement, {device, elsewhere}, dtype))
+        model = read(dtype=dtype, packing=packing, keeps_halves=keeps_halves)
     except TooLarge as error:
-        asked = placement.quantization != "none" or placement.backend == "native"
-        if placement.dtype != "auto" or dtype is None or asked:
+        if placement.dtype != "auto" or dtype is None or keeps_halves:
             raise
-        model = read(dtype=None)
+        dtype, model = None, read(dtype=None)
         _log.warning("%s; kept in its own dtype", error)
     if placement.denoiser is not None:
-        model = load_denoiser(model, placement.denoiser, find_device(elsewhere))
+        where = find_device(elsewhere)
+        model = load_denoiser(model, placement.denoiser, where, dtype, keeps_halves)
     return accelerate(model, placement.backend, placement.quantization)
 
 
@@ -349,19 +363,20 @@ def _dtype(folder: Path, placement: Placement, device: str) -> torch.dtype | Non
     return torch.float32 if refusal("native", setup) is None else None
 
 
-def _packing(
-    folder: Path, placement: Placement, devices: set[str], dtype: torch.dtype | None
-) -> Scheme | None:
+def _setup(folder: Path, placement: Placement, devices: set[str]) -> Setup:
+    """What a placement asks of a backend, before its weights are loaded."""
+    config = read_config(folder)
+    setup = planned_setup(config, placement.quantization, placement.expert_storage)
+    return replace(setup, scheme=read_scheme(folder), devices=frozenset(devices))
+
+
+def _packing(placement: Placement, setup: Setup) -> Scheme | None:
     """How native passes will pack a checkpoint's matrices, if they are to run it with few bits: as
     they are read, so that no matrix is in memory twice.
     """
-    scheme, quantization = read_scheme(folder), placement.quantization
-    setup = replace(
-        planned_setup(read_config(folder), quantization, placement.expert_storage),
-        scheme=scheme, devices=frozenset(devices), dtypes=frozenset({dtype or torch.float32}),
-    )  # fmt: skip
-    is_native = placement.backend != "graphs" and refusal("native", setup) is None
-    return scheme or NATIVE_SCHEMES[quantization] if is_native and quantization != "none" else None
+    if setup.quantization == "none" or placement.backend == "graphs" or refusal("native", setup):
+        return None
+    return setup.scheme or NATIVE_SCHEMES[setup.quantization]
 
 
 def _load_split(folder: Path, placement: Placement) -> TwoTower:

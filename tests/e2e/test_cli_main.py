@@ -125,10 +125,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "--logit-bias", "x=1", "a"], "--logit-bias x=1 must be a token id, = and"),
         (["generate", "--threads", "99999", "a"], "--threads 99999 must be between 1 and 1024"),
         (
-            ["generate", "--quantization", "int8", "--dtype", "float16", "a"],
-            "use --backend native with --dtype float32, or --quantization none",
-        ),
-        (
             ["generate", "--mode", "ar", "--denoiser-device", "cpu", "a"],
             "--denoiser-device: has no effect in mode ar",
         ),

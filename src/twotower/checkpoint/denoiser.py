@@ -10,6 +10,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from twotower.checkpoint import names
 from twotower.checkpoint.empty import allocate, build_empty
-from twotower.checkpoint.files import DTYPES, SINGLE_FILE, read_entries, resolve
+from twotower.checkpoint.files import DTYPES, HALVES, SINGLE_FILE, read_entries, resolve
 from twotower.checkpoint.write import Piece, write_checkpoint
 from twotower.config import DraftSpec, TwoTowerConfig
 from twotower.families import DENOISER_ALONE, read_json
@@ -164,24 +165,40 @@ def _of_another(path: str | Path, values: Mapping[str, object]) -> str:
 
 
 def load_denoiser(
-    backbone: TwoTower, path: str | Path, device: torch.device | None = None
+    backbone: TwoTower,
+    path: str | Path,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    keeps_halves: bool = False,
 ) -> TwoTower:
-    """The backbone with the denoiser of a folder or hub id, in the backbone's dtype, on a device,
-    the backbone's where none is given; there both share the embeddings and, unless the denoiser
-    drafts fewer tokens, the head. ValueError (one line) for the denoiser of another backbone.
+    """The backbone with the denoiser of a folder or hub id, in a dtype, the backbone's where none
+    is given, and on a device, the backbone's where none is given; there both share the embeddings
+    and, unless the denoiser drafts fewer tokens, the head. keeps_halves: as in `load_checkpoint`.
+    ValueError (one line) for the denoiser of another backbone.
     """
     folder = find_denoiser(backbone.config, path)
     config = denoiser_config(backbone.config, folder)
-    dtype = backbone.context_tower.norm_f.weight.dtype
-    made = _with_empty_denoiser(backbone, config, dtype, device)
+    dtype = dtype or backbone.context_tower.norm_f.weight.dtype
+    halves = _half_dtypes(folder) if keeps_halves else {}
+    made = _with_empty_denoiser(backbone, config, dtype, device, halves)
     _fill(made, folder / SINGLE_FILE, _of_another(path, read_json(folder / "config.json")))
     if made.draft_ids is not None:
-        head = made.values_of("context_lm_head")["weight"]
-        made.lm_head.weight.data.copy_(head[made.draft_ids.to(head.device)])
+        head, own = made.values_of("context_lm_head")["weight"], made.lm_head.weight
+        rows = head[made.draft_ids.to(head.device)]
+        own.data = rows.to(own.device, rows.dtype if keeps_halves else dtype)
     preferred = {"mode": "speculative", "block_size": config.block_size}
     made.generation_defaults = {**backbone.generation_defaults, **preferred}
     made.tokens_per_cycle = _measured(read_json(folder / "config.json"), folder)
     return made.eval()
+
+
+def _half_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """The dtype of the matrices that a denoiser's file has in half precision."""
+    return {
+        name: DTYPES[entry.dtype]
+        for name, entry in read_entries(folder).items()
+        if name.endswith("_proj.weight") and entry.dtype in HALVES
+    }
 
 
 def _measured(values: Mapping[str, object], folder: Path) -> float | None:
@@ -200,11 +217,14 @@ def _with_empty_denoiser(
     config: TwoTowerConfig,
     dtype: torch.dtype,
     device: torch.device | None = None,
+    own: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> TwoTower:
-    """The backbone's own modules beside a denoiser that has memory and no values yet."""
+    """The backbone's own modules beside a denoiser that has memory and no values yet; own: as in
+    `allocate`.
+    """
     made, device = build_empty(config, "both"), device or backbone.context_device
     made.context_tower, made.context_lm_head = backbone.context_tower, backbone.context_lm_head
-    allocate(made, (dtype, dtype), (device, device), names.DENOISER_PARTS)
+    allocate(made, (dtype, dtype), (device, device), names.DENOISER_PARTS, (), own)
     if device != backbone.context_device:
         shared = backbone.context_tower.embeddings
         made.denoiser().embeddings = copy.deepcopy(shared).to(device)

@@ -33,6 +33,7 @@ GENERATION_FILE = "generation_config.json"
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz"}
 _log = logging.getLogger(__name__)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+HALVES = ("BF16", "F16")
 PACKED_DTYPES = {"I8": torch.int8, "U8": torch.uint8}  # of quantised weights
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.md", "*.model", "LICENSE*"]

@@ -28,7 +28,7 @@ from twotower.checkpoint.layout import read_layout, with_heads
 from twotower.checkpoint.mapped import of_both_towers, split_experts
 from twotower.checkpoint.names import Slot
 from twotower.checkpoint.quantize import read_scheme
-from twotower.checkpoint.unread import bytes_of_towers, packed_later, read_matrix, table_dtypes
+from twotower.checkpoint.unread import bytes_of_towers, half_dtypes, packed_later, read_matrix
 from twotower.config import TwoTowerConfig
 from twotower.families import read_config
 from twotower.memory import lacking_room
@@ -59,12 +59,14 @@ def load_checkpoint(
     denoiser_device: torch.device | str = "cpu",
     towers: Towers = "both",
     expert_storage: ExpertStorage = "memory",
+    keeps_halves: bool = False,
     packing: Scheme | None = None,
     show: Callable[[float], None] | None = None,
 ) -> TwoTower:
     """Load a checkpoint folder or hub id in eval mode; a single-tower backbone fills both towers.
 
-    dtype None keeps each tower's own. Routers stay float32, quantised weights as they are.
+    dtype None keeps each tower's own. keeps_halves: matrices that the files have in half precision
+    keep that, for native passes. Routers stay float32, quantised weights as they are.
     expert_storage="mmap" leaves routed experts in the files, which must not change meanwhile.
     towers="denoiser" leaves the context tower without memory. packing: matrices that native passes
     will pack in so few bits stay in the files, which must not change until they have
@@ -82,7 +84,7 @@ def load_checkpoint(
         raise ValueError(f"{path}: {misplaced}")
     shape = build_empty(source.config, source.towers, scheme)
     plan, mapped = plan_tensors(source.folder, shape, source.entries), None
-    target = _Target(_tower_dtypes(source.entries, dtype), devices)
+    target = _Target(_tower_dtypes(source.entries, dtype), devices, keeps_halves)
     if expert_storage == "mmap":
         plan, mapped = split_experts(shape, plan)
     elif expert_storage != "memory":
@@ -129,10 +131,13 @@ class _Source(NamedTuple):
 
 
 class _Target(NamedTuple):
-    """What the context tower and the denoiser tower are kept in, and where."""
+    """What the context tower and the denoiser tower are kept in, and where; keeps_halves: but for
+    matrices that the files have in half precision.
+    """
 
     dtypes: tuple[torch.dtype, torch.dtype]
     devices: tuple[torch.device, torch.device]
+    keeps_halves: bool = False
 
 
 def _open(folder: Path, towers: Towers) -> _Source:
@@ -165,11 +170,11 @@ def _with_values(
     left, tally = {}, Tally(wanted, show)
     if packing is not None:
         left = packed_later(wanted, packing, model.config.tie_word_embeddings)
-    tables = {} if packing is None else table_dtypes(wanted)
-    _require_room(model, source, wanted, target, packing, tables)
+    own = half_dtypes(wanted) if target.keeps_halves else {}
+    _require_room(model, source, wanted, target, packing, own)
     unread = {slot.parameter for _, slot in wanted.values() if slot.weight in left}
-    allocate(model, target.dtypes, target.devices, parts, unread, tables)
-    fill(model, {n: own for n, own in wanted.items() if own[1].weight not in left}, tally)
+    allocate(model, target.dtypes, target.devices, parts, unread, own)
+    fill(model, {n: found for n, found in wanted.items() if found[1].weight not in left}, tally)
     rounds_input = packing is not None and packing.activations is not None
     model.unread = {
         name: partial(read_matrix, found, rounds_input, tally) for name, found in left.items()

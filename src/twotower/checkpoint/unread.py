@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from twotower.checkpoint.files import DTYPES, PACKED_DTYPES, Entry
+from twotower.checkpoint.files import DTYPES, HALVES, PACKED_DTYPES, Entry
 from twotower.checkpoint.fill import Plan, Tally, require_finite
 from twotower.checkpoint.names import DENOISER_PARTS, keeps_dtype, split_part
 from twotower.kernels.quantised import Bits, Quantised
@@ -15,6 +15,7 @@ from twotower.model.passes import Unreadable
 from twotower.model.precision import EMBEDDINGS, Scheme, weight_bits
 
 _BYTES: Mapping[Bits, float] = {8: 1.0, 4: 0.625}  # of a number, with its group's scales
+_ANY = Scheme(weights="int8")
 Parts = dict[str, Entry]
 """The tensor of a matrix, or those of one with few bits, by their names in the model."""
 
@@ -32,12 +33,18 @@ def packed_later(plan: Plan, packing: Scheme, is_tied: bool) -> dict[str, dict[i
     return found
 
 
-def table_dtypes(plan: Plan) -> dict[str, torch.dtype]:
-    """The dtype of embeddings that a file has in half precision: native passes read them so."""
+def half_dtypes(plan: Plan) -> dict[str, torch.dtype]:
+    """The dtype of embeddings, and of matrices that could be packed, which the files have in half
+    precision: native passes read them so. Of a stack in several there is none.
+    """
+    stored: dict[str, set[str]] = {}
+    for entry, slot in plan.values():
+        if slot.parameter.endswith(EMBEDDINGS) or weight_bits(slot.weight, slot.shape, _ANY):
+            stored.setdefault(slot.parameter, set()).add(entry.dtype)
     return {
-        slot.parameter: DTYPES[entry.dtype]
-        for entry, slot in plan.values()
-        if slot.parameter.endswith(EMBEDDINGS) and entry.dtype in ("BF16", "F16")
+        name: DTYPES[only]
+        for name, (only, *others) in stored.items()
+        if only in HALVES and not others
     }
 
 
@@ -107,10 +114,10 @@ def bytes_of_towers(
             continue
         side = int(slot.parameter.startswith(DENOISER_PARTS))
         stored = {**DTYPES, **PACKED_DTYPES}[entry.dtype]
-        size = float((stored if keeps_dtype(slot.parameter) else dtypes[side]).itemsize)
+        kept = stored if keeps_dtype(slot.parameter) else own.get(slot.parameter, dtypes[side])
+        size = float(kept.itemsize)
         if scheme is not None and slot.weight == slot.parameter:
             bits = weight_bits(slot.weight, slot.shape, scheme)
             size = size if bits is None else _BYTES[bits]
-        size = own[slot.parameter].itemsize if slot.parameter in own else size
         needed[side] += math.prod(entry.shape) * size
     return round(needed[0]), round(needed[1])

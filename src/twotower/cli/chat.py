@@ -136,7 +136,7 @@ def _backend(options: ChatArguments) -> "Backend":
             return remote
         asked = options.generate_options()
         refuse_without_denoiser(options, asked)
-        loaded = load_with_bar(placement_of(options), asked.mode)
+        loaded = load_with_bar(placement_of(options), asked.mode, only_decodes=True)
         served = describe(loaded, chat_template=options.chat_template)
         if served.template is None:
             raise ValueError(f"model={loaded.name} has no chat template; give --chat-template FILE")

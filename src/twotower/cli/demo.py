@@ -98,7 +98,7 @@ def run(options: DemoOptions) -> int:
             f"model={options.name} has no denoiser, which this shows; give one with --denoiser "
             "DIR, or another model"
         )
-    loaded = load_with_bar(placement_of(options), "diffusion")
+    loaded = load_with_bar(placement_of(options), "diffusion", only_decodes=True)
     with Console(stderr=True).status("decoding, to take the times ..."):
         results = measure(loaded, prompt, options.modes(), options.repeats)
     if options.json:

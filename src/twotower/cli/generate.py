@@ -142,7 +142,7 @@ def run(options: GenerateArguments) -> int:
         return complete_file(options.input, options.output, placement_of(options), decoding, engine)
     prompts = read_prompts([*options.prompts, *options.prompt], options.input, options.escape)
     with _open_trace(options.trace) as trace:
-        loaded = load_with_bar(placement_of(options), decoding.mode)
+        loaded = load_with_bar(placement_of(options), decoding.mode, only_decodes=True)
         if any(isinstance(prompt, str) for prompt in prompts):
             loaded.need_tokenizer()
         events = stream(loaded.model, prompts, decoding, loaded.tokenizer, options.engine())

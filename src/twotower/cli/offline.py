@@ -57,7 +57,7 @@ def complete_file(
     """Decode every line of the source; returns the exit status."""
     total = sum(1 for _ in read_lines(source))
     with OutputFile(target) as output:
-        loaded = load_with_bar(placement, options.mode)
+        loaded = load_with_bar(placement, options.mode, only_decodes=True)
         key = run_key(loaded, resolve_options(options, defaults_of(loaded.model)))
         lines = read_lines(source)
         output.resume(lines, key)

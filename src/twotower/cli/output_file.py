@@ -82,9 +82,12 @@ def run_key(loaded: Loaded, options: ResolvedOptions) -> str:
     """Eight hexadecimal digits for all that decides a text beside its line."""
     digest = hashlib.sha256(repr(dataclasses.astuple(options)).encode())
     for name, tensor in loaded.model.values():
+        # In half precision, too, where passes compute in float32.
+        dtype = torch.promote_types(tensor.dtype, loaded.model.dtype)
+        dtype = dtype if tensor.is_floating_point() else tensor.dtype
         values = tensor.detach().flatten()
         some = values[:: max(1, len(values) // _SAMPLED)].to("cpu", torch.float32)
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(f"{name} {tuple(tensor.shape)} {dtype}".encode())
         digest.update(some.contiguous().numpy().tobytes())
     if loaded.tokenizer is not None:
         for content in loaded.tokenizer.files().values():

@@ -32,7 +32,9 @@ def progress_bar(
     return Progress(*columns, console=console, disable=is_hidden, transient=not is_kept)
 
 
-def load_with_bar(placement: Placement, mode: str | None = None) -> Loaded:
+def load_with_bar(
+    placement: Placement, mode: str | None = None, only_decodes: bool = False
+) -> Loaded:
     """As `twotower.loading.load`, with a bar once it takes long."""
     began, bar = time.monotonic(), progress_bar(has_count=False, is_kept=False)
     task = bar.add_task(f"loading {placement.name}", total=1.0)
@@ -43,7 +45,7 @@ def load_with_bar(placement: Placement, mode: str | None = None) -> Loaded:
             bar.start()
 
     try:
-        return load(placement, mode, show)
+        return load(placement, mode, show, only_decodes)
     finally:
         if bar.live.is_started:
             bar.stop()

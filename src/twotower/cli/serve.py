@@ -90,7 +90,7 @@ def build_app(options: ServeArguments, keys: "Keys") -> "App":
     """The app with a model of its own; in this process, or in a replica."""
     from twotower.serve.app import create_app
 
-    loaded = load_with_bar(placement_of(options))
+    loaded = load_with_bar(placement_of(options), only_decodes=True)
     worker = Worker(loaded.model, loaded.tokenizer, options)
     served = describe(loaded, options.model_name, options.chat_template)
     return create_app(worker, options, served, keys)

@@ -35,6 +35,15 @@ def library() -> ctypes.CDLL:
     return load_library(file)
 
 
+def is_available() -> bool:
+    """Whether this machine has the library, or can make it."""
+    try:
+        library()
+    except OSError:
+        return False
+    return True
+
+
 @cache
 def library_file() -> Path:
     """Where the library lies or will lie: another name for each machine, compiler and source."""
