@@ -38,6 +38,17 @@ inline Floats<V> widened(const float *x) { return floats<V>(x); }
 
 template <int V>
 inline Floats<V> widened(const Bfloat *x) {
+#ifdef TWOTOWER_AVX512
+    if constexpr (V == 16) {
+        __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(x)));
+        return Floats<V>(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
+    }
+#elif defined(TWOTOWER_AVX2)
+    if constexpr (V == 8) {
+        __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(x)));
+        return Floats<V>(_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)));
+    }
+#endif
     typedef uint16_t Bits __attribute__((vector_size(V * 2), aligned(2), may_alias));
     Ints<V> bits = __builtin_convertvector(*reinterpret_cast<const Bits *>(x), Ints<V>) << 16;
     Floats<V> found;

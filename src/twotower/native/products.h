@@ -56,6 +56,52 @@ inline void dot_rows(const T *w, long row, int K, const float *x, const float *b
     }
 }
 
+// Columns of V rows, each as a vector: so many at once. Two bfloat16 are turned as one number, where there are
+// registers for that.
+template <int V, typename T>
+constexpr int COLUMNS = std::is_same_v<T, Bfloat> && V == 16 ? 2 * V : V;
+
+template <int V, typename T>
+inline void columns_of(const T *w, long row, Floats<V> *found) {
+    if constexpr (COLUMNS<V, T> > V) {
+        Floats<V> pairs[V];
+        for (int r = 0; r < V; r++) std::memcpy(pairs + r, w + r * row, sizeof pairs[r]);
+        transpose<V, V>(pairs);
+        for (int c = 0; c < V; c++) {
+            Ints<V> both = ints<V>(pairs + c), one = both << 16, two = both & int32_t(0xffff0000);
+            std::memcpy(found + 2 * c, &one, sizeof one), std::memcpy(found + 2 * c + 1, &two, sizeof two);
+        }
+    } else {
+        for (int r = 0; r < V; r++) found[r] = widened<V>(w + r * row);
+        transpose<V, V>(found);
+    }
+}
+
+// y[VECTOR][W] = w[VECTOR][K] x[K][W] (+ bias), the rows in lanes: where they fill vectors better than the
+// tokens do. Each sum is made in the order of product_rows, and has its bits.
+template <int W, typename T>
+inline void rows_in_lanes(const T *w, int K, const float *x, const float *bias, float *y) {
+    constexpr int V = VECTOR, C = COLUMNS<V, T>;
+    Floats<V> sum[W], columns[C];
+    for (int n = 0; n < W; n++) sum[n] = bias ? floats<V>(bias) : Floats<V>{};
+    auto add = [&](const Floats<V> &column, int i) {
+        for (int n = 0; n < W; n++) sum[n] = add_product<V>(sum[n], column, x[long(i) * W + n]);
+    };
+    int i = 0;
+    for (; i + C <= K; i += C) {
+        const char *next = reinterpret_cast<const char *>(w + V * (long(K) + i));
+        for (int line = 0; line < int(V * C * sizeof(T)); line += 64) __builtin_prefetch(next + line);
+        columns_of<V>(w + i, K, columns);
+        for (int c = 0; c < C; c++) add(columns[c], i + c);
+    }
+    for (; i < K; i++) {
+        for (int r = 0; r < V; r++) columns[0][r] = widened(w[long(r) * K + i]);
+        add(columns[0], i);
+    }
+    for (int n = 0; n < W; n++)
+        for (int r = 0; r < V; r++) y[r * W + n] = sum[n][r];
+}
+
 // R contiguous rows in float32: as they are, or widened in memory that stays in the nearest cache
 template <int R, typename T>
 inline const float *in_floats(const T *w, int K) {
@@ -68,7 +114,7 @@ inline const float *in_floats(const T *w, int K) {
     }
 }
 
-// y[rows][W] = w x (+ bias); weights in half precision lie in contiguous rows.
+// y[rows][W] = w x (+ bias); in half precision rows are contiguous.
 template <int W, typename T>
 void product(const T *w, long row, long column, int rows, int K, const float *x,
              const float *bias, float *y) {
@@ -85,6 +131,9 @@ void product(const T *w, long row, long column, int rows, int K, const float *x,
             product_rows<V, N, C>(own, row, column, K, x + l, W, b, y + long(r) * W + l, next, step);
     };
     int r = 0;
+    if constexpr (W > 1 && 2 * W <= VECTOR)
+        for (; column == 1 && row == K && r + VECTOR <= rows; r += VECTOR)
+            rows_in_lanes<W>(w + r * row, K, x, bias ? bias + r : nullptr, y + long(r) * W);
     for (; r + R <= rows; r += R) some(r, std::integral_constant<int, R>());
     for (; r < rows; r++) some(r, std::integral_constant<int, 1>());
 }
