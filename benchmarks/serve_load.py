@@ -51,7 +51,9 @@ class Server:
     """The server's process and what its metrics say."""
 
     def __init__(self, args: argparse.Namespace, log: str) -> None:
-        command = [sys.executable, __file__, "--serve", "--port", "0", *args.server]
+        # Clients repeat their prompts: drafts out of earlier answers would be theirs.
+        command = [sys.executable, __file__, "--serve", "--port", "0"]
+        command += ["--lookup-cache-bytes", "0", *args.server]
         if args.model is not None:
             command += ["--model", args.model]
         self.log = log

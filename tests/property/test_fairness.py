@@ -56,6 +56,7 @@ def set_chunk(patch: pytest.MonkeyPatch, size: int) -> None:
     batch_size=st.integers(1, 4),
     overlap=st.sampled_from(["off", "on"]),
     cache=st.sampled_from([0, 10**6]),
+    learns=st.booleans(),
     temperature=st.sampled_from([0.0, 0.8]),
 )
 def test_a_row_that_was_paused_writes_what_it_writes_alone(
@@ -64,6 +65,7 @@ def test_a_row_that_was_paused_writes_what_it_writes_alone(
     batch_size: int,
     overlap: str,
     cache: int,
+    learns: bool,
     temperature: float,
 ) -> None:
     """Guards pauses, in prompts and between cycles: a row that goes on with less than all of its
@@ -82,12 +84,15 @@ def test_a_row_that_was_paused_writes_what_it_writes_alone(
         patch.setattr("twotower.engine.shared_queue.TURN", 1)  # so that slots change hands often
         patch.setattr("twotower.engine.scheduler.READ_TOKENS", 8)
         set_chunk(patch, 4)
-        with running(batch_size=batch_size, overlap=overlap, prefix_cache_bytes=cache) as worker:
+        kept = {"prefix_cache_bytes": cache, "lookup_cache_bytes": 10**5 * learns}
+        with running(batch_size=batch_size, overlap=overlap, **kept) as worker:
             tickets = [worker.submit(one) for one in requests]
             done = [completion_of(ticket) for ticket in tickets]
     for found, expected in zip(done, alone, strict=True):
-        assert (found.tokens, found.nfe) == (expected.tokens, expected.nfe)
-        if not cache:
+        assert found.tokens == expected.tokens
+        if not learns:  # whose drafts, and so its passes, are of earlier texts
+            assert found.nfe == expected.nfe
+        if not learns and not cache:
             assert found.context_forwards == expected.context_forwards
 
 

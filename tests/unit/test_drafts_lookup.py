@@ -58,11 +58,12 @@ COSTS = PassCosts({1: 1.0, 4: 1.2, 8: 1.4, 16: 2.0})
 def batch_with(ngrams: Ngrams | None, costs: PassCosts = COSTS) -> Batch:
     """What a lookup asks of a batch."""
     model = SimpleNamespace(
-        ngrams=ngrams, pass_costs=costs, context_device=torch.device("cpu"), verifies_trees=False,
+        pass_costs=costs, context_device=torch.device("cpu"), verifies_trees=False,
         config=SimpleNamespace(mask_token_id=0),
     )  # fmt: skip
     row = Row(0, [1], ResolvedOptions())
-    return Batch(model, None, [row], None)  # type: ignore[arg-type]
+    known = [] if ngrams is None else [ngrams]
+    return Batch(model, None, [row], None, ngrams=known)  # type: ignore[arg-type]
 
 
 def ngrams_of(*known: tuple[list[int], int, float]) -> Ngrams:
@@ -110,7 +111,7 @@ def test_ngrams_go_on_where_the_text_says_nothing() -> None:
     is known first, and the text's own account counts where it is the surer.
     """
     ngrams = ngrams_of(([7], 8, 0.9), ([7, 8], 9, 0.6), ([8], 5, 0.9), ([9], 4, 0.3))
-    lookup = Lookup(ngrams)
+    lookup = Lookup([ngrams])
     lookup.extend([1, 2, 7])
     tokens, parents, sure = lookup.guess([], 3)
     assert tokens == [8, 9, 4] and sure == pytest.approx([0.9, 0.54, 0.162])
@@ -118,7 +119,7 @@ def test_ngrams_go_on_where_the_text_says_nothing() -> None:
     assert lookup.guess([8], 2)[:2] == ([9, 4], [0, 1])
     lookup.extend([1, 2])  # before it came 7
     assert lookup.guess([], 3).tokens == [7, 8, 9]
-    assert Lookup(None).guess([7], 3) == ([], [], [])
+    assert Lookup().guess([7], 3) == ([], [], [])
 
 
 def test_a_row_learns_what_its_lookups_are_worth() -> None:
@@ -161,10 +162,10 @@ def test_the_likeliest_of_all_that_is_known_is_drafted() -> None:
         ([(5, 0.5), (6, 0.7), (4, 0.6)], [8, 9]),
         ([(5, 0.95), (6, 0.7), (4, 0.6)], [5, 6, 4]),
     ):
-        lookup = Lookup(ngrams)
+        lookup = Lookup([ngrams])
         lookup.extend([1, 7])
         assert lookup.guess([], 3, [[own] for own in drafted]).tokens == expected
-    alone = Lookup(None, copies=False)
+    alone = Lookup(copies=False)
     alone.extend([1, 2, 3, 1, 2])
     assert alone.guess([], 3) == ([], [], [])
     assert alone.guess([], 3, [[(5, 0.2)], [(6, 0.7)]]).tokens == [5, 6]
@@ -177,32 +178,32 @@ def test_a_draft_branches_where_the_denoiser_is_unsure() -> None:
     """Guards the order of branches: the likeliest tokens first, each behind its parent, and what
     the denoiser wrote behind a token only there.
     """
-    tokens, parents, sure = Lookup(None, copies=False).guess([], 5, TOLD, most_ways=3)
+    tokens, parents, sure = Lookup(copies=False).guess([], 5, TOLD, most_ways=3)
     assert (tokens, parents) == ([8, 4, 2, 5, 6], [-1, 0, 1, -1, -1])
     assert sure == pytest.approx([0.5, 0.45, 0.405, 0.18, 0.15])
-    tokens, parents, _ = Lookup(None, copies=False).guess([9], 3, TOLD, most_ways=2)
+    tokens, parents, _ = Lookup(copies=False).guess([9], 3, TOLD, most_ways=2)
     assert (tokens, parents) == ([8, 4, 2], [0, 1, 2])  # the known token is number 0
-    told = Lookup(ngrams_of(([9], 8, 0.9)), copies=False).guess([9], 4, TOLD, most_ways=2)
+    told = Lookup([ngrams_of(([9], 8, 0.9))], copies=False).guess([9], 4, TOLD, most_ways=2)
     assert told.tokens == [8, 4, 2, 5] and told.parents == [0, 1, 2, 0]  # 8, told twice, is one
     assert told.sure[0] == pytest.approx(0.9)
-    behind = Lookup(ngrams_of(([5], 7, 0.9)), copies=False).guess([], 5, TOLD, most_ways=2)
+    behind = Lookup([ngrams_of(([5], 7, 0.9))], copies=False).guess([], 5, TOLD, most_ways=2)
     assert behind.tokens == [8, 4, 2, 5, 7] and behind.parents == [-1, 0, 1, -1, 3]
 
 
 def test_no_branch_for_what_ends_a_text() -> None:
     """Guards tokens of a pass: what ends a text is the tower's own choice behind a draft."""
-    guess = Lookup(None, copies=False).guess([], 9, TOLD, most_ways=3, ends={5, 4})
+    guess = Lookup(copies=False).guess([], 9, TOLD, most_ways=3, ends={5, 4})
     assert guess.tokens == [8, 6, 3] and guess.parents == [-1, -1, 0]
 
 
 def test_guesses_are_judged_along_the_branch_that_was_right() -> None:
     """Guards a row's own rates: of a branch that was not taken nothing can be learnt."""
-    lookup = Lookup(ngrams_of(([5], 7, 0.9), ([7], 6, 0.9), ([8], 3, 0.9)), copies=False)
+    lookup = Lookup([ngrams_of(([5], 7, 0.9), ([7], 6, 0.9), ([8], 3, 0.9))], copies=False)
     for text in ([5, 7, 9], [8, 3]):
         lookup.guess([], 9, TOLD[:1], most_ways=2)
         lookup.extend(text)
     assert lookup._judged[("denoiser", 4)] == (2, 1)  # tried, right: 8 was right once
-    assert lookup._judged[("n-gram", 7)] == (3, 2)  # 7, not 6; 3
+    assert lookup._judged[(Ngrams, 7)] == (3, 2)  # 7, not 6; 3
 
 
 def test_no_match_of_one_token() -> None:

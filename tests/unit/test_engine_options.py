@@ -98,6 +98,7 @@ def test_bad_values(field: str, value: object, allowed: str) -> None:
         ("max_waiting", 0, "at least 1"),
         ("overlap", "both", "use one of auto, on, off"),
         ("prefix_cache_bytes", -1, "at least 0"),
+        ("lookup_cache_bytes", -1, "at least 0"),
     ],
 )
 def test_bad_values_of_the_engine(field: str, value: object, allowed: str) -> None:

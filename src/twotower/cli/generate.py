@@ -65,6 +65,7 @@ class BatchOptions:
     batch_size: int = EngineOptions.batch_size
     overlap: Overlap = EngineOptions.overlap
     prefix_cache_bytes: int = EngineOptions.prefix_cache_bytes
+    lookup_cache_bytes: int = EngineOptions.lookup_cache_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,7 @@ class GenerateArguments(TextOptions, FileOptions, BatchOptions, Placement):
             batch_size=self.batch_size,
             overlap=self.overlap,
             prefix_cache_bytes=self.prefix_cache_bytes,
+            lookup_cache_bytes=self.lookup_cache_bytes,
         )
 
 

@@ -13,8 +13,10 @@ from twotower.engine.choosing import ChoosingBackend
 from twotower.engine.denoiser import Denoiser
 from twotower.engine.drafts import Drafting
 from twotower.engine.events import Event, TokenLogprob, Verified
+from twotower.engine.lookup_cache import LookupCache
 from twotower.engine.row import Row
 from twotower.model import ContextCache, TwoTower
+from twotower.model.ngrams import Ngrams
 from twotower.model.rows import append_rows, keep_rows, select_rows
 from twotower.model.state import ForwardOutput
 
@@ -64,6 +66,7 @@ class Batch:
     mode: DecodingMode
     rows: list[Row]
     cache: ContextCache
+    ngrams: Sequence[Ngrams | LookupCache] = ()  # that lookups have beside a row's own text
     denoiser: Denoiser | None = None  # once it has filled a block
     drafts: Sequence[Draft] = ()  # of each row, once there are any
     chosen: Sequence[Chosen] = ()  # what the context tower made of them

@@ -30,8 +30,7 @@ class Proposal(NamedTuple):
 
 
 class DraftController:
-    """What the denoiser's drafts are worth in a row, by the row's own history alone, so that rows
-    stay independent.
+    """What the denoiser's drafts are worth in a row, by the row's own history alone.
 
     A draft adds tokens to those of a lookup, the fewer the surer that is of its first one, and a
     cycle with it yields at least as many as such cycles mostly do. What was learnt fades, and

@@ -1,7 +1,7 @@
 """What probably follows: what did so earlier in the text, what the model mostly wrote behind the
 newest tokens elsewhere, and what the denoiser has drafted. Each token is the likeliest of these.
 
-The first two cost no pass; they are known as prompt lookup and as a static lookup cache.
+The first two cost no pass; they are known as prompt lookup and as lookup caches, static or dynamic.
 Source: https://github.com/apoorvumang/prompt-lookup-decoding; arXiv 2311.08252.
 """
 
@@ -11,6 +11,7 @@ from itertools import count
 from operator import itemgetter
 from typing import NamedTuple
 
+from twotower.engine.lookup_cache import LookupCache
 from twotower.model.ngrams import ORDER, Ngrams
 
 MIN_MATCH, MAX_MATCH = 2, 16  # tokens that must have occurred before, and that are compared
@@ -104,7 +105,7 @@ class LookupIndex:
 class Lookup:
     """Guesses how one text goes on, and learns how often guesses of each kind are right in it."""
 
-    def __init__(self, ngrams: Ngrams | None, copies: bool = True) -> None:
+    def __init__(self, ngrams: Sequence[Ngrams | LookupCache] = (), copies: bool = True) -> None:
         self.index = LookupIndex()
         self.num_tokens = 0  # of the text so far
         self._ngrams, self._copies = ngrams, copies  # copies: of what the text said before
@@ -125,7 +126,7 @@ class Lookup:
                 at, token = index, next(left, None)
         self._guessed = []
         self.num_tokens += len(tokens)
-        if self._copies or self._ngrams is not None:  # else nothing is looked up
+        if self._copies or self._ngrams:  # else nothing is looked up
             self.index.extend(tokens)
 
     def guess(
@@ -167,9 +168,11 @@ class Lookup:
         if copied:
             match = _KIND[length]
             guesses.append((self._rate(match, _USUAL[match]), copied[0], match))
-        if self._ngrams is not None:
-            ngram = self._ngrams.find(self.index.end(ORDER, behind))
-            guesses += [] if ngram is None else [self._binned("n-gram", *ngram)]
+        if self._ngrams:
+            newest = self.index.end(ORDER, behind)
+            for table in self._ngrams:
+                if (ngram := table.find(newest)) is not None:
+                    guesses.append(self._binned(type(table), *ngram))
         if drafted:
             guesses += [self._binned("denoiser", *own) for own in drafted[0][:most_ways]]
         if len(guesses) > 1:
@@ -189,7 +192,7 @@ class Lookup:
             ways.append(_Way([*behind, token], index, sure * rate, kind, length, copy, left))
         return ways
 
-    def _binned(self, source: str, token: int, usual: float) -> tuple[float, int, object]:
+    def _binned(self, source: object, token: int, usual: float) -> tuple[float, int, object]:
         kind = source, int(usual * _BINS)
         return self._rate(kind, usual), token, kind
 

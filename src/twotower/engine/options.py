@@ -25,6 +25,7 @@ _ENGINE_CHECKS: dict[str, Problem] = {
     "max_waiting": COUNT,
     "overlap": one_of(*get_args(Overlap)),
     "prefix_cache_bytes": INDEX,
+    "lookup_cache_bytes": INDEX,
 }
 
 
@@ -43,6 +44,9 @@ class EngineOptions:
     prefix_cache_bytes: int = 0
     """Bytes of the prefix cache: a prompt that begins like an earlier text reuses its prefill. 0 is
     off."""
+    lookup_cache_bytes: int = 8 << 20
+    """Bytes of the lookup cache: n-grams of texts that have ended, from which lookup drafts in
+    later ones. 0 is off."""
 
     def __post_init__(self) -> None:
         check_fields(self, _ENGINE_CHECKS)
@@ -78,9 +82,9 @@ class GenerateOptions:
     first_token=context."""
     drafts: Drafts | None = None
     """speculative: where drafts come from. lookup: prompt lookup (n-gram matching), a copy of what
-    followed the last tokens earlier in the text; also n-grams of the model's answers, if a denoiser
-    of `twotower adapt` has them. denoiser: the denoiser tower. auto: in each cycle the one that is
-    expected to save more time."""
+    followed the last tokens earlier in the text; also n-grams of earlier answers (lookup cache),
+    and of those that `twotower adapt` has seen. denoiser: the denoiser tower. auto: in each cycle
+    the one that is expected to save more time."""
     draft_passes: int | None = None
     """speculative: maximum number of denoiser passes per draft."""
     confidence_threshold: float | None = None

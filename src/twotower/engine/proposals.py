@@ -43,7 +43,7 @@ def propose(
     """
     if row.lookup is None:
         copies = row.options.drafts != "denoiser"
-        row.lookup = Lookup(batch.model.ngrams if copies else None, copies)
+        row.lookup = Lookup(batch.ngrams if copies else (), copies)
     done, end = row.lookup.num_tokens, len(row.prompt) + len(row.tokens)
     row.lookup.extend(row.between(done, end))
     begin = 1 + len(known)

@@ -100,7 +100,7 @@ class RowText:
 
 @dataclass(eq=False, repr=False)
 class Row:
-    """The state of one prompt. Its randomness is its own: a row never depends on its neighbours."""
+    """The state of one prompt. Its randomness is its own: its text never depends on other rows."""
 
     index: int
     prompt: list[int]

@@ -8,6 +8,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from twotower.engine.ar import AR
 from twotower.engine.attempts import attempt, each
@@ -16,6 +17,7 @@ from twotower.engine.blocks import BLOCKS
 from twotower.engine.events import Event, Failed
 from twotower.engine.faults import failure
 from twotower.engine.given import GIVEN
+from twotower.engine.lookup_cache import LookupCache
 from twotower.engine.mock_ar import MOCK_AR
 from twotower.engine.options import EngineOptions
 from twotower.engine.prefix_cache import PrefixCache
@@ -49,12 +51,19 @@ class Scheduler:
         queue: RequestQueue,
         options: EngineOptions,
         prefixes: PrefixCache | None = None,
+        learnt: LookupCache | None = None,
     ) -> None:
-        """prefixes: contexts of earlier runs; by default of this one, if the options want any."""
+        """prefixes, learnt: contexts and n-grams of earlier runs; by default of this one, if the
+        options want any.
+        """
         self._model, self._queue, self._batch_size = model, queue, options.batch_size
         self._prefixes, self._token_bytes = prefixes, model.token_bytes
         if prefixes is None and options.prefix_cache_bytes:
             self._prefixes = PrefixCache(model, options.prefix_cache_bytes)
+        if learnt is None and options.lookup_cache_bytes:
+            learnt = LookupCache(options.lookup_cache_bytes)
+        self._learnt = learnt
+        self._ngrams = [table for table in (model.ngrams, learnt) if table]
         is_apart = model.denoiser_device != model.context_device
         has_overlap = options.overlap == "on" or (options.overlap == "auto" and is_apart)
         self._pool = ThreadPoolExecutor(1, "twotower-denoiser") if has_overlap else None
@@ -81,7 +90,7 @@ class Scheduler:
 
         With overlap the denoiser drafts for another group of rows meanwhile; then they change.
         """
-        group = self._groups[0]
+        group, before = self._groups[0], self.rows
         drafting = self._pool.submit(list, _draft(self._groups[1])) if self._pool else None
         yield from _commit(group)
         yield from self._evict(group)
@@ -89,6 +98,21 @@ class Scheduler:
         yield from self._prefill(group)
         yield from drafting.result() if drafting else _draft(group)
         self._groups.reverse()
+        self._learn(before)
+
+    def _learn(self, rows: Sequence[Row]) -> None:
+        """Remember the texts of those rows that have ended: while nobody drafts, so that the same
+        requests have the same drafts, and only where somebody may still draft.
+        """
+        left = self.rows
+        if self._learnt is None or left == rows or (not left and self._queue.is_over):
+            return
+        present = {*left, *self._queue.paused}
+        for row in rows:
+            if row not in present and row.lookup is not None:
+                self._learnt.learn(row.prompt, row.tokens)
+                if self._learnt not in self._ngrams:
+                    self._ngrams.append(self._learnt)
 
     def _evict(self, group: Group) -> Iterator[Event]:
         """Rows that were cancelled or are too late go, and their part of the cache with them."""
@@ -125,7 +149,7 @@ class Scheduler:
             else:
                 group.add(paused)
         for batch in open_batches(self._model, newcomers, self._prefixes is not None):
-            group.add(batch)
+            group.add(replace(batch, ngrams=self._ngrams))
 
     def _refusal(self, present: Sequence[Row], row: Row) -> str | None:
         """Why memory has no room for the keys and values of a row in a batch with those present of

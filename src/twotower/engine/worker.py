@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from twotower.engine.events import Event, Failed, Finished, StepTaken
 from twotower.engine.faults import EngineDeadError, failed, log_failure
+from twotower.engine.lookup_cache import LookupCache
 from twotower.engine.options import EngineOptions
 from twotower.engine.prefix_cache import PrefixCache, PrefixStats
 from twotower.engine.request import Request, checked_engine, make_row
@@ -151,6 +152,9 @@ class Worker:
         self._prefixes: PrefixCache | None = None
         if self._options.prefix_cache_bytes:
             self._prefixes = PrefixCache(model, self._options.prefix_cache_bytes)
+        self._learnt: LookupCache | None = None
+        if self._options.lookup_cache_bytes:
+            self._learnt = LookupCache(self._options.lookup_cache_bytes)
         self._unread: deque[list[int]] = deque(maxlen=_MAX_UNREAD)
         self._numbers = itertools.count()
         self._newest_end: tuple[Ticket, Event] | None = None
@@ -251,7 +255,8 @@ class Worker:
 
     def _decode(self) -> None:
         while not self._queue.is_over:
-            scheduler = Scheduler(self._model, self._queue, self._options, self._prefixes)
+            kept = self._prefixes, self._learnt
+            scheduler = Scheduler(self._model, self._queue, self._options, *kept)
             try:
                 for event in scheduler.run():
                     self._deliver(event)

@@ -1,7 +1,7 @@
 """The same app on many machines: a Ray Serve deployment of replicas, each with a model of its own.
 
-A request needs nothing of an earlier one, so any replica may answer it. Keys, limits, the prefix
-cache and /metrics are each replica's own.
+A request needs nothing of an earlier one, so any replica may answer it. Keys, limits, caches of
+prefixes and n-grams, and /metrics are each replica's own.
 """
 
 import logging
