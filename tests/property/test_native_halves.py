@@ -17,6 +17,7 @@ from twotower.config import DraftSpec
 from twotower.families import config_from_dict
 from twotower.model.thin import thin_config
 from twotower.native import layout, library
+from twotower.native.buffers import past_states
 from twotower.native.weights import native_linear, native_tower
 
 try:
@@ -51,6 +52,18 @@ def _with_thin_denoiser(model: TwoTower) -> TwoTower:
     assert found.draft_ids is not None
     found.draft_ids.copy_(torch.arange(11) * 3)
     return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_passes_are_timed_over_states_in_float32(name: str) -> None:
+    """Guards memory: the first draft times passes, and a cache in the weights' half precision, half
+    as large as what they write, let them write beyond it.
+    """
+    model = accelerate(MODELS[name]().bfloat16(), "native")
+    assert model.pass_costs.tokens[1] == 1
+    layers = MODELS[name]().bfloat16().empty_cache(1).layers
+    with pytest.raises(TypeError, match="float32, and this one is"):
+        past_states(layers, 1)
 
 
 def pair(name: str, dtype: torch.dtype) -> tuple[TwoTower, TwoTower]:

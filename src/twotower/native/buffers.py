@@ -48,13 +48,16 @@ class Addresses:
 def past_states(layers: Sequence[LayerState], num_rows: int) -> Addresses:
     """Where the states of rows are, a `Past` per layer, valid as long as the layers live too.
 
-    layers: KV with leading (B, S), Mamba with (B,) or (B, 1), on the CPU, float32.
+    layers: KV with leading (B, S), Mamba with (B,) or (B, 1), on the CPU. TypeError unless they are
+    float32: a pass would write beyond others.
     """
     copies: list[Tensor] = []
 
     def begin(value: Tensor) -> tuple[int, int]:
         # Where value (B, ...) begins, and bytes from row to row; of a copy if a row is not in one
         # piece.
+        if value.dtype != torch.float32:
+            raise TypeError(f"native passes keep states in float32, and this one is {value.dtype}")
         if not (value.is_contiguous() or value[:1].is_contiguous()):
             value = value.contiguous()
             copies.append(value)

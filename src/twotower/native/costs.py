@@ -36,7 +36,7 @@ def of_backend(backend: Backend, model: TwoTower) -> PassCosts:
     """The costs of a backend's passes of this model, behind a text that both towers read."""
     config, tower = model.config, model.context_tower
     ids = torch.arange(_PAST).remainder(config.vocab_size).unsqueeze(0)
-    cache, best_after = model.empty_cache(1), backend.best_after
+    cache, best_after = model.with_backend(backend).empty_cache(1), backend.best_after
     assert best_after is not None
     text = backend.context_pass(cache, ContextInput(ids))
     cache.commit(text, torch.tensor([_PAST]))
