@@ -8,7 +8,12 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twotower.tokenizer import MIN_VOCAB_SIZE, load_tokenizer, train_tokenizer
+from twotower.tokenizer import (
+    MIN_VOCAB_SIZE,
+    load_tokenizer,
+    read_chat_template,
+    train_tokenizer,
+)
 
 TEXTS = [
     "the cat sat on the mat 12345",
@@ -96,6 +101,38 @@ def test_save_and_load(tmp_path: Path) -> None:
         assert loaded.fingerprint == tokenizer.fingerprint
         assert loaded.encode("naïve <mask>") == tokenizer.encode("naïve <mask>")
         assert loaded.mask_id == 3
+
+
+@pytest.mark.parametrize("is_named", [True, False], ids=["in the config", "in its own file"])
+def test_a_chat_template_stays_with_its_tokenizer(is_named: bool, tmp_path: Path) -> None:
+    """Silent failure: a model that was loaded and saved, or trained on, answers no chat."""
+    folder, text = tmp_path / "a", "{{ messages[0].content }}\u00e4"
+    tokenizer.save(folder)
+    if is_named:
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        named = json.dumps(config | {"chat_template": text})
+        (folder / "tokenizer_config.json").write_text(named)
+    else:
+        (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+    found = load_tokenizer(folder)
+    for one in (found, found.with_roles({"eos": "<pad>"}), found.within(9)):
+        assert one.chat_template == text
+        one.save(tmp_path / "b")
+        assert read_chat_template(tmp_path / "b")[0] == text
+    assert tokenizer.chat_template is None and "chat_template.jinja" not in tokenizer.files()
+
+
+def test_a_chat_template_that_cannot_be_read_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Silent failure: a damaged template keeps a model from completing texts, or is lost without a
+    word."""
+    tokenizer.save(tmp_path)
+    for damaged in (b"\xff", b"x" * (2**20 + 1)):
+        (tmp_path / "chat_template.jinja").write_bytes(damaged)
+        caplog.clear()
+        assert load_tokenizer(tmp_path).chat_template is None
+        assert "chat_template: " in caplog.text and "it is left out" in caplog.text
 
 
 def test_roles_come_from_the_config_file(tmp_path: Path) -> None:

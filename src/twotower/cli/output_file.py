@@ -20,6 +20,7 @@ import torch
 from twotower.engine import Completion, ResolvedOptions
 from twotower.file_lock import try_lock
 from twotower.loading import Loaded
+from twotower.tokenizer import CHAT_TEMPLATE_FILE
 
 MAX_LINE_BYTES = 4 << 20  # of the input; to encode them takes some hundred times as many
 _MAX_RESULT_BYTES = 256 << 20
@@ -90,8 +91,9 @@ def run_key(loaded: Loaded, options: ResolvedOptions) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {dtype}".encode())
         digest.update(some.contiguous().numpy().tobytes())
     if loaded.tokenizer is not None:
-        for content in loaded.tokenizer.files().values():
-            digest.update(content)
+        for name, content in loaded.tokenizer.files().items():
+            if name != CHAT_TEMPLATE_FILE:  # a line's prompt is no chat
+                digest.update(content)
     return digest.hexdigest()[:8]
 
 

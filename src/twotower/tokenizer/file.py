@@ -18,9 +18,13 @@ from twotower.paths import usable_path
 from twotower.tokenizer.patterns import why_refused
 from twotower.tokenizer.rules import flatten
 from twotower.tokenizer.text import Tokenizer, refused_panics
-from twotower.tokenizer.vocabulary import ROLES, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from twotower.tokenizer.vocabulary import (
+    CHAT_TEMPLATE_FILE,
+    ROLES,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+)
 
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
 # Well above the largest that is published (34 MB, 262,144 tokens, 514,906 merges).
 MAX_BYTES, MAX_VALUES, MAX_IDS = 64 << 20, 8_000_000, 1 << 21
 MAX_TOKEN_CHARS, MAX_STEPS, MAX_DEPTH = 4096, 64, 6
@@ -40,7 +44,8 @@ _PARTS = {
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """Read a tokenizer from a folder with `tokenizer.json` or from that file itself.
 
-    Special tokens are named by `tokenizer_config.json` beside it, when present.
+    Special tokens are named by `tokenizer_config.json` beside it, when present; a chat template is
+    there, too, or in `chat_template.jinja`.
     ValueError (one line) when the file is missing, damaged, of another kind or out of bounds.
     """
     path = usable_path("tokenizer", path)
@@ -69,7 +74,8 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     named = _read_json_object(config) if config.is_file() else {}
     special, adds_bos = _special_tokens(named), named.get("add_bos_token")
     roles = {role: special[name] for role in ROLES if (name := f"{role}_token") in special}
-    found = Tokenizer(backend, roles, adds_bos if isinstance(adds_bos, bool) else None)
+    asked = adds_bos if isinstance(adds_bos, bool) else None
+    found = Tokenizer(backend, roles, asked, _usable_template(file.parent))
     if isinstance(adds_bos, bool) and found.bos_id is not None and found.adds_bos != adds_bos:
         _log.warning(
             "%s: add_bos_token=%s contradicts the post-processor of %s, which counts, as in "
@@ -97,6 +103,17 @@ def _read_json_object(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"tokenizer: {file} holds no JSON object; get the file again")
     return content
+
+
+def _usable_template(folder: Path) -> str | None:
+    """A folder's chat template; a line of the log for one that cannot be read."""
+    try:
+        template = read_chat_template(folder)[0]
+        _ = template and template.encode()  # half a character, which JSON can name
+        return template
+    except ValueError as error:
+        _log.warning("%s; it is left out", error)
+        return None
 
 
 def read_chat_template(

@@ -18,6 +18,7 @@ from twotower.tokenizer.rules import read_rule
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 # The special tokens of our own tokenizers, in the order of their ids.
 ROLES = {"pad": "<pad>", "bos": "<bos>", "eos": "<eos>", "mask": "<mask>"}
 
@@ -40,10 +41,11 @@ class Vocabulary:
         backend: tokenizers.Tokenizer,
         roles: dict[str, str] | None = None,
         adds_bos: bool | None = None,
+        chat_template: str | None = None,
     ) -> None:
         """`roles` names the special tokens (keys pad, bos, eos, mask); unnamed ones are looked up
         as ours. `adds_bos`: whether prompts begin with bos, where the file has no post-processor
-        that says it; None: as ours do.
+        that says it; None: as ours do. `chat_template`: Jinja, how a chat becomes a prompt.
         """
         require("backend", backend, tokenizers.Tokenizer, "tokenizers.Tokenizer(...)")
         backend.encode_special_tokens = True  # "<mask>" in text is text
@@ -71,7 +73,7 @@ class Vocabulary:
         self._roles = {role: n for role, n in names.items() if self.token_id(n) is not None}
         ids_of = {role: self.token_id(name) for role, name in self._roles.items()}
         self.pad_id, self.bos_id, self.eos_id, self.mask_id = map(ids_of.get, ROLES)
-        self._adds_bos = adds_bos
+        self._adds_bos, self.chat_template = adds_bos, chat_template
         self.adds_bos = self.bos_id is not None and self._begins_with_bos()
         """Whether a prompt begins with bos: as the tokenizer's files say, or as ours do."""
 
@@ -108,10 +110,10 @@ class Vocabulary:
     def with_roles(self, roles: Mapping[str, str], adds_bos: bool | None = None) -> Self:
         """The same vocabulary with other tokens as pad, bos, eos or mask; adds_bos None: as now."""
         asked = self._adds_bos if adds_bos is None else adds_bos
-        found = type(self)(self._backend, self._roles | dict(roles), asked)
+        found = type(self)(self._backend, self._roles | dict(roles), asked, self.chat_template)
         if adds_bos and not found.adds_bos and found.bos_id is not None:
             told = tokenizers.Tokenizer.from_str(found._json_beginning_with_bos())
-            return type(self)(told, found._roles, asked)
+            return type(self)(told, found._roles, asked, self.chat_template)
         return found
 
     def within(self, vocab_size: int) -> Self:
@@ -125,7 +127,7 @@ class Vocabulary:
         if len(kept) == len(values["added_tokens"]):
             return self
         backend = tokenizers.Tokenizer.from_str(json.dumps(values | {"added_tokens": kept}))
-        return type(self)(backend, self._roles, self._adds_bos)
+        return type(self)(backend, self._roles, self._adds_bos, self.chat_template)
 
     @cached_property
     def json_text(self) -> str:
@@ -139,8 +141,8 @@ class Vocabulary:
         return hashlib.sha256(self.json_text.encode()).hexdigest()
 
     def save(self, folder: Path | str) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json` into `folder` (created if needed).
-        ValueError (one line) where that cannot be.
+        """Write `files` into `folder` (created if needed). ValueError (one line) where that cannot
+        be.
         """
         folder = usable_path("folder", folder)
         try:
@@ -153,7 +155,9 @@ class Vocabulary:
             ) from None
 
     def files(self) -> dict[str, bytes]:
-        """The files that `load_tokenizer` reads, by name: what a checkpoint has to carry."""
+        """The files that `load_tokenizer` reads, by name: what a checkpoint has to carry.
+        `tokenizer.json`, `tokenizer_config.json`, and `chat_template.jinja` where there is one.
+        """
         config: dict[str, object] = {f"{role}_token": name for role, name in self._roles.items()}
         config |= {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -161,7 +165,9 @@ class Vocabulary:
         }
         if self._adds_bos is not None:
             config["add_bos_token"] = self._adds_bos
+        template = {} if self.chat_template is None else {CHAT_TEMPLATE_FILE: self.chat_template}
         return {
             TOKENIZER_FILE: self.json_text.encode(),
             TOKENIZER_CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(),
+            **{name: text.encode() for name, text in template.items()},
         }
