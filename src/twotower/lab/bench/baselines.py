@@ -28,7 +28,9 @@ _DTYPES = {
 }  # fmt: skip
 LLAMA_CPP_DTYPES: tuple[Precision, ...] = ("float32", "float16", "q8_0")
 _SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-_QUANTIZATIONS = {"F32": "none", "Q8_0": "int8", "Q4_0": "int4", "Q4_1": "int4"}
+_QUANTIZATIONS = {
+    "F32": "none", "BF16": "none", "F16": "none", "Q8_0": "int8", "Q4_0": "int4", "Q4_1": "int4",
+}  # fmt: skip
 SPECULATIONS = ("ngram-simple", "ngram-map-k", "ngram-mod")  # of llama.cpp, without a draft model
 _LOOKUP_TOKENS = 10  # of transformers' prompt lookup
 _CONTEXT = 4096  # tokens of a prompt and what is written after it
@@ -89,8 +91,8 @@ class Transformers:
     def __init__(
         self, folder: Path, threads: int, dtype: str = "float32", lookup: bool = False
     ) -> None:
-        """folder: of `export_transformers`; lookup: with its prompt lookup. MissingBaseline when it
-        is not installed.
+        """folder: of `export_transformers`; dtype: auto is the folder's; lookup: with its prompt
+        lookup. MissingBaseline when it is not installed.
         """
         try:
             from transformers import AutoModelForCausalLM, logging
@@ -250,7 +252,7 @@ def _missing(package: str) -> MissingBaseline:
 
 
 def gguf_quantization(file: Path) -> str | None:
-    """none (float32), int8 or int4: of a GGUF file's matrices; None for others."""
+    """none (full or half precision), int8 or int4: of a GGUF file's matrices; None for others."""
     name = _read_header(file)[0]
     return {_DTYPES.get(kind, kind): own for kind, own in _QUANTIZATIONS.items()}.get(name)
 

@@ -28,7 +28,7 @@ from twotower.lab.report import Record, Table, number
 from twotower.memory import lacking_room
 from twotower.model import TwoTower
 
-_PRECISIONS: Mapping[Quantization, Precision] = {"none": "float32", "int8": "q8_0", "int4": "q4_0"}
+_PRECISIONS: Mapping[Quantization, Precision] = {"int8": "q8_0", "int4": "q4_0"}
 Show = Callable[[str], None]
 Answers = Mapping[Contestant, Sequence[Measurement]]
 _COLUMNS = (
@@ -49,10 +49,11 @@ def contestants(
     """Who takes part, by quantisation, and a line for each that cannot; files of others go to the
     folder.
 
-    load: the weights for those files, called once if any is to be written, and kept no longer than
-    this takes. file: the model's own; compared: our backends, and quantisations of all; context:
-    tokens of the longest prompt and its answer; denoiser: the folder of a thin one beside the
-    model. llama.cpp runs a GGUF file that has that quantisation as it is, else an export.
+    load: the weights for those files in the checkpoint's dtype, which is that of all engines
+    without quantisation; called once if any is to be written, and kept no longer than this takes.
+    file: the model's own; compared: our backends, and quantisations of all; context: tokens of the
+    longest prompt and its answer; denoiser: the folder of a thin one beside the model. llama.cpp
+    runs a GGUF file that has that quantisation as it is, else an export.
     """
     load = cache(load)
     backends, quantizations = compared
@@ -88,8 +89,9 @@ def _gguf(
 ) -> Path:
     if file.suffix == ".gguf" and gguf_quantization(file) == quantization:
         return file
-    target = folder / f"{quantization}.gguf"
-    export_gguf(load(), target, dtype=_PRECISIONS[quantization])
+    target, model = folder / f"{quantization}.gguf", load()
+    stored: Any = str(model.context_tower.embeddings.weight.dtype).removeprefix("torch.")
+    export_gguf(model, target, dtype=_PRECISIONS.get(quantization, stored))
     return target
 
 

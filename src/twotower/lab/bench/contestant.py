@@ -20,7 +20,7 @@ from twotower.backends import BackendName, Quantization
 from twotower.engine import GenerateOptions
 from twotower.lab.bench.baselines import Baseline, LlamaCpp, Measurement, Transformers
 from twotower.lab.bench.runners import time_stream
-from twotower.loading import load_model
+from twotower.loading import Placement, load
 
 OURS = "twotower"
 
@@ -60,10 +60,11 @@ def open_contestant(who: Contestant) -> Decode:
 
 
 def _twotower(who: Contestant) -> Decode:
-    model = load_model(
-        who.file, dtype="float32", denoiser=who.denoiser, quantization=who.quantization,
+    placement = Placement(
+        model=who.file, denoiser=who.denoiser, quantization=who.quantization,
         backend=who.backend, threads=who.threads,
     )  # fmt: skip
+    model = load(placement, only_decodes=True).model
 
     def decode(ids: Sequence[int], num_new: int, mode: str) -> Measurement:
         options = GenerateOptions(mode=mode, max_new_tokens=num_new, temperature=0.0)  # type: ignore[arg-type]
@@ -75,7 +76,7 @@ def _twotower(who: Contestant) -> Decode:
 def _baseline(who: Contestant) -> Decode:
     file, own = Path(who.file), who.mode
     baseline: Baseline = (
-        Transformers(file, who.threads, lookup=own == "lookup")
+        Transformers(file, who.threads, "auto", lookup=own == "lookup")
         if who.engine == "transformers"
         else LlamaCpp(file, who.threads, own, who.context)
     )
