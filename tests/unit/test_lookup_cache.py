@@ -67,7 +67,7 @@ def test_static_and_learnt_ngrams_meet_in_one_guess() -> None:
     """
     cache = LookupCache(PLENTY)
     cache.learn([4], [5])
-    for probability, expected in ((0.9, 8), (0.05, 5)):
+    for probability, expected in ((0.9, 8), (0.02, 5)):
         static = Ngrams(
             np.array(context_keys([4]), np.uint32),
             np.array([8], np.int32),

@@ -14,9 +14,9 @@ from twotower.model.ngrams import ORDER, context_keys
 
 SLOT_BYTES = 9
 _MAX_LEAD = 15
-# How often what followed a context of 1, 2, ... tokens earlier follows again, where no longer one
-# is known and the text itself says nothing surer (SmolLM2's answers).
-_USUAL = (0.2, 0.31, 0.4, 0.45, 0.6)
+# How probable it is that what followed a context of 1, 2, ... tokens once, or more often, follows
+# again, where no longer one is known (SmolLM2's answers). Low for once: static n-grams know better.
+_USUAL = (0.05, 0.1, 0.15, 0.2, 0.3), (0.15, 0.3, 0.45, 0.5, 0.7)
 
 
 class _Slots(NamedTuple):
@@ -49,12 +49,12 @@ class LookupCache:
         """
         if self._slots is None:
             return None
-        known, tokens, _ = self._slots
+        known, tokens, leads = self._slots
         keys = context_keys(newest[: -ORDER - 1 : -1])
         for order in range(len(keys) - 1, -1, -1):
             slot = keys[order] % self._num_slots
             if known[slot] == keys[order]:
-                return tokens[slot], _USUAL[order]
+                return tokens[slot], _USUAL[leads[slot] > 1][order]
         return None
 
     def learn(self, prompt: Sequence[int], tokens: Sequence[int]) -> None:
