@@ -5,7 +5,7 @@
 // so that a text gives the same bits however it is cut into passes.
 #pragma once
 
-#include "layers.h"
+#include "scores.h"
 
 namespace twotower {
 
@@ -172,107 +172,6 @@ void hide_distant(const RowState &s, const int *firsts, int at, const int *indic
         int position = branches ? s.num_past + s.depths[indices[j]] : at + j;
         for (int l = 0; l < W; l++)
             if (position < firsts[l]) score[j * W + l] = -INFINITY;
-    }
-}
-
-// Rows of a head's keys or values that will be needed next. They lie apart from each other, so that the processor
-// does not look ahead by itself; and are asked for a few at a time: it stands still where too many are awaited.
-struct Ahead {
-    const float *rows;
-    long stride;
-    int count;
-
-    void prefetch(int row, int feature) const {
-        if (row < count) __builtin_prefetch(rows + row * stride + feature, 0, 2);
-    }
-};
-
-// score[count][W] of keys k[count][A], `stride` floats apart, to q[A][W]: keys are turned in registers to stand side
-// by side in vectors, beside the sums of L lanes. Each sum is taken from the first feature to the last.
-template <int W>
-void compare(const float *k, long stride, int A, int count, const float *q, float *score, const Ahead &ahead) {
-    constexpr int V = VECTOR, L = std::min(W, V == 16 ? V : 4);
-    int j = 0;
-    if constexpr (W <= V)
-        for (; A % V == 0 && j + V <= count; j += V) {
-            Floats<V> all[W];
-            for (int first = 0; first < W; first += L) {
-                Floats<V> sum[L] = {};
-                for (int a = 0; a < A; a += V) {
-                    Floats<V> keys[V];
-                    for (int i = 0; i < V; i++) {
-                        keys[i] = floats<V>(k + (j + i) * stride + a);
-                        if (first == 0 && a % 16 == 0) ahead.prefetch(j + i, a);
-                    }
-                    transpose<V, V>(keys);
-                    for (int i = 0; i < V; i++)
-                        for (int l = 0; l < L; l++)
-                            sum[l] = add_product<V>(sum[l], keys[i], q[(a + i) * W + first + l]);
-                }
-                std::memcpy(all + first, sum, sizeof sum);
-            }
-            turn<W, V>(reinterpret_cast<const float *>(all), V, score + j * W, W);
-        }
-    product<W>(k + j * stride, stride, 1, count - j, A, q, nullptr, score + j * W);
-}
-
-// y[W][width] += the sums of rows of v (count, width), weighted by p[count][W]: N vectors of features and
-// L lanes at a time, so that as many sums are under way as there are registers.
-template <int W>
-void add_weighted(const float *v, long stride, int width, int count, const float *p, float *y, const Ahead &ahead) {
-    constexpr int L = std::min(W, SUMS), N = SUMS / L;
-    auto some = [=, &ahead](int a, auto vectors) {
-        constexpr int N = decltype(vectors)::value;
-        for (int first = 0; first < W; first += L) {
-            Floats<VECTOR> sum[N][L] = {};
-            for (int j = 0; j < count; j++)
-                for (int n = 0; n < N; n++) {
-                    int feature = a + n * VECTOR;
-                    if (first == 0 && feature % 16 == 0) ahead.prefetch(j, feature);
-                    Floats<VECTOR> own = floats<VECTOR>(v + j * stride + feature);
-                    for (int l = 0; l < L; l++) sum[n][l] = add_product<VECTOR>(sum[n][l], own, p[j * W + first + l]);
-                }
-            for (int n = 0; n < N; n++)
-                for (int l = 0; l < L; l++) floats<VECTOR>(y + (first + l) * width + a + n * VECTOR) += sum[n][l];
-        }
-    };
-    int a = 0;
-    for (; a + N * VECTOR <= width; a += N * VECTOR) some(a, std::integral_constant<int, N>());
-    for (; a + VECTOR <= width; a += VECTOR) some(a, std::integral_constant<int, 1>());
-    for (; a < width; a++) {
-        float sum[W];
-        product_rows<W, 1, 1>(v + a, 1, stride, count, p, W, nullptr, sum);
-        for (int l = 0; l < W; l++) y[l * width + a] += sum[l];
-    }
-}
-
-// score[count][W] of some keys to weights against the largest score so far, `most`; what was summed
-// up against a smaller one, `total` and y[W][A], is brought down to it.
-template <int W>
-void weigh(float *score, int count, float root, float *most, float *total, float *y, int A) {
-    constexpr int V = std::min(W, VECTOR), ALL = std::max(W, VECTOR);  // one key's lanes, or several keys'
-    float largest[ALL];
-    for (int first = 0; first < W; first += V) {
-        Floats<V> own = floats<V>(most + first);
-        for (int j = 0; j < count; j++) {
-            Floats<V> other = floats<V>(score + j * W + first);
-            own = own < other ? other : own;
-        }
-        Floats<V> kept = exponential<V>((floats<V>(most + first) - own) * root);
-        floats<V>(total + first) *= kept, floats<V>(most + first) = own;
-        for (int l = first; l < ALL; l += W) floats<V>(largest + l) = own;
-        for (int l = 0; l < V; l++)
-            for (int a = 0; a < A; a++) y[(first + l) * A + a] *= kept[l];
-    }
-    for (int i = 0; i < count * W; i += VECTOR) {  // what lies behind the last key is nobody's
-        Floats<VECTOR> own = (floats<VECTOR>(score + i) - floats<VECTOR>(largest + i % ALL)) * root;
-        Floats<VECTOR> hidden = Floats<VECTOR>{} - 87.0f;  // such a key has no weight at all
-        floats<VECTOR>(score + i) = own < hidden ? Floats<VECTOR>{} : exponential<VECTOR>(own);
-    }
-    for (int first = 0; first < W; first += V) {
-        Floats<V> sum = {};
-        for (int j = 0; j < count; j++) sum += floats<V>(score + j * W + first);
-        floats<V>(total + first) += sum;
     }
 }
 

@@ -118,12 +118,10 @@ void each_segment(const Call &call, const Tile &tile, Work work) {
     for (int i = 0; i < tile.num_segments; i++) work(call.segments[tile.first_segment + i]);
 }
 
-// e^x of each lane, to 1e-7 of it; NaN stays NaN
+// e^x of each lane, to 1e-7 of it, where x lies between -87.3 and 88.3; NaN stays NaN
 template <int V>
-inline Floats<V> exponential(Floats<V> x) {
-    Floats<V> least = Floats<V>{} - 87.3f, most = Floats<V>{} + 88.3f, shift = Floats<V>{} + 0x1.8p23f;
-    x = x < least ? least : x;
-    x = x > most ? most : x;
+inline Floats<V> exponential_within(Floats<V> x) {
+    Floats<V> shift = Floats<V>{} + 0x1.8p23f;
     Floats<V> n = add_product<V>(shift, x, 1.44269504088896341f) - shift;  // rounded to a whole number
     Floats<V> r = add_product<V>(add_product<V>(x, n, -0.693359375f), n, 2.12194440e-4f);
     Floats<V> p = Floats<V>{} + 1.9875691500e-4f;
@@ -134,6 +132,13 @@ inline Floats<V> exponential(Floats<V> x) {
     Floats<V> scale;
     std::memcpy(&scale, &bits, sizeof scale);
     return p * scale;
+}
+
+template <int V>
+inline Floats<V> exponential(Floats<V> x) {
+    Floats<V> least = Floats<V>{} - 87.3f, most = Floats<V>{} + 88.3f;
+    x = x < least ? least : x;
+    return exponential_within<V>(x > most ? most : x);
 }
 
 inline float exponential(float x) { return exponential<1>(Floats<1>{x})[0]; }
