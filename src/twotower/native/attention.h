@@ -10,6 +10,7 @@
 namespace twotower {
 
 constexpr int KEYS = 64;         // of a block
+constexpr int TOGETHER = 2 * LANES;  // queries that are compared with keys at the same time, at most
 constexpr int BRANCHING = 32;    // tokens of a draft that branches, at most: the bits of what one sees
 constexpr int MOST = KEYS + BRANCHING;
 
@@ -209,15 +210,23 @@ void attend_head(const Layer &layer, const RowState &row, int head, const float 
 }
 
 // The queries of a segment that are compared with keys at the same time: of `heads` heads, which share
-// keys, and of up to LANES tokens, so that keys are read for as many as there are lanes.
+// keys, and of up to `tokens` tokens, so that keys are read for as many as there are lanes; of fewer where
+// some of the team would have nothing to do.
 struct Together {
-    int heads, turns, parts;  // heads of a part; parts of the heads that share keys; of the segment
+    int heads, tokens;  // of a part
+    int turns, parts;   // parts of the heads that share keys; of the segment
 
-    Together(const Layer &layer, const Segment &s) {
+    Together(const Layer &layer, const Segment &s, const Team &team) {
+        cut(layer, s, TOGETHER);
+        if (parts < 2 * team.count()) cut(layer, s, LANES);
+    }
+
+    void cut(const Layer &layer, const Segment &s, int lanes) {
         int shared = layer.q_heads / layer.kv_heads;
-        heads = std::min(shared, std::max(1, LANES / s.count));
+        heads = std::min(shared, std::max(1, lanes / s.count));
+        tokens = lanes;
         turns = (shared + heads - 1) / heads;
-        parts = layer.kv_heads * turns * ((s.count + LANES - 1) / LANES);
+        parts = layer.kv_heads * turns * ((s.count + tokens - 1) / tokens);
     }
 };
 
@@ -243,17 +252,18 @@ void attend_lanes(const Layer &layer, const RowState &row, int head, const float
 template <int W>
 void attend_part(const Step &s, const Segment &segment, int part, const float *q, float *out) {
     const RowState &row = s.rows[segment.row];
-    Together together(s.layer, segment);
+    Together together(s.layer, segment, s.call.team);
     int A = s.layer.head_dim, shared = s.layer.q_heads / s.layer.kv_heads, S = row.num_past;
     int group = part % (s.layer.kv_heads * together.turns), head = group / together.turns;
     int done = group % together.turns * together.heads, heads = std::min(together.heads, shared - done);
-    int before = part / (s.layer.kv_heads * together.turns) * LANES;
-    int tokens = std::min(LANES, segment.count - before), first = segment.at + before;
+    int before = part / (s.layer.kv_heads * together.turns) * together.tokens;
+    int tokens = std::min(together.tokens, segment.count - before), first = segment.at + before;
     int visible = S + (s.call.causal ? first + tokens : row.length), lanes = heads * tokens;
     long at = long(head * shared + done) * A * W + segment.lane + before;
-    auto attend = lanes <= 4   ? attend_lanes<4, W>
-                  : lanes <= 8 ? attend_lanes<8, W>
-                               : attend_lanes<LANES, W>;
+    auto attend = lanes <= 4       ? attend_lanes<4, W>
+                  : lanes <= 8     ? attend_lanes<8, W>
+                  : lanes <= LANES ? attend_lanes<LANES, W>
+                                   : attend_lanes<TOGETHER, W>;
     attend(s.layer, row, head * A, q + at, out + at, heads, tokens, S + first, s.call.causal, visible);
 }
 
@@ -264,11 +274,11 @@ void attend(const Step &s, const Tile &tile) {
     int width = s.call.tower.width, q_width = s.layer.q_heads * s.layer.head_dim, total = 0;
     const float *q = scratch.q.data() + long(tile.first_lane) * q_width;
     float *out = at_least(scratch.b, size_t(q_width) * W);
-    each_segment(s.call, tile, [&](const Segment &part) { total += Together(s.layer, part).parts; });
+    each_segment(s.call, tile, [&](const Segment &part) { total += Together(s.layer, part, s.call.team).parts; });
     s.call.team.split(total, [=, &s, &tile](int begin, int end) {
         int before = 0;
         each_segment(s.call, tile, [&](const Segment &segment) {
-            int count = Together(s.layer, segment).parts, from = std::max(begin - before, 0);
+            int count = Together(s.layer, segment, s.call.team).parts, from = std::max(begin - before, 0);
             for (int part = from; part < std::min(end - before, count); part++)
                 attend_part<W>(s, segment, part, q, out);
             before += count;

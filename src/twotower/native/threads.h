@@ -113,6 +113,8 @@ class Team {
     Team(const Team &) = delete;
     Team &operator=(const Team &) = delete;
 
+    int count() const { return mine_ == nullptr ? 1 : mine_->count() + 1; }
+
     // work(begin, end) over all of 0 to count, each part by one thread.
     template <typename Work>
     void split(int count, Work work) {
