@@ -101,7 +101,7 @@ def batch_of(denoiser: CopyDenoiser, *indices: int) -> Batch:
     """A batch of rows whose prompts have been read."""
     options = resolve_options(GenerateOptions(mode="diffusion", max_new_tokens=99), {})
     rows = [Row(i, prompts_of([1 + i % 5], seed=i)[0], options) for i in indices]
-    batch = Batch(MODEL, BLOCKS, rows, MODEL.empty_cache(len(rows)), denoiser)
+    batch = Batch(MODEL, BLOCKS, rows, MODEL.empty_cache(len(rows)), denoiser=denoiser)
     batch.read()
     return batch
 
