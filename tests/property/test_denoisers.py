@@ -1,5 +1,6 @@
 """The denoiser's copy of the cache: it grows by what is new, and texts do not depend on it."""
 
+import copy
 import itertools
 import queue
 import threading
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from tiny_models import MASK, prompts_of, tiny_model
 from tiny_options import options_of
-from twotower import ContextCache, Finished, GenerateOptions, TwoTower, generate
+from twotower import ContextCache, Finished, GenerateOptions, TwoTower, accelerate, generate
 from twotower.engine import EngineOptions, Request, resolve_options, stream_requests
 from twotower.engine.batch import Batch
 from twotower.engine.blocks import BLOCKS
@@ -165,6 +166,26 @@ def test_the_other_rank_fills_blocks_as_this_one(monkeypatch: pytest.MonkeyPatch
     ends = [e for e in stream_requests(model, requests, engine=engine) if isinstance(e, Finished)]
     assert len(calls) > 7 and ends
     assert all(end.completion == expected[end.row] for end in ends)
+    there.put(Message(END))
+    other.join(20)
+    assert not other.is_alive()
+
+
+def test_ranks_compute_in_precisions_of_their_own() -> None:
+    """Guards a GPU's context in bfloat16 beside a CPU's denoiser, whose native passes keep states
+    in float32: no block was filled."""
+    there, back = queue.SimpleQueue[Message](), queue.SimpleQueue[Message]()
+    half = copy.deepcopy(MODEL).bfloat16()
+    try:
+        native = accelerate(half, "native")
+    except ValueError as error:
+        pytest.skip(str(error))
+    wire = Wire(back, there)
+    other = threading.Thread(target=serve_blocks, args=(native, wire), daemon=True)
+    other.start()
+    model = SplitTwoTower(half, Wire(there, back))  # type: ignore[arg-type]
+    options = GenerateOptions(max_new_tokens=9, mode="diffusion", ignore_eos=True)
+    assert [len(done.tokens) for done in generate(model, PROMPTS[:2], options)] == [9, 9]
     there.put(Message(END))
     other.join(20)
     assert not other.is_alive()

@@ -1,6 +1,7 @@
 """n-grams of earlier texts: what is remembered, what makes room, how much memory it takes."""
 
 import numpy as np
+import pytest
 
 from twotower.engine.drafts_lookup import Lookup
 from twotower.engine.lookup_cache import SLOT_BYTES, LookupCache
@@ -79,3 +80,14 @@ def test_static_and_learnt_ngrams_meet_in_one_guess() -> None:
     first = lookup.guess([], 1).sure[0]
     lookup.extend([9, 4])
     assert lookup.guess([], 1).sure[0] < first
+
+
+def test_a_cache_without_room_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """Guards rows of others, and of every request after them, that a cache too large for memory
+    would end.
+    """
+    cache = LookupCache(2**62)
+    cache.learn([1], [2])
+    cache.learn([1], [2])
+    assert not cache and cache.find([1]) is None
+    assert caplog.text.count("memory has no room for the lookup cache") == 1

@@ -119,6 +119,8 @@ def test_a_chat_template_stays_with_its_tokenizer(is_named: bool, tmp_path: Path
         assert one.chat_template == text
         one.save(tmp_path / "b")
         assert read_chat_template(tmp_path / "b")[0] == text
+        tokenizer.save(tmp_path / "b")  # which has none
+        assert read_chat_template(tmp_path / "b")[0] is None
     assert tokenizer.chat_template is None and "chat_template.jinja" not in tokenizer.files()
 
 
@@ -128,11 +130,16 @@ def test_a_chat_template_that_cannot_be_read_is_told(
     """Silent failure: a damaged template keeps a model from completing texts, or is lost without a
     word."""
     tokenizer.save(tmp_path)
-    for damaged in (b"\xff", b"x" * (2**20 + 1)):
-        (tmp_path / "chat_template.jinja").write_bytes(damaged)
+    for name, damaged in (
+        ("chat_template.jinja", b"\xff"),
+        ("chat_template.jinja", b"x" * (2**20 + 1)),
+        ("tokenizer_config.json", b'{"chat_template": "\\ud800"}'),
+    ):
+        tokenizer.save(tmp_path)
+        (tmp_path / name).write_bytes(damaged)
         caplog.clear()
         assert load_tokenizer(tmp_path).chat_template is None
-        assert "chat_template: " in caplog.text and "it is left out" in caplog.text
+        assert f"chat_template of {tmp_path} is left out: " in caplog.text
 
 
 def test_roles_come_from_the_config_file(tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def describe_run(options: EvaluateOptions, loaded: Loaded, subject: Subject) -> 
             "context": str(loaded.model.context_device),
             "denoiser": str(loaded.model.denoiser_device),
         },
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "dtype": str(loaded.model.context_tower.norm_f.weight.dtype).removeprefix("torch."),
         "backend": loaded.model.backend.name,
         "quantization": options.quantization,
         "threads": torch.get_num_threads(),

@@ -5,6 +5,7 @@ ORDER tokens are kept as hashes of 32 bits, as in `model.ngrams`, each in the on
 names.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from twotower.model.ngrams import ORDER, context_keys
 
 SLOT_BYTES = 9
 _MAX_LEAD = 15
+_log = logging.getLogger(__name__)
 # How probable it is that what followed a context of 1, 2, ... tokens once, or more often, follows
 # again, where no longer one is known (SmolLM2's answers). Low for once: static n-grams know better.
 _USUAL = (0.05, 0.1, 0.15, 0.2, 0.3), (0.15, 0.3, 0.45, 0.5, 0.7)
@@ -59,9 +61,20 @@ class LookupCache:
 
     def learn(self, prompt: Sequence[int], tokens: Sequence[int]) -> None:
         """Remember a text that followed a prompt."""
+        if self._num_slots == 0:
+            return
         if self._slots is None:
             types = np.uint32, np.int32, np.uint8
-            self._slots = _Slots(*(np.zeros(self._num_slots, kind).data for kind in types))
+            try:
+                self._slots = _Slots(*(np.zeros(self._num_slots, kind).data for kind in types))
+            except MemoryError:
+                num_bytes, self._num_slots = self._num_slots * SLOT_BYTES, 0
+                _log.warning(
+                    "lookup_cache_bytes=%d: memory has no room for the lookup cache, and lookups "
+                    "go on without it; use less, or 0",
+                    num_bytes,
+                )
+                return
         known, followed, leads = self._slots
         text = [*prompt[-ORDER:], *tokens]
         for end in range(len(text) - len(tokens), len(text)):

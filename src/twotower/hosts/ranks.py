@@ -154,10 +154,11 @@ def _fill(model: TwoTower, copies: dict[int, CacheCopy], asked: Message) -> Mess
     )
     for number in values["dropped"]:
         copies.pop(number, None)
-    delta = _delta_of(values["layers"], of_delta, values["counts"]).to(model.denoiser_device)
-    copy = copies.get(values["number"])
+    delta = _delta_of(values["layers"], of_delta, values["counts"])
+    # The other rank may compute in half precision, and this one's native passes do not.
+    device, dtype = model.denoiser_device, torch.promote_types(delta.hidden.dtype, model.dtype)
+    delta, copy = delta.to(device, dtype), copies.get(values["number"])
     if copy is None:
-        device, dtype = model.denoiser_device, delta.hidden.dtype
         empty = empty_states(model.config.context.layers, 1, device, dtype)
         copy = copies[values["number"]] = CacheCopy(ContextCache(empty, 1))
     copy.update(values["sources"], delta)

@@ -23,10 +23,18 @@ class CacheDelta(NamedTuple):
     hidden: Tensor
     counts: Tensor
 
-    def to(self, device: torch.device | str) -> "CacheDelta":
-        """The same on another device; counts stay on the CPU."""
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "CacheDelta":
+        """The same on another device, but for counts, and in what passes compute there; SSM states
+        are in float32 everywhere.
+        """
+        dtype = dtype or self.hidden.dtype
         states = map_states(self.states, lambda part: part.to(device))
-        return CacheDelta(states, self.hidden.to(device), self.counts)
+        states = map_states(states, lambda part: part.to(dtype), KV)
+        cast = tuple(
+            MambaState(state.conv.to(dtype), state.ssm) if isinstance(state, MambaState) else state
+            for state in states
+        )
+        return CacheDelta(cast, self.hidden.to(device, dtype), self.counts)
 
 
 def delta_since(cache: ContextCache, lengths: Tensor) -> CacheDelta:

@@ -109,10 +109,11 @@ def _usable_template(folder: Path) -> str | None:
     """A folder's chat template; a line of the log for one that cannot be read."""
     try:
         template = read_chat_template(folder)[0]
-        _ = template and template.encode()  # half a character, which JSON can name
+        (template or "").encode()  # JSON can name half a character, which no file can hold
         return template
     except ValueError as error:
-        _log.warning("%s; it is left out", error)
+        reason = str(error).removeprefix("chat_template: ")
+        _log.warning("chat_template of %s is left out: %s", folder, reason)
         return None
 
 

@@ -147,6 +147,7 @@ class Vocabulary:
         folder = usable_path("folder", folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / CHAT_TEMPLATE_FILE).unlink(missing_ok=True)  # of what was there before
             for name, content in self.files().items():
                 (folder / name).write_bytes(content)
         except OSError as error:

@@ -24,6 +24,7 @@ from twotower.native.layout import LANES
 from twotower.native.weights import native_linear
 
 Regime = Literal["overhead-bound", "compute-bound", "bandwidth-bound"]
+NATIVE = "native"  # how the names of those engines begin, which compute in float32
 OVERHEAD = 2.0  # above so many times its limit, a pass waits for something else
 _CREDIBLE = 0.8  # of its limit: the least time that a pass can have taken
 # Bytes of a weight by the end of an engine's name; q8_0 has one 2-byte scale per 32 weights.
@@ -54,7 +55,8 @@ def describe_limits(model: TwoTower, record: Record, shape: PassShape) -> list[d
     rows = []
     for taken in _measured_passes(record, shape.block_size, dtype):
         size = weight_bytes_of(taken.engine, float(dtype.itemsize))
-        rows.append(_describe(taken, count_work(planned, taken, shape.num_past, size, dtype)))
+        kept = torch.float32 if taken.engine.startswith(NATIVE) else dtype  # keys and values
+        rows.append(_describe(taken, count_work(planned, taken, shape.num_past, size, kept)))
     return rows
 
 
@@ -78,7 +80,8 @@ def _measured_passes(record: Record, size: int, dtype: torch.dtype) -> Iterator[
     """Our passes over blocks of a size, then a token of each baseline."""
     calls, ours = call_shapes(size), record["ms_by_engine"]
     for engine, times in ours.items():
-        own = torch.int8 if engine.endswith(("-int8", "-int4")) else dtype
+        computed = torch.float32 if engine.startswith(NATIVE) else dtype
+        own = torch.int8 if engine.endswith(("-int8", "-int4")) else computed
         for call, found in times.items():
             yield MeasuredPass(engine, call, found["median"], calls[call], own)
     for engine, modes in record["engines"].items():
