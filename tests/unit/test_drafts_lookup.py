@@ -1,5 +1,7 @@
 """Prompt lookup: what followed the newest tokens where they occurred before."""
 
+import random
+from itertools import accumulate
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twotower.engine.batch import Batch
+from twotower.engine.drafts import BatchCosts
 from twotower.engine.drafts_lookup import (
     MAX_MATCH,
     MAX_TRIED,
@@ -16,7 +19,7 @@ from twotower.engine.drafts_lookup import (
     Lookup,
     LookupIndex,
 )
-from twotower.engine.proposals import propose
+from twotower.engine.proposals import best_length, propose
 from twotower.engine.resolved import ResolvedOptions
 from twotower.engine.row import Row
 from twotower.model.backend import PassCosts
@@ -230,3 +233,31 @@ def test_equals_the_search_of_the_whole_text(text: list[int], cut: int) -> None:
     assert length == expected
     repeated = text[at:] * 4
     assert draft == repeated[:4]
+
+
+def test_what_cannot_pay_is_not_looked_up() -> None:
+    """Guards other drafts than the best ones, and time: sixteen rows that look up fifteen tokens
+    each, of which they verify none.
+    """
+    rng, shorter = random.Random(5), 0
+    for _ in range(300):
+        steps = sorted(rng.uniform(1, 1 + rng.choice([0.5, 4.0])) for _ in range(4))
+        passes = PassCosts({1: 1.0, **dict(zip((2, 4, 8, 16), steps, strict=True))}, row=0.1)
+        batch = BatchCosts(passes, rng.choice([1, 16]))
+        known, writing = [7] * rng.randrange(1, 3), rng.choice([0.0, 0.4])
+        most = rng.randrange(1, 15)
+        drafted = [[(token, rng.random()) for token in rng.sample(range(99), 3)] for _ in range(9)]
+        begin = 1 + len(known)
+        costs, more = batch.of_drafts(begin, most)
+        assert costs == [batch.of_pass(begin + count) for count in range(most + 1)]
+        least = [begin / (writing + costs[0]) * each for each in more]
+        best = []
+        for bounds in ((), least):
+            lookup = Lookup(copies=False)
+            guess = lookup.guess(known, most, drafted, 3, (), bounds)
+            expected = list(accumulate([float(begin), *guess.sure]))
+            length, gain = best_length(expected, costs[: len(expected)], writing)
+            best.append((guess.tokens[:length], guess.sure[:1], gain))
+            shorter += len(guess.tokens) * (1 if bounds else -1)
+        assert best[0] == best[1]
+    assert shorter < 0

@@ -86,12 +86,27 @@ class BatchCosts:
         share = 1 - self.beside
         self._tokens = {most: 1 + (cost - 1) * share for most, cost in costs.tokens.items()}
         self._row = costs.row * share
+        self._drafts: dict[tuple[int, int], tuple[list[float], list[float]]] = {}
 
     def of_pass(self, num_tokens: int, num_rows: int | None = None) -> float:
         """Over num_tokens of each of num_rows rows, of all if not given; other rows wait for it."""
         every = self._num_rows
         rows = every if num_rows is None else min(every, num_rows)
         return self._cost(num_tokens * rows, rows) / self._cost(every, every)
+
+    def of_drafts(self, num_known: int, most: int) -> tuple[list[float], list[float]]:
+        """Of passes over the known tokens and 0, 1 ... `most` drafted ones of each row; and what
+        each further one costs from there on, at the least.
+        """
+        key = num_known, most
+        if key not in self._drafts:
+            costs = [self.of_pass(num_known + count) for count in range(most + 1)]
+            more = [
+                min((cost - own) / count for count, cost in enumerate(costs[at + 1 :], 1))
+                for at, own in enumerate(costs[:-1])
+            ]
+            self._drafts[key] = costs, [*more, math.inf]
+        return self._drafts[key]
 
     def _cost(self, num_tokens: int, num_rows: int) -> float:
         """AR steps of one row alone."""

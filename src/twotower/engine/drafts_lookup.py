@@ -136,9 +136,12 @@ class Lookup:
         drafted: Sequence[Candidates] = (),
         most_ways: int = 1,
         ends: Collection[int] = (),
+        least: Sequence[float] = (),
     ) -> Guess:
         """Up to `most` tokens behind the text and the known ones. drafted: by the denoiser, with
         its own confidence. most_ways: in which each token may go on; ends: tokens that end a text.
+        least: how probable a token behind 0, 1 ... of them must be to be worth anything; the first
+        is told whatever it is.
         """
         found, begin, number = Guess([], [], []), len(known), count()
         self._guessed = [(index - 1, token, None) for index, token in enumerate(known)]
@@ -151,6 +154,9 @@ class Lookup:
                     if following.behind[-1] not in ends:
                         heappush(ways, (-following.sure, next(number), following))
             if not ways or len(found.tokens) >= most:
+                return found
+            num_found = len(found.tokens)
+            if num_found and least and -ways[0][0] < least[num_found]:  # nor is any behind it
                 return found
             way, index = heappop(ways)[2], begin + len(found.tokens)
             token = way.behind[-1]

@@ -47,14 +47,16 @@ def propose(
     done, end = row.lookup.num_tokens, len(row.prompt) + len(row.tokens)
     row.lookup.extend(row.between(done, end))
     begin = 1 + len(known)
-    most = min(max(1 + MAX_DRAFT, begin + len(drafted)), row.num_left) - begin
+    most = max(0, min(max(1 + MAX_DRAFT, begin + len(drafted)), row.num_left) - begin)
     # Only a denoiser gives several tokens for one position.
     drafting = drafting_of(batch)
     most_ways = 1 + NUM_OTHERS if drafted and drafting.may_branch else 1
-    guess = row.lookup.guess(known, most, drafted, most_ways, row.options.eos_token_id)
+    costs, more = drafting.costs.of_drafts(begin, most)
+    # Tokens that add less than is gained without any for their cost lengthen no draft.
+    least = [begin / (writing + costs[0]) * each for each in more]
+    guess = row.lookup.guess(known, most, drafted, most_ways, row.options.eos_token_id, least)
     expected = list(accumulate([float(begin), *guess.sure]))
-    costs = [drafting.costs.of_pass(begin + tokens) for tokens in range(len(expected))]
-    length, gain = best_length(expected, costs, writing)
+    length, gain = best_length(expected, costs[: len(expected)], writing)
     return Proposal(
         drafter="denoiser" if drafted else "lookup",
         gain=gain,
