@@ -138,6 +138,11 @@ SECTIONS = (
         [
             Kind("race_smollm2_1_thread", "One thread", tables.contest),
             Kind("race_smollm2_2_threads", "Two threads", tables.contest),
+            Kind(
+                "race_smollm2_long",
+                "Two threads, prompts of 20 to 85 questions (1,400 to 6,000 tokens), 64 written",
+                tables.contest,
+            ),
         ],
     ),
     Section(
