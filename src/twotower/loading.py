@@ -77,9 +77,9 @@ class Placement:
     """Device of the denoiser tower. Default: `device`. peer: the second of two processes that
     torchrun started, on this host or another."""
     dtype: DTypeName = "auto"
-    """Precision of weights, and of what eager and graphs passes compute. auto: the checkpoint's
-    own; on a CPU native passes compute in float32 with it, and what else uses the weights of a
-    model that they can run gets them in float32, if that fits into memory."""
+    """Precision of the weights. Eager and graphs passes compute in it, native ones in float32.
+    auto: the checkpoint's own; on a CPU float32 for commands that do more than decode natively,
+    such as scores and training, if that fits into memory."""
     quantization: Quantization = "none"
     """int8, int4: quantise the weights while they are loaded, for the native backend; int8 also for
     graphs. none: as they are stored."""

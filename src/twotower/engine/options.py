@@ -45,8 +45,8 @@ class EngineOptions:
     """Bytes of the prefix cache: a prompt that begins like an earlier text reuses its prefill. 0 is
     off."""
     lookup_cache_bytes: int = 8 << 20
-    """Bytes of the lookup cache: n-grams of texts that have ended, from which lookup drafts in
-    later ones. 0 is off."""
+    """Bytes of the lookup cache: n-grams of finished answers, from which prompt lookup drafts in
+    later requests. 0 is off."""
 
     def __post_init__(self) -> None:
         check_fields(self, _ENGINE_CHECKS)
