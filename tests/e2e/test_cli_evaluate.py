@@ -55,6 +55,16 @@ def test_the_record_and_its_files(
     )
 
 
+def test_the_record_names_the_precision_of_the_weights(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Silent failure: weights that were rounded for a run, and a record that says float32 because
+    native passes compute in that."""
+    flags = ["--model", checkpoint, "--items", "1", "--max-new-tokens", "4", "--categories", "math"]
+    assert main(["evaluate", "--json", "--modes", "ar", "--dtype", "bfloat16", *flags]) == 0
+    assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
+
+
 def test_items_are_what_the_engine_writes(checkpoint: str, tmp_path: Path) -> None:
     """Silent failure: the modes' answers are mixed up, or judged against another item."""
     assert main(["evaluate", "--output", str(tmp_path), "--model", checkpoint, *FLAGS]) == 0

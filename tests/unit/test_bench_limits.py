@@ -119,3 +119,21 @@ def test_int8_passes_are_held_against_int8_arithmetic(monkeypatch: pytest.Monkey
     assert (wide["goperations_per_s"], narrow["goperations_per_s"]) == (1.0, 4.0)
     assert narrow["compute_ms"] == pytest.approx(wide["compute_ms"] / 4)
     assert narrow["bytes"] < wide["bytes"]
+
+
+def test_native_passes_of_half_precision_are_held_against_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Silent failure: held against half precision's peak and half the bytes of keys, a native pass,
+    which has neither, seems far from its limit.
+    """
+    peaks = {torch.float32: 1e9, torch.bfloat16: 2e9}
+    monkeypatch.setattr(limits, "measure_peak", peaks.__getitem__)
+    passes = {"extend": {"median": 2.0}}
+    record = {"ms_by_engine": {"native": passes, "eager": passes}, "engines": {}}
+    model = fresh_model(hybrid_override_pattern="M*-").bfloat16()
+    shape = PassShape(num_past=10, block_size=4, repeats=1, seed=0)
+    native, eager = describe_limits(model, record, shape)
+    assert (native["goperations_per_s"], eager["goperations_per_s"]) == (1.0, 2.0)
+    work = work_of("M*-", 4, 0, 10, 2)  # weights of 2 bytes, keys of 4
+    assert native["bytes"] == work.weight_bytes + work.cache_bytes > eager["bytes"]
