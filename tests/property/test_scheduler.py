@@ -216,31 +216,28 @@ def test_overlap_gives_the_texts_of_one_group(batch_size: int, temperature: floa
 
 
 def test_both_towers_are_busy_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the gain: an extension and a denoiser pass meet, or both wait until they time out."""
-    meeting = threading.Barrier(2, timeout=20)
-    extending, met = threading.Event(), threading.Event()
-    threads: dict[str, set[int]] = {"denoise": set(), "extend": set()}
+    """Guards the gain: the context tower reads the first block of one half of the rows while the
+    denoiser drafts that of the other half, or each waits for the other in vain.
+    """
+    meeting = threading.Barrier(2, timeout=60)
+    met, threads = set[str](), dict[str, set[int]](denoise=set(), extend=set())
+    long, short = 9, 7  # tokens in the prompts of the halves
 
-    def spy(name: str) -> None:
-        method: Callable[..., object] = getattr(TwoTower, name)
-
-        def meet(model: TwoTower, *arguments: object) -> object:
+    def meet(name: str, method: Callable[..., object], is_time: Callable[..., bool]) -> None:
+        def watched(model: TwoTower, *arguments: object) -> object:
             threads[name].add(threading.get_ident())
-            if name == "extend" and arguments[1].shape[1] == 4:  # type: ignore[attr-defined]
-                extending.set()
-            if extending.is_set() and not met.is_set():
+            if name not in met and is_time(*arguments):
+                met.add(name)
                 meeting.wait()
-                met.set()
             return method(model, *arguments)
 
-        monkeypatch.setattr(TwoTower, name, meet)
+        monkeypatch.setattr(TwoTower, name, watched)
 
-    spy("denoise")
-    spy("extend")
-    o = options(max_new_tokens=16, confidence_threshold=1.0)
-    prompts = prompts_of([9, 9, 9, 9])
-    done = generate(MODEL, prompts, o, engine=EngineOptions(overlap="on"))
-    assert met.is_set() and len(done) == 4
+    meet("extend", TwoTower.extend, lambda cache, *_: cache.num_past == long)
+    meet("denoise", TwoTower.denoise, lambda _, view, *__: view.num_past == short)
+    prompts = prompts_of([long, long, short, short])
+    done = generate(MODEL, prompts, options(), engine=EngineOptions(overlap="on"))
+    assert met == {"denoise", "extend"} and len(done) == 4
     assert len(threads["denoise"]) == len(threads["extend"]) == 1
     assert threads["denoise"] != threads["extend"]
 
