@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from page_table import PageTable
 
-from twotower.backends import BACKENDS, QUANTIZATIONS, Quantization, Setup, refusal
+from twotower.backends import BACKENDS, ROUNDINGS, Quantization, Setup, refusal
 from twotower.model.precision import Scheme
 from twotower.specs import AttentionSpec, LayerSpec, MambaSpec, MLPSpec, MoESpec, RopeSpec
 
@@ -46,7 +46,7 @@ DEVICES = ("cpu", "cuda")
 
 
 class Case(NamedTuple):
-    """One combination: keys of WEIGHTS, QUANTIZATIONS, LAYERS and DEVICES."""
+    """One combination: keys of WEIGHTS, LAYERS and DEVICES, one of ROUNDINGS."""
 
     weights: str
     quantization: Quantization
@@ -69,8 +69,8 @@ class Case(NamedTuple):
 
 def cases() -> Iterator[Case]:
     """Every combination."""
-    for values in product(WEIGHTS, QUANTIZATIONS, LAYERS, DEVICES):
-        yield Case(*values)  # type: ignore[arg-type]  # QUANTIZATIONS holds the literals
+    for values in product(WEIGHTS, ROUNDINGS, LAYERS, DEVICES):
+        yield Case(*values)  # type: ignore[arg-type]  # ROUNDINGS holds the literals
 
 
 def runners(case: Case) -> list[str]:
@@ -83,7 +83,7 @@ def table() -> str:
     columns = [(layers, device) for device in DEVICES for layers in LAYERS]
     head = ["weights as loaded", "`--quantization`", *(f"{x}, {d}" for x, d in columns)]
     rows = [head, ["---"] * len(head)]
-    for weights, quantization in product(WEIGHTS, QUANTIZATIONS):
+    for weights, quantization in product(WEIGHTS, ROUNDINGS):
         cells = [", ".join(runners(Case(weights, quantization, *c))) or "-" for c in columns]
         if set(cells) != {"-"}:
             rows.append([weights, quantization, *cells])

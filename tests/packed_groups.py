@@ -1,6 +1,7 @@
 """int4 as the library packs it, read back, and the same in plain PyTorch."""
 
 import ctypes
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,12 @@ class Groups(NamedTuple):
 
 def packed_groups(weight: Tensor) -> Groups:
     """Of a weight (N, K), K a multiple of 32."""
-    packed, (rows, width) = Packed({"": weight}, {"": 4}), weight.shape
+    return unpacked(Packed({"": weight}, {"": 4}), weight.shape)
+
+
+def unpacked(packed: Packed, shape: Sequence[int]) -> Groups:
+    """Of the one matrix (N, K) that is packed, by the name ""."""
+    rows, width = shape
     memory = (ctypes.c_uint8 * packed.num_bytes).from_address(packed.addresses[""])
     blocks = torch.frombuffer(memory, dtype=torch.uint8).clone().view(-1, width // 32, 320)
     bytes_, *grids = blocks.split([256, 32, 32], dim=2)

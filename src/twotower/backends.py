@@ -32,9 +32,11 @@ from twotower.native.library import is_available
 from twotower.specs import AttentionSpec, LayerSpec, MambaSpec, MoESpec
 
 BackendName = Literal["auto", "eager", "native", "graphs"]
-Quantization = Literal["none", "int8", "int4"]
+Quantization = Literal["none", "int8", "int4", "gguf"]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
+ROUNDINGS = tuple(name for name in QUANTIZATIONS if name != "gguf")
+"""Those of any weights in memory."""
 _log = logging.getLogger(__name__)
 
 
@@ -48,6 +50,8 @@ class Setup:
     """What the loaded weights are to be rounded to."""
     scheme: Scheme | None = None
     """How the checkpoint is quantised; None: full precision."""
+    is_gguf: bool = False
+    """Whether it is a GGUF file with quantised matrices."""
     dtypes: frozenset[torch.dtype] = frozenset({torch.float32})
     devices: frozenset[str] = frozenset({"cpu"})
     expert_storage: ExpertStorage = "memory"
@@ -61,6 +65,7 @@ def setup_of(model: TwoTower, quantization: Quantization = "none") -> Setup:
         layers=frozenset(model.config.context.layers + model.config.denoiser.layers),
         quantization=quantization,
         scheme=scheme_of(model),
+        is_gguf=any(matrix.stored_bits is not None for matrix in model.unread.values()),
         dtypes=frozenset(p.dtype for p in loaded),
         devices=frozenset(p.device.type for p in loaded),
         expert_storage="mmap" if has_mapped_experts(model) else "memory",
@@ -110,6 +115,10 @@ def _native_refusal(setup: Setup) -> str | None:
     stored = None if setup.scheme is None else setup.scheme.weights
     rounds_weights_alone = setup.scheme is not None and setup.scheme.activations is None
     for is_refused, sentence in (
+        (
+            setup.quantization == "gguf" and not setup.is_gguf,
+            "this is no GGUF file with quantised matrices",
+        ),
         (setup.expert_storage == "mmap", f"native passes have no {MoESpec.label} in files"),
         (len(keys) > 1 or len(states) > 1, "native passes need states of one size in all layers"),
         (setup.devices != {"cpu"}, f"native passes run on the CPU, not on {_list(setup.devices)}"),
@@ -137,6 +146,7 @@ def _graphs_refusal(setup: Setup) -> str | None:
     is_wide = stored is None and setup.quantization == "none"
     for is_refused, sentence in (
         (setup.quantization == "int4", "graphs passes round weights to int8, not to int4"),
+        (setup.quantization == "gguf", "graphs passes read no GGUF types"),
         (
             setup.quantization == "int8" and stored == "int4",
             "graphs passes round full-precision weights, and this checkpoint's are int4",
@@ -185,7 +195,8 @@ def accelerate(
     lie. graphs: passes of fixed shapes, which a CUDA device records and replays. auto: the first of
     native and eager that runs the model; one log line says which, and why not the other.
     quantization=int8, int4: native passes with projections rounded to 8 or 4 bits now; graphs
-    passes have int8. The weights must not change afterwards. ValueError (one line) for what cannot
+    passes have int8. gguf: as the file has them, for a model that was loaded so. The weights must
+    not change afterwards. ValueError (one line) for what cannot
     run.
     """
     choices = {"backend": one_of(*BACKENDS), "quantization": one_of(*QUANTIZATIONS)}

@@ -17,7 +17,6 @@ import torch
 from twotower.arguments import THREADS, check_fields, nonempty, one_of, require
 from twotower.backends import (
     BACKENDS,
-    QUANTIZATIONS,
     BackendName,
     Quantization,
     Setup,
@@ -37,7 +36,7 @@ from twotower.checkpoint import (
 )
 from twotower.checkpoint.denoiser import find_denoiser, load_denoiser
 from twotower.checkpoint.empty import Towers, build_empty
-from twotower.checkpoint.files import GENERATION_FILE, SHIPPED
+from twotower.checkpoint.files import GENERATION_FILE, SHIPPED, has_quantised_blocks
 from twotower.checkpoint.generation import log_unheeded
 from twotower.checkpoint.load import TooLarge
 from twotower.checkpoint.quantize import read_scheme
@@ -50,6 +49,7 @@ from twotower.paths import usable_path
 from twotower.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+QuantizationName = Literal["auto", "none", "int8", "int4", "gguf"]
 PEER = "peer"
 _log = logging.getLogger(__name__)
 _BEGINNING = 4  # tokens that show a prompt's form
@@ -80,9 +80,10 @@ class Placement:
     """Precision of the weights. Eager and graphs passes compute in it, native ones in float32.
     auto: the checkpoint's own; on a CPU float32 for commands that do more than decode natively,
     such as scores and training, if that fits into memory."""
-    quantization: Quantization = "none"
+    quantization: QuantizationName = "auto"
     """int8, int4: quantise the weights while they are loaded, for the native backend; int8 also for
-    graphs. none: as they are stored."""
+    graphs. gguf: keep the bits of a GGUF file, 4 or 8 in each matrix, for the native backend. none:
+    full precision. auto: gguf where a command decodes natively from such a file, else none."""
     backend: BackendName = "auto"
     """What runs forward passes. native: C++ on a CPU, compiled on first use. eager: PyTorch, for
     every model and device. graphs: CUDA graphs of fixed shapes. auto: native if it can run the
@@ -97,7 +98,7 @@ class Placement:
     def __post_init__(self) -> None:
         checks = {
             "dtype": one_of(*get_args(DTypeName)),
-            "quantization": one_of(*QUANTIZATIONS),
+            "quantization": one_of(*get_args(QuantizationName)),
             "backend": one_of(*BACKENDS),
             "expert_storage": one_of(*get_args(ExpertStorage)),
             "threads": THREADS,
@@ -162,10 +163,11 @@ def load(
 
     mode None: the model's own default. AR decoding loads the context tower alone. show: gets the
     share of the weights that has been read. only_decodes: whether nothing but passes of decoding
-    will use the weights, so that native ones may read them in half precision.
+    will use the weights, so that native ones may read them in the precision of their files.
     """
     _set_threads(placement)
     folder = placement.find()
+    placement = replace(placement, quantization=settled_quantization(placement, only_decodes))
     defaults = generation_defaults(folder)
     log_unheeded(folder / GENERATION_FILE, defaults)
     tokenizer = _fitting_tokenizer(folder)
@@ -222,7 +224,7 @@ def load_model(
     denoiser: str | Path | None = None,
     revision: str | None = None,
     denoiser_device: str | torch.device | None = None,
-    quantization: Quantization = "none",
+    quantization: QuantizationName = "auto",
     backend: BackendName = "auto",
     threads: int | None = None,
     expert_storage: ExpertStorage = "memory",
@@ -343,7 +345,28 @@ def _load_towers(
     if placement.denoiser is not None:
         where = find_device(elsewhere)
         model = load_denoiser(model, placement.denoiser, where, dtype, keeps_halves)
-    return accelerate(model, placement.backend, placement.quantization)
+    return accelerate(model, placement.backend, setup.quantization)
+
+
+def settled_quantization(placement: Placement, only_decodes: bool = True) -> Quantization:
+    """What `quantization=auto` stands for, for who only decodes, or else. ValueError (one line) for
+    gguf on a model that is no GGUF file with quantised matrices.
+    """
+    asked, folder = placement.quantization, placement.find()
+    if asked != "auto" and asked != "gguf":
+        return asked
+    if not has_quantised_blocks(folder):
+        if asked == "auto":
+            return "none"
+        raise ValueError(
+            f"quantization=gguf: {placement.name} is no GGUF file with quantised matrices; use "
+            "int8, int4 or none"
+        )
+    setup = _setup(folder, replace(placement, quantization="gguf"), {_device(placement.device)})
+    is_free = only_decodes and placement.dtype == "auto"
+    return (
+        "gguf" if asked == "gguf" or (is_free and is_native(placement.backend, setup)) else "none"
+    )
 
 
 def _device(name: str) -> str:
@@ -366,8 +389,11 @@ def _dtype(folder: Path, placement: Placement, device: str) -> torch.dtype | Non
 def _setup(folder: Path, placement: Placement, devices: set[str]) -> Setup:
     """What a placement asks of a backend, before its weights are loaded."""
     config = read_config(folder)
+    assert placement.quantization != "auto"  # it is settled
     setup = planned_setup(config, placement.quantization, placement.expert_storage)
-    return replace(setup, scheme=read_scheme(folder), devices=frozenset(devices))
+    is_gguf = has_quantised_blocks(folder)
+    scheme = read_scheme(folder)
+    return replace(setup, scheme=scheme, is_gguf=is_gguf, devices=frozenset(devices))
 
 
 def _packing(placement: Placement, setup: Setup) -> Scheme | None:

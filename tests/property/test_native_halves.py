@@ -18,7 +18,7 @@ from twotower.families import config_from_dict
 from twotower.model.thin import thin_config
 from twotower.native import layout, library
 from twotower.native.buffers import past_states
-from twotower.native.weights import native_linear, native_tower
+from twotower.native.weights import native_linear, native_table, native_tower
 
 try:
     library.library()
@@ -152,7 +152,8 @@ def test_towers_may_differ(other: str) -> None:
 def test_matrices_are_read_where_they_lie() -> None:
     """Guards memory: a widened copy would take twice what the model does."""
     model = MODELS["experts"]().to(torch.bfloat16)
-    tower = native_tower(model.context_tower, "context_tower", True, None, {})
+    table = native_table(model.context_tower.embeddings.weight, None)
+    tower = native_tower(model.context_tower, table, "context_tower", True, None, {})
     assert tower is not None
     for index, layer in enumerate(tower.layers):
         names = layout.weight_names(layer.kind)

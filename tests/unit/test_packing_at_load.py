@@ -310,18 +310,34 @@ def test_matrices_are_read_at_the_same_time(threads: int) -> None:
     weights["stack"] = torch.randn(5, 24, 64)
     before = torch.get_num_threads()
 
-    def read(name: str) -> torch.Tensor:
-        if name == "w3":
-            raise ValueError("gone")
-        return weights[name]
+    class Unread:
+        stored_bits = None
 
+        def __init__(self, name: str) -> None:
+            self._weight = weights[name]
+            self._stack = self._weight if self._weight.dim() == 3 else self._weight.unsqueeze(0)
+
+        def __len__(self) -> int:
+            return len(self._stack)
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return self._stack[index]
+
+        def value(self, part: str) -> torch.Tensor:
+            return self._weight
+
+    class Gone(Unread):
+        def __getitem__(self, index: int) -> torch.Tensor:
+            raise ValueError("gone")
+
+    unread = {name: Unread(name) for name in weights}
     meta = {name: weight.to("meta") for name, weight in weights.items()}
     alone = {name: Packed({name: weight}, {name: 4}) for name, weight in weights.items()}
     torch.set_num_threads(threads)
     try:
-        every = Packed(meta, dict.fromkeys(meta, 4), weights.__getitem__)
+        every = Packed(meta, dict.fromkeys(meta, 4), unread)
         with pytest.raises(ValueError, match="gone"):
-            Packed(meta, None, read)
+            Packed(meta, None, unread | {"w3": Gone("w3")})
     finally:
         torch.set_num_threads(before)
     for name, own in alone.items():

@@ -18,10 +18,12 @@ from twotower.checkpoint.gguf_reader import (
     is_gguf,
     matrices,
     open_gguf,
+    read_blocks,
     read_index,
     read_tensor,
 )
 from twotower.families import read_json
+from twotower.kernels.quantised import BLOCK_TYPES, Blocks
 from twotower.paths import usable_path
 
 SHIPPED = "shipped"  # the name of the model inside the package
@@ -42,7 +44,8 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.md", "*.model", 
 class Entry(NamedTuple):
     """One tensor of a file under its name there; dtype in safetensors' spelling ("BF16").
 
-    stored: how the file keeps it where that is not dtype ("Q4_1"); load: how it is read then.
+    stored: how the file keeps it where that is not dtype ("Q4_1"); load: how it is read then;
+    blocks: how it is read as it is.
     """
 
     file: Path
@@ -51,6 +54,7 @@ class Entry(NamedTuple):
     dtype: str
     stored: str = ""
     load: Callable[[], Tensor] | None = None
+    blocks: Callable[[], Blocks] | None = None
 
     def read(self) -> Tensor:
         """The tensor's values."""
@@ -126,6 +130,13 @@ def has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE, GGUF_INDEX))
 
 
+def has_quantised_blocks(folder: Path) -> bool:
+    """Whether a folder stands for a GGUF file with matrices of a quantised type."""
+    if not (folder / GGUF_INDEX).is_file():
+        return False
+    return any(entry["type"] in BLOCK_TYPES for entry in read_index(folder)[1].values())
+
+
 def read_entries(folder: Path) -> dict[str, Entry]:
     """Every tensor of a checkpoint folder from its files' headers, by the name in the file.
 
@@ -185,8 +196,10 @@ def _weights_beside(folder: Path, used: set[Path]) -> str:
 def _gguf_entry(file: Path, name: str, entry: Mapping[str, Any]) -> Entry:
     """Quantised values are float32 as soon as they are read."""
     kind = entry["type"]
-    dtype = kind if kind in DTYPES else "F32"
-    return Entry(file, name, tuple(entry["shape"]), dtype, kind, partial(read_tensor, file, entry))
+    dtype, shape = kind if kind in DTYPES else "F32", tuple(entry["shape"])
+    is_packed = kind in BLOCK_TYPES and len(shape) == 2
+    blocks = partial(read_blocks, file, entry) if is_packed else None
+    return Entry(file, name, shape, dtype, kind, partial(read_tensor, file, entry), blocks)
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:

@@ -26,6 +26,7 @@ from twotower.checkpoint.gguf_tokenizer import (
 )
 from twotower.config import TwoTowerConfig
 from twotower.families import FAMILIES, Family, config_from_dict, family_of, read_json
+from twotower.kernels.quantised import BLOCK_TYPES, Blocks
 from twotower.specs import MAX_EXPERTS
 
 if TYPE_CHECKING:
@@ -36,10 +37,7 @@ _CACHE = Path.home() / ".cache" / "twotower" / "gguf"
 _VERSION = 4  # of what is written there
 _MAGIC = b"GGUF"
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-TYPES = (
-    *_PLAIN, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
-    "IQ4_NL", "IQ4_XS", "MXFP4",
-)  # fmt: skip
+TYPES = (*_PLAIN, *BLOCK_TYPES)
 _MAX_TENSORS, _MAX_FIELDS = 1 << 15, 1 << 12
 _MAX_READS = 3 << 20  # more than those of the largest vocabulary that is published
 _NOT_WEIGHTS = ("rope_freqs.weight",)  # what config.json says in another way
@@ -97,14 +95,22 @@ def read_tensor(file: Path, entry: Mapping[str, Any]) -> Tensor:
     """A tensor's values in full precision: float32, or the file's own float type."""
     from gguf import GGMLQuantizationType, quants
 
-    data = np.memmap(
-        file, mode="r", dtype=np.uint8, offset=entry["offset"], shape=(entry["num_bytes"],)
-    )
-    kind, shape = entry["type"], tuple(entry["shape"])
+    data, kind, shape = _bytes_of(file, entry), entry["type"], tuple(entry["shape"])
     if kind in _PLAIN:
         return torch.from_numpy(np.array(data)).view(_PLAIN[kind]).view(shape)
     rows = data.reshape(*shape[:-1], -1)
     return torch.from_numpy(quants.dequantize(rows, GGMLQuantizationType[kind])).view(shape)
+
+
+def read_blocks(file: Path, entry: Mapping[str, Any]) -> Blocks:
+    """A matrix of a quantised type as it is in the file."""
+    data, (rows, width) = np.array(_bytes_of(file, entry)), entry["shape"]
+    return Blocks(torch.from_numpy(data.reshape(rows, -1)), entry["type"], width)
+
+
+def _bytes_of(file: Path, entry: Mapping[str, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    size = (entry["num_bytes"],)
+    return np.memmap(file, mode="r", dtype=np.uint8, offset=entry["offset"], shape=size)
 
 
 def matrices(name: str, entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ from twotower.checkpoint.gguf_reader import INDEX_FILE as GGUF_INDEX
 from twotower.checkpoint.gguf_reader import gguf_names
 from twotower.config import TwoTowerConfig
 from twotower.families import Family, family_of
+from twotower.kernels.quantised import Blocks
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ def with_heads(
     entries = names.with_tied_heads(entries)
     for head, source in names.HEADS.items():
         needed = towers == "both" or head.startswith(names.CONTEXT_PARTS)
-        if not needed or head not in entries or source not in entries:
+        is_own = head in entries and entries[head] is not entries.get(source)
+        if not needed or not is_own or source not in entries:
             continue
         a, b = entries[head].read(), entries[source].read()
         if a.shape != b.shape or not torch.equal(a, b):
@@ -100,7 +102,9 @@ def _from_gguf(config: TwoTowerConfig, found: dict[str, Entry]) -> dict[str, Ent
                 continue
             own = slot.shape if is_one and entry.shape == written else entry.shape
             load = partial(_load_gguf, entry, family, inner, config, own)
-            entries[released] = entry._replace(load=load, shape=own)
+            is_same = entry.blocks is not None and own == entry.shape
+            blocks = partial(_gguf_blocks, entry, family, inner, config) if is_same else None
+            entries[released] = entry._replace(load=load, shape=own, blocks=blocks)
     return entries | left
 
 
@@ -108,3 +112,10 @@ def _load_gguf(
     entry: Entry, family: Family, name: str, config: TwoTowerConfig, shape: tuple[int, ...]
 ) -> Tensor:
     return family.values_from_gguf(name, entry.read().reshape(shape), config)
+
+
+def _gguf_blocks(entry: Entry, family: Family, name: str, config: TwoTowerConfig) -> Blocks:
+    """Families change the order of a matrix's rows alone, and a row's bytes go where it goes."""
+    assert entry.blocks is not None
+    found = entry.blocks()
+    return found._replace(data=family.values_from_gguf(name, found.data, config))

@@ -7,7 +7,6 @@ files are is `files`', how values get to their places is that of `fill` and `map
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ from twotower.checkpoint.layout import read_layout, with_heads
 from twotower.checkpoint.mapped import of_both_towers, split_experts
 from twotower.checkpoint.names import Slot
 from twotower.checkpoint.quantize import read_scheme
-from twotower.checkpoint.unread import bytes_of_towers, half_dtypes, packed_later, read_matrix
+from twotower.checkpoint.unread import FileMatrix, bytes_of_towers, half_dtypes, packed_later
 from twotower.config import TwoTowerConfig
 from twotower.families import read_config
 from twotower.memory import lacking_room
@@ -167,18 +166,18 @@ def _with_values(
     """
     defaults = generation_defaults(source.folder)
     wanted = {name: found for name, found in plan.items() if name.startswith(parts)}
-    left, tally = {}, Tally(wanted, show)
+    left, tally = dict[str, FileMatrix](), Tally(wanted, show)
     if packing is not None:
-        left = packed_later(wanted, packing, model.config.tie_word_embeddings)
+        left = packed_later(wanted, packing, model.config.tie_word_embeddings, tally)
     own = half_dtypes(wanted) if target.keeps_halves else {}
     _require_room(model, source, wanted, target, packing, own)
+    table = left.get("context_tower.embeddings.weight")
+    if table is not None and model.config.tie_word_embeddings:
+        left["context_lm_head.weight"] = table
     unread = {slot.parameter for _, slot in wanted.values() if slot.weight in left}
     allocate(model, target.dtypes, target.devices, parts, unread, own)
     fill(model, {n: found for n, found in wanted.items() if found[1].weight not in left}, tally)
-    rounds_input = packing is not None and packing.activations is not None
-    model.unread = {
-        name: partial(read_matrix, found, rounds_input, tally) for name, found in left.items()
-    }
+    model.unread = left
     if source.towers == "context" and model.denoiser_tower is not None:
         copy_context_to_denoiser(model, seed=0)
     model.generation_defaults = defaults

@@ -32,7 +32,7 @@ from twotower.cli.tables import make_console, print_table
 from twotower.families import read_config
 from twotower.file_lock import only_writer
 from twotower.lab.report import Table
-from twotower.loading import Loaded, Placement, placement_of
+from twotower.loading import Loaded, Placement, placement_of, settled_quantization
 from twotower.memory import lacking_memory
 
 T = TypeVar("T")
@@ -84,6 +84,7 @@ def run(options: AdaptArguments) -> int:
     if dist.is_torchelastic_launched():
         raise ValueError("adapt runs in one process; start it without torchrun")
     began = time.monotonic()
+    options = dataclasses.replace(options, quantization=settled_quantization(options))
     work = _places(options)
     thin = _part(options, ThinOptions)
     answers, steps = _part(options, AnswerOptions), _part(options, StepOptions)
@@ -258,9 +259,8 @@ def _report(
         )
     if not is_denoiser(options.output):
         raise ValueError(f"output: {options.output} has no denoiser; run the stage train first")
-    model = accelerate(
-        load_denoiser(loaded.model, options.output), options.backend, options.quantization
-    )
+    quantization = settled_quantization(options)
+    model = accelerate(load_denoiser(loaded.model, options.output), options.backend, quantization)
     pairs = list[Pair]()
     compared = compare(loaded.model, model, held, options.max_new_tokens)
     _show(stages.measured(compared, budget, len(held), pairs))
@@ -281,5 +281,6 @@ def _report(
     ]
     columns = ["task", "prompts", "texts equal", "tokens a cycle", "x AR"]
     print_table(make_console(), Table(f"{loaded.name} with {options.output}", columns, rows))
-    flags = "" if options.quantization == "none" else f" --quantization {options.quantization}"
+    is_usual = options.quantization in ("none", "gguf")
+    flags = "" if is_usual else f" --quantization {options.quantization}"
     print(f"\ntwotower chat --model {loaded.name} --denoiser {options.output}{flags}")

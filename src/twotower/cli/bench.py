@@ -13,8 +13,9 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from twotower.backends import BackendName, Quantization
 from twotower.checkpoint import load_checkpoint
-from twotower.checkpoint.files import SHIPPED
+from twotower.checkpoint.files import SHIPPED, has_quantised_blocks
 from twotower.cli.decoding import has_any_denoiser
 from twotower.cli.machine import recorded
 from twotower.cli.measuring import (
@@ -29,7 +30,6 @@ from twotower.cli.progress import load_with_bar, progress_bar
 from twotower.cli.questions import question_encoder, read_questions, tell_left_out
 from twotower.cli.tables import make_console, print_table
 from twotower.engine import defaults_of, resolve_options
-from twotower.families import read_config
 from twotower.lab.bench.contest import contest_table, contestants, run_contest, summarise
 from twotower.lab.bench.limits import cache_bytes
 from twotower.lab.bench.replay import make_random
@@ -80,7 +80,7 @@ def run(options: BenchOptions) -> int:
         require_library("matplotlib")
     if is_contest := bool(options.prompts) or not has_any_denoiser(options):
         refuse_unused(options)
-    refuse_impossible(read_config(options.find()), *options.pairs(is_contest))
+    refuse_impossible(options.find(), *_compared(options, is_contest))
     if is_contest:
         record = measure_contest(options, outline(options.placement()))
     else:
@@ -98,6 +98,12 @@ def run(options: BenchOptions) -> int:
     else:
         print_bench(record)
     return 0 if record["complete"] else INTERRUPTED
+
+
+def _compared(
+    options: BenchOptions, is_contest: bool
+) -> tuple[Sequence[BackendName], Sequence[Quantization]]:
+    return options.pairs(is_contest, has_quantised_blocks(options.find()))
 
 
 def refuse_unused(options: BenchOptions) -> None:
@@ -220,7 +226,7 @@ def measure_contest(options: BenchOptions, loaded: Loaded) -> dict[str, Any]:
         who, missing = contestants(
             weights,
             file,
-            options.pairs(is_contest=True),
+            _compared(options, is_contest=True),
             threads,
             context,
             Path(name),

@@ -39,6 +39,41 @@ class Quantised(NamedTuple):
         return (*leading, columns if self.zero is None else 2 * columns)
 
 
+class Blocks(NamedTuple):
+    """A matrix (N, K) as a GGUF file has it: data uint8 (N, bytes of a row), the name of the type,
+    and K.
+    """
+
+    data: Tensor
+    kind: str
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return len(self.data), self.width
+
+
+# Of GGUF types the bytes of a block, and where its scales in half precision are.
+_BLOCKS = {
+    "Q8_0": (34, (0,)), "Q4_0": (18, (0,)), "Q4_1": (20, (0, 2)), "Q5_0": (22, (0,)),
+    "Q5_1": (24, (0, 2)), "Q2_K": (84, (80, 82)), "Q3_K": (110, (108,)), "Q4_K": (144, (0, 2)),
+    "Q5_K": (176, (0, 2)), "Q6_K": (210, (208,)), "IQ4_NL": (18, (0,)), "IQ4_XS": (136, (0,)),
+    "MXFP4": (17, ()),
+}  # fmt: skip
+BLOCK_TYPES = tuple(_BLOCKS)
+"""The types of `Blocks`."""
+
+
+def scales_of(matrix: Blocks) -> Tensor:
+    """The scales of all blocks, float16, zeros beside them: finite where all its numbers are."""
+    size, places = _BLOCKS[matrix.kind]
+    blocks = matrix.data.view(-1, size)
+    found = [torch.zeros(1, 2, dtype=torch.uint8)]
+    found += [blocks[:, place : place + 2] for place in places]
+    return torch.cat(found).view(torch.float16)
+
+
 class Matrices(Protocol):
     """The matrices of E experts: a stacked tensor, a list, or anything that hands out one."""
 

@@ -1,14 +1,14 @@
 """The passes of decoding, checked: what an engine asks of a model, whatever backend runs them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from twotower.arguments import require
 from twotower.config import TwoTowerConfig
-from twotower.kernels.quantised import Matrices, Quantised
+from twotower.kernels.quantised import Bits, Blocks, Quantised
 from twotower.layers.adaln import TimestepEmbedder
 from twotower.layers.bigram import Bigram
 from twotower.model.backend import Backend, ContextInput, PassCosts
@@ -19,9 +19,31 @@ from twotower.model.state import ContextCache, ForwardOutput, empty_states
 from twotower.model.view import ContextView
 from twotower.specs import AttentionSpec, MambaSpec
 
-Unread = Mapping[str, Callable[[], Tensor | Quantised | Matrices]]
-"""Matrices, or stacks of them, that stay in a checkpoint's files and have no memory here, to be
-packed as they are read: how each one's values are, by its name in the model."""
+
+class UnreadMatrix(Protocol):
+    """A matrix, or a stack of them, that stays in a checkpoint's files until native passes take it.
+
+    Unreadable (one line) where the files have changed, or hold what are no numbers.
+    """
+
+    @property
+    def stored_bits(self) -> Bits | None:
+        """`twotower.model.precision.stored_bits`."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Tensor | Quantised | Blocks:
+        """One of the stack, or the matrix, as the files have it."""
+        ...
+
+    def value(self, part: str) -> Tensor:
+        """In full precision; of one with few bits, that part of `Quantised`."""
+        ...
+
+
+Unread = Mapping[str, UnreadMatrix]
+"""By their names in the model, where they have no memory."""
 
 
 class Unreadable(ValueError):
@@ -64,12 +86,12 @@ class Passes(nn.Module):
     @property
     def context_device(self) -> torch.device:
         """Where the context tower lives."""
-        return self.context_tower.embeddings.weight.device
+        return self.context_tower.norm_f.weight.device
 
     @property
     def denoiser_device(self) -> torch.device:
         """Where the denoiser tower lives; the context's device when there is none."""
-        return (self.denoiser_tower or self.context_tower).embeddings.weight.device
+        return (self.denoiser_tower or self.context_tower).norm_f.weight.device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar, get_args
 import torch
 from torch import nn
 
-from twotower.kernels.quantised import Bits, Matrices, to_eight_bits
+from twotower.kernels.quantised import BLOCK_TYPES, Bits, Matrices, to_eight_bits
 from twotower.layers.moe import Experts
 from twotower.layers.quantised import (
     MappedExperts,
@@ -47,6 +47,8 @@ class Scheme:
     """Numbers of an int4 group: 32, 64 or 128; None means 32. Not for int8."""
     activations: Literal["int8"] | None = None
     """int8: products round their input to 8 bits too, a scale per token. Only with int8 weights."""
+    as_stored: bool = False
+    """Matrices of a GGUF file keep what it has: 4 bits, full precision. Others are int8."""
 
     def __post_init__(self) -> None:
         if self.weights not in get_args(Weights):
@@ -70,7 +72,9 @@ class Scheme:
 NATIVE_SCHEMES: Mapping[str, Scheme] = {
     "int8": Scheme(weights="int8", activations="int8"),
     "int4": Scheme(weights="int4"),
+    "gguf": Scheme(weights="int8", activations="int8", as_stored=True),
 }
+_GRIDS_OF_16 = ("Q4_0", "Q4_1", "Q4_K")  # numbers for each 32 columns
 
 
 def weight_bits(name: str, shape: Sequence[int], scheme: Scheme) -> Bits | None:
@@ -86,6 +90,21 @@ def weight_bits(name: str, shape: Sequence[int], scheme: Scheme) -> Bits | None:
         return None
     is_whole = scheme.group_size is not None and shape[-1] % scheme.group_size == 0
     return 4 if is_whole else 8
+
+
+def packed_bits(name: str, shape: Sequence[int], scheme: Scheme, stored: str) -> Bits | None:
+    """`weight_bits` of a matrix that a file holds in a GGUF type, or in another precision."""
+    bits = weight_bits(name, shape, scheme)
+    return stored_bits(name, stored) if bits is not None and scheme.as_stored else bits
+
+
+def stored_bits(name: str, stored: str) -> Bits | None:
+    """What a GGUF type comes to: 4 where int4 of native passes holds it as it is; 8; None: the type
+    is no quantised one.
+    """
+    if stored not in BLOCK_TYPES:
+        return None
+    return 4 if stored in _GRIDS_OF_16 and not _HEAD.fullmatch(name) else 8
 
 
 def quantise_modules(model: TwoTower, scheme: Scheme) -> None:

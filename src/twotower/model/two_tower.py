@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from twotower import masks
 from twotower.arguments import check, one_of, require
 from twotower.config import TwoTowerConfig
-from twotower.kernels.quantised import Matrices, Quantised
 from twotower.layers.adaln import TimestepEmbedder
 from twotower.layers.bigram import Bigram
 from twotower.model import training
@@ -104,10 +103,10 @@ class TwoTower(Passes):
 
     def _value(self, name: str, tensor: Tensor) -> Tensor:
         matrix, _, part = name.rpartition(".")
-        if (read := self.unread.get(name)) is not None:
-            return _whole(read(), "")
-        if (read := self.unread.get(matrix)) is not None:  # of one with few bits
-            return _whole(read(), part)
+        if (found := self.unread.get(name)) is not None:
+            return found.value("")
+        if (found := self.unread.get(matrix)) is not None:  # of one with few bits
+            return found.value(part)
         return tensor
 
     def with_backend(self, backend: Backend) -> "TwoTower":
@@ -145,13 +144,3 @@ class TwoTower(Passes):
             self.extend(cache, chunk, counts)
             start += chunk.shape[1]
         return cache
-
-
-def _whole(found: Tensor | Quantised | Matrices, part: str) -> Tensor:
-    """A matrix or a stack in one piece, or a part of what has few bits."""
-    if isinstance(found, Tensor):
-        return found
-    if isinstance(found, Quantised):
-        value: Tensor = getattr(found, part)
-        return value
-    return torch.stack([_whole(found[expert], part) for expert in range(len(found))])

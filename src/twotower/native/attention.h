@@ -85,7 +85,8 @@ void project(const Step &s, const Tile &tile) {
     float *k = at_least(scratch.flat, 2 * size_t(kv_width) * W), *v = k + kv_width * W;
     float *q = scratch.q.data() + long(tile.first_lane) * q_width;
     const float *angles = s.layer.rotary ? scratch.angles.data() + long(tile.first_lane) * A : nullptr;
-    Input<W> in = input_of<W>(s.call.team, w.q_proj, scratch.u.data(), s.call.tower.width, tile.count);
+    const Weight &packed = packed_of(w.q_proj, packed_of(w.k_proj, w.v_proj));
+    Input<W> in = input_of<W>(s.call.team, packed, scratch.u.data(), s.call.tower.width, tile.count);
     matrices<W>(s.call.team,
                 {{w.q_proj, q_width, w.q_proj_bias.full, q},
                  {w.k_proj, kv_width, w.k_proj_bias.full, k},

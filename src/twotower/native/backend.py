@@ -29,14 +29,15 @@ from twotower.native.buffers import (
 from twotower.native.denoiser import NativeDenoiser
 from twotower.native.layout import LANES, Row
 from twotower.native.library import library
-from twotower.native.weights import native_head, native_tower
+from twotower.native.weights import native_head, native_table, native_tower
 
 
 class NativeBackend:
     """Passes of a model that `twotower.backends.refusal` lets through.
 
     quantization=int8, int4 rounds the projections now, heads to int8; those that the model has left
-    in its files are read for that. The weights must neither change nor move afterwards. OSError
+    in its files are read for that. gguf: the context tower's matrices are as in the file, heads
+    and a denoiser int8. The weights must neither change nor move afterwards. OSError
     (one line) where the library cannot be made. A tower without memory has no passes.
     """
 
@@ -49,14 +50,16 @@ class NativeBackend:
         scheme = NATIVE_SCHEMES.get(quantization)
         if not all(parameter.is_contiguous() for parameter in model.parameters()):
             raise ValueError("the native backend needs contiguous weights")
-        unread = model.unread
-        self._context = native_tower(model.context_tower, "context_tower", True, scheme, unread)
-        read = unread.get("context_lm_head.weight")
-        self._context_head = native_head(model.context_lm_head, scheme, read)
+        unread, tower = model.unread, model.context_tower
+        table = native_table(tower.embeddings.weight, unread.get("context_tower.embeddings.weight"))
+        rounded = None if scheme is None or scheme.as_stored else scheme
+        self._context = native_tower(tower, table, "context_tower", True, rounded, unread)
+        head = unread.get("context_lm_head.weight")
+        self._context_head = native_head(model.context_lm_head, scheme, head)
         self._denoiser = (
             None
             if model.denoiser_tower is None
-            else NativeDenoiser(model, scheme, self._context_head)
+            else NativeDenoiser(model, scheme, table, self._context_head)
         )
         self._pool = BufferPool()
         self._sizes = StateSizes(() if self._context is None else self._context.layers)

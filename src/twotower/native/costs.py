@@ -27,7 +27,7 @@ _LENGTHS = (1, 2, 4, 6, 8, 12, 16, 32)  # tokens of a pass: where tiles end
 _DRAFTED = 8  # tokens of a denoiser's pass
 _ROUNDS, _SECONDS = 3, 0.3  # at least so many, and so long
 # Of each further row, which attends to a text of its own; by the bits of the weights.
-_ROW = {"none": 0.025, "int8": 0.1, "int4": 0.15}
+_ROW = {"none": 0.025, "int8": 0.1, "int4": 0.15, "gguf": 0.15}
 
 _log = logging.getLogger(__name__)
 

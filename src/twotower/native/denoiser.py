@@ -15,25 +15,32 @@ from twotower.native.buffers import Addresses, known_states, past_states
 from twotower.native.layout import Row, address
 from twotower.native.library import library
 from twotower.native.tower import NativeLinear
-from twotower.native.weights import native_head, native_tower
+from twotower.native.weights import Table, native_head, native_table, native_tower
 
 _MAX_TABLES = 64  # remembered times
 _ROWS = 8192  # of a table that are widened at a time
 
 
 class NativeDenoiser:
-    """Blocks to logits, by the denoiser tower of a model that has one. context_head: the other
-    tower's, which may be its own, too.
+    """Blocks to logits, by the denoiser tower of a model that has one. context_table, context_head:
+    the other tower's, which may be its own, too.
     """
 
     def __init__(
-        self, model: TwoTower, scheme: Scheme | None, context_head: NativeLinear | None
+        self,
+        model: TwoTower,
+        scheme: Scheme | None,
+        context_table: Table,
+        context_head: NativeLinear | None,
     ) -> None:
         self._model, self._width = model, model.config.hidden_size
-        unread = model.unread
-        self._tower = native_tower(model.denoiser(), "denoiser_tower", False, scheme, unread)
-        is_shared, read = model.lm_head is model.context_lm_head, unread.get("lm_head.weight")
-        self._head = context_head if is_shared else native_head(model.lm_head, scheme, read)
+        unread, tower, name = model.unread, model.denoiser(), "denoiser_tower"
+        is_shared = tower.embeddings is model.context_tower.embeddings
+        own = unread.get(f"{name}.embeddings.weight")
+        table = context_table if is_shared else native_table(tower.embeddings.weight, own)
+        self._tower = native_tower(tower, table, name, False, scheme, unread)
+        is_shared, head = model.lm_head is model.context_lm_head, unread.get("lm_head.weight")
+        self._head = context_head if is_shared else native_head(model.lm_head, scheme, head)
         proj, bigram = model.denoiser().hidden_proj, model.bigram
         self._hidden_proj = None if proj is None else native_head(proj, scheme)
         self._bigram_up = None if bigram is None else native_head(bigram.up_proj, scheme)
@@ -89,9 +96,14 @@ class NativeDenoiser:
         """The small side of the bigram term for every token (V, rank), made at first use."""
         if self._inner is None:
             assert self._model.bigram is not None
-            bigram, table = shared_copy(self._model.bigram), self._model.denoiser().embeddings
+            bigram, table = (
+                shared_copy(self._model.bigram),
+                self._model.denoiser().embeddings.weight,
+            )
+            if table.is_meta:  # the context tower's, in its file
+                table = self._model.values_of("context_tower.embeddings")["weight"]
             bigram.down_proj = _in_float32(bigram.down_proj)
-            parts = [bigram.inner(some.float()) for some in table.weight.split(_ROWS)]
+            parts = [bigram.inner(some.float()) for some in table.split(_ROWS)]
             self._inner = torch.cat(parts)
         return self._inner
 

@@ -261,6 +261,12 @@ void to_lanes(Row row, int K, int count, float *lanes) {
         }
 }
 
+// Of matrices that share an input, one that wants it in whole numbers, if there is one: a GGUF file may have
+// others in full precision.
+inline const Weight &packed_of(const Weight &one, const Weight &other) {
+    return one.int8 || one.int4 ? one : other;
+}
+
 // The input of the next product: `count` tokens x[K][W]
 template <int W>
 Input<W> input_of(Team &team, const Weight &w, const float *x, int K, int count) {
@@ -301,7 +307,7 @@ template <int W>
 void dense(Team &team, const Dense &w, const float *x, int width, int count, float *y) {
     float *a = at_least(scratch.a, size_t(w.inner) * W);
     float *up = exists(w.gate) ? at_least(scratch.flat, size_t(w.inner) * W) : nullptr;
-    Input<W> in = input_of<W>(team, w.up, x, width, count);
+    Input<W> in = input_of<W>(team, packed_of(w.up, w.gate), x, width, count);
     team.split(blocks_of(w.inner), [&w, &in, a, up](int begin, int end) {
         if (up) gated<W>(w, in, a, up, begin, end);
         else squared<W>(w, in, a, begin, end);

@@ -8,10 +8,13 @@ import ctypes
 
 import torch
 
+from twotower.kernels.quantised import BLOCK_TYPES
 from twotower.specs import AttentionSpec, LayerSpec, MambaSpec, MLPSpec, MoESpec
 
 LANES = 16  # tokens of a tile: what the widest vector holds
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of packed values and of embeddings
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that are not packed
+STORED = (*(str(dtype).removeprefix("torch.") for dtype in DTYPES), *BLOCK_TYPES)
+"""What embeddings, and matrices before they are packed, may be in."""
 _STRUCTS = {
     # A vector in float32; a matrix in float32, in half precision or packed as `packing.Packed`
     # describes, others null. dtype: of full or half, by DTYPES; group: columns of which a token has
@@ -29,7 +32,7 @@ _STRUCTS = {
     "int32_t latent, int32_t kept_groups, int32_t softmax, int32_t normalises, float factor, "
     "const Weight *weights",
     # mask (masks, width): embeddings of the id `vocabulary` at each index of a row, of which the
-    # last goes on; null where there is none. dtype: of embeddings, by DTYPES. frequencies (A/2,):
+    # last goes on; null where there is none. dtype: of embeddings, by STORED. frequencies (A/2,):
     # the angle of each pair per position, null without rotary layers. turn_factor: what cosines
     # and sines are multiplied by.
     "Tower": "int32_t vocabulary, int32_t width, int32_t num_layers, int32_t masks, float eps, "
@@ -141,8 +144,8 @@ def header() -> str:
     """layout.h: structs, kinds, and for each kind a struct of its weights: pre_norm, then the
     names above without dots and `.weight`.
     """
-    dtypes = ", ".join(str(dtype).removeprefix("torch.").upper() for dtype in DTYPES)
-    lines = [f"constexpr int LANES = {LANES};", f"enum {{ {dtypes} }};"]
+    kinds = ", ".join([*(name.upper() for name in STORED[: len(DTYPES)]), *BLOCK_TYPES])
+    lines = [f"constexpr int LANES = {LANES};", f"enum {{ {kinds} }};"]
     for name, fields in _STRUCTS.items():
         lines.append(f"struct {name} {{ {fields.replace(', ', '; ')}; }};")
     for name, (symbol, names) in _KINDS.items():

@@ -1,21 +1,32 @@
-// Matrices in full precision to int8 and int4, as integers.h multiplies them.
+// Matrices in full precision, or as GGUF files have them, to int8 and int4, as integers.h multiplies them.
 //
 // int8: a row has one scale, of its largest magnitude, which becomes 127. int4: a group of 32 columns
 // takes the better of two grids: from its least to its largest number, as GGUF's Q4_1, and from -8 to 7
-// times a scale, as Q4_0; so weights that lie on either are kept exactly. NaN stays in the scale.
+// times a scale, as Q4_0. What has a grid of 16 numbers in its file keeps that. NaN stays in the scale.
 #pragma once
 
+#include "gguf.h"
 #include "integers.h"
 
 namespace twotower {
 
-// A matrix of K columns in one of the dtypes of files; the numbers of `layout.DTYPES`.
+// A matrix of K columns in one of the types of files, by `layout.STORED`.
 struct Values {
     const void *first;
     int dtype;
     long K;
 
+    bool is_float() const { return dtype <= FLOAT16; }
+    bool has_16_numbers() const { return dtype == Q4_0 || dtype == Q4_1 || dtype == Q4_K; }
+
+    // Of a quantised type
+    const uint8_t *row_at(long row) const {
+        auto [bytes, columns] = block_size(dtype);
+        return static_cast<const uint8_t *>(first) + row * (K / columns * bytes);
+    }
+
     void read_row(long row, float *x) const {
+        if (!is_float()) return widen_row(dtype, row_at(row), K, x);
         with_type(first, dtype, [=, this](const auto *numbers) { widen(numbers + row * K, K, x); });
     }
 };
@@ -92,8 +103,8 @@ inline OnGrid on_grid(const Group &x, float scale, float offset) {
     return found;
 }
 
-// A group of a row to its places among the GROUP_BYTES of its block
-inline void group_to_nibbles(const float *x, int row, uint8_t *out) {
+// The nearest of both grids
+inline OnGrid nearest_grid(const float *x) {
     Group own{floats<HALF>(x), floats<HALF>(x + HALF)};
     float least = reduce(own.low < own.high ? own.low : own.high, [](float a, float b) { return a < b ? a : b; });
     float most = reduce(own.low > own.high ? own.low : own.high, [](float a, float b) { return a > b ? a : b; });
@@ -103,14 +114,40 @@ inline void group_to_nibbles(const float *x, int row, uint8_t *out) {
     if (std::count(are_numbers, are_numbers + HALF, 0)) least = most = NAN;
     float largest = most > -least ? most : least;
     OnGrid one = on_grid(own, (most - least) / 15.0f, least), two = on_grid(own, largest / -8.0f, largest);
-    const OnGrid &best = two.error < one.error ? two : one;
-    Ints<HALF> both = __builtin_convertvector(best.numbers.low, Ints<HALF>) |
-                      __builtin_convertvector(best.numbers.high, Ints<HALF>) << 4;
+    return two.error < one.error ? two : one;
+}
+
+// The grid that a group has in its file
+inline OnGrid stored_grid(const GridColumns &group) {
+    Group numbers;
+    for (int i = 0; i < HALF; i++) numbers.low[i] = group.number[i], numbers.high[i] = group.number[HALF + i];
+    return {to_half(group.step[0]), to_half(group.start[0]), numbers, 0.0f};
+}
+
+// A group of a row to its places among the GROUP_BYTES of its block
+inline void write_group(const OnGrid &group, int row, uint8_t *out) {
+    Ints<HALF> both = __builtin_convertvector(group.numbers.low, Ints<HALF>) |
+                      __builtin_convertvector(group.numbers.high, Ints<HALF>) << 4;
     auto bytes = __builtin_convertvector(both, Bytes<HALF>);
     for (int i = 0; i < 4; i++)
         std::memcpy(out + (i * ROWS + row) * 4, reinterpret_cast<const uint8_t *>(&bytes) + 4 * i, 4);
-    std::memcpy(out + ROWS * HALF + 2 * row, &best.scale, 2);
-    std::memcpy(out + ROWS * HALF + 2 * (ROWS + row), &best.offset, 2);
+    std::memcpy(out + ROWS * HALF + 2 * row, &group.scale, 2);
+    std::memcpy(out + ROWS * HALF + 2 * (ROWS + row), &group.offset, 2);
+}
+
+// All groups of a row
+inline void row_to_nibbles(const Values &values, long row, float *room, int place, uint8_t *block) {
+    long groups = values.K / GROUP;
+    if (values.has_16_numbers()) {
+        GridColumns own;
+        for (long g = 0; g < groups; g++) {
+            read_columns(values.dtype, values.row_at(row), g, own);
+            write_group(stored_grid(own), place, block + g * GROUP_BYTES);
+        }
+        return;
+    }
+    values.read_row(row, room);
+    for (long g = 0; g < groups; g++) write_group(nearest_grid(room + g * GROUP), place, block + g * GROUP_BYTES);
 }
 
 // Blocks `begin` to `end` of a matrix of so many rows; what lies behind the last row is 0
@@ -125,10 +162,11 @@ inline void pack_blocks(const Values &values, int rows, bool is_int4, uint8_t *o
             int row = b * ROWS + r;
             if (!is_int4) scales[row] = 0.0f;
             if (row >= rows) continue;
-            values.read_row(row, x.data());
-            if (!is_int4) scales[row] = row_to_bytes(x.data(), K, r, block);
-            for (long g = 0; is_int4 && g < K / GROUP; g++)
-                group_to_nibbles(x.data() + g * GROUP, r, block + g * GROUP_BYTES);
+            if (is_int4) row_to_nibbles(values, row, x.data(), r, block);
+            else {
+                values.read_row(row, x.data());
+                scales[row] = row_to_bytes(x.data(), K, r, block);
+            }
         }
     }
 }

@@ -1,5 +1,7 @@
 """Matrices in int8 and int4 as integers.h wants them to lie; pack.h rounds full precision.
 
+Matrices in a GGUF type keep its grid where that is int4's.
+
 int8: a row (one output) has one float32 scale and whole numbers from -127 to 127. int4: a group of
 32 numbers of a row has a scale and an offset in half precision and whole numbers from 0 to 15;
 those of a checkpoint keep its bfloat16, and no number is rounded twice.
@@ -9,16 +11,18 @@ import ctypes
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.kernels.quantised import Bits, Matrices, Quantised
-from twotower.native.layout import DTYPES
+from twotower.kernels.quantised import Bits, Blocks, Quantised
+from twotower.model.passes import UnreadMatrix
+from twotower.native.layout import DTYPES, STORED
 from twotower.native.library import library
 
 GROUP = 32  # numbers of an int4 group, and of a token's group
@@ -57,7 +61,7 @@ class Packed:
 
     bits: what full precision is rounded to, 8 where not given. groups: columns of which a token has
     one scale, 32 or, where a checkpoint's `rounds_input` says how tokens are rounded, all of a row.
-    centred: those whose 4 bits are a checkpoint's. read: the values of a matrix without memory.
+    centred: those whose 4 bits are a checkpoint's. unread: those without memory.
     Blocks of 16 rows, with zeros beyond the last. int8: bytes [K/4][16][4], 128 too large, and
     behind all blocks a float32 scale of each row. int4: for each group [4][16][4] bytes, of which
     number i of four has column 4 i + j low and 16 + 4 i + j high, then 16 scales and 16 offsets.
@@ -67,7 +71,7 @@ class Packed:
         self,
         matrices: Mapping[str, Tensor | Quantised],
         bits: Mapping[str, Bits] | None = None,
-        read: Callable[[str], Tensor | Quantised | Matrices] | None = None,
+        unread: Mapping[str, UnreadMatrix] = MappingProxyType({}),
     ) -> None:
         self.centred = {
             name
@@ -86,10 +90,7 @@ class Packed:
         workers, threads = _share_out(matrices)
 
         def fill(name: str) -> None:
-            matrix = matrices[name]
-            is_meta = (matrix if isinstance(matrix, Tensor) else matrix.qdata).is_meta
-            assert not is_meta or read is not None
-            each = _each(read(name) if is_meta and read is not None else matrix)
+            each = _each(unread[name] if name in unread else matrices[name])
             for index, part in enumerate(parts[name].chunk(len(each))):
                 _write(part, each[index], self.bits[name], threads)
 
@@ -111,7 +112,9 @@ def _share_out(matrices: Mapping[str, Tensor | Quantised]) -> tuple[int, int]:
     return workers, threads // workers
 
 
-def _each(matrix: Tensor | Quantised | Matrices) -> Matrices:
+def _each(
+    matrix: Tensor | Quantised | UnreadMatrix,
+) -> Sequence[Tensor | Quantised] | Tensor | UnreadMatrix:
     """The matrices of a stack, or the one that is none."""
     if isinstance(matrix, Tensor):
         return [matrix] if matrix.dim() == 2 else matrix
@@ -145,17 +148,20 @@ def _num_bytes(matrix: Tensor | Quantised, bits: Bits) -> int:
     return rows * (-(-width // _QUAD) * _QUAD + 4)
 
 
-def _write(part: Tensor, matrix: Tensor | Quantised, bits: Bits, threads: int) -> None:
+def _write(part: Tensor, matrix: Tensor | Quantised | Blocks, bits: Bits, threads: int) -> None:
     """One matrix's bytes (num_bytes,) int8; full precision is rounded."""
     if isinstance(matrix, Quantised):
         _write_quantised(part, matrix, bits)
         return
-    values = matrix.detach().contiguous()
-    values = values if values.dtype in DTYPES else values.float()
+    if isinstance(matrix, Blocks):
+        values, kind = matrix.data.contiguous(), STORED.index(matrix.kind)
+    else:
+        values = matrix.detach().contiguous()
+        values = values if values.dtype in DTYPES else values.float()
+        kind = DTYPES.index(values.dtype)
     library().twotower_pack(
-        values.data_ptr(), DTYPES.index(values.dtype), *values.shape, bits == 4, threads,
-        part.data_ptr(),
-    )  # fmt: skip
+        values.data_ptr(), kind, *matrix.shape, bits == 4, threads, part.data_ptr()
+    )
 
 
 def _write_quantised(part: Tensor, matrix: Quantised, bits: Bits) -> None:

@@ -87,7 +87,9 @@ def _exported(load: Callable[[], TwoTower], folder: Path) -> Path:
 def _gguf(
     load: Callable[[], TwoTower], file: Path, quantization: Quantization, folder: Path
 ) -> Path:
-    if file.suffix == ".gguf" and gguf_quantization(file) == quantization:
+    if quantization == "gguf" or (
+        file.suffix == ".gguf" and gguf_quantization(file) == quantization
+    ):
         return file
     target, model = folder / f"{quantization}.gguf", load()
     stored: Any = str(model.context_tower.embeddings.weight.dtype).removeprefix("torch.")

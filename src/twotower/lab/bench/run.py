@@ -56,7 +56,8 @@ class MeasureOptions:
     --prompts the one that suits the model, as in other verbs."""
     quantization: str = AUTO
     """Quantisations to compare, separated by commas: none, int8, int4. Each backend runs those
-    that it has. auto: none,int8; with --prompts none,int8,int4."""
+    that it has. auto: none,int8; with --prompts none,int8,int4, and for a quantised GGUF file gguf,
+    its own bits, in which llama.cpp runs the file itself."""
     baselines: bool = True
     """Also measure AR decoding by transformers and llama.cpp, where they are installed."""
     prompts: tuple[Path, ...] = ()
@@ -93,10 +94,15 @@ class MeasureOptions:
         if AR not in split_names(self.modes):
             raise ValueError(f"modes: {self.modes} lacks ar, which all others are compared with")
 
-    def pairs(self, is_contest: bool) -> tuple[Sequence[BackendName], Sequence[Quantization]]:
-        """Backends and quantisations to compare, on a real model or on the shipped sizes."""
+    def pairs(
+        self, is_contest: bool, is_gguf: bool = False
+    ) -> tuple[Sequence[BackendName], Sequence[Quantization]]:
+        """Backends and quantisations to compare, on a real model, which may be a quantised GGUF
+        file, or on the shipped sizes.
+        """
         backend = AUTO if is_contest else "eager,native"
-        quantization = "none,int8,int4" if is_contest else "none,int8"
+        of_real = "gguf" if is_gguf else "none,int8,int4"
+        quantization = of_real if is_contest else "none,int8"
         usual = {"backend": backend, "quantization": quantization}
         names = (
             split_names(text if getattr(self, name) == AUTO else getattr(self, name))

@@ -7,15 +7,17 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import cast
 
 from torch import Tensor
 
 from twotower.backends import BackendName, Quantization, accelerate, planned_setup, refusal
-from twotower.config import TwoTowerConfig
+from twotower.checkpoint.files import has_quantised_blocks
 from twotower.engine import GenerateOptions, TokensCommitted, stream
 from twotower.engine.events import Event, Finished
+from twotower.families import read_config
 from twotower.lab.bench.baselines import Baseline, Measurement
 from twotower.lab.bench.replay import Script, ScriptedModel
 from twotower.model import ContextCache, TwoTower
@@ -73,11 +75,14 @@ class BaselineRunner:
 
 
 def refuse_impossible(
-    config: TwoTowerConfig, backends: Sequence[BackendName], quantizations: Sequence[Quantization]
+    folder: Path, backends: Sequence[BackendName], quantizations: Sequence[Quantization]
 ) -> None:
-    """ValueError (one line) if no backend runs such a model in any of these quantisations."""
+    """ValueError (one line) if no backend runs a folder's model in any of these quantisations."""
+    config, is_gguf = read_config(folder), has_quantised_blocks(folder)
     reasons = [
-        None if backend == "auto" else refusal(backend, planned_setup(config, quantization))
+        None
+        if backend == "auto"
+        else refusal(backend, replace(planned_setup(config, quantization), is_gguf=is_gguf))
         for backend, quantization in itertools.product(backends, quantizations)
     ]
     if None not in reasons:
