@@ -16,12 +16,11 @@ pytest.importorskip("num2words")
 
 import twotower
 from tiny_checkpoint import TEXT, make_checkpoint, make_text_checkpoint
-from twotower.cli.lm_eval import load_decoder
+from twotower.cli.lm_eval import load_decoder, read_model_args
 from twotower.cli.main import main
 from twotower.lab.evaluate.likelihood import score_texts
+from twotower.lab.evaluate.lm_decoder import Decoder
 from twotower.lab.evaluate.lm_harness import (
-    Decoder,
-    HarnessOptions,
     humaneval_file,
     process_humaneval,
     process_results,
@@ -37,8 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def decoder(checkpoint: str, **values: object) -> Decoder:
-    options = HarnessOptions.from_arguments({"pretrained": checkpoint, **values})
-    return load_decoder(options)
+    return load_decoder({"pretrained": checkpoint, **values})
 
 
 def test_generation_honours_each_requests_arguments(checkpoint: str) -> None:
@@ -77,13 +75,99 @@ def test_white_space_belongs_to_the_continuation(tmp_path: Path) -> None:
         ({"modus": "ar"}, "modus is unknown, perhaps mode; known are pretrained"),
         ({"mode": "fast"}, "mode='fast'"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": "many"}, "batch_size='many'"),
         ({"dtype": "int4"}, "dtype='int4'"),
+        ({"quantization": "fp8"}, "quantization='fp8'"),
+        ({"temperature": 0.5}, "temperature is unknown"),
     ],
 )
 def test_bad_model_arguments_are_one_line(values: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words) as caught:
-        HarnessOptions.from_arguments(values)
+        read_model_args(values)
     assert "\n" not in str(caught.value)
+
+
+def test_model_arguments_are_those_of_the_other_verbs() -> None:
+    """Silent failure: a figure of another precision, denoiser or drafts than asked for."""
+    values = {
+        "pretrained": 7,
+        "denoiser": "D",
+        "quantization": "int8",
+        "threads": 2,
+        "drafts": "lookup",
+    }
+    placement, decoding, rows = read_model_args(
+        {**values, "mode": "speculative", "batch_size": "auto"}
+    )
+    assert (placement.model, placement.denoiser, placement.quantization) == ("7", "D", "int8")
+    assert (placement.threads, decoding.given(), rows) == (
+        2, {"mode": "speculative", "drafts": "lookup"}, twotower.EngineOptions().batch_size
+    )  # fmt: skip
+
+
+def test_greedy_tasks_are_greedy_on_checkpoints_that_sample(tmp_path: Path) -> None:
+    """Silent failure: a checkpoint's own temperature makes a benchmark's answers random."""
+    folder = make_text_checkpoint(tmp_path)
+    ask = [("The old clock", {"max_gen_toks": 12, "until": []})]
+    wanted = decoder(str(folder), mode="ar").write(ask)
+    (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": 2.0}')
+    sampling = decoder(str(folder), mode="ar")
+    assert sampling.write(ask) == wanted
+    assert (
+        sampling.write([("The old clock", {**ask[0][1], "do_sample": True, "temperature": 2.0})])
+        != wanted
+    )
+
+
+def test_a_special_token_among_stop_strings_ends_the_text(tmp_path: Path) -> None:
+    """Silent failure: no text shows such a token, so the answer runs on behind it."""
+    one = decoder(str(make_text_checkpoint(tmp_path)), mode="ar")
+    (eos,) = one.tokenizer.special_ids & {one.tokenizer.eos_id}
+    special = one.tokenizer.token_text(eos)
+    options = one._options({"until": [special, "house"]})
+    assert options.stop == ("house",) and eos in options.eos_token_id
+
+
+TEMPLATE = """{%- for m in messages %}{% if m.role == 'system' and not system_is_known %}
+{{- raise_exception('no system') }}{% endif %}<bos>{{ m.role }}: {{ m.content | trim }};
+{%- endfor %}{% if add_generation_prompt %} assistant:{% endif %}"""
+
+
+def test_chats_are_read_as_the_template_writes_them(tmp_path: Path) -> None:
+    """Silent failures: two bos tokens; the rest of a reply asked for behind the reply's end."""
+    folder = make_text_checkpoint(tmp_path)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    one, chat = decoder(str(folder), mode="ar"), [{"role": "user", "content": "The house "}]
+    text = one.chat(chat, continues_last=False)
+    assert text == "<bos>user: The house; assistant:" and one.template().source == TEMPLATE
+    assert (
+        one._prompt(text).count(one.tokenizer.bos_id)
+        == 1
+        == one._prompt("x").count(one.tokenizer.bos_id)
+    )
+    assert one.chat(chat, continues_last=True) == "<bos>user: The house"
+    system = {"role": "system", "content": "Be kind."}
+    assert one.chat([system, *chat], continues_last=False) == text
+
+
+def test_without_a_template_chats_are_refused(checkpoint: str) -> None:
+    with pytest.raises(ValueError, match="has no chat template; leave the flag out"):
+        decoder(checkpoint).chat([{"role": "user", "content": "x"}], continues_last=False)
+
+
+def test_texts_after_one_context_are_scored_as_alone(tmp_path: Path) -> None:
+    """Silent failure: what is read once for several texts is another text's."""
+    folder = str(make_text_checkpoint(tmp_path))
+    one, several = decoder(folder), decoder(folder, batch_size=3)
+    pairs = [("The old clock", " stopped"), ("the", " house"), ("The old clock", " slept on"),
+             ("", "The"), ("The old", " clock")]  # fmt: skip
+    told: dict[int, object] = {}
+    found, together = one.score(pairs, told.__setitem__), several.score(pairs)
+    for place, pair in enumerate(pairs):
+        (alone,) = one.score([pair])
+        assert together[place].log_likelihood == pytest.approx(alone.log_likelihood, rel=1e-5)
+        assert found[place].log_likelihood == pytest.approx(alone.log_likelihood, rel=1e-5)
+        assert told[place] is found[place] and found[place].num_tokens == alone.num_tokens
 
 
 def test_tasks_hold_the_suite_and_are_judged_by_its_checkers(tmp_path: Path) -> None:

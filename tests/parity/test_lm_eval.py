@@ -26,6 +26,10 @@ PAIRS = [
     ("", "The whole house"),
 ]
 
+TEMPLATE = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}
+{{- raise_exception('no system') }}{% endif %}[{{ m.role }}] {{ m.content | trim }}
+{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"""
+
 
 def instances(kind: str, arguments: list[tuple[str, ...]]) -> list[Instance]:
     return [Instance(kind, {}, asked, place) for place, asked in enumerate(arguments)]
@@ -36,6 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, object]:
     """Ours on the checkpoint, lm-eval's `hf` on its export."""
     folder = tmp_path_factory.mktemp("models")
     make_text_checkpoint(folder / "ours")
+    (folder / "ours" / "chat_template.jinja").write_text(TEMPLATE)
     export_transformers(load_checkpoint(folder / "ours"), folder / "theirs")
     twotower.load_tokenizer(folder / "ours").save(folder / "theirs")
     ours = make_model_class(load_decoder).create_from_arg_string(
@@ -79,3 +84,25 @@ def test_greedy_text_too(models: tuple[object, object]) -> None:
     spelled = [(f"<bos>{context}", given) for context, given in asked]
     wanted = theirs.generate_until(instances("generate_until", spelled), disable_tqdm=True)
     assert all(found) and found == wanted
+
+
+def test_chats_too(models: tuple[object, object]) -> None:
+    """Silent failure: another prompt than lm-eval's own model makes of the same few-shot turns."""
+    ours, theirs = models
+    turns = [
+        {"role": "user", "content": " The old clock "},
+        {"role": "assistant", "content": "stopped"},
+        {"role": "user", "content": "The house"},
+    ]
+    begun = [*turns, {"role": "assistant", "content": "Answer: "}]
+    for chat, asks in (
+        (turns, True),
+        (begun, False),
+        ([{"role": "system", "content": "x"}, *turns], True),
+    ):
+        text = ours.apply_chat_template(chat, add_generation_prompt=asks)
+        assert text == theirs.apply_chat_template(chat, add_generation_prompt=asks)
+        pair = [(text, "silence")]
+        (found,) = ours.loglikelihood(instances("loglikelihood", pair))
+        (wanted,) = theirs.loglikelihood(instances("loglikelihood", pair), disable_tqdm=True)
+        assert found[0] == pytest.approx(wanted[0], abs=TOLERANCE) and found[1] == wanted[1]

@@ -70,6 +70,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "pyarrow": ("train.readers",),
     "jsonschema": ("lab.evaluate",),
     "lm_eval": ("lab.evaluate.lm_harness",),
+    "tqdm": ("lab.evaluate.lm_harness",),  # lm-eval needs it
     "matplotlib": ("lab",),
     "gguf": ("checkpoint", "families", "lab.bench.baselines"),
     "torchao": ("checkpoint.quantize",),
@@ -101,6 +102,7 @@ OPTIONAL = {
     "pyarrow",
     "jsonschema",
     "lm_eval",
+    "tqdm",
     "llguidance",
     "matplotlib",
     "ray",

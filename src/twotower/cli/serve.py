@@ -124,7 +124,7 @@ def describe(
         modes=modes,
         default_mode=defaults.mode,
         defaults={name: getattr(defaults, name) for name in _shown(modes)},
-        template=_template(loaded, chat_template),
+        template=template_of(loaded, chat_template),
         about=_ABOUT if loaded.name == SHIPPED else None,
         notice=functools.partial(prompt_notice, model),
     )
@@ -145,7 +145,7 @@ def served_name(loaded: Loaded) -> str:
     return file.stem if file.suffix.lower() == ".gguf" else file.name
 
 
-def _template(loaded: Loaded, instead: Path | None) -> "ChatTemplate | None":
+def template_of(loaded: Loaded, instead: Path | None = None) -> "ChatTemplate | None":
     """The given template, the checkpoint's, or for the shipped model the plain one."""
     from twotower.serve.chat import plain_template, read_template
 

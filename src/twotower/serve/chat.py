@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from twotower.tokenizer import Tokenizer, read_chat_template
 
 _RENDER_CPU_S, _RENDER_S = 1.0, 10.0
 _RENDER_MEMORY = 256 << 20
+_MAX_PIECES = 1 << 16  # of a text
+_MARK = "\ue002 "  # where a message that is to be continued ends, and whether blanks are kept
 _CHARS_PER_TOKEN = 8  # text has seldom more
 _MAX_AT_A_CUT = 64  # tokens by which the beginning of a text may differ from that of its ids
 # As the shipped model's training text writes questions and tool calls; see docs/serving.md.
@@ -40,6 +42,19 @@ call.function.name, 'arguments': call.function.arguments} | tojson }}
 {{- answers }}"""
 
 
+Turns = Sequence[Mapping[str, object]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manner:
+    """What a template is asked for beside messages and tools: `variables` of its own, such as
+    enable_thinking; continues_last: the rest of the last message instead of the reply to it.
+    """
+
+    variables: Mapping[str, object] = field(default_factory=dict)
+    continues_last: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChatTemplate:
     """A template's source and the special tokens that it may write."""
@@ -61,28 +76,63 @@ class ChatTemplate:
 
     def encode(
         self,
-        messages: Sequence[Mapping[str, object]],
+        messages: Turns,
         tools: Sequence[Mapping[str, object]] | None,
         tokenizer: Tokenizer,
         max_tokens: int,
         process: Process | None = None,
+        manner: Manner = Manner(),
     ) -> list[int]:
         """Token ids of a prompt for the next reply; ApiError 400 where the template refuses, takes
         too much, or makes more tokens than that. process: one for many prompts of one caller, from
         `process`; by itself each prompt gets its own.
         """
-        context = {"messages": messages, "tools": tools, "add_generation_prompt": True}
-        request = json.dumps({"context": context, "most_pieces": max_tokens}).encode()
         process = process or self.process(tokenizer)
-        with _refusals():
-            reply, _ = process.ask(child.RENDER + request, _RENDER_CPU_S, _RENDER_S)
-        return encode_pieces(tokenizer, json.loads(reply), max_tokens)
+        pieces = _pieces(process, messages, tools, max_tokens, manner)
+        return encode_pieces(tokenizer, pieces, max_tokens)
+
+    def text(self, messages: Turns, process: Process, manner: Manner = Manner()) -> str:
+        """A prompt as text; ApiError likewise."""
+        return "".join(part for part, _ in _pieces(process, messages, None, _MAX_PIECES, manner))
 
     def process(self, tokenizer: Tokenizer) -> Process:
         """A process of its own that renders; ApiError 400 where the template does not compile."""
         variables = tuple(sorted(self.special.items()))
         with _refusals():
             return _root(self.source, variables, tokenizer.special_texts).copy()
+
+
+def _pieces(
+    process: Process,
+    messages: Turns,
+    tools: Sequence[Mapping[str, object]] | None,
+    most: int,
+    manner: Manner,
+) -> list[tuple[str, bool]]:
+    """Parts of a prompt, each with whether special tokens in it are meant; one more than `most` if
+    there are too many.
+    """
+    if manner.continues_last:
+        last = messages[-1]
+        messages = [*messages[:-1], {**last, "content": f"{last['content']}{_MARK}"}]
+    context = {"messages": messages, "tools": tools, **manner.variables}
+    context["add_generation_prompt"] = not manner.continues_last
+    request = json.dumps({"context": context, "most_pieces": most}).encode()
+    with _refusals():
+        reply, _ = process.ask(child.RENDER + request, _RENDER_CPU_S, _RENDER_S)
+    pieces: list[tuple[str, bool]] = json.loads(reply)
+    is_whole = len(pieces) <= most
+    return _before_mark(pieces) if manner.continues_last and is_whole else pieces
+
+
+def _before_mark(pieces: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    for place in reversed(range(len(pieces))):
+        text, is_meant = pieces[place]
+        before, mark, behind = text.rpartition(_MARK.strip())
+        if mark:  # a template that strips messages has left out the blank behind it
+            before = before if behind.startswith(" ") else before.rstrip()
+            return [*pieces[:place], (before, is_meant)]
+    raise _refusal("does not show the last message, so it cannot be continued")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Both condition on a prompt. Nothing here generates. The suite's reference answer
 the eos that ends them.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from twotower.diffusion.loss import token_cross_entropy
 from twotower.engine.request import known_ids
 from twotower.lab.corpus import Document
 from twotower.model import TwoTower
+from twotower.model.rows import select_rows
 from twotower.tokenizer import Tokenizer
 
 CHUNK = 256  # tokens whose logits are held at a time
@@ -46,7 +48,8 @@ def score_texts(
     """Log-likelihood of each text after its prompt (>= 1 token) under the context tower.
 
     Rows of different lengths share passes, right-padded, `CHUNK` tokens at a time through the
-    cache: exact at any length. ValueError for lists of other lengths, and for no or unknown tokens.
+    cache: exact at any length. What all prompts begin with is read once. ValueError for lists of
+    other lengths, and for no or unknown tokens.
     """
     require("model", model, TwoTower, "twotower.load_model(path)")
     for name, lists in (("prompts", prompts), ("texts", texts)):
@@ -59,10 +62,14 @@ def score_texts(
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         ids = known_ids(model, f"prompt {number}", prompt)
         rows.append([*ids, *known_ids(model, f"text {number}", text)])
-    losses, hits = _row_losses(model, rows)
+    if not rows:
+        return []
+    first = min(map(len, prompts)) - 1  # position i scores token i + 1
+    losses, hits = _row_losses(model, rows, first)
     scores = []
     for row, prompt, text in zip(range(len(rows)), prompts, texts, strict=True):
-        span = slice(len(prompt) - 1, len(prompt) + len(text) - 1)  # position i scores token i + 1
+        begin = len(prompt) - 1 - first
+        span = slice(begin, begin + len(text))
         scores.append(
             Score(
                 log_likelihood=-float(losses[row, span].double().sum()),
@@ -73,23 +80,37 @@ def score_texts(
     return scores
 
 
-def _row_losses(model: TwoTower, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Nats of token i + 1 after tokens up to i, and whether it is the most probable: (B, L - 1)."""
+def _row_losses(
+    model: TwoTower, rows: Sequence[Sequence[int]], first: int
+) -> tuple[Tensor, Tensor]:
+    """Nats of token i + 1 after tokens up to i, from i = first on, and whether it is the most
+    probable: (B, L - 1 - first).
+    """
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
     for place, row in enumerate(rows):
         ids[place, : len(row)] = torch.tensor(row)
-    ids = ids.to(model.context_device)
-    cache = model.empty_cache(len(rows))
+    shared = int((ids[:, :first] == ids[0, :first]).all(0).cumprod(0).sum())
+    cache = model.prefill(ids[:1, :shared]) if shared else model.empty_cache(1)
+    if len(rows) > 1:
+        cache = select_rows(cache, torch.zeros(len(rows), dtype=torch.int64))
     losses, hits = [], []
-    for start in range(0, ids.shape[1] - 1, CHUNK):
-        stop = min(start + CHUNK, ids.shape[1] - 1)
+    for start, stop in _pieces(shared, first, ids.shape[1] - 1):
         counts = (lengths - start).clamp(0, stop - start)
-        logits = model.context_head(model.extend(cache, ids[:, start:stop], counts))
-        targets = ids[:, start + 1 : stop + 1]
-        losses.append(token_cross_entropy(logits, targets))
-        hits.append(logits.argmax(-1) == targets)
+        hidden = model.extend(cache, ids[:, start:stop].to(model.context_device), counts)
+        if start >= first:
+            logits = model.context_head(hidden)
+            targets = ids[:, start + 1 : stop + 1].to(logits.device)
+            losses.append(token_cross_entropy(logits, targets))
+            hits.append(logits.argmax(-1) == targets)
     return torch.cat(losses, dim=1).cpu(), torch.cat(hits, dim=1).cpu()
+
+
+def _pieces(*borders: int) -> Iterator[tuple[int, int]]:
+    """The positions between borders, at most `CHUNK` at a time."""
+    for begin, end in itertools.pairwise(borders):
+        for start in range(begin, end, CHUNK):
+            yield start, min(start + CHUNK, end)
 
 
 @torch.no_grad()

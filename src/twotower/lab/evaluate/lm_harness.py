@@ -12,173 +12,115 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from twotower.arguments import COUNT, check_fields, nearest, one_of
-from twotower.engine import GenerateOptions, generate
-from twotower.engine.resolved import MODES
 from twotower.lab.corpus import CATEGORIES, Document
-from twotower.lab.evaluate.likelihood import Score, score_texts
+from twotower.lab.evaluate.likelihood import Score
+from twotower.lab.evaluate.lm_decoder import Decoder
 from twotower.lab.evaluate.sandbox import Sandbox, find_sandbox
 from twotower.lab.evaluate.suite import EXECUTED, check, held_out
-from twotower.model import TwoTower
-from twotower.tokenizer import Tokenizer
 
 MODEL_NAME = "twotower"
-DEFAULT_MAX_TOKENS = 256
-DTYPES = ("float32", "bfloat16", "float16")
 
 
-@dataclass(frozen=True, kw_only=True)
-class HarnessOptions:
-    """What `--model_args` may name."""
+class Requests:
+    """lm-eval's requests answered by a Decoder."""
 
-    pretrained: str | None = None
-    """Checkpoint folder or hub id; the shipped model when not given."""
-    mode: str | None = None
-    """Decoding mode of generate_until; the checkpoint's own when not given."""
-    dtype: str = "float32"
-    device: str = "cpu"
-    denoiser_device: str | None = None
-    batch_size: int = 1
-    confidence_threshold: float | None = None
-    steps_per_block: int | None = None
-    verify_threshold: float | None = None
-    seed: int = 0
+    load: Callable[[dict[str, Any]], Decoder]
+    cache_hook: Any  # lm-eval's, with --use_cache
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
 
     @classmethod
-    def from_arguments(cls, values: dict[str, Any]) -> "HarnessOptions":
-        """ValueError for an unknown name (with the nearest known one) or an impossible value."""
-        known = [field.name for field in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise ValueError(
-                    f"model_args: {name} is unknown{nearest(name, known)}; known are "
-                    f"{', '.join(known)}"
-                )
-        options = cls(**values)
-        checks = {"mode": one_of(*MODES), "dtype": one_of(*DTYPES), "batch_size": COUNT}
-        try:
-            check_fields(options, checks)
-        except ValueError as error:
-            raise ValueError(f"model_args: {error}") from None
-        return options
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> "Requests":
+        """Of `--model_args` as a dictionary, and lm-eval's own options."""
+        extra = {n: v for n, v in (additional_config or {}).items() if v is not None}
+        values = {"batch_size": extra.get("batch_size", 1), **arg_dict}
+        # lm-eval's own default is a GPU: without one it is no wish of the user's.
+        if (device := str(extra.get("device", "cpu"))) != "cpu" and torch.cuda.is_available():
+            values = {"device": device, **values}
+        return cls(cls.load(values))
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict[str, Any] | None = None
+    ) -> "Requests":
+        """Of `--model_args` as it is typed."""
+        from lm_eval.utils import simple_parse_args_string
+
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Of each continuation after its context, and whether greedy decoding would write it."""
+        with _bar(requests, "log-likelihoods", disable_tqdm) as bar:
+
+            def tell(place: int, score: Score) -> None:
+                found = score.log_likelihood, score.is_greedy
+                self.cache_hook.add_partial("loglikelihood", requests[place].args, found)
+                bar.update()
+
+            scores = self.decoder.score([request.args for request in requests], tell)
+        return [(score.log_likelihood, score.is_greedy) for score in scores]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Of whole texts."""
+        with _bar(requests, "log-likelihoods", disable_tqdm) as bar:
+            texts = [("", request.args[0]) for request in requests]
+            scores = self.decoder.score(texts, lambda *_: bar.update())
+        return [score.log_likelihood for score in scores]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Texts after contexts."""
+        with _bar(requests, "texts", disable_tqdm) as bar:
+
+            def tell(place: int, text: str) -> None:
+                self.cache_hook.add_partial("generate_until", requests[place].args, text)
+                bar.update()
+
+            return self.decoder.write([request.args for request in requests], tell)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What lm-eval's cache of requests knows the model's prompts by."""
+        return self.decoder.name.replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The template's source; lm-eval keeps it with the results."""
+        if isinstance(chat_template, str) and chat_template != "default":
+            raise ValueError(f"apply_chat_template={chat_template}: has no effect; give no name")
+        return self.decoder.template().source
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A chat as a prompt; without generation prompt its last message is to be continued."""
+        return self.decoder.chat(chat_history, continues_last=not add_generation_prompt)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Decoder:
-    """A loaded model that answers lm-eval's three kinds of requests, without lm-eval's types."""
+def _bar(requests: Sequence[Any], what: str, is_off: bool) -> Any:
+    from tqdm import tqdm
 
-    model: TwoTower
-    tokenizer: Tokenizer
-    options: HarnessOptions
-
-    def score(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
-        """Each (context, continuation), in order; an empty context is the tokenizer's bos."""
-        encoded = [self._split(context, text) for context, text in pairs]
-        scores: list[Score] = []
-        for start in range(0, len(encoded), self.options.batch_size):
-            group = encoded[start : start + self.options.batch_size]
-            scores += score_texts(self.model, [p for p, _ in group], [t for _, t in group])
-        return scores
-
-    def _split(self, context: str, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of both, by lm-eval's own rule, after the bos that generation starts from too.
-
-        White space between them belongs to the continuation; both are encoded as one text, and what
-        goes beyond the context's own tokens is scored. Without a context eos can stand for bos.
-        """
-        tokenizer = self.tokenizer
-        cut = len(context.rstrip())
-        prompt = tokenizer.encode(context[:cut])
-        scored = tokenizer.encode(context + text)[len(prompt) :]
-        start = tokenizer.bos_id if tokenizer.adds_bos else None if prompt else tokenizer.eos_id
-        return ([] if start is None else [start]) + prompt, scored
-
-    def write(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
-        """Text after each context, until one of its stop strings."""
-        texts: list[str] = []
-        for start in range(0, len(requests), self.options.batch_size):
-            group = requests[start : start + self.options.batch_size]
-            options = [self._options(asked) for _, asked in group]
-            done = generate(self.model, [text for text, _ in group], options, self.tokenizer)
-            texts += [completion.text or "" for completion in done]
-        return texts
-
-    def _options(self, asked: dict[str, Any]) -> GenerateOptions:
-        """lm-eval's generation arguments as ours; ValueError for one that we cannot honour."""
-        known = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
-        if unknown := sorted(set(asked) - known):
-            allowed = ", ".join(sorted(known))
-            raise ValueError(f"generation_kwargs: {unknown[0]} is not supported; use {allowed}")
-        until = asked.get("until") or []
-        stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
-        given: dict[str, Any] = {
-            "max_new_tokens": int(asked.get("max_gen_toks", DEFAULT_MAX_TOKENS)),
-            "seed": self.options.seed,
-            "stop": stop or None,
-        }
-        if asked.get("do_sample", asked.get("temperature", 0.0) > 0.0):
-            given["temperature"] = float(asked.get("temperature", 1.0))
-            given |= {name: asked[name] for name in ("top_p", "top_k") if name in asked}
-        mine = ("mode", "confidence_threshold", "steps_per_block", "verify_threshold")
-        given |= {n: v for n in mine if (v := getattr(self.options, n)) is not None}
-        return GenerateOptions(**given)
+    return tqdm(total=len(requests), desc=what, disable=is_off)
 
 
-def make_model_class(load: Callable[[HarnessOptions], Decoder]) -> type:
-    """The lm_eval model class."""
+def make_model_class(load: Callable[[dict[str, Any]], Decoder]) -> type[Requests]:
+    """The lm_eval model class. load: the model that `--model_args` names."""
     from lm_eval.api.model import LM
 
-    class TwoTowerLM(LM):  # type: ignore[misc]  # lm_eval has no types
-        """lm-eval's requests answered by a Decoder."""
-
-        def __init__(self, decoder: Decoder) -> None:
-            super().__init__()
-            self.decoder = decoder
-
-        @classmethod
-        def create_from_arg_obj(
-            cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
-        ) -> "TwoTowerLM":
-            extra = {n: v for n, v in (additional_config or {}).items() if v is not None}
-            values = {"batch_size": int(extra.get("batch_size", 1)), **arg_dict}
-            # lm-eval's own default is a GPU: without one it is no wish of the user's.
-            if (device := str(extra.get("device", "cpu"))) != "cpu" and torch.cuda.is_available():
-                values = {"device": device, **values}
-            return cls(load(HarnessOptions.from_arguments(values)))
-
-        @classmethod
-        def create_from_arg_string(
-            cls, arg_string: str, additional_config: dict[str, Any] | None = None
-        ) -> "TwoTowerLM":
-            from lm_eval.utils import simple_parse_args_string
-
-            return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
-
-        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            scores = self.decoder.score([request.args for request in requests])
-            return [(score.log_likelihood, score.is_greedy) for score in scores]
-
-        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            scores = self.decoder.score([("", request.args[0]) for request in requests])
-            return [score.log_likelihood for score in scores]
-
-        def generate_until(self, requests: list[Any]) -> list[str]:
-            return self.decoder.write([request.args for request in requests])
-
-        def apply_chat_template(self, *args: object, **kwargs: object) -> str:
-            raise ValueError("chat templates are not supported; leave out --apply_chat_template")
-
-    return TwoTowerLM
+    return type("TwoTowerLM", (Requests, LM), {"load": staticmethod(load)})
 
 
-def register(load: Callable[[HarnessOptions], Decoder]) -> None:
+def register(load: Callable[[dict[str, Any]], Decoder]) -> None:
     """Make `--model twotower` known to lm-eval in this process; ImportError says what to install.
 
     lm-eval looks for no plug-ins: whoever wants the name calls this before lm-eval asks for it.

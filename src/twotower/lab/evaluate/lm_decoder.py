@@ -1,0 +1,166 @@
+"""A model that answers the three kinds of requests that lm-eval makes, without lm-eval's types.
+
+Texts are decoded in any mode; likelihoods are the context tower's, for the denoiser has only a
+bound.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from twotower.engine import (
+    EngineOptions,
+    Finished,
+    GenerateOptions,
+    defaults_of,
+    resolve_options,
+    stream,
+)
+from twotower.lab.evaluate.likelihood import Score, score_texts
+from twotower.model import TwoTower
+from twotower.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+DEFAULT_MAX_TOKENS = 256
+# Spellings of lm-eval's own models, the first that is given counts.
+_MAX_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_SAMPLING = ("top_p", "top_k", "min_p")
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+_KNOWN = {"until", "do_sample", "temperature", *_MAX_TOKENS, *_SAMPLING, *_PENALTIES}
+_MOST_CHOICES = 16  # texts after one context that are scored together whatever the batch size
+Messages = Sequence[Mapping[str, str]]
+
+
+class Template(Protocol):
+    """The model's chat template."""
+
+    source: str
+
+    def text(self, messages: Messages, continues_last: bool) -> str:
+        """A prompt for the reply to messages; continues_last: for the rest of the last one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """A loaded model that answers lm-eval's three kinds of requests, without lm-eval's types."""
+
+    name: str
+    model: TwoTower
+    tokenizer: Tokenizer
+    decoding: GenerateOptions
+    batch_size: int
+    template: Callable[[], Template]  # ValueError (one line) without one
+
+    def score(
+        self, pairs: Sequence[tuple[str, str]], tell: Callable[[int, Score], None] = lambda *_: None
+    ) -> list[Score]:
+        """Each (context, continuation), in order; an empty context is the tokenizer's bos. tell
+        gets each score and its place when it is known.
+        """
+        encoded = [self._split(context, text) for context, text in pairs]
+        scores: dict[int, Score] = {}
+        for group in _groups([prompt for prompt, _ in encoded], self.batch_size):
+            prompts, texts = zip(*(encoded[place] for place in group), strict=True)
+            for place, score in zip(group, score_texts(self.model, prompts, texts), strict=True):
+                scores[place] = score
+                tell(place, score)
+        return [scores[place] for place in range(len(pairs))]
+
+    def _split(self, context: str, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of both, by lm-eval's own rule, after the bos that generation starts from too.
+
+        White space between them belongs to the continuation; both are encoded as one text, and what
+        goes beyond the context's own tokens is scored. Without a context eos can stand for bos.
+        """
+        cut = len(context.rstrip())
+        prompt = self._prompt(context[:cut])
+        both = self._prompt(context + text)
+        scored = both[len(prompt) :]
+        return prompt or [self.tokenizer.eos_id], scored  # type: ignore[list-item]
+
+    def _prompt(self, text: str) -> list[int]:
+        """Token ids after bos, where the tokenizer adds it and a chat template has not written it.
+        Written forms of special tokens are meant, as in lm-eval's own models.
+        """
+        ids, bos = self.tokenizer.encode(text, allow_special=True), self.tokenizer.bos_id
+        is_missing = self.tokenizer.adds_bos and bos is not None and ids[:1] != [bos]
+        return [bos, *ids] if is_missing and bos is not None else ids
+
+    def write(
+        self,
+        requests: Sequence[tuple[str, dict[str, Any]]],
+        tell: Callable[[int, str], None] = lambda *_: None,
+    ) -> list[str]:
+        """Text after each context, until one of its stop strings. tell gets each text and its place
+        when it is whole.
+        """
+        prompts = [self._prompt(context) for context, _ in requests]
+        options = [self._options(asked) for _, asked in requests]
+        engine = EngineOptions(batch_size=self.batch_size)
+        texts = [""] * len(requests)
+        for event in stream(self.model, prompts, options, self.tokenizer, engine):
+            if isinstance(event, Finished):
+                texts[event.row] = event.completion.text or ""
+                tell(event.row, texts[event.row])
+        return texts
+
+    def _options(self, asked: dict[str, Any]) -> GenerateOptions:
+        """lm-eval's generation arguments as ours; ValueError for one that we cannot honour."""
+        if unknown := sorted(set(asked) - _KNOWN):
+            allowed = ", ".join(sorted(_KNOWN))
+            raise ValueError(f"generation_kwargs: {unknown[0]} is not supported; use {allowed}")
+        until = asked.get("until") or []
+        stop = [text for text in ([until] if isinstance(until, str) else until) if text]
+        ends, texts = self._ends(stop)
+        limits = [asked[name] for name in _MAX_TOKENS if asked.get(name) is not None]
+        given = self.decoding.given() | {
+            "max_new_tokens": int(limits[0] if limits else DEFAULT_MAX_TOKENS),
+            # Greedy, whatever the checkpoint's own default is.
+            "temperature": 0.0,
+        }
+        if texts:
+            given["stop"] = texts
+        if ends:
+            usual = resolve_options(GenerateOptions(**given), defaults_of(self.model)).eos_token_id
+            given["eos_token_id"] = (*usual, *ends)
+        temperature = float(asked.get("temperature") or 0.0)
+        if asked.get("do_sample", temperature > 0.0):
+            given["temperature"] = float(asked.get("temperature", 1.0))
+            given |= {name: asked[name] for name in _SAMPLING if name in asked}
+        given |= {name: asked[name] for name in _PENALTIES if name in asked}
+        return GenerateOptions(**given)
+
+    def _ends(self, stop: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Stop strings that are one special token, which no text shows, as ids; and the others."""
+        ids = {text: self.tokenizer.encode(text, allow_special=True) for text in stop}
+        special = {t for t, i in ids.items() if len(i) == 1 and i[0] in self.tokenizer.special_ids}
+        return tuple(ids[t][0] for t in stop if t in special), tuple(
+            t for t in stop if t not in special
+        )
+
+    def chat(self, messages: Messages, continues_last: bool) -> str:
+        """A chat as a prompt. Where the template refuses a system message, it is left out."""
+        template = self.template()
+        try:
+            return template.text(messages, continues_last)
+        except ValueError as error:
+            others = [message for message in messages if message["role"] != "system"]
+            if len(others) == len(messages):
+                raise
+            _log.warning("%s; asked again without the system message", error)
+            return template.text(others, continues_last)
+
+
+def _groups(prompts: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
+    """Places of prompts that are scored together: equal ones side by side, the longest first."""
+    group: list[int] = []
+    order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), prompts[place]))
+    for place in order:
+        is_same = all(prompts[other] == prompts[place] for other in group)
+        if len(group) >= (_MOST_CHOICES if is_same else batch_size):
+            yield group
+            group = []
+        group.append(place)
+    if group:
+        yield group
