@@ -184,7 +184,7 @@ def test_two_processes_go_on_from_one_to_the_same_model(
     assert err.count("step 4/6") == 1  # one process reports
     run_here(whole)
     # Muon rounds to bfloat16 inside, some processors by instructions of their own; losses tell.
-    assert_same(whole, handed, loss=1e-5, weights=2e-3, norm=1e-3)
+    assert_same(whole, handed, loss=1e-4, weights=2e-3, norm=1e-3)
 
 
 def test_two_processes_train_a_thin_denoiser_as_one_does(data: Path, tmp_path: Path) -> None:
@@ -211,7 +211,9 @@ def test_two_processes_train_a_thin_denoiser_as_one_does(data: Path, tmp_path: P
     for one, other, most in ((whole, two, 1e-5), (whole, eager, 1e-4)):
         expected, found = measured(one), measured(other)
         assert found.keys() == expected.keys() and len(found) > whole.steps
-        assert all(abs(found[key] - value) < most for key, value in expected.items())
+        assert all(
+            abs(found[key] - value) / max(1.0, value) < most for key, value in expected.items()
+        )
 
 
 @pytest.mark.parametrize("reads", [None, (0, 1, 4)], ids=["full", "thin"])

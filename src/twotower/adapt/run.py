@@ -36,7 +36,7 @@ from twotower.adapt.options import (
     WorkFolder,
 )
 from twotower.adapt.report import Pair
-from twotower.adapt.training import Acceptance, Trainer, measure
+from twotower.adapt.training import Acceptance, Trainer, has_bfloat16_products, measure
 from twotower.checkpoint.denoiser import (
     denoiser_config,
     find_denoiser,
@@ -208,9 +208,13 @@ def first_denoiser(
 
 
 def _with_head(made: TwoTower) -> TwoTower:
-    """The model with its head in memory, if that is what its denoiser drafts by."""
+    """The model with its head in memory, if that is what its denoiser drafts by, and in float32
+    where nothing else is multiplied.
+    """
     head = made.context_lm_head
-    if made.lm_head is head and head.weight.is_meta:
+    is_usable = head.weight.dtype == made.context_tower.norm_f.weight.dtype
+    is_usable = is_usable or has_bfloat16_products(made.denoiser_device.type)
+    if made.lm_head is head and (head.weight.is_meta or not is_usable):
         whole = made.values_of("context_lm_head")["weight"].float()
         made.lm_head = nn.Linear(whole.shape[1], whole.shape[0], bias=False, device="meta")
         made.lm_head.weight = nn.Parameter(whole, requires_grad=False)

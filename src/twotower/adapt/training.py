@@ -68,13 +68,15 @@ def _precision(model: TwoTower) -> torch.autocast:
     in its dtype. Weights and moments are float32.
     """
     device, dtype = model.denoiser_device.type, model.context_tower.norm_f.weight.dtype
-    is_fast = _has_bfloat16_products() if device == "cpu" else device == "cuda"
-    return torch.autocast(device, torch.bfloat16, enabled=is_fast or dtype != torch.float32)
+    is_wanted = has_bfloat16_products(device) or dtype != torch.float32
+    return torch.autocast(device, torch.bfloat16, enabled=is_wanted)
 
 
 @cache
-def _has_bfloat16_products() -> bool:
-    """Whether this processor multiplies bfloat16 itself: AVX-512, AMX or ARM's."""
+def has_bfloat16_products(device: str) -> bool:
+    """Whether a type of device multiplies bfloat16 itself; a processor by AVX-512, AMX or ARM's."""
+    if device != "cpu":
+        return device == "cuda"
     return any(has and name.endswith("bf16") for name, has in torch.cpu.get_capabilities().items())
 
 
