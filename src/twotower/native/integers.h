@@ -86,7 +86,7 @@ inline void int4_tokens(const uint8_t *w, bool is_centred, const Input<W> &in, i
     Floats<VECTOR> all[N][P] = {};
     Ints<VECTOR> low = Ints<VECTOR>{} + 0x0f0f0f0f;
     for (int g = 0; g < in.K / GROUP; g++, w += GROUP_BYTES) {
-        Ints<VECTOR> part[C][N][P] = {};
+        Quads<VECTOR, 15> part[C][N][P];
         const uint8_t *token = in.bytes + g * GROUP * W + first * 4;
         for (int line = 0; line < GROUP_BYTES; line += 64) __builtin_prefetch(w + AHEAD + line);
         for (int i = 0; i < 4; i++)
@@ -94,15 +94,15 @@ inline void int4_tokens(const uint8_t *w, bool is_centred, const Input<W> &in, i
                 Ints<VECTOR> both = ints<VECTOR>(w + i * 64 + (row + p * VECTOR) * 4), high = (both >> 4) & low;
                 both &= low;
                 for (int l = 0; l < N; l++) {
-                    Ints<VECTOR> &one = part[0][l][p], &other = part[C - 1][l][p];
-                    one = add_quads<VECTOR, 15>(one, both, four_bytes(token + (i * W + l) * 4));
-                    other = add_quads<VECTOR, 15>(other, high, four_bytes(token + ((i + 4) * W + l) * 4));
+                    part[0][l][p].add(both, four_bytes(token + (i * W + l) * 4));
+                    part[C - 1][l][p].add(high, four_bytes(token + ((i + 4) * W + l) * 4));
                 }
             }
         for (int p = 0; p < P; p++) {
             auto [scale, offset] = grid_of<VECTOR>(w, is_centred, row + p * VECTOR);
             for (int l = 0; l < N; l++) {
-                Ints<VECTOR> total = C == 1 ? part[0][l][p] : part[0][l][p] + part[C - 1][l][p];
+                Ints<VECTOR> total = part[0][l][p].total();
+                if (C > 1) total += part[C - 1][l][p].total();
                 Floats<VECTOR> scaled = __builtin_convertvector(total, Floats<VECTOR>) * scale;
                 all[l][p] = add_product<VECTOR>(all[l][p], scaled, in.scales[g * W + first + l]);
                 all[l][p] = add_product<VECTOR>(all[l][p], offset, in.sums[g * W + first + l]);
@@ -145,10 +145,10 @@ inline void integer_rows(const Block &w, const Input<W> &in, int r, int l, float
     int quads = (in.K + 3) / 4, group = (in.group + 3) / 4;
     for (int g = 0; g * group < quads; g++) {
         int at = g * W + l, end = std::min(quads, (g + 1) * group);
-        Ints<V> part[R][N];
-        for (int i = 0; i < R; i++)
-            for (int n = 0; n < N; n++)
-                part[i][n] = IS_INT4 ? Ints<V>{} : ints<V>(in.zeros + at + n * V);
+        Quads<V, IS_INT4 ? 15 : 255> part[R][N];
+        if constexpr (!IS_INT4)
+            for (int i = 0; i < R; i++)
+                for (int n = 0; n < N; n++) part[i][n].sum = ints<V>(in.zeros + at + n * V);
         for (int q = g * group; q < end; q++) {
             Ints<V> value[N];
             const uint8_t *own = w.bytes + (long(q) * ROWS + r) * 4;
@@ -158,13 +158,12 @@ inline void integer_rows(const Block &w, const Input<W> &in, int r, int l, float
             for (int i = 0; i < R; i++) {
                 int32_t four;
                 std::memcpy(&four, own + i * 4, 4);
-                for (int n = 0; n < N; n++)
-                    part[i][n] = add_quads<V, IS_INT4 ? 15 : 255>(part[i][n], Ints<V>{} + four, value[n]);
+                for (int n = 0; n < N; n++) part[i][n].add(Ints<V>{} + four, value[n]);
             }
         }
         for (int i = 0; i < R; i++)
             for (int n = 0; n < N; n++) {
-                Floats<V> scaled = __builtin_convertvector(part[i][n], Floats<V>);
+                Floats<V> scaled = __builtin_convertvector(part[i][n].total(), Floats<V>);
                 if (IS_INT4) scaled *= w.scales[g * ROWS + r + i];
                 total[i][n] = add_product<V>(total[i][n], scaled, floats<V>(in.scales + at + n * V));
                 if (IS_INT4)

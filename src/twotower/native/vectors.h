@@ -180,4 +180,26 @@ inline Ints<V> add_quads(Ints<V> sum, Ints<V> weights, Ints<V> signed_bytes) {
     }
 }
 
+// A sum of quads with int8 weights (MOST 255), or of at most 32 columns with int4 ones (MOST 15).
+template <int V, int MOST>
+struct Quads {
+    Ints<V> sum = {};
+
+    void add(Ints<V> weights, Ints<V> signed_bytes) { sum = add_quads<V, MOST>(sum, weights, signed_bytes); }
+    Ints<V> total() const { return sum; }
+};
+
+#if defined(TWOTOWER_AVX2) && !defined(TWOTOWER_AVX512) && !defined(__AVXVNNI__)
+// Two products are at most 2 * 15 * 127, and eight such pairs fit into 16 bits: they are widened once.
+template <>
+struct Quads<8, 15> {
+    __m256i pairs = _mm256_setzero_si256();
+
+    void add(Ints<8> weights, Ints<8> signed_bytes) {
+        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(__m256i(weights), __m256i(signed_bytes)));
+    }
+    Ints<8> total() const { return Ints<8>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1))); }
+};
+#endif
+
 }  // namespace twotower
