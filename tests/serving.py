@@ -78,9 +78,7 @@ def running(
     model = None if loaded.name == "shipped" else loaded.name
     options = ServeArguments(model=model, **given)  # type: ignore[arg-type]  # as a test names them
     worker = Worker(loaded.model, loaded.tokenizer, options)
-    app = create_app(
-        worker, options, describe(loaded, options.model_name, options.chat_template), keys
-    )
+    app = create_app(worker, options, describe(loaded, options, options.model_name), keys)
     server = Server(configure(app, options, host="127.0.0.1", port=0), app.state.service)
     sockets = [_listen(dataclasses.replace(options, port=0))] if has_own_listener else None
     thread = threading.Thread(target=server.run, args=(sockets,))

@@ -10,6 +10,7 @@ import pytest
 from tiny_text import tiny_tokenizer
 from twotower.serve.chat import (
     ChatTemplate,
+    Manner,
     encode_chat,
     encode_pieces,
     plain_template,
@@ -44,6 +45,58 @@ def test_a_callers_special_tokens_stay_letters(text: str) -> None:
     assert TOKENIZER.eos_id not in ids and TOKENIZER.mask_id not in ids
     assert ids.count(TOKENIZER.bos_id) == 1 and ids[0] == TOKENIZER.bos_id
     assert TOKENIZER.decode(ids) == f"<|user|>{text}"
+
+
+THINKS = "{{ messages[0].content }}{% if enable_thinking is true %} think{% endif %}"
+
+
+def test_a_request_s_variables_count_more_than_the_server_s() -> None:
+    """Silent failure: Qwen3 thinks aloud though the client or the server has switched it off."""
+    served = ChatTemplate(source=THINKS, special={}, variables={"enable_thinking": True})
+    for given, expected in (({}, "a think"), ({"enable_thinking": False}, "a")):
+        ids = served.encode(user("a"), None, TOKENIZER, 1000, manner=Manner(variables=given))
+        assert TOKENIZER.decode(ids) == expected
+    ids = template(THINKS).encode(user("a"), None, TOKENIZER, 1000)
+    assert TOKENIZER.decode(ids) == "a"
+
+
+@pytest.mark.parametrize("content", ["Sure: ", " Sure:", "Sure <eos>: it", "{{ x }}"])
+@pytest.mark.parametrize("way", ["", " | trim"])
+def test_a_reply_that_is_begun_is_continued_as_in_transformers(content: str, way: str) -> None:
+    """Silent failure: the model answers its own half of a reply, or goes on behind its end."""
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    source = "{% for m in messages %}[{{ m.role }}]{{ m.content WAY }}<eos>{% endfor %}[end]"
+    source = source.replace(" WAY", way)
+    turns = [*user("Sure: "), {"role": "assistant", "content": content}]
+    ((theirs,), _) = utils.render_jinja_template(
+        [turns], chat_template=source, continue_final_message=True
+    )
+    begun = Manner(continues_last=True)
+    ids = template(source).encode(turns, None, TOKENIZER, 1000, manner=begun)
+    assert TOKENIZER.decode(ids, skip_special=False) == theirs
+    assert ids.count(TOKENIZER.eos_id) == 1  # the first turn's: what a caller wrote stays letters
+    with pytest.raises(ApiError, match="does not show the last message"):
+        template("{{ messages[0].content }}").encode(turns, None, TOKENIZER, 1000, manner=begun)
+    with pytest.raises(ApiError, match="too long"):
+        template(source).encode(turns, None, TOKENIZER, 3, manner=begun)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs: tools is the request's"),
+        ({"continue_final_message": True}, "the last message must be the assistant's"),
+        ({"add_generation_prompt": False}, "must be true without continue_final_message"),
+        (
+            {"add_generation_prompt": True, "continue_final_message": True},
+            "must be false with continue_final_message",
+        ),
+    ],
+)
+def test_what_contradicts_itself_is_refused(fields: dict[str, object], reason: str) -> None:
+    body = ChatRequest.model_validate({"messages": user("a"), **fields})
+    with pytest.raises(ApiError, match=reason):
+        encode_chat(body, "m", template(TURNS), TOKENIZER, 1000)
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,13 @@ import os
 import sys
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
-
-import tyro
 
 from twotower.checkpoint.files import SHIPPED
 from twotower.cli.decoding import TextOptions, decoding_flags, refuse_without_denoiser
 from twotower.cli.progress import load_with_bar
 from twotower.cli.prompts import read_argument
-from twotower.cli.serve import describe, need_extra
+from twotower.cli.serve import TemplateOptions, describe, need_extra
 from twotower.cli.text import one_line, printable
 from twotower.engine import GenerateOptions
 from twotower.engine.resolved import SAMPLED_ONLY, refuse_sampling
@@ -47,7 +44,7 @@ A real model: twotower chat --model FOLDER, GGUF file or hub id; README.md fetch
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatArguments(TextOptions, Placement):
+class ChatArguments(TemplateOptions, TextOptions, Placement):
     """Chat in the terminal, with a model in this process or with a server. /help lists commands.
 
     The shipped model knows questions of a few kinds only; it is not an assistant.
@@ -60,8 +57,6 @@ class ChatArguments(TextOptions, Placement):
     """Server with OpenAI's API, such as http://127.0.0.1:8000. Default: load --model here."""
     api_key_env: str = "TWOTOWER_API_KEY"
     """Environment variable with the server's API key."""
-    chat_template: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Jinja chat template. Default: the checkpoint's."""
     system: str | None = None
     """System message."""
     escape: bool = False
@@ -76,9 +71,10 @@ class ChatArguments(TextOptions, Placement):
         if self.given.get("temperature") == 0:
             refuse_sampling(self.given)
         self.generate_options()
+        _ = self.variables
         if self.url is not None:
             usual = Placement()
-            for name in ("chat_template", *vars(usual)):
+            for name in (*vars(TemplateOptions()), *vars(usual)):
                 if name != "model" and getattr(self, name) != getattr(usual, name, None):
                     raise ValueError(f"{name}: is the server's with --url; leave it out")
         elif self.api_key_env != ChatArguments.api_key_env:
@@ -137,7 +133,7 @@ def _backend(options: ChatArguments) -> "Backend":
         asked = options.generate_options()
         refuse_without_denoiser(options, asked)
         loaded = load_with_bar(placement_of(options), asked.mode, only_decodes=True)
-        served = describe(loaded, chat_template=options.chat_template)
+        served = describe(loaded, options)
         if served.template is None:
             raise ValueError(f"model={loaded.name} has no chat template; give --chat-template FILE")
         return Local(loaded, served)

@@ -1,5 +1,6 @@
 """`twotower lm-eval`: lm-eval's own command line, with our models and tasks known to it."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cache, partial
@@ -9,7 +10,7 @@ from typing import Any
 from twotower.arguments import nearest
 from twotower.cli.measuring import say_protection
 from twotower.cli.progress import load_with_bar
-from twotower.cli.serve import need_extra, template_of
+from twotower.cli.serve import TemplateOptions, need_extra, template_of
 from twotower.engine import EngineOptions, GenerateOptions
 from twotower.lab.evaluate.lm_decoder import Decoder, Messages
 from twotower.lab.evaluate.lm_harness import register, run_harness, write_tasks
@@ -28,6 +29,7 @@ _DECODING = {
     "mode", "block_size", "steps_per_block", "first_token", "verify_threshold", "drafts",
     "draft_passes", "confidence_threshold", "schedule", "remask", "adaptive", "seed",
 }  # fmt: skip
+_VARIABLES = ("enable_thinking",)  # of chat templates
 
 
 def run_arguments(arguments: Sequence[str]) -> int:
@@ -61,6 +63,8 @@ def _write(arguments: Sequence[str]) -> int:
 def load_decoder(values: Mapping[str, Any]) -> Decoder:
     """Load the model that `--model_args` names; ValueError (one line) if it cannot be."""
     placement, decoding, batch_size = read_model_args(values)
+    variables = {name: values[name] for name in _VARIABLES if name in values}
+    options = TemplateOptions(chat_template_kwargs=json.dumps(variables))
     loaded = load_with_bar(placement, decoding.mode)
     return Decoder(
         name=loaded.name,
@@ -68,7 +72,7 @@ def load_decoder(values: Mapping[str, Any]) -> Decoder:
         tokenizer=loaded.need_tokenizer(),
         decoding=decoding,
         batch_size=batch_size,
-        template=cache(partial(_Template, loaded)),
+        template=cache(partial(_Template, loaded, options)),
     )
 
 
@@ -77,7 +81,7 @@ def read_model_args(values: Mapping[str, Any]) -> tuple[Placement, GenerateOptio
     unknown name (with the nearest known one) or an impossible value.
     """
     places = {field.name for field in fields(Placement)} - {"model"}
-    known = ["pretrained", *sorted(places | _DECODING | {"batch_size"})]
+    known = ["pretrained", *sorted(places | _DECODING | {"batch_size", *_VARIABLES})]
     for name in values:
         if name not in known:
             raise ValueError(
@@ -100,9 +104,9 @@ def read_model_args(values: Mapping[str, Any]) -> tuple[Placement, GenerateOptio
 class _Template:
     """A model's chat template and the process that renders it."""
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, loaded: Loaded, options: TemplateOptions) -> None:
         with need_extra("lm-eval"):
-            found = template_of(loaded)
+            found = template_of(loaded, options)
         if found is None:
             raise ValueError(
                 f"apply_chat_template: {loaded.name} has no chat template; leave the flag out"

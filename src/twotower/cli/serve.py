@@ -2,9 +2,10 @@
 
 import contextlib
 import functools
+import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,21 +52,45 @@ _SHOWN = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeArguments(ReplicatedOptions, Placement):
+class TemplateOptions:
+    """How a conversation becomes a prompt."""
+
+    chat_template: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Jinja chat template. Default: the checkpoint's."""
+    chat_template_kwargs: Annotated[str | None, tyro.conf.arg(metavar="JSON")] = None
+    """Variables of the chat template as a JSON object, such as '{"enable_thinking": false}'."""
+
+    @property
+    def variables(self) -> dict[str, object]:
+        """The template's variables; ValueError (one line) for another JSON value, or none."""
+        text = self.chat_template_kwargs
+        try:
+            found = {} if text is None else json.loads(text)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"chat_template_kwargs={text!r} must be a JSON object, such as "
+                '{"enable_thinking": false}'
+            )
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeArguments(TemplateOptions, ReplicatedOptions, Placement):
     """Serve a model over HTTP: OpenAI's API below /v1, and a page at / that shows how blocks fill.
 
     OpenAI's clients take it as base_url=http://127.0.0.1:8000/v1.
     """
 
     prefix_cache_bytes: int = 256 << 20
-    chat_template: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Jinja chat template. Default: the checkpoint's."""
 
     def __post_init__(self) -> None:
         Placement.__post_init__(self)
         ServeOptions.__post_init__(self)
         EngineOptions.__post_init__(self)
         ReplicaOptions.__post_init__(self)
+        _ = self.variables  # refused before the model is loaded
         if self.ray and self.denoiser_device == "peer":
             raise ValueError(
                 "denoiser_device=peer: a replica is one process; leave out --ray, or name a device"
@@ -92,7 +117,7 @@ def build_app(options: ServeArguments, keys: "Keys") -> "App":
 
     loaded = load_with_bar(placement_of(options), only_decodes=True)
     worker = Worker(loaded.model, loaded.tokenizer, options)
-    served = describe(loaded, options.model_name, options.chat_template)
+    served = describe(loaded, options, options.model_name)
     return create_app(worker, options, served, keys)
 
 
@@ -108,7 +133,7 @@ def need_extra(verb: str) -> Iterator[None]:
 
 
 def describe(
-    loaded: Loaded, name: str | None = None, chat_template: Path | None = None
+    loaded: Loaded, options: TemplateOptions = TemplateOptions(), name: str | None = None
 ) -> "Served":
     """The model as its callers see it, by a name and template; ValueError without a tokenizer."""
     from twotower.serve.requests import Served
@@ -124,7 +149,7 @@ def describe(
         modes=modes,
         default_mode=defaults.mode,
         defaults={name: getattr(defaults, name) for name in _shown(modes)},
-        template=template_of(loaded, chat_template),
+        template=template_of(loaded, options),
         about=_ABOUT if loaded.name == SHIPPED else None,
         notice=functools.partial(prompt_notice, model),
     )
@@ -145,10 +170,13 @@ def served_name(loaded: Loaded) -> str:
     return file.stem if file.suffix.lower() == ".gguf" else file.name
 
 
-def template_of(loaded: Loaded, instead: Path | None = None) -> "ChatTemplate | None":
+def template_of(loaded: Loaded, options: TemplateOptions) -> "ChatTemplate | None":
     """The given template, the checkpoint's, or for the shipped model the plain one."""
     from twotower.serve.chat import plain_template, read_template
 
+    instead = options.chat_template
     if loaded.name == SHIPPED and instead is None:
-        return plain_template(loaded.need_tokenizer())
-    return read_template(loaded.folder, instead)
+        found: ChatTemplate | None = plain_template(loaded.need_tokenizer())
+    else:
+        found = read_template(loaded.folder, instead)
+    return found and replace(found, variables=options.variables)

@@ -227,7 +227,7 @@ def _replies(body: ChatRequest, served: Served) -> Replies:
     assert served.template is not None  # which the reader has refused
     has_calls = bool(body.tools) and body.tool_choice != "none"
     style = served.template.tool_style if has_calls else None
-    return Replies(style, served.template.strips_reply)
+    return Replies(style, served.template.strips_reply and not body.continue_final_message)
 
 
 _ENDPOINTS: dict[str, tuple[type[Decoding], str, str, Ask]] = {

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -62,6 +62,7 @@ class ChatTemplate:
     source: str
     special: Mapping[str, str]  # such as bos_token, by the names that templates use
     strips_reply: bool = False  # whether a reply's first blank belongs to the format
+    variables: Mapping[str, object] = field(default_factory=dict)  # where a request gives none
 
     @property
     def tool_style(self) -> ToolStyle:
@@ -88,12 +89,16 @@ class ChatTemplate:
         `process`; by itself each prompt gets its own.
         """
         process = process or self.process(tokenizer)
-        pieces = _pieces(process, messages, tools, max_tokens, manner)
+        pieces = _pieces(process, messages, tools, max_tokens, self._filled(manner))
         return encode_pieces(tokenizer, pieces, max_tokens)
 
     def text(self, messages: Turns, process: Process, manner: Manner = Manner()) -> str:
         """A prompt as text; ApiError likewise."""
-        return "".join(part for part, _ in _pieces(process, messages, None, _MAX_PIECES, manner))
+        pieces = _pieces(process, messages, None, _MAX_PIECES, self._filled(manner))
+        return "".join(part for part, _ in pieces)
+
+    def _filled(self, manner: Manner) -> Manner:
+        return replace(manner, variables={**self.variables, **manner.variables})
 
     def process(self, tokenizer: Tokenizer) -> Process:
         """A process of its own that renders; ApiError 400 where the template does not compile."""
@@ -244,16 +249,41 @@ def encode_chat(
     tool_records = None if tools is None else [tool.model_dump(exclude_none=True) for tool in tools]
     if not template.has_tools:
         turns, tool_records = as_text(turns, tool_records or ()), None
-    ids = template.encode(turns, tool_records, tokenizer, max_tokens)
+    ids = template.encode(turns, tool_records, tokenizer, max_tokens, manner=_manner(body))
     if not ids:
         raise ApiError(400, "messages: the chat template makes no text of them", param="messages")
     return ids
+
+
+def _manner(body: ChatRequest) -> Manner:
+    variables, continues_last = body.chat_template_kwargs or {}, body.continue_final_message is True
+    if taken := sorted(_OWN & variables.keys()):
+        raise ApiError(
+            400,
+            f"chat_template_kwargs: {taken[0]} is the request's own; leave it out",
+            param="chat_template_kwargs",
+        )
+    if body.add_generation_prompt is continues_last:
+        must = "false with" if continues_last else "true without"
+        raise ApiError(
+            400,
+            f"add_generation_prompt: must be {must} continue_final_message; leave it out",
+            param="add_generation_prompt",
+        )
+    if continues_last and body.messages[-1].role != "assistant":
+        raise ApiError(
+            400,
+            "continue_final_message: the last message must be the assistant's",
+            param="continue_final_message",
+        )
+    return Manner(variables=variables, continues_last=continues_last)
 
 
 # What clients call parts of text, and parts of an answer that are none of what it said.
 _TEXTS = ("text", "input_text", "output_text", "refusal")
 _NOT_SAID = ("thinking", "redacted_thinking", "reasoning")
 _ROLES = {"developer": "system", "function": "tool"}
+_OWN = {"messages", "tools", "add_generation_prompt", "continue_final_message"}
 
 
 def _turn(number: int, message: Message) -> dict[str, object]:

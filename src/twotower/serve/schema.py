@@ -287,6 +287,9 @@ class ChatRequest(TextRequest):
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | AllowedChoice | None = None
     parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, object] | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
 
 
 def parse(record: type[RecordT], body: bytes) -> RecordT:
