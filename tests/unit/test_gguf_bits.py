@@ -12,7 +12,12 @@ from packed_groups import unpacked
 from tiny_gguf import Kind, Tensor, blocks, dequantize, quantize, rewrite
 from tiny_models import prompts_of, random_ids, random_model
 from twotower import GenerateOptions, accelerate, generate, load_model
+from twotower.adapt.features import find_places, write_part
+from twotower.adapt.options import StepOptions, ThinOptions
+from twotower.adapt.run import first_denoiser, reads_of
+from twotower.adapt.training import Trainer
 from twotower.checkpoint import load_checkpoint
+from twotower.checkpoint.denoiser import save_denoiser
 from twotower.checkpoint.gguf import export_gguf
 from twotower.families import config_from_dict
 from twotower.kernels.quantised import BLOCK_TYPES, Blocks
@@ -127,6 +132,28 @@ def test_auto_keeps_the_bits_for_who_only_decodes(tmp_path: Path) -> None:
     export_gguf(load_checkpoint(file, towers="context"), tmp_path / "f.gguf", dtype="float16")
     assert settled_quantization(Placement(model=str(tmp_path / "f.gguf"))) == "none"
     assert settled_quantization(Placement()) == "none"
+
+
+@pytest.mark.parametrize("draft_vocab", [0, 40])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_denoiser_learns_beside_a_file(tmp_path: Path, is_tied: bool, draft_vocab: int) -> None:
+    """Guards `adapt` on such a file: embeddings that stay in it had no values to learn from. The
+    steps of a new and of an earlier denoiser are those beside the same weights in memory."""
+    file = written(tmp_path, MIXED, tie_word_embeddings=is_tied)
+    models = load_model(file, quantization="gguf"), load_checkpoint(file, towers="context").float()
+    shape = ThinOptions(layers=1, block_size=4, draft_vocab=draft_vocab, bigram_rank=2)
+    earlier = ThinOptions(denoiser=str(tmp_path / "d"))
+    reads = reads_of(models[0].config, shape)
+    write_part(models[1], tiny_adapt.answers(9), reads, tmp_path / "part-00000.safetensors")
+    places = find_places(tmp_path)
+    for thin in (shape, earlier):
+        losses = []
+        for model in models:
+            made = first_denoiser(model, thin, 0)
+            trainer = Trainer(made, tiny_adapt.features_of(made), StepOptions(warmup_steps=1))
+            losses.append([trainer.take_step(places, 0.0) for _ in range(2)])
+        assert losses[0] == losses[1]
+        save_denoiser(made, tmp_path / "d", "m")
 
 
 def test_what_has_no_bits_of_its_own_is_refused(tmp_path: Path) -> None:

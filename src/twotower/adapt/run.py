@@ -198,26 +198,32 @@ def first_denoiser(
     if thin.denoiser is not None:
         made = load_denoiser(model, thin.denoiser)
         set_block_size(made, thin.block_size or made.config.block_size)
-        return _with_head(made)
+        return _with_tables(made)
     size, vocab_size, ids = thin.draft_vocab, model.config.vocab_size, None
     if 0 < size < vocab_size:
         ids = torch.arange(size) if work is None else draft_vocabulary(work, size, vocab_size)
     reads = reads_of(model.config, thin)
     config = thin_config(model.config, reads, thin.own_block_size, thin.draft_of(ids))
-    return _with_head(with_new_denoiser(model, config, ids, seed))
+    return _with_tables(with_new_denoiser(model, config, ids, seed))
 
 
-def _with_head(made: TwoTower) -> TwoTower:
-    """The model with its head in memory, if that is what its denoiser drafts by, and in float32
-    where nothing else is multiplied.
+def _with_tables(made: TwoTower) -> TwoTower:
+    """The model with embeddings in memory, and the head if that is what its denoiser drafts by: in
+    float32 where nothing else is multiplied.
     """
-    head = made.context_lm_head
-    is_usable = head.weight.dtype == made.context_tower.norm_f.weight.dtype
+    denoiser, tower, head = made.denoiser(), made.context_tower, made.context_lm_head
+    if tower.embeddings.weight.is_meta:
+        table = made.values_of("context_tower.embeddings")["weight"].float()
+        denoiser.embeddings = nn.Embedding.from_pretrained(table)
+    is_usable = head.weight.dtype == tower.norm_f.weight.dtype
     is_usable = is_usable or has_bfloat16_products(made.denoiser_device.type)
     if made.lm_head is head and (head.weight.is_meta or not is_usable):
-        whole = made.values_of("context_lm_head")["weight"].float()
+        is_tied = head.weight is tower.embeddings.weight
+        whole = (
+            denoiser.embeddings.weight if is_tied else made.values_of("context_lm_head")["weight"]
+        )
         made.lm_head = nn.Linear(whole.shape[1], whole.shape[0], bias=False, device="meta")
-        made.lm_head.weight = nn.Parameter(whole, requires_grad=False)
+        made.lm_head.weight = nn.Parameter(whole.float(), requires_grad=False)
     return made
 
 

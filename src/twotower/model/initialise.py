@@ -68,7 +68,8 @@ def copy_context_to_denoiser(model: TwoTower, seed: int) -> None:
     denoiser.embeddings.load_state_dict(context.embeddings.state_dict())
     denoiser.norm_f.load_state_dict(context.norm_f.state_dict())
     if (mask := denoiser.mask_embedding) is not None:  # like an average token, until it is trained
-        mask.copy_(context.embeddings.weight.mean(0, dtype=mask.dtype))
+        table = model.values_of("context_tower.embeddings")["weight"]
+        mask.copy_(table.mean(0, dtype=mask.dtype))
     if model.config.draft is not None:
         _start_thin(model, seed)
         return
