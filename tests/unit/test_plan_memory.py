@@ -53,6 +53,8 @@ def test_a_block_moves_its_keys_and_the_states() -> None:
     """The whole cache grows with the text; what crosses the link for a block does not."""
     made = setup()
     assert cache_bytes(made.shape, 3, 4, made.widths) == 3 * (4 * 64 * 2 + 2 * (256 * 4 + 192 * 2))
+    wide = replace(made.widths, kv_dtype="float32")
+    assert cache_bytes(made.shape, 3, 4, wide) == 3 * (4 * 64 * 4 + 2 * (256 * 4 + 192 * 2))
 
 
 def test_activations_go_with_what_a_pass_reads() -> None:

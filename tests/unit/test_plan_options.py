@@ -74,7 +74,9 @@ def test_widths_by_part() -> None:
     wide = made(dtype="float32")
     assert (wide.widths.dtype, wide.compute) == ("float32", "float32")
     assert made(dtype="float32", compute="bfloat16").compute == "bfloat16"
-    assert made(expert_weights="int8", dtype="float32").widths.cache_bytes == 4
+    found = made(expert_weights="int8", dtype="float32", kv_cache_dtype="float16").widths
+    assert (found.cache_bytes, found.kv_bytes) == (4, 2)
+    assert made(dtype="float32").widths.kv_bytes == 4
 
 
 def test_efficiency_by_kind_and_by_number() -> None:

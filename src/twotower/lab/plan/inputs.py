@@ -9,6 +9,7 @@ from twotower.lab.plan.hardware import Kind
 
 Width = Literal["float32", "bfloat16", "int8", "int4"]
 DType = Literal["float32", "bfloat16"]
+KVDType = Literal["float32", "bfloat16", "float16"]
 Mode = Literal["ar", "diffusion", "speculative"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 # As our own checkpoints store them: int8 with a scale per row, which does not count; int4 with a
@@ -21,13 +22,14 @@ class Widths:
     """Widths of the parts: routed and shared experts; matrices of Mamba, attention and MLP; head.
 
     `dtype` is of what is never quantised (embedding table, norms, time conditioning) and of the
-    cache. Routers are float32.
+    cache, but for keys and values where `kv_dtype` says otherwise. Routers are float32.
     """
 
     experts: Width
     projections: Width
     head: Width
     dtype: DType
+    kv_dtype: KVDType | None = None
 
     def __post_init__(self) -> None:
         if self.head == "int4":
@@ -44,8 +46,13 @@ class Widths:
 
     @property
     def cache_bytes(self) -> float:
-        """Bytes of a cached key, value or convolution input; SSM states are float32."""
+        """Bytes of a cached convolution input; SSM states are float32."""
         return BITS[self.dtype] / 8
+
+    @property
+    def kv_bytes(self) -> float:
+        """Bytes of a cached key or value."""
+        return 4.0 if (self.kv_dtype or self.dtype) == "float32" else 2.0
 
 
 def uniform(width: Width) -> Widths:

@@ -75,8 +75,8 @@ def tower_bytes(shape: ModelShape, tower: Tower, widths: Widths) -> tuple[float,
 def cache_bytes(shape: ModelShape, rows: int, length: int, widths: Widths) -> float:
     """Bytes of the context cache of `rows` rows of `length` tokens."""
     tower = shape.config.context
-    keys = (tower.kv_elements * length + tower.conv_elements) * widths.cache_bytes
-    return rows * (keys + 4.0 * tower.ssm_elements)
+    keys = tower.kv_elements * length * widths.kv_bytes
+    return rows * (keys + tower.conv_elements * widths.cache_bytes + 4.0 * tower.ssm_elements)
 
 
 def activation_bytes(setup: PlanSetup, workload: Workload, tower: Tower, mode: Mode) -> float:

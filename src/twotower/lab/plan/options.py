@@ -17,6 +17,7 @@ from twotower.lab.plan.inputs import (
     PROFILES,
     DType,
     Efficiency,
+    KVDType,
     Width,
     Widths,
     Workload,
@@ -48,6 +49,8 @@ class PlanOptions:
     """Number of such machines: 1, or 2 with a tower each."""
     dtype: DType | None = None
     """Precision of weights and cache. Default: bfloat16."""
+    kv_cache_dtype: KVDType | None = None
+    """Precision of cached keys and values. Default: that of the cache."""
     quantization: Literal["none", "int8", "int4"] | None = None
     """Quantisation of all matrices; with int4 the head has 8 bits. Default: the checkpoint's."""
     batch_size: int = 1  # as in EngineOptions, whose help it has
@@ -216,6 +219,7 @@ def _make_widths(options: PlanOptions) -> Widths:
         projections=options.projection_weights or base.projections,
         head=options.head_weights or base.head,
         dtype=options.dtype or base.dtype,
+        kv_dtype=options.kv_cache_dtype,
     )
 
 

@@ -160,7 +160,7 @@ def _mixing(shape: ModelShape, call: Pass, widths: Widths) -> PassPart:
     state_bytes = 4.0 * config.ssm_elements + config.conv_elements * widths.cache_bytes
     if call.tower == "context":
         state_bytes *= 2  # the denoiser only reads them
-    keys = config.kv_elements * length * widths.cache_bytes
+    keys = config.kv_elements * length * widths.kv_bytes
     # A causal token sees half of its own call on average, a masked one the whole block.
     seen = length if call.tower == "denoiser" else call.past + (call.tokens + 1) / 2
     queries = sum(one.num_heads * one.head_dim for one in config.layers_of(AttentionSpec))
