@@ -33,6 +33,7 @@ from twotower.specs import AttentionSpec, LayerSpec, MambaSpec, MoESpec
 
 BackendName = Literal["auto", "eager", "native", "graphs"]
 Quantization = Literal["none", "int8", "int4", "gguf"]
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 ROUNDINGS = tuple(name for name in QUANTIZATIONS if name != "gguf")
@@ -56,9 +57,14 @@ class Setup:
     devices: frozenset[str] = frozenset({"cpu"})
     expert_storage: ExpertStorage = "memory"
     bidirectional_mamba: bool = False
+    kv_cache_dtype: DTypeName = "auto"
 
 
-def setup_of(model: TwoTower, quantization: Quantization = "none") -> Setup:
+def setup_of(
+    model: TwoTower,
+    quantization: Quantization = "none",
+    kv_cache_dtype: DTypeName = "auto",
+) -> Setup:
     """The setup of a loaded model; parts without memory (on the meta device) do not count."""
     loaded = [parameter for parameter in model.parameters() if not parameter.is_meta]
     return Setup(
@@ -70,6 +76,7 @@ def setup_of(model: TwoTower, quantization: Quantization = "none") -> Setup:
         devices=frozenset(p.device.type for p in loaded),
         expert_storage="mmap" if has_mapped_experts(model) else "memory",
         bidirectional_mamba=model.config.bidirectional_mamba,
+        kv_cache_dtype=kv_cache_dtype,
     )
 
 
@@ -99,9 +106,15 @@ def is_native(backend: BackendName, setup: Setup) -> bool:
 
 
 def _eager_refusal(setup: Setup) -> str | None:
-    if setup.quantization == "none":
+    if setup.quantization != "none":
+        return "eager passes run weights as they are loaded"
+    return _own_kv_dtype("eager", setup)
+
+
+def _own_kv_dtype(backend: BackendName, setup: Setup) -> str | None:
+    if setup.kv_cache_dtype == "auto":
         return None
-    return "eager passes run weights as they are loaded"
+    return f"{backend} passes keep keys and values in what they compute in"
 
 
 def _native_refusal(setup: Setup) -> str | None:
@@ -125,6 +138,10 @@ def _native_refusal(setup: Setup) -> str | None:
         (bool(others), f"native passes read no weights in {_list(others)}"),
         (setup.bidirectional_mamba, "native passes have no bidirectional Mamba"),
         (
+            setup.kv_cache_dtype != "auto" and not keys,
+            "without attention a model has no keys and values",
+        ),
+        (
             stored is not None and setup.quantization not in ("none", stored),
             f"native passes round full-precision weights, and this checkpoint's are {stored}",
         ),
@@ -144,7 +161,9 @@ def _graphs_refusal(setup: Setup) -> str | None:
     is_on_gpu, dtypes = "cuda" in setup.devices, {str(t)[len("torch.") :] for t in setup.dtypes}
     others, stored = setup.devices - {"cpu", "cuda"}, setup.scheme and setup.scheme.weights
     is_wide = stored is None and setup.quantization == "none"
+    own_kv_dtype = _own_kv_dtype("graphs", setup)
     for is_refused, sentence in (
+        (own_kv_dtype is not None, own_kv_dtype),
         (setup.quantization == "int4", "graphs passes round weights to int8, not to int4"),
         (setup.quantization == "gguf", "graphs passes read no GGUF types"),
         (
@@ -174,19 +193,33 @@ def _list(names: Iterable[str]) -> str:
 @dataclass(frozen=True)
 class _Entry:
     refusal: Callable[[Setup], str | None]
-    build: Callable[[TwoTower, Quantization], Backend]
+    build: Callable[[TwoTower, Setup], Backend]
+
+
+def _native(model: TwoTower, setup: Setup) -> Backend:
+    name = "float32" if setup.kv_cache_dtype == "auto" else setup.kv_cache_dtype
+    return NativeBackend(model, setup.quantization, getattr(torch, name))
 
 
 _BACKENDS: dict[str, _Entry] = {
-    "native": _Entry(_native_refusal, NativeBackend),
+    "native": _Entry(_native_refusal, _native),
     "eager": _Entry(_eager_refusal, lambda model, _: EagerBackend(model)),
-    "graphs": _Entry(_graphs_refusal, GraphsBackend),
+    "graphs": _Entry(
+        _graphs_refusal, lambda model, setup: GraphsBackend(model, setup.quantization)
+    ),
 }
-_AUTOMATIC = ("native", "eager")  # in the order in which auto tries them
+
+
+def _tried(backend: BackendName) -> tuple[BackendName, ...]:
+    """The backends that a name stands for, in the order in which they are tried."""
+    return ("native", "eager") if backend == "auto" else (backend,)
 
 
 def accelerate(
-    model: TwoTower, backend: BackendName = "auto", quantization: Quantization = "none"
+    model: TwoTower,
+    backend: BackendName = "auto",
+    quantization: Quantization = "none",
+    kv_cache_dtype: DTypeName = "auto",
 ) -> TwoTower:
     """The model with its decoding passes run by a backend: same methods, same weights.
 
@@ -195,21 +228,26 @@ def accelerate(
     lie. graphs: passes of fixed shapes, which a CUDA device records and replays. auto: the first of
     native and eager that runs the model; one log line says which, and why not the other.
     quantization=int8, int4: native passes with projections rounded to 8 or 4 bits now; graphs
-    passes have int8. gguf: as the file has them, for a model that was loaded so. The weights must
-    not change afterwards. ValueError (one line) for what cannot
-    run.
+    passes have int8. gguf: as the file has them, for a model that was loaded so. kv_cache_dtype: of
+    the keys and values that native passes keep; auto: what a backend computes in. The weights must
+    not change afterwards. ValueError (one line) for what cannot run.
     """
-    choices = {"backend": one_of(*BACKENDS), "quantization": one_of(*QUANTIZATIONS)}
-    check({"backend": backend, "quantization": quantization}, choices)
+    choices = {
+        "backend": one_of(*BACKENDS),
+        "quantization": one_of(*QUANTIZATIONS),
+        "kv_cache_dtype": one_of(*get_args(DTypeName)),
+    }
+    given = {"backend": backend, "quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
+    check(given, choices)
     require("model", model, TwoTower, "twotower.load_model(path)")
     if backend == "graphs" or quantization == "none":
         model.require_read(f"backend={backend} quantization={quantization}")
-    setup, reasons = setup_of(model, quantization), list[str]()
-    for name in _AUTOMATIC if backend == "auto" else [backend]:
+    setup, reasons = setup_of(model, quantization, kv_cache_dtype), list[str]()
+    for name in _tried(backend):
         try:
-            if (reason := refusal(name, setup)) is not None:  # type: ignore[arg-type]  # a key
+            if (reason := refusal(name, setup)) is not None:
                 raise ValueError(reason)
-            found = _BACKENDS[name].build(model, quantization)
+            found = _BACKENDS[name].build(model, setup)
         except Unreadable:
             raise
         except (OSError, ValueError) as error:
@@ -242,7 +280,12 @@ def _own_bits(setup: Setup) -> Quantization | None:
     return setup.scheme.weights if refusal("native", asked) is None else None
 
 
-def _complaint(backend: str, setup: Setup, reasons: list[str]) -> str:
+def _complaint(backend: BackendName, setup: Setup, reasons: list[str]) -> str:
+    if setup.kv_cache_dtype != "auto":
+        free = replace(setup, kv_cache_dtype="auto")
+        if any(refusal(name, free) is None for name in _tried(backend)):
+            return f"kv_cache_dtype={setup.kv_cache_dtype}: {reasons[0]}; use kv_cache_dtype=auto"
+        return _complaint(backend, free, reasons)
     own = _own_bits(setup)
     if setup.quantization == "none":
         others = "backend=eager" if own is None else f"quantization={own} or backend=eager"

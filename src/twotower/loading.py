@@ -18,6 +18,7 @@ from twotower.arguments import THREADS, check_fields, nonempty, one_of, require
 from twotower.backends import (
     BACKENDS,
     BackendName,
+    DTypeName,
     Quantization,
     Setup,
     accelerate,
@@ -48,7 +49,6 @@ from twotower.model.precision import NATIVE_SCHEMES, ExpertStorage, Scheme
 from twotower.paths import usable_path
 from twotower.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
-DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 QuantizationName = Literal["auto", "none", "int8", "int4", "gguf"]
 PEER = "peer"
 _log = logging.getLogger(__name__)
@@ -84,6 +84,9 @@ class Placement:
     """int8, int4: quantise the weights while they are loaded, for the native backend; int8 also for
     graphs. gguf: keep the bits of a GGUF file, 4 or 8 in each matrix, for the native backend. none:
     full precision. auto: gguf where a command decodes natively from such a file, else none."""
+    kv_cache_dtype: DTypeName = "auto"
+    """Precision in which native passes keep keys and values; bfloat16 and float16 take half the
+    memory. auto: what the backend computes in, float32 for native passes."""
     backend: BackendName = "auto"
     """What runs forward passes. native: C++ on a CPU, compiled on first use. eager: PyTorch, for
     every model and device. graphs: CUDA graphs of fixed shapes. auto: native if it can run the
@@ -99,6 +102,7 @@ class Placement:
         checks = {
             "dtype": one_of(*get_args(DTypeName)),
             "quantization": one_of(*get_args(QuantizationName)),
+            "kv_cache_dtype": one_of(*get_args(DTypeName)),
             "backend": one_of(*BACKENDS),
             "expert_storage": one_of(*get_args(ExpertStorage)),
             "threads": THREADS,
@@ -225,6 +229,7 @@ def load_model(
     revision: str | None = None,
     denoiser_device: str | torch.device | None = None,
     quantization: QuantizationName = "auto",
+    kv_cache_dtype: DTypeName | torch.dtype = "auto",
     backend: BackendName = "auto",
     threads: int | None = None,
     expert_storage: ExpertStorage = "memory",
@@ -248,6 +253,7 @@ def load_model(
         denoiser_device=None if denoiser_device is None else str(denoiser_device),
         dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]  # checked there
         quantization=quantization,
+        kv_cache_dtype=str(kv_cache_dtype).removeprefix("torch."),  # type: ignore[arg-type]
         backend=backend,
         threads=threads,
         expert_storage=expert_storage,
@@ -345,7 +351,7 @@ def _load_towers(
     if placement.denoiser is not None:
         where = find_device(elsewhere)
         model = load_denoiser(model, placement.denoiser, where, dtype, keeps_halves)
-    return accelerate(model, placement.backend, setup.quantization)
+    return accelerate(model, placement.backend, setup.quantization, placement.kv_cache_dtype)
 
 
 def settled_quantization(placement: Placement, only_decodes: bool = True) -> Quantization:
@@ -393,7 +399,13 @@ def _setup(folder: Path, placement: Placement, devices: set[str]) -> Setup:
     setup = planned_setup(config, placement.quantization, placement.expert_storage)
     is_gguf = has_quantised_blocks(folder)
     scheme = read_scheme(folder)
-    return replace(setup, scheme=scheme, is_gguf=is_gguf, devices=frozenset(devices))
+    return replace(
+        setup,
+        scheme=scheme,
+        is_gguf=is_gguf,
+        devices=frozenset(devices),
+        kv_cache_dtype=placement.kv_cache_dtype,
+    )
 
 
 def _packing(placement: Placement, setup: Setup) -> Scheme | None:

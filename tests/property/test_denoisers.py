@@ -171,13 +171,14 @@ def test_the_other_rank_fills_blocks_as_this_one(monkeypatch: pytest.MonkeyPatch
     assert not other.is_alive()
 
 
-def test_ranks_compute_in_precisions_of_their_own() -> None:
+@pytest.mark.parametrize("kept", ["auto", "float16"])
+def test_ranks_compute_in_precisions_of_their_own(kept: str) -> None:
     """Guards a GPU's context in bfloat16 beside a CPU's denoiser, whose native passes keep states
-    in float32: no block was filled."""
+    in float32, or keys in another half: no block was filled."""
     there, back = queue.SimpleQueue[Message](), queue.SimpleQueue[Message]()
     half = copy.deepcopy(MODEL).bfloat16()
     try:
-        native = accelerate(half, "native")
+        native = accelerate(half, "native", kv_cache_dtype=kept)  # type: ignore[arg-type]
     except ValueError as error:
         pytest.skip(str(error))
     wire = Wire(back, there)
@@ -186,6 +187,26 @@ def test_ranks_compute_in_precisions_of_their_own() -> None:
     model = SplitTwoTower(half, Wire(there, back))  # type: ignore[arg-type]
     options = GenerateOptions(max_new_tokens=9, mode="diffusion", ignore_eos=True)
     assert [len(done.tokens) for done in generate(model, PROMPTS[:2], options)] == [9, 9]
+    there.put(Message(END))
+    other.join(20)
+    assert not other.is_alive()
+
+
+def test_ranks_share_keys_in_half_precision() -> None:
+    """Guards two hosts with such caches: keys that travel, or that the copy keeps, as other numbers
+    give other blocks.
+    """
+    there, back = queue.SimpleQueue[Message](), queue.SimpleQueue[Message]()
+    try:
+        native = accelerate(copy.deepcopy(MODEL), "native", kv_cache_dtype="float16")
+    except ValueError as error:
+        pytest.skip(str(error))
+    arguments = native, Wire(back, there)
+    other = threading.Thread(target=serve_blocks, args=arguments, daemon=True)
+    other.start()
+    model = SplitTwoTower(native, Wire(there, back))  # type: ignore[arg-type]
+    options = GenerateOptions(max_new_tokens=12, mode="diffusion", ignore_eos=True)
+    assert generate(model, PROMPTS[:3], options) == generate(native, PROMPTS[:3], options)
     there.put(Message(END))
     other.join(20)
     assert not other.is_alive()

@@ -12,6 +12,7 @@ from torch import Tensor
 from tiny_models import fresh_model, random_model
 from twotower import TwoTower, accelerate
 from twotower.families import config_from_dict
+from twotower.layers.attention import KV
 from twotower.native import library, packing, tower
 
 try:
@@ -87,12 +88,32 @@ def test_a_compiler_chooses_no_bit(
         assert torch.equal(ours, theirs)
 
 
-def numbers(model: TwoTower, quantization: str) -> list[Tensor]:
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float16"])
+def test_keys_are_rounded_alike(
+    monkeypatch: pytest.MonkeyPatch, other: Path, kv_dtype: str
+) -> None:
+    """Guards caches on processors without instructions for halves, whose own code rounds: the
+    smallest numbers and those out of range, too.
+    """
+    model = MODELS["qwen3"]()
+    values = model.context_tower.layers[0].mixer.v_proj.weight.data
+    values[:8] *= 1e-5
+    values[9] *= 1e6
+    expected = numbers(model, "none", kv_dtype)
+    monkeypatch.setattr(tower, "library", lambda: library.load_library(other))
+    for ours, theirs in zip(expected, numbers(model, "none", kv_dtype), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def numbers(model: TwoTower, quantization: str, kv_dtype: str = "auto") -> list[Tensor]:
     """Of prompts in tiles of every width, and of a block after them."""
-    ours, found = accelerate(model, "native", quantization), []  # type: ignore[arg-type]
+    ours = accelerate(model, "native", quantization, kv_dtype)  # type: ignore[arg-type]
+    found: list[Tensor] = []
     for length in (1, 3, 7, 12, 20, 81):
         ids = torch.randint(40, (1, length), generator=torch.Generator().manual_seed(length))
         cache = ours.prefill(ids)
         found += [ours.extend(cache, ids[:, :1]), ours.next_logits(cache)]
         found.append(ours.denoise(ids[:, :16], cache.view(), torch.tensor([0.5])))
+        kept = (state for state in cache.layers if isinstance(state, KV))
+        found += [part.float() for state in kept for part in state]
     return found

@@ -15,6 +15,7 @@ from tiny_options import options_of
 from twotower import TwoTower, accelerate, generate
 from twotower.config import DraftSpec
 from twotower.families import config_from_dict
+from twotower.layers.attention import KV
 from twotower.model.thin import thin_config
 from twotower.native import layout, library
 from twotower.native.buffers import past_states
@@ -57,13 +58,23 @@ def _with_thin_denoiser(model: TwoTower) -> TwoTower:
 @pytest.mark.parametrize("name", MODELS)
 def test_passes_are_timed_over_states_in_float32(name: str) -> None:
     """Guards memory: the first draft times passes, and a cache in the weights' half precision, half
-    as large as what they write, let them write beyond it.
+    as large as what they write, let them write beyond it. Keys tell what they are; Mamba states,
+    and layers that differ, are refused.
     """
     model = accelerate(MODELS[name]().bfloat16(), "native")
     assert model.pass_costs.tokens[1] == 1
-    layers = MODELS[name]().bfloat16().empty_cache(1).layers
-    with pytest.raises(TypeError, match="float32, and this one is"):
+    assert {part.dtype for state in model.empty_cache(1).layers for part in state or ()} == {
+        torch.float32
+    }
+    layers = list(MODELS[name]().bfloat16().empty_cache(1).layers)
+    index = next(i for i, state in enumerate(layers) if isinstance(state, KV))
+    assert past_states(layers[index : index + 1], 1).kv_dtype == torch.bfloat16
+    layers[index] = KV(*(part.double() for part in layers[index] or ()))
+    with pytest.raises(TypeError, match="native passes keep such a state in"):
         past_states(layers, 1)
+    mixed = [KV(torch.zeros(1, 2, 2, 8), torch.zeros(1, 2, 2, 8).half())]
+    with pytest.raises(TypeError, match=r"in torch\.float32, and it is torch\.float16"):
+        past_states(mixed, 1)
 
 
 def pair(name: str, dtype: torch.dtype) -> tuple[TwoTower, TwoTower]:

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 from scripts import script
 from tiny_models import masked_like, random_ids, random_model, tiny_model
 from tiny_quantised import SCHEMES, groupable_model
-from twotower import TwoTower, accelerate
+from twotower import TwoTower, accelerate, load_model
 from twotower.backends import BACKENDS, Setup, refusal, setup_of
 from twotower.checkpoint import convert, load_checkpoint, save_two_towers
 from twotower.families import config_from_dict
+from twotower.layers.attention import KV
 from twotower.native import library
 from twotower.specs import AttentionSpec, MambaSpec
 
@@ -212,6 +214,41 @@ def test_refusals_are_one_line(backend: str, quantization: str, line: str) -> No
     """Guards int8 above all: float32 must not run under its name."""
     with pytest.raises(ValueError, match=line):
         accelerate(tiny_model(), backend, quantization)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("backend", "pattern", "dtype", "line"),
+    [
+        ("eager", "M*-", "float16", "float16: eager passes keep keys and values in what they comp"),
+        ("graphs", "M*-", "float32", "float32: graphs passes keep keys and values in what they c"),
+        ("auto", "M-", "bfloat16", "bfloat16: without attention a model has no keys and values"),
+    ],
+)
+def test_keys_that_a_backend_does_not_keep_are_refused(
+    backend: str, pattern: str, dtype: str, line: str
+) -> None:
+    """Guards an option without effect: whoever plans with half the memory would have twice that."""
+    model = tiny_model(hybrid_override_pattern=pattern)
+    with pytest.raises(ValueError, match=f"^kv_cache_dtype={line}.*; use kv_cache_dtype=auto$"):
+        accelerate(model, backend, kv_cache_dtype=dtype)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^quantization=int8: eager passes run weights as they"):
+        accelerate(model, "eager", "int8", dtype)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="kv_cache_dtype='int8' is unknown; use one of auto, fl"):
+        accelerate(model, kv_cache_dtype="int8")  # type: ignore[arg-type]
+
+
+def test_keys_are_kept_as_they_were_asked_for() -> None:
+    """Guards the way from the option to the cache: float32 under the name of a half."""
+    asked: dict[Any, torch.dtype] = {
+        "auto": torch.float32,
+        torch.float32: torch.float32,
+        "bfloat16": torch.bfloat16,
+        torch.float16: torch.float16,
+    }
+    for given, expected in asked.items():
+        model = load_model(kv_cache_dtype=given, backend="native")
+        kept = {s.k.dtype for s in model.empty_cache(1).layers if isinstance(s, KV)}
+        assert kept == {model.kv_dtype} == {expected}, given
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Which weights stay in the half precision of their files, and that no number depends on it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -77,6 +78,8 @@ def test_decoding_keeps_matrices_and_changes_no_number(
     assert [row.tokens for row in texts[0]] == [row.tokens for row in texts[1]]
     options = [resolve_options(asked, one.model.generation_defaults) for one in (ours, whole)]
     assert run_key(ours, options[0]) == run_key(whole, options[1])  # a run goes on from either
+    kept = load(replace(placement, kv_cache_dtype="float16"))  # which writes another text
+    assert run_key(kept, options[1]) != run_key(whole, options[1])
 
 
 def test_all_else_gets_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -260,7 +260,12 @@ def _report(
     if not is_denoiser(options.output):
         raise ValueError(f"output: {options.output} has no denoiser; run the stage train first")
     quantization = settled_quantization(options)
-    model = accelerate(load_denoiser(loaded.model, options.output), options.backend, quantization)
+    model = accelerate(
+        load_denoiser(loaded.model, options.output),
+        options.backend,
+        quantization,
+        options.kv_cache_dtype,
+    )
     pairs = list[Pair]()
     compared = compare(loaded.model, model, held, options.max_new_tokens)
     _show(stages.measured(compared, budget, len(held), pairs))

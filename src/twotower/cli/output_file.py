@@ -81,10 +81,12 @@ def _digest_of_rest(beginning: bytes, stream: BinaryIO) -> str:
 
 def run_key(loaded: Loaded, options: ResolvedOptions) -> str:
     """Eight hexadecimal digits for all that decides a text beside its line."""
-    digest = hashlib.sha256(repr(dataclasses.astuple(options)).encode())
-    for name, tensor in loaded.model.values():
+    digest, model = hashlib.sha256(repr(dataclasses.astuple(options)).encode()), loaded.model
+    if model.kv_dtype != model.dtype:
+        digest.update(str(model.kv_dtype).encode())
+    for name, tensor in model.values():
         # In half precision, too, where passes compute in float32.
-        dtype = torch.promote_types(tensor.dtype, loaded.model.dtype)
+        dtype = torch.promote_types(tensor.dtype, model.dtype)
         dtype = dtype if tensor.is_floating_point() else tensor.dtype
         values = tensor.detach().flatten()
         some = values[:: max(1, len(values) // _SAMPLED)].to("cpu", torch.float32)

@@ -60,6 +60,7 @@ class GraphsBackend:
             raise ValueError(ONE_DEVICE)
         self._model = model if quantization == "none" else rounded_to_eight_bits(model)
         self.dtype: torch.dtype = model.context_tower.norm_f.weight.dtype
+        self.kv_dtype = self.dtype
         reason = fused_refusal(self._device)
         if reason is None:
             from twotower.kernels.fused import FUSED  # needs triton

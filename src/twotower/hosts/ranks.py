@@ -155,11 +155,13 @@ def _fill(model: TwoTower, copies: dict[int, CacheCopy], asked: Message) -> Mess
     for number in values["dropped"]:
         copies.pop(number, None)
     delta = _delta_of(values["layers"], of_delta, values["counts"])
-    # The other rank may compute in half precision, and this one's native passes do not.
+    # The other rank may compute or keep keys in half precision, and this one not.
     device, dtype = model.denoiser_device, torch.promote_types(delta.hidden.dtype, model.dtype)
-    delta, copy = delta.to(device, dtype), copies.get(values["number"])
+    kept = next((s.k.dtype for s in delta.states if isinstance(s, KV)), model.kv_dtype)
+    kv_dtype = torch.promote_types(kept, model.kv_dtype)
+    delta, copy = delta.to(device, dtype, kv_dtype), copies.get(values["number"])
     if copy is None:
-        empty = empty_states(model.config.context.layers, 1, device, dtype)
+        empty = empty_states(model.config.context.layers, 1, device, dtype, kv_dtype)
         copy = copies[values["number"]] = CacheCopy(ContextCache(empty, 1))
     copy.update(values["sources"], delta)
     generators = [torch.Generator() for _ in states]

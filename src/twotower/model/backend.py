@@ -51,7 +51,9 @@ class Backend(Protocol):
     quantization: str
     """To what the loaded weights were rounded for these passes; none: they are as loaded."""
     dtype: torch.dtype
-    """What the context tower's passes compute in, and what they leave of keys and values."""
+    """What the context tower's passes compute in."""
+    kv_dtype: torch.dtype
+    """What they leave keys and values in, rounded once, where they are made."""
     prefix_chunk: int
     """Tokens that are read at a time where contexts are kept for prompts that begin alike: fewer
     find longer common beginnings and cost more passes."""

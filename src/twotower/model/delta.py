@@ -23,13 +23,18 @@ class CacheDelta(NamedTuple):
     hidden: Tensor
     counts: Tensor
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "CacheDelta":
-        """The same on another device, but for counts, and in what passes compute there; SSM states
-        are in float32 everywhere.
+    def to(
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype | None = None,
+        kv_dtype: torch.dtype | None = None,
+    ) -> "CacheDelta":
+        """The same on another device, but for counts, and in what passes compute there and keep
+        keys and values in, unless these are None; SSM states are in float32 everywhere.
         """
         dtype = dtype or self.hidden.dtype
         states = map_states(self.states, lambda part: part.to(device))
-        states = map_states(states, lambda part: part.to(dtype), KV)
+        states = map_states(states, lambda part: part.to(dtype=kv_dtype), KV)
         cast = tuple(
             MambaState(state.conv.to(dtype), state.ssm) if isinstance(state, MambaState) else state
             for state in states

@@ -27,6 +27,7 @@ class EagerBackend:
     def __init__(self, model: Passes) -> None:
         self._model = model
         self.dtype: torch.dtype = model.context_tower.norm_f.weight.dtype
+        self.kv_dtype = self.dtype
 
     @torch.no_grad()
     def context_pass(self, cache: ContextCache, asked: ContextInput) -> ForwardOutput:

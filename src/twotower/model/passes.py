@@ -95,21 +95,27 @@ class Passes(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What decoding's context tower computes in, and keeps keys and values in."""
+        """What decoding's context tower computes in."""
         return self.backend.dtype
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """What it keeps keys and values in."""
+        return self.backend.kv_dtype
 
     @property
     def token_bytes(self) -> int:
         """Of the keys and values that the cache holds of a token."""
         kept = [spec for spec in self.config.context.layers if isinstance(spec, AttentionSpec)]
-        return 2 * self.dtype.itemsize * sum(spec.num_kv_heads * spec.head_dim for spec in kept)
+        return 2 * self.kv_dtype.itemsize * sum(spec.num_kv_heads * spec.head_dim for spec in kept)
 
     def empty_cache(
         self, num_rows: int, device: torch.device | None = None, keeps_outputs: bool = False
     ) -> ContextCache:
         """A cache before the first token. keeps_outputs: of the tower, at all tokens."""
         dtype, device = self.dtype, device or self.context_device
-        states = empty_states(self.config.context.layers, num_rows, device, dtype)
+        layers = self.config.context.layers
+        states = empty_states(layers, num_rows, device, dtype, self.kv_dtype)
         shape = num_rows, 0, self.config.hidden_size
         outputs = torch.empty(shape, dtype=dtype, device=device) if keeps_outputs else None
         return ContextCache(states, num_rows, outputs)

@@ -20,14 +20,20 @@ _MIN_GROWTH, _MAX_GROWTH = 64, 1024
 
 
 def empty_states(
-    layers: Sequence[LayerSpec], num_rows: int, device: torch.device, dtype: torch.dtype
+    layers: Sequence[LayerSpec],
+    num_rows: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
 ) -> list[LayerState]:
-    """What each layer keeps of a text before its first token."""
+    """What each layer keeps of a text before its first token: keys and values in kv_dtype, inputs
+    of convolutions in dtype, SSM states in float32.
+    """
     states: list[LayerState] = []
     for spec in layers:
         if isinstance(spec, AttentionSpec):
             shape = 2, num_rows, 0, spec.num_kv_heads, spec.head_dim
-            states.append(KV(*torch.empty(shape, device=device, dtype=dtype)))
+            states.append(KV(*torch.empty(shape, device=device, dtype=kv_dtype)))
         elif isinstance(spec, MambaSpec):
             inputs = num_rows, spec.conv_channels, spec.conv_width - 1
             ssm = num_rows, spec.num_heads, spec.head_dim, spec.state_size

@@ -9,10 +9,7 @@
 
 namespace twotower {
 
-constexpr int KEYS = 64;         // of a block
 constexpr int TOGETHER = 2 * LANES;  // queries that are compared with keys at the same time, at most
-constexpr int BRANCHING = 32;    // tokens of a draft that branches, at most: the bits of what one sees
-constexpr int MOST = KEYS + BRANCHING;
 
 // Room for all queries, and for keys and values that nobody else keeps
 inline void make_room_for_keys(const Step &s) {
@@ -20,7 +17,7 @@ inline void make_room_for_keys(const Step &s) {
     at_least(scratch.q, size_t(s.call.num_lanes) * s.layer.q_heads * s.layer.head_dim);
     for (int r = 0; r < s.call.num_rows; r++) total += s.rows[r].length;
     float *k = at_least(scratch.keys, total * kv_width), *v = at_least(scratch.values, total * kv_width);
-    for (int r = 0; r < s.call.num_rows; r++) {
+    for (int r = 0; r < s.call.num_rows; r++) {  // in half precision half of each part stays unused
         RowState &row = s.rows[r];
         if (row.out.k == nullptr) row.out.k = k;
         if (row.out.v == nullptr) row.out.v = v;
@@ -77,6 +74,18 @@ void finish_heads(const Step &s, const Weight &weight, int heads, const float *a
     });
 }
 
+// Lanes x[width][W] of `count` tokens to where they are kept, y (count, width): rounded here, once, so that a token's
+// keys are the same numbers for the pass that writes them and for all that read them
+template <int W, typename T>
+void keep(const float *x, int width, int count, T *y) {
+    if constexpr (std::is_same_v<T, float>) to_rows<W>(x, width, count, y, width);
+    else {
+        float *rows = at_least(scratch.rows, size_t(width) * count);
+        to_rows<W>(x, width, count, rows, width);
+        round_all(rows, long(width) * count, y);
+    }
+}
+
 // Queries, keys and values of a tile: scratch.u to its part of scratch.q, and the rows' out.k, out.v
 template <int W>
 void project(const Step &s, const Tile &tile) {
@@ -96,52 +105,65 @@ void project(const Step &s, const Tile &tile) {
     finish_heads<W>(s, w.k_norm, s.layer.kv_heads, angles, k);
     each_segment(s.call, tile, [&](const Segment &part) {
         const Outputs &out = s.rows[part.row].out;
-        to_rows<W>(k + part.lane, kv_width, part.count, out.k + long(part.at) * kv_width, kv_width);
-        to_rows<W>(v + part.lane, kv_width, part.count, out.v + long(part.at) * kv_width, kv_width);
+        with_type(out.k, s.call.kv_dtype, [&](auto *first) {
+            using T = Pointed<decltype(first)>;
+            long at = long(part.at) * kv_width;
+            keep<W>(k + part.lane, kv_width, part.count, static_cast<T *>(out.k) + at);
+            keep<W>(v + part.lane, kv_width, part.count, static_cast<T *>(out.v) + at);
+        });
     });
 }
 
+template <typename T>
 struct KeyBlock {
-    const float *k, *v;
+    const T *k, *v;
     long stride;
     int count;
 };
 
-// Keys `at` to `at + count` of the head whose features begin at `head`: where they lie, or in room
-// for 2 * MOST * A floats where the past ends among them.
-inline KeyBlock find_keys(const Layer &layer, const RowState &s, int head, int at, int count, float *room) {
-    int A = layer.head_dim, S = s.num_past;
-    long stride = long(layer.kv_heads) * A, own = long(at - S) * stride + head;
-    if (at >= S) return {s.out.k + own, s.out.v + own, stride, count};
-    const float *k = s.past.k + at * stride + head, *v = s.past.v + at * stride + head;
-    if (at + count <= S) return {k, v, stride, count};
-    for (int j = 0; j < count; j++) {
-        bool is_past = at + j < S;
-        std::copy_n(is_past ? k + j * stride : s.out.k + own + j * stride, A, room + j * A);
-        std::copy_n(is_past ? v + j * stride : s.out.v + own + j * stride, A,
-                    room + (MOST + j) * A);
+// Of a head whose features begin at `head`: the first key and value of a row's past, and of its tokens
+template <typename T>
+struct HeadKeys {
+    const T *past_k, *past_v, *own_k, *own_v;
+    long stride;
+    int A;
+
+    HeadKeys(const Layer &layer, const RowState &s, int head)
+        : past_k(static_cast<const T *>(s.past.k) + head), past_v(static_cast<const T *>(s.past.v) + head),
+          own_k(static_cast<const T *>(s.out.k) + head), own_v(static_cast<const T *>(s.out.v) + head),
+          stride(long(layer.kv_heads) * layer.head_dim), A(layer.head_dim) {}
+
+    // Key and value number `index` of the past, or of the tokens, to number j of `room`
+    void copy(bool is_past, long index, int j, T *room) const {
+        std::copy_n((is_past ? past_k : own_k) + index * stride, A, room + j * A);
+        std::copy_n((is_past ? past_v : own_v) + index * stride, A, room + (MOST + j) * A);
     }
-    return {room, room + MOST * A, A, count};
+};
+
+// Keys `at` to `at + count` of a head after S of the past: where they lie, or in room for 2 * MOST * A numbers where
+// the past ends among them.
+template <typename T>
+inline KeyBlock<T> find_keys(const HeadKeys<T> &keys, int S, int at, int count, T *room) {
+    long own = long(at - S) * keys.stride, past = long(at) * keys.stride;
+    if (at >= S) return {keys.own_k + own, keys.own_v + own, keys.stride, count};
+    if (at + count <= S) return {keys.past_k + past, keys.past_v + past, keys.stride, count};
+    for (int j = 0; j < count; j++) keys.copy(at + j < S, at + j < S ? at + j : at + j - S, j, room);
+    return {room, room + MOST * keys.A, keys.A, count};
 }
 
 // The same of a draft that branches, where its block holds tokens of the pass: the past, then all tokens
 // whose positions lie in the block, whose indices in the pass go to `indices`. Of those a token sees,
 // each stands behind the one that it follows, so sums are taken in the order of a text.
-inline KeyBlock find_branches(const Layer &layer, const RowState &s, int head, int at, float *room,
-                              int *indices) {
-    int A = layer.head_dim, S = s.num_past, count = std::max(0, S - at);
-    long stride = long(layer.kv_heads) * A;
-    auto add = [=](const Past &from, long index, int j) {
-        std::copy_n(from.k + index * stride + head, A, room + j * A);
-        std::copy_n(from.v + index * stride + head, A, room + (MOST + j) * A);
-    };
-    for (int j = 0; j < count; j++) add(s.past, at + j, j);
+template <typename T>
+inline KeyBlock<T> find_branches(const HeadKeys<T> &keys, const RowState &s, int at, T *room, int *indices) {
+    int S = s.num_past, count = std::max(0, S - at);
+    for (int j = 0; j < count; j++) keys.copy(true, at + j, j, room);
     for (int t = 0; t < s.length; t++)
         if (int position = S + s.depths[t]; position >= at && position < at + KEYS) {
             indices[count] = t;
-            add({s.out.k, s.out.v, nullptr, nullptr}, t, count++);
+            keys.copy(false, t, count++, room);
         }
-    return {room, room + MOST * A, A, count};
+    return {room, room + MOST * keys.A, keys.A, count};
 }
 
 // score[count][W] of keys that a lane does not see: those of other branches. first: the first lane's
@@ -179,22 +201,23 @@ void hide_distant(const RowState &s, const int *firsts, int at, const int *indic
 
 // y[W][A] of q[A][W] to the keys of a head; lane l sees those up to `last`, and where the pass is causal
 // one more with every `heads` lanes, as far as they lie in its window
-template <int W>
+template <int W, typename T>
 void attend_head(const Layer &layer, const RowState &row, int head, const float *q, int heads, int last,
                  bool is_causal, int visible, float *y) {
     int A = layer.head_dim;
-    float *score = at_least(scratch.own, size_t(MOST) * W + 2 * size_t(MOST) * A);
-    float *room = score + MOST * W;
+    float *score = at_least(scratch.own, size_t(MOST) * W + 3 * size_t(MOST) * A), *wide = score + MOST * W;
+    T *room = reinterpret_cast<T *>(wide + MOST * A);
+    HeadKeys<T> all(layer, row, head);
     float root = 1.0f / std::sqrt(float(A)), most[W], total[W] = {};
     int indices[MOST], firsts[W], S = row.num_past, first = first_keys<W>(layer, row, last - S, heads, firsts);
     for (int l = 0; l < W; l++) most[l] = LEAST;  // finite: a window may hide all keys of a block
     std::fill(y, y + A * W, 0.0f);
     for (int at = first / KEYS * KEYS; at < visible; at += KEYS) {
         bool branches = row.depths && at + KEYS > S;
-        KeyBlock keys = branches ? find_branches(layer, row, head, at, room, indices)
-                                 : find_keys(layer, row, head, at, std::min(KEYS, visible - at), room);
+        KeyBlock<T> keys = branches ? find_branches(all, row, at, room, indices)
+                                    : find_keys(all, S, at, std::min(KEYS, visible - at), room);
         int here = keys.count;
-        compare<W>(keys.k, keys.stride, A, here, q, score, {keys.v, keys.stride, here});
+        compare<W>(keys.k, keys.stride, A, here, q, score, Ahead<T>{keys.v, keys.stride, here}, wide);
         if (branches)
             hide_branches<W>(row, indices, std::max(0, S - at), here, last - S, heads, score);
         else if (is_causal)
@@ -202,9 +225,9 @@ void attend_head(const Layer &layer, const RowState &row, int head, const float 
                 for (int l = 0; l < std::min((at + j - last) * heads, W); l++) score[j * W + l] = -INFINITY;
         if (layer.window) hide_distant<W>(row, firsts, at, branches ? indices : nullptr, here, score);
         weigh<W>(score, here, root, most, total, y, A);
-        long stride = long(layer.kv_heads) * A, next = at + KEYS;
-        Ahead ahead = {row.past.k + next * stride + head, stride, int(std::min<long>(KEYS, S - next))};
-        add_weighted<W>(keys.v, keys.stride, A, here, score, y, ahead);
+        int next = at + KEYS;
+        Ahead<T> ahead = {all.past_k + next * all.stride, all.stride, std::min(KEYS, S - next)};
+        add_weighted<W>(keys.v, keys.stride, A, here, score, y, ahead, wide);
     }
     for (int l = 0; l < W; l++)
         for (int a = 0; a < A; a++) y[l * A + a] /= total[l];
@@ -233,9 +256,9 @@ struct Together {
 
 // `tokens` of `heads` heads, A * W floats apart, in V lanes: from and to their first numbers
 template <int V, int W>
-void attend_lanes(const Layer &layer, const RowState &row, int head, const float *from, float *to,
-                  int heads, int tokens, int last, bool is_causal, int visible) {
-    int A = layer.head_dim, lanes = heads * tokens;
+void attend_lanes(const Step &s, const RowState &row, int head, const float *from, float *to,
+                  int heads, int tokens, int last, int visible) {
+    int A = s.layer.head_dim, lanes = heads * tokens;
     float *q = at_least(scratch.lanes, 2 * size_t(A) * V), *y = q + A * V;
     long offsets[V];
     for (int l = 0; l < V; l++) {
@@ -244,7 +267,9 @@ void attend_lanes(const Layer &layer, const RowState &row, int head, const float
     }
     for (int a = 0; a < A; a++)
         for (int l = 0; l < V; l++) q[a * V + l] = from[a * W + offsets[l]];
-    attend_head<V>(layer, row, head, q, heads, last, is_causal, visible, y);
+    with_type(row.out.k, s.call.kv_dtype, [&](auto *first) {
+        attend_head<V, Pointed<decltype(first)>>(s.layer, row, head, q, heads, last, s.call.causal, visible, y);
+    });
     for (int a = 0; a < A; a++)
         for (int l = 0; l < lanes; l++) to[a * W + offsets[l]] = y[l * A + a];
 }
@@ -265,7 +290,7 @@ void attend_part(const Step &s, const Segment &segment, int part, const float *q
                   : lanes <= 8     ? attend_lanes<8, W>
                   : lanes <= LANES ? attend_lanes<LANES, W>
                                    : attend_lanes<TOGETHER, W>;
-    attend(s.layer, row, head * A, q + at, out + at, heads, tokens, S + first, s.call.causal, visible);
+    attend(s, row, head * A, q + at, out + at, heads, tokens, S + first, visible);
 }
 
 // A tile's part of scratch.q to that of scratch.y

@@ -37,15 +37,18 @@ class NativeBackend:
 
     quantization=int8, int4 rounds the projections now, heads to int8; those that the model has left
     in its files are read for that. gguf: the context tower's matrices are as in the file, heads
-    and a denoiser int8. The weights must neither change nor move afterwards. OSError
-    (one line) where the library cannot be made. A tower without memory has no passes.
+    and a denoiser int8. kv_dtype: of new caches; passes read those in any of `layout.DTYPES`. The
+    weights must neither change nor move afterwards. OSError (one line) where the library cannot be
+    made. A tower without memory has no passes.
     """
 
     name, dtype = "native", torch.float32
     prefix_chunk, verifies_trees, chooses_tokens = LANES, True, False
 
-    def __init__(self, model: TwoTower, quantization: str) -> None:
-        self.quantization = quantization
+    def __init__(
+        self, model: TwoTower, quantization: str, kv_dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.quantization, self.kv_dtype = quantization, kv_dtype
         self._model, self._width = model, model.config.hidden_size
         scheme = NATIVE_SCHEMES.get(quantization)
         if not all(parameter.is_contiguous() for parameter in model.parameters()):
@@ -94,7 +97,7 @@ class NativeBackend:
             else:
                 outputs.keep(layers, row)
         if rows:
-            tower(rows)
+            tower(rows, pasts.kv_dtype)
 
         def states_after(counts: Tensor) -> list[MambaState]:
             ends = counts.tolist()
@@ -104,7 +107,7 @@ class NativeBackend:
             return found
 
         def move_keys(row: int, path: Sequence[int]) -> None:
-            tower.move_keys(path, lengths[row], pasts.of(row))
+            tower.move_keys(path, lengths[row], pasts.of(row), pasts.kv_dtype)
 
         return ForwardOutput(hidden, version, states_after, move_keys)
 

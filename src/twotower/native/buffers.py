@@ -16,7 +16,7 @@ from torch import Tensor
 from twotower.layers.attention import KV
 from twotower.layers.mamba2 import MambaState
 from twotower.model.view import LayerState, Version
-from twotower.native.layout import OUTPUTS, PAST, Layer
+from twotower.native.layout import DTYPES, OUTPUTS, PAST, Layer
 from twotower.specs import AttentionSpec, MambaSpec
 
 _FLOAT = 4  # bytes
@@ -32,11 +32,13 @@ _MAX_FREE = 6  # buffers that nobody uses: passes of one and of 16 tokens take t
 
 class Addresses:
     """A struct of addresses for each layer, of each row: table (rows, layers, fields) int64. kept:
-    what of it they alone keep alive.
+    what of it they alone keep alive. kv_dtype: of the keys and values among it.
     """
 
-    def __init__(self, table: np.ndarray, kept: object = None) -> None:
-        self.table, self.kept = table, kept
+    def __init__(
+        self, table: np.ndarray, kept: object = None, kv_dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.table, self.kept, self.kv_dtype = table, kept, kv_dtype
         # numpy's own way to its address takes longer than the sums.
         self._first, self._step = addressof(c_char.from_buffer(table.data)), table.strides[0]
 
@@ -48,25 +50,26 @@ class Addresses:
 def past_states(layers: Sequence[LayerState], num_rows: int) -> Addresses:
     """Where the states of rows are, a `Past` per layer, valid as long as the layers live too.
 
-    layers: KV with leading (B, S), Mamba with (B,) or (B, 1), on the CPU. TypeError unless they are
-    float32: a pass would write beyond others.
+    layers: KV with leading (B, S) in one of `DTYPES`, Mamba with (B,) or (B, 1) in float32, on the
+    CPU. TypeError for others: a pass would write beyond them.
     """
     copies: list[Tensor] = []
+    kv_dtype = next((s.k.dtype for s in layers if isinstance(s, KV)), torch.float32)
 
-    def begin(value: Tensor) -> tuple[int, int]:
+    def begin(value: Tensor, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
         # Where value (B, ...) begins, and bytes from row to row; of a copy if a row is not in one
         # piece.
-        if value.dtype != torch.float32:
-            raise TypeError(f"native passes keep states in float32, and this one is {value.dtype}")
+        if value.dtype != dtype or dtype not in DTYPES:
+            raise TypeError(f"native passes keep such a state in {dtype}, and it is {value.dtype}")
         if not (value.is_contiguous() or value[:1].is_contiguous()):
             value = value.contiguous()
             copies.append(value)
-        return value.data_ptr(), _FLOAT * value.stride(0)
+        return value.data_ptr(), dtype.itemsize * value.stride(0)
 
     addresses: list[int] = []  # of each layer, where its fields begin, then bytes from row to row
     for state in layers:
         if isinstance(state, KV):
-            (k, k_step), (v, v_step) = map(begin, state)
+            (k, k_step), (v, v_step) = (begin(part, kv_dtype) for part in state)
             addresses += k, v, 0, 0, k_step, v_step, 0, 0
         elif isinstance(state, MambaState):
             (conv, conv_step), (ssm, ssm_step) = begin(state.conv.mT), begin(state.ssm)
@@ -74,7 +77,9 @@ def past_states(layers: Sequence[LayerState], num_rows: int) -> Addresses:
         else:
             addresses += [0] * 8
     table = np.array(addresses, np.int64).reshape(len(layers), 2, len(PAST))
-    return Addresses(table[:, 0] + np.arange(num_rows)[:, None, None] * table[:, 1], copies)
+    return Addresses(
+        table[:, 0] + np.arange(num_rows)[:, None, None] * table[:, 1], copies, kv_dtype
+    )
 
 
 def known_states(version: Version | None) -> Addresses | None:
@@ -122,9 +127,9 @@ class StateSizes:
         self._mamba_index = self.is_mamba.cumsum(0) - 1
         self._row_indices: dict[int, np.ndarray] = {}
         self.num_mambas = int(self.is_mamba.sum())
-        width = _FLOAT * attention.kv_heads * attention.head_dim
-        self.token_bytes = width * (kinds == ord(AttentionSpec.symbol))
-        """Of a token's keys, and of its values; 0 for a layer without."""
+        width = attention.kv_heads * attention.head_dim
+        self.token_numbers = width * (kinds == ord(AttentionSpec.symbol))
+        """A token's keys, or its values; 0 for a layer without."""
         self.kept, self.channels = max(mamba.taps - 1, 0), mamba.channels
         self.ssm = mamba.heads, mamba.head_size, mamba.state
 
@@ -167,12 +172,13 @@ class PassOutputs(Addresses):
             addresses = [(0, 0) if part is None else _address(part) for part in parts]
             begin, step = np.array(addresses, np.int64).T
             table += sizes.is_mamba * (begin + sizes.row_index(num_rows) * step)
-        behind = np.array(lengths, np.int64)[:, None, None] * sizes.token_bytes
+        token_bytes = pasts.kv_dtype.itemsize * sizes.token_numbers
+        behind = np.array(lengths, np.int64)[:, None, None] * token_bytes
         table[..., _KEYS] = pasts.table[..., _KEYS] + behind
         if keeps_inputs:  # states are made when it is known how many tokens stay
             self.after = Addresses(table.copy())
             table[..., _SSM] = 0
-        super().__init__(table, parts)
+        super().__init__(table, parts, pasts.kv_dtype)
 
     def _make_states(
         self, num_rows: int, num_tokens: int, make: Callable[..., Tensor], pool: BufferPool
@@ -216,7 +222,7 @@ class PassOutputs(Addresses):
         else:
             conv = torch.stack([window[:, b, n : n + kept] for b, n in enumerate(skipped)], dim=1)
         both = zip(conv.mT.unbind(0), self._ssm.unbind(0), strict=True)  # (B, C, W-1) each
-        return [MambaState(*parts) for parts in both], Addresses(table, window)
+        return [MambaState(*parts) for parts in both], Addresses(table, window, self.kv_dtype)
 
 
 def _address(value: Tensor) -> tuple[int, int]:

@@ -70,7 +70,8 @@ class NativeDenoiser:
         for time, rows in times.items():
             if time is not None and time not in self._tables:
                 self._make_tables([time])
-            self._tower(rows, None if time is None else self._tables[time][0])
+            modulation = None if time is None else self._tables[time][0]
+            self._tower(rows, pasts.kv_dtype, modulation)
         logits = self._head(hidden)
         if self._bigram_up is None:
             return logits
@@ -88,7 +89,7 @@ class NativeDenoiser:
         """Where the states of the layers are that the denoiser reads."""
         reads = self._model.config.reads
         if (known := known_states(view.version)) is not None:
-            return Addresses(known.table.take(reads, 1), known.kept)
+            return Addresses(known.table.take(reads, 1), known.kept, known.kv_dtype)
         return past_states([view.layers[read] for read in reads], num_rows)
 
     @torch.no_grad()

@@ -172,12 +172,12 @@ using namespace twotower;
 
 // One pass over the tokens of all rows. 1 if an id is outside the vocabulary, else 0.
 extern "C" int32_t twotower_pass(const Tower *tower, int32_t num_rows, const Row *rows, int32_t causal,
-                                 int32_t threads, const float *const *modulations) {
+                                 int32_t kv_dtype, int32_t threads, const float *const *modulations) {
     for (int r = 0; r < num_rows; r++)
         for (int t = 0; t < rows[r].length; t++)
             if (rows[r].ids[t] < 0 || rows[r].ids[t] >= tower->vocabulary + (tower->mask != nullptr)) return 1;
     Team team(threads);
-    Call call{*tower, rows, num_rows, causal != 0, team, {}, {}};
+    Call call{*tower, rows, num_rows, causal != 0, kv_dtype, team, {}, {}};
     make_tiles(call);
     run(call, modulations);
     return 0;
@@ -192,15 +192,15 @@ extern "C" void twotower_states(const Tower *tower, int32_t count, int32_t threa
 }
 
 // Of a row's tokens behind its num_past, those at the `count` indices of a path come first, in its order: their
-// keys and values move there. Indices ascend.
-extern "C" void twotower_move(const Tower *tower, const Past *past, int32_t num_past, const int32_t *path,
-                              int32_t count) {
+// keys and values move there. Indices ascend; a key or value of a feature takes `size` bytes.
+extern "C" void twotower_move(const Tower *tower, const Past *past, int32_t size, int32_t num_past,
+                              const int32_t *path, int32_t count) {
     for (int i = 0; i < tower->num_layers; i++) {
         const Layer &layer = tower->layers[i];
         if (layer.kind != ATTENTION) continue;
-        long width = long(layer.kv_heads) * layer.head_dim;
-        for (const float *part : {past[i].k, past[i].v}) {
-            float *behind = const_cast<float *>(part) + num_past * width;
+        long width = long(layer.kv_heads) * layer.head_dim * size;
+        for (void *part : {past[i].k, past[i].v}) {
+            char *behind = static_cast<char *>(part) + num_past * width;
             for (int to = 0; to < count; to++)
                 if (path[to] != to) std::copy_n(behind + path[to] * width, width, behind + to * width);
         }

@@ -28,6 +28,7 @@ struct Call {
     const Row *rows;
     int num_rows;
     bool causal;
+    int kv_dtype;  // of keys and values, by `layout.DTYPES`
     Team &team;
     std::vector<Tile> tiles;
     std::vector<Segment> segments;
@@ -160,12 +161,12 @@ T *at_least(std::vector<T> &buffer, size_t count) {
 }
 
 // Memory of a pass, kept for the next one. All tokens: h, y, q, keys, values, window, angles. One
-// tile: u, a, b, flat, bytes. ssm: a layer's state between tiles. routed_in, routed (lane, K): what routed
+// tile: u, a, b, flat, rows, bytes. ssm: a layer's state between tiles. routed_in, routed (lane, K): what routed
 // experts get and make. All belong to the thread that runs the pass but `own` and `lanes`, which are of each
 // helper.
 struct Scratch {
     std::vector<float> h, y, q, keys, values, window, angles, routed_in, routed;
-    std::vector<float> u, a, b, flat, ssm, own, lanes;
+    std::vector<float> u, a, b, flat, rows, ssm, own, lanes;
     std::vector<uint8_t> bytes;
 };
 

@@ -38,14 +38,14 @@ _STRUCTS = {
     "Tower": "int32_t vocabulary, int32_t width, int32_t num_layers, int32_t masks, float eps, "
     "float turn_factor, int32_t dtype, const void *embeddings, const float *mask, "
     "const float *norm, const float *frequencies, const Layer *layers",
-    # A layer's state before a pass: k, v (S, Hk, A); conv (taps - 1, C), oldest first;
-    # ssm (H, P, N). Null where a kind has none.
-    "Past": "const float *k, const float *v, const float *conv, const float *ssm",
+    # A layer's state before a pass: k, v (S, Hk, A), in the dtype that the call has; conv
+    # (taps - 1, C), oldest first; ssm (H, P, N). Null where a kind has none.
+    "Past": "void *k, void *v, const float *conv, const float *ssm",
     # What a pass of L tokens leaves of a layer, null where nobody needs it: k, v (L, Hk, A); the
     # state after the last token, conv and ssm; or what `twotower_states` makes any state of:
     # window (taps - 1 + L, C) before the convolution, mixed (L, C) after it, step (L, H) after
     # softplus.
-    "Outputs": "float *k, float *v, float *conv, float *ssm, float *window, float *mixed, "
+    "Outputs": "void *k, void *v, float *conv, float *ssm, float *window, float *mixed, "
     "float *step",
     # One text of a pass: length >= 1 tokens after num_past others, past and out with an entry for
     # each layer; out and added (width,), which is added to its embeddings, may be null. Of a draft

@@ -60,10 +60,10 @@ def _compiler() -> str:
 def load_library(file: Path) -> ctypes.CDLL:
     """A compiled library with the types of its functions."""
     found = ctypes.CDLL(str(file))
-    found.twotower_pass.argtypes = [address, _int, address, _int, _int, address]
+    found.twotower_pass.argtypes = [address, _int, address, *[_int] * 3, address]
     found.twotower_pass.restype = _int
     found.twotower_states.argtypes = [address, _int, _int, address, address]
-    found.twotower_move.argtypes = [address, address, _int, address, _int]
+    found.twotower_move.argtypes = [address, address, _int, _int, address, _int]
     found.twotower_linear.argtypes = [address, *[_int] * 3, address, _int, address]
     found.twotower_best.argtypes = [
         address, *[_int] * 3, address, _int, address, _int, address,

@@ -75,6 +75,43 @@ inline void widen(const T *x, long count, float *y) {
     for (; i < count; i++) y[i] = widened(x[i]);
 }
 
+// Rounded to the nearest, ties to even. What is too large for the type becomes its largest number, so that no key or
+// value is infinite; NaN stays NaN.
+inline void round_to(float x, Bfloat &y) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    uint32_t magnitude = std::min((bits & 0x7fffffff) + 0x7fff + (bits >> 16 & 1), 0x7f7fffffu) >> 16;
+    y.bits = x == x ? magnitude | (bits >> 16 & 0x8000) : 0x7fc0;
+}
+
+inline void round_to(float x, Half &y) {
+    float magnitude = std::min(std::abs(x), 65504.0f), shifted = magnitude + 0.5f;
+    uint32_t bits, sign;
+    std::memcpy(&sign, &x, 4), std::memcpy(&bits, &magnitude, 4);
+    if (magnitude < 0x1p-14f) std::memcpy(&bits, &shifted, 4), bits -= 0x3f000000;  // the last bit of 0.5 is theirs
+    else bits = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
+    y.bits = x == x ? bits | (sign >> 16 & 0x8000) : 0x7e00;
+}
+
+// `count` of them
+template <typename T>
+inline void round_all(const float *x, long count, T *y) {
+    long i = 0;
+#ifdef TWOTOWER_AVX2
+    if constexpr (std::is_same_v<T, Half>)
+        for (; i + 8 <= count; i += 8) {
+            Floats<8> most = Floats<8>{} + 65504.0f, own = floats<8>(x + i);
+            own = own > most ? most : own;
+            own = own < -most ? -most : own;
+            _mm_storeu_si128(reinterpret_cast<__m128i *>(y + i), _mm256_cvtps_ph(__m256(own), 0));
+        }
+#endif
+    for (; i < count; i++) round_to(x[i], y[i]);
+}
+
+template <typename Pointer>
+using Pointed = std::remove_const_t<std::remove_pointer_t<Pointer>>;
+
 // work(first) with the first of numbers of a dtype, by `layout.DTYPES`, as a pointer to their type
 template <typename Work>
 inline void with_type(const void *first, int dtype, Work work) {

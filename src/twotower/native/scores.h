@@ -5,22 +5,40 @@
 
 namespace twotower {
 
+constexpr int KEYS = 64;         // of a block
+constexpr int BRANCHING = 32;    // tokens of a draft that branches, at most: the bits of what one sees
+constexpr int MOST = KEYS + BRANCHING;
+
 // Rows of a head's keys or values that will be needed next. They lie apart from each other, so that the processor
 // does not look ahead by itself; and are asked for a few at a time: it stands still where too many are awaited.
+template <typename T>
 struct Ahead {
-    const float *rows;
+    const T *rows;
     long stride;
     int count;
+
+    static bool begins_line(int feature) { return feature % int(64 / sizeof(T)) == 0; }
 
     void prefetch(int row, int feature) const {
         if (row < count) __builtin_prefetch(rows + row * stride + feature, 0, 2);
     }
 };
 
-// score[count][W] of keys k[count][A], `stride` floats apart, to q[A][W] of fewer lanes than a vector has: keys are
+// Rows of `count` keys as float32, and how far they lie apart: where they are, or in `wide`
+template <typename T>
+inline const float *widened_rows(const T *k, long &stride, int A, int count, float *wide) {
+    if constexpr (std::is_same_v<T, float>) return k;
+    else {
+        for (int j = 0; j < count; j++) widen(k + j * stride, A, wide + j * A);
+        stride = A;
+        return wide;
+    }
+}
+
+// score[count][W] of keys k[count][A], `stride` numbers apart, to q[A][W] of fewer lanes than a vector has: keys are
 // turned in registers to stand side by side. Returns how many keys it has compared, whole vectors of them.
-template <int W>
-int compare_few(const float *k, long stride, int A, int count, const float *q, float *score, const Ahead &ahead) {
+template <int W, typename T>
+int compare_few(const T *k, long stride, int A, int count, const float *q, float *score, const Ahead<T> &ahead) {
     constexpr int V = VECTOR;
     int j = 0;
     for (; A % V == 0 && j + V <= count; j += V) {
@@ -28,8 +46,8 @@ int compare_few(const float *k, long stride, int A, int count, const float *q, f
         for (int a = 0; a < A; a += V) {
             Floats<V> keys[V];
             for (int i = 0; i < V; i++) {
-                keys[i] = floats<V>(k + (j + i) * stride + a);
-                if (a % 16 == 0) ahead.prefetch(j + i, a);
+                keys[i] = widened<V>(k + (j + i) * stride + a);
+                if (ahead.begins_line(a)) ahead.prefetch(j + i, a);
             }
             transpose<V, V>(keys);
             for (int i = 0; i < V; i++)
@@ -42,13 +60,13 @@ int compare_few(const float *k, long stride, int A, int count, const float *q, f
 
 // score[R][W] of R keys to N vectors of lanes. ahead: from its row `row` on, so many as there are keys. Apart from
 // product_rows because of GCC 12: one function for both took 1.4 to 1.7 times as long.
-template <int W, int N, int R>
-inline void compare_rows(const float *k, long stride, int A, const float *q, float *score, const Ahead &ahead,
+template <int W, int N, int R, typename T>
+inline void compare_rows(const float *k, long stride, int A, const float *q, float *score, const Ahead<T> &ahead,
                          int row) {
     constexpr int V = VECTOR;
     Floats<V> sum[R][N] = {};
     for (int a = 0; a < A; a++) {
-        for (int r = 0; r < R && a % 16 == 0; r++) ahead.prefetch(row + r, a);
+        for (int r = 0; r < R && ahead.begins_line(a); r++) ahead.prefetch(row + r, a);
         for (int n = 0; n < N; n++) {
             Floats<V> own = floats<V>(q + a * W + n * V);
             for (int r = 0; r < R; r++) sum[r][n] = add_product<V>(sum[r][n], own, k[r * stride + a]);
@@ -58,32 +76,43 @@ inline void compare_rows(const float *k, long stride, int A, const float *q, flo
         for (int n = 0; n < N; n++) floats<V>(score + r * W + n * V) = sum[r][n];
 }
 
-// The same as compare_few, of whole vectors of lanes
-template <int W>
-int compare_many(const float *k, long stride, int A, int count, const float *q, float *score, const Ahead &ahead) {
+// The same as compare_few, of whole vectors of lanes; wide: room for 8 keys
+template <int W, typename T>
+int compare_many(const T *k, long stride, int A, int count, const float *q, float *score, const Ahead<T> &ahead,
+                 float *wide) {
     constexpr int V = VECTOR, N = W > V ? 2 : 1, R = std::min(8, SUMS / N);
     int j = 0;
-    for (; j + R <= count; j += R)
+    for (; j + R <= count; j += R) {
+        long step = stride;
+        const float *keys = widened_rows(k + j * stride, step, A, R, wide);
         for (int l = 0; l < W; l += N * V)
-            compare_rows<W, N, R>(k + j * stride, stride, A, q + l, score + j * W + l, ahead, l ? count : j);
+            compare_rows<W, N, R>(keys, step, A, q + l, score + j * W + l, ahead, l ? count : j);
+    }
     return j;
 }
 
-// Each score is summed from the first feature to the last, whichever way it is made.
-template <int W>
-void compare(const float *k, long stride, int A, int count, const float *q, float *score, const Ahead &ahead) {
-    int j;
-    if constexpr (W < VECTOR) j = compare_few<W>(k, stride, A, count, q, score, ahead);
-    else j = compare_many<W>(k, stride, A, count, q, score, ahead);
-    product<W>(k + j * stride, stride, 1, count - j, A, q, nullptr, score + j * W);
+// Each score is summed from the first feature to the last, whichever way it is made. wide: room for MOST keys
+template <int W, typename T>
+void compare(const T *k, long stride, int A, int count, const float *q, float *score, const Ahead<T> &ahead,
+             float *wide) {
+    int j = 0;
+    if constexpr (W >= VECTOR) j = compare_many<W>(k, stride, A, count, q, score, ahead, wide);
+    else j = compare_few<W>(k, stride, A, count, q, score, ahead);
+    const float *keys = widened_rows(k + j * stride, stride, A, count - j, wide);
+    product<W>(keys, stride, 1, count - j, A, q, nullptr, score + j * W);
 }
 
 // y[W][width] += the sums of rows of v (count, width), weighted by p[count][W]: N vectors of features and
 // L lanes at a time, so that as many sums are under way as there are registers. Each turn asks for its share of the
 // rows that come next, since memory brings them more slowly than one turn would ask for all.
-template <int W>
-void add_weighted(const float *v, long stride, int width, int count, const float *p, float *y, const Ahead &ahead) {
+template <int W, typename T, typename Next>
+void add_weighted(const T *v, long stride, int width, int count, const float *p, float *y, const Ahead<Next> &ahead,
+                  float *wide) {
     constexpr int L = std::min(W, SUMS / 2), N = SUMS / L;
+    if constexpr (W > L && !std::is_same_v<T, float>) {  // read more than once
+        const float *values = widened_rows(v, stride, width, count, wide);
+        return add_weighted<W>(values, stride, width, count, p, y, ahead, wide);
+    }
     auto some = [=, &ahead](int a, auto vectors) {
         constexpr int N = decltype(vectors)::value;
         for (int first = 0; first < W; first += L) {
@@ -91,8 +120,8 @@ void add_weighted(const float *v, long stride, int width, int count, const float
             for (int j = 0; j < count; j++)
                 for (int n = 0; n < N; n++) {
                     int feature = a + n * VECTOR;
-                    if (feature % 16 == 0 && j % (W / L) == first / L) ahead.prefetch(j, feature);
-                    Floats<VECTOR> own = floats<VECTOR>(v + j * stride + feature);
+                    if (ahead.begins_line(feature) && j % (W / L) == first / L) ahead.prefetch(j, feature);
+                    Floats<VECTOR> own = widened<VECTOR>(v + j * stride + feature);
                     for (int l = 0; l < L; l++) sum[n][l] = add_product<VECTOR>(sum[n][l], own, p[j * W + first + l]);
                 }
             for (int n = 0; n < N; n++)
@@ -103,8 +132,9 @@ void add_weighted(const float *v, long stride, int width, int count, const float
     for (; a + N * VECTOR <= width; a += N * VECTOR) some(a, std::integral_constant<int, N>());
     for (; a + VECTOR <= width; a += VECTOR) some(a, std::integral_constant<int, 1>());
     for (; a < width; a++) {
-        float sum[W];
-        product_rows<W, 1, 1>(v + a, 1, stride, count, p, W, nullptr, sum);
+        float sum[W], column[MOST];
+        for (int j = 0; j < count; j++) column[j] = widened(v[j * stride + a]);
+        product_rows<W, 1, 1>(column, 1, 1, count, p, W, nullptr, sum);
         for (int l = 0; l < W; l++) y[l * width + a] += sum[l];
     }
 }

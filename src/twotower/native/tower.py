@@ -36,15 +36,18 @@ class NativeTower:
         self._run, self._run_states = own.twotower_pass, own.twotower_states
         self._move = own.twotower_move
 
-    def __call__(self, rows: Sequence[Row], modulations: int | None = None) -> None:
+    def __call__(
+        self, rows: Sequence[Row], kv_dtype: torch.dtype, modulations: int | None = None
+    ) -> None:
         """One pass over rows of tokens; fills each one's hidden (L, D), normed, and outputs.
 
-        modulations: the address of those of each layer's shift, scale and gate (3, D).
+        kv_dtype: of the keys and values of all rows. modulations: the address of those of each
+        layer's shift, scale and gate (3, D).
         """
         array = (Row * len(rows))(*rows)
         if self._run(
-            ctypes.byref(self._tower), len(rows), array, self._is_causal, self._threads(),
-            modulations,
+            ctypes.byref(self._tower), len(rows), array, self._is_causal,
+            layout.DTYPES.index(kv_dtype), self._threads(), modulations,
         ):  # fmt: skip
             raise IndexError("token ids leave the vocabulary")
 
@@ -52,10 +55,13 @@ class NativeTower:
         """The Mamba states after the first `count` of the tokens whose inputs a pass has left."""
         self._run_states(ctypes.byref(self._tower), count, self._threads(), past, outputs)
 
-    def move_keys(self, path: Sequence[int], num_past: int, past: int) -> None:
+    def move_keys(
+        self, path: Sequence[int], num_past: int, past: int, kv_dtype: torch.dtype
+    ) -> None:
         """Of a row's tokens behind num_past, those at the indices of a path come first."""
         indices = (ctypes.c_int32 * len(path))(*path)
-        self._move(ctypes.byref(self._tower), past, num_past, indices, len(path))
+        size = kv_dtype.itemsize
+        self._move(ctypes.byref(self._tower), past, size, num_past, indices, len(path))
 
     def _threads(self) -> int:
         return torch.get_num_threads() if self._is_shared else 1
