@@ -70,7 +70,7 @@ class BenchOptions(MeasureOptions, Placement):
 
     def placement(self) -> Placement:
         """Where the weights are loaded that all engines are made of."""
-        return placement_of(self, backend="eager", quantization="none")
+        return placement_of(self, backend="eager", quantization="none", kv_cache_dtype="auto")
 
 
 def run(options: BenchOptions) -> int:
@@ -80,7 +80,12 @@ def run(options: BenchOptions) -> int:
         require_library("matplotlib")
     if is_contest := bool(options.prompts) or not has_any_denoiser(options):
         refuse_unused(options)
-    refuse_impossible(options.find(), *_compared(options, is_contest))
+    elif options.kv_cache_dtype != "auto":
+        raise ValueError(
+            f"kv_cache_dtype={options.kv_cache_dtype}: is measured on a real model alone, with "
+            "prompts or without a denoiser; leave it out"
+        )
+    refuse_impossible(options.find(), *_compared(options, is_contest), options.kv_cache_dtype)
     if is_contest:
         record = measure_contest(options, outline(options.placement()))
     else:
@@ -231,6 +236,7 @@ def measure_contest(options: BenchOptions, loaded: Loaded) -> dict[str, Any]:
             context,
             Path(name),
             options.denoiser,
+            options.kv_cache_dtype,
         )
         warnings = watch_idle()
         bar.reset(task, total=len(who) * (1 + len(prompts)))

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from twotower.backends import BackendName, Quantization
+from twotower.backends import BackendName, DTypeName, Quantization
 from twotower.checkpoint import export_transformers
 from twotower.checkpoint.gguf import Precision, export_gguf
 from twotower.lab.bench.baselines import SPECULATIONS, Measurement, gguf_quantization
@@ -45,6 +45,7 @@ def contestants(
     context: int,
     folder: Path,
     denoiser: str | None = None,
+    kv_cache_dtype: DTypeName = "auto",
 ) -> tuple[list[Contestant], list[str]]:
     """Who takes part, by quantisation, and a line for each that cannot; files of others go to the
     folder.
@@ -52,8 +53,9 @@ def contestants(
     load: the weights for those files in the checkpoint's dtype, which is that of all engines
     without quantisation; called once if any is to be written, and kept no longer than this takes.
     file: the model's own; compared: our backends, and quantisations of all; context: tokens of the
-    longest prompt and its answer; denoiser: the folder of a thin one beside the model. llama.cpp
-    runs a GGUF file that has that quantisation as it is, else an export.
+    longest prompt and its answer; denoiser: the folder of a thin one beside the model;
+    kv_cache_dtype: ours. llama.cpp runs a GGUF file that has that quantisation as it is, else an
+    export.
     """
     load = cache(load)
     backends, quantizations = compared
@@ -61,7 +63,8 @@ def contestants(
     missing: list[str] = []
     for own in quantizations:
         each = partial(Contestant, quantization=own, threads=threads, context=context)
-        ours = partial(each, engine=OURS, file=str(file), denoiser=denoiser)
+        given = {"denoiser": denoiser, "kv_cache_dtype": kv_cache_dtype}
+        ours = partial(each, engine=OURS, file=str(file), **given)
         found += [ours(mode=m, backend=b) for b in backends for m in ("ar", "speculative")]
         sources: dict[str, tuple[Callable[[], Path], Sequence[str]]] = {
             "llama.cpp": (partial(_gguf, load, file, own, folder), ("plain", *SPECULATIONS))

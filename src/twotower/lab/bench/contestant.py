@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from twotower.backends import BackendName, Quantization
+from twotower.backends import BackendName, DTypeName, Quantization
 from twotower.engine import GenerateOptions
 from twotower.lab.bench.baselines import Baseline, LlamaCpp, Measurement, Transformers
 from twotower.lab.bench.runners import time_stream
@@ -37,6 +37,7 @@ class Contestant:
     context: int  # tokens of the longest prompt and what is written after it
     denoiser: str | None = None  # ours: the folder of a thin one
     backend: BackendName = "auto"  # ours
+    kv_cache_dtype: DTypeName = "auto"  # ours
 
     @property
     def name(self) -> str:
@@ -62,7 +63,7 @@ def open_contestant(who: Contestant) -> Decode:
 def _twotower(who: Contestant) -> Decode:
     placement = Placement(
         model=who.file, denoiser=who.denoiser, quantization=who.quantization,
-        backend=who.backend, threads=who.threads,
+        kv_cache_dtype=who.kv_cache_dtype, backend=who.backend, threads=who.threads,
     )  # fmt: skip
     model = load(placement, only_decodes=True).model
 

@@ -13,7 +13,15 @@ from typing import cast
 
 from torch import Tensor
 
-from twotower.backends import BackendName, Quantization, accelerate, planned_setup, refusal
+from twotower.backends import (
+    BackendName,
+    DTypeName,
+    Quantization,
+    Setup,
+    accelerate,
+    planned_setup,
+    refusal,
+)
 from twotower.checkpoint.files import has_quantised_blocks
 from twotower.engine import GenerateOptions, TokensCommitted, stream
 from twotower.engine.events import Event, Finished
@@ -75,14 +83,22 @@ class BaselineRunner:
 
 
 def refuse_impossible(
-    folder: Path, backends: Sequence[BackendName], quantizations: Sequence[Quantization]
+    folder: Path,
+    backends: Sequence[BackendName],
+    quantizations: Sequence[Quantization],
+    kv_cache_dtype: DTypeName = "auto",
 ) -> None:
-    """ValueError (one line) if no backend runs a folder's model in any of these quantisations."""
+    """ValueError (one line) if no backend runs a folder's model in any of these quantisations, and
+    keeps keys and values so.
+    """
     config, is_gguf = read_config(folder), has_quantised_blocks(folder)
+
+    def setup(quantization: Quantization) -> Setup:
+        planned = planned_setup(config, quantization)
+        return replace(planned, is_gguf=is_gguf, kv_cache_dtype=kv_cache_dtype)
+
     reasons = [
-        None
-        if backend == "auto"
-        else refusal(backend, replace(planned_setup(config, quantization), is_gguf=is_gguf))
+        None if backend == "auto" else refusal(backend, setup(quantization))
         for backend, quantization in itertools.product(backends, quantizations)
     ]
     if None not in reasons:
