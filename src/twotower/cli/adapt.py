@@ -55,7 +55,8 @@ class AdaptArguments(ThinOptions, AnswerOptions, StepOptions, Placement):
     package, which has a denoiser."""
     prompts: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")]
     """Questions like those that the model will get. .jsonl: one object a line with a prompt,
-    question, instruction, text or turns; any other file: one prompt a line."""
+    question, instruction, text, turns, messages or conversations; any other file: one prompt a
+    line."""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the denoiser, for --denoiser DIR of the other verbs."""
     minutes: float = 60.0

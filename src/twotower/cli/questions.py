@@ -15,7 +15,8 @@ from twotower.engine.fork_server import Process
 from twotower.engine.request import known_ids
 from twotower.loading import Loaded
 
-_FIELDS = ("prompt", "question", "instruction", "text", "turns")  # of turns the first
+_FIELDS = ("prompt", "question", "instruction", "text", "turns", "messages", "conversations")
+_TABLES = (".json", ".csv", ".tsv", ".parquet")  # files of data whose lines are no prompts
 Encode = Callable[[Prompt, str], list[int]]  # a prompt, and where it lies
 _MAX_TOKENS = 2**20  # of a prompt: longer ones are left out later
 
@@ -31,13 +32,18 @@ class Question:
 
 def read_questions(files: Sequence[Path], most: int | None = None) -> list[Question]:
     """The first `most` questions of each file: .jsonl has one object a line, any other file one
-    question a line. ValueError (one line) for a file that cannot be read, a line that is no
-    question, and for none at all.
+    question a line. ValueError (one line) for a file that cannot be read or is a table, a line that
+    is no question, and for none at all.
     """
     found: list[Question] = []
     for file in files:
         if not file.is_file():
             raise ValueError(f"prompts: there is no file {file}")
+        if file.suffix.lower() in _TABLES:
+            raise ValueError(
+                f"prompts: {file} is not a file of one prompt a line; write it as .jsonl, with one "
+                f"object a line that has one of {', '.join(_FIELDS)}"
+            )
         found += islice(_questions(file), most)
     if not found:
         raise ValueError(f"prompts: {', '.join(map(str, files))} hold no prompt; add some")
@@ -53,17 +59,34 @@ def _questions(file: Path) -> Iterator[Question]:
 
 
 def _of_object(record: object, where: str) -> Prompt:
+    """What a record asks: the first of a list of turns, or of a user's messages; an instruction
+    with its input below it.
+    """
     record = record if isinstance(record, dict) else {}
     values = [record[key] for key in _FIELDS if record.get(key) is not None]
     found: Any = next(filter(None, values), values[0] if values else None)
-    if isinstance(found, list) and found and isinstance(found[0], str):
-        found = found[0]
+    if isinstance(found, list):
+        found = next(filter(None, map(_of_user, found)), found)
     is_ids = isinstance(found, list) and all(type(token) is int for token in found)
     if not is_ids and not isinstance(found, str):
         names = ", ".join(_FIELDS)
         raise ValueError(f"{where} has none of {names} that is text or token ids; add one")
+    more = record.get("input") if found and found is record.get("instruction") else None
+    if isinstance(more, str) and more.strip():
+        found = f"{found}\n\n{more}"
     prompt: Prompt = found if is_ids else require_unicode(found, where)
     return prompt
+
+
+def _of_user(turn: object) -> object:
+    """The text of a turn, if it is the user's: text itself, or a message of OpenAI's form, or of
+    ShareGPT's.
+    """
+    if isinstance(turn, dict):
+        is_user = turn.get("role", turn.get("from")) in ("user", "human")
+        found = turn.get("content", turn.get("value")) if is_user else None
+        return found if isinstance(found, str) else None
+    return turn if isinstance(turn, str) else None
 
 
 def question_encoder(loaded: Loaded, verb: str, is_plain: bool) -> Encode:
