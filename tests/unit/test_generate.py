@@ -42,6 +42,9 @@ def refusal(*arguments: Any) -> str:
         ([5.7], "prompt 1 must be text or a list of whole token ids"),
         (["5"], "prompt 1 must be text or a list of whole token ids"),
         (None, "prompt 1 must be text or a list of whole token ids"),
+        (b"5", "prompt 1 must be text or a list of whole token ids"),
+        ({5, 6}, "prompt 1 must be text or a list of whole token ids"),
+        ([True], "prompt 1 must be text or a list of whole token ids"),
         ("a\ud800", "the text is not UTF-8 text; correct or remove it"),
     ],
 )

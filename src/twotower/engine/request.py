@@ -16,6 +16,7 @@ from twotower.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 _ENGINE = EngineOptions()  # where none is given
+_NO_IDS = bytes, bytearray, set, frozenset, dict  # whose numbers are letters, or in no order
 
 
 class Request(NamedTuple):
@@ -137,6 +138,8 @@ def _check(
 def known_ids(model: TwoTower, name: str, tokens: Sequence[int]) -> list[int]:
     """Token ids of the vocabulary, at least one; ValueError for anything else."""
     try:
+        if isinstance(tokens, _NO_IDS) or any(isinstance(token, bool) for token in tokens):
+            raise TypeError
         ids = [operator.index(token) for token in tokens]  # int() would take 5.7 and "5"
     except TypeError:
         raise ValueError(f"{name} must be text or a list of whole token ids") from None
