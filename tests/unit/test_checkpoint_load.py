@@ -328,6 +328,8 @@ def test_places_without_a_checkpoint_are_one_clear_line(tmp_path: Path) -> None:
     assert "index.json; add the weights" in message(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")  # which is there, and no weights
     assert "; pytorch_model.bin not read: save the model as safetensors" in message(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"x")  # a shard without its index
+    assert "not read: restore model.safetensors.index.json" in message(tmp_path)
     assert "is a file" in message(tmp_path / "config.json")
     assert "is not a file or folder" in message(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"^model: models/tiny.gguf is not a file or folder; give"):

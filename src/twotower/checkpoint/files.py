@@ -146,7 +146,9 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     if not found:
         remedy = "add the weights"
         if others := _weights_beside(folder, set()):
-            remedy = f"{others} not read: save the model as safetensors"
+            is_shards = ".safetensors" in others
+            wanted = f"restore {INDEX_FILE}" if is_shards else "save the model as safetensors"
+            remedy = f"{others} not read: {wanted}"
         raise ValueError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; {remedy}")
     if len(found) > 1:
         weight_map = _weight_map(folder / INDEX_FILE) if INDEX_FILE in found else {}
