@@ -171,7 +171,7 @@ def test_a_budget_that_is_too_small_says_so(tmp_path: Path) -> None:
     run = collect_answers(
         backbone(), questions, work, shape, AnswerOptions(batch_size=1), Budget(minutes=1e-4)
     )
-    with pytest.raises(ValueError, match=r"minutes=0\.0001: the model has written .* are needed"):
+    with pytest.raises(ValueError, match=r"minutes=0\.0001: the model has .* fewer --max-new"):
         list(run)
     with pytest.raises(ValueError, match="layers=9 must be at most 4"):
         reads_of(backbone().config, replace(shape, layers=9))

@@ -110,7 +110,8 @@ def collect_answers(
     if usable < MIN_ANSWERS:
         raise ValueError(
             f"minutes={budget.minutes:g}: the model has written {usable} usable answers, and "
-            f"{MIN_ANSWERS} are needed; give more minutes or prompts (what is done is kept)"
+            f"{MIN_ANSWERS} are needed; give more minutes or prompts, or fewer --max-new-tokens or "
+            "a smaller --batch-size (what is done is kept)"
         )
 
 
