@@ -52,7 +52,7 @@ class Setup:
     scheme: Scheme | None = None
     """How the checkpoint is quantised; None: full precision."""
     is_gguf: bool = False
-    """Whether it is a GGUF file with quantised matrices."""
+    """Whether it is a GGUF file with quantised matrices, and was loaded in its bits or will be."""
     dtypes: frozenset[torch.dtype] = frozenset({torch.float32})
     devices: frozenset[str] = frozenset({"cpu"})
     expert_storage: ExpertStorage = "memory"
@@ -71,7 +71,7 @@ def setup_of(
         layers=frozenset(model.config.context.layers + model.config.denoiser.layers),
         quantization=quantization,
         scheme=scheme_of(model),
-        is_gguf=any(matrix.stored_bits is not None for matrix in model.unread.values()),
+        is_gguf=bool(model.unread) and all(m.stored_bits for m in model.unread.values()),
         dtypes=frozenset(p.dtype for p in loaded),
         devices=frozenset(p.device.type for p in loaded),
         expert_storage="mmap" if has_mapped_experts(model) else "memory",
@@ -128,13 +128,13 @@ def _native_refusal(setup: Setup) -> str | None:
     stored = None if setup.scheme is None else setup.scheme.weights
     rounds_weights_alone = setup.scheme is not None and setup.scheme.activations is None
     for is_refused, sentence in (
-        (
-            setup.quantization == "gguf" and not setup.is_gguf,
-            "this is no GGUF file with quantised matrices",
-        ),
         (setup.expert_storage == "mmap", f"native passes have no {MoESpec.label} in files"),
         (len(keys) > 1 or len(states) > 1, "native passes need states of one size in all layers"),
         (setup.devices != {"cpu"}, f"native passes run on the CPU, not on {_list(setup.devices)}"),
+        (
+            setup.quantization == "gguf" and not setup.is_gguf,
+            "these weights were not loaded with quantization=gguf",
+        ),
         (bool(others), f"native passes read no weights in {_list(others)}"),
         (setup.bidirectional_mamba, "native passes have no bidirectional Mamba"),
         (

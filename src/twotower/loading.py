@@ -5,8 +5,7 @@ what runs its passes.
 import atexit
 import json
 import logging
-import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -47,13 +46,11 @@ from twotower.families import read_config
 from twotower.model import TwoTower
 from twotower.model.precision import NATIVE_SCHEMES, ExpertStorage, Scheme
 from twotower.paths import usable_path
-from twotower.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from twotower.tokenizer import TOKENIZER_FILE, Tokenizer, load_fitting_tokenizer
 
 QuantizationName = Literal["auto", "none", "int8", "int4", "gguf"]
 PEER = "peer"
 _log = logging.getLogger(__name__)
-_BEGINNING = 4  # tokens that show a prompt's form
-_MAX_SCORED = 256  # tokens of a prompt that are compared with the training text
 START_TIMEOUT_S = 300.0  # until both ranks are there; the first import of torch may take long
 PEER_TIMEOUT_S = 30.0  # of silence, from then on
 
@@ -171,10 +168,11 @@ def load(
     """
     _set_threads(placement)
     folder = placement.find()
-    placement = replace(placement, quantization=settled_quantization(placement, only_decodes))
+    quantization = settled_quantization(placement, folder, only_decodes)
+    placement = replace(placement, quantization=quantization)
     defaults = generation_defaults(folder)
     log_unheeded(folder / GENERATION_FILE, defaults)
-    tokenizer = _fitting_tokenizer(folder)
+    tokenizer = load_fitting_tokenizer(folder, read_config(folder).vocab_size)
     _refuse_idle_denoiser(placement, mode, placement.denoiser is not None or has_denoiser(folder))
     if placement.denoiser is not None:
         find_denoiser(read_config(folder), placement.denoiser)  # before the weights are read
@@ -196,28 +194,15 @@ def outline(placement: Placement) -> Loaded:
     folder = placement.find()
     model = build_empty(read_config(folder), "context")
     return Loaded(
-        name=placement.name, model=model, tokenizer=_fitting_tokenizer(folder), folder=folder
+        name=placement.name,
+        model=model,
+        tokenizer=load_fitting_tokenizer(folder, read_config(folder).vocab_size),
+        folder=folder,
     )
 
 
 def _set_threads(placement: Placement) -> None:
     torch.set_num_threads(placement.threads or min(torch.get_num_threads(), usable_cores()))
-
-
-def _fitting_tokenizer(folder: Path) -> Tokenizer | None:
-    """A folder's tokenizer if it has one, without what the model does not have: fine-tunes add
-    tokens to the one and leave the other as it is.
-    """
-    if not (folder / TOKENIZER_FILE).exists():
-        return None
-    tokenizer, size = load_tokenizer(folder), read_config(folder).vocab_size
-    found = tokenizer.within(size)
-    if lost := sorted(set(tokenizer.added_texts) - set(found.added_texts)):
-        _log.warning(
-            "%s: tokens outside the model's vocabulary of %d are read as text: %s",
-            folder / TOKENIZER_FILE, size, reprlib.repr(lost),
-        )  # fmt: skip
-    return found
 
 
 def load_model(
@@ -284,29 +269,6 @@ def save_model(
     save(model, folder, dtype=dtype, extra_files=files)
 
 
-@torch.no_grad()
-def prompt_notice(model: TwoTower, ids: Sequence[int]) -> str | None:
-    """A sentence where the mean surprisal of a prompt, or of its beginning, is above what the
-    model's checkpoint names as the most of its training text (most_prompt_nats in
-    generation_config.json). None elsewhere. A known sentence in no known form is told by its
-    beginning.
-    """
-    most = model.generation_defaults.get("most_prompt_nats")
-    if not isinstance(most, float) or len(ids) < 2 or model.backend.quantization != "none":
-        return None
-    tokens = torch.tensor([ids[:_MAX_SCORED]])
-    hidden = model.extend(model.empty_cache(1), tokens)
-    logprobs = model.context_head(hidden)[0, :-1].log_softmax(-1).cpu()
-    each = -logprobs.gather(1, tokens[0, 1:, None])
-    nats = float(max(each.mean(), each[:_BEGINNING].mean()))
-    if not nats > most:  # nor where it is no number, which decoding refuses
-        return None
-    return (
-        f"unlike the model's training text ({nats:.1f} nats a token, its own has at most "
-        f"{most:g}), so expect no sensible answer"
-    )
-
-
 def _refuse_idle_denoiser(placement: Placement, mode: str | None, has_any: bool) -> None:
     """ValueError for a denoiser, or its device, that the mode or the model does not use."""
     for name in ("denoiser", "denoiser_device"):
@@ -322,9 +284,7 @@ def _load_towers(
     show: Callable[[float], None] | None = None,
     only_decodes: bool = False,
 ) -> TwoTower:
-    device = _device(placement.device)
-    apart = placement.denoiser_device not in (None, PEER)
-    elsewhere = _device(str(placement.denoiser_device)) if apart else device
+    device, elsewhere = _devices(placement)
     dtype = _dtype(folder, placement, device)
     setup = _setup(folder, placement, {device, elsewhere})
     packing = _packing(placement, setup)
@@ -354,25 +314,32 @@ def _load_towers(
     return accelerate(model, placement.backend, setup.quantization, placement.kv_cache_dtype)
 
 
-def settled_quantization(placement: Placement, only_decodes: bool = True) -> Quantization:
-    """What `quantization=auto` stands for, for who only decodes, or else. ValueError (one line) for
-    gguf on a model that is no GGUF file with quantised matrices.
+def settled_quantization(
+    placement: Placement, folder: Path, only_decodes: bool = True
+) -> Quantization:
+    """What `quantization=auto` stands for on the model in a folder, for who only decodes, or else.
+    ValueError (one line) for gguf on a model that is no GGUF file with quantised matrices.
     """
-    asked, folder = placement.quantization, placement.find()
+    asked = placement.quantization
     if asked != "auto" and asked != "gguf":
         return asked
-    if not has_quantised_blocks(folder):
-        if asked == "auto":
-            return "none"
+    is_file = has_quantised_blocks(folder)
+    if asked == "gguf" and not is_file:
         raise ValueError(
             f"quantization=gguf: {placement.name} is no GGUF file with quantised matrices; use "
             "int8, int4 or none"
         )
-    setup = _setup(folder, replace(placement, quantization="gguf"), {_device(placement.device)})
-    is_free = only_decodes and placement.dtype == "auto"
-    return (
-        "gguf" if asked == "gguf" or (is_free and is_native(placement.backend, setup)) else "none"
-    )
+    if asked == "gguf" or not (is_file and only_decodes and placement.dtype == "auto"):
+        return "none" if asked == "auto" else "gguf"
+    setup = _setup(folder, replace(placement, quantization="gguf"), {*_devices(placement)})
+    return "gguf" if is_native(placement.backend, setup) else "none"
+
+
+def _devices(placement: Placement) -> tuple[str, str]:
+    """Of the context tower, and of the denoiser in this process."""
+    context = _device(placement.device)
+    is_apart = placement.denoiser_device not in (None, PEER)
+    return context, _device(str(placement.denoiser_device)) if is_apart else context
 
 
 def _device(name: str) -> str:

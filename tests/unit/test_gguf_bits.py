@@ -19,10 +19,12 @@ from twotower.adapt.training import Trainer
 from twotower.checkpoint import load_checkpoint
 from twotower.checkpoint.denoiser import save_denoiser
 from twotower.checkpoint.gguf import export_gguf
+from twotower.cli.bench import BenchOptions, _compared
 from twotower.families import config_from_dict
 from twotower.kernels.quantised import BLOCK_TYPES, Blocks
 from twotower.loading import Placement, load, settled_quantization
-from twotower.native import library
+from twotower.native import costs, library
+from twotower.native.backend import NativeBackend
 from twotower.native.packing import Packed
 
 try:
@@ -35,6 +37,10 @@ SIZES: dict[str, object] = tiny_adapt.LLAMA | {
     "vocab_size": 300, "num_hidden_layers": 2, "tie_word_embeddings": True,
 }  # fmt: skip
 MIXED = {"ffn_down": "Q5_0", "attn_v": "Q8_0", "token_embd": "Q8_0", "attn_q": "F16"}
+
+
+def settled(placement: Placement) -> str:
+    return settled_quantization(placement, placement.find())
 
 
 class InFile:
@@ -128,10 +134,15 @@ def test_auto_keeps_the_bits_for_who_only_decodes(tmp_path: Path) -> None:
     assert load(Placement(model=file), only_decodes=True).model.backend.quantization == "gguf"
     assert load(Placement(model=file)).model.backend.quantization == "none"
     for changes in ({"dtype": "float32"}, {"backend": "eager"}, {"quantization": "none"}):
-        assert settled_quantization(Placement(model=file, **changes)) == "none"  # type: ignore[arg-type]
+        assert settled(Placement(model=file, **changes)) == "none"  # type: ignore[arg-type]
     export_gguf(load_checkpoint(file, towers="context"), tmp_path / "f.gguf", dtype="float16")
-    assert settled_quantization(Placement(model=str(tmp_path / "f.gguf"))) == "none"
-    assert settled_quantization(Placement()) == "none"
+    assert settled(Placement(model=str(tmp_path / "f.gguf"))) == "none"
+    assert settled(Placement()) == "none"
+    apart = Placement(model=file, device="cpu", denoiser_device="cuda")
+    assert settled(apart) == "none"  # no native passes there
+    for backend, expected in (("auto", "gguf"), ("eager", "none,int8,int4"), ("native", "gguf")):
+        options = BenchOptions(model=file, prompts=(tmp_path,), backend=backend)
+        assert ",".join(_compared(options, is_contest=True)[1]) == expected
 
 
 @pytest.mark.parametrize("draft_vocab", [0, 40])
@@ -156,6 +167,46 @@ def test_a_denoiser_learns_beside_a_file(tmp_path: Path, is_tied: bool, draft_vo
         save_denoiser(made, tmp_path / "d", "m")
 
 
+@pytest.mark.parametrize("draft_vocab", [0, 40])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_what_a_denoiser_shares_has_values(tmp_path: Path, is_tied: bool, draft_vocab: int) -> None:
+    """Guards `generate --output`, which knows a run by its weights: it ended with a defect."""
+    file = written(tmp_path, MIXED, tie_word_embeddings=is_tied)
+    shape = ThinOptions(layers=1, block_size=4, draft_vocab=draft_vocab)
+    whole = first_denoiser(load_checkpoint(file, towers="context").float(), shape, 0)
+    save_denoiser(whole, tmp_path / "d", "m")
+    found = load_model(file, denoiser=tmp_path / "d", quantization="gguf")
+    known = load_model(file, denoiser=tmp_path / "d", quantization="none")
+    for (name, own), (_, other) in zip(found.values(), known.values(), strict=True):
+        assert torch.equal(own, other), name
+
+
+def test_pass_costs_are_those_of_the_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards drafts: those of a file in 8 bits would be as long as pays in 4, from then on."""
+    asked: list[str] = []
+    monkeypatch.setattr(
+        costs, "pass_costs", lambda run, kind, identity, *rest: asked.append(identity)
+    )
+    for usual in ("Q4_1", "Q8_0"):
+        model = load_model(written(tmp_path, {}, usual), quantization="gguf")
+        assert isinstance(model.backend, NativeBackend)
+        assert model.backend.pass_costs is None  # asked
+    assert len(set(asked)) == 2
+
+
+def test_a_head_in_half_precision_stays_exact(tmp_path: Path) -> None:
+    """Guards docs/gguf.md: F16 matrices of such a file are taken as they are, the head, too."""
+    file = written(tmp_path, {"output": "F16"}, tie_word_embeddings=False)
+    hidden = torch.randn(1, 3, 256, generator=torch.Generator().manual_seed(0))
+    model = load_model(file, quantization="gguf")
+    whole = model.values_of("context_lm_head")["weight"].float()
+    torch.testing.assert_close(model.context_head(hidden), hidden @ whole.T)
+    assert "context_lm_head.weight" not in model.unread
+    other = load_model(file, quantization="int8")
+    with pytest.raises(ValueError, match="weights were not loaded with quantization=gguf"):
+        accelerate(other, "native", "gguf")
+
+
 def test_what_has_no_bits_of_its_own_is_refused(tmp_path: Path) -> None:
     """Guards a name that would mean full precision, or 8 bits, where there are no others."""
     line = "^quantization=gguf: .* is no GGUF file with quantised matrices; use int8, int4 or none$"
@@ -163,10 +214,10 @@ def test_what_has_no_bits_of_its_own_is_refused(tmp_path: Path) -> None:
     for model in (None, tmp_path / "f.gguf"):
         with pytest.raises(ValueError, match=line):
             load_model(model, quantization="gguf")
-    with pytest.raises(ValueError, match=r"^quantization=gguf: this is no GGUF file with quant"):
+    with pytest.raises(ValueError, match=r"^quantization=gguf: these weights were not loaded"):
         accelerate(random_model(config_from_dict(SIZES)), "native", "gguf")
     file = written(tmp_path, {})
-    with pytest.raises(ValueError, match=r"^backend=eager quantization=gguf|^quantization=gguf: e"):
+    with pytest.raises(ValueError, match=r"^quantization=gguf: eager passes run weights as"):
         load_model(file, quantization="gguf", backend="eager")
 
 

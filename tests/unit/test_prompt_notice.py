@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from twotower.cli.demo import SAMPLES
+from twotower.engine.notice import prompt_notice
 from twotower.lab.evaluate.run import draw_groups
-from twotower.loading import Loaded, Placement, load, prompt_notice
+from twotower.loading import Loaded, Placement, load
 
 CATEGORIES = ("math", "code", "editing", "tools", "multilingual", "knowledge", "refusal")
 FOREIGN = (

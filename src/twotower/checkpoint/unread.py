@@ -10,7 +10,7 @@ from torch import Tensor
 from twotower.checkpoint.files import DTYPES, HALVES, PACKED_DTYPES, Entry
 from twotower.checkpoint.fill import Plan, Tally, require_finite
 from twotower.checkpoint.names import DENOISER_PARTS, Slot, keeps_dtype, split_part
-from twotower.kernels.quantised import Bits, Blocks, Quantised, scales_of
+from twotower.kernels.quantised import Bits, Blocks, Quantised, bytes_a_number, scales_of
 from twotower.model.passes import Unreadable
 from twotower.model.precision import EMBEDDINGS, Scheme, packed_bits, stored_bits, weight_bits
 
@@ -128,7 +128,9 @@ def bytes_of_towers(
         stored = {**DTYPES, **PACKED_DTYPES}[entry.dtype]
         kept = stored if keeps_dtype(slot.parameter) else own.get(slot.parameter, dtypes[side])
         size = float(kept.itemsize)
-        if scheme is not None and slot.weight == slot.parameter:
+        if scheme is not None and slot.weight.endswith(EMBEDDINGS) and entry.blocks is not None:
+            size = bytes_a_number(entry.stored) + is_tied  # as in the file, and the head's 8 bits
+        elif scheme is not None and slot.weight == slot.parameter:
             bits = packed_bits(slot.weight, slot.shape, scheme, entry.stored)
             size = size if bits is None else _BYTES[bits]
         needed[side] += math.prod(entry.shape) * size

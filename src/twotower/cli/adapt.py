@@ -85,7 +85,8 @@ def run(options: AdaptArguments) -> int:
     if dist.is_torchelastic_launched():
         raise ValueError("adapt runs in one process; start it without torchrun")
     began = time.monotonic()
-    options = dataclasses.replace(options, quantization=settled_quantization(options))
+    quantization = settled_quantization(options, options.find())
+    options = dataclasses.replace(options, quantization=quantization)
     work = _places(options)
     thin = _part(options, ThinOptions)
     answers, steps = _part(options, AnswerOptions), _part(options, StepOptions)
@@ -260,7 +261,7 @@ def _report(
         )
     if not is_denoiser(options.output):
         raise ValueError(f"output: {options.output} has no denoiser; run the stage train first")
-    quantization = settled_quantization(options)
+    quantization = settled_quantization(options, loaded.folder)
     model = accelerate(
         load_denoiser(loaded.model, options.output),
         options.backend,
@@ -287,6 +288,7 @@ def _report(
     ]
     columns = ["task", "prompts", "texts equal", "tokens a cycle", "x AR"]
     print_table(make_console(), Table(f"{loaded.name} with {options.output}", columns, rows))
-    is_usual = options.quantization in ("none", "gguf")
-    flags = "" if is_usual else f" --quantization {options.quantization}"
+    usual = dataclasses.replace(options, quantization="auto")
+    is_usual = quantization == settled_quantization(usual, loaded.folder)
+    flags = "" if is_usual else f" --quantization {quantization}"
     print(f"\ntwotower chat --model {loaded.name} --denoiser {options.output}{flags}")

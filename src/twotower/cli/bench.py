@@ -15,7 +15,7 @@ import tyro
 
 from twotower.backends import BackendName, Quantization
 from twotower.checkpoint import load_checkpoint
-from twotower.checkpoint.files import SHIPPED, has_quantised_blocks
+from twotower.checkpoint.files import SHIPPED
 from twotower.cli.decoding import has_any_denoiser
 from twotower.cli.machine import recorded
 from twotower.cli.measuring import (
@@ -47,7 +47,7 @@ from twotower.lab.corpus import CATEGORIES
 from twotower.lab.evaluate.run import draw_groups, split_names
 from twotower.lab.evaluate.suite import make_judge
 from twotower.lab.report import Record, Table, to_png, write_files
-from twotower.loading import Loaded, Placement, outline, placement_of
+from twotower.loading import Loaded, Placement, outline, placement_of, settled_quantization
 from twotower.model.precision import ExpertStorage, require_plain
 
 RECORD_FILE = "bench.json"
@@ -108,7 +108,10 @@ def run(options: BenchOptions) -> int:
 def _compared(
     options: BenchOptions, is_contest: bool
 ) -> tuple[Sequence[BackendName], Sequence[Quantization]]:
-    return options.pairs(is_contest, has_quantised_blocks(options.find()))
+    named = options.backend if options.backend == "native" else "auto"
+    place = placement_of(options, backend=named, quantization="auto")
+    usual = settled_quantization(place, options.find())
+    return options.pairs(is_contest, usual == "gguf" and options.backend in ("auto", "native"))
 
 
 def refuse_unused(options: BenchOptions) -> None:

@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 from twotower.engine import EngineOptions, TokensCommitted, Worker
 from twotower.engine.events import Failed, Finished
-from twotower.loading import Loaded, prompt_notice
+from twotower.engine.notice import prompt_notice
+from twotower.loading import Loaded
 from twotower.serve.options import ServeOptions
 
 if TYPE_CHECKING:

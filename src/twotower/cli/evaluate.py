@@ -252,7 +252,7 @@ def describe_run(options: EvaluateOptions, loaded: Loaded, subject: Subject) -> 
         },
         "dtype": str(loaded.model.context_tower.norm_f.weight.dtype).removeprefix("torch."),
         "backend": loaded.model.backend.name,
-        "quantization": options.quantization,
+        "quantization": loaded.model.backend.quantization,
         "threads": torch.get_num_threads(),
         "options": {
             mode: dataclasses.asdict(resolve_options(o, defaults_of(loaded.model)))

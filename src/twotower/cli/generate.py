@@ -28,9 +28,10 @@ from twotower.engine import (
     resolve_options,
     stream,
 )
+from twotower.engine.notice import prompt_notice
 from twotower.engine.options import Overlap
 from twotower.families import read_config
-from twotower.loading import Loaded, Placement, placement_of, prompt_notice
+from twotower.loading import Loaded, Placement, placement_of
 
 _MAX_NOTED = 16  # prompts that are looked at before decoding begins
 _KNOWN = "twotower demo shows what the shipped model knows, --model takes another"
@@ -234,6 +235,12 @@ def _print_texts(completions: Sequence[Completion]) -> None:
         print(" ".join(map(str, completion.tokens)) if text is None else text)
 
 
+def _used(options: Placement, loaded: Loaded) -> Placement:
+    """The placement, with what ran."""
+    backend = loaded.model.backend
+    return placement_of(options, backend=backend.name, quantization=backend.quantization)
+
+
 def _record(
     options: Placement,
     decoding: GenerateOptions,
@@ -253,7 +260,7 @@ def _record(
     ]
     return {
         "model": loaded.name,
-        "options": dataclasses.asdict(resolved) | dataclasses.asdict(placement_of(options)),
+        "options": dataclasses.asdict(resolved) | dataclasses.asdict(_used(options, loaded)),
         "results": results,
         "seconds": seconds,
         "tokens_per_s": sum(len(c.tokens) for c in completions) / seconds,

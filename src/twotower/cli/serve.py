@@ -21,8 +21,9 @@ from twotower.engine import (
     defaults_of,
     resolve_options,
 )
+from twotower.engine.notice import prompt_notice
 from twotower.engine.resolved import DENOISER_ONLY, FIELD_MODES, MODES_OF_BACKBONES, Mode
-from twotower.loading import Loaded, Placement, placement_of, prompt_notice
+from twotower.loading import Loaded, Placement, placement_of
 from twotower.serve import ServeOptions, replicas
 from twotower.serve.replicas import ReplicaOptions, ReplicatedOptions
 

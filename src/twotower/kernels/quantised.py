@@ -65,6 +65,11 @@ BLOCK_TYPES = tuple(_BLOCKS)
 """The types of `Blocks`."""
 
 
+def bytes_a_number(kind: str) -> float:
+    """What a number of such a type takes in a file."""
+    return _BLOCKS[kind][0] / (256 if kind.endswith(("_K", "_XS")) else 32)
+
+
 def scales_of(matrix: Blocks) -> Tensor:
     """The scales of all blocks, float16, zeros beside them: finite where all its numbers are."""
     size, places = _BLOCKS[matrix.kind]

@@ -26,6 +26,8 @@ from twotower.model.state import ContextCache
 
 # Tokens of a prompt read at a time: bounds the attention scores at chunk x prompt.
 PREFILL_CHUNK = 512
+# What a thin denoiser may share, by the names of either tower's.
+_SHARED = {"denoiser_tower.embeddings": "context_tower.embeddings", "lm_head": "context_lm_head"}
 
 
 class TwoTower(Passes):
@@ -102,6 +104,10 @@ class TwoTower(Passes):
         return {name: self._value(f"{part}.{name}", tensor) for name, tensor in state.items()}
 
     def _value(self, name: str, tensor: Tensor) -> Tensor:
+        for own, other in _SHARED.items():
+            is_of_own = name.startswith(f"{own}.")
+            if is_of_own and self.get_submodule(own) is self.get_submodule(other):
+                name = other + name.removeprefix(own)
         matrix, _, part = name.rpartition(".")
         if (found := self.unread.get(name)) is not None:
             return found.value("")

@@ -58,7 +58,7 @@ class NativeBackend:
         rounded = None if scheme is None or scheme.as_stored else scheme
         self._context = native_tower(tower, table, "context_tower", True, rounded, unread)
         head = unread.get("context_lm_head.weight")
-        self._context_head = native_head(model.context_lm_head, scheme, head)
+        self._context_head = native_head(model.context_lm_head, rounded, head)
         self._denoiser = (
             None
             if model.denoiser_tower is None

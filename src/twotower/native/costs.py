@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,8 +52,9 @@ def of_backend(backend: Backend, model: TwoTower) -> PassCosts:
 
     file, drafts = library_file(), denoise if model.denoiser_tower is not None else None
     num_bytes = sum(tensor.nbytes for tensor in tower.state_dict().values())
+    kept = Counter(str(matrix.stored_bits) for matrix in model.unread.values())
     towers = f"{config.context} {config.denoiser} {config.draft}" if drafts else config.context
-    identity = f"{file.name} {towers} {num_bytes} bytes, with seconds"
+    identity = f"{file.name} {towers} {num_bytes} bytes, {sorted(kept.items())} bits, with seconds"
     return pass_costs(run, backend.quantization, identity, file.parent, drafts)
 
 

@@ -125,7 +125,8 @@ def native_linear(
     unread: UnreadMatrix | None = None,
 ) -> NativeLinear:
     """A linear map by a weight (N, K), as it is unless a scheme rounds it to int8."""
-    full = {"": weight} if isinstance(weight, Tensor) and scheme is None else {}
+    is_full = isinstance(weight, Tensor) and scheme is None and unread is None
+    full = {"": weight} if isinstance(weight, Tensor) and is_full else {}
     packed = Packed({} if full else {"": weight}, unread={} if unread is None else {"": unread})
     return NativeLinear(_weight("", full, packed), weight.shape, (full, packed))
 

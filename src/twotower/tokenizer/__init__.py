@@ -1,7 +1,7 @@
 """Text to token ids and back: the only importer of `tokenizers`."""
 
 from twotower.tokenizer.decoding import TextStream
-from twotower.tokenizer.file import load_tokenizer, read_chat_template
+from twotower.tokenizer.file import load_fitting_tokenizer, load_tokenizer, read_chat_template
 from twotower.tokenizer.text import Tokenizer
 from twotower.tokenizer.training import MIN_VOCAB_SIZE, train_tokenizer
 from twotower.tokenizer.vocabulary import (
@@ -17,6 +17,7 @@ __all__ = [
     "TOKENIZER_FILE",
     "TextStream",
     "Tokenizer",
+    "load_fitting_tokenizer",
     "load_tokenizer",
     "read_chat_template",
     "train_tokenizer",

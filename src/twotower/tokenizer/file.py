@@ -8,6 +8,7 @@ here before the library sees them, and what was checked is what it gets.
 import base64
 import json
 import logging
+import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,22 @@ def _read_json_object(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"tokenizer: {file} holds no JSON object; get the file again")
     return content
+
+
+def load_fitting_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
+    """A folder's tokenizer if it has one, without what a model of that vocabulary does not have:
+    fine-tunes add tokens to the one and leave the other as it is.
+    """
+    if not (folder / TOKENIZER_FILE).exists():
+        return None
+    tokenizer = load_tokenizer(folder)
+    found = tokenizer.within(vocab_size)
+    if lost := sorted(set(tokenizer.added_texts) - set(found.added_texts)):
+        _log.warning(
+            "%s: tokens outside the model's vocabulary of %d are read as text: %s",
+            folder / TOKENIZER_FILE, vocab_size, reprlib.repr(lost),
+        )  # fmt: skip
+    return found
 
 
 def _usable_template(folder: Path) -> str | None:
