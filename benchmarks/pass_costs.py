@@ -87,8 +87,9 @@ def main() -> None:
     for rows in map(int, given.rows.split(",")):
         times = median_ms(model, rows, given.past, given.repeats)
         measured = {n: round(ms / times[1], 2) for n, ms in times.items()}
-        passes = BatchCosts(model.pass_costs._replace(step_s=None), rows)  # with nothing around
-        reckoned = {n: round(passes.of_pass(n), 2) for n in times}
+        passes = BatchCosts(model.pass_costs._replace(step_s=None))  # with nothing around
+        step = passes.of_pass([1] * rows)
+        reckoned = {n: round(passes.of_pass([n] * rows) / step, 2) for n in times}
         result[str(rows)] = {"ar_ms": round(times[1], 2), "cost": measured, "reckoned": reckoned}
         print(
             f"{rows:3} rows, AR step {times[1]:.2f} ms: {measured}; reckoned {reckoned}", flush=True

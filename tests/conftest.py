@@ -46,7 +46,7 @@ def fixed_log_levels() -> None:
 def fixed_pass_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts are as long on every machine: nothing is measured, and nothing kept."""
     tokens = {1: 1.0, 4: 1.2, 6: 1.4, 8: 1.5, 12: 2.0, 16: 2.1, 32: 3.4}
-    monkeypatch.setattr(costs, "pass_costs", lambda *_: PassCosts(tokens))
+    monkeypatch.setattr(costs, "pass_costs", lambda *_: PassCosts(tokens, is_padded=False))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

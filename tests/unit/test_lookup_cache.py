@@ -76,10 +76,10 @@ def test_static_and_learnt_ngrams_meet_in_one_guess() -> None:
         )
         lookup = Lookup([static, cache])
         lookup.extend([4])
-        assert lookup.guess([], 1).tokens == [expected]
-    first = lookup.guess([], 1).sure[0]
+        assert next(lookup.guesses([], 1)).token == expected
+    first = next(lookup.guesses([], 1)).sure
     lookup.extend([9, 4])
-    assert lookup.guess([], 1).sure[0] < first
+    assert next(lookup.guesses([], 1)).sure < first
 
 
 def test_a_cache_without_room_is_left_out(caplog: pytest.LogCaptureFixture) -> None:

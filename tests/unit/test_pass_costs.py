@@ -41,10 +41,10 @@ def test_what_others_take_does_not_count(monkeypatch: pytest.MonkeyPatch) -> Non
     """Guards a table for ever from a busy moment: a longer pass that was fast by chance, and one
     that had to wait."""
     monkeypatch.setattr(costs, "_SECONDS", 0.0)
-    calls = iter([0.0, *[STEP, 9 * STEP, STEP / 2, STEP, STEP, STEP, STEP, STEP], *[STEP] * 16])
+    calls = iter([0.0, *[STEP, 9 * STEP, STEP / 2, *[STEP] * 6], *[STEP] * 18])
     *steps, _, share = costs.measure(lambda length: spin(next(calls)))
     assert share == 0
-    assert steps == pytest.approx([1.0] * 8, abs=0.3)
+    assert steps == pytest.approx([1.0] * 9, abs=0.3)
 
 
 def test_a_held_up_pass_is_none_the_slower(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_a_held_up_pass_is_none_the_slower(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_machine_measures_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards runs that repeat: another table makes other drafts. Other bits, threads or a damaged
     file are measured anew; where nothing can be kept, drafts are made all the same."""
-    tables = iter([[1.0, *[n / 2] * 7, 0.01, 0.1] for n in range(3, 20)])
+    tables = iter([[1.0, *[n / 2] * 8, 0.01, 0.1] for n in range(3, 20)])
     monkeypatch.setattr(costs, "measure", lambda *_: next(tables))
     monkeypatch.setattr(os, "getloadavg", lambda: (load[0], 0.0, 0.0))
     load = [9.0]
@@ -82,8 +82,8 @@ def test_a_machine_measures_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "",
         "[1.0]",
         '["a"]',
-        "[1,1,1,1,1,1,1,1,1,null]",
-        "[1,1,1,1,1,1,1,0,1,0]",
+        "[1,1,1,1,1,1,1,1,1,1,null]",
+        "[1,1,1,1,1,1,1,0,1,1,0]",
         "{}",
         "3",
     ):

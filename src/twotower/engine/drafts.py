@@ -4,7 +4,6 @@ drafts_lookup proposes what the text has said before, drafts_denoiser lets the d
 where that pays, which each row's controller knows of what they have yielded in the row.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -22,9 +21,9 @@ class Proposal(NamedTuple):
     """A draft that a row may have in this cycle."""
 
     drafter: DrafterName
-    gain: float  # expected: tokens of the cycle by AR steps that they cost
     tokens: Sequence[int] = ()  # what follows the known ones
     parents: Sequence[int] = ()  # what each follows, by index: 0 is the newest token
+    length: int = 1  # tokens to verify, with the known ones
     expected: float = 1.0  # tokens of the cycle
     sure: float = 0.0  # how probable it is that the likeliest next token is right
 
@@ -35,20 +34,18 @@ class DraftController:
     A draft adds tokens to those of a lookup, the fewer the surer that is of its first one, and a
     cycle with it yields at least as many as such cycles mostly do. What was learnt fades, and
     drafts are tried again. more: tokens that drafts are expected to add where no lookup is right;
-    trust: so many drafts of the row count as much as that. is_guess: nothing is known, and the
-    first draft comes before all others.
+    trust: so many drafts of the row count as much as that. must_try: nothing is known, and the
+    first draft is a trial.
     """
 
-    def __init__(self, more: float, trust: float, is_guess: bool = False) -> None:
-        self._more, self._trust, self._must_try = more, trust, is_guess
+    def __init__(self, more: float, trust: float, must_try: bool = False) -> None:
+        self._more, self._trust, self.must_try = more, trust, must_try
         self._added = self._unsure = self._tokens = self._drafts = 0.0
         self._instead: Sequence[int] = ()  # of the cycle that has a draft
         self._sure = 0.0
 
     def expected(self, instead: Proposal) -> float:
         """Tokens of a cycle with a draft, where this would be verified instead."""
-        if self._must_try:
-            return math.inf
         more, trust = self._more, self._trust
         added = (trust * more + self._added) / (trust + self._unsure)
         usual = (trust * (1 + more) + self._tokens) / (trust + self._drafts)
@@ -56,7 +53,7 @@ class DraftController:
 
     def begin(self, instead: Sequence[int], sure: float) -> None:
         """A draft is written. instead: what else would be verified; sure: of the first of that."""
-        self._instead, self._sure, self._must_try = instead, sure, False
+        self._instead, self._sure, self.must_try = instead, sure, False
 
     def record_draft(self, tokens: Sequence[int]) -> None:
         """The cycle is over, and these are its tokens."""
@@ -77,44 +74,50 @@ class DraftController:
 
 
 class BatchCosts:
-    """AR steps of a batch that a pass costs; what is around a longer one is the same."""
+    """AR steps of one row that passes over tokens of several rows take; what is around a longer
+    pass is the same. has_idle_lanes: as on an accelerator, whose arithmetic waits for weights where
+    rows are few; only the longest row counts.
+    """
 
-    def __init__(self, costs: PassCosts, num_rows: int) -> None:
-        self.passes, self._num_rows = costs, num_rows
+    def __init__(self, costs: PassCosts, has_idle_lanes: bool = False) -> None:
+        self.passes, self._has_idle_lanes = costs, has_idle_lanes
         self.beside = 0.0 if costs.step_s is None else _BESIDE_S / (costs.step_s + _BESIDE_S)
         """The share of an AR step of one row that is no pass; 0 where that was not measured."""
-        share = 1 - self.beside
-        self._tokens = {most: 1 + (cost - 1) * share for most, cost in costs.tokens.items()}
-        self._row = costs.row * share
-        self._drafts: dict[tuple[int, int], tuple[list[float], list[float]]] = {}
+        self.is_padded = costs.is_padded or has_idle_lanes
+        """Whether all rows are as long as the longest one."""
+        self._row = costs.row * (1 - self.beside)
+        self._last = max(costs.tokens)
+        self._known: dict[int, float] = {}
+        self._least: dict[int, float] = {}
 
-    def of_pass(self, num_tokens: int, num_rows: int | None = None) -> float:
-        """Over num_tokens of each of num_rows rows, of all if not given; other rows wait for it."""
-        every = self._num_rows
-        rows = every if num_rows is None else min(every, num_rows)
-        return self._cost(num_tokens * rows, rows) / self._cost(every, every)
+    def of_pass(self, lengths: Sequence[int]) -> float:
+        """Over so many tokens of each row."""
+        rows = 1 if self._has_idle_lanes else len(lengths)
+        tokens = rows * max(lengths) if self.is_padded else sum(lengths)
+        return self._of_tokens(tokens) + self._row * (rows - 1)
 
-    def of_drafts(self, num_known: int, most: int) -> tuple[list[float], list[float]]:
-        """Of passes over the known tokens and 0, 1 ... `most` drafted ones of each row; and what
-        each further one costs from there on, at the least.
+    def least_more(self, lengths: Sequence[int]) -> float:
+        """What each token that lengthens rows costs at the least, however many do; 0 where one
+        that lengthens the longest one lets others grow at no cost.
         """
-        key = num_known, most
-        if key not in self._drafts:
-            costs = [self.of_pass(num_known + count) for count in range(most + 1)]
-            more = [
-                min((cost - own) / count for count, cost in enumerate(costs[at + 1 :], 1))
-                for at, own in enumerate(costs[:-1])
-            ]
-            self._drafts[key] = costs, [*more, math.inf]
-        return self._drafts[key]
+        if self.is_padded:
+            return 0.0
+        begin = sum(lengths)
+        if begin not in self._least:
+            # Costs grow at the same pace again behind every whole pass of the longest kind.
+            ends = range(begin + 1, begin + self._last + 1)
+            own = self._of_tokens(begin)
+            self._least[begin] = min((self._of_tokens(e) - own) / (e - begin) for e in ends)
+        return self._least[begin]
 
-    def _cost(self, num_tokens: int, num_rows: int) -> float:
-        """AR steps of one row alone."""
-        rows = self._row * (num_rows - 1)
-        for most, cost in self._tokens.items():
-            if num_tokens <= most:
-                return cost + rows
-        return cost * num_tokens / most + rows
+    def _of_tokens(self, count: int) -> float:
+        if count not in self._known:
+            whole, rest = divmod(count, self._last)
+            tokens = self.passes.tokens
+            last = next((cost for most, cost in tokens.items() if 0 < rest <= most), 0.0)
+            passes = whole * tokens[self._last] + last
+            self._known[count] = self.beside + (1 - self.beside) * passes
+        return self._known[count]
 
 
 class Drafting(NamedTuple):

@@ -28,48 +28,48 @@ def choose_writers(
     """The rows, by index, for which the denoiser is to write. known: each row's newest token and
     what must follow; instead: what each would verify without a draft of the denoiser.
     """
-    writers: list[int] = []
+    able: list[tuple[bool, float, int]] = []
     for index, (row, own) in enumerate(zip(batch.rows, known, strict=True)):
         if row.options.drafts == "lookup" or not batch.model.has_denoiser:
             continue
         if len(own) < row.options.block_size and row.num_left >= 2:  # a position is left to fill
             row.controller = row.controller or _controller(row, batch)
-            writers.append(index)
-    num_writers = 0
-    while len(writers) != num_writers:  # the fewer write, the more each pays for all
-        num_writers = len(writers)
-        writers = [i for i in writers if pays(batch.rows[i], batch, instead[i], num_writers)]
-    return writers
+            added = row.controller.expected(instead[index]) - instead[index].expected
+            able.append((not row.controller.must_try, -added, index))
+    costs, lengths = drafting_of(batch).costs, [own.length for own in instead]
+    expected, num_writers = sum(own.expected for own in instead), 0
+    gain = expected / costs.of_pass(lengths)
+    for number, (is_choice, less, index) in enumerate(sorted(able), 1):
+        options, num_others = batch.rows[index].options, len(instead[index].tokens)
+        most = max(1 + MAX_DRAFT, options.block_size), batch.rows[index].num_left
+        lengths[index] = min(options.block_size + num_others, *most)
+        expected -= less
+        found = expected / (writing_cost(batch, number) + costs.of_pass(lengths))
+        if found > gain or not is_choice:
+            num_writers, gain = number, found
+    return sorted(index for *_, index in sorted(able)[:num_writers])
 
 
 def _controller(row: Row, batch: Batch) -> DraftController:
     told = batch.model.tokens_per_cycle
     if told is None or row.options.drafts == "denoiser":  # only trials tell, or only they are asked
-        return DraftController(row.options.block_size / 2, _GUESSED, is_guess=True)
+        return DraftController(row.options.block_size / 2, _GUESSED, must_try=True)
     return DraftController(_ADDED * (told - 1), _KNOWN)
 
 
-def pays(row: Row, batch: Batch, instead: Proposal, num_writers: int) -> bool:
-    """Whether a draft is expected to gain more than `instead`, if num_writers rows write."""
-    assert row.controller is not None
-    size = row.options.block_size
-    length = min(size + len(instead.tokens), max(1 + MAX_DRAFT, size), row.num_left)
-    cost = writing_cost(row, batch, num_writers) + drafting_of(batch).costs.of_pass(length)
-    return row.controller.expected(instead) > instead.gain * cost
-
-
-def writing_cost(row: Row, batch: Batch, num_writers: int) -> float:
-    """AR steps that a draft takes, if as many rows write: the others wait for them, at the writers'
-    expense. Where that was not measured, a layer of either tower costs as much.
+def writing_cost(batch: Batch, num_writers: int) -> float:
+    """AR steps of one row that drafts take, if as many rows write: all wait for them. Where that
+    was not measured, a layer of either tower costs as much.
     """
-    config, options, costs = batch.model.config, row.options, drafting_of(batch).costs
+    config, costs = batch.model.config, drafting_of(batch).costs
+    size = batch.rows[0].options.block_size
+    num_passes = max(row.options.draft_passes for row in batch.rows)
     share = costs.passes.denoiser or config.denoiser.num_layers / config.context.num_layers
-    passes = share * (costs.of_pass(options.block_size, num_writers) - costs.beside)
+    passes = num_passes * share * (costs.of_pass([size] * num_writers) - costs.beside)
     together, each = _TOGETHER, _EACH
     if (step_s := costs.passes.step_s) is not None:
         together, each = (s * (1 - costs.beside) / step_s for s in (_TOGETHER_S, _EACH_S))
-    shared = options.draft_passes * passes + together * costs.of_pass(1, num_rows=1)
-    return each + shared * len(batch.rows) / num_writers
+    return passes + together + each * num_writers
 
 
 def write(

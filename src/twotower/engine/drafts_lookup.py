@@ -5,7 +5,7 @@ The first two cost no pass; they are known as prompt lookup and as lookup caches
 Source: https://github.com/apoorvumang/prompt-lookup-decoding; arXiv 2311.08252.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from heapq import heappop, heappush
 from itertools import count
 from operator import itemgetter
@@ -31,11 +31,11 @@ Candidates = Sequence[tuple[int, float]]  # tokens for one position and how prob
 
 
 class Guess(NamedTuple):
-    """What may follow a text, the likeliest first; each token behind the one that it follows."""
+    """A token that may follow a text."""
 
-    tokens: list[int]
-    parents: list[int]  # the index of what each follows among the known tokens and these, or -1
-    sure: list[float]  # how probable it is that each is reached and right
+    token: int
+    parent: int  # the index of what it follows among the known tokens and the guesses, or -1
+    sure: float  # how probable it is that it is reached and right
 
 
 class _Way(NamedTuple):
@@ -129,22 +129,21 @@ class Lookup:
         if self._copies or self._ngrams:  # else nothing is looked up
             self.index.extend(tokens)
 
-    def guess(
+    def guesses(
         self,
         known: Sequence[int],
         most: int,
         drafted: Sequence[Candidates] = (),
         most_ways: int = 1,
         ends: Collection[int] = (),
-        least: Sequence[float] = (),
-    ) -> Guess:
-        """Up to `most` tokens behind the text and the known ones. drafted: by the denoiser, with
-        its own confidence. most_ways: in which each token may go on; ends: tokens that end a text.
-        least: how probable a token behind 0, 1 ... of them must be to be worth anything; the first
-        is told whatever it is.
+    ) -> Iterator[Guess]:
+        """Up to `most` tokens behind the text and the known ones, the likeliest first and none
+        before what it follows; each is looked up when it is asked for. drafted: by the denoiser,
+        with its own confidence. most_ways: in which each token may go on; ends: tokens that end a
+        text.
         """
-        found, begin, number = Guess([], [], []), len(known), count()
-        self._guessed = [(index - 1, token, None) for index, token in enumerate(known)]
+        begin, number = len(known), count()
+        guessed = self._guessed = [(index - 1, token, None) for index, token in enumerate(known)]
         way, index = _Way([*known], begin - 2, 1.0, None, 0, (), drafted), begin - 1
         ways: list[tuple[float, int, _Way]] = []  # the likeliest on top, the first of equals
         while True:
@@ -153,17 +152,11 @@ class Lookup:
                 for following in self._go_on(way, index, left, most_ways):
                     if following.behind[-1] not in ends:
                         heappush(ways, (-following.sure, next(number), following))
-            if not ways or len(found.tokens) >= most:
-                return found
-            num_found = len(found.tokens)
-            if num_found and least and -ways[0][0] < least[num_found]:  # nor is any behind it
-                return found
-            way, index = heappop(ways)[2], begin + len(found.tokens)
-            token = way.behind[-1]
-            self._guessed.append((way.parent, token, way.kind))
-            found.tokens.append(token)
-            found.parents.append(way.parent)
-            found.sure.append(way.sure)
+            if not ways or len(guessed) - begin >= most:
+                return
+            way, index = heappop(ways)[2], len(guessed)
+            guessed.append((way.parent, way.behind[-1], way.kind))
+            yield Guess(way.behind[-1], way.parent, way.sure)
 
     def _go_on(self, way: _Way, index: int, most: int, most_ways: int) -> list[_Way]:
         """How a way, whose last token is at `index`, goes on, the likeliest first."""

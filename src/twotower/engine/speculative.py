@@ -4,7 +4,7 @@ The text is that of mode="ar", token for token: a draft decides only how many to
 verification yields. Source: system.md section 4, 'Self-speculation'.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 
@@ -16,8 +16,6 @@ from twotower.engine.events import Event, Verified
 from twotower.engine.row import Row
 from twotower.engine.verify import verify
 
-_NO_DRAFT = Proposal("lookup", 1.0)
-
 
 def draft(batch: Batch) -> Iterator[Event]:
     """What to verify of each row: its newest token with a draft behind it, if it drafts, and what
@@ -25,15 +23,11 @@ def draft(batch: Batch) -> Iterator[Event]:
     """
     rows, size = batch.rows, batch.rows[0].options.block_size
     known = [[row.tokens[-1], *_forced(row, size)] for row in rows]
-    each = zip(rows, known, strict=True)
-    instead = [proposals.propose(row, batch, own[1:]) for row, own in each]
-    for row, free in zip(rows, instead, strict=True):
-        row.proposal = free if free.tokens else None
-    yield from _write(batch, known, instead)
+    proposed = yield from _propose(batch, known)
     blocks: list[list[int]] = []
     parents: list[list[int]] = []
-    for row, own in zip(rows, known, strict=True):
-        proposal = row.proposal or _NO_DRAFT
+    for row, own, proposal in zip(rows, known, proposed, strict=True):
+        row.proposal = proposal if proposal.tokens or proposal.drafter == "denoiser" else None
         blocks.append([*own, *proposal.tokens][: row.num_left])
         parents.append([*range(-1, len(own) - 1), *proposal.parents])
     for row, block in zip(rows, blocks, strict=True):  # before any answer is waited for
@@ -45,23 +39,28 @@ def draft(batch: Batch) -> Iterator[Event]:
     ]
 
 
-def _write(
-    batch: Batch, known: Sequence[list[int]], instead: Sequence[Proposal]
-) -> Iterator[Event]:
-    """Let the denoiser write where that pays, behind what is known of each row."""
-    writers = drafts_denoiser.choose_writers(batch, known, instead)
+def _propose(
+    batch: Batch, known: Sequence[list[int]]
+) -> Generator[Event, None, Sequence[Proposal]]:
+    """What to verify behind what is known of each row, by the denoiser where that pays."""
+    proposed = proposals.propose(batch, batch.rows, known)
+    writers = drafts_denoiser.choose_writers(batch, known, proposed)
     if not writers:
-        return
-    rows, size = batch.rows, batch.rows[0].options.block_size
-    masks = [batch.model.config.mask_token_id] * size
-    blocks = torch.tensor([[*known[index], *masks[len(known[index]) :]] for index in writers])
+        return proposed
+    rows, size = [batch.rows[index] for index in writers], batch.rows[0].options.block_size
+    masks, given = [batch.model.config.mask_token_id] * size, [known[i] for i in writers]
+    blocks = torch.tensor([[*own, *masks[len(own) :]] for own in given])
     written = yield from drafts_denoiser.write(batch, blocks, torch.tensor(writers))
-    for index, block in zip(writers, written, strict=True):
-        row, own = rows[index], known[index]
+    for index, row, own in zip(writers, rows, given, strict=True):
         assert row.controller is not None
-        row.controller.begin([*own[1:], *instead[index].tokens], instead[index].sure)
-        cost = drafts_denoiser.writing_cost(row, batch, len(writers))
-        row.proposal = proposals.propose(row, batch, own[1:], block[len(own) :], cost)
+        row.controller.begin([*own[1:], *proposed[index].tokens], proposed[index].sure)
+    drafted = [block[len(own) :] for own, block in zip(given, written, strict=True)]
+    others = [own for index, own in enumerate(proposed) if index not in writers]
+    cost = drafts_denoiser.writing_cost(batch, len(writers))
+    found = proposals.propose(batch, rows, given, drafted, others, cost)
+    for index, proposal in zip(writers, found, strict=True):
+        proposed[index] = proposal
+    return proposed
 
 
 def _forced(row: Row, size: int) -> list[int]:

@@ -19,12 +19,14 @@ class PassCosts(NamedTuple):
     """AR steps of one row that passes cost, heads included (benchmarks/pass_costs.py)."""
 
     tokens: Mapping[int, float]
-    """Of a pass over up to so many tokens, in ascending order; what is beyond costs in proportion
-    to the last."""
+    """Of a pass over up to so many tokens, in ascending order; more than the last are as many such
+    passes as they fill, and another one over the rest."""
     row: float = 0.1
     """Of each further row: it attends to a text of its own."""
     step_s: float | None = None
     """Seconds of an AR step of one row, where they were measured."""
+    is_padded: bool = True
+    """Whether a pass reads as many tokens of each row as of the longest one."""
     denoiser: float | None = None
     """Of a denoiser's pass, as a share of the context tower's over as many tokens, where that was
     measured."""

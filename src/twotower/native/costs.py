@@ -24,7 +24,7 @@ from twotower.model.two_tower import TwoTower
 from twotower.native.library import library_file
 
 _PAST = 64  # tokens behind which passes are timed
-_LENGTHS = (1, 2, 4, 6, 8, 12, 16, 32)  # tokens of a pass: where tiles end
+_LENGTHS = (1, 2, 4, 6, 8, 12, 16, 32, 64)  # tokens of a pass: where tiles end
 _DRAFTED = 8  # tokens of a denoiser's pass
 _ROUNDS, _SECONDS = 3, 0.3  # at least so many, and so long
 # Of each further row, which attends to a text of its own; by the bits of the weights.
@@ -81,7 +81,7 @@ def pass_costs(
             _write(file, found)
     *steps, step_s, share = found
     tokens = dict(zip(_LENGTHS, steps, strict=True))
-    return PassCosts(tokens, _ROW[quantization], step_s, share or None)
+    return PassCosts(tokens, _ROW[quantization], step_s, is_padded=False, denoiser=share or None)
 
 
 def measure(
