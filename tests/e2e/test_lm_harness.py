@@ -19,7 +19,7 @@ from tiny_checkpoint import TEXT, make_checkpoint, make_text_checkpoint
 from twotower.cli.lm_eval import load_decoder, read_model_args
 from twotower.cli.main import main
 from twotower.lab.evaluate.likelihood import score_texts
-from twotower.lab.evaluate.lm_decoder import Decoder
+from twotower.lab.evaluate.lm_decoder import Decoder, _groups
 from twotower.lab.evaluate.lm_harness import (
     humaneval_file,
     process_humaneval,
@@ -103,6 +103,24 @@ def test_model_arguments_are_those_of_the_other_verbs() -> None:
     assert (placement.threads, decoding.given(), rows) == (
         2, {"mode": "speculative", "drafts": "lookup"}, twotower.EngineOptions().batch_size
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "rows"), [("4", 4), ("auto:3", 16), ("auto", 16), (2, 2)])
+def test_the_batch_size_is_read_as_lm_eval_hands_it_on(given: object, rows: int) -> None:
+    assert read_model_args({"batch_size": given})[2] == rows
+
+
+def test_nothing_that_is_to_be_scored_loses_a_run(tmp_path: Path) -> None:
+    """Guards a run of hours against one odd item, and choices that are read again for each text."""
+    one = decoder(str(make_text_checkpoint(tmp_path)), batch_size=8)
+    joined = ("the sil", "ence")  # tokens of both: as many as of the context, or more
+    empty, odd = one.score([("", ""), joined])
+    assert (empty.log_likelihood, empty.num_tokens) == (0.0, 0) and odd.num_tokens >= 1
+    prompts = [[1, 2, 3], [4, 5], [1, 2, 3], [6], [4, 5], [7, 8, 9]]
+    assert [*_groups(range(6), prompts, 8)] == [[5, 3], [0, 2], [1, 4]]
+    asked = {"until": [], "max_gen_toks": 2, "num_beams": 1, "do_sample": True, "temperature": None}
+    assert one._options(asked).temperature == 1.0
+    assert len(one.write([("", {"until": [], "max_gen_toks": 2})])) == 1
 
 
 def test_greedy_tasks_are_greedy_on_checkpoints_that_sample(tmp_path: Path) -> None:

@@ -84,7 +84,8 @@ def test_a_reply_that_is_begun_is_continued_as_in_transformers(content: str, way
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs: tools is the request's"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs: tools is each prompt's"),
+        ({"chat_template_kwargs": {"bos_token": "x"}}, "bos_token is each prompt's own; leave"),
         ({"continue_final_message": True}, "the last message must be the assistant's"),
         ({"add_generation_prompt": False}, "must be true without continue_final_message"),
         (
@@ -97,6 +98,15 @@ def test_what_contradicts_itself_is_refused(fields: dict[str, object], reason: s
     body = ChatRequest.model_validate({"messages": user("a"), **fields})
     with pytest.raises(ApiError, match=reason):
         encode_chat(body, "m", template(TURNS), TOKENIZER, 1000)
+
+
+def test_calls_are_not_continued() -> None:
+    """Silent failure: the calls of a reply that is to be continued are left out of it."""
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    last = {"role": "assistant", "content": "So", "tool_calls": [call]}
+    fields = {"messages": [*user("a"), last], "continue_final_message": True}
+    with pytest.raises(ApiError, match="must be the assistant's, without calls"):
+        encode_chat(ChatRequest.model_validate(fields), "m", template(TURNS), TOKENIZER, 1000)
 
 
 @pytest.mark.parametrize(

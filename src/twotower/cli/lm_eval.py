@@ -1,6 +1,5 @@
 """`twotower lm-eval`: lm-eval's own command line, with our models and tasks known to it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cache, partial
@@ -10,7 +9,7 @@ from typing import Any
 from twotower.arguments import nearest
 from twotower.cli.measuring import say_protection
 from twotower.cli.progress import load_with_bar
-from twotower.cli.serve import TemplateOptions, need_extra, template_of
+from twotower.cli.serve import need_extra, template_of
 from twotower.engine import EngineOptions, GenerateOptions
 from twotower.lab.evaluate.lm_decoder import Decoder, Messages
 from twotower.lab.evaluate.lm_harness import register, run_harness, write_tasks
@@ -64,7 +63,6 @@ def load_decoder(values: Mapping[str, Any]) -> Decoder:
     """Load the model that `--model_args` names; ValueError (one line) if it cannot be."""
     placement, decoding, batch_size = read_model_args(values)
     variables = {name: values[name] for name in _VARIABLES if name in values}
-    options = TemplateOptions(chat_template_kwargs=json.dumps(variables))
     loaded = load_with_bar(placement, decoding.mode)
     return Decoder(
         name=loaded.name,
@@ -72,7 +70,7 @@ def load_decoder(values: Mapping[str, Any]) -> Decoder:
         tokenizer=loaded.need_tokenizer(),
         decoding=decoding,
         batch_size=batch_size,
-        template=cache(partial(_Template, loaded, options)),
+        template=cache(partial(_Template, loaded, variables)),
     )
 
 
@@ -91,11 +89,13 @@ def read_model_args(values: Mapping[str, Any]) -> tuple[Placement, GenerateOptio
     where = {n: v if n == "threads" else str(v) for n, v in values.items() if n in places}
     if "pretrained" in values:
         where["model"] = str(values["pretrained"])
-    batch_size = values.get("batch_size", 1)
+    rows = str(values.get("batch_size", 1))  # lm-eval's own flag comes as text
     try:
         placement = Placement(**where)  # type: ignore[arg-type]  # checked there, as all others
         decoding = GenerateOptions(**{n: v for n, v in values.items() if n in _DECODING})
-        engine = EngineOptions() if batch_size == "auto" else EngineOptions(batch_size=batch_size)
+        engine = EngineOptions()
+        if rows.partition(":")[0] != "auto":
+            engine = EngineOptions(batch_size=int(rows) if rows.isdecimal() else rows)  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"model_args: {error}") from None
     return placement, decoding, engine.batch_size
@@ -104,9 +104,9 @@ def read_model_args(values: Mapping[str, Any]) -> tuple[Placement, GenerateOptio
 class _Template:
     """A model's chat template and the process that renders it."""
 
-    def __init__(self, loaded: Loaded, options: TemplateOptions) -> None:
+    def __init__(self, loaded: Loaded, variables: Mapping[str, object]) -> None:
         with need_extra("lm-eval"):
-            found = template_of(loaded, options)
+            found = template_of(loaded, None, variables)
         if found is None:
             raise ValueError(
                 f"apply_chat_template: {loaded.name} has no chat template; leave the flag out"

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,6 +25,7 @@ from twotower.engine.notice import prompt_notice
 from twotower.engine.resolved import DENOISER_ONLY, FIELD_MODES, MODES_OF_BACKBONES, Mode
 from twotower.loading import Loaded, Placement, placement_of
 from twotower.serve import ServeOptions, replicas
+from twotower.serve.options import check_variables
 from twotower.serve.replicas import ReplicaOptions, ReplicatedOptions
 
 _ABOUT = (
@@ -74,6 +75,7 @@ class TemplateOptions:
                 f"chat_template_kwargs={text!r} must be a JSON object, such as "
                 '{"enable_thinking": false}'
             )
+        check_variables(found)
         return found
 
 
@@ -150,7 +152,7 @@ def describe(
         modes=modes,
         default_mode=defaults.mode,
         defaults={name: getattr(defaults, name) for name in _shown(modes)},
-        template=template_of(loaded, options),
+        template=template_of(loaded, options.chat_template, options.variables),
         about=_ABOUT if loaded.name == SHIPPED else None,
         notice=functools.partial(prompt_notice, model),
     )
@@ -171,13 +173,18 @@ def served_name(loaded: Loaded) -> str:
     return file.stem if file.suffix.lower() == ".gguf" else file.name
 
 
-def template_of(loaded: Loaded, options: TemplateOptions) -> "ChatTemplate | None":
-    """The given template, the checkpoint's, or for the shipped model the plain one."""
+def template_of(
+    loaded: Loaded, instead: Path | None, variables: Mapping[str, object]
+) -> "ChatTemplate | None":
+    """The given template, the checkpoint's, or for the shipped model the plain one; ValueError (one
+    line) for variables where there is none.
+    """
     from twotower.serve.chat import plain_template, read_template
 
-    instead = options.chat_template
     if loaded.name == SHIPPED and instead is None:
         found: ChatTemplate | None = plain_template(loaded.need_tokenizer())
     else:
         found = read_template(loaded.folder, instead)
-    return found and replace(found, variables=options.variables)
+    if found is None and variables:
+        raise ValueError(f"chat_template_kwargs: {loaded.name} has no chat template; leave it out")
+    return found and replace(found, variables=variables)

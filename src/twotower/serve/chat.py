@@ -9,7 +9,8 @@ from pathlib import Path
 
 from twotower.engine.fork_server import Process, ProcessDied, Root
 from twotower.serve import template_child as child
-from twotower.serve.errors import ApiError
+from twotower.serve.errors import ApiError, bad_value
+from twotower.serve.options import check_variables
 from twotower.serve.schema import ChatRequest, ContentPart, Message, ToolCall
 from twotower.serve.tool_calls import BARE, HERMES, TooDeep, ToolStyle, as_text, parse_json
 from twotower.tokenizer import Tokenizer, read_chat_template
@@ -120,7 +121,7 @@ def _pieces(
     if manner.continues_last:
         last = messages[-1]
         messages = [*messages[:-1], {**last, "content": f"{last['content']}{_MARK}"}]
-    context = {"messages": messages, "tools": tools, **manner.variables}
+    context = {**manner.variables, "messages": messages, "tools": tools}
     context["add_generation_prompt"] = not manner.continues_last
     request = json.dumps({"context": context, "most_pieces": most}).encode()
     with _refusals():
@@ -257,12 +258,10 @@ def encode_chat(
 
 def _manner(body: ChatRequest) -> Manner:
     variables, continues_last = body.chat_template_kwargs or {}, body.continue_final_message is True
-    if taken := sorted(_OWN & variables.keys()):
-        raise ApiError(
-            400,
-            f"chat_template_kwargs: {taken[0]} is the request's own; leave it out",
-            param="chat_template_kwargs",
-        )
+    try:
+        check_variables(variables)
+    except ValueError as error:
+        raise bad_value(error) from None
     if body.add_generation_prompt is continues_last:
         must = "false with" if continues_last else "true without"
         raise ApiError(
@@ -270,10 +269,11 @@ def _manner(body: ChatRequest) -> Manner:
             f"add_generation_prompt: must be {must} continue_final_message; leave it out",
             param="add_generation_prompt",
         )
-    if continues_last and body.messages[-1].role != "assistant":
+    last = body.messages[-1]
+    if continues_last and (last.role != "assistant" or _calls(last)):
         raise ApiError(
             400,
-            "continue_final_message: the last message must be the assistant's",
+            "continue_final_message: the last message must be the assistant's, without calls",
             param="continue_final_message",
         )
     return Manner(variables=variables, continues_last=continues_last)
@@ -283,7 +283,6 @@ def _manner(body: ChatRequest) -> Manner:
 _TEXTS = ("text", "input_text", "output_text", "refusal")
 _NOT_SAID = ("thinking", "redacted_thinking", "reasoning")
 _ROLES = {"developer": "system", "function": "tool"}
-_OWN = {"messages", "tools", "add_generation_prompt", "continue_final_message"}
 
 
 def _turn(number: int, message: Message) -> dict[str, object]:

@@ -1,10 +1,16 @@
 """What the server allows its callers: address, keys, limits, deadline, logs."""
 
 import ipaddress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from twotower.arguments import ABOVE_ZERO, COUNT, check_fields, nonempty, number
+
+_TEMPLATE_OWN = {
+    "messages", "tools", "add_generation_prompt", "continue_final_message",
+    "raise_exception", "strftime_now", "self",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,3 +102,10 @@ _CHECKS = {
     "port": number(0, 65535, is_whole=True),
     **dict.fromkeys(("host", "model_name"), nonempty),
 }
+
+
+def check_variables(variables: Mapping[str, object]) -> None:
+    """ValueError (one line) for variables of a chat template that every prompt has of its own."""
+    for name in variables:
+        if name in _TEMPLATE_OWN or name.endswith("_token"):
+            raise ValueError(f"chat_template_kwargs: {name} is each prompt's own; leave it out")

@@ -59,8 +59,10 @@ class Decoder:
         gets each score and its place when it is known.
         """
         encoded = [self._split(context, text) for context, text in pairs]
-        scores: dict[int, Score] = {}
-        for group in _groups([prompt for prompt, _ in encoded], self.batch_size):
+        nothing = Score(log_likelihood=0.0, is_greedy=True, num_tokens=0)
+        scores = {place: nothing for place, (_, scored) in enumerate(encoded) if not scored}
+        places = [place for place in range(len(pairs)) if place not in scores]
+        for group in _groups(places, [prompt for prompt, _ in encoded], self.batch_size):
             prompts, texts = zip(*(encoded[place] for place in group), strict=True)
             for place, score in zip(group, score_texts(self.model, prompts, texts), strict=True):
                 scores[place] = score
@@ -71,13 +73,20 @@ class Decoder:
         """Token ids of both, by lm-eval's own rule, after the bos that generation starts from too.
 
         White space between them belongs to the continuation; both are encoded as one text, and what
-        goes beyond the context's own tokens is scored. Without a context eos can stand for bos.
+        goes beyond the context's own tokens is scored, or the last one, where both have as many.
         """
         cut = len(context.rstrip())
         prompt = self._prompt(context[:cut])
         both = self._prompt(context + text)
-        scored = both[len(prompt) :]
-        return prompt or [self.tokenizer.eos_id], scored  # type: ignore[list-item]
+        prompt = prompt[: len(both) - 1] if text else prompt
+        return prompt or [self._start()], both[len(prompt) :]
+
+    def _start(self) -> int:
+        """What a text without a context follows, as in lm-eval's own models: bos, else eos."""
+        for found in (self.tokenizer.bos_id, self.tokenizer.eos_id):
+            if found is not None:
+                return found
+        raise ValueError("lm-eval: an empty context needs a tokenizer with bos or eos")
 
     def _prompt(self, text: str) -> list[int]:
         """Token ids after bos, where the tokenizer adds it and a chat template has not written it.
@@ -95,7 +104,7 @@ class Decoder:
         """Text after each context, until one of its stop strings. tell gets each text and its place
         when it is whole.
         """
-        prompts = [self._prompt(context) for context, _ in requests]
+        prompts = [self._prompt(context) or [self._start()] for context, _ in requests]
         options = [self._options(asked) for _, asked in requests]
         engine = EngineOptions(batch_size=self.batch_size)
         texts = [""] * len(requests)
@@ -107,6 +116,7 @@ class Decoder:
 
     def _options(self, asked: dict[str, Any]) -> GenerateOptions:
         """lm-eval's generation arguments as ours; ValueError for one that we cannot honour."""
+        asked = {name: value for name, value in asked.items() if (name, value) != ("num_beams", 1)}
         if unknown := sorted(set(asked) - _KNOWN):
             allowed = ", ".join(sorted(_KNOWN))
             raise ValueError(f"generation_kwargs: {unknown[0]} is not supported; use {allowed}")
@@ -124,9 +134,9 @@ class Decoder:
         if ends:
             usual = resolve_options(GenerateOptions(**given), defaults_of(self.model)).eos_token_id
             given["eos_token_id"] = (*usual, *ends)
-        temperature = float(asked.get("temperature") or 0.0)
-        if asked.get("do_sample", temperature > 0.0):
-            given["temperature"] = float(asked.get("temperature", 1.0))
+        temperature, is_sampled = asked.get("temperature"), asked.get("do_sample")
+        if (temperature or 0.0) > 0.0 if is_sampled is None else is_sampled:
+            given["temperature"] = 1.0 if temperature is None else float(temperature)
             given |= {name: asked[name] for name in _SAMPLING if name in asked}
         given |= {name: asked[name] for name in _PENALTIES if name in asked}
         return GenerateOptions(**given)
@@ -152,15 +162,16 @@ class Decoder:
             return template.text(others, continues_last)
 
 
-def _groups(prompts: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
-    """Places of prompts that are scored together: equal ones side by side, the longest first."""
-    group: list[int] = []
-    order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), prompts[place]))
-    for place in order:
-        is_same = all(prompts[other] == prompts[place] for other in group)
-        if len(group) >= (_MOST_CHOICES if is_same else batch_size):
-            yield group
-            group = []
-        group.append(place)
-    if group:
-        yield group
+def _groups(
+    places: Sequence[int], prompts: Sequence[list[int]], batch_size: int
+) -> Iterator[list[int]]:
+    """Places of prompts that are scored together: those of one that has several texts by
+    themselves, others by length, the longest first.
+    """
+    same: dict[tuple[int, ...], list[int]] = {}
+    for place in sorted(places, key=lambda place: -len(prompts[place])):
+        same.setdefault(tuple(prompts[place]), []).append(place)
+    alone = [own[0] for own in same.values() if len(own) == 1]
+    for own, most in ((alone, batch_size), *((one, _MOST_CHOICES) for one in same.values())):
+        if own is alone or len(own) > 1:
+            yield from (own[start : start + most] for start in range(0, len(own), most))

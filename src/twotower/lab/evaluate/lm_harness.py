@@ -75,8 +75,13 @@ class Requests:
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts."""
         with _bar(requests, "log-likelihoods", disable_tqdm) as bar:
-            texts = [("", request.args[0]) for request in requests]
-            scores = self.decoder.score(texts, lambda *_: bar.update())
+
+            def tell(place: int, score: Score) -> None:
+                found = score.log_likelihood
+                self.cache_hook.add_partial("loglikelihood_rolling", requests[place].args, found)
+                bar.update()
+
+            scores = self.decoder.score([("", request.args[0]) for request in requests], tell)
         return [score.log_likelihood for score in scores]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
