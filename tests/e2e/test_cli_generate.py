@@ -382,3 +382,18 @@ def test_endings_of_names_count_in_any_letters(
     schema.write_text('{"type": "integer"}')
     lark.write_text('start: "a"')
     assert [read_grammar(file).kind for file in (schema, lark)] == ["json_schema", "lark"]
+
+
+def test_a_text_that_ends_at_once_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards who gives a chat model a bare question: nothing was printed, and nothing said why."""
+    folder = make_checkpoint(tmp_path / "m")
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    eos = twotower.load_tokenizer(folder).eos_id
+    asked = ["generate", "abc", "--model", str(folder), "--mode", "ar", "-n", "4"]
+    assert main([*asked, f"--logit-bias={eos}=100"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "\n" and err.count("\n") == 1 and "prompt 0 at once; it has a chat templ" in err
+    assert main(asked) == 0
+    assert "at once" not in capsys.readouterr().err

@@ -32,6 +32,7 @@ from twotower.engine.notice import prompt_notice
 from twotower.engine.options import Overlap
 from twotower.families import read_config
 from twotower.loading import Loaded, Placement, placement_of
+from twotower.tokenizer import read_chat_template
 
 _MAX_NOTED = 16  # prompts that are looked at before decoding begins
 _KNOWN = "twotower demo shows what the shipped model knows, --model takes another"
@@ -155,6 +156,7 @@ def run(options: GenerateArguments) -> int:
         is_live = len(prompts) == 1 and not options.json and sys.stdout.isatty()
         completions = _finished(_shown(events) if is_live else events)
         seconds = time.perf_counter() - start
+    _note_empty(loaded, completions)
     if options.json:
         record = _record(options, decoding, loaded, prompts, completions, seconds)
         print(json.dumps(record, indent=2))
@@ -172,6 +174,17 @@ def _note_unfamiliar(loaded: Loaded, prompts: Sequence[Prompt]) -> None:
         if (notice := prompt_notice(loaded.model, ids)) is not None:
             print(f"note: prompt {number} is {notice}; {_KNOWN}", file=sys.stderr)
             return
+
+
+def _note_empty(loaded: Loaded, completions: Sequence[Completion]) -> None:
+    """One line on stderr for a text that ends at once, where a chat template would help."""
+    empty = [row for row, completion in enumerate(completions) if completion.text == ""]
+    if empty and read_chat_template(loaded.folder)[0] is not None:
+        print(
+            f"note: the model ended the text of prompt {empty[0]} at once; it has a chat template, "
+            "which twotower chat applies",
+            file=sys.stderr,
+        )
 
 
 @contextlib.contextmanager
