@@ -58,7 +58,7 @@ class InFile:
         return self._found
 
     def value(self, part: str) -> torch.Tensor:
-        raise NotImplementedError
+        raise AssertionError("packing asks for blocks alone")
 
 
 def written(folder: Path, kinds: dict[str, str], usual: str = "Q4_1", **changes: Any) -> Path:

@@ -59,8 +59,8 @@ class FileMatrix:
     def _read(self, entry: Entry, as_stored: bool) -> Tensor | Blocks:
         found: Tensor | Blocks
         try:
-            is_blocks = as_stored and entry.blocks is not None
-            found = entry.blocks() if is_blocks and entry.blocks is not None else entry.read()
+            blocks = entry.blocks if as_stored else None
+            found = entry.read() if blocks is None else blocks()
             if tuple(found.shape) != entry.shape:
                 raise ValueError(f"its shape was {list(entry.shape)}, and is {list(found.shape)}")
         except (OSError, SafetensorError, ValueError) as error:

@@ -32,7 +32,6 @@ from twotower.engine.notice import prompt_notice
 from twotower.engine.options import Overlap
 from twotower.families import read_config
 from twotower.loading import Loaded, Placement, placement_of
-from twotower.tokenizer import read_chat_template
 
 _MAX_NOTED = 16  # prompts that are looked at before decoding begins
 _KNOWN = "twotower demo shows what the shipped model knows, --model takes another"
@@ -179,7 +178,7 @@ def _note_unfamiliar(loaded: Loaded, prompts: Sequence[Prompt]) -> None:
 def _note_empty(loaded: Loaded, completions: Sequence[Completion]) -> None:
     """One line on stderr for a text that ends at once, where a chat template would help."""
     empty = [row for row, completion in enumerate(completions) if completion.text == ""]
-    if empty and read_chat_template(loaded.folder)[0] is not None:
+    if empty and loaded.need_tokenizer().chat_template is not None:
         print(
             f"note: the model ended the text of prompt {empty[0]} at once; it has a chat template, "
             "which twotower chat applies",
